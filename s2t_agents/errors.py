@@ -1,0 +1,137 @@
+"""Every error this package raises on purpose, in one tree.
+
+S2TError
+├── ConfigError (ValueError)          a setting that can not work, found before anything is loaded or spent
+│   ├── ModelNotFound                 no such model path, or the hub can not be reached
+│   ├── UnsafeWeights                 pickled or corrupt weights; only safetensors are read
+│   ├── AdapterMismatch               a selector trained for another base model or tokenizer
+│   ├── TokenizerMismatch             SLM and LLM do not share one vocabulary
+│   ├── UnpricedModel                 a dollar limit over an LLM whose price nobody knows
+│   ├── BadLimit                      a negative, NaN, infinite or absurd limit
+│   └── BadSchema                     a tool or output schema that no grammar can express
+├── InputError (ValueError)           messages that can not be rendered
+│   └── ContextOverflow               the prompt does not fit the context window
+├── BudgetError
+│   ├── BudgetExceeded                a reservation did not fit; nothing was spent
+│   ├── HoldClosed                    settle or release of a hold that was settled, released or expired before
+│   └── StoreUnavailable              the budget store can not be reached; nothing may be spent (retryable)
+├── LedgerError                       a ledger file that is corrupt, foreign or can not be written
+└── EscalationFailed                  the LLM gave no usable answer; the caller keeps the local pick (retryable)
+
+Each message names the value, the limit and the way out; ``hint`` holds the way out alone, ``retryable`` says
+whether the same call may work later.
+"""
+
+from __future__ import annotations
+
+from langchain_core.exceptions import ContextOverflowError
+
+
+class S2TError(Exception):
+    """Root of the tree.
+
+    Args:
+        message: what was given and which limit it broke.
+        hint: what to do about it; appended to the message.
+    """
+
+    retryable = False
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(f"{message} {hint}".strip())
+        self.hint = hint
+
+
+class ConfigError(S2TError, ValueError):
+    """A setting that can not work."""
+
+
+class ModelNotFound(ConfigError):
+    """No model at this path, and the hub did not give one."""
+
+
+class UnsafeWeights(ConfigError):
+    """Weights that are not readable safetensors."""
+
+
+class AdapterMismatch(ConfigError):
+    """A selector that was trained for another base model or tokenizer."""
+
+
+class TokenizerMismatch(ConfigError):
+    """Two models whose token ids do not mean the same text."""
+
+
+class UnpricedModel(ConfigError):
+    """A dollar limit over an LLM whose price is unknown."""
+
+
+class BadLimit(ConfigError):
+    """A limit that is negative, NaN, infinite or absurdly precise."""
+
+
+class BadSchema(ConfigError):
+    """A JSON schema that the grammar can not express."""
+
+
+class InputError(S2TError, ValueError):
+    """Messages that can not be rendered into a prompt."""
+
+
+class ContextOverflow(InputError, ContextOverflowError):
+    """A prompt longer than the model's context window (also LangChain's own ``ContextOverflowError``)."""
+
+
+class BudgetError(S2TError):
+    """Root of everything a budget raises."""
+
+
+class BudgetExceeded(BudgetError):
+    """A reservation that did not fit. Nothing was spent.
+
+    Args:
+        message: one line for people.
+        unit: ``"usd" | "escalations" | "llm_tokens" | "seconds"``.
+        limit: the limit that was met, in the unit.
+        spent: settled so far, in the unit.
+        held: reserved by others at this moment, in the unit.
+        wanted: what this reservation asked for, in the unit.
+        budget: the name of the budget in the chain that refused.
+        hint: the way out.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        unit: str,
+        limit: object,
+        spent: object,
+        held: object,
+        wanted: object,
+        budget: str,
+        hint: str = "",
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.unit, self.limit, self.spent, self.held = unit, limit, spent, held
+        self.wanted, self.budget = wanted, budget
+
+
+class HoldClosed(BudgetError):
+    """A hold that was settled, released or expired before."""
+
+
+class StoreUnavailable(BudgetError):
+    """The budget store can not be reached: nothing may be spent."""
+
+    retryable = True
+
+
+class LedgerError(S2TError):
+    """A ledger file that is corrupt, foreign or can not be written."""
+
+
+class EscalationFailed(S2TError):
+    """The LLM gave no usable answer; the local pick stands."""
+
+    retryable = True
