@@ -1,0 +1,94 @@
+"""Token ids to text, one at a time: never half a character, never a decode of everything so far.
+
+Two ways, by the tokenizer's decoder:
+
+* *byte-level* (GPT-2, Llama 3, Qwen): each token is a run of bytes, and an incremental UTF-8 decoder joins them;
+* *pieces* (SentencePiece, WordPiece, ...): a token's text is what it adds after the token before it, so the space
+  rules are the decoder's own; ``<0xE4>`` byte tokens go through the incremental UTF-8 decoder.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from typing import Any
+
+from tokenizers.pre_tokenizers import ByteLevel
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>\Z")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table).
+
+    Printable Latin-1 stands for itself; the other bytes take the code points from 256 on, in order.
+    """
+    letters = sorted(ByteLevel.alphabet())
+    own = {letter: ord(letter) for letter in letters if ord(letter) < 256}
+    others = sorted(set(range(256)) - set(own.values()))
+    return own | dict(zip((letter for letter in letters if ord(letter) >= 256), others, strict=True))
+
+
+_BYTE_OF_LETTER = _byte_alphabet()
+
+
+class Detokenizer:
+    """Incremental text of one generation.
+
+    The pieces joined equal ``tokenizer.decode(ids, skip_special_tokens=True)`` without clean-up of spaces. One
+    exception: where a SentencePiece vocabulary's byte tokens do not form valid UTF-8, each bad byte becomes U+FFFD
+    by itself, and the valid characters beside it, shown before, stay.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._special = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        decoder = _description(self._tokenizer.decoder)
+        self._byte_level = decoder.get("type") == "ByteLevel"
+        self._byte_fallback = "ByteFallback" in json.dumps(decoder)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._last: int | None = None
+
+    def push(self, token_id: int) -> str:
+        """Text that this token completes; ``""`` for special tokens and unfinished characters."""
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None or token_id in self._special:
+            return ""
+        if self._byte_level:
+            return self._utf8.decode(_bytes_of(token))
+        if self._byte_fallback and (match := _BYTE_TOKEN.match(token)):
+            text = self._utf8.decode(bytes([int(match[1], 16)]))
+        else:
+            text = self.flush() + self._added_by(token_id)
+        self._last = token_id
+        return text
+
+    def flush(self) -> str:
+        """The rest at the end: U+FFFD for a character that was never finished, else ``""``."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+    def _added_by(self, token_id: int) -> str:
+        if self._last is None:
+            return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+        before = self._tokenizer.decode([self._last], skip_special_tokens=False)
+        both = self._tokenizer.decode([self._last, token_id], skip_special_tokens=False)
+        return str(both[len(before) :])
+
+
+def _bytes_of(token: str) -> bytes:
+    """Bytes of a byte-level token; an added token with letters outside the alphabet is its own UTF-8."""
+    try:
+        return bytes([_BYTE_OF_LETTER[letter] for letter in token])
+    except KeyError:
+        return token.encode()
+
+
+def _description(decoder: Any) -> dict[str, Any]:
+    """The decoder as JSON; its pickled state is just that, and holds no vocabulary."""
+    return dict(json.loads(decoder.__getstate__())) if decoder is not None else {}
