@@ -1,0 +1,237 @@
+"""The engine: one generator of steps. Everything else drains it.
+
+propose   SLM logits, grammar mask, top-K candidates
+trigger   is this step critical?
+select    the local selector scores the candidates on the base's KV
+escalate  still unsure, and the budget holds it: the LLM picks among the same K
+emit      the step; the next token is computed only when the consumer asks for it
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..budget import Budget
+from ..errors import ConfigError, ContextOverflow, InputError
+from ..escalation import DEFAULT_MARGIN, Escalation, EscalationDesk
+from ..models.language_model import LanguageModel
+from ..models.prefix import Prefix
+from ..proposal import Proposal
+from ..selectors.base import Selector, confidence_margin
+from ..triggers import Trigger, entropy
+from ..types import Candidate, EscalationReport, Picker, Sampling, Step, Timings
+from .grammar import Grammar
+
+MAX_K = 64
+DEFAULT_ENTROPY = 0.5
+"""Nats from which a step is critical where nothing was calibrated."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A second look at one step: the scores that decide, who gave them, and what it took."""
+
+    scores: Tensor
+    picked_by: Picker
+    candidates: tuple[Candidate, ...]
+    escalation: EscalationReport | None
+    select_s: float
+    escalate_s: float
+
+
+class Engine:
+    """Generates with a small model, corrected at critical steps.
+
+    Args:
+        slm: proposes every token.
+        k: candidates per critical step, 1 to 64.
+        trigger: which steps are critical.
+        selector: ranks candidates locally; None leaves the SLM's own order.
+        escalation: whom to ask when the selector is unsure; None asks nobody.
+        threshold: the selector's calibrated escalation margin.
+
+    Raises:
+        ConfigError: K out of range.
+    """
+
+    def __init__(
+        self,
+        slm: LanguageModel,
+        *,
+        k: int = 8,
+        trigger: Trigger | None = None,
+        selector: Selector | None = None,
+        escalation: Escalation | None = None,
+        threshold: float = DEFAULT_MARGIN,
+    ) -> None:
+        if not 1 <= k <= MAX_K:
+            raise ConfigError(f"k is {k}; between 1 and {MAX_K} candidates can be scored at a step.")
+        self.slm, self.k = slm, k
+        self.trigger = trigger or entropy(above=DEFAULT_ENTROPY)
+        self.selector, self.escalation, self.threshold = selector, escalation, threshold
+
+    def steps(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        grammar: Grammar | None = None,
+        budget: Budget | None = None,
+    ) -> Iterator[Step]:
+        """Continue a prompt, one step at a time, until a stop token, the grammar's end or ``max_tokens``.
+
+        The stop token is emitted as the last step. Closing the generator stops the model and the LLM session.
+
+        Args:
+            prompt: token ids, at least one.
+            sampling: how tokens are drawn; greedy by default.
+            grammar: what is legal; masks apply before the top-K.
+            budget: what escalations may spend; None sets no limit.
+
+        Raises:
+            InputError: an empty prompt.
+            ContextOverflow: the prompt leaves no room in the context window.
+            BudgetExceeded: an escalation was refused and the budget says to raise.
+        """
+        sampling = sampling or Sampling()
+        self._check_prompt(prompt)
+        desk = self.escalation.open(budget, threshold=self.threshold) if self.escalation else nullcontext()
+        with desk as open_desk:
+            yield from self._loop(prompt, sampling, grammar, open_desk)
+
+    def _check_prompt(self, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise InputError("the prompt is empty: 0 tokens.", hint="Send at least one message.")
+        if len(prompt) >= self.slm.context_window:
+            raise ContextOverflow(
+                f"the prompt has {len(prompt)} tokens, the context window of {self.slm.name!r} {self.slm.context_window}.",
+                hint="Shorten or summarise the conversation.",
+            )
+
+    def _loop(
+        self, prompt: Sequence[int], sampling: Sampling, grammar: Grammar | None, desk: EscalationDesk | None
+    ) -> Iterator[Step]:
+        prefix = Prefix(self.slm)
+        draw = Draw(sampling)
+        pending = list(prompt)
+        room = min(sampling.max_tokens, self.slm.context_window - len(prompt))
+        index = 0
+        while index < room:
+            for token in grammar.forced() if grammar else ():
+                yield Step(index, len(prompt) + index, token, token, "grammar")
+                grammar.accept(token)  # type: ignore[union-attr]
+                pending.append(token)
+                index += 1
+                if index >= room or token in self.slm.eos_ids:
+                    return
+            if grammar and grammar.finished:
+                return
+            step = self._step(index, prefix, pending, draw, grammar, desk)
+            yield step
+            if step.token_id in self.slm.eos_ids:
+                return
+            if grammar:
+                grammar.accept(step.token_id)
+            pending = [step.token_id]
+            index += 1
+
+    def _step(
+        self,
+        index: int,
+        prefix: Prefix,
+        pending: list[int],
+        draw: Draw,
+        grammar: Grammar | None,
+        desk: EscalationDesk | None,
+    ) -> Step:
+        started = time.perf_counter()
+        prefix.extend(pending)
+        computed = time.perf_counter()
+        allowed = grammar.allowed() if grammar else None
+        masked = time.perf_counter()
+        banned = draw.sampling.banned_first if index == 0 else ()
+        proposal = Proposal(prefix, self.k, allowed=allowed, banned=banned)
+        wanted = draw.one_of_all(proposal.logits) if draw.random else proposal.best
+        looks_twice = self.selector is not None or desk is not None
+        triggered = looks_twice and self.trigger(proposal)
+        entropy_nats = proposal.entropy if looks_twice else None
+        propose_s = (computed - started) + (time.perf_counter() - masked)
+        if not triggered:
+            timings = Timings(propose=propose_s, grammar=masked - computed)
+            return Step(index, len(prefix), wanted, wanted, "slm", entropy=entropy_nats, timings=timings)
+        chosen = self._select(proposal, desk)
+        at = draw.one_of(chosen.scores) if draw.random else int(chosen.scores.argmax())
+        token = int(proposal.candidates[at])
+        return Step(
+            index,
+            len(prefix),
+            token,
+            wanted,
+            chosen.picked_by,
+            triggered=True,
+            entropy=entropy_nats,
+            candidates=chosen.candidates,
+            escalation=chosen.escalation,
+            timings=Timings(propose_s, masked - computed, chosen.select_s, chosen.escalate_s),
+        )
+
+    def _select(self, proposal: Proposal, desk: EscalationDesk | None) -> Selection:
+        """Rank the candidates locally; ask the LLM where that is not sure enough."""
+        started = time.perf_counter()
+        local = self.selector.scores(proposal) if self.selector else None
+        scores = local if local is not None else proposal.candidate_log_probs
+        picked_by: Picker = "selector" if local is not None else "slm"
+        selected = time.perf_counter()
+        remote, report = None, None
+        ids = proposal.candidates.tolist()
+        if desk is not None and len(ids) > 1 and desk.wants(confidence_margin(scores)):
+            remote, report = desk.ask(proposal.prefix.ids, ids)
+        if remote is not None:
+            scores, picked_by = torch.tensor(remote), "llm"
+        candidates = tuple(
+            Candidate(token, slm, None if local is None else own, None if remote is None else theirs)
+            for token, slm, own, theirs in zip(
+                ids,
+                proposal.candidate_log_probs.tolist(),
+                local.tolist() if local is not None else ids,
+                remote if remote is not None else ids,
+                strict=True,
+            )
+        )
+        done = time.perf_counter()
+        return Selection(scores, picked_by, candidates, report, selected - started, done - selected)
+
+
+class Draw:
+    """Draws tokens as a ``Sampling`` says; greedy never touches a random generator."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.random = sampling.temperature > 0
+        self._generator = torch.Generator()
+        if sampling.seed is not None:
+            self._generator.manual_seed(sampling.seed)
+        else:
+            self._generator.seed()
+
+    def one_of_all(self, logits: Tensor) -> int:
+        """A token from the whole distribution ``[V]``, with temperature and top-p."""
+        probs = (logits.cpu() / self.sampling.temperature).softmax(0)
+        if self.sampling.top_p < 1:
+            ordered, order = probs.sort(descending=True)
+            beyond = (
+                ordered.cumsum(0) - ordered >= self.sampling.top_p
+            )  # keeps the token that crosses the mass
+            probs = torch.zeros_like(probs).scatter(0, order, ordered.masked_fill(beyond, 0.0))
+        return int(torch.multinomial(probs, 1, generator=self._generator))
+
+    def one_of(self, scores: Tensor) -> int:
+        """A position among candidates' scores ``[K]``, with temperature."""
+        probs = (scores.float().cpu() / self.sampling.temperature).softmax(0)
+        return int(torch.multinomial(probs, 1, generator=self._generator))

@@ -1,0 +1,134 @@
+"""Weights and tokenizer of one causal language model: the one place that calls its forward."""
+
+from __future__ import annotations
+
+import threading
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from .fingerprint import tokenizer_fingerprint, weights_fingerprint
+from .loading import context_window, default_device, end_ids, load_tokenizer, load_weights
+from .overlay import cloned_rows, overlay_is_exact, overlay_of, row_mask
+
+
+class LanguageModel:
+    """A causal LM and its tokenizer.
+
+    Args:
+        model: a ``transformers`` causal LM in eval mode.
+        tokenizer: its fast tokenizer.
+        name: how it is called in reports; a path or hub id.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.config = model.config.get_text_config()
+        self.decoder: nn.Module = model.get_decoder()
+        self.device: torch.device = model.device
+        self.eos_ids = end_ids(model, tokenizer)
+        self.context_window = context_window(self.config, tokenizer)
+        self.overlay_exact = overlay_is_exact(self.config)
+        self.lock = threading.RLock()  # one forward at a time: hooks and caches are not thread-safe
+        self._last_hidden: Tensor | None = None
+        model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> LanguageModel:
+        """Read a model from a directory or hub id; see ``loading.load_weights`` for errors and ``options``."""
+        where = torch.device(device) if device is not None else default_device()
+        trust = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
+        tokenizer = tokenizer or load_tokenizer(path, **trust)
+        return cls(load_weights(path, device=where, dtype=dtype, **options), tokenizer, name=path)
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits, padding rows included."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Hash of the tokenizer's ids."""
+        return tokenizer_fingerprint(self.tokenizer)
+
+    @cached_property
+    def weights_fingerprint(self) -> str:
+        """Hash of the weights."""
+        return weights_fingerprint(self.model)
+
+    @property
+    def output_embedding(self) -> Tensor:
+        """``[V, H]``: the row of every token in the output layer."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    def new_cache(self) -> Cache:
+        """An empty KV cache. Attention-only models keep all KV, so that any of them can be rolled back."""
+        return DynamicCache() if self.overlay_exact else DynamicCache(config=self.config)
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+        """Append tokens to a cache.
+
+        Args:
+            ids: ``[T]``.
+            cache: grows by T.
+
+        Returns:
+            Logits ``[V]`` (fp32) and last hidden state ``[H]``, both after the last token.
+        """
+        with self.lock:
+            out = self.model(input_ids=ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            assert self._last_hidden is not None
+            hidden, self._last_hidden = self._last_hidden[0, -1], None
+        return out.logits[0, -1].float(), hidden
+
+    @torch.inference_mode()
+    def look_ahead(self, candidates: Tensor, cache: Cache, length: int) -> Tensor:
+        """Last hidden state after each candidate, as if it alone had followed the prefix.
+
+        Args:
+            candidates: ``[K]`` token ids.
+            cache: the prefix's KV; left bitwise as it is.
+            length: tokens in it.
+
+        Returns:
+            ``[K, H]``. One forward; the output layer is not run.
+        """
+        with self.lock:
+            if self.overlay_exact:
+                return self._row(candidates, cache, length)
+            out = self.decoder(
+                input_ids=candidates[:, None],
+                past_key_values=cloned_rows(cache, len(candidates)),
+                use_cache=True,
+            )
+            hidden: Tensor = out.last_hidden_state[:, -1]
+            return hidden
+
+    def _row(self, candidates: Tensor, cache: Cache, length: int) -> Tensor:
+        positions = torch.full_like(candidates, length)
+        mask = row_mask(self.config, positions, length, self.model.dtype)
+        out = self.decoder(
+            input_ids=candidates[None],
+            position_ids=positions[None],
+            attention_mask=mask,
+            past_key_values=overlay_of(cache),
+            use_cache=True,
+        )
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def _keep_hidden(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._last_hidden = args[0]

@@ -1,0 +1,74 @@
+"""A prefix: token ids, their KV, and what the model says after them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .language_model import LanguageModel
+
+CHUNK = 1024
+"""Tokens per forward while a long prefix is read, so that memory stays bounded."""
+
+
+class Prefix:
+    """Grows token by token; ``logits`` and ``hidden`` are those after its last token.
+
+    Not thread-safe: one generation owns it.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.ids: list[int] = []
+        self.logits: Tensor = torch.empty(0)
+        self.hidden: Tensor = torch.empty(0)
+        self._cache = model.new_cache()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def extend(self, ids: Sequence[int]) -> None:
+        """Append tokens (at least one); ``logits`` ``[V]`` and ``hidden`` ``[H]`` move to the new end."""
+        for start in range(0, len(ids), CHUNK):
+            chunk = list(ids[start : start + CHUNK])
+            tensor = torch.tensor(chunk, device=self.model.device)
+            self.logits, self.hidden = self.model.step(tensor, self._cache)
+            self.ids += chunk
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """How many leading tokens this prefix and ``ids`` have in common."""
+        n = 0
+        for ours, theirs in zip(self.ids, ids, strict=False):
+            if ours != theirs:
+                break
+            n += 1
+        return n
+
+    def move_to(self, ids: Sequence[int]) -> int:
+        """Become the prefix ``ids``: roll back to what is shared, read only the rest.
+
+        Returns:
+            Tokens that were computed; at least one, since the logits at the end are wanted.
+        """
+        if self.ids == list(ids):
+            return 0
+        keep = self._roll_back(min(self.shared(ids), len(ids) - 1))
+        self.extend(ids[keep:])
+        return len(ids) - keep
+
+    def look_ahead(self, candidates: Tensor) -> Tensor:
+        """Last hidden state ``[K, H]`` after each of the candidates ``[K]``; the prefix stays as it is."""
+        return self.model.look_ahead(candidates, self._cache, len(self))
+
+    def _roll_back(self, length: int) -> int:
+        """Forget everything after ``length`` tokens; returns how many are really kept."""
+        dropped = len(self) - length
+        if dropped and not self.model.overlay_exact:  # recurrent states can not be rolled back
+            self._cache, self.ids = self.model.new_cache(), []
+            return 0
+        if dropped:
+            self._cache.crop(-dropped)
+            del self.ids[length:]
+        return length

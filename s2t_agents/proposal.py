@@ -1,0 +1,76 @@
+"""What the small model proposes at one step: the view that triggers and selectors read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .models.prefix import Prefix
+
+
+class Proposal:
+    """The K best legal tokens after a prefix, and how sure the SLM is of them.
+
+    Args:
+        prefix: read-only here.
+        k: how many candidates; fewer when fewer are legal.
+        allowed: ``[V]`` bool, the tokens that the grammar permits; None permits all.
+        banned: token ids that can not be chosen at this step.
+
+    Attributes:
+        logits: ``[V]`` fp32, illegal tokens at -inf.
+        candidates: ``[K]`` token ids, best first.
+    """
+
+    def __init__(
+        self, prefix: Prefix, k: int, *, allowed: Tensor | None = None, banned: Sequence[int] = ()
+    ) -> None:
+        self.prefix = prefix
+        self.logits = prefix.logits
+        if allowed is not None:
+            self.logits = self.logits.masked_fill(~allowed, -torch.inf)
+        if banned:
+            self.logits = self.logits.index_fill(
+                0, torch.tensor(banned, device=self.logits.device), -torch.inf
+            )
+        self._k = k
+
+    @cached_property
+    def best(self) -> int:
+        """The token that the SLM wants most."""
+        return int(self.logits.argmax())
+
+    @cached_property
+    def candidates(self) -> Tensor:
+        """``[K]`` token ids, best first."""
+        top = self.logits.topk(min(self._k, self.logits.shape[0]))
+        return top.indices[top.values > -torch.inf]
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """``[V]`` log-probabilities over the legal tokens."""
+        return self.logits.log_softmax(0)
+
+    @cached_property
+    def candidate_log_probs(self) -> Tensor:
+        """``[K]``: log p_SLM of the candidates."""
+        return self.log_probs[self.candidates]
+
+    @property
+    def hidden(self) -> Tensor:
+        """``[H]``: the SLM's last hidden state at this step."""
+        return self.prefix.hidden
+
+    @cached_property
+    def entropy(self) -> float:
+        """Of the next-token distribution, in nats."""
+        return float(-torch.special.xlogy(p := self.log_probs.exp(), p).sum())
+
+    @cached_property
+    def margin(self) -> float:
+        """Probability of the best token minus that of the second, in [0, 1]; 1 when only one is legal."""
+        best = self.candidate_log_probs[:2].exp().tolist()
+        return best[0] - best[1] if len(best) > 1 else 1.0

@@ -1,0 +1,91 @@
+"""The activated selector: a LoRA that is on only at the K candidate positions, over the base's own KV.
+
+    prefix (adapter off) ─ KV ─┬─ candidate 1 (adapter on) ─ hidden ─┐
+                               ├─ ...                                ├─ log p_SLM + correction
+                               └─ candidate K (adapter on) ─ hidden ─┘
+
+One forward of K tokens. The correction starts at zero: an untrained selector is greedy decoding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import AdapterMismatch, ModelNotFound, UnsafeWeights
+from ..models.language_model import LanguageModel
+from ..models.lora import Lora
+from ..proposal import Proposal
+from .config import SelectorConfig
+
+HEAD_FILE = "score_head.safetensors"
+
+
+class ActivatedSelector(nn.Module):
+    """Scores candidates with an adapter that the rest of the generation never sees.
+
+    Args:
+        base: the SLM.
+        lora: corrections on its linear layers, on at candidates only.
+        temperature: divides the scores; calibrated, so that their softmax means a probability.
+    """
+
+    def __init__(self, base: LanguageModel, lora: Lora, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.base = base
+        self.lora = lora
+        self.head = nn.Linear(base.config.hidden_size, 1, bias=False)
+        nn.init.zeros_(self.head.weight)
+        self.temperature = temperature
+        self.to(base.device)
+
+    @torch.inference_mode()
+    def scores(self, proposal: Proposal) -> Tensor:
+        """``[K]``: (log p_SLM + correction) / temperature."""
+        with self.base.lock, self.lora.on(self.base.model):
+            hidden = proposal.prefix.look_ahead(proposal.candidates)
+        return (proposal.candidate_log_probs + self.correction(hidden)) / self.temperature
+
+    def correction(self, hidden: Tensor) -> Tensor:
+        """From adapted hidden states ``[..., H]`` to corrections ``[...]``."""
+        corrected: Tensor = self.head(hidden.float()).squeeze(-1)
+        return corrected
+
+    def save(self, path: Path, config: SelectorConfig) -> None:
+        """Write a PEFT-compatible directory: adapter, score head, ``selector.json``."""
+        self.lora.save(path, base_name=config.base.name)
+        save_file({"weight": self.head.weight.detach().cpu().contiguous()}, path / HEAD_FILE)
+        config.save(path)
+
+    @classmethod
+    def load(cls, path: Path, base: LanguageModel, config: SelectorConfig) -> ActivatedSelector:
+        """Read a directory written by ``save``.
+
+        Raises:
+            AdapterMismatch: trained for another base.
+            UnsafeWeights: a file is not readable safetensors.
+        """
+        config.check_base(base)
+        selector = cls(base, Lora.load(path, base.model), temperature=config.temperature)
+        weight = read_tensors(path / HEAD_FILE)["weight"]
+        if weight.shape != selector.head.weight.shape:
+            raise AdapterMismatch(
+                f"{path / HEAD_FILE} is {tuple(weight.shape)}, not {tuple(selector.head.weight.shape)}."
+            )
+        selector.head.weight.data = weight
+        return selector.to(base.device).requires_grad_(False)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """A safetensors file, or an error that names it."""
+    if not file.is_file():
+        raise ModelNotFound(
+            f"{file} is missing.", hint="Copy the whole selector directory, or train one with `s2t train`."
+        )
+    try:
+        return load_file(file)
+    except Exception as error:
+        raise UnsafeWeights(f"{file} is not readable safetensors: {error}.") from error

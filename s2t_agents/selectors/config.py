@@ -1,0 +1,119 @@
+"""What stands beside a selector's weights: for whom it was trained, and where its thresholds lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import AdapterMismatch, ConfigError, ModelNotFound
+from ..models.language_model import LanguageModel
+
+CONFIG_FILE = "selector.json"
+
+
+class BaseIdentity(BaseModel):
+    """The model that a selector was trained on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    model_type: str
+    hidden_size: int = Field(gt=0)
+    tokenizer_fingerprint: str
+    weights_fingerprint: str
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> BaseIdentity:
+        """The identity of a loaded model."""
+        return cls(
+            name=model.name,
+            model_type=model.config.model_type,
+            hidden_size=model.config.hidden_size,
+            tokenizer_fingerprint=model.tokenizer_fingerprint,
+            weights_fingerprint=model.weights_fingerprint,
+        )
+
+
+class Calibration(BaseModel):
+    """Thresholds read off held-out rollouts, with the rates they gave there.
+
+    Attributes:
+        trigger_entropy: nats from which a step is critical.
+        trigger_rate: share of steps above it, with its 95% interval.
+        escalation_margin: selector's margin under which an LLM is asked.
+        escalation_rate: share of *triggered* steps under it, with its 95% interval.
+        agreement: share of triggered steps where the selector's pick is the LLM's, with its 95% interval.
+        agreement_greedy: the same for the SLM's own top token.
+        problems: held-out problems this was read from.
+        seed: of those problems.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    trigger_entropy: float = Field(ge=0)
+    trigger_rate: float = Field(ge=0, le=1)
+    trigger_rate_ci95: tuple[float, float]
+    escalation_margin: float = Field(ge=0, le=1)
+    escalation_rate: float = Field(ge=0, le=1)
+    escalation_rate_ci95: tuple[float, float]
+    agreement: float = Field(ge=0, le=1)
+    agreement_ci95: tuple[float, float]
+    agreement_greedy: float = Field(ge=0, le=1)
+    problems: int = Field(gt=0)
+    seed: int
+
+
+class SelectorConfig(BaseModel):
+    """The ``selector.json`` of a selector directory."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    format: Literal[1] = 1
+    kind: Literal["head", "activated"]
+    base: BaseIdentity
+    k: int = Field(ge=1, le=64)
+    temperature: float = Field(gt=0, default=1.0)
+    calibration: Calibration | None = None
+    training: dict[str, Any] = {}
+
+    def save(self, path: Path) -> None:
+        """Write ``selector.json`` into a directory."""
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CONFIG_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> SelectorConfig:
+        """Read and validate a directory's ``selector.json``.
+
+        Raises:
+            ModelNotFound: no such file.
+            ConfigError: the file is not a valid selector config; the message names each field.
+        """
+        file = path / CONFIG_FILE
+        if not file.is_file():
+            raise ModelNotFound(
+                f"no selector at {str(path)!r}: {CONFIG_FILE} is missing.", hint="Train one with `s2t train`."
+            )
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+            raise ConfigError(f"{file} is not a selector config: {wrong}.") from error
+
+    def check_base(self, model: LanguageModel) -> None:
+        """Refuse another base model or tokenizer than the selector was trained for.
+
+        Raises:
+            AdapterMismatch: naming what differs.
+        """
+        actual = BaseIdentity.of(model)
+        wanted = self.base
+        for what in ("tokenizer_fingerprint", "model_type", "hidden_size", "weights_fingerprint"):
+            if getattr(wanted, what) != getattr(actual, what):
+                raise AdapterMismatch(
+                    f"this selector was trained for {wanted.name!r}, not {model.name!r}: "
+                    f"{what} is {getattr(actual, what)!r}, it needs {getattr(wanted, what)!r}.",
+                    hint="Load the base it was trained for, or train a selector for this one (s2t train).",
+                )

@@ -1,0 +1,76 @@
+"""The head selector: a small MLP on the SLM's last hidden state and each candidate's output embedding.
+
+No extra forward of the base at all: score = log p_SLM + mlp([hidden, embedding(c)]), zero at the start.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import AdapterMismatch
+from ..models.language_model import LanguageModel
+from ..proposal import Proposal
+from .activated import read_tensors
+from .config import SelectorConfig
+
+WEIGHTS_FILE = "head.safetensors"
+
+
+class HeadSelector(nn.Module):
+    """Scores candidates from what the SLM has already computed.
+
+    Args:
+        base: the SLM.
+        width: hidden units of the MLP.
+        temperature: divides the scores; calibrated, so that their softmax means a probability.
+    """
+
+    def __init__(self, base: LanguageModel, *, width: int = 256, temperature: float = 1.0) -> None:
+        super().__init__()
+        size = base.config.hidden_size
+        self.base = base
+        self.from_hidden = nn.Linear(size, width)
+        self.from_candidate = nn.Linear(size, width, bias=False)
+        self.interaction = nn.Linear(width, width)
+        self.out = nn.Linear(width, 1, bias=False)
+        nn.init.zeros_(self.out.weight)
+        self.temperature = temperature
+        self.to(base.device)
+
+    @torch.inference_mode()
+    def scores(self, proposal: Proposal) -> Tensor:
+        """``[K]``: (log p_SLM + correction) / temperature."""
+        correction = self.correction(proposal.hidden[None], proposal.candidates[None])[0]
+        return (proposal.candidate_log_probs + correction) / self.temperature
+
+    def correction(self, hidden: Tensor, candidates: Tensor) -> Tensor:
+        """From hidden states ``[N, H]`` and candidate ids ``[N, K]`` to corrections ``[N, K]``."""
+        embedded = self.base.output_embedding[candidates].float()
+        embedded = embedded / embedded.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        state = self.from_hidden(hidden.float())[:, None]
+        mixed = nn.functional.gelu(state + self.from_candidate(embedded))
+        corrected: Tensor = self.out(nn.functional.gelu(self.interaction(mixed))).squeeze(-1)
+        return corrected
+
+    def save(self, path: Path, config: SelectorConfig) -> None:
+        """Write ``head.safetensors`` and ``selector.json``."""
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        save_file(tensors, path / WEIGHTS_FILE)
+        config.save(path)
+
+    @classmethod
+    def load(cls, path: Path, base: LanguageModel, config: SelectorConfig) -> HeadSelector:
+        """Read a directory written by ``save``; errors as ``ActivatedSelector.load``."""
+        config.check_base(base)
+        tensors = read_tensors(path / WEIGHTS_FILE)
+        try:
+            selector = cls(base, width=tensors["out.weight"].shape[1], temperature=config.temperature)
+            selector.load_state_dict(tensors)
+        except (KeyError, RuntimeError) as error:
+            raise AdapterMismatch(f"{path / WEIGHTS_FILE} does not fit {base.name!r}: {error}.") from error
+        return selector.requires_grad_(False)

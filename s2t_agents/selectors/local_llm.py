@@ -1,0 +1,135 @@
+"""A large model on this machine: loaded at the first escalation, its KV caught up only when it is asked."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import EscalationFailed, TokenizerMismatch
+from ..models.fingerprint import shared_ids
+from ..models.language_model import LanguageModel
+from ..models.loading import load_tokenizer
+from ..models.prefix import Prefix
+from ..types import Price
+
+IDLE_CACHES = 4
+"""KV caches kept after their generations ended: the next turn of the same conversation continues one."""
+
+
+class LocalLLM:
+    """Another Hugging Face model with the SLM's tokenizer.
+
+    Args:
+        model: a directory or hub id, or a model that is loaded already.
+        price: of its tokens, for dollar budgets; None when you do not know it.
+        device: where it runs; may be another than the SLM's.
+        dtype: None chooses as for the SLM.
+        options: passed to ``from_pretrained``.
+    """
+
+    def __init__(
+        self,
+        model: str | LanguageModel,
+        *,
+        price: Price | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        self.name = model if isinstance(model, str) else model.name
+        self.price = price
+        self._model = None if isinstance(model, str) else model
+        self._options: dict[str, Any] = {"device": device, "dtype": dtype, **options}
+        self._lock = threading.Lock()
+        self._idle: deque[Prefix] = deque(maxlen=IDLE_CACHES)
+
+    def __repr__(self) -> str:
+        return f"LocalLLM({self.name!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles as its settings: weights, caches and locks stay behind and come back when needed."""
+        return {"name": self.name, "price": self.price, "options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["name"], price=state["price"], **state["options"])  # type: ignore[misc]
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._model is not None
+
+    def check(self, slm: LanguageModel) -> None:
+        """Compare tokenizers by content, reading no weights.
+
+        Raises:
+            TokenizerMismatch: a token of the SLM's has another id, or none, in the LLM's vocabulary.
+            ModelNotFound: no tokenizer there.
+        """
+        tokenizer = self._model.tokenizer if self._model else load_tokenizer(self.name)
+        differing = shared_ids(slm.tokenizer, tokenizer)
+        if differing:
+            raise TokenizerMismatch(
+                f"{self.name!r} and {slm.name!r} disagree on {len(differing)} token ids, {differing[0]!r} first.",
+                hint="Take an LLM of the same family, or a chat model as judge, which needs no shared tokenizer.",
+            )
+
+    def open(self) -> LocalSession:
+        """A session with its own KV."""
+        return LocalSession(self)
+
+    def load(self) -> LanguageModel:
+        """The weights; read on the first call."""
+        with self._lock:
+            if self._model is None:
+                self._model = LanguageModel.load(self.name, **self._options)
+            return self._model
+
+    def take_prefix(self, ids: Sequence[int]) -> Prefix | None:
+        """The idle KV that shares most with ``ids``, now the caller's own; None when none is idle."""
+        with self._lock:
+            best = max(self._idle, key=lambda prefix: prefix.shared(ids), default=None)
+            if best is not None:
+                self._idle.remove(best)
+            return best
+
+    def give_back(self, prefix: Prefix) -> None:
+        """Keep a KV for the next generation; the oldest goes when there are too many."""
+        with self._lock:
+            self._idle.append(prefix)
+
+
+class LocalSession:
+    """One generation's KV in the LLM, synced lazily: common prefix kept, the rest read in one go."""
+
+    def __init__(self, llm: LocalLLM) -> None:
+        self._llm = llm
+        self._prefix: Prefix | None = None
+
+    def uncached(self, ids: Sequence[int]) -> int:
+        """Tokens of ``ids`` that are not in the KV yet."""
+        if self._prefix is None:
+            self._prefix = self._llm.take_prefix(ids)
+        return len(ids) - (self._prefix.shared(ids) if self._prefix else 0)
+
+    def scores(self, ids: Sequence[int], candidates: Sequence[int]) -> list[float]:
+        """Log-probabilities of the candidates after ``ids``; one forward over what is new."""
+        model = self._llm.load()
+        if len(ids) >= model.context_window:
+            raise EscalationFailed(
+                f"a prefix of {len(ids)} tokens does not fit the LLM's context of {model.context_window}."
+            )
+        if self._prefix is None:
+            self._prefix = self._llm.take_prefix(ids) or Prefix(model)
+        self._prefix.move_to(ids)
+        log_probs: list[float] = self._prefix.logits.log_softmax(0)[list(candidates)].tolist()
+        return log_probs
+
+    def close(self) -> None:
+        """Hand the KV back for the next turn."""
+        if self._prefix is not None:
+            self._llm.give_back(self._prefix)
+            self._prefix = None

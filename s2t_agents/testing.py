@@ -1,0 +1,101 @@
+"""Public fakes and tiny real models, for our tests and for those of anyone who builds on this package.
+
+Models here are real architectures with random weights: everything but what they say is real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+
+from .models.language_model import LanguageModel
+
+ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "phi3", "gemma3")
+"""Families on which the overlay is exact; ``tiny_model`` builds each."""
+
+RECURRENT = ("qwen3_next",)
+"""Linear-attention hybrids: these take the cloned-rows path."""
+
+CHATML = (
+    "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+)
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+
+_OWN: Mapping[str, Mapping[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "gemma3": {
+        "head_dim": 8,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "qwen3": {"head_dim": 8},
+    "qwen3_next": {
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 0,
+    },
+}
+
+_TYPES = {"gemma3": "gemma3_text"}
+
+
+@cache
+def tiny_tokenizer() -> Any:
+    """A byte tokenizer with ChatML's control tokens: 256 bytes, then the specials. Every text has an encoding."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
+    specials += ["<tool_response>", "</tool_response>"]
+    core.add_special_tokens(specials)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+def tiny_config(architecture: str, **overrides: Any) -> Any:
+    """A config of the family with 4 layers of width 32 over ``tiny_tokenizer``'s vocabulary."""
+    from transformers import AutoConfig
+
+    tokenizer = tiny_tokenizer()
+    settings = {**_SIZES, **_OWN.get(architecture, {}), **overrides}
+    return AutoConfig.for_model(
+        _TYPES.get(architecture, architecture),
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        **settings,
+    )
+
+
+def tiny_model(architecture: str = "qwen3", *, seed: int = 0, **overrides: Any) -> LanguageModel:
+    """A random model of the family, fp32, on the CPU; the same seed gives the same weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(architecture, **overrides))
+    model.eval().requires_grad_(False)
+    return LanguageModel(model, tiny_tokenizer(), name=f"tiny-{architecture}-{seed}")

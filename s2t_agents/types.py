@@ -1,0 +1,136 @@
+"""The words the whole package speaks: candidate, step, what became of an escalation. Plain data, no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Literal, Protocol
+
+from .errors import ConfigError
+
+Picker = Literal["slm", "selector", "llm", "grammar"]
+"""Who chose a token. ``grammar``: it was the only legal one, so nobody had to."""
+
+Outcome = Literal["picked", "refused", "failed"]
+"""What became of an escalation: the LLM picked, the budget refused it, or the LLM gave no usable answer."""
+
+
+class Price(Protocol):
+    """What tokens of one model cost."""
+
+    def cost(self, *, input_tokens: int, cached_tokens: int = 0, output_tokens: int = 0) -> Decimal:
+        """USD for so many tokens; ``cached_tokens`` are those of the input that the server had already seen."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One of the K tokens of a step, with every score it was given (log-probabilities; None: not asked)."""
+
+    token_id: int
+    slm: float
+    selector: float | None = None
+    llm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What one escalation holds or costs: USD (None: unknown price) and LLM tokens (uncached prefix + 1)."""
+
+    usd: Decimal | None
+    llm_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EscalationReport:
+    """One escalation, asked or refused, as the step carries it.
+
+    Attributes:
+        outcome: picked, refused or failed.
+        reserved: held before the LLM was asked; None when the budget refused.
+        actual: settled afterwards; None when nothing was spent.
+        wait_s: seconds from the question to the answer.
+        reason: why it was refused or failed; empty when the LLM picked.
+    """
+
+    outcome: Outcome
+    reserved: Charge | None
+    actual: Charge | None
+    wait_s: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds spent in each verb of one step."""
+
+    propose: float = 0.0
+    grammar: float = 0.0
+    select: float = 0.0
+    escalate: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One emitted token and how it came about.
+
+    Attributes:
+        index: position in the completion, from 0.
+        prefix_tokens: tokens before it, prompt included.
+        token_id: the token that was chosen.
+        wanted_id: the token that the SLM alone would have chosen.
+        picked_by: who chose it.
+        triggered: the trigger called this step critical.
+        entropy: of the SLM's (grammar-masked) next-token distribution, in nats; None for forced tokens.
+        candidates: the K candidates, best SLM first; empty where nobody looked twice.
+        escalation: set when the selection was to go up to the LLM.
+        timings: seconds by verb.
+    """
+
+    index: int
+    prefix_tokens: int
+    token_id: int
+    wanted_id: int
+    picked_by: Picker
+    triggered: bool = False
+    entropy: float | None = None
+    candidates: tuple[Candidate, ...] = ()
+    escalation: EscalationReport | None = None
+    timings: Timings = field(default_factory=Timings)
+
+    @property
+    def flipped(self) -> bool:
+        """The token is another than the SLM wanted."""
+        return self.token_id != self.wanted_id
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: nucleus mass, in (0, 1]; used when temperature is above 0.
+        seed: of the draw; None takes a fresh one.
+        max_tokens: upper limit of the completion, in tokens.
+        banned_first: token ids that can not be the first (an empty answer helps nobody).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    max_tokens: int = 512
+    banned_first: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what no draw can follow (ConfigError)."""
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(
+                f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; it must lie in (0, 1].")
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens is {self.max_tokens}; at least 1 token is needed for an answer.")
