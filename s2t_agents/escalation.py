@@ -72,18 +72,14 @@ class EscalationDesk:
     def __enter__(self) -> EscalationDesk:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._session.close()
 
     def wants(self, margin: float) -> bool:
         """Whether a selection this sure goes up."""
         return margin < self.margin
 
-    def ask(
-        self, ids: Sequence[int], candidates: Sequence[int]
-    ) -> tuple[list[float] | None, EscalationReport]:
+    def ask(self, ids: Sequence[int], candidates: Sequence[int]) -> tuple[list[float] | None, EscalationReport]:
         """Put the question, if the budget holds it.
 
         Args:
@@ -122,11 +118,7 @@ class EscalationDesk:
         return Charge(usd=usd, llm_tokens=uncached + 1)
 
     def _refusal(self, error: BudgetError | UnpricedModel, started: float) -> EscalationReport:
-        if (
-            isinstance(error, BudgetExceeded)
-            and self._budget is not None
-            and self._budget.on_exhausted != "degrade"
-        ):
+        if isinstance(error, BudgetExceeded) and self._budget is not None and self._budget.on_exhausted != "degrade":
             raise error
         return EscalationReport("refused", None, None, time.perf_counter() - started, str(error))
 

@@ -25,17 +25,13 @@ class Proposal:
         candidates: ``[K]`` token ids, best first.
     """
 
-    def __init__(
-        self, prefix: Prefix, k: int, *, allowed: Tensor | None = None, banned: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, prefix: Prefix, k: int, *, allowed: Tensor | None = None, banned: Sequence[int] = ()) -> None:
         self.prefix = prefix
         self.logits = prefix.logits
         if allowed is not None:
             self.logits = self.logits.masked_fill(~allowed, -torch.inf)
         if banned:
-            self.logits = self.logits.index_fill(
-                0, torch.tensor(banned, device=self.logits.device), -torch.inf
-            )
+            self.logits = self.logits.index_fill(0, torch.tensor(banned, device=self.logits.device), -torch.inf)
         self._k = k
 
     @cached_property

@@ -127,9 +127,7 @@ class Sampling:
     def __post_init__(self) -> None:
         """Refuse what no draw can follow (ConfigError)."""
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(
-                f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number."
-            )
+            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it must lie in (0, 1].")
         if self.max_tokens < 1:

@@ -225,9 +225,7 @@ class Draw:
         probs = (logits.cpu() / self.sampling.temperature).softmax(0)
         if self.sampling.top_p < 1:
             ordered, order = probs.sort(descending=True)
-            beyond = (
-                ordered.cumsum(0) - ordered >= self.sampling.top_p
-            )  # keeps the token that crosses the mass
+            beyond = ordered.cumsum(0) - ordered >= self.sampling.top_p  # keeps the token that crosses the mass
             probs = torch.zeros_like(probs).scatter(0, order, ordered.masked_fill(beyond, 0.0))
         return int(torch.multinomial(probs, 1, generator=self._generator))
 

@@ -27,9 +27,7 @@ class OverlayLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self.base = base
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, heads, P + K, d]``: the base's, then the new ones."""
         if not self.base.is_initialized:  # an empty prefix
             return key_states, value_states
@@ -101,7 +99,5 @@ def row_mask(config: Any, positions: Tensor, prefix: int, dtype: torch.dtype) ->
 def cloned_rows(base: Cache, rows: int) -> Cache:
     """``rows`` independent copies of a cache, for models on which the overlay is not exact."""
     clone = copy.deepcopy(base)
-    clone.reorder_cache(
-        torch.zeros(rows, dtype=torch.long)
-    )  # row 0, so many times; linear layers know this too
+    clone.reorder_cache(torch.zeros(rows, dtype=torch.long))  # row 0, so many times; linear layers know this too
     return clone

@@ -16,9 +16,7 @@ KINDS = {"activated": ActivatedSelector, "head": HeadSelector}
 """Trainable selectors by the ``kind`` in their config. To add one: a class with scores, save and load."""
 
 
-def load_selector(
-    path: str | Path, base: LanguageModel
-) -> tuple[ActivatedSelector | HeadSelector, SelectorConfig]:
+def load_selector(path: str | Path, base: LanguageModel) -> tuple[ActivatedSelector | HeadSelector, SelectorConfig]:
     """The selector in a directory and its config.
 
     Raises:
