@@ -8,6 +8,7 @@ S2TError
 │   ├── TokenizerMismatch             SLM and LLM do not share one vocabulary
 │   ├── UnpricedModel                 a dollar limit over an LLM whose price nobody knows
 │   ├── BadLimit                      a negative, NaN, infinite or absurd limit
+│   ├── BadStore                      a budget file that is corrupt, foreign or of another version; left untouched
 │   └── BadSchema                     a tool or output schema that no grammar can express
 ├── InputError (ValueError)           messages that can not be rendered
 │   └── ContextOverflow               the prompt does not fit the context window
@@ -23,6 +24,8 @@ whether the same call may work later.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from langchain_core.exceptions import ContextOverflowError
 
@@ -40,6 +43,16 @@ class S2TError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(f"{message} {hint}".strip())
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles and copies whole: Exception's own way would call ``__init__`` without the keywords."""
+        return _revived, (type(self), self.args, self.__dict__)
+
+
+def _revived(kind: type[S2TError], args: tuple[Any, ...], fields: dict[str, Any]) -> S2TError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 class ConfigError(S2TError, ValueError):
@@ -70,6 +83,10 @@ class BadLimit(ConfigError):
     """A limit that is negative, NaN, infinite or absurdly precise."""
 
 
+class BadStore(ConfigError):
+    """A budget file that is corrupt, not a budget file, or written by another version. It was not changed."""
+
+
 class BadSchema(ConfigError):
     """A JSON schema that the grammar can not express."""
 
@@ -96,7 +113,7 @@ class BudgetExceeded(BudgetError):
         spent: settled so far, in the unit.
         held: reserved by others at this moment, in the unit.
         wanted: what this reservation asked for, in the unit.
-        budget: the name of the budget in the chain that refused.
+        budget: the path of the budget in the chain that refused, as ``fleet/run``.
         hint: the way out.
     """
 

@@ -1,1 +1,35 @@
-"""Placeholder."""
+"""Budgets that hold: reserve before, settle after; held + settled never passes a limit.
+
+Flow: ``Budget.reserve`` -> ``BudgetStore.reserve`` (one atomic step over the chain) -> ``Hold`` ->
+``Hold.settle`` / ``release`` -> ``BudgetStore``. Stores: memory, SQLite (processes), Redis (machines).
+"""
+
+from s2t_agents.budget.amount import Amount
+from s2t_agents.budget.budget import Budget
+from s2t_agents.budget.clock import Clock, SystemClock
+from s2t_agents.budget.hold import Hold
+from s2t_agents.budget.memory_store import MemoryStore
+from s2t_agents.budget.prices import DevicePrice, TokenPrice, known_price
+from s2t_agents.budget.state import BudgetState
+from s2t_agents.budget.store import BudgetStore
+from s2t_agents.budget.terms import OnExhausted
+from s2t_agents.budget.window import PER_DAY, PER_HOUR, PER_WEEK, Window
+
+__all__ = [
+    "PER_DAY",
+    "PER_HOUR",
+    "PER_WEEK",
+    "Amount",
+    "Budget",
+    "BudgetState",
+    "BudgetStore",
+    "Clock",
+    "DevicePrice",
+    "Hold",
+    "MemoryStore",
+    "OnExhausted",
+    "SystemClock",
+    "TokenPrice",
+    "Window",
+    "known_price",
+]

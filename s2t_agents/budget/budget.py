@@ -1,0 +1,329 @@
+"""A budget: limits, a place in a tree, and reservations that hold on the whole chain or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import secrets
+from decimal import Decimal
+from typing import Any, Self, Unpack
+
+from s2t_agents.budget import money
+from s2t_agents.budget.amount import UNITS, Amount, shown
+from s2t_agents.budget.clock import Clock
+from s2t_agents.budget.hold import Hold
+from s2t_agents.budget.memory_store import MemoryStore
+from s2t_agents.budget.owed import Owed
+from s2t_agents.budget.state import BudgetState, Number, state_of
+from s2t_agents.budget.store import BudgetStore, Link, Refusal, Terms
+from s2t_agents.budget.terms import LimitsGiven, OnExhausted, micros_of, terms_of
+from s2t_agents.budget.window import Window
+from s2t_agents.errors import BadLimit, BudgetExceeded, ConfigError, StoreUnavailable, UnpricedModel
+
+_hold_numbers = itertools.count()
+_process_key = secrets.token_hex(8)
+
+
+def _new_process_key() -> None:
+    global _process_key
+    _process_key = secrets.token_hex(8)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_process_key)
+
+
+class Budget:
+    """A promise about spending that holds across threads, tasks and, with a shared store, processes.
+
+    ::
+
+        run = Budget(usd="0.05", escalations=20, seconds=30)
+        agent = run.child("researcher", escalations=5)
+        with agent.reserve(Amount(usd=Decimal("0.001"), escalations=1)) as hold:
+            ...
+            hold.settle(actual)
+
+    Reserving and settling are synchronous and quick (memory: microseconds; SQLite: a fraction of a
+    millisecond; Redis: one round trip), so async code calls them directly: nothing is awaited in between,
+    and a cancelled task can not tear one.
+
+    Limits are ``usd`` (US dollars; Decimal, or a number or string that prints as one), ``escalations``,
+    ``llm_tokens`` and ``seconds`` (a deadline that runs from when the budget is first made; reservations
+    after it are refused). Leaving one out, or None, is no limit; 0 means nothing may be spent.
+
+    Args:
+        on_exhausted: what a caller does when this budget refuses: ``"degrade"`` answers locally, ``"raise"``
+            lets BudgetExceeded out, ``"ask"`` interrupts a LangGraph run for more (see :meth:`extend`).
+        reserve_for_final: kept back from everybody but :meth:`final`, so that a last answer is still paid for.
+        window: spending starts afresh with every window, as ``PER_DAY``.
+        name: the meter's name; in a shared store, budgets of one name are one budget.
+        store: where the meter lives; by default this process's memory.
+        clock: the time, for the default store; tests hand in their own.
+
+    Raises:
+        BadLimit: a limit that can not be meant, or other limits than the meter in the store already has.
+        StoreUnavailable: the store can not be reached.
+    """
+
+    def __init__(
+        self,
+        *,
+        usd: money.Dollars | None = None,
+        escalations: int | None = None,
+        llm_tokens: int | None = None,
+        seconds: float | None = None,
+        on_exhausted: OnExhausted = "degrade",
+        reserve_for_final: Amount | None = None,
+        window: Window | None = None,
+        name: str = "run",
+        store: BudgetStore | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        if store is not None and clock is not None:
+            raise ConfigError("Both store and clock were given, and a store has its own clock.", hint="Drop one.")
+        terms = terms_of(
+            {
+                "usd": usd,
+                "escalations": escalations,
+                "llm_tokens": llm_tokens,
+                "seconds": seconds,
+                "reserve_for_final": reserve_for_final,
+                "window": window,
+            }
+        )
+        self._join(None, name, terms, on_exhausted, store or MemoryStore(clock), Owed(), final=False)
+
+    def _join(
+        self,
+        parent: Budget | None,
+        name: str,
+        terms: Terms | None,
+        on_exhausted: OnExhausted,
+        store: BudgetStore,
+        owed: Owed,
+        *,
+        final: bool,
+    ) -> Self:
+        if not isinstance(name, str) or not name or "/" in name or "\0" in name or len(name) > 200:
+            raise ConfigError(
+                f"Budget name {name!r} must be 1 to 200 characters without '/'.", hint="Name it after its agent."
+            )
+        if on_exhausted not in ("degrade", "raise", "ask"):
+            raise ConfigError(f"on_exhausted={on_exhausted!r}.", hint='Use "degrade", "raise" or "ask".')
+        self.name, self.parent, self.on_exhausted = name, parent, on_exhausted
+        self.path: str = f"{parent.path}/{name}" if parent else name
+        self._store, self._owed, self._final = store, owed, final
+        self._terms = _agreed(store, self.path, terms)
+        link = Link(self.path, final)
+        self._chain: tuple[Link, ...] = (*parent._chain, link) if parent else (link,)
+        self._priced: bool = self._terms.limits[0] is not None or (parent is not None and parent._priced)
+        return self
+
+    def child(self, name: str, *, on_exhausted: OnExhausted | None = None, **limits: Unpack[LimitsGiven]) -> Budget:
+        """A budget under this one: what it reserves is reserved here too.
+
+        The same name under the same parent is the same meter. Leaving all limits out takes it as it is.
+
+        Args:
+            name: unique among its siblings.
+            on_exhausted: as this budget's, unless given.
+            **limits: as for :class:`Budget`; None or left out is no limit of its own.
+
+        Raises:
+            BadLimit: a limit that can not be meant, or other limits than this child already has.
+        """
+        terms = terms_of(limits) if any(value is not None for value in limits.values()) else None
+        return Budget.__new__(Budget)._join(
+            self, name, terms, on_exhausted or self.on_exhausted, self._store, self._owed, final=False
+        )
+
+    def final(self) -> Budget:
+        """This same meter, for the last answer: its finalization reserve may be used (its parents' may not)."""
+        return Budget.__new__(Budget)._join(
+            self.parent, self.name, None, self.on_exhausted, self._store, self._owed, final=True
+        )
+
+    @property
+    def chain(self) -> tuple[Budget, ...]:
+        """The budgets a reservation here must satisfy: the root first, this one last."""
+        return (*self.parent.chain, self) if self.parent else (self,)
+
+    @property
+    def in_dollars(self) -> bool:
+        """Whether this budget or one above it limits dollars, so that an unknown price is refused."""
+        return self._priced
+
+    def reserve(self, amount: Amount, *, ttl_s: float = 60.0) -> Hold:
+        """Set the amount aside, here and in every parent, or nowhere.
+
+        Args:
+            amount: the most the call can cost.
+            ttl_s: seconds after which the hold lapses, should its owner die. Choose it longer than the call.
+
+        Raises:
+            BudgetExceeded: it does not fit; says which unit of which budget.
+            UnpricedModel: ``amount.usd`` is None under a dollar limit.
+            StoreUnavailable: the store can not be reached, so nothing may be spent.
+        """
+        if self._priced and amount.usd is None:
+            raise UnpricedModel(
+                f"Budget {self.path!r} is limited in dollars, and the price of {amount} is unknown.",
+                hint="Give the model a TokenPrice, or DevicePrice(0) if it costs nothing.",
+            )
+        if self._owed:
+            self._owed.pay(self._store)
+        ttl_us = 60_000_000 if ttl_s == 60.0 else _ttl(ttl_s)
+        want = amount.units()
+        hold_id = f"{_process_key}-{next(_hold_numbers)}"
+        try:
+            refused = self._store.reserve(self._chain, hold_id, want, ttl_us)
+            if refused is None:
+                return Hold(self._store, self._owed, self.path, hold_id, amount, want)
+        except BaseException:  # also Ctrl-C after the store said yes: nobody would ever settle it
+            with contextlib.suppress(StoreUnavailable):
+                self._store.release(hold_id)
+            raise
+        raise _exceeded(refused)
+
+    def extend(
+        self,
+        *,
+        usd: money.Dollars | None = None,
+        escalations: int | None = None,
+        llm_tokens: int | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """Raise limits while running: ``extend(escalations=3)`` allows three more. Parents stay as they are.
+
+        More seconds count from now if the deadline has passed, otherwise from the deadline.
+
+        Raises:
+            BadLimit: as for :class:`Budget`, or a unit that has no limit here.
+        """
+        more = terms_of({"usd": usd, "escalations": escalations, "llm_tokens": llm_tokens})
+        micros = 0 if seconds is None else micros_of(seconds, "seconds")
+        asked = [
+            *(unit for unit, new in zip(UNITS, more.limits, strict=True) if new is not None),
+            *(["seconds"] if seconds is not None else []),
+        ]
+        has = {unit for unit, old in zip(UNITS, self._terms.limits, strict=True) if old is not None}
+        if self._terms.micros is not None:
+            has.add("seconds")
+        for unit in asked:
+            if unit not in has:
+                raise BadLimit(
+                    f"Budget {self.path!r} has no limit in {unit} to extend.", hint="Extend the one that refused."
+                )
+        self._store.extend(self.path, (more.limits[0] or 0, more.limits[1] or 0, more.limits[2] or 0), micros)
+
+    def seconds_left(self) -> float | None:
+        """Seconds to the nearest deadline in the chain, never below 0; None without one."""
+        timed = (link for link in self.chain if link._terms.micros is not None)
+        left = [self._store.read(budget.path).micros_left for budget in timed]
+        return min((micros / 1e6 for micros in left if micros is not None), default=None)
+
+    def state(self) -> BudgetState:
+        """This budget now: limits, held, spent, left. Parents may have less left: see :meth:`available`."""
+        return state_of(self.path, self._store.read(self.path))
+
+    def available(self) -> dict[str, Number]:
+        """What a reservation here could still get: the least left in the chain, finalization reserves kept back."""
+        least: dict[str, Number] = {}
+        for budget in self.chain:
+            state = budget.state()
+            for unit, left in state.left.items():
+                kept = 0 if budget._final else state.kept.get(unit, 0)
+                free = _less(left, kept)
+                least[unit] = min(least[unit], free, key=float) if unit in least else free
+        return least
+
+    def __copy__(self) -> Budget:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Budget:
+        """The same meter: a copied agent state must not double the money."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not self._store.shared:
+            raise TypeError(
+                f"Budget {self.path!r} lives in this process's memory and can not be pickled. "
+                "Give it a SQLiteStore or RedisStore, which processes can share."
+            )
+        return _reopen, (self.parent, self.name, self._terms, self.on_exhausted, self._store, self._final)
+
+    def __repr__(self) -> str:
+        return f"<Budget {self.path!r}{' (final)' if self._final else ''} on_exhausted={self.on_exhausted!r}>"
+
+
+def _less(left: Number, kept: Number) -> Number:
+    if isinstance(left, Decimal) or isinstance(kept, Decimal):
+        return max(money.subtract(Decimal(left), Decimal(kept)), Decimal(0))
+    return max(left - kept, 0)
+
+
+def _reopen(
+    parent: Budget | None, name: str, terms: Terms, on_exhausted: OnExhausted, store: BudgetStore, final: bool
+) -> Budget:
+    owed = parent._owed if parent else Owed()
+    store = parent._store if parent else store
+    return Budget.__new__(Budget)._join(parent, name, terms, on_exhausted, store, owed, final=final)
+
+
+def _agreed(store: BudgetStore, path: str, terms: Terms | None) -> Terms:
+    """Open the meter; whoever opens it again must mean the same."""
+    if terms is None:
+        return store.known(path) or store.open(path, Terms())
+    found = store.open(path, terms)
+    if found != terms:
+        raise BadLimit(
+            f"Budget {path!r} exists with other limits: {_told(found)}, not {_told(terms)}.",
+            hint="Raise them with Budget.extend(), or take another name.",
+        )
+    return found
+
+
+def _told(terms: Terms) -> str:
+    parts = [
+        f"{unit}={shown(unit, value)}" for unit, value in zip(UNITS, terms.limits, strict=True) if value is not None
+    ]
+    if terms.micros is not None:
+        parts.append(f"seconds={terms.micros / 1e6:g}")
+    if any(terms.keep):
+        parts.append(f"reserve_for_final={[shown(u, k) for u, k in zip(UNITS, terms.keep, strict=True)]}")
+    if terms.window:
+        parts.append(str(terms.window))
+    return ", ".join(parts) or "none"
+
+
+def _ttl(ttl_s: float) -> int:
+    ttl_us = micros_of(ttl_s, "ttl_s")
+    if ttl_us == 0:
+        raise BadLimit(f"ttl_s={ttl_s!r} would lapse at once.", hint="Give more seconds than the call takes.")
+    return ttl_us
+
+
+def _exceeded(refused: Refusal) -> BudgetExceeded:
+    unit = refused.unit
+    limit, spent, held, wanted, kept = (
+        value / 1e6 if unit == "seconds" else shown(unit, value) for value in refused[2:]
+    )
+    if unit == "seconds":
+        message = f"Budget {refused.path!r}: its {limit:g} seconds are over ({spent:.1f} s have passed)."
+    else:
+        back = f", kept for a last answer {kept}" if kept else ""
+        message = (
+            f"Budget {refused.path!r} can not hold {wanted} {unit}: limit {limit}, spent {spent}, held {held}{back}."
+        )
+    return BudgetExceeded(
+        message,
+        unit=unit,
+        limit=limit,
+        spent=spent,
+        held=held,
+        wanted=wanted,
+        budget=refused.path,
+        hint=f'Allow more with extend({unit}=...), or answer locally (on_exhausted="degrade").',
+    )

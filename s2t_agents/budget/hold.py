@@ -1,0 +1,112 @@
+"""One reservation, until it is settled, released or lapses."""
+
+from __future__ import annotations
+
+import contextlib
+from types import TracebackType
+from typing import Self
+
+from s2t_agents.budget.amount import Amount, Units
+from s2t_agents.budget.owed import Owed
+from s2t_agents.budget.store import BudgetStore, Closing
+from s2t_agents.errors import HoldClosed, StoreUnavailable
+
+
+class Hold:
+    """Money set aside for one call. As a context manager it is released if nobody settled it.
+
+    ::
+
+        with budget.reserve(Amount(usd=Decimal("0.002"), escalations=1)) as hold:
+            pick = ask_the_llm()
+            hold.settle(Amount(usd=price.cost(input_tokens=900, output_tokens=1), escalations=1))
+
+    A cost that was handed to :meth:`settle` is never forgotten: if settling is interrupted, leaving the block
+    finishes it; if the store is down, it is booked before the next reservation through this budget.
+    """
+
+    __slots__ = ("_closed", "_owed", "_store", "_units", "actual", "id", "path", "reserved")
+
+    def __init__(self, store: BudgetStore, owed: Owed, path: str, hold_id: str, reserved: Amount, units: Units):
+        self._store, self._owed, self._units = store, owed, units
+        self._closed = ""
+        self.id, self.path, self.reserved = hold_id, path, reserved
+        self.actual: Amount | None = None
+
+    def settle(self, actual: Amount) -> None:
+        """Book what was really used and give the rest back.
+
+        More than was reserved is booked in full, counted as overrun on the whole chain. A cost of unknown
+        price (``usd=None``) is booked at the reserved price.
+
+        Args:
+            actual: the real cost.
+
+        Raises:
+            HoldClosed: settled or released before; or lapsed, and then the cost *was* booked, as overrun.
+            StoreUnavailable: not booked yet; it will be before the next reservation through this budget.
+        """
+        self._check_open("settle")
+        again, self.actual = self.actual is not None, actual
+        spent = actual.units()
+        if spent[3] and not self._units[3]:
+            spent = (self._units[0], spent[1], spent[2], 0)
+        try:
+            closing = self._store.settle(self.id, spent)
+        except StoreUnavailable:
+            self._owed.add(self.id, spent)
+            self._closed = "settled"
+            raise
+        self._closed = "settled"
+        if closing is Closing.LATE:
+            raise HoldClosed(
+                f"The hold on budget {self.path!r} had lapsed before it was settled; its cost was booked as overrun.",
+                hint="Give reserve() a longer ttl_s.",
+            )
+        if closing is Closing.GONE and not again:  # again: the interrupted first try had got through
+            raise self._gone("settle")
+
+    def release(self) -> None:
+        """Give the whole reservation back: the call did not happen.
+
+        Raises:
+            HoldClosed: settled, released or lapsed before.
+            StoreUnavailable: the hold lapses by itself after its ``ttl_s``.
+        """
+        self._check_open("release")
+        self._closed = "released"
+        if self._store.release(self.id) is not Closing.DONE:
+            self._closed = "lapsed"
+            raise self._gone("release")
+
+    @property
+    def open(self) -> bool:
+        """Whether it was neither settled nor released through this object."""
+        return not self._closed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._closed:
+            return
+        with contextlib.suppress(HoldClosed, StoreUnavailable):  # lapsed, or will; a cost is booked or owed
+            if self.actual is not None:  # interrupted in the middle of settle: the money is gone, so book it
+                self.settle(self.actual)
+            else:
+                self.release()
+
+    def __repr__(self) -> str:
+        return f"<Hold {self.reserved} on {self.path!r}: {self._closed or 'open'}>"
+
+    def _check_open(self, verb: str) -> None:
+        if self._closed:
+            raise self._gone(verb)
+
+    def _gone(self, verb: str) -> HoldClosed:
+        return HoldClosed(
+            f"Can not {verb} the hold on budget {self.path!r}: it was {self._closed or 'closed'} before.",
+            hint="Settle or release a hold once; used as a context manager it releases itself.",
+        )

@@ -1,0 +1,176 @@
+"""Meters in this process's memory, under one lock: the default, and the fastest."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import NamedTuple
+
+from s2t_agents.budget import meter as arithmetic
+from s2t_agents.budget.amount import Units
+from s2t_agents.budget.clock import Clock, SystemClock
+from s2t_agents.budget.meter import Meter
+from s2t_agents.budget.store import Chain, Closing, Reading, Refusal, Terms
+from s2t_agents.errors import StoreUnavailable
+
+TOMBSTONES = 100_000
+"""Expired holds remembered, so that settling one late is still booked."""
+
+
+class _Held(NamedTuple):
+    chain: Chain
+    want: Units
+    expires_us: int
+    expired: bool
+
+
+_Change = tuple[dict[str, Meter], str, _Held | None]
+
+
+class MemoryStore:
+    """Meters of one process. A forked child is refused: two copies of a budget would be two budgets.
+
+    An operation that is interrupted at any line (Ctrl-C, a killed task) has either not happened or happens
+    in full: the change is written down first and carried out by whoever comes next.
+
+    Args:
+        clock: the time; tests hand in their own.
+    """
+
+    shared = False
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock or SystemClock()
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._meters: dict[str, Meter] = {}
+        self._holds: dict[str, _Held] = {}
+        self._expired: list[str] = []
+        self._next_expiry_us = 2**63
+        self._journal: _Change | None = None
+
+    def open(self, path: str, terms: Terms) -> Terms:
+        """Make the meter unless it is there; the terms it has."""
+        self._same_process()
+        with self._lock:
+            self._replay()
+            if path not in self._meters:
+                self._meters[path] = arithmetic.opened(terms, self._now_us(), self._clock.wall())
+            return self._meters[path].terms
+
+    def known(self, path: str) -> Terms | None:
+        """The terms of a meter, if there is one."""
+        found = self._meters.get(path)
+        return found.terms if found else None
+
+    def reserve(self, chain: Chain, hold: str, want: Units, ttl_us: int) -> Refusal | None:
+        """Hold on the whole chain, or say why not."""
+        self._same_process()
+        with self._lock:
+            now_us = self._tidy()
+            changed: dict[str, Meter] = {}
+            for path, final in chain:
+                meter = self._current(path)
+                refused = arithmetic.refusal(meter, path, want, final, now_us)
+                if refused is not None:
+                    return refused
+                changed[path] = arithmetic.holding(meter, want)
+            expires_us = now_us + ttl_us
+            self._next_expiry_us = min(self._next_expiry_us, expires_us)
+            self._commit(changed, hold, _Held(chain, want, expires_us, False))
+        return None
+
+    def settle(self, hold: str, actual: Units) -> Closing:
+        """Replace the hold by what was used."""
+        return self._end(hold, actual)
+
+    def release(self, hold: str) -> Closing:
+        """Give the hold back."""
+        return self._end(hold, None)
+
+    def extend(self, path: str, more: tuple[int, int, int], micros: int) -> None:
+        """Raise the limits."""
+        self._same_process()
+        with self._lock:
+            now_us = self._tidy()
+            self._meters[path] = arithmetic.extended(self._current(path), more, micros, now_us)
+
+    def read(self, path: str) -> Reading:
+        """The meter now."""
+        self._same_process()
+        with self._lock:
+            now_us = self._tidy()
+            holds = sum(
+                1 for held in self._holds.values() if not held.expired and any(link.path == path for link in held.chain)
+            )
+            return arithmetic.reading(self._current(path), now_us, holds)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def _end(self, hold: str, actual: Units | None) -> Closing:
+        self._same_process()
+        with self._lock:
+            if self._journal is not None or self._now_us() >= self._next_expiry_us:
+                self._tidy()
+            held = self._holds.get(hold)
+            if held is None:
+                return Closing.GONE
+            changed: dict[str, Meter] = {}
+            for path, _ in held.chain:
+                meter = self._current(path)
+                if held.expired:  # its reservation was given back when it expired: all of it is overrun
+                    changed[path] = arithmetic.booked(meter, actual) if actual else meter
+                elif actual is None:
+                    changed[path] = arithmetic.given_back(meter, held.want)
+                else:
+                    changed[path] = arithmetic.settled(meter, held.want, actual)
+            self._commit(changed, hold, None)
+            return Closing.LATE if held.expired else Closing.DONE
+
+    def _same_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise StoreUnavailable(
+                "This budget is kept in the memory of another process; a copy here would spend its money twice.",
+                hint="Give the budget a SQLiteStore or RedisStore, which processes can share.",
+            )
+
+    def _now_us(self) -> int:
+        return int(self._clock.monotonic() * 1e6)
+
+    def _current(self, path: str) -> Meter:
+        meter = self._meters[path]
+        return meter if meter.terms.window is None else arithmetic.rolled(meter, self._clock.wall())
+
+    def _tidy(self) -> int:
+        """Finish an interrupted change, give lapsed holds back; the time now."""
+        self._replay()
+        now_us = self._now_us()
+        if now_us < self._next_expiry_us:
+            return now_us
+        for hold, held in [item for item in self._holds.items() if not item[1].expired]:
+            if held.expires_us <= now_us:
+                back = {path: arithmetic.given_back(self._current(path), held.want) for path, _ in held.chain}
+                self._commit(back, hold, held._replace(expired=True))
+                self._expired.append(hold)
+        while len(self._expired) > TOMBSTONES:
+            self._holds.pop(self._expired.pop(0), None)
+        waiting = (held.expires_us for held in self._holds.values() if not held.expired)
+        self._next_expiry_us = min(waiting, default=2**63)
+        return now_us
+
+    def _commit(self, meters: dict[str, Meter], hold: str, held: _Held | None) -> None:
+        self._journal = (meters, hold, held)
+        self._replay()
+
+    def _replay(self) -> None:
+        """Carry out what is written down. Doing it twice changes nothing: the values are absolute."""
+        if self._journal is None:
+            return
+        meters, hold, held = self._journal
+        self._meters.update(meters)
+        if held is None:
+            self._holds.pop(hold, None)
+        else:
+            self._holds[hold] = held
+        self._journal = None

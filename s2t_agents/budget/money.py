@@ -1,0 +1,117 @@
+"""Dollars inside are whole pico-dollars (1e-12 USD): integers add exactly, in any order, on every store.
+
+A price per million tokens with six decimals is a whole number of pico-dollars per token, so nothing is lost
+for any price list known today. 64-bit stores hold 9.2 million dollars of them.
+"""
+
+from __future__ import annotations
+
+import decimal
+from decimal import Decimal
+
+from s2t_agents.errors import BadLimit
+
+DECIMALS = 12
+MAX_USD = Decimal(1_000_000)
+MAX_COUNT = 10**15
+
+_EXACT = decimal.Context(prec=60, rounding=decimal.ROUND_HALF_EVEN)  # never the caller's thread-wide context
+_ONE_PICO = Decimal(1).scaleb(-DECIMALS)
+
+Dollars = float | str | int | Decimal
+
+
+def dollars(value: Dollars, what: str) -> Decimal:
+    """Read a dollar figure given by a person; a float means what it prints as.
+
+    Args:
+        value: USD, as Decimal, int, float or a plain number in a string.
+        what: the name of the setting, for the error.
+
+    Raises:
+        BadLimit: not a number of dollars, negative, NaN or infinite.
+    """
+    if isinstance(value, bool) or not isinstance(value, float | str | int | Decimal):
+        raise BadLimit(f"{what}={value!r} is not an amount of dollars.", hint="Give a number, such as 0.05.")
+    try:
+        amount = value if isinstance(value, Decimal) else Decimal(str(value).strip())
+    except decimal.InvalidOperation:
+        raise BadLimit(
+            f"{what}={value!r} is not a number of dollars.",
+            hint="Only US dollars are counted: give a plain number such as 0.05, without a currency.",
+        ) from None
+    if not amount.is_finite():
+        raise BadLimit(f"{what}={value!r} must be finite.", hint="Leave it out (None) for no limit.")
+    if amount < 0:
+        raise BadLimit(f"{what}={value!r} is below 0.", hint="Give 0 or more; 0 means nothing may be spent.")
+    return amount
+
+
+def limit_pico(value: Dollars, what: str) -> int:
+    """A dollar limit as whole pico-dollars.
+
+    Raises:
+        BadLimit: as in :func:`dollars`, or finer than a pico-dollar, or above a million dollars.
+    """
+    amount = dollars(value, what)
+    if amount > MAX_USD:
+        raise BadLimit(f"{what}={value!r} is above {MAX_USD:,} USD.", hint="Leave it out (None) for no limit.")
+    whole = pico(amount)
+    if usd(whole) != amount:
+        raise BadLimit(
+            f"{what}={value!r} is finer than the {_ONE_PICO} USD that are counted.",
+            hint=f"Round it: {round_usd(amount)} would do.",
+        )
+    return whole
+
+
+def pico(amount: Decimal) -> int:
+    """Whole pico-dollars, rounded up: a fraction is never given away."""
+    return int(_EXACT.scaleb(amount, DECIMALS).to_integral_value(decimal.ROUND_CEILING, _EXACT))
+
+
+def usd(whole: int) -> Decimal:
+    """Dollars from pico-dollars, without trailing zeros and never as ``1E+1``."""
+    amount = _EXACT.scaleb(Decimal(whole), -DECIMALS).normalize(_EXACT)
+    exponent = amount.as_tuple().exponent
+    return amount.quantize(Decimal(1), context=_EXACT) if isinstance(exponent, int) and exponent > 0 else amount
+
+
+def add(a: Decimal, b: Decimal) -> Decimal:
+    """Exact sum, whatever precision the caller's decimal context has."""
+    return _EXACT.add(a, b)
+
+
+def subtract(a: Decimal, b: Decimal) -> Decimal:
+    """Exact difference, whatever precision the caller's decimal context has."""
+    return _EXACT.subtract(a, b)
+
+
+def multiply(a: Decimal, b: Decimal | int) -> Decimal:
+    """Exact product, whatever precision the caller's decimal context has."""
+    return _EXACT.multiply(a, Decimal(b))
+
+
+def divide(a: Decimal, b: Decimal | int) -> Decimal:
+    """Quotient to 60 digits; round it with :func:`round_usd` before it is booked."""
+    return _EXACT.divide(a, Decimal(b))
+
+
+def round_usd(amount: Decimal) -> Decimal:
+    """To the nearest pico-dollar, without trailing zeros."""
+    return usd(int(_EXACT.scaleb(amount, DECIMALS).to_integral_value(decimal.ROUND_HALF_EVEN, _EXACT)))
+
+
+def count(value: int, what: str) -> int:
+    """Read a whole number of escalations or tokens.
+
+    Raises:
+        BadLimit: not a whole number, negative or above 10**15.
+    """
+    if type(value) is not int:
+        raise BadLimit(f"{what}={value!r} is not a whole number.", hint="Give an int, such as 3.")
+    if value < 0:
+        raise BadLimit(f"{what}={value!r} is below 0.", hint="Give 0 or more; 0 means nothing may be spent.")
+    if value > MAX_COUNT:
+        raise BadLimit(f"{what}={value!r} is above {MAX_COUNT:,}.", hint="Leave it out (None) for no limit.")
+    return value

@@ -1,0 +1,161 @@
+"""What a token and a device-second cost. The user's own figures first; then the genai-prices package."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from functools import cache
+
+from s2t_agents.budget import money
+from s2t_agents.errors import BadLimit
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrice:
+    """Prices of a hosted model, in USD per million tokens.
+
+    Args:
+        input_usd_per_mtok: tokens read that the provider has not cached.
+        output_usd_per_mtok: tokens written.
+        cached_input_usd_per_mtok: tokens read from the provider's cache; None charges them as uncached.
+        as_of: the day on which the price was valid, at the earliest; None when it was given without one.
+        source: where the price comes from.
+        long_prompts: (tokens, price) pairs, ascending: the price of a whole call whose prompt is longer than that.
+
+    Raises:
+        BadLimit: a price that is negative, NaN, infinite or in another currency.
+    """
+
+    input_usd_per_mtok: Decimal
+    output_usd_per_mtok: Decimal
+    cached_input_usd_per_mtok: Decimal | None = None
+    as_of: date | None = None
+    source: str = "given"
+    long_prompts: tuple[tuple[int, TokenPrice], ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("input_usd_per_mtok", "output_usd_per_mtok", "cached_input_usd_per_mtok"):
+            value = getattr(self, field)
+            if value is not None or field != "cached_input_usd_per_mtok":
+                object.__setattr__(self, field, money.dollars(value, field))
+
+    def cost(self, *, input_tokens: int, cached_tokens: int = 0, output_tokens: int = 0) -> Decimal:
+        """USD for one call, to the pico-dollar. One escalation is its prefix plus one token out.
+
+        Args:
+            input_tokens: the whole prompt, cached tokens included.
+            cached_tokens: how many of them the provider had cached.
+            output_tokens: tokens written.
+
+        Raises:
+            BadLimit: a negative count, or more cached tokens than tokens.
+        """
+        for name, value in (("input", input_tokens), ("cached", cached_tokens), ("output", output_tokens)):
+            money.count(value, f"{name}_tokens")
+        if cached_tokens > input_tokens:
+            raise BadLimit(
+                f"cached_tokens={cached_tokens} is above input_tokens={input_tokens}.",
+                hint="input_tokens counts the whole prompt, cached tokens included.",
+            )
+        price = self._for_prompt(input_tokens)
+        cached = price.cached_input_usd_per_mtok
+        total = money.multiply(price.input_usd_per_mtok, input_tokens - cached_tokens)
+        total = money.add(total, money.multiply(price.input_usd_per_mtok if cached is None else cached, cached_tokens))
+        total = money.add(total, money.multiply(price.output_usd_per_mtok, output_tokens))
+        return money.round_usd(money.divide(total, 1_000_000))
+
+    def _for_prompt(self, tokens: int) -> TokenPrice:
+        price = self
+        for above, dearer in self.long_prompts:
+            if tokens > above:
+                price = dearer
+        return price
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePrice:
+    """The price of local compute.
+
+    Args:
+        usd_per_hour: USD per device-hour: what the machine is rented for, or its power and wear. 0 is free.
+
+    Raises:
+        BadLimit: negative, NaN, infinite or in another currency.
+    """
+
+    usd_per_hour: Decimal
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "usd_per_hour", money.dollars(self.usd_per_hour, "usd_per_hour"))
+
+    def cost(self, seconds: float) -> Decimal:
+        """USD for so many measured device-seconds, to the nearest pico-dollar."""
+        spent = money.dollars(seconds, "seconds")
+        return money.round_usd(money.divide(money.multiply(self.usd_per_hour, spent), 3600))
+
+
+def known_price(model_name: str, provider: str | None = None) -> TokenPrice | None:
+    """Today's list price of a known API model, from genai-prices; None when it is not listed there.
+
+    Args:
+        model_name: as the API calls it, such as ``"gpt-4o-mini"``.
+        provider: such as ``"openai"``; found from the model's name when left out.
+    """
+    from genai_prices.data_snapshot import get_snapshot
+
+    snapshot = get_snapshot()
+    try:
+        _, model = snapshot.find_provider_model(model_name, None, provider, None)
+    except LookupError:
+        return None
+    prices = model.get_prices(datetime.now(UTC))
+    version = importlib.metadata.version("genai-prices")
+    as_of = snapshot.timestamp.date() if snapshot.from_auto_update else _list_date(version)
+    base = _tier(prices, None, as_of, f"genai-prices {version}")
+    if base is None:
+        return None
+    starts = sorted({tier.start for part in _PARTS for tier in getattr(getattr(prices, part, None), "tiers", ())})
+    tiers = ((start, _tier(prices, start, as_of, base.source)) for start in starts)
+    return TokenPrice(
+        base.input_usd_per_mtok,
+        base.output_usd_per_mtok,
+        base.cached_input_usd_per_mtok,
+        as_of,
+        base.source,
+        tuple((start, price) for start, price in tiers if price is not None),
+    )
+
+
+_PARTS = ("input_mtok", "output_mtok", "cache_read_mtok")
+
+
+def _tier(prices: object, start: int | None, as_of: date | None, source: str) -> TokenPrice | None:
+    """The price above ``start`` prompt tokens, or the base price; None if input or output has none."""
+    found: list[Decimal | None] = []
+    for part in _PARTS:
+        price = getattr(prices, part, None)
+        if price is not None and not isinstance(price, Decimal):
+            fitting = [tier.price for tier in price.tiers if start is not None and tier.start <= start]
+            price = fitting[-1] if fitting else price.base
+        found.append(price)
+    if found[0] is None or found[1] is None:
+        return None
+    return TokenPrice(found[0], found[1], found[2], as_of, source)
+
+
+@cache
+def _list_date(version: str) -> date | None:
+    """The newest dated price change in force in the bundled list: the list is at least that recent."""
+    from genai_prices.data_snapshot import get_snapshot
+
+    today = datetime.now(UTC).date()
+    starts = (
+        getattr(price.constraint, "start_date", None)
+        for provider in get_snapshot().providers
+        for model in provider.models
+        if isinstance(model.prices, list)
+        for price in model.prices
+    )
+    return max((start for start in starts if start is not None and start <= today), default=None)

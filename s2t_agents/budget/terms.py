@@ -1,0 +1,87 @@
+"""From the limits a person writes to the terms a store keeps."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypedDict
+
+from s2t_agents.budget import money
+from s2t_agents.budget.amount import UNITS, Amount
+from s2t_agents.budget.store import Limits, Terms
+from s2t_agents.budget.window import Window
+from s2t_agents.errors import BadLimit
+
+OnExhausted = Literal["degrade", "raise", "ask"]
+MAX_SECONDS = 10 * 365 * 86_400
+
+
+class LimitsGiven(TypedDict, total=False):
+    """The keyword limits of :class:`~s2t_agents.budget.Budget`; left out or None is no limit."""
+
+    usd: money.Dollars | None
+    escalations: int | None
+    llm_tokens: int | None
+    seconds: float | None
+    reserve_for_final: Amount | None
+    window: Window | None
+
+
+def terms_of(given: LimitsGiven) -> Terms:
+    """Check limits and put them in whole units.
+
+    Raises:
+        BadLimit: naming the value, what is wrong with it and the way out.
+    """
+    unknown = set(given) - set(LimitsGiven.__annotations__)
+    if unknown:
+        raise BadLimit(
+            f"{', '.join(sorted(unknown))}: no such limit.",
+            hint="Limits are usd, escalations, llm_tokens and seconds.",
+        )
+    usd, escalations, tokens = given.get("usd"), given.get("escalations"), given.get("llm_tokens")
+    seconds, window = given.get("seconds"), given.get("window")
+    limits: Limits = (
+        None if usd is None else money.limit_pico(usd, "usd"),
+        None if escalations is None else money.count(escalations, "escalations"),
+        None if tokens is None else money.count(tokens, "llm_tokens"),
+    )
+    if window is not None and not isinstance(window, Window):
+        raise BadLimit(f"window={window!r} is not a Window.", hint="Use PER_HOUR, PER_DAY or PER_WEEK.")
+    if window is not None and seconds is not None:
+        raise BadLimit(
+            f"seconds={seconds!r} is a deadline and can not start afresh with a window.",
+            hint="Put the deadline on a child budget.",
+        )
+    micros = None if seconds is None else micros_of(seconds, "seconds")
+    return Terms(limits, _kept(given.get("reserve_for_final"), limits), micros, window)
+
+
+def micros_of(seconds: float, what: str) -> int:
+    """Whole microseconds.
+
+    Raises:
+        BadLimit: not a number of seconds from 0 to ten years.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise BadLimit(f"{what}={seconds!r} is not a number of seconds.", hint="Give a number, such as 30.")
+    if not math.isfinite(seconds) or not 0 <= seconds <= MAX_SECONDS:
+        raise BadLimit(
+            f"{what}={seconds!r} must be from 0 to {MAX_SECONDS:,} (ten years).",
+            hint="Leave it out (None) for no limit.",
+        )
+    return round(seconds * 1e6)
+
+
+def _kept(reserve: Amount | None, limits: Limits) -> tuple[int, int, int]:
+    if reserve is None:
+        return (0, 0, 0)
+    if not isinstance(reserve, Amount):
+        raise BadLimit(f"reserve_for_final={reserve!r} is not an Amount.", hint="Give Amount(escalations=1), for one.")
+    kept = reserve.units()
+    for unit, limit, back in zip(UNITS, limits, kept, strict=False):
+        if back and (limit is None or back > limit):
+            raise BadLimit(
+                f"reserve_for_final keeps back more {unit} than there is a limit for.",
+                hint=f"Give {unit}= a limit of at least that much, or keep back less.",
+            )
+    return kept[:3]
