@@ -110,7 +110,7 @@ class Engine:
             raise InputError("the prompt is empty: 0 tokens.", hint="Send at least one message.")
         if len(prompt) >= self.slm.context_window:
             raise ContextOverflow(
-                f"the prompt has {len(prompt)} tokens, the context window of {self.slm.name!r} {self.slm.context_window}.",
+                f"the prompt has {len(prompt)} tokens; {self.slm.name!r} has a context window of {self.slm.context_window}.",
                 hint="Shorten or summarise the conversation.",
             )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from ..errors import ModelNotFound, UnsafeWeights
 
@@ -106,10 +107,16 @@ def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return loaded
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """A safetensors file, or an error that names it."""
+    if not file.is_file():
+        raise ModelNotFound(
+            f"{file} is missing.", hint="Copy the whole selector directory, or train one with `s2t train`."
+        )
+    try:
+        return load_file(file)
+    except Exception as error:
+        raise UnsafeWeights(f"{file} is not readable safetensors: {error}.") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import AdapterMismatch, UnsafeWeights
+from ..errors import AdapterMismatch
+from .loading import read_tensors
 
 PEFT_PREFIX = "base_model.model."
 
@@ -100,22 +101,19 @@ class Lora(nn.Module):
 
         Raises:
             AdapterMismatch: it names layers that the base does not have, or of other sizes.
-            UnsafeWeights: the file is not readable safetensors.
+            ModelNotFound, UnsafeWeights: the file is missing, or not readable safetensors.
         """
         config = json.loads((path / "adapter_config.json").read_text())
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        try:
-            tensors = load_file(path / "adapter_model.safetensors")
-        except Exception as error:
-            raise UnsafeWeights(
-                f"{path / 'adapter_model.safetensors'} is not readable safetensors: {error}."
-            ) from error
+        tensors = read_tensors(path / "adapter_model.safetensors")
         modules = dict(base.named_modules())
         layers: dict[str, LoraLayer] = {}
         for name in dict.fromkeys(key.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0] for key in tensors):
-            a = tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"]
-            b = tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"]
+            a = tensors.get(f"{PEFT_PREFIX}{name}.lora_A.weight")
+            b = tensors.get(f"{PEFT_PREFIX}{name}.lora_B.weight")
+            if a is None or b is None:
+                raise AdapterMismatch(f"{path} is no plain LoRA: {name} lacks its lora_A or lora_B matrix.")
             layers[name] = _fitted(name, modules.get(name), a, b, scale)
         return cls(layers, rank, alpha)
 

@@ -12,7 +12,7 @@ from .head import HeadSelector
 from .llm import LLMSelector, LLMSession
 from .local_llm import LocalLLM
 
-KINDS = {"activated": ActivatedSelector, "head": HeadSelector}
+KINDS: dict[str, type[ActivatedSelector] | type[HeadSelector]] = {"activated": ActivatedSelector, "head": HeadSelector}
 """Trainable selectors by the ``kind`` in their config. To add one: a class with scores, save and load."""
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import AdapterMismatch, ModelNotFound, UnsafeWeights
+from ..errors import AdapterMismatch
 from ..models.language_model import LanguageModel
+from ..models.loading import read_tensors
 from ..models.lora import Lora
 from ..proposal import Proposal
 from .config import SelectorConfig
@@ -77,15 +78,3 @@ class ActivatedSelector(nn.Module):
             )
         selector.head.weight.data = weight
         return selector.to(base.device).requires_grad_(False)
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """A safetensors file, or an error that names it."""
-    if not file.is_file():
-        raise ModelNotFound(
-            f"{file} is missing.", hint="Copy the whole selector directory, or train one with `s2t train`."
-        )
-    try:
-        return load_file(file)
-    except Exception as error:
-        raise UnsafeWeights(f"{file} is not readable safetensors: {error}.") from error

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import AdapterMismatch
 from ..models.language_model import LanguageModel
+from ..models.loading import read_tensors
 from ..proposal import Proposal
-from .activated import read_tensors
 from .config import SelectorConfig
 
 WEIGHTS_FILE = "head.safetensors"

@@ -1,0 +1,48 @@
+"""A prefix that is extended, rolled back and moved says the same as one read in full."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s2t_agents.models.prefix import Prefix
+from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
+
+tokens = st.lists(st.integers(0, 250), min_size=1, max_size=30)
+
+
+def full(name: str, ids: list[int]) -> torch.Tensor:
+    return tiny_model(name).model(torch.tensor([ids])).logits[0, -1]
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
+def test_moving_to_another_branch_equals_reading_it_in_full(name: str) -> None:
+    prefix = Prefix(tiny_model(name))
+    prefix.extend(list(range(30)))
+    branch = [*range(20), 99, 98, 97]
+    computed = prefix.move_to(branch)
+    assert torch.allclose(prefix.logits, full(name, branch), atol=1e-4)
+    assert computed == (3 if name in ARCHITECTURES else len(branch))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(tokens, min_size=1, max_size=5))
+def test_any_walk_over_branches_ends_where_a_fresh_read_ends(branches: list[list[int]]) -> None:
+    prefix = Prefix(tiny_model("qwen3"))
+    for branch in branches:
+        prefix.move_to(branch)
+    assert prefix.ids == branches[-1]
+    assert torch.allclose(prefix.logits, full("qwen3", branches[-1]), atol=1e-4)
+
+
+def test_moving_to_where_it_is_computes_nothing() -> None:
+    prefix = Prefix(tiny_model("qwen3"))
+    prefix.extend([1, 2, 3])
+    assert prefix.move_to([1, 2, 3]) == 0
+
+
+def test_a_long_prefix_is_read_in_chunks_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s2t_agents.models.prefix.CHUNK", 7)
+    prefix = Prefix(tiny_model("gemma3"))
+    prefix.extend(list(range(50)))
+    assert torch.allclose(prefix.logits, full("gemma3", list(range(50))), atol=1e-4)
