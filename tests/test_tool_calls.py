@@ -1,0 +1,201 @@
+"""Streamed steps to text and tool calls: the stream's pieces join to the result, and nothing is ever lost."""
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.messages import AIMessageChunk
+
+from s2t_agents.tool_calls import CLOSE, OPEN, ToolCallParser, tag_ids
+from templates import family
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+ARGUMENTS = st.dictionaries(st.text(), JSON_VALUES, max_size=3)
+NAMES = st.text(min_size=1, max_size=8).filter(lambda name: name.encode("utf-8", "ignore").decode() == name)
+WORDS = st.text(alphabet="ab<> é", max_size=12)
+
+
+def spelt(text, cuts=()):
+    """The text as steps of a vocabulary that spells the tags out."""
+    edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    return [(None, text[a:b]) for a, b in itertools.pairwise(edges)]
+
+
+def tagged(text):
+    """The text as steps, one character each, of a vocabulary where each tag is one token: 1 and 2."""
+    steps = []
+    while text:
+        tag = next((tag for tag in (OPEN, CLOSE) if text.startswith(tag)), None)
+        steps.append(({OPEN: 1, CLOSE: 2}[tag], tag) if tag else (None, text[0]))
+        text = text[len(tag or "x") :]
+    return steps
+
+
+def parse(steps, **ids):
+    numbers = itertools.count()
+    parser = ToolCallParser(**ids, new_id=lambda: f"call_{next(numbers)}")
+    deltas = [parser.push(token, text) for token, text in steps]
+    deltas.append(parser.finish())
+    return parser, deltas
+
+
+def joined(deltas):
+    """What LangChain makes of the stream."""
+    chunks = [AIMessageChunk(content=d.text, tool_call_chunks=d.tool_call_chunks) for d in deltas]
+    message = chunks[0]
+    for chunk in chunks[1:]:
+        message += chunk
+    return message
+
+
+def body(name, args, **more):
+    return json.dumps({"name": name, "arguments": args, **more}, ensure_ascii=False)
+
+
+def call(name, args):
+    return f"{OPEN}\n{body(name, args)}\n{CLOSE}"
+
+
+@settings(max_examples=150, deadline=None)
+@given(NAMES, ARGUMENTS, st.lists(st.integers(0, 200), max_size=20), st.booleans())
+def test_a_call_comes_through_whole_however_it_is_split(name, args, cuts, ascii_only):
+    text = f"{OPEN}\n{json.dumps({'name': name, 'arguments': args}, ensure_ascii=ascii_only)}\n{CLOSE}"
+    parser, deltas = parse(spelt(text, cuts))
+    assert [(c["name"], c["args"]) for c in parser.tool_calls] == [(name, args)]
+    assert (parser.text, parser.invalid_tool_calls) == ("", [])
+    pieces = [chunk for delta in deltas for chunk in delta.tool_call_chunks]
+    assert json.loads("".join(piece["args"] for piece in pieces)) == args
+    assert [(p["name"], p["id"], p["index"]) for p in pieces][0] == (name, "call_0", 0)
+    assert all((p["name"], p["id"], p["index"]) == (None, None, 0) for p in pieces[1:])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(WORDS | st.just(call("f", {"a": "</tool_call>"})) | st.text(alphabet='{}[]":, \nae\\', max_size=9), max_size=5),
+       st.lists(st.integers(0, 300), max_size=20), st.booleans())  # fmt: skip
+def test_the_stream_joined_by_langchain_says_what_the_parser_says(parts, cuts, as_tokens):
+    text = "".join(part + (OPEN if i % 2 else "") for i, part in enumerate(parts))
+    parser, deltas = parse(tagged(text), open_id=1, close_id=2) if as_tokens else parse(spelt(text, cuts))
+    message = joined(deltas)
+    assert message.content == parser.text
+    assert [(c["name"], c["args"], c["id"]) for c in message.tool_calls] == [
+        (c["name"], c["args"], c["id"]) for c in parser.tool_calls
+    ]
+    assert [(c["name"], c["args"], c["id"]) for c in message.invalid_tool_calls] == [
+        (c["name"], c["args"], c["id"]) for c in parser.invalid_tool_calls
+    ]
+
+
+@given(st.text(alphabet="<tool_cal>/ \né{", max_size=40), st.lists(st.integers(0, 40), max_size=8))
+def test_text_without_a_tag_is_shown_as_it_is(text, cuts):
+    text = text.replace(OPEN, "")
+    parser, deltas = parse(spelt(text, cuts))
+    assert parser.text == text == "".join(delta.text for delta in deltas)
+    assert not parser.tool_calls
+    assert not parser.invalid_tool_calls
+
+
+def test_arguments_stream_before_the_call_is_whole():
+    _, deltas = parse([(1, OPEN), (None, '{"name": "f", "arguments": {"city": "Par'), (None, 'is"}}'), (2, CLOSE)],
+                      open_id=1, close_id=2)  # fmt: skip
+    shown = [[(c["name"], c["args"]) for c in delta.tool_call_chunks] for delta in deltas]
+    assert shown == [[], [("f", '{"city": "Par')], [(None, 'is"}')], [], []]
+
+
+def test_text_round_calls_stays_and_the_space_next_to_them_goes():
+    parser, deltas = parse(spelt(f"Let me see. \n{call('f', {})}\n{call('g', {'x': 1})}\n \n"))
+    assert parser.text == "Let me see."
+    assert [c["name"] for c in parser.tool_calls] == ["f", "g"]
+    assert [c["index"] for d in deltas for c in d.tool_call_chunks if c["name"]] == [0, 1]
+    parser, _ = parse(spelt(f"\n{call('f', {})}\nThere."))
+    assert parser.text == "There."
+    parser, _ = parse(spelt(f"One {call('f', {})}\nTwo"))
+    assert parser.text == "One \nTwo"
+
+
+def test_a_tag_that_is_one_token_is_only_that_token():
+    letters = f'{OPEN}{{"name": "f"}}{CLOSE}'
+    parser, _ = parse([(None, c) for c in letters], open_id=1, close_id=2)
+    assert parser.text == letters
+    assert not parser.tool_calls
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_tag_token_counts_whether_or_not_its_text_is_shown(silent):
+    steps = [(1, "" if silent else OPEN), (None, body("f", {})), (2, "" if silent else CLOSE)]
+    parser, _ = parse(steps, open_id=1, close_id=2)
+    assert [(c["name"], c["args"]) for c in parser.tool_calls] == [("f", {})]
+    assert parser.text == ""
+
+
+def test_the_letters_of_a_tag_inside_a_string_are_the_strings():
+    parser, _ = parse(spelt(call("f", {"html": f"{CLOSE} {OPEN}"})))
+    assert parser.tool_calls[0]["args"] == {"html": f"{CLOSE} {OPEN}"}
+
+
+def test_arguments_before_the_name_wait_for_it():
+    parser, deltas = parse([(1, ""), (None, '{"arguments": {"a": 1}'), (None, ', "name": "f"}'), (2, "")], open_id=1, close_id=2)  # fmt: skip
+    assert not deltas[1]
+    assert deltas[2].tool_call_chunks[0] == {"name": "f", "args": '{"a": 1}', "id": "call_0", "index": 0,
+                                             "type": "tool_call_chunk"}  # fmt: skip
+    assert parser.tool_calls[0]["args"] == {"a": 1}
+
+
+@pytest.mark.parametrize("text", ['{"name": "f"}', '{"name": "f", "arguments": {}}', '{ "id" : 3 , "name":"f" }'])
+def test_a_call_without_arguments_has_empty_ones(text):
+    parser, deltas = parse(spelt(f"{OPEN}{text}{CLOSE}"))
+    assert parser.tool_calls == joined(deltas).tool_calls
+    assert parser.tool_calls[0]["args"] == {}
+
+
+MALFORMED = [
+    "", "no json", "[]", '"f"', "{", '{"name": "f"', '{"name": 3, "arguments": {}}', '{"arguments": {}}', "{}",
+    '{"name": "f", "arguments": [1]}', '{"name": "f", "arguments": "{}"}', '{"name": "f", "arguments": {"a": 1',
+    '{"name": "f", "arguments": {"a": "cut', '{"name": "f", "arguments": {"a": tru}}', '{"name": "", "arguments": {}}',
+    '{"name": "f", "arguments": {"a": "\\', '{"name": "f", "name": "g"}', '{"name": "f", "arguments": {"a": "\\ud800"}}',
+    '{"name": "f", "arguments": ' + '{"a": ' * 5000, '{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MALFORMED, ids=lambda text: text[:40])
+def test_what_is_no_call_is_an_invalid_one_with_its_text_and_the_reason(text):
+    parser, deltas = parse([(1, ""), *((None, c) for c in text), (2, "")], open_id=1, close_id=2)
+    assert parser.tool_calls == joined(deltas).tool_calls == []
+    (invalid,) = parser.invalid_tool_calls
+    assert invalid["error"]
+    assert invalid["id"] == "call_0"
+    assert invalid["name"] or invalid["args"].startswith(text)
+
+
+def test_a_call_that_was_cut_off_is_never_a_sound_one():
+    parser, deltas = parse(spelt(f'{OPEN}{{"name": "pay", "arguments": {{"amount": 10'))
+    assert parser.tool_calls == joined(deltas).tool_calls == []
+    (invalid,) = parser.invalid_tool_calls
+    assert invalid["name"] == "pay"
+    assert "cut off" in invalid["error"]
+    assert invalid["args"].startswith('{"amount": 10')
+
+
+def test_text_after_a_whole_call_is_kept_as_an_invalid_call():
+    parser, _ = parse(spelt(f"{OPEN}{body('f', {})} {body('g', {})}{CLOSE}"))
+    assert [c["name"] for c in parser.tool_calls] == ["f"]
+    (rest,) = parser.invalid_tool_calls
+    assert rest["args"].startswith(body("g", {}))
+
+
+def test_an_unclosed_quote_does_not_swallow_what_follows_the_call():
+    parser, _ = parse(spelt(f'{OPEN}\n{{"name": "f\n{CLOSE}\nDone.'))
+    assert parser.text == "Done."
+    assert len(parser.invalid_tool_calls) == 1
+
+
+@pytest.mark.parametrize(("name", "known"), [("qwen2_5", True), ("llama3", False)])
+def test_tags_are_looked_up_in_the_vocabulary(name, known):
+    tokenizer = family(name)
+    expected = tuple(tokenizer.convert_tokens_to_ids([OPEN, CLOSE])) if known else (None, None)
+    assert tag_ids(tokenizer) == expected
