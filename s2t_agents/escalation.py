@@ -51,7 +51,7 @@ class Escalation:
             UnpricedModel: a dollar limit, and nobody knows what the LLM costs.
         """
         self.llm.check(slm)
-        if self.llm.price is None and budget is not None and budget.limits_dollars:
+        if self.llm.price is None and budget is not None and budget.in_dollars:
             raise UnpricedModel(
                 f"{self.llm.name!r} has no known price, and the budget {budget.name!r} is limited in dollars.",
                 hint="Give the LLM a price (TokenPrice), or limit escalations or llm_tokens instead.",

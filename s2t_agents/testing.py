@@ -5,13 +5,14 @@ Models here are real architectures with random weights: everything but what they
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 
 from .models.language_model import LanguageModel
+from .types import Price
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "phi3", "gemma3")
 """Families on which the overlay is exact; ``tiny_model`` builds each."""
@@ -99,3 +100,47 @@ def tiny_model(architecture: str = "qwen3", *, seed: int = 0, **overrides: Any) 
         model = AutoModelForCausalLM.from_config(tiny_config(architecture, **overrides))
     model.eval().requires_grad_(False)
     return LanguageModel(model, tiny_tokenizer(), name=f"tiny-{architecture}-{seed}")
+
+
+class ScriptedLLM:
+    """An LLM that answers from a function: for faults, counting and order. Real models are better for all else.
+
+    Args:
+        answer: from prefix ids and candidate ids to their log-probabilities; may raise ``EscalationFailed``.
+        price: of its tokens.
+    """
+
+    name = "scripted"
+
+    def __init__(
+        self, answer: Callable[[Sequence[int], Sequence[int]], list[float]], *, price: Price | None = None
+    ) -> None:
+        self.answer, self.price = answer, price
+        self.asked: list[tuple[list[int], list[int]]] = []
+        self.opened = self.closed = 0
+
+    def check(self, slm: LanguageModel) -> None:
+        """Serves any SLM."""
+
+    def open(self) -> ScriptedLLM:
+        """It is its own session; every question reads the whole prefix."""
+        self.opened += 1
+        return self
+
+    def uncached(self, ids: Sequence[int]) -> int:
+        """All of it."""
+        return len(ids)
+
+    def scores(self, ids: Sequence[int], candidates: Sequence[int]) -> list[float]:
+        """What the script says."""
+        self.asked.append((list(ids), list(candidates)))
+        return self.answer(ids, candidates)
+
+    def close(self) -> None:
+        """Counted."""
+        self.closed += 1
+
+
+def last_candidate(ids: Sequence[int], candidates: Sequence[int]) -> list[float]:
+    """An answer for ``ScriptedLLM``: always the candidate that the SLM likes least."""
+    return [-float(len(candidates) - at) for at in range(len(candidates))]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,7 +27,9 @@ from ..proposal import Proposal
 from ..selectors.base import Selector, confidence_margin
 from ..triggers import Trigger, entropy
 from ..types import Candidate, EscalationReport, Picker, Sampling, Step, Timings
-from .grammar import Grammar
+
+if TYPE_CHECKING:
+    from .grammar import Grammar
 
 MAX_K = 64
 DEFAULT_ENTROPY = 0.5
@@ -110,7 +113,7 @@ class Engine:
             raise InputError("the prompt is empty: 0 tokens.", hint="Send at least one message.")
         if len(prompt) >= self.slm.context_window:
             raise ContextOverflow(
-                f"the prompt has {len(prompt)} tokens; {self.slm.name!r} has a context window of {self.slm.context_window}.",
+                f"the prompt has {len(prompt)} tokens, the context window {self.slm.context_window} ({self.slm.name!r}).",
                 hint="Shorten or summarise the conversation.",
             )
 

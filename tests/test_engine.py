@@ -1,0 +1,255 @@
+"""The engine: greedy is transformers' greedy, selection stays among the candidates, nothing runs ahead."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from s2t_agents.budget import Budget
+from s2t_agents.engine.steps import Engine
+from s2t_agents.errors import BudgetExceeded, ConfigError, ContextOverflow, EscalationFailed, InputError
+from s2t_agents.escalation import Escalation
+from s2t_agents.models import LanguageModel
+from s2t_agents.proposal import Proposal
+from s2t_agents.selectors import LocalLLM
+from s2t_agents.testing import ARCHITECTURES, RECURRENT, ScriptedLLM, last_candidate, tiny_model
+from s2t_agents.triggers import always, never
+from s2t_agents.types import Sampling, Step
+
+PROMPT = [10, 20, 30, 40, 50]
+
+
+class Reversed:
+    """A selector that likes the candidates in the opposite order."""
+
+    def scores(self, proposal: Proposal) -> Tensor:
+        return -proposal.candidate_log_probs
+
+
+def tokens(steps: Sequence[Step]) -> list[int]:
+    return [step.token_id for step in steps]
+
+
+def reference(model: LanguageModel, prompt: list[int], n: int) -> list[int]:
+    out = model.model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=n, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
+def test_greedy_equals_transformers_generate(name: str) -> None:
+    model = tiny_model(name)
+    ours = list(Engine(model).steps(PROMPT, Sampling(max_tokens=40)))
+    assert tokens(ours) == reference(model, PROMPT, 40)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
+def test_a_selector_that_agrees_with_the_slm_changes_nothing(name: str) -> None:
+    class Agreeing:
+        def scores(self, proposal: Proposal) -> Tensor:
+            proposal.prefix.look_ahead(proposal.candidates)
+            return proposal.candidate_log_probs
+
+    model = tiny_model(name)
+    steps = list(Engine(model, trigger=always(), selector=Agreeing()).steps(PROMPT, Sampling(max_tokens=25)))
+    assert tokens(steps) == reference(model, PROMPT, 25)
+    assert all(step.triggered and step.picked_by == "selector" and not step.flipped for step in steps)
+
+
+def test_the_selectors_pick_is_taken_at_critical_steps_only() -> None:
+    model = tiny_model()
+    flipped = list(Engine(model, trigger=always(), selector=Reversed()).steps(PROMPT, Sampling(max_tokens=9)))
+    assert all(step.token_id == step.candidates[-1].token_id for step in flipped)
+    assert all(step.flipped for step in flipped)
+    quiet = list(Engine(model, trigger=never(), selector=Reversed()).steps(PROMPT, Sampling(max_tokens=9)))
+    assert tokens(quiet) == reference(model, PROMPT, 9)
+    assert not any(step.triggered for step in quiet)
+
+
+def test_every_pick_is_the_best_scored_of_its_k_candidates() -> None:
+    model, llm = tiny_model(), LocalLLM(tiny_model(seed=5))
+    engine = Engine(model, k=4, trigger=always(), escalation=Escalation(llm, margin=1.0))
+    for step in engine.steps(PROMPT, Sampling(max_tokens=12)):
+        assert len(step.candidates) == 4
+        best = max(step.candidates, key=lambda c: c.llm if c.llm is not None else c.slm)
+        assert step.token_id == best.token_id
+        assert step.picked_by == "llm"
+
+
+def test_an_llm_that_is_the_slm_never_disagrees() -> None:
+    model = tiny_model()
+    engine = Engine(model, trigger=always(), escalation=Escalation(LocalLLM(model), margin=1.0))
+    assert tokens(list(engine.steps(PROMPT, Sampling(max_tokens=20)))) == reference(model, PROMPT, 20)
+
+
+@settings(max_examples=30, deadline=None)
+@given(limit=st.integers(0, 6), seed=st.integers(0, 99), fails=st.booleans())
+def test_escalations_never_pass_the_budget_and_the_answer_goes_on(limit: int, seed: int, fails: bool) -> None:
+    def flaky(ids: Sequence[int], candidates: Sequence[int]) -> list[float]:
+        if fails and len(ids) % 2:
+            raise EscalationFailed("down")
+        return last_candidate(ids, candidates)
+
+    budget, llm = Budget(escalations=limit), ScriptedLLM(flaky)
+    engine = Engine(tiny_model(), trigger=always(), selector=Reversed(), escalation=Escalation(llm, margin=1.0))
+    prompt = torch.randint(0, 250, (5,), generator=torch.Generator().manual_seed(seed)).tolist()
+    steps = list(engine.steps(prompt, Sampling(max_tokens=10), budget=budget))
+    picked = sum(step.picked_by == "llm" for step in steps)
+    assert picked == budget.state().spent["escalations"] <= limit
+    assert budget.state().held["escalations"] == 0
+    assert len(steps) == 10 or steps[-1].token_id in engine.slm.eos_ids
+    assert all(
+        step.picked_by == "selector" for step in steps if step.escalation and step.escalation.outcome != "picked"
+    )
+
+
+def test_a_sure_selection_is_not_escalated() -> None:
+    class Sure:
+        def scores(self, proposal: Proposal) -> Tensor:
+            return torch.tensor([50.0] + [0.0] * (len(proposal.candidates) - 1))
+
+    llm = ScriptedLLM(last_candidate)
+    engine = Engine(tiny_model(), trigger=always(), selector=Sure(), escalation=Escalation(llm, margin=0.99))
+    assert not any(step.escalation for step in engine.steps(PROMPT, Sampling(max_tokens=5)))
+    assert llm.asked == []
+
+
+def test_the_budget_may_say_raise_in_mid_answer() -> None:
+    budget = Budget(escalations=2, on_exhausted="raise")
+    llm = ScriptedLLM(last_candidate)
+    engine = Engine(tiny_model(), trigger=always(), escalation=Escalation(llm, margin=1.0))
+    seen = []
+    with pytest.raises(BudgetExceeded):
+        seen.extend(engine.steps(PROMPT, Sampling(max_tokens=10), budget=budget))
+    assert (len(llm.asked), llm.closed) == (2, 1)
+
+
+def test_nothing_is_computed_before_it_is_asked_for_and_closing_stops_the_model(monkeypatch: Any) -> None:
+    model, llm = tiny_model(), ScriptedLLM(last_candidate)
+    forwards: list[int] = []
+    real = model.step
+
+    def counted(ids: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+        forwards.append(len(ids))
+        return real(ids, cache)
+
+    monkeypatch.setattr(model, "step", counted)
+    steps = Engine(model, escalation=Escalation(llm)).steps(PROMPT, Sampling(max_tokens=50))
+    assert forwards == []
+    next(steps)
+    assert forwards == [5]
+    next(steps)
+    assert forwards == [5, 1]
+    steps.close()
+    assert (forwards, llm.closed) == ([5, 1], 1)
+
+
+def test_the_stop_token_is_the_last_step() -> None:
+    model = tiny_model()
+    stop = reference(model, PROMPT, 10)[4]
+    model.eos_ids = frozenset({stop})
+    steps = list(Engine(model).steps(PROMPT, Sampling(max_tokens=50)))
+    assert tokens(steps).index(stop) == len(steps) - 1
+
+
+def test_banned_tokens_are_not_first_and_free_later() -> None:
+    model = tiny_model()
+    first = reference(model, PROMPT, 1)[0]
+    steps = list(Engine(model).steps(PROMPT, Sampling(max_tokens=3, banned_first=[first])))
+    assert steps[0].token_id != first
+    assert steps[0].token_id == int(Proposal(_prefix(model), 2, banned=[first]).best)
+
+
+def _prefix(model: LanguageModel) -> Any:
+    from s2t_agents.models import Prefix
+
+    prefix = Prefix(model)
+    prefix.extend(PROMPT)
+    return prefix
+
+
+def test_sampling_repeats_with_its_seed_and_differs_without() -> None:
+    engine = Engine(tiny_model())
+
+    def run(seed: int | None) -> list[int]:
+        return tokens(list(engine.steps(PROMPT, Sampling(temperature=1.0, seed=seed, max_tokens=20))))
+
+    assert run(7) == run(7)
+    assert run(7) != run(8)
+    assert run(None) != run(None)
+
+
+def test_top_p_draws_from_the_nucleus_only() -> None:
+    model = tiny_model()
+    probs = _prefix(model).logits.softmax(0).sort(descending=True)
+    size = int((probs.values.cumsum(0) < 0.3).sum()) + 1
+    nucleus = set(probs.indices[:size].tolist())
+    engine = Engine(model)
+    drawn = {next(engine.steps(PROMPT, Sampling(temperature=1.0, top_p=0.3, seed=seed))).token_id for seed in range(60)}
+    assert drawn <= nucleus
+    assert len(drawn) > 1
+
+
+class OneWay:
+    """A grammar that forces ``spelled`` and then allows two tokens, once."""
+
+    def __init__(self, spelled: list[int], then: list[int]) -> None:
+        self.queue, self.then, self.finished, self.accepted = list(spelled), then, False, []
+
+    def forced(self) -> list[int]:
+        forced, self.queue = self.queue, []
+        return forced
+
+    def allowed(self) -> Tensor:
+        mask = torch.zeros(len(tiny_model().tokenizer), dtype=torch.bool)
+        mask[self.then] = True
+        return mask
+
+    def accept(self, token_id: int) -> None:
+        self.accepted.append(token_id)
+        self.finished = token_id in self.then
+
+
+def test_forced_tokens_need_no_choice_and_masks_come_before_candidates() -> None:
+    grammar = OneWay([3, 4, 5], [77, 78])
+    engine = Engine(tiny_model(), trigger=always(), selector=Reversed())
+    steps = list(engine.steps(PROMPT, Sampling(max_tokens=20), grammar=grammar))
+    assert tokens(steps)[:3] == [3, 4, 5]
+    assert [step.picked_by for step in steps] == ["grammar"] * 3 + ["selector"]
+    assert {c.token_id for c in steps[3].candidates} == {77, 78}
+    assert grammar.accepted == tokens(steps)
+
+
+def test_forced_tokens_respect_max_tokens() -> None:
+    assert len(list(Engine(tiny_model()).steps(PROMPT, Sampling(max_tokens=2), grammar=OneWay([3, 4, 5], [77])))) == 2
+
+
+@pytest.mark.parametrize("k", [0, -1, 65])
+def test_k_out_of_range_is_refused(k: int) -> None:
+    with pytest.raises(ConfigError, match=f"k is {k}; between 1 and 64"):
+        Engine(tiny_model(), k=k)
+
+
+def test_prompts_that_can_not_run_are_refused() -> None:
+    engine = Engine(tiny_model())
+    with pytest.raises(InputError, match="empty"):
+        next(engine.steps([]))
+    with pytest.raises(ContextOverflow, match="512 tokens, the context window 512"):
+        next(engine.steps([1] * 512))
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+    ],
+)
+def test_bad_sampling_is_refused(settings_: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**settings_)

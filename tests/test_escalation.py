@@ -1,0 +1,104 @@
+"""An escalation holds what it may cost, asks, settles what it did cost, and never takes the answer down."""
+
+from decimal import Decimal
+
+import pytest
+
+from s2t_agents.budget import Budget, TokenPrice
+from s2t_agents.errors import BudgetExceeded, ConfigError, EscalationFailed, ModelNotFound, S2TError, UnpricedModel
+from s2t_agents.escalation import Escalation
+from s2t_agents.selectors import LocalLLM
+from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
+
+PRICE = TokenPrice(Decimal("2"), Decimal("10"))  # USD per million tokens
+
+
+def failing(error: S2TError) -> ScriptedLLM:
+    def answer(ids: object, candidates: object) -> list[float]:
+        raise error
+
+    return ScriptedLLM(answer, price=PRICE)
+
+
+def ask(llm: ScriptedLLM, budget: Budget | None) -> tuple[list[float] | None, object]:
+    with Escalation(llm).open(budget, threshold=0.5) as desk:
+        return desk.ask([1, 2, 3], [7, 8])
+
+
+def test_it_costs_the_uncached_prefix_and_one_token() -> None:
+    budget = Budget(usd="1", escalations=5, llm_tokens=100)
+    scores, report = ask(ScriptedLLM(last_candidate, price=PRICE), budget)
+    assert scores == [-2.0, -1.0]
+    assert report.outcome == "picked"
+    assert report.actual.llm_tokens == 4
+    assert report.actual.usd == Decimal("0.000016")  # 3 * 2 / 1e6 + 1 * 10 / 1e6
+    spent = budget.state().spent
+    assert (spent["usd"], spent["escalations"], spent["llm_tokens"]) == (Decimal("0.000016"), 1, 4)
+    assert budget.state().held["escalations"] == 0
+
+
+def test_an_exhausted_budget_refuses_before_the_llm_is_asked() -> None:
+    llm = ScriptedLLM(last_candidate, price=PRICE)
+    scores, report = ask(llm, Budget(escalations=0))
+    assert (scores, report.outcome, report.actual, llm.asked) == (None, "refused", None, [])
+    assert "escalations" in report.reason
+
+
+@pytest.mark.parametrize("limits", [{"usd": "0.000015"}, {"llm_tokens": 3}])
+def test_every_unit_can_refuse(limits: dict[str, object]) -> None:
+    llm = ScriptedLLM(last_candidate, price=PRICE)
+    assert ask(llm, Budget(**limits))[0] is None  # type: ignore[arg-type]
+    assert llm.asked == []
+
+
+def test_a_budget_that_says_raise_raises() -> None:
+    with pytest.raises(BudgetExceeded, match="escalations"):
+        ask(ScriptedLLM(last_candidate), Budget(escalations=0, on_exhausted="raise"))
+
+
+@pytest.mark.parametrize("error", [EscalationFailed("it hung"), ModelNotFound("no weights")])
+def test_a_failed_question_gives_the_hold_back_and_costs_nothing(error: S2TError) -> None:
+    budget = Budget(escalations=1, usd="1")
+    scores, report = ask(failing(error), budget)
+    assert (scores, report.outcome, report.actual, report.reason) == (None, "failed", None, str(error))
+    state = budget.state()
+    assert (state.held["escalations"], state.spent["escalations"]) == (0, 0)
+
+
+def test_a_cancelled_question_gives_the_hold_back() -> None:
+    def answer(ids: object, candidates: object) -> list[float]:
+        raise KeyboardInterrupt
+
+    budget = Budget(escalations=1)
+    with pytest.raises(KeyboardInterrupt):
+        ask(ScriptedLLM(answer), budget)
+    assert budget.state().held["escalations"] == 0
+
+
+def test_an_unpriced_llm_under_a_dollar_limit_is_refused_before_anything_runs() -> None:
+    slm = tiny_model()
+    unpriced = Escalation(LocalLLM(slm))
+    with pytest.raises(UnpricedModel, match="no known price"):
+        unpriced.check(slm, Budget(usd="1").child("agent"))
+    unpriced.check(slm, Budget(escalations=3))
+    unpriced.check(slm, None)
+
+
+def test_unknown_cost_is_none_not_zero() -> None:
+    _, report = ask(ScriptedLLM(last_candidate), Budget(escalations=3))
+    assert report.actual.usd is None
+
+
+def test_the_margin_decides_who_goes_up() -> None:
+    llm = ScriptedLLM(last_candidate)
+    calibrated = Escalation(llm).open(None, threshold=0.4)
+    assert [calibrated.wants(m) for m in (0.3, 0.4, 0.9)] == [True, False, False]
+    assert Escalation(llm, margin=0.95).open(None, threshold=0.4).wants(0.9)
+    with pytest.raises(ConfigError, match="margin is 1.5"):
+        Escalation(llm, margin=1.5)
+
+
+def test_the_session_is_closed_with_the_desk() -> None:
+    llm = ScriptedLLM(last_candidate)
+    ask(llm, None)
+    assert (llm.opened, llm.closed) == (1, 1)

@@ -1,0 +1,102 @@
+"""The local LLM: loaded at the first question, caught up lazily, exact on every branch."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s2t_agents.errors import EscalationFailed, TokenizerMismatch
+from s2t_agents.models import LanguageModel
+from s2t_agents.selectors import LocalLLM
+from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
+
+CANDIDATES = [3, 200, 17]
+
+
+def full(model: LanguageModel, ids: list[int]) -> torch.Tensor:
+    return model.model(torch.tensor([ids])).logits[0, -1].log_softmax(0)[CANDIDATES]
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
+def test_lazily_synced_scores_equal_a_full_forward(name: str) -> None:
+    model = tiny_model(name, seed=5)
+    session = LocalLLM(model).open()
+    for ids in (list(range(30)), [*range(30), 7, 8], [*range(25), 99], [4]):
+        assert torch.allclose(torch.tensor(session.scores(ids, CANDIDATES)), full(model, ids), atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 250), min_size=1, max_size=25), min_size=1, max_size=6), st.data())
+def test_sessions_that_share_caches_stay_exact(walk: list[list[int]], data: st.DataObject) -> None:
+    model = tiny_model(seed=5)
+    llm = LocalLLM(model)
+    session = llm.open()
+    for ids in walk:
+        if data.draw(st.booleans()):
+            session.close()
+            session = llm.open()
+        assert torch.allclose(torch.tensor(session.scores(ids, CANDIDATES)), full(model, ids), atol=1e-4)
+
+
+def test_only_what_is_new_is_read_and_announced_before() -> None:
+    llm = LocalLLM(tiny_model())
+    session = llm.open()
+    assert session.uncached([1, 2, 3]) == 3
+    session.scores([1, 2, 3], CANDIDATES)
+    assert session.uncached([1, 2, 3, 4, 5]) == 2
+    assert session.uncached([1, 9]) == 1
+    session.close()
+    assert llm.open().uncached([1, 2, 3, 4]) == 1  # the next turn continues
+
+
+def test_two_sessions_at_once_never_share_a_cache() -> None:
+    llm = LocalLLM(tiny_model())
+    first = llm.open()
+    first.scores([1, 2, 3], CANDIDATES)
+    assert llm.open().uncached([1, 2, 3]) == 3
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> str:
+    model = tiny_model()
+    model.model.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_weights_are_read_at_the_first_question_only(saved: str) -> None:
+    llm = LocalLLM(saved)
+    llm.check(tiny_model())
+    session = llm.open()
+    session.uncached([1, 2])
+    assert not llm.loaded
+    session.scores([1, 2], CANDIDATES)
+    assert llm.loaded
+
+
+def test_it_pickles_as_its_settings(saved: str) -> None:
+    llm = LocalLLM(saved)
+    llm.open().scores([1], CANDIDATES)
+    again = pickle.loads(pickle.dumps(llm))
+    assert not again.loaded
+    assert again.open().scores([1], CANDIDATES) == llm.open().scores([1], CANDIDATES)
+
+
+def test_another_vocabulary_is_refused_and_extra_tokens_are_not() -> None:
+    import copy
+
+    slm, llm = tiny_model(), tiny_model(seed=5)
+    wider = copy.deepcopy(llm.tokenizer)
+    wider.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})
+    LocalLLM(LanguageModel(llm.model, wider, name="wider")).check(slm)
+    narrow = LanguageModel(slm.model, wider, name="slm with more")
+    with pytest.raises(TokenizerMismatch, match=r"disagree on 1 token ids, '<\|extra\|>'"):
+        LocalLLM(llm).check(narrow)
+
+
+def test_a_prefix_beyond_the_llms_context_is_a_failed_escalation() -> None:
+    with pytest.raises(EscalationFailed, match="does not fit"):
+        LocalLLM(tiny_model(max_position_embeddings=8)).open().scores(list(range(8)), CANDIDATES)

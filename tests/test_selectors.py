@@ -1,0 +1,159 @@
+"""Selectors rank what the SLM proposes, start as greedy decoding, and never touch the base."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from s2t_agents.errors import AdapterMismatch, ConfigError, ModelNotFound, UnsafeWeights
+from s2t_agents.models import LanguageModel, Lora, Prefix
+from s2t_agents.proposal import Proposal
+from s2t_agents.selectors import ActivatedSelector, HeadSelector, SelectorConfig, confidence_margin, load_selector
+from s2t_agents.selectors.config import BaseIdentity
+from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
+
+IDS = list(range(20))
+
+
+def targets(model: LanguageModel) -> list[str]:
+    return ["qkv_proj", "o_proj"] if "phi3" in model.name else ["q_proj", "o_proj", "down_proj"]
+
+
+def activated(model: LanguageModel, *, trained: bool) -> ActivatedSelector:
+    torch.manual_seed(3)
+    selector = ActivatedSelector(model, Lora.fresh(model.model, targets=targets(model), rank=4, alpha=8))
+    if trained:
+        for layer in selector.lora.layers:
+            torch.nn.init.normal_(layer.b, std=0.3)
+        torch.nn.init.normal_(selector.head.weight, std=0.5)
+    return selector.requires_grad_(False)
+
+
+def head(model: LanguageModel, *, trained: bool) -> HeadSelector:
+    torch.manual_seed(3)
+    selector = HeadSelector(model, width=16)
+    if trained:
+        torch.nn.init.normal_(selector.out.weight, std=0.5)
+    return selector.requires_grad_(False)
+
+
+def proposal(model: LanguageModel) -> Proposal:
+    prefix = Prefix(model)
+    prefix.extend(IDS)
+    return Proposal(prefix, 8)
+
+
+KINDS = [activated, head]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_untrained_selector_scores_as_the_slm(kind: Any) -> None:
+    model = tiny_model()
+    look = proposal(model)
+    assert torch.equal(kind(model, trained=False).scores(look), look.candidate_log_probs)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
+def test_activated_scores_equal_full_forwards_with_the_adapter_on_at_the_candidate_only(name: str) -> None:
+    model = tiny_model(name)
+    selector = activated(model, trained=True)
+    look = proposal(model)
+    expected = []
+    for candidate in look.candidates.tolist():
+        cache = model.new_cache()
+        model.step(torch.tensor(IDS), cache)  # the prefix, adapter off
+        with torch.inference_mode(), selector.lora.on(model.model):
+            hidden = model.decoder(input_ids=torch.tensor([[candidate]]), past_key_values=cache).last_hidden_state
+        expected.append(float(selector.head(hidden[0, -1])))
+    wanted = look.candidate_log_probs + torch.tensor(expected)
+    assert torch.allclose(selector.scores(look), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
+def test_with_a_selector_at_work_the_base_stays_bitwise_itself(name: str, kind: Any) -> None:
+    model = tiny_model(name)
+    selector = kind(model, trained=True)
+    watched, alone = Prefix(model), Prefix(model)
+    for prefix in (watched, alone):
+        prefix.extend(IDS)
+    for token in (7, 8, 9):
+        selector.scores(Proposal(watched, 8))
+        watched.extend([token])
+        alone.extend([token])
+        assert torch.equal(watched.logits, alone.logits)
+    for ours, theirs in zip(watched._cache.layers, alone._cache.layers, strict=True):
+        if isinstance(getattr(ours, "keys", None), torch.Tensor):
+            assert torch.equal(ours.keys, theirs.keys)
+            assert torch.equal(ours.values, theirs.values)
+
+
+def config(kind: str, model: LanguageModel, **changes: Any) -> SelectorConfig:
+    return SelectorConfig(kind=kind, base=BaseIdentity.of(model), k=8, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_selector_comes_back_with_the_same_scores(kind: Any, tmp_path: Path) -> None:
+    model = tiny_model()
+    selector = kind(model, trained=True)
+    selector.save(tmp_path, config(kind.__name__, model))
+    again, read = load_selector(tmp_path, model)
+    assert torch.equal(again.scores(proposal(model)), selector.scores(proposal(model)))
+    assert read.base.name == model.name
+
+
+def test_temperature_flattens_scores_and_keeps_their_order() -> None:
+    model = tiny_model()
+    cold, warm = head(model, trained=True), head(model, trained=True)
+    warm.temperature = 4.0
+    assert torch.allclose(cold.scores(proposal(model)) / 4, warm.scores(proposal(model)))
+    assert confidence_margin(warm.scores(proposal(model))) < confidence_margin(cold.scores(proposal(model)))
+
+
+def test_confidence_margin_lies_between_0_and_1() -> None:
+    assert confidence_margin(torch.tensor([1.0, 1.0])) == pytest.approx(0)
+    assert confidence_margin(torch.tensor([1.0, -40.0])) == pytest.approx(1)
+    assert confidence_margin(torch.tensor([1.0])) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_selector_for_another_base_is_refused_by_what_differs(kind: Any, tmp_path: Path) -> None:
+    model = tiny_model()
+    kind(model, trained=True).save(tmp_path, config(kind.__name__, model))
+    with pytest.raises(AdapterMismatch, match="weights_fingerprint"):
+        load_selector(tmp_path, tiny_model(seed=1))
+    with pytest.raises(AdapterMismatch, match="model_type is 'llama'"):
+        load_selector(tmp_path, tiny_model("llama"))
+
+
+def test_the_weights_fingerprint_does_not_depend_on_the_loading_dtype() -> None:
+    wide, narrow = tiny_model(), tiny_model()
+    narrow.model.to(torch.bfloat16)
+    assert wide.weights_fingerprint == narrow.weights_fingerprint
+    assert wide.weights_fingerprint != tiny_model(seed=1).weights_fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"k": 65}, "k: "), ({"format": 9}, "format"), ({"kind": "oracle"}, "kind"), ({"surprise": 1}, "surprise")],
+)
+def test_a_bad_config_is_refused_field_by_field(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model = tiny_model()
+    good = json.loads(config("head", model).model_dump_json())
+    (tmp_path / "selector.json").write_text(json.dumps({**good, **change}))
+    with pytest.raises(ConfigError, match=message):
+        load_selector(tmp_path, model)
+
+
+def test_missing_and_corrupt_files_are_named(tmp_path: Path) -> None:
+    model = tiny_model()
+    with pytest.raises(ModelNotFound, match=r"selector\.json is missing"):
+        load_selector(tmp_path, model)
+    config("head", model).save(tmp_path)
+    with pytest.raises(ModelNotFound, match=r"head\.safetensors is missing"):
+        load_selector(tmp_path, model)
+    (tmp_path / "head.safetensors").write_bytes(b"\x80\x04\x95")
+    with pytest.raises(UnsafeWeights, match="not readable safetensors"):
+        load_selector(tmp_path, model)
