@@ -145,6 +145,16 @@ class Budget:
             self.parent, self.name, None, self.on_exhausted, self._store, self._owed, final=True
         )
 
+    def fresh(self, clock: Clock | None = None) -> Budget:
+        """The same limits, from the root down to here, on new meters in memory: to rehearse, not to spend."""
+        store: BudgetStore = MemoryStore(clock)
+        copy: Budget | None = None
+        for budget in self.chain:
+            copy = Budget.__new__(Budget)._join(
+                copy, budget.name, budget._terms, budget.on_exhausted, store, Owed(), final=budget._final
+            )
+        return copy or self
+
     @property
     def chain(self) -> tuple[Budget, ...]:
         """The budgets a reservation here must satisfy: the root first, this one last."""

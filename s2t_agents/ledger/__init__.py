@@ -1,1 +1,29 @@
-"""Placeholder."""
+"""The ledger under the budgets: one record per generation, one receipt per escalation, sums that add up.
+
+Flow: ``GenerationRecord`` -> ``Ledger.record`` -> ``LedgerStore`` (memory, JSONL, SQLite) -> ``totals`` / ``latency``
+/ ``what_if`` / ``report``.
+"""
+
+from s2t_agents.ledger.latency import Quantiles
+from s2t_agents.ledger.ledger import Ledger
+from s2t_agents.ledger.record import Cost, GenerationRecord, Latency, Receipt, ReceiptCandidate
+from s2t_agents.ledger.store import LedgerStore, MemoryLedger
+from s2t_agents.ledger.totals import CostSum, RunningTotal, Totals, totals_of
+from s2t_agents.ledger.what_if import WhatIf
+
+__all__ = [
+    "Cost",
+    "CostSum",
+    "GenerationRecord",
+    "Latency",
+    "Ledger",
+    "LedgerStore",
+    "MemoryLedger",
+    "Quantiles",
+    "Receipt",
+    "ReceiptCandidate",
+    "RunningTotal",
+    "Totals",
+    "WhatIf",
+    "totals_of",
+]

@@ -1,0 +1,79 @@
+"""Opening a SQLite file that is ours, and never touching one that is not."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from s2t_agents.errors import BadStore
+
+VERSION = 1
+DAMAGED = "The file is damaged; move it away and keep it, it was not changed."
+_MAGIC = b"SQLite format 3\0"
+_HEADER_BYTES = 100
+
+
+def verify(path: Path, application_id: int, what: str) -> None:
+    """Look before opening: only a missing, empty or own file passes.
+
+    Raises:
+        BadStore: a directory, something else than SQLite, another program's database, or a damaged file.
+    """
+    if not path.parent.is_dir():
+        raise BadStore(f"{path}: there is no directory {path.parent}.", hint="Make it, or choose another place.")
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise BadStore(f"{path} is not a file.", hint=f"Choose a file for the {what}.")
+    with path.open("rb") as file:
+        header = file.read(_HEADER_BYTES)
+    if not header:
+        return
+    other = f"Choose another file for the {what}; this one was not changed."
+    if not header.startswith(_MAGIC):
+        raise BadStore(f"{path} is not a SQLite file.", hint=other)
+    if len(header) < _HEADER_BYTES:
+        raise BadStore(f"{path} is cut off after {len(header)} bytes.", hint=DAMAGED)
+    if int.from_bytes(header[68:72], "big") != application_id:
+        raise BadStore(f"{path} is a SQLite file of another program, not a {what}.", hint=other)
+    version = int.from_bytes(header[60:64], "big")
+    if version != VERSION:
+        raise BadStore(f"{path} is a {what} of format {version}; this release reads {VERSION}.", hint=other)
+    _check_pages(path)
+
+
+def _check_pages(path: Path) -> None:
+    try:
+        with closing(sqlite3.connect(f"file:{path.absolute().as_posix()}?mode=ro", uri=True)) as connection:
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.OperationalError:  # busy or not readable now: said by whoever opens it for work
+        return
+    except sqlite3.DatabaseError as error:
+        raise BadStore(f"{path}: {error}.", hint=DAMAGED) from None
+    if found != "ok":
+        raise BadStore(f"{path}: {found}.", hint=DAMAGED)
+
+
+def connect(path: Path, application_id: int, schema: str, wait_s: float) -> sqlite3.Connection:
+    """Open for work: write-ahead log, transactions by hand, the schema made once.
+
+    Raises:
+        sqlite3.Error: locked for longer than ``wait_s`` seconds, or not writable.
+    """
+    connection = sqlite3.connect(path, timeout=wait_s, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("BEGIN IMMEDIATE")
+        (found,) = connection.execute("PRAGMA application_id").fetchone()
+        if found == 0:
+            for statement in schema.split(";"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id={application_id}")
+            connection.execute(f"PRAGMA user_version={VERSION}")
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.close()
+        raise
+    return connection

@@ -1,0 +1,120 @@
+"""Records as JSON lines: append-only, readable by anything, proof against a killed writer.
+
+Line 1 names the format; every other line is a record. Each append is one ``write`` to a file opened for
+appending, under the file's lock where the system has one. A writer killed in the middle leaves at most the
+beginning of one line. The next writer closes it with a seal (``{"torn": bytes}``), and readers step over it; any
+other line that is not a record is corruption, and said so. Nothing is synced to the disk by force: a power cut
+may lose what the system had not written yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from s2t_agents.errors import LedgerError
+from s2t_agents.ledger.record import GenerationRecord
+
+try:
+    import fcntl
+except ImportError:  # Windows appends without the lock: one writing process there
+    fcntl = None  # type: ignore[assignment]
+
+HEADER = b'{"s2t_ledger": 1}\n'
+_SEAL = '{"torn": %d}\n'
+
+
+class JsonlLedger:
+    """A ledger file of JSON lines; several threads and processes may append at once.
+
+    Args:
+        path: the file; made when it does not exist.
+
+    Raises:
+        LedgerError: it exists and is something else (left as it is), or it can not be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            if not path.exists() or path.stat().st_size == 0:
+                with self._appending() as file:
+                    if os.fstat(file).st_size == 0:  # still empty, now that it is ours
+                        os.write(file, HEADER)
+            with path.open("rb") as found:
+                header = found.read(len(HEADER))
+        except OSError as error:
+            raise LedgerError(
+                f"{path}: {error.strerror or error}.", hint="Choose a place that can be written."
+            ) from None
+        if header != HEADER:
+            raise LedgerError(f"{path} is not a ledger of JSON lines.", hint="Choose another file; it was not changed.")
+
+    def append(self, record: GenerationRecord) -> None:
+        """Append one line.
+
+        Raises:
+            LedgerError: the disk is full, the file is gone or may not be written.
+        """
+        line = record.model_dump_json().encode() + b"\n"
+        try:
+            with self._lock, self._appending() as file:
+                size = os.fstat(file).st_size
+                torn = _torn_bytes(self.path, size)
+                if torn:
+                    os.write(file, b"\n" + (_SEAL % torn).encode())
+                if os.write(file, line) != len(line):
+                    raise LedgerError(f"{self.path}: the disk took only part of a record.", hint="Make room.")
+        except OSError as error:
+            raise LedgerError(f"{self.path}: {error.strerror or error}.", hint="The record was not kept.") from None
+
+    def __iter__(self) -> Iterator[GenerationRecord]:
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise LedgerError(f"{self.path}: {error.strerror or error}.") from None
+        for number, line in enumerate(lines[1:-1], start=2):  # after the last newline: nothing, or a torn line
+            if line.startswith(b'{"torn"'):
+                continue
+            try:
+                yield GenerationRecord.model_validate_json(line)
+            except ValidationError:
+                if lines[number].startswith(b'{"torn"'):  # number counts from 1, so this is the next line
+                    continue
+                raise LedgerError(
+                    f"{self.path}, line {number}, is not a record: {line[:60]!r}.",
+                    hint="The file was changed by something else; take that line out to read the rest.",
+                ) from None
+
+    def close(self) -> None:
+        """Nothing is kept open between records."""
+
+    @contextlib.contextmanager
+    def _appending(self) -> Iterator[int]:
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+        finally:
+            os.close(file)
+
+
+def _torn_bytes(path: Path, size: int) -> int:
+    """How many bytes follow the last newline: a record whose writer was killed."""
+    with path.open("rb") as file:
+        block = 4096
+        while True:
+            start = max(0, size - block)
+            file.seek(start)
+            tail = file.read(size - start)
+            newline = tail.rfind(b"\n")
+            if newline >= 0 or start == 0:
+                return len(tail) - newline - 1
+            block *= 8

@@ -1,0 +1,179 @@
+"""What one generation did, what it cost and why: a record, with a receipt for every question to the LLM.
+
+Plain frozen data. As JSON, dollars are strings (exact) and infinite scores the strings "Infinity" / "-Infinity".
+"""
+
+from __future__ import annotations
+
+import uuid
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, computed_field
+from pydantic import model_validator as whole
+
+from s2t_agents.budget import Amount, money
+
+Outcome = Literal["picked", "refused", "failed"]
+Count = Annotated[int, Field(ge=0)]
+Millis = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _exact_dollars(value: Any) -> Any:
+    return None if value is None else money.round_usd(money.dollars(value, "cost in USD"))
+
+
+Usd = Annotated[Decimal | None, BeforeValidator(_exact_dollars)]
+Utc = Annotated[AwareDatetime, AfterValidator(lambda moment: moment.astimezone(UTC))]
+
+
+class Frozen(BaseModel):
+    """Immutable, closed to unknown fields, exact in JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", protected_namespaces=())
+
+
+class ReceiptCandidate(Frozen):
+    """One token the LLM was asked about, with every score known for it (log-probabilities; None: not scored).
+
+    Args:
+        token_id: id in the SLM's vocabulary.
+        text: the token as text.
+        slm: the base model's score.
+        selector: the local selector's score.
+        llm: the LLM's score; None from a judge, which only names one.
+    """
+
+    token_id: int
+    text: str = ""
+    slm: float | None = None
+    selector: float | None = None
+    llm: float | None = None
+
+
+class Receipt(Frozen):
+    """One escalation: asked and answered, refused by the budget, or failed.
+
+    Args:
+        step: position in the answer, in tokens.
+        prefix_tokens: tokens the LLM had to read.
+        candidates: what it chose among.
+        wanted: the token the base model would have taken; None if unknown.
+        pick: the token that was taken; None if unknown.
+        outcome: ``"picked"``, ``"refused"`` or ``"failed"``.
+        reserved: what was (or, if refused, would have been) set aside.
+        actual: what it cost; None if nothing was spent or nobody knows.
+        wait_ms: time the answer stood still for it, in ms.
+        reason: why it was refused or failed, or why it was asked.
+    """
+
+    step: Count
+    prefix_tokens: Count
+    candidates: tuple[ReceiptCandidate, ...] = ()
+    wanted: int | None = None
+    pick: int | None = None
+    outcome: Outcome
+    reserved: Amount | None = None
+    actual: Amount | None = None
+    wait_ms: Millis = 0.0
+    reason: str = ""
+
+    def local_pick(self) -> int | None:
+        """The token that would stand without the LLM: the selector's best where it scored all, else the base's."""
+        scored = [(candidate.selector, candidate.token_id) for candidate in self.candidates]
+        known = [(score, token) for score, token in scored if score is not None]
+        if known and len(known) == len(scored):
+            return max(known, key=lambda pair: pair[0])[1]
+        return self.wanted
+
+
+class Cost(Frozen):
+    """USD of one generation. ``None`` is unknown, and makes the total unknown; free is 0.
+
+    Args:
+        local: the small model's compute.
+        llm: everything asked of the LLM, failed and aborted calls too.
+    """
+
+    local: Usd = None
+    llm: Usd = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def total(self) -> Decimal | None:
+        """local + llm, or None if either is unknown."""
+        return None if self.local is None or self.llm is None else money.add(self.local, self.llm)
+
+    @whole(mode="before")
+    @classmethod
+    def _total_agrees(cls, data: Any) -> Any:
+        """A given total may only repeat the sum."""
+        if not isinstance(data, dict) or "total" not in data:
+            return data
+        parts = {key: value for key, value in data.items() if key != "total"}
+        total, (local, llm) = _exact_dollars(data["total"]), (_exact_dollars(parts.get(k)) for k in ("local", "llm"))
+        known = None if local is None or llm is None else money.add(local, llm)
+        if total != known:
+            raise ValueError(f"total {total} is not local {local} + llm {llm} ({known})")
+        return parts
+
+
+class Latency(Frozen):
+    """Where the time of one generation went, in ms; None where it was not measured.
+
+    Args:
+        queue: waiting for the device.
+        ttft: from the call to the first token.
+        propose: base model forwards.
+        select: local selector.
+        escalate: waiting for the LLM.
+        grammar: masks.
+        total: from the call to the last token.
+    """
+
+    queue: Millis | None = None
+    ttft: Millis | None = None
+    propose: Millis | None = None
+    select: Millis | None = None
+    escalate: Millis | None = None
+    grammar: Millis | None = None
+    total: Millis | None = None
+
+
+class GenerationRecord(Frozen):
+    """One generation. Every field that needs a unit: tokens, USD, ms, UTC.
+
+    Raises:
+        pydantic.ValidationError: negative counts, a moment without a time zone, a cached answer that cost something.
+    """
+
+    id: str = Field(default_factory=lambda: uuid.uuid4().hex, min_length=1)
+    agent: str = "default"
+    thread_id: str | None = None
+    run_id: str | None = None
+    model: str = ""
+    llm_model: str | None = None
+    started_at: Utc = Field(default_factory=lambda: datetime.now(UTC))
+    finish_reason: str = ""
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+    triggers: Count = 0
+    selections: Count = 0
+    flips: Count = 0
+    escalations: Count = 0
+    refused: Count = 0
+    degraded: bool = False
+    cached: bool = False
+    cost_usd: Cost = Cost()
+    latency_ms: Latency = Latency()
+    budget: dict[str, Any] | None = None
+    receipts: tuple[Receipt, ...] = ()
+    error: str | None = None
+    trace_id: str | None = None
+
+    @whole(mode="after")
+    def _cached_is_free(self) -> Self:
+        if self.cached and (self.cost_usd.local or self.cost_usd.llm):
+            raise ValueError("an answer from the cache costs nothing")
+        return self

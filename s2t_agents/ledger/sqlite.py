@@ -1,0 +1,103 @@
+"""Records in one SQLite file: for long ledgers that several processes write and people query.
+
+Write-ahead log, one transaction a record. A killed process loses nothing that was recorded; after a power cut the
+last moments may be missing, the file stays whole (``synchronous=NORMAL``).
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from s2t_agents.budget.sqlite_file import DAMAGED, connect, verify
+from s2t_agents.errors import BadStore, LedgerError
+from s2t_agents.ledger.record import GenerationRecord
+
+APPLICATION_ID = 0x5332_544C  # "S2TL"
+_SCHEMA = """
+CREATE TABLE records (
+    number INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    started_at TEXT NOT NULL,
+    agent TEXT NOT NULL,
+    thread_id TEXT,
+    run_id TEXT,
+    record TEXT NOT NULL
+);
+CREATE INDEX records_by_agent ON records (agent, started_at);
+"""
+
+
+class SQLiteLedger:
+    """A ledger in a SQLite file. The columns repeat what people filter on; ``record`` is the whole, as JSON.
+
+    Args:
+        path: the file; made when it does not exist.
+        wait_s: seconds to wait for another writer.
+
+    Raises:
+        LedgerError: it exists and is something else, or damaged (left as it is), or can not be written.
+    """
+
+    def __init__(self, path: Path, wait_s: float = 10.0) -> None:
+        self.path, self._wait_s = path, wait_s
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        try:
+            verify(path, APPLICATION_ID, "ledger")
+            self._connection = connect(path, APPLICATION_ID, _SCHEMA, wait_s)
+        except (BadStore, sqlite3.Error, OSError) as error:
+            raise LedgerError(str(error)) from None
+
+    def append(self, record: GenerationRecord) -> None:
+        """Write one record; it is kept when this returns.
+
+        Raises:
+            LedgerError: not written: disk full, file locked or damaged, or a record of that id is there.
+        """
+        row = (
+            record.id,
+            record.started_at.isoformat(),
+            record.agent,
+            record.thread_id,
+            record.run_id,
+            record.model_dump_json(),
+        )
+        with self._lock:
+            try:
+                self._here().execute(
+                    "INSERT INTO records (id, started_at, agent, thread_id, run_id, record) VALUES (?, ?, ?, ?, ?, ?)",
+                    row,
+                )
+            except sqlite3.Error as error:
+                raise LedgerError(f"{self.path}: {error}.", hint="The record was not kept.") from None
+
+    def __iter__(self) -> Iterator[GenerationRecord]:
+        with self._lock:
+            try:
+                rows = self._here().execute("SELECT number, record FROM records ORDER BY number").fetchall()
+            except sqlite3.Error as error:
+                raise LedgerError(f"{self.path}: {error}.", hint=DAMAGED) from None
+        for number, text in rows:
+            try:
+                yield GenerationRecord.model_validate_json(text)
+            except ValidationError:
+                raise LedgerError(f"{self.path}: record {number} can not be read.", hint=DAMAGED) from None
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._connection.close()
+
+    def _here(self) -> sqlite3.Connection:
+        """The connection of this process: SQLite forbids using one across a fork."""
+        if os.getpid() != self._pid:
+            self._inherited = self._connection  # never closed here: that could disturb the parent's locks
+            self._connection = connect(self.path, APPLICATION_ID, _SCHEMA, self._wait_s)
+            self._pid = os.getpid()
+        return self._connection

@@ -1,0 +1,38 @@
+"""Where records are kept: a protocol, and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from s2t_agents.ledger.record import GenerationRecord
+
+
+class LedgerStore(Protocol):
+    """Append and read. Implementations are safe for threads and raise ``LedgerError``."""
+
+    def append(self, record: GenerationRecord) -> None:
+        """Keep one record: after this returns, a killed process has not lost it (files)."""
+
+    def __iter__(self) -> Iterator[GenerationRecord]:
+        """Every record, in the order they were kept."""
+
+    def close(self) -> None:
+        """Let go of files."""
+
+
+class MemoryLedger:
+    """Records of this process, gone with it."""
+
+    def __init__(self) -> None:
+        self._records: list[GenerationRecord] = []
+
+    def append(self, record: GenerationRecord) -> None:
+        """Keep one record."""
+        self._records.append(record)
+
+    def __iter__(self) -> Iterator[GenerationRecord]:
+        return iter(self._records[:])
+
+    def close(self) -> None:
+        """Nothing to let go of."""
