@@ -90,7 +90,7 @@ def _said_besides(message: AIMessage, calls: dict[str, tuple[str, str]]) -> Turn
         own = f"call{len(calls) + 1:05d}"
         calls[call_id if call_id is not None else own] = (own, name)
         told.append({"type": "function", "id": own, "function": {"name": name, "arguments": args}})
-    blocks = [block for block in message.content if isinstance(block, dict)]
+    blocks = [block for block in message.content or () if isinstance(block, dict)]
     thought = "".join(
         str(block.get(_THOUGHT_BLOCKS[block["type"]]) or "") for block in blocks if block.get("type") in _THOUGHT_BLOCKS
     )
@@ -189,12 +189,12 @@ class PromptEncoder:
 
     def _shielded(self, turn: Turn) -> Turn:
         shield = self._safe.shield
-        safe = {**turn, "content": turn["content"]}
+        safe = dict(turn)
         if turn["role"] == "assistant" and "reasoning_content" not in turn:
             safe |= _thought_apart(turn["content"])
         if "tool_calls" in turn:
             safe["tool_calls"] = [
-                {**call, "function": shield(call["function"], "A tool call") | {}} for call in turn["tool_calls"]
+                {**call, "function": shield(call["function"], "A tool call")} for call in turn["tool_calls"]
             ]
         for key in ("content", "reasoning_content", "name"):
             if key in safe:

@@ -90,7 +90,7 @@ class SafeEncoder:
         """The value with every string in it, keys too, made unable to form a control token.
 
         Raises:
-            InputError: text that no tokenizer can read, see ``check_text``.
+            InputError: text that no tokenizer can read, see ``check_text``; a value that is no JSON.
         """
         if isinstance(value, str):
             return self._shield_text(check_text(value, where))
@@ -98,7 +98,9 @@ class SafeEncoder:
             return {self.shield(key, where): self.shield(item, where) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.shield(item, where) for item in value]
-        return value
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        raise InputError(f"{where} holds a {type(value).__name__}, which is no JSON.", hint="Convert it to text.")
 
     def unshield(self, text: str) -> str:
         """The text with its hidden characters back."""
