@@ -1,1 +1,54 @@
-"""s2t-agents."""
+"""s2t-agents: a small local model for LangChain agents, corrected where it is unsure, within a budget that holds.
+
+Names load on first use: importing the package takes milliseconds and no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ChatS2T": "chat_model",
+    "Budget": "budget",
+    "DevicePrice": "budget",
+    "TokenPrice": "budget",
+    "Ledger": "ledger",
+    "LocalLLM": "selectors",
+    "Escalation": "escalation",
+    "Engine": "engine.steps",
+    "LanguageModel": "models",
+    "Step": "types",
+    "errors": "errors",
+    "triggers": "triggers",
+}
+
+__all__ = [*sorted(_HOMES)]
+
+if TYPE_CHECKING:
+    from . import errors, triggers
+    from .budget import Budget, DevicePrice, TokenPrice
+    from .chat_model import ChatS2T
+    from .engine.steps import Engine
+    from .escalation import Escalation
+    from .ledger import Ledger
+    from .models import LanguageModel
+    from .selectors import LocalLLM
+    from .types import Step
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f".{_HOMES[name]}", __name__)
+    found = module if name in ("errors", "triggers") else getattr(module, name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__, "__version__"]

@@ -18,7 +18,6 @@ from types import TracebackType
 
 from .budget import Amount, Budget
 from .errors import BudgetError, BudgetExceeded, ConfigError, S2TError, StoreUnavailable, UnpricedModel
-from .models.language_model import LanguageModel
 from .selectors.llm import LLMSelector, LLMSession
 from .types import Charge, EscalationReport
 
@@ -43,14 +42,12 @@ class Escalation:
         if self.margin is not None and not 0 <= self.margin <= 1:
             raise ConfigError(f"escalation margin is {self.margin}; it must lie in [0, 1].")
 
-    def check(self, slm: LanguageModel, budget: Budget | None) -> None:
-        """Everything that can be refused before the first token.
+    def check_price(self, budget: Budget | None) -> None:
+        """Refuse an LLM whose price nobody knows under a dollar limit.
 
         Raises:
-            TokenizerMismatch: SLM and LLM do not share ids.
-            UnpricedModel: a dollar limit, and nobody knows what the LLM costs.
+            UnpricedModel: naming both.
         """
-        self.llm.check(slm)
         if self.llm.price is None and budget is not None and budget.in_dollars:
             raise UnpricedModel(
                 f"{self.llm.name!r} has no known price, and the budget {budget.name!r} is limited in dollars.",

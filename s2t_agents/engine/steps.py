@@ -111,9 +111,10 @@ class Engine:
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if not prompt:
             raise InputError("the prompt is empty: 0 tokens.", hint="Send at least one message.")
-        if len(prompt) >= self.slm.context_window:
+        window = self.slm.context_window
+        if len(prompt) >= window:
             raise ContextOverflow(
-                f"the prompt has {len(prompt)} tokens, the context window {self.slm.context_window} ({self.slm.name!r}).",
+                f"the prompt has {len(prompt)} tokens, the context window of {self.slm.name!r} {window}.",
                 hint="Shorten or summarise the conversation.",
             )
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import ModelNotFound, UnsafeWeights
+from .bundled import model_path
 
 SMALL_ON_CPU = 300_000_000
 """Up to so many parameters a model runs in fp32 on a CPU: exact, and not slower there."""
@@ -33,7 +34,7 @@ def load_tokenizer(path: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, **options)
+        return AutoTokenizer.from_pretrained(model_path(path), **options)
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"no tokenizer at {path!r}: {first_line(error)}.", hint=_where(path)) from error
 
@@ -53,11 +54,12 @@ def load_weights(path: str, *, device: torch.device, dtype: torch.dtype | None, 
     """
     from transformers import AutoModelForCausalLM
 
-    _refuse_pickles(path)
+    where = model_path(path)
+    _refuse_pickles(where)
     placed = "device_map" in options or "quantization_config" in options
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
+            where, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
         )
     except OSError as error:
         raise ModelNotFound(f"no model at {path!r}: {first_line(error)}.", hint=_where(path)) from error

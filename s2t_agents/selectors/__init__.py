@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..models.bundled import selector_path
 from ..models.language_model import LanguageModel
 from .activated import ActivatedSelector
 from .base import Selector, confidence_margin
@@ -11,19 +12,27 @@ from .config import SelectorConfig
 from .head import HeadSelector
 from .llm import LLMSelector, LLMSession
 from .local_llm import LocalLLM
+from .published import PublishedSelector
 
-KINDS: dict[str, type[ActivatedSelector] | type[HeadSelector]] = {"activated": ActivatedSelector, "head": HeadSelector}
+LocalSelector = ActivatedSelector | HeadSelector | PublishedSelector
+
+KINDS: dict[str, type[ActivatedSelector] | type[HeadSelector] | type[PublishedSelector]] = {
+    "activated": ActivatedSelector,
+    "head": HeadSelector,
+    "published": PublishedSelector,
+}
 """Trainable selectors by the ``kind`` in their config. To add one: a class with scores, save and load."""
 
 
-def load_selector(path: str | Path, base: LanguageModel) -> tuple[ActivatedSelector | HeadSelector, SelectorConfig]:
-    """The selector in a directory and its config.
+def load_selector(path: str | Path, base: LanguageModel) -> tuple[LocalSelector, SelectorConfig]:
+    """The selector in a directory (or the name of a bundled one), and its config.
 
     Raises:
         ModelNotFound, ConfigError, AdapterMismatch, UnsafeWeights: see ``SelectorConfig.load`` and the kinds.
     """
-    config = SelectorConfig.load(Path(path))
-    return KINDS[config.kind].load(Path(path), base, config), config
+    folder = selector_path(path)
+    config = SelectorConfig.load(folder)
+    return KINDS[config.kind].load(folder, base, config), config
 
 
 __all__ = [
@@ -33,6 +42,8 @@ __all__ = [
     "LLMSelector",
     "LLMSession",
     "LocalLLM",
+    "LocalSelector",
+    "PublishedSelector",
     "Selector",
     "SelectorConfig",
     "confidence_margin",

@@ -1,0 +1,147 @@
+"""From steps to numbers: what one generation did, cost and took, for the message and for the ledger."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+from .attribution import Caller
+from .budget import Amount, Budget, DevicePrice
+from .ledger import Cost, GenerationRecord, Latency, Receipt, ReceiptCandidate
+from .types import Charge, Step
+
+MS = 1000.0
+
+
+@dataclass
+class Account:
+    """Adds up the steps of one generation as they come.
+
+    Attributes:
+        prompt_tokens: read before the first step.
+        device_price: of the SLM's device; None leaves the local cost unknown.
+    """
+
+    model: str
+    prompt_tokens: int
+    caller: Caller
+    llm: str | None = None
+    device_price: DevicePrice | None = None
+    budget: Budget | None = None
+    trace_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    steps: list[Step] = field(default_factory=list)
+    _start: float = field(default_factory=time.perf_counter)
+    _first: float | None = None
+
+    def add(self, step: Step) -> None:
+        """Count one step."""
+        if self._first is None:
+            self._first = time.perf_counter()
+        self.steps.append(step)
+
+    def count(self, true_of: Callable[[Step], bool]) -> int:
+        """Steps of which something is true."""
+        return sum(1 for step in self.steps if true_of(step))
+
+    def escalations(self, outcome: str) -> int:
+        """Escalations with this outcome."""
+        return self.count(lambda step: step.escalation is not None and step.escalation.outcome == outcome)
+
+    @property
+    def degraded(self) -> bool:
+        """Whether an LLM was wanted and not heard."""
+        return self.escalations("refused") + self.escalations("failed") > 0
+
+    @property
+    def cost(self) -> Cost:
+        """USD; the local part is measured device-seconds at the device's price."""
+        seconds = sum(step.timings.propose + step.timings.select + step.timings.grammar for step in self.steps)
+        local = self.device_price.cost(seconds) if self.device_price else None
+        charges = [step.escalation.actual for step in self.steps if step.escalation and step.escalation.actual]
+        known = [charge.usd for charge in charges if charge.usd is not None]
+        return Cost(local=local, llm=sum(known, Decimal(0)) if len(known) == len(charges) else None)
+
+    @property
+    def latency(self) -> Latency:
+        """Milliseconds by part; ``total`` runs from the call to now."""
+        by_verb = {
+            verb: sum(getattr(step.timings, verb) for step in self.steps) * MS
+            for verb in ("propose", "select", "escalate", "grammar")
+        }
+        ttft = (self._first - self._start) * MS if self._first is not None else None
+        return Latency(ttft=ttft, total=(time.perf_counter() - self._start) * MS, **by_verb)
+
+    def metadata(self) -> dict[str, Any]:
+        """The ``response_metadata["s2t"]`` of the message. Counts in tokens, money in USD, times in ms."""
+        cost, latency = self.cost, self.latency
+        return {
+            "tokens": len(self.steps),
+            "triggers": self.count(lambda step: step.triggered),
+            "selections": self.count(lambda step: step.picked_by in ("selector", "llm")),
+            "flips": self.count(lambda step: step.flipped),
+            "escalations": self.escalations("picked"),
+            "refused": self.escalations("refused"),
+            "degraded": self.degraded,
+            "cost_usd": {part: _number(getattr(cost, part)) for part in ("local", "llm", "total")},
+            "latency_ms": {part: getattr(latency, part) for part in ("ttft", "propose", "select", "escalate", "total")},
+            "budget": self.budget.state().as_dict() if self.budget else None,
+            "trace_id": self.trace_id,
+        }
+
+    def record(self, finish_reason: str, *, decode: Callable[[int], str], error: str | None = None) -> GenerationRecord:
+        """The ledger's record of the generation, with a receipt per escalation."""
+        numbers = self.metadata()
+        return GenerationRecord(
+            agent=self.caller.agent,
+            thread_id=self.caller.thread_id,
+            run_id=self.caller.run_id,
+            model=self.model,
+            llm_model=self.llm,
+            started_at=self.started_at,
+            finish_reason=finish_reason,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=len(self.steps),
+            cost_usd=self.cost,
+            latency_ms=self.latency,
+            receipts=tuple(receipt(step, decode) for step in self.steps if step.escalation),
+            error=error,
+            **{key: numbers[key] for key in _SHARED},
+        )
+
+
+_SHARED = ("triggers", "selections", "flips", "escalations", "refused", "degraded", "budget", "trace_id")
+
+
+def receipt(step: Step, decode: Callable[[int], str]) -> Receipt:
+    """The ledger's receipt of a step's escalation."""
+    report = step.escalation
+    assert report is not None
+    return Receipt(
+        step=step.index,
+        prefix_tokens=step.prefix_tokens,
+        candidates=tuple(
+            ReceiptCandidate(token_id=c.token_id, text=decode(c.token_id), slm=c.slm, selector=c.selector, llm=c.llm)
+            for c in step.candidates
+        ),
+        wanted=step.wanted_id,
+        pick=step.token_id,
+        outcome=report.outcome,
+        reserved=_amount(report.reserved),
+        actual=_amount(report.actual),
+        wait_ms=report.wait_s * MS,
+        reason=report.reason,
+    )
+
+
+def _amount(charge: Charge | None) -> Amount | None:
+    return None if charge is None else Amount(usd=charge.usd, escalations=1, llm_tokens=charge.llm_tokens)
+
+
+def _number(usd: Decimal | None) -> float | None:
+    return None if usd is None else float(usd)

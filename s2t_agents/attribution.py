@@ -1,0 +1,79 @@
+"""Who is calling? The agent, thread and run behind a model call, in every way LangChain calls a model.
+
+``_stream`` gets no run manager under ``.stream``, ``.astream`` or ``stream_mode="messages"``; a handler that runs
+inline sees every start, so the caller is kept in a ContextVar from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.messages import BaseMessage
+from langchain_core.runnables import ensure_config
+
+DEFAULT_AGENT = "default"
+
+_metadata: ContextVar[Mapping[str, Any]] = ContextVar("s2t_caller_metadata", default={})
+
+
+@dataclass(frozen=True)
+class Caller:
+    """The agent a call is charged to, and its thread and run where LangGraph names them."""
+
+    agent: str = DEFAULT_AGENT
+    thread_id: str | None = None
+    run_id: str | None = None
+
+
+class CallerHandler(BaseCallbackHandler):
+    """Remembers the metadata of the call that starts in this context."""
+
+    run_inline = True
+
+    def on_chat_model_start(
+        self,
+        serialized: dict[str, Any],
+        messages: list[list[BaseMessage]],
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        tags: list[str] | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Called by LangChain just before the model runs, in the same context."""
+        _metadata.set({**(metadata or {}), "run_id": str(parent_run_id or run_id)})
+
+
+def configurable(key: str) -> Any:
+    """A value from the ``configurable`` of the enclosing node's config; None when absent."""
+    return ensure_config().get("configurable", {}).get(key)
+
+
+def current_caller(agent: str | None = None) -> Caller:
+    """The caller of this context; ``agent`` overrides what the metadata says."""
+    metadata = _metadata.get()
+    named = agent or configurable("s2t_agent") or agent_of(metadata)
+    thread = metadata.get("thread_id")
+    return Caller(str(named), None if thread is None else str(thread), metadata.get("run_id"))
+
+
+def agent_of(metadata: Mapping[str, Any]) -> str:
+    """The agent's name in LangGraph's metadata.
+
+    An explicit ``s2t_agent`` wins, then ``lc_agent_name`` (what ``create_agent(name=...)`` sets) with the path of
+    the graph around it, since unnamed nested agents inherit their parent's name, then the node.
+    """
+    if metadata.get("s2t_agent"):
+        return str(metadata["s2t_agent"])
+    namespace = str(metadata.get("langgraph_checkpoint_ns") or metadata.get("checkpoint_ns") or "")
+    around = [part.split(":")[0] for part in namespace.split("|")[:-1] if part]
+    name = metadata.get("lc_agent_name")
+    if name:
+        return "/".join([str(name), *(part for part in around if part != name)])
+    return str(metadata.get("langgraph_node") or DEFAULT_AGENT)

@@ -1,0 +1,107 @@
+"""One answer: drains the engine's steps into text and tool calls, and keeps the account.
+
+Engine.steps() -> token -> Detokenizer -> StopStrings -> ToolCallParser -> Delta
+                    └──-> Account
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+from .accounting import Account
+from .engine.stop import StopStrings
+from .ledger import Ledger
+from .models.detokenizer import Detokenizer
+from .tool_calls import Delta, ToolCallParser, tag_ids
+from .types import Step
+
+
+class Generation:
+    """Iterate ``deltas`` once; then the attributes describe the whole answer.
+
+    Closing the iterator early stops the model within a step, and the ledger still bills what was done.
+
+    Args:
+        steps: the engine's generator.
+        account: adds up the steps.
+        tokenizer: the SLM's.
+        eos_ids: tokens that end an answer.
+        room: tokens that the answer may have; an answer that used them all was cut off.
+        stop: stop strings; they apply to the text, not inside tool calls.
+        ledger: takes the record at the end, however it ends.
+        watch: called with every step as it comes.
+
+    Attributes:
+        finish_reason: "stop", "length", "tool_calls", or "aborted" while it is unfinished.
+    """
+
+    def __init__(
+        self,
+        steps: Iterator[Step],
+        account: Account,
+        *,
+        tokenizer: Any,
+        eos_ids: frozenset[int],
+        room: int,
+        stop: Sequence[str] = (),
+        ledger: Ledger | None = None,
+        watch: Callable[[Step], None] | None = None,
+    ) -> None:
+        self._steps, self.account, self._tokenizer, self._eos_ids = steps, account, tokenizer, eos_ids
+        self._room, self._stop = room, StopStrings(stop)
+        self._ledger, self._watch = ledger, watch
+        self.parser = ToolCallParser.for_tokenizer(tokenizer)
+        self._tags = tag_ids(tokenizer)
+        self.finish_reason = "aborted"
+
+    def deltas(self) -> Iterator[Delta]:
+        """What each step adds to the message; empty deltas are left out."""
+        error: str | None = None
+        try:
+            with closing(self._steps):  # type: ignore[type-var]
+                yield from self._read()
+        except Exception as problem:
+            error = f"{type(problem).__name__}: {problem}"
+            raise
+        finally:
+            if self._ledger is not None:
+                self._ledger.record(self.account.record(self.finish_reason, decode=self._spell, error=error))
+
+    def _read(self) -> Iterator[Delta]:
+        detokenizer = Detokenizer(self._tokenizer)
+        ended = stopped = False
+        for step in self._steps:
+            self.account.add(step)
+            if self._watch:
+                self._watch(step)
+            ended = step.token_id in self._eos_ids
+            text = "" if ended else detokenizer.push(step.token_id)
+            delta, stopped = self._parse(step.token_id, text)
+            if delta:
+                yield delta
+            if ended or stopped:
+                break
+        rest = self.parser.push(None, "" if stopped else detokenizer.flush() + self._stop.flush())
+        for delta in (rest, self.parser.finish()):
+            if delta:
+                yield delta
+        self.finish_reason = self._reason(ended or stopped)
+
+    def _parse(self, token_id: int, text: str) -> tuple[Delta, bool]:
+        """One step's text through the stop strings (outside tool calls) and the parser."""
+        if self.parser.in_call:
+            return self.parser.push(token_id, text), False
+        if token_id in self._tags:  # what was held back stood before the call
+            return self.parser.push(token_id, self._stop.flush()), False
+        shown, stopped = self._stop.push(text)
+        return self.parser.push(token_id, shown), stopped
+
+    def _reason(self, ended: bool) -> str:
+        if self.parser.tool_calls:
+            return "tool_calls"
+        return "stop" if ended or len(self.account.steps) < self._room else "length"
+
+    def _spell(self, token_id: int) -> str:
+        return str(self._tokenizer.decode([token_id]))
