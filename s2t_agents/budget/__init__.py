@@ -10,6 +10,8 @@ from s2t_agents.budget.clock import Clock, SystemClock
 from s2t_agents.budget.hold import Hold
 from s2t_agents.budget.memory_store import MemoryStore
 from s2t_agents.budget.prices import DevicePrice, TokenPrice, known_price
+from s2t_agents.budget.redis_store import RedisStore
+from s2t_agents.budget.sqlite_store import SQLiteStore
 from s2t_agents.budget.state import BudgetState
 from s2t_agents.budget.store import BudgetStore
 from s2t_agents.budget.terms import OnExhausted
@@ -28,6 +30,8 @@ __all__ = [
     "Hold",
     "MemoryStore",
     "OnExhausted",
+    "RedisStore",
+    "SQLiteStore",
     "SystemClock",
     "TokenPrice",
     "Window",

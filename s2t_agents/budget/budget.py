@@ -186,7 +186,7 @@ class Budget:
             self._owed.pay(self._store)
         ttl_us = 60_000_000 if ttl_s == 60.0 else _ttl(ttl_s)
         want = amount.units()
-        hold_id = f"{_process_key}-{next(_hold_numbers)}"
+        hold_id = f"{self._chain[0].path}/{_process_key}-{next(_hold_numbers)}"
         try:
             refused = self._store.reserve(self._chain, hold_id, want, ttl_us)
             if refused is None:

@@ -14,6 +14,7 @@ from s2t_agents.errors import BadLimit
 DECIMALS = 12
 MAX_USD = Decimal(1_000_000)
 MAX_COUNT = 10**15
+MAX_PICO = 2**62  # 4.6 million dollars in one amount; stores add 64-bit integers
 
 _EXACT = decimal.Context(prec=60, rounding=decimal.ROUND_HALF_EVEN)  # never the caller's thread-wide context
 _ONE_PICO = Decimal(1).scaleb(-DECIMALS)
@@ -66,8 +67,15 @@ def limit_pico(value: Dollars, what: str) -> int:
 
 
 def pico(amount: Decimal) -> int:
-    """Whole pico-dollars, rounded up: a fraction is never given away."""
-    return int(_EXACT.scaleb(amount, DECIMALS).to_integral_value(decimal.ROUND_CEILING, _EXACT))
+    """Whole pico-dollars, rounded up: a fraction is never given away.
+
+    Raises:
+        BadLimit: more than any budget can hold.
+    """
+    whole = int(_EXACT.scaleb(amount, DECIMALS).to_integral_value(decimal.ROUND_CEILING, _EXACT))
+    if whole > MAX_PICO:
+        raise BadLimit(f"{amount} USD is more than can be counted.", hint="Check the price and the token count.")
+    return whole
 
 
 def usd(whole: int) -> Decimal:

@@ -90,7 +90,10 @@ class BudgetStore(Protocol):
         """The terms of a meter, or None where there is none."""
 
     def reserve(self, chain: Chain, hold: str, want: Units, ttl_us: int) -> Refusal | None:
-        """Hold ``want`` on every meter of the chain, or on none and say why."""
+        """Hold ``want`` on every meter of the chain, or on none and say why.
+
+        ``hold`` is a new id that starts with the root's name and a slash, so that a store can tell trees apart.
+        """
 
     def settle(self, hold: str, actual: Units) -> Closing:
         """Replace a hold by what was really used, on every meter of the chain it was made on."""

@@ -1,0 +1,189 @@
+"""The one script that Redis runs for every budget operation, whole and undisturbed by others.
+
+Lua counts in doubles, exact up to 2**53. Pico-dollars do not fit, so dollars travel and lie there in two parts,
+whole micro-dollars and the pico-dollars below; every other number is small enough.
+
+One tree of budgets is three keys: ``meters`` (hash of path to a packed meter), ``holds`` (hash of id to a packed
+hold) and ``expiry`` (sorted set of hold ids by microsecond; an id after a NUL is a lapsed hold, to be forgotten then).
+"""
+
+PART = 1_000_000
+"""Pico-dollars in a micro-dollar."""
+
+SCRIPT = r"""
+local METERS, HOLDS, EXPIRY = KEYS[1], KEYS[2], KEYS[3]
+local PART, KEEP_LAPSED_US = 1000000, 604800000000
+local call = redis.call
+local t = call('TIME')
+local now = t[1] * 1000000 + t[2] + ARGV[2]
+
+-- An amount is {micro-dollars, pico-dollars, escalations, tokens, unpriced}.
+-- A meter is {terms, limit, spent, held, over, micros, deadline, window_us, offset_us, window, holds}.
+local TERMS, LIMIT, SPENT, HELD, OVER, MICROS, DEADLINE = 1, 2, 3, 4, 5, 6, 7
+local WINDOW_US, OFFSET_US, WINDOW, COUNT = 8, 9, 10, 11
+
+local function amount(at)
+  if not ARGV[at] then return nil end
+  local out = {}
+  for i = 0, 4 do out[i + 1] = tonumber(ARGV[at + i]) end
+  return out
+end
+local function plus(a, b, sign)
+  local lo = a[2] + sign * b[2]
+  a[1], a[2] = a[1] + sign * b[1] + math.floor(lo / PART), lo % PART
+  a[3], a[4], a[5] = a[3] + sign * b[3], a[4] + sign * b[4], a[5] + sign * b[5]
+end
+local function more(a1, a2, b1, b2) return a1 > b1 or (a1 == b1 and a2 > b2) end
+local function text(n) return string.format('%.0f', n) end
+local function texts(list)
+  local out = {}
+  for i, n in ipairs(list) do out[i] = n and text(n) or '' end
+  return out
+end
+
+local function load(path)
+  local packed = call('HGET', METERS, path)
+  if not packed then return nil end
+  local m = cmsgpack.unpack(packed)
+  if m[WINDOW_US] then
+    local index = math.floor((now - m[OFFSET_US]) / m[WINDOW_US])
+    if index > m[WINDOW] then
+      m[WINDOW], m[SPENT], m[OVER] = index, {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0}
+    end
+  end
+  return m
+end
+local function save(path, m) call('HSET', METERS, path, cmsgpack.pack(m)) end
+
+local function refusing(m, want, need)  -- the first unit that does not fit: 0 is time, 1 to 3 the units
+  if m[DEADLINE] and now >= m[DEADLINE] then return 0 end
+  local limit, spent, held = m[LIMIT], m[SPENT], m[HELD]
+  if limit[1] and (want[1] > 0 or want[2] > 0) then
+    local lo = spent[2] + held[2] + need[2]
+    local hi = spent[1] + held[1] + need[1] + math.floor(lo / PART)
+    if more(hi, lo % PART, limit[1], limit[2]) then return 1 end
+  end
+  for i = 3, 4 do
+    if limit[i] and want[i] > 0 and spent[i] + held[i] + need[i] > limit[i] then return i - 1 end
+  end
+end
+
+local function book(m, reserved, actual)
+  plus(m[SPENT], actual, 1)
+  local over = m[OVER]
+  if more(actual[1], actual[2], reserved[1], reserved[2]) then
+    plus(over, {actual[1] - reserved[1], actual[2] - reserved[2], 0, 0, 0}, 1)
+  end
+  for i = 3, 4 do over[i] = over[i] + math.max(0, actual[i] - reserved[i]) end
+end
+
+local function lapse()
+  while true do
+    local due = call('ZRANGEBYSCORE', EXPIRY, '-inf', text(now), 'LIMIT', 0, 100)
+    if #due == 0 then return end
+    for _, id in ipairs(due) do
+      call('ZREM', EXPIRY, id)
+      if string.sub(id, 1, 1) == '\0' then
+        call('HDEL', HOLDS, string.sub(id, 2))
+      else
+        local hold = cmsgpack.unpack(call('HGET', HOLDS, id))
+        for _, path in ipairs(hold[3]) do
+          local m = load(path)
+          plus(m[HELD], hold[2], -1)
+          m[COUNT] = m[COUNT] - 1
+          save(path, m)
+        end
+        hold[1] = 1
+        call('HSET', HOLDS, id, cmsgpack.pack(hold))
+        call('ZADD', EXPIRY, text(now + KEEP_LAPSED_US), '\0' .. id)
+      end
+    end
+  end
+end
+
+local ops = {}
+
+function ops.open()  -- path, terms, limit in 4 parts ('' is none), deadline in us, window in us, offset in us
+  local path = ARGV[3]
+  local m = load(path)
+  if m then return m[TERMS] end
+  local function optional(at) return tonumber(ARGV[at]) or false end
+  local window, offset = optional(10), optional(11)
+  save(path, {
+    ARGV[4], {optional(5), optional(6), optional(7), optional(8)}, {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0},
+    optional(9), optional(9) and now + ARGV[9], window, offset, window and math.floor((now - offset) / window), 0})
+  return ARGV[4]
+end
+
+function ops.known()  -- path
+  local m = load(ARGV[3])
+  return m and m[TERMS]
+end
+
+function ops.reserve()  -- hold, ttl in us, want in 5 parts, then per link: path, need in 4 parts
+  lapse()
+  local want, paths, meters = amount(5), {}, {}
+  for at = 10, #ARGV, 5 do
+    local path = ARGV[at]
+    local m = load(path)
+    if not m then return {'missing', path} end
+    local unit = refusing(m, want, amount(at + 1))
+    if unit == 0 then return {'refused', path, '0', texts({m[MICROS], m[MICROS] + now - m[DEADLINE]})} end
+    if unit then return {'refused', path, tostring(unit), texts(m[LIMIT]), texts(m[SPENT]), texts(m[HELD])} end
+    paths[#paths + 1], meters[#meters + 1] = path, m
+  end
+  for i, m in ipairs(meters) do
+    plus(m[HELD], want, 1)
+    m[COUNT] = m[COUNT] + 1
+    save(paths[i], m)
+  end
+  call('HSET', HOLDS, ARGV[3], cmsgpack.pack({0, want, paths}))
+  call('ZADD', EXPIRY, text(now + ARGV[4]), ARGV[3])
+  return {'held'}
+end
+
+function ops.finish()  -- hold, then what was used in 5 parts, or nothing to release
+  lapse()
+  local packed = call('HGET', HOLDS, ARGV[3])
+  if not packed then return 'gone' end
+  local hold, actual = cmsgpack.unpack(packed), amount(4)
+  local lapsed = hold[1] == 1
+  for _, path in ipairs(hold[3]) do
+    local m = load(path)
+    if not lapsed then
+      plus(m[HELD], hold[2], -1)
+      m[COUNT] = m[COUNT] - 1
+    end
+    if actual then book(m, lapsed and {0, 0, 0, 0, 0} or hold[2], actual) end
+    save(path, m)
+  end
+  call('HDEL', HOLDS, ARGV[3])
+  call('ZREM', EXPIRY, ARGV[3], '\0' .. ARGV[3])
+  return lapsed and 'late' or 'done'
+end
+
+function ops.extend()  -- path, amount in 5 parts, microseconds
+  local m = load(ARGV[3])
+  if not m then return 'missing' end
+  local limit, by, micros = m[LIMIT], amount(4), tonumber(ARGV[9])
+  local sum = {limit[1] or 0, limit[2] or 0, limit[3] or 0, limit[4] or 0, 0}
+  plus(sum, by, 1)
+  for i = 1, 4 do limit[i] = limit[i] and sum[i] end
+  if m[DEADLINE] and micros > 0 then
+    local past = math.max(0, now - m[DEADLINE])
+    m[MICROS], m[DEADLINE] = m[MICROS] + micros + past, m[DEADLINE] + past + micros
+  end
+  save(ARGV[3], m)
+  return 'done'
+end
+
+function ops.read()  -- path
+  lapse()
+  local m = load(ARGV[3])
+  if not m then return {} end
+  local left = m[DEADLINE] and math.max(0, m[DEADLINE] - now)
+  return {texts(m[LIMIT]), texts(m[SPENT]), texts(m[HELD]), texts(m[OVER]), texts({m[MICROS], left, m[COUNT]})}
+end
+
+return ops[ARGV[1]]()
+"""

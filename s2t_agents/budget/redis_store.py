@@ -1,0 +1,176 @@
+"""Meters in Redis: the store for several machines. Time is the server's own.
+
+Every operation is one script on the server, atomic there. The server must not evict keys
+(``maxmemory-policy noeviction``) and keeps spending across its own restart only as well as its persistence does
+(``appendonly yes``; ``appendfsync everysec`` may lose the last second). A meter that is gone refuses everything.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, cast
+
+from s2t_agents.budget.amount import UNITS, Units
+from s2t_agents.budget.redis_script import PART, SCRIPT
+from s2t_agents.budget.store import Chain, Closing, Reading, Refusal, Terms
+from s2t_agents.budget.window import Window
+from s2t_agents.errors import ConfigError, StoreUnavailable
+
+if TYPE_CHECKING:
+    import redis
+
+
+class RedisStore:
+    """Meters on a Redis server (7 or newer; anything that speaks its protocol and scripts).
+
+    The server's clock decides what has lapsed. Set back, it keeps holds longer; set forward, it lets them
+    lapse early, and settling them then books them as overrun: neither makes money.
+
+    Args:
+        url: as ``redis://localhost:6379/0`` or ``rediss://user:secret@host:6380/0``.
+        prefix: put before every key, to keep programs apart on one server.
+        timeout_s: seconds to wait for the server, to connect and to answer, before refusing.
+
+    Raises:
+        ConfigError: the redis package is not installed, or the URL can not be read.
+    """
+
+    shared = True
+
+    def __init__(self, url: str = "redis://localhost:6379/0", *, prefix: str = "s2t", timeout_s: float = 1.0) -> None:
+        try:
+            import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+        except ImportError:
+            raise ConfigError("The redis package is not installed.", hint="pip install s2t-agents[redis]") from None
+        self._url, self._prefix, self._timeout_s = url, prefix, timeout_s
+        self._error: type[Exception] = redis.RedisError
+        self._skew_us = 0  # added to the server's time: tests travel with it
+        self._kept: dict[str, tuple[int, int, int]] = {}
+        try:
+            self._client: redis.Redis = redis.Redis.from_url(
+                url,
+                decode_responses=True,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                retry=Retry(NoBackoff(), 0),  # a settle that got through must not be sent twice
+            )
+        except ValueError as error:
+            raise ConfigError(f"Redis URL: {error}.", hint="As redis://localhost:6379/0.") from None
+        self._script = self._client.register_script(SCRIPT)
+
+    def open(self, path: str, terms: Terms) -> Terms:
+        """Make the meter unless it is there; the terms it has."""
+        usd, escalations, tokens = terms.limits
+        limits = [*(("", "") if usd is None else divmod(usd, PART)), _or_none(escalations), _or_none(tokens)]
+        window = terms.window
+        span = ["", ""] if window is None else [window.seconds * 1_000_000, window.offset_s * 1_000_000]
+        found = self._run(path, "open", path, _written(terms), *limits, _or_none(terms.micros), *span)
+        return self._noted(path, cast(str, found))
+
+    def known(self, path: str) -> Terms | None:
+        """The terms of a meter, if there is one."""
+        found = self._run(path, "known", path)
+        return None if found is None else self._noted(path, cast(str, found))
+
+    def reserve(self, chain: Chain, hold: str, want: Units, ttl_us: int) -> Refusal | None:
+        """Hold on the whole chain, or say why not."""
+        links: list[str | int] = []
+        for path, final in chain:
+            keep = (0, 0, 0) if final else self._kept[path]
+            links += [path, *divmod(want[0] + keep[0], PART), want[1] + keep[1], want[2] + keep[2]]
+        answer = cast(list[Any], self._run(hold, "reserve", hold, ttl_us, *_parts(want), *links))
+        if answer[0] == "held":
+            return None
+        if answer[0] == "missing":
+            raise self._missing(answer[1])
+        path, i = answer[1], int(answer[2]) - 1
+        if i < 0:
+            limit, passed = (int(number) for number in answer[3])
+            return Refusal(path, "seconds", limit, passed, 0, 0, 0)
+        limit, spent, held = (_whole(numbers)[i] or 0 for numbers in answer[3:])
+        kept = 0 if any(link.final for link in chain if link.path == path) else self._kept[path][i]
+        return Refusal(path, UNITS[i], limit, spent, held, want[i], kept)
+
+    def settle(self, hold: str, actual: Units) -> Closing:
+        """Replace the hold by what was used."""
+        return Closing(self._run(hold, "finish", hold, *_parts(actual)))
+
+    def release(self, hold: str) -> Closing:
+        """Give the hold back."""
+        return Closing(self._run(hold, "finish", hold))
+
+    def extend(self, path: str, more: tuple[int, int, int], micros: int) -> None:
+        """Raise the limits."""
+        if self._run(path, "extend", path, *_parts((*more, 0)), micros) != "done":
+            raise self._missing(path)
+
+    def read(self, path: str) -> Reading:
+        """The meter now."""
+        found = cast(list[list[str]], self._run(path, "read", path))
+        if not found:
+            raise self._missing(path)
+        limits, spent, held, over = (_whole(numbers) for numbers in found[:4])
+        micros, left, holds = (int(number) if number else None for number in found[4])
+        keep = self._kept.get(path, (0, 0, 0))
+        counters = (cast(Units, spent), cast(Units, held), cast(Units, (*over[:3], 0)))
+        return Reading((limits[0], limits[1], limits[2]), keep, *counters, micros, left, holds or 0)
+
+    def close(self) -> None:
+        """Close the connections; the next use opens new ones."""
+        self._client.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened, (self._url, self._prefix, self._timeout_s)
+
+    def __repr__(self) -> str:
+        return f"RedisStore(prefix={self._prefix!r})"  # the URL may hold a password
+
+    def _run(self, path: str, op: str, *args: str | int) -> object:
+        root = path.partition("/")[0]
+        keys = [f"{self._prefix}:{{{root}}}:{name}" for name in ("meters", "holds", "expiry")]
+        try:
+            return self._script(keys=keys, args=[op, self._skew_us, *args])
+        except self._error as error:
+            raise StoreUnavailable(
+                f"The budget store on Redis can not be used: {error}.", hint="Nothing may be spent until it is back."
+            ) from error
+
+    def _noted(self, path: str, text: str) -> Terms:
+        terms = _read(text)
+        self._kept[path] = terms.keep
+        return terms
+
+    def _missing(self, path: str) -> StoreUnavailable:
+        return StoreUnavailable(f"Redis no longer has the budget {path!r}.", hint="Was it flushed? Open it again.")
+
+
+def _parts(units: Units) -> tuple[int, ...]:
+    """Dollars in two parts, as the script counts them."""
+    return (*divmod(units[0], PART), *units[1:])
+
+
+def _whole(parts: list[str]) -> tuple[int | None, ...]:
+    """The script's numbers as stored units; an empty text is no limit."""
+    high, low, *rest = (int(part) if part else None for part in parts)
+    return (None if high is None or low is None else high * PART + low, *rest)
+
+
+def _or_none(limit: int | None) -> str | int:
+    return "" if limit is None else limit
+
+
+def _opened(url: str, prefix: str, timeout_s: float) -> RedisStore:
+    return RedisStore(url, prefix=prefix, timeout_s=timeout_s)
+
+
+def _written(terms: Terms) -> str:
+    window = None if terms.window is None else [terms.window.seconds, terms.window.offset_s]
+    return json.dumps([terms.limits, terms.keep, terms.micros, window])
+
+
+def _read(text: str) -> Terms:
+    limits, keep, micros, window = json.loads(text)
+    span = None if window is None else Window(*window)
+    return Terms((limits[0], limits[1], limits[2]), (keep[0], keep[1], keep[2]), micros, span)

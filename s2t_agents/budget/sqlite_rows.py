@@ -1,0 +1,96 @@
+"""How meters and holds lie in a SQLite file."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from s2t_agents.budget.meter import Meter
+from s2t_agents.budget.store import Terms
+from s2t_agents.budget.window import Window
+
+APPLICATION_ID = 0x5332_5442  # "S2TB"
+SCHEMA = """
+CREATE TABLE machine (boot TEXT NOT NULL, seen_us INTEGER NOT NULL);
+CREATE TABLE meters (
+    path TEXT PRIMARY KEY,
+    terms_usd INTEGER, terms_escalations INTEGER, terms_tokens INTEGER,
+    keep_usd INTEGER NOT NULL, keep_escalations INTEGER NOT NULL, keep_tokens INTEGER NOT NULL,
+    terms_us INTEGER, window_s INTEGER, window_offset_s INTEGER,
+    limit_usd INTEGER, limit_escalations INTEGER, limit_tokens INTEGER,
+    deadline_us INTEGER, limit_us INTEGER, window INTEGER NOT NULL,
+    spent_usd INTEGER NOT NULL, spent_escalations INTEGER NOT NULL,
+    spent_tokens INTEGER NOT NULL, spent_unpriced INTEGER NOT NULL,
+    held_usd INTEGER NOT NULL CHECK (held_usd >= 0),
+    held_escalations INTEGER NOT NULL CHECK (held_escalations >= 0),
+    held_tokens INTEGER NOT NULL CHECK (held_tokens >= 0),
+    held_unpriced INTEGER NOT NULL CHECK (held_unpriced >= 0),
+    over_usd INTEGER NOT NULL, over_escalations INTEGER NOT NULL,
+    over_tokens INTEGER NOT NULL, over_unpriced INTEGER NOT NULL,
+    deadline_wall REAL
+) WITHOUT ROWID;
+CREATE TABLE holds (
+    id TEXT PRIMARY KEY, chain TEXT NOT NULL,
+    usd INTEGER NOT NULL, escalations INTEGER NOT NULL, tokens INTEGER NOT NULL, unpriced INTEGER NOT NULL,
+    expires_us INTEGER NOT NULL, lapsed INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX holds_by_expiry ON holds (lapsed, expires_us);
+"""
+
+_COLUMNS = 29
+_INSERT = f"INSERT INTO meters VALUES ({', '.join('?' * _COLUMNS)})"
+_UPDATE = """
+UPDATE meters SET limit_usd = ?, limit_escalations = ?, limit_tokens = ?, deadline_us = ?, limit_us = ?, window = ?,
+    spent_usd = ?, spent_escalations = ?, spent_tokens = ?, spent_unpriced = ?,
+    held_usd = ?, held_escalations = ?, held_tokens = ?, held_unpriced = ?,
+    over_usd = ?, over_escalations = ?, over_tokens = ?, over_unpriced = ?
+WHERE path = ?
+"""
+
+
+def load(rows: sqlite3.Connection, path: str) -> Meter | None:
+    """One meter, or None."""
+    row = rows.execute("SELECT * FROM meters WHERE path = ?", (path,)).fetchone()
+    if row is None:
+        return None
+    window = None if row[8] is None else Window(row[8], row[9])
+    terms = Terms((row[1], row[2], row[3]), (row[4], row[5], row[6]), row[7], window)
+    return Meter(terms, row[10:13], row[13], row[14], row[15], row[16:20], row[20:24], row[24:28])
+
+
+def save(rows: sqlite3.Connection, path: str, meter: Meter, deadline_wall: float | None = None) -> None:
+    """Write a meter's counters; make it if it is new. ``deadline_wall`` goes with a new deadline only."""
+    terms, limits, deadline, micros, window, spent, held, over = meter
+    counters = (*limits, deadline, micros, window, *spent, *held, *over)
+    if rows.execute(_UPDATE, (*counters, path)).rowcount == 0:
+        span = (None, None) if terms.window is None else (terms.window.seconds, terms.window.offset_s)
+        rows.execute(_INSERT, (path, *terms.limits, *terms.keep, terms.micros, *span, *counters, None))
+    if deadline_wall is not None:
+        rows.execute("UPDATE meters SET deadline_wall = ? WHERE path = ?", (deadline_wall, path))
+
+
+def cross_reboot(rows: sqlite3.Connection, boot: str, now_us: int, wall_s: float) -> None:
+    """If the machine was started again since: give every hold back, and put deadlines on the new clock."""
+    before = rows.execute("SELECT boot, seen_us FROM machine").fetchone()
+    if before is not None and before[0] == boot and now_us >= before[1]:
+        rows.execute("UPDATE machine SET seen_us = ?", (now_us,))
+        return
+    rows.execute("DELETE FROM machine")
+    rows.execute("INSERT INTO machine VALUES (?, ?)", (boot, now_us))
+    if before is None:
+        return
+    rows.execute("UPDATE holds SET lapsed = 1, expires_us = ?", (now_us,))
+    rows.execute("UPDATE meters SET held_usd = 0, held_escalations = 0, held_tokens = 0, held_unpriced = 0")
+    rows.execute(
+        "UPDATE meters SET deadline_us = ? + CAST(max(0, deadline_wall - ?) * 1000000 AS INTEGER)"
+        " WHERE deadline_wall IS NOT NULL",
+        (now_us, wall_s),
+    )
+
+
+def boot_id() -> str:
+    """Which run of the machine this is; empty where the system does not say (then the clock going back tells)."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,223 @@
+"""Meters in one SQLite file: the store for several processes on one machine.
+
+Every operation is one ``BEGIN IMMEDIATE`` transaction in write-ahead mode, so a process killed at any moment
+leaves a whole operation or none, and its open holds lapse. ``synchronous=NORMAL``: a power cut may lose the last
+moments of settled spending (the file stays whole); a killed process loses nothing.
+
+Time is the machine's monotonic clock, which all its processes share and nobody can set. It starts again at a
+reboot, and so do holds (their owners are gone); deadlines are carried over by the calendar clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from s2t_agents.budget import meter as arithmetic
+from s2t_agents.budget.amount import Units
+from s2t_agents.budget.clock import Clock, SystemClock
+from s2t_agents.budget.meter import Meter
+from s2t_agents.budget.sqlite_file import connect, verify
+from s2t_agents.budget.sqlite_rows import APPLICATION_ID, SCHEMA, boot_id, cross_reboot, load, save
+from s2t_agents.budget.store import Chain, Closing, Reading, Refusal, Terms
+from s2t_agents.errors import BadStore, StoreUnavailable
+
+KEEP_LAPSED_US = 7 * 86_400_000_000
+"""How long a lapsed hold is remembered, so that settling it late is still booked."""
+
+
+class SQLiteStore:
+    """Meters in a file. Threads share one connection; processes share the file.
+
+    Args:
+        path: the file; made when it does not exist. Keep it on a local disk, not a network share.
+        wait_s: seconds to wait for another process before giving up (``StoreUnavailable``).
+        clock: the time; tests hand in their own.
+
+    Raises:
+        BadStore: the file is damaged or not a budget store (it is left as it is).
+        StoreUnavailable: it can not be opened now.
+    """
+
+    shared = True
+
+    def __init__(self, path: str | Path, *, wait_s: float = 10.0, clock: Clock | None = None) -> None:
+        self.path, self._wait_s = Path(path), wait_s
+        self._clock = clock or SystemClock()
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._pid, self._file = 0, (0, 0)
+        verify(self.path, APPLICATION_ID, "budget store")
+        with self._transaction() as rows:
+            cross_reboot(rows, boot_id(), self._now_us(), self._clock.wall())
+
+    def open(self, path: str, terms: Terms) -> Terms:
+        """Make the meter unless it is there; the terms it has."""
+        with self._transaction() as rows:
+            found = load(rows, path)
+            if found is None:
+                found = arithmetic.opened(terms, self._now_us(), self._clock.wall())
+                save(rows, path, found, deadline_wall=self._wall_at(found))
+            return found.terms
+
+    def known(self, path: str) -> Terms | None:
+        """The terms of a meter, if there is one."""
+        with self._transaction() as rows:
+            found = load(rows, path)
+            return found.terms if found else None
+
+    def reserve(self, chain: Chain, hold: str, want: Units, ttl_us: int) -> Refusal | None:
+        """Hold on the whole chain, or say why not."""
+        with self._transaction() as rows:
+            now_us = self._lapse(rows)
+            meters = [(path, self._current(rows, path), final) for path, final in chain]
+            for path, meter, final in meters:
+                refused = arithmetic.refusal(meter, path, want, final, now_us)
+                if refused is not None:
+                    return refused
+            for path, meter, _ in meters:
+                save(rows, path, arithmetic.holding(meter, want))
+            rows.execute(
+                "INSERT INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, 0)",
+                (hold, json.dumps([path for path, _ in chain]), *want, now_us + ttl_us),
+            )
+        return None
+
+    def settle(self, hold: str, actual: Units) -> Closing:
+        """Replace the hold by what was used."""
+        return self._end(hold, actual)
+
+    def release(self, hold: str) -> Closing:
+        """Give the hold back."""
+        return self._end(hold, None)
+
+    def extend(self, path: str, more: tuple[int, int, int], micros: int) -> None:
+        """Raise the limits."""
+        with self._transaction() as rows:
+            meter = arithmetic.extended(self._current(rows, path), more, micros, self._now_us())
+            save(rows, path, meter, deadline_wall=self._wall_at(meter))
+
+    def read(self, path: str) -> Reading:
+        """The meter now."""
+        with self._transaction() as rows:
+            now_us = self._lapse(rows)
+            chains = rows.execute("SELECT chain FROM holds WHERE lapsed = 0").fetchall()
+            holds = sum(path in json.loads(chain) for (chain,) in chains)
+            return arithmetic.reading(self._current(rows, path), now_us, holds)
+
+    def close(self) -> None:
+        """Close the file; the next use opens it again."""
+        with self._lock:
+            if self._connection is not None and self._pid == os.getpid():
+                self._connection.close()
+            self._connection = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened, (str(self.path.absolute()), self._wait_s)
+
+    def __repr__(self) -> str:
+        return f"SQLiteStore({str(self.path)!r})"
+
+    def _end(self, hold: str, actual: Units | None) -> Closing:
+        with self._transaction() as rows:
+            self._lapse(rows)
+            found = rows.execute("SELECT * FROM holds WHERE id = ?", (hold,)).fetchone()
+            if found is None:
+                return Closing.GONE
+            _, chain, *reserved, _, lapsed = found
+            held: Units = (reserved[0], reserved[1], reserved[2], reserved[3])
+            for path in json.loads(chain):
+                meter = self._current(rows, path)
+                if not lapsed:
+                    after = arithmetic.settled(meter, held, actual) if actual else arithmetic.given_back(meter, held)
+                    save(rows, path, after)
+                elif actual:  # its reservation was given back when it lapsed: all of it is overrun
+                    save(rows, path, arithmetic.booked(meter, actual))
+            rows.execute("DELETE FROM holds WHERE id = ?", (hold,))
+            return Closing.LATE if lapsed else Closing.DONE
+
+    def _lapse(self, rows: sqlite3.Connection) -> int:
+        """Give lapsed holds back; the time now."""
+        now_us = self._now_us()
+        over = rows.execute("SELECT * FROM holds WHERE lapsed = 0 AND expires_us <= ?", (now_us,)).fetchall()
+        for hold, chain, usd, escalations, tokens, unpriced, _, _ in over:
+            for path in json.loads(chain):
+                meter = self._current(rows, path)
+                save(rows, path, arithmetic.given_back(meter, (usd, escalations, tokens, unpriced)))
+            rows.execute("UPDATE holds SET lapsed = 1 WHERE id = ?", (hold,))
+        if over:
+            rows.execute("DELETE FROM holds WHERE lapsed = 1 AND expires_us < ?", (now_us - KEEP_LAPSED_US,))
+        return now_us
+
+    def _current(self, rows: sqlite3.Connection, path: str) -> Meter:
+        meter = load(rows, path)
+        if meter is None:
+            raise StoreUnavailable(f"{self.path} no longer has the budget {path!r}.", hint="Open the budget again.")
+        return arithmetic.rolled(meter, self._clock.wall()) if meter.terms.window else meter
+
+    def _now_us(self) -> int:
+        return int(self._clock.monotonic() * 1e6)
+
+    def _wall_at(self, meter: Meter) -> float | None:
+        """When the deadline is by the calendar, for the day after a reboot."""
+        if meter.deadline_us is None:
+            return None
+        return self._clock.wall() + (meter.deadline_us - self._now_us()) / 1e6
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """One atomic step: everything inside happens, or, on any error or interrupt, nothing does."""
+        with self._lock:
+            rows = None
+            try:
+                rows = self._here()
+                rows.execute("BEGIN IMMEDIATE")
+                yield rows
+                rows.execute("COMMIT")
+            except BaseException as error:
+                if rows is not None:
+                    with contextlib.suppress(sqlite3.Error):
+                        rows.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    raise StoreUnavailable(
+                        f"The budget store {self.path} can not be used: {error}.",
+                        hint="Nothing was reserved or booked.",
+                    ) from error
+                raise
+
+    def _here(self) -> sqlite3.Connection:
+        """This process's connection to the file that is at the path now."""
+        if self._pid != os.getpid():
+            _inherited.append(self._connection)
+            self._connection = None
+        if self._connection is None:
+            self._connection = connect(self.path, APPLICATION_ID, SCHEMA, self._wait_s)
+            self._pid, self._file = os.getpid(), _identity(self.path)
+        elif _identity(self.path) != self._file:
+            raise StoreUnavailable(f"{self.path} was removed or replaced while in use.", hint="Put it back.")
+        if self._connection.in_transaction:  # a second Ctrl-C fell into the rollback of the first
+            self._connection.rollback()
+        return self._connection
+
+
+_inherited: list[sqlite3.Connection | None] = []  # a parent's connections: closing one here could drop its locks
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return (0, 0)
+    return (found.st_dev, found.st_ino)
+
+
+def _opened(path: str, wait_s: float) -> SQLiteStore:
+    if not os.path.exists(path):
+        raise BadStore(f"{path} is gone.", hint="The budget was pickled with this file; put it back.")
+    return SQLiteStore(path, wait_s=wait_s)
