@@ -1,0 +1,133 @@
+"""The demo: an ordinary ``create_agent`` agent on the bundled pair answers a problem it has never seen, on a budget."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+from langchain.agents import create_agent
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, convert_to_openai_messages
+from langchain_core.tools import BaseTool, StructuredTool
+
+from ..budget import Budget, DevicePrice, TokenPrice
+from ..chat_model import ChatS2T
+from ..ledger import Ledger
+from ..models.bundled import LLM, SLM
+from ..selectors import LocalLLM
+from ..types import Step
+from .problem import Problem, grade
+
+AGENT = "solver"
+DEVICE_PRICE = DevicePrice(Decimal("0.10"))
+"""USD per hour: about what two cores are rented for. Only an example, as is the LLM's price."""
+LLM_PRICE = TokenPrice(Decimal("0.50"), Decimal("1.50"))
+"""USD per million tokens in and out, as if the bundled large model were hosted."""
+
+
+@dataclass
+class Traces:
+    """The steps of every generation, by trace id, in order."""
+
+    steps: dict[str, list[Step]] = field(default_factory=lambda: defaultdict(list))
+
+    def __call__(self, trace_id: str, step: Step) -> None:
+        """Takes a step as it comes."""
+        self.steps[trace_id].append(step)
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """What the agent did with one problem."""
+
+    problem: Problem
+    messages: Sequence[BaseMessage]
+    model: ChatS2T
+    traces: Traces
+    ledger: Ledger
+
+    @property
+    def answer(self) -> str:
+        """The final text."""
+        return str(self.messages[-1].text)
+
+    @property
+    def correct(self) -> bool:
+        """Whether it is the expected one."""
+        return grade(self.answer, self.problem)
+
+    def as_json(self) -> dict[str, Any]:
+        """The run for programs; see ``s2t demo --json``."""
+        return {
+            "question": self.problem.question,
+            "answer": self.answer,
+            "expected": self.problem.expected,
+            "correct": self.correct,
+            "messages": convert_to_openai_messages(list(self.messages)),
+            "s2t": summed(self.messages),
+            "per_agent": {agent: totals.model_dump(mode="json") for agent, totals in self.ledger.totals().items()},
+        }
+
+
+def run_demo(
+    problem: Problem, *, escalations: int = 3, selector: bool = True, llm: bool = True, model: str = SLM
+) -> DemoRun:
+    """Let the agent answer a problem.
+
+    Args:
+        problem: see ``world.demo_question``.
+        escalations: how often the LLM may be asked in the whole run.
+        selector: use the bundled selector.
+        llm: let it ask the bundled large model; False never loads its weights.
+        model: the SLM.
+    """
+    traces, ledger = Traces(), Ledger()
+    chat = ChatS2T(
+        model=model,
+        selector=SLM if selector else None,
+        escalation=LocalLLM(LLM, price=LLM_PRICE) if llm else None,
+        budget=Budget(escalations=escalations, name="demo"),
+        ledger=ledger,
+        device_price=DEVICE_PRICE,
+        on_step=traces,
+        max_tokens=256,
+    )
+    agent = create_agent(chat, tools=tools_of(problem), system_prompt=problem.system, name=AGENT)
+    out = agent.invoke({"messages": [HumanMessage(problem.question)]}, {"recursion_limit": 12})
+    return DemoRun(problem, out["messages"], chat, traces, ledger)
+
+
+def tools_of(problem: Problem) -> list[BaseTool]:
+    """The problem's tools as LangChain tools that really run."""
+    return [_tool(problem, schema["function"]) for schema in problem.tools]
+
+
+def _tool(problem: Problem, function: Mapping[str, Any]) -> BaseTool:
+    def run(**arguments: Any) -> str:
+        return problem.call(function["name"], arguments)
+
+    return StructuredTool.from_function(
+        run, name=function["name"], description=function["description"], args_schema=dict(function["parameters"])
+    )
+
+
+def summed(messages: Sequence[BaseMessage]) -> dict[str, Any]:
+    """``response_metadata["s2t"]`` over all answers: counts, costs and times add up, the budget is the last one's."""
+    parts = [m.response_metadata["s2t"] for m in messages if isinstance(m, AIMessage) and "s2t" in m.response_metadata]
+    total: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            total[key] = _sum(key, total.get(key), value)
+    return total
+
+
+def _sum(key: str, before: Any, value: Any) -> Any:
+    if key in ("budget", "trace_id") or before is None:
+        return value
+    if key == "degraded":
+        return before or value
+    if isinstance(value, dict):
+        return {k: None if v is None or before[k] is None else round(before[k] + v, 12) for k, v in value.items()}
+    return before + value

@@ -1,0 +1,161 @@
+"""The demo world: conversations that the bundled pair was trained on, and fresh problems to try it on.
+
+    word   a word problem; the answer shows its working       talk   small talk, with or without tools around
+    tool   the same, but a number must be looked up first     sums   bare operations     (drills, for training)
+    call   one tool call, and an answer that reads it         copy   repeat what is said (drills, for training)
+
+Everything is a pure function of (seed, split, kind). The split is part of what seeds the generator, so the streams of
+"train", "heldout" and "hard" share nothing; "hard" has longer chains, larger numbers and tellings training never saw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+from s2t_agents.demo import drills, errands, lookups, stories
+from s2t_agents.demo.arithmetic import NOISE, work
+from s2t_agents.demo.problem import (
+    Call,
+    Kind,
+    Message,
+    Problem,
+    Split,
+    Working,
+    answer_line,
+    grade,
+    tool_call_message,
+    tool_result_message,
+)
+from s2t_agents.demo.smalltalk import draw_talk
+
+__all__ = [
+    "Call",
+    "Kind",
+    "Message",
+    "Problem",
+    "Split",
+    "demo_question",
+    "generate",
+    "grade",
+    "write_like_the_slm_corpus",
+]
+
+
+def generate(seed: int, split: Split = "heldout", kind: Kind | None = None) -> Problem:
+    """The problem of this seed; without a `kind`, a word or a tool problem, half and half."""
+    if split not in ("train", "heldout", "hard"):
+        raise ValueError(f"split must be train, heldout or hard, not {split!r}")
+    if kind is None:
+        kind = "word" if Random(f"{split}/{seed}/kind").random() < 0.5 else "tool"
+    rng = Random(f"{split}/{seed}/{kind}")
+    made = _MAKERS[kind](rng, split == "hard")
+    return replace(made, seed=seed, split=split)
+
+
+def demo_question(seed: int) -> Problem:
+    """A held-out problem which needs a tool call and several steps of arithmetic."""
+    return generate(seed, "heldout", "tool")
+
+
+def write_like_the_slm_corpus(problem: Problem, rng: Random, noise: float = NOISE) -> list[Message]:
+    """The gold conversation as the small model's corpus has it: carries forgotten at rate `noise`."""
+    messages = [dict(message) for message in problem.gold]
+    if problem.working is not None:
+        messages[-1]["content"] = _write(problem.working, rng, noise)[0]
+    elif problem.sums:
+        messages[-1]["content"] = drills.write_sums(problem.sums, rng, noise)
+    return messages
+
+
+def _write(working: Working, rng: Random | None = None, noise: float = 0.0) -> tuple[str, int]:
+    sentences, total = work(working.start, working.moves, rng, noise)
+    before = [working.before] if working.before else []
+    return " ".join([*before, *sentences, answer_line(total)]), total
+
+
+def _opening(system: str | None, question: str) -> tuple[Message, ...]:
+    user: Message = {"role": "user", "content": question}
+    return ({"role": "system", "content": system}, user) if system else (user,)
+
+
+def _draw_system(rng: Random, hard: bool) -> str | None:
+    if rng.random() < 0.5:
+        return None
+    return rng.choice(lookups.HARD_SYSTEMS if hard else lookups.SYSTEMS)
+
+
+def _finish(kind: Kind, system: str | None, question: str, answer: str, **more: object) -> Problem:
+    """A problem from its parts, its conversation written out; seed and split are filled in by `generate`."""
+    opening = _opening(system, question)
+    call = more.get("expected_call")
+    middle = (tool_call_message(call), tool_result_message(call)) if isinstance(call, Call) else ()
+    gold = (*opening, *middle, {"role": "assistant", "content": answer})
+    fields = {"tools": (), "expected": answer, **more}
+    return Problem(0, "train", kind, system, question=question, gold=gold, prompt=opening, **fields)  # type: ignore[arg-type]
+
+
+def _word(rng: Random, hard: bool) -> Problem:
+    telling, size = (stories.UNSEEN, stories.LARGE) if hard else (stories.USUAL, stories.NORMAL)
+    question, start, moves = stories.draw_story(rng, telling, size)
+    working = Working(start, moves)
+    answer, total = _write(working)
+    system = _draw_system(rng, hard) if rng.random() < 0.4 else None
+    return _finish("word", system, question, answer, expected=str(total), working=working)
+
+
+def _tool(rng: Random, hard: bool) -> Problem:
+    lookup = lookups.draw_lookup(rng, rng.choice(lookups.TOPICS), hard=hard)
+    start, moves = stories.draw_moves(rng, stories.LARGE if hard else stories.NORMAL)
+    call = lookups.draw_call(rng, lookup, start)
+    telling = stories.Telling((), lookups.ADD, lookups.TAKE, lookups.ADD_GROUPS, lookups.TAKE_GROUPS, lookups.TIMES, ())
+    told = stories.tell_moves(rng, telling, moves, stories.cast(rng))
+    ask = rng.choice(lookups.HARD_ASK if hard else lookups.ASK).format(u=lookup.unit)
+    working = Working(start, moves, before=f"The tool says {start}.")
+    answer, total = _write(working)
+    return _finish(
+        "tool",
+        _draw_system(rng, hard),
+        " ".join([lookup.ask, *told, ask]),
+        answer,
+        tools=lookups.draw_tools(rng, lookup.tool, hard=hard),
+        expected=str(total),
+        expected_call=call,
+        working=working,
+    )
+
+
+def _call(rng: Random, hard: bool) -> Problem:
+    errand = errands.draw_errand(rng)
+    tools = lookups.draw_tools(rng, errand.tool, hard=hard)
+    system = _draw_system(rng, hard)
+    return _finish(
+        "call",
+        system,
+        errand.question,
+        errand.answer,
+        tools=tools,
+        expected=errand.said,
+        expected_call=errand.call,
+    )
+
+
+def _talk(rng: Random, hard: bool) -> Problem:
+    said, reply = draw_talk(rng)
+    if rng.random() < 0.3:
+        return _finish("talk", _draw_system(rng, hard), said, reply)
+    tool = errands.draw_errand(rng).tool
+    return _finish("talk", _draw_system(rng, hard), said, reply, tools=lookups.draw_tools(rng, tool, hard=hard))
+
+
+def _sums(rng: Random, hard: bool) -> Problem:
+    sums = drills.draw_sums(rng)
+    return _finish("sums", None, drills.ask_sums(rng, sums), drills.write_sums(sums), sums=sums)
+
+
+def _copy(rng: Random, hard: bool) -> Problem:
+    question, text = drills.draw_copy(rng, longest=24 if hard else 12)
+    return _finish("copy", None, question, text)
+
+
+_MAKERS = {"word": _word, "tool": _tool, "call": _call, "talk": _talk, "sums": _sums, "copy": _copy}
