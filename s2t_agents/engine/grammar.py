@@ -1,0 +1,325 @@
+"""What may be generated: free text, tool calls or JSON, by llguidance.
+
+A grammar is compiled once per request and started once per generation. Masks apply before the top-K, so every
+candidate is legal; tokens that are the only legal ones are forced and need no choice. With a token limit, what is
+legal is also what can still be finished within it.
+
+What is exact: every mask is llguidance's own; under a limit, each allowed token has a completion that was walked to
+its end and fits. What is not: near the limit only the likeliest tokens are tried, and the shortest completion is
+found by rollouts, so a longer than necessary one may end a value early.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from torch import Tensor
+
+from ..errors import BadSchema, ConfigError
+from ..tool_calls import CLOSE, OPEN, tag_ids
+from .closing import ClosingOrder
+from .schemas import SPELLING, closed, heaviest, parameters_of
+
+Mask = npt.NDArray[np.bool_]
+
+TRIED = 64
+"""Near the limit: this many of the likeliest legal tokens are tried for a completion that fits."""
+
+SEARCHED = 12
+"""Of these, how many may have a completion searched, when the known one does not fit behind them."""
+
+
+class Grammar(Protocol):
+    """The state of one generation."""
+
+    def allowed(self, logits: Tensor | None = None) -> Tensor | None:
+        """``[V]`` bool on the CPU: tokens that are legal now; None permits all."""
+
+    def forced(self) -> list[int]:
+        """Tokens that must come next, with no choice in them."""
+
+    def accept(self, token_id: int) -> None:
+        """Take the next token, chosen or forced."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more may come."""
+
+
+class Vocabulary:
+    """A tokenizer as llguidance reads it; made once per tokenizer.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        size: number of logits of the model, where that is more than the tokenizer has tokens.
+        eos_ids: tokens that end the answer; the tokenizer's own by default.
+    """
+
+    def __init__(self, tokenizer: Any, size: int | None = None, eos_ids: Sequence[int] | None = None) -> None:
+        from llguidance.hf import from_tokenizer
+
+        self.tags = tag_ids(tokenizer)
+        self.eos_ids = frozenset(eos_ids if eos_ids is not None else [tokenizer.eos_token_id])
+        self.size = max(size or 0, len(tokenizer))
+        self.core: LLTokenizer = from_tokenizer(tokenizer, n_vocab=self.size, eos_token=sorted(self.eos_ids))
+        added = tokenizer.added_tokens_decoder
+        texts = ["" if i in added else self.core.decode_str([i]) for i in range(self.size)]
+        self.order = ClosingOrder(texts, enders={self.tags[1]} - {None})
+        ids = {token.content: i for i, token in added.items()}
+        self.thought = tuple(ids[tag] for tag in ("<think>", "</think>") if tag in ids)
+
+    def mask(self, matcher: Any) -> Mask:
+        """``[V]``: what the matcher's state allows."""
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        return np.unpackbits(bits, count=self.size, bitorder="little").view(np.bool_)
+
+
+_VOCABULARIES: WeakKeyDictionary[Any, dict[Any, Vocabulary]] = WeakKeyDictionary()
+
+
+def vocabulary(tokenizer: Any, size: int | None = None, eos_ids: Sequence[int] | None = None) -> Vocabulary:
+    """The tokenizer's ``Vocabulary``, from the cache when it was made before."""
+    known = _VOCABULARIES.setdefault(tokenizer, {})
+    key = (size, tuple(sorted(eos_ids)) if eos_ids is not None else None)
+    if key not in known:
+        known[key] = Vocabulary(tokenizer, size, eos_ids)
+    return known[key]
+
+
+class CompiledGrammar:
+    """A grammar over a vocabulary, ready to be started any number of times.
+
+    Args:
+        words: the vocabulary.
+        source: llguidance's Lark dialect.
+        margin: tokens that one more token may oblige the model to write, estimated from above.
+        what: what the grammar is for, in errors.
+
+    Raises:
+        BadSchema: llguidance can not express it.
+    """
+
+    def __init__(self, words: Vocabulary, source: str, *, margin: int, what: str) -> None:
+        self.vocabulary, self.source, self.margin = words, source, margin
+        self._matcher = LLMatcher(words.core, source, log_level=0)
+        if self._matcher.is_error():
+            raise BadSchema(
+                f"No grammar can express {what}: {_reason(self._matcher.get_error())}.",
+                hint="Simplify the schema; the README lists what it may hold.",
+            )
+        self._fewest: int | None = None
+
+    def start(self, max_tokens: int | None = None) -> Generation:
+        """A new generation.
+
+        Args:
+            max_tokens: tokens it may have; the answer will be whole within them. None: no limit.
+
+        Raises:
+            ConfigError: the shortest answer found does not fit.
+        """
+        if max_tokens is not None and max_tokens < self.margin and max_tokens < self.fewest_tokens:
+            raise ConfigError(
+                f"max_tokens={max_tokens} can not hold an answer: the shortest has {self.fewest_tokens} tokens.",
+                hint=f"Set max_tokens to {self.fewest_tokens} or more.",
+            )
+        return Generation(self, self._matcher.deep_copy(), max_tokens)
+
+    @property
+    def fewest_tokens(self) -> int:
+        """Tokens of the shortest answer found, without the end token."""
+        if self._fewest is None:
+            path = self.vocabulary.order.path(self._matcher, self.vocabulary.mask, 4096)
+            self._fewest = len(path) if path is not None else 4096
+        return self._fewest
+
+
+class Generation:
+    """One generation under a grammar; a ``Grammar``."""
+
+    def __init__(self, compiled: CompiledGrammar, matcher: Any, max_tokens: int | None) -> None:
+        self._vocabulary, self._margin = compiled.vocabulary, compiled.margin
+        self._matcher = matcher
+        self._left = max_tokens
+        self._path: list[int] | None = None  # a known completion of the state, perhaps of an earlier one
+        self._ended = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more may come."""
+        return bool(self._ended or self._matcher.is_stopped())
+
+    def forced(self) -> list[int]:
+        """Tokens that must come next, with no choice in them."""
+        return [] if self.finished else list(self._matcher.compute_ff_tokens())
+
+    def accept(self, token_id: int) -> None:
+        """Take the next token.
+
+        Raises:
+            ValueError: a token that is not legal here.
+        """
+        if token_id in self._vocabulary.eos_ids and self._matcher.is_accepting():
+            self._ended = True
+            return
+        if self.finished or not self._matcher.consume_token(token_id):
+            raise ValueError(f"token {token_id} is not legal here")
+        if self._left is not None:
+            self._left -= 1
+        if self._path:
+            self._path = self._path[1:] if self._path[0] == token_id else self._path
+
+    def allowed(self, logits: Tensor | None = None) -> Tensor:
+        """``[V]`` bool on the CPU: legal tokens; near the token limit, those that leave room to finish.
+
+        Args:
+            logits: ``[V]``, the model's; they say which tokens are worth trying near the limit.
+        """
+        mask = self._vocabulary.mask(self._matcher)
+        if self._left is not None and self._left < self._margin:
+            mask = self._finishable(mask, logits)
+        return torch.from_numpy(mask)
+
+    def _finishable(self, mask: Mask, logits: Tensor | None) -> Mask:
+        left = self._left or 0
+        path = self._completion(self._matcher, left)
+        if path is None:  # no way out is known, so none can be kept open
+            return mask
+        legal = np.flatnonzero(mask)
+        if logits is not None:
+            likely = logits.detach().float().cpu().numpy()[legal]
+            legal = legal[np.argsort(-likely, kind="stable")]
+        kept = np.zeros_like(mask)
+        searches = SEARCHED
+        for token in legal[:TRIED].tolist():
+            fits = token in self._vocabulary.eos_ids or self._fits_before(token, path, left)
+            if not fits and searches and left > 1:
+                searches -= 1
+                ahead = self._matcher.deep_copy()
+                fits = ahead.consume_token(token) and self._search(ahead, left - 1) is not None
+            kept[token] = fits
+        for token in path[:1] or [i for i in self._vocabulary.eos_ids if mask[i]]:
+            kept[token] = True
+        return kept
+
+    def _completion(self, matcher: Any, limit: int) -> list[int] | None:
+        """A completion of the present state: the known one, if it still is one, or a new one."""
+        if self._path is None or not _completes(matcher, self._path) or len(self._path) > limit:
+            self._path = self._search(matcher, limit)
+        return self._path
+
+    def _search(self, matcher: Any, limit: int) -> list[int] | None:
+        return self._vocabulary.order.path(matcher, self._vocabulary.mask, limit)
+
+    def _fits_before(self, token: int, path: list[int], left: int) -> bool:
+        return 1 + len(path) <= left and _completes(self._matcher, [token, *path])
+
+
+def _completes(matcher: Any, tokens: list[int]) -> bool:
+    if matcher.validate_tokens(tokens) < len(tokens):
+        return False
+    ahead = matcher.deep_copy()
+    return bool(ahead.consume_tokens(tokens) and ahead.is_accepting())
+
+
+def tool_grammar(
+    words: Vocabulary, tools: Sequence[Mapping[str, Any]], tool_choice: str = "auto", *, parallel: bool = True
+) -> CompiledGrammar:
+    """Text and Hermes tool calls.
+
+    Args:
+        words: the vocabulary.
+        tools: in OpenAI's form; their schemas are always kept to, so ``strict`` adds nothing.
+        tool_choice: ``"auto"`` (text, calls or both), ``"any"`` (calls alone), ``"none"`` (text alone), or a
+            tool's name (one call of it).
+        parallel: whether there may be several calls.
+
+    Raises:
+        BadSchema: a tool's schema that can not be expressed; the message names the tool.
+        ConfigError: a ``tool_choice`` that is none of these.
+    """
+    functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+    if tool_choice not in ("auto", "any", "none", *functions) or (tool_choice == "any" and not functions):
+        known = ", ".join(map(repr, functions)) or "none bound"
+        raise ConfigError(
+            f"tool_choice={tool_choice!r} fits no tool (tools: {known}).",
+            hint='Use "auto", "any", "none" or a tool\'s name.',
+        )
+    if tool_choice == "none" or not functions:
+        return CompiledGrammar(words, f"start: said\n{_said(words)}", margin=4, what="text")
+    named = tool_choice in functions
+    chosen = [functions[tool_choice]] if named else list(functions.values())
+    schemas = [parameters_of(function) for function in chosen]
+    for function, schema in zip(chosen, schemas, strict=True):  # one by one, so that an error names the tool
+        source = f"start: value\nvalue: {_json(schema)}\n"
+        CompiledGrammar(words, source, margin=0, what=f"the arguments of tool {function['name']!r}")
+    rules = _call_rules(words, [function["name"] for function in chosen], schemas, several=parallel and not named)
+    rules.append(_auto_start(words) if tool_choice == "auto" else "start: calls")
+    names = max(len(json.dumps(function["name"]).encode()) for function in chosen)
+    margin = 96 + names + 2 * max(map(heaviest, schemas))
+    return CompiledGrammar(words, "\n".join(rules) + "\n", margin=margin, what="these tools together")
+
+
+def json_grammar(words: Vocabulary, schema: Mapping[str, Any] | None = None) -> CompiledGrammar:
+    """An answer that is one JSON value of a schema; any JSON object when there is none.
+
+    Raises:
+        BadSchema: the schema can not be expressed.
+    """
+    ready = closed(dict(schema)) if schema else {"type": "object"}
+    source = f"start: value\nvalue: {_json(ready)}\n"
+    return CompiledGrammar(words, source, margin=64 + 2 * heaviest(ready), what="the output schema")
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    try:
+        return "%json " + json.dumps({**schema, "x-guidance": SPELLING})
+    except (TypeError, ValueError) as error:
+        raise BadSchema(
+            f"The schema is no JSON: {error}.", hint="Use plain dicts, lists, strings and numbers."
+        ) from None
+
+
+def _call_rules(
+    words: Vocabulary, names: Sequence[str], schemas: Sequence[Mapping[str, Any]], *, several: bool
+) -> list[str]:
+    """``calls``, and ``rest``: what follows the first opening tag. Calls are a line break apart."""
+    opening, closing = (
+        json.dumps(tag) if i is None else f"<[{i}]>" for tag, i in zip((OPEN, CLOSE), words.tags, strict=True)
+    )
+    more = f' ("\\n" {opening} body {closing})*' if several else ""
+    rules = [f"calls: {opening} rest", f"rest: body {closing}{more}"]
+    rules.append("body: " + " | ".join(f"body_{i}" for i in range(len(names))))
+    for i, (name, schema) in enumerate(zip(names, schemas, strict=True)):
+        head = json.dumps(f'\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ')
+        rules += [f'body_{i}: {head} args_{i} "}}\\n"', f"args_{i}: {_json(schema)}"]
+    return rules
+
+
+def _auto_start(words: Vocabulary) -> str:
+    """Text, calls, or calls after text. A tag that is spelt out ends the text as soon as it is complete."""
+    if words.tags[0] is not None:
+        return f"start: said | calls | said calls\n{_said(words)}"
+    return f"start: said | opened rest\nopened[lazy]: /(.|\\n)*{OPEN}/\n{_said(words)}"
+
+
+def _said(words: Vocabulary) -> str:
+    """Text that is not only white space; a thought may come before it."""
+    text = "TEXT: /[ \\t\\n\\r]*[^ \\t\\n\\r](.|\\n)*/"
+    if len(words.thought) == 2:
+        begin, end = words.thought
+        return f"said: TEXT | <[{begin}]> THOUGHT <[{end}]> TEXT\nTHOUGHT: /(.|\\n)*/\n{text}"
+    return f"said: TEXT\n{text}"
+
+
+def _reason(error: str) -> str:
+    """llguidance's own words, without the grammar it quotes."""
+    first = error.strip().splitlines()[0]
+    return first.split("failed to compile JSON schema: ")[-1].rstrip(".")
