@@ -25,7 +25,20 @@ _HOMES = {
     "triggers": "triggers",
 }
 
-__all__ = [*sorted(_HOMES)]
+__all__ = [
+    "Budget",
+    "ChatS2T",
+    "DevicePrice",
+    "Engine",
+    "Escalation",
+    "LanguageModel",
+    "Ledger",
+    "LocalLLM",
+    "Step",
+    "TokenPrice",
+    "errors",
+    "triggers",
+]
 
 if TYPE_CHECKING:
     from . import errors, triggers

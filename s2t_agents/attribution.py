@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
@@ -18,7 +19,7 @@ from langchain_core.runnables import ensure_config
 
 DEFAULT_AGENT = "default"
 
-_metadata: ContextVar[Mapping[str, Any]] = ContextVar("s2t_caller_metadata", default={})
+_metadata: ContextVar[Mapping[str, Any]] = ContextVar("s2t_caller_metadata", default=MappingProxyType({}))
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ from . import runtime
 from .accounting import Account
 from .attribution import CallerHandler, configurable, current_caller
 from .budget import Budget, DevicePrice
-from .engine.steps import MAX_K
-from .errors import ConfigError
+from .engine.steps import MAX_K, Engine
+from .errors import ConfigError, ContextOverflow
 from .escalation import Escalation
 from .generation import Generation
 from .ledger import Ledger
 from .models.language_model import LanguageModel
-from .selectors import LLMSelector, LocalLLM, Selector
+from .selectors import LLMSelector, LocalLLM
 from .tool_calls import Delta
 from .triggers import Trigger
 from .types import Sampling, Step
@@ -141,13 +141,14 @@ class ChatS2T(BaseChatModel):
             return Escalation(llm)
         raise ConfigError(f"escalation is a {type(given).__name__}.", hint="Give an LLM (LocalLLM, ...) or Escalation.")
 
-    def _sampling(self, call: Mapping[str, Any]) -> Sampling:
+    def _sampling(self, call: Mapping[str, Any], banned_first: Sequence[int] = ()) -> Sampling:
         """Sampling of one call: its own arguments before the model's."""
         return Sampling(
             temperature=_given(call.get("temperature"), self.temperature),
             top_p=_given(call.get("top_p"), self.top_p),
             seed=_given(call.get("seed"), self.seed),
             max_tokens=_given(call.get("max_tokens"), self.max_tokens),
+            banned_first=banned_first,
         )
 
     def _ready(self) -> runtime.Runtime:
@@ -164,6 +165,11 @@ class ChatS2T(BaseChatModel):
                     template_args=self.template_args,
                 )
             return self._runtime
+
+    @property
+    def engine(self) -> Engine:
+        """The engine under this model; reading it loads the weights."""
+        return self._ready().engine
 
     # ------------------------------------------------------------------ LangChain
 
@@ -270,7 +276,7 @@ class ChatS2T(BaseChatModel):
         budget = call.get("s2t_budget") or configurable("s2t_budget") or self.budget
         if engine.escalation is not None:
             engine.escalation.check_price(budget)
-        sampling = self._sampling(call)
+        sampling = self._sampling(call, banned_first=tuple(engine.slm.eos_ids))
         prompt = ready.encoder.encode(messages, call.get("tools") or (), limit=engine.slm.context_window - 1)
         account = Account(
             model=self.model_name,
@@ -281,12 +287,21 @@ class ChatS2T(BaseChatModel):
             budget=budget,
         )
         watch = self.on_step
+        room = min(sampling.max_tokens, engine.slm.context_window - len(prompt))
+        compiled = ready.grammar(call)
+        if compiled and room < sampling.max_tokens and room < compiled.fewest_tokens:
+            raise ContextOverflow(
+                f"the prompt has {len(prompt)} tokens and leaves {room} of the context window; the shortest legal "
+                f"answer has {compiled.fewest_tokens}.",
+                hint="Shorten the conversation or the tools.",
+            )
+        grammar = compiled.start(room) if compiled else None
         return Generation(
-            engine.steps(prompt, sampling, budget=budget),
+            engine.steps(prompt, sampling, grammar=grammar, budget=budget),
             account,
             tokenizer=engine.slm.tokenizer,
             eos_ids=engine.slm.eos_ids,
-            room=min(sampling.max_tokens, engine.slm.context_window - len(prompt)),
+            room=room,
             stop=stop if stop is not None else self.stop or (),
             ledger=self.ledger,
             watch=(lambda step: watch(account.trace_id, step)) if watch else None,
@@ -314,6 +329,3 @@ def _chunk(delta: Delta) -> AIMessageChunk:
 
 def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-__all__ = ["ChatS2T", "Selector"]

@@ -29,7 +29,7 @@ class Proposal:
         self.prefix = prefix
         self.logits = prefix.logits
         if allowed is not None:
-            self.logits = self.logits.masked_fill(~allowed, -torch.inf)
+            self.logits = self.logits.masked_fill(~allowed.to(self.logits.device), -torch.inf)
         if banned:
             self.logits = self.logits.index_fill(0, torch.tensor(banned, device=self.logits.device), -torch.inf)
         self._k = k

@@ -203,7 +203,7 @@ class OneWay:
         forced, self.queue = self.queue, []
         return forced
 
-    def allowed(self) -> Tensor:
+    def allowed(self, logits: Tensor | None = None) -> Tensor:
         mask = torch.zeros(len(tiny_model().tokenizer), dtype=torch.bool)
         mask[self.then] = True
         return mask
@@ -237,7 +237,7 @@ def test_prompts_that_can_not_run_are_refused() -> None:
     engine = Engine(tiny_model())
     with pytest.raises(InputError, match="empty"):
         next(engine.steps([]))
-    with pytest.raises(ContextOverflow, match="512 tokens, the context window of .* 512"):
+    with pytest.raises(ContextOverflow, match=r"512 tokens, the context window of .* 512"):
         next(engine.steps([1] * 512))
 
 

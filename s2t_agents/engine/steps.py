@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,9 +26,7 @@ from ..proposal import Proposal
 from ..selectors.base import Selector, confidence_margin
 from ..triggers import Trigger, entropy
 from ..types import Candidate, EscalationReport, Picker, Sampling, Step, Timings
-
-if TYPE_CHECKING:
-    from .grammar import Grammar
+from .grammar import Grammar
 
 MAX_K = 64
 DEFAULT_ENTROPY = 0.5
@@ -157,7 +154,7 @@ class Engine:
         started = time.perf_counter()
         prefix.extend(pending)
         computed = time.perf_counter()
-        allowed = grammar.allowed() if grammar else None
+        allowed = grammar.allowed(prefix.logits) if grammar else None
         masked = time.perf_counter()
         banned = draw.sampling.banned_first if index == 0 else ()
         proposal = Proposal(prefix, self.k, allowed=allowed, banned=banned)

@@ -1,0 +1,92 @@
+"""``s2t``: the command line. Tables for people, ``--json`` for programs, one clear line on bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .errors import S2TError
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="A small local model, corrected where it is unsure.")
+console = Console()
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+@app.callback()
+def _s2t() -> None:
+    """A small local model, corrected where it is unsure, within a budget that holds."""
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Another seed, another problem that training never saw.")] = 7,
+    budget_escalations: Annotated[int, typer.Option(min=0, help="How often the large model may be asked.")] = 3,
+    no_selector: Annotated[bool, typer.Option("--no-selector", help="The small model and, maybe, the LLM.")] = False,
+    no_llm: Annotated[bool, typer.Option("--no-llm", help="Never load the large model.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Watch a LangGraph agent on the bundled pair call a tool, reason, and stay inside its budget."""
+    from .demo.agent import run_demo
+    from .demo.show import show
+    from .demo.world import demo_question
+
+    run = run_demo(demo_question(seed), escalations=budget_escalations, selector=not no_selector, llm=not no_llm)
+    if as_json:
+        typer.echo(json.dumps(run.as_json(), ensure_ascii=False))
+    else:
+        show(run, console)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Option(help="Directory or hub id of a chat model; s2t-demo is bundled.")] = "s2t-demo",
+    selector: Annotated[str | None, typer.Option(help="Directory of its selector; s2t-demo is bundled.")] = None,
+    llm: Annotated[str | None, typer.Option(help="Directory or hub id of a larger model to ask.")] = None,
+    escalations: Annotated[int, typer.Option(min=0, help="How often it may be asked in this chat.")] = 10,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+) -> None:
+    """Talk to a local model; an empty line or end of input ends it."""
+    from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+
+    from .budget import Budget
+    from .chat_model import ChatS2T
+
+    chat_model = ChatS2T(model=model, selector=selector, escalation=llm, budget=Budget(escalations=escalations))
+    history: list[BaseMessage] = [SystemMessage(system)] if system else []
+    while line := _ask():
+        history.append(HumanMessage(line))
+        said = ""
+        for chunk in chat_model.stream(history):
+            said += chunk.text
+            typer.echo(chunk.text, nl=False)
+        typer.echo()
+        history.append(AIMessage(said))
+
+
+def _ask() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def main() -> None:
+    """Entry point: our own errors become one line and exit code 2."""
+    try:
+        app()
+    except S2TError as error:
+        Console(stderr=True).print(f"[red]s2t:[/red] {error}", highlight=False)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

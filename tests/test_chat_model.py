@@ -1,0 +1,294 @@
+"""ChatS2T: an ordinary LangChain chat model that says what it did, what it cost and who chose."""
+
+import asyncio
+import threading
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
+from langchain_core.runnables import RunnableLambda
+
+from s2t_agents import Budget, ChatS2T, DevicePrice, Ledger, LocalLLM, TokenPrice
+from s2t_agents.errors import (
+    BudgetExceeded,
+    ConfigError,
+    ContextOverflow,
+    InputError,
+    ModelNotFound,
+    TokenizerMismatch,
+    UnpricedModel,
+    UnsafeWeights,
+)
+from s2t_agents.escalation import Escalation
+from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
+from s2t_agents.triggers import always
+
+S2T_KEYS = {
+    "tokens",
+    "triggers",
+    "selections",
+    "flips",
+    "escalations",
+    "refused",
+    "degraded",
+    "cost_usd",
+    "latency_ms",
+    "budget",
+    "trace_id",
+}
+
+
+def chat(**settings: Any) -> ChatS2T:
+    return ChatS2T(**{"model": tiny_model(), "max_tokens": 12, **settings})
+
+
+def escalating(limit: int | None, **settings: Any) -> ChatS2T:
+    llm = ScriptedLLM(last_candidate, price=settings.pop("price", None))
+    budget = None if limit is None else Budget(escalations=limit)
+    return chat(trigger=always(), escalation=Escalation(llm, margin=1.0), budget=budget, **settings)
+
+
+def test_without_selector_and_llm_it_is_a_plain_local_chat_model() -> None:
+    answer = chat().invoke([SystemMessage("Be brief."), HumanMessage("hello")])
+    s2t = answer.response_metadata["s2t"]
+    assert (s2t["triggers"], s2t["selections"], s2t["escalations"], s2t["degraded"]) == (0, 0, 0, False)
+    assert answer.response_metadata["model_name"] == "tiny-qwen3-0"
+
+
+def test_the_metadata_has_the_published_keys() -> None:
+    s2t = escalating(2).invoke("hello").response_metadata["s2t"]
+    assert set(s2t) == S2T_KEYS
+    assert set(s2t["cost_usd"]) == {"local", "llm", "total"}
+    assert set(s2t["latency_ms"]) == {"ttft", "propose", "select", "escalate", "total"}
+    assert set(s2t["budget"]) == {"limit", "held", "spent", "left"}
+
+
+def test_a_spent_budget_degrades_in_mid_answer_and_says_so() -> None:
+    s2t = escalating(2).invoke("hello").response_metadata["s2t"]
+    assert (s2t["escalations"], s2t["refused"], s2t["degraded"]) == (2, s2t["tokens"] - 2, True)
+    assert s2t["budget"]["left"]["escalations"] == 0
+
+
+def test_a_budget_that_says_raise_raises_through_langchain() -> None:
+    model = chat(
+        trigger=always(),
+        escalation=Escalation(ScriptedLLM(last_candidate), margin=1.0),
+        budget=Budget(escalations=1, on_exhausted="raise"),
+        ledger=Ledger(),
+    )
+    with pytest.raises(BudgetExceeded):
+        model.invoke("hello")
+    [record] = model.ledger.records()  # what was done is billed all the same
+    assert (record.escalations, record.finish_reason) == (1, "aborted")
+    assert record.error is not None
+    assert "BudgetExceeded" in record.error
+
+
+def test_costs_are_known_only_where_prices_are() -> None:
+    free = chat().invoke("hello").response_metadata["s2t"]["cost_usd"]
+    assert free == {"local": None, "llm": 0.0, "total": None}
+    unpriced = escalating(1).invoke("hello").response_metadata["s2t"]["cost_usd"]
+    assert unpriced["llm"] is None
+    priced = escalating(1, price=TokenPrice(Decimal(1), Decimal(5)), device_price=DevicePrice(Decimal("3.6")))
+    answer = priced.invoke("hello")
+    cost, tokens = answer.response_metadata["s2t"]["cost_usd"], answer.usage_metadata["input_tokens"]
+    assert cost["llm"] == pytest.approx((tokens + 5) / 1e6)
+    propose_s = answer.response_metadata["s2t"]["latency_ms"]["propose"] / 1e3
+    assert cost["local"] == pytest.approx(propose_s * 3.6 / 3600, rel=0.5)
+    assert cost["total"] == pytest.approx(cost["local"] + cost["llm"])
+
+
+def test_streaming_says_the_same_and_reports_on_the_last_chunk_alone() -> None:
+    model = chat()
+    whole = model.invoke("hello")
+    chunks = list(model.stream("hello"))
+    joined = sum(chunks[1:], chunks[0])
+    assert isinstance(joined, AIMessageChunk)
+    assert joined.content == whole.content
+    assert joined.usage_metadata == whole.usage_metadata
+    assert [bool(c.usage_metadata) for c in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert [bool(c.response_metadata) for c in chunks] == [False] * (len(chunks) - 1) + [True]
+
+
+async def test_async_and_batch_say_the_same() -> None:
+    model = chat()
+    whole = model.invoke("hello").content
+    assert (await model.ainvoke("hello")).content == whole
+    assert "".join([c.text async for c in model.astream("hello")]) == whole
+    assert [m.content for m in await model.abatch(["hello"] * 3)] == [whole] * 3
+    assert [m.content for m in model.batch(["hello"] * 3)] == [whole] * 3
+
+
+def test_closing_a_stream_early_stops_the_model_bills_what_was_done_and_holds_nothing() -> None:
+    model = escalating(50, ledger=Ledger())
+    stream = model.stream("hello")
+    next(stream)
+    stream.close()
+    [record] = model.ledger.records()
+    assert record.finish_reason == "aborted"
+    assert record.completion_tokens < 12
+    assert record.escalations == record.completion_tokens == model.budget.state().spent["escalations"]
+    assert model.budget.state().held["escalations"] == 0
+
+
+def test_calls_override_settings_and_stop_strings_cut() -> None:
+    model = chat()
+    whole = model.invoke("hello")
+    assert model.bind(max_tokens=3).invoke("hello").usage_metadata["output_tokens"] == 3
+    stop = str(whole.content)[1:3]
+    cut = model.invoke("hello", stop=[stop])
+    assert cut.content == str(whole.content).split(stop)[0]
+    assert cut.response_metadata["finish_reason"] == "stop"
+    assert whole.response_metadata["finish_reason"] == "length"
+
+
+def test_a_calls_own_budget_takes_the_models_place() -> None:
+    model, own = escalating(0), Budget(escalations=5)
+    answer = model.invoke("hello", s2t_budget=own)
+    assert answer.response_metadata["s2t"]["escalations"] == 5
+
+
+def test_the_enclosing_nodes_config_may_carry_budget_and_agent() -> None:
+    model, own = escalating(0, ledger=Ledger()), Budget(escalations=1)
+    node = RunnableLambda(lambda text: model.invoke(text))
+    answer = node.invoke("hello", {"configurable": {"s2t_budget": own, "s2t_agent": "critic"}})
+    assert answer.response_metadata["s2t"]["escalations"] == own.state().spent["escalations"] == 1
+    assert list(model.ledger.totals("agent")) == ["critic"]
+
+
+def test_sampling_repeats_with_a_seed() -> None:
+    model = chat(temperature=1.0, seed=4)
+    assert model.invoke("hello").content == model.invoke("hello").content
+    assert model.invoke("hello").content != model.bind(seed=5).invoke("hello").content
+
+
+def test_the_ledger_has_one_record_per_generation_and_a_receipt_per_escalation() -> None:
+    model = escalating(2, ledger=Ledger(), price=TokenPrice(Decimal(1), Decimal(5)))
+    answer = model.invoke("hello", s2t_agent="critic")
+    [record] = model.ledger.records(agent="critic")
+    assert record.trace_id == answer.response_metadata["s2t"]["trace_id"]
+    assert record.completion_tokens == answer.usage_metadata["output_tokens"]
+    assert [r.outcome for r in record.receipts][:3] == ["picked", "picked", "refused"]
+    first = record.receipts[0]
+    assert first.prefix_tokens == answer.usage_metadata["input_tokens"]
+    assert first.pick == first.candidates[-1].token_id != first.wanted
+    assert first.actual.usd == record.cost_usd.llm / 2 - Decimal("0.0000005")  # the second read one token more
+
+
+def test_threads_share_one_budget_without_overrun() -> None:
+    model = escalating(10, max_tokens=4)
+    threads = [threading.Thread(target=model.invoke, args=("hello",)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert model.budget.state().spent["escalations"] == 10
+
+
+async def test_tasks_share_one_budget_without_overrun() -> None:
+    model = escalating(10, max_tokens=4)
+    await asyncio.gather(*(model.ainvoke("hello") for _ in range(8)))
+    assert model.budget.state().spent["escalations"] == 10
+
+
+def test_weights_are_shared_between_models_that_name_the_same(tmp_path: Path) -> None:
+    slm = tiny_model()
+    slm.model.save_pretrained(tmp_path)
+    slm.tokenizer.save_pretrained(tmp_path)
+    one, two = ChatS2T(model=str(tmp_path)), ChatS2T(model=str(tmp_path), temperature=1.0)
+    assert one.engine.slm is two.engine.slm
+    assert one.engine is not two.engine
+    assert ChatS2T(model=str(tmp_path), dtype="bfloat16").engine.slm is not one.engine.slm
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k": 0}, "k is 0; between 1 and 64"),
+        ({"k": 65}, "k is 65"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"top_p": 2.0}, "top_p is 2.0"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"dtype": "int7"}, "dtype is 'int7'"),
+        ({"trigger": "entropy"}, "trigger is a str"),
+        ({"selector": 3}, "selector is a int"),
+        ({"escalation": 3}, "escalation is a int"),
+    ],
+)
+def test_settings_that_can_not_work_are_refused_at_construction(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        chat(**settings)
+
+
+def test_an_unpriced_llm_under_a_dollar_limit_is_refused_at_construction() -> None:
+    with pytest.raises(UnpricedModel, match="no known price"):
+        chat(escalation=LocalLLM("anything"), budget=Budget(usd="0.01"))
+    model = escalating(3)
+    with pytest.raises(UnpricedModel, match="no known price"):
+        model.invoke("hello", s2t_budget=Budget(usd="0.01"))
+
+
+def test_files_that_are_not_there_are_named() -> None:
+    with pytest.raises(ModelNotFound, match="'/no/such/model'"):
+        ChatS2T(model="/no/such/model").invoke("hello")
+    with pytest.raises(ModelNotFound, match=r"no selector at .*selector\.json is missing"):
+        chat(selector="/no/such/selector").invoke("hello")
+    with pytest.raises(ModelNotFound, match="'/no/such/llm'"):
+        chat(escalation="/no/such/llm").invoke("hello")
+
+
+def test_pickled_corrupt_and_incomplete_weights_are_refused(tmp_path: Path) -> None:
+    slm = tiny_model()
+    slm.model.save_pretrained(tmp_path)
+    slm.tokenizer.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UnsafeWeights, match="can not be read"):
+        ChatS2T(model=str(tmp_path)).invoke("hello")
+    weights.unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(UnsafeWeights, match=r"only pytorch_model\.bin; only safetensors"):
+        ChatS2T(model=str(tmp_path)).invoke("hello")
+
+
+def test_an_llm_with_another_tokenizer_is_refused_before_the_first_token(tmp_path: Path) -> None:
+    import copy
+
+    llm = tiny_model(seed=5)
+    other = copy.deepcopy(llm.tokenizer)
+    slm_tokenizer = copy.deepcopy(llm.tokenizer)
+    slm_tokenizer.add_tokens(["surprise"])
+    slm = tiny_model()
+    slm.tokenizer = slm_tokenizer
+    llm.tokenizer = other
+    with pytest.raises(TokenizerMismatch, match="disagree on 1 token ids"):
+        ChatS2T(model=slm, escalation=LocalLLM(llm)).invoke("hello")
+
+
+def test_prompts_that_can_not_be_answered_are_refused_and_cost_nothing() -> None:
+    model = escalating(5, ledger=Ledger())
+    with pytest.raises(ContextOverflow, match=r"511"):
+        model.invoke("x" * 600)
+    with pytest.raises(InputError):
+        model.invoke([])
+    with pytest.raises(InputError):
+        model.invoke([HumanMessage([{"type": "image", "url": "http://127.0.0.1/x.png"}])])
+    assert model.ledger.records() == []
+    assert model.budget.state().spent["escalations"] == 0
+
+
+def test_history_with_a_calls_result_is_read() -> None:
+    answer = chat().invoke(
+        [
+            HumanMessage("hello"),
+            AIMessage("", tool_calls=[{"name": "f", "args": {"x": 1}, "id": "a"}]),
+            {"role": "tool", "content": "2", "tool_call_id": "a"},
+        ]
+    )
+    assert isinstance(answer, AIMessage)

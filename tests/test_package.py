@@ -1,0 +1,140 @@
+"""The package as it ships: light to import, layered one way, complete in its wheel."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import s2t_agents
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "s2t_agents"
+
+LAYERS = [  # imports go down this list only, or stay on their own line
+    {"errors"},
+    {"types"},
+    {"budget"},
+    {"ledger"},
+    {"models"},
+    {"proposal"},
+    {"triggers", "selectors"},
+    {"escalation"},
+    {"call_body", "tool_calls", "hermes", "messages"},
+    {"engine"},
+    {"attribution", "accounting"},
+    {"generation", "runtime"},
+    {"chat_model"},
+    {"testing"},
+    {"demo", "training"},
+    {"bench", "integrations"},
+    {"cli"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> list[tuple[str, Path]]:
+    """Every file with the layer it stands on."""
+    files = [(p.relative_to(PACKAGE).parts[0].removesuffix(".py"), p) for p in PACKAGE.rglob("*.py")]
+    files += [("integrations", p) for p in (ROOT / "integrations").rglob("*.py")]
+    return [(layer, path) for layer, path in files if layer != "__init__"]
+
+
+def imported_layers(path: Path) -> set[str]:
+    """Layers of this package that a file imports, at the top or inside functions."""
+    inside = path.is_relative_to(PACKAGE)
+    package = ("s2t_agents", *path.relative_to(PACKAGE).parent.parts) if inside else ("s2t_agents", "integrations")
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("s2t_agents.")}
+    return found
+
+
+@pytest.mark.parametrize(("layer", "path"), modules(), ids=lambda value: getattr(value, "stem", value))
+def test_imports_go_one_way(layer: str, path: Path) -> None:
+    upward = {name for name in imported_layers(path) if name in RANK and RANK[name] > RANK[layer]}
+    sideways = {n for n in imported_layers(path) if n in RANK and RANK[n] == RANK[layer] and n != layer} - {"selectors"}
+    same_shelf = LAYERS[RANK[layer]]
+    assert not upward, f"{path.name} imports {upward} from above"
+    assert not sideways or len(same_shelf) > 1
+
+
+def test_training_uses_nothing_above_the_engine_but_the_demo_world() -> None:
+    above = {name for name in RANK if RANK[name] > RANK["engine"]} - {"training", "demo"}
+    for layer, path in modules():
+        if layer == "training":
+            assert not imported_layers(path) & above, path.name
+
+
+def test_nothing_below_the_command_line_uses_training() -> None:
+    for layer, path in modules():
+        if layer not in ("training", "cli", "bench"):
+            assert "training" not in imported_layers(path), path.name
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {layer for layer, _ in modules()} <= set(RANK)
+
+
+def test_budget_and_ledger_load_without_torch_and_the_package_in_under_a_second() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import s2t_agents; took = time.perf_counter() - start;"
+        "s2t_agents.Budget(escalations=1); s2t_agents.Ledger();"
+        "heavy = {'torch', 'transformers', 'langchain'} & set(sys.modules); assert not heavy, heavy; print(took)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 1.0
+
+
+def test_the_public_names_are_these() -> None:
+    assert s2t_agents.__all__ == [
+        "Budget",
+        "ChatS2T",
+        "DevicePrice",
+        "Engine",
+        "Escalation",
+        "LanguageModel",
+        "Ledger",
+        "LocalLLM",
+        "Step",
+        "TokenPrice",
+        "errors",
+        "triggers",
+    ]
+    for name in s2t_agents.__all__:
+        assert getattr(s2t_agents, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = s2t_agents.Nothing
+
+
+def test_the_wheel_lists_every_package_and_the_integrations() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {"s2t_agents"} | {f"s2t_agents.{p.parent.name}" for p in PACKAGE.glob("*/__init__.py")}
+    assert set(settings["packages"]) == folders | {"s2t_agents.integrations"}
+    import s2t_agents.integrations as shipped
+
+    assert Path(str(shipped.__file__)).parent.name == "integrations"
+
+
+def test_the_error_tree_is_drawn_as_it_is() -> None:
+    from s2t_agents import errors
+
+    defined = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.S2TError)
+    }
+    drawn = str(errors.__doc__)
+    assert all(name in drawn for name in defined), defined
+    assert all(issubclass(getattr(errors, name), errors.S2TError) for name in defined)
+
+
+def test_weights_in_the_repository_stay_under_24_mb() -> None:
+    assert sum(p.stat().st_size for p in (PACKAGE / "demo").rglob("*.safetensors")) <= 24 * 2**20
