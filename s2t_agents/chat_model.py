@@ -20,7 +20,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
-from pydantic import ConfigDict, Field, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
 
 from . import runtime
 from .accounting import Account
@@ -67,6 +67,8 @@ class ChatS2T(BaseChatModel):
         model_kwargs: passed to ``from_pretrained``, such as ``quantization_config``.
         template_args: variables of the chat template, such as ``{"enable_thinking": False}``.
         on_step: called with the trace id and every step, for traces.
+        streaming: True generates by streaming under ``invoke`` too, as LangChain's callbacks may want.
+        api_key, max_retries, timeout: accepted and unused, so that settings written for a hosted model can stay.
 
     Raises:
         ConfigError: a setting that can not work; everything but the files is checked here, files at the first call.
@@ -93,6 +95,10 @@ class ChatS2T(BaseChatModel):
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     template_args: dict[str, Any] = Field(default_factory=dict)
     on_step: Callable[[str, Step], None] | None = Field(default=None, exclude=True)
+    streaming: bool | None = None
+    api_key: SecretStr | None = Field(default=None, exclude=True)
+    max_retries: int | None = None
+    timeout: float | None = None
 
     _runtime: runtime.Runtime | None = PrivateAttr(default=None)
     _lock: Any = PrivateAttr(default_factory=threading.Lock)

@@ -1,0 +1,78 @@
+"""Loading: dtype and device chosen sensibly, everything else passed through, nothing executed that came with weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from s2t_agents.errors import ModelNotFound, UnsafeWeights
+from s2t_agents.models import LanguageModel
+from s2t_agents.testing import ARCHITECTURES, tiny_model
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = tiny_model()
+    model.model.to(torch.bfloat16).save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_comes_back_from_disk_the_same(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    model.model.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    again = LanguageModel.load(str(tmp_path), device="cpu")
+    ids = torch.arange(9)
+    assert torch.equal(again.step(ids, again.new_cache())[0], model.step(ids, model.new_cache())[0])
+    assert (again.eos_ids, again.context_window) == (model.eos_ids, 512)
+
+
+def test_a_small_model_runs_in_fp32_on_a_cpu_unless_told_otherwise(saved: Path) -> None:
+    assert LanguageModel.load(str(saved), device="cpu").model.dtype == torch.float32
+    assert LanguageModel.load(str(saved), device="cpu", dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+
+def test_other_arguments_reach_from_pretrained(saved: Path) -> None:
+    eager = LanguageModel.load(str(saved), attn_implementation="eager")
+    assert eager.model.config._attn_implementation == "eager"
+    placed = LanguageModel.load(str(saved), device="meta", device_map={"": "cpu"})
+    assert placed.device.type == "cpu"  # the map decides, not our own device
+    with pytest.raises(ModelNotFound, match="no causal language model"):
+        LanguageModel.load(str(saved), quantization_config={"quant_method": "no-such-method"})
+
+
+def test_remote_code_is_not_run(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    marker = saved / "ran"
+    (saved / "modeling_evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    config |= {
+        "model_type": "evil",
+        "auto_map": {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"},
+    }
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ModelNotFound, UnsafeWeights)):
+        LanguageModel.load(str(saved))
+    assert not marker.exists()
+
+
+def test_weights_that_lack_tensors_are_refused(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(
+        json.dumps({**config, "num_hidden_layers": 6, "layer_types": ["full_attention"] * 6})
+    )
+    with pytest.raises(UnsafeWeights, match="lack .* tensors"):
+        LanguageModel.load(str(saved))
+
+
+def test_a_directory_without_weights_says_so(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(UnsafeWeights, match="holds no weights"):
+        LanguageModel.load(str(saved))
+
+
+def test_a_hub_id_with_the_hub_unreachable_says_what_to_do() -> None:
+    with pytest.raises(ModelNotFound, match="'nobody/nothing'.*HF_HUB_OFFLINE"):
+        LanguageModel.load("nobody/nothing")
