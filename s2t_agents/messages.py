@@ -83,8 +83,10 @@ def _text_of(message: BaseMessage, where: str) -> str:
 def _said_besides(message: AIMessage, calls: dict[str, tuple[str, str]]) -> Turn:
     """Tool calls and reasoning of an assistant turn; the calls are entered under the ids they were made with."""
     made: list[tuple[str | None, str, Any]] = [(c["id"], c["name"], c["args"]) for c in message.tool_calls]
-    for broken in message.invalid_tool_calls:
-        made.append((broken["id"], broken["name"] or "unknown", {"invalid_arguments": broken["args"] or ""}))
+    made += [
+        (broken["id"], broken["name"] or "unknown", {"invalid_arguments": broken["args"] or ""})
+        for broken in message.invalid_tool_calls
+    ]
     told = []
     for call_id, name, args in made:
         own = f"call{len(calls) + 1:05d}"
@@ -226,7 +228,7 @@ class PromptEncoder:
         """Whether the template renders tools, and calls and their results in the Hermes way."""
         function = {"name": "probe_tool", "description": "d", "parameters": {"type": "object", "properties": {}}}
         call = {"name": "probe_call", "arguments": {"x": 1}}
-        turns = [
+        turns: list[Turn] = [
             {"role": "user", "content": "x"},
             {"role": "assistant", "content": "", "tool_calls": [_numbered(call)]},
             {"role": "tool", "content": "probe_result", "name": "probe_call", "tool_call_id": "call00001"},

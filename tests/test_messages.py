@@ -13,10 +13,10 @@ from langchain_core.messages import (
     SystemMessage,
     ToolMessage,
 )
+from templates import FAMILIES, SPEAKS_HERMES, family
 
 from s2t_agents.errors import ConfigError, ContextOverflow, InputError
 from s2t_agents.messages import PromptEncoder, to_template
-from templates import FAMILIES, SPEAKS_HERMES, family
 
 ENCODERS = {name: PromptEncoder(family(name)) for name in FAMILIES}
 WEATHER = {
@@ -166,9 +166,8 @@ def test_turns_are_plain_and_call_ids_numbered():
     messages, _ = conversation()
     turns = to_template(messages)
     assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "tool", "assistant", "user"]
-    assert turns[2]["tool_calls"] == [
-        {"type": "function", "id": "call00001", "function": {"name": "weather", "arguments": {"Paris": "Hi there", "of": ["Paris"]}}}
-    ]  # fmt: skip
+    made = {"name": "weather", "arguments": {"Paris": "Hi there", "of": ["Paris"]}}
+    assert turns[2]["tool_calls"] == [{"type": "function", "id": "call00001", "function": made}]
     assert turns[3] == {"role": "tool", "content": "sunny", "tool_call_id": "call00001", "name": "weather"}
 
 
@@ -253,7 +252,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused():
 
 def test_a_prompt_over_the_limit_overflows_and_a_huge_one_is_not_even_encoded(monkeypatch):
     encoder = ENCODERS["llama3"]
-    with pytest.raises(ContextOverflow, match="The prompt has 1[0-9]+ tokens; 20 fit"):
+    with pytest.raises(ContextOverflow, match=r"The prompt has 1[0-9]+ tokens; 20 fit"):
         encoder.encode([HumanMessage("word " * 40)], limit=20)
     monkeypatch.setattr(encoder._safe, "encode", None)
     with pytest.raises(ContextOverflow, match="at least"):

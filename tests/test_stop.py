@@ -1,5 +1,7 @@
 """Stop strings: cut at the first completed, and nothing of one is ever shown."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ STOPS = st.lists(st.text(alphabet="abé ", min_size=1, max_size=4), max_size=3)
 
 def split(text, cuts):
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def run(stops, pieces):

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessageChunk
+from templates import family
 
 from s2t_agents.tool_calls import CLOSE, OPEN, ToolCallParser, tag_ids
-from templates import family
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -71,13 +71,15 @@ def test_a_call_comes_through_whole_however_it_is_split(name, args, cuts, ascii_
     assert (parser.text, parser.invalid_tool_calls) == ("", [])
     pieces = [chunk for delta in deltas for chunk in delta.tool_call_chunks]
     assert json.loads("".join(piece["args"] for piece in pieces)) == args
-    assert [(p["name"], p["id"], p["index"]) for p in pieces][0] == (name, "call_0", 0)
+    assert (pieces[0]["name"], pieces[0]["id"], pieces[0]["index"]) == (name, "call_0", 0)
     assert all((p["name"], p["id"], p["index"]) == (None, None, 0) for p in pieces[1:])
 
 
+PARTS = WORDS | st.just(call("f", {"a": "</tool_call>"})) | st.text(alphabet='{}[]":, \nae\\', max_size=9)
+
+
 @settings(max_examples=150, deadline=None)
-@given(st.lists(WORDS | st.just(call("f", {"a": "</tool_call>"})) | st.text(alphabet='{}[]":, \nae\\', max_size=9), max_size=5),
-       st.lists(st.integers(0, 300), max_size=20), st.booleans())  # fmt: skip
+@given(st.lists(PARTS, max_size=5), st.lists(st.integers(0, 300), max_size=20), st.booleans())
 def test_the_stream_joined_by_langchain_says_what_the_parser_says(parts, cuts, as_tokens):
     text = "".join(part + (OPEN if i % 2 else "") for i, part in enumerate(parts))
     parser, deltas = parse(tagged(text), open_id=1, close_id=2) if as_tokens else parse(spelt(text, cuts))
@@ -101,8 +103,8 @@ def test_text_without_a_tag_is_shown_as_it_is(text, cuts):
 
 
 def test_arguments_stream_before_the_call_is_whole():
-    _, deltas = parse([(1, OPEN), (None, '{"name": "f", "arguments": {"city": "Par'), (None, 'is"}}'), (2, CLOSE)],
-                      open_id=1, close_id=2)  # fmt: skip
+    steps = [(1, OPEN), (None, '{"name": "f", "arguments": {"city": "Par'), (None, 'is"}}'), (2, CLOSE)]
+    _, deltas = parse(steps, open_id=1, close_id=2)
     shown = [[(c["name"], c["args"]) for c in delta.tool_call_chunks] for delta in deltas]
     assert shown == [[], [("f", '{"city": "Par')], [(None, 'is"}')], [], []]
 
@@ -139,10 +141,11 @@ def test_the_letters_of_a_tag_inside_a_string_are_the_strings():
 
 
 def test_arguments_before_the_name_wait_for_it():
-    parser, deltas = parse([(1, ""), (None, '{"arguments": {"a": 1}'), (None, ', "name": "f"}'), (2, "")], open_id=1, close_id=2)  # fmt: skip
+    steps = [(1, ""), (None, '{"arguments": {"a": 1}'), (None, ', "name": "f"}'), (2, "")]
+    parser, deltas = parse(steps, open_id=1, close_id=2)
     assert not deltas[1]
-    assert deltas[2].tool_call_chunks[0] == {"name": "f", "args": '{"a": 1}', "id": "call_0", "index": 0,
-                                             "type": "tool_call_chunk"}  # fmt: skip
+    (chunk,) = deltas[2].tool_call_chunks
+    assert (chunk["name"], chunk["args"], chunk["id"], chunk["index"]) == ("f", '{"a": 1}', "call_0", 0)
     assert parser.tool_calls[0]["args"] == {"a": 1}
 
 
@@ -157,7 +160,8 @@ MALFORMED = [
     "", "no json", "[]", '"f"', "{", '{"name": "f"', '{"name": 3, "arguments": {}}', '{"arguments": {}}', "{}",
     '{"name": "f", "arguments": [1]}', '{"name": "f", "arguments": "{}"}', '{"name": "f", "arguments": {"a": 1',
     '{"name": "f", "arguments": {"a": "cut', '{"name": "f", "arguments": {"a": tru}}', '{"name": "", "arguments": {}}',
-    '{"name": "f", "arguments": {"a": "\\', '{"name": "f", "name": "g"}', '{"name": "f", "arguments": {"a": "\\ud800"}}',
+    '{"name": "f", "arguments": {"a": "\\', '{"name": "f", "name": "g"}',
+    '{"name": "f", "arguments": {"a": "\\ud800"}}',
     '{"name": "f", "arguments": ' + '{"a": ' * 5000, '{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}",
 ]  # fmt: skip
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -71,7 +72,7 @@ class Vocabulary:
         self.core: LLTokenizer = from_tokenizer(tokenizer, n_vocab=self.size, eos_token=sorted(self.eos_ids))
         added = tokenizer.added_tokens_decoder
         texts = ["" if i in added else self.core.decode_str([i]) for i in range(self.size)]
-        self.order = ClosingOrder(texts, enders={self.tags[1]} - {None})
+        self.order = ClosingOrder(texts, enders={self.tags[1]} if self.tags[1] is not None else set())
         ids = {token.content: i for i, token in added.items()}
         self.thought = tuple(ids[tag] for tag in ("<think>", "</think>") if tag in ids)
 
@@ -114,7 +115,6 @@ class CompiledGrammar:
                 f"No grammar can express {what}: {_reason(self._matcher.get_error())}.",
                 hint="Simplify the schema; the README lists what it may hold.",
             )
-        self._fewest: int | None = None
 
     def start(self, max_tokens: int | None = None) -> Generation:
         """A new generation.
@@ -132,13 +132,15 @@ class CompiledGrammar:
             )
         return Generation(self, self._matcher.deep_copy(), max_tokens)
 
+    @cached_property
+    def shortest(self) -> list[int] | None:
+        """Tokens of the shortest answer found, without the end token; None when none was found."""
+        return self.vocabulary.order.path(self._matcher, self.vocabulary.mask, 4 * self.margin)
+
     @property
     def fewest_tokens(self) -> int:
-        """Tokens of the shortest answer found, without the end token."""
-        if self._fewest is None:
-            path = self.vocabulary.order.path(self._matcher, self.vocabulary.mask, 4096)
-            self._fewest = len(path) if path is not None else 4096
-        return self._fewest
+        """Number of tokens of the shortest answer found; 0 when none was found."""
+        return len(self.shortest or ())
 
 
 class Generation:
@@ -148,7 +150,9 @@ class Generation:
         self._vocabulary, self._margin = compiled.vocabulary, compiled.margin
         self._matcher = matcher
         self._left = max_tokens
-        self._path: list[int] | None = None  # a known completion of the state, perhaps of an earlier one
+        # a known completion of the state, perhaps of an earlier one
+        self._path = compiled.shortest if max_tokens is not None and max_tokens < compiled.margin else None
+        self._behind: dict[int, list[int]] = {}  # completions found behind tokens that are legal now
         self._ended = False
 
     @property
@@ -156,9 +160,18 @@ class Generation:
         """Whether nothing more may come."""
         return bool(self._ended or self._matcher.is_stopped())
 
+    @property
+    def _near_limit(self) -> bool:
+        return self._left is not None and self._left < self._margin
+
     def forced(self) -> list[int]:
         """Tokens that must come next, with no choice in them."""
-        return [] if self.finished else list(self._matcher.compute_ff_tokens())
+        if self.finished:
+            return []
+        tokens = list(self._matcher.compute_ff_tokens())
+        if tokens and self._near_limit and not self._fits_after(tokens):
+            return []  # the same text in other tokens would not leave room: then the mask leads the way
+        return tokens
 
     def accept(self, token_id: int) -> None:
         """Take the next token.
@@ -173,8 +186,11 @@ class Generation:
             raise ValueError(f"token {token_id} is not legal here")
         if self._left is not None:
             self._left -= 1
-        if self._path:
-            self._path = self._path[1:] if self._path[0] == token_id else self._path
+        if token_id in self._behind:
+            self._path = self._behind[token_id]
+        elif self._path and self._path[0] == token_id:
+            self._path = self._path[1:]
+        self._behind = {}
 
     def allowed(self, logits: Tensor | None = None) -> Tensor:
         """``[V]`` bool on the CPU: legal tokens; near the token limit, those that leave room to finish.
@@ -183,13 +199,13 @@ class Generation:
             logits: ``[V]``, the model's; they say which tokens are worth trying near the limit.
         """
         mask = self._vocabulary.mask(self._matcher)
-        if self._left is not None and self._left < self._margin:
+        if self._near_limit:
             mask = self._finishable(mask, logits)
         return torch.from_numpy(mask)
 
     def _finishable(self, mask: Mask, logits: Tensor | None) -> Mask:
         left = self._left or 0
-        path = self._completion(self._matcher, left)
+        path = self._completion(left)
         if path is None:  # no way out is known, so none can be kept open
             return mask
         legal = np.flatnonzero(mask)
@@ -199,27 +215,44 @@ class Generation:
         kept = np.zeros_like(mask)
         searches = SEARCHED
         for token in legal[:TRIED].tolist():
-            fits = token in self._vocabulary.eos_ids or self._fits_before(token, path, left)
-            if not fits and searches and left > 1:
+            kept[token] = token in self._vocabulary.eos_ids or self._fits_before(token, path, left)
+            if not kept[token] and searches and left > 1:
                 searches -= 1
-                ahead = self._matcher.deep_copy()
-                fits = ahead.consume_token(token) and self._search(ahead, left - 1) is not None
-            kept[token] = fits
+                kept[token] = self._fits_somehow(token, left)
         for token in path[:1] or [i for i in self._vocabulary.eos_ids if mask[i]]:
             kept[token] = True
         return kept
 
-    def _completion(self, matcher: Any, limit: int) -> list[int] | None:
+    def _completion(self, left: int) -> list[int] | None:
         """A completion of the present state: the known one, if it still is one, or a new one."""
-        if self._path is None or not _completes(matcher, self._path) or len(self._path) > limit:
-            self._path = self._search(matcher, limit)
+        if self._path is None or len(self._path) > left or not _completes(self._matcher, self._path):
+            self._path = self._vocabulary.order.path(self._matcher, self._vocabulary.mask, left)
         return self._path
-
-    def _search(self, matcher: Any, limit: int) -> list[int] | None:
-        return self._vocabulary.order.path(matcher, self._vocabulary.mask, limit)
 
     def _fits_before(self, token: int, path: list[int], left: int) -> bool:
         return 1 + len(path) <= left and _completes(self._matcher, [token, *path])
+
+    def _fits_somehow(self, token: int, left: int) -> bool:
+        found = self._search_behind([token], left)
+        if found is not None:
+            self._behind[token] = found
+        return found is not None
+
+    def _fits_after(self, tokens: list[int]) -> bool:
+        """Whether a completion is known, or found, behind tokens that are forced."""
+        path = self._path
+        if path is not None and path[: len(tokens)] == tokens:
+            return True
+        found = self._search_behind(tokens, self._left or 0)
+        if found is not None:
+            self._path = tokens + found
+        return found is not None
+
+    def _search_behind(self, tokens: list[int], left: int) -> list[int] | None:
+        ahead = self._matcher.deep_copy()
+        if left < len(tokens) or not ahead.consume_tokens(tokens):
+            return None
+        return self._vocabulary.order.path(ahead, self._vocabulary.mask, left - len(tokens), any_will_do=True)
 
 
 def _completes(matcher: Any, tokens: list[int]) -> bool:

@@ -47,8 +47,10 @@ def closed(schema: Any) -> Any:
 def parameters_of(function: Mapping[str, Any]) -> Schema:
     """The schema of a tool's arguments; a tool that declares none takes an empty object."""
     parameters = dict(function.get("parameters") or {})
-    if not any(key in parameters for key in (*_JOINED, "properties", "additionalProperties")):
-        parameters |= {"type": "object", "properties": {}}
+    if not any(key in parameters for key in _JOINED):
+        parameters = {"type": "object", **parameters}
+        if "additionalProperties" not in parameters:
+            parameters.setdefault("properties", {})
     return dict(closed(parameters))
 
 

@@ -16,7 +16,7 @@ CORPUS = [
     "user system assistant tool content name arguments end start turn",
     '{"name": "weather", "arguments": {"city": "Paris", "days": 3}}',
     "Das Wetter in Zürich: 21 °C.\n\nMany words, some    spaces,\n  and lines.",
-    "天気はどうですか？ 今日は晴れです。",
+    "天気はどうですか。 今日は晴れです。",
 ]
 FAMILIES = ("qwen2_5", "qwen3", "llama3", "mistral", "gemma", "phi3", "unigram")
 SPEAKS_HERMES = ("qwen2_5", "qwen3")
@@ -52,9 +52,7 @@ def _qwen2_5():
     core = _byte_level()
     core.normalizer = normalizers.NFC()
     core.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    core.add_tokens(
-        [AddedToken(t, normalized=False) for t in ("<tool_call>", "</tool_call>", "<|fim_prefix|>")]
-    )
+    core.add_tokens([AddedToken(t, normalized=False) for t in ("<tool_call>", "</tool_call>", "<|fim_prefix|>")])
     return core, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 
 
@@ -67,10 +65,8 @@ def _qwen3():
 
 def _llama3():
     core = _byte_level()
-    core.add_special_tokens(
-        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"]
-        + ["<|eot_id|>", "<|python_tag|>"]
-    )
+    turns = ["<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
+    core.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", *turns])
     return core, {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
 
 

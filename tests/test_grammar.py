@@ -1,0 +1,342 @@
+"""Constrained decoding: whatever the model wants, what comes out is legal, and whole within the token limit."""
+
+import json
+import random
+
+import jsonschema
+import pytest
+import torch
+from templates import family
+
+from s2t_agents.engine.grammar import TRIED, json_grammar, tool_grammar, vocabulary
+from s2t_agents.errors import BadSchema, ConfigError
+from s2t_agents.models.detokenizer import Detokenizer
+from s2t_agents.tool_calls import CLOSE, OPEN, ToolCallParser
+
+TAGGED, SPELT = "qwen2_5", "llama3"  # vocabularies with <tool_call> as one token, and without
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TRICKY = ["name", "city", "n", "weather station", "größe", 'a"b', "x"]
+
+
+def tool(name, parameters=None):
+    function = {"name": name, "description": "d"} | ({"parameters": parameters} if parameters is not None else {})
+    return {"type": "function", "function": function}
+
+
+WEATHER, NOW = tool("weather", CITY), tool("now")
+
+
+class Dice:
+    """A model that wants anything: random logits at every step, from a seed."""
+
+    def __init__(self, seed, scale=3.0):
+        self.random, self.scale = torch.Generator().manual_seed(seed), scale
+
+    def logits(self, size):
+        return torch.randn(size, generator=self.random) * self.scale
+
+
+def generate(grammar, *, max_tokens=None, seed=0, wants=None, most=400):
+    """Token ids of one generation, without the end token, as the engine would run it."""
+    words, dice = grammar.vocabulary, Dice(seed)
+    state, ids = grammar.start(max_tokens), []
+    while len(ids) < (max_tokens or most):
+        for token in state.forced():
+            state.accept(token)
+            ids.append(token)
+        if state.finished or len(ids) >= (max_tokens or most):
+            break
+        logits = dice.logits(words.size)
+        if wants is not None and len(ids) < len(wants):
+            logits[wants[len(ids)]] = 99.0
+        token = int(logits.masked_fill(~state.allowed(logits), -torch.inf).argmax())
+        state.accept(token)
+        if token in words.eos_ids:
+            break
+        ids.append(token)
+    return ids
+
+
+def calls_of(name, ids):
+    parser, detokenizer = ToolCallParser.for_tokenizer(family(name)), Detokenizer(family(name))
+    for token in ids:
+        parser.push(token, detokenizer.push(token))
+    parser.push(None, detokenizer.flush())
+    parser.finish()
+    return parser
+
+
+def accepts(grammar, text):
+    """Whether the text is a whole answer of the grammar."""
+    state = grammar.start()
+    tokenizer = grammar.vocabulary.core
+    for piece, tag in _pieces(text):
+        ids = tokenizer.tokenize_str(piece, parse_special=tag)
+        for token in ids:
+            if not state.allowed()[token]:
+                return False
+            state.accept(token)
+    return bool(state.finished or state.allowed()[list(grammar.vocabulary.eos_ids)].any())
+
+
+def _pieces(text):
+    while text:
+        at, tag = min(((text.find(tag), tag) for tag in (OPEN, CLOSE) if tag in text), default=(len(text), ""))
+        yield text[:at], False
+        yield tag, True
+        text = text[at + len(tag) :]
+
+
+def call(name, args):
+    return f"{OPEN}\n{json.dumps({'name': name, 'arguments': args}, ensure_ascii=False)}\n{CLOSE}"
+
+
+def schema(r, depth=0):
+    """A random JSON schema out of what tools and structured output use."""
+    kinds = ["string", "integer", "boolean", "enum", "null"]
+    kinds += ["number", "const", "anyOf", "array", "object", "format"] if depth < 3 else []
+    kind = r.choice(kinds + (["recursive"] if not depth else []))
+    return globals()[f"_{kind}"](r, depth) if f"_{kind}" in globals() else {"type": kind}
+
+
+def _string(r, depth):
+    if r.random() < 0.2:
+        return {"type": "string", "pattern": r.choice(["^[a-z]{2,5}$", "^[A-Z]+-[0-9]{3}$", "^(yes|no|maybe)$"])}
+    bounds = {"minLength": r.randint(0, 4), "maxLength": r.randint(4, 12)}
+    return {"type": "string"} | {key: value for key, value in bounds.items() if r.random() < 0.3}
+
+
+def _integer(r, depth, kind="integer"):
+    bounds = {"minimum": r.randint(-50, 50), "maximum": r.randint(51, 5000)}
+    return {"type": kind} | {key: value for key, value in bounds.items() if r.random() < 0.4}
+
+
+def _number(r, depth):
+    return _integer(r, depth, "number")
+
+
+def _enum(r, depth):
+    return {"enum": r.sample(["red", "green", 1, None, True, "天", 'a "b"', 2.5], r.randint(1, 4))}
+
+
+def _const(r, depth):
+    return {"const": r.choice(["x", 3, {"a": [1]}, None])}
+
+
+def _anyOf(r, depth):
+    return {"anyOf": [schema(r, depth + 1) for _ in range(r.randint(1, 3))]}
+
+
+def _format(r, depth):
+    return {"type": "string", "format": r.choice(["date", "time", "date-time", "email", "uuid", "ipv4"])}
+
+
+def _array(r, depth):
+    bounds = {"minItems": r.randint(0, 3), "maxItems": r.randint(3, 5)}
+    kept = {key: value for key, value in bounds.items() if r.random() < 0.4}
+    return {"type": "array", "items": schema(r, depth + 1)} | kept
+
+
+def _object(r, depth):
+    properties = {key: schema(r, depth + 1) for key in r.sample(TRICKY, r.randint(0, 4))}
+    required = [key for key in properties if r.random() < 0.6]
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def _recursive(r, depth):
+    below = {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}
+    node = {"type": "object", "properties": {"v": {"type": "integer"}, "next": below}, "required": ["next"]}
+    return {"$ref": "#/$defs/node", "$defs": {"node": node}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [TAGGED, SPELT])
+@pytest.mark.parametrize("block", range(5))
+def test_500_random_schemas_come_out_whole_and_valid_within_any_limit(name, block):
+    """50 schemas a block, two vocabularies: JSON and calls of a model that rolls dice, in a random token limit."""
+    words = vocabulary(family(name))
+    for seed in range(50 * block, 50 * block + 50):
+        r = random.Random(f"{name} {seed}")
+        asked = schema(r)
+        slack = r.randint(0, r.choice([0, 3, 20, 120]))
+        answer = json_grammar(words, asked)
+        text = words.core.decode_str(generate(answer, max_tokens=answer.fewest_tokens + slack, seed=seed))
+        jsonschema.validate(json.loads(text), asked)
+
+        parameters = {"type": "object", "properties": {"value": {"type": "string"}}} | _object(r, 1)
+        tools = tool_grammar(words, [tool("weather", parameters), NOW], r.choice(["any", "weather"]))
+        parser = calls_of(name, generate(tools, max_tokens=tools.fewest_tokens + slack, seed=seed))
+        assert not parser.invalid_tool_calls
+        assert parser.tool_calls
+        for made in parser.tool_calls:
+            jsonschema.validate(made["args"], parameters if made["name"] == "weather" else {"maxProperties": 0})
+
+
+@pytest.mark.parametrize("name", [TAGGED, SPELT])
+@pytest.mark.parametrize("seed", range(12))
+def test_auto_says_something_and_its_calls_are_whole(name, seed):
+    grammar = tool_grammar(vocabulary(family(name)), [WEATHER, NOW])
+    parser = calls_of(name, generate(grammar, max_tokens=8 + 11 * seed, seed=seed))
+    assert parser.text.strip() or parser.tool_calls
+    assert not parser.invalid_tool_calls
+
+
+@pytest.mark.parametrize("name", [TAGGED, SPELT])
+def test_auto_takes_text_calls_and_both(name):
+    grammar = tool_grammar(vocabulary(family(name)), [WEATHER, NOW], "auto")
+    one, other = call("weather", {"city": "天"}), call("now", {})
+    for text in ("Hi!", one, f"Let me see.\n{one}", f"{one}\n{other}", f"Hm {other}\n{one}\n{one}"):
+        assert accepts(grammar, text), text
+    for text in ("", " \n", call("weather", {}), call("weather", {"city": 3}), call("nowhere", {}), f"{one} and more"):
+        assert not accepts(grammar, text), text
+
+
+@pytest.mark.parametrize("name", [TAGGED, SPELT])
+def test_any_a_name_and_none(name):
+    words = vocabulary(family(name))
+    one, other = call("weather", {"city": "x"}), call("now", {})
+    required = tool_grammar(words, [WEATHER, NOW], "any")
+    assert [accepts(required, text) for text in (one, other, f"{one}\n{other}", "Hi")] == [True, True, True, False]
+    named = tool_grammar(words, [WEATHER, NOW], "now")
+    assert [accepts(named, text) for text in (one, other, f"{other}\n{other}", "Hi")] == [False, True, False, False]
+    silent = tool_grammar(words, [WEATHER, NOW], "none")
+    assert accepts(silent, "Hi")
+    assert not silent.start().allowed()[[tag for tag in words.tags if tag is not None]].any()
+
+
+@pytest.mark.parametrize("choice", ["auto", "any"])
+def test_without_parallel_calls_there_is_one(choice):
+    grammar = tool_grammar(vocabulary(family(TAGGED)), [NOW], choice, parallel=False)
+    assert accepts(grammar, call("now", {}))
+    assert not accepts(grammar, f"{call('now', {})}\n{call('now', {})}")
+
+
+@pytest.mark.parametrize(
+    "parameters", [None, {}, {"type": "object"}, {"properties": {}}, {"type": "object", "properties": {}}]
+)
+def test_a_tool_without_parameters_is_called_without_arguments(parameters):
+    grammar = tool_grammar(vocabulary(family(TAGGED)), [tool("now", parameters)], "any", parallel=False)
+    state = grammar.start()
+    text = grammar.vocabulary.core.decode_str(state.forced())
+    assert text == call("now", {})
+
+
+def test_what_has_no_choice_in_it_is_forced():
+    grammar = tool_grammar(vocabulary(family(TAGGED)), [WEATHER], "weather")
+    state = grammar.start()
+    forced = state.forced()
+    assert grammar.vocabulary.core.decode_str(forced) == f'{OPEN}\n{{"name": "weather", "arguments": {{"city":'
+    for token in forced:
+        state.accept(token)
+    assert state.forced() == []
+
+
+def test_tools_take_no_arguments_that_they_do_not_name():
+    grammar = tool_grammar(vocabulary(family(TAGGED)), [WEATHER], "any")
+    assert not accepts(grammar, call("weather", {"city": "x", "colour": "red"}))
+    free = tool("free", {"type": "object", "additionalProperties": {"type": "integer"}})
+    assert accepts(tool_grammar(vocabulary(family(TAGGED)), [free], "any"), call("free", {"b": 1}))
+
+
+def test_references_and_unions_as_pydantic_writes_them():
+    cat = {"type": "object", "properties": {"kind": {"const": "cat", "type": "string"}, "lives": {"type": "integer"}},
+           "required": ["kind", "lives"], "title": "Cat"}  # fmt: skip
+    dog = {"type": "object", "properties": {"kind": {"const": "dog", "type": "string"}}, "required": ["kind"]}
+    pet = {"oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}],
+           "discriminator": {"propertyName": "kind", "mapping": {"cat": "#/$defs/Cat"}}}  # fmt: skip
+    parameters = {"$defs": {"Cat": cat, "Dog": dog}, "type": "object", "properties": {"pet": pet}, "required": ["pet"]}
+    grammar = tool_grammar(vocabulary(family(TAGGED)), [tool("adopt", parameters)], "any")
+    assert accepts(grammar, call("adopt", {"pet": {"kind": "cat", "lives": 9}}))
+    assert accepts(grammar, call("adopt", {"pet": {"kind": "dog"}}))
+    assert not accepts(grammar, call("adopt", {"pet": {"kind": "dog", "lives": 9}}))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"type": "string", "pattern": "(?=a)b"},
+        {"type": "string", "format": "no-such-format"},
+        {"not": {"type": "string"}},
+        {"type": "array", "uniqueItems": True},
+        {"$ref": "#/$defs/nowhere"},
+        {"$ref": "https://example.com/schema"},
+        {"type": "no-such-type"},
+        {"enum": []},
+        {"type": "integer", "minimum": 5, "maximum": 3},
+        {"default": object()},
+    ],
+)
+def test_a_schema_that_can_not_be_expressed_is_refused_when_it_is_bound(bad):
+    words = vocabulary(family(TAGGED))
+    with pytest.raises(BadSchema):
+        json_grammar(words, {"type": "object", "properties": {"x": bad}, "required": ["x"]})
+    with pytest.raises(BadSchema, match="tool 'odd'|no JSON"):
+        tool_grammar(words, [NOW, tool("odd", {"type": "object", "properties": {"x": bad}, "required": ["x"]})])
+
+
+@pytest.mark.parametrize("tools", [[], [NOW]])
+def test_a_choice_that_names_no_tool_is_refused(tools):
+    with pytest.raises(ConfigError, match="fits no tool"):
+        tool_grammar(vocabulary(family(TAGGED)), tools, "weather")
+
+
+def test_a_limit_that_can_hold_no_answer_is_refused_before_anything_is_generated():
+    grammar = tool_grammar(vocabulary(family(TAGGED)), [WEATHER], "any")
+    with pytest.raises(ConfigError, match=f"shortest has {grammar.fewest_tokens} tokens"):
+        grammar.start(grammar.fewest_tokens - 1)
+    assert len(generate(grammar, max_tokens=grammar.fewest_tokens)) == grammar.fewest_tokens
+
+
+def test_a_model_that_never_stops_is_made_to_close_in_time():
+    grammar = json_grammar(vocabulary(family(TAGGED)), CITY)
+    endless = grammar.vocabulary.core.tokenize_str("{") + grammar.vocabulary.core.tokenize_str("a") * 500
+    for limit in (grammar.fewest_tokens, 30, 150):
+        ids = generate(grammar, max_tokens=limit, wants=endless)
+        city = json.loads(grammar.vocabulary.core.decode_str(ids))["city"]
+        assert len(ids) <= limit
+        assert limit < 50 or len(city) > 100  # and not long before it must
+
+
+def test_far_from_the_limit_nothing_is_withheld():
+    grammar = json_grammar(vocabulary(family(TAGGED)), CITY)
+    free, limited, near = grammar.start(), grammar.start(10_000), grammar.start(grammar.fewest_tokens + 2)
+    for state in (free, limited, near):
+        for token in grammar.vocabulary.core.tokenize_str('{"city": "'):
+            state.accept(token)
+    assert torch.equal(free.allowed(), limited.allowed())
+    assert 0 < int(near.allowed().sum()) <= TRIED + 1 < int(free.allowed().sum())
+
+
+def test_masks_cover_the_models_logits_and_hold_no_padding():
+    tokenizer = family(TAGGED)
+    words = vocabulary(tokenizer, size=512)
+    mask = tool_grammar(words, [WEATHER]).start().allowed()
+    assert mask.shape == (512,)
+    assert mask.dtype == torch.bool
+    assert not mask[len(tokenizer) :].any()
+    assert words is vocabulary(tokenizer, size=512)
+
+
+def test_an_illegal_token_is_an_error_and_generations_do_not_share_state():
+    grammar = json_grammar(vocabulary(family(TAGGED)), {"enum": ["red", "green"]})
+    first, second = grammar.start(), grammar.start()
+    first.accept(grammar.vocabulary.core.tokenize_str('"red"')[0])
+    with pytest.raises(ValueError, match="not legal here"):
+        second.accept(grammar.vocabulary.core.tokenize_str("}")[0])
+    assert accepts(grammar, '"green"')
+
+
+def test_a_thinking_model_may_think_before_it_speaks():
+    tokenizer = family("qwen3")
+    words = vocabulary(tokenizer)
+    state = tool_grammar(words, [NOW]).start()
+    think, done = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    for token in (think, *words.core.tokenize_str("hm"), done, *words.core.tokenize_str("Hi")):
+        assert state.allowed()[token]
+        state.accept(token)
+
+
+def test_no_string_can_hold_half_a_surrogate_pair():
+    grammar = json_grammar(vocabulary(family(TAGGED)), {"type": "string"})
+    assert not accepts(grammar, '"\\ud800"')
+    assert accepts(grammar, '"\\n天"')
