@@ -15,7 +15,7 @@ local METERS, HOLDS, EXPIRY = KEYS[1], KEYS[2], KEYS[3]
 local PART, KEEP_LAPSED_US = 1000000, 604800000000
 local call = redis.call
 local t = call('TIME')
-local now = t[1] * 1000000 + t[2] + ARGV[2]
+local now = tonumber(ARGV[2]) or t[1] * 1000000 + t[2]  -- a time is only given by tests
 
 -- An amount is {micro-dollars, pico-dollars, escalations, tokens, unpriced}.
 -- A meter is {terms, limit, spent, held, over, micros, deadline, window_us, offset_us, window, holds}.

@@ -46,7 +46,7 @@ class RedisStore:
             raise ConfigError("The redis package is not installed.", hint="pip install s2t-agents[redis]") from None
         self._url, self._prefix, self._timeout_s = url, prefix, timeout_s
         self._error: type[Exception] = redis.RedisError
-        self._skew_us = 0  # added to the server's time: tests travel with it
+        self._frozen_us: int | None = None  # instead of the server's time: tests move it
         self._kept: dict[str, tuple[int, int, int]] = {}
         try:
             self._client: redis.Redis = redis.Redis.from_url(
@@ -131,7 +131,7 @@ class RedisStore:
         root = path.partition("/")[0]
         keys = [f"{self._prefix}:{{{root}}}:{name}" for name in ("meters", "holds", "expiry")]
         try:
-            return self._script(keys=keys, args=[op, self._skew_us, *args])
+            return self._script(keys=keys, args=[op, _or_none(self._frozen_us), *args])
         except self._error as error:
             raise StoreUnavailable(
                 f"The budget store on Redis can not be used: {error}.", hint="Nothing may be spent until it is back."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -63,17 +64,29 @@ def connect(path: Path, application_id: int, schema: str, wait_s: float) -> sqli
     """
     connection = sqlite3.connect(path, timeout=wait_s, isolation_level=None, check_same_thread=False)
     try:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("BEGIN IMMEDIATE")
         (found,) = connection.execute("PRAGMA application_id").fetchone()
-        if found == 0:
+        if found == 0:  # before the write-ahead log, so that the file itself carries its mark from the start
             for statement in schema.split(";"):
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id={application_id}")
             connection.execute(f"PRAGMA user_version={VERSION}")
         connection.execute("COMMIT")
+        _write_ahead(connection, time.monotonic() + wait_s)
+        connection.execute("PRAGMA synchronous=NORMAL")
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _write_ahead(connection: sqlite3.Connection, until: float) -> None:
+    """Switch the log over; SQLite does not wait for others here by itself."""
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.005)

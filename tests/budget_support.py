@@ -1,0 +1,153 @@
+"""Places to keep a budget, a clock that tests move, and a Redis server of one's own."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2t_agents.budget import Amount, Budget, BudgetStore, MemoryStore, RedisStore, SQLiteStore
+
+ONE = Amount(Decimal(0), escalations=1)
+STORES = ("memory", "sqlite", "redis")
+SHARED = ("sqlite", "redis")
+_names = itertools.count()
+
+
+@dataclass
+class FakeClock:
+    """Stands still until told; the calendar can be set, the monotonic clock only moves on."""
+
+    mono: float = 1_000.0
+    date: float = 1_800_000_000.0
+
+    def monotonic(self) -> float:
+        return self.mono
+
+    def wall(self) -> float:
+        return self.date
+
+    def advance(self, seconds: float) -> None:
+        self.mono += seconds
+        self.date += seconds
+
+
+@dataclass
+class RedisServer:
+    """A real server on a free loopback port, which can be killed and started again."""
+
+    folder: Path
+    port: int = 0
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    def start(self) -> None:
+        if not self.port:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                self.port = free.getsockname()[1]
+        settings = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes"]
+        self.process = subprocess.Popen(
+            ["redis-server", *settings, "--appendfsync", "always", "--dir", str(self.folder)],
+            stdout=subprocess.DEVNULL,
+        )
+        for _ in range(200):
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                return
+            except OSError:
+                time.sleep(0.05)
+        raise RuntimeError("redis-server did not start")
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait(10)
+            self.process = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+
+def need_redis() -> None:
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    need_redis()
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@dataclass
+class Place:
+    """One kind of store with nothing in it."""
+
+    kind: str
+    store: BudgetStore
+    clock: FakeClock
+    spec: str
+    """How another process opens the same store (``memory`` can not be)."""
+
+    def advance(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        if isinstance(self.store, RedisStore):
+            self.store._frozen_us = int(self.clock.date * 1e6)
+
+    def budget(self, **settings: Any) -> Budget:
+        return Budget(store=self.store, **settings)
+
+
+def make_place(kind: str, folder: Path, redis_url: str = "", clock: Any = None) -> Place:
+    moving = clock or FakeClock()
+    if kind == "memory":
+        return Place(kind, MemoryStore(moving), moving, "memory")
+    if kind == "sqlite":
+        path = folder / f"budget-{next(_names)}.db"
+        return Place(kind, SQLiteStore(path, clock=moving), moving, f"sqlite:{path}")
+    prefix = f"test-{next(_names)}-{time.monotonic_ns()}"
+    store = RedisStore(redis_url, prefix=prefix, timeout_s=10)
+    if isinstance(moving, FakeClock):
+        store._frozen_us = int(moving.date * 1e6)
+    return Place(kind, store, moving, f"redis:{prefix}:{redis_url}")
+
+
+def open_store(spec: str) -> BudgetStore:
+    """The store of a place, in another process and on the real clock."""
+    kind, _, rest = spec.partition(":")
+    if kind == "sqlite":
+        return SQLiteStore(rest, wait_s=60)
+    prefix, _, url = rest.partition(":")
+    return RedisStore(url, prefix=prefix, timeout_s=10)
+
+
+@pytest.fixture(params=STORES)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    url = request.getfixturevalue("redis_server").url if request.param == "redis" else ""
+    made = make_place(request.param, tmp_path, url)
+    yield made
+    made.store.close()
+
+
+@pytest.fixture(params=SHARED)
+def shared_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """A store that processes share, on the real clock."""
+    from s2t_agents.budget import SystemClock
+
+    url = request.getfixturevalue("redis_server").url if request.param == "redis" else ""
+    made = make_place(request.param, tmp_path, url, clock=SystemClock())
+    yield made
+    made.store.close()

@@ -1,0 +1,324 @@
+"""What every store promises: one suite over memory, SQLite and Redis."""
+
+# ruff: noqa: F811  (fixtures are imported by name)
+
+from __future__ import annotations
+
+import copy
+import pickle
+from decimal import Decimal
+
+import pytest
+from budget_support import ONE, Place, place, redis_server  # noqa: F401
+
+from s2t_agents.budget import PER_DAY, Amount, Budget
+from s2t_agents.errors import BadLimit, BudgetExceeded, HoldClosed, UnpricedModel
+
+
+def cents(n: int, escalations: int = 0, tokens: int = 0) -> Amount:
+    return Amount(Decimal(n) / 100, escalations, tokens)
+
+
+def test_a_reservation_is_held_then_replaced_by_what_was_used(place: Place) -> None:
+    budget = place.budget(usd="1", escalations=3)
+    hold = budget.reserve(cents(40, 1, 900))
+    assert budget.state().held == {"usd": Decimal("0.4"), "escalations": 1}
+    assert budget.state().holds == 1
+    hold.settle(cents(25, 1, 850))
+    state = budget.state()
+    assert state.spent == {"usd": Decimal("0.25"), "escalations": 1, "llm_tokens": 850}
+    assert state.held == {"usd": 0, "escalations": 0}
+    assert state.left == {"usd": Decimal("0.75"), "escalations": 2}
+    assert state.holds == 0
+    assert not state.overrun
+
+
+def test_a_released_hold_costs_nothing(place: Place) -> None:
+    budget = place.budget(usd=1)
+    budget.reserve(cents(40)).release()
+    assert budget.state().left == {"usd": 1}
+
+
+def test_leaving_the_block_releases_what_nobody_settled(place: Place) -> None:
+    budget = place.budget(usd=1)
+    with pytest.raises(RuntimeError), budget.reserve(cents(40)):
+        raise RuntimeError("the LLM is down")
+    assert budget.state().left == {"usd": 1}
+
+
+def test_what_does_not_fit_is_refused_with_every_figure(place: Place) -> None:
+    budget = place.budget(usd=1, name="fleet")
+    budget.reserve(cents(30)).settle(cents(30))
+    budget.reserve(cents(50))
+    with pytest.raises(BudgetExceeded) as refused:
+        budget.reserve(cents(21))
+    error = refused.value
+    assert (error.unit, error.limit, error.spent, error.held, error.wanted, error.budget) == (
+        "usd",
+        Decimal(1),
+        Decimal("0.3"),
+        Decimal("0.5"),
+        Decimal("0.21"),
+        "fleet",
+    )
+    assert "0.21 usd" in str(error)
+    assert error.hint in str(error)
+    budget.reserve(cents(20))  # exactly what is left fits
+
+
+def test_a_limit_is_met_to_the_last_pico_dollar(place: Place) -> None:
+    limit = Decimal("900000.000000000003")
+    budget = place.budget(usd=limit)
+    budget.reserve(Amount(limit - Decimal("0.000000000002"))).settle(Amount(limit - Decimal("0.000000000002")))
+    with pytest.raises(BudgetExceeded):
+        budget.reserve(Amount(Decimal("0.000000000003")))
+    budget.reserve(Amount(Decimal("0.000000000001")))
+    budget.reserve(Amount(Decimal("0.000000000001")))
+    with pytest.raises(BudgetExceeded):
+        budget.reserve(Amount(Decimal("0.0000000000001")))  # a fraction counts as a whole one
+
+
+def test_a_reservation_holds_on_the_whole_chain_or_nowhere(place: Place) -> None:
+    fleet = place.budget(escalations=10, name="fleet")
+    run = fleet.child("run", escalations=2)
+    agent = run.child("agent", usd=1)
+    agent.reserve(cents(10, 1)).settle(cents(5, 1))
+    agent.reserve(cents(10, 1))
+    with pytest.raises(BudgetExceeded) as refused:
+        agent.reserve(cents(10, 1))
+    assert refused.value.budget == "fleet/run"
+    for budget in (fleet, run, agent):
+        assert budget.state().spent["escalations"] == 1
+        assert budget.state().holds == 1
+    assert agent.path == "fleet/run/agent"
+    assert agent.state().held == {"usd": Decimal("0.1")}
+    assert [budget.name for budget in agent.chain] == ["fleet", "run", "agent"]
+
+
+def test_what_is_available_is_the_least_in_the_chain(place: Place) -> None:
+    run = place.budget(escalations=10, usd=1, seconds=60)
+    agent = run.child("agent", escalations=4, reserve_for_final=Amount(Decimal(0), 1))
+    run.child("other").reserve(ONE).settle(cents(70, 1))
+    assert agent.available()["escalations"] == 3
+    assert agent.available()["usd"] == Decimal("0.3")
+    assert agent.final().available()["escalations"] == 4
+
+
+def test_a_child_of_one_name_is_one_meter(place: Place) -> None:
+    run = place.budget(escalations=10)
+    run.child("a", escalations=2).reserve(ONE).settle(ONE)
+    assert run.child("a").state().spent["escalations"] == 1
+    assert run.child("a", escalations=2).state().left == {"escalations": 1}
+    with pytest.raises(BadLimit, match=r"escalations=2, not escalations=3.*extend"):
+        run.child("a", escalations=3)
+
+
+def test_the_finalization_reserve_is_for_the_last_answer_only(place: Place) -> None:
+    run = place.budget(escalations=3, reserve_for_final=Amount(Decimal(0), 1))
+    run.reserve(ONE)
+    run.reserve(ONE)
+    with pytest.raises(BudgetExceeded, match="kept for a last answer 1"):
+        run.reserve(ONE)
+    run.final().reserve(ONE)
+    with pytest.raises(BudgetExceeded):
+        run.final().reserve(ONE)
+
+
+def test_a_childs_last_answer_does_not_take_its_parents_reserve(place: Place) -> None:
+    run = place.budget(escalations=1, reserve_for_final=Amount(Decimal(0), 1))
+    with pytest.raises(BudgetExceeded):
+        run.child("agent").final().reserve(ONE)
+
+
+def test_more_than_was_reserved_is_booked_in_full_and_the_next_is_refused(place: Place) -> None:
+    run = place.budget(usd=1, name="run")
+    agent = run.child("agent", usd="0.5")
+    agent.reserve(cents(30)).settle(cents(120))
+    assert agent.state().spent["usd"] == Decimal("1.2")
+    assert agent.state().overrun == {"usd": Decimal("0.9")}
+    assert agent.state().left == {"usd": 0}
+    assert run.state().overrun == {"usd": Decimal("0.9")}  # the parent was told
+    for budget in (agent, run):
+        with pytest.raises(BudgetExceeded):
+            budget.reserve(cents(1))
+
+
+def test_a_hold_is_closed_once(place: Place) -> None:
+    budget = place.budget(usd=1)
+    settled, released = budget.reserve(cents(10)), budget.reserve(cents(10))
+    settled.settle(cents(10))
+    released.release()
+    for again in (lambda: settled.settle(cents(10)), settled.release, released.release):
+        with pytest.raises(HoldClosed, match="before"):
+            again()
+    assert budget.state().spent["usd"] == Decimal("0.1")
+
+
+def test_the_store_itself_refuses_to_close_twice(place: Place) -> None:
+    budget = place.budget(usd=1)
+    hold = budget.reserve(cents(10))
+    twin = copy.copy(hold)  # as after a fork: the second object does not know about the first
+    hold.settle(cents(10))
+    with pytest.raises(HoldClosed):
+        twin.settle(cents(10))
+    assert budget.state().spent["usd"] == Decimal("0.1")
+
+
+def test_a_hold_lapses_when_its_owner_is_gone(place: Place) -> None:
+    budget = place.budget(usd=1)
+    budget.reserve(cents(90), ttl_s=5)
+    place.advance(4)
+    with pytest.raises(BudgetExceeded):
+        budget.reserve(cents(90))
+    place.advance(2)
+    assert budget.state().held == {"usd": 0}
+    assert budget.state().holds == 0
+    budget.reserve(cents(90))
+
+
+def test_settling_a_lapsed_hold_says_so_and_books_it_once(place: Place) -> None:
+    run = place.budget(usd=1)
+    agent = run.child("agent")
+    hold = agent.reserve(cents(40), ttl_s=5)
+    place.advance(6)
+    agent.reserve(cents(80))  # the lapsed 40 cents are free again
+    with pytest.raises(HoldClosed, match="booked as overrun"):
+        hold.settle(cents(40))
+    for budget in (run, agent):
+        assert budget.state().spent["usd"] == Decimal("0.4")
+        assert budget.state().overrun == {"usd": Decimal("0.4")}
+    with pytest.raises(HoldClosed):
+        hold.settle(cents(40))
+    assert run.state().spent["usd"] == Decimal("0.4")
+    with pytest.raises(BudgetExceeded):
+        run.reserve(cents(1))
+
+
+def test_releasing_a_lapsed_hold_says_so_and_costs_nothing(place: Place) -> None:
+    budget = place.budget(usd=1)
+    hold = budget.reserve(cents(40), ttl_s=5)
+    place.advance(6)
+    with pytest.raises(HoldClosed):
+        hold.release()
+    assert budget.state().left == {"usd": 1}
+
+
+def test_a_deadline_refuses_what_comes_after_it(place: Place) -> None:
+    budget = place.budget(seconds=30)
+    child = budget.child("agent", seconds=10)
+    assert child.seconds_left() == pytest.approx(10, abs=1)
+    place.advance(11)
+    budget.reserve(ONE)
+    with pytest.raises(BudgetExceeded, match="10 seconds are over") as refused:
+        child.reserve(ONE)
+    assert refused.value.unit == "seconds"
+    assert child.seconds_left() == 0
+    assert budget.seconds_left() == pytest.approx(19, abs=1)
+    assert budget.child("other").seconds_left() == pytest.approx(19, abs=1)
+    assert place.budget(name="free").seconds_left() is None
+
+
+def test_limits_can_be_raised_while_running(place: Place) -> None:
+    budget = place.budget(escalations=1, usd="0.1", seconds=10)
+    budget.reserve(cents(10, 1)).settle(cents(10, 1))
+    budget.extend(escalations=3)
+    with pytest.raises(BudgetExceeded, match="usd"):
+        budget.reserve(cents(1, 1))
+    budget.extend(usd="0.05")
+    budget.reserve(cents(1, 1))
+    assert budget.state().limit == {"escalations": 4, "usd": Decimal("0.15"), "seconds": 10}
+    place.advance(500)
+    with pytest.raises(BudgetExceeded):
+        budget.reserve(cents(1, 1))
+    budget.extend(seconds=10)  # counts from now
+    assert budget.seconds_left() == pytest.approx(10, abs=1)
+    budget.reserve(cents(1, 1))
+    with pytest.raises(BadLimit, match="no limit in llm_tokens"):
+        budget.extend(llm_tokens=5)
+
+
+def test_an_unknown_price_is_refused_anywhere_under_a_dollar_limit(place: Place) -> None:
+    run = place.budget(usd=1)
+    agent = run.child("agent", escalations=5)
+    with pytest.raises(UnpricedModel, match="unknown"):
+        agent.reserve(Amount(escalations=1))
+    assert run.state().holds == 0
+    assert agent.in_dollars
+
+
+def test_an_unknown_price_elsewhere_makes_the_sum_unknown_never_zero(place: Place) -> None:
+    budget = place.budget(escalations=5)
+    budget.reserve(cents(1, 1)).settle(cents(1, 1))
+    assert budget.state().spent["usd"] == Decimal("0.01")
+    budget.reserve(Amount(escalations=1)).settle(Amount(escalations=1))
+    assert budget.state().spent["usd"] is None
+    assert budget.state().unpriced == 1
+
+
+def test_an_actual_cost_nobody_knows_is_booked_as_reserved(place: Place) -> None:
+    budget = place.budget(usd=1)
+    budget.reserve(cents(30, 1)).settle(Amount(escalations=1))
+    assert budget.state().spent["usd"] == Decimal("0.3")
+
+
+def test_nothing_may_be_spent_under_a_limit_of_zero(place: Place) -> None:
+    budget = place.budget(usd=0, name="broke")
+    with pytest.raises(BudgetExceeded):
+        budget.reserve(Amount(Decimal("0.000000000001")))
+    budget.reserve(ONE)  # free is free
+
+
+def test_a_window_starts_afresh_and_never_reopens(place: Place) -> None:
+    budget = place.budget(usd=1, window=PER_DAY)
+    budget.reserve(cents(60)).settle(cents(60))
+    held = budget.reserve(cents(40), ttl_s=200_000)
+    place.advance(86_400)
+    assert budget.state().spent["usd"] == 0
+    assert budget.state().left == {"usd": Decimal("0.6")}  # what is held stays held
+    held.settle(cents(40))
+    assert budget.state().spent["usd"] == Decimal("0.4")
+    place.advance(-86_400)  # the clock is set back
+    assert budget.state().spent["usd"] == Decimal("0.4")
+    place.advance(2 * 86_400)
+    assert budget.state().left == {"usd": 1}
+
+
+def test_copies_are_the_same_meter(place: Place) -> None:
+    budget = place.budget(escalations=2)
+    for twin in (copy.copy(budget), copy.deepcopy({"state": [budget]})["state"][0]):
+        twin.reserve(ONE).settle(ONE)
+    assert budget.state().spent["escalations"] == 2
+
+
+def test_a_shared_budget_pickles_and_a_private_one_says_why_not(place: Place) -> None:
+    agent = place.budget(escalations=3, name="run").child("agent", escalations=2, on_exhausted="ask")
+    if place.kind == "memory":
+        with pytest.raises(TypeError, match="SQLiteStore or RedisStore"):
+            pickle.dumps(agent)
+        return
+    twin: Budget = pickle.loads(pickle.dumps(agent))
+    twin.reserve(ONE).settle(ONE)
+    assert (twin.path, twin.on_exhausted) == ("run/agent", "ask")
+    assert agent.state().spent["escalations"] == 1
+    assert twin.parent is not None
+    assert twin.parent.state().spent["escalations"] == 1
+
+
+def test_odd_names_are_names(place: Place) -> None:
+    budget = place.budget(escalations=2, name="~{ünï} code:\n'\"")
+    child = budget.child("%s -- ; DROP")
+    child.reserve(ONE, ttl_s=1)
+    place.advance(2)
+    child.reserve(ONE).settle(ONE)
+    assert budget.state().spent["escalations"] == 1
+
+
+def test_its_state_is_plain_json(place: Place) -> None:
+    budget = place.budget(usd="0.05", escalations=3)
+    budget.reserve(cents(2, 1, 40)).settle(cents(1, 1, 40))
+    assert budget.state().as_dict() == {
+        "limit": {"usd": "0.05", "escalations": 3},
+        "held": {"usd": "0", "escalations": 0},
+        "spent": {"usd": "0.01", "escalations": 1, "llm_tokens": 40},
+        "left": {"usd": "0.04", "escalations": 2},
+    }

@@ -1,0 +1,125 @@
+"""Bad input gets one clear error: the value, what is wrong with it, the way out."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from s2t_agents.budget import Amount, Budget, MemoryStore, SystemClock, Window
+from s2t_agents.errors import BadLimit, BudgetExceeded, ConfigError, S2TError
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        ({"usd": -1}, "usd=-1 is below 0"),
+        ({"usd": "-0.5"}, "below 0"),
+        ({"usd": NAN}, "must be finite"),
+        ({"usd": INF}, "must be finite"),
+        ({"usd": Decimal("sNaN")}, "must be finite"),
+        ({"usd": "5 EUR"}, "5 EUR.*Only US dollars"),
+        ({"usd": "€5"}, "Only US dollars"),
+        ({"usd": "$5"}, "plain number"),
+        ({"usd": ""}, "plain number"),
+        ({"usd": True}, "not an amount of dollars"),
+        ({"usd": [5]}, "not an amount of dollars"),
+        ({"usd": 0.1 + 0.2}, "finer than.*Round it: 0.3 would do"),
+        ({"usd": "0.0000000000001"}, "finer than"),
+        ({"usd": 1e30}, "above 1,000,000 USD"),
+        ({"escalations": -1}, "escalations=-1 is below 0"),
+        ({"escalations": 1.5}, "not a whole number"),
+        ({"escalations": True}, "not a whole number"),
+        ({"escalations": 10**20}, "above"),
+        ({"llm_tokens": NAN}, "not a whole number"),
+        ({"llm_tokens": "many"}, "not a whole number"),
+        ({"seconds": -1}, "seconds=-1 must be from 0"),
+        ({"seconds": NAN}, "must be from 0"),
+        ({"seconds": INF}, "must be from 0"),
+        ({"seconds": True}, "not a number of seconds"),
+        ({"seconds": "soon"}, "not a number of seconds"),
+        ({"seconds": 5, "window": Window(60)}, "can not start afresh"),
+        ({"window": "day"}, "not a Window"),
+        ({"reserve_for_final": 3}, "not an Amount"),
+        ({"reserve_for_final": Amount(Decimal(0), 1)}, "keeps back more escalations"),
+        ({"escalations": 1, "reserve_for_final": Amount(Decimal(0), 2)}, "keeps back more escalations"),
+    ],
+)
+def test_limits_that_can_not_be_meant(limits: dict[str, Any], says: str) -> None:
+    for make in (Budget, lambda **given: Budget().child("agent", **given)):
+        with pytest.raises(BadLimit, match=says) as refused:
+            make(**limits)
+        assert refused.value.hint
+
+
+def test_zero_is_a_limit() -> None:
+    budget = Budget(usd=0, escalations=0, llm_tokens=0, seconds=0)
+    with pytest.raises(BudgetExceeded):
+        budget.reserve(Amount(Decimal(0)))  # its time is over at once
+    for limit in ({"escalations": 0}, {"llm_tokens": 0}, {"usd": 0}):
+        with pytest.raises(BudgetExceeded):
+            Budget(**limit).reserve(Amount(Decimal("0.1"), 1, 1))
+
+
+@pytest.mark.parametrize("usd", ["0.05", 0.05, Decimal("0.05"), "5e-2"])
+def test_a_limit_means_what_it_prints_as(usd: Any) -> None:
+    assert Budget(usd=usd).state().limit == {"usd": Decimal("0.05")}
+
+
+@pytest.mark.parametrize("bad", [{"usd": -1}, {"usd": NAN}, {"escalations": -1}, {"llm_tokens": 0.5}])
+def test_amounts_are_checked_too(bad: dict[str, Any]) -> None:
+    with pytest.raises(BadLimit):
+        Amount(**bad)
+
+
+def test_amounts_add_exactly_and_unknown_stays_unknown() -> None:
+    dime = Amount(Decimal("0.1"), 1, 10)
+    assert sum([dime] * 10) == Amount(Decimal("1.0"), 10, 100)
+    assert (dime + Amount(None, 1)).usd is None
+    with pytest.raises(BadLimit, match="more than can be counted"):
+        Amount(Decimal("1e12")).units()
+
+
+@pytest.mark.parametrize("ttl", [0, -1, NAN, INF, True])
+def test_a_hold_needs_a_time_to_live(ttl: float) -> None:
+    with pytest.raises(BadLimit, match="ttl_s"):
+        Budget().reserve(Amount(), ttl_s=ttl)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "nul\0", "x" * 201, None, 3])
+def test_names(name: Any) -> None:
+    with pytest.raises(ConfigError, match="name"):
+        Budget(name=name)
+
+
+def test_other_settings() -> None:
+    with pytest.raises(ConfigError, match="on_exhausted"):
+        Budget(on_exhausted="explode")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="own clock"):
+        Budget(store=MemoryStore(), clock=SystemClock())
+    with pytest.raises(BadLimit, match="euros: no such limit"):
+        Budget().child("a", euros=5)  # type: ignore[call-arg]
+    with pytest.raises(BadLimit, match="Window"):
+        Window(0)
+
+
+def test_children_inherit_what_happens_on_exhaustion() -> None:
+    run = Budget(on_exhausted="ask")
+    assert run.child("a").on_exhausted == "ask"
+    assert run.child("b", on_exhausted="raise").on_exhausted == "raise"
+
+
+def test_a_refusal_pickles_and_copies_whole() -> None:
+    with pytest.raises(BudgetExceeded) as caught:
+        Budget(escalations=0).reserve(Amount(Decimal(0), 1))
+    error = caught.value
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(twin) is BudgetExceeded
+        assert str(twin) == str(error)
+        assert vars(twin) == vars(error)
+        assert isinstance(twin, S2TError)

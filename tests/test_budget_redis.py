@@ -1,0 +1,98 @@
+"""A Redis server that goes away, forgets or answers too late: nothing is spent, nothing is booked twice."""
+
+# ruff: noqa: F811  (fixtures are imported by name)
+
+from __future__ import annotations
+
+import uuid
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from budget_support import RedisServer, need_redis, redis_server  # noqa: F401
+
+from s2t_agents.budget import Amount, Budget, RedisStore
+from s2t_agents.errors import ConfigError, StoreUnavailable
+
+CENT = Amount(Decimal("0.01"))
+
+
+def store_on(server: RedisServer) -> RedisStore:
+    return RedisStore(server.url, prefix=uuid.uuid4().hex, timeout_s=2)
+
+
+def test_a_server_that_is_down_refuses_and_what_was_spent_is_booked_when_it_is_back(tmp_path: Path) -> None:
+    need_redis()
+    server = RedisServer(tmp_path)
+    server.start()
+    try:
+        budget = Budget(usd=1, store=store_on(server))
+        hold = budget.reserve(CENT)
+        server.stop()
+        with pytest.raises(StoreUnavailable, match="can not be used") as down:
+            budget.reserve(CENT)
+        assert down.value.retryable
+        with pytest.raises(StoreUnavailable):
+            hold.settle(CENT)
+        with pytest.raises(StoreUnavailable):
+            budget.state()
+        server.start()
+        budget.reserve(CENT).release()
+        assert budget.state().spent["usd"] == CENT.usd
+        assert budget.state().holds == 0
+    finally:
+        server.stop()
+
+
+def test_a_server_that_forgot_refuses(redis_server: RedisServer) -> None:
+    store = store_on(redis_server)
+    budget = Budget(usd=1, store=store)
+    client = redis.Redis.from_url(redis_server.url)
+    for key in client.scan_iter(f"{store._prefix}*"):
+        client.delete(key)
+    client.close()
+    for use in (lambda: budget.reserve(CENT), budget.state, lambda: budget.extend(usd=1)):
+        with pytest.raises(StoreUnavailable, match="no longer has"):
+            use()
+
+
+def test_an_answer_lost_on_the_way_is_not_booked_twice(redis_server: RedisServer, monkeypatch: Any) -> None:
+    store = store_on(redis_server)
+    budget = Budget(usd=1, store=store)
+    hold = budget.reserve(CENT)
+    through = store._script
+
+    def lost(*args: Any, **more: Any) -> None:
+        through(*args, **more)
+        raise redis.TimeoutError("Timeout reading from socket")
+
+    monkeypatch.setattr(store, "_script", lost)
+    with pytest.raises(StoreUnavailable):
+        hold.settle(CENT)
+    with pytest.raises(StoreUnavailable):
+        budget.reserve(CENT)
+    monkeypatch.setattr(store, "_script", through)
+    budget.reserve(CENT).release()
+    assert budget.state().spent["usd"] == CENT.usd
+
+
+def test_the_servers_own_clock_lets_a_hold_lapse(redis_server: RedisServer) -> None:
+    import time
+
+    budget = Budget(usd="0.01", store=store_on(redis_server))
+    budget.reserve(CENT, ttl_s=0.2)
+    time.sleep(0.3)
+    budget.reserve(CENT)
+
+
+def test_a_url_that_can_not_be_and_a_secret_that_is_not_shown() -> None:
+    with pytest.raises(ConfigError, match="Redis URL"):
+        RedisStore("http://localhost")
+    assert "secret" not in repr(RedisStore("redis://user:secret@127.0.0.1:1/0"))
+
+
+def test_no_server_at_all() -> None:
+    with pytest.raises(StoreUnavailable):
+        Budget(usd=1, store=RedisStore("redis://127.0.0.1:1/0"))
