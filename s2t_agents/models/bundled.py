@@ -9,7 +9,12 @@ WEIGHTS = Path(__file__).parent.parent / "demo" / "weights"
 SLM, LLM = "s2t-demo", "s2t-demo-llm"
 
 MODELS = {SLM: WEIGHTS / "slm", LLM: WEIGHTS / "llm"}
-SELECTORS = {SLM: WEIGHTS / "activated", "s2t-demo/activated": WEIGHTS / "activated", "s2t-demo/head": WEIGHTS / "head"}
+SELECTORS = {
+    SLM: WEIGHTS / "activated",
+    "s2t-demo/activated": WEIGHTS / "activated",
+    "s2t-demo/head": WEIGHTS / "head",
+    "s2t-demo/published": WEIGHTS / "published",
+}
 
 
 def model_path(name: str) -> str:

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .fingerprint import tokenizer_fingerprint, weights_fingerprint
 from .loading import context_window, default_device, end_ids, load_tokenizer, load_weights
-from .overlay import cloned_rows, overlay_is_exact, overlay_of, row_mask
+from .overlay import cloned_rows, overlay_is_exact, overlay_of, row_mask, rows_mask, rows_of
 
 
 class LanguageModel:
@@ -116,6 +116,71 @@ class LanguageModel:
             )
             hidden: Tensor = out.last_hidden_state[:, -1]
             return hidden
+
+    def read_rows(self, ids: Tensor, mask: Tensor, cache: Cache | None, keep: int) -> tuple[Tensor, Tensor]:
+        """Read or continue B left-padded sequences at once; gradients flow where the caller lets them.
+
+        Args:
+            ids: ``[B, T]``, padding on the left.
+            mask: ``[B, C + T]``, 1 for tokens and 0 for padding, the C cached columns included.
+            cache: grows by T; None keeps nothing.
+            keep: how many of the last columns to return.
+
+        Returns:
+            Logits ``[B, keep, V]`` (fp32) and last hidden states ``[B, keep, H]``.
+        """
+        with self.lock:
+            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+            out = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=keep,
+            )
+            assert self._last_hidden is not None
+            hidden, self._last_hidden = self._last_hidden, None
+        return out.logits.float(), hidden
+
+    def candidate_rows(self, candidates: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """Last hidden state after each candidate over its own part of a prefix; gradients flow where let.
+
+        Args:
+            candidates: ``[B, N]`` token ids, one row per prefix; no candidate sees another.
+            positions: ``[B, N]``; a candidate sees its prefix's first ``positions`` tokens.
+            mask: ``[B, C]``, 1 for the prefixes' tokens and 0 for the padding before them.
+            cache: the prefixes' KV, all of it kept; left as it is.
+
+        Returns:
+            ``[B, N, H]``. One forward; the output layer is not run.
+        """
+        out = self.decoder(
+            input_ids=candidates,
+            position_ids=positions,
+            attention_mask=rows_mask(self.config, mask.bool(), positions, self.model.dtype),
+            past_key_values=overlay_of(cache),
+            use_cache=True,
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    @torch.inference_mode()
+    def look_ahead_rows(self, candidates: Tensor, rows: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """``look_ahead`` for several rows of a left-padded batch.
+
+        Args:
+            candidates: ``[N, K]`` token ids.
+            rows: ``[N]``, which row of the batch each line belongs to.
+            mask: ``[B, C]``, 1 for tokens and 0 for padding.
+            cache: the batch's KV; left as it is.
+
+        Returns:
+            ``[N, K, H]``.
+        """
+        with self.lock:
+            positions = mask[rows].sum(1, keepdim=True).expand_as(candidates)
+            return self.candidate_rows(candidates, positions, mask[rows], rows_of(cache, rows))
 
     def _row(self, candidates: Tensor, cache: Cache, length: int) -> Tensor:
         positions = torch.full_like(candidates, length)

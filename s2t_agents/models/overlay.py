@@ -96,6 +96,45 @@ def row_mask(config: Any, positions: Tensor, prefix: int, dtype: torch.dtype) ->
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
+def rows_mask(config: Any, seen: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """``row_mask`` for a batch of left-padded prefixes, each with its own row of candidates.
+
+    Args:
+        config: the decoder's config.
+        seen: ``[B, C]`` bool, False for padding.
+        positions: ``[B, N]``, the position of each candidate among its row's tokens.
+        dtype: of the mask.
+
+    Returns:
+        ``[B, 1, N, C + N]``, or one such per layer kind where the model mixes kinds.
+    """
+    batch, length = seen.shape
+    n = positions.shape[1]
+    itself = torch.eye(n, dtype=torch.bool, device=seen.device).expand(batch, n, n)
+    ends = (positions + (~seen).sum(1, keepdim=True))[:, :, None]  # column of each candidate's position
+    columns = torch.arange(length, device=seen.device)
+    window = getattr(config, "sliding_window", None) or 0
+    before = seen[:, None] & (columns < ends)
+    masks: dict[str, Tensor] = {}
+    for kind in dict.fromkeys(layer_kinds(config)):
+        part = before & (columns > ends - window) if kind == "sliding_attention" else before
+        visible = torch.cat([part, itself], dim=2)
+        mask = torch.zeros(visible.shape, dtype=dtype, device=seen.device)
+        masks[kind] = mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def rows_of(base: Cache, rows: Tensor) -> Cache:
+    """A new cache with some rows of a batch's KV, in the order given."""
+    return Cache(layers=[_layer_of(layer, rows) for layer in base.layers])
+
+
+def _layer_of(layer: DynamicLayer, rows: Tensor) -> DynamicLayer:
+    part = copy.copy(layer)
+    part.keys, part.values = layer.keys[rows], layer.values[rows]
+    return part
+
+
 def cloned_rows(base: Cache, rows: int) -> Cache:
     """``rows`` independent copies of a cache, for models on which the overlay is not exact."""
     clone = copy.deepcopy(base)

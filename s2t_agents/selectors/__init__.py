@@ -10,6 +10,7 @@ from .activated import ActivatedSelector
 from .base import Selector, confidence_margin
 from .config import SelectorConfig
 from .head import HeadSelector
+from .learned_trigger import calibrated_trigger
 from .llm import LLMSelector, LLMSession
 from .local_llm import LocalLLM
 from .published import PublishedSelector
@@ -46,6 +47,7 @@ __all__ = [
     "PublishedSelector",
     "Selector",
     "SelectorConfig",
+    "calibrated_trigger",
     "confidence_margin",
     "load_selector",
 ]

@@ -48,6 +48,12 @@ class Calibration(BaseModel):
         agreement_greedy: the same for the SLM's own top token.
         problems: held-out problems this was read from.
         seed: of those problems.
+        trigger_recall: share of the steps where the LLM disagrees that the entropy trigger finds.
+        probe_above: probability from which the learned probe calls a step critical, at the same trigger rate; None
+            where the entropy finds as many disagreements.
+        probe_recall: share of the steps where the LLM disagrees that the probe finds.
+        entropy_at: (trigger rate, nats): the entropy threshold of other trigger rates.
+        reliability: (mean confidence, agreement with the LLM, triggered steps) in bins of the selector's confidence.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -63,6 +69,24 @@ class Calibration(BaseModel):
     agreement_greedy: float = Field(ge=0, le=1)
     problems: int = Field(gt=0)
     seed: int
+    trigger_recall: float | None = Field(default=None, ge=0, le=1)
+    probe_above: float | None = Field(default=None, ge=0, le=1)
+    probe_recall: float | None = Field(default=None, ge=0, le=1)
+    entropy_at: tuple[tuple[float, float], ...] = ()
+    reliability: tuple[tuple[float, float, int], ...] = ()
+
+    def entropy_for(self, rate: float) -> float:
+        """The entropy threshold of a trigger rate, interpolated between those that were read off.
+
+        Raises:
+            ConfigError: this calibration has no such table.
+        """
+        if not self.entropy_at:
+            raise ConfigError("this calibration has no thresholds by rate.", hint="Run `s2t calibrate` again.")
+        below = max((row for row in self.entropy_at if row[0] <= rate), default=self.entropy_at[0])
+        above = min((row for row in self.entropy_at if row[0] >= rate), default=self.entropy_at[-1])
+        share = (rate - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
+        return below[1] + share * (above[1] - below[1])
 
 
 class SelectorConfig(BaseModel):
@@ -71,7 +95,7 @@ class SelectorConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     format: Literal[1] = 1
-    kind: Literal["head", "activated"]
+    kind: Literal["head", "activated", "published"]
     base: BaseIdentity
     k: int = Field(ge=1, le=64)
     temperature: float = Field(gt=0, default=1.0)

@@ -1,0 +1,105 @@
+"""The published selector: LoRA on the prefix too, and a score read off reserved rows ("expected bin").
+
+    prefix (adapter on, a KV of its own) ─┬─ candidate 1 (adapter on) ─ hidden ─┐
+                                          ├─ ...                                ├─ log p_SLM + correction
+                                          └─ candidate K (adapter on) ─ hidden ─┘
+
+The correction is span * (v . softmax(z) - 1/2), z being R rows of scores and v evenly spaced bins.
+
+Kept for comparison, and for servers without activated LoRA. The paper re-encodes the prefix for every candidate;
+here its adapted KV is kept and caught up (Ye et al. 2026, section 4; arXiv 2604.26940). Zero-initialised rows give
+every bin the same weight, so it too starts as greedy decoding.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import AdapterMismatch
+from ..models.language_model import LanguageModel
+from ..models.loading import read_tensors
+from ..models.lora import Lora
+from ..models.prefix import Prefix
+from ..proposal import Proposal
+from .config import SelectorConfig
+
+ROWS_FILE = "score_rows.safetensors"
+BINS = 16
+SPAN = 24.0
+"""Nats between the lowest and the highest bin: enough to overrule any order of the SLM's candidates."""
+IDLE = 4
+"""Adapted KV caches kept between selections, one per conversation going on."""
+
+
+class PublishedSelector(nn.Module):
+    """Scores candidates with an adapter that has read the prefix as well.
+
+    Args:
+        base: the SLM.
+        lora: on for prefix and candidates.
+        temperature: divides the scores; calibrated, so that their softmax means a probability.
+    """
+
+    bins: Tensor
+
+    def __init__(self, base: LanguageModel, lora: Lora, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.base = base
+        self.lora = lora
+        self.rows = nn.Linear(base.config.hidden_size, BINS, bias=False)
+        nn.init.zeros_(self.rows.weight)
+        self.register_buffer("bins", torch.linspace(0, 1, BINS), persistent=False)
+        self.temperature = temperature
+        self._idle: deque[Prefix] = deque(maxlen=IDLE)
+        self._lock = threading.Lock()
+        self.to(base.device)
+
+    @torch.inference_mode()
+    def scores(self, proposal: Proposal) -> Tensor:
+        """``[K]``: (log p_SLM + correction) / temperature."""
+        prefix = self._take(proposal.prefix.ids)
+        with self.base.lock, self.lora.on(self.base.model):
+            prefix.move_to(proposal.prefix.ids)
+            hidden = prefix.look_ahead(proposal.candidates)
+        with self._lock:
+            self._idle.append(prefix)
+        return (proposal.candidate_log_probs + self.correction(hidden)) / self.temperature
+
+    def correction(self, hidden: Tensor) -> Tensor:
+        """From adapted hidden states ``[..., H]`` to corrections ``[...]``."""
+        expected: Tensor = self.rows(hidden.float()).softmax(-1) @ self.bins
+        return SPAN * (expected - 0.5)
+
+    def save(self, path: Path, config: SelectorConfig) -> None:
+        """Write a PEFT-compatible directory: adapter, score rows, ``selector.json``."""
+        self.lora.save(path, base_name=config.base.name)
+        save_file({"weight": self.rows.weight.detach().cpu().contiguous()}, path / ROWS_FILE)
+        config.save(path)
+
+    @classmethod
+    def load(cls, path: Path, base: LanguageModel, config: SelectorConfig) -> PublishedSelector:
+        """Read a directory written by ``save``; errors as ``ActivatedSelector.load``."""
+        config.check_base(base)
+        selector = cls(base, Lora.load(path, base.model), temperature=config.temperature)
+        weight = read_tensors(path / ROWS_FILE).get("weight", torch.empty(0))
+        if weight.shape != selector.rows.weight.shape:
+            raise AdapterMismatch(
+                f"{path / ROWS_FILE} is {tuple(weight.shape)}, not {tuple(selector.rows.weight.shape)}."
+            )
+        selector.rows.weight.data = weight
+        return selector.to(base.device).requires_grad_(False)
+
+    def _take(self, ids: list[int]) -> Prefix:
+        """The idle KV that shares most with ``ids``, or a new one."""
+        with self._lock:
+            best = max(self._idle, key=lambda prefix: prefix.shared(ids), default=None)
+            if best is None or best.shared(ids) < len(ids) // 2:
+                return Prefix(self.base)
+            self._idle.remove(best)
+            return best

@@ -1,0 +1,58 @@
+"""The model card beside a selector's weights: every number in ``selector.json``, for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..selectors.config import Calibration, SelectorConfig
+
+
+def write_card(folder: Path) -> None:
+    """Write ``README.md`` from ``selector.json``; called again after calibration."""
+    config = SelectorConfig.load(folder)
+    parts = [_head(config), _training(config)]
+    parts.append(
+        _calibration(config.calibration) if config.calibration else "Not calibrated yet: run `s2t calibrate`.\n"
+    )
+    (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _head(config: SelectorConfig) -> str:
+    base = config.base
+    return f"""# {config.kind} selector for {base.name}
+
+Ranks the {config.k} best candidates of `{base.name}` ({base.model_type}, hidden size {base.hidden_size}) at its
+critical steps, as a larger model would. It only ranks: the base's own logits and KV stay as they are. Made by `s2t train`; load it with
+`s2t_agents.selectors.load_selector`. It fits these weights only (fingerprint `{base.weights_fingerprint}`, tokenizer
+`{base.tokenizer_fingerprint}`); temperature {config.temperature:.4g}.
+"""
+
+
+def _training(config: SelectorConfig) -> str:
+    rows = {name: value for name, value in config.training.items() if name != "settings"}
+    settings = config.training.get("settings", {})
+    lines = [f"| {name.replace('_', ' ')} | {value} |" for name, value in rows.items()]
+    lines += [f"| `{name}` | {value} |" for name, value in settings.items()]
+    return "\n".join(["## Training", "", "| | |", "|---|---|", *lines, ""])
+
+
+def _calibration(c: Calibration) -> str:
+    def share(value: float, interval: tuple[float, float]) -> str:
+        return f"{value:.1%} (95% {interval[0]:.1%} to {interval[1]:.1%})"
+
+    rows = [
+        ("trigger: entropy from", f"{c.trigger_entropy:.4g} nats"),
+        ("trigger rate", share(c.trigger_rate, c.trigger_rate_ci95)),
+        ("escalation: margin under", f"{c.escalation_margin:.4g}"),
+        ("escalations among triggered steps", share(c.escalation_rate, c.escalation_rate_ci95)),
+        ("agreement with the LLM there", share(c.agreement, c.agreement_ci95)),
+        ("the same without a selector", f"{c.agreement_greedy:.1%}"),
+        ("disagreements found by entropy", "unknown" if c.trigger_recall is None else f"{c.trigger_recall:.1%}"),
+        ("disagreements found by the probe", "unknown" if c.probe_recall is None else f"{c.probe_recall:.1%}"),
+        ("probe threshold in use", "none" if c.probe_above is None else f"{c.probe_above:.4g}"),
+        ("held-out problems", f"{c.problems} (seed {c.seed})"),
+    ]
+    bins = [f"| {confidence:.2f} | {right:.2f} | {count} |" for confidence, right, count in c.reliability]
+    table = [f"| {name} | {value} |" for name, value in rows]
+    head = ["| confidence | agreement | steps |", "|---|---|---|"]
+    return "\n".join(["## Calibration", "", "| | |", "|---|---|", *table, "", *head, *bins, ""])

@@ -1,0 +1,64 @@
+"""What an evaluation from the command line means: which problems, which selectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..models.bundled import SELECTORS
+from ..selectors.config import CONFIG_FILE, SelectorConfig
+from .config import EvaluateConfig, Kind, Pipeline, Rows
+from .tasks import DemoTaskConfig, JsonlTaskConfig, TaskConfig
+
+SEED_STRIDE = 100_000
+"""Problems between the first ones of two seeds, so that different seeds share no problem."""
+
+KS = (1, 2, 4, 8, 16)
+RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
+
+
+def evaluation(
+    pipeline: Pipeline,
+    task: str | None,
+    n: int,
+    seed: int,
+    selectors: Sequence[Path],
+    out: Path | None,
+    *,
+    sweep: bool,
+) -> EvaluateConfig:
+    """The evaluation that a command line asks for, over what the config says."""
+    rows = pipeline.evaluate
+    if sweep:
+        rows = Rows(**{**rows.model_dump(), "ks": KS, "rates": RATES})
+    return EvaluateConfig(
+        models=pipeline.models,
+        task=pipeline.tasks.test if task is None else task_named(task, n, seed),
+        selectors=found_selectors(pipeline, selectors),
+        out=out,
+        rows=rows,
+        seed=seed,
+    )
+
+
+def task_named(name: str, n: int, seed: int) -> TaskConfig:
+    """``demo`` and ``hard`` are splits of the demo world, ``talk``, ``call`` and ``tool`` kinds of it; else a file."""
+    first = seed * SEED_STRIDE
+    if name in ("demo", "hard"):
+        return DemoTaskConfig(split="hard" if name == "hard" else "heldout", first=first, count=n)
+    if name in ("talk", "call", "tool", "word"):
+        return DemoTaskConfig(split="heldout", first=first, count=n, kinds=(name,))
+    return JsonlTaskConfig(task="jsonl", path=Path(name), count=n)
+
+
+def found_selectors(pipeline: Pipeline, given: Sequence[Path]) -> dict[Kind, Path]:
+    """Selectors by kind: those given, else those of the config's folder, else the bundled ones."""
+    if given:
+        return {SelectorConfig.load(folder).kind: folder for folder in given}
+    own: dict[Kind, Path] = {
+        kind: pipeline.selector(kind)
+        for kind in ("head", "activated", "published")
+        if (pipeline.selector(kind) / CONFIG_FILE).exists()
+    }
+    bundled = [folder for folder in dict.fromkeys(SELECTORS.values()) if (folder / CONFIG_FILE).exists()]
+    return own or {SelectorConfig.load(folder).kind: folder for folder in bundled}

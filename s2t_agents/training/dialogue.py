@@ -1,0 +1,148 @@
+"""Whole answers in bulk: the small loop of turns around one generation, for many items at once.
+
+A turn that calls tools gets what the task's tools return and goes on; a turn that does not is the answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from langchain_core.messages import convert_to_messages
+
+from ..errors import ContextOverflow
+from ..messages import PromptEncoder
+from ..models.batch_prefix import BatchPrefix
+from ..models.detokenizer import Detokenizer
+from ..models.language_model import LanguageModel
+from ..tool_calls import ToolCallParser
+from .lockstep import Decider, Trace, generate
+from .tasks import Item, Message, Task
+
+MAX_TURNS = 3
+"""Completions per item: two may call tools, the last must answer."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One completion, read: its text and the calls it makes, as (name, arguments)."""
+
+    text: str
+    calls: tuple[tuple[str, dict[str, Any]], ...] = ()
+
+
+@dataclass
+class Answer:
+    """One item answered: the prompts and completions of its turns, and the text of the last."""
+
+    item: Item
+    prompts: list[list[int]] = field(default_factory=list)
+    traces: list[Trace] = field(default_factory=list)
+    text: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Generated, over all turns."""
+        return sum(len(trace.ids) for trace in self.traces)
+
+
+class Speaker:
+    """A model with its chat template: messages to ids, ids to replies."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self._encoder = PromptEncoder(model.tokenizer)
+
+    def encode(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[int]:
+        """Ids up to where the assistant speaks, as ``ChatS2T`` makes them.
+
+        Raises:
+            ContextOverflow: no room for a single token of an answer.
+        """
+        limit = self.model.context_window - 1
+        return self._encoder.encode(convert_to_messages(list(messages)), list(tools), limit=limit)
+
+    def read(self, ids: Sequence[int]) -> Reply:
+        """Text and tool calls of a completion, its end token included or not."""
+        detokenizer = Detokenizer(self.model.tokenizer)
+        parser = ToolCallParser.for_tokenizer(self.model.tokenizer)
+        for token in ids:
+            if token not in self.model.eos_ids:
+                parser.push(token, detokenizer.push(token))
+        parser.push(None, detokenizer.flush())
+        parser.finish()
+        return Reply(parser.text, tuple((call["name"], call["args"]) for call in parser.tool_calls))
+
+
+def next_turn(task: Task, item: Item, messages: Sequence[Message], reply: Reply) -> tuple[Message, ...] | None:
+    """The messages of the next turn: the calls made and what the tools return; None when the reply was the answer."""
+    if not reply.calls:
+        return None
+    calls, results = [], []
+    for at, (name, arguments) in enumerate(reply.calls, 1):
+        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        calls.append({"id": f"call_{at}", "type": "function", "function": function})
+        returned = task.call(item, name, arguments)
+        results.append({"role": "tool", "tool_call_id": f"call_{at}", "name": name, "content": returned})
+    return (*messages, {"role": "assistant", "content": reply.text, "tool_calls": calls}, *results)
+
+
+Start = Callable[[list[list[int]]], BatchPrefix]
+"""Reads prompts; memoised where several rows of a table share them."""
+
+MakeDecider = Callable[[list[list[int]], list[int]], Decider]
+"""A decider for one turn, from its prompts and the places of their items."""
+
+
+def converse(
+    speaker: Speaker, task: Task, items: Sequence[Item], make: MakeDecider, max_tokens: int, start: Start | None = None
+) -> list[Answer]:
+    """Answer all items at once, turn by turn.
+
+    Args:
+        speaker: the model that generates.
+        task: runs the tools.
+        items: one row each.
+        make: called once per turn.
+        max_tokens: per turn.
+        start: reads prompts; by default plainly.
+
+    Raises:
+        ContextOverflow: a first prompt that does not fit. (A later one that does not fit ends its answer.)
+    """
+    read = start or (lambda prompts: BatchPrefix(speaker.model, prompts))
+    answers = [Answer(item) for item in items]
+    going = {at: tuple(item.messages) for at, item in enumerate(items)}
+    prompts = {at: speaker.encode(messages, items[at].tools) for at, messages in going.items()}
+    for turn in range(MAX_TURNS):
+        rows = list(going)
+        if not rows:
+            break
+        wanted = [prompts[at] for at in rows]
+        traces = generate(read(wanted), make(wanted, rows), max_tokens)
+        upcoming: dict[int, tuple[Message, ...]] = {}
+        for at, prompt, trace in zip(rows, wanted, traces, strict=True):
+            reply = speaker.read(trace.ids)
+            answers[at].prompts.append(prompt)
+            answers[at].traces.append(trace)
+            answers[at].text = reply.text
+            following = next_turn(task, items[at], going[at], reply)
+            if following is not None and turn + 1 < MAX_TURNS:
+                upcoming[at] = following
+        going, prompts = _fitting(speaker, items, upcoming)
+    return answers
+
+
+def _fitting(
+    speaker: Speaker, items: Sequence[Item], going: dict[int, tuple[Message, ...]]
+) -> tuple[dict[int, tuple[Message, ...]], dict[int, list[int]]]:
+    """The turns whose prompts fit the context window, and their ids."""
+    prompts: dict[int, list[int]] = {}
+    for at, messages in going.items():
+        try:
+            prompts[at] = speaker.encode(messages, items[at].tools)
+        except ContextOverflow:
+            continue
+    return {at: going[at] for at in prompts}, prompts

@@ -1,0 +1,77 @@
+"""The learned trigger: a logistic probe on the SLM's hidden state and entropy, fitted beside the selector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..models.batch_prefix import left_padded
+from ..models.language_model import LanguageModel
+from .groups import Example
+from .labels import batches
+from .progress import bar
+
+LARGEST = 200_000
+"""Steps that the probe is fitted on, at most."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """``sigmoid(hidden . weight[:-1] + entropy * weight[-1] + bias)``: will the LLM disagree here?"""
+
+    weight: Tensor
+    bias: float
+
+    def probabilities(self, hidden: Tensor, entropy: Tensor) -> Tensor:
+        """``[N]`` from hidden states ``[N, H]`` and entropies ``[N]``."""
+        return (hidden.float() @ self.weight[:-1] + entropy * self.weight[-1] + self.bias).sigmoid()
+
+
+@torch.inference_mode()
+def hidden_along(model: LanguageModel, examples: Sequence[Example]) -> list[Tensor]:
+    """Last hidden states ``[n, H]`` before every completion step, each trajectory read once."""
+    found: list[Tensor | None] = [None] * len(examples)
+    with bar("read", len(examples)) as progress:
+        for batch in batches([len(example.ids) for example in examples]):
+            part = [examples[at] for at in batch]
+            ids, mask = left_padded([example.ids for example in part], model.device)
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            out = model.decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+            for row, (at, example) in enumerate(zip(batch, part, strict=True)):
+                found[at] = out.last_hidden_state[row, -len(example.all_positions) :].float().cpu().clone()
+            progress.advance(len(batch))
+    return [each for each in found if each is not None]
+
+
+def fit_probe(examples: Sequence[Example], hidden: Sequence[Tensor], *, seed: int, decay: float = 1e-3) -> Probe:
+    """Logistic regression of "the LLM's best token is another" on every step, by L-BFGS.
+
+    Args:
+        examples: training trajectories.
+        hidden: per example ``[n, H]``.
+        seed: of the sample when there are more than ``LARGEST`` steps.
+        decay: L2 penalty on standardised features.
+    """
+    features = torch.cat([torch.cat([h, e.entropy[:, None]], 1) for e, h in zip(examples, hidden, strict=True)])
+    wanted = torch.cat([example.differs for example in examples])
+    if len(wanted) > LARGEST:
+        chosen = torch.randperm(len(wanted), generator=torch.Generator().manual_seed(seed))[:LARGEST]
+        features, wanted = features[chosen], wanted[chosen]
+    mean, spread = features.mean(0), features.std(0).nan_to_num(1.0).clamp_min(1e-4)
+    x, y = ((features - mean) / spread).clone(), wanted.float()
+    weight, bias = torch.zeros(x.shape[1], requires_grad=True), torch.zeros((), requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = functional.binary_cross_entropy_with_logits(x @ weight + bias, y) + decay * weight.square().sum() / 2
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    solver.step(loss)  # type: ignore[no-untyped-call]
+    scaled = (weight / spread).detach()
+    return Probe(scaled, float(bias.detach() - (scaled * mean).sum()))

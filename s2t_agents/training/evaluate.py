@@ -1,0 +1,223 @@
+"""One table: the same problems for every row, in chunks that run in lockstep.
+
+Chunks go outside, rows inside, so that prompts are read once per chunk for all rows. The decisions are the engine's
+(``deciders``), and the first problems of every row are run again through the engine itself (``live``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..errors import ConfigError
+from ..models.batch_prefix import BatchPrefix
+from ..models.language_model import LanguageModel
+from .collect import check_same_ids
+from .config import EvaluateConfig, Rows
+from .dialogue import Answer, Speaker, converse
+from .labels import along
+from .lines import Meter
+from .live import check_live
+from .plots import draw
+from .progress import bar
+from .report import EvalReport, RowReport, Tally
+from .rows import Ready, Row, RowMaker
+from .shards import ModelIdentity, write_whole
+from .tasks import Item, Task
+
+
+def evaluate(config: EvaluateConfig) -> EvalReport:
+    """Answer all problems in every way and write ``report.json`` and plots where ``config.out`` says.
+
+    Raises:
+        ConfigError: no calibrated selector; a selector for another base; models that do not fit together.
+        InputError: prompts that can not be used.
+    """
+    slm, llm = config.models.load_slm(), config.models.load_llm()
+    check_same_ids(slm, llm)
+    report = evaluate_with(slm, llm, config.task.open(), config)
+    if config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_whole(config.out / "report.json", (report.model_dump_json(indent=2) + "\n").encode())
+        draw(report, config.out)
+    return report
+
+
+def evaluate_with(slm: LanguageModel, llm: LanguageModel, task: Task, config: EvaluateConfig) -> EvalReport:
+    """``evaluate`` on models that are loaded already; writes nothing."""
+    started = time.perf_counter()
+    ready = _ready(slm, config)
+    chosen = _chosen(ready, config.rows)
+    run = _Run(Speaker(slm), Speaker(llm), task, config.rows)
+    maker = RowMaker(run.read_llm, config.rows, config.seed)
+    rows = _rows(maker, ready, chosen, config.rows)
+    sweeps = _sweeps(maker, slm, config, chosen)
+    everything = [*rows, *(row for part in sweeps.values() for row in part)]
+    tallies = {row.name: Tally(row.name) for row in everything}
+    chunks = [task.items[at : at + config.rows.batch] for at in range(0, len(task.items), config.rows.batch)]
+    with bar(f"eval {task.name}", len(chunks) * len(everything)) as progress:
+        for chunk in chunks:
+            run.forget()
+            for row in everything:
+                progress.say(f"eval {row.name}")
+                run.fill(tallies[row.name], row, chunk)
+                progress.advance()
+    right = {name: tallies[name].right for name in ("slm", "llm")}
+    reports = {name: tally.report(right["slm"], right["llm"], None) for name, tally in tallies.items()}
+    return EvalReport(
+        task=task.name,
+        n=len(task.items),
+        seed=config.seed,
+        slm=ModelIdentity.of(slm).model_dump(),
+        llm=ModelIdentity.of(llm).model_dump(),
+        hybrid=chosen.kind,
+        settings=config.rows.model_dump(mode="json"),
+        rows={row.name: reports[row.name] for row in rows},
+        sweeps={what: {row.name: reports[row.name] for row in part} for what, part in sweeps.items()},
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _ready(slm: LanguageModel, config: EvaluateConfig) -> list[Ready]:
+    if not config.selectors:
+        raise ConfigError("an evaluation needs a calibrated selector.", hint="Run `s2t train` and `s2t calibrate`.")
+    return [Ready.load(kind, Path(folder), slm, config.rows.trigger_rate) for kind, folder in config.selectors.items()]
+
+
+def _chosen(ready: Sequence[Ready], settings: Rows) -> Ready:
+    """The selector of the hybrid and random rows: as asked, or the one with the best held-out agreement."""
+    if settings.hybrid is None:
+        return max(ready, key=lambda each: each.calibration.agreement)
+    found = [each for each in ready if each.kind == settings.hybrid]
+    if not found:
+        raise ConfigError(f"hybrid is {settings.hybrid!r}, but there is no such selector.")
+    return found[0]
+
+
+def _rows(maker: RowMaker, ready: Sequence[Ready], chosen: Ready, settings: Rows) -> list[Row]:
+    """The main table."""
+    calibration = chosen.calibration
+    return [
+        maker.alone(),
+        maker.majority(),
+        maker.random(chosen),
+        *(maker.local(each) for each in ready),
+        maker.selection(calibration),
+        maker.takeover(calibration),
+        *(maker.hybrid(chosen, limit) for limit in settings.budgets),
+        maker.llm(),
+    ]
+
+
+def _sweeps(maker: RowMaker, slm: LanguageModel, config: EvaluateConfig, chosen: Ready) -> dict[str, list[Row]]:
+    """Rows over K and over the trigger rate, for the chosen selector and for LLM selection (K only)."""
+    folder = Path(config.selectors[chosen.kind])
+    by_rate = {rate: Ready.load(chosen.kind, folder, slm, rate) for rate in config.rows.rates}
+    found = {
+        "k": [
+            row
+            for k in config.rows.ks
+            for row in (
+                maker.local(chosen, name=f"{chosen.kind}, K = {k}", k=k),
+                maker.selection(chosen.calibration, name=f"llm_select, K = {k}", k=k),
+            )
+        ],
+        "rate": [maker.local(each, name=f"{chosen.kind}, rate = {rate:g}") for rate, each in by_rate.items()],
+    }
+    return {what: rows for what, rows in found.items() if rows}
+
+
+class _Run:
+    """Runs rows over chunks; remembers the prompts that several rows read."""
+
+    def __init__(self, slm: Speaker, llm: Speaker, task: Task, settings: Rows) -> None:
+        self._slm, self._llm, self._task, self._settings = slm, llm, task, settings
+        self._read: dict[tuple[str, tuple[tuple[int, ...], ...]], BatchPrefix] = {}
+        self._judged = 0
+
+    def forget(self) -> None:
+        """A new chunk begins."""
+        self._read = {}
+
+    def read_slm(self, prompts: list[list[int]]) -> BatchPrefix:
+        """The SLM's prefix over these prompts."""
+        return self._once("slm", self._slm.model, prompts)
+
+    def read_llm(self, prompts: list[list[int]]) -> BatchPrefix:
+        """The LLM's."""
+        return self._once("llm", self._llm.model, prompts)
+
+    def _once(self, who: str, model: LanguageModel, prompts: list[list[int]]) -> BatchPrefix:
+        key = (who, tuple(map(tuple, prompts)))
+        if key not in self._read:
+            self._read[key] = BatchPrefix(model, prompts)
+        return self._read[key]
+
+    def fill(self, tally: Tally, row: Row, chunk: Sequence[Item]) -> None:
+        """One chunk of one row."""
+        first = not tally.right
+        items = [item for item in chunk for _ in range(row.samples)]
+        meter = Meter(len(items))
+        speaker = self._llm if row.llm_generates else self._slm
+        read = self.read_llm if row.llm_generates else self.read_slm
+        started = time.perf_counter()
+        answers = converse(speaker, self._task, items, row.make(items, meter), self._settings.max_tokens, read)
+        tally.seconds += time.perf_counter() - started
+        for at in range(0, len(answers), row.samples):
+            tally.right.append(self._right(answers[at : at + row.samples]))
+        _count(tally.count, row, answers, meter)
+        if first and row.live is not None and self._settings.check:
+            checked = answers[: self._settings.check]
+            live = check_live(self._slm, self._llm, self._task, checked, row.live, self._settings.max_tokens)
+            tally.live_seconds, tally.live_same = live
+        if first and row.samples == 1 and self._settings.agreement:
+            tally.agreed, tally.judged = self._agreement(answers[: self._settings.agreement], row)
+
+    def _right(self, answers: Sequence[Answer]) -> bool:
+        """Whether the (most frequent) answer is right; among equals the first counts."""
+        votes = Counter(self._task.vote(answer.item, answer.text) for answer in answers)
+        elected = votes.most_common(1)[0][0]
+        winner = next(answer for answer in answers if self._task.vote(answer.item, answer.text) == elected)
+        return self._task.grade(winner.item, winner.text)
+
+    @torch.inference_mode()
+    def _agreement(self, answers: Sequence[Answer], row: Row) -> tuple[int, int]:
+        """Triggered steps whose token is the LLM's best candidate, and how many there are."""
+        agreed = judged = 0
+        k = row.live.k if row.live else self._settings.k
+        for answer in answers:
+            for prompt, trace in zip(answer.prompts, answer.traces, strict=True):
+                if not trace.triggered:
+                    continue
+                at = torch.tensor(trace.triggered)
+                candidates = along(self._slm.model, [(prompt, trace.ids)])[0].cpu()[at].topk(k).indices
+                llm = along(self._llm.model, [(prompt, trace.ids)])[0].cpu()[at].gather(1, candidates)
+                best = candidates.gather(1, llm.argmax(-1, keepdim=True))[:, 0]
+                agreed += int((best == torch.tensor(trace.ids)[at]).sum())
+                judged += len(at)
+        return agreed, judged
+
+
+def _count(count: Counter[str], row: Row, answers: Sequence[Answer], meter: Meter) -> None:
+    """What the answers took."""
+    for answer in answers:
+        triggered = sum(len(trace.triggered) for trace in answer.traces)
+        count["tokens"] += answer.tokens
+        count["steps"] += answer.tokens
+        count["triggered"] += triggered
+        count["flipped"] += sum(len(trace.flipped) for trace in answer.traces)
+        count["by_llm"] += sum(len(trace.by_llm) for trace in answer.traces)
+        if row.llm_generates:
+            count["llm_calls"] += answer.tokens
+            count["llm_tokens"] += answer.tokens + sum(map(len, answer.prompts))
+        else:
+            count["slm_forwards"] += answer.tokens + triggered * row.forwards
+    count["llm_calls"] += int(meter.calls.sum())
+    count["llm_tokens"] += int(meter.tokens.sum())
+
+
+__all__ = ["EvalReport", "RowReport", "evaluate", "evaluate_with"]

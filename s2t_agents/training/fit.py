@@ -1,0 +1,209 @@
+"""The training loop: batches, accumulated gradients, looks at held-back prompts, checkpoints, early stopping.
+
+Everything that decides the next step is in the checkpoint or follows from the settings, so a run that was killed and
+resumed ends with the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, S2TError
+from ..models.language_model import LanguageModel
+from .config import Fit
+from .losses import agreements, selection_loss
+from .objectives import Objective, autocast
+from .progress import bar
+from .shards import write_whole
+
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass
+class Look:
+    """One look at the held-back prompts: mean loss per group since the last look, and agreement with the LLM."""
+
+    step: int
+    train_loss: float
+    agreement: float
+
+
+@dataclass
+class State:
+    """Where the loop stands."""
+
+    step: int = 0
+    best: float = -1.0
+    best_step: int = 0
+    bad_looks: int = 0
+    loss_sum: float = 0.0
+    groups: int = 0
+    looks: list[Look] = field(default_factory=list)
+
+
+def fit(
+    selector: nn.Module, base: LanguageModel, train: Objective, validation: Objective, settings: Fit, folder: Path
+) -> State:
+    """Train until the epochs are over or agreement stops growing; the best weights stay in ``selector``.
+
+    Args:
+        selector: its parameters that require gradients are trained.
+        base: for device and lock.
+        train: units to learn from.
+        validation: units of other prompts.
+        settings: see ``Fit``.
+        folder: for the checkpoint.
+
+    Raises:
+        InputError: nothing to train on, or nothing to validate on.
+        S2TError: the loss is no longer a number; the last checkpoint stands.
+    """
+    if not train.sizes or not validation.sizes:
+        raise InputError(
+            f"{len(train.sizes)} training and {len(validation.sizes)} validation units are too few.",
+            hint="Collect more items, or raise `rate` or `validation`.",
+        )
+    weights = dict(selector.named_parameters())
+    optimiser = torch.optim.AdamW(weights.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+    per_epoch = math.ceil(len(train.sizes) / settings.batch)
+    steps = per_epoch * settings.epochs
+    state, best = _restore(folder / CHECKPOINT, selector, optimiser)
+    if best is None:
+        best = _copy(selector)
+        state.best = agreement(base, validation, settings)
+        state.looks.append(Look(0, float("nan"), state.best))
+    with bar("train", steps) as progress:
+        progress.advance(state.step)
+        while state.step < steps and state.bad_looks < settings.patience:
+            batch = _batch(len(train.sizes), state.step, per_epoch, settings)
+            _learn(selector, base, optimiser, train, batch, state, settings, steps)
+            progress.advance()
+            if state.step % settings.evaluate_every == 0 or state.step == steps:
+                best = _look(selector, base, validation, state, best, settings)
+                progress.say(f"train  agreement {state.looks[-1].agreement:.3f} (best {state.best:.3f})")
+                _save(folder / CHECKPOINT, selector, optimiser, state, best)
+    selector.load_state_dict(best)
+    return state
+
+
+@torch.no_grad()
+def agreement(base: LanguageModel, objective: Objective, settings: Fit) -> float:
+    """Share of all groups where the selector's best candidate is the LLM's."""
+    right = total = 0
+    units = list(range(len(objective.sizes)))
+    for first in range(0, len(units), 64):
+        with autocast(base, settings.bf16):
+            for piece in objective.pieces(units[first : first + 64]):
+                right += int(agreements(piece.scores, piece.llm).sum())
+                total += len(piece.scores)
+    return right / total
+
+
+def _learn(
+    selector: nn.Module,
+    base: LanguageModel,
+    optimiser: torch.optim.Optimizer,
+    train: Objective,
+    batch: Sequence[int],
+    state: State,
+    settings: Fit,
+    steps: int,
+) -> None:
+    """One optimiser step; the gradient is the mean over the batch's groups, however it was cut into pieces."""
+    groups = sum(train.sizes[unit] for unit in batch)
+    for group in optimiser.param_groups:
+        group["lr"] = settings.lr * _schedule(state.step, settings.warmup, steps)
+    optimiser.zero_grad()
+    total = 0.0
+    with autocast(base, settings.bf16):
+        for piece in train.pieces(batch):
+            loss = selection_loss(piece.scores, piece.llm, soft=settings.soft, temperature=settings.label_temperature)
+            (loss / groups).backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+    norm = nn.utils.clip_grad_norm_(selector.parameters(), settings.clip)
+    if not math.isfinite(total) or not torch.isfinite(norm):
+        raise S2TError(
+            f"the loss is {total} and the gradient's norm {float(norm)} at step {state.step}; nothing was changed.",
+            hint=f"The checkpoint of step {state.looks[-1].step} is kept. Lower lr, or turn bf16 off.",
+        )
+    optimiser.step()
+    state.step += 1
+    state.loss_sum += total
+    state.groups += groups
+
+
+def _look(
+    selector: nn.Module,
+    base: LanguageModel,
+    validation: Objective,
+    state: State,
+    best: dict[str, Tensor],
+    settings: Fit,
+) -> dict[str, Tensor]:
+    """Measure, and keep the weights if they are the best so far."""
+    now = agreement(base, validation, settings)
+    state.looks.append(Look(state.step, state.loss_sum / max(1, state.groups), now))
+    state.loss_sum, state.groups = 0.0, 0
+    if now > state.best:
+        state.best, state.best_step, state.bad_looks = now, state.step, 0
+        return _copy(selector)
+    state.bad_looks += 1
+    return best
+
+
+def _batch(units: int, step: int, per_epoch: int, settings: Fit) -> list[int]:
+    """The units of one step: a fresh order every epoch, a function of seed and step alone."""
+    epoch, at = divmod(step, per_epoch)
+    order = torch.randperm(units, generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch))
+    return order[at * settings.batch : (at + 1) * settings.batch].tolist()
+
+
+def _schedule(step: int, warmup: int, steps: int) -> float:
+    """Linear up, cosine down to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _copy(selector: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in selector.state_dict().items()}
+
+
+def _save(
+    file: Path, selector: nn.Module, optimiser: torch.optim.Optimizer, state: State, best: dict[str, Tensor]
+) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(
+        {"weights": selector.state_dict(), "optimiser": optimiser.state_dict(), "state": asdict(state), "best": best},
+        buffer,
+    )
+    write_whole(file, buffer.getvalue())
+
+
+def _restore(
+    file: Path, selector: nn.Module, optimiser: torch.optim.Optimizer
+) -> tuple[State, dict[str, Tensor] | None]:
+    """Where a killed run stood; a fresh state where there was none.
+
+    Raises:
+        InputError: a checkpoint that does not fit.
+    """
+    if not file.exists():
+        return State(), None
+    try:
+        saved: dict[str, Any] = torch.load(file, weights_only=True)
+        selector.load_state_dict(saved["weights"])
+        optimiser.load_state_dict(saved["optimiser"])
+    except Exception as error:
+        raise InputError(f"{file} does not fit this training: {error}.", hint="Delete it to start anew.") from error
+    looks = [Look(**look) for look in saved["state"].pop("looks")]
+    return State(**saved["state"], looks=looks), saved["best"]

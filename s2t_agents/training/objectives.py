@@ -1,0 +1,168 @@
+"""How each kind of selector is scored in training: one pass over a trajectory, never one prefix per candidate.
+
+head        hidden states once, without gradient, then the MLP alone
+activated   the base once, without gradient ─ KV ─ then all M x K candidates of the trajectory in one row, adapter on
+published   the same, but the adapter is on for the prefix too, and gradients flow through its KV
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from ..models.batch_prefix import left_padded
+from ..models.language_model import LanguageModel
+from ..models.lora import Lora
+from ..selectors import LocalSelector
+from ..selectors.activated import ActivatedSelector
+from ..selectors.head import HeadSelector
+from ..selectors.published import PublishedSelector
+from .config import Fit, Kind
+from .groups import Example
+from .labels import batches
+
+
+@dataclass(frozen=True)
+class Scored:
+    """M groups of one piece of a batch, ``[M, K]`` each: scores, and the log-probabilities of SLM and LLM."""
+
+    scores: Tensor
+    slm: Tensor
+    llm: Tensor
+
+
+class Objective(Protocol):
+    """Training units of one selector (groups or trajectories).
+
+    Attributes:
+        sizes: groups in each unit.
+    """
+
+    sizes: list[int]
+
+    def pieces(self, units: Sequence[int]) -> Iterator[Scored]:
+        """Score these units, in as many pieces as memory wants; the graph of each may be freed before the next."""
+        ...
+
+
+class HeadObjective:
+    """Units are single groups over hidden states that were computed once.
+
+    Args:
+        selector: the head.
+        examples: whose groups these are.
+        hidden: per example ``[n, H]``, of every completion step.
+    """
+
+    def __init__(self, selector: HeadSelector, examples: Sequence[Example], hidden: Sequence[Tensor]) -> None:
+        self._selector = selector
+        with_groups = [(e, h) for e, h in zip(examples, hidden, strict=True) if len(e.positions)]
+        device = selector.base.device
+        self._hidden = torch.cat([h[e.positions - e.all_positions[0]] for e, h in with_groups]).to(device)
+        self._candidates = torch.cat([e.candidates for e, _ in with_groups]).to(device)
+        self._slm = torch.cat([e.slm for e, _ in with_groups]).to(device)
+        self._llm = torch.cat([e.llm for e, _ in with_groups]).to(device)
+        self.sizes = [1] * len(self._slm)
+
+    def pieces(self, units: Sequence[int]) -> Iterator[Scored]:
+        """All at once."""
+        at = torch.tensor(units, device=self._slm.device)
+        correction = self._selector.correction(self._hidden[at], self._candidates[at])
+        yield Scored(self._slm[at] + correction, self._slm[at], self._llm[at])
+
+
+class AdapterObjective:
+    """Units are trajectories.
+
+    Args:
+        selector: activated or published.
+        examples: those without groups are left out.
+        max_row: candidates per row and forward.
+        tokens: prefix tokens per forward, padding included.
+    """
+
+    def __init__(
+        self,
+        selector: ActivatedSelector | PublishedSelector,
+        examples: Sequence[Example],
+        *,
+        max_row: int,
+        tokens: int = 2048,
+    ) -> None:
+        self._selector = selector
+        self._examples = [example for example in examples if len(example.positions)]
+        self._max_row, self._tokens = max_row, tokens
+        self.sizes = [len(example.positions) for example in self._examples]
+
+    def pieces(self, units: Sequence[int]) -> Iterator[Scored]:
+        """Trajectories of like length together; long rows of candidates in parts."""
+        chosen = [self._examples[unit] for unit in units]
+        for batch in batches([len(example.ids) for example in chosen], self._tokens):
+            part = [chosen[at] for at in batch]
+            k = part[0].candidates.shape[1]
+            step = max(1, self._max_row // k)
+            for first in range(0, max(len(example.positions) for example in part), step):
+                yield self._scored(part, slice(first, first + step))
+
+    def _scored(self, examples: Sequence[Example], steps: slice) -> Scored:
+        """The groups ``steps`` of each of these examples."""
+        examples = [example for example in examples if len(example.positions[steps])]
+        base, selector = self._selector.base, self._selector
+        ids, mask = left_padded([example.ids for example in examples], base.device)
+        longest = max(len(example.positions[steps]) for example in examples)
+        k = examples[0].candidates.shape[1]
+        positions = torch.zeros(len(examples), longest, dtype=torch.long)
+        candidates = torch.zeros(len(examples), longest, k, dtype=torch.long)
+        real = torch.zeros(len(examples), longest, dtype=torch.bool)
+        for row, example in enumerate(examples):
+            m = len(example.positions[steps])
+            positions[row, :m], candidates[row, :m] = example.positions[steps], example.candidates[steps]
+            real[row, :m] = True
+        hidden = self._after(ids, mask, candidates.flatten(1), positions.repeat_interleave(k, 1))
+        correction = selector.correction(hidden.view(len(examples), longest, k, -1)[real.to(base.device)])
+        slm = torch.cat([example.slm[steps] for example in examples]).to(base.device)
+        llm = torch.cat([example.llm[steps] for example in examples]).to(base.device)
+        return Scored(slm + correction, slm, llm)
+
+    def _after(self, ids: Tensor, mask: Tensor, candidates: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states ``[B, M * K, H]`` after the candidates."""
+        base, lora = self._selector.base, self._selector.lora
+        on_prefix = isinstance(self._selector, PublishedSelector)
+        cache = DynamicCache()
+        with base.lock:
+            with lora.on(base.model) if on_prefix else torch.no_grad():
+                base.read_rows(ids, mask, cache, 1)
+            with lora.on(base.model):
+                rows = candidates.to(base.device), positions.to(base.device)
+                return base.candidate_rows(*rows, mask, cache)
+
+
+def fresh_selector(base: LanguageModel, kind: Kind, fit: Fit) -> LocalSelector:
+    """An untrained selector: it scores as the SLM does."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fit.seed)
+        if kind == "head":
+            return HeadSelector(base, width=fit.width)
+        adapter = fit.adapter
+        lora = Lora.fresh(base.model, targets=list(adapter.targets), rank=adapter.rank, alpha=adapter.alpha)
+        return ActivatedSelector(base, lora) if kind == "activated" else PublishedSelector(base, lora)
+
+
+def objective_for(
+    selector: LocalSelector, examples: Sequence[Example], hidden: Sequence[Tensor], fit: Fit
+) -> Objective:
+    """The objective of a selector over some examples."""
+    if isinstance(selector, HeadSelector):
+        return HeadObjective(selector, examples, hidden)
+    return AdapterObjective(selector, examples, max_row=fit.max_row)
+
+
+def autocast(base: LanguageModel, bf16: bool) -> torch.autocast | nullcontext[None]:
+    """bf16 where it is asked for."""
+    return torch.autocast(base.device.type, dtype=torch.bfloat16) if bf16 else nullcontext()

@@ -1,0 +1,47 @@
+"""Progress bars with rate and time left, on stderr, so that ``--json`` output stays clean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class Rate(TextColumn):
+    """Units per second."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Task) -> Text:
+        """The column's text."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.1f}/s", style="progress.data.speed")
+
+
+class Bar:
+    """One bar."""
+
+    def __init__(self, progress: Progress, what: str, total: float) -> None:
+        self._progress = progress
+        self._id = progress.add_task(what, total=total)
+
+    def advance(self, by: float = 1) -> None:
+        """So much more is done."""
+        self._progress.advance(self._id, by)
+
+    def say(self, what: str) -> None:
+        """Another text before the bar."""
+        self._progress.update(self._id, description=what)
+
+
+@contextmanager
+def bar(what: str, total: float) -> Iterator[Bar]:
+    """A bar for a block of work; silent where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield Bar(progress, what, total)

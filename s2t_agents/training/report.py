@@ -1,0 +1,170 @@
+"""The table that an evaluation fills: one row per way of answering, the same problems for all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+
+from .statistics import wilson
+
+
+class RowReport(BaseModel):
+    """One way of answering n problems.
+
+    Attributes:
+        name: of the row.
+        n: problems.
+        accuracy: share of right answers, with its 95% Wilson interval.
+        gap_closed: share of the way from the SLM's accuracy to the LLM's; None where there is no gap.
+        broken: of the problems that the SLM alone gets right, the share this row gets wrong, with its interval.
+        tokens: generated, per answer.
+        slm_forwards: of the small model, per answer; prompts count as one.
+        llm_calls: forwards of the large model, per answer.
+        llm_tokens: that it read or wrote, per answer.
+        cost_usd: of the LLM, per answer; None when it has no known price.
+        seconds: for all n, in lockstep.
+        live_seconds: per answer through ``Engine.steps`` one at a time, on the checked problems.
+        live_same: share of the checked problems on which that gave the same tokens.
+        trigger_rate: share of all steps; flip_rate likewise; escalation_rate: share of triggered steps.
+        agreement: share of triggered steps where the token is the LLM's best candidate (on the first problems).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    n: int
+    accuracy: float
+    ci95: tuple[float, float]
+    gap_closed: float | None = None
+    broken: float | None = None
+    broken_ci95: tuple[float, float] | None = None
+    tokens: float
+    slm_forwards: float
+    llm_calls: float
+    llm_tokens: float
+    cost_usd: float | None = None
+    seconds: float
+    live_seconds: float | None = None
+    live_same: float | None = None
+    trigger_rate: float
+    flip_rate: float
+    escalation_rate: float
+    agreement: float | None = None
+
+
+class EvalReport(BaseModel):
+    """A whole evaluation.
+
+    Attributes:
+        task: name of the task.
+        n: problems.
+        seed: of random triggers and votes.
+        slm: name and fingerprint of the small model; llm likewise.
+        hybrid: kind of selector in the hybrid and random rows.
+        settings: of the rows.
+        rows: by name.
+        sweeps: more rows, by what varies ("k", "rate") and then by name.
+        seconds: for everything.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str
+    n: int
+    seed: int
+    slm: dict[str, str]
+    llm: dict[str, str]
+    hybrid: str
+    settings: dict[str, Any]
+    rows: dict[str, RowReport]
+    sweeps: dict[str, dict[str, RowReport]] = {}
+    seconds: float
+
+
+@dataclass
+class Tally:
+    """Adds up one row, chunk by chunk."""
+
+    name: str
+    right: list[bool] = field(default_factory=list)
+    count: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    live_seconds: list[float] = field(default_factory=list)
+    live_same: list[bool] = field(default_factory=list)
+    agreed: int = 0
+    judged: int = 0
+
+    def report(self, slm: Sequence[bool], llm: Sequence[bool], price: float | None) -> RowReport:
+        """The row, beside what SLM and LLM got right; ``price`` in USD per LLM token."""
+        n, count, right = len(self.right), self.count, sum(self.right)
+        held = [mine for mine, theirs in zip(self.right, slm, strict=True) if theirs]
+        broken = held.count(False)
+        gap = sum(llm) - sum(slm)
+        return RowReport(
+            name=self.name,
+            n=n,
+            accuracy=right / n,
+            ci95=wilson(right, n),
+            gap_closed=(right - sum(slm)) / gap if gap > 0 else None,
+            broken=broken / len(held) if held else None,
+            broken_ci95=wilson(broken, len(held)) if held else None,
+            tokens=count["tokens"] / n,
+            slm_forwards=count["slm_forwards"] / n,
+            llm_calls=count["llm_calls"] / n,
+            llm_tokens=count["llm_tokens"] / n,
+            cost_usd=0.0 if not count["llm_tokens"] else None if price is None else price * count["llm_tokens"] / n,
+            seconds=self.seconds,
+            live_seconds=sum(self.live_seconds) / len(self.live_seconds) if self.live_seconds else None,
+            live_same=sum(self.live_same) / len(self.live_same) if self.live_same else None,
+            trigger_rate=count["triggered"] / max(1, count["steps"]),
+            flip_rate=count["flipped"] / max(1, count["steps"]),
+            escalation_rate=count["by_llm"] / max(1, count["triggered"]),
+            agreement=self.agreed / self.judged if self.judged else None,
+        )
+
+
+def table(report: EvalReport, rows: dict[str, RowReport] | None = None) -> Table:
+    """The report for people; ``rows`` picks others than the main ones."""
+    shown = Table(title=f"{report.task}, {report.n} problems, seed {report.seed} ({report.seconds:.0f} s in all)")
+    columns = (
+        "accuracy",
+        "95%",
+        "gap closed",
+        "broken",
+        "tokens",
+        "SLM forwards",
+        "LLM calls",
+        "LLM tokens",
+        "s",
+        "live s",
+    )
+    for name in ("", *columns, "triggers", "flips", "agreement"):
+        shown.add_column(name, justify="left" if not name else "right")
+    for row in (rows or report.rows).values():
+        shown.add_row(
+            row.name,
+            f"{row.accuracy:.1%}",
+            f"{row.ci95[0]:.1%}-{row.ci95[1]:.1%}",
+            share(row.gap_closed),
+            share(row.broken),
+            f"{row.tokens:.0f}",
+            f"{row.slm_forwards:.0f}",
+            f"{row.llm_calls:.1f}",
+            f"{row.llm_tokens:.0f}",
+            f"{row.seconds:.0f}",
+            "-" if row.live_seconds is None else f"{row.live_seconds:.2f}",
+            f"{row.trigger_rate:.1%}",
+            f"{row.flip_rate:.1%}",
+            share(row.agreement),
+        )
+    return shown
+
+
+def share(value: float | None) -> str:
+    """A percentage, or a dash where there is none."""
+    return "-" if value is None else f"{value:.1%}"

@@ -1,0 +1,203 @@
+"""Rollouts on disk: safetensors shards and a manifest. A shard is there whole or not at all.
+
+runs/demo/rollouts/
+  manifest.json              models, prompts' hash, settings, how many shards
+  shard-00000.safetensors    trajectories, flattened (see ``Shard``)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ..errors import ConfigError, InputError, ModelNotFound, S2TError
+from ..models.language_model import LanguageModel
+
+MANIFEST = "manifest.json"
+
+
+class ModelIdentity(BaseModel):
+    """Which model took part: its name is for people, the fingerprints decide."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    tokenizer_fingerprint: str
+    weights_fingerprint: str
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> ModelIdentity:
+        """The identity of a loaded model."""
+        return cls(
+            name=model.name,
+            tokenizer_fingerprint=model.tokenizer_fingerprint,
+            weights_fingerprint=model.weights_fingerprint,
+        )
+
+
+class Manifest(BaseModel):
+    """What a folder of rollouts was made from; two runs with equal manifests make equal shards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = 1
+    slm: ModelIdentity
+    llm: ModelIdentity
+    task: str
+    prompts_hash: str
+    items: int
+    shards: int
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """R trajectories with P prompt tokens and N completion tokens in all, one after the other.
+
+    Attributes:
+        prompt_ids: ``[P]``; trajectory r owns ``prompt_ends[r-1]:prompt_ends[r]``.
+        prompt_ends: ``[R]``.
+        ids: ``[N]`` completion tokens, end tokens included; owned by ``ends`` likewise.
+        ends: ``[R]``.
+        item: ``[R]``, place of the item in its task.
+        right: ``[R]``, 1 where the answer that this trajectory is part of was right.
+        candidates: ``[N, K]``, the SLM's best tokens at the step, best first.
+        slm: ``[N, K]``, their log-probabilities under the SLM.
+        llm: ``[N, K]``, and under the LLM.
+        llm_best: ``[N]``, the LLM's own best token.
+        kl: ``[N]``, KL(LLM || SLM) in nats.
+        entropy: ``[N]``, of the SLM, in nats.
+    """
+
+    prompt_ids: Tensor
+    prompt_ends: Tensor
+    ids: Tensor
+    ends: Tensor
+    item: Tensor
+    right: Tensor
+    candidates: Tensor
+    slm: Tensor
+    llm: Tensor
+    llm_best: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def trajectories(self) -> Iterator[tuple[list[int], list[int], slice]]:
+        """Prompt ids, completion ids, and where the completion's steps lie in the flat tensors."""
+        prompt_from = step_from = 0
+        for prompt_to, step_to in zip(self.prompt_ends.tolist(), self.ends.tolist(), strict=True):
+            steps = slice(step_from, step_to)
+            yield self.prompt_ids[prompt_from:prompt_to].tolist(), self.ids[steps].tolist(), steps
+            prompt_from, step_from = prompt_to, step_to
+
+
+def shard_file(folder: Path, number: int) -> Path:
+    """Where a shard lies."""
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def write_shard(folder: Path, number: int, shard: Shard) -> None:
+    """Write it beside its place, then move it there: a killed run leaves no half shard.
+
+    Raises:
+        S2TError: the disk is full or not writable; earlier shards stand.
+    """
+    data = save({each.name: getattr(shard, each.name).contiguous() for each in fields(shard)})
+    write_whole(shard_file(folder, number), data)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file in one move, on disk before it counts.
+
+    Raises:
+        S2TError: naming the file and what the system said.
+    """
+    half = path.with_name(f".{path.name}.part")
+    try:
+        with half.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        half.replace(path)
+    except OSError as error:
+        half.unlink(missing_ok=True)
+        raise S2TError(
+            f"{path} could not be written: {error.strerror}.", hint="What was written before is kept; run again."
+        ) from error
+
+
+def open_folder(folder: Path, manifest: Manifest) -> list[int]:
+    """Begin or continue a folder of rollouts.
+
+    Returns:
+        Numbers of the shards that are still to be made.
+
+    Raises:
+        ConfigError: the folder holds rollouts of other models, prompts or settings.
+    """
+    file = folder / MANIFEST
+    if file.exists():
+        differing = [
+            name for name in Manifest.model_fields if getattr(read_manifest(folder), name) != getattr(manifest, name)
+        ]
+        if differing:
+            raise ConfigError(
+                f"{folder} holds rollouts made with other {', '.join(differing)}.",
+                hint="Collect into another folder, or delete this one.",
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(file, (manifest.model_dump_json(indent=2) + "\n").encode())
+    return [number for number in range(manifest.shards) if not shard_file(folder, number).exists()]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder.
+
+    Raises:
+        ModelNotFound: there is none.
+        InputError: it can not be read.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise ModelNotFound(f"no rollouts at {str(folder)!r}: {MANIFEST} is missing.", hint="Run `s2t collect` first.")
+    try:
+        return Manifest.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, ValidationError) as error:
+        raise InputError(f"{file} is no manifest: {str(error).splitlines()[0]}.") from error
+
+
+def read_shards(folder: Path) -> list[Shard]:
+    """All shards of a finished folder, in order.
+
+    Raises:
+        InputError: some are missing (the collection did not finish) or can not be read.
+    """
+    manifest = read_manifest(folder)
+    missing = [number for number in range(manifest.shards) if not shard_file(folder, number).exists()]
+    if missing:
+        raise InputError(
+            f"{folder} is unfinished: {len(missing)} of {manifest.shards} shards are missing.",
+            hint="Run the same `s2t collect` again; it continues where it stopped.",
+        )
+    return [_read_shard(shard_file(folder, number)) for number in range(manifest.shards)]
+
+
+def _read_shard(file: Path) -> Shard:
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(file)
+        return Shard(**tensors)
+    except Exception as error:
+        raise InputError(f"{file} is not a readable shard: {error}.", hint="Delete it and collect again.") from error

@@ -1,0 +1,233 @@
+"""Tasks: where prompts come from, what their tools return, and when an answer is right.
+
+A task is any object with ``Task``'s four members. Two are built in: the demo world, and a JSONL file of
+``{"prompt": ..., "answer": ...}`` lines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import ConfigError, InputError
+from .grading import GRADERS, final_answer
+
+Message = dict[str, Any]
+"""A message in OpenAI's format."""
+
+Split = Literal["train", "heldout", "hard"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt: its messages and tools, and whatever its task needs to grade it."""
+
+    id: str
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...]
+    source: Any
+
+
+class Task(Protocol):
+    """Prompts and how to grade them.
+
+    Attributes:
+        name: for reports.
+    """
+
+    name: str
+
+    @property
+    def items(self) -> Sequence[Item]:
+        """In a fixed order, ids unique."""
+        ...
+
+    def call(self, item: Item, name: str, arguments: Mapping[str, Any]) -> str:
+        """What a tool of this item returns."""
+        ...
+
+    def grade(self, item: Item, text: str) -> bool:
+        """Whether the final text is right."""
+        ...
+
+    def vote(self, item: Item, text: str) -> str:
+        """The text's answer in a form in which equal answers are equal strings, for majority votes."""
+        ...
+
+
+class DemoTask:
+    """Problems of the demo world: the loop runs their tools as an agent would.
+
+    Args:
+        split: train, heldout or hard; the splits share no problem.
+        first: seed of the first problem; problems are those of ``first .. first + count - 1``.
+        count: how many.
+        kinds: taken in turn; empty for the world's own mix of word and tool problems.
+    """
+
+    def __init__(self, split: Split, first: int, count: int, kinds: Sequence[str]) -> None:
+        from ..demo import world
+
+        self.name = f"demo/{split}"
+        self._grade = world.grade
+        choices: list[Any] = list(kinds) or [None]
+        problems = [world.generate(first + at, split, choices[at % len(choices)]) for at in range(count)]
+        self.items: Sequence[Item] = [
+            Item(f"{split}-{problem.kind}-{problem.seed}", problem.prompt, problem.tools, problem)
+            for problem in problems
+        ]
+
+    def call(self, item: Item, name: str, arguments: Mapping[str, Any]) -> str:
+        """The problem's own tool result, or its error."""
+        result: str = item.source.call(name, arguments)
+        return result
+
+    def grade(self, item: Item, text: str) -> bool:
+        """As the world grades."""
+        return bool(self._grade(text, item.source))
+
+    def vote(self, item: Item, text: str) -> str:
+        """The last number for problems with a number; the text otherwise."""
+        return final_answer(text) if item.source.kind in ("word", "tool") else text.strip()
+
+
+class JsonlTask:
+    """A file of ``{"prompt": str or messages, "answer": str, "id"?: str, "tools"?: [...]}`` lines.
+
+    Raises:
+        InputError: no such file, no prompts in it, broken lines, duplicate ids, answers missing.
+    """
+
+    def __init__(
+        self, path: Path, grading: str, *, answers: bool = True, first: int = 0, count: int | None = None
+    ) -> None:
+        self.name = path.stem
+        self._right = GRADERS[grading]
+        rows = list(_read_lines(path))[first : None if count is None else first + count]
+        if not rows:
+            raise InputError(f"{path} holds no prompts.", hint='Each line is {"prompt": ..., "answer": ...}.')
+        if answers:
+            _need_answers(path, rows)
+        self.items: list[Item] = [_item(row) for row in rows]
+        twice = [name for name, times in Counter(item.id for item in self.items).items() if times > 1]
+        if twice:
+            raise InputError(
+                f"{path} has {len(twice)} ids more than once, {twice[0]!r} first.", hint="Make ids unique."
+            )
+
+    def call(self, item: Item, name: str, arguments: Mapping[str, Any]) -> str:
+        """A file has no tools to run: always an error, as an agent would see it."""
+        return json.dumps({"error": f"no tool named {name}"})
+
+    def grade(self, item: Item, text: str) -> bool:
+        """As the chosen grader says."""
+        return self._right(text, item.source)
+
+    def vote(self, item: Item, text: str) -> str:
+        """The text's final answer."""
+        return final_answer(text)
+
+
+def _read_lines(path: Path) -> Sequence[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path} can not be read: {error.strerror}.", hint="Give a JSONL file of prompts.") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error}).") from error
+        if not isinstance(row, dict) or not row.get("prompt"):
+            raise InputError(f"{path}, line {number}: no prompt.", hint='Each line is {"prompt": ..., "answer": ...}.')
+        rows.append({"id": str(row.get("id", number)), **{key: row[key] for key in row if key != "id"}})
+    return rows
+
+
+def _need_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    lacking = [row["id"] for row in rows if row.get("answer") in (None, "")]
+    if lacking:
+        raise InputError(
+            f"{path} has no answer for {len(lacking)} of {len(rows)} prompts, id {lacking[0]!r} first.",
+            hint="Answers are needed to grade; collecting alone goes without (answers = false).",
+        )
+
+
+def _item(row: dict[str, Any]) -> Item:
+    prompt = row["prompt"]
+    messages = tuple(prompt) if isinstance(prompt, list) else ({"role": "user", "content": str(prompt)},)
+    return Item(row["id"], messages, tuple(row.get("tools", ())), str(row.get("answer", "")))
+
+
+class DemoTaskConfig(BaseModel):
+    """``[tasks.*]`` for the demo world; fields as in ``DemoTask``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: Literal["demo"] = "demo"
+    split: Split = "heldout"
+    first: int = Field(default=0, ge=0)
+    count: int = Field(default=500, ge=1)
+    kinds: tuple[Literal["word", "tool", "call", "talk", "sums", "copy"], ...] = ()
+
+    def open(self) -> Task:
+        """The task itself."""
+        return DemoTask(self.split, self.first, self.count, self.kinds)
+
+
+class JsonlTaskConfig(BaseModel):
+    """``[tasks.*]`` for a JSONL file: ``first`` and ``count`` take a part of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: Literal["jsonl"]
+    path: Path
+    grading: Literal["exact", "numeric", "math"] = "numeric"
+    answers: bool = True
+    first: int = Field(default=0, ge=0)
+    count: int | None = Field(default=None, ge=1)
+
+    def open(self) -> Task:
+        """The task itself."""
+        return JsonlTask(self.path, self.grading, answers=self.answers, first=self.first, count=self.count)
+
+
+TaskConfig = Annotated[DemoTaskConfig | JsonlTaskConfig, Field(discriminator="task")]
+
+
+def prompts_hash(task: Task) -> str:
+    """Of everything that decides which prompts are sent: ids, messages, tools."""
+    digest = hashlib.sha256()
+    for item in task.items:
+        digest.update(json.dumps([item.id, item.messages, item.tools], ensure_ascii=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def disjoint(train: Task, test: Task) -> None:
+    """Refuse two tasks that share an item: the same problem of the demo world, or the same messages elsewhere.
+
+    Raises:
+        ConfigError: naming the first shared id.
+    """
+    known = set(map(_identity, train.items))
+    shared = [item.id for item in test.items if _identity(item) in known]
+    if shared:
+        raise ConfigError(
+            f"{train.name} and {test.name} share {len(shared)} prompts, {shared[0]!r} first.",
+            hint="Thresholds and weights must never see test problems: take other seeds, or another part of the file.",
+        )
+
+
+def _identity(item: Item) -> str:
+    """What makes an item itself. Small talk repeats across seeds, so problems of the world count by their id."""
+    return json.dumps(item.messages, default=str) if isinstance(item.source, str) else item.id

@@ -1,0 +1,106 @@
+"""From rollouts to a selector directory: choose groups, read each trajectory once, fit the probe, fit the selector."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..models.language_model import LanguageModel
+from ..selectors.config import BaseIdentity, SelectorConfig
+from ..selectors.learned_trigger import save_probe
+from .card import write_card
+from .config import TrainConfig
+from .disagreement import fit_probe, hidden_along
+from .fit import CHECKPOINT, State, fit
+from .groups import choose, read_for, split
+from .objectives import fresh_selector, objective_for
+from .shards import MANIFEST, write_whole
+
+SETTINGS = "training.json"
+
+
+def train(config: TrainConfig) -> Path:
+    """Train one selector; a killed run goes on from its last checkpoint, a finished one is left alone.
+
+    Returns:
+        The selector's directory: weights, ``probe.safetensors``, ``selector.json`` and a model card.
+
+    Raises:
+        ConfigError: the directory holds a selector of other settings; rollouts of another model.
+        InputError: unfinished rollouts, or too few.
+        S2TError: the loss is no longer a number; the last checkpoint stands.
+    """
+    slm = config.models.load_slm()
+    train_with(slm, config)
+    return config.out
+
+
+def train_with(slm: LanguageModel, config: TrainConfig) -> None:
+    """``train`` on a model that is loaded already."""
+    if _finished(config, slm):
+        return
+    settings = config.fit
+    shards = read_for(slm, config.rollouts, settings.k)
+    examples = choose(shards, k=settings.k, rate=settings.rate, kl_rate=settings.kl_rate)
+    learn, hold = split(examples, settings.validation)
+    hidden = hidden_along(slm, examples)
+    of = {id(example): states for example, states in zip(examples, hidden, strict=True)}
+    probe = fit_probe(learn, [of[id(example)] for example in learn], seed=settings.seed)
+    selector = fresh_selector(slm, config.kind, settings)
+    train_objective = objective_for(selector, learn, [of[id(example)] for example in learn], settings)
+    validation = objective_for(selector, hold, [of[id(example)] for example in hold], settings)
+    state = fit(selector, slm, train_objective, validation, settings, config.out)
+    save_probe(config.out, probe.weight, probe.bias)
+    figures = _figures(config, state, sum(train_objective.sizes), sum(validation.sizes), len(learn), len(hold))
+    identity = BaseIdentity.of(slm)
+    selector.save(config.out, SelectorConfig(kind=config.kind, base=identity, k=settings.k, training=figures))
+    write_card(config.out)
+    (config.out / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _figures(
+    config: TrainConfig, state: State, groups: int, held_groups: int, trajectories: int, held: int
+) -> dict[str, Any]:
+    """What ``selector.json`` remembers of the training."""
+    return {
+        "groups": groups,
+        "trajectories": trajectories,
+        "validation_groups": held_groups,
+        "validation_trajectories": held,
+        "agreement_untrained": round(state.looks[0].agreement, 4),
+        "agreement": round(state.best, 4),
+        "best_step": state.best_step,
+        "steps": state.step,
+        "settings": config.fit.model_dump(mode="json"),
+    }
+
+
+def _finished(config: TrainConfig, slm: LanguageModel) -> bool:
+    """Whether this very training was finished before; begins it otherwise.
+
+    Raises:
+        ConfigError: something else was trained there.
+    """
+    made_from = {
+        "kind": config.kind,
+        "fit": config.fit.model_dump(mode="json"),
+        "slm": BaseIdentity.of(slm).model_dump(exclude={"name"}),
+        "rollouts": [_digest(folder / MANIFEST) for folder in config.rollouts],
+    }
+    file = config.out / SETTINGS
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != made_from:
+        raise ConfigError(
+            f"{config.out} holds a selector of other settings, rollouts or weights.",
+            hint="Train into another folder, or delete this one.",
+        )
+    if not file.exists():
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_whole(file, (json.dumps(made_from, indent=2) + "\n").encode())
+    return (config.out / "selector.json").exists()
+
+
+def _digest(file: Path) -> str | None:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.exists() else None
