@@ -141,8 +141,18 @@ class Budget:
 
     def final(self) -> Budget:
         """This same meter, for the last answer: its finalization reserve may be used (its parents' may not)."""
+        return self.view(final=True)
+
+    def view(self, *, on_exhausted: OnExhausted | None = None, final: bool | None = None) -> Budget:
+        """This same meter, seen by a caller that should act otherwise when it is exhausted."""
         return Budget.__new__(Budget)._join(
-            self.parent, self.name, None, self.on_exhausted, self._store, self._owed, final=True
+            self.parent,
+            self.name,
+            None,
+            on_exhausted or self.on_exhausted,
+            self._store,
+            self._owed,
+            final=self._final if final is None else final,
         )
 
     def fresh(self, clock: Clock | None = None) -> Budget:
@@ -159,6 +169,16 @@ class Budget:
     def chain(self) -> tuple[Budget, ...]:
         """The budgets a reservation here must satisfy: the root first, this one last."""
         return (*self.parent.chain, self) if self.parent else (self,)
+
+    @property
+    def lasting(self) -> bool:
+        """Whether what was spent outlives this process (SQLite, Redis)."""
+        return self._store.shared
+
+    @property
+    def windowed(self) -> bool:
+        """Whether this budget or one above it starts afresh with time."""
+        return any(budget._terms.window is not None for budget in self.chain)
 
     @property
     def in_dollars(self) -> bool:

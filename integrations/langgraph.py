@@ -1,0 +1,273 @@
+"""A budget in the hands of a LangGraph agent.
+
+::
+
+    budget = Budget(usd="1.00", on_exhausted="ask", store=SQLiteStore("budget.db"))
+    agent = create_agent(
+        ChatS2T(...), tools, name="researcher", checkpointer=checkpointer,
+        middleware=[BudgetMiddleware(budget, per_thread={"escalations": 20}, per_agent={"seconds": 60})],
+    )
+
+before_agent  opens budget > thread > agent, brings back what a resumed thread had spent
+before_model  nothing left: a last answer from the finalization reserve, or the end (``end_when_exhausted``)
+model call    passes ``s2t_budget`` and ``s2t_agent`` to the model, tells it what is left (``tell_model``)
+after_model   puts cost and budget in the state; a refusal under "ask" interrupts here, where an answer counts once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from decimal import Decimal
+from typing import Annotated, Any, NotRequired
+
+from langchain.agents.middleware.types import (
+    AgentMiddleware,
+    AgentState,
+    ExtendedModelResponse,
+    ModelRequest,
+    ModelResponse,
+    PrivateStateAttr,
+    hook_config,
+)
+from langchain_core.messages import AIMessage, SystemMessage
+from langgraph.config import get_config
+from langgraph.types import Command, interrupt
+
+from s2t_agents.budget import Amount, Budget
+from s2t_agents.budget.answers import more_from
+from s2t_agents.budget.names import meter_name
+from s2t_agents.budget.terms import LimitsGiven
+from s2t_agents.errors import BudgetExceeded
+
+_COUNTED = ("usd", "escalations", "llm_tokens")
+_LAST = "The budget is nearly spent: give your final answer now."
+_UNITS = {
+    "escalations": "questions to the large model",
+    "llm_tokens": "large-model tokens",
+    "usd": "US dollars",
+    "seconds": "seconds",
+}
+
+
+class BudgetAgentState(AgentState[Any]):
+    """What the middleware adds to an agent's state: plain JSON, so any checkpointer keeps it.
+
+    ``s2t_budget`` is the agent's budget (path, limit, held, spent, left, available), ``s2t_cost_usd`` the sum of what
+    its model calls reported (local, llm, total; None once one was unknown).
+    """
+
+    s2t_budget: NotRequired[dict[str, Any]]
+    s2t_cost_usd: NotRequired[dict[str, str | None]]
+    s2t_question: NotRequired[Annotated[dict[str, Any] | None, PrivateStateAttr]]
+    s2t_declined: NotRequired[Annotated[bool, PrivateStateAttr]]
+    s2t_final: NotRequired[Annotated[bool, PrivateStateAttr]]
+
+
+class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
+    """Gives every agent and thread a budget of its own under one budget, and acts when it is spent.
+
+    What happens on exhaustion is the budget's ``on_exhausted``: ``"degrade"`` answers locally, ``"raise"`` lets
+    BudgetExceeded out of the graph, ``"ask"`` interrupts; resume with ``Command(resume=...)`` holding a mapping
+    (``{"escalations": 3}``), a number or a text with one ("yes, 3 more") of the unit that ran out, or a no
+    (False, None, "no"), which lets the rest of the run degrade.
+
+    Args:
+        budget: what all agents and threads share.
+        per_thread: limits of each thread (keywords of Budget); kept over the thread's whole life.
+        per_agent: limits of each agent within its thread.
+        agent: the agent's name; by default what ``create_agent(name=...)`` was given.
+        tell_model: add what is left to the system message of every call.
+        end_when_exhausted: when a unit is used up, give one last answer, without tools, if a finalization
+            reserve is left for it, and otherwise end the run with a message that says so.
+    """
+
+    state_schema = BudgetAgentState
+
+    def __init__(
+        self,
+        budget: Budget,
+        *,
+        per_thread: LimitsGiven | None = None,
+        per_agent: LimitsGiven | None = None,
+        agent: str | None = None,
+        tell_model: bool = False,
+        end_when_exhausted: bool = False,
+    ) -> None:
+        super().__init__()
+        self.budget, self.agent = budget, agent
+        self.per_thread, self.per_agent = per_thread or {}, per_agent or {}
+        self.tell_model, self.end_when_exhausted = tell_model, end_when_exhausted
+        budget.fresh().child("thread", **self.per_thread).child("agent", **self.per_agent)  # bad limits show here
+
+    def budget_of(self, thread_id: str | None, agent: str, *, final: bool = False) -> Budget:
+        """The budget of one agent in one thread; outside a thread, of the agent alone.
+
+        ``final`` is for a last answer: the finalization reserves of this middleware's budget, the thread and the
+        agent may be used, those of budgets above stay kept back.
+        """
+        above = self.budget.final() if final else self.budget
+        if thread_id is not None:
+            above = above.child(meter_name(f"thread {thread_id}"), **self.per_thread)
+            above = above.final() if final else above
+        mine = above.child(meter_name(agent), **self.per_agent)
+        return mine.final() if final else mine
+
+    # The hooks are synchronous inside; LangGraph's async names call them, since nothing in them waits.
+
+    def before_agent(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
+        """Open the budgets; a thread resumed in a new process gets back what it had spent."""
+        mine, _ = self._mine()
+        _carry_over(mine, state.get("s2t_budget"))
+        return {"s2t_budget": _snapshot(mine), "s2t_question": None, "s2t_declined": False, "s2t_final": False}
+
+    async def abefore_agent(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
+        """As :meth:`before_agent`."""
+        return self.before_agent(state, runtime)
+
+    @hook_config(can_jump_to=["end"])
+    def before_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any] | None:
+        """End a run whose budget is gone, after one last answer where something was kept back for it."""
+        if not self.end_when_exhausted:
+            return None
+        mine, _ = self._mine()
+        spent = _used_up(mine)
+        if not spent:
+            return None
+        if not state.get("s2t_final") and not _used_up(self._mine(final=True)[0]):
+            return {"s2t_final": True}
+        names = " and ".join(_UNITS[unit] for unit in spent)
+        text = f"The budget {mine.path!r} is spent ({names}), so this run ends here."
+        return {"jump_to": "end", "messages": [AIMessage(text)], "s2t_budget": _snapshot(mine)}
+
+    @hook_config(can_jump_to=["end"])
+    async def abefore_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any] | None:
+        """As :meth:`before_model`."""
+        return self.before_model(state, runtime)
+
+    def wrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
+    ) -> ModelResponse[Any] | ExtendedModelResponse[Any]:
+        """Pass the budget to the model; note the question if it refuses and somebody wants to be asked."""
+        mine, prepared = self._prepared(request)
+        try:
+            return handler(prepared)
+        except BudgetExceeded as refused:
+            return _question(mine, refused)
+
+    async def awrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
+    ) -> ModelResponse[Any] | ExtendedModelResponse[Any]:
+        """As :meth:`wrap_model_call`."""
+        mine, prepared = self._prepared(request)
+        try:
+            return await handler(prepared)
+        except BudgetExceeded as refused:
+            return _question(mine, refused)
+
+    @hook_config(can_jump_to=["model"])
+    def after_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
+        """Report cost and budget; or interrupt for more, then let the model answer again."""
+        mine, _ = self._mine()
+        question = state.get("s2t_question")
+        if question:
+            more = more_from(interrupt(question), question["unit"])
+            if more:
+                next(budget for budget in mine.chain if budget.path == question["budget"]).extend(**more)
+            return {
+                "s2t_question": None,
+                "s2t_declined": not more,
+                "s2t_budget": _snapshot(mine),
+                "jump_to": "model",
+            }
+        cost = _added_cost(state.get("s2t_cost_usd"), state["messages"][-1])
+        return {"s2t_budget": _snapshot(mine), **({"s2t_cost_usd": cost} if cost else {})}
+
+    @hook_config(can_jump_to=["model"])
+    async def aafter_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
+        """As :meth:`after_model`."""
+        return self.after_model(state, runtime)
+
+    def _mine(self, *, final: bool = False) -> tuple[Budget, str]:
+        """The budget and name of the agent that is running."""
+        config = get_config()
+        thread = config.get("configurable", {}).get("thread_id")
+        agent = self.agent or str(config.get("metadata", {}).get("lc_agent_name") or "agent")
+        return self.budget_of(None if thread is None else str(thread), agent, final=final), agent
+
+    def _prepared(self, request: ModelRequest[Any]) -> tuple[Budget, ModelRequest[Any]]:
+        last = bool(request.state.get("s2t_final"))
+        mine, agent = self._mine(final=last)
+        if request.state.get("s2t_declined"):
+            mine = mine.view(on_exhausted="degrade")
+        prepared = request.override(model_settings={**request.model_settings, "s2t_budget": mine, "s2t_agent": agent})
+        if last:
+            prepared = _with_note(
+                prepared.override(tools=[]), "The budget is nearly spent: give your final answer now."
+            )
+        elif self.tell_model:
+            prepared = _with_note(prepared, _told(mine))
+        return mine, prepared
+
+
+def _question(mine: Budget, refused: BudgetExceeded) -> ExtendedModelResponse[Any]:
+    """No answer yet, but a question in the state; a budget that does not ask lets the refusal out."""
+    if mine.on_exhausted != "ask":
+        raise refused
+    plain = {
+        name: str(value) if isinstance(value, Decimal) else value
+        for name, value in vars(refused).items()
+        if name in ("unit", "limit", "spent", "held", "wanted", "budget")
+    }
+    question = {"type": "s2t_budget", "question": f"{refused} Allow more?", **plain}
+    return ExtendedModelResponse(ModelResponse(result=[]), Command(update={"s2t_question": question}))
+
+
+def _snapshot(mine: Budget) -> dict[str, Any]:
+    available = {unit: str(v) if isinstance(v, Decimal) else v for unit, v in mine.available().items()}
+    return {"path": mine.path, **mine.state().as_dict(), "available": available}
+
+
+def _carry_over(mine: Budget, before: Mapping[str, Any] | None) -> None:
+    """Book what a checkpoint says this agent had spent, where the meter itself died with its process."""
+    if not before or before.get("path") != mine.path or mine.lasting or mine.windowed:
+        return
+    if any(mine.state().spent.get(unit) for unit in _COUNTED):
+        return
+    usd, escalations, tokens = (_number(before["spent"].get(unit)) for unit in _COUNTED)
+    spent = Amount(usd, int(escalations), int(tokens))
+    if spent != Amount(Decimal(0)):
+        mine.reserve(Amount(Decimal(0))).settle(spent)
+
+
+def _number(value: Any) -> Decimal:
+    return Decimal(str(value or 0))
+
+
+def _used_up(mine: Budget) -> list[str]:
+    return [unit for unit, left in mine.available().items() if not left]
+
+
+def _told(mine: Budget) -> str:
+    left = ", ".join(f"{amount:g} {_UNITS[unit]}" for unit, amount in mine.available().items())
+    return f"Budget left for this task: {left or 'no limit'}."
+
+
+def _with_note(request: ModelRequest[Any], note: str) -> ModelRequest[Any]:
+    system = request.system_message
+    if system is None:
+        return request.override(system_message=SystemMessage(note))
+    if isinstance(system.content, str):
+        return request.override(system_message=SystemMessage(f"{system.content}\n\n{note}"))
+    return request.override(system_message=SystemMessage([*system.content, {"type": "text", "text": note}]))
+
+
+def _added_cost(before: Mapping[str, str | None] | None, message: Any) -> dict[str, str | None] | None:
+    """The running cost with one more answer's own report; None where it reports nothing."""
+    cost = getattr(message, "response_metadata", {}).get("s2t", {}).get("cost_usd")
+    if not isinstance(message, AIMessage) or not isinstance(cost, Mapping):
+        return None
+    total: dict[str, str | None] = {}
+    for part in ("local", "llm", "total"):
+        old, new = (before or {}).get(part, "0"), cost.get(part)
+        total[part] = None if old is None or new is None else str(Decimal(old) + Decimal(str(new)))
+    return total

@@ -1,0 +1,227 @@
+"""The middleware: every agent and thread its own budget, reported, resumed, asked about and ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from langchain.agents import create_agent
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatResult
+from langchain_core.tools import tool
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.types import Command
+from pydantic import Field
+from s2t_agents.integrations.langgraph import BudgetMiddleware
+
+from s2t_agents.budget import Amount, Budget, SQLiteStore
+from s2t_agents.errors import BadLimit, BudgetExceeded
+
+ASK_LLM = Amount(Decimal("0.01"), 1, 50)
+
+
+class Spender(BaseChatModel):
+    """Escalates ``each`` times per answer on the budget it is handed; degrades, or lets the refusal out, as told."""
+
+    each: int = 1
+    seen: list[dict[str, Any]] = Field(default_factory=list)
+    script: list[AIMessage] = Field(default_factory=list)
+
+    @property
+    def _llm_type(self) -> str:
+        return "spender"
+
+    def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Any:
+        return self.bind(tools=tools, **kwargs)
+
+    def _generate(
+        self, messages: list[BaseMessage], stop: Any = None, run_manager: Any = None, **call: Any
+    ) -> ChatResult:
+        budget: Budget = call["s2t_budget"]
+        self.seen.append({**call, "messages": messages})
+        asked = 0
+        for _ in range(self.each):
+            try:
+                with budget.reserve(ASK_LLM) as hold:
+                    hold.settle(ASK_LLM)
+                    asked += 1
+            except BudgetExceeded:
+                if budget.on_exhausted != "degrade":
+                    raise
+        answer = self.script.pop(0) if self.script else AIMessage(f"asked {asked}")
+        cost = {
+            "local": "0.001",
+            "llm": str(asked * Decimal("0.01")),
+            "total": str(asked * Decimal("0.01") + Decimal("0.001")),
+        }
+        answer = answer.model_copy(update={"response_metadata": {"s2t": {"cost_usd": cost}}})
+        return ChatResult(generations=[ChatGeneration(message=answer)])
+
+
+@tool
+def look(what: str) -> str:
+    """Look something up."""
+    return f"{what}: 7"
+
+
+def call_look() -> AIMessage:
+    return AIMessage("", tool_calls=[{"name": "look", "args": {"what": "x"}, "id": "1"}])
+
+
+def agent_on(model: Spender, middleware: BudgetMiddleware, **settings: Any) -> Any:
+    settings.setdefault("checkpointer", InMemorySaver())
+    return create_agent(model, [look], middleware=[middleware], name="helper", **settings)
+
+
+def in_thread(name: str) -> dict[str, Any]:
+    return {"configurable": {"thread_id": name}}
+
+
+HI = {"messages": [("user", "hi")]}
+
+
+def test_each_thread_and_agent_spends_its_own_child() -> None:
+    budget = Budget(escalations=10, name="fleet")
+    model = Spender(each=3)
+    agent = agent_on(model, BudgetMiddleware(budget, per_thread={"escalations": 2}))
+    first = agent.invoke(HI, in_thread("a"))
+    agent.invoke(HI, in_thread("b/1"))
+    assert first["messages"][-1].text == "asked 2"
+    assert model.seen[0]["s2t_agent"] == "helper"
+    assert model.seen[0]["s2t_budget"].path == "fleet/thread a/helper"
+    assert model.seen[1]["s2t_budget"].path == "fleet/thread b%2F1/helper"
+    assert budget.state().spent["escalations"] == 4
+
+
+def test_cost_and_what_is_left_are_in_the_state_as_plain_json() -> None:
+    budget = Budget(usd="0.05", escalations=10)
+    model = Spender(script=[call_look()])
+    state = agent_on(model, BudgetMiddleware(budget)).invoke(HI, in_thread("a"))
+    assert state["s2t_cost_usd"] == {"local": "0.002", "llm": "0.02", "total": "0.022"}
+    assert state["s2t_budget"]["spent"]["usd"] == "0.02"
+    assert state["s2t_budget"]["available"] == {"usd": "0.03", "escalations": 8}
+    json.dumps({key: value for key, value in state.items() if key.startswith("s2t_")})
+
+
+def test_a_resumed_thread_keeps_what_it_spent(tmp_path: Any) -> None:
+    saver = InMemorySaver()
+    limits = {"per_thread": {"escalations": 3}}
+    agent = agent_on(Spender(each=2), BudgetMiddleware(Budget(), **limits), checkpointer=saver)
+    agent.invoke(HI, in_thread("a"))
+    after_restart = agent_on(Spender(each=2), BudgetMiddleware(Budget(), **limits), checkpointer=saver)
+    assert after_restart.invoke(HI, in_thread("a"))["messages"][-1].text == "asked 1"
+    assert after_restart.invoke(HI, in_thread("other"))["messages"][-1].text == "asked 2"
+
+    path = tmp_path / "budget.db"
+    for expected in ("asked 2", "asked 1"):  # a store that lasts needs no checkpoint to remember, nor counts twice
+        stored = BudgetMiddleware(Budget(store=SQLiteStore(path)), **limits)
+        state = agent_on(Spender(each=2), stored, checkpointer=saver).invoke(HI, in_thread("stored"))
+        assert state["messages"][-1].text == expected
+
+
+def test_the_model_can_be_told_what_is_left() -> None:
+    model = Spender()
+    told = BudgetMiddleware(Budget(escalations=5, usd="0.05"), tell_model=True)
+    agent_on(model, told, system_prompt="Be brief.").invoke(HI, in_thread("a"))
+    system = model.seen[0]["messages"][0].text
+    assert system.startswith("Be brief.")
+    assert "0.05 US dollars, 5 questions to the large model" in system
+    agent_on(quiet := Spender(), BudgetMiddleware(Budget(escalations=5))).invoke(HI, in_thread("a"))
+    assert quiet.seen[0]["messages"][0].type == "human"
+
+
+def test_raise_lets_the_refusal_out() -> None:
+    agent = agent_on(Spender(each=3), BudgetMiddleware(Budget(escalations=2, on_exhausted="raise")))
+    with pytest.raises(BudgetExceeded, match="escalations"):
+        agent.invoke(HI, in_thread("a"))
+
+
+@pytest.mark.parametrize("answer", [{"escalations": 3}, 3, "yes, 3 more"])
+def test_ask_interrupts_in_the_middle_and_goes_on_with_more(answer: Any) -> None:
+    budget = Budget(escalations=2, on_exhausted="ask")
+    agent = agent_on(Spender(each=3), BudgetMiddleware(budget))
+    asked = agent.invoke(HI, in_thread("a"))["__interrupt__"][0].value
+    assert (asked["unit"], asked["limit"], asked["budget"]) == ("escalations", 2, "run")
+    assert "Allow more?" in asked["question"]
+    json.dumps(asked)
+    done = agent.invoke(Command(resume=answer), in_thread("a"))
+    assert done["messages"][-1].text == "asked 3"
+    assert budget.state().limit == {"escalations": 5}
+
+
+def test_every_answer_counts_once_however_often_it_is_asked() -> None:
+    budget = Budget(escalations=1, on_exhausted="ask")
+    agent = agent_on(Spender(each=3), BudgetMiddleware(budget))
+    agent.invoke(HI, in_thread("a"))
+    for more in range(1, 4):
+        state = agent.invoke(Command(resume=1), in_thread("a"))
+        assert "__interrupt__" in state  # each new try spends the one more before it asks again
+        assert budget.state().limit == {"escalations": 1 + more}
+    done = agent.invoke(Command(resume=3), in_thread("a"))
+    assert done["messages"][-1].text == "asked 3"
+    assert budget.state().limit == {"escalations": 7}
+    assert [message.type for message in done["messages"]] == ["human", "ai"]
+
+
+@pytest.mark.parametrize("answer", [False, "no", "No, that is enough", 0])
+def test_a_no_lets_the_rest_degrade(answer: Any) -> None:
+    budget = Budget(escalations=2, on_exhausted="ask")
+    agent = agent_on(Spender(each=3), BudgetMiddleware(budget))
+    agent.invoke(HI, in_thread("a"))
+    done = agent.invoke(Command(resume=answer), in_thread("a"))
+    assert done["messages"][-1].text == "asked 0"
+    assert budget.state().limit == {"escalations": 2}
+    assert "__interrupt__" in agent.invoke(HI, in_thread("a"))  # the next run asks again
+
+
+def test_a_run_can_end_when_its_budget_is_spent() -> None:
+    model = Spender(script=[call_look() for _ in range(10)])
+    state = agent_on(model, BudgetMiddleware(Budget(escalations=2), end_when_exhausted=True)).invoke(HI, in_thread("a"))
+    assert len(model.seen) == 2
+    assert "is spent (questions to the large model)" in state["messages"][-1].text
+
+
+def test_what_was_kept_back_pays_for_a_last_answer_without_tools() -> None:
+    budget = Budget(escalations=3, reserve_for_final=Amount(Decimal(0), 1))
+    model = Spender(script=[call_look(), call_look()])
+    state = agent_on(model, BudgetMiddleware(budget, end_when_exhausted=True)).invoke(HI, in_thread("a"))
+    assert state["messages"][-1].text == "asked 1"
+    assert "final answer now" in model.seen[-1]["messages"][0].text
+    assert not model.seen[-1].get("tools")
+    assert budget.state().spent["escalations"] == 3
+
+
+async def test_async_does_the_same() -> None:
+    budget = Budget(escalations=2, on_exhausted="ask")
+    agent = agent_on(Spender(each=3), BudgetMiddleware(budget, tell_model=True))
+    asked = await agent.ainvoke(HI, in_thread("a"))
+    assert "__interrupt__" in asked
+    done = await agent.ainvoke(Command(resume="3"), in_thread("a"))
+    assert done["messages"][-1].text == "asked 3"
+    assert done["s2t_budget"]["spent"]["escalations"] == 5
+
+
+def test_without_a_thread_the_agent_spends_under_the_budget_itself() -> None:
+    budget = Budget(escalations=2, name="run")
+    model = Spender(each=3)
+    agent_on(model, BudgetMiddleware(budget, agent="me"), checkpointer=None).invoke(HI)
+    assert model.seen[0]["s2t_budget"].path == "run/me"
+
+
+def test_limits_that_can_not_be_meant_show_at_once() -> None:
+    with pytest.raises(BadLimit):
+        BudgetMiddleware(Budget(), per_thread={"escalations": -1})
+
+
+@pytest.mark.parametrize("answer", [True, "yes", {"euros": 3}, object()])
+def test_a_yes_must_say_how_much(answer: Any) -> None:
+    from s2t_agents.budget.answers import more_from
+
+    with pytest.raises(BadLimit):
+        more_from(answer, "escalations")
+    assert more_from("2.5", "usd") == {"usd": Decimal("2.5")}
+    assert more_from("30 s", "seconds") == {"seconds": 30.0}
