@@ -9,6 +9,7 @@ import torch
 from templates import family
 
 from s2t_agents.engine.grammar import TRIED, json_grammar, tool_grammar, vocabulary
+from s2t_agents.engine.schemas import heaviest
 from s2t_agents.errors import BadSchema, ConfigError
 from s2t_agents.models.detokenizer import Detokenizer
 from s2t_agents.tool_calls import CLOSE, OPEN, ToolCallParser
@@ -274,6 +275,28 @@ def test_a_schema_that_can_not_be_expressed_is_refused_when_it_is_bound(bad):
         tool_grammar(words, [NOW, tool("odd", {"type": "object", "properties": {"x": bad}, "required": ["x"]})])
 
 
+@pytest.mark.parametrize(
+    "broken", [3, {}, {"function": 1}, {"function": {"name": ""}}, {"function": {"name": "f", "parameters": [1]}}]
+)
+def test_what_is_no_tool_is_refused(broken):
+    with pytest.raises(BadSchema, match="This is no tool"):
+        tool_grammar(vocabulary(family(TAGGED)), [NOW, broken])
+
+
+def test_many_schemas_that_refer_to_each_other_are_measured_in_no_time():
+    names = [f"n{i}" for i in range(14)]
+    node = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in names]}
+    assert heaviest({"$defs": dict.fromkeys(names, node), "$ref": "#/$defs/n0"}) < 1000
+
+
+def test_without_logits_every_legal_token_of_a_small_vocabulary_is_tried():
+    grammar = json_grammar(vocabulary(family(TAGGED)), CITY)
+    state = grammar.start(40)
+    for token in grammar.vocabulary.core.tokenize_str('{"city": "a'):
+        state.accept(token)
+    assert int(state.allowed().sum()) > 3 * TRIED
+
+
 @pytest.mark.parametrize("tools", [[], [NOW]])
 def test_a_choice_that_names_no_tool_is_refused(tools):
     with pytest.raises(ConfigError, match="fits no tool"):
@@ -304,7 +327,8 @@ def test_far_from_the_limit_nothing_is_withheld():
         for token in grammar.vocabulary.core.tokenize_str('{"city": "'):
             state.accept(token)
     assert torch.equal(free.allowed(), limited.allowed())
-    assert 0 < int(near.allowed().sum()) <= TRIED + 1 < int(free.allowed().sum())
+    near_mask = near.allowed(torch.zeros(grammar.vocabulary.size))
+    assert 0 < int(near_mask.sum()) <= TRIED + 1 < int(free.allowed().sum())
 
 
 def test_masks_cover_the_models_logits_and_hold_no_padding():

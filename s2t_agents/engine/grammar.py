@@ -33,6 +33,9 @@ Mask = npt.NDArray[np.bool_]
 TRIED = 64
 """Near the limit: this many of the likeliest legal tokens are tried for a completion that fits."""
 
+TRIED_BLINDLY = 2048
+"""As many of the first legal tokens when no logits say which are likely."""
+
 SEARCHED = 12
 """Of these, how many may have a completion searched, when the known one does not fit behind them."""
 
@@ -113,7 +116,7 @@ class CompiledGrammar:
         if self._matcher.is_error():
             raise BadSchema(
                 f"No grammar can express {what}: {_reason(self._matcher.get_error())}.",
-                hint="Simplify the schema; the README lists what it may hold.",
+                hint="Simplify that part of the schema.",
             )
 
     def start(self, max_tokens: int | None = None) -> Generation:
@@ -210,11 +213,11 @@ class Generation:
             return mask
         legal = np.flatnonzero(mask)
         if logits is not None:
-            likely = logits.detach().float().cpu().numpy()[legal]
-            legal = legal[np.argsort(-likely, kind="stable")]
+            likely = logits.detach().float().cpu()[torch.from_numpy(legal)]
+            legal = legal[likely.topk(min(TRIED, len(legal))).indices.numpy()]
         kept = np.zeros_like(mask)
         searches = SEARCHED
-        for token in legal[:TRIED].tolist():
+        for token in legal[: TRIED if logits is not None else TRIED_BLINDLY].tolist():
             kept[token] = token in self._vocabulary.eos_ids or self._fits_before(token, path, left)
             if not kept[token] and searches and left > 1:
                 searches -= 1
@@ -278,7 +281,7 @@ def tool_grammar(
         BadSchema: a tool's schema that can not be expressed; the message names the tool.
         ConfigError: a ``tool_choice`` that is none of these.
     """
-    functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+    functions = {function["name"]: function for function in map(_function, tools)}
     if tool_choice not in ("auto", "any", "none", *functions) or (tool_choice == "any" and not functions):
         known = ", ".join(map(repr, functions)) or "none bound"
         raise ConfigError(
@@ -289,7 +292,7 @@ def tool_grammar(
         return CompiledGrammar(words, f"start: said\n{_said(words)}", margin=4, what="text")
     named = tool_choice in functions
     chosen = [functions[tool_choice]] if named else list(functions.values())
-    schemas = [parameters_of(function) for function in chosen]
+    schemas = [_sound(function) for function in chosen]
     for function, schema in zip(chosen, schemas, strict=True):  # one by one, so that an error names the tool
         source = f"start: value\nvalue: {_json(schema)}\n"
         CompiledGrammar(words, source, margin=0, what=f"the arguments of tool {function['name']!r}")
@@ -311,10 +314,29 @@ def json_grammar(words: Vocabulary, schema: Mapping[str, Any] | None = None) -> 
     return CompiledGrammar(words, source, margin=64 + 2 * heaviest(ready), what="the output schema")
 
 
+def _function(tool: Any) -> dict[str, Any]:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if isinstance(function, Mapping):
+        name, parameters = function.get("name"), function.get("parameters") or {}
+        if isinstance(name, str) and name and isinstance(parameters, Mapping):
+            return dict(function)
+    raise BadSchema(
+        f"This is no tool: {str(tool)[:200]}.",
+        hint='Tools look like {"type": "function", "function": {"name": ..., "parameters": {...}}}.',
+    )
+
+
+def _sound(function: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return parameters_of(function)
+    except RecursionError:
+        raise BadSchema(f"The arguments of tool {function['name']!r} are nested without end.") from None
+
+
 def _json(schema: Mapping[str, Any]) -> str:
     try:
         return "%json " + json.dumps({**schema, "x-guidance": SPELLING})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise BadSchema(
             f"The schema is no JSON: {error}.", hint="Use plain dicts, lists, strings and numbers."
         ) from None

@@ -61,34 +61,38 @@ def heaviest(schema: Any) -> int:
     allowance for patterns and formats, and references counted once.
     """
     sizes = [64]
+    referred: dict[str, int] = {}
     stack = [schema]
     while stack:
         here = stack.pop()
         if isinstance(here, Mapping):
-            sizes.append(_least(here, schema, ()))
+            sizes.append(_least(here, schema, referred))
             stack += here.values()
         elif isinstance(here, list):
             stack += here
     return max(sizes)
 
 
-def _least(schema: Any, root: Any, seen: tuple[str, ...]) -> int:
+def _least(schema: Any, root: Any, referred: dict[str, int]) -> int:
     """Bytes of a short value of the schema; the longest branch where there is a choice."""
     if not isinstance(schema, Mapping):
         return 2
     if isinstance(reference := schema.get("$ref"), str):
-        return 0 if reference in seen else _least(_resolved(reference, root), root, (*seen, reference))
+        if reference not in referred:
+            referred[reference] = 0  # a value that holds itself adds nothing the second time
+            referred[reference] = _least(_resolved(reference, root), root, referred)
+        return referred[reference]
     choices = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else [])]
     if choices:
         return max(len(json.dumps(choice, ensure_ascii=False).encode()) for choice in choices)
-    size = max((_least(each, root, seen) for key in ("anyOf", "oneOf") for each in _list(schema, key)), default=0)
-    size += sum(_least(each, root, seen) for each in _list(schema, "allOf"))
+    size = max((_least(each, root, referred) for key in ("anyOf", "oneOf") for each in _list(schema, key)), default=0)
+    size += sum(_least(each, root, referred) for each in _list(schema, "allOf"))
     properties = schema.get("properties")
     properties = properties if isinstance(properties, Mapping) else {}
     for name in _list(schema, "required"):
-        size += len(json.dumps(name).encode()) + 4 + _least(properties.get(name), root, seen)
-    size += _number(schema, "minItems") * (2 + _least(schema.get("items"), root, seen))
-    size += sum(2 + _least(each, root, seen) for each in _list(schema, "prefixItems"))
+        size += len(json.dumps(name).encode()) + 4 + _least(properties.get(name), root, referred)
+    size += _number(schema, "minItems") * (2 + _least(schema.get("items"), root, referred))
+    size += sum(2 + _least(each, root, referred) for each in _list(schema, "prefixItems"))
     size += _number(schema, "minLength") + 12 * _number(schema, "minProperties")
     size += 48 * (("pattern" in schema) + ("format" in schema))
     size += max(
