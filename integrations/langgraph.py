@@ -33,7 +33,7 @@ from langchain_core.messages import AIMessage, SystemMessage
 from langgraph.config import get_config
 from langgraph.types import Command, interrupt
 
-from s2t_agents.budget import Amount, Budget
+from s2t_agents.budget import Amount, Budget, money
 from s2t_agents.budget.answers import more_from
 from s2t_agents.budget.names import meter_name
 from s2t_agents.budget.terms import LimitsGiven
@@ -214,7 +214,7 @@ def _question(mine: Budget, refused: BudgetExceeded) -> ExtendedModelResponse[An
     if mine.on_exhausted != "ask":
         raise refused
     plain = {
-        name: str(value) if isinstance(value, Decimal) else value
+        name: f"{value:f}" if isinstance(value, Decimal) else value
         for name, value in vars(refused).items()
         if name in ("unit", "limit", "spent", "held", "wanted", "budget")
     }
@@ -223,7 +223,7 @@ def _question(mine: Budget, refused: BudgetExceeded) -> ExtendedModelResponse[An
 
 
 def _snapshot(mine: Budget) -> dict[str, Any]:
-    available = {unit: str(v) if isinstance(v, Decimal) else v for unit, v in mine.available().items()}
+    available = {unit: f"{v:f}" if isinstance(v, Decimal) else v for unit, v in mine.available().items()}
     return {"path": mine.path, **mine.state().as_dict(), "available": available}
 
 
@@ -269,5 +269,5 @@ def _added_cost(before: Mapping[str, str | None] | None, message: Any) -> dict[s
     total: dict[str, str | None] = {}
     for part in ("local", "llm", "total"):
         old, new = (before or {}).get(part, "0"), cost.get(part)
-        total[part] = None if old is None or new is None else str(Decimal(old) + Decimal(str(new)))
+        total[part] = None if old is None or new is None else f"{money.add(Decimal(old), Decimal(str(new))):f}"
     return total

@@ -49,7 +49,7 @@ class BudgetState:
 
 
 def _plain(value: Number | None) -> int | float | str | None:
-    return str(value) if isinstance(value, Decimal) else value
+    return f"{value:f}" if isinstance(value, Decimal) else value
 
 
 def state_of(path: str, now: Reading) -> BudgetState:

@@ -26,7 +26,8 @@ except ImportError:  # Windows appends without the lock: one writing process the
     fcntl = None  # type: ignore[assignment]
 
 HEADER = b'{"s2t_ledger": 1}\n'
-_SEAL = '{"torn": %d}\n'
+_SEALED = b'{"torn"'
+_SEAL = b'{"torn": %d}\n'
 
 
 class JsonlLedger:
@@ -68,7 +69,7 @@ class JsonlLedger:
                 size = os.fstat(file).st_size
                 torn = _torn_bytes(self.path, size)
                 if torn:
-                    os.write(file, b"\n" + (_SEAL % torn).encode())
+                    os.write(file, b"\n" + _SEAL % torn)
                 if os.write(file, line) != len(line):
                     raise LedgerError(f"{self.path}: the disk took only part of a record.", hint="Make room.")
         except OSError as error:
@@ -79,14 +80,15 @@ class JsonlLedger:
             lines = self.path.read_bytes().split(b"\n")
         except OSError as error:
             raise LedgerError(f"{self.path}: {error.strerror or error}.") from None
-        for number, line in enumerate(lines[1:-1], start=2):  # after the last newline: nothing, or a torn line
-            if line.startswith(b'{"torn"'):
+        for number, line in enumerate(lines[1:], start=2):
+            if not line or line.startswith(_SEALED):
                 continue
             try:
                 yield GenerationRecord.model_validate_json(line)
             except ValidationError:
-                if lines[number].startswith(b'{"torn"'):  # number counts from 1, so this is the next line
-                    continue
+                following = lines[number] if number < len(lines) else None  # number counts from 1: the next line
+                if following is None or following.startswith(_SEALED):
+                    continue  # torn by a killed writer
                 raise LedgerError(
                     f"{self.path}, line {number}, is not a record: {line[:60]!r}.",
                     hint="The file was changed by something else; take that line out to read the rest.",

@@ -10,7 +10,16 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, computed_field
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    computed_field,
+)
 from pydantic import model_validator as whole
 
 from s2t_agents.budget import Amount, money
@@ -24,7 +33,19 @@ def _exact_dollars(value: Any) -> Any:
     return None if value is None else money.round_usd(money.dollars(value, "cost in USD"))
 
 
-Usd = Annotated[Decimal | None, BeforeValidator(_exact_dollars)]
+def _digits(usd: Decimal | None) -> str | None:
+    return None if usd is None else f"{usd:f}"
+
+
+def _amount_json(amount: Amount | None) -> dict[str, Any] | None:
+    if amount is None:
+        return None
+    return {"usd": _digits(amount.usd), "escalations": amount.escalations, "llm_tokens": amount.llm_tokens}
+
+
+DIGITS = PlainSerializer(_digits, when_used="json")
+Usd = Annotated[Decimal | None, BeforeValidator(_exact_dollars), DIGITS]
+Booked = Annotated[Amount | None, PlainSerializer(_amount_json, when_used="json")]
 Utc = Annotated[AwareDatetime, AfterValidator(lambda moment: moment.astimezone(UTC))]
 
 
@@ -74,8 +95,8 @@ class Receipt(Frozen):
     wanted: int | None = None
     pick: int | None = None
     outcome: Outcome
-    reserved: Amount | None = None
-    actual: Amount | None = None
+    reserved: Booked = None
+    actual: Booked = None
     wait_ms: Millis = 0.0
     reason: str = ""
 
@@ -101,7 +122,7 @@ class Cost(Frozen):
 
     @computed_field  # type: ignore[prop-decorator]
     @property
-    def total(self) -> Decimal | None:
+    def total(self) -> Usd:
         """local + llm, or None if either is unknown."""
         return None if self.local is None or self.llm is None else money.add(self.local, self.llm)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from decimal import Decimal
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, computed_field
 
 from s2t_agents.budget import money
-from s2t_agents.ledger.record import Frozen, GenerationRecord, Latency
+from s2t_agents.ledger.record import DIGITS, Frozen, GenerationRecord, Latency
 
 PARTS = tuple(Latency.model_fields)
 
@@ -22,12 +22,12 @@ class CostSum(Frozen):
         unknown: how many were unknown.
     """
 
-    known: Decimal = Decimal(0)
+    known: Annotated[Decimal, DIGITS] = Decimal(0)
     unknown: int = 0
 
     @computed_field  # type: ignore[prop-decorator]
     @property
-    def usd(self) -> Decimal | None:
+    def usd(self) -> Annotated[Decimal | None, DIGITS]:
         """The sum in USD; None if any part of it is unknown."""
         return None if self.unknown else self.known
 

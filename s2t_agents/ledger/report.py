@@ -1,0 +1,133 @@
+"""What a ledger says, as a table for people or as JSON or CSV for programs: ``s2t report``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from s2t_agents.errors import LedgerError
+from s2t_agents.ledger.latency import Quantiles
+from s2t_agents.ledger.ledger import By, Ledger
+from s2t_agents.ledger.totals import PARTS, CostSum, Totals
+
+Format = Literal["table", "json", "csv"]
+
+TOTAL = "total"
+MIN_WIDTH = 120
+_COUNTS = ("generations", "prompt_tokens", "completion_tokens", "triggers", "selections", "flips", "escalations")
+_ALSO = ("refused", "failed", "degraded", "cached", "errors")
+_Split = Mapping[str, Mapping[str, Quantiles]]
+
+
+def report(path: str | Path, by: By = "agent", format: Format = "table", *, width: int | None = None) -> str:
+    """The totals of a ledger file, its last row their sum.
+
+    Args:
+        path: a ledger file (``.jsonl``, ``.db``); it must exist.
+        by: ``"agent"``, ``"thread"``, ``"run"`` or ``"day"`` (UTC).
+        format: ``"table"``, ``"json"`` (one object) or ``"csv"`` (one line a group). Unknown costs are
+            ``?`` in the table (with what is known), null in JSON and empty in CSV, never 0.
+        width: columns of the table; by default the terminal's, at least 120.
+
+    Raises:
+        LedgerError: no such file, not a ledger, or no such grouping or format.
+    """
+    if not Path(path).is_file():
+        raise LedgerError(f"{path}: there is no such ledger.", hint="Give the file that Ledger.open() writes.")
+    if format not in get_args(Format):
+        raise LedgerError(f"format={format!r}.", hint="Use table, json or csv.")
+    ledger = Ledger.open(path)
+    try:
+        return render(ledger, by, format, width=width)
+    finally:
+        ledger.close()
+
+
+def render(ledger: Ledger, by: By = "agent", format: Format = "table", *, width: int | None = None) -> str:
+    """As :func:`report`, of a ledger that is open."""
+    totals, latency = ledger.totals(by), ledger.latency(by)
+    writers: dict[str, Callable[[], str]] = {
+        "json": lambda: _json(by, totals, latency),
+        "csv": lambda: _csv(by, totals, latency),
+        "table": lambda: _table(by, totals, latency, width),
+    }
+    return writers[format]()
+
+
+def _json(by: str, totals: Mapping[str, Totals], latency: _Split) -> str:
+    def one(key: str, sums: Totals) -> dict[str, Any]:
+        split = {part: quantiles.model_dump() for part, quantiles in latency.get(key, {}).items()}
+        return {**sums.model_dump(mode="json"), "latency_ms": split}
+
+    whole = sum(totals.values(), Totals()).model_dump(mode="json")
+    return json.dumps({"by": by, "groups": {key: one(key, sums) for key, sums in totals.items()}, TOTAL: whole})
+
+
+def _csv(by: str, totals: Mapping[str, Totals], latency: _Split) -> str:
+    out = io.StringIO()
+    quantiles = [f"{part}_p{share}_ms" for part in PARTS for share in (50, 95, 99)]
+    costs = [f"{part}_usd" for part in ("local", "llm", "total")]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([by, *_COUNTS, *_ALSO, *costs, "unknown_costs", *quantiles])
+    for key, sums in totals.items():
+        found = latency.get(key, {})
+        cells = [getattr(found[part], f"p{share}") if part in found else "" for part in PARTS for share in (50, 95, 99)]
+        cost = sums.cost_usd
+        usd = ["" if each.usd is None else f"{each.usd:f}" for each in (cost.local, cost.llm, cost.total)]
+        counts = [getattr(sums, name) for name in (*_COUNTS, *_ALSO)]
+        writer.writerow([_safe(key), *counts, *usd, cost.total.unknown, *cells])
+    return out.getvalue()
+
+
+def _table(by: str, totals: Mapping[str, Totals], latency: _Split, width: int | None) -> str:
+    table = Table(title=f"Costs by {by}")
+    table.add_column(by, overflow="fold")
+    heads = ("answers", "tokens\nin/out", "selected/\nflipped", "asked/refused/\nfailed", "local $", "LLM $", "total $")
+    for head in (*heads, "ms\np50/p95/p99"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for key, sums in totals.items():
+        table.add_row(_shown(key), *_cells(sums), _three(latency.get(key, {}).get("total")))
+    table.add_section()
+    table.add_row(TOTAL, *_cells(sum(totals.values(), Totals())), "", style="bold")
+    out = io.StringIO()
+    Console(file=out, width=width or max(MIN_WIDTH, shutil.get_terminal_size().columns)).print(table)
+    return out.getvalue()
+
+
+def _cells(sums: Totals) -> list[str]:
+    cost = sums.cost_usd
+    return [
+        f"{sums.generations:,}",
+        f"{sums.prompt_tokens:,}/{sums.completion_tokens:,}",
+        f"{sums.selections:,}/{sums.flips:,}",
+        f"{sums.escalations:,}/{sums.refused:,}/{sums.failed:,}",
+        *(_money(each) for each in (cost.local, cost.llm, cost.total)),
+    ]
+
+
+def _money(cost: CostSum) -> str:
+    known = f"{cost.known.quantize(Decimal('0.000001')):f}" if cost.known else "0"
+    return f"{known} + {cost.unknown}?" if cost.unknown else known
+
+
+def _three(quantiles: Quantiles | None) -> str:
+    return f"{quantiles.p50:.0f}/{quantiles.p95:.0f}/{quantiles.p99:.0f}" if quantiles else ""
+
+
+def _shown(key: str) -> str:
+    """Names come from outside: no markup, no control characters in somebody's terminal."""
+    return "".join(char if char.isprintable() else "�" for char in key).replace("[", "\\[")
+
+
+def _safe(key: str) -> str:
+    """A spreadsheet must not run a name as a formula."""
+    return f"'{key}" if key[:1] in ("=", "+", "-", "@") else key

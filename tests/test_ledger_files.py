@@ -1,0 +1,174 @@
+"""Ledger files outlive a killed writer, and other people's files outlive us."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import sqlite3
+import subprocess
+import sys
+import time
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from s2t_agents.errors import LedgerError
+from s2t_agents.ledger import Cost, GenerationRecord, Latency, Ledger
+from s2t_agents.ledger.report import report
+
+WRITER = """
+import os, sys
+from s2t_agents.ledger import GenerationRecord, Ledger
+ledger = Ledger.open(sys.argv[1])
+noted = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+print("ready", flush=True)
+while True:
+    ledger.record(GenerationRecord(agent="a" * 3000))
+    os.write(noted, b"x")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["costs.jsonl", "costs.db"])
+def test_a_killed_writer_loses_at_most_the_record_in_flight(tmp_path: Path, name: str) -> None:
+    path, noted, dice = tmp_path / name, tmp_path / "noted", random.Random(1)
+    kills = 0
+    for _ in range(2):
+        writers = [
+            subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(noted)], stdout=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n"
+        for writer in writers:
+            time.sleep(dice.random() * 0.2)
+            writer.kill()
+            writer.wait(10)
+            kills += 1
+    ledger = Ledger.open(path)
+    kept = len(ledger.records())
+    assert noted.stat().st_size > 0
+    assert noted.stat().st_size <= kept <= noted.stat().st_size + kills
+    ledger.record(GenerationRecord(agent="after"))
+    assert Ledger.open(path).records()[-1].agent == "after"
+
+
+@pytest.mark.parametrize("cut", [1, 40, 200])
+def test_a_torn_line_is_stepped_over_and_sealed(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "costs.jsonl"
+    ledger = Ledger.open(path)
+    ledger.record(GenerationRecord(agent="first"))
+    ledger.record(GenerationRecord(agent="torn"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    left = ["first", "torn"] if cut == 1 else ["first"]  # only its newline is missing: nothing is lost
+    assert [record.agent for record in Ledger.open(path).records()] == left
+    for agent in ("next", "last"):
+        Ledger.open(path).record(GenerationRecord(agent=agent))
+    assert [record.agent for record in Ledger.open(path).records()] == [*left, "next", "last"]
+    assert path.read_bytes().startswith(whole[:-cut])  # nothing that was there is gone
+
+
+def test_corruption_is_said_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "costs.jsonl"
+    ledger = Ledger.open(path)
+    for agent in ("one", "two", "three"):
+        ledger.record(GenerationRecord(agent=agent))
+    path.write_bytes(path.read_bytes().replace(b'"two"', b'"two'))
+    with pytest.raises(LedgerError, match="line 3, is not a record"):
+        ledger.records()
+
+
+@pytest.mark.parametrize("name", ["costs.jsonl", "costs.db"])
+@pytest.mark.parametrize("content", [b"dear diary\n", b'{"role": "user"}\n', b"SQLite format 3\0" + b"\0" * 200])
+def test_another_file_is_left_alone(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(LedgerError, match="not a"):
+        Ledger.open(path)
+    assert path.read_bytes() == content
+
+
+def test_another_database_and_a_damaged_ledger_are_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / "photos.db"
+    with sqlite3.connect(other) as photos:
+        photos.execute("CREATE TABLE photos (name)")
+    photos.close()
+    damaged = tmp_path / "costs.db"
+    ledger = Ledger.open(damaged)
+    for _ in range(50):
+        ledger.record(GenerationRecord(agent="x" * 500))
+    ledger.close()
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    for path in (other, damaged):
+        before = path.read_bytes()
+        with pytest.raises(LedgerError, match=r"another program|damaged"):
+            Ledger.open(path)
+        assert path.read_bytes() == before
+
+
+def test_places_that_can_not_be_written(tmp_path: Path) -> None:
+    for name in ("costs.jsonl", "costs.db"):
+        with pytest.raises(LedgerError):
+            Ledger.open(tmp_path / "nowhere" / name)
+
+
+def test_a_record_can_not_be_kept_twice_in_sqlite(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path / "costs.db")
+    record = GenerationRecord()
+    ledger.record(record)
+    with pytest.raises(LedgerError, match="UNIQUE"):
+        ledger.record(record)
+
+
+@pytest.fixture(params=["costs.jsonl", "costs.db"])
+def filled(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / request.param
+    ledger = Ledger.open(path)
+    known = Cost(local=Decimal("0.001"), llm=Decimal("0.02"))
+    ledger.record(GenerationRecord(agent="planner", escalations=2, cost_usd=known, latency_ms=Latency(total=10)))
+    ledger.record(GenerationRecord(agent="planner", cost_usd=known, latency_ms=Latency(total=30, ttft=5)))
+    ledger.record(GenerationRecord(agent="=[bold]\x1b[2J", cost_usd=Cost(local=Decimal("0.001"))))
+    ledger.close()
+    return path
+
+
+def test_the_report_as_json(filled: Path) -> None:
+    said = json.loads(report(filled, "agent", "json"))
+    assert said["groups"]["planner"]["cost_usd"]["total"]["usd"] == "0.042"
+    assert said["groups"]["planner"]["latency_ms"]["total"] == {"count": 2, "p50": 10.0, "p95": 30.0, "p99": 30.0}
+    assert said["total"]["cost_usd"]["total"] == {"known": "0.042", "unknown": 1, "usd": None}
+    assert said["total"]["generations"] == 3
+
+
+def test_the_report_as_csv(filled: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(report(filled, "agent", "csv"))))
+    assert rows[0]["agent"] == "planner"
+    assert rows[0]["total_usd"] == "0.042"
+    assert rows[0]["total_p95_ms"] == "30.0"
+    assert rows[1]["agent"].startswith("'=")
+    assert (rows[1]["total_usd"], rows[1]["unknown_costs"]) == ("", "1")
+
+
+def test_the_report_as_a_table(filled: Path) -> None:
+    text = report(filled, "agent", width=220)
+    assert "planner" in text
+    assert "0.042000 + 1?" in text  # the sum says that it does not know everything
+    assert "=[bold]" in text
+    assert "\x1b[2J" not in text
+
+
+def test_a_report_on_nothing(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match="no such ledger"):
+        report(tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists()
+    empty = tmp_path / "empty.jsonl"
+    Ledger.open(empty)
+    assert "total" in report(empty)
+    with pytest.raises(LedgerError, match="xml"):
+        report(empty, format="xml")  # type: ignore[arg-type]

@@ -1,0 +1,281 @@
+"""Records keep what happened; sums of them agree, exactly, however they are grouped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import decimal
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from s2t_agents.budget import Amount, Budget
+from s2t_agents.errors import LedgerError
+from s2t_agents.ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Totals, totals_of
+
+usd = st.one_of(st.none(), st.integers(0, 10**15).map(lambda n: Decimal(n).scaleb(-12)))
+millis = st.one_of(st.none(), st.floats(0, 1e6))
+records = st.builds(
+    GenerationRecord,
+    agent=st.sampled_from(["planner", "writer", "critic"]),
+    thread_id=st.sampled_from([None, "t1", "t2"]),
+    run_id=st.sampled_from([None, "r1"]),
+    started_at=st.datetimes(datetime(2026, 1, 1), datetime(2026, 1, 4), timezones=st.just(UTC)),
+    prompt_tokens=st.integers(0, 10**6),
+    escalations=st.integers(0, 50),
+    degraded=st.booleans(),
+    error=st.sampled_from([None, "down"]),
+    cost_usd=st.builds(Cost, local=usd, llm=usd),
+    latency_ms=st.builds(Latency, ttft=millis, total=millis, escalate=millis),
+)
+FULL = GenerationRecord(
+    agent="planner",
+    thread_id="t1",
+    run_id="r1",
+    model="slm",
+    llm_model="llm",
+    escalations=1,
+    refused=1,
+    cost_usd=Cost(local=Decimal("0.001"), llm=Decimal("0.000000000001")),
+    latency_ms=Latency(total=12.5),
+    budget={"left": {"usd": "0.5"}},
+    receipts=(
+        Receipt(
+            step=3,
+            prefix_tokens=40,
+            candidates=(
+                ReceiptCandidate(token_id=1, text=" a", slm=-0.5, selector=-1.0, llm=float("-inf")),
+                ReceiptCandidate(token_id=2, text="\n\u2028é", slm=-0.9),
+            ),
+            wanted=1,
+            pick=2,
+            outcome="picked",
+            reserved=Amount(Decimal("0.2"), 1, 41),
+            actual=Amount(Decimal("0.1"), 1, 41),
+            wait_ms=3.5,
+        ),
+        Receipt(step=9, prefix_tokens=46, outcome="refused", reserved=Amount(Decimal("0.2"), 1, 47), reason="budget"),
+    ),
+)
+KINDS: dict[str, Callable[[Path], Ledger]] = {
+    "memory": lambda folder: Ledger(),
+    "jsonl": lambda folder: Ledger.open(folder / "costs.jsonl"),
+    "sqlite": lambda folder: Ledger.open(str(folder / "costs.db")),
+}
+
+
+@pytest.fixture(params=sorted(KINDS))
+def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Ledger:
+    return KINDS[request.param](tmp_path)
+
+
+def test_what_is_recorded_is_read_back_whole(ledger: Ledger) -> None:
+    ledger.record(FULL)
+    ledger.record(GenerationRecord(agent="writer"))
+    assert ledger.records(agent="planner", thread_id="t1", run_id="r1") == [FULL]
+    assert [record.agent for record in ledger.records()] == ["planner", "writer"]
+    assert ledger.records(thread_id="nobody's") == []
+
+
+def test_json_keeps_every_digit() -> None:
+    text = FULL.model_dump_json()
+    assert '"llm":"0.000000000001"' in text
+    assert '"llm":"-Infinity"' in text
+    assert GenerationRecord.model_validate_json(text) == FULL
+
+
+@given(st.lists(records, max_size=12), st.sampled_from(["agent", "thread", "run", "day"]), st.integers(1, 28))
+def test_any_grouping_adds_up_to_the_sum_of_the_records(made: list[GenerationRecord], by: Any, precision: int) -> None:
+    ledger = Ledger()
+    for record in made:
+        ledger.record(record)
+    with decimal.localcontext() as context:  # somebody else's decimal settings change nothing
+        context.prec = precision
+        groups = ledger.totals(by)
+    assert reduce(add, groups.values(), Totals()) == ledger.total() == reduce(add, map(totals_of, made), Totals())
+    total = ledger.total()
+    known = [record.cost_usd.total for record in made if record.cost_usd.total is not None]
+    with decimal.localcontext() as context:
+        context.prec = 60
+        assert total.cost_usd.total.known == sum(known, Decimal(0))
+    assert total.cost_usd.total.unknown == len(made) - len(known)
+    assert (total.cost_usd.total.usd is None) == (len(known) < len(made))
+    assert total.escalations == sum(record.escalations for record in made)
+
+
+@given(records, records, records)
+def test_totals_add_in_any_order(a: GenerationRecord, b: GenerationRecord, c: GenerationRecord) -> None:
+    x, y, z = map(totals_of, (a, b, c))
+    assert (x + y) + z == x + (y + z) == z + y + x
+    assert sum([x, y]) == x + y
+
+
+def test_unknown_costs_stay_unknown_and_are_counted(ledger: Ledger) -> None:
+    ledger.record(GenerationRecord(cost_usd=Cost(local=Decimal("0.5"), llm=None)))
+    ledger.record(GenerationRecord(cost_usd=Cost(local=Decimal("0.5"), llm=Decimal(1))))
+    cost = ledger.total().cost_usd
+    assert (cost.local.usd, cost.llm.usd, cost.total.usd) == (Decimal("1.0"), None, None)
+    assert (cost.total.known, cost.total.unknown) == (Decimal("1.5"), 1)
+
+
+def test_answers_from_the_cache_are_free_and_not_timed(ledger: Ledger) -> None:
+    ledger.record(GenerationRecord(cached=True, prompt_tokens=9, latency_ms=Latency(total=0.1)))
+    total = ledger.total()
+    assert (total.cached, total.prompt_tokens, total.cost_usd.total.usd) == (1, 9, 0)
+    assert ledger.latency() == {"default": {}}
+    with pytest.raises(ValidationError, match="cache costs nothing"):
+        GenerationRecord(cached=True, cost_usd=Cost(local=Decimal(1)))
+
+
+def test_failures_and_refusals_count(ledger: Ledger) -> None:
+    failed = Receipt(step=0, prefix_tokens=5, outcome="failed", reason="timeout")
+    ledger.record(GenerationRecord(receipts=(failed,), refused=2, error="cancelled"))
+    total = ledger.total()
+    assert (total.failed, total.refused, total.errors) == (1, 2, 1)
+
+
+def test_percentiles_are_values_that_occurred(ledger: Ledger) -> None:
+    for ms in range(1, 101):
+        ledger.record(GenerationRecord(latency_ms=Latency(total=float(ms), select=None)))
+    split = ledger.latency()["default"]
+    assert (split["total"].count, split["total"].p50, split["total"].p95, split["total"].p99) == (100, 50, 95, 99)
+    assert "select" not in split
+
+
+def test_days_are_utc_days(ledger: Ledger) -> None:
+    late = datetime(2026, 3, 1, 23, 30, tzinfo=timezone(-timedelta(hours=2)))
+    ledger.record(GenerationRecord(started_at=late))
+    assert list(ledger.totals("day")) == ["2026-03-02"]
+    assert list(ledger.totals("thread")) == ["(none)"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"prompt_tokens": -1},
+        {"started_at": datetime(2026, 1, 1)},
+        {"cost_usd": {"local": -1}},
+        {"cost_usd": {"local": "NaN"}},
+        {"cost_usd": {"local": 1, "llm": 1, "total": 3}},
+        {"cost_usd": {"local": 1, "llm": None, "total": 1}},
+        {"latency_ms": {"total": float("nan")}},
+        {"latency_ms": {"total": -1}},
+        {"id": ""},
+        {"tokens": 3},
+    ],
+)
+def test_records_that_can_not_be(bad: dict[str, Any]) -> None:
+    with pytest.raises((ValidationError, ValueError)):
+        GenerationRecord(**bad)
+    assert Cost(local=Decimal(1), llm=0.1, total="1.1").total == Decimal("1.1")  # type: ignore[call-arg, arg-type]
+
+
+def test_an_agent_reads_its_own_running_total(ledger: Ledger) -> None:
+    ledger.record(GenerationRecord(escalations=5))
+    with ledger.scope() as outer:
+        ledger.record(GenerationRecord(escalations=1))
+        with ledger.scope() as inner:
+            ledger.record(GenerationRecord(escalations=2))
+            assert inner.now.escalations == 2
+        Ledger().record(GenerationRecord(escalations=100))
+        assert outer.now.escalations == 3
+    ledger.record(GenerationRecord(escalations=50))
+    assert outer.now.escalations == 3
+    assert ledger.total().escalations == 58
+
+
+async def test_scopes_follow_tasks_and_do_not_mix(ledger: Ledger) -> None:
+    async def agent(calls: int) -> int:
+        with ledger.scope() as running:
+            for _ in range(calls):
+                await asyncio.sleep(0)
+                await asyncio.to_thread(ledger.record, GenerationRecord())
+            return running.now.generations
+
+    assert await asyncio.gather(agent(1), agent(4), agent(2)) == [1, 4, 2]
+
+
+def test_many_threads_record_at_once(ledger: Ledger) -> None:
+    with ledger.scope() as running:
+
+        def work() -> None:
+            for _ in range(20):
+                ledger.record(GenerationRecord(escalations=1, cost_usd=Cost(local="0.1", llm=0)))  # type: ignore[arg-type]
+
+        threads = [threading.Thread(target=contextvars.copy_context().run, args=(work,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert running.now == ledger.total()
+    assert ledger.total().cost_usd.total.usd == 16
+
+
+def picked(step: int, wanted: int, pick: int) -> Receipt:
+    cost = Amount(Decimal("0.1"), 1, 10)
+    return Receipt(step=step, prefix_tokens=9, wanted=wanted, pick=pick, outcome="picked", reserved=cost, actual=cost)
+
+
+def test_what_if_replays_receipts_under_another_budget(ledger: Ledger) -> None:
+    ledger.record(GenerationRecord(id="one", receipts=(picked(1, 5, 5), picked(2, 5, 5), picked(3, 5, 6))))
+    enough = ledger.what_if(Budget(escalations=3))
+    assert (enough.allowed, enough.refused, enough.exact) == (3, 0, True)
+    assert enough.spent == Amount(Decimal("0.3"), 3, 30)
+    tighter = ledger.what_if(Budget(usd="0.25"))
+    assert (tighter.allowed, tighter.newly_refused, tighter.changed_picks) == (2, 1, 1)
+    assert tighter.first_change == ("one", 3)
+    assert not tighter.exact
+
+
+def test_what_if_is_approximate_after_the_first_changed_pick(ledger: Ledger) -> None:
+    ledger.record(GenerationRecord(id="one", receipts=(picked(1, 5, 6), picked(2, 5, 5))))
+    ledger.record(GenerationRecord(id="two", receipts=(picked(1, 5, 5),)))
+    none = ledger.what_if(Budget(escalations=0))
+    assert (none.refused, none.approximate, none.first_change) == (3, 2, ("one", 1))
+    assert none.spent == Amount(Decimal(0))
+
+
+def test_what_if_allows_what_was_refused_and_does_not_know_the_pick(ledger: Ledger) -> None:
+    ledger.record(FULL)
+    more = ledger.what_if(Budget(usd=1))
+    assert (more.newly_allowed, more.changed_picks, more.exact) == (1, 1, False)
+    assert more.spent.usd == Decimal("0.3")
+    unknown = Receipt(step=0, prefix_tokens=3, outcome="refused")
+    ledger.record(GenerationRecord(receipts=(unknown,)))
+    assert ledger.what_if(Budget(usd=1)).unknown == 1
+
+
+def test_what_if_uses_the_whole_chain_and_spends_nothing(ledger: Ledger) -> None:
+    run = Budget(escalations=1)
+    agent = run.child("agent", escalations=5)
+    ledger.record(GenerationRecord(receipts=(picked(1, 5, 5), picked(2, 5, 5))))
+    assert ledger.what_if(agent).allowed == 1
+    assert run.state().spent["escalations"] == 0
+
+
+def test_the_selector_decides_what_would_have_stood() -> None:
+    scored = (
+        ReceiptCandidate(token_id=1, selector=-2.0),
+        ReceiptCandidate(token_id=2, selector=-0.1),
+    )
+    receipt = Receipt(step=0, prefix_tokens=1, candidates=scored, wanted=1, pick=2, outcome="picked")
+    assert receipt.local_pick() == 2
+    half = (*scored, ReceiptCandidate(token_id=3))
+    assert receipt.model_copy(update={"candidates": half}).local_pick() == 1
+
+
+def test_groupings_and_file_names_that_are_not_known(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match="no such grouping"):
+        Ledger().totals("week")  # type: ignore[arg-type]
+    with pytest.raises(LedgerError, match="not a ledger file name"):
+        Ledger.open(tmp_path / "costs.xlsx")
