@@ -18,6 +18,9 @@ S2TError
 │   └── StoreUnavailable              the budget store can not be reached; nothing may be spent (retryable)
 ├── LedgerError                       a ledger file that is corrupt, foreign or can not be written
 └── EscalationFailed                  the LLM gave no usable answer; the caller keeps the local pick (retryable)
+    ├── EndpointDown                  its server can not be reached: no connection, no TLS, no such host
+    ├── EndpointBusy                  its server declined for now: 429 or 5xx; nothing was spent
+    └── EndpointRefused               its server refused the request: any other status; nothing was spent
 
 Each message names the value, the limit and the way out; ``hint`` holds the way out alone, ``retryable`` says
 whether the same call may work later.
@@ -152,3 +155,26 @@ class EscalationFailed(S2TError):
     """The LLM gave no usable answer; the local pick stands."""
 
     retryable = True
+
+
+class EndpointDown(EscalationFailed):
+    """The LLM's server can not be reached; nothing was spent."""
+
+
+class EndpointBusy(EscalationFailed):
+    """The LLM's server declined for now; nothing was spent.
+
+    Args:
+        message: one line for people.
+        wait_s: seconds after which it wants to be asked again (Retry-After); None when it did not say.
+    """
+
+    def __init__(self, message: str, *, wait_s: float | None = None) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+class EndpointRefused(EscalationFailed):
+    """The LLM's server refused the request; nothing was spent, and asking again will not help."""
+
+    retryable = False

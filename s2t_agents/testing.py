@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from .models.language_model import LanguageModel
-from .types import Price
+from .selectors.question import Answer, Question, charge
+from .types import Charge, Price
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "phi3", "gemma3")
 """Families on which the overlay is exact; ``tiny_model`` builds each."""
@@ -127,14 +128,17 @@ class ScriptedLLM:
         self.opened += 1
         return self
 
-    def uncached(self, ids: Sequence[int]) -> int:
-        """All of it."""
-        return len(ids)
+    def quote(self, question: Question) -> Charge:
+        """The whole prefix and one token."""
+        return charge(self.price, input_tokens=len(question.ids))
 
-    def scores(self, ids: Sequence[int], candidates: Sequence[int]) -> list[float]:
-        """What the script says."""
-        self.asked.append((list(ids), list(candidates)))
-        return self.answer(ids, candidates)
+    def ask(self, question: Question) -> Answer:
+        """What the script says; an answer is paid for, a raised error is not."""
+        ids, candidates = list(question.ids), list(question.candidates)
+        self.asked.append((ids, candidates))
+        scores = self.answer(ids, candidates)
+        question.owe(self.quote(question))
+        return Answer(tuple(scores))
 
     def close(self) -> None:
         """Counted."""

@@ -7,6 +7,7 @@ import pytest
 from s2t_agents.budget import Budget, TokenPrice
 from s2t_agents.errors import BudgetExceeded, ConfigError, EscalationFailed, ModelNotFound, S2TError, UnpricedModel
 from s2t_agents.escalation import Escalation
+from s2t_agents.selectors.question import Question
 from s2t_agents.testing import ScriptedLLM, last_candidate
 
 PRICE = TokenPrice(Decimal("2"), Decimal("10"))  # USD per million tokens
@@ -21,7 +22,8 @@ def failing(error: S2TError) -> ScriptedLLM:
 
 def ask(llm: ScriptedLLM, budget: Budget | None) -> tuple[list[float] | None, object]:
     with Escalation(llm).open(budget, threshold=0.5) as desk:
-        return desk.ask([1, 2, 3], [7, 8])
+        answer, report = desk.ask(Question([1, 2, 3], [7, 8]))
+    return list(answer.scores) if answer else None, report
 
 
 def test_it_costs_the_uncached_prefix_and_one_token() -> None:

@@ -10,6 +10,7 @@ emit      the step; the next token is computed only when the consumer asks for i
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ..models.language_model import LanguageModel
 from ..models.prefix import Prefix
 from ..proposal import Proposal
 from ..selectors.base import Selector, confidence_margin
+from ..selectors.question import Answer, Question
 from ..triggers import Trigger, entropy
 from ..types import Candidate, EscalationReport, Picker, Sampling, Step, Timings
 from .grammar import Grammar
@@ -35,7 +37,10 @@ DEFAULT_ENTROPY = 0.5
 
 @dataclass(frozen=True)
 class Selection:
-    """A second look at one step: the scores that decide, who gave them, and what it took."""
+    """A second look at one step: the scores that decide, who gave them, and what it took.
+
+    ``then`` follows the best candidate: tokens that the LLM settled with the same answer.
+    """
 
     scores: Tensor
     picked_by: Picker
@@ -43,6 +48,7 @@ class Selection:
     escalation: EscalationReport | None
     select_s: float
     escalate_s: float
+    then: tuple[int, ...] = ()
 
 
 class Engine:
@@ -121,19 +127,21 @@ class Engine:
         prefix = Prefix(self.slm)
         draw = Draw(sampling)
         pending = list(prompt)
+        kept: deque[int] = deque()
         room = min(sampling.max_tokens, self.slm.context_window - len(prompt))
         index = 0
         while index < room:
-            for token in grammar.forced() if grammar else ():
-                yield Step(index, len(prompt) + index, token, token, "grammar")
-                grammar.accept(token)  # type: ignore[union-attr]
+            for token, picker in settled(grammar, kept):
+                yield Step(index, len(prompt) + index, token, token, picker)
+                if grammar and token not in self.slm.eos_ids:
+                    grammar.accept(token)
                 pending.append(token)
                 index += 1
                 if index >= room or token in self.slm.eos_ids:
                     return
             if grammar and grammar.finished:
                 return
-            step = self._step(index, prefix, pending, draw, grammar, desk)
+            step = self._step(index, prefix, pending, draw, grammar, desk, kept)
             yield step
             if step.token_id in self.slm.eos_ids:
                 return
@@ -150,6 +158,7 @@ class Engine:
         draw: Draw,
         grammar: Grammar | None,
         desk: EscalationDesk | None,
+        kept: deque[int],
     ) -> Step:
         started = time.perf_counter()
         prefix.extend(pending)
@@ -169,6 +178,7 @@ class Engine:
         chosen = self._select(proposal, desk)
         at = draw.one_of(chosen.scores) if draw.random else int(chosen.scores.argmax())
         token = int(proposal.candidates[at])
+        kept.extend(chosen.then)
         return Step(
             index,
             len(prefix),
@@ -189,24 +199,48 @@ class Engine:
         scores = local if local is not None else proposal.candidate_log_probs
         picked_by: Picker = "selector" if local is not None else "slm"
         selected = time.perf_counter()
-        remote, report = None, None
+        answer, report = None, None
+        own = local.tolist() if local is not None else None
+        slm = proposal.candidate_log_probs.tolist()
         ids = proposal.candidates.tolist()
         if desk is not None and len(ids) > 1 and desk.wants(confidence_margin(scores)):
-            remote, report = desk.ask(proposal.prefix.ids, ids)
-        if remote is not None:
-            scores, picked_by = torch.tensor(remote), "llm"
-        candidates = tuple(
-            Candidate(token, slm, None if local is None else own, None if remote is None else theirs)
-            for token, slm, own, theirs in zip(
-                ids,
-                proposal.candidate_log_probs.tolist(),
-                local.tolist() if local is not None else ids,
-                remote if remote is not None else ids,
-                strict=True,
-            )
-        )
+            prefix = proposal.prefix
+            answer, report = desk.ask(Question(prefix.ids, ids, prefix=prefix, slm=slm, selector=own))
+        if answer is not None:
+            scores, picked_by = decisive(answer), "llm"
+        nothing = [None] * len(ids)
+        columns = zip(ids, slm, own or nothing, answer.scores if answer else nothing, strict=True)
+        candidates = tuple(Candidate(*column) for column in columns)
         done = time.perf_counter()
-        return Selection(scores, picked_by, candidates, report, selected - started, done - selected)
+        then = answer.then if answer else ()
+        return Selection(scores, picked_by, candidates, report, selected - started, done - selected, then)
+
+
+def decisive(answer: Answer) -> Tensor:
+    """``[K]``: the LLM's scores; a candidate that it gave none can not be chosen."""
+    return torch.tensor([-torch.inf if score is None else score for score in answer.scores])
+
+
+def settled(grammar: Grammar | None, kept: deque[int]) -> Iterator[tuple[int, Picker]]:
+    """Tokens that nobody has to choose any more: forced by the grammar, or kept with an earlier pick while legal.
+
+    The consumer lets the grammar accept each before it asks for the next.
+    """
+    while True:
+        for token in grammar.forced() if grammar else ():
+            if kept and kept.popleft() != token:
+                kept.clear()
+            yield token, "grammar"
+        if not kept or (grammar and not legal(grammar, kept[0])):
+            kept.clear()
+            return
+        yield kept.popleft(), "slm"
+
+
+def legal(grammar: Grammar, token: int) -> bool:
+    """Whether the grammar takes this token next."""
+    allowed = None if grammar.finished else grammar.allowed()
+    return not grammar.finished and (allowed is None or bool(allowed[token]))
 
 
 class Draw:

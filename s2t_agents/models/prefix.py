@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from .language_model import LanguageModel
+from .overlay import cloned_rows
 
 CHUNK = 1024
 """Tokens per forward while a long prefix is read, so that memory stays bounded."""
@@ -61,6 +63,10 @@ class Prefix:
     def look_ahead(self, candidates: Tensor) -> Tensor:
         """Last hidden state ``[K, H]`` after each of the candidates ``[K]``; the prefix stays as it is."""
         return self.model.look_ahead(candidates, self._cache, len(self))
+
+    def branches(self, rows: int) -> Cache:
+        """So many copies of the KV, one row each, to be continued apart from this prefix."""
+        return cloned_rows(self._cache, rows)
 
     def _roll_back(self, length: int) -> int:
         """Forget everything after ``length`` tokens; returns how many are really kept."""

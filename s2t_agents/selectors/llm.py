@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from ..models.language_model import LanguageModel
-from ..types import Price
+from ..types import Charge, Price
+from .question import Answer, Question
 
 
 class LLMSession(Protocol):
-    """One generation's line to the LLM. Remembers what the LLM has read, so that only the rest is paid for."""
+    """One generation's line to the LLM."""
 
-    def uncached(self, ids: Sequence[int]) -> int:
-        """Tokens of the prefix that the LLM has not read yet: what an escalation now would cost."""
+    def quote(self, question: Question) -> Charge:
+        """The most that asking it can cost: what the budget holds.
+
+        Raises:
+            EscalationFailed: it need not be asked; no answer would come.
+        """
         ...
 
-    def scores(self, ids: Sequence[int], candidates: Sequence[int]) -> list[float]:
-        """Log-probabilities of the candidates after the prefix ``ids``.
+    def ask(self, question: Question) -> Answer:
+        """Put it. What it costs, answered or not, is said to ``question.owe``; at most what was quoted.
 
         Raises:
             EscalationFailed: no usable answer.

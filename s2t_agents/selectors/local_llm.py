@@ -14,7 +14,8 @@ from ..models.fingerprint import shared_ids
 from ..models.language_model import LanguageModel
 from ..models.loading import load_tokenizer
 from ..models.prefix import Prefix
-from ..types import Price
+from ..types import Charge, Price
+from .question import Answer, Question, charge
 
 IDLE_CACHES = 4
 """KV caches kept after their generations ended: the next turn of the same conversation continues one."""
@@ -108,6 +109,17 @@ class LocalSession:
     def __init__(self, llm: LocalLLM) -> None:
         self._llm = llm
         self._prefix: Prefix | None = None
+
+    def quote(self, question: Question) -> Charge:
+        """What the KV does not hold yet, and one token."""
+        return charge(self._llm.price, input_tokens=self.uncached(question.ids))
+
+    def ask(self, question: Question) -> Answer:
+        """Score every candidate."""
+        cost = self.quote(question)
+        scores = self.scores(question.ids, question.candidates)
+        question.owe(cost)
+        return Answer(tuple(scores))
 
     def uncached(self, ids: Sequence[int]) -> int:
         """Tokens of ``ids`` that are not in the KV yet."""

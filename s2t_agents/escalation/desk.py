@@ -1,0 +1,118 @@
+"""One generation's escalations: knows what each would cost, holds it, asks, settles."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from types import TracebackType
+
+from ..budget import Amount, Budget, Hold
+from ..errors import BudgetError, BudgetExceeded, HoldClosed, S2TError, StoreUnavailable, UnpricedModel
+from ..selectors.llm import LLMSelector, LLMSession
+from ..selectors.question import Answer, Question
+from ..types import Charge, EscalationReport
+from .pacing import Pace
+from .paid_groups import PaidGroups
+
+HOLD_TTL_S = 300.0
+"""Seconds after which a hold lapses should this process die: longer than an LLM takes to load and answer."""
+
+
+class EscalationDesk:
+    """One generation's escalations. A context manager.
+
+    Args:
+        llm: who is asked.
+        budget: what it may cost; None sets no limit.
+        margin: selections less sure than this go up.
+        pace: decides how sure is sure enough while the budget shrinks.
+        groups: takes every paid selection.
+    """
+
+    def __init__(
+        self,
+        llm: LLMSelector,
+        budget: Budget | None,
+        margin: float,
+        *,
+        pace: Pace | None = None,
+        groups: PaidGroups | None = None,
+    ) -> None:
+        self._llm, self._budget, self.margin = llm, budget, margin
+        self._pace, self._groups = pace, groups
+        self._session: LLMSession = llm.open()
+
+    def __enter__(self) -> EscalationDesk:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._session.close()
+
+    def wants(self, margin: float) -> bool:
+        """Whether a selection this sure goes up."""
+        if self._pace is None or self._budget is None:
+            return margin < self.margin
+        return self._pace.wants(margin, self._budget, at_most=self.margin)
+
+    def ask(self, question: Question) -> tuple[Answer | None, EscalationReport]:
+        """Put the question, if the budget holds it.
+
+        Returns:
+            The answer (None: keep the local pick) and what happened.
+
+        Raises:
+            BudgetExceeded: only where the budget's ``on_exhausted`` is not "degrade".
+        """
+        started = time.perf_counter()
+        try:
+            quote = self._session.quote(question)
+        except S2TError as error:
+            return None, _report("failed", None, None, started, str(error))
+        try:
+            hold = self._budget.reserve(_amount(quote), ttl_s=HOLD_TTL_S) if self._budget else None
+        except (BudgetExceeded, StoreUnavailable, UnpricedModel) as error:
+            return None, self._refusal(error, started)
+        if self._pace is not None:
+            self._pace.paid(_amount(quote))
+        answer, reason = self._put(question, hold)
+        outcome = "picked" if answer is not None else "failed"
+        return answer, _report(outcome, quote, question.owed, started, reason)
+
+    def _put(self, question: Question, hold: Hold | None) -> tuple[Answer | None, str]:
+        """The answer, or the reason why there is none; the hold is closed in any case."""
+        answer: Answer | None = None
+        reason = ""
+        try:
+            if self._budget is not None and question.seconds is None:
+                question.seconds = self._budget.seconds_left()
+            answer = self._session.ask(question)
+            reason = answer.note
+        except S2TError as error:  # a dead LLM never takes the answer down
+            reason = str(error)
+        finally:  # also when the caller is cancelled while the LLM thinks
+            _close(hold, question.owed)
+        if answer is not None and self._groups is not None and question.owed is not None:
+            self._groups.add(question, answer)
+        return answer, reason
+
+    def _refusal(self, error: BudgetError | UnpricedModel, started: float) -> EscalationReport:
+        if isinstance(error, BudgetExceeded) and self._budget is not None and self._budget.on_exhausted != "degrade":
+            raise error
+        return _report("refused", None, None, started, str(error))
+
+
+def _close(hold: Hold | None, owed: Charge | None) -> None:
+    if hold is None:
+        return
+    with contextlib.suppress(HoldClosed, StoreUnavailable):  # lapsed: booked as overrun; store down: booked later
+        hold.settle(_amount(owed)) if owed is not None else hold.release()
+
+
+def _report(
+    outcome: str, reserved: Charge | None, actual: Charge | None, started: float, reason: str
+) -> EscalationReport:
+    return EscalationReport(outcome, reserved, actual, time.perf_counter() - started, reason)  # type: ignore[arg-type]
+
+
+def _amount(charge: Charge) -> Amount:
+    return Amount(usd=charge.usd, escalations=1, llm_tokens=charge.llm_tokens)

@@ -1,0 +1,127 @@
+"""Pacing: what is left of a budget is spent where the selector is least sure, over the rest of the run.
+
+First come, first served spends a budget on the first doubts of a run. Here every selection asks anew: of the
+selections still to come, which share can be paid for? One goes up when its margin lies in that lowest share of the
+margins seen. Where the budget runs ahead the bar falls, where it is left over the bar rises: the re-solving rule for
+online selection with a budget (Jasin & Kumar 2012, doi 10.1287/moor.1120.0537, there for network revenue).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+from ..budget import Amount, Budget
+from ..errors import ConfigError
+
+OPENING = tuple((2 * i + 1) / 16 for i in range(8))
+"""Before anything was seen, margins are taken to be spread evenly over [0, 1]."""
+REMEMBERED = 4096
+"""Margins kept; a longer run has taught the distribution by then."""
+TAIL = 0.05
+"""A run that is longer than expected is expected to last this share of the expectation longer, at every step."""
+
+
+class Pace:
+    """One run's pace: counts selections, remembers their margins. Shared by all generations of the run.
+
+    Args:
+        selections: expected in the whole run.
+        margins: known from before (a calibration, receipts); empty begins with ``OPENING``.
+    """
+
+    def __init__(self, selections: int, margins: Sequence[float] = ()) -> None:
+        self._expected = selections
+        self._margins = sorted(margins) or list(OPENING)
+        self._seen = self._questions = 0
+        self._paid = Amount(usd=None)
+        self._lock = threading.Lock()
+
+    def wants(self, margin: float, budget: Budget, *, at_most: float = 1.0) -> bool:
+        """Whether a selection this sure goes up.
+
+        Where nothing is left the answer is as without pacing: the budget itself refuses, and the message says so.
+
+        Args:
+            margin: of this selection, in [0, 1].
+            budget: what is left is read from it.
+            at_most: margins from here up never go up.
+        """
+        return self.decide(margin, self.affordable(budget), at_most=at_most)
+
+    def decide(self, margin: float, affordable: float, *, at_most: float = 1.0) -> bool:
+        """``wants`` with so many escalations left to pay for."""
+        with self._lock:
+            bar = self._bar(affordable) if affordable >= 1 else 1.0
+            self._seen += 1
+            if len(self._margins) < REMEMBERED:
+                insort(self._margins, margin)
+        return margin < min(bar, at_most)
+
+    def paid(self, amount: Amount) -> None:
+        """An escalation that was held: what the next ones will cost is judged from it."""
+        with self._lock:
+            self._paid = amount if not self._questions else self._paid + amount
+            self._questions += 1
+
+    def affordable(self, budget: Budget) -> float:
+        """Escalations that what is left would pay for, at the mean cost so far; infinite without a limit."""
+        left = budget.available()
+        with self._lock:
+            paid, n = self._paid, self._questions
+        per = {"escalations": 1.0}
+        if n:
+            per |= {"usd": float(paid.usd or 0) / n, "llm_tokens": paid.llm_tokens / n}
+        return min((float(left[unit]) / cost for unit, cost in per.items() if unit in left and cost), default=math.inf)
+
+    def _bar(self, affordable: float) -> float:
+        """The margin under which the affordable share of the selections still to come will lie."""
+        to_come = max(self._expected - self._seen, TAIL * self._expected, 1.0)
+        rank = affordable / to_come * len(self._margins)
+        if rank >= len(self._margins):
+            return math.inf
+        low = int(rank)
+        below = self._margins[low - 1] if low else 0.0
+        return below + (rank - low) * (self._margins[low] - below)
+
+
+@dataclass(frozen=True)
+class Pacing:
+    """Spreads each budget over a run of so many selections.
+
+    Attributes:
+        selections: critical steps expected in a run (a ledger's ``triggers`` of earlier runs say).
+        margins: confidence margins known from before, such as ``margins_of(ledger.records())``.
+
+    Raises:
+        ConfigError: fewer than 1 selection, or a margin outside [0, 1].
+    """
+
+    selections: int
+    margins: tuple[float, ...] = ()
+    _paces: WeakKeyDictionary[Budget, Pace] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.selections < 1:
+            raise ConfigError(f"pacing over {self.selections} selections; a run has at least 1.")
+        if not all(0 <= margin <= 1 for margin in self.margins):
+            raise ConfigError("pacing was given margins outside [0, 1].", hint="Take them from margins_of(records).")
+
+    def pace_for(self, budget: Budget) -> Pace:
+        """The pace of the run that this budget belongs to: one per root budget."""
+        root = budget.chain[0]
+        with self._lock:
+            if root not in self._paces:
+                self._paces[root] = Pace(self.selections, self.margins)
+            return self._paces[root]
+
+    def __reduce__(self) -> tuple[type[Pacing], tuple[int, tuple[float, ...]]]:
+        """Pickles as its settings; a run's pace stays in its process."""
+        return Pacing, (self.selections, self.margins)

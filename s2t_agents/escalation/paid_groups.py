@@ -1,0 +1,127 @@
+"""The flywheel: every selection that was paid for, kept as a group to train on, so that fewer are needed tomorrow.
+
+One JSON object a line; several threads and processes may append. The file holds what was asked about, as token ids,
+and is readable by its owner alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import ConfigError, InputError
+from ..models.language_model import LanguageModel
+from ..selectors.config import BaseIdentity
+from ..selectors.question import Answer, Question
+
+_log = logging.getLogger(__name__)
+_lock = threading.Lock()
+
+
+class PaidGroup(BaseModel):
+    """One step, its K candidates, and what everybody thought of them.
+
+    Attributes:
+        slm_model: whose ids and scores these are.
+        llm_model: the name of the LLM that was paid.
+        ids: the prefix.
+        candidates: ``[K]`` token ids, the SLM's best first.
+        slm: ``[K]`` log-probabilities.
+        selector: ``[K]`` scores of the selector of the time; None without one.
+        llm: ``[K]`` log-probabilities; None where it gave none, 0 for the one that a judge named.
+        then: tokens that the LLM settled together with its pick.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    format: Literal[1] = 1
+    slm_model: BaseIdentity
+    llm_model: str
+    ids: tuple[int, ...]
+    candidates: tuple[int, ...]
+    slm: tuple[float, ...]
+    selector: tuple[float, ...] | None
+    llm: tuple[float | None, ...]
+    then: tuple[int, ...] = ()
+
+
+class PaidGroups:
+    """Appends groups to a file; made at the first one.
+
+    Args:
+        path: the file.
+        llm_model: the LLM's name.
+    """
+
+    def __init__(self, path: Path, llm_model: str) -> None:
+        self.path, self._llm_model = path, llm_model
+
+    def add(self, question: Question, answer: Answer) -> None:
+        """Keep one paid selection. A disk that does not take it costs a warning, never the answer."""
+        if question.prefix is None:
+            return
+        try:
+            group = PaidGroup(
+                slm_model=BaseIdentity.of(question.prefix.model),
+                llm_model=self._llm_model,
+                ids=tuple(question.ids),
+                candidates=tuple(question.candidates),
+                slm=tuple(question.slm),
+                selector=None if question.selector is None else tuple(question.selector),
+                llm=answer.scores,
+                then=answer.then,
+            )
+            self._append(group.model_dump_json().encode() + b"\n")
+        except (OSError, ValidationError) as error:
+            _log.warning("a paid selection was not recorded in %s: %s", self.path, error)
+
+    def _append(self, line: bytes) -> None:
+        with _lock:
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                written = os.write(file, line)
+            finally:
+                os.close(file)
+        if written != len(line):
+            raise OSError("the disk took only part of it")
+
+
+def read_groups(path: str | Path, slm: LanguageModel | None = None) -> Iterator[PaidGroup]:
+    """The groups of a file, in order; a line that was cut off by a crash or a full disk is passed over.
+
+    Args:
+        path: written by ``Escalation(record=...)``.
+        slm: refuse groups of any other model.
+
+    Raises:
+        InputError: the file can not be read, or a line is something else.
+        ConfigError: a group of another SLM.
+    """
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}.") from error
+    ours = BaseIdentity.of(slm) if slm is not None else None
+    for number, line in enumerate(lines, start=1):
+        try:
+            group = PaidGroup.model_validate_json(line)
+        except ValidationError as error:
+            if not line.endswith(b"}"):
+                continue
+            raise InputError(f"{path}, line {number}, is no group: {error.errors()[0]['msg']}.") from error
+        theirs = group.slm_model
+        if ours is not None and (ours.weights_fingerprint, ours.tokenizer_fingerprint) != (
+            theirs.weights_fingerprint,
+            theirs.tokenizer_fingerprint,
+        ):
+            raise ConfigError(
+                f"{path}, line {number}, comes from {theirs.name!r} with other weights than {ours.name!r} has.",
+                hint="Train that model, or record anew.",
+            )
+        yield group

@@ -1,0 +1,67 @@
+"""Which LLM is asked, and when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..budget import Budget
+from ..errors import ConfigError, UnpricedModel
+from ..selectors.llm import LLMSelector
+from .desk import EscalationDesk
+from .pacing import Pacing
+from .paid_groups import PaidGroups
+
+DEFAULT_MARGIN = 0.9
+"""Where no selector was calibrated: the LLM is asked unless the best candidate stands this far above the second."""
+
+
+@dataclass(frozen=True)
+class Escalation:
+    """Which LLM is asked, and when.
+
+    Attributes:
+        llm: who picks.
+        margin: selections with a confidence margin under it go up, in [0, 1]; None takes the selector's
+            calibrated threshold, or ``DEFAULT_MARGIN`` where there is no calibrated selector.
+        pacing: spreads a budget over a run, so that it is spent where the selector is least sure; None asks first
+            come, first served.
+        record: a file (JSON lines) that takes every paid selection as a training group. It holds the conversations
+            that were asked about, as token ids.
+
+    Raises:
+        ConfigError: a margin out of range, or a record in a folder that is not there.
+    """
+
+    llm: LLMSelector
+    margin: float | None = None
+    pacing: Pacing | None = None
+    record: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.margin is not None and not 0 <= self.margin <= 1:
+            raise ConfigError(f"escalation margin is {self.margin}; it must lie in [0, 1].")
+        if self.record is not None and not Path(self.record).absolute().parent.is_dir():
+            raise ConfigError(f"record is {str(self.record)!r}, and there is no such folder.", hint="Make it first.")
+
+    def check_price(self, budget: Budget | None) -> None:
+        """Refuse an LLM whose price nobody knows under a dollar limit.
+
+        Raises:
+            UnpricedModel: naming both.
+        """
+        if self.llm.price is None and budget is not None and budget.in_dollars:
+            raise UnpricedModel(
+                f"{self.llm.name!r} has no known price, and the budget {budget.name!r} is limited in dollars.",
+                hint="Give the LLM a price (TokenPrice), or limit escalations or llm_tokens instead.",
+            )
+
+    def open(self, budget: Budget | None, *, threshold: float) -> EscalationDesk:
+        """The desk for one generation, ``threshold`` being the selector's calibrated margin."""
+        return EscalationDesk(
+            self.llm,
+            budget,
+            self.margin if self.margin is not None else threshold,
+            pace=self.pacing.pace_for(budget) if self.pacing and budget else None,
+            groups=PaidGroups(Path(self.record), self.llm.name) if self.record is not None else None,
+        )

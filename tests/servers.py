@@ -1,0 +1,227 @@
+"""Small real HTTP servers on 127.0.0.1, in threads of this process: one that works, and ways to make it fail."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from s2t_agents.models import LanguageModel, Prefix
+
+Fault = Callable[["Handler", dict[str, Any]], None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """OpenAI's completions, vLLM's way: token ids in, log-probabilities by id out."""
+
+    protocol_version = "HTTP/1.1"
+    server: CompletionServer
+
+    def do_GET(self) -> None:
+        self.server.seen.append(self.path)
+        if self.path == "/v1/models":
+            self.reply({"data": [{"id": self.server.model.name}]})
+        else:
+            self.reply({"error": {"message": "no such page"}}, 404)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize" and self.server.tokenize:
+            self.reply({"tokens": self.server.tokenize(body["prompt"])})
+        elif self.path != "/v1/completions":
+            self.reply({"error": {"message": "no such page"}}, 404)
+        else:
+            self.server.asked.append(body)
+            self.server.keys.append(self.headers.get("Authorization"))
+            self.server.fault(self, body) if self.server.fault else self.complete(body)
+
+    def complete(self, body: dict[str, Any]) -> None:
+        """The right answer."""
+        self.reply(self.server.answer(body))
+
+    def reply(self, content: Any, status: int = 200, **headers: str) -> None:
+        """A JSON answer; bytes are sent as they are."""
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silent."""
+
+
+class CompletionServer(ThreadingHTTPServer):
+    """Serves one model.
+
+    Attributes:
+        by_id: knows ``logprob_token_ids``, as vLLM does; else answers with its best.
+        fault: takes the place of the right answer.
+        asked: bodies of the completions asked for.
+        keys: their Authorization headers.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.model, self.by_id, self.usage = model, True, True
+        self.tokenize: Callable[[str], list[int]] | None = lambda text: model.tokenizer.encode(
+            text, add_special_tokens=False
+        )
+        self.fault: Fault | None = None
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.seen: list[str] = []
+        self.over = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        prefix = Prefix(self.model)
+        prefix.extend(body["prompt"])
+        scores = prefix.logits.log_softmax(0)
+        best = scores.topk(body["logprobs"]).indices.tolist()
+        shown = body["logprob_token_ids"] + best[:1] if self.by_id and "logprob_token_ids" in body else best
+        top = {f"token_id:{token}": float(scores[token]) for token in shown}
+        reply: dict[str, Any] = {"choices": [{"text": "", "logprobs": {"top_logprobs": [top]}}]}
+        if self.usage:
+            reply["usage"] = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 1}
+        return reply
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hung up is no event."""
+
+
+@contextmanager
+def serving(model: LanguageModel) -> Iterator[CompletionServer]:
+    """A server for the length of a block."""
+    server = CompletionServer(model)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.over.set()  # lets hanging and dripping answers end
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def free_port() -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# ---------------------------------------------------------------------- faults
+
+
+def status(code: int, message: str = "no", **headers: str) -> Fault:
+    """Answer with a status."""
+    return lambda handler, body: handler.reply({"error": {"message": message}}, code, **headers)
+
+
+def says(content: Any) -> Fault:
+    """Answer 200 with this body."""
+    return lambda handler, body: handler.reply(content)
+
+
+def top(scores: dict[str, Any]) -> Fault:
+    """Answer with these log-probabilities."""
+    return says({"choices": [{"logprobs": {"top_logprobs": [scores]}}], "usage": {"prompt_tokens": 1}})
+
+
+def candidates_score(score: str) -> Fault:
+    """Give every candidate this log-probability, written as it stands."""
+
+    def fault(handler: Handler, body: dict[str, Any]) -> None:
+        scores = ", ".join(f'"token_id:{token}": {score}' for token in body["logprob_token_ids"])
+        handler.reply(f'{{"choices": [{{"logprobs": {{"top_logprobs": [{{{scores}}}]}}}}]}}'.encode())
+
+    return fault
+
+
+def hangs(handler: Handler, body: dict[str, Any]) -> None:
+    """Begin a body and never end it."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+    handler.wfile.flush()
+    handler.server.over.wait(20)
+
+
+def hangs_before_headers(handler: Handler, body: dict[str, Any]) -> None:
+    """Take the request and say nothing."""
+    handler.server.over.wait(20)
+
+
+def drips(handler: Handler, body: dict[str, Any]) -> None:
+    """A header byte now and then: no single read ever times out."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+    for _ in range(400):
+        if handler.server.over.wait(0.05):
+            return
+        handler.wfile.write(b"x")
+        handler.wfile.flush()
+
+
+def drips_body(handler: Handler, body: dict[str, Any]) -> None:
+    """A body byte now and then."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "100000")
+    handler.end_headers()
+    for _ in range(400):
+        if handler.server.over.wait(0.05):
+            return
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+
+
+def hangs_up(handler: Handler, body: dict[str, Any]) -> None:
+    """Close the connection without a word."""
+    handler.close_connection = True
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def endless(handler: Handler, body: dict[str, Any]) -> None:
+    """A body without end, at full speed."""
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    block = b"10000\r\n" + b" " * 65536 + b"\r\n"
+    for _ in range(2000):
+        if handler.server.over.is_set():
+            return
+        handler.wfile.write(block)
+
+
+def first(times: int, fault: Fault) -> Fault:
+    """Fail so often, then answer."""
+    left = [fault] * times
+
+    def either(handler: Handler, body: dict[str, Any]) -> None:
+        left.pop()(handler, body) if left else handler.complete(body)
+
+    return either
+
+
+def slow(seconds: float) -> Fault:
+    """The right answer, late."""
+
+    def fault(handler: Handler, body: dict[str, Any]) -> None:
+        time.sleep(seconds)
+        handler.complete(body)
+
+    return fault
