@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.markup import escape
 
-from .errors import S2TError
+from .errors import ConfigError, S2TError
+from .training.commands import app as training
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A small local model, corrected where it is unsure.")
+app.add_typer(training)  # collect, train, calibrate, eval, probe, pipeline
+bench = typer.Typer(no_args_is_help=True, help="Measure, beside the alternative, in one run.")
+app.add_typer(bench, name="bench")
 console = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
@@ -72,6 +79,38 @@ def chat(
         history.append(AIMessage(said))
 
 
+@app.command()
+def report(
+    ledger: Annotated[Path, typer.Argument(help="A ledger's file: .jsonl, .db or .sqlite.")],
+    by: Annotated[str, typer.Option(help="agent, thread, run or day.")] = "agent",
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
+) -> None:
+    """What each agent cost, in money and in time."""
+    from .ledger.report import report as rendered
+
+    if as_json and as_csv:
+        raise ConfigError("--json and --csv were both given.", hint="Take one.")
+    typer.echo(rendered(ledger, by, "json" if as_json else "csv" if as_csv else "table"), nl=False)  # type: ignore[arg-type]
+
+
+@bench.command("budget")
+def bench_budget(
+    seconds: Annotated[float, typer.Option(min=0.1, help="Per store and thread count.")] = 1.0, as_json: AsJson = False
+) -> None:
+    """Reserve + settle pairs per second on every budget store."""
+    from .bench.budget import run, table
+
+    _show(run(seconds), as_json, table)
+
+
+def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], RenderableType]) -> None:
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        console.print(table(result))
+
+
 def _ask() -> str:
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
@@ -84,7 +123,7 @@ def main() -> None:
     try:
         app()
     except S2TError as error:
-        Console(stderr=True).print(f"[red]s2t:[/red] {error}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"[red]s2t:[/red] {escape(str(error))}", highlight=False)
         raise SystemExit(2) from error
 
 

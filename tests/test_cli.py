@@ -1,9 +1,14 @@
 """The command line: help in a blink, one clear line on bad input."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from s2t_agents import Ledger
+from s2t_agents.ledger import GenerationRecord
 
 
 def s2t(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -36,3 +41,19 @@ def test_limits_are_checked_before_anything_runs() -> None:
     out = s2t("demo", "--budget-escalations", "-1")
     assert out.returncode == 2
     assert "budget-escalations" in out.stderr
+
+
+def test_report_adds_up_a_ledger_in_three_forms(tmp_path: Path) -> None:
+    path = tmp_path / "costs.jsonl"
+    ledger = Ledger.open(path)
+    for agent, tokens in (("writer", 3), ("critic", 4), ("writer", 5)):
+        ledger.record(GenerationRecord(agent=agent, completion_tokens=tokens))
+    ledger.close()
+    found = json.loads(s2t("report", str(path), "--json").stdout)
+    assert found["groups"]["writer"]["completion_tokens"] == 8
+    assert "critic" in s2t("report", str(path)).stdout
+    assert s2t("report", str(path), "--csv").stdout.count("\n") == 3
+    for wrong, message in ((("--by", "moon"), "by='moon'"), (("--json", "--csv"), "both given")):
+        out = s2t("report", str(path), *wrong)
+        assert (out.returncode, message in out.stderr) == (2, True)
+    assert "there is no such ledger" in s2t("report", "nothing.jsonl").stderr
