@@ -22,9 +22,10 @@ def _head(config: SelectorConfig) -> str:
     return f"""# {config.kind} selector for {base.name}
 
 Ranks the {config.k} best candidates of `{base.name}` ({base.model_type}, hidden size {base.hidden_size}) at its
-critical steps, as a larger model would. It only ranks: the base's own logits and KV stay as they are. Made by `s2t train`; load it with
-`s2t_agents.selectors.load_selector`. It fits these weights only (fingerprint `{base.weights_fingerprint}`, tokenizer
-`{base.tokenizer_fingerprint}`); temperature {config.temperature:.4g}.
+critical steps, as a larger model would. It only ranks: the base's own logits and KV stay as they are.
+Made by `s2t train`; load it with `s2t_agents.selectors.load_selector`. It fits these weights only
+(fingerprint `{base.weights_fingerprint}`, tokenizer `{base.tokenizer_fingerprint}`). Its scores are divided by
+{config.temperature:.4g}, so that their softmax means a probability.
 """
 
 

@@ -1,4 +1,4 @@
-"""``s2t collect | train | calibrate | eval | probe | pipeline``: one TOML file, tables for people, JSON for programs."""
+"""``s2t collect | train | calibrate | eval | probe | pipeline``: one TOML file in, tables or JSON out."""
 
 from __future__ import annotations
 

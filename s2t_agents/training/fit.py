@@ -63,14 +63,9 @@ def fit(
         folder: for the checkpoint.
 
     Raises:
-        InputError: nothing to train on, or nothing to validate on.
+        InputError: a checkpoint that does not fit.
         S2TError: the loss is no longer a number; the last checkpoint stands.
     """
-    if not train.sizes or not validation.sizes:
-        raise InputError(
-            f"{len(train.sizes)} training and {len(validation.sizes)} validation units are too few.",
-            hint="Collect more items, or raise `rate` or `validation`.",
-        )
     weights = dict(selector.named_parameters())
     optimiser = torch.optim.AdamW(weights.values(), lr=settings.lr, weight_decay=settings.weight_decay)
     per_epoch = math.ceil(len(train.sizes) / settings.batch)

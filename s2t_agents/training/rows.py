@@ -140,7 +140,10 @@ class RowMaker:
 
         def make(items: Sequence[Item], meter: Meter) -> MakeDecider:
             def decider(prompts: list[list[int]], rows: list[int]) -> Sampled:
-                seeds = [row_seed(self._seed, items[row].id, row, len(p)) for row, p in zip(rows, prompts, strict=True)]
+                seeds = [
+                    row_seed(self._seed, items[row].id, row % settings.votes, len(prompt))
+                    for row, prompt in zip(rows, prompts, strict=True)
+                ]
                 return Sampled(settings.temperature, seeds, settings.max_tokens)
 
             return decider

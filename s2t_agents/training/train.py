@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, InputError
 from ..models.language_model import LanguageModel
 from ..selectors.config import BaseIdentity, SelectorConfig
 from ..selectors.learned_trigger import save_probe
@@ -46,6 +46,12 @@ def train_with(slm: LanguageModel, config: TrainConfig) -> None:
     shards = read_for(slm, config.rollouts, settings.k)
     examples = choose(shards, k=settings.k, rate=settings.rate, kl_rate=settings.kl_rate)
     learn, hold = split(examples, settings.validation)
+    groups, held = sum(len(e.positions) for e in learn), sum(len(e.positions) for e in hold)
+    if not groups or not held:
+        raise InputError(
+            f"{groups} training and {held} validation groups are too few.",
+            hint="Collect more items, or raise `rate` or `validation`.",
+        )
     hidden = hidden_along(slm, examples)
     of = {id(example): states for example, states in zip(examples, hidden, strict=True)}
     probe = fit_probe(learn, [of[id(example)] for example in learn], seed=settings.seed)

@@ -1,0 +1,260 @@
+"""Rollouts: labelled truly, whole or not there, the same however often the run was killed."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_fixtures import QUICK, prompts, save_model, tiny_pair, write_prompts
+
+from s2t_agents.errors import ConfigError, InputError, ModelNotFound, S2TError, TokenizerMismatch
+from s2t_agents.models.prefix import Prefix
+from s2t_agents.training import shards as shard_files
+from s2t_agents.training.collect import check_same_ids, collect, collect_with
+from s2t_agents.training.config import CollectConfig, Models, Rollouts
+from s2t_agents.training.labels import label
+from s2t_agents.training.shards import read_manifest, read_shards
+from s2t_agents.training.tasks import DemoTaskConfig, JsonlTask, JsonlTaskConfig, disjoint
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return tiny_pair()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_labels_are_what_both_models_say_at_each_step(pair, tmp_path):
+    slm, llm, teacher = pair
+    collect_with(slm, teacher, prompts(tmp_path), QUICK, tmp_path / "rollouts")
+    shard = read_shards(tmp_path / "rollouts")[1]
+    for prompt, ids, steps in list(shard.trajectories())[:2]:
+        ours, theirs = Prefix(slm), Prefix(llm)
+        for at, row in enumerate(range(steps.start, steps.stop)):
+            new = prompt if not at else [ids[at - 1]]
+            ours.extend(new)
+            theirs.extend(new)
+            p, q = ours.logits.log_softmax(0), theirs.logits.log_softmax(0)
+            candidates = shard.candidates[row].long()
+            assert candidates.tolist() == p.topk(8).indices.tolist()
+            torch.testing.assert_close(shard.slm[row], p[candidates], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(shard.llm[row], q[candidates], atol=1e-4, rtol=1e-4)
+            assert int(shard.llm_best[row]) == int(q.argmax())
+            assert float(shard.kl[row]) == pytest.approx(float((q.exp() * (q - p)).sum()), abs=1e-3)
+            assert float(shard.entropy[row]) == pytest.approx(float(-(p.exp() * p).sum()), abs=1e-3)
+            assert ids[at] == int(candidates[0])  # greedy
+
+
+def test_greedy_and_sampled_rollouts_of_every_item(pair, tmp_path):
+    slm, _, teacher = pair
+    settings = QUICK.model_copy(update={"samples": 2})
+    collect_with(slm, teacher, prompts(tmp_path), settings, tmp_path / "rollouts")
+    found = read_shards(tmp_path / "rollouts")
+    assert [shard.item.tolist() for shard in found] == [[*range(at, at + 4)] * 3 for at in (0, 4, 8)]
+    rows = [ids for _, ids, _ in found[0].trajectories()]
+    assert rows[0] != rows[4] != rows[8]
+
+
+def test_a_run_that_was_stopped_after_any_shard_ends_the_same(pair, tmp_path, monkeypatch):
+    slm, _, teacher = pair
+    task, settings = prompts(tmp_path), QUICK.model_copy(update={"samples": 1})
+    collect_with(slm, teacher, task, settings, tmp_path / "whole")
+    write = shard_files.write_whole
+
+    def dies_at_the_second(path, data):
+        if path.name == "shard-00001.safetensors":
+            raise KeyboardInterrupt
+        write(path, data)
+
+    monkeypatch.setattr(shard_files, "write_whole", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        collect_with(slm, teacher, task, settings, tmp_path / "broken")
+    with pytest.raises(InputError, match="2 of 3 shards are missing"):
+        read_shards(tmp_path / "broken")
+    monkeypatch.undo()
+    collect_with(slm, teacher, task, settings, tmp_path / "broken")
+    assert files(tmp_path / "broken") == files(tmp_path / "whole")
+
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from s2t_agents.training.collect import collect
+from s2t_agents.training.config import CollectConfig
+collect(CollectConfig.model_validate_json(Path(sys.argv[1]).read_text()))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle_and_again_ends_the_same(pair, tmp_path):
+    slm, llm, _ = pair
+    models = Models(
+        slm=str(save_model(slm, tmp_path / "slm")), llm=str(save_model(llm, tmp_path / "llm")), device="cpu"
+    )
+    file = write_prompts(tmp_path / "prompts.jsonl", 60)
+    settings = QUICK.model_copy(update={"shard_items": 1, "max_tokens": 40})
+    config = CollectConfig(
+        models=models, task=JsonlTaskConfig(task="jsonl", path=file), out=tmp_path / "killed", rollouts=settings
+    )
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "config.json")])
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "killed").glob("shard-*"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    made = len(list((tmp_path / "killed").glob("shard-*")))
+    assert 5 <= made < 60
+    collect(config)
+    collect(config.model_copy(update={"out": tmp_path / "whole"}))
+    for half in (tmp_path / "killed").glob(".*.part"):
+        half.unlink()
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_a_full_disk_is_named_and_whole_shards_are_kept(pair, tmp_path, monkeypatch):
+    slm, _, teacher = pair
+    task = prompts(tmp_path)
+    calls = []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 3:  # the manifest and two shards fit
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shard_files.os, "fsync", full)
+    with pytest.raises(S2TError, match="shard-00002.*No space left on device.*is kept"):
+        collect_with(slm, teacher, task, QUICK, tmp_path / "rollouts")
+    assert sorted(files(tmp_path / "rollouts")) == [
+        "manifest.json",
+        "shard-00000.safetensors",
+        "shard-00001.safetensors",
+    ]
+    monkeypatch.undo()
+    collect_with(slm, teacher, task, QUICK, tmp_path / "rollouts")
+    assert len(read_shards(tmp_path / "rollouts")) == 3
+
+
+def test_a_folder_of_other_rollouts_is_refused(pair, tmp_path):
+    slm, _, teacher = pair
+    collect_with(slm, teacher, prompts(tmp_path), QUICK, tmp_path / "rollouts")
+    with pytest.raises(ConfigError, match="other settings"):
+        collect_with(slm, teacher, prompts(tmp_path), QUICK.model_copy(update={"k": 4}), tmp_path / "rollouts")
+    with pytest.raises(ConfigError, match="other task, prompts_hash, items"):
+        collect_with(slm, teacher, prompts(tmp_path, 11), QUICK, tmp_path / "rollouts")
+
+
+def test_the_manifest_names_models_prompts_and_settings(pair, tmp_path):
+    slm, _, teacher = pair
+    collect_with(slm, teacher, prompts(tmp_path), QUICK, tmp_path / "rollouts")
+    manifest = read_manifest(tmp_path / "rollouts")
+    assert manifest.slm.weights_fingerprint == slm.weights_fingerprint != manifest.llm.weights_fingerprint
+    assert (manifest.items, manifest.shards, manifest.settings["k"]) == (12, 3, 8)
+
+
+def test_nothing_to_collect_is_refused_before_any_model_is_loaded(tmp_path):
+    config = CollectConfig(
+        models=Models(slm="/nowhere", llm="/nowhere"),
+        task=DemoTaskConfig(count=1),
+        out=tmp_path,
+        rollouts=Rollouts(greedy=False),
+    )
+    with pytest.raises(ConfigError, match="no rollouts"):
+        collect(config)
+
+
+def test_no_rollouts_and_broken_shards_are_named(pair, tmp_path):
+    slm, _, teacher = pair
+    with pytest.raises(ModelNotFound, match=r"manifest.json is missing.*collect"):
+        read_shards(tmp_path)
+    collect_with(slm, teacher, prompts(tmp_path), QUICK, tmp_path / "rollouts")
+    (tmp_path / "rollouts" / "shard-00001.safetensors").write_bytes(b"no shard")
+    with pytest.raises(InputError, match=r"shard-00001.safetensors is not a readable shard"):
+        read_shards(tmp_path / "rollouts")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "holds no prompts"),
+        (['{"prompt": "a", "answer": "1", "id": 7}', '{"prompt": "b", "answer": "1", "id": 7}'], "'7'"),
+        (['{"prompt": "a", "answer": "1"}', '{"prompt": "b"}'], "no answer for 1 of 2 prompts, id '2'"),
+        (['{"prompt": "", "answer": "1"}'], "line 1: no prompt"),
+        (["{"], "line 1: not JSON"),
+    ],
+)
+def test_prompt_files_that_can_not_be_used(tmp_path, lines, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(InputError, match=message):
+        JsonlTask(file, "numeric")
+
+
+def test_answers_are_not_needed_to_collect(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n')
+    assert len(JsonlTask(file, "numeric", answers=False).items) == 1
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"gone.jsonl can not be read"):
+        JsonlTask(tmp_path / "gone.jsonl", "numeric")
+
+
+def test_parts_of_one_file_share_nothing_and_overlaps_are_refused(tmp_path):
+    file = write_prompts(tmp_path / "prompts.jsonl", 10)
+    first, second = JsonlTask(file, "numeric", count=5), JsonlTask(file, "numeric", first=5)
+    disjoint(first, second)
+    with pytest.raises(ConfigError, match="share 1 prompts, '4'"):
+        disjoint(first, JsonlTask(file, "numeric", first=4))
+
+
+def test_splits_of_the_demo_world_share_nothing():
+    heldout, other = DemoTaskConfig(first=0, count=20), DemoTaskConfig(first=20, count=20)
+    disjoint(heldout.open(), other.open())
+    with pytest.raises(ConfigError, match="share"):
+        disjoint(heldout.open(), DemoTaskConfig(first=19, count=5).open())
+
+
+def test_models_with_other_token_ids_are_refused(pair):
+    slm, llm, _ = pair
+
+    class Shifted:
+        def get_vocab(self):
+            return {token: i + 1 for token, i in llm.tokenizer.get_vocab().items()}
+
+    class Other:
+        name, tokenizer = "other", Shifted()
+
+    with pytest.raises(TokenizerMismatch, match="disagree on 263 token ids"):
+        check_same_ids(slm, Other())
+
+
+def test_an_on_policy_round_needs_a_calibrated_selector(pair, tmp_path):
+    from s2t_agents.selectors.config import BaseIdentity, SelectorConfig
+    from s2t_agents.training.config import Fit
+    from s2t_agents.training.objectives import fresh_selector
+
+    slm, _, teacher = pair
+    selector = fresh_selector(slm, "head", Fit(width=8))
+    selector.save(tmp_path / "head", SelectorConfig(kind="head", base=BaseIdentity.of(slm), k=4))
+    settings = QUICK.model_copy(update={"selector": tmp_path / "head"})
+    with pytest.raises(ConfigError, match="no thresholds"):
+        collect_with(slm, teacher, prompts(tmp_path), settings, tmp_path / "rollouts")
+
+
+def test_a_trajectory_is_labelled_the_same_in_any_batch(pair):
+    slm, _, teacher = pair
+    trajectories = [([65] * n, [66] * m) for n, m in ((3, 5), (30, 2), (9, 20), (4, 4))]
+    together = label(slm, teacher, trajectories, 4)
+    alone = label(slm, teacher, trajectories[2:3], 4)[0]
+    torch.testing.assert_close(together[2].llm, alone.llm, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together[2].kl, alone.kl, atol=1e-4, rtol=1e-4)

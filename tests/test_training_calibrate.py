@@ -1,0 +1,136 @@
+"""Thresholds meet their target rates on held-out rollouts, and say how sure they are."""
+
+import json
+
+import pytest
+import torch
+from training_fixtures import QUICK, prompts, tiny_pair
+
+from s2t_agents.errors import ConfigError
+from s2t_agents.selectors import SelectorConfig, calibrated_trigger, load_selector
+from s2t_agents.selectors.config import BaseIdentity
+from s2t_agents.selectors.learned_trigger import save_probe
+from s2t_agents.training.calibrate import calibrate_with
+from s2t_agents.training.collect import collect_with
+from s2t_agents.training.config import CalibrateConfig, Fit, Models, Targets
+from s2t_agents.training.objectives import fresh_selector
+from s2t_agents.training.shards import read_shards
+from s2t_agents.training.statistics import best_temperature, expected_calibration_error, reliability, roc_auc, wilson
+from s2t_agents.triggers import entropy, probe
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return tiny_pair()
+
+
+@pytest.fixture(scope="module")
+def heldout(pair, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("heldout")
+    slm, _, teacher = pair
+    collect_with(slm, teacher, prompts(folder, 24, first=500), QUICK, folder / "rollouts")
+    return folder / "rollouts"
+
+
+@pytest.fixture
+def selector(pair, tmp_path):
+    slm, _, _ = pair
+    made = fresh_selector(slm, "head", Fit(width=16))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made.out.weight.data.normal_(0, 0.5)
+    made.save(tmp_path / "head", SelectorConfig(kind="head", base=BaseIdentity.of(slm), k=4))
+    return tmp_path / "head"
+
+
+def calibrated(pair, selector, heldout, **targets):
+    config = CalibrateConfig(models=Models(), selector=selector, rollouts=heldout, targets=Targets(**targets), seed=500)
+    return calibrate_with(pair[0], config)
+
+
+def test_thresholds_meet_the_target_rates(pair, selector, heldout):
+    found = calibrated(pair, selector, heldout, trigger_rate=0.2, escalation_rate=0.3)
+    steps = sum(len(shard.ids) for shard in read_shards(heldout))
+    assert found.trigger_rate == pytest.approx(0.2, abs=1 / steps)
+    assert found.escalation_rate == pytest.approx(0.3, abs=2 / (0.2 * steps))
+    assert found.trigger_rate_ci95[0] < found.trigger_rate < found.trigger_rate_ci95[1]
+    assert (found.problems, found.seed) == (24, 500)
+    assert 0 <= found.agreement_greedy <= 1
+    assert sum(count for *_, count in found.reliability) == round(found.trigger_rate * steps)
+
+
+def test_the_selector_as_loaded_has_them(pair, selector, heldout):
+    found = calibrated(pair, selector, heldout)
+    loaded, config = load_selector(selector, pair[0])
+    assert config.calibration == found
+    assert loaded.temperature == config.temperature != 1.0
+    assert "held-out problems | 24 (seed 500)" in (selector / "README.md").read_text()
+    assert isinstance(calibrated_trigger(selector, config), entropy)
+
+
+def test_calibrating_twice_changes_nothing(pair, selector, heldout):
+    calibrated(pair, selector, heldout)
+    once = (selector / "selector.json").read_bytes()
+    calibrated(pair, selector, heldout)
+    assert (selector / "selector.json").read_bytes() == once
+
+
+def test_thresholds_for_other_rates_are_written_down(pair, selector, heldout):
+    found = calibrated(pair, selector, heldout)
+    nats = [found.entropy_for(rate) for rate in (0.01, 0.05, 0.08, 0.1, 0.5)]
+    assert nats == sorted(nats, reverse=True)
+    assert found.entropy_for(0.05) == pytest.approx(found.trigger_entropy)
+    steps = torch.cat([shard.entropy for shard in read_shards(heldout)])
+    assert float((steps >= found.entropy_for(0.1)).float().mean()) == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_probe_that_finds_more_becomes_the_trigger(pair, selector, heldout):
+    slm = pair[0]
+    save_probe(selector, torch.zeros(slm.config.hidden_size + 1), 0.0)
+    useless = calibrated(pair, selector, heldout)
+    assert useless.probe_above == 0.5 or useless.probe_above is None
+    config = SelectorConfig.load(selector)
+    better = config.model_copy(update={"calibration": useless.model_copy(update={"probe_above": 0.5})})
+    assert isinstance(calibrated_trigger(selector, better), probe)
+
+
+def test_an_uncalibrated_selector_has_no_trigger(selector):
+    with pytest.raises(ConfigError, match=r"no thresholds.*calibrate"):
+        calibrated_trigger(selector, SelectorConfig.load(selector))
+
+
+def test_unfinished_rollouts_are_refused(pair, selector, heldout, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    manifest = json.loads((heldout / "manifest.json").read_text())
+    (broken / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Exception, match="unfinished"):
+        calibrated(pair, selector, broken)
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [(0, 0, 0, 1), (0, 10, 0, 0.2775), (5, 10, 0.2366, 0.7634), (475, 500, 0.9272, 0.9659)],
+)
+def test_wilson_intervals_are_the_textbooks(hits, n, low, high):
+    assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_auc_is_the_chance_of_the_right_order():
+    positive = torch.tensor([True, False, True, False])
+    assert roc_auc(torch.tensor([4.0, 1.0, 3.0, 2.0]), positive) == 1.0
+    assert roc_auc(torch.tensor([1.0, 4.0, 2.0, 3.0]), positive) == 0.0
+    assert roc_auc(torch.ones(4), positive) == 0.5
+    assert roc_auc(torch.ones(4), torch.ones(4, dtype=torch.bool)) is None
+
+
+def test_temperature_makes_confidence_mean_a_probability():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(4000, 4, generator=generator)
+    right = torch.multinomial((scores / 0.5).softmax(-1), 1, generator=generator)[:, 0]
+    temperature = best_temperature(scores, right)
+    assert temperature == pytest.approx(0.5, rel=0.1)
+    picks = (scores / temperature).softmax(-1).max(-1)
+    assert expected_calibration_error(reliability(picks.values, picks.indices == right)) < 0.03
+    overconfident = (scores / 0.1).softmax(-1).max(-1)
+    assert expected_calibration_error(reliability(overconfident.values, overconfident.indices == right)) > 0.1

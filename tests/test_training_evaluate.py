@@ -1,0 +1,225 @@
+"""The table: the same problems for all rows, decisions that are the engine's, figures that add up."""
+
+import pytest
+import torch
+from training_fixtures import QUICK, prompts, tiny_pair
+
+from s2t_agents.errors import ConfigError, InputError
+from s2t_agents.selectors import SelectorConfig
+from s2t_agents.selectors.config import BaseIdentity
+from s2t_agents.training.calibrate import calibrate_with
+from s2t_agents.training.collect import collect_with
+from s2t_agents.training.config import (
+    Adapter,
+    CalibrateConfig,
+    EvaluateConfig,
+    Fit,
+    Models,
+    ProbeConfig,
+    Rows,
+    Targets,
+)
+from s2t_agents.training.evaluate import evaluate_with
+from s2t_agents.training.grading import exact, final_answer, numeric
+from s2t_agents.training.objectives import fresh_selector
+from s2t_agents.training.plots import draw, draw_hits, draw_reliability
+from s2t_agents.training.probe import probe_with
+from s2t_agents.training.report import Tally
+from s2t_agents.training.shards import read_shards
+from s2t_agents.training.tasks import DemoTask, DemoTaskConfig
+
+ROWS = Rows(
+    budgets=(1, 2, 4, 8), votes=3, max_tokens=16, batch=5, check=3, agreement=5, k=4, ks=(1, 4), rates=(0.1, 0.3)
+)
+NAMES = [
+    "slm", "maj3", "random", "head", "activated", "published", "llm_select", "takeover",
+    "hybrid_1", "hybrid_2", "hybrid_4", "hybrid_8", "llm",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return tiny_pair()
+
+
+@pytest.fixture(scope="module")
+def made(pair, tmp_path_factory):
+    """Held-out rollouts, and calibrated selectors of every kind that change many picks."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    slm, _, teacher = pair
+    collect_with(slm, teacher, prompts(folder, 12, first=300), QUICK, folder / "rollouts")
+    for kind in ("head", "activated", "published"):
+        selector = fresh_selector(slm, kind, Fit(width=16, adapter=Adapter(rank=2)))
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            for parameter in selector.parameters():
+                parameter.data.normal_(0, 0.3)
+        selector.save(folder / kind, SelectorConfig(kind=kind, base=BaseIdentity.of(slm), k=4))
+        targets = Targets(trigger_rate=0.2, escalation_rate=0.5)
+        calibrate_with(
+            slm,
+            CalibrateConfig(models=Models(), selector=folder / kind, rollouts=folder / "rollouts", targets=targets),
+        )
+    return folder
+
+
+def settings(made, **changed) -> EvaluateConfig:
+    selectors = {kind: made / kind for kind in ("head", "activated", "published")}
+    return EvaluateConfig(models=Models(), task=DemoTaskConfig(), **{"selectors": selectors, "rows": ROWS, **changed})
+
+
+@pytest.fixture(scope="module")
+def report(pair, made):
+    slm, llm, _ = pair
+    return evaluate_with(slm, llm, prompts(made, 10), settings(made))
+
+
+def test_every_row_is_there_over_the_same_problems(report):
+    assert list(report.rows) == NAMES
+    assert {row.n for row in report.rows.values()} == {10}
+    assert list(report.sweeps["k"])[1] == "llm_select, K = 1"
+    assert len(report.sweeps["rate"]) == 2
+
+
+def test_the_engine_gives_the_same_tokens_one_by_one(report):
+    live = {name: row.live_same for name, row in report.rows.items() if row.live_same is not None}
+    assert sorted(live) == sorted(set(NAMES) - {"maj3", "random", "takeover"})
+    assert set(live.values()) == {1.0}
+
+
+def test_no_row_asks_the_llm_more_often_than_it_may(report):
+    rows = report.rows
+    for name in ("slm", "maj3", "random", "head", "activated", "published"):
+        assert rows[name].llm_calls == rows[name].llm_tokens == rows[name].escalation_rate == 0
+    for limit in (1, 2, 4, 8):
+        assert rows[f"hybrid_{limit}"].llm_calls <= limit
+    assert rows["hybrid_1"].llm_calls < rows["hybrid_4"].llm_calls
+    assert rows["llm_select"].escalation_rate == rows["takeover"].escalation_rate == 1
+    assert rows["llm"].llm_calls == rows["llm"].tokens > rows["llm_select"].llm_calls > 0
+    assert rows["llm"].cost_usd is None
+    assert rows["slm"].cost_usd == 0
+
+
+def test_forwards_are_counted(report):
+    rows = report.rows
+    assert rows["slm"].slm_forwards == rows["slm"].tokens == rows["head"].slm_forwards == rows["head"].tokens
+    assert rows["activated"].slm_forwards > rows["activated"].tokens
+    assert rows["llm"].slm_forwards == 0
+    assert rows["maj3"].tokens > 2 * rows["slm"].tokens
+
+
+def test_agreement_is_whole_where_the_llm_selects(report):
+    assert report.rows["llm_select"].agreement == 1.0
+    assert 0 <= report.rows["head"].agreement < 1
+    assert report.rows["slm"].agreement is None
+
+
+def test_one_candidate_is_greedy(report):
+    narrow = report.sweeps["k"]["llm_select, K = 1"]
+    assert (narrow.flip_rate, narrow.tokens) == (0, report.rows["slm"].tokens)
+    assert narrow.trigger_rate > 0
+
+
+def test_two_runs_agree_and_chunks_do_not_matter(pair, made, report):
+    slm, llm, _ = pair
+    again = evaluate_with(slm, llm, prompts(made, 10), settings(made, rows=ROWS.model_copy(update={"batch": 4})))
+    for name, row in report.rows.items():
+        same = again.rows[name]
+        assert (same.accuracy, same.tokens, same.llm_calls, same.llm_tokens, same.trigger_rate) == (
+            row.accuracy,
+            row.tokens,
+            row.llm_calls,
+            row.llm_tokens,
+            row.trigger_rate,
+        ), name
+
+
+def test_plots_are_drawn(report, made, tmp_path):
+    assert [file.name for file in draw(report, tmp_path)] == ["pareto.png", "sweep-k.png", "sweep-rate.png"]
+    calibration = SelectorConfig.load(made / "head").calibration
+    assert draw_reliability(calibration, tmp_path / "r.png").stat().st_size > 1000
+    assert draw_hits({"top 1% by kl": [0.3, 0.9]}, tmp_path / "h.png").stat().st_size > 1000
+
+
+def test_an_uncalibrated_or_missing_selector_is_refused(pair, made, tmp_path):
+    slm, llm, _ = pair
+    with pytest.raises(ConfigError, match="needs a calibrated selector"):
+        evaluate_with(slm, llm, prompts(made, 2), settings(made, selectors={}))
+    selector = fresh_selector(slm, "head", Fit(width=8))
+    selector.save(tmp_path / "head", SelectorConfig(kind="head", base=BaseIdentity.of(slm), k=4))
+    with pytest.raises(ConfigError, match="no thresholds"):
+        evaluate_with(slm, llm, prompts(made, 2), settings(made, selectors={"head": tmp_path / "head"}))
+    with pytest.raises(ConfigError, match="holds a head selector, not activated"):
+        evaluate_with(slm, llm, prompts(made, 2), settings(made, selectors={"activated": made / "head"}))
+
+
+def test_what_a_row_breaks_and_mends_is_against_the_same_problems():
+    tally = Tally("head", right=[True, False, True, True])
+    row = tally.report(slm=[True, True, False, False], llm=[True, True, True, True], price=None)
+    assert (row.accuracy, row.gap_closed, row.broken) == (0.75, 0.5, 0.5)
+
+
+def test_sufficiency_counts_what_is_in_the_shards(pair, made):
+    slm, _, _ = pair
+    found = probe_with(slm, ProbeConfig(models=Models(), rollouts=made / "rollouts"))
+    shards = read_shards(made / "rollouts")
+    kl = torch.cat([shard.kl for shard in shards])
+    hit = torch.cat([(shard.candidates[:, :4] == shard.llm_best[:, None]).any(1) for shard in shards])
+    row = next(row for row in found.rows if (row.by, row.rate) == ("kl", 0.1))
+    chosen = kl >= kl.sort(descending=True).values[round(0.1 * len(kl)) - 1]
+    assert row.hits[3] == pytest.approx(float(hit[chosen].float().mean()), abs=1e-4)
+    assert list(row.hits) == sorted(row.hits)
+    assert found.steps == len(kl)
+
+
+def test_the_demo_worlds_tools_are_run():
+    task = DemoTask("heldout", 0, 40, ["tool"])
+    item = task.items[0]
+    call = item.source.expected_call
+    assert task.call(item, call.name, call.arguments) == call.result
+    assert "error" in task.call(item, "nothing_like_it", {})
+    assert task.grade(item, item.source.gold[-1]["content"])
+    assert not task.grade(item, "The answer is 1000001.")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("so 3 + 4 = 7. The answer is 7.", "7", True),
+        ("The answer is 7. I had 3 of them.", "7", True),
+        ("#### 1,234", "1234", True),
+        (r"\boxed{42.0}", "42", True),
+        ("no idea", "7", False),
+        ("8", "7", False),
+    ],
+)
+def test_numbers_are_read_from_the_answer(text, answer, right):
+    assert numeric(text, answer) is right
+
+
+def test_votes_count_equal_numbers_as_equal():
+    assert final_answer("The answer is 42.0") == final_answer("it is 42") == "42"
+    assert final_answer("  none ") == "none"
+    assert exact(" a ", "a")
+
+
+def test_math_grading_without_its_library_says_what_to_install():
+    from s2t_agents.training.grading import math
+
+    try:
+        import math_verify  # noqa: F401
+    except ImportError:
+        with pytest.raises(ConfigError, match="pip install math-verify"):
+            math(r"$\frac{1}{2}$", "$0.5$")
+    else:
+        assert math(r"$\frac{1}{2}$", "$0.5$")
+
+
+def test_a_prompt_that_does_not_fit_is_refused(pair, made, tmp_path):
+    slm, llm, _ = pair
+    from s2t_agents.training.tasks import JsonlTask
+
+    file = tmp_path / "long.jsonl"
+    file.write_text('{"prompt": "' + "a" * 600 + '", "answer": "1"}\n')
+    with pytest.raises(InputError, match="512|511|token"):
+        evaluate_with(slm, llm, JsonlTask(file, "numeric"), settings(made))

@@ -1,0 +1,140 @@
+"""Many rows at once take the very decisions that the engine takes one by one."""
+
+import pytest
+import torch
+from training_fixtures import tiny_pair
+
+from s2t_agents.budget import Budget
+from s2t_agents.engine.steps import Engine
+from s2t_agents.escalation import Escalation
+from s2t_agents.models.batch_prefix import BatchPrefix
+from s2t_agents.selectors import LocalLLM
+from s2t_agents.training.config import Adapter, Fit
+from s2t_agents.training.deciders import Corrected, Greedy, Hybrid, Local, Sampled, Selection, Takeover, entropy_above
+from s2t_agents.training.lines import Line, Meter
+from s2t_agents.training.lockstep import generate
+from s2t_agents.training.objectives import fresh_selector
+from s2t_agents.training.scorers import scorer_for
+from s2t_agents.triggers import entropy
+from s2t_agents.types import Sampling
+
+PROMPTS = [[5, 6, 7], list(range(40, 60)), [65] * 9, list(b"hello there"), [66, 67]]
+NATS = 2.0
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def pair():
+    slm, llm, _ = tiny_pair()
+    return slm, llm
+
+
+def opinionated(slm, kind):
+    """A selector with random weights: it changes many picks."""
+    selector = fresh_selector(slm, kind, Fit(width=16, adapter=Adapter(rank=2)))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        for parameter in selector.parameters():
+            parameter.data.normal_(0, 0.3)
+    return selector.requires_grad_(False)
+
+
+def one_by_one(engine, **budget):
+    found = []
+    for prompt in PROMPTS:
+        limits = Budget(**budget) if budget else None
+        found.append([*engine.steps(prompt, Sampling(max_tokens=TOKENS), budget=limits)])
+    return found
+
+
+def ids(runs):
+    return [[step.token_id for step in steps] for steps in runs]
+
+
+def at_once(slm, decider):
+    return generate(BatchPrefix(slm, PROMPTS), decider, TOKENS)
+
+
+def test_greedy(pair):
+    slm, _ = pair
+    assert [trace.ids for trace in at_once(slm, Greedy())] == ids(one_by_one(Engine(slm)))
+
+
+@pytest.mark.parametrize("kind", ["head", "activated", "published"])
+def test_a_local_selector(pair, kind):
+    slm, _ = pair
+    selector = opinionated(slm, kind)
+    live = one_by_one(Engine(slm, k=4, trigger=entropy(above=NATS), selector=selector))
+    traces = at_once(slm, Corrected(entropy_above(NATS), Local(scorer_for(selector, PROMPTS)), 4))
+    assert [trace.ids for trace in traces] == ids(live)
+    assert [trace.triggered for trace in traces] == [[s.index for s in steps if s.triggered] for steps in live]
+    assert [trace.flipped for trace in traces] == [[s.index for s in steps if s.flipped] for steps in live]
+    assert sum(len(trace.flipped) for trace in traces) > 5
+
+
+def test_the_llm_selects_and_is_charged_the_same(pair):
+    slm, llm = pair
+    live = one_by_one(Engine(slm, k=4, trigger=entropy(above=NATS), escalation=Escalation(LocalLLM(llm), margin=1.0)))
+    meter = Meter(len(PROMPTS))
+    meter.turn(PROMPTS, list(range(len(PROMPTS))))
+    line = Line(lambda: BatchPrefix(llm, PROMPTS))
+    traces = at_once(slm, Corrected(entropy_above(NATS), Selection(line, meter), 4))
+    assert [trace.ids for trace in traces] == ids(live)
+    reports = [[s.escalation for s in steps if s.escalation] for steps in live]
+    assert meter.calls.tolist() == [len(each) for each in reports]
+    first, *_ = reports  # later conversations share the KV of earlier ones, in the engine
+    assert int(meter.tokens[0]) == sum(report.actual.llm_tokens for report in first)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_a_selector_with_a_few_escalations(pair, limit):
+    slm, llm = pair
+    selector = opinionated(slm, "activated")
+    escalation = Escalation(LocalLLM(llm), margin=0.5)
+    live = one_by_one(
+        Engine(slm, k=4, trigger=entropy(above=NATS), selector=selector, escalation=escalation), escalations=limit
+    )
+    meter = Meter(len(PROMPTS))
+    meter.turn(PROMPTS, list(range(len(PROMPTS))))
+    picker = Hybrid(
+        scorer_for(selector, PROMPTS), Line(lambda: BatchPrefix(llm, PROMPTS)), meter, margin=0.5, limit=limit
+    )
+    traces = at_once(slm, Corrected(entropy_above(NATS), picker, 4))
+    assert [trace.ids for trace in traces] == ids(live)
+    assert meter.calls.tolist() == [sum(s.picked_by == "llm" for s in steps) for steps in live]
+    assert int(meter.calls.max()) <= limit
+
+
+def test_takeover_writes_tokens_that_are_no_candidates(pair):
+    slm, llm = pair
+    meter = Meter(len(PROMPTS))
+    meter.turn(PROMPTS, list(range(len(PROMPTS))))
+    line = Line(lambda: BatchPrefix(llm, PROMPTS))
+    everywhere = at_once(slm, Corrected(entropy_above(0.0), Takeover(line, meter), 1))
+    assert [trace.ids for trace in everywhere] == ids(one_by_one(Engine(llm)))
+
+
+def test_a_row_draws_the_same_in_any_company(pair):
+    slm, _ = pair
+    seeds = [11, 12, 13, 14, 15]
+    together = at_once(slm, Sampled(0.8, seeds, TOKENS))
+    alone = generate(BatchPrefix(slm, [PROMPTS[3]]), Sampled(0.8, [seeds[3]], TOKENS), TOKENS)
+    assert alone[0].ids == together[3].ids
+    other = generate(BatchPrefix(slm, [PROMPTS[3]]), Sampled(0.8, [99], TOKENS), TOKENS)
+    assert other[0].ids != alone[0].ids
+
+
+def test_draws_follow_the_distribution(pair):
+    slm, _ = pair
+    start = BatchPrefix(slm, [PROMPTS[0]] * 2000)
+    drawn = [trace.ids[0] for trace in generate(start, Sampled(0.5, list(range(2000)), 1), 1)]
+    wanted = (start.logits[0] / 0.5).softmax(0)
+    for token in wanted.topk(3).indices.tolist():
+        assert abs(drawn.count(token) / 2000 - float(wanted[token])) < 0.04
+
+
+def test_a_full_context_ends_a_row(pair):
+    slm, _ = pair
+    long = [65] * (slm.context_window - 3)
+    traces = generate(BatchPrefix(slm, [long, PROMPTS[0]]), Greedy(), 8)
+    assert len(traces[0].ids) == len([*Engine(slm).steps(long, Sampling(max_tokens=8))]) <= 3

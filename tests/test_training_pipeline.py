@@ -1,0 +1,210 @@
+"""From one TOML file to the table, on tiny models: killed at every stage, the end is the same."""
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+from training_fixtures import save_model, tiny_pair, write_prompts
+from typer.testing import CliRunner
+
+from s2t_agents.errors import ConfigError
+from s2t_agents.training import calibrate, fit, probe, shards, train
+from s2t_agents.training.commands import BUNDLED, app
+from s2t_agents.training.config import read_config
+from s2t_agents.training.pipeline import pipeline
+
+TOML = """
+out = "{out}"
+seed = 3
+
+[models]
+slm = "{folder}/slm"
+llm = "{folder}/llm"
+device = "cpu"
+
+[tasks.train]
+task = "jsonl"
+path = "{folder}/train.jsonl"
+
+[tasks.heldout]
+task = "jsonl"
+path = "{folder}/heldout.jsonl"
+
+[tasks.test]
+task = "jsonl"
+path = "{folder}/test.jsonl"
+
+[collect]
+k = 8
+max_tokens = 12
+shard_items = 6
+samples = 1
+
+[train.head]
+k = 4
+width = 8
+rate = 0.5
+epochs = 1
+batch = 16
+evaluate_every = 2
+validation = 0.3
+
+[train.activated]
+k = 4
+rate = 0.5
+epochs = 1
+batch = 4
+evaluate_every = 2
+validation = 0.3
+adapter = {{ rank = 2 }}
+
+[calibrate]
+trigger_rate = 0.2
+
+[evaluate]
+max_tokens = 12
+budgets = [1]
+votes = 2
+check = 1
+agreement = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    slm, llm, _ = tiny_pair()
+    save_model(slm, folder / "slm")
+    save_model(llm, folder / "llm")
+    for at, (part, count) in enumerate((("train", 12), ("heldout", 8), ("test", 4))):
+        write_prompts(folder / f"{part}.jsonl", count, first=1000 * at)
+    return folder
+
+
+def config_file(folder: Path, out: Path) -> Path:
+    file = out.with_suffix(".toml")
+    file.write_text(TOML.format(out=out, folder=folder))
+    return file
+
+
+def made(out: Path) -> dict[str, bytes]:
+    """Everything that was made, but for clocks and paths."""
+    found = {}
+    for file in sorted(out.rglob("*")):
+        if file.name in ("report.json", "training.json") or not file.is_file():
+            continue
+        found[str(file.relative_to(out))] = file.read_bytes()
+    report = json.loads((out / "evaluation" / "report.json").read_text())
+    report.pop("seconds")
+    for row in report["rows"].values():
+        row.pop("seconds"), row.pop("live_seconds")
+    found["report"] = json.dumps(report, sort_keys=True).encode()
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    pipeline(read_config(config_file(folder, folder / "whole")))
+    return made(folder / "whole")
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the package catches it."""
+
+
+@pytest.mark.parametrize(
+    ("stage", "where", "name", "call"),
+    [
+        ("collect", shards, "write_whole", 3),
+        ("train head", fit, "_save", 1),
+        ("between training and saving", train, "save_probe", 1),
+        ("train activated", fit, "_save", 4),
+        ("calibrate", calibrate, "write_card", 1),
+        ("probe", probe, "write_whole", 1),
+    ],
+)
+def test_killed_at_any_stage_and_started_again_the_end_is_the_same(
+    folder, whole, tmp_path, monkeypatch, stage, where, name, call
+):
+    real, calls = getattr(where, name), []
+
+    def dies(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise Killed
+        return real(*args)
+
+    config = read_config(config_file(folder, tmp_path / "out"))
+    monkeypatch.setattr(where, name, dies)
+    with pytest.raises(Killed):
+        pipeline(config)
+    monkeypatch.undo()
+    pipeline(config)
+    assert made(tmp_path / "out") == whole, stage
+
+
+def test_the_commands_print_tables_or_json(folder, whole):
+    file = str(folder / "whole.toml")
+    run = CliRunner()
+    for command in (["collect"], ["train"], ["calibrate"], ["probe"]):
+        shown = run.invoke(app, [*command, file])
+        assert shown.exit_code == 0, shown.output
+        assert "─" in shown.stdout or "━" in shown.stdout
+    figures = run.invoke(app, ["probe", file, "--json"])
+    assert json.loads(figures.stdout)["rows"][0]["by"] == "kl"
+    report = run.invoke(app, ["eval", file, "--json"])
+    assert set(json.loads(report.stdout)["rows"]["hybrid_1"]) >= {
+        "accuracy", "ci95", "llm_calls", "llm_tokens", "seconds", "trigger_rate"
+    }  # fmt: skip
+
+
+def test_eval_takes_any_task_file_n_and_selectors(folder, whole):
+    file, head = str(folder / "whole.toml"), str(folder / "whole" / "head")
+    call = ["eval", file, "--task", str(folder / "test.jsonl"), "--n", "2", "--seed", "5", "--selector", head, "--json"]
+    report = json.loads(CliRunner().invoke(app, call).stdout)
+    assert (report["n"], report["seed"], report["hybrid"]) == (2, 5, "head")
+    assert "activated" not in report["rows"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("k = 8", "k = 99"), "collect.k: Input should be less than or equal to 64"),
+        (("seed = 3", "sede = 3"), "sede: Extra inputs are not permitted"),
+        (("[calibrate]", "[calibrate"), "is not TOML"),
+        (("/slm", "/nowhere"), "no tokenizer at"),
+        (("heldout.jsonl", "train.jsonl"), "share 12 prompts"),
+    ],
+)
+def test_bad_settings_end_in_one_line_and_exit_code_1(folder, tmp_path, change, message):
+    file = config_file(folder, tmp_path / "out")
+    file.write_text(file.read_text().replace(*change))
+    shown = CliRunner().invoke(app, ["pipeline", str(file)])
+    assert shown.exit_code == 1
+    assert message in shown.stderr
+    assert shown.stderr.strip().splitlines()[-1].startswith("s2t: ")
+
+
+def test_a_missing_config_and_an_unknown_kind_are_named(folder, whole, tmp_path):
+    with pytest.raises(ConfigError, match=r"gone.toml can not be read"):
+        read_config(tmp_path / "gone.toml")
+    shown = CliRunner().invoke(app, ["train", str(folder / "whole.toml"), "--kind", "published"])
+    assert "no [train.published]; it has head, activated" in shown.stderr
+
+
+def test_the_bundled_config_is_sound_and_its_parts_share_nothing():
+    config = read_config(BUNDLED)
+    assert set(config.train) == {"head", "activated", "published"}
+    assert tomllib.loads(BUNDLED.read_text())["tasks"]["test"]["split"] == "heldout"
+    assert config.tasks.train.first + config.tasks.train.count <= config.tasks.heldout.first
+
+
+def test_another_training_in_the_same_folder_is_refused(folder, whole, tmp_path):
+    shutil.copytree(folder / "whole", tmp_path / "out")
+    file = config_file(folder, tmp_path / "out")
+    file.write_text(file.read_text().replace("width = 8", "width = 16"))
+    shown = CliRunner().invoke(app, ["train", str(file), "--kind", "head"])
+    assert shown.exit_code == 1
+    assert "holds a selector of other settings" in shown.stderr

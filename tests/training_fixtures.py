@@ -1,0 +1,40 @@
+"""Tiny pairs and prompt files for the tests of training. Random weights: nothing they say means anything."""
+
+import json
+from pathlib import Path
+
+from s2t_agents.testing import tiny_model
+from s2t_agents.training.config import Rollouts
+from s2t_agents.training.labels import LocalTeacher
+from s2t_agents.training.tasks import JsonlTask
+
+QUICK = Rollouts(k=8, max_tokens=12, shard_items=4)
+
+
+def write_prompts(path: Path, count: int = 12, *, first: int = 0) -> Path:
+    rows = [
+        {"id": str(first + at), "prompt": f"{first + at} + {at}?", "answer": str(first + 2 * at)} for at in range(count)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+def prompts(path: Path, count: int = 12, *, first: int = 0) -> JsonlTask:
+    return JsonlTask(write_prompts(path / f"prompts-{first}-{count}.jsonl", count, first=first), "numeric")
+
+
+def tiny_pair(architecture: str = "qwen3"):
+    """A small and a large model over one vocabulary, and the large one as teacher."""
+    slm = tiny_model(architecture, seed=1)
+    llm = (
+        tiny_model(architecture, seed=2, hidden_size=48, head_dim=12)
+        if architecture == "qwen3"
+        else tiny_model(architecture, seed=2)
+    )
+    return slm, llm, LocalTeacher(llm)
+
+
+def save_model(model, folder: Path) -> Path:
+    model.model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
