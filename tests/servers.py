@@ -139,7 +139,16 @@ def says(content: Any) -> Fault:
 
 def top(scores: dict[str, Any]) -> Fault:
     """Answer with these log-probabilities."""
-    return says({"choices": [{"logprobs": {"top_logprobs": [scores]}}], "usage": {"prompt_tokens": 1}})
+    return says({"choices": [{"logprobs": {"top_logprobs": [scores]}}]})
+
+
+def counts(prompt_tokens: int) -> Fault:
+    """Answer rightly and say that the prompt had so many tokens."""
+
+    def fault(handler: Handler, body: dict[str, Any]) -> None:
+        handler.reply({**handler.server.answer(body), "usage": {"prompt_tokens": prompt_tokens}})
+
+    return fault
 
 
 def candidates_score(score: str) -> Fault:

@@ -91,9 +91,7 @@ def test_a_server_that_refuses_unknown_fields_is_asked_without(server: Completio
     assert len(server.asked) == 3  # remembered
 
 
-def test_cached_tokens_are_paid_as_such_and_silence_is_billed_in_full(
-    server: CompletionServer, llm: OpenAILLM
-) -> None:
+def test_cached_tokens_are_paid_as_such_and_silence_is_billed_in_full(server: CompletionServer, llm: OpenAILLM) -> None:
     def cached(handler: servers.Handler, body: dict[str, object]) -> None:
         reply = server.answer(body)
         reply["usage"]["prompt_tokens_details"] = {"cached_tokens": 3}
@@ -233,7 +231,9 @@ def test_keys_that_no_header_carries_are_refused_without_being_repeated(key: str
     assert not key or key not in str(caught.value)
 
 
-@pytest.mark.parametrize("setting", [{"timeout_s": 0}, {"attempt_s": float("nan")}, {"connect_s": 1e9}, {"attempts": 0}])
+@pytest.mark.parametrize(
+    "setting", [{"timeout_s": 0}, {"attempt_s": float("nan")}, {"connect_s": 1e9}, {"attempts": 0}]
+)
 def test_times_that_can_not_work_are_refused(setting: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(setting))):
         OpenAILLM("https://llm.example.com/v1", "m", **setting)  # type: ignore[arg-type]

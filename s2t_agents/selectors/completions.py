@@ -90,7 +90,7 @@ def parse(content: bytes, prompt_tokens: int) -> Reply:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
         raise EscalationFailed(f"the server's reply can not be used: {where}: {first['msg']}.") from None
-    if reply.usage is not None and reply.usage.prompt_tokens > 2 * prompt_tokens + 64:
+    if reply.usage is not None and not prompt_tokens <= reply.usage.prompt_tokens <= 2 * prompt_tokens + 64:
         raise EscalationFailed(f"the server says that {prompt_tokens} tokens were {reply.usage.prompt_tokens}.")
     return reply
 

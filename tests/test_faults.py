@@ -1,0 +1,320 @@
+"""Whatever the network does, the answer comes: the local pick, inside the deadline, the hold closed, and said so."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessage
+
+import servers
+from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
+from s2t_agents.escalation import Escalation
+from s2t_agents.selectors import CircuitBreaker, OpenAILLM
+from s2t_agents.testing import tiny_model
+from s2t_agents.triggers import always
+from servers import CompletionServer, Fault, serving
+
+PRICE = TokenPrice(Decimal(2), Decimal(10))
+TIMEOUT_S = 0.4
+SLACK_S = 2.0
+"""A loaded machine's own slowness; no fault below would end by itself within it."""
+
+
+@pytest.fixture
+def server() -> Iterator[CompletionServer]:
+    with serving(tiny_model(seed=5)) as running:
+        yield running
+
+
+def dead_line(url: str, **settings: Any) -> OpenAILLM:
+    options = {"timeout_s": TIMEOUT_S, "attempt_s": TIMEOUT_S, "connect_s": TIMEOUT_S, "price": PRICE, **settings}
+    return OpenAILLM(url, "tiny-qwen3-5", **options)
+
+
+def chat(llm: OpenAILLM, **settings: Any) -> ChatS2T:
+    options: dict[str, Any] = {"model": tiny_model(), "max_tokens": 4, "trigger": always(), **settings}
+    return ChatS2T(escalation=Escalation(llm, margin=1.0), **options)
+
+
+def local_answer() -> Any:
+    return ChatS2T(model=tiny_model(), max_tokens=4).invoke("hello").content
+
+
+UNBILLED = {
+    "429": servers.status(429),
+    "500": servers.status(500),
+    "503": servers.status(503, Retry_After="7"),
+    "401": servers.status(401),
+    "404": servers.status(404),
+    "302": servers.status(302, Location="/v1/other"),
+}
+BILLED = {
+    "hang in mid-body": servers.hangs,
+    "hang before the headers": servers.hangs_before_headers,
+    "slow drip of headers": servers.drips,
+    "slow drip of body": servers.drips_body,
+    "connection closed": servers.hangs_up,
+    "truncated JSON": servers.says(b'{"choices": [{"logprobs": {"top_logp'),
+    "no JSON": servers.says(b"<html>It works!</html>"),
+    "empty body": servers.says(b""),
+    "absurd JSON": servers.says([[["choices"]], 3]),
+    "deep JSON": servers.says(b"[" * 100_000),
+    "no choices": servers.says({"choices": []}),
+    "no log-probabilities": servers.says({"choices": [{"logprobs": None}]}),
+    "endless body": servers.endless,
+    "NaN": servers.candidates_score("NaN"),
+    "infinity": servers.candidates_score("-Infinity"),
+    "numbers as text": servers.candidates_score('"-1.5"'),
+    "positive log-probabilities": servers.candidates_score("2.5"),
+    "more than all probability": servers.candidates_score("-0.1"),
+    "wrong ids": servers.top({"token_id:999999": -0.1}),
+    "no ids": servers.top({"token_id:x": -0.1}),
+    "tokens as text": servers.top({" the": -0.1}),
+    "a count beyond belief": servers.counts(10**12),
+    "a count that flatters": servers.counts(1),
+}
+
+
+def in_time(call: Callable[[], AIMessage], questions: int) -> AIMessage:
+    started = time.perf_counter()
+    message = call()
+    assert time.perf_counter() - started < questions * TIMEOUT_S + SLACK_S
+    return message
+
+
+def is_local_and_says_so(message: AIMessage) -> None:
+    assert message.content == local_answer()
+    s2t = message.response_metadata["s2t"]
+    assert (s2t["degraded"], s2t["escalations"], s2t["flips"]) == (True, 0, 0)
+
+
+def run(server: CompletionServer, fault: Fault, how: str) -> tuple[Budget, Ledger, AIMessage]:
+    server.fault = fault
+    llm, budget, ledger = dead_line(server.url), Budget(usd="1", escalations=50), Ledger()
+    model = chat(llm, budget=budget, ledger=ledger)
+    if how == "sync":
+        message = in_time(lambda: model.invoke("hello"), questions=4)  # type: ignore[arg-type, return-value]
+    else:
+        message = in_time(lambda: asyncio.run(model.ainvoke("hello")), questions=4)  # type: ignore[arg-type, return-value]
+    llm.close()
+    return budget, ledger, message
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+@pytest.mark.parametrize("name", UNBILLED)
+def test_a_server_that_declines_costs_nothing(server: CompletionServer, name: str, how: str) -> None:
+    budget, ledger, message = run(server, UNBILLED[name], how)
+    is_local_and_says_so(message)
+    state = budget.state()
+    assert (state.spent["usd"], state.spent["escalations"], state.holds) == (0, 0, 0)
+    [record] = ledger.records()
+    assert {receipt.outcome for receipt in record.receipts} == {"failed"}
+    assert all(receipt.actual is None and receipt.reason for receipt in record.receipts)
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+@pytest.mark.parametrize("name", BILLED)
+def test_a_server_that_may_have_worked_is_billed_for_the_prefix(server: CompletionServer, name: str, how: str) -> None:
+    budget, ledger, message = run(server, BILLED[name], how)
+    is_local_and_says_so(message)
+    [record] = ledger.records()
+    billed = [receipt for receipt in record.receipts if receipt.actual is not None]
+    assert len(billed) == len(server.asked) == 3  # then the breaker keeps it local
+    assert all(receipt.actual == receipt.reserved for receipt in billed)
+    state = budget.state()
+    assert state.spent["usd"] == record.cost_usd.llm == sum(receipt.actual.usd for receipt in billed)
+    assert (state.spent["escalations"], state.holds) == (3, 0)
+
+
+@pytest.mark.parametrize("where", ["http://127.0.0.1:{closed}/v1", "https://127.0.0.1:{plain}/v1"])
+def test_a_refused_connection_and_a_tls_error_cost_nothing_and_are_tried_once(
+    server: CompletionServer, where: str
+) -> None:
+    budget = Budget(usd="1", escalations=50)
+    llm = dead_line(where.format(closed=servers.free_port(), plain=server.server_port))
+    message = chat(llm, budget=budget).invoke("hello")
+    is_local_and_says_so(message)  # type: ignore[arg-type]
+    assert budget.state().spent["usd"] == 0
+    assert budget.state().holds == 0
+    assert llm.breaker.state == "open"
+    assert server.asked == []
+
+
+def test_a_host_that_swallows_connections_costs_one_connect_timeout_in_all() -> None:
+    import socket
+
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        fillers = [socket.socket() for _ in range(4)]  # the backlog is full: handshakes are not answered
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(deaf.getsockname())
+        llm = dead_line(f"http://127.0.0.1:{deaf.getsockname()[1]}/v1", connect_s=0.5, timeout_s=5.0, attempt_s=5.0)
+        model = chat(llm, max_tokens=12)
+        model.engine  # noqa: B018 - loading, and the check of the tokenizer, which met the dead host
+        started = time.perf_counter()
+        is_degraded = model.invoke("hello").response_metadata["s2t"]["degraded"]
+        assert time.perf_counter() - started < 0.5 + SLACK_S
+        for filler in fillers:
+            filler.close()
+    assert is_degraded
+    assert llm.breaker.state == "open"
+
+
+def test_the_second_answer_of_a_dead_endpoint_waits_for_nothing() -> None:
+    llm = dead_line(f"http://127.0.0.1:{servers.free_port()}/v1")
+    model = chat(llm)
+    model.invoke("hello")
+    s2t = model.invoke("hello").response_metadata["s2t"]
+    assert s2t["degraded"]
+    assert s2t["latency_ms"]["escalate"] < 50
+
+
+def test_it_comes_back_when_the_endpoint_does(server: CompletionServer) -> None:
+    now = [0.0]
+    llm = dead_line(server.url, breaker=CircuitBreaker(failures=1, cooldown_s=30, clock=lambda: now[0]), timeout_s=5.0)
+    llm.attempt_s = 5.0
+    server.fault = servers.first(1, servers.status(401))
+    model = chat(llm)
+    assert model.invoke("hello").response_metadata["s2t"]["escalations"] == 0
+    now[0] += 30
+    back = model.invoke("hello").response_metadata["s2t"]
+    assert (back["escalations"], back["degraded"]) == (4, False)
+
+
+def test_what_cost_nothing_is_tried_again_within_the_same_question(server: CompletionServer) -> None:
+    llm = dead_line(server.url, timeout_s=5.0, attempt_s=5.0)
+    server.fault = servers.first(2, servers.status(503))
+    budget = Budget(escalations=1)
+    s2t = chat(llm, budget=budget, max_tokens=1).invoke("hello").response_metadata["s2t"]
+    assert (s2t["escalations"], s2t["degraded"], len(server.asked)) == (1, False, 3)
+    assert budget.state().spent["escalations"] == 1
+
+
+def test_retry_after_is_waited_for_when_it_fits_and_not_when_it_does_not(server: CompletionServer) -> None:
+    llm = dead_line(server.url, timeout_s=5.0, attempt_s=5.0)
+    server.fault = servers.first(1, servers.status(429, Retry_After="1"))
+    started = time.perf_counter()
+    assert chat(llm, max_tokens=1).invoke("hello").response_metadata["s2t"]["escalations"] == 1
+    assert time.perf_counter() - started >= 1
+    server.fault = servers.first(1, servers.status(429, Retry_After="3000"))
+    started = time.perf_counter()
+    assert chat(llm, max_tokens=1).invoke("hello").response_metadata["s2t"]["degraded"]
+    assert time.perf_counter() - started < SLACK_S
+    assert llm.breaker.state == "open"  # left alone for as long as it said
+
+
+def test_what_may_have_cost_something_is_not_tried_again(server: CompletionServer) -> None:
+    llm = dead_line(server.url, timeout_s=5.0)
+    server.fault = servers.hangs_up
+    chat(llm, max_tokens=1).invoke("hello")
+    assert len(server.asked) == 1
+
+
+def test_the_budgets_deadline_binds_the_question(server: CompletionServer) -> None:
+    llm = dead_line(server.url, timeout_s=30.0, attempt_s=30.0)
+    server.fault = servers.hangs
+    model = chat(llm, max_tokens=3)
+    model.engine  # noqa: B018 - loading is not on the clock
+    started = time.perf_counter()
+    s2t = model.invoke("hello", s2t_budget=Budget(seconds=0.5)).response_metadata["s2t"]
+    assert time.perf_counter() - started < 0.5 + SLACK_S
+    assert (s2t["degraded"], s2t["refused"]) == (True, 2)  # one hung, then the deadline refused
+
+
+async def test_64_calls_at_once_meet_every_kind_of_fault_and_all_answer(server: CompletionServer) -> None:
+    kinds = [servers.hangs, servers.status(500), servers.says(b"{"), servers.hangs_up, servers.drips, None]
+    turn, lock = [0], threading.Lock()
+
+    def mixed(handler: servers.Handler, body: dict[str, Any]) -> None:
+        with lock:
+            turn[0] += 1
+            fault = kinds[turn[0] % len(kinds)]
+        fault(handler, body) if fault else handler.complete(body)
+
+    server.fault = mixed
+    llm = dead_line(server.url, breaker=CircuitBreaker(failures=10**6), timeout_s=1.5, attempt_s=1.5, attempts=1)
+    budget, ledger = Budget(usd="1", escalations=1000, llm_tokens=10**6), Ledger()
+    model = chat(llm, budget=budget, ledger=ledger, max_tokens=2)
+    started = time.perf_counter()
+    messages = await asyncio.gather(*(model.ainvoke("hello") for _ in range(64)))
+    assert time.perf_counter() - started < 60
+    assert len(messages) == 64
+    assert all(message.content for message in messages)
+    s2t = [message.response_metadata["s2t"] for message in messages]
+    assert any(part["degraded"] for part in s2t)
+    assert any(part["escalations"] for part in s2t)
+    state = budget.state()
+    billed = [r.actual for record in ledger.records() for r in record.receipts if r.actual is not None]
+    assert state.holds == 0
+    assert (state.spent["escalations"], state.spent["usd"]) == (len(billed), sum(charge.usd for charge in billed))
+
+
+def test_64_threads_share_one_pool_and_all_are_heard(server: CompletionServer) -> None:
+    llm = dead_line(server.url, timeout_s=60.0, attempt_s=60.0)
+    model = chat(llm, max_tokens=1)
+    escalations: list[int] = []
+    threads = [
+        threading.Thread(
+            target=lambda: escalations.append(model.invoke("hello").response_metadata["s2t"]["escalations"])
+        )
+        for _ in range(64)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert escalations == [1] * 64
+    assert len(server.asked) == 64
+
+
+def test_an_interrupted_question_is_billed_for_what_may_have_been_done(
+    server: CompletionServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from s2t_agents.selectors import background
+
+    real = background.asyncio.run_coroutine_threadsafe
+
+    class Interrupted:
+        def __init__(self, future: Any) -> None:
+            self.future = future
+
+        def result(self, seconds: float) -> None:
+            deadline = time.monotonic() + 5
+            while not server.asked and time.monotonic() < deadline:
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+        def cancel(self) -> None:
+            self.future.cancel()
+
+    server.fault = servers.hangs
+    llm, budget = dead_line(server.url, timeout_s=30.0), Budget(usd="1")
+    model = chat(llm, budget=budget)
+    model.engine  # noqa: B018 - its checks come before the interruption
+    monkeypatch.setattr(
+        background.asyncio, "run_coroutine_threadsafe", lambda work, loop: Interrupted(real(work, loop))
+    )
+    with pytest.raises(KeyboardInterrupt):
+        model.invoke("hello")
+    assert budget.state().holds == 0
+    assert budget.state().spent["escalations"] == 1
+
+
+def test_a_hung_server_does_not_keep_the_process_from_ending(server: CompletionServer) -> None:
+    server.fault = servers.hangs
+    code = f"""
+import threading
+from s2t_agents.selectors import OpenAILLM, Question
+llm = OpenAILLM({server.url!r}, "m", timeout_s=60, attempt_s=60)
+threading.Thread(target=lambda: llm.open().ask(Question([1, 2], [3])), daemon=True).start()
+import time; time.sleep(0.3)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
