@@ -1,0 +1,17 @@
+"""The examples in docs/budgets.md run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "budgets.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_example_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(block, "docs/budgets.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "'usd': '0.0499094'" in printed or "0.0006" in printed
