@@ -104,19 +104,16 @@ class Lookup:
     unit: str
 
 
-def _name(rng: Random, topic: Topic, hard: bool) -> str:
-    return f"{rng.choice(HARD_VERBS if hard else VERBS)}_{rng.choice(topic.nouns)}"
-
-
 def _parameters(rng: Random, topic: Topic) -> list[str]:
     if len({slot.names for slot in topic.slots}) < len(topic.slots):
         return rng.choice([["start", "end"], ["city_a", "city_b"], ["origin", "target"]])
     return [rng.choice(slot.names) for slot in topic.slots]
 
 
-def draw_lookup(rng: Random, topic: Topic, *, hard: bool = False) -> Lookup:
-    """One tool for `topic`, and a question that it answers."""
-    name, keys = _name(rng, topic, hard), _parameters(rng, topic)
+def draw_lookup(rng: Random, topic: Topic, *, hard: bool = False, verb: str | None = None) -> Lookup:
+    """One tool for `topic`, and a question that it answers; its name begins with `verb`, if given."""
+    verb = verb or rng.choice(HARD_VERBS if hard else VERBS)
+    name, keys = f"{verb}_{rng.choice(topic.nouns)}", _parameters(rng, topic)
     values = [slot.draw(rng) for slot in topic.slots]
     while len(set(values)) < len(values):
         values = [slot.draw(rng) for slot in topic.slots]
@@ -133,11 +130,17 @@ def draw_lookup(rng: Random, topic: Topic, *, hard: bool = False) -> Lookup:
 
 
 def draw_tools(rng: Random, needed: dict[str, Any], *, hard: bool = False) -> tuple[dict[str, Any], ...]:
-    """The needed tool among none to two others of other topics and names, in any order."""
+    """The needed tool among none to two lookups of other topics, in any order.
+
+    The lookups of one conversation share their verb, as the functions of one API do.
+    """
     tools = [needed]
-    used = {needed["function"]["name"].rsplit("_", 1)[-1]}
+    own_verb, _, noun = needed["function"]["name"].rpartition("_")
+    verbs = HARD_VERBS if hard else VERBS
+    verb = own_verb if own_verb in verbs else rng.choice(verbs)
+    used = {noun}
     for topic in rng.sample(TOPICS, k=rng.choice((0, 0, 0, 1, 1, 2))):
-        other = draw_lookup(rng, topic, hard=hard).tool
+        other = draw_lookup(rng, topic, hard=hard, verb=verb).tool
         if used.isdisjoint(topic.nouns):
             tools.append(other)
             used.update(topic.nouns)

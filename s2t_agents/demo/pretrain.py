@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+from s2t_agents.demo import WEIGHTS
 from s2t_agents.demo import tokenizer as tokenizers
 from s2t_agents.demo.corpus import Batch, Corpus, Position
 from s2t_agents.demo.recipe import Recipe, read_recipe
@@ -189,14 +190,19 @@ def main() -> None:
     parser.add_argument("recipe", type=Path, help="a TOML file, such as slm.toml beside this module")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where checkpoints go")
-    parser.add_argument("--tokenizer", type=Path, help="a folder with the tokenizer; built afresh without it")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=WEIGHTS / "slm",
+        help="a folder with the tokenizer; built afresh if it is missing",
+    )
     parser.add_argument("--export", type=Path, help="write the model here at every checkpoint")
     parser.add_argument("--steps", type=int, help="another number of steps than the recipe's")
     parser.add_argument("--threads", type=int, help="another number of threads than the recipe's")
     parser.add_argument("--until", type=int, help="stop at this step, to go on later")
     given = parser.parse_args()
     recipe = read_recipe(given.recipe, steps=given.steps, threads=given.threads)
-    tokenizer = tokenizers.load(given.tokenizer) if given.tokenizer else tokenizers.build()
+    tokenizer = tokenizers.load(given.tokenizer) if given.tokenizer.exists() else tokenizers.build()
     run = Run(recipe, tokenizer, given.runs / recipe.name)
     if given.resume and run.checkpoint.exists():
         run.resume()

@@ -1,5 +1,8 @@
 """The demo pair's tokenizer: a byte-level BPE, built from the demo world, shared by both models byte for byte.
 
+It is built once, before the first training: models only fit the tokenizer they were trained with, so the one saved with
+the weights is what counts, and a later change of the world does not change it.
+
 Three choices make a tiny model's life easy: every digit is a token of its own; an operator with its blanks is one token
 (``85 - 27 = 58.`` is 9 tokens); the boilerplate of tool schemas is a handful of tokens. Any text round-trips, as bytes.
 
@@ -55,7 +58,7 @@ _PIECES = (
 )
 
 
-def documents(count: int = 12_000) -> Iterator[str]:
+def documents(count: int) -> Iterator[str]:
     """Text to build the vocabulary from: conversations of every kind, and the word lists with and without a blank."""
     kinds: tuple[Kind, ...] = ("word", "tool", "tool", "call", "call", "talk")
     for seed in range(count):
@@ -75,8 +78,8 @@ def _plain(message: Message) -> str:
     return "".join(character for character in text if ord(character) < 128)
 
 
-def build() -> PreTrainedTokenizerFast:
-    """Train the tokenizer (seconds); the same world always gives the same tokenizer."""
+def build(count: int = 12_000) -> PreTrainedTokenizerFast:
+    """Train the tokenizer on `count` conversations (seconds); the same world gives the same tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -91,7 +94,7 @@ def build() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents(), trainer)
+    tokenizer.train_from_iterator(documents(count), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
