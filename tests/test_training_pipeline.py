@@ -178,11 +178,11 @@ def test_eval_takes_any_task_file_n_and_selectors(folder, whole):
         (("heldout.jsonl", "train.jsonl"), "share 12 prompts"),
     ],
 )
-def test_bad_settings_end_in_one_line_and_exit_code_1(folder, tmp_path, change, message):
+def test_bad_settings_end_in_one_line_and_exit_code_2(folder, tmp_path, change, message):
     file = config_file(folder, tmp_path / "out")
     file.write_text(file.read_text().replace(*change))
     shown = CliRunner().invoke(app, ["pipeline", str(file)])
-    assert shown.exit_code == 1
+    assert shown.exit_code == 2
     assert message in shown.stderr
     assert shown.stderr.strip().splitlines()[-1].startswith("s2t: ")
 
@@ -206,5 +206,5 @@ def test_another_training_in_the_same_folder_is_refused(folder, whole, tmp_path)
     file = config_file(folder, tmp_path / "out")
     file.write_text(file.read_text().replace("width = 8", "width = 16"))
     shown = CliRunner().invoke(app, ["train", str(file), "--kind", "head"])
-    assert shown.exit_code == 1
+    assert shown.exit_code == 2
     assert "holds a selector of other settings" in shown.stderr

@@ -28,12 +28,12 @@ Kinds = Annotated[
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Whatever the package refuses becomes one line on stderr and exit code 1."""
+    """Whatever the package refuses becomes one line on stderr and exit code 2, as in ``cli.main``."""
     try:
         yield
     except S2TError as error:
         typer.echo(f"s2t: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(2) from error
 
 
 def _show(json: bool, model: Any, table: Callable[[], Table]) -> None:

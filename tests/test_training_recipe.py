@@ -1,0 +1,158 @@
+"""Every command of examples/real_pair on tiny random models of the same architecture, the teacher behind HTTP."""
+
+import importlib.util
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from training_fixtures import save_model
+from typer.testing import CliRunner
+
+from s2t_agents.bench.train import run as bench
+from s2t_agents.errors import EscalationFailed
+from s2t_agents.testing import tiny_model
+from s2t_agents.training.commands import app
+from s2t_agents.training.labels import LocalTeacher, along, label
+from s2t_agents.training.remote import TOP, RemoteTeacher
+
+RECIPE = Path(__file__).parent.parent / "examples" / "real_pair"
+
+
+@pytest.fixture(scope="module")
+def pair():
+    sizes = {"num_hidden_layers": 2, "max_position_embeddings": 256}
+    return tiny_model("qwen2", seed=1, **sizes), tiny_model("qwen2", seed=2, **sizes)
+
+
+@pytest.fixture(scope="module")
+def server(pair):
+    """``/v1/completions`` with ``prompt_logprobs``, as vLLM answers it."""
+    _, llm = pair
+    broken = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            ids = body["prompt"]
+            rows = along(llm, [(ids[:1], ids[1:])])[0]
+            listed = [None]
+            for token, row in zip(ids[1:], rows, strict=True):
+                top = [*row.topk(body["prompt_logprobs"]).indices.tolist(), token]
+                listed.append({str(i): {"logprob": float(row[i]), "rank": 1, "decoded_token": ""} for i in top})
+            answer = {"choices": [{"text": "", "prompt_logprobs": None if broken.is_set() else listed}]}
+            data = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            """Quiet."""
+
+    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{served.server_port}/v1", broken
+    served.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(pair, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    for name, model in zip(("slm", "llm"), pair, strict=True):
+        save_model(model, folder / name)
+    return folder
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, RECIPE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_command_of_the_recipe(folder, server):
+    url, _ = server
+    for part, count in (("train", 24), ("test", 4)):
+        rows = [{"question": f"{at} + {at}?", "answer": f"So it is.\n#### {2 * at}"} for at in range(count)]
+        rows[0]["question"] += part
+        (folder / f"{part}.gsm8k").write_text("\n".join(map(json.dumps, rows)))
+    written = script("prepare").prepare(folder / "train.gsm8k", folder / "runs/prompts/train.jsonl")
+    assert written == 24
+    script("prepare").prepare(folder / "test.gsm8k", folder / "runs/prompts/test.jsonl")
+    config = (RECIPE / "pair.toml").read_text()
+    for real, tiny in (
+        ("Qwen/Qwen2.5-1.5B-Instruct", str(folder / "slm")),
+        ("Qwen/Qwen2.5-32B-Instruct", str(folder / "llm")),
+        ("http://localhost:8000/v1", url),
+        ("runs/qwen", str(folder / "runs")),
+        ("count = 2000", "count = 16"),
+        ("first = 2000\ncount = 300", "first = 16\ncount = 8"),
+        ("max_tokens = 512", "max_tokens = 12"),
+        ("width = 1024", "width = 16"),
+        ("0.05", "0.5"),
+        ('dtype = "bfloat16"', 'dtype = "float32"\ndevice = "cpu"'),
+    ):
+        assert real in config, real
+        config = config.replace(real, tiny)
+    (folder / "pair.toml").write_text(config)
+    for command in ("collect", "probe", "train", "calibrate", "eval"):
+        options = ["--out", str(folder / "runs/evaluation")] if command == "eval" else []
+        shown = CliRunner().invoke(app, [command, str(folder / "pair.toml"), *options])
+        assert shown.exit_code == 0, f"{command}: {shown.output}"
+    report = json.loads((folder / "runs/evaluation/report.json").read_text())
+    assert {"slm", "activated", "head", "hybrid_2", "llm"} <= set(report["rows"])
+
+
+def test_a_served_teacher_says_what_a_local_one_says(pair, folder, server):
+    slm, llm = pair
+    url, _ = server
+    teacher = RemoteTeacher(url, "llm", slm, tokenizer=str(folder / "llm"))
+    trajectories = [(list(b"1 + 1?"), list(b"2, I think")), (list(b"x"), list(b"yz"))]
+    remote = label(slm, teacher, trajectories, 4)
+    local = label(slm, LocalTeacher(llm), trajectories, 4)
+    for trajectory, ours, theirs in zip(trajectories, remote, local, strict=True):
+        assert torch.equal(ours.llm_best, theirs.llm_best)
+        assert (ours.kl <= theirs.kl + 1e-3).all()
+        listed = along(llm, [trajectory])[0].topk(TOP).indices
+        seen = (ours.candidates[:, :, None] == listed[:, None]).any(-1)
+        torch.testing.assert_close(ours.llm[seen], theirs.llm[seen], atol=1e-4, rtol=1e-4)
+        assert (ours.llm[~seen] >= theirs.llm[~seen]).all()
+        assert not seen.all()
+
+
+def test_a_server_without_prompt_logprobs_is_named(pair, folder, server, monkeypatch):
+    slm, _ = pair
+    url, broken = server
+    monkeypatch.setattr(RemoteTeacher._read.retry, "wait", lambda state: 0)
+    broken.set()
+    try:
+        with pytest.raises(EscalationFailed, match="no usable prompt_logprobs"):
+            label(slm, RemoteTeacher(url, "llm", slm, tokenizer=str(folder / "llm")), [([65], [66])], 4)
+    finally:
+        broken.clear()
+
+
+def test_a_server_that_is_not_there_is_named(pair, folder, monkeypatch):
+    slm, _ = pair
+    monkeypatch.setattr(RemoteTeacher._read.retry, "wait", lambda state: 0)
+    client = httpx.Client(transport=httpx.MockTransport(lambda request: httpx.Response(503)))
+    teacher = RemoteTeacher("http://nobody/v1", "llm", slm, tokenizer=str(folder / "llm"), client=client)
+    with pytest.raises(EscalationFailed, match="503"):
+        label(slm, teacher, [([65], [66])], 4)
+
+
+def test_math_answers_are_read_from_their_boxes():
+    prepare = script("prepare")
+    assert prepare.boxed(r"so $\boxed{\frac{1}{2}}$.") == r"\frac{1}{2}"
+    assert prepare.prompt_of({"problem": "p", "solution": r"\boxed{3}, no: \boxed{4}"}) == ("p", "4")
+    assert prepare.boxed("no box") == ""
+
+
+def test_the_training_benchmark_runs():
+    result = bench(shape="tiny", prefix=100, groups=4, k=4, repeats=1)
+    assert result["ratio"] > 1
+    assert set(result["groups_per_s"]) == {"one_pass", "published"}
