@@ -104,7 +104,7 @@ def _opinion(rows: Sequence[dict[int, float]], slm: Tensor, candidates: Tensor) 
     """From listed log-probabilities to what is kept of the LLM; ``slm`` ``[n, V]``, ``candidates`` ``[n, K]``."""
     picked, best, divergence = [], [], []
     for at, (row, ids) in enumerate(zip(rows, candidates.tolist(), strict=True)):
-        floor = min(row.values())
+        floor = sorted(row.values(), reverse=True)[:TOP][-1]  # the prompt's own token is listed too, however unlikely
         picked.append([row.get(token, floor) for token in ids])
         best.append(max(row, key=lambda token: row[token]))
         divergence.append(sum(math.exp(p) * (p - float(slm[at, token])) for token, p in row.items()))
