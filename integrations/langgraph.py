@@ -228,8 +228,8 @@ def _snapshot(mine: Budget) -> dict[str, Any]:
 
 
 def _carry_over(mine: Budget, before: Mapping[str, Any] | None) -> None:
-    """Book what a checkpoint says this agent had spent, where the meter itself died with its process."""
-    if not before or before.get("path") != mine.path or mine.lasting or mine.windowed:
+    """Book what a checkpoint says this agent had spent, where its meter knows of nothing: it died with its process."""
+    if not before or before.get("path") != mine.path or mine.windowed:
         return
     if any(mine.state().spent.get(unit) for unit in _COUNTED):
         return

@@ -104,8 +104,8 @@ class Place:
 
     def advance(self, seconds: float) -> None:
         self.clock.advance(seconds)
-        if isinstance(self.store, RedisStore):
-            self.store._frozen_us = int(self.clock.date * 1e6)
+        if isinstance(self.store, RedisStore) and self.store._frozen_us is not None:
+            self.store._frozen_us += int(seconds * 1e6)
 
     def budget(self, **settings: Any) -> Budget:
         return Budget(store=self.store, **settings)

@@ -171,11 +171,6 @@ class Budget:
         return (*self.parent.chain, self) if self.parent else (self,)
 
     @property
-    def lasting(self) -> bool:
-        """Whether what was spent outlives this process (SQLite, Redis)."""
-        return self._store.shared
-
-    @property
     def windowed(self) -> bool:
         """Whether this budget or one above it starts afresh with time."""
         return any(budget._terms.window is not None for budget in self.chain)
