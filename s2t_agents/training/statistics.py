@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-Z95 = 1.959964
+from ..selectors.drift import wilson
 
-
-def wilson(hits: float, n: int) -> tuple[float, float]:
-    """95% Wilson score interval of a share; (0, 1) when nothing was seen."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = hits / n, Z95**2
-    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+__all__ = ["best_temperature", "expected_calibration_error", "reliability", "roc_auc", "wilson"]
 
 
 def roc_auc(scores: Tensor, positive: Tensor) -> float | None:
