@@ -10,15 +10,15 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessage
-
 import servers
+from langchain_core.messages import AIMessage
+from servers import CompletionServer, Fault, serving
+
 from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
 from s2t_agents.escalation import Escalation
 from s2t_agents.selectors import CircuitBreaker, OpenAILLM
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always
-from servers import CompletionServer, Fault, serving
 
 PRICE = TokenPrice(Decimal(2), Decimal(10))
 TIMEOUT_S = 0.4

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from decimal import Decimal
 
 import pytest
-from pydantic import SecretStr
-
 import servers
+from pydantic import SecretStr
+from servers import CompletionServer, serving
+
 from s2t_agents.budget import Budget, TokenPrice
 from s2t_agents.engine.steps import Engine
 from s2t_agents.errors import ConfigError, EscalationFailed, ModelNotFound, TokenizerMismatch
@@ -17,7 +18,6 @@ from s2t_agents.selectors import LocalLLM, OpenAILLM, Question
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always
 from s2t_agents.types import Sampling, Step
-from servers import CompletionServer, serving
 
 PROMPT = [10, 20, 30, 40, 50]
 KEY = "sk-do-not-tell-2f9c"

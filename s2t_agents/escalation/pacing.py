@@ -19,7 +19,7 @@ from ..budget import Amount, Budget
 from ..errors import ConfigError
 
 OPENING = tuple((2 * i + 1) / 16 for i in range(8))
-"""Before anything was seen, margins are taken to be spread evenly over [0, 1]."""
+"""Before anything was seen, margins are taken to be spread evenly over [0, 1]; every one seen takes the place of one."""
 REMEMBERED = 4096
 """Margins kept; a longer run has taught the distribution by then."""
 TAIL = 0.05
@@ -36,6 +36,7 @@ class Pace:
 
     def __init__(self, selections: int, margins: Sequence[float] = ()) -> None:
         self._expected = selections
+        self._assumed = [] if margins else list(OPENING)
         self._margins = sorted(margins) or list(OPENING)
         self._seen = self._questions = 0
         self._paid = Amount(usd=None)
@@ -56,11 +57,14 @@ class Pace:
     def decide(self, margin: float, affordable: float, *, at_most: float = 1.0) -> bool:
         """``wants`` with so many escalations left to pay for."""
         with self._lock:
-            bar = self._bar(affordable) if affordable >= 1 else 1.0
-            self._seen += 1
-            if len(self._margins) < REMEMBERED:
-                insort(self._margins, margin)
+            bar = self._bar(affordable)
+            self._remember(margin)
         return margin < min(bar, at_most)
+
+    def bar(self, affordable: float) -> float:
+        """The margin under which a selection would go up now, with so many escalations left to pay for."""
+        with self._lock:
+            return self._bar(affordable)
 
     def paid(self, amount: Amount) -> None:
         """An escalation that was held: what the next ones will cost is judged from it."""
@@ -78,8 +82,19 @@ class Pace:
             per |= {"usd": float(paid.usd or 0) / n, "llm_tokens": paid.llm_tokens / n}
         return min((float(left[unit]) / cost for unit, cost in per.items() if unit in left and cost), default=math.inf)
 
+    def _remember(self, margin: float) -> None:
+        self._seen += 1
+        if self._assumed:
+            nearest = min(self._assumed, key=lambda assumed: abs(assumed - margin))
+            self._assumed.remove(nearest)
+            self._margins.remove(nearest)
+        if len(self._margins) < REMEMBERED:
+            insort(self._margins, margin)
+
     def _bar(self, affordable: float) -> float:
         """The margin under which the affordable share of the selections still to come will lie."""
+        if affordable < 1:
+            return math.inf  # the budget itself refuses, and says so
         to_come = max(self._expected - self._seen, TAIL * self._expected, 1.0)
         rank = affordable / to_come * len(self._margins)
         if rank >= len(self._margins):
@@ -94,7 +109,8 @@ class Pacing:
     """Spreads each budget over a run of so many selections.
 
     Attributes:
-        selections: critical steps expected in a run (a ledger's ``triggers`` of earlier runs say).
+        selections: critical steps expected in a run (a ledger's ``triggers`` of earlier runs say). Guess low rather
+            than high: what a run saves for steps that never come is lost.
         margins: confidence margins known from before, such as ``margins_of(ledger.records())``.
 
     Raises:

@@ -1,0 +1,479 @@
+"""Any chat model as the selector: it reads short continuations, names one, and the whole of it is kept."""
+
+import pickle
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatResult
+from langchain_core.runnables import Runnable
+from pydantic import Field
+
+from s2t_agents import Budget, ChatS2T, Ledger, LocalLLM, TokenPrice
+from s2t_agents.engine.steps import Engine
+from s2t_agents.errors import ConfigError
+from s2t_agents.escalation import Escalation
+from s2t_agents.models import LanguageModel, Prefix
+from s2t_agents.proposal import Proposal
+from s2t_agents.selectors import ChatJudge, Question
+from s2t_agents.selectors.previews import THE_END, continuations, previews
+from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
+from s2t_agents.triggers import Trigger, always, when
+from s2t_agents.types import Sampling, Step
+
+PROMPT = [10, 20, 30, 40, 50]
+PRICE = TokenPrice(Decimal(3), Decimal(15), Decimal("0.3"))
+USAGE = {"input_tokens": 200, "output_tokens": 9, "total_tokens": 209}
+
+
+class Scripted(BaseChatModel):
+    """A chat model that names the continuation a function chooses from the messages, by a tool call."""
+
+    choose: Callable[[str], Any]
+    usage: dict[str, Any] | None = USAGE
+    asked: list[str] = Field(default_factory=list)
+
+    @property
+    def _llm_type(self) -> str:
+        return "scripted-judge"
+
+    def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[Any, AIMessage]:
+        return self.bind(tools=tools)
+
+    def _generate(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> ChatResult:
+        self.asked.append(str(messages[-1].content))
+        number = self.choose(str(messages[-1].content))
+        call = {"name": "Choice", "args": {"number": number}, "id": "1"}
+        message = AIMessage("", tool_calls=[] if number is None else [call], usage_metadata=self.usage)
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+def judge(choose: Callable[[str], Any], **settings: Any) -> ChatJudge:
+    usage = settings.pop("usage", USAGE)
+    return ChatJudge(Scripted(choose=choose, usage=usage), **{"price": PRICE, "timeout_s": 5.0, **settings})
+
+
+def first_shown(text: str) -> int:
+    return 1
+
+
+def prefix_of(model: LanguageModel, ids: Sequence[int] = PROMPT) -> Prefix:
+    prefix = Prefix(model)
+    prefix.extend(ids)
+    return prefix
+
+
+def answer(
+    llm: ChatJudge, trigger: Trigger, budget: Budget | None = None, model: LanguageModel | None = None
+) -> list[Step]:
+    engine = Engine(model or tiny_model(), k=4, trigger=trigger, escalation=Escalation(llm, margin=1.0))
+    return list(engine.steps(PROMPT, Sampling(max_tokens=20), budget=budget))
+
+
+@pytest.fixture
+def at_start() -> Trigger:
+    """Only the first step is critical."""
+    return when(lambda proposal: len(proposal.prefix) == len(PROMPT))
+
+
+# ---------------------------------------------------------------------- previews
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
+def test_previews_are_the_slms_own_greedy_continuations(name: str) -> None:
+    model = tiny_model(name)
+    prefix = prefix_of(model)
+    candidates = Proposal(prefix, 5).candidates.tolist()
+    before = prefix.logits.clone()
+    for candidate, row in zip(candidates, continuations(prefix, candidates, 8), strict=True):
+        assert row[0] == candidate
+        ids = torch.tensor([[*PROMPT, candidate]])
+        greedy = model.model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)[0, len(PROMPT) :]
+        assert list(row) == greedy[: len(row)].tolist()
+    assert prefix.ids == PROMPT
+    assert torch.equal(prefix.logits, before)
+    prefix.extend([7])  # the prefix goes on as if nobody had looked ahead
+    assert torch.allclose(prefix.logits, prefix_of(model, [*PROMPT, 7]).logits, atol=1e-4)
+
+
+class Parrot:
+    """A stand-in for weights: after each token comes the next of a fixed text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def next_of(self, token: int) -> int:
+        tokenizer = tiny_model().tokenizer
+        at = self.text.index(tokenizer.decode([token])) + 1
+        if at == len(self.text):
+            return int(tokenizer.eos_token_id)
+        return int(tokenizer.encode(self.text[at])[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("ab.\tcd", "ab."),  # the sentence ends where a blank follows
+        ("ab.5 cd", "ab.5 cd" + THE_END),  # a decimal point is no end
+        ("abc\ndef", "abc\n"),
+        ("abc", "abc" + THE_END),
+        ("abc!", "abc!"),  # whether the answer ends there is for the next step to say
+        ("abcdefghijklm", "abcdefgh"),  # the limit
+    ],
+)
+def test_a_preview_ends_with_its_sentence_its_line_the_answer_or_the_limit(
+    text: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, parrot = tiny_model(), Parrot(text)
+    prefix = prefix_of(model)
+
+    def read_rows(ids: torch.Tensor, mask: torch.Tensor, cache: Any, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = torch.zeros(len(ids), 1, model.vocab_size)
+        for row, token in enumerate(ids[:, 0].tolist()):
+            logits[row, 0, parrot.next_of(token)] = 1
+        return logits, logits
+
+    monkeypatch.setattr(model, "read_rows", read_rows)
+    start = model.tokenizer.encode("a")
+    [preview] = previews(prefix, start, 8)
+    assert preview.text == shown
+
+
+def test_previews_that_read_the_same_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from s2t_agents.selectors import previews as module
+
+    monkeypatch.setattr(module, "continuations", lambda prefix, candidates, limit: [(1, 2), (3,), (4, 5)])
+    monkeypatch.setattr(module, "spelled", lambda prefix, tokens: {1: "x", 3: "y", 4: "x"}[tokens[0]])
+    found = module.previews(prefix_of(tiny_model()), [1, 3, 4], 8)
+    assert [(p.at, p.tokens, p.text) for p in found] == [((0, 2), (1, 2), "x"), ((1,), (3,), "y")]
+
+
+# ---------------------------------------------------------------------- one call, one sentence
+
+
+def test_the_whole_continuation_that_it_names_is_kept(at_start: Trigger) -> None:
+    llm = judge(first_shown)
+    steps = answer(llm, at_start)
+    first = steps[0]
+    prefix = prefix_of(tiny_model())
+    rows = continuations(prefix, [c.token_id for c in first.candidates], llm.preview_tokens)
+    [chosen] = [row for row in rows if row[0] == first.token_id]
+    assert len(chosen) > 1
+    assert tuple(step.token_id for step in steps[: len(chosen)]) == chosen[: len(steps)]
+    assert first.picked_by == "llm"
+    kept = steps[1 : len(chosen)]
+    assert all(step.picked_by == "slm" and not step.flipped and not step.triggered for step in kept)
+    assert len(llm.chat.asked) == 1  # type: ignore[attr-defined]
+
+
+def test_kept_tokens_cost_no_decision_and_are_read_in_one_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    llm = judge(first_shown, preview_tokens=6)
+    forwards: list[int] = []
+    real = model.step
+    monkeypatch.setattr(model, "step", lambda ids, cache: (forwards.append(len(ids)), real(ids, cache))[1])
+    steps = answer(llm, always(), model=model)
+    assert len(steps) == 20
+    assert len(llm.chat.asked) == sum(step.triggered for step in steps) == len(forwards)  # type: ignore[attr-defined]
+    assert max(forwards[1:]) > 1
+
+
+def test_what_follows_equals_an_answer_that_had_those_tokens_from_the_start(at_start: Trigger) -> None:
+    model = tiny_model()
+    tokens = [step.token_id for step in answer(judge(first_shown), at_start)]
+    for cut in (1, 5, 12):
+        after = Engine(model).steps([*PROMPT, *tokens[:cut]], Sampling(max_tokens=20 - cut))
+        assert [step.token_id for step in after] == tokens[cut:]
+
+
+def test_a_grammar_outranks_what_was_kept() -> None:
+    from collections import deque
+
+    from s2t_agents.engine.steps import settled
+
+    class Only:
+        """Takes 5, then 6, then nothing but 9."""
+
+        def __init__(self) -> None:
+            self.left, self.finished = [5, 6, 9], False
+
+        def forced(self) -> list[int]:
+            return []
+
+        def allowed(self, logits: Any = None) -> torch.Tensor:
+            mask = torch.zeros(16, dtype=torch.bool)
+            mask[self.left[0]] = True
+            return mask
+
+    grammar, kept, taken = Only(), deque([5, 6, 7, 8]), []
+    for token, picker in settled(grammar, kept):  # type: ignore[arg-type]
+        taken.append((token, picker))
+        grammar.left.pop(0)
+    assert taken == [(5, "slm"), (6, "slm")]
+    assert not kept
+
+
+def test_it_is_shown_the_conversation_and_every_continuation_once(at_start: Trigger) -> None:
+    llm = judge(first_shown)
+    [first, *_] = answer(llm, at_start)
+    prefix = prefix_of(tiny_model())
+    [text] = llm.chat.asked  # type: ignore[attr-defined]
+    assert prefix.model.tokenizer.decode(PROMPT) in text
+    shown = re.findall(r"^(\d): ", text, re.MULTILINE)
+    expected = previews(prefix, [c.token_id for c in first.candidates], llm.preview_tokens)
+    assert shown == [str(n) for n in range(1, len(expected) + 1)]
+
+
+def test_positions_are_shuffled_and_the_seed_repeats_them() -> None:
+    prefix = prefix_of(tiny_model())
+    question = Question(PROMPT, Proposal(prefix, 8).candidates.tolist(), prefix=prefix)
+
+    def order(seed: int) -> list[int]:
+        return [preview.at[0] for preview in judge(first_shown, seed=seed).sheet(question).previews]
+
+    assert order(1) == order(1)
+    assert len({tuple(order(seed)) for seed in range(20)}) > 10
+    starts = [order(seed)[0] for seed in range(200)]
+    assert all(starts.count(place) < 60 for place in set(starts))  # 8 places: about 25 each
+
+
+def test_a_judge_that_knows_better_than_the_slm_improves_it(at_start: Trigger) -> None:
+    def shortest(text: str) -> int:
+        options = re.findall(r"^(\d+): (.*)$", text, re.MULTILINE)
+        return int(min(options, key=lambda option: len(option[1]))[0])
+
+    llm = judge(shortest)
+    first = answer(llm, at_start)[0]
+    assert [c.llm for c in first.candidates].count(None) == 3
+    assert next(c for c in first.candidates if c.llm is not None).token_id == first.token_id
+
+
+def test_candidates_that_all_read_the_same_are_not_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    from s2t_agents.selectors import previews as module
+
+    monkeypatch.setattr(module, "spelled", lambda prefix, tokens: "the same")
+    llm, budget = judge(first_shown), Budget(usd="1")
+    steps = answer(llm, always(), budget)
+    assert llm.chat.asked == []  # type: ignore[attr-defined]
+    assert budget.state().spent["usd"] == 0
+    assert steps[0].escalation is not None
+    assert steps[0].escalation.outcome == "picked"
+    assert steps[0].token_id == steps[0].wanted_id
+
+
+def test_another_chats2t_can_judge() -> None:
+    other = ChatS2T(model=tiny_model(seed=5, max_position_embeddings=4096), max_tokens=64)
+    model = ChatS2T(
+        model=tiny_model(), k=3, max_tokens=8, trigger=always(), escalation=Escalation(ChatJudge(other), margin=1.0)
+    )
+    s2t = model.invoke("hello").response_metadata["s2t"]
+    assert s2t["escalations"] >= 1
+    assert not s2t["degraded"]  # its grammar lets it name nothing but what it was shown
+
+
+def test_a_conversation_too_long_for_it_costs_nothing(at_start: Trigger) -> None:
+    small = ChatS2T(model=tiny_model(seed=5), max_tokens=64)  # 512 bytes
+    report = answer(ChatJudge(small), at_start)[0].escalation
+    assert report is not None
+    assert (report.outcome, report.actual) == ("failed", None)
+    assert "tokens; 511 fit" in report.reason
+
+
+# ---------------------------------------------------------------------- money
+
+
+def test_the_price_is_the_judges_own_account(at_start: Trigger) -> None:
+    usage = {**USAGE, "input_token_details": {"cache_read": 120}}
+    budget = Budget(usd="1")
+    report = answer(judge(first_shown, usage=usage), at_start, budget)[0].escalation
+    assert report is not None
+    assert report.actual.usd == Decimal("0.000411")  # (80 * 3 + 120 * 0.3 + 9 * 15) / 1e6
+    assert report.actual.llm_tokens == 89
+    assert budget.state().spent["usd"] == report.actual.usd
+
+
+def test_a_reply_without_an_account_costs_what_was_held(at_start: Trigger) -> None:
+    report = answer(judge(first_shown, usage=None), at_start, Budget(usd="1"))[0].escalation
+    assert report is not None
+    assert report.actual == report.reserved
+
+
+def test_the_hold_covers_every_byte_of_what_is_sent(at_start: Trigger) -> None:
+    llm = judge(first_shown)
+    report = answer(llm, at_start, Budget(usd="1"))[0].escalation
+    assert report is not None
+    assert report.reserved.llm_tokens > len(llm.chat.asked[0].encode()) + llm.reply_tokens  # type: ignore[attr-defined]
+    closer = judge(first_shown, count_tokens=lambda text: len(text) // 4)
+    assert answer(closer, at_start, Budget(usd="1"))[0].escalation.reserved.usd < report.reserved.usd  # type: ignore[union-attr]
+
+
+def test_a_budget_too_small_for_one_question_asks_none(at_start: Trigger) -> None:
+    llm = judge(first_shown)
+    step = answer(llm, at_start, Budget(usd="0.0001"))[0]
+    assert step.escalation is not None
+    assert step.escalation.outcome == "refused"
+    assert llm.chat.asked == []  # type: ignore[attr-defined]
+
+
+def test_a_known_models_price_is_found_by_its_name() -> None:
+    class Hosted(Scripted):
+        def _get_ls_params(self, stop: Any = None, **kwargs: Any) -> Any:
+            return {"ls_model_name": "gpt-4o-mini", "ls_provider": "openai"}
+
+    known = ChatJudge(Hosted(choose=first_shown))
+    assert known.name == "gpt-4o-mini"
+    assert known.price is not None
+    assert ChatJudge(Scripted(choose=first_shown)).price is None
+
+
+# ---------------------------------------------------------------------- bad, late and lost answers
+
+
+@pytest.fixture
+def release() -> Iterator[threading.Event]:
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def raises(error: Exception) -> Callable[[str], int]:
+    def choose(text: str) -> int:
+        raise error
+
+    return choose
+
+
+class Status(Exception):
+    """As providers' clients raise them."""
+
+    def __init__(self, status_code: int) -> None:
+        super().__init__("key sk-secret is no good")
+        self.status_code = status_code
+
+
+def lost(error: Exception) -> Exception:
+    outer = RuntimeError("connection error")
+    outer.__cause__ = error
+    return outer
+
+
+@pytest.mark.parametrize(
+    ("choose", "reason", "billed"),
+    [
+        (lambda text: 0, "named none of them", True),
+        (lambda text: 99, "named none of them", True),
+        (lambda text: -1, "named none of them", True),
+        (lambda text: None, "named none of them", True),
+        (lambda text: "two", "named none of them", True),
+        (raises(ValueError("sk-secret")), r"failed \(ValueError\)", True),
+        (raises(Status(401)), "answered 401", False),
+        (raises(Status(429)), "answered 429", False),
+        (raises(lost(httpx.ConnectError("refused"))), "can not be reached", False),
+    ],
+)
+def test_no_usable_answer_keeps_the_local_pick(
+    choose: Callable[[str], Any], reason: str, billed: bool, at_start: Trigger
+) -> None:
+    budget = Budget(usd="1")
+    steps = answer(judge(choose), at_start, budget)
+    report = steps[0].escalation
+    assert report is not None
+    assert (report.outcome, report.actual is not None) == ("failed", billed)
+    assert re.search(reason, report.reason)
+    assert "secret" not in report.reason
+    assert steps[0].token_id == steps[0].wanted_id
+    assert (budget.state().spent["usd"] > 0, budget.state().holds) == (billed, 0)
+
+
+def test_a_late_answer_is_no_answer(at_start: Trigger, release: threading.Event) -> None:
+    def late(text: str) -> int:
+        release.wait(20)
+        return 1
+
+    started = time.perf_counter()
+    budget = Budget(usd="1")
+    report = answer(judge(late, timeout_s=0.3), at_start, budget)[0].escalation
+    assert time.perf_counter() - started < 3
+    assert report is not None
+    assert report.outcome == "failed"
+    assert report.actual == report.reserved  # it was sent: the provider will bill it
+    hurried = answer(judge(late, timeout_s=30), at_start, Budget(seconds=0.3))[0].escalation
+    assert hurried is not None
+    assert "no answer within 0." in hurried.reason
+
+
+def test_a_judge_that_is_down_is_left_alone_and_nothing_is_previewed_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from s2t_agents.selectors import judge as module
+
+    made: list[int] = []
+    real = module.previews
+    monkeypatch.setattr(module, "previews", lambda *given: (made.append(1), real(*given))[1])
+    llm = judge(raises(ConnectionRefusedError()))
+    steps = answer(llm, always())
+    assert len(steps) == 20
+    assert len(made) == len(llm.chat.asked) == 1  # type: ignore[attr-defined]
+    assert all(step.escalation and step.escalation.outcome == "failed" for step in steps)
+
+
+def test_the_answer_says_that_it_is_degraded() -> None:
+    llm = judge(lambda text: 99)
+    ledger = Ledger()
+    model = ChatS2T(
+        model=tiny_model(), max_tokens=6, trigger=always(), escalation=Escalation(llm, margin=1.0), ledger=ledger
+    )
+    s2t = model.invoke("hello").response_metadata["s2t"]
+    assert (s2t["degraded"], s2t["escalations"]) == (True, 0)
+    assert s2t["cost_usd"]["llm"] > 0  # bad answers are billed all the same
+    assert ledger.records()[0].cost_usd.llm == pytest.approx(Decimal(str(s2t["cost_usd"]["llm"])))
+
+
+def test_its_tokens_stay_out_of_the_callers_stream() -> None:
+    from langchain_core.callbacks import BaseCallbackHandler
+
+    seen = []
+
+    class Starts(BaseCallbackHandler):
+        def on_chat_model_start(self, serialized: Any, messages: Any, **kwargs: Any) -> None:
+            seen.append(str(messages[0][-1].content))
+
+    model = ChatS2T(
+        model=tiny_model(), max_tokens=3, trigger=always(), escalation=Escalation(judge(first_shown), margin=1.0)
+    )
+    model.invoke("hello", {"callbacks": [Starts()]})
+    assert seen == ["hello"]
+
+
+# ---------------------------------------------------------------------- settings
+
+
+def test_a_chat_model_without_structured_output_is_refused() -> None:
+    class Plain(Scripted):
+        def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[Any, AIMessage]:
+            raise NotImplementedError
+
+    with pytest.raises(ConfigError, match="Plain has no structured output"):
+        ChatJudge(Plain(choose=first_shown))
+
+
+@pytest.mark.parametrize("setting", [{"timeout_s": 0}, {"preview_tokens": 0}, {"reply_tokens": 0}])
+def test_settings_that_can_not_work_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="a judge needs"):
+        judge(first_shown, **setting)
+
+
+def test_it_pickles_when_its_chat_model_does(at_start: Trigger) -> None:
+    again = pickle.loads(pickle.dumps(judge(first_shown)))
+    assert answer(again, at_start)[0].picked_by == "llm"
+
+
+def test_a_local_llm_and_a_judge_are_asked_through_the_same_door(at_start: Trigger) -> None:
+    for llm in (judge(first_shown), LocalLLM(tiny_model(seed=5))):
+        assert answer(llm, at_start)[0].picked_by == "llm"  # type: ignore[arg-type]
