@@ -8,12 +8,16 @@ from ..models.bundled import selector_path
 from ..models.language_model import LanguageModel
 from .activated import ActivatedSelector
 from .base import Selector, confidence_margin
+from .breaker import CircuitBreaker
 from .config import SelectorConfig
 from .head import HeadSelector
+from .judge import ChatJudge
 from .learned_trigger import calibrated_trigger
 from .llm import LLMSelector, LLMSession
 from .local_llm import LocalLLM
+from .openai_llm import OpenAILLM
 from .published import PublishedSelector
+from .question import Answer, Question
 
 LocalSelector = ActivatedSelector | HeadSelector | PublishedSelector
 
@@ -39,12 +43,17 @@ def load_selector(path: str | Path, base: LanguageModel) -> tuple[LocalSelector,
 __all__ = [
     "KINDS",
     "ActivatedSelector",
+    "Answer",
+    "ChatJudge",
+    "CircuitBreaker",
     "HeadSelector",
     "LLMSelector",
     "LLMSession",
     "LocalLLM",
     "LocalSelector",
+    "OpenAILLM",
     "PublishedSelector",
+    "Question",
     "Selector",
     "SelectorConfig",
     "calibrated_trigger",

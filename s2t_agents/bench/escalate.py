@@ -1,0 +1,202 @@
+"""What the large model has to do for the same answers: asked now and then, or stepped along on every token.
+
+Both schemes generate the same held-out problems with the same trigger and let the LLM pick at every critical step.
+*Ours* reads what is new in one go when it is asked. The *published* scheme (S2T, arXiv 2604.26940) feeds every token
+to the LLM as it comes, since its trigger compares the two models' distributions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from langchain_core.messages import convert_to_messages
+from rich.table import Table
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ..demo.world import Split, generate
+from ..engine.steps import Engine
+from ..errors import ConfigError
+from ..escalation import Escalation
+from ..messages import PromptEncoder
+from ..models.bundled import LLM, SLM
+from ..models.language_model import LanguageModel
+from ..proposal import Proposal
+from ..selectors import LocalLLM
+from ..selectors.local_llm import LocalSession
+from ..triggers import Trigger, entropy, when
+from ..types import Sampling
+
+RATE = 0.05
+"""Share of the tokens at which the LLM is asked."""
+CALIBRATED_ON = 20
+"""Training problems from which the entropy threshold for that rate is read."""
+MAX_TOKENS = 128
+
+
+@dataclass
+class Work:
+    """What one scheme took, over all answers.
+
+    Attributes:
+        tokens: generated.
+        escalations: questions to the LLM.
+        llm_calls: forwards of the LLM.
+        llm_tokens: tokens that it read.
+        llm_s: seconds in its forwards.
+        wall_s: seconds in all, the small model's forwards among them.
+    """
+
+    tokens: int = 0
+    escalations: int = 0
+    llm_calls: int = 0
+    llm_tokens: int = 0
+    llm_s: float = 0.0
+    wall_s: float = 0.0
+    picks: list[list[int]] = field(default_factory=list, repr=False)
+
+    def per_answer(self) -> dict[str, float]:
+        """Means per answer, in the units above."""
+        numbers = {name: value for name, value in asdict(self).items() if name != "picks"}
+        return {name: round(value / max(1, len(self.picks)), 6) for name, value in numbers.items()}
+
+
+class Counted(LanguageModel):
+    """A model that writes down its forwards."""
+
+    work: Work
+
+    def step(self, ids: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+        """Append tokens to a cache, and count them."""
+        started = time.perf_counter()
+        out = super().step(ids, cache)
+        self.work.llm_s += time.perf_counter() - started
+        self.work.llm_calls += 1
+        self.work.llm_tokens += len(ids)
+        return out
+
+
+def run(n: int = 100, seed: int = 0, *, slm: str = SLM, llm: str = LLM, rate: float = RATE) -> dict[str, Any]:
+    """Both schemes on the same problems.
+
+    Args:
+        n: held-out problems.
+        seed: of the first one.
+        slm: directory or hub id of the small model.
+        llm: and of the large one.
+        rate: share of the tokens at which the LLM is asked, about.
+
+    Returns:
+        Means per answer of both schemes, ratios published / ours, and whether all picks are the same. Seconds are
+        this machine's, on one thread.
+
+    Raises:
+        ConfigError: no problems, or a rate outside (0, 1].
+    """
+    if n < 1 or not 0 < rate <= 1:
+        raise ConfigError(f"n is {n} and rate {rate}; at least 1 problem and a rate in (0, 1] are needed.")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _run(LanguageModel.load(slm), Counted.load(llm), n, seed, rate)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(small: LanguageModel, large: LanguageModel, n: int, seed: int, rate: float) -> dict[str, Any]:
+    assert isinstance(large, Counted)
+    critical = entropy(above=_threshold(small, large, rate))
+    prompts = _prompts(small, range(seed, seed + n), "heldout")
+    asked, read_along = LocalLLM(large), ReadAlong(large)
+    ours = _answers(small, large, prompts, asked, critical)
+    published = _answers(small, large, prompts, read_along, read_along.at_every_token(critical))
+    return {
+        "bench": "escalate",
+        "problems": n,
+        "seed": seed,
+        "trigger": repr(critical),
+        "escalation_rate": round(ours.escalations / ours.tokens, 4),
+        "ours": ours.per_answer(),
+        "published": published.per_answer(),
+        "published_over_ours": {
+            name: round(getattr(published, name) / getattr(ours, name), 2) if getattr(ours, name) else None
+            for name in ("llm_calls", "llm_tokens", "llm_s", "wall_s")
+        },
+        "picks_identical": ours.picks == published.picks,
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The result for people."""
+    title = f"{result['problems']} held-out problems, LLM asked at {result['escalation_rate']:.1%} of the tokens"
+    shown = Table(title=title, title_justify="left")
+    for column in ("per answer", "asked when needed", "read along (published)", "ratio"):
+        shown.add_column(column, justify="left" if column == "per answer" else "right")
+    for name, value in result["ours"].items():
+        ratio = result["published_over_ours"].get(name)
+        cells = (f"{value:.4g}", f"{result['published'][name]:.4g}", f"{ratio}x" if ratio else "")
+        shown.add_row(name, *cells)
+    shown.caption = "the same picks" if result["picks_identical"] else "DIFFERENT PICKS"
+    return shown
+
+
+class ReadAlong(LocalLLM):
+    """An LLM that is fed every token as it comes: the published scheme."""
+
+    session: LocalSession
+
+    def open(self) -> LocalSession:
+        """The session that is read along."""
+        self.session = super().open()
+        return self.session
+
+    def at_every_token(self, critical: Trigger) -> Trigger:
+        """The same trigger, with the LLM's distribution at hand as the published one needs it."""
+
+        def read_then_decide(proposal: Proposal) -> bool:
+            self.session.scores(proposal.prefix.ids, ())
+            return critical(proposal)
+
+        return when(read_then_decide, repr(critical))
+
+
+def _answers(
+    small: LanguageModel, large: Counted, prompts: Sequence[list[int]], llm: LocalLLM, trigger: Trigger
+) -> Work:
+    """All prompts answered, the LLM picking at every critical step."""
+    work = large.work = Work()
+    engine = Engine(small, trigger=trigger, escalation=Escalation(llm, margin=1.0))
+    started = time.perf_counter()
+    for prompt in prompts:
+        steps = list(engine.steps(prompt, Sampling(max_tokens=MAX_TOKENS)))
+        work.picks.append([step.token_id for step in steps])
+        work.tokens += len(steps)
+        work.escalations += sum(step.picked_by == "llm" for step in steps)
+    work.wall_s = time.perf_counter() - started
+    return work
+
+
+def _threshold(small: LanguageModel, large: Counted, rate: float) -> float:
+    """The entropy, in nats, that a share ``rate`` of the greedy steps on training problems reaches."""
+    seen: list[float] = []
+
+    def remember(proposal: Proposal) -> bool:
+        seen.append(proposal.entropy)
+        return False
+
+    large.work = Work()
+    engine = Engine(small, trigger=when(remember), escalation=Escalation(LocalLLM(large)))
+    for prompt in _prompts(small, range(CALIBRATED_ON), "train"):
+        for _ in engine.steps(prompt, Sampling(max_tokens=MAX_TOKENS)):
+            pass
+    return sorted(seen, reverse=True)[max(0, round(rate * len(seen)) - 1)]
+
+
+def _prompts(small: LanguageModel, seeds: Sequence[int], split: Split) -> list[list[int]]:
+    encoder = PromptEncoder(small.tokenizer)
+    conversations = [generate(seed, split, "word").prompt for seed in seeds]
+    return [encoder.encode(convert_to_messages(list(turns)), ()) for turns in conversations]
