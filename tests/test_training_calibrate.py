@@ -143,7 +143,7 @@ def test_rates_that_left_their_interval_are_said_once(pair, selector, heldout):
     assert watch.see(900, 500) is None  # too few steps to tell
     said = watch.see(1100, 500)
     assert "50.0% of 2000 steps were critical" in said
-    assert "calibrated to 20" in said
+    assert "calibration expects 20" in said
     assert watch.see(5000, 5000) is None
 
 

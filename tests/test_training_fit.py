@@ -1,11 +1,14 @@
 """Training: zero at the start, exact in one pass, learns what can be learnt, resumes to the same weights."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from training_fixtures import QUICK, prompts, tiny_pair
+from safetensors.torch import load_file
+from training_fixtures import QUICK, prompts, save_model, tiny_pair
 
 from s2t_agents.errors import AdapterMismatch, ConfigError, InputError, S2TError
 from s2t_agents.models.prefix import Prefix
@@ -19,7 +22,7 @@ from s2t_agents.training.disagreement import fit_probe, hidden_along
 from s2t_agents.training.groups import Example, choose, read_for, split, threshold_for
 from s2t_agents.training.losses import selection_loss
 from s2t_agents.training.objectives import fresh_selector, objective_for
-from s2t_agents.training.train import train_with
+from s2t_agents.training.train import train, train_with
 
 KINDS = ("head", "activated", "published")
 SMALL = Fit(
@@ -308,3 +311,40 @@ def test_bf16_training_runs(pair, rollouts, kind, tmp_path):
     slm, _, _ = pair
     train_with(slm, training(kind, rollouts, tmp_path / kind, SMALL.model_copy(update={"bf16": True, "epochs": 1})))
     assert (tmp_path / kind / "selector.json").exists()
+
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from s2t_agents.training.config import TrainConfig
+from s2t_agents.training.train import train
+train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(pair, rollouts, tmp_path):
+    slm, _, _ = pair
+    models = Models(slm=str(save_model(slm, tmp_path / "slm")), device="cpu")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    for count in (1, 2):
+        config = training("head", rollouts, tmp_path / str(count)).model_copy(update={"models": models})
+        (tmp_path / f"{count}.json").write_text(config.model_dump_json())
+    train(TrainConfig.model_validate_json((tmp_path / "1.json").read_text()))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(script), str(tmp_path / "2.json")]
+    subprocess.run(launch, check=True, timeout=240, capture_output=True)
+    one, two = (load_file(tmp_path / str(count) / "head.safetensors") for count in (1, 2))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4)

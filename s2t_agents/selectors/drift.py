@@ -52,6 +52,6 @@ class DriftWatch:
             self._said = True
         return (
             f"{self.triggered / self.steps:.1%} of {self.steps} steps were critical ({low:.1%} to {high:.1%}); the "
-            f"selector was calibrated to {self._calibration.trigger_rate:.1%} ({expected[0]:.1%} to {expected[1]:.1%}). "
+            f"calibration expects {self._calibration.trigger_rate:.1%} ({expected[0]:.1%} to {expected[1]:.1%}). "
             "These prompts are unlike those it was calibrated on: run `s2t calibrate` on some of them."
         )

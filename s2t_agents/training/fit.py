@@ -23,6 +23,7 @@ from .losses import agreements, selection_loss
 from .objectives import Objective, autocast
 from .progress import bar
 from .shards import write_whole
+from .workers import Workers
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -50,7 +51,13 @@ class State:
 
 
 def fit(
-    selector: nn.Module, base: LanguageModel, train: Objective, validation: Objective, settings: Fit, folder: Path
+    selector: nn.Module,
+    base: LanguageModel,
+    train: Objective,
+    validation: Objective,
+    settings: Fit,
+    folder: Path,
+    workers: Workers | None = None,
 ) -> State:
     """Train until the epochs are over or agreement stops growing; the best weights stay in ``selector``.
 
@@ -61,11 +68,13 @@ def fit(
         validation: units of other prompts.
         settings: see ``Fit``.
         folder: for the checkpoint.
+        workers: the processes that train together; by default those that were launched.
 
     Raises:
         InputError: a checkpoint that does not fit.
         S2TError: the loss is no longer a number; the last checkpoint stands.
     """
+    workers = workers or Workers()
     weights = dict(selector.named_parameters())
     optimiser = torch.optim.AdamW(weights.values(), lr=settings.lr, weight_decay=settings.weight_decay)
     per_epoch = math.ceil(len(train.sizes) / settings.batch)
@@ -73,33 +82,35 @@ def fit(
     state, best = _restore(folder / CHECKPOINT, selector, optimiser)
     if best is None:
         best = _copy(selector)
-        state.best = agreement(base, validation, settings)
+        state.best = agreement(base, validation, settings, workers)
         state.looks.append(Look(0, float("nan"), state.best))
     with bar("train", steps) as progress:
         progress.advance(state.step)
         while state.step < steps and state.bad_looks < settings.patience:
             batch = _batch(len(train.sizes), state.step, per_epoch, settings)
-            _learn(selector, base, optimiser, train, batch, state, settings, steps)
+            _learn(selector, base, optimiser, train, batch, state, settings, steps, workers)
             progress.advance()
             if state.step % settings.evaluate_every == 0 or state.step == steps:
-                best = _look(selector, base, validation, state, best, settings)
+                best = _look(selector, base, validation, state, best, settings, workers)
                 progress.say(f"train  agreement {state.looks[-1].agreement:.3f} (best {state.best:.3f})")
-                _save(folder / CHECKPOINT, selector, optimiser, state, best)
+                if workers.first:
+                    _save(folder / CHECKPOINT, selector, optimiser, state, best)
     selector.load_state_dict(best)
     return state
 
 
 @torch.no_grad()
-def agreement(base: LanguageModel, objective: Objective, settings: Fit) -> float:
+def agreement(base: LanguageModel, objective: Objective, settings: Fit, workers: Workers) -> float:
     """Share of all groups where the selector's best candidate is the LLM's."""
     right = total = 0
-    units = list(range(len(objective.sizes)))
+    units = workers.part(range(len(objective.sizes)))
     for first in range(0, len(units), 64):
         with autocast(base, settings.bf16):
             for piece in objective.pieces(units[first : first + 64]):
                 right += int(agreements(piece.scores, piece.llm).sum())
                 total += len(piece.scores)
-    return right / total
+    right_of_all, total_of_all = workers.add_up([right, total], base.device)
+    return right_of_all / total_of_all
 
 
 def _learn(
@@ -111,6 +122,7 @@ def _learn(
     state: State,
     settings: Fit,
     steps: int,
+    workers: Workers,
 ) -> None:
     """One optimiser step; the gradient is the mean over the batch's groups, however it was cut into pieces."""
     groups = sum(train.sizes[unit] for unit in batch)
@@ -119,10 +131,12 @@ def _learn(
     optimiser.zero_grad()
     total = 0.0
     with autocast(base, settings.bf16):
-        for piece in train.pieces(batch):
+        for piece in train.pieces(workers.part(batch)) if workers.part(batch) else ():
             loss = selection_loss(piece.scores, piece.llm, soft=settings.soft, temperature=settings.label_temperature)
             (loss / groups).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
+    workers.add_gradients(selector.parameters())
+    (total,) = workers.add_up([total], base.device)
     norm = nn.utils.clip_grad_norm_(selector.parameters(), settings.clip)
     if not math.isfinite(total) or not torch.isfinite(norm):
         raise S2TError(
@@ -142,9 +156,10 @@ def _look(
     state: State,
     best: dict[str, Tensor],
     settings: Fit,
+    workers: Workers,
 ) -> dict[str, Tensor]:
     """Measure, and keep the weights if they are the best so far."""
-    now = agreement(base, validation, settings)
+    now = agreement(base, validation, settings, workers)
     state.looks.append(Look(state.step, state.loss_sum / max(1, state.groups), now))
     state.loss_sum, state.groups = 0.0, 0
     if now > state.best:

@@ -18,6 +18,7 @@ from .fit import CHECKPOINT, State, fit
 from .groups import choose, read_for, split
 from .objectives import fresh_selector, objective_for
 from .shards import MANIFEST, write_whole
+from .workers import Workers
 
 SETTINGS = "training.json"
 
@@ -33,14 +34,18 @@ def train(config: TrainConfig) -> Path:
         InputError: unfinished rollouts, or too few.
         S2TError: the loss is no longer a number; the last checkpoint stands.
     """
-    slm = config.models.load_slm()
-    train_with(slm, config)
+    workers = Workers()
+    models = (
+        config.models if workers.device is None else config.models.model_copy(update={"device": str(workers.device)})
+    )
+    train_with(models.load_slm(), config, workers)
     return config.out
 
 
-def train_with(slm: LanguageModel, config: TrainConfig) -> None:
+def train_with(slm: LanguageModel, config: TrainConfig, workers: Workers | None = None) -> None:
     """``train`` on a model that is loaded already."""
-    if _finished(config, slm):
+    workers = workers or Workers()
+    if _finished(config, slm, workers):
         return
     settings = config.fit
     shards = read_for(slm, config.rollouts, settings.k)
@@ -58,7 +63,9 @@ def train_with(slm: LanguageModel, config: TrainConfig) -> None:
     selector = fresh_selector(slm, config.kind, settings)
     train_objective = objective_for(selector, learn, [of[id(example)] for example in learn], settings)
     validation = objective_for(selector, hold, [of[id(example)] for example in hold], settings)
-    state = fit(selector, slm, train_objective, validation, settings, config.out)
+    state = fit(selector, slm, train_objective, validation, settings, config.out, workers)
+    if not workers.first:
+        return
     save_probe(config.out, probe.weight, probe.bias)
     figures = _figures(config, state, sum(train_objective.sizes), sum(validation.sizes), len(learn), len(hold))
     identity = BaseIdentity.of(slm)
@@ -84,7 +91,7 @@ def _figures(
     }
 
 
-def _finished(config: TrainConfig, slm: LanguageModel) -> bool:
+def _finished(config: TrainConfig, slm: LanguageModel, workers: Workers) -> bool:
     """Whether this very training was finished before; begins it otherwise.
 
     Raises:
@@ -102,10 +109,12 @@ def _finished(config: TrainConfig, slm: LanguageModel) -> bool:
             f"{config.out} holds a selector of other settings, rollouts or weights.",
             hint="Train into another folder, or delete this one.",
         )
-    if not file.exists():
+    if not file.exists() and workers.first:
         config.out.mkdir(parents=True, exist_ok=True)
         write_whole(file, (json.dumps(made_from, indent=2) + "\n").encode())
-    return (config.out / "selector.json").exists()
+    finished = (config.out / "selector.json").exists()
+    workers.wait()  # nobody writes before everybody has looked
+    return finished
 
 
 def _digest(file: Path) -> str | None:
