@@ -70,13 +70,16 @@ class MemoryStore:
             now_us = self._tidy()
             changed: dict[str, Meter] = {}
             for path, final in chain:
-                meter = self._current(path)
+                meter = self._meters[path]
+                if meter.terms.window is not None:
+                    meter = self._current(path)
                 refused = arithmetic.refusal(meter, path, want, final, now_us)
                 if refused is not None:
                     return refused
                 changed[path] = arithmetic.holding(meter, want)
             expires_us = now_us + ttl_us
-            self._next_expiry_us = min(self._next_expiry_us, expires_us)
+            if expires_us < self._next_expiry_us:
+                self._next_expiry_us = expires_us
             self._commit(changed, hold, _Held(chain, want, expires_us, False))
         return None
 
@@ -144,7 +147,8 @@ class MemoryStore:
 
     def _tidy(self) -> int:
         """Finish an interrupted change, give lapsed holds back; the time now."""
-        self._replay()
+        if self._journal is not None:
+            self._replay()
         now_us = self._now_us()
         if now_us < self._next_expiry_us:
             return now_us
@@ -161,7 +165,12 @@ class MemoryStore:
 
     def _commit(self, meters: dict[str, Meter], hold: str, held: _Held | None) -> None:
         self._journal = (meters, hold, held)
-        self._replay()
+        self._meters.update(meters)  # as in _replay, which finishes it after an interrupt
+        if held is None:
+            self._holds.pop(hold, None)
+        else:
+            self._holds[hold] = held
+        self._journal = None
 
     def _replay(self) -> None:
         """Carry out what is written down. Doing it twice changes nothing: the values are absolute."""

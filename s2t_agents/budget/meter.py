@@ -21,6 +21,9 @@ class Meter(NamedTuple):
     over: Units
 
 
+_new = tuple.__new__  # a reservation makes several meters, and this takes half the time of Meter(...)
+
+
 def opened(terms: Terms, now_us: int, wall_s: float) -> Meter:
     """A fresh meter; its deadline runs from now."""
     deadline = None if terms.micros is None else now_us + terms.micros
@@ -42,11 +45,10 @@ def refusal(meter: Meter, path: str, want: Units, final: bool, now_us: int) -> R
         return Refusal(path, "seconds", micros, micros + now_us - meter.deadline_us, 0, 0, 0)
     spent, held, keep = meter.spent, meter.held, meter.terms.keep
     for i, limit in enumerate(meter.limits):
-        if limit is None:
+        if limit is None or not want[i]:  # a unit it does not touch never stands in its way, even when overrun
             continue
-        # A unit that the reservation does not touch never stands in its way, even when it is overrun.
         kept = 0 if final else keep[i]
-        if want[i] and spent[i] + held[i] + want[i] + kept > limit:
+        if spent[i] + held[i] + want[i] + kept > limit:
             return Refusal(path, UNITS[i], limit, spent[i], held[i], want[i], kept)
     return None
 
@@ -54,13 +56,13 @@ def refusal(meter: Meter, path: str, want: Units, final: bool, now_us: int) -> R
 def holding(meter: Meter, want: Units) -> Meter:
     """The meter with ``want`` held."""
     terms, limits, deadline, micros, window, spent, held, over = meter
-    return Meter(terms, limits, deadline, micros, window, spent, plus(held, want), over)
+    return _new(Meter, (terms, limits, deadline, micros, window, spent, plus(held, want), over))
 
 
 def given_back(meter: Meter, want: Units) -> Meter:
     """The meter with a hold of ``want`` gone, unused."""
     terms, limits, deadline, micros, window, spent, held, over = meter
-    return Meter(terms, limits, deadline, micros, window, spent, minus(held, want), over)
+    return _new(Meter, (terms, limits, deadline, micros, window, spent, minus(held, want), over))
 
 
 def settled(meter: Meter, reserved: Units, actual: Units) -> Meter:
@@ -68,7 +70,7 @@ def settled(meter: Meter, reserved: Units, actual: Units) -> Meter:
     terms, limits, deadline, micros, window, spent, held, over = meter
     if actual != reserved:
         over = plus(over, excess(actual, reserved))
-    return Meter(terms, limits, deadline, micros, window, plus(spent, actual), minus(held, reserved), over)
+    return _new(Meter, (terms, limits, deadline, micros, window, plus(spent, actual), minus(held, reserved), over))
 
 
 def booked(meter: Meter, actual: Units) -> Meter:

@@ -14,20 +14,15 @@ SCRIPT = r"""
 local METERS, HOLDS, EXPIRY = KEYS[1], KEYS[2], KEYS[3]
 local PART, KEEP_LAPSED_US = 1000000, 604800000000
 local call = redis.call
+local args = cjson.decode(ARGV[1])  -- one text: clients are slow at sending many
 local t = call('TIME')
-local now = tonumber(ARGV[2]) or t[1] * 1000000 + t[2]  -- a time is only given by tests
+local now = args[2] or t[1] * 1000000 + t[2]  -- a time is only given by tests
 
 -- An amount is {micro-dollars, pico-dollars, escalations, tokens, unpriced}.
 -- A meter is {terms, limit, spent, held, over, micros, deadline, window_us, offset_us, window, holds}.
 local TERMS, LIMIT, SPENT, HELD, OVER, MICROS, DEADLINE = 1, 2, 3, 4, 5, 6, 7
 local WINDOW_US, OFFSET_US, WINDOW, COUNT = 8, 9, 10, 11
 
-local function amount(at)
-  if not ARGV[at] then return nil end
-  local out = {}
-  for i = 0, 4 do out[i + 1] = tonumber(ARGV[at + i]) end
-  return out
-end
 local function plus(a, b, sign)
   local lo = a[2] + sign * b[2]
   a[1], a[2] = a[1] + sign * b[1] + math.floor(lo / PART), lo % PART
@@ -103,31 +98,30 @@ end
 
 local ops = {}
 
-function ops.open()  -- path, terms, limit in 4 parts ('' is none), deadline in us, window in us, offset in us
-  local path = ARGV[3]
+function ops.open()  -- path, terms, limit {4} (false is none), deadline in us, window in us, offset in us
+  local path = args[3]
   local m = load(path)
   if m then return m[TERMS] end
-  local function optional(at) return tonumber(ARGV[at]) or false end
-  local window, offset = optional(10), optional(11)
+  local micros, window, offset = args[6], args[7], args[8]
   save(path, {
-    ARGV[4], {optional(5), optional(6), optional(7), optional(8)}, {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0},
-    optional(9), optional(9) and now + ARGV[9], window, offset, window and math.floor((now - offset) / window), 0})
-  return ARGV[4]
+    args[4], args[5], {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0},
+    micros, micros and now + micros, window, offset, window and math.floor((now - offset) / window), 0})
+  return args[4]
 end
 
 function ops.known()  -- path
-  local m = load(ARGV[3])
+  local m = load(args[3])
   return m and m[TERMS]
 end
 
-function ops.reserve()  -- hold, ttl in us, want in 5 parts, then per link: path, need in 4 parts
+function ops.reserve()  -- hold, ttl in us, want {5}, then per link: path, need {4}
   lapse()
-  local want, paths, meters = amount(5), {}, {}
-  for at = 10, #ARGV, 5 do
-    local path = ARGV[at]
+  local want, paths, meters = args[5], {}, {}
+  for at = 6, #args, 2 do
+    local path = args[at]
     local m = load(path)
     if not m then return {'missing', path} end
-    local unit = refusing(m, want, amount(at + 1))
+    local unit = refusing(m, want, args[at + 1])
     if unit == 0 then return {'refused', path, '0', texts({m[MICROS], m[MICROS] + now - m[DEADLINE]})} end
     if unit then return {'refused', path, tostring(unit), texts(m[LIMIT]), texts(m[SPENT]), texts(m[HELD])} end
     paths[#paths + 1], meters[#meters + 1] = path, m
@@ -137,16 +131,19 @@ function ops.reserve()  -- hold, ttl in us, want in 5 parts, then per link: path
     m[COUNT] = m[COUNT] + 1
     save(paths[i], m)
   end
-  call('HSET', HOLDS, ARGV[3], cmsgpack.pack({0, want, paths}))
-  call('ZADD', EXPIRY, text(now + ARGV[4]), ARGV[3])
+  call('HSET', HOLDS, args[3], cmsgpack.pack({0, want, paths, now + args[4]}))
+  call('ZADD', EXPIRY, text(now + args[4]), args[3])
   return {'held'}
 end
 
-function ops.finish()  -- hold, then what was used in 5 parts, or nothing to release
-  lapse()
-  local packed = call('HGET', HOLDS, ARGV[3])
+function ops.finish()  -- hold, then what was used {5}, or nothing to release
+  local packed = call('HGET', HOLDS, args[3])
   if not packed then return 'gone' end
-  local hold, actual = cmsgpack.unpack(packed), amount(4)
+  local hold, actual = cmsgpack.unpack(packed), args[4]
+  if hold[1] == 0 and now >= hold[4] then
+    lapse()
+    hold[1] = 1
+  end
   local lapsed = hold[1] == 1
   for _, path in ipairs(hold[3]) do
     local m = load(path)
@@ -157,15 +154,15 @@ function ops.finish()  -- hold, then what was used in 5 parts, or nothing to rel
     if actual then book(m, lapsed and {0, 0, 0, 0, 0} or hold[2], actual) end
     save(path, m)
   end
-  call('HDEL', HOLDS, ARGV[3])
-  call('ZREM', EXPIRY, ARGV[3], '\0' .. ARGV[3])
+  call('HDEL', HOLDS, args[3])
+  call('ZREM', EXPIRY, lapsed and '\0' .. args[3] or args[3])
   return lapsed and 'late' or 'done'
 end
 
-function ops.extend()  -- path, amount in 5 parts, microseconds
-  local m = load(ARGV[3])
+function ops.extend()  -- path, amount {5}, microseconds
+  local m = load(args[3])
   if not m then return 'missing' end
-  local limit, by, micros = m[LIMIT], amount(4), tonumber(ARGV[9])
+  local limit, by, micros = m[LIMIT], args[4], args[5]
   local sum = {limit[1] or 0, limit[2] or 0, limit[3] or 0, limit[4] or 0, 0}
   plus(sum, by, 1)
   for i = 1, 4 do limit[i] = limit[i] and sum[i] end
@@ -173,17 +170,17 @@ function ops.extend()  -- path, amount in 5 parts, microseconds
     local past = math.max(0, now - m[DEADLINE])
     m[MICROS], m[DEADLINE] = m[MICROS] + micros + past, m[DEADLINE] + past + micros
   end
-  save(ARGV[3], m)
+  save(args[3], m)
   return 'done'
 end
 
 function ops.read()  -- path
   lapse()
-  local m = load(ARGV[3])
+  local m = load(args[3])
   if not m then return {} end
   local left = m[DEADLINE] and math.max(0, m[DEADLINE] - now)
   return {texts(m[LIMIT]), texts(m[SPENT]), texts(m[HELD]), texts(m[OVER]), texts({m[MICROS], left, m[COUNT]})}
 end
 
-return ops[ARGV[1]]()
+return ops[args[1]]()
 """

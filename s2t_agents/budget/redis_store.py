@@ -7,7 +7,9 @@ Every operation is one script on the server, atomic there. The server must not e
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from s2t_agents.budget.amount import UNITS, Units
@@ -18,6 +20,10 @@ from s2t_agents.errors import ConfigError, StoreUnavailable
 
 if TYPE_CHECKING:
     import redis
+
+
+NONE = False
+_SHA = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
 
 class RedisStore:
@@ -58,15 +64,16 @@ class RedisStore:
             )
         except ValueError as error:
             raise ConfigError(f"Redis URL: {error}.", hint="As redis://localhost:6379/0.") from None
-        self._script = self._client.register_script(SCRIPT)
+        self._unknown: type[Exception] = redis.exceptions.NoScriptError
+        self._keys: dict[str, tuple[str, str, str]] = {}
 
     def open(self, path: str, terms: Terms) -> Terms:
         """Make the meter unless it is there; the terms it has."""
         usd, escalations, tokens = terms.limits
-        limits = [*(("", "") if usd is None else divmod(usd, PART)), _or_none(escalations), _or_none(tokens)]
+        limits = [*((NONE, NONE) if usd is None else divmod(usd, PART)), _or_none(escalations), _or_none(tokens)]
         window = terms.window
-        span = ["", ""] if window is None else [window.seconds * 1_000_000, window.offset_s * 1_000_000]
-        found = self._run(path, "open", path, _written(terms), *limits, _or_none(terms.micros), *span)
+        span = [NONE, NONE] if window is None else [window.seconds * 1_000_000, window.offset_s * 1_000_000]
+        found = self._run(path, "open", path, _written(terms), limits, _or_none(terms.micros), *span)
         return self._noted(path, cast(str, found))
 
     def known(self, path: str) -> Terms | None:
@@ -76,11 +83,11 @@ class RedisStore:
 
     def reserve(self, chain: Chain, hold: str, want: Units, ttl_us: int) -> Refusal | None:
         """Hold on the whole chain, or say why not."""
-        links: list[str | int] = []
+        links: list[Any] = []
         for path, final in chain:
             keep = (0, 0, 0) if final else self._kept[path]
-            links += [path, *divmod(want[0] + keep[0], PART), want[1] + keep[1], want[2] + keep[2]]
-        answer = cast(list[Any], self._run(hold, "reserve", hold, ttl_us, *_parts(want), *links))
+            links += [path, [*divmod(want[0] + keep[0], PART), want[1] + keep[1], want[2] + keep[2]]]
+        answer = cast(list[Any], self._run(hold, "reserve", hold, ttl_us, _parts(want), *links))
         if answer[0] == "held":
             return None
         if answer[0] == "missing":
@@ -95,7 +102,7 @@ class RedisStore:
 
     def settle(self, hold: str, actual: Units) -> Closing:
         """Replace the hold by what was used."""
-        return Closing(self._run(hold, "finish", hold, *_parts(actual)))
+        return Closing(self._run(hold, "finish", hold, _parts(actual)))
 
     def release(self, hold: str) -> Closing:
         """Give the hold back."""
@@ -103,7 +110,7 @@ class RedisStore:
 
     def extend(self, path: str, more: tuple[int, int, int], micros: int) -> None:
         """Raise the limits."""
-        if self._run(path, "extend", path, *_parts((*more, 0)), micros) != "done":
+        if self._run(path, "extend", path, _parts((*more, 0)), micros) != "done":
             raise self._missing(path)
 
     def read(self, path: str) -> Reading:
@@ -127,15 +134,25 @@ class RedisStore:
     def __repr__(self) -> str:
         return f"RedisStore(prefix={self._prefix!r})"  # the URL may hold a password
 
-    def _run(self, path: str, op: str, *args: str | int) -> object:
+    def _run(self, path: str, op: str, *args: object) -> object:
         root = path.partition("/")[0]
-        keys = [f"{self._prefix}:{{{root}}}:{name}" for name in ("meters", "holds", "expiry")]
+        keys = self._keys.get(root)
+        if keys is None:
+            tree = f"{self._prefix}:{{{root}}}"
+            keys = self._keys[root] = (f"{tree}:meters", f"{tree}:holds", f"{tree}:expiry")
         try:
-            return self._script(keys=keys, args=[op, _or_none(self._frozen_us), *args])
+            return self._script(keys, json.dumps((op, _or_none(self._frozen_us), *args)))
         except self._error as error:
             raise StoreUnavailable(
                 f"The budget store on Redis can not be used: {error}.", hint="Nothing may be spent until it is back."
             ) from error
+
+    def _script(self, keys: tuple[str, str, str], args: str) -> object:
+        send = cast(Callable[..., object], self._client.execute_command)
+        try:
+            return send("EVALSHA", _SHA, 3, *keys, args)
+        except self._unknown:  # a new server, or one that was started again
+            return send("EVAL", SCRIPT, 3, *keys, args)
 
     def _noted(self, path: str, text: str) -> Terms:
         terms = _read(text)
@@ -157,8 +174,8 @@ def _whole(parts: list[str]) -> tuple[int | None, ...]:
     return (None if high is None or low is None else high * PART + low, *rest)
 
 
-def _or_none(limit: int | None) -> str | int:
-    return "" if limit is None else limit
+def _or_none(limit: int | None) -> int:
+    return NONE if limit is None else limit
 
 
 def _opened(url: str, prefix: str, timeout_s: float) -> RedisStore:
