@@ -1,4 +1,4 @@
-"""The one script that Redis runs for every budget operation, whole and undisturbed by others.
+"""The scripts that Redis runs, one for every budget operation, each whole and undisturbed by others.
 
 Lua counts in doubles, exact up to 2**53. Pico-dollars do not fit, so dollars travel and lie there in two parts,
 whole micro-dollars and the pico-dollars below; every other number is small enough.
@@ -10,7 +10,7 @@ hold) and ``expiry`` (sorted set of hold ids by microsecond; an id after a NUL i
 PART = 1_000_000
 """Pico-dollars in a micro-dollar."""
 
-SCRIPT = r"""
+_CLOCK = r"""
 local METERS, HOLDS, EXPIRY = KEYS[1], KEYS[2], KEYS[3]
 local PART, KEEP_LAPSED_US = 1000000, 604800000000
 local call = redis.call
@@ -22,20 +22,30 @@ local now = args[2] or t[1] * 1000000 + t[2]  -- a time is only given by tests
 -- A meter is {terms, limit, spent, held, over, micros, deadline, window_us, offset_us, window, holds}.
 local TERMS, LIMIT, SPENT, HELD, OVER, MICROS, DEADLINE = 1, 2, 3, 4, 5, 6, 7
 local WINDOW_US, OFFSET_US, WINDOW, COUNT = 8, 9, 10, 11
+"""
 
+_ADD = r"""
 local function plus(a, b, sign)
   local lo = a[2] + sign * b[2]
   a[1], a[2] = a[1] + sign * b[1] + math.floor(lo / PART), lo % PART
   a[3], a[4], a[5] = a[3] + sign * b[3], a[4] + sign * b[4], a[5] + sign * b[5]
 end
+"""
+
+_MORE = r"""
 local function more(a1, a2, b1, b2) return a1 > b1 or (a1 == b1 and a2 > b2) end
+"""
+
+_TEXT = r"""
 local function text(n) return string.format('%.0f', n) end
 local function texts(list)
   local out = {}
   for i, n in ipairs(list) do out[i] = n and text(n) or '' end
   return out
 end
+"""
 
+_METER = r"""
 local function load(path)
   local packed = call('HGET', METERS, path)
   if not packed then return nil end
@@ -49,7 +59,9 @@ local function load(path)
   return m
 end
 local function save(path, m) call('HSET', METERS, path, cmsgpack.pack(m)) end
+"""
 
+_REFUSE = r"""
 local function refusing(m, want, need)  -- the first unit that does not fit: 0 is time, 1 to 3 the units
   if m[DEADLINE] and now >= m[DEADLINE] then return 0 end
   local limit, spent, held = m[LIMIT], m[SPENT], m[HELD]
@@ -62,7 +74,9 @@ local function refusing(m, want, need)  -- the first unit that does not fit: 0 i
     if limit[i] and want[i] > 0 and spent[i] + held[i] + need[i] > limit[i] then return i - 1 end
   end
 end
+"""
 
+_BOOK = r"""
 local function book(m, reserved, actual)
   plus(m[SPENT], actual, 1)
   local over = m[OVER]
@@ -71,7 +85,9 @@ local function book(m, reserved, actual)
   end
   for i = 3, 4 do over[i] = over[i] + math.max(0, actual[i] - reserved[i]) end
 end
+"""
 
+_LAPSE = r"""
 local function lapse()
   while true do
     local due = call('ZRANGEBYSCORE', EXPIRY, '-inf', text(now), 'LIMIT', 0, 100)
@@ -95,92 +111,104 @@ local function lapse()
     end
   end
 end
-
-local ops = {}
-
-function ops.open()  -- path, terms, limit {4} (false is none), deadline in us, window in us, offset in us
-  local path = args[3]
-  local m = load(path)
-  if m then return m[TERMS] end
-  local micros, window, offset = args[6], args[7], args[8]
-  save(path, {
-    args[4], args[5], {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0},
-    micros, micros and now + micros, window, offset, window and math.floor((now - offset) / window), 0})
-  return args[4]
-end
-
-function ops.known()  -- path
-  local m = load(args[3])
-  return m and m[TERMS]
-end
-
-function ops.reserve()  -- hold, ttl in us, want {5}, then per link: path, need {4}
-  lapse()
-  local want, paths, meters = args[5], {}, {}
-  for at = 6, #args, 2 do
-    local path = args[at]
-    local m = load(path)
-    if not m then return {'missing', path} end
-    local unit = refusing(m, want, args[at + 1])
-    if unit == 0 then return {'refused', path, '0', texts({m[MICROS], m[MICROS] + now - m[DEADLINE]})} end
-    if unit then return {'refused', path, tostring(unit), texts(m[LIMIT]), texts(m[SPENT]), texts(m[HELD])} end
-    paths[#paths + 1], meters[#meters + 1] = path, m
-  end
-  for i, m in ipairs(meters) do
-    plus(m[HELD], want, 1)
-    m[COUNT] = m[COUNT] + 1
-    save(paths[i], m)
-  end
-  call('HSET', HOLDS, args[3], cmsgpack.pack({0, want, paths, now + args[4]}))
-  call('ZADD', EXPIRY, text(now + args[4]), args[3])
-  return {'held'}
-end
-
-function ops.finish()  -- hold, then what was used {5}, or nothing to release
-  local packed = call('HGET', HOLDS, args[3])
-  if not packed then return 'gone' end
-  local hold, actual = cmsgpack.unpack(packed), args[4]
-  if hold[1] == 0 and now >= hold[4] then
-    lapse()
-    hold[1] = 1
-  end
-  local lapsed = hold[1] == 1
-  for _, path in ipairs(hold[3]) do
-    local m = load(path)
-    if not lapsed then
-      plus(m[HELD], hold[2], -1)
-      m[COUNT] = m[COUNT] - 1
-    end
-    if actual then book(m, lapsed and {0, 0, 0, 0, 0} or hold[2], actual) end
-    save(path, m)
-  end
-  call('HDEL', HOLDS, args[3])
-  call('ZREM', EXPIRY, lapsed and '\0' .. args[3] or args[3])
-  return lapsed and 'late' or 'done'
-end
-
-function ops.extend()  -- path, amount {5}, microseconds
-  local m = load(args[3])
-  if not m then return 'missing' end
-  local limit, by, micros = m[LIMIT], args[4], args[5]
-  local sum = {limit[1] or 0, limit[2] or 0, limit[3] or 0, limit[4] or 0, 0}
-  plus(sum, by, 1)
-  for i = 1, 4 do limit[i] = limit[i] and sum[i] end
-  if m[DEADLINE] and micros > 0 then
-    local past = math.max(0, now - m[DEADLINE])
-    m[MICROS], m[DEADLINE] = m[MICROS] + micros + past, m[DEADLINE] + past + micros
-  end
-  save(args[3], m)
-  return 'done'
-end
-
-function ops.read()  -- path
-  lapse()
-  local m = load(args[3])
-  if not m then return {} end
-  local left = m[DEADLINE] and math.max(0, m[DEADLINE] - now)
-  return {texts(m[LIMIT]), texts(m[SPENT]), texts(m[HELD]), texts(m[OVER]), texts({m[MICROS], left, m[COUNT]})}
-end
-
-return ops[args[1]]()
 """
+
+_OPEN = r"""
+-- path, terms, limit {4} (false is none), deadline in us, window in us, offset in us
+local path = args[3]
+local m = load(path)
+if m then return m[TERMS] end
+local micros, window, offset = args[6], args[7], args[8]
+save(path, {
+  args[4], args[5], {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0},
+  micros, micros and now + micros, window, offset, window and math.floor((now - offset) / window), 0})
+return args[4]
+"""
+
+_KNOWN = r"""
+-- path
+local m = load(args[3])
+return m and m[TERMS]
+"""
+
+_RESERVE = r"""
+-- hold, ttl in us, want {5}, then per link: path, need {4}
+lapse()
+local want, paths, meters = args[5], {}, {}
+for at = 6, #args, 2 do
+  local path = args[at]
+  local m = load(path)
+  if not m then return {'missing', path} end
+  local unit = refusing(m, want, args[at + 1])
+  if unit == 0 then return {'refused', path, '0', texts({m[MICROS], m[MICROS] + now - m[DEADLINE]})} end
+  if unit then return {'refused', path, tostring(unit), texts(m[LIMIT]), texts(m[SPENT]), texts(m[HELD])} end
+  paths[#paths + 1], meters[#meters + 1] = path, m
+end
+for i, m in ipairs(meters) do
+  plus(m[HELD], want, 1)
+  m[COUNT] = m[COUNT] + 1
+  save(paths[i], m)
+end
+call('HSET', HOLDS, args[3], cmsgpack.pack({0, want, paths, now + args[4]}))
+call('ZADD', EXPIRY, text(now + args[4]), args[3])
+return {'held'}
+"""
+
+_FINISH = r"""
+-- hold, then what was used {5}, or nothing to release
+local packed = call('HGET', HOLDS, args[3])
+if not packed then return 'gone' end
+local hold, actual = cmsgpack.unpack(packed), args[4]
+if hold[1] == 0 and now >= hold[4] then
+  lapse()
+  hold[1] = 1
+end
+local lapsed = hold[1] == 1
+for _, path in ipairs(hold[3]) do
+  local m = load(path)
+  if not lapsed then
+    plus(m[HELD], hold[2], -1)
+    m[COUNT] = m[COUNT] - 1
+  end
+  if actual then book(m, lapsed and {0, 0, 0, 0, 0} or hold[2], actual) end
+  save(path, m)
+end
+call('HDEL', HOLDS, args[3])
+call('ZREM', EXPIRY, lapsed and '\0' .. args[3] or args[3])
+return lapsed and 'late' or 'done'
+"""
+
+_EXTEND = r"""
+-- path, amount {5}, microseconds
+local m = load(args[3])
+if not m then return 'missing' end
+local limit, by, micros = m[LIMIT], args[4], args[5]
+local sum = {limit[1] or 0, limit[2] or 0, limit[3] or 0, limit[4] or 0, 0}
+plus(sum, by, 1)
+for i = 1, 4 do limit[i] = limit[i] and sum[i] end
+if m[DEADLINE] and micros > 0 then
+  local past = math.max(0, now - m[DEADLINE])
+  m[MICROS], m[DEADLINE] = m[MICROS] + micros + past, m[DEADLINE] + past + micros
+end
+save(args[3], m)
+return 'done'
+"""
+
+_READ = r"""
+-- path
+lapse()
+local m = load(args[3])
+if not m then return {} end
+local left = m[DEADLINE] and math.max(0, m[DEADLINE] - now)
+return {texts(m[LIMIT]), texts(m[SPENT]), texts(m[HELD]), texts(m[OVER]), texts({m[MICROS], left, m[COUNT]})}
+"""
+
+SCRIPTS = {
+    "open": _CLOCK + _METER + _OPEN,
+    "known": _CLOCK + _METER + _KNOWN,
+    "reserve": _CLOCK + _ADD + _MORE + _TEXT + _METER + _REFUSE + _LAPSE + _RESERVE,
+    "finish": _CLOCK + _ADD + _MORE + _TEXT + _METER + _BOOK + _LAPSE + _FINISH,
+    "extend": _CLOCK + _ADD + _METER + _EXTEND,
+    "read": _CLOCK + _ADD + _TEXT + _METER + _LAPSE + _READ,
+}
+"""By operation: only what it needs, since Redis defines every function anew at each call."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from s2t_agents.budget.amount import UNITS, Units
-from s2t_agents.budget.redis_script import PART, SCRIPT
+from s2t_agents.budget.redis_script import PART, SCRIPTS
 from s2t_agents.budget.store import Chain, Closing, Reading, Refusal, Terms
 from s2t_agents.budget.window import Window
 from s2t_agents.errors import ConfigError, StoreUnavailable
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 NONE = False
-_SHA = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
+_SHA = {op: hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest() for op, script in SCRIPTS.items()}
 
 
 class RedisStore:
@@ -141,18 +141,18 @@ class RedisStore:
             tree = f"{self._prefix}:{{{root}}}"
             keys = self._keys[root] = (f"{tree}:meters", f"{tree}:holds", f"{tree}:expiry")
         try:
-            return self._script(keys, json.dumps((op, _or_none(self._frozen_us), *args)))
+            return self._script(op, keys, json.dumps((op, _or_none(self._frozen_us), *args)))
         except self._error as error:
             raise StoreUnavailable(
                 f"The budget store on Redis can not be used: {error}.", hint="Nothing may be spent until it is back."
             ) from error
 
-    def _script(self, keys: tuple[str, str, str], args: str) -> object:
+    def _script(self, op: str, keys: tuple[str, str, str], args: str) -> object:
         send = cast(Callable[..., object], self._client.execute_command)
         try:
-            return send("EVALSHA", _SHA, 3, *keys, args)
+            return send("EVALSHA", _SHA[op], 3, *keys, args)
         except self._unknown:  # a new server, or one that was started again
-            return send("EVAL", SCRIPT, 3, *keys, args)
+            return send("EVAL", SCRIPTS[op], 3, *keys, args)
 
     def _noted(self, path: str, text: str) -> Terms:
         terms = _read(text)
