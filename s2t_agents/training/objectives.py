@@ -84,7 +84,7 @@ class AdapterObjective:
         selector: activated or published.
         examples: those without groups are left out.
         max_row: candidates per row and forward.
-        tokens: prefix tokens per forward, padding included.
+        tokens: prefix tokens and candidates per forward, padding included.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class AdapterObjective:
         examples: Sequence[Example],
         *,
         max_row: int,
-        tokens: int = 2048,
+        tokens: int = 4096,
     ) -> None:
         self._selector = selector
         self._examples = [example for example in examples if len(example.positions)]
@@ -103,7 +103,8 @@ class AdapterObjective:
     def pieces(self, units: Sequence[int]) -> Iterator[Scored]:
         """Trajectories of like length together; long rows of candidates in parts."""
         chosen = [self._examples[unit] for unit in units]
-        for batch in batches([len(example.ids) for example in chosen], self._tokens):
+        costs = [len(example.ids) + example.candidates.numel() for example in chosen]
+        for batch in batches(costs, self._tokens):
             part = [chosen[at] for at in batch]
             k = part[0].candidates.shape[1]
             step = max(1, self._max_row // k)
