@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ChatJudge": "selectors",
     "ChatS2T": "chat_model",
     "Budget": "budget",
     "DevicePrice": "budget",
     "TokenPrice": "budget",
     "Ledger": "ledger",
     "LocalLLM": "selectors",
+    "OpenAILLM": "selectors",
     "Escalation": "escalation",
     "Engine": "engine.steps",
     "LanguageModel": "models",
@@ -27,6 +29,7 @@ _HOMES = {
 
 __all__ = [
     "Budget",
+    "ChatJudge",
     "ChatS2T",
     "DevicePrice",
     "Engine",
@@ -34,6 +37,7 @@ __all__ = [
     "LanguageModel",
     "Ledger",
     "LocalLLM",
+    "OpenAILLM",
     "Step",
     "TokenPrice",
     "errors",
@@ -48,7 +52,7 @@ if TYPE_CHECKING:
     from .escalation import Escalation
     from .ledger import Ledger
     from .models import LanguageModel
-    from .selectors import LocalLLM
+    from .selectors import ChatJudge, LocalLLM, OpenAILLM
     from .types import Step
 
 

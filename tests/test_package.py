@@ -25,7 +25,8 @@ LAYERS = [  # imports go down this list only, or stay on their own line
     {"call_body", "tool_calls", "hermes", "messages"},
     {"engine"},
     {"attribution", "accounting"},
-    {"generation", "runtime"},
+    {"generation", "request", "offload", "token_count"},
+    {"runtime", "answers", "structured_output"},
     {"chat_model"},
     {"testing"},
     {"demo", "training"},
@@ -98,6 +99,7 @@ def test_budget_and_ledger_load_without_torch_and_the_package_in_under_a_second(
 def test_the_public_names_are_these() -> None:
     assert s2t_agents.__all__ == [
         "Budget",
+        "ChatJudge",
         "ChatS2T",
         "DevicePrice",
         "Engine",
@@ -105,6 +107,7 @@ def test_the_public_names_are_these() -> None:
         "LanguageModel",
         "Ledger",
         "LocalLLM",
+        "OpenAILLM",
         "Step",
         "TokenPrice",
         "errors",

@@ -1,0 +1,116 @@
+"""The flywheel: every paid selection is kept as a group to train on, and nothing else is."""
+
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from s2t_agents import Budget, ChatS2T
+from s2t_agents.engine.steps import Engine
+from s2t_agents.errors import ConfigError, EscalationFailed, InputError
+from s2t_agents.escalation import Escalation, PaidGroup, read_groups
+from s2t_agents.selectors import LocalLLM
+from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
+from s2t_agents.triggers import always
+from s2t_agents.types import Sampling
+
+PROMPT = [10, 20, 30]
+
+
+def record(path: Path, llm: object, *, limit: int = 99) -> list[PaidGroup]:
+    escalation = Escalation(llm, margin=1.0, record=path)  # type: ignore[arg-type]
+    engine = Engine(tiny_model(), k=4, trigger=always(), escalation=escalation)
+    steps = list(engine.steps(PROMPT, Sampling(max_tokens=8), budget=Budget(escalations=limit)))
+    paid = [step for step in steps if step.picked_by == "llm"]
+    groups = list(read_groups(path)) if path.exists() else []
+    assert len(groups) == len(paid)
+    for group, step in zip(groups, paid, strict=True):
+        assert len(group.ids) == step.prefix_tokens
+        assert group.candidates == tuple(c.token_id for c in step.candidates)
+        assert group.slm == tuple(c.slm for c in step.candidates)
+        assert group.llm == tuple(c.llm for c in step.candidates)
+    return groups
+
+
+def test_a_group_holds_the_prefix_the_candidates_and_every_score(tmp_path: Path) -> None:
+    groups = record(tmp_path / "groups.jsonl", LocalLLM(tiny_model(seed=5)))
+    assert len(groups) == 8
+    assert groups[0].ids == tuple(PROMPT)
+    assert groups[0].slm_model.weights_fingerprint == tiny_model().weights_fingerprint
+    assert groups[0].llm_model == "tiny-qwen3-5"
+    assert groups[0].selector is None
+    best = max(range(4), key=lambda at: groups[0].llm[at] or -99.0)
+    assert groups[1].ids == (*PROMPT, groups[0].candidates[best])
+
+
+def test_refused_and_failed_questions_leave_no_group(tmp_path: Path) -> None:
+    assert len(record(tmp_path / "some.jsonl", ScriptedLLM(last_candidate), limit=3)) == 3
+
+    def down(ids: object, candidates: object) -> list[float]:
+        raise EscalationFailed("down")
+
+    assert record(tmp_path / "none.jsonl", ScriptedLLM(down)) == []
+
+
+def test_threads_append_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "groups.jsonl"
+    model = ChatS2T(
+        model=tiny_model(),
+        max_tokens=5,
+        trigger=always(),
+        escalation=Escalation(ScriptedLLM(last_candidate), margin=1.0, record=path),
+    )
+    picked: list[int] = []
+
+    def answer() -> None:
+        picked.append(model.invoke("hello").response_metadata["s2t"]["escalations"])
+
+    threads = [threading.Thread(target=answer) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(list(read_groups(path, tiny_model()))) == sum(picked) >= 8
+
+
+def test_only_its_owner_can_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "groups.jsonl"
+    record(path, ScriptedLLM(last_candidate))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_groups_of_another_model_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "groups.jsonl"
+    record(path, ScriptedLLM(last_candidate))
+    with pytest.raises(ConfigError, match="line 1, comes from 'tiny-qwen3-0' with other weights"):
+        list(read_groups(path, tiny_model(seed=9)))
+
+
+def test_a_torn_line_is_passed_over_and_a_foreign_one_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "groups.jsonl"
+    groups = record(path, ScriptedLLM(last_candidate))
+    with path.open("ab") as file:
+        file.write(path.read_bytes().splitlines()[0][:50] + b"\n")
+    assert list(read_groups(path)) == groups
+    with path.open("ab") as file:
+        file.write(b'{"some": "thing else"}\n')
+    with pytest.raises(InputError, match="line 10, is no group"):
+        list(read_groups(path))
+    with pytest.raises(InputError, match="No such file"):
+        list(read_groups(tmp_path / "nothing.jsonl"))
+
+
+def test_a_disk_that_does_not_take_it_costs_a_warning_and_not_the_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    escalation = Escalation(ScriptedLLM(last_candidate), margin=1.0, record=tmp_path / "taken")
+    (tmp_path / "taken").mkdir()
+    steps = list(Engine(tiny_model(), trigger=always(), escalation=escalation).steps(PROMPT, Sampling(max_tokens=3)))
+    assert [step.picked_by for step in steps] == ["llm"] * 3
+    assert "was not recorded" in caplog.text
+
+
+def test_a_folder_that_is_not_there_is_refused_at_construction(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        Escalation(ScriptedLLM(last_candidate), record=tmp_path / "no" / "groups.jsonl")
