@@ -10,9 +10,11 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from .attribution import Caller
+from langchain_core.messages import AIMessage
+
+from .attribution import Caller, current_caller
 from .budget import Amount, Budget, DevicePrice
-from .ledger import Cost, GenerationRecord, Latency, Receipt, ReceiptCandidate
+from .ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate
 from .types import Charge, Step
 
 MS = 1000.0
@@ -145,3 +147,38 @@ def _amount(charge: Charge | None) -> Amount | None:
 
 def _number(usd: Decimal | None) -> float | None:
     return None if usd is None else float(usd)
+
+
+def from_cache(message: AIMessage, ledger: Ledger | None) -> AIMessage:
+    """An answer out of LangChain's cache: it cost nothing this time, and says so, in the ledger too.
+
+    Args:
+        message: as the cache holds it; its metadata tell of the call that made it.
+        ledger: takes a record with ``cached=True``.
+    """
+    told = message.response_metadata.get("s2t")
+    if told is None:
+        return message
+    idle = dict.fromkeys(("triggers", "selections", "flips", "escalations", "refused"), 0)
+    free = {key: dict.fromkeys(told[key], 0.0) for key in ("cost_usd", "latency_ms")}
+    if ledger is not None:
+        ledger.record(_cached_record(message, current_caller()))
+    metadata = {**message.response_metadata, "s2t": {**told, **idle, **free}}
+    return message.model_copy(update={"response_metadata": metadata})
+
+
+def _cached_record(message: AIMessage, caller: Caller) -> GenerationRecord:
+    usage, said = message.usage_metadata, message.response_metadata
+    return GenerationRecord(
+        agent=caller.agent,
+        thread_id=caller.thread_id,
+        run_id=caller.run_id,
+        model=str(said.get("model_name", "")),
+        finish_reason=str(said.get("finish_reason", "")),
+        prompt_tokens=usage["input_tokens"] if usage else 0,
+        completion_tokens=usage["output_tokens"] if usage else 0,
+        degraded=said["s2t"]["degraded"],
+        cached=True,
+        cost_usd=Cost(local=Decimal(0), llm=Decimal(0)),
+        trace_id=said["s2t"]["trace_id"],
+    )

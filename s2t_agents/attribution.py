@@ -67,14 +67,24 @@ def current_caller(agent: str | None = None) -> Caller:
 def agent_of(metadata: Mapping[str, Any]) -> str:
     """The agent's name in LangGraph's metadata.
 
-    An explicit ``s2t_agent`` wins, then ``lc_agent_name`` (what ``create_agent(name=...)`` sets) with the path of
-    the graph around it, since unnamed nested agents inherit their parent's name, then the node.
+    An explicit ``s2t_agent`` wins. Then ``lc_agent_name``, which is what ``create_agent(name=...)`` sets; agents that
+    run inside an agent's tools inherit it when they have no name, so the path from there is added ("boss/tools").
+    Without any name it is the path of the nodes around the call: the agent's own nodes ("model") are no part of it.
     """
     if metadata.get("s2t_agent"):
         return str(metadata["s2t_agent"])
     namespace = str(metadata.get("langgraph_checkpoint_ns") or metadata.get("checkpoint_ns") or "")
-    around = [part.split(":")[0] for part in namespace.split("|")[:-1] if part]
-    name = metadata.get("lc_agent_name")
-    if name:
-        return "/".join([str(name), *(part for part in around if part != name)])
-    return str(metadata.get("langgraph_node") or DEFAULT_AGENT)
+    path = [part.split(":")[0] for part in namespace.split("|") if part]
+    if name := metadata.get("lc_agent_name"):
+        inside = path[path.index("tools") : -1] if "tools" in path else []
+        return "/".join([str(name), *inside])
+    if len(path) > 1 and _of_an_agent(path[-1]):
+        path.pop()
+    return "/".join(path) or str(metadata.get("langgraph_node") or DEFAULT_AGENT)
+
+
+def _of_an_agent(node: str) -> bool:
+    """Whether ``create_agent`` named this node: the user's own nodes tell more."""
+    return node in ("model", "tools") or node.endswith(
+        (".before_agent", ".before_model", ".after_model", ".after_agent")
+    )

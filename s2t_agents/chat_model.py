@@ -6,38 +6,37 @@ messages + tools -> PromptEncoder -> token ids -> Engine.steps() -> Generation -
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from langchain_core.callbacks import BaseCallbackManager, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, BaseCallbackManager, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel, LanguageModelInput, ModelProfile
 from langchain_core.language_models.base import LangSmithParams
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.messages.ai import UsageMetadata
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.outputs import Generation as CachedGeneration
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_openai_tool
-from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
+from pydantic import ConfigDict, Field, SecretStr
 
-from . import runtime
-from .accounting import Account
+from . import answers
+from .accounting import Account, from_cache
 from .attribution import CallerHandler, configurable, current_caller
 from .budget import Budget, DevicePrice
 from .engine.steps import MAX_K, Engine
-from .errors import ConfigError, ContextOverflow
-from .escalation import Escalation
+from .errors import ConfigError
 from .generation import Generation
 from .ledger import Ledger
 from .models.language_model import LanguageModel
-from .selectors import LLMSelector, LocalLLM
-from .tool_calls import Delta
+from .offload import in_threads
+from .request import Request, openai_tools
+from .runtime import Runtimes, Settings, escalation_of, profile_of, torch_dtype
+from .structured_output import Method, structured
+from .token_count import tokens_of_messages
 from .triggers import Trigger
 from .types import Sampling, Step
-
-PROVIDER = "s2t"
 
 
 class ChatS2T(BaseChatModel):
@@ -69,6 +68,7 @@ class ChatS2T(BaseChatModel):
         on_step: called with the trace id and every step, for traces.
         streaming: True generates by streaming under ``invoke`` too, as LangChain's callbacks may want.
         api_key, max_retries, timeout: accepted and unused, so that settings written for a hosted model can stay.
+        runtimes: engines made so far; copies of the model share them.
 
     Raises:
         ConfigError: a setting that can not work; everything but the files is checked here, files at the first call.
@@ -100,8 +100,7 @@ class ChatS2T(BaseChatModel):
     max_retries: int | None = None
     timeout: float | None = None
 
-    _runtime: runtime.Runtime | None = PrivateAttr(default=None)
-    _lock: Any = PrivateAttr(default_factory=threading.Lock)
+    runtimes: Runtimes = Field(default_factory=Runtimes, exclude=True, repr=False)
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -122,30 +121,19 @@ class ChatS2T(BaseChatModel):
             and not hasattr(self.selector, "scores")
         ):
             raise ConfigError(f"selector is a {type(self.selector).__name__}.", hint="Give a directory or a Selector.")
-        runtime.torch_dtype(self.dtype)
-        if (escalation := self._escalation) is not None:
+        torch_dtype(self.dtype)
+        if (escalation := escalation_of(self.escalation)) is not None:
             escalation.check_price(self.budget)
 
     def _listen(self) -> None:
         """Put the handler that learns who is calling among this model's own callbacks."""
         handlers = self.callbacks
         if isinstance(handlers, BaseCallbackManager):
-            handlers.add_handler(CallerHandler(), inherit=False)
+            handlers = self.callbacks = handlers.copy()
+            if not any(isinstance(handler, CallerHandler) for handler in handlers.handlers):
+                handlers.add_handler(CallerHandler(), inherit=False)
         elif not any(isinstance(handler, CallerHandler) for handler in handlers or []):
             self.callbacks = [*(handlers or []), CallerHandler()]
-
-    @property
-    def _escalation(self) -> Escalation | None:
-        """``escalation`` as an ``Escalation``: a path or an LLM alone takes the calibrated margin."""
-        given = self.escalation
-        if given is None or isinstance(given, Escalation):
-            return given
-        if isinstance(given, str):
-            return Escalation(LocalLLM(given))
-        if hasattr(given, "open") and hasattr(given, "check"):
-            llm: LLMSelector = given
-            return Escalation(llm)
-        raise ConfigError(f"escalation is a {type(given).__name__}.", hint="Give an LLM (LocalLLM, ...) or Escalation.")
 
     def _sampling(self, call: Mapping[str, Any], banned_first: Sequence[int] = ()) -> Sampling:
         """Sampling of one call: its own arguments before the model's."""
@@ -157,25 +145,41 @@ class ChatS2T(BaseChatModel):
             banned_first=banned_first,
         )
 
-    def _ready(self) -> runtime.Runtime:
-        """The engine and its weights, loaded on first use."""
-        with self._lock:
-            if self._runtime is None:
-                slm = runtime.shared_model(self.model, device=self.device, dtype=self.dtype, options=self.model_kwargs)
-                self._runtime = runtime.build(
-                    slm,
-                    k=self.k,
-                    trigger=self.trigger,
-                    selector=self.selector,
-                    escalation=self._escalation,
-                    template_args=self.template_args,
-                )
-            return self._runtime
+    def _settings(self, call: Mapping[str, Any]) -> Settings:
+        """What the engine of one call is made of.
+
+        Another model than this one's (``model=``) runs without the selector, which was trained for this one, and
+        without an escalation to itself.
+        """
+        model = call.get("model") or self.model
+        own = model == self.model
+        escalation = escalation_of(self.escalation)
+        to_itself = not own and escalation is not None and escalation.llm.name == model
+        return Settings(
+            model=model,
+            selector=self.selector if own else None,
+            escalation=None if to_itself else self.escalation,
+            k=self.k,
+            trigger=self.trigger,
+            device=self.device,
+            dtype=self.dtype,
+            model_kwargs=self.model_kwargs,
+            template_args=self.template_args,
+        )
 
     @property
     def engine(self) -> Engine:
         """The engine under this model; reading it loads the weights."""
-        return self._ready().engine
+        return self.runtimes.get(self._settings({})).engine
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Pickles as its settings: weights and engines stay behind and come back, by name, when needed."""
+        state = super().__getstate__()
+        return {**state, "__dict__": {**state["__dict__"], "model": self.model_name}}
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> ChatS2T:
+        """A model of its own over the same weights, budget and ledger: a copied agent must not double the money."""
+        return self.model_copy()
 
     # ------------------------------------------------------------------ LangChain
 
@@ -194,7 +198,7 @@ class ChatS2T(BaseChatModel):
         return {
             "model": self.model_name,
             "selector": str(self.selector),
-            "escalation": repr(self._escalation),
+            "escalation": repr(escalation_of(self.escalation)),
             "k": self.k,
             "trigger": repr(self.trigger),
             "temperature": self.temperature,
@@ -203,34 +207,94 @@ class ChatS2T(BaseChatModel):
             "stop": self.stop,
             "seed": self.seed,
             "dtype": str(self.dtype),
+            "model_kwargs": self.model_kwargs,
+            "template_args": self.template_args,
         }
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """The cache's key; who asks, and on which budget, is no part of it."""
+        told = {key: value for key, value in kwargs.items() if key not in ("s2t_agent", "s2t_budget")}
+        return super()._get_llm_string(stop=stop, **told)
+
+    def _convert_cached_generations(self, cache_val: list[CachedGeneration]) -> list[ChatGeneration]:
+        """Called on a cache hit: the answer is free, and its metadata and the ledger say so."""
+        found = super()._convert_cached_generations(cache_val)
+        return [
+            one.model_copy(update={"message": from_cache(one.message, self.ledger)})
+            if isinstance(one.message, AIMessage)
+            else one
+            for one in found
+        ]
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        """What LangChain may ask of this model: text and tools, within the window of a config on this disk."""
+        return profile_of(self.model, self.max_tokens)
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)
-        params["ls_provider"] = PROVIDER
+        params["ls_provider"] = answers.PROVIDER
         params["ls_model_name"] = str(kwargs.get("model") or self.model_name)
         params["ls_temperature"] = _given(kwargs.get("temperature"), self.temperature)
         params["ls_max_tokens"] = _given(kwargs.get("max_tokens"), self.max_tokens)
         return params
 
+    def get_token_ids(self, text: str) -> list[int]:
+        """The text in this model's own tokens; reads no weights."""
+        return self.runtimes.encoder(self._settings({})).text_ids(text)
+
+    def get_num_tokens_from_messages(
+        self,
+        messages: list[BaseMessage],
+        tools: Sequence[Mapping[str, Any] | type | Callable[..., Any] | BaseTool] | None = None,
+    ) -> int:
+        """Tokens of the conversation as the chat template writes it; reads no weights.
+
+        Part of a conversation that no template takes, such as a tool's result without its call, is counted as text.
+        """
+        encoder = self.runtimes.encoder(self._settings({}))
+        return tokens_of_messages(encoder, messages, openai_tools(tools or (), strict=None))
+
     def bind_tools(
         self,
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
         *,
-        tool_choice: str | None = None,
+        tool_choice: str | bool | dict[str, Any] | None = None,
+        strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """Tools for the model to call, in any form that LangChain converts.
 
         Args:
             tools: functions, tools, pydantic classes or schemas.
-            tool_choice: "auto", "any", "none" or a tool's name.
-            kwargs: bound to the call.
+            tool_choice: "auto", "any" (also "required", True), "none", a tool's name, or OpenAI's mapping of it.
+            strict: make every argument required, as OpenAI's strict mode does; schemas are kept to in any case.
+            kwargs: bound to the call, such as ``response_format`` and ``parallel_tool_calls``.
+
+        Raises:
+            BadSchema: something that is no tool, or a schema that no grammar can express.
+            ConfigError: a tool choice that fits no tool, or an unknown response format.
         """
-        formatted = [convert_to_openai_tool(tool) for tool in tools]
+        call = {**kwargs, "tools": openai_tools(tools, strict=strict)}
         if tool_choice is not None:
-            kwargs["tool_choice"] = tool_choice
-        return super().bind(tools=formatted, **kwargs)
+            call["tool_choice"] = tool_choice
+        Request.of(call).check()
+        return self.bind(**call)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        method: Method = "function_calling",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """A model whose answers are objects of a schema; see ``structured_output.structured``."""
+        if kwargs:
+            raise ConfigError(f"with_structured_output takes no {', '.join(kwargs)}.")
+        return structured(self, schema, method=method, include_raw=include_raw, strict=strict)
+
+    # Whole and streamed, sync and async answers drain one generator of steps.
 
     def _generate(
         self,
@@ -239,18 +303,22 @@ class ChatS2T(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        generation = self._begin(messages, stop, kwargs)
-        for _ in generation.deltas():
-            pass
-        parser = generation.parser
-        message = AIMessage(
-            content=parser.text,
-            tool_calls=parser.tool_calls,
-            invalid_tool_calls=parser.invalid_tool_calls,
-            usage_metadata=_usage(generation.account),
-            response_metadata=self._response_metadata(generation),
-        )
-        return ChatResult(generations=[ChatGeneration(message=message)])
+        *_, answer = self._whole(messages, stop, kwargs)
+        assert isinstance(answer, ChatResult)
+        return answer
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        async with aclosing(in_threads(self._whole(messages, stop, kwargs))) as steps:
+            async for result in steps:
+                answer = result
+        assert isinstance(answer, ChatResult)
+        return answer
 
     def _stream(
         self,
@@ -259,78 +327,75 @@ class ChatS2T(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        generation = self._begin(messages, stop, kwargs)
-        for delta in generation.deltas():
-            chunk = ChatGenerationChunk(message=_chunk(delta))
-            if run_manager:
-                run_manager.on_llm_new_token(delta.text, chunk=chunk)
-            yield chunk
-        last = AIMessageChunk(
-            content="",
-            usage_metadata=_usage(generation.account),
-            response_metadata=self._response_metadata(generation),
-            chunk_position="last",
-        )
-        yield ChatGenerationChunk(message=last)
+        for chunk in self._chunks(messages, stop, kwargs):
+            if chunk is not None:
+                if run_manager:
+                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        async with aclosing(in_threads(self._chunks(messages, stop, kwargs))) as chunks:
+            async for chunk in chunks:
+                if chunk is not None:
+                    if run_manager:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
 
     # ------------------------------------------------------------------ one call
 
+    def _whole(
+        self, messages: list[BaseMessage], stop: list[str] | None, call: Mapping[str, Any]
+    ) -> Generator[ChatResult | None, None, None]:
+        """None after every step, then the answer: between steps an async caller can leave."""
+        generation = self._begin(messages, stop, call)
+        for _ in generation.deltas():
+            yield None
+        yield answers.whole(generation)
+
+    def _chunks(
+        self, messages: list[BaseMessage], stop: list[str] | None, call: Mapping[str, Any]
+    ) -> Generator[ChatGenerationChunk | None, None, None]:
+        """What every step adds, None where it shows nothing; numbers come with the last chunk alone."""
+        generation = self._begin(messages, stop, call)
+        for delta in generation.deltas():
+            yield answers.piece(delta) if delta else None
+        yield answers.last(generation)
+
     def _begin(self, messages: list[BaseMessage], stop: list[str] | None, call: Mapping[str, Any]) -> Generation:
         """Everything that can be refused is refused here; the model has not run yet."""
-        ready = self._ready()
+        request = Request.of(call)
+        ready = self.runtimes.get(self._settings(call))
         engine = ready.engine
         budget = call.get("s2t_budget") or configurable("s2t_budget") or self.budget
         if engine.escalation is not None:
             engine.escalation.check_price(budget)
         sampling = self._sampling(call, banned_first=tuple(engine.slm.eos_ids))
-        prompt = ready.encoder.encode(messages, call.get("tools") or (), limit=engine.slm.context_window - 1)
+        task = ready.task(request, messages, sampling.max_tokens)
         account = Account(
-            model=self.model_name,
-            prompt_tokens=len(prompt),
+            model=engine.slm.name,
+            prompt_tokens=len(task.prompt),
             caller=current_caller(call.get("s2t_agent")),
             llm=engine.escalation.llm.name if engine.escalation else None,
             device_price=self.device_price,
             budget=budget,
         )
         watch = self.on_step
-        room = min(sampling.max_tokens, engine.slm.context_window - len(prompt))
-        compiled = ready.grammar(call)
-        if compiled and room < sampling.max_tokens and room < compiled.fewest_tokens:
-            raise ContextOverflow(
-                f"the prompt has {len(prompt)} tokens and leaves {room} of the context window; the shortest legal "
-                f"answer has {compiled.fewest_tokens}.",
-                hint="Shorten the conversation or the tools.",
-            )
-        grammar = compiled.start(room) if compiled else None
         return Generation(
-            engine.steps(prompt, sampling, grammar=grammar, budget=budget),
+            engine.steps(task.prompt, sampling, grammar=task.grammar, budget=budget),
             account,
             tokenizer=engine.slm.tokenizer,
             eos_ids=engine.slm.eos_ids,
-            room=room,
+            room=task.room,
             stop=stop if stop is not None else self.stop or (),
             ledger=self.ledger,
             watch=(lambda step: watch(account.trace_id, step)) if watch else None,
         )
-
-    def _response_metadata(self, generation: Generation) -> dict[str, Any]:
-        return {
-            "model_name": self.model_name,
-            "model_provider": PROVIDER,
-            "finish_reason": generation.finish_reason,
-            "s2t": generation.account.metadata(),
-        }
-
-
-def _usage(account: Account) -> UsageMetadata:
-    written = len(account.steps)
-    return UsageMetadata(
-        input_tokens=account.prompt_tokens, output_tokens=written, total_tokens=account.prompt_tokens + written
-    )
-
-
-def _chunk(delta: Delta) -> AIMessageChunk:
-    return AIMessageChunk(content=delta.text, tool_call_chunks=delta.tool_call_chunks)
 
 
 def _given(value: Any, default: Any) -> Any:

@@ -6,7 +6,7 @@ Engine.steps() -> token -> Detokenizer -> StopStrings -> ToolCallParser -> Delta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -56,8 +56,8 @@ class Generation:
         self._tags = tag_ids(tokenizer)
         self.finish_reason = "aborted"
 
-    def deltas(self) -> Iterator[Delta]:
-        """What each step adds to the message; empty deltas are left out."""
+    def deltas(self) -> Generator[Delta, None, None]:
+        """What each step adds to the message, also when it is nothing: the consumer may leave after any step."""
         error: str | None = None
         try:
             with closing(self._steps):  # type: ignore[type-var]
@@ -79,8 +79,7 @@ class Generation:
             ended = step.token_id in self._eos_ids
             text = "" if ended else detokenizer.push(step.token_id)
             delta, stopped = self._parse(step.token_id, text)
-            if delta:
-                yield delta
+            yield delta
             if ended or stopped:
                 break
         rest = self.parser.push(None, "" if stopped else detokenizer.flush() + self._stop.flush())

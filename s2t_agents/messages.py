@@ -162,6 +162,14 @@ class PromptEncoder:
             raise _overflow(str(len(ids)), limit)
         return ids
 
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a text by itself, nothing of which is a control token.
+
+        Raises:
+            InputError: text that is not Unicode.
+        """
+        return self._safe.encode(self._safe.shield(text, "The text"))
+
     def render(
         self,
         messages: Sequence[BaseMessage],

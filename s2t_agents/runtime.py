@@ -4,29 +4,64 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from langchain_core.language_models import ModelProfile
+from langchain_core.messages import BaseMessage
 
-from .engine.grammar import CompiledGrammar, json_grammar, tool_grammar, vocabulary
+from .engine.grammar import CompiledGrammar, Grammar, vocabulary
 from .engine.steps import Engine
-from .errors import ConfigError
+from .errors import ConfigError, ContextOverflow
 from .escalation import DEFAULT_MARGIN, Escalation
 from .messages import PromptEncoder
+from .models.bundled import model_path, selector_path
 from .models.language_model import LanguageModel
-from .selectors import Selector, load_selector
+from .models.loading import load_tokenizer
+from .request import Request
+from .selectors import LLMSelector, LocalLLM, Selector, calibrated_trigger, load_selector
 from .selectors.config import SelectorConfig
-from .triggers import Trigger, entropy
+from .triggers import Trigger
 
 GRAMMARS_KEPT = 64
-"""Compiled grammars per model: an agent sends the same tools every turn."""
+"""Compiled grammars per engine: an agent sends the same tools every turn."""
+
+ENGINES_KEPT = 4
+"""Engines per chat model and its copies: their own settings, and a few that calls or copies override."""
 
 _lock = threading.Lock()
 _loaded: WeakValueDictionary[str, LanguageModel] = WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that an engine is made of; equal settings share one.
+
+    Attributes are those of ``ChatS2T`` with the same names.
+    """
+
+    model: str | LanguageModel
+    selector: str | Path | Selector | None = None
+    escalation: Any = None
+    k: int | None = None
+    trigger: Trigger | None = None
+    device: str | None = None
+    dtype: torch.dtype | str | None = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one answer is made from: the prompt's token ids, what is legal, and tokens that it may have."""
+
+    prompt: list[int]
+    grammar: Grammar
+    room: int
 
 
 @dataclass(frozen=True)
@@ -44,37 +79,82 @@ class Runtime:
     selector_config: SelectorConfig | None
     _compiled: dict[str, CompiledGrammar] = field(default_factory=dict)
 
-    def grammar(self, call: Mapping[str, Any]) -> CompiledGrammar | None:
-        """What the arguments of a call make legal; None where anything is.
-
-        Args:
-            call: ``tools`` with ``tool_choice`` and ``parallel_tool_calls``, or an OpenAI ``response_format``.
+    def task(self, request: Request, messages: Sequence[BaseMessage], max_tokens: int) -> Task:
+        """Everything the engine needs for one answer; nothing has run yet.
 
         Raises:
+            InputError: messages that can not be rendered.
+            ContextOverflow: they leave no room for the shortest legal answer.
             BadSchema: a schema that no grammar can express.
-            ConfigError: a tool choice that fits no tool, or an unknown response format.
+            ConfigError: a tool choice that fits no tool, or ``max_tokens`` that hold no legal answer.
         """
-        asked = {
-            key: call[key] for key in ("tools", "tool_choice", "parallel_tool_calls", "response_format") if key in call
-        }
-        if not asked.get("tools") and not asked.get("response_format"):
-            return None
-        key = json.dumps(asked, sort_keys=True, default=str)
+        window = self.engine.slm.context_window
+        prompt = self.encoder.encode(request.prompt(messages), request.tools, limit=window - 1)
+        room = min(max_tokens, window - len(prompt))
+        compiled = self._grammar(request)
+        if room < max_tokens and room < compiled.fewest_tokens:
+            raise ContextOverflow(
+                f"the prompt has {len(prompt)} tokens and leaves {room} of the context window; the shortest legal "
+                f"answer has {compiled.fewest_tokens}.",
+                hint="Shorten the conversation or the tools.",
+            )
+        return Task(prompt, compiled.start(room), room)
+
+    def _grammar(self, request: Request) -> CompiledGrammar:
+        key = request.key
         if key not in self._compiled:
+            slm = self.engine.slm
+            words = vocabulary(slm.tokenizer, slm.vocab_size, sorted(slm.eos_ids))
+            compiled = request.compile(words)
             while len(self._compiled) >= GRAMMARS_KEPT:
-                self._compiled.pop(next(iter(self._compiled)))
-            self._compiled[key] = self._compile(asked)
+                self._compiled.pop(next(iter(self._compiled)), None)
+            self._compiled[key] = compiled
         return self._compiled[key]
 
-    def _compile(self, asked: Mapping[str, Any]) -> CompiledGrammar:
-        slm = self.engine.slm
-        words = vocabulary(slm.tokenizer, slm.vocab_size, sorted(slm.eos_ids))
-        if asked.get("response_format"):
-            return json_grammar(words, wanted_schema(asked["response_format"]))
-        parallel = asked.get("parallel_tool_calls")
-        return tool_grammar(
-            words, asked["tools"], chosen_tool(asked.get("tool_choice")), parallel=parallel is None or bool(parallel)
-        )
+
+class Runtimes:
+    """The engines of one chat model, of its copies and of what calls override. Copies and pickles as empty settings.
+
+    A copy of the chat model holds the same object, so ``configurable_fields`` and ``model_copy`` load nothing anew.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: list[tuple[Settings, Runtime]] = []
+        self._encoders: list[tuple[Settings, PromptEncoder]] = []
+
+    def get(self, settings: Settings) -> Runtime:
+        """The engine for these settings; made, and its weights loaded, on first use.
+
+        Raises:
+            ConfigError, AdapterMismatch, TokenizerMismatch, ModelNotFound, UnsafeWeights: before anything is generated.
+        """
+        with self._lock:
+            for known, runtime in self._kept:
+                if known == settings:
+                    return runtime
+            runtime = build(settings)
+            self._kept = [*self._kept[1 - ENGINES_KEPT :], (settings, runtime)]
+            return runtime
+
+    def encoder(self, settings: Settings) -> PromptEncoder:
+        """The encoder alone, for counting: it reads no weights."""
+        wanted = Settings(settings.model, template_args=settings.template_args)
+        with self._lock:
+            for known, encoder in self._encoders:
+                if known == wanted:
+                    return encoder
+            model = settings.model
+            tokenizer = load_tokenizer(model) if isinstance(model, str) else model.tokenizer
+            encoder = PromptEncoder(tokenizer, template_args=settings.template_args)
+            self._encoders = [*self._encoders[1 - ENGINES_KEPT :], (wanted, encoder)]
+            return encoder
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtimes:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Runtimes, ()
 
 
 def shared_model(
@@ -107,51 +187,73 @@ def torch_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def chosen_tool(choice: Any) -> str:
-    """A tool choice in any of OpenAI's spellings as "auto", "any", "none" or a tool's name."""
-    if isinstance(choice, Mapping):
-        return str(choice.get("function", choice).get("name"))
-    spelled = {None: "auto", True: "any", False: "none", "required": "any", "any": "any"}
-    return str(spelled.get(choice, choice))
-
-
-def wanted_schema(response_format: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The JSON schema of an OpenAI ``response_format``; None where any JSON object will do."""
-    kind = response_format.get("type")
-    if kind == "json_object":
-        return None
-    if kind == "json_schema":
-        schema: Mapping[str, Any] = response_format["json_schema"]["schema"]
-        return schema
-    raise ConfigError(f"response_format has type {kind!r}.", hint="Use json_schema or json_object.")
-
-
-def build(
-    slm: LanguageModel,
-    *,
-    k: int | None,
-    trigger: Trigger | None,
-    selector: str | Path | Selector | None,
-    escalation: Escalation | None,
-    template_args: Mapping[str, Any],
-) -> Runtime:
-    """Put an engine together: the selector's calibration fills in what was left open.
+def escalation_of(given: Any) -> Escalation | None:
+    """An ``escalation`` setting as an ``Escalation``: a path or an LLM alone takes the calibrated margin.
 
     Raises:
-        ConfigError, AdapterMismatch, TokenizerMismatch, ModelNotFound, UnsafeWeights: before anything is generated.
+        ConfigError: something else.
     """
+    if given is None or isinstance(given, Escalation):
+        return given
+    if isinstance(given, str):
+        return Escalation(LocalLLM(given))
+    if hasattr(given, "open") and hasattr(given, "check"):
+        llm: LLMSelector = given
+        return Escalation(llm)
+    raise ConfigError(f"escalation is a {type(given).__name__}.", hint="Give an LLM (LocalLLM, ...) or Escalation.")
+
+
+def profile_of(model: str | LanguageModel, max_tokens: int) -> ModelProfile:
+    """What LangChain may ask of a model; its window is left out where no config lies on this disk. Reads no weights."""
+    profile = ModelProfile(
+        name=model if isinstance(model, str) else model.name,
+        max_output_tokens=max_tokens,
+        text_inputs=True,
+        image_inputs=False,
+        audio_inputs=False,
+        pdf_inputs=False,
+        text_outputs=True,
+        tool_calling=True,
+        tool_choice=True,
+        tool_call_streaming=True,
+        structured_output=True,
+    )
+    window = _window_of(model)
+    return profile if window is None else ModelProfile(**profile, max_input_tokens=window)
+
+
+def _window_of(model: str | LanguageModel) -> int | None:
+    if isinstance(model, LanguageModel):
+        return model.context_window
+    config = Path(model_path(model)) / "config.json"
+    if not config.is_file():
+        return None
+    limit = json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings")
+    return limit if isinstance(limit, int) else None
+
+
+def build(settings: Settings) -> Runtime:
+    """Put an engine together: the selector's calibration fills in what was left open."""
+    slm = shared_model(
+        settings.model, device=settings.device, dtype=settings.dtype, options=dict(settings.model_kwargs)
+    )
     config: SelectorConfig | None = None
+    selector = settings.selector
     if isinstance(selector, (str, Path)):
         selector, config = load_selector(selector, slm)
+    escalation = escalation_of(settings.escalation)
     if escalation is not None:
         escalation.llm.check(slm)
     calibration = config.calibration if config else None
+    trigger = settings.trigger
+    if trigger is None and config and calibration:
+        trigger = calibrated_trigger(selector_path(str(settings.selector)), config)
     engine = Engine(
         slm,
-        k=k or (config.k if config else 8),
-        trigger=trigger or (entropy(above=calibration.trigger_entropy) if calibration else None),
+        k=settings.k or (config.k if config else 8),
+        trigger=trigger,
         selector=selector,
         escalation=escalation,
         threshold=calibration.escalation_margin if calibration else DEFAULT_MARGIN,
     )
-    return Runtime(engine, PromptEncoder(slm.tokenizer, template_args=template_args), config)
+    return Runtime(engine, PromptEncoder(slm.tokenizer, template_args=settings.template_args), config)

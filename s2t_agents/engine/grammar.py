@@ -24,9 +24,10 @@ from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from ..errors import BadSchema, ConfigError
-from ..tool_calls import CLOSE, OPEN, tag_ids
+from ..tool_calls import tag_ids
 from .closing import ClosingOrder
-from .schemas import SPELLING, closed, heaviest, parameters_of
+from .rules import arguments_of, auto_start, call_rules, functions_of, json_rule, reply_of, said
+from .schemas import heaviest
 
 Mask = npt.NDArray[np.bool_]
 
@@ -114,10 +115,7 @@ class CompiledGrammar:
         self.vocabulary, self.source, self.margin = words, source, margin
         self._matcher = LLMatcher(words.core, source, log_level=0)
         if self._matcher.is_error():
-            raise BadSchema(
-                f"No grammar can express {what}: {_reason(self._matcher.get_error())}.",
-                hint="Simplify that part of the schema.",
-            )
+            raise _inexpressible(what, self._matcher.get_error())
 
     def start(self, max_tokens: int | None = None) -> Generation:
         """A new generation.
@@ -266,7 +264,12 @@ def _completes(matcher: Any, tokens: list[int]) -> bool:
 
 
 def tool_grammar(
-    words: Vocabulary, tools: Sequence[Mapping[str, Any]], tool_choice: str = "auto", *, parallel: bool = True
+    words: Vocabulary,
+    tools: Sequence[Mapping[str, Any]],
+    tool_choice: str = "auto",
+    *,
+    parallel: bool = True,
+    reply: Mapping[str, Any] | None = None,
 ) -> CompiledGrammar:
     """Text and Hermes tool calls.
 
@@ -276,31 +279,56 @@ def tool_grammar(
         tool_choice: ``"auto"`` (text, calls or both), ``"any"`` (calls alone), ``"none"`` (text alone), or a
             tool's name (one call of it).
         parallel: whether there may be several calls.
+        reply: schema of an answer that is no call, in place of free text.
 
     Raises:
         BadSchema: a tool's schema that can not be expressed; the message names the tool.
         ConfigError: a ``tool_choice`` that is none of these.
     """
-    functions = {function["name"]: function for function in map(_function, tools)}
-    if tool_choice not in ("auto", "any", "none", *functions) or (tool_choice == "any" and not functions):
-        known = ", ".join(map(repr, functions)) or "none bound"
-        raise ConfigError(
-            f"tool_choice={tool_choice!r} fits no tool (tools: {known}).",
-            hint='Use "auto", "any", "none" or a tool\'s name.',
-        )
+    functions = functions_of(tools, tool_choice)
     if tool_choice == "none" or not functions:
-        return CompiledGrammar(words, f"start: said\n{_said(words)}", margin=4, what="text")
+        return CompiledGrammar(words, f"start: said\n{said(words)}", margin=4, what="text")
     named = tool_choice in functions
     chosen = [functions[tool_choice]] if named else list(functions.values())
-    schemas = [_sound(function) for function in chosen]
+    schemas = [arguments_of(function) for function in chosen]
     for function, schema in zip(chosen, schemas, strict=True):  # one by one, so that an error names the tool
-        source = f"start: value\nvalue: {_json(schema)}\n"
+        source = f"start: value\nvalue: {json_rule(schema)}\n"
         CompiledGrammar(words, source, margin=0, what=f"the arguments of tool {function['name']!r}")
-    rules = _call_rules(words, [function["name"] for function in chosen], schemas, several=parallel and not named)
-    rules.append(_auto_start(words) if tool_choice == "auto" else "start: calls")
+    rules = call_rules(words, [function["name"] for function in chosen], schemas, several=parallel and not named)
+    ready = reply_of(reply) if reply is not None and tool_choice == "auto" else None
+    rules.append(auto_start(words, ready) if tool_choice == "auto" else "start: calls")
     names = max(len(json.dumps(function["name"]).encode()) for function in chosen)
-    margin = 96 + names + 2 * max(map(heaviest, schemas))
+    margin = 96 + names + 2 * max(map(heaviest, [*schemas, *([ready] if ready is not None else [])]))
     return CompiledGrammar(words, "\n".join(rules) + "\n", margin=margin, what="these tools together")
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]], tool_choice: str = "auto") -> None:
+    """Find what ``tool_grammar`` would refuse, before any tokenizer is there.
+
+    Raises:
+        BadSchema, ConfigError: as ``tool_grammar``.
+    """
+    for name, function in functions_of(tools, tool_choice).items():
+        _check(arguments_of(function), f"the arguments of tool {name!r}")
+
+
+def check_reply(schema: Mapping[str, Any]) -> None:
+    """Find what ``json_grammar`` would refuse, before any tokenizer is there.
+
+    Raises:
+        BadSchema: the schema can not be expressed.
+    """
+    _check(reply_of(schema), "the output schema")
+
+
+def _check(schema: Mapping[str, Any], what: str) -> None:
+    error = LLMatcher.validate_grammar(f"start: value\nvalue: {json_rule(schema)}\n")
+    if error:
+        raise _inexpressible(what, error)
+
+
+def _inexpressible(what: str, error: str) -> BadSchema:
+    return BadSchema(f"No grammar can express {what}: {_reason(error)}.", hint="Simplify that part of the schema.")
 
 
 def json_grammar(words: Vocabulary, schema: Mapping[str, Any] | None = None) -> CompiledGrammar:
@@ -309,69 +337,9 @@ def json_grammar(words: Vocabulary, schema: Mapping[str, Any] | None = None) -> 
     Raises:
         BadSchema: the schema can not be expressed.
     """
-    ready = closed(dict(schema)) if schema else {"type": "object"}
-    source = f"start: value\nvalue: {_json(ready)}\n"
+    ready = reply_of(schema) if schema else {"type": "object"}
+    source = f"start: value\nvalue: {json_rule(ready)}\n"
     return CompiledGrammar(words, source, margin=64 + 2 * heaviest(ready), what="the output schema")
-
-
-def _function(tool: Any) -> dict[str, Any]:
-    function = tool.get("function") if isinstance(tool, Mapping) else None
-    if isinstance(function, Mapping):
-        name, parameters = function.get("name"), function.get("parameters") or {}
-        if isinstance(name, str) and name and isinstance(parameters, Mapping):
-            return dict(function)
-    raise BadSchema(
-        f"This is no tool: {str(tool)[:200]}.",
-        hint='Tools look like {"type": "function", "function": {"name": ..., "parameters": {...}}}.',
-    )
-
-
-def _sound(function: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return parameters_of(function)
-    except RecursionError:
-        raise BadSchema(f"The arguments of tool {function['name']!r} are nested without end.") from None
-
-
-def _json(schema: Mapping[str, Any]) -> str:
-    try:
-        return "%json " + json.dumps({**schema, "x-guidance": SPELLING})
-    except (TypeError, ValueError, RecursionError) as error:
-        raise BadSchema(
-            f"The schema is no JSON: {error}.", hint="Use plain dicts, lists, strings and numbers."
-        ) from None
-
-
-def _call_rules(
-    words: Vocabulary, names: Sequence[str], schemas: Sequence[Mapping[str, Any]], *, several: bool
-) -> list[str]:
-    """``calls``, and ``rest``: what follows the first opening tag. Calls are a line break apart."""
-    opening, closing = (
-        json.dumps(tag) if i is None else f"<[{i}]>" for tag, i in zip((OPEN, CLOSE), words.tags, strict=True)
-    )
-    more = f' ("\\n" {opening} body {closing})*' if several else ""
-    rules = [f"calls: {opening} rest", f"rest: body {closing}{more}"]
-    rules.append("body: " + " | ".join(f"body_{i}" for i in range(len(names))))
-    for i, (name, schema) in enumerate(zip(names, schemas, strict=True)):
-        head = json.dumps(f'\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ')
-        rules += [f'body_{i}: {head} args_{i} "}}\\n"', f"args_{i}: {_json(schema)}"]
-    return rules
-
-
-def _auto_start(words: Vocabulary) -> str:
-    """Text, calls, or calls after text. A tag that is spelt out ends the text as soon as it is complete."""
-    if words.tags[0] is not None:
-        return f"start: said | calls | said calls\n{_said(words)}"
-    return f"start: said | opened rest\nopened[lazy]: /(.|\\n)*{OPEN}/\n{_said(words)}"
-
-
-def _said(words: Vocabulary) -> str:
-    """Text that is not only white space; a thought may come before it."""
-    text = "TEXT: /[ \\t\\n\\r]*[^ \\t\\n\\r](.|\\n)*/"
-    if len(words.thought) == 2:
-        begin, end = words.thought
-        return f"said: TEXT | <[{begin}]> THOUGHT <[{end}]> TEXT\nTHOUGHT: /(.|\\n)*/\n{text}"
-    return f"said: TEXT\n{text}"
 
 
 def _reason(error: str) -> str:

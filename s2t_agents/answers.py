@@ -1,0 +1,58 @@
+"""From a generation to LangChain's messages and chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+
+from .generation import Generation
+from .tool_calls import Delta
+
+PROVIDER = "s2t"
+
+
+def whole(generation: Generation) -> ChatResult:
+    """The answer of a generation that was read to its end."""
+    parser = generation.parser
+    message = AIMessage(
+        content=parser.text,
+        tool_calls=parser.tool_calls,
+        invalid_tool_calls=parser.invalid_tool_calls,
+        usage_metadata=_usage(generation),
+        response_metadata=_metadata(generation),
+    )
+    return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+def piece(delta: Delta) -> ChatGenerationChunk:
+    """What one step adds."""
+    message = AIMessageChunk(content=delta.text, tool_call_chunks=delta.tool_call_chunks)
+    return ChatGenerationChunk(message=message)
+
+
+def last(generation: Generation) -> ChatGenerationChunk:
+    """The end of a stream: all numbers, which LangChain would add up or join if they came more than once."""
+    message = AIMessageChunk(
+        content="",
+        usage_metadata=_usage(generation),
+        response_metadata=_metadata(generation),
+        chunk_position="last",
+    )
+    return ChatGenerationChunk(message=message)
+
+
+def _usage(generation: Generation) -> UsageMetadata:
+    read, written = generation.account.prompt_tokens, len(generation.account.steps)
+    return UsageMetadata(input_tokens=read, output_tokens=written, total_tokens=read + written)
+
+
+def _metadata(generation: Generation) -> dict[str, Any]:
+    return {
+        "model_name": generation.account.model,
+        "model_provider": PROVIDER,
+        "finish_reason": generation.finish_reason,
+        "s2t": generation.account.metadata(),
+    }

@@ -1,0 +1,148 @@
+"""What one call may answer with: tools, a tool choice, a JSON reply; read in all of OpenAI's spellings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_core.messages import BaseMessage, SystemMessage
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+
+from .engine.grammar import CompiledGrammar, Vocabulary, check_reply, check_tools, json_grammar, tool_grammar
+from .errors import BadSchema, ConfigError
+from .models.loading import first_line
+
+ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of one call that say what is legal.
+
+    Attributes:
+        tools: in OpenAI's form.
+        tool_choice: "auto", "any", "none" or a tool's name.
+        parallel: whether there may be several calls in one answer.
+        reply: JSON schema of an answer that is no call; None permits any text.
+        told: whether the prompt shows ``reply``: with "json_object" the user's own words describe it.
+    """
+
+    tools: tuple[Mapping[str, Any], ...] = ()
+    tool_choice: str = "auto"
+    parallel: bool = True
+    reply: Mapping[str, Any] | None = None
+    told: bool = False
+
+    @classmethod
+    def of(cls, call: Mapping[str, Any]) -> Request:
+        """Read ``tools``, ``tool_choice``, ``parallel_tool_calls`` and ``response_format``.
+
+        A forced answer is one call unless ``parallel_tool_calls=True`` asks for more: small models do not know
+        where to stop when only calls are legal.
+
+        Raises:
+            ConfigError: an unknown response format.
+        """
+        choice = chosen_tool(call.get("tool_choice"))
+        parallel = call.get("parallel_tool_calls")
+        reply, told = _wanted_reply(call.get("response_format"))
+        return cls(
+            tools=tuple(call.get("tools") or ()),
+            tool_choice=choice,
+            parallel=choice == "auto" if parallel is None else bool(parallel),
+            reply=reply,
+            told=told,
+        )
+
+    @property
+    def key(self) -> str:
+        """Equal for requests with the same grammar."""
+        return json.dumps([self.tools, self.tool_choice, self.parallel, self.reply], sort_keys=True, default=str)
+
+    def check(self) -> None:
+        """Find what can not work without any model.
+
+        Raises:
+            BadSchema: a malformed tool, or a schema that no grammar can express.
+            ConfigError: a tool choice that fits no tool.
+        """
+        check_tools(self.tools, self.tool_choice)
+        if self.reply is not None:
+            check_reply(self.reply)
+
+    def compile(self, words: Vocabulary) -> CompiledGrammar:
+        """The grammar; without tools and a reply's schema, of text that is not blank.
+
+        Raises:
+            BadSchema, ConfigError: as ``check``.
+        """
+        if self.reply is not None and (not self.tools or self.tool_choice == "none"):
+            return json_grammar(words, self.reply)
+        return tool_grammar(words, self.tools, self.tool_choice, parallel=self.parallel, reply=self.reply)
+
+    def prompt(self, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
+        """The conversation, with the reply's schema at the end of its system message."""
+        if not self.told:
+            return list(messages)
+        note = f"Give your answer as JSON that fits this schema: {json.dumps(self.reply, ensure_ascii=False)}"
+        if messages and isinstance(messages[0], SystemMessage) and isinstance(messages[0].content, str):
+            return [SystemMessage(f"{messages[0].content}\n\n{note}"), *messages[1:]]
+        return [SystemMessage(note), *messages] if messages else []
+
+
+def openai_tools(tools: Sequence[Any], *, strict: bool | None) -> list[dict[str, Any]]:
+    """Functions, tools, classes and schemas in OpenAI's form.
+
+    Args:
+        tools: whatever ``convert_to_openai_tool`` takes.
+        strict: make every argument required. No mark of it stays: the prompt shows the tool alone.
+
+    Raises:
+        BadSchema: something that is no tool.
+    """
+    made = []
+    for tool in tools:
+        try:
+            one = convert_to_openai_tool(tool, strict=strict)
+            function = {key: value for key, value in one["function"].items() if key != "strict"}
+        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+            raise BadSchema(
+                f"This is no tool: {str(tool)[:200]} ({first_line(error)}).",
+                hint="Pass functions with docstrings and types, tools, pydantic classes or OpenAI's mappings.",
+            ) from error
+        made.append({**one, "function": function})
+    return made
+
+
+def chosen_tool(choice: Any) -> str:
+    """A tool choice as "auto", "any", "none" or a tool's name."""
+    if isinstance(choice, Mapping):
+        kind = choice.get("type")
+        named = choice.get("function", choice)
+        name = named.get("name") if isinstance(named, Mapping) else None
+        return str(name if name is not None else chosen_tool(kind))
+    if choice is None or isinstance(choice, bool):
+        return "any" if choice else "auto"
+    return "any" if choice == "required" else str(choice)
+
+
+def _wanted_reply(wanted: Any) -> tuple[Mapping[str, Any] | None, bool]:
+    """The schema in an OpenAI ``response_format`` (or a class in its place), and whether the prompt shows it."""
+    if wanted is None:
+        return None, False
+    if isinstance(wanted, type):
+        return convert_to_json_schema(wanted), True
+    kind = wanted.get("type") if isinstance(wanted, Mapping) else None
+    if kind == "text":
+        return None, False
+    if kind == "json_object":  # a schema beside it is llama.cpp's and vLLM's way
+        return wanted.get("schema") or ANY_OBJECT, False
+    inner = wanted.get("json_schema") if kind == "json_schema" else None
+    if isinstance(inner, Mapping) and isinstance(inner.get("schema"), Mapping):
+        return inner["schema"], True
+    raise ConfigError(
+        f"This is no response_format: {str(wanted)[:200]}.",
+        hint='Use {"type": "json_schema", "json_schema": {"name": ..., "schema": ...}} or {"type": "json_object"}.',
+    )
