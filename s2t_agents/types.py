@@ -11,7 +11,8 @@ from typing import Literal, Protocol
 from .errors import ConfigError
 
 Picker = Literal["slm", "selector", "llm", "grammar"]
-"""Who chose a token. ``grammar``: it was the only legal one, so nobody had to."""
+"""Who chose a token. ``grammar``: it was the only legal one, so nobody had to. Tokens that were kept with an LLM's
+pick are the SLM's own continuation of it, and carry ``slm``."""
 
 Outcome = Literal["picked", "refused", "failed"]
 """What became of an escalation: the LLM picked, the budget refused it, or the LLM gave no usable answer."""
@@ -52,7 +53,7 @@ class EscalationReport:
         reserved: held before the LLM was asked; None when the budget refused.
         actual: settled afterwards; None when nothing was spent.
         wait_s: seconds from the question to the answer.
-        reason: why it was refused or failed; empty when the LLM picked.
+        reason: why it was refused or failed; when the LLM picked, what else there is to know, mostly nothing.
     """
 
     outcome: Outcome

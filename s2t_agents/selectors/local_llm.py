@@ -12,7 +12,7 @@ import torch
 from ..errors import EscalationFailed, TokenizerMismatch
 from ..models.fingerprint import shared_ids
 from ..models.language_model import LanguageModel
-from ..models.loading import load_tokenizer
+from ..models.loading import first_line, load_tokenizer
 from ..models.prefix import Prefix
 from ..types import Charge, Price
 from .question import Answer, Question, charge
@@ -115,9 +115,17 @@ class LocalSession:
         return charge(self._llm.price, input_tokens=self.uncached(question.ids))
 
     def ask(self, question: Question) -> Answer:
-        """Score every candidate."""
+        """Score every candidate.
+
+        Raises:
+            EscalationFailed: the prefix is too long, or the device gave up (out of memory, gone).
+        """
         cost = self.quote(question)
-        scores = self.scores(question.ids, question.candidates)
+        try:
+            scores = self.scores(question.ids, question.candidates)
+        except RuntimeError as error:
+            self._prefix = None  # its KV may be half-written
+            raise EscalationFailed(f"the LLM broke down on this machine: {first_line(error)}.") from error
         question.owe(cost)
         return Answer(tuple(scores))
 
