@@ -159,6 +159,13 @@ def test_what_a_row_breaks_and_mends_is_against_the_same_problems():
     assert (row.accuracy, row.gap_closed, row.broken) == (0.75, 0.5, 0.5)
 
 
+def test_a_known_price_becomes_a_cost_and_an_unknown_one_stays_unknown():
+    tally = Tally("hybrid_1", right=[True, True])
+    tally.count["llm_tokens"] = 300
+    assert tally.report([True, True], [True, True], price=2e-6).cost_usd == pytest.approx(3e-4)
+    assert tally.report([True, True], [True, True], price=None).cost_usd is None
+
+
 def test_sufficiency_counts_what_is_in_the_shards(pair, made):
     slm, _, _ = pair
     found = probe_with(slm, ProbeConfig(models=Models(), rollouts=made / "rollouts"))

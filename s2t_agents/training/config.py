@@ -194,6 +194,7 @@ class Rows(Settings):
         max_tokens: per turn.
         batch: problems in lockstep.
         agreement: problems on which the agreement with the LLM at triggered steps is measured.
+        llm_usd_per_million: price of the LLM's tokens, for the cost column; None where nobody knows it.
         check: problems that are run again through ``Engine.steps``, one by one: are the answers the same, and how long
             do they take so?
     """
@@ -210,6 +211,7 @@ class Rows(Settings):
     max_tokens: int = Field(default=160, ge=1)
     batch: int = Field(default=100, ge=1)
     agreement: int = Field(default=100, ge=0)
+    llm_usd_per_million: float | None = Field(default=None, ge=0)
     check: int = Field(default=10, ge=0)
 
 

@@ -67,7 +67,9 @@ def evaluate_with(slm: LanguageModel, llm: LanguageModel, task: Task, config: Ev
                 run.fill(tallies[row.name], row, chunk)
                 progress.advance()
     right = {name: tallies[name].right for name in ("slm", "llm")}
-    reports = {name: tally.report(right["slm"], right["llm"], None) for name, tally in tallies.items()}
+    million = config.rows.llm_usd_per_million
+    price = None if million is None else million / 1e6
+    reports = {name: tally.report(right["slm"], right["llm"], price) for name, tally in tallies.items()}
     return EvalReport(
         task=task.name,
         n=len(task.items),

@@ -131,38 +131,52 @@ class Tally:
 def table(report: EvalReport, rows: dict[str, RowReport] | None = None) -> Table:
     """The report for people; ``rows`` picks others than the main ones."""
     shown = Table(title=f"{report.task}, {report.n} problems, seed {report.seed} ({report.seconds:.0f} s in all)")
-    columns = (
-        "accuracy",
-        "95%",
-        "gap closed",
-        "broken",
-        "tokens",
-        "SLM forwards",
-        "LLM calls",
-        "LLM tokens",
-        "s",
-        "live s",
-    )
-    for name in ("", *columns, "triggers", "flips", "agreement"):
-        shown.add_column(name, justify="left" if not name else "right")
+    for at, name in enumerate(COLUMNS):
+        shown.add_column(name, justify="right" if at else "left")
     for row in (rows or report.rows).values():
-        shown.add_row(
-            row.name,
-            f"{row.accuracy:.1%}",
-            f"{row.ci95[0]:.1%}-{row.ci95[1]:.1%}",
-            share(row.gap_closed),
-            share(row.broken),
-            f"{row.tokens:.0f}",
-            f"{row.slm_forwards:.0f}",
-            f"{row.llm_calls:.1f}",
-            f"{row.llm_tokens:.0f}",
-            f"{row.seconds:.0f}",
-            "-" if row.live_seconds is None else f"{row.live_seconds:.2f}",
-            f"{row.trigger_rate:.1%}",
-            f"{row.flip_rate:.1%}",
-            share(row.agreement),
-        )
+        shown.add_row(*_cells(row))
     return shown
+
+
+COLUMNS = (
+    "",
+    "accuracy",
+    "95%",
+    "gap closed",
+    "broken",
+    "tokens",
+    "SLM forwards",
+    "LLM calls",
+    "LLM tokens",
+    "$",
+    "s",
+    "live s",
+    "live same",
+    "triggers",
+    "flips",
+    "agreement",
+)
+
+
+def _cells(row: RowReport) -> tuple[str, ...]:
+    return (
+        row.name,
+        f"{row.accuracy:.1%}",
+        f"{row.ci95[0]:.1%}-{row.ci95[1]:.1%}",
+        share(row.gap_closed),
+        share(row.broken),
+        f"{row.tokens:.0f}",
+        f"{row.slm_forwards:.0f}",
+        f"{row.llm_calls:.1f}",
+        f"{row.llm_tokens:.0f}",
+        "-" if row.cost_usd is None else f"{row.cost_usd:.6f}",
+        f"{row.seconds:.0f}",
+        "-" if row.live_seconds is None else f"{row.live_seconds:.2f}",
+        share(row.live_same),
+        f"{row.trigger_rate:.1%}",
+        f"{row.flip_rate:.1%}",
+        share(row.agreement),
+    )
 
 
 def share(value: float | None) -> str:
