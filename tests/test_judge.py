@@ -24,8 +24,8 @@ from s2t_agents.escalation import Escalation
 from s2t_agents.models import LanguageModel, Prefix
 from s2t_agents.proposal import Proposal
 from s2t_agents.selectors import ChatJudge, Question
-from s2t_agents.selectors.previews import THE_END, continuations, previews
-from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
+from s2t_agents.selectors.previews import continuations, previews
+from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import Trigger, always, when
 from s2t_agents.types import Sampling, Step
 
@@ -84,78 +84,6 @@ def at_start() -> Trigger:
     return when(lambda proposal: len(proposal.prefix) == len(PROMPT))
 
 
-# ---------------------------------------------------------------------- previews
-
-
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
-def test_previews_are_the_slms_own_greedy_continuations(name: str) -> None:
-    model = tiny_model(name)
-    prefix = prefix_of(model)
-    candidates = Proposal(prefix, 5).candidates.tolist()
-    before = prefix.logits.clone()
-    for candidate, row in zip(candidates, continuations(prefix, candidates, 8), strict=True):
-        assert row[0] == candidate
-        ids = torch.tensor([[*PROMPT, candidate]])
-        greedy = model.model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)[0, len(PROMPT) :]
-        assert list(row) == greedy[: len(row)].tolist()
-    assert prefix.ids == PROMPT
-    assert torch.equal(prefix.logits, before)
-    prefix.extend([7])  # the prefix goes on as if nobody had looked ahead
-    assert torch.allclose(prefix.logits, prefix_of(model, [*PROMPT, 7]).logits, atol=1e-4)
-
-
-class Parrot:
-    """A stand-in for weights: after each token comes the next of a fixed text."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def next_of(self, token: int) -> int:
-        tokenizer = tiny_model().tokenizer
-        at = self.text.index(tokenizer.decode([token])) + 1
-        if at == len(self.text):
-            return int(tokenizer.eos_token_id)
-        return int(tokenizer.encode(self.text[at])[0])
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("ab.\tcd", "ab."),  # the sentence ends where a blank follows
-        ("ab.5 cd", "ab.5 cd" + THE_END),  # a decimal point is no end
-        ("abc\ndef", "abc\n"),
-        ("abc", "abc" + THE_END),
-        ("abc!", "abc!"),  # whether the answer ends there is for the next step to say
-        ("abcdefghijklm", "abcdefgh"),  # the limit
-    ],
-)
-def test_a_preview_ends_with_its_sentence_its_line_the_answer_or_the_limit(
-    text: str, shown: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, parrot = tiny_model(), Parrot(text)
-    prefix = prefix_of(model)
-
-    def read_rows(ids: torch.Tensor, mask: torch.Tensor, cache: Any, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = torch.zeros(len(ids), 1, model.vocab_size)
-        for row, token in enumerate(ids[:, 0].tolist()):
-            logits[row, 0, parrot.next_of(token)] = 1
-        return logits, logits
-
-    monkeypatch.setattr(model, "read_rows", read_rows)
-    start = model.tokenizer.encode("a")
-    [preview] = previews(prefix, start, 8)
-    assert preview.text == shown
-
-
-def test_previews_that_read_the_same_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from s2t_agents.selectors import previews as module
-
-    monkeypatch.setattr(module, "continuations", lambda prefix, candidates, limit: [(1, 2), (3,), (4, 5)])
-    monkeypatch.setattr(module, "spelled", lambda prefix, tokens: {1: "x", 3: "y", 4: "x"}[tokens[0]])
-    found = module.previews(prefix_of(tiny_model()), [1, 3, 4], 8)
-    assert [(p.at, p.tokens, p.text) for p in found] == [((0, 2), (1, 2), "x"), ((1,), (3,), "y")]
-
-
 # ---------------------------------------------------------------------- one call, one sentence
 
 
@@ -192,33 +120,6 @@ def test_what_follows_equals_an_answer_that_had_those_tokens_from_the_start(at_s
     for cut in (1, 5, 12):
         after = Engine(model).steps([*PROMPT, *tokens[:cut]], Sampling(max_tokens=20 - cut))
         assert [step.token_id for step in after] == tokens[cut:]
-
-
-def test_a_grammar_outranks_what_was_kept() -> None:
-    from collections import deque
-
-    from s2t_agents.engine.steps import settled
-
-    class Only:
-        """Takes 5, then 6, then nothing but 9."""
-
-        def __init__(self) -> None:
-            self.left, self.finished = [5, 6, 9], False
-
-        def forced(self) -> list[int]:
-            return []
-
-        def allowed(self, logits: Any = None) -> torch.Tensor:
-            mask = torch.zeros(16, dtype=torch.bool)
-            mask[self.left[0]] = True
-            return mask
-
-    grammar, kept, taken = Only(), deque([5, 6, 7, 8]), []
-    for token, picker in settled(grammar, kept):  # type: ignore[arg-type]
-        taken.append((token, picker))
-        grammar.left.pop(0)
-    assert taken == [(5, "slm"), (6, "slm")]
-    assert not kept
 
 
 def test_it_is_shown_the_conversation_and_every_continuation_once(at_start: Trigger) -> None:

