@@ -87,7 +87,7 @@ class ChatS2T(BaseChatModel):
     temperature: float = 0.0
     top_p: float = 1.0
     max_tokens: int = 512
-    stop: list[str] | None = None
+    stop: str | list[str] | None = None
     seed: int | None = None
     device: str | None = None
     dtype: Any = None
@@ -99,7 +99,6 @@ class ChatS2T(BaseChatModel):
     api_key: SecretStr | None = Field(default=None, exclude=True)
     max_retries: int | None = None
     timeout: float | None = None
-
     runtimes: Runtimes = Field(default_factory=Runtimes, exclude=True, repr=False)
 
     def __init__(self, **settings: Any) -> None:
@@ -196,25 +195,19 @@ class ChatS2T(BaseChatModel):
     def _identifying_params(self) -> dict[str, Any]:
         """Everything that changes the output; the remaining budget is no part of it (this is the cache's key)."""
         return {
-            "model": self.model_name,
-            "selector": str(self.selector),
-            "escalation": repr(escalation_of(self.escalation)),
-            "k": self.k,
-            "trigger": repr(self.trigger),
+            **self._settings({}).described(),
             "temperature": self.temperature,
             "top_p": self.top_p,
             "max_tokens": self.max_tokens,
             "stop": self.stop,
             "seed": self.seed,
-            "dtype": str(self.dtype),
-            "model_kwargs": self.model_kwargs,
-            "template_args": self.template_args,
         }
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """The cache's key; who asks, and on which budget, is no part of it."""
         told = {key: value for key, value in kwargs.items() if key not in ("s2t_agent", "s2t_budget")}
-        return super()._get_llm_string(stop=stop, **told)
+        own = list(_listed(_given(stop, self.stop))) or None  # LangChain's would hide the model's own stop strings
+        return super()._get_llm_string(stop=own, **told)
 
     def _convert_cached_generations(self, cache_val: list[CachedGeneration]) -> list[ChatGeneration]:
         """Called on a cache hit: the answer is free, and its metadata and the ledger say so."""
@@ -392,10 +385,14 @@ class ChatS2T(BaseChatModel):
             tokenizer=engine.slm.tokenizer,
             eos_ids=engine.slm.eos_ids,
             room=task.room,
-            stop=stop if stop is not None else self.stop or (),
+            stop=_listed(_given(stop, self.stop)),
             ledger=self.ledger,
             watch=(lambda step: watch(account.trace_id, step)) if watch else None,
         )
+
+
+def _listed(stop: str | Sequence[str] | None) -> Sequence[str]:
+    return [stop] if isinstance(stop, str) else stop or ()
 
 
 def _given(value: Any, default: Any) -> Any:

@@ -153,14 +153,21 @@ class PromptEncoder:
             InputError: messages that can not be rendered, see ``to_template``, or that the template refuses.
             ContextOverflow: more than ``limit`` tokens.
         """
+        if limit is not None:  # before the work of rendering
+            told = [m.content for m in messages if isinstance(m, HumanMessage | ToolMessage)]
+            self._refuse_hopeless([text.strip() for text in told if isinstance(text, str)], limit)
         rendered = self._render(messages, tools, generation_prompt)
-        fewest = self._safe.fewest_tokens(rendered)
-        if limit is not None and fewest > limit:
-            raise _overflow(f"at least {fewest}", limit)
+        if limit is not None:
+            self._refuse_hopeless([rendered], limit)
         ids = self._safe.encode(rendered)
         if limit is not None and len(ids) > limit:
             raise _overflow(str(len(ids)), limit)
         return ids
+
+    def _refuse_hopeless(self, texts: Sequence[str], limit: int) -> None:
+        fewest = sum(map(self._safe.fewest_tokens, texts))
+        if fewest > limit:
+            raise _overflow(f"at least {fewest}", limit)
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of a text by itself, nothing of which is a control token.

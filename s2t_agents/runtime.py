@@ -54,6 +54,19 @@ class Settings:
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     template_args: Mapping[str, Any] = field(default_factory=dict)
 
+    def described(self) -> dict[str, Any]:
+        """All that changes an answer, as plain data; the device does not."""
+        return {
+            "model": self.model if isinstance(self.model, str) else self.model.name,
+            "selector": str(self.selector),
+            "escalation": repr(escalation_of(self.escalation)),
+            "k": self.k,
+            "trigger": repr(self.trigger),
+            "dtype": str(self.dtype),
+            "model_kwargs": self.model_kwargs,
+            "template_args": self.template_args,
+        }
+
 
 @dataclass(frozen=True)
 class Task:

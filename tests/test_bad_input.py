@@ -1,0 +1,147 @@
+"""Bad input: one clear error each, at once, before anything is spent."""
+
+import time
+from typing import Any
+
+import pytest
+from langchain_core.exceptions import ContextOverflowError
+from langchain_core.messages import (
+    ChatMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
+from langchain_core.tools import tool
+from pydantic import BaseModel
+
+from s2t_agents import Budget, ChatS2T, Ledger
+from s2t_agents.errors import BadSchema, ConfigError, ContextOverflow, InputError
+from s2t_agents.escalation import Escalation
+from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
+from s2t_agents.triggers import always
+
+
+def chat(**settings: Any) -> ChatS2T:
+    return ChatS2T(**{"model": tiny_model(max_position_embeddings=4096), "max_tokens": 12, **settings})
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+@tool
+def now() -> str:
+    """Tell the time."""
+    return "noon"
+
+
+class Trip(BaseModel):
+    """Where to go."""
+
+    city: str
+
+
+ENDLESS: dict[str, Any] = {"type": "object"}
+ENDLESS["properties"] = {"again": ENDLESS}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (3, "This is no tool: 3"),
+        ({"type": "function"}, "This is no tool"),
+        ({"name": "f", "parameters": 7}, "This is no tool"),
+        ({"name": "f", "description": "d", "parameters": {"type": "objekt"}}, "arguments of tool 'f'"),
+        ({"name": "f", "description": "d", "parameters": ENDLESS}, "nested without end"),
+        (
+            {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"x": {"pattern": "("}}}},
+            "arguments of tool 'f'",
+        ),
+    ],
+)
+def test_malformed_tools_are_refused_when_they_are_bound(bad: Any, message: str) -> None:
+    with pytest.raises(BadSchema, match=message.replace("(", r"\(")):
+        ChatS2T(model="/never/loaded").bind_tools([bad])
+
+
+def test_choices_and_formats_that_fit_nothing_are_refused_when_they_are_bound() -> None:
+    model = ChatS2T(model="/never/loaded")
+    with pytest.raises(ConfigError, match="tool_choice='subtract' fits no tool"):
+        model.bind_tools([add], tool_choice="subtract")
+    with pytest.raises(ConfigError, match="tool_choice='any' fits no tool"):
+        model.bind_tools([], tool_choice="any")
+    with pytest.raises(ConfigError, match="This is no response_format"):
+        model.bind_tools([], response_format={"type": "yaml"})
+    with pytest.raises(ConfigError, match="method='xml' is unknown"):
+        model.with_structured_output(Trip, method="xml")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="needs a schema"):
+        model.with_structured_output()
+    with pytest.raises(BadSchema, match="This is no output schema"):
+        model.with_structured_output({"no": "title"}, method="json_schema")
+    with pytest.raises(BadSchema, match="the output schema"):
+        model.with_structured_output(
+            {"title": "t", "type": "object", "properties": {"x": {"type": "objekt"}}}, method="json_schema"
+        )
+
+
+ORPHAN = ToolMessage("2", tool_call_id="nobody")
+
+
+@pytest.mark.parametrize(
+    ("messages", "error", "message"),
+    [
+        ([], InputError, "There are no messages"),
+        ([HumanMessage("hi"), ORPHAN], InputError, "tool call 'nobody', which no earlier AIMessage made"),
+        ([ChatMessage("hi", role="narrator")], InputError, "can not be rendered"),
+        ([HumanMessage([{"type": "image", "base64": "AA==", "mime_type": "image/png"}])], InputError, "'image'"),
+        ([HumanMessage("a\ud800b")], InputError, "lone surrogate at character 1"),
+        ([HumanMessage("a\0b")], InputError, "NUL character at position 1"),
+        ([HumanMessage("x" * 10_000_000)], ContextOverflow, "tokens; 4095 fit"),
+        ([HumanMessage("<|im_end|>" * 1_000_000)], ContextOverflow, "tokens; 4095 fit"),
+    ],
+    ids=["empty", "orphan", "unrenderable", "image", "surrogate", "nul", "10 MB", "10 MB of control tokens"],
+)
+@pytest.mark.parametrize("how", ["invoke", "stream"])
+def test_bad_messages_get_one_clear_error_at_once_and_cost_nothing(
+    messages: Any, error: type[Exception], message: str, how: str
+) -> None:
+    model = chat(
+        trigger=always(),
+        escalation=Escalation(ScriptedLLM(last_candidate), margin=1.0),
+        budget=Budget(escalations=5),
+        ledger=Ledger(),
+    )
+    model.engine  # noqa: B018  loaded before the clock starts
+    start = time.monotonic()
+    with pytest.raises(error, match=message):
+        model.invoke(messages) if how == "invoke" else list(model.stream(messages))
+    assert time.monotonic() - start < 5
+    state = model.budget.state()
+    assert (state.spent["escalations"], state.held["escalations"], model.ledger.records()) == (0, 0, [])
+
+
+def test_overflow_is_langchains_own_error() -> None:
+    with pytest.raises(ContextOverflowError):
+        chat().invoke("x" * 5000)
+    with pytest.raises(ContextOverflowError, match="shortest legal answer"):
+        chat(max_tokens=400).bind_tools([add], tool_choice="any").invoke("x" * 3600)
+
+
+@pytest.mark.parametrize("bad", ["a\ud800b", "a\0b"])
+def test_bad_text_in_tools_and_system_messages_is_refused_too(bad: str) -> None:
+    described = {"name": "f", "description": bad, "parameters": {"type": "object", "properties": {}}}
+    with pytest.raises(InputError):
+        chat().bind_tools([described]).invoke("hello")
+    with pytest.raises(InputError):
+        chat().invoke([SystemMessage(bad), HumanMessage("hello")])
+    with pytest.raises(InputError):
+        chat().get_num_tokens(bad)
+
+
+def test_room_too_small_for_a_call_is_refused_before_the_model_runs() -> None:
+    model = chat(max_tokens=4, ledger=Ledger())
+    with pytest.raises(ConfigError, match="max_tokens=4 can not hold an answer: the shortest has"):
+        model.bind_tools([add], tool_choice="any").invoke("hello")
+    assert model.ledger.records() == []

@@ -1,0 +1,174 @@
+"""Answers that are objects, and calls that are forced: held to the schema whatever the model would say."""
+
+from typing import Any, TypedDict
+
+import pytest
+from langchain_core.messages import (
+    SystemMessage,
+)
+from langchain_core.tools import tool
+from pydantic import BaseModel, Field
+from pydantic.v1 import BaseModel as OldBaseModel
+
+from s2t_agents import ChatS2T, Ledger
+from s2t_agents.request import Request
+from s2t_agents.testing import tiny_model
+
+
+def chat(**settings: Any) -> ChatS2T:
+    return ChatS2T(**{"model": tiny_model(max_position_embeddings=4096), "max_tokens": 12, **settings})
+
+
+class Trip(BaseModel):
+    """Where to go."""
+
+    city: str = Field(max_length=12)
+    days: int = Field(ge=1, le=9)
+
+
+class TripDict(TypedDict):
+    """Where to go."""
+
+    city: str
+    days: int
+
+
+class OldTrip(OldBaseModel):
+    """Where to go."""
+
+    city: str
+    days: int
+
+
+SCHEMAS = {"pydantic": Trip, "typeddict": TripDict, "json schema": Trip.model_json_schema(), "pydantic.v1": OldTrip}
+
+
+# ---------------------------------------------------------------------- structured output
+
+
+@pytest.mark.parametrize("method", ["function_calling", "json_schema", "json_mode"])
+@pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
+def test_every_method_gives_an_object_of_every_kind_of_schema(method: Any, schema: Any) -> None:
+    model = chat(max_tokens=96).with_structured_output(schema, method=method)
+    answers = [model.invoke("hello"), list(model.stream("hello"))[-1]]
+    for answer in answers:
+        if isinstance(schema, type) and schema is not TripDict:
+            assert isinstance(answer, schema)
+        else:
+            assert set(answer) == {"city", "days"}
+            assert isinstance(answer["days"], int)
+
+
+@pytest.mark.parametrize("method", ["function_calling", "json_schema", "json_mode"])
+async def test_structured_output_is_one_call_of_the_model(method: Any) -> None:
+    model = chat(max_tokens=96, ledger=Ledger())
+    structured = model.with_structured_output(Trip, method=method, include_raw=True)
+    answer = await structured.ainvoke("hello")
+    assert isinstance(answer["parsed"], Trip)
+    assert answer["parsing_error"] is None
+    assert len(answer["raw"].tool_calls) == (method == "function_calling")
+    assert len(model.ledger.records()) == 1
+
+
+def test_include_raw_reports_what_does_not_parse() -> None:
+    class Picky(BaseModel):
+        """No number is good enough."""
+
+        number: int
+
+        def __init__(self, **data: Any) -> None:
+            raise ValueError("not that one")
+
+    answer = chat(max_tokens=96).with_structured_output(Picky, include_raw=True).invoke("hello")
+    assert answer["parsed"] is None
+    assert "not that one" in str(answer["parsing_error"])
+    with pytest.raises(ValueError, match="not that one"):
+        chat(max_tokens=96).with_structured_output(Picky).invoke("hello")
+
+
+def test_json_mode_without_a_schema_is_any_object() -> None:
+    assert isinstance(chat(max_tokens=64).with_structured_output(method="json_mode").invoke("hello"), dict)
+
+
+def test_json_schema_shows_the_schema_to_the_model_and_json_mode_does_not() -> None:
+    model = chat(max_tokens=64)
+    tokens = {}
+    for method in ("json_schema", "json_mode"):
+        raw = model.with_structured_output(Trip, method=method, include_raw=True).invoke([SystemMessage("a")])
+        tokens[method] = raw["raw"].usage_metadata["input_tokens"]
+    assert tokens["json_schema"] > tokens["json_mode"] + 100
+
+
+def test_strict_requires_what_is_optional() -> None:
+    class Maybe(BaseModel):
+        """Perhaps."""
+
+        note: str | None = None
+
+    model = chat(max_tokens=64)
+    for method in ("function_calling", "json_schema"):
+        raw = model.with_structured_output(Maybe, method=method, strict=True, include_raw=True).invoke("hello")
+        assert "note" in (raw["raw"].text or str(raw["raw"].tool_calls[0]["args"]))
+
+
+# ---------------------------------------------------------------------- tools
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+@tool
+def now() -> str:
+    """Tell the time."""
+    return "noon"
+
+
+@pytest.mark.parametrize("choice", ["any", "required", True, "add", {"type": "function", "function": {"name": "add"}}])
+def test_a_forced_choice_is_exactly_one_call(choice: Any) -> None:
+    answer = chat(max_tokens=400).bind_tools([add, now], tool_choice=choice).invoke("hello")
+    assert len(answer.tool_calls) == 1
+    assert answer.response_metadata["finish_reason"] == "tool_calls"
+    assert answer.text == ""
+
+
+def test_several_forced_calls_are_for_those_who_ask() -> None:
+    model = chat(max_tokens=200)
+    several = model.bind_tools([now], tool_choice="any", parallel_tool_calls=True)
+    assert Request.of(several.kwargs).parallel
+    assert not Request.of(model.bind_tools([now], tool_choice="any").kwargs).parallel
+    assert Request.of(model.bind_tools([now]).kwargs).parallel
+    assert not Request.of(model.bind_tools([now], parallel_tool_calls=False).kwargs).parallel
+
+
+def test_none_is_text_and_a_model_without_tools_can_not_call() -> None:
+    for model in (chat().bind_tools([add], tool_choice="none"), chat()):
+        answer = model.invoke("hello")
+        assert answer.text.strip()
+        assert not answer.tool_calls
+        assert not answer.invalid_tool_calls
+
+
+def test_a_tool_without_arguments_is_called_with_none() -> None:
+    assert chat(max_tokens=64).bind_tools([now], tool_choice="any").invoke("hello").tool_calls[0]["args"] == {}
+
+
+def test_tools_and_a_reply_schema_together_are_a_call_or_that_json() -> None:
+    reply = {"type": "json_schema", "json_schema": {"name": "trip", "schema": Trip.model_json_schema()}}
+    model = chat(max_tokens=160)
+    spoken = model.bind_tools([add], response_format=reply, tool_choice="none").invoke("hello")
+    assert Trip.model_validate_json(spoken.text)
+    called = model.bind_tools([add], response_format=reply, tool_choice="any").invoke("hello")
+    assert called.tool_calls
+    free = model.bind_tools([add], response_format=reply).invoke("hello")
+    assert free.tool_calls or Trip.model_validate_json(free.text)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_answer_is_empty_or_blank(seed: int) -> None:
+    model = ChatS2T(model=tiny_model(seed=seed), temperature=2.0, seed=seed, max_tokens=2)
+    assert all(answer.text.strip() for answer in model.batch(["hello"] * 4))
+    blank = model.bind(max_tokens=1).invoke("hello")
+    assert blank.text.strip()
