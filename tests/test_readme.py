@@ -1,9 +1,11 @@
 """Everything that the README shows runs."""
 
+import importlib.util
 import re
 from pathlib import Path
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_quickstart_runs_and_calls_its_tool(capsys: object) -> None:
@@ -15,12 +17,22 @@ def test_the_quickstart_runs_and_calls_its_tool(capsys: object) -> None:
     assert "85" in messages[-1].text
 
 
+def test_its_figures_are_those_of_the_stored_results() -> None:
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.sections(), "no stored results"
+    assert module.filled(README) == README
+
+
 def test_the_commands_it_names_exist() -> None:
-    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 def test_the_links_lead_somewhere() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert link.startswith("http") or (Path(__file__).parent.parent / link).exists(), link
+        assert link.startswith("http") or (ROOT / link).exists(), link

@@ -1,0 +1,67 @@
+"""Write the README's figures from the results beside this file: ``python benchmarks/readme.py``.
+
+Nothing between the markers of README.md is typed by hand; ``tests/test_readme.py`` holds the two together.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+NAMES = {
+    "slm": "small model, greedy",
+    "maj8": "small model, majority of 8 samples",
+    "random": "selector at random steps",
+    "head": "**selector (head)**, no LLM",
+    "activated": "**selector (activated)**, no LLM",
+    "published": "selector (LoRA on the prefix too), no LLM",
+    "llm_select": "LLM selects at every trigger",
+    "takeover": "LLM writes at every trigger",
+    "llm": "large model alone",
+}
+
+
+def evaluation(report: dict[str, Any], made: dict[str, Any]) -> str:
+    """The table of ``s2t eval --json``, with where and when it was made."""
+    lines = [
+        "| | accuracy | 95% interval | LLM calls | LLM tokens | tokens | triggers |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in report["rows"].items():
+        low, high = row["ci95"]
+        label = NAMES.get(name, f"selector + at most {name.removeprefix('hybrid_')} LLM picks per answer")
+        lines.append(
+            f"| {label} | {row['accuracy']:.1%} | {low:.1%} to {high:.1%} | {row['llm_calls']:.1f} "
+            f"| {row['llm_tokens']:.0f} | {row['tokens']:.0f} | {row['trigger_rate']:.1%} |"
+        )
+    where = f"{report['n']} held-out problems, seed {report['seed']}; {made['hardware']}, commit {made['commit']}, {made['date']}"
+    command = f"s2t eval --task {report['task']} --n {report['n']} --seed {report['seed']}"
+    return "\n".join([*lines, "", f"Per answer; {where}. Made by `{command}`."])
+
+
+def sections() -> dict[str, str]:
+    """What stands between each pair of markers, from the results that are there."""
+    found = {}
+    file = RESULTS / "demo_eval.json"
+    if file.is_file():
+        stored = json.loads(file.read_text())
+        found["eval"] = evaluation(stored["report"], stored["made"])
+    return found
+
+
+def filled(text: str) -> str:
+    """A README with every section replaced by its present content."""
+    for name, content in sections().items():
+        pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
+        text = re.sub(pattern, lambda m, content=content: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,36 @@
+"""Keep a result with the hardware, commit and date that made it: ``s2t eval --json | python benchmarks/store.py demo_eval``."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def made() -> dict[str, Any]:
+    """Where and when."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
+    return {
+        "hardware": f"{os.cpu_count()} CPU cores ({cpu})",
+        "commit": commit.stdout.strip(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+if __name__ == "__main__":
+    RESULTS.mkdir(exist_ok=True)
+    stored = {"made": made(), "report": json.load(sys.stdin)}
+    (RESULTS / f"{sys.argv[1]}.json").write_text(json.dumps(stored, indent=1) + "\n")
