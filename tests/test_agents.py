@@ -98,7 +98,7 @@ def test_an_agent_calls_its_tool_reads_the_result_and_answers(run: Run) -> None:
 
 @BOTH_WAYS
 @pytest.mark.parametrize(
-    "response_format", [Sum, ProviderStrategy(Sum), ToolStrategy(Sum)], ids=lambda f: type(f).__name__
+    "response_format", [Sum, ProviderStrategy(Sum), ToolStrategy(Sum)], ids=["auto", "json", "call"]
 )
 def test_a_structured_answer_takes_one_call(run: Run, response_format: Any) -> None:
     model = chat()
