@@ -113,6 +113,13 @@ def test_pickles_carry_settings_and_no_weights(saved: str, tmp_path: Path) -> No
     assert len(pickle.dumps(chat())) < 10_000
 
 
+@pytest.mark.parametrize("name", ["costs.jsonl", "costs.db"])
+def test_a_pickle_writes_into_the_same_ledger_file(name: str, saved: str, tmp_path: Path) -> None:
+    model = ChatS2T(model=saved, max_tokens=3, ledger=Ledger.open(tmp_path / name))
+    pickle.loads(pickle.dumps(model)).invoke("hello")
+    assert model.ledger.total().generations == 1
+
+
 def test_a_budget_in_memory_is_not_doubled_by_a_pickle() -> None:
     with pytest.raises(TypeError, match="SQLiteStore or RedisStore"):
         pickle.dumps(chat(budget=Budget(escalations=1)))

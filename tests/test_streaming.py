@@ -232,6 +232,36 @@ async def test_a_cancelled_task_stops_within_one_step_and_is_billed(how: str) ->
     settled(model)  # nothing runs on behind
 
 
+async def leave_messages(model: ChatS2T) -> None:
+    agent = create_agent(model, name="alpha")
+    async for _ in agent.astream({"messages": [HumanMessage("hi")]}, stream_mode="messages"):
+        return
+
+
+async def leave_events_v2(model: ChatS2T) -> None:
+    async for event in model.astream_events("hello", version="v2"):
+        if event["event"] == "on_chat_model_stream":
+            return
+
+
+async def leave_events_v3(model: ChatS2T) -> None:
+    stream = await model.astream_events("hello", version="v3")
+    async for _ in stream:
+        break
+    await stream.aclose()
+
+
+@pytest.mark.parametrize("leave", [leave_messages, leave_events_v2, leave_events_v3])
+async def test_leaving_a_graph_or_a_stream_of_events_stops_the_model(leave: Callable[[ChatS2T], Any]) -> None:
+    model = escalating(slowly)
+    await leave(model)
+    for _ in range(200):
+        if model.ledger.records():
+            break
+        await asyncio.sleep(0.01)
+    assert settled(model).completion_tokens < LENGTH / 2
+
+
 async def test_a_timeout_is_a_cancellation() -> None:
     model = escalating(slowly)
     with pytest.raises(TimeoutError):

@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -56,6 +57,10 @@ class JsonlLedger:
             ) from None
         if header != HEADER:
             raise LedgerError(f"{path} is not a ledger of JSON lines.", hint="Choose another file; it was not changed.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as its path: another process opens the same file."""
+        return JsonlLedger, (self.path,)
 
     def append(self, record: GenerationRecord) -> None:
         """Append one line.

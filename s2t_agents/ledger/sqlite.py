@@ -11,6 +11,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -53,6 +54,10 @@ class SQLiteLedger:
             self._connection = connect(path, APPLICATION_ID, _SCHEMA, wait_s)
         except (BadStore, sqlite3.Error, OSError) as error:
             raise LedgerError(str(error)) from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as its path: another process opens the same file."""
+        return SQLiteLedger, (self.path, self._wait_s)
 
     def append(self, record: GenerationRecord) -> None:
         """Write one record; it is kept when this returns.
