@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from s2t_agents.demo import WEIGHTS
 from s2t_agents.demo import tokenizer as tokenizers
 from s2t_agents.demo.corpus import SHARD, Corpus, cut
 from s2t_agents.demo.pretrain import Run, export, train
@@ -18,7 +19,7 @@ RECIPES = Path(__file__).parents[1] / "s2t_agents" / "demo"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tokenizers.build()
+    return tokenizers.load(WEIGHTS / "slm")
 
 
 @pytest.fixture(autouse=True)

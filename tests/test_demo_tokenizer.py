@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s2t_agents.demo import WEIGHTS
 from s2t_agents.demo import tokenizer as tokenizers
 from s2t_agents.demo.corpus import Encoder
 from s2t_agents.demo.problem import tool_call_message, tool_result_message
@@ -17,7 +18,15 @@ from s2t_agents.demo.world import generate
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tokenizers.build()
+    return tokenizers.load(WEIGHTS / "slm")
+
+
+def test_building_is_deterministic_and_keeps_the_structure(tokenizer):
+    first, second = (tokenizers.build(count=400).backend_tokenizer.to_str() for _ in range(2))
+    assert first == second
+    built, saved = json.loads(first), json.loads(tokenizer.backend_tokenizer.to_str())
+    for part in ("pre_tokenizer", "decoder", "added_tokens", "normalizer", "post_processor"):
+        assert built[part] == saved[part]
 
 
 @settings(max_examples=200, deadline=None)
