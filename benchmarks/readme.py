@@ -39,9 +39,10 @@ def evaluation(report: dict[str, Any], made: dict[str, Any]) -> str:
             f"| {label} | {row['accuracy']:.1%} | {low:.1%} to {high:.1%} | {row['llm_calls']:.1f} "
             f"| {row['llm_tokens']:.0f} | {row['tokens']:.0f} | {row['trigger_rate']:.1%} |"
         )
-    where = f"{report['n']} held-out problems, seed {report['seed']}; {made['hardware']}, commit {made['commit']}, {made['date']}"
+    what = f"{report['n']} held-out problems, seed {report['seed']}"
+    where = f"{made['hardware']}, commit {made['commit']}, {made['date']}"
     command = f"s2t eval --task {report['task']} --n {report['n']} --seed {report['seed']}"
-    return "\n".join([*lines, "", f"Per answer; {where}. Made by `{command}`."])
+    return "\n".join([*lines, "", f"Per answer; {what}; {where}. Made by `{command}`."])
 
 
 def sections() -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Keep a result with the hardware, commit and date that made it: ``s2t eval --json | python benchmarks/store.py demo_eval``."""
+"""Keep a result with the hardware, commit and date that made it.
+
+``s2t eval --json | python benchmarks/store.py demo_eval``
+"""
 
 from __future__ import annotations
 

@@ -122,6 +122,12 @@ def main() -> None:
     """Entry point: our own errors become one line and exit code 2."""
     try:
         app()
+    except ModuleNotFoundError as error:
+        extra = {"langchain": "agents", "langgraph": "agents", "matplotlib": "train", "redis": "redis"}
+        if (package := (error.name or "").split(".")[0]) not in extra:
+            raise
+        typer.echo(f"s2t: this needs {package}: pip install 's2t-agents[{extra[package]}]'", err=True)
+        raise SystemExit(2) from error
     except S2TError as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]s2t:[/red] {escape(str(error))}", highlight=False)
         raise SystemExit(2) from error
