@@ -3,6 +3,7 @@
 from typing import Any, TypedDict
 
 import pytest
+import torch
 from langchain_core.messages import (
     SystemMessage,
 )
@@ -11,6 +12,7 @@ from pydantic import BaseModel, Field
 from pydantic.v1 import BaseModel as OldBaseModel
 
 from s2t_agents import ChatS2T, Ledger
+from s2t_agents.models.language_model import LanguageModel
 from s2t_agents.request import Request
 from s2t_agents.testing import tiny_model
 
@@ -166,9 +168,25 @@ def test_tools_and_a_reply_schema_together_are_a_call_or_that_json() -> None:
     assert free.tool_calls or Trip.model_validate_json(free.text)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_no_answer_is_empty_or_blank(seed: int) -> None:
-    model = ChatS2T(model=tiny_model(seed=seed), temperature=2.0, seed=seed, max_tokens=2)
-    assert all(answer.text.strip() for answer in model.batch(["hello"] * 4))
-    blank = model.bind(max_tokens=1).invoke("hello")
-    assert blank.text.strip()
+def longing_for(*texts: str) -> LanguageModel:
+    """A model that wants the first of these tokens always, then the second, whatever the prompt is."""
+    slm = tiny_model()
+    head = slm.model.get_output_embeddings()
+    wishes = torch.zeros(head.weight.shape[0])
+    for rank, text in enumerate(texts):
+        wishes[slm.tokenizer.convert_tokens_to_ids(text)] = 100.0 - rank
+    head.weight.zero_()
+    head.bias = torch.nn.Parameter(wishes, requires_grad=False)
+    return slm
+
+
+@pytest.mark.parametrize("wishes", [("<|im_end|>",), ("Ġ", "<|im_end|>"), ("Ċ",), ("<tool_call>", "Ġ")])
+@pytest.mark.parametrize("room", [1, 5])
+@pytest.mark.parametrize("tools", [[], [now]])
+def test_no_answer_is_empty_or_blank_or_a_call_out_of_nowhere(wishes: Any, room: int, tools: Any) -> None:
+    model = ChatS2T(model=longing_for(*wishes), max_tokens=room)
+    answer = model.bind_tools(tools, tool_choice="none").invoke("hello")
+    assert answer.text.strip()
+    assert not answer.tool_calls
+    assert not answer.invalid_tool_calls
+    assert answer.usage_metadata["output_tokens"] <= room
