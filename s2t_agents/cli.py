@@ -104,6 +104,32 @@ def bench_budget(
     _show(run(seconds), as_json, table)
 
 
+@bench.command("escalate")
+def bench_escalate(
+    n: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first one.")] = 0,
+    rate: Annotated[float, typer.Option(min=0.001, max=1, help="Share of tokens at which the LLM is asked.")] = 0.05,
+    as_json: AsJson = False,
+) -> None:
+    """LLM forwards, tokens and time per answer, beside an LLM that reads along on every token."""
+    from .bench.escalate import run, table
+
+    _show(run(n, seed, rate=rate), as_json, table)
+
+
+@bench.command("train")
+def bench_train(
+    shape: Annotated[str, typer.Option(help="Of the model (random weights).")] = "0.5b",
+    prefix: Annotated[int, typer.Option(min=8, help="Tokens before the first group.")] = 512,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each measurement; the median counts.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Labelled groups per second: one pass over a trajectory beside the published way."""
+    from .bench.train import run, table
+
+    _show(run(shape=shape, prefix=prefix, repeats=repeats), as_json, table)
+
+
 def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], RenderableType]) -> None:
     if as_json:
         typer.echo(json.dumps(result))

@@ -1,4 +1,4 @@
-"""Loading: dtype and device chosen sensibly, everything else passed through, nothing executed that came with weights."""
+"""Loading: dtype and device chosen sensibly, all else passed through, nothing executed that came with weights."""
 
 import json
 from pathlib import Path

@@ -3,18 +3,21 @@
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_quickstart_runs_and_calls_its_tool(capsys: object) -> None:
+def test_the_eight_line_quickstart_runs_calls_its_tool_and_answers_right() -> None:
     [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    scope: dict[str, object] = {}
+    assert sum(bool(line) for line in code.splitlines()) == 8
+    scope: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), scope)
-    messages = scope["answer"]["messages"]  # type: ignore[index]
+    messages = scope["run"]["messages"]
     assert [message.type for message in messages] == ["human", "ai", "tool", "ai"]
-    assert "85" in messages[-1].text
+    assert "The answer is 100" in messages[-1].text
+    assert messages[-1].response_metadata["s2t"]["budget"]["limit"] == {"escalations": 3}
 
 
 def test_its_figures_are_those_of_the_stored_results() -> None:
