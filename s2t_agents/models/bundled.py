@@ -10,7 +10,7 @@ SLM, LLM = "s2t-demo", "s2t-demo-llm"
 
 MODELS = {SLM: WEIGHTS / "slm", LLM: WEIGHTS / "llm"}
 SELECTORS = {
-    SLM: WEIGHTS / "activated",
+    SLM: WEIGHTS / "head",  # better than activated on held-out problems
     "s2t-demo/activated": WEIGHTS / "activated",
     "s2t-demo/head": WEIGHTS / "head",
     "s2t-demo/published": WEIGHTS / "published",
