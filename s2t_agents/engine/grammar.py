@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -322,9 +322,14 @@ def check_reply(schema: Mapping[str, Any]) -> None:
 
 
 def _check(schema: Mapping[str, Any], what: str) -> None:
-    error = LLMatcher.validate_grammar(f"start: value\nvalue: {json_rule(schema)}\n")
+    error = _complaint(f"start: value\nvalue: {json_rule(schema)}\n")
     if error:
         raise _inexpressible(what, error)
+
+
+@lru_cache(maxsize=256)  # an agent binds the same tools before every call
+def _complaint(source: str) -> str:
+    return str(LLMatcher.validate_grammar(source))
 
 
 def _inexpressible(what: str, error: str) -> BadSchema:
