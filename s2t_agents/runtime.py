@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from langchain_core.language_models import ModelProfile
 from langchain_core.messages import BaseMessage
 
@@ -238,10 +239,16 @@ def profile_of(model: str | LanguageModel, max_tokens: int) -> ModelProfile:
 def _window_of(model: str | LanguageModel) -> int | None:
     if isinstance(model, LanguageModel):
         return model.context_window
-    config = Path(model_path(model)) / "config.json"
+    config: Any = Path(model_path(model)) / "config.json"
     if not config.is_file():
-        return None
-    limit = json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings")
+        try:
+            config = try_to_load_from_cache(model, "config.json")
+        except ValueError:  # no hub id either
+            return None
+        if not isinstance(config, str):
+            return None
+    read = json.loads(Path(config).read_text(encoding="utf-8"))
+    limit = {**read, **read.get("text_config", {})}.get("max_position_embeddings")
     return limit if isinstance(limit, int) else None
 
 

@@ -244,9 +244,16 @@ def test_the_profile_says_what_the_model_can_do() -> None:
     assert profile["tool_calling"]
     assert profile["structured_output"]
     assert not profile["image_inputs"]
-    assert "max_input_tokens" not in ChatS2T(model="nobody/has-this").profile
+    for unknown in ("nobody/has-this", "no hub id"):
+        assert "max_input_tokens" not in ChatS2T(model=unknown).profile
 
 
 def test_the_profile_of_a_checkpoint_on_disk_reads_its_config_alone(saved: str) -> None:
     (Path(saved) / "model.safetensors").unlink()
     assert ChatS2T(model=saved).profile["max_input_tokens"] == 512
+
+
+def test_the_profile_of_a_hub_model_comes_from_the_local_cache(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = str(Path(saved) / "config.json")
+    monkeypatch.setattr("s2t_agents.runtime.try_to_load_from_cache", lambda name, file: cached)
+    assert ChatS2T(model="somebody/some-model").profile["max_input_tokens"] == 512
