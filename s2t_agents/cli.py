@@ -35,17 +35,20 @@ def _s2t() -> None:
 
 @app.command()
 def demo(
-    seed: Annotated[int, typer.Option(help="Another seed, another problem that training never saw.")] = 7,
+    seed: Annotated[int, typer.Option(help="Another seed, another problem that training never saw.")] = 35,
     budget_escalations: Annotated[int, typer.Option(min=0, help="How often the large model may be asked.")] = 3,
     no_selector: Annotated[bool, typer.Option("--no-selector", help="The small model and, maybe, the LLM.")] = False,
     no_llm: Annotated[bool, typer.Option("--no-llm", help="Never load the large model.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Watch a LangGraph agent on the bundled pair call a tool, reason, and stay inside its budget."""
+    import torch
+
     from .demo.agent import run_demo
     from .demo.show import show
     from .demo.world import demo_question
 
+    torch.set_num_threads(1)  # so small a model is slower on more, and waits for busy cores
     run = run_demo(demo_question(seed), escalations=budget_escalations, selector=not no_selector, llm=not no_llm)
     if as_json:
         typer.echo(json.dumps(run.as_json(), ensure_ascii=False))

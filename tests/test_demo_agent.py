@@ -1,0 +1,117 @@
+"""The demo, end to end on the bundled pair: exact, within its budget, and honest about who chose what."""
+
+import json
+import resource
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from langchain_core.messages import convert_to_messages
+from langchain_core.utils.function_calling import convert_to_openai_tool
+
+from s2t_agents.demo.agent import run_demo, tools_of
+from s2t_agents.demo.world import demo_question, generate
+from s2t_agents.engine.steps import Engine
+from s2t_agents.messages import PromptEncoder
+from s2t_agents.models import LanguageModel
+from s2t_agents.models.bundled import LLM, SLM
+from s2t_agents.selectors import load_selector
+from s2t_agents.types import Sampling
+
+
+@pytest.fixture(scope="module")
+def slm() -> LanguageModel:
+    return LanguageModel.load(SLM, device="cpu")
+
+
+def s2t(*arguments: str) -> dict[str, Any]:
+    out = subprocess.run(
+        [sys.executable, "-m", "s2t_agents.cli", "demo", "--json", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(out.stdout)
+    return found
+
+
+def test_greedy_equals_generate_on_50_prompts_of_the_demo_world(slm: LanguageModel) -> None:
+    encoder = PromptEncoder(slm.tokenizer)
+    for seed in range(50):
+        problem = generate(seed, "heldout")
+        prompt = encoder.encode(convert_to_messages(list(problem.prompt)), problem.tools)
+        reference = slm.model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=100)[0, len(prompt) :]
+        ours = [step.token_id for step in Engine(slm).steps(prompt, Sampling(max_tokens=100))]
+        assert ours == reference.tolist(), seed
+
+
+def test_the_bundled_selectors_load_for_the_bundled_model_and_are_calibrated(slm: LanguageModel) -> None:
+    for name in (SLM, "s2t-demo/head"):
+        _, config = load_selector(name, slm)
+        assert config.calibration is not None
+
+
+def test_tools_reach_the_model_exactly_as_the_world_writes_them() -> None:
+    for seed in range(30):
+        problem = demo_question(seed)
+        rendered = [convert_to_openai_tool(tool) for tool in tools_of(problem)]
+        assert json.dumps(rendered) == json.dumps(list(problem.tools))
+
+
+@pytest.mark.slow
+def test_no_run_escalates_more_often_than_its_budget_over_200_problems() -> None:
+    most = 0
+    for seed in range(200):
+        run = run_demo(demo_question(seed), escalations=3)
+        [totals] = run.ledger.totals().values()
+        spent = run.model.budget.state().spent["escalations"] if run.model.budget else None
+        assert totals.escalations == spent <= 3
+        most = max(most, totals.escalations)
+    assert most > 0  # or the test would show nothing
+
+
+def test_the_command_prints_one_object_with_the_published_keys() -> None:
+    run = s2t("--seed", "3", "--budget-escalations", "2")
+    assert set(run) == {"question", "answer", "expected", "correct", "messages", "s2t", "per_agent"}
+    assert run["s2t"]["escalations"] <= 2
+    assert run["per_agent"]["solver"]["completion_tokens"] == run["s2t"]["tokens"]
+    assert any(message["role"] == "tool" for message in run["messages"])
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1.5 * 2**20  # KiB: under 1.5 GB
+
+
+def test_every_seed_is_another_problem_and_the_same_seed_the_same_run() -> None:
+    once, again, other = s2t("--seed", "3"), s2t("--seed", "3"), s2t("--seed", "4")
+    assert (once["question"], once["answer"]) == (again["question"], again["answer"])
+    assert once["question"] != other["question"]
+
+
+def test_no_llm_never_loads_the_llms_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    real = LanguageModel.load.__func__
+
+    def watched(cls: type[LanguageModel], path: str, **options: Any) -> LanguageModel:
+        loaded.append(path)
+        return real(cls, path, **options)
+
+    monkeypatch.setattr(LanguageModel, "load", classmethod(watched))
+    run_demo(demo_question(3), llm=False)
+    assert LLM not in loaded
+    for seed in range(20):
+        if run_demo(demo_question(seed), escalations=3).ledger.total().escalations:
+            break
+    assert LLM in loaded  # or the check above would see nothing
+
+
+def test_without_selector_and_llm_it_is_the_small_model_alone() -> None:
+    run = run_demo(demo_question(3), selector=False, llm=False)
+    totals = run.ledger.total()
+    assert (totals.triggers, totals.flips, totals.escalations) == (0, 0, 0)
+
+
+def test_a_flip_shows_what_the_slm_wanted_and_who_chose() -> None:
+    runs = (run_demo(demo_question(seed), llm=False) for seed in range(60))
+    run = next(run for run in runs if run.ledger.total().flips)
+    changed = [step for steps in run.traces.steps.values() for step in steps if step.flipped]
+    assert all(step.picked_by == "selector" and step.wanted_id == step.candidates[0].token_id for step in changed)
