@@ -32,6 +32,10 @@ path = "{folder}/train.jsonl"
 task = "jsonl"
 path = "{folder}/heldout.jsonl"
 
+[tasks.again]
+task = "jsonl"
+path = "{folder}/again.jsonl"
+
 [tasks.test]
 task = "jsonl"
 path = "{folder}/test.jsonl"
@@ -78,7 +82,7 @@ def folder(tmp_path_factory):
     slm, llm, _ = tiny_pair()
     save_model(slm, folder / "slm")
     save_model(llm, folder / "llm")
-    for at, (part, count) in enumerate((("train", 12), ("heldout", 8), ("test", 4))):
+    for at, (part, count) in enumerate((("train", 12), ("heldout", 8), ("test", 4), ("again", 6))):
         write_prompts(folder / f"{part}.jsonl", count, first=1000 * at)
     return folder
 
@@ -118,10 +122,12 @@ class Killed(BaseException):
     ("stage", "where", "name", "call"),
     [
         ("collect", shards, "write_whole", 3),
+        ("collect on policy", shards, "write_whole", 7),
         ("train head", fit, "_save", 1),
-        ("between training and saving", train, "save_probe", 1),
-        ("train activated", fit, "_save", 4),
-        ("calibrate", calibrate, "write_card", 1),
+        ("between training and saving", train, "save_probe", 2),
+        ("train activated", fit, "_save", 5),
+        ("calibrate the first selector", calibrate, "write_card", 1),
+        ("calibrate", calibrate, "write_card", 2),
         ("probe", probe, "write_whole", 1),
     ],
 )
@@ -143,6 +149,14 @@ def test_killed_at_any_stage_and_started_again_the_end_is_the_same(
     monkeypatch.undo()
     pipeline(config)
     assert made(tmp_path / "out") == whole, stage
+
+
+def test_the_second_round_is_answered_with_the_first_selector_in_charge(whole):
+    settings = {part: json.loads(whole[f"rollouts/{part}/manifest.json"])["settings"] for part in ("train", "again")}
+    assert settings["train"]["selector"] is None
+    assert settings["again"]["selector"]
+    first, second = (json.loads(whole[f"{name}/selector.json"])["training"] for name in ("first/head", "head"))
+    assert second["trajectories"] > first["trajectories"]
 
 
 def test_the_commands_print_tables_or_json(folder, whole):

@@ -15,6 +15,7 @@ from ..errors import ConfigError, TokenizerMismatch
 from ..models.fingerprint import shared_ids
 from ..models.language_model import LanguageModel
 from ..selectors import LocalSelector, SelectorConfig, load_selector
+from ..selectors.config import CONFIG_FILE
 from .config import CollectConfig, Models, Rollouts
 from .deciders import Corrected, Greedy, Local, Sampled, entropy_above
 from .dialogue import Answer, MakeDecider, Speaker, converse
@@ -60,7 +61,7 @@ def collect_with(slm: LanguageModel, teacher: Teacher, task: Task, settings: Rol
         prompts_hash=prompts_hash(task),
         items=len(task.items),
         shards=-(-len(task.items) // size),
-        settings=settings.model_dump(mode="json"),
+        settings={**settings.model_dump(mode="json"), "selector": _digest(settings.selector)},
     )
     todo = open_folder(out, manifest)
     speaker = Speaker(slm)
@@ -104,6 +105,16 @@ def check_same_ids(slm: LanguageModel, llm: LanguageModel) -> None:
 def row_seed(*parts: object) -> int:
     """A seed of its own for each row, whatever batch it is in."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
+
+
+def _digest(selector: Path | None) -> str | None:
+    """Of a selector's files: another training under the same name makes other rollouts."""
+    if selector is None:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted([*selector.glob("*.safetensors"), selector / CONFIG_FILE]):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _answers(

@@ -53,21 +53,24 @@ def _pairs(title: str, rows: dict[str, object]) -> Table:
 @app.command()
 def collect(
     config: Config = BUNDLED,
-    part: Annotated[str, typer.Option(help="train, heldout or both.")] = "both",
+    part: Annotated[str, typer.Option(help="train, heldout, both, or again (the on-policy round).")] = "both",
     json: Json = False,
 ) -> None:
     """Make labelled rollouts; run again to go on after an interruption."""
     from .collect import collect as run
     from .config import read_config
+    from .pipeline import first_selector
     from .shards import read_manifest, read_shards
 
     with _one_line_errors():
         pipeline = read_config(config)
-        if part not in ("train", "heldout", "both"):
-            raise ConfigError(f"part is {part!r}; it must be train, heldout or both.")
-        for name in ("train", "heldout"):
-            if part not in (name, "both"):
+        if part not in ("train", "heldout", "both", "again"):
+            raise ConfigError(f"part is {part!r}; it must be train, heldout, both or again.")
+        for name in ("train", "heldout", "again"):
+            if part != name and (part != "both" or name == "again"):
                 continue
+            if name == "again":
+                first_selector(pipeline, pipeline.models.load_slm())
             manifest = run(pipeline.collecting(name))
             shards = read_shards(manifest.parent)
             rows: dict[str, object] = {

@@ -15,6 +15,7 @@ from ..models.language_model import LanguageModel
 from .tasks import TaskConfig
 
 Kind = Literal["head", "activated", "published"]
+Part = Literal["train", "heldout", "again"]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -245,11 +246,19 @@ class ProbeConfig(Settings):
 
 
 class Tasks(Settings):
-    """``[tasks.*]``: three sets of prompts that share nothing."""
+    """``[tasks.*]``: sets of prompts that share nothing.
+
+    Attributes:
+        train: to learn from.
+        heldout: to calibrate on.
+        test: for the table.
+        again: for an on-policy round: answered with the first kind of ``[train.*]`` in charge, then learnt from too.
+    """
 
     train: TaskConfig
     heldout: TaskConfig
     test: TaskConfig
+    again: TaskConfig | None = None
 
 
 class Pipeline(Settings):
@@ -275,7 +284,7 @@ class Pipeline(Settings):
     evaluate: Rows = Rows()
     seed: int = 0
 
-    def rollouts(self, part: Literal["train", "heldout"]) -> Path:
+    def rollouts(self, part: Part) -> Path:
         """Folder of the rollouts of one part."""
         return self.out / "rollouts" / part
 
@@ -283,10 +292,23 @@ class Pipeline(Settings):
         """Folder of one selector."""
         return self.out / kind
 
-    def collecting(self, part: Literal["train", "heldout"]) -> CollectConfig:
-        """The collection of one part."""
-        task = self.tasks.train if part == "train" else self.tasks.heldout
-        return CollectConfig(models=self.models, task=task, out=self.rollouts(part), rollouts=self.collect)
+    def collecting(self, part: Part) -> CollectConfig:
+        """The collection of one part.
+
+        Raises:
+            ConfigError: the file has no such task.
+        """
+        task: TaskConfig | None = getattr(self.tasks, part)
+        if task is None:
+            raise ConfigError(f"the config has no [tasks.{part}].")
+        rollouts = self.collect.model_copy(update={"selector": self.first().out}) if part == "again" else self.collect
+        return CollectConfig(models=self.models, task=task, out=self.rollouts(part), rollouts=rollouts)
+
+    def first(self) -> TrainConfig:
+        """The selector that is in charge of the on-policy round: the first kind, from the training rollouts alone."""
+        kind = next(iter(self.train))
+        rollouts, out = (self.rollouts("train"),), self.out / "first" / kind
+        return TrainConfig(models=self.models, kind=kind, rollouts=rollouts, out=out, fit=self.train[kind])
 
     def training(self, kind: Kind) -> TrainConfig:
         """The training of one kind.
@@ -296,7 +318,8 @@ class Pipeline(Settings):
         """
         if kind not in self.train:
             raise ConfigError(f"the config has no [train.{kind}]; it has {', '.join(self.train)}.")
-        rollouts = (self.rollouts("train"),)
+        parts: tuple[Part, ...] = ("train",) if self.tasks.again is None else ("train", "again")
+        rollouts = tuple(map(self.rollouts, parts))
         return TrainConfig(
             models=self.models, kind=kind, rollouts=rollouts, out=self.selector(kind), fit=self.train[kind]
         )

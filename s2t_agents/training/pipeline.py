@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 
 from ..models.language_model import LanguageModel
 from ..selectors.config import Calibration
@@ -27,14 +28,21 @@ def pipeline(config: Pipeline, say: Callable[[str], None] = lambda _: None) -> t
         S2TError: as the stages do; what they had made is kept.
     """
     say("prompts")
-    tasks = config.tasks.train.open(), config.tasks.heldout.open(), config.tasks.test.open()
-    for one, other in ((0, 1), (0, 2), (1, 2)):
-        disjoint(tasks[one], tasks[other])
+    again = config.tasks.again
+    tasks = [config.tasks.train.open(), config.tasks.heldout.open(), config.tasks.test.open()]
+    tasks += [again.open()] if again is not None else []
+    for one, other in combinations(tasks, 2):
+        disjoint(one, other)
     slm = config.models.load_slm()
     teacher = open_teacher(config.models, slm)
     for part, task in (("train", tasks[0]), ("heldout", tasks[1])):
         say(f"collect {part}: {len(task.items)} items of {task.name}")
         collect_with(slm, teacher, task, config.collect, config.out / "rollouts" / part)
+    if again is not None:
+        say(f"collect again: {len(tasks[3].items)} items, on policy")
+        first_selector(config, slm)
+        onward = config.collecting("again")
+        collect_with(slm, teacher, tasks[3], onward.rollouts, onward.out)
     for kind in config.train:
         say(f"train {kind}")
         train_with(slm, config.training(kind))
@@ -44,6 +52,13 @@ def pipeline(config: Pipeline, say: Callable[[str], None] = lambda _: None) -> t
     sufficiency = probe(config.probing())
     say(f"evaluate: {len(tasks[2].items)} items of {tasks[2].name}")
     return sufficiency, evaluate(config.evaluating())
+
+
+def first_selector(config: Pipeline, slm: LanguageModel) -> None:
+    """Train and calibrate the selector of the on-policy round; the same however often."""
+    first = config.first()
+    train_with(slm, first)
+    calibrate_with(slm, config.calibrating(first.kind).model_copy(update={"selector": first.out}))
 
 
 def calibrate_kind(config: Pipeline, kind: Kind, slm: LanguageModel) -> Calibration:
