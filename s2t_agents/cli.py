@@ -43,11 +43,13 @@ def demo(
 ) -> None:
     """Watch a LangGraph agent on the bundled pair call a tool, reason, and stay inside its budget."""
     import torch
+    from transformers.utils import logging
 
     from .demo.agent import run_demo
     from .demo.show import show
     from .demo.world import demo_question
 
+    logging.disable_progress_bar()
     torch.set_num_threads(1)  # so small a model is slower on more, and waits for busy cores
     run = run_demo(demo_question(seed), escalations=budget_escalations, selector=not no_selector, llm=not no_llm)
     if as_json:
@@ -66,10 +68,12 @@ def chat(
 ) -> None:
     """Talk to a local model; an empty line or end of input ends it."""
     from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+    from transformers.utils import logging
 
     from .budget import Budget
     from .chat_model import ChatS2T
 
+    logging.disable_progress_bar()
     chat_model = ChatS2T(model=model, selector=selector, escalation=llm, budget=Budget(escalations=escalations))
     history: list[BaseMessage] = [SystemMessage(system)] if system else []
     while line := _ask():
