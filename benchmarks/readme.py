@@ -36,13 +36,22 @@ def evaluation(report: dict[str, Any], made: dict[str, Any]) -> str:
         low, high = row["ci95"]
         label = NAMES.get(name, f"selector + at most {name.removeprefix('hybrid_')} LLM picks per answer")
         lines.append(
-            f"| {label} | {row['accuracy']:.1%} | {low:.1%} to {high:.1%} | {row['llm_calls']:.1f} "
-            f"| {row['llm_tokens']:.0f} | {row['tokens']:.0f} | {row['trigger_rate']:.1%} |"
+            f"| {label} | {row['accuracy']:.1%} | {low:.1%} to {high:.1%} | {share(row['gap_closed'])} "
+            f"| {row['llm_calls']:.1f} | {row['llm_tokens']:.0f} | {row['tokens']:.0f} | {row['trigger_rate']:.1%} "
+            f"| {share(row['broken'])} |"
         )
     what = f"{report['n']} held-out problems, seed {report['seed']}"
     where = f"{made['hardware']}, commit {made['commit']}, {made['date']}"
-    command = f"s2t eval --task {report['task']} --n {report['n']} --seed {report['seed']}"
-    return "\n".join([*lines, "", f"Per answer; {what}; {where}. Made by `{command}`."])
+    command = f"s2t eval --task {report['task'].split('/')[0]} --n {report['n']} --seed {report['seed']}"
+    legend = (
+        "Gap closed: of the way from the small model to the large one. Harm: of what the small model alone gets right."
+    )
+    return "\n".join([*lines, "", legend, f"Per answer; {what}; {where}. Made by `{command}`."])
+
+
+def share(value: float | None) -> str:
+    """A share in per cent; a dash where there is none."""
+    return "-" if value is None else f"{value:.1%}"
 
 
 def sections() -> dict[str, str]:

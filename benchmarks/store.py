@@ -20,17 +20,11 @@ RESULTS = Path(__file__).parent / "results"
 def made() -> dict[str, Any]:
     """Where and when."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
     return {
-        "hardware": f"{os.cpu_count()} CPU cores ({cpu})",
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
         "commit": commit.stdout.strip(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def _cpuinfo() -> list[str]:
-    file = Path("/proc/cpuinfo")
-    return file.read_text().splitlines() if file.is_file() else []
 
 
 if __name__ == "__main__":
