@@ -28,10 +28,8 @@ NAMES = {
 
 def evaluation(report: dict[str, Any], made: dict[str, Any]) -> str:
     """The table of ``s2t eval --json``, with where and when it was made."""
-    lines = [
-        "| | accuracy | 95% interval | LLM calls | LLM tokens | tokens | triggers |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    heads = ("", "accuracy", "95% interval", "gap closed", "LLM calls", "LLM tokens", "tokens", "triggers", "harm")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, row in report["rows"].items():
         low, high = row["ci95"]
         label = NAMES.get(name, f"selector + at most {name.removeprefix('hybrid_')} LLM picks per answer")
