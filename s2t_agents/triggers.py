@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -19,12 +20,12 @@ from .errors import ConfigError
 from .proposal import Proposal
 
 
-class Trigger:
+class Trigger(ABC):
     """Base of all triggers: called with a proposal, says whether to look twice."""
 
+    @abstractmethod
     def __call__(self, proposal: Proposal) -> bool:
         """Whether this step is critical."""
-        raise NotImplementedError
 
     def __or__(self, other: Trigger) -> Trigger:
         return when(lambda proposal: self(proposal) or other(proposal), f"({self!r} | {other!r})")
