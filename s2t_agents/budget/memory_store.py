@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from typing import NamedTuple
 
 from s2t_agents.budget import meter as arithmetic
@@ -15,6 +16,9 @@ from s2t_agents.errors import StoreUnavailable
 
 TOMBSTONES = 100_000
 """Expired holds remembered, so that settling one late is still booked."""
+
+PATIENCE = 32
+"""How often an operation lets other threads go first before it queues for the lock."""
 
 
 class _Held(NamedTuple):
@@ -51,7 +55,7 @@ class MemoryStore:
 
     def open(self, path: str, terms: Terms) -> Terms:
         """Make the meter unless it is there; the terms it has."""
-        self._same_process()
+        self._come_in()
         with self._lock:
             self._replay()
             if path not in self._meters:
@@ -65,7 +69,7 @@ class MemoryStore:
 
     def reserve(self, chain: Chain, hold: str, want: Units, ttl_us: int) -> Refusal | None:
         """Hold on the whole chain, or say why not."""
-        self._same_process()
+        self._come_in()
         with self._lock:
             now_us = self._tidy()
             changed: dict[str, Meter] = {}
@@ -93,14 +97,14 @@ class MemoryStore:
 
     def extend(self, path: str, more: tuple[int, int, int], micros: int) -> None:
         """Raise the limits."""
-        self._same_process()
+        self._come_in()
         with self._lock:
             now_us = self._tidy()
             self._meters[path] = arithmetic.extended(self._current(path), more, micros, now_us)
 
     def read(self, path: str) -> Reading:
         """The meter now."""
-        self._same_process()
+        self._come_in()
         with self._lock:
             now_us = self._tidy()
             holds = sum(
@@ -112,7 +116,7 @@ class MemoryStore:
         """Nothing to let go of."""
 
     def _end(self, hold: str, actual: Units | None) -> Closing:
-        self._same_process()
+        self._come_in()
         with self._lock:
             if self._journal is not None or self._now_us() >= self._next_expiry_us:
                 self._tidy()
@@ -131,7 +135,16 @@ class MemoryStore:
             self._commit(changed, hold, None)
             return Closing.LATE if held.expired else Closing.DONE
 
-    def _same_process(self) -> None:
+    def _come_in(self) -> None:
+        """Refuse a forked copy; then give a busy lock a moment.
+
+        A thread that queues for the lock is handed it while its holder still has the GIL, and from then on every
+        operation costs a switch of threads; one that lets the holder finish first is not.
+        """
+        for _ in range(PATIENCE):
+            if not self._lock.locked():
+                break
+            time.sleep(0)
         if os.getpid() != self._pid:
             raise StoreUnavailable(
                 "This budget is kept in the memory of another process; a copy here would spend its money twice.",
