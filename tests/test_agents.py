@@ -24,7 +24,6 @@ from pydantic import BaseModel, Field
 
 from s2t_agents import Budget, ChatS2T, Ledger
 from s2t_agents.escalation import Escalation
-from s2t_agents.models.bundled import MODELS, SLM
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
 
@@ -196,7 +195,6 @@ def test_a_thread_resumes_with_its_history() -> None:
     assert len(model.ledger.records(thread_id="t")) == 2
 
 
-@pytest.mark.skipif(not (MODELS[SLM] / "config.json").is_file(), reason="the bundled weights are not built yet")
 def test_a_program_written_for_chat_openai_runs_with_one_line_changed(capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location("agents_example", EXAMPLE)
     assert spec is not None

@@ -6,13 +6,10 @@ import pytest
 
 from s2t_agents.bench.escalate import run, table
 from s2t_agents.errors import ConfigError
-from s2t_agents.models.bundled import MODELS
 
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    if not all(path.is_dir() for path in MODELS.values()):
-        pytest.skip("the bundled pair is not there yet")
     return run(n=6, seed=3)
 
 

@@ -12,12 +12,9 @@ import servers
 from servers import CompletionServer, serving
 
 from s2t_agents.models import LanguageModel
-from s2t_agents.models.bundled import LLM, MODELS
+from s2t_agents.models.bundled import LLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-pytestmark = pytest.mark.skipif(
-    not all(path.is_dir() for path in MODELS.values()), reason="the bundled pair is not there yet"
-)
 
 
 def run(*args: str) -> str:

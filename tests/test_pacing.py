@@ -16,7 +16,6 @@ from s2t_agents.budget import Amount
 from s2t_agents.errors import ConfigError, InputError
 from s2t_agents.escalation import Escalation, Pace, Pacing, margins_of, simulate
 from s2t_agents.ledger import GenerationRecord, Receipt, ReceiptCandidate
-from s2t_agents.models.bundled import MODELS
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always, entropy
 
@@ -170,7 +169,6 @@ def test_receipts_without_scores_have_no_margin() -> None:
         margins_of([GenerationRecord(receipts=(bare,))])
 
 
-@pytest.mark.skipif(not all(path.is_dir() for path in MODELS.values()), reason="the bundled pair is not there yet")
 def test_on_receipts_of_the_bundled_pair_it_reaches_most_of_the_optimum() -> None:
     from s2t_agents.demo.world import generate
 

@@ -12,6 +12,7 @@ from s2t_agents.models import LanguageModel, Lora, Prefix
 from s2t_agents.proposal import Proposal
 from s2t_agents.selectors import ActivatedSelector, HeadSelector, SelectorConfig, confidence_margin, load_selector
 from s2t_agents.selectors.config import BaseIdentity
+from s2t_agents.selectors.published import PublishedSelector
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 
 IDS = list(range(20))
@@ -39,13 +40,23 @@ def head(model: LanguageModel, *, trained: bool) -> HeadSelector:
     return selector.requires_grad_(False)
 
 
+def published(model: LanguageModel, *, trained: bool) -> PublishedSelector:
+    torch.manual_seed(3)
+    selector = PublishedSelector(model, Lora.fresh(model.model, targets=targets(model), rank=4, alpha=8))
+    if trained:
+        for layer in selector.lora.layers:
+            torch.nn.init.normal_(layer.b, std=0.3)
+        torch.nn.init.normal_(selector.rows.weight, std=0.5)
+    return selector.requires_grad_(False)
+
+
 def proposal(model: LanguageModel) -> Proposal:
     prefix = Prefix(model)
     prefix.extend(IDS)
     return Proposal(prefix, 8)
 
 
-KINDS = [activated, head]
+KINDS = [activated, head, published]
 
 
 @pytest.mark.parametrize("kind", KINDS)
