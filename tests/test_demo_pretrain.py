@@ -117,3 +117,12 @@ def test_the_shipped_recipes_are_valid(tmp_path):
     bad.write_text((RECIPES / "slm.toml").read_text(encoding="utf-8").replace("noise =", "noize ="), encoding="utf-8")
     with pytest.raises(ValueError, match="noise, noize"):
         read_recipe(bad)
+
+
+def test_a_run_may_go_on_from_a_bundled_model(tokenizer, tmp_path):
+    recipe = read_recipe(RECIPES / "slm_more.toml")
+    run = Run(recipe, tokenizer, tmp_path)
+    known = AutoModelForCausalLM.from_pretrained(WEIGHTS / recipe.start, dtype=torch.float32)
+    ours = run.model.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in known.state_dict().items())
+    assert read_recipe(RECIPES / "slm.toml").start == ""

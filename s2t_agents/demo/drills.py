@@ -39,7 +39,13 @@ def write_sums(sums: tuple[tuple[int, Move], ...], rng: Random | None = None, no
 
 
 def draw_copy(rng: Random, longest: int = 12) -> tuple[str, str]:
-    """Something to repeat: the question, and what it wants repeated (2 to `longest` pieces of all sorts)."""
+    """Something to repeat: the question, and what it wants repeated (2 to `longest` pieces of all sorts).
+
+    A third of them are in other scripts alone, whose bytes take copying in its purest form.
+    """
+    if rng.random() < 0.33:
+        quoted = "".join(foreign(rng) for _ in range(rng.randint(1, 4)))
+        return rng.choice(("Repeat '{}'", "Say '{}'", "Copy this: '{}'")).format(quoted), quoted
     known = (*ITEMS, *NAMES, *PLACES, *WORDS, *LANGUAGES)
     pieces = []
     for _ in range(rng.randint(2, longest)):

@@ -10,6 +10,7 @@ from typing import Any
 from s2t_agents.demo.lexicon import ITEMS, LANGUAGES, NAMES, PLACES, district, foreign, made_up, span
 from s2t_agents.demo.lookups import TOPICS, draw_lookup
 from s2t_agents.demo.problem import Call
+from s2t_agents.demo.registers import Register, documented
 from s2t_agents.demo.schemas import ParameterType, function_tool
 
 Value = str | int
@@ -56,6 +57,9 @@ _FORMS: tuple[tuple[str, str, dict[str, str], tuple[str, ...]], ...] = (
     ("new_client add_client open_account", "Make a new client.", {"client_name": "foreign", "about": "span"},
      ("Make a client named '{client_name}' - {about}.", "Add the client '{client_name}', about: {about}.",
       "A new client: '{client_name}' ({about}).")),
+    ("register_client new_account add_company", "Register a client.", {"client": "foreign", "_note": "span"},
+     ("Register the client '{client}' ({_note}).", "Open an account for '{client}' - {_note}.",
+      "There is a new company, '{client}' ({_note}), please add it.")),
     ("save_customer add_person store_user", "Store a person.", {"name": "name", "age": "int"},
      ("{name} is {age} years old.", "Store {name}, who is {age}.", "The customer {name} is {age}.")),
 )  # fmt: skip
@@ -91,9 +95,11 @@ def _everyday(rng: Random) -> Errand:
     names, description, kinds, asks = rng.choice(_FORMS)
     name = rng.choice(names.split())
     values = {key: _value(rng, kind) for key, kind in kinds.items()}
-    types: dict[str, ParameterType] = {key: "integer" if kind == "int" else "string" for key, kind in kinds.items()}
     question = rng.choice(asks).format(**values)
+    values = {key: value for key, value in values.items() if not key.startswith("_")}  # the others are only mentioned
+    types: dict[str, ParameterType] = {key: "integer" if kinds[key] == "int" else "string" for key in values}
     said = rng.choice((rng.choice(("ok", "done", "saved", "yes")), span(rng))) if rng.random() < 0.6 else _number(rng)
+    description = documented(rng, description, types)
     return Errand(function_tool(name, description, types), question, Call(name, values, _result(rng, said)), said)
 
 
@@ -133,10 +139,21 @@ def _made_up(rng: Random) -> Errand:
     return Errand(tool, rng.choice(_CALLS).format(name, inside), call, said)
 
 
+def _register(rng: Random) -> Errand:
+    """Somebody with a quoted name is to be registered."""
+    made = Register(rng)
+    types: dict[str, ParameterType] = dict.fromkeys(made.values, "string")
+    said = rng.choice(("ok", "done", "saved", _number(rng)))
+    tool = function_tool(made.name, documented(rng, made.description, types), types)
+    return Errand(tool, made.question, Call(made.name, made.values, _result(rng, said)), said)
+
+
 def _short_text(rng: Random) -> str:
     return rng.choice((span, made_up, foreign))(rng)
 
 
 def draw_errand(rng: Random) -> Errand:
-    """An everyday call, a lookup without arithmetic, or a call of a function nobody has heard of."""
-    return rng.choice((_everyday, _everyday, _lookup, _made_up))(rng)
+    """An everyday call, a lookup without arithmetic, a call of a function nobody has heard of, or a new name."""
+    return rng.choice((_everyday, _everyday, _everyday, _lookup, _lookup, _made_up, _made_up, _register, _register))(
+        rng
+    )

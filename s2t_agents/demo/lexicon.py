@@ -38,6 +38,17 @@ _FOREIGN = (
 )
 _CJK = "你好世界天地山水火木金土日月星花草鸟鱼人大小上中下东西南北春夏秋冬红白青高学生公司集团市场商店汽车电话"
 
+_SCRIPTS = (
+    (0x4E00, 0x9FA5),  # CJK
+    (0x4E00, 0x9FA5),
+    (0x3041, 0x3093),  # hiragana
+    (0x30A1, 0x30F3),  # katakana
+    (0xAC00, 0xD7A3),  # hangul
+    (0x0410, 0x044F),  # Cyrillic
+    (0x1F600, 0x1F64F),  # faces
+)
+"""First and last code points of scripts to copy from."""
+
 
 def made_up(rng: Random) -> str:
     """A pronounceable word which the lexicon does not hold."""
@@ -55,9 +66,13 @@ def characters(rng: Random) -> str:
 
 
 def foreign(rng: Random) -> str:
-    """One to six characters of other scripts: CJK, kana, hangul, Cyrillic, Greek, accented Latin."""
-    if rng.random() < 0.5:
+    """One to eight characters of other scripts: CJK, kana, hangul, Cyrillic, Greek, accented Latin, emoji."""
+    luck = rng.random()
+    if luck < 0.3:
         return characters(rng)
+    if luck < 0.6:  # any character of one script: no list of known ones helps here
+        low, high = rng.choice(_SCRIPTS)
+        return "".join(chr(rng.randint(low, high)) for _ in range(rng.randint(1, 8)))
     return "".join(rng.choice(_FOREIGN) for _ in range(rng.randint(1, 6)))
 
 

@@ -84,6 +84,9 @@ class Run:
         torch.set_num_threads(recipe.threads)
         self.recipe, self.tokenizer, self.folder = recipe, tokenizer, folder
         self.model = make_model(recipe, tokenizer)
+        if recipe.start:
+            known = Qwen3ForCausalLM.from_pretrained(WEIGHTS / recipe.start, dtype=torch.float32)
+            self.model.load_state_dict(known.state_dict())
         self.optimizers = make_optimizers(self.model, recipe)
         self.corpus = Corpus(recipe, tokenizer)
         self._rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]

@@ -35,7 +35,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. `tokens` are those of one step (padding included), `noise` the rate of forgotten carries."""
+    """A whole run. `tokens` are those of one step (padding included), `noise` the rate of forgotten carries.
+
+    `start` names the bundled model whose weights the run goes on from; empty begins from fresh ones.
+    """
 
     name: str
     seed: int
@@ -52,6 +55,7 @@ class Recipe:
     threads: int
     shape: Shape
     stages: tuple[Stage, ...]
+    start: str = ""
 
     def stage_at(self, step: int) -> Stage:
         """The stage which `step` falls into."""
@@ -69,6 +73,7 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
     """The recipe in `path`; unknown or missing keys are an error which names them."""
     data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     data.setdefault("name", path.stem)
+    data.setdefault("start", "")
     data |= {key: value for key, value in overrides.items() if value is not None}
     known = {field.name for field in fields(Recipe)}
     if wrong := sorted(set(data) ^ known):

@@ -10,6 +10,7 @@ Everything is a pure function of (seed, split, kind). The split is part of what 
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from random import Random
 
@@ -41,6 +42,9 @@ __all__ = [
     "write_like_the_slm_corpus",
 ]
 
+FAILING = 0.06
+"""Share of tool calls that fail in the training corpus."""
+
 
 def generate(seed: int, split: Split = "heldout", kind: Kind | None = None) -> Problem:
     """The problem of this seed; without a `kind`, a word or a tool problem, half and half."""
@@ -59,8 +63,16 @@ def demo_question(seed: int) -> Problem:
 
 
 def write_like_the_slm_corpus(problem: Problem, rng: Random, noise: float = NOISE) -> list[Message]:
-    """The gold conversation as the small model's corpus has it: carries forgotten at rate `noise`."""
+    """The gold conversation as the small model's corpus has it: carries forgotten at rate `noise`.
+
+    Now and then a tool fails, so that a failure is no surprise: the answer then says so and ends.
+    """
     messages = [dict(message) for message in problem.gold]
+    if problem.expected_call is not None and rng.random() < FAILING:
+        error = rng.choice(("nothing found", f"no tool named {problem.expected_call.name}"))
+        messages[-2]["content"] = json.dumps({"error": error})
+        messages[-1]["content"] = f"The tool says {error}."
+        return messages
     if problem.working is not None:
         messages[-1]["content"] = _write(problem.working, rng, noise)[0]
     elif problem.sums:
