@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from .fingerprint import tokenizer_fingerprint, weights_fingerprint
+from .kv import KVCache
 from .loading import context_window, default_device, end_ids, load_tokenizer, load_weights
 from .overlay import cloned_rows, overlay_is_exact, overlay_of, row_mask, rows_mask, rows_of
 
@@ -75,7 +76,7 @@ class LanguageModel:
 
     def new_cache(self) -> Cache:
         """An empty KV cache. Attention-only models keep all KV, so that any of them can be rolled back."""
-        return DynamicCache() if self.overlay_exact else DynamicCache(config=self.config)
+        return KVCache() if self.overlay_exact else DynamicCache(config=self.config)
 
     @torch.inference_mode()
     def step(self, ids: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .kv import GrowingLayer
+
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 
 
@@ -28,7 +30,13 @@ class OverlayLayer(DynamicLayer):  # type: ignore[misc]
         self.base = base
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, heads, P + K, d]``: the base's, then the new ones."""
+        """Keys and values ``[B, heads, P + K, d]``: the base's, then the new ones.
+
+        Where the base has room behind its end they are written there, which no reader of the base ever sees; else
+        (batches, and wherever gradients flow) both are copied.
+        """
+        if isinstance(self.base, GrowingLayer):
+            return self.base.write(key_states, value_states)
         if not self.base.is_initialized:  # an empty prefix
             return key_states, value_states
         keys = torch.cat([self.base.keys, key_states], dim=-2)
@@ -45,7 +53,7 @@ class OverlayLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def overlay_of(base: Cache) -> Cache:
-    """A cache that reads ``base`` and never writes to it. Costs nothing: no tensor is copied."""
+    """A cache that reads ``base`` and never changes it. Costs nothing: no tensor is copied."""
     return Cache(layers=[OverlayLayer(layer) for layer in base.layers])
 
 
@@ -130,13 +138,17 @@ def rows_of(base: Cache, rows: Tensor) -> Cache:
 
 
 def _layer_of(layer: DynamicLayer, rows: Tensor) -> DynamicLayer:
-    part = copy.copy(layer)
-    part.keys, part.values = layer.keys[rows], layer.values[rows]
+    part = DynamicLayer()
+    if layer.is_initialized:
+        part.lazy_initialization(layer.keys, layer.values)
+        part.keys, part.values = layer.keys[rows], layer.values[rows]
     return part
 
 
 def cloned_rows(base: Cache, rows: int) -> Cache:
-    """``rows`` independent copies of a cache, for models on which the overlay is not exact."""
+    """``rows`` independent copies of a cache: for branches, and for models on which the overlay is not exact."""
+    if all(isinstance(layer, GrowingLayer) for layer in base.layers):
+        return rows_of(base, torch.zeros(rows, dtype=torch.long))
     clone = copy.deepcopy(base)
     clone.reorder_cache(torch.zeros(rows, dtype=torch.long))  # row 0, so many times; linear layers know this too
     return clone

@@ -1,0 +1,109 @@
+"""KV in buffers with room to grow: a new token is written in place, and nothing before it is copied.
+
+    buffer   [1, heads, capacity, d]   | tokens 0..length-1 | room |
+    keys     [1, heads, length, d]     a view of the front
+
+transformers' own dynamic cache copies the whole prefix at every token. Overlays (``overlay``) use the room, too: what
+stands behind ``length`` is nobody's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+GRAIN = 256
+"""Tokens by which a buffer grows at least."""
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's keys and values of one sequence; ``keys`` and ``values`` are views of the buffers' front."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the buffers, as the first tokens' shapes say."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._key_buffer = key_states.new_empty(*key_states.shape[:-2], 0, key_states.shape[-1])
+        self._value_buffer = value_states.new_empty(*value_states.shape[:-2], 0, value_states.shape[-1])
+        self._set_length(0)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append ``[1, heads, T, d]``; returns all keys and values, ``[1, heads, length + T, d]``."""
+        self.write(key_states, value_states)
+        self._set_length(self.keys.shape[-2] + key_states.shape[-2])
+        return self.keys, self.values
+
+    def write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Put tokens behind the end without making them part of it.
+
+        Returns:
+            Keys and values with them, ``[1, heads, length + T, d]``: good until the next write.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        if end > self._key_buffer.shape[-2]:
+            self._grow(end)
+        self._key_buffer[..., start:end, :] = key_states
+        self._value_buffer[..., start:end, :] = value_states
+        return self._key_buffer[..., :end, :], self._value_buffer[..., :end, :]
+
+    def clone(self, length: int) -> GrowingLayer:
+        """A layer of its own with the first ``length`` tokens."""
+        other = GrowingLayer()
+        if self.is_initialized:
+            other.lazy_initialization(self.keys, self.values)
+            other.update(self.keys[..., :length, :], self.values[..., :length, :])
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, their room included."""
+        return int(self._key_buffer.nbytes + self._value_buffer.nbytes) if self.is_initialized else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens."""
+        super().crop(tokens_to_remove)
+        if self.is_initialized:
+            self._set_length(self.keys.shape[-2])
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._key_buffer = self._value_buffer = torch.empty(0)
+
+    def _set_length(self, length: int) -> None:
+        self.keys = self._key_buffer[..., :length, :]
+        self.values = self._value_buffer[..., :length, :]
+
+    def _grow(self, needed: int) -> None:
+        length = self.keys.shape[-2]
+        capacity = -(-max(needed, length + length // 2) // GRAIN) * GRAIN
+        for name in ("_key_buffer", "_value_buffer"):
+            old = getattr(self, name)
+            new = old.new_empty(*old.shape[:-2], capacity, old.shape[-1])
+            new[..., :length, :] = old[..., :length, :]
+            setattr(self, name, new)
+        self._set_length(length)
+
+
+class KVCache(Cache):  # type: ignore[misc]
+    """The KV of one sequence, all of it kept, for models whose every layer is attention."""
+
+    def __init__(self, layers: list[GrowingLayer] | None = None) -> None:
+        super().__init__(layer_class_to_replicate=GrowingLayer)
+        self.layers = layers or []
+
+    @torch.inference_mode()
+    def clone(self, length: int) -> KVCache:
+        """A cache of its own with the first ``length`` tokens: copying them costs far less than reading them again."""
+        return KVCache([layer.clone(length) for layer in self.layers])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(layer.nbytes for layer in self.layers)
