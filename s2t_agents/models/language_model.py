@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,7 @@ from .fingerprint import tokenizer_fingerprint, weights_fingerprint
 from .kv import KVCache
 from .loading import context_window, default_device, end_ids, load_tokenizer, load_weights
 from .overlay import cloned_rows, overlay_is_exact, overlay_of, row_mask, rows_mask, rows_of
+from .packed import PackedCache, Segment, packed_attention, ready_mask
 
 
 class LanguageModel:
@@ -94,6 +96,31 @@ class LanguageModel:
             assert self._last_hidden is not None
             hidden, self._last_hidden = self._last_hidden[0, -1], None
         return out.logits[0, -1].float(), hidden
+
+    @torch.inference_mode()
+    def step_packed(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+        """Append tokens to several sequences in one forward.
+
+        Args:
+            segments: new tokens over their own caches, which grow by them.
+
+        Returns:
+            Logits ``[n, V]`` (fp32) and last hidden states ``[n, H]``, after the last token of each segment.
+        """
+        with self.lock, packed_attention(self.config) as own:
+            widths = torch.tensor([len(segment.ids) for segment in segments])
+            places = [torch.arange(each.length, each.length + len(each.ids)) for each in segments]
+            out = self.model(
+                input_ids=torch.cat([segment.ids for segment in segments])[None],
+                position_ids=torch.cat(places).to(self.device)[None],
+                attention_mask=ready_mask(self.config, self.output_embedding),
+                past_key_values=PackedCache(segments, own),
+                use_cache=True,
+                logits_to_keep=(widths.cumsum(0) - 1).to(self.device),
+            )
+            assert self._last_hidden is not None
+            hidden, self._last_hidden = self._last_hidden[0], None
+        return out.logits[0].float(), hidden
 
     @torch.inference_mode()
     def look_ahead(self, candidates: Tensor, cache: Cache, length: int) -> Tensor:
