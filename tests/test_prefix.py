@@ -42,7 +42,7 @@ def test_moving_to_where_it_is_computes_nothing() -> None:
 
 
 def test_a_long_prefix_is_read_in_chunks_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("s2t_agents.models.prefix.CHUNK", 7)
+    monkeypatch.setattr("s2t_agents.models.owner.ALONE", 7)
     prefix = Prefix(tiny_model("gemma3"))
     prefix.extend(list(range(50)))
     assert torch.allclose(prefix.logits, full("gemma3", list(range(50))), atol=1e-4)

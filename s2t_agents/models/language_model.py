@@ -15,6 +15,7 @@ from .fingerprint import tokenizer_fingerprint, weights_fingerprint
 from .kv import KVCache
 from .loading import context_window, default_device, end_ids, load_tokenizer, load_weights
 from .overlay import cloned_rows, overlay_is_exact, overlay_of, row_mask, rows_mask, rows_of
+from .owner import Owner
 from .packed import PackedCache, Segment, packed_attention, ready_mask
 
 
@@ -36,6 +37,7 @@ class LanguageModel:
         self.context_window = context_window(self.config, tokenizer)
         self.overlay_exact = overlay_is_exact(self.config)
         self.lock = threading.RLock()  # one forward at a time: hooks and caches are not thread-safe
+        self.owner = Owner(self.step_alone, self.step_packed if self.overlay_exact else None, self.lock)
         self._last_hidden: Tensor | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
 
@@ -82,7 +84,7 @@ class LanguageModel:
 
     @torch.inference_mode()
     def step(self, ids: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
-        """Append tokens to a cache.
+        """Append tokens to a cache. Callers in several threads share forwards, see ``Owner``.
 
         Args:
             ids: ``[T]``.
@@ -91,8 +93,15 @@ class LanguageModel:
         Returns:
             Logits ``[V]`` (fp32) and last hidden state ``[H]``, both after the last token.
         """
+        return self.owner.step(ids, cache)
+
+    @torch.inference_mode()
+    def step_alone(self, segment: Segment) -> tuple[Tensor, Tensor]:
+        """``step`` in a forward of its own."""
         with self.lock:
-            out = self.model(input_ids=ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = self.model(
+                input_ids=segment.ids[None], past_key_values=segment.cache, use_cache=True, logits_to_keep=1
+            )
             assert self._last_hidden is not None
             hidden, self._last_hidden = self._last_hidden[0, -1], None
         return out.logits[0, -1].float(), hidden

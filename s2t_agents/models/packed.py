@@ -55,7 +55,7 @@ class Ragged:
     """
 
     parts: Sequence[Tensor]
-    widths: Sequence[int]
+    widths: list[int]
     attend: str
     masks: dict[tuple[int, int, int | None], Tensor]
 
@@ -80,7 +80,10 @@ class PackedCache(Cache):  # type: ignore[misc]
         """From ``[1, heads, N, d]`` of the row to the whole of each sequence."""
         keys, values = [], []
         pieces = zip(
-            self._segments, key_states.split(self._widths, -2), value_states.split(self._widths, -2), strict=True
+            self._segments,
+            torch.split(key_states, self._widths, -2),
+            torch.split(value_states, self._widths, -2),
+            strict=True,
         )
         for segment, key, value in pieces:
             all_keys, all_values = segment.cache.update(key, value, layer_idx)
@@ -103,7 +106,7 @@ def attend_packed(
     """The model's own attention, sequence by sequence; from queries ``[1, heads, N, d]`` to ``[1, N, heads, d]``."""
     attend = own_attention(module, key.attend)
     outputs = []
-    for q, k, v in zip(query.split(key.widths, -2), key.parts, value.parts, strict=True):
+    for q, k, v in zip(torch.split(query, key.widths, -2), key.parts, value.parts, strict=True):
         mask = None
         if q.shape[-2] > 1:
             size = (q.shape[-2], k.shape[-2], sliding_window)
@@ -119,7 +122,7 @@ def attend_packed(
 def own_attention(module: nn.Module, name: str) -> Any:
     """The attention function that this model uses by itself."""
     found = ALL_ATTENTION_FUNCTIONS.get(name)
-    return found or sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    return found or sys.modules[type(module).__module__].eager_attention_forward
 
 
 def causal(tokens: int, length: int, window: int | None, *, like: Tensor) -> Tensor:

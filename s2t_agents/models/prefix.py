@@ -11,9 +11,6 @@ from transformers.cache_utils import Cache
 from .language_model import LanguageModel
 from .overlay import cloned_rows
 
-CHUNK = 1024
-"""Tokens per forward while a long prefix is read, so that memory stays bounded."""
-
 
 class Prefix:
     """Grows token by token; ``logits`` and ``hidden`` are those after its last token.
@@ -33,11 +30,9 @@ class Prefix:
 
     def extend(self, ids: Sequence[int]) -> None:
         """Append tokens (at least one); ``logits`` ``[V]`` and ``hidden`` ``[H]`` move to the new end."""
-        for start in range(0, len(ids), CHUNK):
-            chunk = list(ids[start : start + CHUNK])
-            tensor = torch.tensor(chunk, device=self.model.device)
-            self.logits, self.hidden = self.model.step(tensor, self._cache)
-            self.ids += chunk
+        tensor = torch.tensor(ids, device=self.model.device)
+        self.logits, self.hidden = self.model.step(tensor, self._cache)
+        self.ids += ids
 
     def shared(self, ids: Sequence[int]) -> int:
         """How many leading tokens this prefix and ``ids`` have in common."""
