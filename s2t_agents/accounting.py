@@ -74,7 +74,7 @@ class Account:
         """Milliseconds by part; ``total`` runs from the call to now."""
         by_verb = {
             verb: sum(getattr(step.timings, verb) for step in self.steps) * MS
-            for verb in ("propose", "select", "escalate", "grammar")
+            for verb in ("queue", "propose", "select", "escalate", "grammar")
         }
         ttft = (self._first - self._start) * MS if self._first is not None else None
         return Latency(ttft=ttft, total=(time.perf_counter() - self._start) * MS, **by_verb)
@@ -91,7 +91,7 @@ class Account:
             "refused": self.escalations("refused"),
             "degraded": self.degraded,
             "cost_usd": {part: _number(getattr(cost, part)) for part in ("local", "llm", "total")},
-            "latency_ms": {part: getattr(latency, part) for part in ("ttft", "propose", "select", "escalate", "total")},
+            "latency_ms": {part: getattr(latency, part) for part in _TOLD},
             "budget": self.budget.state().as_dict() if self.budget else None,
             "trace_id": self.trace_id,
         }
@@ -117,6 +117,7 @@ class Account:
         )
 
 
+_TOLD = ("queue", "ttft", "propose", "select", "escalate", "total")
 _SHARED = ("triggers", "selections", "flips", "escalations", "refused", "degraded", "budget", "trace_id")
 
 

@@ -25,6 +25,7 @@ from . import answers
 from .accounting import Account, from_cache
 from .attribution import CallerHandler, configurable, current_caller
 from .budget import Budget, DevicePrice
+from .engine.admission import Concurrency
 from .engine.steps import MAX_K, Engine
 from .errors import ConfigError
 from .generation import Generation
@@ -63,6 +64,7 @@ class ChatS2T(BaseChatModel):
         device: "cpu", "cuda:1", ...; None chooses.
         dtype: "bfloat16", ...; None chooses.
         device_price: USD per hour of the SLM's device; None leaves the local cost unknown.
+        concurrency: how many generations run at once and who waits behind them.
         model_kwargs: passed to ``from_pretrained``, such as ``quantization_config``.
         template_args: variables of the chat template, such as ``{"enable_thinking": False}``.
         on_step: called with the trace id and every step, for traces.
@@ -92,6 +94,7 @@ class ChatS2T(BaseChatModel):
     device: str | None = None
     dtype: Any = None
     device_price: DevicePrice | None = None
+    concurrency: Concurrency | None = None
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     template_args: dict[str, Any] = Field(default_factory=dict)
     on_step: Callable[[str, Step], None] | None = Field(default=None, exclude=True)
@@ -164,6 +167,7 @@ class ChatS2T(BaseChatModel):
             dtype=self.dtype,
             model_kwargs=self.model_kwargs,
             template_args=self.template_args,
+            concurrency=self.concurrency,
         )
 
     @property

@@ -16,6 +16,7 @@ S2TError
 │   ├── BudgetExceeded                a reservation did not fit; nothing was spent
 │   ├── HoldClosed                    settle or release of a hold that was settled, released or expired before
 │   └── StoreUnavailable              the budget store can not be reached; nothing may be spent (retryable)
+├── Overloaded                        too many generations at once; nothing has run (retryable)
 ├── LedgerError                       a ledger file that is corrupt, foreign or can not be written
 └── EscalationFailed                  the LLM gave no usable answer; the caller keeps the local pick (retryable)
     ├── EndpointDown                  its server can not be reached: no connection, no TLS, no such host
@@ -143,6 +144,12 @@ class HoldClosed(BudgetError):
 
 class StoreUnavailable(BudgetError):
     """The budget store can not be reached: nothing may be spent."""
+
+    retryable = True
+
+
+class Overloaded(S2TError):
+    """Too many generations at once: the queue is full, or the wait was too long. Nothing has run."""
 
     retryable = True
 

@@ -15,6 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from langchain_core.language_models import ModelProfile
 from langchain_core.messages import BaseMessage
 
+from .engine.admission import Concurrency
 from .engine.grammar import CompiledGrammar, Grammar, vocabulary
 from .engine.steps import Engine
 from .errors import ConfigError, ContextOverflow
@@ -54,9 +55,10 @@ class Settings:
     dtype: torch.dtype | str | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    concurrency: Concurrency | None = None
 
     def described(self) -> dict[str, Any]:
-        """All that changes an answer, as plain data; the device does not."""
+        """All that changes an answer, as plain data; the device and the concurrency do not."""
         return {
             "model": self.model if isinstance(self.model, str) else self.model.name,
             "selector": str(self.selector),
@@ -275,5 +277,6 @@ def build(settings: Settings) -> Runtime:
         selector=selector,
         escalation=escalation,
         threshold=calibration.escalation_margin if calibration else DEFAULT_MARGIN,
+        concurrency=settings.concurrency,
     )
     return Runtime(engine, PromptEncoder(slm.tokenizer, template_args=settings.template_args), config)

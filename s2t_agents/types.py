@@ -65,12 +65,13 @@ class EscalationReport:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds spent in each verb of one step."""
+    """Seconds spent in each verb of one step; ``queue`` is the wait before a generation's first."""
 
     propose: float = 0.0
     grammar: float = 0.0
     select: float = 0.0
     escalate: float = 0.0
+    queue: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ def test_the_metadata_has_the_published_keys() -> None:
     s2t = escalating(2).invoke("hello").response_metadata["s2t"]
     assert set(s2t) == S2T_KEYS
     assert set(s2t["cost_usd"]) == {"local", "llm", "total"}
-    assert set(s2t["latency_ms"]) == {"ttft", "propose", "select", "escalate", "total"}
+    assert set(s2t["latency_ms"]) == {"queue", "ttft", "propose", "select", "escalate", "total"}
     assert set(s2t["budget"]) == {"limit", "held", "spent", "left"}
 
 

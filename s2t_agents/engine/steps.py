@@ -13,7 +13,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from ..selectors.base import Selector, confidence_margin
 from ..selectors.question import Answer, Question
 from ..triggers import Trigger, entropy
 from ..types import Candidate, EscalationReport, Picker, Sampling, Step, Timings
+from .admission import Concurrency, Gate
 from .grammar import Grammar
 
 MAX_K = 64
@@ -61,6 +63,7 @@ class Engine:
         selector: ranks candidates locally; None leaves the SLM's own order.
         escalation: whom to ask when the selector is unsure; None asks nobody.
         threshold: the selector's calibrated escalation margin.
+        concurrency: how many generations run at once, and who waits.
 
     Raises:
         ConfigError: K out of range.
@@ -75,12 +78,14 @@ class Engine:
         selector: Selector | None = None,
         escalation: Escalation | None = None,
         threshold: float = DEFAULT_MARGIN,
+        concurrency: Concurrency | None = None,
     ) -> None:
         if not 1 <= k <= MAX_K:
             raise ConfigError(f"k is {k}; between 1 and {MAX_K} candidates can be scored at a step.")
         self.slm, self.k = slm, k
         self.trigger = trigger or entropy(above=DEFAULT_ENTROPY)
         self.selector, self.escalation, self.threshold = selector, escalation, threshold
+        self.gate = Gate(concurrency or Concurrency())
 
     def steps(
         self,
@@ -104,12 +109,17 @@ class Engine:
             InputError: an empty prompt.
             ContextOverflow: the prompt leaves no room in the context window.
             BudgetExceeded: an escalation was refused and the budget says to raise.
+            Overloaded: too many generations at once.
         """
         sampling = sampling or Sampling()
         self._check_prompt(prompt)
-        desk = self.escalation.open(budget, threshold=self.threshold) if self.escalation else nullcontext()
-        with desk as open_desk:
-            yield from self._loop(prompt, sampling, grammar, open_desk)
+        with self.gate.admitted() as queued_s:
+            desk = self.escalation.open(budget, threshold=self.threshold) if self.escalation else nullcontext()
+            with desk as open_desk:
+                steps = self._loop(prompt, sampling, grammar, open_desk)
+                for first in islice(steps, 1):
+                    yield replace(first, timings=replace(first.timings, queue=queued_s))
+                yield from steps
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if not prompt:

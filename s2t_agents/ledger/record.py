@@ -144,7 +144,7 @@ class Latency(Frozen):
     """Where the time of one generation went, in ms; None where it was not measured.
 
     Args:
-        queue: waiting for the device.
+        queue: waiting to be admitted.
         ttft: from the call to the first token.
         propose: base model forwards.
         select: local selector.

@@ -1,0 +1,105 @@
+"""The door of the engine: never more at once than it says, first come first served, a clear no instead of a hang."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from s2t_agents import ChatS2T, Engine
+from s2t_agents.engine.admission import Concurrency, Gate
+from s2t_agents.errors import ConfigError, Overloaded
+from s2t_agents.testing import tiny_model
+from s2t_agents.types import Sampling
+
+
+def test_never_more_run_than_the_limit_and_all_get_their_turn() -> None:
+    gate, lock = Gate(Concurrency(running=3)), threading.Lock()
+    inside, most, served = 0, 0, 0
+
+    def work() -> None:
+        nonlocal inside, most, served
+        with gate.admitted():
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.002)
+            with lock:
+                inside -= 1
+                served += 1
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(lambda _: work(), range(60)))
+    assert (most, served, inside) == (3, 60, 0)
+
+
+def test_first_come_first_served() -> None:
+    gate, order = Gate(Concurrency(running=1)), []
+
+    def work(name: int) -> None:
+        with gate.admitted():
+            order.append(name)
+
+    with gate.admitted():
+        threads = []
+        for name in range(6):
+            threads.append(threading.Thread(target=work, args=(name,)))
+            threads[-1].start()
+            while len(gate._queue) <= name:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == list(range(6))
+
+
+def test_a_full_queue_says_so_at_once_and_a_long_wait_at_its_end() -> None:
+    with Gate(Concurrency(running=1, waiting=0)).admitted() as waited:
+        assert waited < 1
+    full = Gate(Concurrency(running=1, waiting=0))
+    with full.admitted(), pytest.raises(Overloaded, match="1 generations run and 0 wait"), full.admitted():
+        pass
+    slow = Gate(Concurrency(running=1, wait_s=0.05))
+    with slow.admitted(), pytest.raises(Overloaded, match=r"within 0\.05 seconds"), slow.admitted():
+        pass
+    with slow.admitted():  # and the door is as it was
+        pass
+    assert Overloaded.retryable
+
+
+@pytest.mark.parametrize("wrong", [{"running": 0}, {"waiting": -1}, {"wait_s": -1.0}, {"wait_s": float("nan")}])
+def test_limits_that_let_nobody_in_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        Concurrency(**wrong)  # type: ignore[arg-type]
+
+
+def test_streams_that_nobody_reads_end_in_an_error_not_in_a_deadlock() -> None:
+    engine = Engine(tiny_model("qwen3"), concurrency=Concurrency(running=2, wait_s=0.05))
+    streams = [engine.steps([1, 2, 3], Sampling(max_tokens=9)) for _ in range(3)]
+    next(streams[0])
+    next(streams[1])
+    with pytest.raises(Overloaded):
+        next(streams[2])
+    streams[0].close()
+    assert len(list(engine.steps([1, 2, 3], Sampling(max_tokens=4)))) == 4
+
+
+def test_the_first_step_tells_how_long_its_generation_waited() -> None:
+    engine = Engine(tiny_model("qwen3"), concurrency=Concurrency(running=1))
+    holder = engine.steps([1, 2, 3], Sampling(max_tokens=9))
+    next(holder)
+    threading.Timer(0.2, holder.close).start()
+    steps = list(engine.steps([1, 2, 3], Sampling(max_tokens=3)))
+    assert steps[0].timings.queue >= 0.1
+    assert [step.timings.queue for step in steps[1:]] == [0.0, 0.0]
+
+
+def test_a_chat_model_takes_the_limits_and_reports_the_wait() -> None:
+    model = ChatS2T(concurrency=Concurrency(running=1, waiting=0))
+    stream = model.stream("hi")
+    next(stream)
+    with pytest.raises(Overloaded):
+        model.invoke("hi")
+    stream.close()
+    assert model.invoke("hi").response_metadata["s2t"]["latency_ms"]["queue"] < 1000
