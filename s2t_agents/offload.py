@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+THREADS = 256
+"""Generations that can be under way in this process under asyncio; how many run is ``Concurrency``'s matter."""
+
+_threads = ThreadPoolExecutor(THREADS, thread_name_prefix="s2t")
+"""Of its own: the event loop's has six threads on two cores, too few for steps to meet. They start when needed."""
+
 
 async def in_threads(items: Generator[T, None, None]) -> AsyncGenerator[T, None]:
-    """The items, each computed in the loop's default executor and in the caller's context.
+    """The items, each computed in a thread and in the caller's context.
 
     Whoever leaves early (``aclose``, a cancelled task) gets control back when the item under way is computed and the
     generator is closed: nothing runs on behind, holds are released and the books are written.
@@ -26,7 +33,7 @@ async def in_threads(items: Generator[T, None, None]) -> AsyncGenerator[T, None]
 
     try:
         while True:
-            step = loop.run_in_executor(None, copy_context().run, following)
+            step = loop.run_in_executor(_threads, copy_context().run, following)
             item = await asyncio.shield(step)  # a thread can not be cancelled, only waited for
             if item is end:
                 over = True
@@ -37,4 +44,4 @@ async def in_threads(items: Generator[T, None, None]) -> AsyncGenerator[T, None]
             await asyncio.wait([step])
             step.exception()  # seen: the caller is leaving anyway
         if not over:
-            await loop.run_in_executor(None, copy_context().run, items.close)
+            await loop.run_in_executor(_threads, copy_context().run, items.close)

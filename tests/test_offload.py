@@ -1,0 +1,73 @@
+"""Blocking generators under asyncio: as many at once as there are, and nothing runs on behind who leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Generator
+from contextlib import aclosing
+
+import pytest
+
+from s2t_agents import ChatS2T
+from s2t_agents.offload import in_threads
+
+
+async def test_more_generations_run_at_once_than_the_loops_own_executor_has_threads() -> None:
+    everybody = threading.Barrier(24, timeout=20)
+
+    def meet() -> Generator[int, None, None]:
+        yield everybody.wait()
+
+    async def one() -> int:
+        return [number async for number in in_threads(meet())][0]
+
+    assert sorted(await asyncio.gather(*[one() for _ in range(24)])) == list(range(24))
+
+
+async def test_leaving_early_closes_the_generator_before_control_comes_back() -> None:
+    closed = False
+
+    def count() -> Generator[int, None, None]:
+        nonlocal closed
+        try:
+            yield from range(10)
+        finally:
+            closed = True
+
+    async with aclosing(in_threads(count())) as items:
+        async for item in items:
+            if item == 3:
+                break
+    assert closed
+
+
+async def test_an_error_comes_through() -> None:
+    def fail() -> Generator[int, None, None]:
+        yield 1
+        raise KeyError("gone")
+
+    with pytest.raises(KeyError, match="gone"):
+        _ = [item async for item in in_threads(fail())]
+
+
+async def test_async_answers_share_forwards_and_equal_those_alone() -> None:
+    model = ChatS2T(max_tokens=24)
+    questions = [f"Ann has {number} shells and finds 48 more. How many are there now?" for number in range(30, 42)]
+    alone = [model.invoke(question).content for question in questions]
+    owner = model.engine.slm.owner
+    most, packed = 0, owner._packed
+    assert packed is not None
+
+    def watched(segments: object) -> object:
+        nonlocal most
+        most = max(most, len(segments))  # type: ignore[arg-type]
+        return packed(segments)  # type: ignore[arg-type]
+
+    owner._packed = watched  # type: ignore[assignment]
+    try:
+        together = [answer.content for answer in await model.abatch(questions)]
+    finally:
+        owner._packed = packed
+    assert together == alone
+    assert most > 6  # the event loop's own six threads would not do
