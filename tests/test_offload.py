@@ -20,7 +20,8 @@ async def test_more_generations_run_at_once_than_the_loops_own_executor_has_thre
         yield everybody.wait()
 
     async def one() -> int:
-        return [number async for number in in_threads(meet())][0]
+        (number,) = [number async for number in in_threads(meet())]
+        return number
 
     assert sorted(await asyncio.gather(*[one() for _ in range(24)])) == list(range(24))
 
