@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .fingerprint import tokenizer_fingerprint, weights_fingerprint
 from .kv import KVCache
+from .lean import LeanStep, lean_step_of
 from .loading import context_window, default_device, end_ids, load_tokenizer, load_weights
 from .overlay import cloned_rows, overlay_is_exact, overlay_of, row_mask, rows_mask, rows_of
 from .owner import Owner
@@ -99,6 +100,9 @@ class LanguageModel:
     def step_alone(self, segment: Segment) -> tuple[Tensor, Tensor]:
         """``step`` in a forward of its own."""
         with self.lock:
+            if self._leanly([segment]):
+                logits, hidden = self.lean(segment.ids, [segment.length], [segment.cache])  # type: ignore[misc]
+                return logits[0], hidden[0]
             out = self.model(
                 input_ids=segment.ids[None], past_key_values=segment.cache, use_cache=True, logits_to_keep=1
             )
@@ -116,7 +120,26 @@ class LanguageModel:
         Returns:
             Logits ``[n, V]`` (fp32) and last hidden states ``[n, H]``, after the last token of each segment.
         """
-        with self.lock, packed_attention(self.config) as own:
+        with self.lock:
+            if self._leanly(segments):
+                ids = torch.cat([segment.ids for segment in segments])
+                lengths, caches = [each.length for each in segments], [each.cache for each in segments]
+                return self.lean(ids, lengths, caches)  # type: ignore[misc]
+            return self._packed(segments)
+
+    def _leanly(self, segments: Sequence[Segment]) -> bool:
+        """Whether these steps can go past the modules: single tokens after something, nobody's hooks in the way."""
+        if not all(len(each.ids) == 1 and each.length and isinstance(each.cache, KVCache) for each in segments):
+            return False
+        return self.lean is not None and self.lean.free
+
+    @cached_property
+    def lean(self) -> LeanStep | None:
+        """The written-out step of a known architecture."""
+        return lean_step_of(self.model) if self.overlay_exact else None
+
+    def _packed(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+        with packed_attention(self.config) as own:
             widths = torch.tensor([len(segment.ids) for segment in segments])
             places = [torch.arange(each.length, each.length + len(each.ids)) for each in segments]
             out = self.model(

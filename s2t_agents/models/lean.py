@@ -1,0 +1,172 @@
+"""One new token for each of several sequences, written out for models of the Llama pattern.
+
+The same arithmetic on the same weights as transformers' modules, without the modules: on a small model most of a step
+is their overhead. Used for single tokens only (prompts are bound by arithmetic), only for architectures known here, and
+only after it has given the same logits as the model itself; everything else goes the model's own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .kv import KVCache
+from .overlay import layer_kinds
+
+PATTERN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+"""Architectures: RMS norm before attention and MLP, rotary positions, gated SiLU, no other twist."""
+
+FIXED_ROTATIONS = {"default", "linear", "llama3"}
+"""Rotary embeddings whose angles depend on the position alone."""
+
+CLOSE = 1e-3
+"""Largest difference to the model's own logits, as a share of their range, at the first use."""
+
+
+class LeanLayer:
+    """One decoder layer's weights."""
+
+    def __init__(self, layer: Any, window: int | None) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
+        self.q, self.k, self.v, self.o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.gate, self.up, self.down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.head_dim, self.scale, self.window = attention.head_dim, attention.scaling, window
+
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[KVCache], index: int) -> Tensor:
+        """Attention of one token per sequence, ``[N, H]`` to ``[N, H]``; its keys and values join the caches."""
+        n, d = x.shape[0], self.head_dim
+        q, k = linear(self.q, x).view(n, -1, d), linear(self.k, x).view(n, -1, d)
+        v = linear(self.v, x).view(n, -1, 1, d)
+        if self.q_norm is not None:
+            q, k = normed(self.q_norm, q), normed(self.k_norm, k)
+        q, k = rotated(q, cos, sin), rotated(k, cos, sin)[:, :, None]
+        # Queries that share a key stand in one block: attention then runs on the key heads, nothing is repeated.
+        q = q.view(n, k.shape[1], -1, d)
+        out = []
+        for row, cache in enumerate(caches):
+            keys, values = cache.layers[index].update(k[row : row + 1], v[row : row + 1])
+            if self.window is not None:
+                keys, values = keys[..., -self.window :, :], values[..., -self.window :, :]
+            out.append(functional.scaled_dot_product_attention(q[row : row + 1], keys, values, scale=self.scale))
+        together = out[0] if n == 1 else torch.cat(out)
+        return linear(self.o, together.reshape(n, -1))
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[KVCache], index: int) -> Tensor:
+        """``[N, H]`` to ``[N, H]``."""
+        x = x + self.attend(normed(self.before, x), cos, sin, caches, index)
+        y = normed(self.between, x)
+        return x + linear(self.down, functional.silu(linear(self.gate, y)) * linear(self.up, y))
+
+
+class LeanStep:
+    """The decoder and output layer of one model.
+
+    Args:
+        model: a causal LM of a known architecture; see ``lean_step_of``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        decoder, config = model.get_decoder(), model.config
+        self._embed, self._norm, self._head = decoder.embed_tokens, decoder.norm, model.get_output_embeddings()
+        self._rotary = decoder.rotary_emb
+        window = getattr(config, "sliding_window", None)
+        kinds = layer_kinds(config)
+        self._layers = [
+            LeanLayer(layer, window if kind == "sliding_attention" else None)
+            for layer, kind in zip(decoder.layers, kinds, strict=True)
+        ]
+        self._modules = list(decoder.modules())
+        self._angles: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+
+    @property
+    def free(self) -> bool:
+        """Nobody has put a hook on the decoder, which going past its modules would miss."""
+        return not any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, positions: Sequence[int], caches: Sequence[KVCache]) -> tuple[Tensor, Tensor]:
+        """Append one token to each sequence.
+
+        Args:
+            ids: ``[N]``.
+            positions: tokens in each cache.
+            caches: grow by one token.
+
+        Returns:
+            Logits ``[N, V]`` (fp32) and last hidden states ``[N, H]``.
+        """
+        x = functional.embedding(ids, self._embed.weight)
+        cos, sin = self._rotations(positions, x)
+        for index, layer in enumerate(self._layers):
+            x = layer(x, cos, sin, caches, index)
+        hidden = normed(self._norm, x)
+        return linear(self._head, hidden).float(), hidden
+
+    def _rotations(self, positions: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[N, 1, d]``, from a table that the model's own rotary module fills."""
+        if max(positions) >= len(self._angles[0]):
+            length = max(1024, 2 * (max(positions) + 1))
+            cos, sin = self._rotary(like, torch.arange(length, device=like.device)[None])
+            self._angles = cos[0, :, None], sin[0, :, None]
+        cos, sin = self._angles
+        if len(positions) == 1:
+            at = positions[0]
+            return cos[at : at + 1], sin[at : at + 1]
+        rows = torch.tensor(positions, device=like.device)
+        return cos[rows], sin[rows]
+
+
+def linear(module: Any, x: Tensor) -> Tensor:
+    """The module's affine map."""
+    return functional.linear(x, module.weight, module.bias)
+
+
+def normed(module: Any, x: Tensor) -> Tensor:
+    """RMS norm over the last dimension, with the module's weight."""
+    return functional.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on ``[N, heads, d]``."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def lean_step_of(model: Any) -> LeanStep | None:
+    """The lean step of a model, if it has one: a known architecture, plain layers, and the same logits in a trial."""
+    if type(model).__name__ not in PATTERN or not _plain(model):
+        return None
+    step = LeanStep(model)
+    return step if _agrees(model, step) else None
+
+
+def _plain(model: Any) -> bool:
+    """Whether every layer is what the pattern says: no quantised or replaced modules, fixed rotations."""
+    config, decoder = model.config, model.get_decoder()
+    rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    linears = [m for layer in decoder.layers for m in layer.modules() if hasattr(m, "in_features")]
+    return (
+        rotation in FIXED_ROTATIONS
+        and config.hidden_act == "silu"
+        and all(type(module) is nn.Linear for module in [*linears, model.get_output_embeddings()])
+        and not getattr(config, "output_attentions", False)
+    )
+
+
+@torch.inference_mode()
+def _agrees(model: Any, step: LeanStep) -> bool:
+    """One token after three, both ways."""
+    ids = torch.tensor([[1, 2, 3, 4]], device=model.device) % model.get_input_embeddings().weight.shape[0]
+    cache = KVCache()
+    model(input_ids=ids[:, :3], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    ours, _ = step(ids[0, 3:], [3], [cache])
+    cache.crop(-1)
+    theirs = model(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True).logits[:, -1].float()
+    span = 1.0 if model.dtype == torch.float32 else 30.0  # half precision rounds at other places
+    return bool((ours - theirs).abs().max() <= span * CLOSE * (theirs.max() - theirs.min()))

@@ -1,0 +1,79 @@
+"""The written-out step says what the model says, and steps aside wherever it might not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from s2t_agents.models.language_model import LanguageModel
+from s2t_agents.models.lean import lean_step_of
+from s2t_agents.models.packed import Segment
+from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
+
+KNOWN = [name for name in ARCHITECTURES if tiny_model(name).lean is not None]
+
+
+def full(model: LanguageModel, ids: list[int]) -> torch.Tensor:
+    return model.model(torch.tensor([ids])).logits[0, -1].float()
+
+
+def test_the_common_families_have_one_and_the_others_do_not() -> None:
+    assert {"qwen2", "qwen3", "llama", "mistral"} <= set(KNOWN)
+    assert not any(tiny_model(name).lean for name in (*RECURRENT, "gemma2", "gemma3", "phi3"))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_it_equals_the_model_for_one_and_for_several_sequences(name: str) -> None:
+    model = tiny_model(name)
+    assert model.lean is not None
+    prompts = [list(range(3, 3 + length)) for length in (2, 30, 9)]  # one of them past the sliding window
+    caches = [model.new_cache() for _ in prompts]
+    for prompt, cache in zip(prompts, caches, strict=True):
+        model.step(torch.tensor(prompt), cache)
+    for token in (7, 8, 9):
+        logits, hidden = model.lean(torch.tensor([token] * 3), [len(prompt) for prompt in prompts], caches)
+        for at, prompt in enumerate(prompts):
+            prompt.append(token)
+            assert torch.allclose(logits[at], full(model, prompt), atol=1e-4)
+            assert torch.allclose(model.model.get_output_embeddings()(hidden[at]).float(), logits[at], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_with_a_hook_on_the_decoder_the_model_goes_its_own_way(name: str) -> None:
+    model = tiny_model(name)
+    cache = model.new_cache()
+    model.step(torch.tensor([1, 2, 3]), cache)
+    assert model.lean is not None  # tried before the hook is there
+    seen = []
+    handle = model.decoder.layers[0].register_forward_hook(lambda *_: seen.append("step"))  # type: ignore[index]
+    try:
+        model.step_alone(Segment(torch.tensor([4]), cache, 3))
+    finally:
+        handle.remove()
+    assert seen == ["step"]
+
+
+def test_a_model_that_says_something_else_than_its_layers_is_left_alone() -> None:
+    model = tiny_model("qwen3").model
+    own = model.forward
+    try:
+        model.forward = lambda *args, **kwargs: _doubled(own(*args, **kwargs))
+        assert lean_step_of(model) is None
+    finally:
+        del model.forward
+    assert lean_step_of(model) is not None
+
+
+def _doubled(out: object) -> object:
+    out.logits = out.logits * 2  # type: ignore[attr-defined]
+    return out
+
+
+def test_positions_far_behind_the_first_table_are_right_too() -> None:
+    model = tiny_model("llama")
+    assert model.lean is not None
+    ids = torch.randint(0, 250, (1500,), generator=torch.Generator().manual_seed(0)).tolist()
+    cache = model.new_cache()
+    model.step(torch.tensor(ids[:-1]), cache)
+    logits, _ = model.lean(torch.tensor(ids[-1:]), [1499], [cache])
+    assert torch.allclose(logits[0], full(model, ids), atol=1e-4)
