@@ -47,6 +47,11 @@ class Account:
             self._first = time.perf_counter()
         self.steps.append(step)
 
+    @property
+    def reused_tokens(self) -> int:
+        """Prompt tokens whose KV an earlier turn had left."""
+        return sum(step.reused_tokens for step in self.steps)
+
     def count(self, true_of: Callable[[Step], bool]) -> int:
         """Steps of which something is true."""
         return sum(1 for step in self.steps if true_of(step))
@@ -84,6 +89,7 @@ class Account:
         cost, latency = self.cost, self.latency
         return {
             "tokens": len(self.steps),
+            "reused_tokens": self.reused_tokens,
             "triggers": self.count(lambda step: step.triggered),
             "selections": self.count(lambda step: step.picked_by in ("selector", "llm")),
             "flips": self.count(lambda step: step.flipped),

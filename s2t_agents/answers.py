@@ -46,7 +46,12 @@ def last(generation: Generation) -> ChatGenerationChunk:
 
 def _usage(generation: Generation) -> UsageMetadata:
     read, written = generation.account.prompt_tokens, len(generation.account.steps)
-    return UsageMetadata(input_tokens=read, output_tokens=written, total_tokens=read + written)
+    return UsageMetadata(
+        input_tokens=read,
+        output_tokens=written,
+        total_tokens=read + written,
+        input_token_details={"cache_read": generation.account.reused_tokens},
+    )
 
 
 def _metadata(generation: Generation) -> dict[str, Any]:

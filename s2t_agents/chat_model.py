@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, BaseCallbackManager, CallbackManagerForLLMRun
@@ -26,18 +25,19 @@ from .accounting import Account, from_cache
 from .attribution import CallerHandler, configurable, current_caller
 from .budget import Budget, DevicePrice
 from .engine.admission import Concurrency
-from .engine.steps import MAX_K, Engine
+from .engine.steps import Engine
 from .errors import ConfigError
 from .generation import Generation
 from .ledger import Ledger
 from .models.language_model import LanguageModel
 from .offload import in_threads
 from .request import Request, openai_tools
-from .runtime import Runtimes, Settings, escalation_of, profile_of, torch_dtype
+from .runtime import Runtimes, Settings, escalation_of, profile_of
 from .structured_output import Method, structured
 from .token_count import tokens_of_messages
-from .triggers import Trigger
 from .types import Sampling, Step
+
+_CALLERS = ("s2t_agent", "s2t_budget", "s2t_cache_scope")
 
 
 class ChatS2T(BaseChatModel):
@@ -65,6 +65,8 @@ class ChatS2T(BaseChatModel):
         dtype: "bfloat16", ...; None chooses.
         device_price: USD per hour of the SLM's device; None leaves the local cost unknown.
         concurrency: how many generations run at once and who waits behind them.
+        cache_scope: KV of earlier turns is shared within one scope only; give tenants their own.
+            A call's ``s2t_cache_scope``, or the enclosing node's ``configurable``, takes its place.
         model_kwargs: passed to ``from_pretrained``, such as ``quantization_config``.
         template_args: variables of the chat template, such as ``{"enable_thinking": False}``.
         on_step: called with the trace id and every step, for traces.
@@ -95,6 +97,7 @@ class ChatS2T(BaseChatModel):
     dtype: Any = None
     device_price: DevicePrice | None = None
     concurrency: Concurrency | None = None
+    cache_scope: str | None = None
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     template_args: dict[str, Any] = Field(default_factory=dict)
     on_step: Callable[[str, Step], None] | None = Field(default=None, exclude=True)
@@ -113,17 +116,7 @@ class ChatS2T(BaseChatModel):
 
     def _check(self) -> None:
         self._sampling({})
-        if self.k is not None and not 1 <= self.k <= MAX_K:
-            raise ConfigError(f"k is {self.k}; between 1 and {MAX_K} candidates can be scored at a step.")
-        if self.trigger is not None and not isinstance(self.trigger, Trigger):
-            raise ConfigError(f"trigger is a {type(self.trigger).__name__}.", hint="Take one of s2t_agents.triggers.")
-        if (
-            self.selector is not None
-            and not isinstance(self.selector, (str, Path))
-            and not hasattr(self.selector, "scores")
-        ):
-            raise ConfigError(f"selector is a {type(self.selector).__name__}.", hint="Give a directory or a Selector.")
-        torch_dtype(self.dtype)
+        self._settings({}).check()
         if (escalation := escalation_of(self.escalation)) is not None:
             escalation.check_price(self.budget)
 
@@ -208,8 +201,8 @@ class ChatS2T(BaseChatModel):
         }
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        """The cache's key; who asks, and on which budget, is no part of it."""
-        told = {key: value for key, value in kwargs.items() if key not in ("s2t_agent", "s2t_budget")}
+        """The cache's key; who asks, on which budget and beside whom, is no part of it."""
+        told = {key: value for key, value in kwargs.items() if key not in _CALLERS}
         own = list(_listed(_given(stop, self.stop))) or None  # LangChain's would hide the model's own stop strings
         return super()._get_llm_string(stop=own, **told)
 
@@ -370,6 +363,7 @@ class ChatS2T(BaseChatModel):
         ready = self.runtimes.get(self._settings(call))
         engine = ready.engine
         budget = call.get("s2t_budget") or configurable("s2t_budget") or self.budget
+        scope = call.get("s2t_cache_scope") or configurable("s2t_cache_scope") or self.cache_scope
         if engine.escalation is not None:
             engine.escalation.check_price(budget)
         sampling = self._sampling(call, banned_first=tuple(engine.slm.eos_ids))
@@ -384,7 +378,7 @@ class ChatS2T(BaseChatModel):
         )
         watch = self.on_step
         return Generation(
-            engine.steps(task.prompt, sampling, grammar=task.grammar, budget=budget),
+            engine.steps(task.prompt, sampling, grammar=task.grammar, budget=budget, cache_scope=scope),
             account,
             tokenizer=engine.slm.tokenizer,
             eos_ids=engine.slm.eos_ids,

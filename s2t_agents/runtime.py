@@ -17,7 +17,7 @@ from langchain_core.messages import BaseMessage
 
 from .engine.admission import Concurrency
 from .engine.grammar import CompiledGrammar, Grammar, vocabulary
-from .engine.steps import Engine
+from .engine.steps import MAX_K, Engine
 from .errors import ConfigError, ContextOverflow
 from .escalation import DEFAULT_MARGIN, Escalation
 from .messages import PromptEncoder
@@ -56,6 +56,21 @@ class Settings:
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     template_args: Mapping[str, Any] = field(default_factory=dict)
     concurrency: Concurrency | None = None
+
+    def check(self) -> None:
+        """Find what can not work, before any file is read.
+
+        Raises:
+            ConfigError: naming the setting.
+        """
+        if self.k is not None and not 1 <= self.k <= MAX_K:
+            raise ConfigError(f"k is {self.k}; between 1 and {MAX_K} candidates can be scored at a step.")
+        if self.trigger is not None and not isinstance(self.trigger, Trigger):
+            raise ConfigError(f"trigger is a {type(self.trigger).__name__}.", hint="Take one of s2t_agents.triggers.")
+        chosen = self.selector
+        if chosen is not None and not isinstance(chosen, (str, Path)) and not hasattr(chosen, "scores"):
+            raise ConfigError(f"selector is a {type(chosen).__name__}.", hint="Give a directory or a Selector.")
+        torch_dtype(self.dtype)
 
     def described(self) -> dict[str, Any]:
         """All that changes an answer, as plain data; the device and the concurrency do not."""

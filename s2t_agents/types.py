@@ -89,6 +89,7 @@ class Step:
         candidates: the K candidates, best SLM first; empty where nobody looked twice.
         escalation: set when the selection was to go up to the LLM.
         timings: seconds by verb.
+        reused_tokens: of the prompt, whose KV an earlier turn had left; told with the first step, 0 later.
     """
 
     index: int
@@ -101,6 +102,7 @@ class Step:
     candidates: tuple[Candidate, ...] = ()
     escalation: EscalationReport | None = None
     timings: Timings = field(default_factory=Timings)
+    reused_tokens: int = 0
 
     @property
     def flipped(self) -> bool:

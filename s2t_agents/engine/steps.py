@@ -94,6 +94,7 @@ class Engine:
         *,
         grammar: Grammar | None = None,
         budget: Budget | None = None,
+        cache_scope: str | None = None,
     ) -> Iterator[Step]:
         """Continue a prompt, one step at a time, until a stop token, the grammar's end or ``max_tokens``.
 
@@ -104,6 +105,7 @@ class Engine:
             sampling: how tokens are drawn; greedy by default.
             grammar: what is legal; masks apply before the top-K.
             budget: what escalations may spend; None sets no limit.
+            cache_scope: KV of past turns is shared within one scope only.
 
         Raises:
             InputError: an empty prompt.
@@ -113,12 +115,13 @@ class Engine:
         """
         sampling = sampling or Sampling()
         self._check_prompt(prompt)
-        with self.gate.admitted() as queued_s:
+        with self.gate.admitted() as queued_s, Prefix.over(self.slm, prompt, cache_scope) as prefix:
+            reused = len(prefix)
             desk = self.escalation.open(budget, threshold=self.threshold) if self.escalation else nullcontext()
             with desk as open_desk:
-                steps = self._loop(prompt, sampling, grammar, open_desk)
+                steps = self._loop(prefix, prompt[reused:], sampling, grammar, open_desk)
                 for first in islice(steps, 1):
-                    yield replace(first, timings=replace(first.timings, queue=queued_s))
+                    yield replace(first, timings=replace(first.timings, queue=queued_s), reused_tokens=reused)
                 yield from steps
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
@@ -132,17 +135,22 @@ class Engine:
             )
 
     def _loop(
-        self, prompt: Sequence[int], sampling: Sampling, grammar: Grammar | None, desk: EscalationDesk | None
+        self,
+        prefix: Prefix,
+        unread: Sequence[int],
+        sampling: Sampling,
+        grammar: Grammar | None,
+        desk: EscalationDesk | None,
     ) -> Iterator[Step]:
-        prefix = Prefix(self.slm)
         draw = Draw(sampling)
-        pending = list(prompt)
+        pending = list(unread)
         kept: deque[int] = deque()
-        room = min(sampling.max_tokens, self.slm.context_window - len(prompt))
+        length = len(prefix) + len(unread)
+        room = min(sampling.max_tokens, self.slm.context_window - length)
         index = 0
         while index < room:
             for token, picker in settled(grammar, kept):
-                yield Step(index, len(prompt) + index, token, token, picker)
+                yield Step(index, length + index, token, token, picker)
                 if grammar and token not in self.slm.eos_ids:
                     grammar.accept(token)
                 pending.append(token)

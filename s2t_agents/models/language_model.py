@@ -18,6 +18,7 @@ from .loading import context_window, default_device, end_ids, load_tokenizer, lo
 from .overlay import cloned_rows, overlay_is_exact, overlay_of, row_mask, rows_mask, rows_of
 from .owner import Owner
 from .packed import PackedCache, Segment, packed_attention, ready_mask
+from .prefix_cache import PrefixCache
 
 
 class LanguageModel:
@@ -38,6 +39,7 @@ class LanguageModel:
         self.context_window = context_window(self.config, tokenizer)
         self.overlay_exact = overlay_is_exact(self.config)
         self.lock = threading.RLock()  # one forward at a time: hooks and caches are not thread-safe
+        self.past = PrefixCache()
         self.owner = Owner(self.step_alone, self.step_packed if self.overlay_exact else None, self.lock)
         self._last_hidden: Tensor | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -24,6 +25,27 @@ class Prefix:
         self.logits: Tensor = torch.empty(0)
         self.hidden: Tensor = torch.empty(0)
         self._cache = model.new_cache()
+
+    @classmethod
+    @contextmanager
+    def over(cls, model: LanguageModel, prompt: Sequence[int], scope: str | None = None) -> Iterator[Prefix]:
+        """A prefix that begins with what earlier turns have read of ``prompt``, and is kept for later ones at the end.
+
+        Args:
+            model: whose KV of past turns is looked through.
+            prompt: token ids; at least the last of them is left to be read.
+            scope: see ``PrefixCache``.
+        """
+        prefix = cls(model)
+        if model.overlay_exact:  # recurrent states can not be cut to a common prefix
+            cache, length = model.past.take(prompt, scope)
+            if cache is not None:
+                prefix._cache, prefix.ids = cache, list(prompt[:length])
+        try:
+            yield prefix
+        finally:
+            if model.overlay_exact and prefix._cache.get_seq_length() == len(prefix):
+                model.past.keep(prefix.ids, prefix._cache, scope)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,0 +1,112 @@
+"""KV of earlier turns: an agent sends its whole conversation again, and only what is new has to be read.
+
+    turn 1   system tools question answer                     kept when the generation ends
+    turn 2   system tools question answer' result | read      the longest common prefix is copied, the rest read
+
+Shared by all generations over one model, bounded in bytes, the longest unused goes first. An entry never changes once
+it is kept: whoever takes from it gets a copy, which costs far less than reading the tokens again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .kv import KVCache
+
+LIMIT_BYTES = 512 * 2**20
+"""Memory for the KV of past turns, per model."""
+
+WORTH = 8
+"""Tokens from which a common prefix is worth a copy."""
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One kept sequence: its scope, its tokens ``[n]`` and their KV."""
+
+    scope: str | None
+    ids: NDArray[np.int64]
+    cache: KVCache
+
+
+class PrefixCache:
+    """Past KV, found again by the longest common prefix of token ids. Safe under threads.
+
+    Args:
+        limit_bytes: never passed; 0 keeps nothing.
+    """
+
+    def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
+        self.limit_bytes = limit_bytes
+        self._entries: list[Entry] = []  # least lately used first
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept."""
+        with self._lock:
+            return self._bytes()
+
+    def take(self, ids: Sequence[int], scope: str | None = None) -> tuple[KVCache | None, int]:
+        """A copy of the KV of the longest common prefix, of all tokens but the last at most.
+
+        Args:
+            ids: the new prompt. Its last token is always read anew: its logits are wanted.
+            scope: whose entries may be matched; no other scope's are looked at.
+
+        Returns:
+            The copy and its tokens; None and 0 where nothing fits.
+        """
+        wanted = np.asarray(ids[:-1], dtype=np.int64)
+        with self._lock:
+            mine = [entry for entry in self._entries if entry.scope == scope]
+            lengths = [common(entry.ids, wanted) for entry in mine]
+            length = max(lengths, default=0)
+            if length < WORTH:
+                return None, 0
+            found = mine[lengths.index(length)]
+            self._entries.remove(found)
+            self._entries.append(found)
+        return found.cache.clone(length), length
+
+    def keep(self, ids: Sequence[int], cache: KVCache, scope: str | None = None) -> None:
+        """Take over the KV of ``ids``, which nobody else may write to any more.
+
+        Entries that are the beginning of this one go; so do, if room is needed, those unused for longest.
+        """
+        kept = Entry(scope, np.asarray(ids, dtype=np.int64), cache)
+        size = cache.nbytes
+        if len(ids) < WORTH or size > self.limit_bytes:
+            return
+        with self._lock:
+            rivals = [(entry, common(entry.ids, kept.ids)) for entry in self._entries if entry.scope == scope]
+            if any(length == len(kept.ids) for _, length in rivals):
+                return
+            covered = [entry for entry, length in rivals if length == len(entry.ids)]
+            self._entries = [entry for entry in self._entries if entry not in covered]
+            while self._entries and self._bytes() + size > self.limit_bytes:
+                self._entries.pop(0)
+            self._entries.append(kept)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries = []
+
+    def _bytes(self) -> int:
+        return sum(entry.cache.nbytes for entry in self._entries)
+
+
+def common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
+    """How many leading tokens two sequences share."""
+    n = min(len(one), len(other))
+    differing = np.flatnonzero(one[:n] != other[:n])
+    return int(differing[0]) if len(differing) else n

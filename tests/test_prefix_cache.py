@@ -1,0 +1,187 @@
+"""Turns reuse their past: the same answers, fewer tokens read, within bytes and scopes."""
+
+from __future__ import annotations
+
+import gc
+import random
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
+from langchain_core.runnables import RunnableLambda
+
+from s2t_agents import ChatS2T, Engine
+from s2t_agents.models.kv import KVCache
+from s2t_agents.models.language_model import LanguageModel
+from s2t_agents.models.packed import Segment
+from s2t_agents.models.prefix import Prefix
+from s2t_agents.models.prefix_cache import PrefixCache, common
+from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
+from s2t_agents.types import Sampling
+
+tokens = st.lists(st.integers(0, 3), min_size=1, max_size=40)
+
+
+def filled(model: LanguageModel, ids: list[int]) -> KVCache:
+    prefix = Prefix(model)
+    prefix.extend(ids)
+    assert isinstance(prefix._cache, KVCache)
+    return prefix._cache
+
+
+def answer(model: LanguageModel, prompt: list[int], scope: str | None = None, count: int = 12) -> list[int]:
+    return [s.token_id for s in Engine(model).steps(prompt, Sampling(max_tokens=count), cache_scope=scope)]
+
+
+@pytest.fixture
+def model() -> LanguageModel:
+    model = tiny_model("qwen3")
+    model.past.clear()
+    return model
+
+
+@given(tokens, tokens)
+def test_the_common_prefix_is_the_longest_there_is(one: list[int], other: list[int]) -> None:
+    length = common(np.asarray(one), np.asarray(other))
+    assert one[:length] == other[:length]
+    assert length == min(len(one), len(other)) or one[length] != other[length]
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
+def test_forks_and_early_closes_answer_as_without_a_past(name: str) -> None:
+    model, rng = tiny_model(name), random.Random(4)
+    model.past.clear()
+    conversations = [[rng.randrange(250) for _ in range(20)] for _ in range(3)]
+    for turn in range(9):
+        prompt = conversations[rng.randrange(3)]
+        stream = Engine(model).steps(prompt, Sampling(max_tokens=8))
+        said = [step.token_id for step, _ in zip(stream, range(rng.randint(1, 8)), strict=False)]
+        stream.close()
+        if turn % 3 == 2:  # a fork: back to the middle, then elsewhere
+            prompt = prompt[: len(prompt) // 2]
+        conversations[rng.randrange(3)] = [*prompt, *said, *(rng.randrange(250) for _ in range(10))]
+    for prompt in conversations:
+        with_past = answer(model, prompt)
+        model.past.clear()
+        assert with_past == answer(model, prompt)
+
+
+def test_only_what_is_new_is_read(model: LanguageModel) -> None:
+    prompt = list(range(10, 60))
+    first = next(Engine(model).steps(prompt))
+    assert first.reused_tokens == 0
+    gc.collect()
+    again = [*prompt, first.token_id, *range(70, 80)]
+    read: list[int] = []
+    own = model.owner._single
+
+    def counted(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+        read.append(len(segment.ids))
+        return own(segment)
+
+    model.owner._single = counted
+    try:
+        second = next(Engine(model).steps(again))
+    finally:
+        model.owner._single = own
+    assert (second.reused_tokens, read) == (50, [11])
+
+
+def test_scopes_never_mix(model: LanguageModel) -> None:
+    prompt = list(range(10, 60))
+    answer(model, prompt, "tenant a")
+    for scope, reused in ((None, 0), ("tenant b", 0), ("tenant a", 49)):
+        stream = Engine(model).steps(prompt, cache_scope=scope)
+        assert next(stream).reused_tokens == reused
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(tokens.filter(lambda ids: len(ids) > 8), st.sampled_from("ab")), max_size=12))
+def test_bytes_never_pass_the_limit_and_what_is_found_is_right(kept: list[tuple[list[int], str]]) -> None:
+    model = tiny_model("qwen3")
+    size = filled(model, [1, 2, 3]).nbytes
+    past = PrefixCache(limit_bytes=3 * size)
+    for ids, scope in kept:
+        past.keep(ids, filled(model, ids), scope)
+        assert past.nbytes <= 3 * size
+        cache, length = past.take([*ids, 9], scope)
+        assert length == len(ids)  # the newest is there
+        assert cache is not None
+        assert cache.get_seq_length() == length
+
+
+def test_nothing_is_kept_at_a_limit_of_nothing_and_the_oldest_goes_first(model: LanguageModel) -> None:
+    none = PrefixCache(limit_bytes=0)
+    none.keep(list(range(20)), filled(model, list(range(20))))
+    assert len(none) == 0
+    past = PrefixCache(limit_bytes=2 * filled(model, [1]).nbytes)
+    for start in (0, 50, 100):
+        ids = list(range(start, start + 20))
+        past.keep(ids, filled(model, ids))
+    assert past.take(list(range(21)))[1] == 0
+    assert past.take(list(range(50, 71)))[1] == 20
+
+
+def test_the_beginning_of_a_longer_entry_is_not_kept_twice(model: LanguageModel) -> None:
+    past = PrefixCache()
+    for length in (10, 20, 15):
+        past.keep(list(range(length)), filled(model, list(range(length))))
+    assert len(past) == 1
+    assert past.take(list(range(40)))[1] == 20
+
+
+def test_a_copy_is_the_takers_own(model: LanguageModel) -> None:
+    past, ids = PrefixCache(), list(range(20))
+    past.keep(ids, filled(model, ids))
+    mine, _ = past.take([*ids, 1])
+    assert mine is not None
+    model.step(torch.tensor([7, 8]), mine)
+    again, length = past.take([*ids, 1])
+    assert again is not None
+    assert (length, again.get_seq_length()) == (20, 20)
+    assert torch.equal(again.layers[0].keys, filled(model, ids).layers[0].keys)
+
+
+def test_nothing_stays_after_clear(model: LanguageModel) -> None:
+    answer(model, list(range(10, 60)))
+    seen = [weakref.ref(entry.cache) for entry in model.past._entries]
+    assert seen
+    model.past.clear()
+    gc.collect()
+    assert not any(ref() for ref in seen)
+
+
+def test_threads_that_share_a_past_answer_as_alone(model: LanguageModel) -> None:
+    rng = random.Random(1)
+    system = [rng.randrange(250) for _ in range(30)]
+    prompts = [[*system, *(rng.randrange(250) for _ in range(rng.randint(1, 20)))] for _ in range(16)]
+    alone = []
+    for prompt in prompts:
+        model.past.clear()
+        alone.append(answer(model, prompt))
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda prompt: answer(model, prompt), prompts * 2)) == alone * 2
+
+
+def test_a_tool_loop_reads_its_conversation_once_and_says_so() -> None:
+    chat = ChatS2T(max_tokens=24, cache_scope="loop")
+    messages: list[BaseMessage] = [HumanMessage("Look up the stock of lamps.")]
+    for turn in range(4):
+        reply = chat.invoke(messages)
+        assert reply.usage_metadata is not None
+        reused = reply.usage_metadata["input_token_details"]["cache_read"]
+        assert reply.response_metadata["s2t"]["reused_tokens"] == reused
+        if turn:
+            assert reply.usage_metadata["input_tokens"] - reused < 40  # a call, its result, the new turn's head
+        call = {"name": "get_stock", "args": {"item": "lamps"}, "id": f"c{turn}"}
+        messages += [AIMessage("", tool_calls=[call]), ToolMessage("85", tool_call_id=f"c{turn}")]
+    node = RunnableLambda(lambda said: chat.invoke(said))
+    elsewhere = {"configurable": {"s2t_cache_scope": "by config"}}
+    for told in (chat.invoke(messages, s2t_cache_scope="by call"), node.invoke(messages, elsewhere)):
+        assert told.usage_metadata is not None
+        assert told.usage_metadata["input_token_details"]["cache_read"] == 0
