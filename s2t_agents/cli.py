@@ -124,6 +124,17 @@ def bench_escalate(
     _show(run(n, seed, rate=rate), as_json, table)
 
 
+@bench.command("decode")
+def bench_decode(
+    quick: Annotated[bool, typer.Option("--quick", help="Show that it runs; measures nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time per token beside transformers and the published scheme, generations at once, turns. About ten minutes."""
+    from .bench.speed import run, table
+
+    _show(run(Console(stderr=True).print, quick=quick), as_json, table)
+
+
 @bench.command("train")
 def bench_train(
     shape: Annotated[str, typer.Option(help="Of the model (random weights).")] = "0.5b",

@@ -81,10 +81,9 @@ def tiny_config(architecture: str, **overrides: Any) -> Any:
     from transformers import AutoConfig
 
     tokenizer = tiny_tokenizer()
-    settings = {**_SIZES, **_OWN.get(architecture, {}), **overrides}
+    settings = {"vocab_size": len(tokenizer), **_SIZES, **_OWN.get(architecture, {}), **overrides}
     return AutoConfig.for_model(
         _TYPES.get(architecture, architecture),
-        vocab_size=len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,

@@ -3,9 +3,13 @@
 from typing import Any
 
 import pytest
+import torch
+from rich.table import Table
 
+from s2t_agents.bench.deepened import deepened, parameters
 from s2t_agents.bench.escalate import run, table
 from s2t_agents.errors import ConfigError
+from s2t_agents.testing import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +31,31 @@ def test_the_llm_runs_once_per_question_instead_of_once_per_token(result: dict[s
     assert result["ours"]["llm_tokens"] <= result["published"]["llm_tokens"]
 
 
-def test_people_get_a_table(result: dict[str, Any]) -> None:
-    assert table(result).row_count == 6
-    assert table(result).caption == "the same picks"
+def test_at_a_real_pairs_ratio_the_picks_are_the_same_too(result: dict[str, Any]) -> None:
+    deep = result["at_real_ratio"]
+    small, large = deep["parameters"]
+    assert 20 < large / small < 22
+    assert deep["picks_identical"]
+    assert deep["ours"]["tokens"] == result["ours"]["tokens"]
+    assert deep["ours"]["escalations"] == result["ours"]["escalations"]
+
+
+def test_a_deepened_model_says_the_same_to_the_bit() -> None:
+    model = tiny_model("qwen3")
+    deep = deepened(model, 3 * parameters(model))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert 2.5 < parameters(deep) / parameters(model) < 3.5
+    assert torch.equal(model.model(ids).logits, deep.model(ids).logits)
+    with pytest.raises(ConfigError, match="can not be deepened"):
+        deepened(model, 1000)
+
+
+def test_people_get_a_table_of_each(result: dict[str, Any]) -> None:
+    as_it_is, deep = table(result).renderables
+    for shown in (as_it_is, deep):
+        assert isinstance(shown, Table)
+        assert shown.row_count == 6
+        assert shown.caption == "the same picks"
 
 
 @pytest.mark.parametrize("bad", [{"n": 0}, {"rate": 0}, {"rate": 1.5}])

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from langchain_core.messages import convert_to_messages
+from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -30,6 +31,7 @@ from ..selectors import LocalLLM
 from ..selectors.local_llm import LocalSession
 from ..triggers import Trigger, entropy, when
 from ..types import Sampling
+from .deepened import REAL_RATIO, deepened, parameters
 
 RATE = 0.05
 """Share of the tokens at which the LLM is asked."""
@@ -102,9 +104,20 @@ def run(n: int = 100, seed: int = 0, *, slm: str = SLM, llm: str = LLM, rate: fl
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _run(LanguageModel.load(slm), Counted.load(llm), n, seed, rate)
+        small, large = LanguageModel.load(slm), Counted.load(llm)
+        as_it_is = _run(small, large, n, seed, rate)
+        return {**as_it_is, "at_real_ratio": _at_real_ratio(small, large, n, seed, rate)}
     finally:
         torch.set_num_threads(threads)
+
+
+def _at_real_ratio(small: LanguageModel, large: LanguageModel, n: int, seed: int, rate: float) -> dict[str, Any]:
+    """The same, the large model deepened to the size that it would have in a real pair."""
+    wanted = int(REAL_RATIO * parameters(small))
+    if wanted <= parameters(large):
+        return {"skipped": "the pair is as far apart as a real one"}
+    deep = deepened(large, wanted)
+    return {"parameters": [parameters(small), parameters(deep)], **_run(small, deep, n, seed, rate)}
 
 
 def _run(small: LanguageModel, large: LanguageModel, n: int, seed: int, rate: float) -> dict[str, Any]:
@@ -112,8 +125,11 @@ def _run(small: LanguageModel, large: LanguageModel, n: int, seed: int, rate: fl
     critical = entropy(above=_threshold(small, large, rate))
     prompts = _prompts(small, range(seed, seed + n), "heldout")
     asked, read_along = LocalLLM(large), ReadAlong(large)
-    ours = _answers(small, large, prompts, asked, critical)
-    published = _answers(small, large, prompts, read_along, read_along.at_every_token(critical))
+    along = read_along.at_every_token(critical)
+    ours, published = Work(), Work()
+    for prompt in prompts:  # in turns, so that the machine's moods hit both
+        _answer(small, large, prompt, asked, critical, ours)
+        _answer(small, large, prompt, read_along, along, published)
     return {
         "bench": "escalate",
         "problems": n,
@@ -130,9 +146,22 @@ def _run(small: LanguageModel, large: LanguageModel, n: int, seed: int, rate: fl
     }
 
 
-def table(result: dict[str, Any]) -> Table:
+def table(result: dict[str, Any]) -> Group:
     """The result for people."""
-    title = f"{result['problems']} held-out problems, LLM asked at {result['escalation_rate']:.1%} of the tokens"
+    deep = result["at_real_ratio"]
+    shown = [_table(result, "the pair as it is")]
+    if "ours" in deep:
+        small, large = deep["parameters"]
+        shown.append(
+            _table(deep, f"the LLM deepened with layers that add nothing, to {large / small:.0f} times the SLM")
+        )
+    return Group(*shown)
+
+
+def _table(result: dict[str, Any], what: str) -> Table:
+    title = (
+        f"{what}: {result['problems']} held-out problems, LLM asked at {result['escalation_rate']:.1%} of the tokens"
+    )
     shown = Table(title=title, title_justify="left")
     for column in ("per answer", "asked when needed", "read along (published)", "ratio"):
         shown.add_column(column, justify="left" if column == "per answer" else "right")
@@ -164,20 +193,19 @@ class ReadAlong(LocalLLM):
         return when(read_then_decide, repr(critical))
 
 
-def _answers(
-    small: LanguageModel, large: Counted, prompts: Sequence[list[int]], llm: LocalLLM, trigger: Trigger
-) -> Work:
-    """All prompts answered, the LLM picking at every critical step."""
-    work = large.work = Work()
+def _answer(
+    small: LanguageModel, large: Counted, prompt: list[int], llm: LocalLLM, trigger: Trigger, work: Work
+) -> None:
+    """One prompt answered, the LLM picking at every critical step; nothing of another answer is reused."""
+    large.work = work
+    small.past.clear()
     engine = Engine(small, trigger=trigger, escalation=Escalation(llm, margin=1.0))
     started = time.perf_counter()
-    for prompt in prompts:
-        steps = list(engine.steps(prompt, Sampling(max_tokens=MAX_TOKENS)))
-        work.picks.append([step.token_id for step in steps])
-        work.tokens += len(steps)
-        work.escalations += sum(step.picked_by == "llm" for step in steps)
-    work.wall_s = time.perf_counter() - started
-    return work
+    steps = list(engine.steps(prompt, Sampling(max_tokens=MAX_TOKENS)))
+    work.wall_s += time.perf_counter() - started
+    work.picks.append([step.token_id for step in steps])
+    work.tokens += len(steps)
+    work.escalations += sum(step.picked_by == "llm" for step in steps)
 
 
 def _threshold(small: LanguageModel, large: Counted, rate: float) -> float:

@@ -1,0 +1,192 @@
+"""Time per token, side by side in one run: transformers, ours, ours with a selector, the published scheme, Maj@8.
+
+Rows take turns (A B C A B C ...), medians count, all make the same number of tokens after the same prefix. Decoding is
+timed from the first token to the last; the first token's time, cold and warm, stands beside it.
+
+The published scheme (S2T, arXiv 2604.26940) scores a candidate by reading prefix and candidate again, without KV. Its
+selection is timed on its own and added to our greedy step at each rate; where K whole prefixes would take minutes, one
+is timed and multiplied, and the row says ``extrapolated``. Rows that say ``composed`` were added up like that.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2t_agents.engine.steps import Engine
+from s2t_agents.models.language_model import LanguageModel
+from s2t_agents.models.lora import Lora
+from s2t_agents.proposal import Proposal
+from s2t_agents.selectors import Selector
+from s2t_agents.selectors.activated import ActivatedSelector
+from s2t_agents.selectors.head import HeadSelector
+from s2t_agents.triggers import Trigger, when
+from s2t_agents.types import Sampling, Step
+
+from .shapes import random_prompt
+
+MS = 1000.0
+K = 8
+RATES = (0.0, 0.01, 0.05, 0.1, 0.2)
+WHOLE_ROWS = 4096
+"""Tokens of K prefixes up to which the published scheme's selection is timed whole."""
+
+
+@dataclass
+class Timed:
+    """What was measured of one row: ms to the first token, and per token after it, one number a repeat."""
+
+    first_ms: list[float] = field(default_factory=list)
+    token_ms: list[float] = field(default_factory=list)
+    tokens_each: int = 1
+
+    def add(self, started: float, stamps: list[float]) -> None:
+        """One run, from the times at which its tokens came."""
+        self.first_ms.append((stamps[0] - started) * MS)
+        self.token_ms.append((stamps[-1] - stamps[0]) * MS / (len(stamps) - 1) / self.tokens_each)
+
+
+def run(
+    model: LanguageModel, *, prefix: int, tokens: int = 101, repeats: int = 3, rates: tuple[float, ...] = RATES
+) -> dict[str, Any]:
+    """All rows on one model and prefix.
+
+    Args:
+        model: see ``shapes.measured_model``.
+        prefix: tokens of the prompt.
+        tokens: generated per run, at least 2; 101 let a rate of 1% fire once after the first token.
+        repeats: of each row.
+        rates: forced trigger rates that are run, 0 among them; the others of ``RATES`` are composed from the largest.
+
+    Returns:
+        ``{"rows": {name: {"ms_per_token", "tokens_per_s", "over_generate", "over_greedy", ...}}, ...}``.
+    """
+    prompt = random_prompt(model, prefix)
+    rows = _rows(model, prompt, tokens, rates)
+    timed = {name: Timed(tokens_each=8 if name == "maj8" else 1) for name in rows}
+    selection_s, extrapolated = _published_selection(model, prompt)
+    for _ in range(repeats):
+        for name, work in rows.items():
+            started = time.perf_counter()
+            timed[name].add(started, list(work()))
+    found = {name: _row(each) for name, each in timed.items()}
+    greedy = found["engine"]["ms_per_token"]
+    for kind in ("head", "activated"):
+        slowest = f"{kind}@{max(rates):g}"
+        selection_ms = max(0.0, found[slowest]["ms_per_token"] - found[f"{kind}@0"]["ms_per_token"]) / max(rates)
+        for rate in RATES:
+            if rate not in rates:
+                found[f"{kind}@{rate:g}"] = _composed(found[f"{kind}@0"]["ms_per_token"] + rate * selection_ms)
+    for rate in RATES:
+        found[f"published@{rate:g}"] = _composed(greedy + rate * selection_s * MS, extrapolated=extrapolated)
+    for row in found.values():
+        row["over_generate"] = row["ms_per_token"] / found["generate"]["ms_per_token"]
+        row["over_greedy"] = row["ms_per_token"] / greedy
+    return {
+        "model": model.name,
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "prefix": prefix,
+        "tokens": tokens,
+        "repeats": repeats,
+        "k": K,
+        "rows": found,
+        "published_selection_ms": selection_s * MS,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def _composed(ms: float, **more: bool) -> dict[str, Any]:
+    """A row that was not run: a step, and the selection's share of it."""
+    return {"ms_per_token": ms, "tokens_per_s": MS / ms, "composed": True, **more}
+
+
+def _row(timed: Timed) -> dict[str, Any]:
+    ms = statistics.median(timed.token_ms)
+    return {
+        "ms_per_token": ms,
+        "tokens_per_s": MS / ms,
+        "first_token_cold_ms": timed.first_ms[0],
+        "first_token_warm_ms": statistics.median(timed.first_ms[1:] or timed.first_ms),
+    }
+
+
+def _rows(
+    model: LanguageModel, prompt: list[int], tokens: int, rates: tuple[float, ...]
+) -> dict[str, Callable[[], Iterator[float]]]:
+    """Per row a run that gives the time of every token."""
+    rows: dict[str, Callable[[], Iterator[float]]] = {
+        "generate": lambda: generated(model, prompt, tokens),
+        "engine": lambda: stepped(Engine(model, k=K), prompt, tokens),
+    }
+    for kind, selector in selectors(model).items():
+        for rate in rates:
+            engine = Engine(model, k=K, trigger=at_rate(rate), selector=selector)
+            rows[f"{kind}@{rate:g}"] = lambda engine=engine: stepped(engine, prompt, tokens)  # type: ignore[misc]
+    rows["maj8"] = lambda: generated(model, prompt, tokens, do_sample=True, num_return_sequences=8)
+    return rows
+
+
+def selectors(model: LanguageModel) -> dict[str, Selector]:
+    """Fresh selectors of both kinds: what they say costs the same as after training."""
+    lora = Lora.fresh(model.model, targets=["q_proj", "k_proj", "v_proj", "o_proj"], rank=8, alpha=16)
+    return {
+        "head": HeadSelector(model).eval(),
+        "activated": ActivatedSelector(model, lora.to(model.model.dtype)).eval(),
+    }
+
+
+def at_rate(rate: float) -> Trigger:
+    """Fires at a share of the steps, evenly; it reads the entropy, as a real trigger does."""
+
+    def fires(proposal: Proposal) -> bool:
+        at = len(proposal.prefix)
+        return proposal.entropy >= 0 and int((at + 1) * rate) > int(at * rate)
+
+    return when(fires, f"forced at {rate:g}")
+
+
+def stepped(engine: Engine, prompt: list[int], tokens: int) -> Iterator[float]:
+    """When each token of an answer of ours came; nothing of an earlier run is reused."""
+    engine.slm.past.clear()
+    steps: Iterator[Step] = engine.steps(prompt, Sampling(max_tokens=tokens))
+    for _ in steps:
+        yield time.perf_counter()
+
+
+def generated(model: LanguageModel, prompt: list[int], tokens: int, **options: Any) -> Iterator[float]:
+    """When each token of transformers' own answer came."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    stamps: list[float] = []
+
+    class Watch(StoppingCriteria):  # type: ignore[misc]
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            stamps.append(time.perf_counter())
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    settings = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": 0, **options}
+    with torch.inference_mode():
+        ids = torch.tensor([prompt], device=model.device)
+        model.model.generate(ids, stopping_criteria=StoppingCriteriaList([Watch()]), **settings)
+    yield from stamps
+
+
+@torch.inference_mode()
+def _published_selection(model: LanguageModel, prompt: list[int]) -> tuple[float, bool]:
+    """Seconds to read K times prefix and candidate without KV, and whether one reading was multiplied."""
+    rows = K if K * len(prompt) <= WHOLE_ROWS else 1
+    ids = torch.tensor([[*prompt, 5 + at] for at in range(rows)], device=model.device)
+    model.decoder(input_ids=ids[:, -2:], use_cache=False)
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        model.decoder(input_ids=ids, use_cache=False)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds) * K / rows, rows < K

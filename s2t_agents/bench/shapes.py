@@ -1,0 +1,64 @@
+"""Models to measure on: the bundled one, and real shapes with random weights (speed does not depend on the values)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from s2t_agents.models.language_model import LanguageModel
+from s2t_agents.testing import tiny_config, tiny_tokenizer
+
+QWEN_HALF_B: dict[str, Any] = {
+    "vocab_size": 151_936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32_768,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+}
+"""Qwen2.5-0.5B, its whole vocabulary included."""
+
+QWEN_ONE_AND_A_HALF_B: dict[str, Any] = {
+    **QWEN_HALF_B,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+}
+"""Qwen2.5-1.5B: for a GPU."""
+
+SHAPES = {"qwen2.5-0.5b": QWEN_HALF_B, "qwen2.5-1.5b": QWEN_ONE_AND_A_HALF_B, "tiny": {}}
+
+
+def measured_model(name: str, *, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> LanguageModel:
+    """A model of ``SHAPES`` with random weights, or the bundled one; it never ends an answer by itself.
+
+    Args:
+        name: a key of ``SHAPES``, or a path or bundled name.
+        dtype: of a random model's weights.
+        device: where it runs.
+        seed: of the weights.
+    """
+    if name not in SHAPES:
+        model = LanguageModel.load(name, device=device)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            raw = AutoModelForCausalLM.from_config(tiny_config("qwen2", **SHAPES[name]))
+        raw = raw.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        model = LanguageModel(raw, tiny_tokenizer(), name=name)
+    model.eos_ids = frozenset()
+    model.model.generation_config.eos_token_id = None
+    return model
+
+
+def random_prompt(model: LanguageModel, length: int, seed: int = 0) -> list[int]:
+    """So many token ids."""
+    top = min(model.vocab_size, 1000)
+    return torch.randint(10, min(top, 250), (length,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,0 +1,168 @@
+"""All of ``s2t bench decode``: time per token, generations at once, turns, and how costs grow, in one result."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Group
+from rich.table import Table
+
+from s2t_agents.models.bundled import SLM
+
+from . import decode, parallel, turns
+from .shapes import measured_model
+
+TARGETS = {
+    "engine over generate, bundled": ("at most", 1 / 1.5),
+    "engine over generate, 0.5B": ("at most", 1.0),
+    "head over greedy, 0.5B, any rate": ("at most", 1.02),
+    "activated at 1% over greedy, 0.5B": ("at most", 1.02),
+    "activated at 10% over greedy, 0.5B": ("at most", 1.10),
+    "turn 10 over new tokens alone, 0.5B": ("at most", 1.3),
+    "8 at once over one by one, 0.5B": ("at least", 5.0),
+}
+
+
+def run(say: Callable[[str], None] = lambda _: None, *, quick: bool = False) -> dict[str, Any]:
+    """Everything on the bundled SLM (one thread) and a Qwen2.5-0.5B of random weights (bf16, all cores).
+
+    Args:
+        say: told what is measured next.
+        quick: a tiny random model in place of the second, and few tokens: shows that it runs, measures nothing.
+
+    Returns:
+        See the parts; ``targets`` sets the figures beside what was wanted.
+    """
+    started, threads = time.perf_counter(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        say("the bundled model")
+        small = _small(quick)
+        torch.set_num_threads(threads)
+        say("the 0.5B shape")
+        large = _large(quick, say)
+    finally:
+        torch.set_num_threads(threads)
+    parts = {name: [*small[name], *large[name]] for name in small}
+    return {
+        "bench": "decode",
+        **parts,
+        "targets": _targets(parts),
+        "not_measured": "the 1.5B shape and everything on a GPU: no GPU at hand",
+        "threads": {"bundled": 1, "0.5B": threads},
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _small(quick: bool) -> dict[str, list[dict[str, Any]]]:
+    model = measured_model(SLM, dtype=torch.float32)
+    tokens, repeats = (6, 1) if quick else (101, 5)
+    return {
+        "decode": [
+            decode.run(model, prefix=n, tokens=tokens, repeats=repeats) for n in ((128,) if quick else (128, 896))
+        ],
+        "parallel": [parallel.run(model, at_once=n, tokens=tokens) for n in ((2,) if quick else (1, 2, 4, 8, 16))],
+        "turns": [turns.run(model, repeats=1 if quick else 5)],
+    }
+
+
+def _large(quick: bool, say: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
+    model = measured_model("tiny" if quick else "qwen2.5-0.5b", dtype=torch.bfloat16)
+    found: dict[str, list[dict[str, Any]]] = {"decode": [], "parallel": [], "turns": []}
+    for prefix, repeats in ((32, 1),) if quick else ((128, 5), (1024, 3), (4096, 1)):
+        say(f"  after {prefix} tokens")
+        found["decode"].append(decode.run(model, prefix=prefix, tokens=21, repeats=repeats, rates=(0.0, 0.2)))
+    for at_once in (2,) if quick else (1, 2, 4, 8, 16):
+        say(f"  {at_once} at once")
+        found["parallel"].append(parallel.run(model, at_once=at_once, tokens=8 if quick else 32))
+    say("  turns")
+    found["turns"].append(
+        turns.run(model, system=32 if quick else 128, turns=3 if quick else 10, repeats=1 if quick else 3)
+    )
+    return found
+
+
+def _targets(parts: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Each target, the figure, and whether it is met."""
+    (bundled, *_), large = parts["decode"], [each for each in parts["decode"] if each["dtype"] == "bfloat16"]
+    rows = large[0]["rows"]
+    eight = max(
+        (each for each in parts["parallel"] if each["dtype"] == "bfloat16"),
+        key=lambda each: each["at_once"] <= 8 and each["at_once"],
+    )
+    figures = {
+        "engine over generate, bundled": bundled["rows"]["engine"]["over_generate"],
+        "engine over generate, 0.5B": rows["engine"]["over_generate"],
+        "head over greedy, 0.5B, any rate": max(
+            row["over_greedy"] for name, row in rows.items() if name.startswith("head@")
+        ),
+        "activated at 1% over greedy, 0.5B": rows["activated@0.01"]["over_greedy"],
+        "activated at 10% over greedy, 0.5B": rows["activated@0.1"]["over_greedy"],
+        "turn 10 over new tokens alone, 0.5B": parts["turns"][-1]["kept_over_new_alone"],
+        "8 at once over one by one, 0.5B": eight["ratio"],
+    }
+    return {
+        name: {
+            "wanted": f"{how} {limit:.3g}",
+            "figure": value,
+            "met": value <= limit if how == "at most" else value >= limit,
+        }
+        for (name, (how, limit)), value in zip(TARGETS.items(), figures.values(), strict=True)
+    }
+
+
+def table(result: dict[str, Any]) -> Group:
+    """The result for people."""
+    shown = []
+    for part in result["decode"]:
+        title = f"{part['model']}, {part['dtype']}, after {part['prefix']} tokens"
+        rows = Table(
+            "",
+            "ms a token",
+            "tokens/s",
+            "over generate",
+            "over greedy",
+            "first token, ms",
+            title=title,
+            title_justify="left",
+        )
+        for name, row in part["rows"].items():
+            first = f"{row['first_token_warm_ms']:.0f}" if "first_token_warm_ms" in row else "-"
+            star = " *" if row.get("composed") else ""
+            cells = (
+                f"{row['ms_per_token']:.2f}",
+                f"{row['tokens_per_s']:.1f}",
+                f"{row['over_generate']:.2f}",
+                f"{row['over_greedy']:.3f}",
+            )
+            rows.add_row(name + star, *cells, first)
+        shown.append(rows)
+    at_once = Table(
+        "at once",
+        "one by one, tokens/s",
+        "together",
+        "ratio",
+        "p99 gap, ms",
+        "equal",
+        title="generations at once",
+        title_justify="left",
+    )
+    for each in result["parallel"]:
+        speeds = (f"{each['alone_tokens_per_s']:.1f}", f"{each['together_tokens_per_s']:.1f}", f"{each['ratio']:.2f}")
+        at_once.add_row(f"{each['model']} {each['at_once']}", *speeds, f"{each['gap_ms_p99']:.1f}", str(each["equal"]))
+    wanted = Table(
+        "target", "wanted", "figure", "met", title="targets (* composed from measured parts)", title_justify="left"
+    )
+    for name, each in result["targets"].items():
+        wanted.add_row(name, each["wanted"], f"{each['figure']:.3g}", "yes" if each["met"] else "NO")
+    return Group(*shown, at_once, wanted)

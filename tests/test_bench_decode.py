@@ -1,0 +1,77 @@
+"""The speed bench runs through, compares like with like, and says which figures it composed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from s2t_agents.bench import parallel, speed, turns
+from s2t_agents.bench.decode import RATES, at_rate, run
+from s2t_agents.engine.steps import Engine
+from s2t_agents.testing import tiny_model
+from s2t_agents.types import Sampling
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def quick() -> dict[str, Any]:
+    return speed.run(quick=True)
+
+
+def test_every_row_is_there_with_its_ratios(quick: dict[str, Any]) -> None:
+    for part in quick["decode"]:
+        rows = part["rows"]
+        kinds = [f"{kind}@{rate:g}" for kind in ("head", "activated", "published") for rate in RATES]
+        assert set(rows) == {"generate", "engine", "maj8", *kinds}
+        assert rows["generate"]["over_generate"] == rows["engine"]["over_greedy"] == 1
+        assert all(row["ms_per_token"] > 0 for row in rows.values())
+        assert all(rows[name].get("composed") for name in rows if name.startswith("published"))
+
+
+def test_targets_stand_beside_figures_missed_or_met(quick: dict[str, Any]) -> None:
+    assert set(quick["targets"]) == set(speed.TARGETS)
+    assert all(isinstance(each["met"], bool) for each in quick["targets"].values())
+    assert speed.table(quick).renderables
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.2, 1.0])
+def test_a_forced_rate_is_kept_to(rate: float) -> None:
+    model = tiny_model("qwen3")
+    model.eos_ids = frozenset()
+    steps = list(Engine(model, trigger=at_rate(rate), selector=_Greedy()).steps([1, 2, 3], Sampling(max_tokens=100)))
+    assert abs(sum(step.triggered for step in steps) - 100 * rate) <= 1
+
+
+class _Greedy:
+    def scores(self, proposal: Any) -> torch.Tensor:
+        scores: torch.Tensor = proposal.candidate_log_probs
+        return scores
+
+
+def test_generations_at_once_are_equal_to_those_alone() -> None:
+    model = tiny_model("qwen3")
+    model.eos_ids = frozenset()
+    assert parallel.run(model, at_once=4, prefix=16, tokens=8)["equal"]
+
+
+def test_a_turn_reuses_all_but_what_is_new() -> None:
+    model = tiny_model("qwen3")
+    model.eos_ids = frozenset()
+    found = turns.run(model, system=30, new=10, turns=4, repeats=1)
+    assert found["prompt_tokens"] == 30 + 4 * 10 + 3 * 8
+    assert found["prompt_tokens"] - found["reused_tokens"] == 10 + 1  # the last answer's end was never read
+
+
+def test_all_rows_make_as_many_tokens_as_asked() -> None:
+    model = tiny_model("qwen3")
+    model.eos_ids = frozenset()
+    model.model.generation_config.eos_token_id = None
+    found = run(model, prefix=16, tokens=12, repeats=1, rates=(0.0, 0.2))
+    assert found["rows"]["head@0.05"]["composed"]
+    assert "composed" not in found["rows"]["head@0.2"]
