@@ -15,7 +15,7 @@ from rich.table import Table
 
 from s2t_agents.models.bundled import SLM
 
-from . import decode, parallel, turns
+from . import decode, growth, parallel, turns
 from .shapes import measured_model
 
 TARGETS = {
@@ -73,18 +73,24 @@ def _small(quick: bool) -> dict[str, list[dict[str, Any]]]:
         ],
         "parallel": [parallel.run(model, at_once=n, tokens=tokens) for n in ((2,) if quick else (1, 2, 4, 8, 16))],
         "turns": [turns.run(model, repeats=1 if quick else 5)],
+        "growth": [
+            growth.run(model, prefixes=(32,) if quick else (128, 256, 512, 960), ks=(1, 8) if quick else growth.KS)
+        ],
     }
 
 
 def _large(quick: bool, say: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
     model = measured_model("tiny" if quick else "qwen2.5-0.5b", dtype=torch.bfloat16)
-    found: dict[str, list[dict[str, Any]]] = {"decode": [], "parallel": [], "turns": []}
+    found: dict[str, list[dict[str, Any]]] = {"decode": [], "parallel": [], "turns": [], "growth": []}
     for prefix, repeats in ((32, 1),) if quick else ((128, 5), (1024, 3), (4096, 1)):
         say(f"  after {prefix} tokens")
         found["decode"].append(decode.run(model, prefix=prefix, tokens=21, repeats=repeats, rates=(0.0, 0.2)))
     for at_once in (2,) if quick else (1, 2, 4, 8, 16):
         say(f"  {at_once} at once")
         found["parallel"].append(parallel.run(model, at_once=at_once, tokens=8 if quick else 32))
+    say("  growth")
+    prefixes, ks = ((16,), (1, 8)) if quick else ((128, 1024, 4096, 8192), growth.KS)
+    found["growth"].append(growth.run(model, prefixes=prefixes, ks=ks, steps=3 if quick else 7))
     say("  turns")
     found["turns"].append(
         turns.run(model, system=32 if quick else 128, turns=3 if quick else 10, repeats=1 if quick else 3)
