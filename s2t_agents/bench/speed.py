@@ -82,14 +82,14 @@ def _small(quick: bool) -> dict[str, list[dict[str, Any]]]:
 def _large(quick: bool, say: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
     model = measured_model("tiny" if quick else "qwen2.5-0.5b", dtype=torch.bfloat16)
     found: dict[str, list[dict[str, Any]]] = {"decode": [], "parallel": [], "turns": [], "growth": []}
-    for prefix, repeats in ((32, 1),) if quick else ((128, 5), (1024, 3), (4096, 1)):
+    for prefix, repeats in ((32, 1),) if quick else ((128, 3), (1024, 2), (4096, 1)):
         say(f"  after {prefix} tokens")
         found["decode"].append(decode.run(model, prefix=prefix, tokens=21, repeats=repeats, rates=(0.0, 0.2)))
-    for at_once in (2,) if quick else (1, 2, 4, 8, 16):
+    for at_once in (2,) if quick else (1, 4, 8, 16):
         say(f"  {at_once} at once")
-        found["parallel"].append(parallel.run(model, at_once=at_once, tokens=8 if quick else 32))
+        found["parallel"].append(parallel.run(model, at_once=at_once, tokens=8 if quick else 24))
     say("  growth")
-    prefixes, ks = ((16,), (1, 8)) if quick else ((128, 1024, 4096, 8192), growth.KS)
+    prefixes, ks = ((16,), (1, 8)) if quick else ((128, 1024, 4096), growth.KS)
     found["growth"].append(growth.run(model, prefixes=prefixes, ks=ks, steps=3 if quick else 7))
     say("  turns")
     found["turns"].append(
