@@ -38,7 +38,10 @@ async def agent(model: ChatS2T, budget: Budget, number: int, until: float, done:
     while time.monotonic() < until:
         problem = generate(rng.randrange(10**6), "heldout", rng.choice(("word", "tool", "call")))
         asked = model.bind_tools(list(problem.tools)) if problem.tools else model
-        call = {"s2t_budget": budget.child(f"turn {rng.random()}", escalations=rng.randint(0, 2)), "s2t_agent": f"a{number}"}
+        call = {
+            "s2t_budget": budget.child(f"turn {rng.random()}", escalations=rng.randint(0, 2)),
+            "s2t_agent": f"a{number}",
+        }
         try:
             luck = rng.random()
             if luck < 0.2:
