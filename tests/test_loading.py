@@ -26,7 +26,10 @@ def test_every_architecture_comes_back_from_disk_the_same(name: str, tmp_path: P
     model.tokenizer.save_pretrained(tmp_path)
     again = LanguageModel.load(str(tmp_path), device="cpu")
     ids = torch.arange(9)
-    assert torch.equal(again.step(ids, again.new_cache())[0], model.step(ids, model.new_cache())[0])
+    ours, theirs = model.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    # Not to the bit: where the file's bytes lie in memory decides which kernel multiplies a single row.
+    assert torch.allclose(again.step(ids, again.new_cache())[0], model.step(ids, model.new_cache())[0], atol=1e-5)
     assert (again.eos_ids, again.context_window) == (model.eos_ids, 512)
 
 
