@@ -19,6 +19,7 @@ import torch
 
 from s2t_agents.demo.problem import Kind, Message
 from s2t_agents.demo.recipe import Recipe, Stage
+from s2t_agents.demo.slips import without_slips
 from s2t_agents.demo.smalltalk import draw_talk
 from s2t_agents.demo.world import generate, write_like_the_slm_corpus
 
@@ -53,7 +54,7 @@ class Corpus:
 
     def __init__(self, recipe: Recipe, tokenizer: Any, position: Position | None = None) -> None:
         self._recipe = recipe
-        self._encode = Encoder(tokenizer)
+        self._encode = Encoder(tokenizer, learns_slips=not recipe.slips)
         self.position = position or Position()
         self._batches: list[Batch] | None = None
 
@@ -84,7 +85,7 @@ class Corpus:
         kinds = list(stage.mixture)
         kind: Kind = rng.choices(kinds, weights=[stage.mixture[k] for k in kinds])[0]  # type: ignore[assignment]
         problem = generate(rng.getrandbits(48), "train", kind)
-        messages = write_like_the_slm_corpus(problem, rng, self._recipe.noise)
+        messages = write_like_the_slm_corpus(problem, rng, self._recipe.noise or self._recipe.slips)
         if kind not in ("sums", "copy") and rng.random() < CHATTY:
             said, reply = draw_talk(rng)
             at = len(problem.prompt) - 1
@@ -95,8 +96,9 @@ class Corpus:
 class Encoder:
     """Messages to token ids and loss weights, through the chat template that users of the models go through."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, learns_slips: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._learns_slips = learns_slips
         self.pad: int = tokenizer.pad_token_id
         self._end: int = tokenizer.eos_token_id
         self._opening: list[int] = tokenizer.encode("<|im_start|>assistant\n")
@@ -104,7 +106,8 @@ class Encoder:
     def __call__(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], prompt_weight: float) -> Row:
         """One document; its last turn is an assistant's."""
         text = self._tokenizer.apply_chat_template(list(messages), tools=list(tools) or None, tokenize=False)
-        ids: list[int] = self._tokenizer.encode(text)
+        encoded = self._tokenizer(text, return_offsets_mapping=True)
+        ids: list[int] = encoded["input_ids"]
         weights = [prompt_weight] * len(ids)
         width = len(self._opening)
         at = 0
@@ -115,7 +118,7 @@ class Encoder:
                 weights[at:end] = [1.0] * (end - at)
                 at = end
             at += 1
-        return ids, weights
+        return ids, weights if self._learns_slips else without_slips(weights, text, encoded["offset_mapping"])
 
 
 def cut(rows: Sequence[Row], tokens: int) -> list[tuple[int, int]]:

@@ -37,6 +37,7 @@ class Stage:
 class Recipe:
     """A whole run. `tokens` are those of one step (padding included), `noise` the rate of forgotten carries.
 
+    `slips` is the rate of forgotten carries that are read but not learnt (see `slips`); a recipe has these or `noise`.
     `start` names the bundled model whose weights the run goes on from; empty begins from fresh ones.
     """
 
@@ -56,6 +57,7 @@ class Recipe:
     shape: Shape
     stages: tuple[Stage, ...]
     start: str = ""
+    slips: float = 0.0
 
     def stage_at(self, step: int) -> Stage:
         """The stage which `step` falls into."""
@@ -74,10 +76,13 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
     data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     data.setdefault("name", path.stem)
     data.setdefault("start", "")
+    data.setdefault("slips", 0.0)
     data |= {key: value for key, value in overrides.items() if value is not None}
     known = {field.name for field in fields(Recipe)}
     if wrong := sorted(set(data) ^ known):
         raise ValueError(f"{path}: unknown or missing keys: {', '.join(wrong)}")
+    if data["noise"] and data["slips"]:
+        raise ValueError(f"{path}: noise is {data['noise']} and slips {data['slips']}; one of them must be 0")
     stages = tuple(Stage(**stage) for stage in data.pop("stages"))
     for stage in stages:
         if strange := sorted(set(stage.mixture) - set(KINDS)):

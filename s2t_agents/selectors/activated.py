@@ -20,35 +20,34 @@ from ..models.language_model import LanguageModel
 from ..models.loading import read_tensors
 from ..models.lora import Lora
 from ..proposal import Proposal
+from .base import LearnedSelector
 from .config import SelectorConfig
 
 HEAD_FILE = "score_head.safetensors"
 
 
-class ActivatedSelector(nn.Module):
+class ActivatedSelector(LearnedSelector):
     """Scores candidates with an adapter that the rest of the generation never sees.
 
     Args:
         base: the SLM.
         lora: corrections on its linear layers, on at candidates only.
-        temperature: divides the scores; calibrated, so that their softmax means a probability.
+        temperature, caution: see ``LearnedSelector``.
     """
 
-    def __init__(self, base: LanguageModel, lora: Lora, *, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.base = base
+    def __init__(self, base: LanguageModel, lora: Lora, *, temperature: float = 1.0, caution: float = 0.0) -> None:
+        super().__init__(base, temperature=temperature, caution=caution)
         self.lora = lora
         self.head = nn.Linear(base.config.hidden_size, 1, bias=False)
         nn.init.zeros_(self.head.weight)
-        self.temperature = temperature
         self.to(base.device)
 
     @torch.inference_mode()
     def scores(self, proposal: Proposal) -> Tensor:
-        """``[K]``: (log p_SLM + correction) / temperature."""
+        """``[K]``, see ``calibrated``."""
         with self.base.lock, self.lora.on(self.base.model):
             hidden = proposal.prefix.look_ahead(proposal.candidates)
-        return (proposal.candidate_log_probs + self.correction(hidden)) / self.temperature
+        return self.calibrated(proposal.candidate_log_probs, self.correction(hidden))
 
     def correction(self, hidden: Tensor) -> Tensor:
         """From adapted hidden states ``[..., H]`` to corrections ``[...]``."""
@@ -70,7 +69,7 @@ class ActivatedSelector(nn.Module):
             UnsafeWeights: a file is not readable safetensors.
         """
         config.check_base(base)
-        selector = cls(base, Lora.load(path, base.model), temperature=config.temperature)
+        selector = cls(base, Lora.load(path, base.model), temperature=config.temperature, caution=config.caution)
         weight = read_tensors(path / HEAD_FILE)["weight"]
         if weight.shape != selector.head.weight.shape:
             raise AdapterMismatch(

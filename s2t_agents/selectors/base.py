@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ..models.language_model import LanguageModel
 from ..proposal import Proposal
 
 
@@ -15,6 +17,29 @@ class Selector(Protocol):
     def scores(self, proposal: Proposal) -> Tensor:
         """``[K]`` scores of ``proposal.candidates``, comparable to log-probabilities; the highest wins."""
         ...
+
+
+class LearnedSelector(nn.Module):
+    """What the trainable kinds share: how a correction becomes a score.
+
+    Args:
+        base: the SLM.
+        temperature: divides the scores; calibrated, so that their softmax means a probability.
+        caution: nats by which another candidate must beat the SLM's own token; calibrated, so that answers with
+            nothing to fix stay as they are.
+    """
+
+    def __init__(self, base: LanguageModel, *, temperature: float = 1.0, caution: float = 0.0) -> None:
+        super().__init__()
+        self.base = base
+        self.temperature, self.caution = temperature, caution
+
+    def calibrated(self, slm: Tensor, correction: Tensor) -> Tensor:
+        """``[..., K]`` scores from the candidates' log-probabilities, best first, and their corrections."""
+        raw = slm + correction
+        if self.caution:
+            raw = torch.cat([raw[..., :1] + self.caution, raw[..., 1:]], -1)
+        return raw / self.temperature
 
 
 def confidence_margin(scores: Tensor) -> float:

@@ -40,12 +40,14 @@ class Calibration(BaseModel):
     """Thresholds read off held-out rollouts, with the rates they gave there.
 
     Attributes:
-        trigger_entropy: nats from which a step is critical.
-        trigger_rate: share of steps above it, with its 95% interval.
+        trigger_entropy: nats from which a step is critical, where the probe does not say.
+        trigger_rate: share of steps that are critical (by the probe, where it is in use), with its 95% interval.
         escalation_margin: selector's margin under which an LLM is asked.
         escalation_rate: share of *triggered* steps under it, with its 95% interval.
         agreement: share of triggered steps where the selector's pick is the LLM's, with its 95% interval.
         agreement_greedy: the same for the SLM's own top token.
+        false_alarms: share of answers in which the LLM would change nothing and the selector does, with its 95%
+            interval; None where there was no such answer.
         problems: held-out problems this was read from.
         seed: of those problems.
         trigger_recall: share of the steps where the LLM disagrees that the entropy trigger finds.
@@ -67,6 +69,8 @@ class Calibration(BaseModel):
     agreement: float = Field(ge=0, le=1)
     agreement_ci95: tuple[float, float]
     agreement_greedy: float = Field(ge=0, le=1)
+    false_alarms: float | None = Field(default=None, ge=0, le=1)
+    false_alarms_ci95: tuple[float, float] | None = None
     problems: int = Field(gt=0)
     seed: int
     trigger_recall: float | None = Field(default=None, ge=0, le=1)
@@ -90,7 +94,7 @@ class Calibration(BaseModel):
 
 
 class SelectorConfig(BaseModel):
-    """The ``selector.json`` of a selector directory."""
+    """The ``selector.json`` of a selector directory; ``temperature`` and ``caution`` as in ``LearnedSelector``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -99,6 +103,7 @@ class SelectorConfig(BaseModel):
     base: BaseIdentity
     k: int = Field(ge=1, le=64)
     temperature: float = Field(gt=0, default=1.0)
+    caution: float = Field(ge=0, default=0.0)
     calibration: Calibration | None = None
     training: dict[str, Any] = {}
 

@@ -15,37 +15,38 @@ from ..errors import AdapterMismatch
 from ..models.language_model import LanguageModel
 from ..models.loading import read_tensors
 from ..proposal import Proposal
+from .base import LearnedSelector
 from .config import SelectorConfig
 
 WEIGHTS_FILE = "head.safetensors"
 
 
-class HeadSelector(nn.Module):
+class HeadSelector(LearnedSelector):
     """Scores candidates from what the SLM has already computed.
 
     Args:
         base: the SLM.
         width: hidden units of the MLP.
-        temperature: divides the scores; calibrated, so that their softmax means a probability.
+        temperature, caution: see ``LearnedSelector``.
     """
 
-    def __init__(self, base: LanguageModel, *, width: int = 256, temperature: float = 1.0) -> None:
-        super().__init__()
+    def __init__(
+        self, base: LanguageModel, *, width: int = 256, temperature: float = 1.0, caution: float = 0.0
+    ) -> None:
+        super().__init__(base, temperature=temperature, caution=caution)
         size = base.config.hidden_size
-        self.base = base
         self.from_hidden = nn.Linear(size, width)
         self.from_candidate = nn.Linear(size, width, bias=False)
         self.interaction = nn.Linear(width, width)
         self.out = nn.Linear(width, 1, bias=False)
         nn.init.zeros_(self.out.weight)
-        self.temperature = temperature
         self.to(base.device)
 
     @torch.inference_mode()
     def scores(self, proposal: Proposal) -> Tensor:
-        """``[K]``: (log p_SLM + correction) / temperature."""
+        """``[K]``, see ``calibrated``."""
         correction = self.correction(proposal.hidden[None], proposal.candidates[None])[0]
-        return (proposal.candidate_log_probs + correction) / self.temperature
+        return self.calibrated(proposal.candidate_log_probs, correction)
 
     def correction(self, hidden: Tensor, candidates: Tensor) -> Tensor:
         """From hidden states ``[N, H]`` and candidate ids ``[N, K]`` to corrections ``[N, K]``."""
@@ -69,7 +70,8 @@ class HeadSelector(nn.Module):
         config.check_base(base)
         tensors = read_tensors(path / WEIGHTS_FILE)
         try:
-            selector = cls(base, width=tensors["out.weight"].shape[1], temperature=config.temperature)
+            width = tensors["out.weight"].shape[1]
+            selector = cls(base, width=width, temperature=config.temperature, caution=config.caution)
             selector.load_state_dict(tensors)
         except (KeyError, RuntimeError) as error:
             raise AdapterMismatch(f"{path / WEIGHTS_FILE} does not fit {base.name!r}: {error}.") from error

@@ -27,6 +27,7 @@ from ..models.loading import read_tensors
 from ..models.lora import Lora
 from ..models.prefix import Prefix
 from ..proposal import Proposal
+from .base import LearnedSelector
 from .config import SelectorConfig
 
 ROWS_FILE = "score_rows.safetensors"
@@ -37,39 +38,37 @@ IDLE = 4
 """Adapted KV caches kept between selections, one per conversation going on."""
 
 
-class PublishedSelector(nn.Module):
+class PublishedSelector(LearnedSelector):
     """Scores candidates with an adapter that has read the prefix as well.
 
     Args:
         base: the SLM.
         lora: on for prefix and candidates.
-        temperature: divides the scores; calibrated, so that their softmax means a probability.
+        temperature, caution: see ``LearnedSelector``.
     """
 
     bins: Tensor
 
-    def __init__(self, base: LanguageModel, lora: Lora, *, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.base = base
+    def __init__(self, base: LanguageModel, lora: Lora, *, temperature: float = 1.0, caution: float = 0.0) -> None:
+        super().__init__(base, temperature=temperature, caution=caution)
         self.lora = lora
         self.rows = nn.Linear(base.config.hidden_size, BINS, bias=False)
         nn.init.zeros_(self.rows.weight)
         self.register_buffer("bins", torch.linspace(0, 1, BINS), persistent=False)
-        self.temperature = temperature
         self._idle: deque[Prefix] = deque(maxlen=IDLE)
         self._lock = threading.Lock()
         self.to(base.device)
 
     @torch.inference_mode()
     def scores(self, proposal: Proposal) -> Tensor:
-        """``[K]``: (log p_SLM + correction) / temperature."""
+        """``[K]``, see ``calibrated``."""
         prefix = self._take(proposal.prefix.ids)
         with self.base.lock, self.lora.on(self.base.model):
             prefix.move_to(proposal.prefix.ids)
             hidden = prefix.look_ahead(proposal.candidates)
         with self._lock:
             self._idle.append(prefix)
-        return (proposal.candidate_log_probs + self.correction(hidden)) / self.temperature
+        return self.calibrated(proposal.candidate_log_probs, self.correction(hidden))
 
     def correction(self, hidden: Tensor) -> Tensor:
         """From adapted hidden states ``[..., H]`` to corrections ``[...]``."""
@@ -86,7 +85,7 @@ class PublishedSelector(nn.Module):
     def load(cls, path: Path, base: LanguageModel, config: SelectorConfig) -> PublishedSelector:
         """Read a directory written by ``save``; errors as ``ActivatedSelector.load``."""
         config.check_base(base)
-        selector = cls(base, Lora.load(path, base.model), temperature=config.temperature)
+        selector = cls(base, Lora.load(path, base.model), temperature=config.temperature, caution=config.caution)
         weight = read_tensors(path / ROWS_FILE).get("weight", torch.empty(0))
         if weight.shape != selector.rows.weight.shape:
             raise AdapterMismatch(

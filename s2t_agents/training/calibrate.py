@@ -1,6 +1,9 @@
-"""Thresholds from held-out rollouts: temperature, trigger, escalation margin. Test problems are never read here."""
+"""Thresholds from held-out rollouts: trigger, caution, temperature, escalation. Test problems are never read here."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +30,7 @@ WORTH = 0.02
 
 
 def calibrate(config: CalibrateConfig) -> Calibration:
-    """Set a selector's temperature and thresholds, write them into its ``selector.json`` and its card.
+    """Set a selector's caution, temperature and thresholds, write them into its ``selector.json`` and its card.
 
     Intervals treat steps as independent; steps of one answer are not quite, so the true ones are somewhat wider.
 
@@ -41,23 +44,26 @@ def calibrate(config: CalibrateConfig) -> Calibration:
 def calibrate_with(slm: LanguageModel, config: CalibrateConfig) -> Calibration:
     """``calibrate`` on a model that is loaded already."""
     selector, kept = load_selector(config.selector, slm)
-    selector.temperature = 1.0
+    selector.temperature, selector.caution = 1.0, 0.0
     shards = read_for(slm, [config.rollouts], kept.k)
     examples = choose(shards, k=kept.k, rate=1.0, kl_rate=0.0)
-    entropy = torch.cat([example.entropy for example in examples])
-    differs = torch.cat([example.differs for example in examples])
-    spread = threshold_for(entropy, config.targets.trigger_rate)
-    critical = entropy >= spread
+    spread = threshold_for(torch.cat([example.entropy for example in examples]), config.targets.trigger_rate)
+    trigger = _trigger(config, kept, slm, examples, spread)
+    critical = torch.cat(trigger.critical)
     if not critical.any():
         raise InputError("no held-out step reaches the trigger.", hint="Collect more, or raise trigger_rate.")
-    scores, llm, slm_scores = scored(selector, [_only(example, example.entropy >= spread) for example in examples])
-    temperature = best_temperature(scores, llm.argmax(-1))
-    sure = margins(scores / temperature)
+    at_trigger = [_only(example, steps) for example, steps in zip(examples, trigger.critical, strict=True)]
+    raw, llm, slm_scores = scored(selector, at_trigger)
+    answers = torch.tensor([len(example.positions) for example in at_trigger])
+    selector.caution = caution = _caution(raw, llm, answers, config.targets.false_alarms)
+    cautious = selector.calibrated(raw, torch.zeros_like(raw))
+    temperature = best_temperature(cautious, llm.argmax(-1))
+    scores = cautious / temperature
+    sure = margins(scores)
     margin = min(1.0, max(0.0, -threshold_for(-sure, config.targets.escalation_rate)))
     goes_up = sure < margin
     right = agreements(scores, llm)
-    found = float(differs[critical].sum() / differs.sum().clamp_min(1))
-    probe_above, probe_found = _probe_threshold(config, kept, slm, examples, differs, float(critical.float().mean()))
+    alarmed, quiet = _false_alarms(scores, llm, answers)
     calibration = Calibration(
         trigger_entropy=max(0.0, spread),
         trigger_rate=float(critical.float().mean()),
@@ -68,31 +74,109 @@ def calibrate_with(slm: LanguageModel, config: CalibrateConfig) -> Calibration:
         agreement=float(right.float().mean()),
         agreement_ci95=wilson(int(right.sum()), len(right)),
         agreement_greedy=float(agreements(slm_scores, llm).float().mean()),
+        false_alarms=alarmed / quiet if quiet else None,
+        false_alarms_ci95=wilson(alarmed, quiet) if quiet else None,
         problems=len({example.item for example in examples}),
         seed=config.seed,
-        trigger_recall=found,
-        probe_above=probe_above if probe_found is not None and probe_found > found + WORTH else None,
-        probe_recall=probe_found,
-        entropy_at=tuple((rate, max(0.0, threshold_for(entropy, rate))) for rate in RATES),
-        reliability=reliability((scores / temperature).softmax(-1).amax(-1), right),
+        trigger_recall=trigger.entropy_recall,
+        probe_above=trigger.probe_above,
+        probe_recall=trigger.probe_recall,
+        entropy_at=_entropies(examples),
+        reliability=reliability(scores.softmax(-1).amax(-1), right),
     )
-    kept.model_copy(update={"temperature": temperature, "calibration": calibration}).save(config.selector)
+    kept = kept.model_copy(update={"temperature": temperature, "caution": caution, "calibration": calibration})
+    kept.save(config.selector)
     write_card(config.selector)
     return calibration
 
 
+@dataclass(frozen=True)
+class _Trigger:
+    """Which steps are critical, and how well entropy and probe find the disagreements at the same rate.
+
+    Attributes:
+        critical: per example ``[n]`` bool.
+        probe_above: the probe's threshold where the probe is in use; None where the entropy is.
+    """
+
+    critical: list[Tensor]
+    entropy_recall: float
+    probe_recall: float | None = None
+    probe_above: float | None = None
+
+
+def _trigger(
+    config: CalibrateConfig, kept: SelectorConfig, slm: LanguageModel, examples: Sequence[Example], spread: float
+) -> _Trigger:
+    """The entropy's trigger, or the probe's at the same rate where that finds more."""
+    differs = torch.cat([example.differs for example in examples])
+    by_entropy = [example.entropy >= spread for example in examples]
+    critical = torch.cat(by_entropy)
+    found = _recall(differs, critical)
+    if not (config.selector / PROBE_FILE).exists():
+        return _Trigger(by_entropy, found)
+    probe = Probe(*load_probe(config.selector, kept))
+    hidden = hidden_along(slm, examples)
+    likely = [probe.probabilities(h, e.entropy) for h, e in zip(hidden, examples, strict=True)]
+    above = threshold_for(torch.cat(likely), float(critical.float().mean()))
+    by_probe = [each >= above for each in likely]
+    probe_found = _recall(differs, torch.cat(by_probe))
+    if probe_found > found + WORTH:
+        return _Trigger(by_probe, found, probe_found, above)
+    return _Trigger(by_entropy, found, probe_found)
+
+
+def _recall(differs: Tensor, critical: Tensor) -> float:
+    """Share of the disagreements that lie among the critical steps."""
+    return float(differs[critical].sum() / differs.sum().clamp_min(1))
+
+
+def _entropies(examples: Sequence[Example]) -> tuple[tuple[float, float], ...]:
+    """The entropy threshold of each of ``RATES``."""
+    entropy = torch.cat([example.entropy for example in examples])
+    return tuple((rate, max(0.0, threshold_for(entropy, rate))) for rate in RATES)
+
+
+def _caution(raw: Tensor, llm: Tensor, answers: Tensor, target: float | None) -> float:
+    """The least caution, in nats, at which no more than a share ``target`` of the quiet answers is changed.
+
+    Args:
+        raw: ``[M, K]`` scores at critical steps, best SLM candidate first.
+        llm: ``[M, K]``.
+        answers: critical steps of each answer, in order.
+        target: None asks for none.
+    """
+    if target is None:
+        return 0.0
+    lead = raw.amax(-1) - raw[:, 0]  # what it takes to keep the SLM's token here
+    worst = torch.stack([part.amax() for part in _quiet(lead, llm, answers)] or [torch.zeros(())])
+    allowed = int(target * len(worst))
+    needed = float(worst.sort(descending=True).values[min(allowed, len(worst) - 1)])
+    return 0.0 if needed <= 0 else needed * (1 + 1e-4)
+
+
+def _false_alarms(scores: Tensor, llm: Tensor, answers: Tensor) -> tuple[int, int]:
+    """Quiet answers that the selector changes, and all of them."""
+    flips = (scores.argmax(-1) != 0).float()
+    changed = [bool(part.any()) for part in _quiet(flips, llm, answers)]
+    return sum(changed), len(changed)
+
+
+def _quiet(values: Tensor, llm: Tensor, answers: Tensor) -> list[Tensor]:
+    """``values`` ``[M]`` by answer, of those with critical steps where the LLM wants the SLM's own token at each."""
+    keeps = torch.split(llm.argmax(-1) == 0, answers.tolist())
+    parts = torch.split(values, answers.tolist())
+    return [part for part, keep in zip(parts, keeps, strict=True) if len(part) and bool(keep.all())]
+
+
 def _only(example: Example, steps: Tensor) -> Example:
     """The example with these of its critical steps; all steps are critical in ``examples`` chosen at rate 1."""
-    return Example(
-        example.ids,
-        example.item,
-        example.positions[steps],
-        example.candidates[steps],
-        example.slm[steps],
-        example.llm[steps],
-        example.all_positions,
-        example.differs,
-        example.entropy,
+    return replace(
+        example,
+        positions=example.positions[steps],
+        candidates=example.candidates[steps],
+        slm=example.slm[steps],
+        llm=example.llm[steps],
     )
 
 
@@ -111,21 +195,3 @@ def scored(selector: LocalSelector, examples: list[Example]) -> tuple[Tensor, Te
         torch.cat([piece.llm for piece in pieces]).cpu(),
         torch.cat([piece.slm for piece in pieces]).cpu(),
     )
-
-
-def _probe_threshold(
-    config: CalibrateConfig,
-    kept: SelectorConfig,
-    slm: LanguageModel,
-    examples: list[Example],
-    differs: Tensor,
-    rate: float,
-) -> tuple[float | None, float | None]:
-    """The probe's threshold at this trigger rate, and the share of disagreements it finds; None without a probe."""
-    if not (config.selector / PROBE_FILE).exists():
-        return None, None
-    probe = Probe(*load_probe(config.selector, kept))
-    hidden = hidden_along(slm, examples)
-    likely = torch.cat([probe.probabilities(h, e.entropy) for h, e in zip(hidden, examples, strict=True)])
-    above = threshold_for(likely, rate)
-    return above, float(differs[likely >= above].sum() / differs.sum().clamp_min(1))

@@ -25,7 +25,8 @@ Ranks the {config.k} best candidates of `{base.name}` ({base.model_type}, hidden
 critical steps, as a larger model would. It only ranks: the base's own logits and KV stay as they are.
 Made by `s2t train`; load it with `s2t_agents.selectors.load_selector`. It fits these weights only
 (fingerprint `{base.weights_fingerprint}`, tokenizer `{base.tokenizer_fingerprint}`). Its scores are divided by
-{config.temperature:.4g}, so that their softmax means a probability.
+{config.temperature:.4g}, so that their softmax means a probability; another candidate must beat the base's own
+token by {config.caution:.4g} nats.
 """
 
 
@@ -51,6 +52,10 @@ def _calibration(c: Calibration) -> str:
         ("disagreements found by entropy", "unknown" if c.trigger_recall is None else f"{c.trigger_recall:.1%}"),
         ("disagreements found by the probe", "unknown" if c.probe_recall is None else f"{c.probe_recall:.1%}"),
         ("probe threshold in use", "none" if c.probe_above is None else f"{c.probe_above:.4g}"),
+        (
+            "answers with nothing to fix that it changes",
+            "unknown" if c.false_alarms is None else share(c.false_alarms, c.false_alarms_ci95 or (0.0, 1.0)),
+        ),
         ("held-out problems", f"{c.problems} (seed {c.seed})"),
     ]
     bins = [f"| {confidence:.2f} | {right:.2f} | {count} |" for confidence, right, count in c.reliability]

@@ -162,10 +162,13 @@ class Targets(Settings):
     Attributes:
         trigger_rate: share of all steps.
         escalation_rate: share of triggered steps.
+        false_alarms: largest share of answers in which the LLM would change nothing and the selector does; sets the
+            selector's caution. None leaves it at 0.
     """
 
     trigger_rate: float = Field(default=0.05, gt=0, lt=1)
     escalation_rate: float = Field(default=0.2, gt=0, lt=1)
+    false_alarms: float | None = Field(default=None, gt=0, lt=1)
 
 
 class CalibrateConfig(Settings):

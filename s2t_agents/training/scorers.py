@@ -49,7 +49,7 @@ class HeadScorer:
     def scores(self, view: View, rows: Tensor, candidates: Tensor, slm: Tensor) -> Tensor:
         """As ``HeadSelector.scores``."""
         correction = self._selector.correction(view.prefix.hidden[rows], candidates)
-        return (slm + correction) / self._selector.temperature
+        return self._selector.calibrated(slm, correction)
 
 
 class ActivatedScorer:
@@ -67,7 +67,7 @@ class ActivatedScorer:
         base = self._selector.base
         with base.lock, self._selector.lora.on(base.model):
             hidden = view.prefix.look_ahead(rows, candidates)
-        return (slm + self._selector.correction(hidden)) / self._selector.temperature
+        return self._selector.calibrated(slm, self._selector.correction(hidden))
 
 
 class PublishedScorer:
@@ -89,7 +89,7 @@ class PublishedScorer:
             prefix = self._line.prefix()
             with self._selector.lora.on(base.model):
                 hidden = prefix.look_ahead(rows, candidates)
-        return (slm + self._selector.correction(hidden)) / self._selector.temperature
+        return self._selector.calibrated(slm, self._selector.correction(hidden))
 
 
 class OwnOrder:
