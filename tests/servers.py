@@ -65,6 +65,7 @@ class CompletionServer(ThreadingHTTPServer):
         fault: takes the place of the right answer.
         asked: bodies of the completions asked for.
         keys: their Authorization headers.
+        dropped: clients that hung up while they were kept waiting by ``keeps_waiting``.
     """
 
     daemon_threads = True
@@ -80,6 +81,7 @@ class CompletionServer(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.seen: list[str] = []
+        self.dropped = 0
         self.over = threading.Event()
 
     @property
@@ -176,6 +178,21 @@ def hangs_before_headers(handler: Handler, body: dict[str, Any]) -> None:
     handler.server.over.wait(20)
 
 
+def keeps_waiting(handler: Handler, body: dict[str, Any]) -> None:
+    """Say nothing until the client hangs up, and count that it did."""
+    handler.connection.settimeout(0.05)
+    handler.close_connection = True
+    while not handler.server.over.is_set():
+        try:
+            handler.connection.recv(1)
+        except TimeoutError:
+            continue
+        except OSError:
+            pass
+        handler.server.dropped += 1
+        return
+
+
 def drips(handler: Handler, body: dict[str, Any]) -> None:
     """A header byte now and then: no single read ever times out."""
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
@@ -226,11 +243,23 @@ def first(times: int, fault: Fault) -> Fault:
     return either
 
 
-def slow(seconds: float) -> Fault:
-    """The right answer, late."""
+def in_turn(*faults: Fault | None) -> Fault:
+    """One after the other, None being the right answer; then answer."""
+    left, lock = list(faults), threading.Lock()
 
-    def fault(handler: Handler, body: dict[str, Any]) -> None:
+    def next_one(handler: Handler, body: dict[str, Any]) -> None:
+        with lock:
+            fault = left.pop(0) if left else None
+        fault(handler, body) if fault else handler.complete(body)
+
+    return next_one
+
+
+def slow(seconds: float, fault: Fault | None = None) -> Fault:
+    """The right answer, or what else is given, late."""
+
+    def late(handler: Handler, body: dict[str, Any]) -> None:
         time.sleep(seconds)
-        handler.complete(body)
+        fault(handler, body) if fault else handler.complete(body)
 
-    return fault
+    return late
