@@ -115,18 +115,6 @@ def test_a_twin_that_fails_leaves_the_answer_to_the_first(server: CompletionServ
     assert asked.owed.usd == 2 * ONE  # type: ignore[union-attr]
 
 
-def test_a_server_that_is_strict_about_fields_answers_both(server: CompletionServer) -> None:
-    def strict(handler: servers.Handler, body: dict[str, Any]) -> None:
-        if "logprob_token_ids" in body:
-            servers.slow(0.5, servers.status(400, "extra fields: logprob_token_ids"))(handler, body)
-        else:
-            handler.complete(body)
-
-    server.fault = strict  # both are out when the first is refused
-    everything = list(range(250))  # some are among the best 20
-    assert hedging(server).open().ask(Question(PROMPT, everything)).scores
-
-
 # ---------------------------------------------------------------------- money
 
 
