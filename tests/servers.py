@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -119,6 +121,14 @@ def serving(model: LanguageModel) -> Iterator[CompletionServer]:
         thread.join()
 
 
+def with_certificate(server: CompletionServer, certificate: str, key: str) -> str:
+    """Put TLS in front of a server that is not asked yet; the URL to ask it by."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    return server.url.replace("http://", "https://")
+
+
 def free_port() -> int:
     """A port on which nobody listens."""
     with socket.socket() as probe:
@@ -219,6 +229,38 @@ def hangs_up(handler: Handler, body: dict[str, Any]) -> None:
     """Close the connection without a word."""
     handler.close_connection = True
     handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def breaks_off(handler: Handler, body: dict[str, Any]) -> None:
+    """Close the connection in mid-body."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+    handler.wfile.flush()
+    hangs_up(handler, body)
+
+
+def breaks_off_a_chunk(handler: Handler, body: dict[str, Any]) -> None:
+    """Close the connection in the middle of a chunk."""
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    handler.wfile.write(b"ff\r\n{")
+    handler.wfile.flush()
+    hangs_up(handler, body)
+
+
+def no_http(handler: Handler, body: dict[str, Any]) -> None:
+    """Answer in another protocol."""
+    handler.close_connection = True
+    handler.wfile.write(b"220 mail.example.com ESMTP\r\n")
+    handler.wfile.flush()
+
+
+def compressed(handler: Handler, body: dict[str, Any]) -> None:
+    """The right answer, packed although nobody asked for that."""
+    handler.reply(gzip.compress(json.dumps(handler.server.answer(body)).encode()), Content_Encoding="gzip")
 
 
 def endless(handler: Handler, body: dict[str, Any]) -> None:
