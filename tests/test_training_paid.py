@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_fixtures import QUICK, prompts, tiny_pair
+from typer.testing import CliRunner
 
 from s2t_agents.engine.steps import Engine
 from s2t_agents.errors import ConfigError, InputError
@@ -17,6 +18,7 @@ from s2t_agents.selectors import LocalLLM, load_selector
 from s2t_agents.selectors.config import BaseIdentity
 from s2t_agents.testing import ScriptedLLM, tiny_model
 from s2t_agents.training.collect import collect_with
+from s2t_agents.training.commands import app
 from s2t_agents.training.config import Adapter, Fit, Models, Pipeline, TrainConfig
 from s2t_agents.training.disagreement import hidden_along
 from s2t_agents.training.labels import Opinion
@@ -318,3 +320,10 @@ def test_a_file_that_is_not_there_is_named(pair, rollouts, tmp_path):
     with pytest.raises(InputError, match=r"nothing\.jsonl: No such file"):
         train_with(pair[0], training("head", rollouts, tmp_path / "head", (tmp_path / "nothing.jsonl",)))
     assert not (tmp_path / "head").exists()
+
+
+def test_the_command_line_takes_them_too_and_names_a_file_that_is_not_there(tmp_path):
+    missing = str(tmp_path / "nothing.jsonl")
+    result = CliRunner().invoke(app, ["train", "--kind", "head", "--paid", missing])
+    assert result.exit_code == 2
+    assert "nothing.jsonl: No such file" in result.stderr
