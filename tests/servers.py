@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -65,6 +67,7 @@ class CompletionServer(ThreadingHTTPServer):
         fault: takes the place of the right answer.
         asked: bodies of the completions asked for.
         keys: their Authorization headers.
+        dropped: clients that hung up while they were kept waiting by ``keeps_waiting``.
     """
 
     daemon_threads = True
@@ -80,6 +83,7 @@ class CompletionServer(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.seen: list[str] = []
+        self.dropped = 0
         self.over = threading.Event()
 
     @property
@@ -115,6 +119,14 @@ def serving(model: LanguageModel) -> Iterator[CompletionServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def with_certificate(server: CompletionServer, certificate: str, key: str) -> str:
+    """Put TLS in front of a server that is not asked yet; the URL to ask it by."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    return server.url.replace("http://", "https://")
 
 
 def free_port() -> int:
@@ -176,6 +188,21 @@ def hangs_before_headers(handler: Handler, body: dict[str, Any]) -> None:
     handler.server.over.wait(20)
 
 
+def keeps_waiting(handler: Handler, body: dict[str, Any]) -> None:
+    """Say nothing until the client hangs up, and count that it did."""
+    handler.connection.settimeout(0.05)
+    handler.close_connection = True
+    while not handler.server.over.is_set():
+        try:
+            handler.connection.recv(1)
+        except TimeoutError:
+            continue
+        except OSError:
+            pass
+        handler.server.dropped += 1
+        return
+
+
 def drips(handler: Handler, body: dict[str, Any]) -> None:
     """A header byte now and then: no single read ever times out."""
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
@@ -204,6 +231,38 @@ def hangs_up(handler: Handler, body: dict[str, Any]) -> None:
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
+def breaks_off(handler: Handler, body: dict[str, Any]) -> None:
+    """Close the connection in mid-body."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+    handler.wfile.flush()
+    hangs_up(handler, body)
+
+
+def breaks_off_a_chunk(handler: Handler, body: dict[str, Any]) -> None:
+    """Close the connection in the middle of a chunk."""
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    handler.wfile.write(b"ff\r\n{")
+    handler.wfile.flush()
+    hangs_up(handler, body)
+
+
+def no_http(handler: Handler, body: dict[str, Any]) -> None:
+    """Answer in another protocol."""
+    handler.close_connection = True
+    handler.wfile.write(b"220 mail.example.com ESMTP\r\n")
+    handler.wfile.flush()
+
+
+def compressed(handler: Handler, body: dict[str, Any]) -> None:
+    """The right answer, packed although nobody asked for that."""
+    handler.reply(gzip.compress(json.dumps(handler.server.answer(body)).encode()), Content_Encoding="gzip")
+
+
 def endless(handler: Handler, body: dict[str, Any]) -> None:
     """A body without end, at full speed."""
     handler.send_response(200)
@@ -226,11 +285,23 @@ def first(times: int, fault: Fault) -> Fault:
     return either
 
 
-def slow(seconds: float) -> Fault:
-    """The right answer, late."""
+def in_turn(*faults: Fault | None) -> Fault:
+    """One after the other, None being the right answer; then answer."""
+    left, lock = list(faults), threading.Lock()
 
-    def fault(handler: Handler, body: dict[str, Any]) -> None:
+    def next_one(handler: Handler, body: dict[str, Any]) -> None:
+        with lock:
+            fault = left.pop(0) if left else None
+        fault(handler, body) if fault else handler.complete(body)
+
+    return next_one
+
+
+def slow(seconds: float, fault: Fault | None = None) -> Fault:
+    """The right answer, or what else is given, late."""
+
+    def late(handler: Handler, body: dict[str, Any]) -> None:
         time.sleep(seconds)
-        handler.complete(body)
+        fault(handler, body) if fault else handler.complete(body)
 
-    return fault
+    return late

@@ -364,3 +364,40 @@ def test_no_string_can_hold_half_a_surrogate_pair():
     grammar = json_grammar(vocabulary(family(TAGGED)), {"type": "string"})
     assert not accepts(grammar, '"\\ud800"')
     assert accepts(grammar, '"\\n天"')
+
+
+@pytest.mark.parametrize("limit", [None, 60, 34])
+def test_a_fork_comes_to_the_same_decisions_and_moves_nothing_of_its_origin(limit):
+    grammar = json_grammar(vocabulary(family(TAGGED)), CITY)
+    state, dice = grammar.start(limit), Dice(7)
+    for _ in range(20):
+        for token in state.forced():
+            state.accept(token)
+        if state.finished:
+            break
+        logits = dice.logits(grammar.vocabulary.size)
+        fork, again = state.fork(), state.fork()
+        allowed = fork.allowed(logits)
+        assert torch.equal(again.allowed(logits), allowed)
+        token = int(logits.masked_fill(~allowed, -torch.inf).argmax())
+        fork.accept(token)
+        fork.forced()
+        assert state.takes(token)
+        state.accept(token)
+        if token in grammar.vocabulary.eos_ids:
+            break
+
+
+@pytest.mark.parametrize("limit", [None, 34])
+def test_what_a_mask_keeps_is_taken_and_what_is_illegal_is_not(limit):
+    grammar = json_grammar(vocabulary(family(TAGGED)), CITY)
+    state, dice = grammar.start(limit), Dice(3)
+    for token in grammar.vocabulary.core.tokenize_str('{"city": "'):
+        state.accept(token)
+    legal = grammar.start()
+    for token in grammar.vocabulary.core.tokenize_str('{"city": "'):
+        legal.accept(token)
+    kept = state.fork().allowed(dice.logits(grammar.vocabulary.size))
+    everything = legal.allowed()
+    assert all(state.takes(int(token)) for token in kept.nonzero()[:, 0])
+    assert not any(state.takes(int(token)) for token in (~everything).nonzero()[:, 0])

@@ -2,16 +2,20 @@
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s2t_agents import Budget, ChatS2T, Ledger
 from s2t_agents.errors import EscalationFailed, TokenizerMismatch
+from s2t_agents.escalation import Escalation
 from s2t_agents.models import LanguageModel
 from s2t_agents.selectors import LocalLLM
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
+from s2t_agents.triggers import always
 
 CANDIDATES = [3, 200, 17]
 
@@ -100,3 +104,31 @@ def test_another_vocabulary_is_refused_and_extra_tokens_are_not() -> None:
 def test_a_prefix_beyond_the_llms_context_is_a_failed_escalation() -> None:
     with pytest.raises(EscalationFailed, match="does not fit"):
         LocalLLM(tiny_model(max_position_embeddings=8)).open().scores(list(range(8)), CANDIDATES)
+
+
+def test_a_local_llm_that_runs_out_of_memory_costs_nothing_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, left = tiny_model(seed=5), [2]
+    real = large.step
+
+    def starved(ids: Any, cache: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise RuntimeError("out of memory: tried to allocate 20 GiB")
+        return real(ids, cache)
+
+    monkeypatch.setattr(large, "step", starved)
+    budget, ledger = Budget(escalations=50), Ledger()
+    model = ChatS2T(
+        model=tiny_model(),
+        max_tokens=4,
+        trigger=always(),
+        escalation=Escalation(LocalLLM(large), margin=1.0),
+        budget=budget,
+        ledger=ledger,
+    )
+    s2t = model.invoke("hello").response_metadata["s2t"]
+    [record] = ledger.records()
+    assert [receipt.outcome for receipt in record.receipts][:3] == ["failed", "failed", "picked"]
+    assert "out of memory" in record.receipts[0].reason
+    assert s2t["degraded"]
+    assert (budget.state().spent["escalations"], budget.state().holds) == (s2t["escalations"], 0)

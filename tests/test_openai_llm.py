@@ -2,7 +2,9 @@
 
 import logging
 import pickle
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
 import pytest
@@ -89,6 +91,25 @@ def test_a_server_that_refuses_unknown_fields_is_asked_without(server: Completio
     assert ["logprob_token_ids" in body for body in server.asked] == [True, False]
     llm.open().ask(Question(PROMPT, everything))
     assert len(server.asked) == 3  # remembered
+
+
+def test_questions_that_were_out_together_when_it_refused_the_field_are_all_answered(
+    server: CompletionServer, llm: OpenAILLM
+) -> None:
+    both = threading.Barrier(2)
+
+    def strict(handler: servers.Handler, body: dict[str, object]) -> None:
+        if "logprob_token_ids" in body:
+            both.wait(10)
+            handler.reply({"error": {"message": "extra fields: logprob_token_ids"}}, 400)
+        else:
+            handler.complete(body)
+
+    server.fault = strict
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: llm.open().ask(Question(PROMPT, list(range(250)))), range(2)))
+    assert answers[0].scores == answers[1].scores
+    assert ["logprob_token_ids" in body for body in server.asked] == [True, True, False, False]
 
 
 def test_cached_tokens_are_paid_as_such_and_silence_is_billed_in_full(server: CompletionServer, llm: OpenAILLM) -> None:

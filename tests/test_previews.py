@@ -84,7 +84,7 @@ def test_a_preview_ends_with_its_sentence_its_line_the_answer_or_the_limit(
 def test_previews_that_read_the_same_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from s2t_agents.selectors import previews as module
 
-    monkeypatch.setattr(module, "continuations", lambda prefix, candidates, limit: [(1, 2), (3,), (4, 5)])
+    monkeypatch.setattr(module, "continuations", lambda prefix, candidates, limit, grammar: [(1, 2), (3,), (4, 5)])
     monkeypatch.setattr(module, "spelled", lambda prefix, tokens: {1: "x", 3: "y", 4: "x"}[tokens[0]])
     found = module.previews(prefix_of(tiny_model()), [1, 3, 4], 8)
     assert [(p.at, p.tokens, p.text) for p in found] == [((0, 2), (1, 2), "x"), ((1,), (3,), "y")]
@@ -100,10 +100,8 @@ def test_a_grammar_outranks_what_was_kept() -> None:
         def forced(self) -> list[int]:
             return []
 
-        def allowed(self, logits: Any = None) -> torch.Tensor:
-            mask = torch.zeros(16, dtype=torch.bool)
-            mask[self.left[0]] = True
-            return mask
+        def takes(self, token: int) -> bool:
+            return token == self.left[0]
 
     grammar, kept, taken = Only(), deque([5, 6, 7, 8]), []
     for token, picker in settled(grammar, kept):  # type: ignore[arg-type]

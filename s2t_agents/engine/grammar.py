@@ -11,10 +11,11 @@ found by rollouts, so a longer than necessary one may end a value early.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -50,12 +51,18 @@ class Grammar(Protocol):
     def forced(self) -> list[int]:
         """Tokens that must come next, with no choice in them."""
 
+    def takes(self, token_id: int) -> bool:
+        """Whether this token may come next."""
+
     def accept(self, token_id: int) -> None:
         """Take the next token, chosen or forced."""
 
     @property
     def finished(self) -> bool:
         """Whether nothing more may come."""
+
+    def fork(self) -> Self:
+        """A state of its own that begins here: what it takes, this one does not."""
 
 
 class Vocabulary:
@@ -193,6 +200,27 @@ class Generation:
             self._path = self._path[1:]
         self._behind = {}
 
+    def fork(self) -> Self:
+        """A state of its own that begins here; with the same tokens it comes to the same decisions."""
+        twin = copy.copy(self)
+        twin._matcher, twin._behind = self._matcher.deep_copy(), dict(self._behind)
+        return twin
+
+    def takes(self, token_id: int) -> bool:
+        """Whether this token may come next; near the token limit, whether the answer can be finished behind it.
+
+        A token that ``allowed`` kept is taken, whatever logits it was given.
+        """
+        if self.finished or not self._vocabulary.mask(self._matcher)[token_id]:
+            return False
+        if not self._near_limit:
+            return True
+        left = self._left or 0
+        path = self._completion(left)
+        if path is None or self._leaves_room(token_id, path, left):
+            return True
+        return left > 1 and self._fits_somehow(token_id, left)
+
     def allowed(self, logits: Tensor | None = None) -> Tensor:
         """``[V]`` bool on the CPU: legal tokens; near the token limit, those that leave room to finish.
 
@@ -216,7 +244,7 @@ class Generation:
         kept = np.zeros_like(mask)
         searches = SEARCHED
         for token in legal[: TRIED if logits is not None else TRIED_BLINDLY].tolist():
-            kept[token] = token in self._vocabulary.eos_ids or self._fits_before(token, path, left)
+            kept[token] = self._leaves_room(token, path, left)
             if not kept[token] and searches and left > 1:
                 searches -= 1
                 kept[token] = self._fits_somehow(token, left)
@@ -230,7 +258,10 @@ class Generation:
             self._path = self._vocabulary.order.path(self._matcher, self._vocabulary.mask, left)
         return self._path
 
-    def _fits_before(self, token: int, path: list[int], left: int) -> bool:
+    def _leaves_room(self, token: int, path: list[int], left: int) -> bool:
+        """Whether the known completion goes on behind the token, or begins with it."""
+        if token in self._vocabulary.eos_ids or token in path[:1]:
+            return True
         return 1 + len(path) <= left and _completes(self._matcher, [token, *path])
 
     def _fits_somehow(self, token: int, left: int) -> bool:

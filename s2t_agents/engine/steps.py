@@ -193,7 +193,7 @@ class Engine:
         if not triggered:
             timings = Timings(propose=propose_s, grammar=masked - computed)
             return Step(index, len(prefix), wanted, wanted, "slm", entropy=entropy_nats, timings=timings)
-        chosen = self._select(proposal, desk)
+        chosen = self._select(proposal, desk, grammar)
         at = draw.one_of(chosen.scores) if draw.random else int(chosen.scores.argmax())
         token = int(proposal.candidates[at])
         kept.extend(chosen.then)
@@ -210,7 +210,7 @@ class Engine:
             timings=Timings(propose_s, masked - computed, chosen.select_s, chosen.escalate_s),
         )
 
-    def _select(self, proposal: Proposal, desk: EscalationDesk | None) -> Selection:
+    def _select(self, proposal: Proposal, desk: EscalationDesk | None, grammar: Grammar | None) -> Selection:
         """Rank the candidates locally; ask the LLM where that is not sure enough."""
         started = time.perf_counter()
         local = self.selector.scores(proposal) if self.selector else None
@@ -223,7 +223,8 @@ class Engine:
         ids = proposal.candidates.tolist()
         if desk is not None and len(ids) > 1 and desk.wants(confidence_margin(scores)):
             prefix = proposal.prefix
-            answer, report = desk.ask(Question(prefix.ids, ids, prefix=prefix, slm=slm, selector=own))
+            asked = Question(prefix.ids, ids, prefix=prefix, slm=slm, selector=own, grammar=grammar)
+            answer, report = desk.ask(asked)
         if answer is not None:
             scores, picked_by = decisive(answer), "llm"
         nothing = [None] * len(ids)
@@ -249,16 +250,10 @@ def settled(grammar: Grammar | None, kept: deque[int]) -> Iterator[tuple[int, Pi
             if kept and kept.popleft() != token:
                 kept.clear()
             yield token, "grammar"
-        if not kept or (grammar and not legal(grammar, kept[0])):
+        if not kept or (grammar and not grammar.takes(kept[0])):
             kept.clear()
             return
         yield kept.popleft(), "slm"
-
-
-def legal(grammar: Grammar, token: int) -> bool:
-    """Whether the grammar takes this token next."""
-    allowed = None if grammar.finished else grammar.allowed()
-    return not grammar.finished and (allowed is None or bool(allowed[token]))
 
 
 class Draw:

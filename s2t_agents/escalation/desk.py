@@ -72,9 +72,9 @@ class EscalationDesk:
             hold = self._budget.reserve(_amount(quote), ttl_s=HOLD_TTL_S) if self._budget else None
         except (BudgetExceeded, StoreUnavailable, UnpricedModel) as error:
             return None, self._refusal(error, started)
-        if self._pace is not None:
-            self._pace.paid(_amount(quote))
         answer, reason = self._put(question, hold)
+        if self._pace is not None:
+            self._pace.paid(_amount(question.owed or quote))
         outcome = "picked" if answer is not None else "failed"
         return answer, _report(outcome, quote, question.owed, started, reason)
 

@@ -67,7 +67,7 @@ class Pace:
             return self._bar(affordable)
 
     def paid(self, amount: Amount) -> None:
-        """An escalation that was held: what the next ones will cost is judged from it."""
+        """What an escalation took: what the next ones will cost is judged from it."""
         with self._lock:
             self._paid = amount if not self._questions else self._paid + amount
             self._questions += 1

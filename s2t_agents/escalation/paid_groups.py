@@ -11,9 +11,9 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..errors import ConfigError, InputError
 from ..models.language_model import LanguageModel
@@ -49,6 +49,22 @@ class PaidGroup(BaseModel):
     selector: tuple[float, ...] | None
     llm: tuple[float | None, ...]
     then: tuple[int, ...] = ()
+
+    @property
+    def pick(self) -> int:
+        """Place of the LLM's best candidate."""
+        known = {at: score for at, score in enumerate(self.llm) if score is not None}
+        return max(known, key=lambda at: known[at])
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        """Refuse lists that are not of the same candidates."""
+        k = len(self.candidates)
+        if not k or {len(self.slm), len(self.llm), len(self.selector or self.slm)} != {k}:
+            raise ValueError(f"{k} candidates do not have as many scores")
+        if not self.ids or all(score is None for score in self.llm):
+            raise ValueError("no prefix, or no score of the LLM")
+        return self
 
 
 class PaidGroups:
@@ -100,7 +116,7 @@ def read_groups(path: str | Path, slm: LanguageModel | None = None) -> Iterator[
         slm: refuse groups of any other model.
 
     Raises:
-        InputError: the file can not be read, or a line is something else.
+        InputError: the file can not be read, or a line is something else, or holds what the SLM can not read.
         ConfigError: a group of another SLM.
     """
     try:
@@ -124,4 +140,15 @@ def read_groups(path: str | Path, slm: LanguageModel | None = None) -> Iterator[
                 f"{path}, line {number}, comes from {theirs.name!r} with other weights than {ours.name!r} has.",
                 hint="Train that model, or record anew.",
             )
+        if slm is not None and not _readable(group, slm):
+            raise InputError(
+                f"{path}, line {number}: {slm.name!r} has tokens 0 to {slm.vocab_size - 1} and a context of"
+                f" {slm.context_window}, and the group does not keep to them.",
+                hint="The line was changed after it was written; delete it.",
+            )
         yield group
+
+
+def _readable(group: PaidGroup, slm: LanguageModel) -> bool:
+    tokens = (*group.ids, *group.candidates)
+    return min(tokens) >= 0 and max(tokens) < slm.vocab_size and len(group.ids) < slm.context_window

@@ -127,7 +127,7 @@ class ChatJudge:
         """
         if question.prefix is None:
             raise EscalationFailed("a judge needs the SLM's prefix to continue it.")
-        shown = previews(question.prefix, question.candidates, self.preview_tokens)
+        shown = previews(question.prefix, question.candidates, self.preview_tokens, question.grammar)
         random.Random(repr((self.seed, tuple(question.ids)))).shuffle(shown)
         so_far = str(question.prefix.model.tokenizer.decode(list(question.ids)))[-self.context_chars :]
         lines = [f"{n}: {json.dumps(preview.text, ensure_ascii=False)}" for n, preview in enumerate(shown, start=1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from pydantic import SecretStr
@@ -22,11 +23,14 @@ from ..types import Charge, Price
 from . import background, completions
 from .breaker import CircuitBreaker
 from .endpoint import Endpoint
+from .hedge import hedged
 from .question import Answer, Question, charge
 from .same_tokenizer import Spelling, verify
+from .tab import Owe, Tab, together
 
 JITTER = wait_random_exponential(multiplier=0.1, max=2.0)
 """Seconds between attempts where the server does not say: up to 0.1, 0.2, 0.4, ... at random."""
+HEDGED = "asked twice: the first request was late"
 
 
 class OpenAILLM:
@@ -51,7 +55,10 @@ class OpenAILLM:
         timeout_s: seconds for one question, retries included.
         attempt_s: seconds for one request.
         connect_s: seconds for one connection.
-        attempts: requests per question at most.
+        attempts: requests per question at most, those of hedging not counted.
+        hedge_after_s: seconds without an answer after which a second request like it is sent, the first usable answer
+            taken and the other request cancelled. Both may be billed, so twice as much is held for every question.
+            None, the default, sends no second request.
         breaker: shared with others who ask the same endpoint; its own by default.
         allow_http: permit plain HTTP to other machines.
         verify: as httpx takes it: True, or an ``ssl.SSLContext``.
@@ -72,6 +79,7 @@ class OpenAILLM:
         attempt_s: float = 5.0,
         connect_s: float = 2.0,
         attempts: int = 3,
+        hedge_after_s: float | None = None,
         breaker: CircuitBreaker | None = None,
         allow_http: bool = False,
         verify: Any = True,
@@ -81,6 +89,12 @@ class OpenAILLM:
                 raise ConfigError(f"{name} is {value}; it must lie above 0 and at most at 3600 seconds.")
         if attempts < 1:
             raise ConfigError(f"attempts is {attempts}; at least 1 request is needed for an answer.")
+        if hedge_after_s is not None and not 0 < hedge_after_s < min(attempt_s, timeout_s):
+            raise ConfigError(
+                f"hedge_after_s is {hedge_after_s}; it must lie above 0 and under attempt_s ({attempt_s}) and timeout_s"
+                f" ({timeout_s}).",
+                hint="Take about the 95th percentile of the server's answers, or None for no second request.",
+            )
         self.name, self.price = model, price
         self.endpoint = Endpoint(
             base_url,
@@ -91,6 +105,7 @@ class OpenAILLM:
             verify=verify,
         )
         self.timeout_s, self.attempt_s, self.connect_s, self.attempts = timeout_s, attempt_s, connect_s, attempts
+        self.hedge_after_s = hedge_after_s
         self.breaker = breaker or CircuitBreaker()
         self._by_id = True
         self._unverified: dict[str, Spelling] = {}
@@ -131,6 +146,10 @@ class OpenAILLM:
         """Close idle connections. It can be asked again afterwards."""
         background.run(self.endpoint.close(), self.connect_s)
 
+    def worst(self, question: Question) -> Charge:
+        """The most that one request can cost: the whole prefix, as if nothing were cached, and one token."""
+        return charge(self.price, input_tokens=len(question.ids))
+
     def complete(self, question: Question) -> Answer:
         """Put one question to the server.
 
@@ -152,6 +171,7 @@ class OpenAILLM:
     async def _complete(self, question: Question, seconds: float) -> Answer:
         if self._unverified:
             await self._verify()
+        tab = Tab(question)
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(EndpointBusy),
             stop=stop_after_attempt(self.attempts) | stop_before_delay(seconds),
@@ -160,20 +180,33 @@ class OpenAILLM:
         )
         async for attempt in retrying:
             with attempt:
-                return await self._once(question)
+                return await self._ask(question, tab)
         raise EscalationFailed("no attempt was made.")  # not reached: reraise is set
 
-    async def _once(self, question: Question) -> Answer:
-        worst = charge(self.price, input_tokens=len(question.ids))
+    async def _ask(self, question: Question, tab: Tab) -> Answer:
+        """One request; two where the first is late, unless the endpoint is on trial: then one alone tries it."""
+        if self.hedge_after_s is None or self.breaker.state != "closed":
+            return await self._once(question, tab.line(), lambda: None)
+        before = len(tab)
+        answer = await hedged(lambda sent: self._once(question, tab.line(), sent), self.hedge_after_s)
+        if len(tab) == before + 1:
+            return answer
+        return replace(answer, note="; ".join(filter(None, (HEDGED, answer.note))))
+
+    async def _once(self, question: Question, owe: Owe, sent: Callable[[], None]) -> Answer:
+        def leaves() -> None:
+            owe(self.worst(question))
+            sent()
+
         try:
             async with asyncio.timeout(self.attempt_s):
-                content = await self._post(question, lambda: question.owe(worst))
+                content = await self._post(question, owe, leaves)
         except TimeoutError:
             raise EscalationFailed(f"no answer within {self.attempt_s:.3g} s.") from None
         reply = completions.parse(content, len(question.ids))
         if reply.usage is not None:
             used = reply.usage
-            question.owe(
+            owe(
                 charge(
                     self.price,
                     input_tokens=used.prompt_tokens,
@@ -183,18 +216,19 @@ class OpenAILLM:
             )
         return completions.answer(reply, question.candidates)
 
-    async def _post(self, question: Question, sent: Callable[[], None]) -> bytes:
+    async def _post(self, question: Question, owe: Owe, sent: Callable[[], None]) -> bytes:
         """The reply's body; a server that declines has done nothing, so nothing is owed."""
-        body = completions.request(self.name, question.ids, question.candidates, by_id=self._by_id)
+        by_id = self._by_id
+        body = completions.request(self.name, question.ids, question.candidates, by_id=by_id)
         try:
             return await self.endpoint.post("completions", body, sent=sent)
         except (EndpointBusy, EndpointRefused) as error:
-            question.owe(None)
+            owe(None)
             strict = isinstance(error, EndpointRefused) and "logprob_token_ids" in str(error)
-            if not (self._by_id and strict):
+            if not (by_id and strict):
                 raise
         self._by_id = False  # a server that is strict about fields it does not know
-        return await self._post(question, sent)
+        return await self._post(question, owe, sent)
 
 
 def _as_told(state: RetryCallState) -> float:
@@ -211,11 +245,12 @@ class OpenAISession:
         self._llm = llm
 
     def quote(self, question: Question) -> Charge:
-        """The whole prefix, as if nothing were cached, and one token."""
-        return charge(self._llm.price, input_tokens=len(question.ids))
+        """What its requests can cost at worst: one, or two where the LLM hedges."""
+        worst = self._llm.worst(question)
+        return worst if self._llm.hedge_after_s is None else together([worst, worst]) or worst
 
     def ask(self, question: Question) -> Answer:
-        """One request; see ``OpenAILLM``."""
+        """See ``OpenAILLM``."""
         return self._llm.complete(question)
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 prefix KV ──cloned K rows──> candidate 1, then greedy ... to the end of its sentence
                              candidate 2, then greedy ...
+
+Under the call's grammar where there is one: each token is the likeliest legal one, as the engine itself would take it.
 """
 
 from __future__ import annotations
@@ -12,11 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from ..models.prefix import Prefix
+from .branch import Branch, plain
+from .constraint import Constraint
 
-STOPS = (".", "!", "?")
-"""A sentence ends with one of these where a blank follows; ``3.14`` goes on."""
-FULL_STOPS = ("\n", "\u3002", "\uff01", "\uff1f")
-"""It ends with a line, or with a CJK full stop, whatever follows."""
 THE_END = "(the answer ends here)"
 
 
@@ -35,16 +35,17 @@ class Preview:
     text: str
 
 
-def previews(prefix: Prefix, candidates: Sequence[int], limit: int) -> list[Preview]:
+def previews(prefix: Prefix, candidates: Sequence[int], limit: int, grammar: Constraint | None = None) -> list[Preview]:
     """The candidates' continuations, those that read the same merged, in the order of the candidates.
 
     Args:
         prefix: stays as it is.
         candidates: ``[K]`` token ids.
         limit: tokens of one preview, the candidate included.
+        grammar: its state after the prefix, left as it is; None permits all.
     """
     merged: dict[str, Preview] = {}
-    for place, tokens in enumerate(continuations(prefix, candidates, limit)):
+    for place, tokens in enumerate(continuations(prefix, candidates, limit, grammar)):
         text = spelled(prefix, tokens)
         known = merged.get(text)
         merged[text] = Preview((*known.at, place), known.tokens, text) if known else Preview((place,), tokens, text)
@@ -52,45 +53,27 @@ def previews(prefix: Prefix, candidates: Sequence[int], limit: int) -> list[Prev
 
 
 @torch.inference_mode()
-def continuations(prefix: Prefix, candidates: Sequence[int], limit: int) -> list[tuple[int, ...]]:
+def continuations(
+    prefix: Prefix, candidates: Sequence[int], limit: int, grammar: Constraint | None = None
+) -> list[tuple[int, ...]]:
     """Each candidate and its greedy continuation to the end of the sentence, the answer or ``limit`` tokens."""
     model = prefix.model
-    rows = [[token] for token in candidates]
-    unfinished = {at for at, row in enumerate(rows) if not _ends(prefix, row)}
+    branches = [Branch(prefix, token, grammar) for token in candidates]
     limit = min(limit, model.context_window - len(prefix))
-    cache = prefix.branches(len(rows))
-    ids = torch.tensor(candidates, device=model.device)[:, None]
+    cache = prefix.branches(len(branches))
     for read in range(1, limit):
-        if not unfinished:
+        if all(branch.over for branch in branches):
             break
-        mask = torch.ones(len(rows), len(prefix) + read, dtype=torch.long, device=model.device)
+        ids = torch.tensor([branch.tokens[-1:] for branch in branches], device=model.device)
+        mask = torch.ones(len(branches), len(prefix) + read, dtype=torch.long, device=model.device)
         logits, _ = model.read_rows(ids, mask, cache, 1)
-        ids = logits[:, -1].argmax(-1, keepdim=True)
-        for at in sorted(unfinished):
-            token = int(ids[at])
-            if _sentence_over(prefix, rows[at], token):
-                unfinished.discard(at)
-                continue
-            rows[at].append(token)
-            if _ends(prefix, rows[at]):
-                unfinished.discard(at)
-    return [tuple(row) for row in rows]
+        for branch, row in zip(branches, logits[:, -1], strict=True):
+            if not branch.over:
+                branch.follow(row)
+    return [tuple(branch.tokens) for branch in branches]
 
 
 def spelled(prefix: Prefix, tokens: Sequence[int]) -> str:
     """Tokens as a reader sees them; the end of the answer is said in words."""
-    eos = prefix.model.eos_ids
-    text = str(prefix.model.tokenizer.decode([token for token in tokens if token not in eos]))
-    return text + THE_END if tokens and tokens[-1] in eos else text
-
-
-def _ends(prefix: Prefix, row: Sequence[int]) -> bool:
-    """Nothing may follow: the answer is over, or the line is."""
-    return row[-1] in prefix.model.eos_ids or spelled(prefix, row).endswith(FULL_STOPS)
-
-
-def _sentence_over(prefix: Prefix, row: Sequence[int], following: int) -> bool:
-    """The row ends a sentence, and what follows begins another or ends the answer."""
-    if not spelled(prefix, row).endswith(STOPS):
-        return False
-    return following in prefix.model.eos_ids or spelled(prefix, [following])[:1].isspace()
+    text = plain(prefix, tokens)
+    return text + THE_END if tokens and tokens[-1] in prefix.model.eos_ids else text

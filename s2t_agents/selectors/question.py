@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..models.prefix import Prefix
 from ..types import Charge, Price
+from .constraint import Constraint
 
 
 @dataclass(eq=False)
@@ -19,6 +20,7 @@ class Question:
         prefix: the SLM's own view of the prefix, for those who need text or continuations; read-only.
         slm: ``[K]`` log-probabilities of the SLM.
         selector: ``[K]`` scores of the local selector; None without one.
+        grammar: what may follow the prefix, for those who need continuations; forked, never moved. None permits all.
         seconds: left until the answer is of no use; None sets no limit.
         owed: what must be paid although there may be no answer; None while nothing is owed.
     """
@@ -28,6 +30,7 @@ class Question:
     prefix: Prefix | None = None
     slm: Sequence[float] = ()
     selector: Sequence[float] | None = None
+    grammar: Constraint | None = None
     seconds: float | None = None
     owed: Charge | None = None
 

@@ -83,7 +83,14 @@ def collect(
 
 
 @app.command()
-def train(config: Config = BUNDLED, kind: Kinds = None, json: Json = False) -> None:
+def train(
+    config: Config = BUNDLED,
+    kind: Kinds = None,
+    paid: Annotated[
+        list[Path] | None, typer.Option(help="Paid selections (Escalation's record) to learn from besides.")
+    ] = None,
+    json: Json = False,
+) -> None:
     """Train selectors on the collected rollouts; run again to go on after an interruption."""
     from ..selectors import SelectorConfig
     from .config import read_config
@@ -91,6 +98,7 @@ def train(config: Config = BUNDLED, kind: Kinds = None, json: Json = False) -> N
 
     with _one_line_errors():
         pipeline = read_config(config)
+        pipeline = pipeline.model_copy(update={"paid": (*pipeline.paid, *(paid or ()))})
         for each in kind or list(pipeline.train):
             folder = run(pipeline.training(each))  # type: ignore[arg-type]
             made = SelectorConfig.load(folder)

@@ -147,11 +147,12 @@ class Fit(Settings):
 
 
 class TrainConfig(Settings):
-    """One selector: its kind, its rollouts, where to."""
+    """One selector: its kind, its rollouts, files of paid selections to learn from besides, where to."""
 
     models: Models
     kind: Kind
     rollouts: tuple[Path, ...]
+    paid: tuple[Path, ...] = ()
     out: Path
     fit: Fit = Fit()
 
@@ -272,6 +273,7 @@ class Pipeline(Settings):
         models: the pair.
         tasks: what to train, calibrate and test on.
         collect: rollouts.
+        paid: files that ``Escalation(record=...)`` wrote; every kind learns from them, beside the rollouts.
         train: per kind; kinds that are not there are not trained.
         calibrate: target rates.
         evaluate: the table.
@@ -282,6 +284,7 @@ class Pipeline(Settings):
     models: Models = Models()
     tasks: Tasks
     collect: Rollouts = Rollouts()
+    paid: tuple[Path, ...] = ()
     train: dict[Kind, Fit]
     calibrate: Targets = Targets()
     evaluate: Rows = Rows()
@@ -324,7 +327,12 @@ class Pipeline(Settings):
         parts: tuple[Part, ...] = ("train",) if self.tasks.again is None else ("train", "again")
         rollouts = tuple(map(self.rollouts, parts))
         return TrainConfig(
-            models=self.models, kind=kind, rollouts=rollouts, out=self.selector(kind), fit=self.train[kind]
+            models=self.models,
+            kind=kind,
+            rollouts=rollouts,
+            paid=self.paid,
+            out=self.selector(kind),
+            fit=self.train[kind],
         )
 
     def calibrating(self, kind: Kind) -> CalibrateConfig:

@@ -17,6 +17,7 @@ from .disagreement import fit_probe, hidden_along
 from .fit import CHECKPOINT, State, fit
 from .groups import choose, read_for, split
 from .objectives import fresh_selector, objective_for
+from .paid import Paid, read_paid
 from .shards import MANIFEST, write_whole
 from .workers import Workers
 
@@ -30,8 +31,8 @@ def train(config: TrainConfig) -> Path:
         The selector's directory: weights, ``probe.safetensors``, ``selector.json`` and a model card.
 
     Raises:
-        ConfigError: the directory holds a selector of other settings; rollouts of another model.
-        InputError: unfinished rollouts, or too few.
+        ConfigError: the directory holds a selector of other settings; rollouts or paid groups of another model.
+        InputError: unfinished rollouts, or too few; a file of paid groups that is none.
         S2TError: the loss is no longer a number; the last checkpoint stands.
     """
     workers = Workers()
@@ -45,9 +46,10 @@ def train(config: TrainConfig) -> Path:
 def train_with(slm: LanguageModel, config: TrainConfig, workers: Workers | None = None) -> None:
     """``train`` on a model that is loaded already."""
     workers = workers or Workers()
+    settings = config.fit
+    paid = read_paid(slm, config.paid, settings.k)  # before anything is written
     if _finished(config, slm, workers):
         return
-    settings = config.fit
     shards = read_for(slm, config.rollouts, settings.k)
     examples = choose(shards, k=settings.k, rate=settings.rate, kl_rate=settings.kl_rate)
     learn, hold = split(examples, settings.validation)
@@ -61,13 +63,14 @@ def train_with(slm: LanguageModel, config: TrainConfig, workers: Workers | None 
     of = {id(example): states for example, states in zip(examples, hidden, strict=True)}
     probe = fit_probe(learn, [of[id(example)] for example in learn], seed=settings.seed)
     selector = fresh_selector(slm, config.kind, settings)
-    train_objective = objective_for(selector, learn, [of[id(example)] for example in learn], settings)
+    states = [of[id(example)] for example in learn] + (hidden_along(slm, paid.examples) if paid.examples else [])
+    train_objective = objective_for(selector, [*learn, *paid.examples], states, settings)
     validation = objective_for(selector, hold, [of[id(example)] for example in hold], settings)
     state = fit(selector, slm, train_objective, validation, settings, config.out, workers)
     if not workers.first:
         return
     save_probe(config.out, probe.weight, probe.bias)
-    figures = _figures(config, state, sum(train_objective.sizes), sum(validation.sizes), len(learn), len(hold))
+    figures = _figures(config, state, paid, groups, held, len(learn), len(hold))
     identity = BaseIdentity.of(slm)
     selector.save(config.out, SelectorConfig(kind=config.kind, base=identity, k=settings.k, training=figures))
     write_card(config.out)
@@ -75,12 +78,13 @@ def train_with(slm: LanguageModel, config: TrainConfig, workers: Workers | None 
 
 
 def _figures(
-    config: TrainConfig, state: State, groups: int, held_groups: int, trajectories: int, held: int
+    config: TrainConfig, state: State, paid: Paid, groups: int, held_groups: int, trajectories: int, held: int
 ) -> dict[str, Any]:
     """What ``selector.json`` remembers of the training."""
     return {
         "groups": groups,
         "trajectories": trajectories,
+        **({"paid_groups": paid.groups, "paid_left_out": paid.left_out} if config.paid else {}),
         "validation_groups": held_groups,
         "validation_trajectories": held,
         "agreement_untrained": round(state.looks[0].agreement, 4),
@@ -102,11 +106,12 @@ def _finished(config: TrainConfig, slm: LanguageModel, workers: Workers) -> bool
         "fit": config.fit.model_dump(mode="json"),
         "slm": BaseIdentity.of(slm).model_dump(exclude={"name"}),
         "rollouts": [_digest(folder / MANIFEST) for folder in config.rollouts],
+        **({"paid": [_digest(file) for file in config.paid]} if config.paid else {}),
     }
     file = config.out / SETTINGS
     if file.exists() and json.loads(file.read_text(encoding="utf-8")) != made_from:
         raise ConfigError(
-            f"{config.out} holds a selector of other settings, rollouts or weights.",
+            f"{config.out} holds a selector of other settings, rollouts, paid selections or weights.",
             hint="Train into another folder, or delete this one.",
         )
     if not file.exists() and workers.first:
