@@ -103,13 +103,14 @@ class JsonlTask:
 
     Raises:
         InputError: no such file, no prompts in it, broken lines, duplicate ids, answers missing.
+        ConfigError: math grading without its library.
     """
 
     def __init__(
         self, path: Path, grading: str, *, answers: bool = True, first: int = 0, count: int | None = None
     ) -> None:
         self.name = path.stem
-        self._right = GRADERS[grading]
+        self._grader = GRADERS[grading]()
         rows = list(_read_lines(path))[first : None if count is None else first + count]
         if not rows:
             raise InputError(f"{path} holds no prompts.", hint='Each line is {"prompt": ..., "answer": ...}.')
@@ -128,11 +129,11 @@ class JsonlTask:
 
     def grade(self, item: Item, text: str) -> bool:
         """As the chosen grader says."""
-        return self._right(text, item.source)
+        return self._grader.right(text, item.source)
 
     def vote(self, item: Item, text: str) -> str:
-        """The text's final answer."""
-        return final_answer(text)
+        """The text's final answer, in the grader's form."""
+        return self._grader.vote(item.id, text)
 
 
 def _read_lines(path: Path) -> Sequence[dict[str, Any]]:
