@@ -23,6 +23,7 @@ Message = dict[str, Any]
 """A message in OpenAI's format."""
 
 Split = Literal["train", "heldout", "hard"]
+Grading = Literal["exact", "numeric", "math"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class JsonlTask:
     """
 
     def __init__(
-        self, path: Path, grading: str, *, answers: bool = True, first: int = 0, count: int | None = None
+        self, path: Path, grading: Grading, *, answers: bool = True, first: int = 0, count: int | None = None
     ) -> None:
         self.name = path.stem
         self._grader = GRADERS[grading]()
@@ -193,7 +194,7 @@ class JsonlTaskConfig(BaseModel):
 
     task: Literal["jsonl"]
     path: Path
-    grading: Literal["exact", "numeric", "math"] = "numeric"
+    grading: Grading = "numeric"
     answers: bool = True
     first: int = Field(default=0, ge=0)
     count: int | None = Field(default=None, ge=1)
