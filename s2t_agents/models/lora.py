@@ -61,11 +61,13 @@ class Lora(nn.Module):
         return cls(found, rank, alpha)
 
     @contextmanager
-    def on(self, base: nn.Module) -> Iterator[None]:
-        """The base with the corrections added, until the block ends."""
+    def on(self, base: nn.Module, *, under: str = "") -> Iterator[None]:
+        """The base with the corrections added, until the block ends; ``under`` limits them to names that start so."""
         handles = []
         try:
             for name, layer in zip(self.names, self.layers, strict=True):
+                if not name.startswith(under):
+                    continue
                 hook = _adding(layer)
                 handles.append(base.get_submodule(name).register_forward_hook(hook))
             yield

@@ -99,7 +99,8 @@ def _finished(config: TrainConfig, slm: LanguageModel, workers: Workers) -> bool
     """
     made_from = {
         "kind": config.kind,
-        "fit": config.fit.model_dump(mode="json"),
+        # how memory is spent changes no weights: a run that had too little may go on with checkpointing
+        "fit": config.fit.model_dump(mode="json", exclude={"checkpointing"}),
         "slm": BaseIdentity.of(slm).model_dump(exclude={"name"}),
         "rollouts": [_digest(folder / MANIFEST) for folder in config.rollouts],
     }
