@@ -48,6 +48,12 @@ def test_rates_that_stay_are_not_mentioned():
     assert not said_by(DriftWatch(calibration(), escalations=True), 1000, 100, 20, 6)
 
 
+def test_a_small_shift_is_not_mentioned():
+    assert not said_by(DriftWatch(calibration()), 5000, 100, 24)
+    assert said_by(DriftWatch(calibration()), 5000, 100, 30)
+    assert said_by(DriftWatch(calibration()), 5000, 100, 12)
+
+
 def test_few_answers_or_few_steps_say_nothing():
     assert not said_by(DriftWatch(calibration()), FEWEST_ANSWERS - 1, 10 * FEWEST, 10 * FEWEST)
     assert not said_by(DriftWatch(calibration()), FEWEST - 1, 1, 1)

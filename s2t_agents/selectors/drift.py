@@ -17,6 +17,8 @@ Z_LIVE = 3.0
 """Standard errors around a live rate: it is looked at again after every answer, and must not cry wolf."""
 FEWEST = 1000
 """Steps before anything is said (triggered steps, for the escalation rate: a tenth of it)."""
+SLACK = 0.25
+"""Share by which a rate may differ besides: calibration reads the SLM's own answers, use follows corrected ones."""
 FEWEST_ANSWERS = 20
 """Answers before anything is said: the steps of one answer are alike, so few answers say little."""
 
@@ -65,11 +67,11 @@ class LiveRate:
         return max(0.0, min(low, p - half)), min(1.0, max(high, p + half))
 
     def left(self, expected: tuple[float, float], fewest: int) -> bool:
-        """Whether enough was seen, and it shares nothing with the expected interval."""
+        """Whether enough was seen, and it shares nothing with the expected interval and the slack around it."""
         if self.answers < FEWEST_ANSWERS or self.steps < fewest:
             return False
         low, high = self.interval
-        return low > expected[1] or high < expected[0]
+        return low > expected[1] * (1 + SLACK) or high < expected[0] * (1 - SLACK)
 
 
 class DriftWatch:
