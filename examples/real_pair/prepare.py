@@ -36,7 +36,7 @@ def prompt_of(row: dict[str, str]) -> tuple[str, str]:
 def prepare(source: Path, target: Path) -> int:
     """Convert a file; returns how many prompts were written. Problems without an answer are left out."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    rows = [prompt_of(json.loads(line)) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [prompt_of(json.loads(line)) for line in source.read_text(encoding="utf-8").split("\n") if line.strip()]
     lines = [
         json.dumps({"id": str(at), "prompt": prompt, "answer": answer}, ensure_ascii=False)
         for at, (prompt, answer) in enumerate(rows)

@@ -28,10 +28,11 @@ Kinds = Annotated[
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Whatever the package refuses becomes one line on stderr and exit code 2, as in ``cli.main``."""
+    """Whatever the package refuses becomes one line on stderr and exit code 2, as in ``cli.main``; so does a file
+    system that refuses."""
     try:
         yield
-    except S2TError as error:
+    except (S2TError, OSError) as error:
         typer.echo(f"s2t: {error}", err=True)
         raise typer.Exit(2) from error
 

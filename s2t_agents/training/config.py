@@ -367,7 +367,7 @@ def read_config(path: Path) -> Pipeline:
         found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} can not be read: {error.strerror}.", hint="Give a TOML file.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from error
     return checked(Pipeline, found, str(path))
 

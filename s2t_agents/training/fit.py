@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ..errors import InputError, S2TError
 from ..models.language_model import LanguageModel
+from ..models.writing import write_whole
 from .config import Fit
 from .losses import agreements, selection_loss
 from .objectives import Objective, autocast
 from .progress import bar
-from .shards import write_whole
 from .workers import Workers
 
 CHECKPOINT = "checkpoint.pt"
@@ -190,7 +190,6 @@ def _copy(selector: nn.Module) -> dict[str, Tensor]:
 def _save(
     file: Path, selector: nn.Module, optimiser: torch.optim.Optimizer, state: State, best: dict[str, Tensor]
 ) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(
         {"weights": selector.state_dict(), "optimiser": optimiser.state_dict(), "state": asdict(state), "best": best},

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
+from langchain_core.messages import convert_to_messages
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import ConfigError, InputError
@@ -139,9 +140,11 @@ class JsonlTask:
 
 def _read_lines(path: Path) -> Sequence[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators inside of strings
     except OSError as error:
         raise InputError(f"{path} can not be read: {error.strerror}.", hint="Give a JSONL file of prompts.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8: {error.reason} at byte {error.start}.") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -168,7 +171,17 @@ def _need_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _item(row: dict[str, Any]) -> Item:
     prompt = row["prompt"]
     messages = tuple(prompt) if isinstance(prompt, list) else ({"role": "user", "content": str(prompt)},)
-    return Item(row["id"], messages, tuple(row.get("tools", ())), str(row.get("answer", "")))
+    tools = row.get("tools") or []
+    try:
+        convert_to_messages(list(messages))
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise TypeError("tools must be a list of objects")
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise InputError(
+            f"the prompt with id {row['id']!r} can not be used: {error}.",
+            hint="A prompt is a string or a list of messages in OpenAI's format; tools are a list in the same.",
+        ) from error
+    return Item(row["id"], messages, tuple(tools), str(row.get("answer", "")))
 
 
 class DemoTaskConfig(BaseModel):
