@@ -1,5 +1,7 @@
 """The table: the same problems for all rows, decisions that are the engine's, figures that add up."""
 
+import json
+
 import pytest
 import torch
 from training_fixtures import QUICK, prompts, tiny_pair
@@ -79,6 +81,26 @@ def test_every_row_is_there_over_the_same_problems(report):
     assert {row.n for row in report.rows.values()} == {10}
     assert list(report.sweeps["k"])[1] == "llm_select, K = 1"
     assert len(report.sweeps["rate"]) == 2
+
+
+def test_the_table_as_json_has_the_rows_and_figures_of_the_method(pair, made):
+    slm, llm, _ = pair
+    rows = Rows(max_tokens=6, check=0, agreement=0, k=4, budgets=(0, 1, 2, 4, 8))
+    found = json.loads(evaluate_with(slm, llm, prompts(made, 3), settings(made, rows=rows)).model_dump_json())["rows"]
+    assert set(found) == {
+        "slm", "maj8", "random", "head", "activated", "published", "llm_select", "takeover",
+        "hybrid_0", "hybrid_1", "hybrid_2", "hybrid_4", "hybrid_8", "llm",
+    }  # fmt: skip
+    for row in found.values():
+        assert {"accuracy", "ci95", "llm_calls", "llm_tokens", "seconds", "trigger_rate", "cost_usd"} <= set(row)
+    assert found["hybrid_0"]["llm_calls"] == 0
+    assert found["hybrid_0"]["tokens"] == found[best_kind(made)]["tokens"]
+
+
+def best_kind(made) -> str:
+    """The kind that the hybrid rows take: the best held-out agreement."""
+    kinds = ("head", "activated", "published")
+    return max(kinds, key=lambda kind: SelectorConfig.load(made / kind).calibration.agreement)
 
 
 def test_the_engine_gives_the_same_tokens_one_by_one(report):
