@@ -120,7 +120,7 @@ class Fit(Settings):
         max_row: candidates in one forward; longer rows are split, their gradients added.
         bf16: autocast.
         checkpointing: activations of the adapters' layers are computed again in the backward pass instead of kept:
-            less memory for about a third more time, the same weights. The head has none to keep.
+            less memory for one more forward pass, the same weights. The head has none to keep.
         validation: share of items held back for early stopping.
         evaluate_every: optimiser steps between looks at them; checkpoints are written then.
         patience: looks without a better agreement before training stops.

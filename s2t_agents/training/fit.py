@@ -139,9 +139,11 @@ def _learn(
     (total,) = workers.add_up([total], base.device)
     norm = nn.utils.clip_grad_norm_(selector.parameters(), settings.clip)
     if not math.isfinite(total) or not torch.isfinite(norm):
+        step = state.looks[-1].step
+        kept = f"The checkpoint of step {step} is kept. " if step else ""
         raise S2TError(
             f"the loss is {total} and the gradient's norm {float(norm)} at step {state.step}; nothing was changed.",
-            hint=f"The checkpoint of step {state.looks[-1].step} is kept. Lower lr, or turn bf16 off.",
+            hint=f"{kept}Lower lr, or turn bf16 off.",
         )
     optimiser.step()
     state.step += 1
