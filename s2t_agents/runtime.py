@@ -27,6 +27,7 @@ from .models.loading import load_tokenizer
 from .request import Request
 from .selectors import LLMSelector, LocalLLM, Selector, calibrated_trigger, load_selector
 from .selectors.config import SelectorConfig
+from .selectors.drift import DriftWatch
 from .triggers import Trigger
 
 GRAMMARS_KEPT = 64
@@ -283,8 +284,11 @@ def build(settings: Settings) -> Runtime:
         escalation.llm.check(slm)
     calibration = config.calibration if config else None
     trigger = settings.trigger
+    drift: DriftWatch | None = None
     if trigger is None and config and calibration:
         trigger = calibrated_trigger(selector_path(str(settings.selector)), config)
+        by_margin = escalation is not None and escalation.margin is None and escalation.pacing is None
+        drift = DriftWatch(calibration, escalations=by_margin)
     engine = Engine(
         slm,
         k=settings.k or (config.k if config else 8),
@@ -293,5 +297,6 @@ def build(settings: Settings) -> Runtime:
         escalation=escalation,
         threshold=calibration.escalation_margin if calibration else DEFAULT_MARGIN,
         concurrency=settings.concurrency,
+        drift=drift,
     )
     return Runtime(engine, PromptEncoder(slm.tokenizer, template_args=settings.template_args), config)

@@ -130,7 +130,7 @@ def test_a_full_disk_is_named_and_whole_shards_are_kept(pair, tmp_path, monkeypa
         if len(calls) > 3:  # the manifest and two shards fit
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shard_files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(S2TError, match="shard-00002.*No space left on device.*is kept"):
         collect_with(slm, teacher, task, QUICK, tmp_path / "rollouts")
     assert sorted(files(tmp_path / "rollouts")) == [

@@ -9,7 +9,6 @@ from training_fixtures import QUICK, prompts, tiny_pair
 from s2t_agents.errors import ConfigError
 from s2t_agents.selectors import SelectorConfig, calibrated_trigger, load_selector
 from s2t_agents.selectors.config import BaseIdentity
-from s2t_agents.selectors.drift import DriftWatch
 from s2t_agents.selectors.learned_trigger import save_probe
 from s2t_agents.training.calibrate import calibrate_with
 from s2t_agents.training.collect import collect_with
@@ -135,18 +134,3 @@ def test_temperature_makes_confidence_mean_a_probability():
     assert expected_calibration_error(reliability(picks.values, picks.indices == right)) < 0.03
     overconfident = (scores / 0.1).softmax(-1).max(-1)
     assert expected_calibration_error(reliability(overconfident.values, overconfident.indices == right)) > 0.1
-
-
-def test_rates_that_left_their_interval_are_said_once(pair, selector, heldout):
-    found = calibrated(pair, selector, heldout, trigger_rate=0.2)
-    watch = DriftWatch(found)
-    assert watch.see(900, 500) is None  # too few steps to tell
-    said = watch.see(1100, 500)
-    assert "50.0% of 2000 steps were critical" in said
-    assert "calibration expects 20" in said
-    assert watch.see(5000, 5000) is None
-
-
-def test_rates_that_stay_are_not_mentioned(pair, selector, heldout):
-    watch = DriftWatch(calibrated(pair, selector, heldout, trigger_rate=0.2))
-    assert all(watch.see(100, 20) is None for _ in range(100))

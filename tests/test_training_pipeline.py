@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from s2t_agents.errors import ConfigError
 from s2t_agents.training import calibrate, fit, probe, shards, train
+from s2t_agents.training.choices import evaluation
 from s2t_agents.training.commands import BUNDLED, app
 from s2t_agents.training.config import read_config
 from s2t_agents.training.pipeline import pipeline
@@ -180,6 +181,21 @@ def test_eval_takes_any_task_file_n_and_selectors(folder, whole):
     report = json.loads(CliRunner().invoke(app, call).stdout)
     assert (report["n"], report["seed"], report["hybrid"]) == (2, 5, "head")
     assert "activated" not in report["rows"]
+
+
+def test_a_named_prompt_file_is_graded_as_asked_or_as_the_config_does(folder, whole):
+    config = read_config(folder / "whole.toml")
+    task = str(folder / "test.jsonl")
+
+    def graded(grading):
+        return evaluation(config, task, 2, 0, [], None, sweep=False, grading=grading).task.grading
+
+    assert (graded(None), graded("math")) == ("numeric", "math")
+    as_math = config.tasks.test.model_copy(update={"grading": "math"})
+    config = config.model_copy(update={"tasks": config.tasks.model_copy(update={"test": as_math})})
+    assert (graded(None), graded("exact")) == ("math", "exact")
+    shown = CliRunner().invoke(app, ["eval", str(folder / "whole.toml"), "--grading", "guess"])
+    assert (shown.exit_code, "grading is 'guess'" in shown.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from training_fixtures import save_model
 from typer.testing import CliRunner
 
+from s2t_agents import ChatS2T
 from s2t_agents.bench.train import run as bench
 from s2t_agents.errors import EscalationFailed
 from s2t_agents.testing import tiny_model
@@ -74,21 +77,34 @@ def script(name):
     return module
 
 
-def test_every_command_of_the_recipe(folder, server):
+def gsm8k(at: int, mark: str) -> dict[str, str]:
+    return {"question": f"{at} + {at}?{mark}", "answer": f"So it is.\n#### {2 * at}"}
+
+
+def math(at: int, mark: str) -> dict[str, str]:
+    return {"problem": f"Simplify ${at} + {at}/7$.{mark}", "solution": rf"It is $\boxed{{\frac{{{8 * at}}}{{7}}}}$."}
+
+
+def commands() -> list[list[str]]:
+    """The README's own command lines, in order."""
+    lines = [line.strip() for line in (RECIPE / "README.md").read_text().splitlines() if line.startswith("       ")]
+    return [line.split() for line in lines if line.startswith(("s2t ", "python examples"))]
+
+
+@pytest.mark.parametrize(("data", "row"), [("gsm8k", gsm8k), ("math", math)])
+def test_every_command_of_the_recipe(folder, server, data, row):
     url, _ = server
+    home = folder / data
+    home.mkdir()
     for part, count in (("train", 24), ("test", 4)):
-        rows = [{"question": f"{at} + {at}?", "answer": f"So it is.\n#### {2 * at}"} for at in range(count)]
-        rows[0]["question"] += part
-        (folder / f"{part}.gsm8k").write_text("\n".join(map(json.dumps, rows)))
-    written = script("prepare").prepare(folder / "train.gsm8k", folder / "runs/prompts/train.jsonl")
-    assert written == 24
-    script("prepare").prepare(folder / "test.gsm8k", folder / "runs/prompts/test.jsonl")
+        rows = [row(at, part if at == 0 else "") for at in range(count)]  # train and test share no prompt
+        (home / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = (RECIPE / "pair.toml").read_text()
     for real, tiny in (
         ("Qwen/Qwen2.5-1.5B-Instruct", str(folder / "slm")),
         ("Qwen/Qwen2.5-32B-Instruct", str(folder / "llm")),
         ("http://localhost:8000/v1", url),
-        ("runs/qwen", str(folder / "runs")),
+        ("runs/qwen", str(home / "runs")),
         ("count = 2000", "count = 16"),
         ("first = 2000\ncount = 300", "first = 16\ncount = 8"),
         ("max_tokens = 512", "max_tokens = 12"),
@@ -98,13 +114,31 @@ def test_every_command_of_the_recipe(folder, server):
     ):
         assert real in config, real
         config = config.replace(real, tiny)
-    (folder / "pair.toml").write_text(config)
-    for command in ("collect", "probe", "train", "calibrate", "eval"):
-        options = ["--out", str(folder / "runs/evaluation")] if command == "eval" else []
-        shown = CliRunner().invoke(app, [command, str(folder / "pair.toml"), *options])
-        assert shown.exit_code == 0, f"{command}: {shown.output}"
-    report = json.loads((folder / "runs/evaluation/report.json").read_text())
+    (home / "pair.toml").write_text(config)
+    here = {
+        "examples/real_pair/pair.toml": str(home / "pair.toml"),
+        "examples/real_pair/prepare.py": str(RECIPE / "prepare.py"),
+        "gsm8k/train.jsonl": str(home / "train.jsonl"),
+        "gsm8k/test.jsonl": str(home / "test.jsonl"),
+    }
+    run = []
+    for words in commands():
+        words = [here.get(word, word.replace("runs/qwen", str(home / "runs"))) for word in words]
+        run.append(words[1] if words[0] == "s2t" else "prepare")
+        if words[0] == "python":
+            done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=True)
+            assert done.stdout.endswith("prompts\n")
+            continue
+        shown = CliRunner().invoke(app, words[1:])
+        assert shown.exit_code == 0, f"{words}: {shown.output}"
+    assert run == ["prepare", "prepare", "collect", "probe", "train", "calibrate", "eval"]
+    made = home / "runs/evaluation"
+    report = json.loads((made / "report.json").read_text())
     assert {"slm", "activated", "head", "hybrid_2", "llm"} <= set(report["rows"])
+    assert set(report["sweeps"]) == {"k", "rate"}
+    assert {"pareto.png", "sweep-k.png", "sweep-rate.png"} <= {file.name for file in made.iterdir()}
+    answer = ChatS2T(model=str(folder / "slm"), selector=str(home / "runs/activated"), max_tokens=8).invoke("2 + 2?")
+    assert 1 <= answer.response_metadata["s2t"]["tokens"] <= 8
 
 
 def test_a_served_teacher_says_what_a_local_one_says(pair, folder, server):
@@ -148,7 +182,10 @@ def test_a_server_that_is_not_there_is_named(pair, folder, monkeypatch):
 def test_math_answers_are_read_from_their_boxes():
     prepare = script("prepare")
     assert prepare.boxed(r"so $\boxed{\frac{1}{2}}$.") == r"\frac{1}{2}"
-    assert prepare.prompt_of({"problem": "p", "solution": r"\boxed{3}, no: \boxed{4}"}) == ("p", "4")
+    assert prepare.prompt_of({"problem": "p", "solution": r"\boxed{3}, no: \boxed{4}"}) == (
+        "p" + prepare.ASK_BOXED,
+        "4",
+    )
     assert prepare.boxed("no box") == ""
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 ASK = "\n\nWork step by step, and end with: The answer is <number>."
+ASK_BOXED = "\n\nWork step by step, and put the final answer in \\boxed{}."
 
 
 def boxed(solution: str) -> str:
@@ -26,19 +27,19 @@ def boxed(solution: str) -> str:
 
 
 def prompt_of(row: dict[str, str]) -> tuple[str, str]:
-    """The question and its answer."""
+    """The question, with how to end, and its answer."""
     if "question" in row:
-        return row["question"], row["answer"].rpartition("####")[2].strip()
-    return row["problem"], row.get("answer") or boxed(row["solution"])
+        return row["question"] + ASK, row["answer"].rpartition("####")[2].strip()
+    return row["problem"] + ASK_BOXED, row.get("answer") or boxed(row["solution"])
 
 
 def prepare(source: Path, target: Path) -> int:
     """Convert a file; returns how many prompts were written. Problems without an answer are left out."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    rows = [prompt_of(json.loads(line)) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [prompt_of(json.loads(line)) for line in source.read_text(encoding="utf-8").split("\n") if line.strip()]
     lines = [
-        json.dumps({"id": str(at), "prompt": question + ASK, "answer": answer}, ensure_ascii=False)
-        for at, (question, answer) in enumerate(rows)
+        json.dumps({"id": str(at), "prompt": prompt, "answer": answer}, ensure_ascii=False)
+        for at, (prompt, answer) in enumerate(rows)
         if answer
     ]
     target.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

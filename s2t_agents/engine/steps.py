@@ -26,6 +26,7 @@ from ..models.language_model import LanguageModel
 from ..models.prefix import Prefix
 from ..proposal import Proposal
 from ..selectors.base import Selector, confidence_margin
+from ..selectors.drift import DriftWatch
 from ..selectors.question import Answer, Question
 from ..triggers import Trigger, entropy
 from ..types import Candidate, EscalationReport, Picker, Sampling, Step, Timings
@@ -64,6 +65,7 @@ class Engine:
         escalation: whom to ask when the selector is unsure; None asks nobody.
         threshold: the selector's calibrated escalation margin.
         concurrency: how many generations run at once, and who waits.
+        drift: told of every answer's steps; warns when they are not what the selector was calibrated on.
 
     Raises:
         ConfigError: K out of range.
@@ -79,6 +81,7 @@ class Engine:
         escalation: Escalation | None = None,
         threshold: float = DEFAULT_MARGIN,
         concurrency: Concurrency | None = None,
+        drift: DriftWatch | None = None,
     ) -> None:
         if not 1 <= k <= MAX_K:
             raise ConfigError(f"k is {k}; between 1 and {MAX_K} candidates can be scored at a step.")
@@ -86,6 +89,7 @@ class Engine:
         self.trigger = trigger or entropy(above=DEFAULT_ENTROPY)
         self.selector, self.escalation, self.threshold = selector, escalation, threshold
         self.gate = Gate(concurrency or Concurrency())
+        self.drift = drift
 
     def steps(
         self,
@@ -120,6 +124,8 @@ class Engine:
             desk = self.escalation.open(budget, threshold=self.threshold) if self.escalation else nullcontext()
             with desk as open_desk:
                 steps = self._loop(prefix, prompt[reused:], sampling, grammar, open_desk)
+                if self.drift is not None:
+                    steps = self.drift.watching(steps)
                 for first in islice(steps, 1):
                     yield replace(first, timings=replace(first.timings, queue=queued_s), reused_tokens=reused)
                 yield from steps

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import AdapterMismatch
 from .loading import read_tensors
+from .writing import write_whole
 
 PEFT_PREFIX = "base_model.model."
 
@@ -61,11 +62,13 @@ class Lora(nn.Module):
         return cls(found, rank, alpha)
 
     @contextmanager
-    def on(self, base: nn.Module) -> Iterator[None]:
-        """The base with the corrections added, until the block ends."""
+    def on(self, base: nn.Module, *, under: str = "") -> Iterator[None]:
+        """The base with the corrections added, until the block ends; ``under`` limits them to names that start so."""
         handles = []
         try:
             for name, layer in zip(self.names, self.layers, strict=True):
+                if not name.startswith(under):
+                    continue
                 hook = _adding(layer)
                 handles.append(base.get_submodule(name).register_forward_hook(hook))
             yield
@@ -75,7 +78,6 @@ class Lora(nn.Module):
 
     def save(self, path: Path, *, base_name: str) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT reads them."""
-        path.mkdir(parents=True, exist_ok=True)
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -87,13 +89,13 @@ class Lora(nn.Module):
             "target_modules": sorted({name.rsplit(".", 1)[-1] for name in self.names}),
             "inference_mode": True,
         }
-        (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_whole(path / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
         tensors: dict[str, Tensor] = {}
         for name, layer in zip(self.names, self.layers, strict=True):
             assert isinstance(layer, LoraLayer)
             tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.a.detach().cpu().contiguous()
             tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.b.detach().cpu().contiguous()
-        save_file(tensors, path / "adapter_model.safetensors")
+        write_whole(path / "adapter_model.safetensors", save(tensors))
 
     @classmethod
     def load(cls, path: Path, base: nn.Module) -> Lora:

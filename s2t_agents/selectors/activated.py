@@ -12,13 +12,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import AdapterMismatch
 from ..models.language_model import LanguageModel
 from ..models.loading import read_tensors
 from ..models.lora import Lora
+from ..models.writing import write_whole
 from ..proposal import Proposal
 from .base import LearnedSelector
 from .config import SelectorConfig
@@ -57,7 +58,7 @@ class ActivatedSelector(LearnedSelector):
     def save(self, path: Path, config: SelectorConfig) -> None:
         """Write a PEFT-compatible directory: adapter, score head, ``selector.json``."""
         self.lora.save(path, base_name=config.base.name)
-        save_file({"weight": self.head.weight.detach().cpu().contiguous()}, path / HEAD_FILE)
+        write_whole(path / HEAD_FILE, save({"weight": self.head.weight.detach().cpu().contiguous()}))
         config.save(path)
 
     @classmethod

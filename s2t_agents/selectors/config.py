@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import AdapterMismatch, ConfigError, ModelNotFound
 from ..models.language_model import LanguageModel
+from ..models.writing import write_whole
 
 CONFIG_FILE = "selector.json"
 
@@ -109,8 +110,7 @@ class SelectorConfig(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write ``selector.json`` into a directory."""
-        path.mkdir(parents=True, exist_ok=True)
-        (path / CONFIG_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_whole(path / CONFIG_FILE, (self.model_dump_json(indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> SelectorConfig:

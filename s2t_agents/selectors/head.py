@@ -8,12 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import AdapterMismatch
 from ..models.language_model import LanguageModel
 from ..models.loading import read_tensors
+from ..models.writing import write_whole
 from ..proposal import Proposal
 from .base import LearnedSelector
 from .config import SelectorConfig
@@ -59,9 +60,8 @@ class HeadSelector(LearnedSelector):
 
     def save(self, path: Path, config: SelectorConfig) -> None:
         """Write ``head.safetensors`` and ``selector.json``."""
-        path.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, path / WEIGHTS_FILE)
+        write_whole(path / WEIGHTS_FILE, save(tensors))
         config.save(path)
 
     @classmethod

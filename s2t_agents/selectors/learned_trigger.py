@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import AdapterMismatch, ConfigError
 from ..models.loading import read_tensors
+from ..models.writing import write_whole
 from ..triggers import Trigger, entropy, probe
 from .config import SelectorConfig
 
@@ -18,8 +19,8 @@ PROBE_FILE = "probe.safetensors"
 
 def save_probe(path: Path, weight: Tensor, bias: float) -> None:
     """Write a probe's ``weight`` ``[H + 1]`` and bias into a selector directory."""
-    path.mkdir(parents=True, exist_ok=True)
-    save_file({"weight": weight.float().cpu().contiguous(), "bias": torch.tensor([bias])}, path / PROBE_FILE)
+    tensors = {"weight": weight.float().cpu().contiguous(), "bias": torch.tensor([bias])}
+    write_whole(path / PROBE_FILE, save(tensors))
 
 
 def load_probe(path: Path, config: SelectorConfig) -> tuple[Tensor, float]:

@@ -18,7 +18,7 @@ from collections import deque
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import AdapterMismatch
@@ -26,6 +26,7 @@ from ..models.language_model import LanguageModel
 from ..models.loading import read_tensors
 from ..models.lora import Lora
 from ..models.prefix import Prefix
+from ..models.writing import write_whole
 from ..proposal import Proposal
 from .base import LearnedSelector
 from .config import SelectorConfig
@@ -78,7 +79,7 @@ class PublishedSelector(LearnedSelector):
     def save(self, path: Path, config: SelectorConfig) -> None:
         """Write a PEFT-compatible directory: adapter, score rows, ``selector.json``."""
         self.lora.save(path, base_name=config.base.name)
-        save_file({"weight": self.rows.weight.detach().cpu().contiguous()}, path / ROWS_FILE)
+        write_whole(path / ROWS_FILE, save({"weight": self.rows.weight.detach().cpu().contiguous()}))
         config.save(path)
 
     @classmethod

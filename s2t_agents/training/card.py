@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..models.writing import write_whole
 from ..selectors.config import Calibration, SelectorConfig
 
 
@@ -14,7 +15,7 @@ def write_card(folder: Path) -> None:
     parts.append(
         _calibration(config.calibration) if config.calibration else "Not calibrated yet: run `s2t calibrate`.\n"
     )
-    (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
+    write_whole(folder / "README.md", "\n".join(parts).encode())
 
 
 def _head(config: SelectorConfig) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..models.bundled import SELECTORS
 from ..selectors.config import CONFIG_FILE, SelectorConfig
 from .config import EvaluateConfig, Kind, Pipeline, Rows
-from .tasks import DemoTaskConfig, JsonlTaskConfig, TaskConfig
+from .tasks import DemoTaskConfig, Grading, JsonlTaskConfig, TaskConfig
 
 SEED_STRIDE = 100_000
 """Problems between the first ones of two seeds, so that different seeds share no problem."""
@@ -26,14 +26,20 @@ def evaluation(
     out: Path | None,
     *,
     sweep: bool,
+    grading: Grading | None = None,
 ) -> EvaluateConfig:
-    """The evaluation that a command line asks for, over what the config says."""
+    """The evaluation that a command line asks for, over what the config says.
+
+    A prompt file that is named here is graded as ``grading`` says, else as the config grades its own test prompts.
+    """
+    own = pipeline.tasks.test
+    graded: Grading = grading or (own.grading if isinstance(own, JsonlTaskConfig) else "numeric")
     rows = pipeline.evaluate
     if sweep:
         rows = Rows(**{**rows.model_dump(), "ks": KS, "rates": RATES})
     return EvaluateConfig(
         models=pipeline.models,
-        task=pipeline.tasks.test if task is None else task_named(task, n, seed),
+        task=own if task is None else task_named(task, n, seed, graded),
         selectors=found_selectors(pipeline, selectors),
         out=out,
         rows=rows,
@@ -41,14 +47,14 @@ def evaluation(
     )
 
 
-def task_named(name: str, n: int, seed: int) -> TaskConfig:
+def task_named(name: str, n: int, seed: int, grading: Grading = "numeric") -> TaskConfig:
     """``demo`` and ``hard`` are splits of the demo world, ``talk``, ``call`` and ``tool`` kinds of it; else a file."""
     first = seed * SEED_STRIDE
     if name in ("demo", "hard"):
         return DemoTaskConfig(split="hard" if name == "hard" else "heldout", first=first, count=n)
     if name in ("talk", "call", "tool", "word"):
         return DemoTaskConfig(split="heldout", first=first, count=n, kinds=(name,))
-    return JsonlTaskConfig(task="jsonl", path=Path(name), count=n)
+    return JsonlTaskConfig(task="jsonl", path=Path(name), grading=grading, count=n)
 
 
 def found_selectors(pipeline: Pipeline, given: Sequence[Path]) -> dict[Kind, Path]:

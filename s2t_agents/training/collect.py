@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import ConfigError, TokenizerMismatch
+from ..errors import ConfigError, S2TError, TokenizerMismatch
 from ..models.fingerprint import shared_ids
 from ..models.language_model import LanguageModel
 from ..selectors import LocalSelector, SelectorConfig, load_selector
@@ -19,7 +19,7 @@ from ..selectors.config import CONFIG_FILE
 from .config import CollectConfig, Models, Rollouts
 from .deciders import Corrected, Greedy, Local, Sampled, entropy_above
 from .dialogue import Answer, MakeDecider, Speaker, converse
-from .labels import LocalTeacher, Teacher, label
+from .labels import Labels, LocalTeacher, Teacher, label
 from .progress import bar
 from .scorers import scorer_for
 from .shards import MANIFEST, Manifest, ModelIdentity, Shard, open_folder, write_shard
@@ -39,7 +39,7 @@ def collect(config: CollectConfig) -> Path:
         InputError: prompts that can not be used.
         TokenizerMismatch: SLM and LLM do not share ids.
         ConfigError: the folder holds other rollouts.
-        S2TError: the disk is full; whole shards are kept.
+        S2TError: the disk is full, or a model gives no numbers; whole shards are kept.
     """
     if not config.rollouts.greedy and not config.rollouts.samples:
         raise ConfigError("collect makes no rollouts: greedy is off and samples is 0.")
@@ -65,12 +65,13 @@ def collect_with(slm: LanguageModel, teacher: Teacher, task: Task, settings: Rol
     )
     todo = open_folder(out, manifest)
     speaker = Speaker(slm)
-    with bar(f"collect {task.name}", len(todo) * size) as progress:
+    left = sum(min(size, len(task.items) - number * size) for number in todo)
+    with bar(f"collect {task.name}", left) as progress:
         for number in todo:
             items = task.items[number * size : (number + 1) * size]
             answers = _answers(speaker, task, items, settings, policy)
             write_shard(out, number, _labelled(slm, teacher, task, answers, number * size, settings.k))
-            progress.advance(size)
+            progress.advance(len(items))
 
 
 def open_teacher(models: Models, slm: LanguageModel) -> Teacher:
@@ -151,6 +152,15 @@ def _drawn(items: Sequence[Item], settings: Rollouts, sample: int) -> MakeDecide
     return make
 
 
+def _check_numbers(slm: LanguageModel, teacher: Teacher, labels: Sequence[Labels]) -> None:
+    for who, name in (("slm", slm.name), ("llm", teacher.identity.name)):
+        if any(torch.isnan(getattr(each, who)).any() for each in labels):
+            raise S2TError(
+                f"{name!r} gives log-probabilities that are no numbers (NaN); this shard was not written.",
+                hint="Shards before it are kept. Take another dtype: float16 overflows in some models.",
+            )
+
+
 def _labelled(slm: LanguageModel, teacher: Teacher, task: Task, answers: Sequence[Answer], first: int, k: int) -> Shard:
     """The shard of these answers; ``first`` is the place of the shard's first item."""
     place = {answer.item.id: first + at for at, answer in reversed(list(enumerate(answers)))}
@@ -159,6 +169,7 @@ def _labelled(slm: LanguageModel, teacher: Teacher, task: Task, answers: Sequenc
     ]
     owners = [answer for answer in answers for _ in answer.traces]
     labels = label(slm, teacher, trajectories, k)
+    _check_numbers(slm, teacher, labels)
 
     def flat(name: str, dtype: torch.dtype) -> torch.Tensor:
         return torch.cat([getattr(each, name) for each in labels]).to("cpu", dtype)

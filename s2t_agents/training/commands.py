@@ -28,10 +28,11 @@ Kinds = Annotated[
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Whatever the package refuses becomes one line on stderr and exit code 2, as in ``cli.main``."""
+    """Whatever the package refuses becomes one line on stderr and exit code 2, as in ``cli.main``; so does a file
+    system that refuses."""
     try:
         yield
-    except S2TError as error:
+    except (S2TError, OSError) as error:
         typer.echo(f"s2t: {error}", err=True)
         raise typer.Exit(2) from error
 
@@ -127,6 +128,9 @@ def evaluate(
     task: Annotated[
         str | None, typer.Option(help="demo, hard, or a JSONL file; the config's test task by default.")
     ] = None,
+    grading: Annotated[
+        str | None, typer.Option(help="Of a JSONL file: exact, numeric or math; as the config's test task by default.")
+    ] = None,
     n: Annotated[int, typer.Option(min=1, help="Problems.")] = 500,
     seed: Annotated[int, typer.Option(min=0, help="Of problems, lots and votes.")] = 0,
     selector: Annotated[list[Path] | None, typer.Option(help="Selector directories; the config's by default.")] = None,
@@ -138,10 +142,13 @@ def evaluate(
     from .choices import evaluation
     from .config import read_config
     from .evaluate import evaluate as run
+    from .grading import GRADERS
     from .report import table
 
     with _one_line_errors():
-        settings = evaluation(read_config(config), task, n, seed, selector or [], out, sweep=sweep)
+        if grading not in (None, *GRADERS):
+            raise ConfigError(f"grading is {grading!r}; it must be exact, numeric or math.")
+        settings = evaluation(read_config(config), task, n, seed, selector or [], out, sweep=sweep, grading=grading)  # type: ignore[arg-type]
         report = run(settings)
         _show(json, report, lambda: table(report))
         for what, rows in report.sweeps.items():

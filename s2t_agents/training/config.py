@@ -119,6 +119,8 @@ class Fit(Settings):
         adapter: LoRA of the other kinds.
         max_row: candidates in one forward; longer rows are split, their gradients added.
         bf16: autocast.
+        checkpointing: activations of the adapters' layers are computed again in the backward pass instead of kept:
+            less memory for one more forward pass, the same weights. The head has none to keep.
         validation: share of items held back for early stopping.
         evaluate_every: optimiser steps between looks at them; checkpoints are written then.
         patience: looks without a better agreement before training stops.
@@ -140,6 +142,7 @@ class Fit(Settings):
     adapter: Adapter = Adapter()
     max_row: int = Field(default=512, ge=1)
     bf16: bool = False
+    checkpointing: bool = False
     validation: float = Field(default=0.08, gt=0, lt=1)
     evaluate_every: int = Field(default=50, ge=1)
     patience: int = Field(default=6, ge=1)
@@ -375,7 +378,7 @@ def read_config(path: Path) -> Pipeline:
         found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} can not be read: {error.strerror}.", hint="Give a TOML file.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from error
     return checked(Pipeline, found, str(path))
 

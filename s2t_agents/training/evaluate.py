@@ -16,6 +16,7 @@ import torch
 from ..errors import ConfigError
 from ..models.batch_prefix import BatchPrefix
 from ..models.language_model import LanguageModel
+from ..models.writing import write_whole
 from .collect import check_same_ids
 from .config import EvaluateConfig, Rows
 from .dialogue import Answer, Speaker, converse
@@ -26,7 +27,7 @@ from .plots import draw
 from .progress import bar
 from .report import EvalReport, RowReport, Tally
 from .rows import Ready, Row, RowMaker
-from .shards import ModelIdentity, write_whole
+from .shards import ModelIdentity
 from .tasks import Item, Task
 
 
@@ -41,7 +42,6 @@ def evaluate(config: EvaluateConfig) -> EvalReport:
     check_same_ids(slm, llm)
     report = evaluate_with(slm, llm, config.task.open(), config)
     if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
         write_whole(config.out / "report.json", (report.model_dump_json(indent=2) + "\n").encode())
         draw(report, config.out)
     return report

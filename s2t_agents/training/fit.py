@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ..errors import InputError, S2TError
 from ..models.language_model import LanguageModel
+from ..models.writing import write_whole
 from .config import Fit
 from .losses import agreements, selection_loss
 from .objectives import Objective, autocast
 from .progress import bar
-from .shards import write_whole
 from .workers import Workers
 
 CHECKPOINT = "checkpoint.pt"
@@ -139,9 +139,11 @@ def _learn(
     (total,) = workers.add_up([total], base.device)
     norm = nn.utils.clip_grad_norm_(selector.parameters(), settings.clip)
     if not math.isfinite(total) or not torch.isfinite(norm):
+        step = state.looks[-1].step
+        kept = f"The checkpoint of step {step} is kept. " if step else ""
         raise S2TError(
             f"the loss is {total} and the gradient's norm {float(norm)} at step {state.step}; nothing was changed.",
-            hint=f"The checkpoint of step {state.looks[-1].step} is kept. Lower lr, or turn bf16 off.",
+            hint=f"{kept}Lower lr, or turn bf16 off.",
         )
     optimiser.step()
     state.step += 1
@@ -190,7 +192,6 @@ def _copy(selector: nn.Module) -> dict[str, Tensor]:
 def _save(
     file: Path, selector: nn.Module, optimiser: torch.optim.Optimizer, state: State, best: dict[str, Tensor]
 ) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(
         {"weights": selector.state_dict(), "optimiser": optimiser.state_dict(), "state": asdict(state), "best": best},

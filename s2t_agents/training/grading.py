@@ -5,11 +5,48 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
+from typing import Protocol
 
-from ..errors import ConfigError
+from .equivalence import MathEquivalence
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _MARKED = re.compile(r"(?:answer is|####|\\boxed\{)\s*\$?(-?\d[\d,]*(?:\.\d+)?)", re.IGNORECASE)
+
+
+class Grader(Protocol):
+    """Judges the texts of one task."""
+
+    def right(self, text: str, answer: str) -> bool:
+        """Whether a whole text gives this answer."""
+        ...
+
+    def vote(self, item: str, text: str) -> str:
+        """The text's answer to the item of this id, in a form in which equal answers are equal strings."""
+        ...
+
+
+class Exact:
+    """The same text, apart from white space at the ends."""
+
+    def right(self, text: str, answer: str) -> bool:
+        """See ``exact``."""
+        return exact(text, answer)
+
+    def vote(self, item: str, text: str) -> str:
+        """The text."""
+        return text.strip()
+
+
+class Numeric:
+    """The same final number."""
+
+    def right(self, text: str, answer: str) -> bool:
+        """See ``numeric``."""
+        return numeric(text, answer)
+
+    def vote(self, item: str, text: str) -> str:
+        """See ``final_answer``."""
+        return final_answer(text)
 
 
 def final_number(text: str) -> Decimal | None:
@@ -38,19 +75,4 @@ def numeric(text: str, answer: str) -> bool:
     return number is not None and number == final_number(answer)
 
 
-def math(text: str, answer: str) -> bool:
-    """Mathematically equal, as the math-verify library judges.
-
-    Raises:
-        ConfigError: the library is not installed.
-    """
-    try:
-        from math_verify import parse, verify  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise ConfigError(
-            'grading = "math" needs the math-verify library.', hint="pip install math-verify, or use numeric grading."
-        ) from error
-    return bool(verify(parse(answer), parse(text)))
-
-
-GRADERS: dict[str, Callable[[str, str], bool]] = {"exact": exact, "numeric": numeric, "math": math}
+GRADERS: dict[str, Callable[[], Grader]] = {"exact": Exact, "numeric": Numeric, "math": MathEquivalence}

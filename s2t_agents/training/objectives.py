@@ -8,7 +8,7 @@ published   the same, but the adapter is on for the prefix too, and gradients fl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from ..models.batch_prefix import left_padded
+from ..models.checkpointing import recomputed
 from ..models.language_model import LanguageModel
 from ..models.lora import Lora
 from ..selectors import LocalSelector
@@ -84,6 +85,7 @@ class AdapterObjective:
         selector: activated or published.
         examples: those without groups are left out.
         max_row: candidates per row and forward.
+        checkpointing: activations are computed again in the backward pass instead of kept.
         tokens: prefix tokens and candidates per forward, padding included.
     """
 
@@ -93,11 +95,12 @@ class AdapterObjective:
         examples: Sequence[Example],
         *,
         max_row: int,
+        checkpointing: bool = False,
         tokens: int = 4096,
     ) -> None:
         self._selector = selector
         self._examples = [example for example in examples if len(example.positions)]
-        self._max_row, self._tokens = max_row, tokens
+        self._max_row, self._tokens, self._checkpointing = max_row, tokens, checkpointing
         self.sizes = [len(example.positions) for example in self._examples]
 
     def pieces(self, units: Sequence[int]) -> Iterator[Scored]:
@@ -133,15 +136,23 @@ class AdapterObjective:
 
     def _after(self, ids: Tensor, mask: Tensor, candidates: Tensor, positions: Tensor) -> Tensor:
         """Hidden states ``[B, M * K, H]`` after the candidates."""
-        base, lora = self._selector.base, self._selector.lora
+        base = self._selector.base
         on_prefix = isinstance(self._selector, PublishedSelector)
         cache = DynamicCache()
         with base.lock:
-            with lora.on(base.model) if on_prefix else torch.no_grad():
+            with self._adapted() if on_prefix else torch.no_grad():
                 base.read_rows(ids, mask, cache, 1)
-            with lora.on(base.model):
+            with self._adapted():
                 rows = candidates.to(base.device), positions.to(base.device)
                 return base.candidate_rows(*rows, mask, cache)
+
+    @contextmanager
+    def _adapted(self) -> Iterator[None]:
+        """The adapter is on, and activations are kept or not."""
+        base, lora = self._selector.base, self._selector.lora
+        spared = recomputed(base.model, base.decoder, lora) if self._checkpointing else nullcontext()
+        with lora.on(base.model), spared:
+            yield
 
 
 def fresh_selector(base: LanguageModel, kind: Kind, fit: Fit) -> LocalSelector:
@@ -161,7 +172,7 @@ def objective_for(
     """The objective of a selector over some examples."""
     if isinstance(selector, HeadSelector):
         return HeadObjective(selector, examples, hidden)
-    return AdapterObjective(selector, examples, max_row=fit.max_row)
+    return AdapterObjective(selector, examples, max_row=fit.max_row, checkpointing=fit.checkpointing)
 
 
 def autocast(base: LanguageModel, bf16: bool) -> torch.autocast | nullcontext[None]:

@@ -65,6 +65,5 @@ def calibrate_kind(config: Pipeline, kind: Kind, slm: LanguageModel) -> Calibrat
     """Calibrate one selector and draw its reliability beside the others'."""
     calibration = calibrate_with(slm, config.calibrating(kind))
     folder = config.out / "calibration"
-    folder.mkdir(parents=True, exist_ok=True)
     draw_reliability(calibration, folder / f"reliability-{kind}.png")
     return calibration

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..models.writing import write_whole
 from ..selectors.config import Calibration
 from .report import EvalReport, RowReport
 
@@ -93,6 +95,8 @@ def _point(axis: Any, x: float, row: RowReport) -> None:
 
 def _saved(pyplot: Any, figure: Any, axis: Any, file: Path) -> Path:
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
     pyplot.close(figure)
+    write_whole(file, drawn.getvalue())
     return file

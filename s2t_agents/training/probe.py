@@ -15,13 +15,14 @@ from rich.table import Table
 from torch import Tensor
 
 from ..models.language_model import LanguageModel
+from ..models.writing import write_whole
 from ..selectors.config import SelectorConfig
 from ..selectors.learned_trigger import PROBE_FILE, load_probe
 from .config import ProbeConfig
 from .disagreement import Probe, hidden_along
 from .groups import choose, read_for, threshold_for
 from .plots import draw_hits
-from .shards import Shard, write_whole
+from .shards import Shard
 from .statistics import roc_auc, wilson
 
 RATES = (0.01, 0.05, 0.1)
@@ -73,11 +74,11 @@ def probe(config: ProbeConfig) -> Sufficiency:
 
     Raises:
         ModelNotFound, InputError, ConfigError: no rollouts, unfinished ones, or those of another model.
+        AdapterMismatch: the selector's probe was learned on another model.
     """
     slm = config.models.load_slm()
     report = probe_with(slm, config)
     if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
         write_whole(config.out / "sufficiency.json", (report.model_dump_json(indent=2) + "\n").encode())
         lines: dict[str, Sequence[float]] = {f"top {row.rate:.0%} by {row.by}": row.hits for row in report.rows}
         draw_hits(lines, config.out / "sufficiency.png")
@@ -132,7 +133,9 @@ def _learned(slm: LanguageModel, config: ProbeConfig) -> Tensor | None:
     """``[N]`` the learned probe's probabilities, in the order of the shards' steps."""
     if config.selector is None or not (Path(config.selector) / PROBE_FILE).exists():
         return None
-    fitted = Probe(*load_probe(config.selector, SelectorConfig.load(config.selector)))
+    kept = SelectorConfig.load(config.selector)
+    kept.check_base(slm)
+    fitted = Probe(*load_probe(config.selector, kept))
     examples = choose(read_for(slm, [config.rollouts], 1), k=1, rate=1.0, kl_rate=0.0)
     hidden = hidden_along(slm, examples)
     return torch.cat([fitted.probabilities(h, e.entropy) for h, e in zip(hidden, examples, strict=True)])

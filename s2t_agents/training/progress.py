@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+WINDOW_S = 3600.0
+"""Seconds that a rate looks back: a shard or a batch of problems may take minutes."""
 
 
 class Rate(TextColumn):
@@ -28,6 +32,7 @@ class Bar:
     def __init__(self, progress: Progress, what: str, total: float) -> None:
         self._progress = progress
         self._id = progress.add_task(what, total=total)
+        progress.advance(self._id, 0)  # the rate counts from here, not from the first piece of work that is done
 
     def advance(self, by: float = 1) -> None:
         """So much more is done."""
@@ -42,6 +47,20 @@ class Bar:
 def bar(what: str, total: float) -> Iterator[Bar]:
     """A bar for a block of work; silent where stderr is no terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with progress_on(console) as progress:
         yield Bar(progress, what, total)
+
+
+def progress_on(console: Console, clock: Callable[[], float] = time.monotonic) -> Progress:
+    """The columns of every bar."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        get_time=clock,
+        speed_estimate_period=WINDOW_S,
+    )

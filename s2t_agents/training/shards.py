@@ -8,7 +8,6 @@ runs/demo/rollouts/
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..errors import ConfigError, InputError, ModelNotFound, S2TError
+from ..errors import ConfigError, InputError, ModelNotFound
 from ..models.language_model import LanguageModel
+from ..models.writing import write_whole
 
 MANIFEST = "manifest.json"
 
@@ -118,26 +118,6 @@ def write_shard(folder: Path, number: int, shard: Shard) -> None:
     write_whole(shard_file(folder, number), data)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file in one move, on disk before it counts.
-
-    Raises:
-        S2TError: naming the file and what the system said.
-    """
-    half = path.with_name(f".{path.name}.part")
-    try:
-        with half.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        half.replace(path)
-    except OSError as error:
-        half.unlink(missing_ok=True)
-        raise S2TError(
-            f"{path} could not be written: {error.strerror}.", hint="What was written before is kept; run again."
-        ) from error
-
-
 def open_folder(folder: Path, manifest: Manifest) -> list[int]:
     """Begin or continue a folder of rollouts.
 
@@ -145,7 +125,8 @@ def open_folder(folder: Path, manifest: Manifest) -> list[int]:
         Numbers of the shards that are still to be made.
 
     Raises:
-        ConfigError: the folder holds rollouts of other models, prompts or settings.
+        ConfigError: the folder holds rollouts of other models, prompts or settings, or nobody knows of what.
+        S2TError: it can not be written.
     """
     file = folder / MANIFEST
     if file.exists():
@@ -158,7 +139,11 @@ def open_folder(folder: Path, manifest: Manifest) -> list[int]:
                 hint="Collect into another folder, or delete this one.",
             )
     else:
-        folder.mkdir(parents=True, exist_ok=True)
+        if any(shard_file(folder, number).exists() for number in range(manifest.shards)):
+            raise ConfigError(
+                f"{folder} holds shards, but {MANIFEST} is missing: nobody knows what they were made from.",
+                hint="Collect into another folder, or delete this one.",
+            )
         write_whole(file, (manifest.model_dump_json(indent=2) + "\n").encode())
     return [number for number in range(manifest.shards) if not shard_file(folder, number).exists()]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
+from langchain_core.messages import convert_to_messages
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import ConfigError, InputError
@@ -23,6 +24,7 @@ Message = dict[str, Any]
 """A message in OpenAI's format."""
 
 Split = Literal["train", "heldout", "hard"]
+Grading = Literal["exact", "numeric", "math"]
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,14 @@ class JsonlTask:
 
     Raises:
         InputError: no such file, no prompts in it, broken lines, duplicate ids, answers missing.
+        ConfigError: math grading without its library.
     """
 
     def __init__(
-        self, path: Path, grading: str, *, answers: bool = True, first: int = 0, count: int | None = None
+        self, path: Path, grading: Grading, *, answers: bool = True, first: int = 0, count: int | None = None
     ) -> None:
         self.name = path.stem
-        self._right = GRADERS[grading]
+        self._grader = GRADERS[grading]()
         rows = list(_read_lines(path))[first : None if count is None else first + count]
         if not rows:
             raise InputError(f"{path} holds no prompts.", hint='Each line is {"prompt": ..., "answer": ...}.')
@@ -128,18 +131,20 @@ class JsonlTask:
 
     def grade(self, item: Item, text: str) -> bool:
         """As the chosen grader says."""
-        return self._right(text, item.source)
+        return self._grader.right(text, item.source)
 
     def vote(self, item: Item, text: str) -> str:
-        """The text's final answer."""
-        return final_answer(text)
+        """The text's final answer, in the grader's form."""
+        return self._grader.vote(item.id, text)
 
 
 def _read_lines(path: Path) -> Sequence[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators inside of strings
     except OSError as error:
         raise InputError(f"{path} can not be read: {error.strerror}.", hint="Give a JSONL file of prompts.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8: {error.reason} at byte {error.start}.") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -166,7 +171,17 @@ def _need_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _item(row: dict[str, Any]) -> Item:
     prompt = row["prompt"]
     messages = tuple(prompt) if isinstance(prompt, list) else ({"role": "user", "content": str(prompt)},)
-    return Item(row["id"], messages, tuple(row.get("tools", ())), str(row.get("answer", "")))
+    tools = row.get("tools") or []
+    try:
+        convert_to_messages(list(messages))
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise TypeError("tools must be a list of objects")
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise InputError(
+            f"the prompt with id {row['id']!r} can not be used: {error}.",
+            hint="A prompt is a string or a list of messages in OpenAI's format; tools are a list in the same.",
+        ) from error
+    return Item(row["id"], messages, tuple(tools), str(row.get("answer", "")))
 
 
 class DemoTaskConfig(BaseModel):
@@ -192,7 +207,7 @@ class JsonlTaskConfig(BaseModel):
 
     task: Literal["jsonl"]
     path: Path
-    grading: Literal["exact", "numeric", "math"] = "numeric"
+    grading: Grading = "numeric"
     answers: bool = True
     first: int = Field(default=0, ge=0)
     count: int | None = Field(default=None, ge=1)

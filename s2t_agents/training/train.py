@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError, InputError
 from ..models.language_model import LanguageModel
+from ..models.writing import write_whole
 from ..selectors.config import BaseIdentity, SelectorConfig
 from ..selectors.learned_trigger import save_probe
 from .card import write_card
@@ -18,7 +19,7 @@ from .fit import CHECKPOINT, State, fit
 from .groups import choose, read_for, split
 from .objectives import fresh_selector, objective_for
 from .paid import Paid, read_paid
-from .shards import MANIFEST, write_whole
+from .shards import MANIFEST
 from .workers import Workers
 
 SETTINGS = "training.json"
@@ -103,23 +104,30 @@ def _finished(config: TrainConfig, slm: LanguageModel, workers: Workers) -> bool
     """
     made_from = {
         "kind": config.kind,
-        "fit": config.fit.model_dump(mode="json"),
+        # how memory is spent changes no weights: a run that had too little may go on with checkpointing
+        "fit": config.fit.model_dump(mode="json", exclude={"checkpointing"}),
         "slm": BaseIdentity.of(slm).model_dump(exclude={"name"}),
         "rollouts": [_digest(folder / MANIFEST) for folder in config.rollouts],
         **({"paid": [_digest(file) for file in config.paid]} if config.paid else {}),
     }
     file = config.out / SETTINGS
-    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != made_from:
+    if file.exists() and _read(file) != made_from:
         raise ConfigError(
             f"{config.out} holds a selector of other settings, rollouts, paid selections or weights.",
             hint="Train into another folder, or delete this one.",
         )
     if not file.exists() and workers.first:
-        config.out.mkdir(parents=True, exist_ok=True)
         write_whole(file, (json.dumps(made_from, indent=2) + "\n").encode())
     finished = (config.out / "selector.json").exists()
     workers.wait()  # nobody writes before everybody has looked
     return finished
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}.", hint="Delete the folder to train anew.") from error
 
 
 def _digest(file: Path) -> str | None:
