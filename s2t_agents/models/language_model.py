@@ -212,7 +212,7 @@ class LanguageModel:
                 self.decoder(**inputs)
         hidden, at = kept[0], iter(range(len(last)))
         return [
-            (out.logits[0, next(at)].float(), hidden[end - 1])
+            (out.logits[0, next(at)].float(), hidden[end - 1].clone())
             if isinstance(part, Segment)
             else hidden[end - len(part.ids) : end]
             for end, part in zip(ends, parts, strict=True)
@@ -334,5 +334,11 @@ class LanguageModel:
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
-    def _keep_hidden(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._last_hidden = args[0]
+    def _keep_hidden(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        if (
+            hidden.ndim == 3 and hidden.shape[1] == 1
+        ):  # a view of a prompt's last token: torch would copy the output layer for its strides
+            hidden = hidden.clone(memory_format=torch.contiguous_format)
+        self._last_hidden = hidden
+        return hidden, *args[1:]
