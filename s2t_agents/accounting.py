@@ -67,8 +67,8 @@ class Account:
 
     @property
     def cost(self) -> Cost:
-        """USD; the local part is measured device-seconds at the device's price."""
-        seconds = sum(step.timings.propose + step.timings.select + step.timings.grammar for step in self.steps)
+        """USD; the local part prices the answer's share of the forwards that it took part in, in device-seconds."""
+        seconds = sum(step.timings.compute for step in self.steps)
         local = self.device_price.cost(seconds) if self.device_price else None
         charges = [step.escalation.actual for step in self.steps if step.escalation and step.escalation.actual]
         known = [charge.usd for charge in charges if charge.usd is not None]

@@ -65,13 +65,18 @@ class EscalationReport:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds spent in each verb of one step; ``queue`` is the wait before a generation's first."""
+    """Seconds spent in each verb of one step.
+
+    ``queue`` is the wait before a generation's first. ``compute`` is no verb: the step's share of the forwards of the
+    SLM that it took part in, divided by rows among all who did. It is what local compute is billed by.
+    """
 
     propose: float = 0.0
     grammar: float = 0.0
     select: float = 0.0
     escalate: float = 0.0
     queue: float = 0.0
+    compute: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

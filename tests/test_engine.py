@@ -132,9 +132,9 @@ def test_nothing_is_computed_before_it_is_asked_for_and_closing_stops_the_model(
     forwards: list[int] = []
     real = model.step
 
-    def counted(ids: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+    def counted(ids: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         forwards.append(len(ids))
-        return real(ids, cache)
+        return real(ids, *rest)
 
     monkeypatch.setattr(model, "step", counted)
     steps = Engine(model, escalation=Escalation(llm)).steps(PROMPT, Sampling(max_tokens=50))

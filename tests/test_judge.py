@@ -106,7 +106,7 @@ def test_kept_tokens_cost_no_decision_and_are_read_in_one_forward(monkeypatch: p
     llm = judge(first_shown, preview_tokens=6)
     forwards: list[int] = []
     real = model.step
-    monkeypatch.setattr(model, "step", lambda ids, cache: (forwards.append(len(ids)), real(ids, cache))[1])
+    monkeypatch.setattr(model, "step", lambda ids, *rest: (forwards.append(len(ids)), real(ids, *rest))[1])
     steps = answer(llm, always(), model=model)
     assert len(steps) == 20
     assert len(llm.chat.asked) == sum(step.triggered for step in steps) == len(forwards)  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s2t_agents.models.packed import Segment
 from s2t_agents.models.prefix import Prefix
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 
@@ -46,3 +47,16 @@ def test_a_long_prefix_is_read_in_chunks_to_the_same_end(monkeypatch: pytest.Mon
     prefix = Prefix(tiny_model("gemma3"))
     prefix.extend(list(range(50)))
     assert torch.allclose(prefix.logits, full("gemma3", list(range(50))), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_of_a_prompt_only_the_last_hidden_state_is_kept(name: str) -> None:
+    model = tiny_model(name)
+    one, other = model.new_cache(), model.new_cache()
+    _, hidden = model.step_alone(Segment(torch.arange(50), one, 0))
+    (_, packed), (_, beside) = model.run_packed(
+        [Segment(torch.arange(50), other, 0), Segment(torch.arange(9), model.new_cache(), 0)]
+    )
+    for each in (hidden, packed, beside):
+        assert each.untyped_storage().nbytes() == model.config.hidden_size * each.element_size()
+    assert torch.allclose(hidden, packed, atol=1e-4)

@@ -134,11 +134,11 @@ def _rows(
 
 
 def selectors(model: LanguageModel) -> dict[str, Selector]:
-    """Fresh selectors of both kinds: what they say costs the same as after training."""
+    """Fresh selectors of both kinds: what they say costs the same as after training. Adapters are fp32, as loaded."""
     lora = Lora.fresh(model.model, targets=["q_proj", "k_proj", "v_proj", "o_proj"], rank=8, alpha=16)
     return {
         "head": HeadSelector(model).eval(),
-        "activated": ActivatedSelector(model, lora.to(model.model.dtype)).eval(),
+        "activated": ActivatedSelector(model, lora).eval(),
     }
 
 

@@ -26,6 +26,7 @@ from ..escalation import Escalation
 from ..messages import PromptEncoder
 from ..models.bundled import LLM, SLM
 from ..models.language_model import LanguageModel
+from ..models.meter import Meter
 from ..proposal import Proposal
 from ..selectors import LocalLLM
 from ..selectors.local_llm import LocalSession
@@ -72,10 +73,10 @@ class Counted(LanguageModel):
 
     work: Work
 
-    def step(self, ids: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+    def step(self, ids: Tensor, cache: Cache, meter: Meter | None = None) -> tuple[Tensor, Tensor]:
         """Append tokens to a cache, and count them."""
         started = time.perf_counter()
-        out = super().step(ids, cache)
+        out = super().step(ids, cache, meter)
         self.work.llm_s += time.perf_counter() - started
         self.work.llm_calls += 1
         self.work.llm_tokens += len(ids)

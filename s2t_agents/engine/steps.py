@@ -184,7 +184,7 @@ class Engine:
         desk: EscalationDesk | None,
         kept: deque[int],
     ) -> Step:
-        started = time.perf_counter()
+        used, started = prefix.meter.seconds, time.perf_counter()
         prefix.extend(pending)
         computed = time.perf_counter()
         allowed = grammar.allowed(prefix.logits) if grammar else None
@@ -197,7 +197,8 @@ class Engine:
         entropy_nats = proposal.entropy if looks_twice else None
         propose_s = (computed - started) + (time.perf_counter() - masked)
         if not triggered:
-            timings = Timings(propose=propose_s, grammar=masked - computed)
+            compute = prefix.meter.seconds - used
+            timings = Timings(propose=propose_s, grammar=masked - computed, compute=compute)
             return Step(index, len(prefix), wanted, wanted, "slm", entropy=entropy_nats, timings=timings)
         chosen = self._select(proposal, desk, grammar)
         at = draw.one_of(chosen.scores) if draw.random else int(chosen.scores.argmax())
@@ -213,7 +214,13 @@ class Engine:
             entropy=entropy_nats,
             candidates=chosen.candidates,
             escalation=chosen.escalation,
-            timings=Timings(propose_s, masked - computed, chosen.select_s, chosen.escalate_s),
+            timings=Timings(
+                propose=propose_s,
+                grammar=masked - computed,
+                select=chosen.select_s,
+                escalate=chosen.escalate_s,
+                compute=prefix.meter.seconds - used,
+            ),
         )
 
     def _select(self, proposal: Proposal, desk: EscalationDesk | None, grammar: Grammar | None) -> Selection:

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from .candidate_rows import CandidateRows
 from .fingerprint import tokenizer_fingerprint, weights_fingerprint
 from .kv import KVCache
 from .lean import LeanStep, lean_step_of
 from .loading import context_window, default_device, end_ids, load_tokenizer, load_weights
+from .lora import Lora
+from .meter import Meter
 from .overlay import cloned_rows, overlay_is_exact, overlay_of, row_mask, rows_mask, rows_of
 from .owner import Owner
-from .packed import PackedCache, Segment, packed_attention, ready_mask
+from .packed import (
+    Look,
+    Outcome,
+    PackedCache,
+    Part,
+    Segment,
+    corrected,
+    keeping,
+    packed_attention,
+    ready_mask,
+)
 from .prefix_cache import PrefixCache
+
+T = TypeVar("T")
 
 
 class LanguageModel:
@@ -40,7 +57,7 @@ class LanguageModel:
         self.overlay_exact = overlay_is_exact(self.config)
         self.lock = threading.RLock()  # one forward at a time: hooks and caches are not thread-safe
         self.past = PrefixCache()
-        self.owner = Owner(self.step_alone, self.step_packed if self.overlay_exact else None, self.lock)
+        self.owner = Owner(self.run_alone, self.run_packed if self.overlay_exact else None, self.lock)
         self._last_hidden: Tensor | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
 
@@ -86,17 +103,44 @@ class LanguageModel:
         return KVCache() if self.overlay_exact else DynamicCache(config=self.config)
 
     @torch.inference_mode()
-    def step(self, ids: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+    def step(self, ids: Tensor, cache: Cache, meter: Meter | None = None) -> tuple[Tensor, Tensor]:
         """Append tokens to a cache. Callers in several threads share forwards, see ``Owner``.
 
         Args:
             ids: ``[T]``.
             cache: grows by T.
+            meter: takes the step's share of the time of its forwards.
 
         Returns:
             Logits ``[V]`` (fp32) and last hidden state ``[H]``, both after the last token.
         """
-        return self.owner.step(ids, cache)
+        return self.owner.step(ids, cache, meter)
+
+    @torch.inference_mode()
+    def run_alone(self, part: Part) -> Outcome | Tensor:
+        """A step, or a look at candidates, in a forward of its own; see ``run_packed`` for what comes back."""
+        with self.lock:
+            said = self._look(part) if isinstance(part, Look) else self.step_alone(part)
+            return self._arrived(said)
+
+    @torch.inference_mode()
+    def run_packed(self, parts: Sequence[Part]) -> list[Outcome | Tensor]:
+        """Steps of several sequences and looks at candidates of several, in one forward.
+
+        Returns:
+            In the order of ``parts``: logits ``[V]`` (fp32) and last hidden state ``[H]`` after a segment's last
+            token, last hidden states ``[K, H]`` of a look.
+        """
+        with self.lock:
+            if self._leanly(parts):
+                return self._arrived(self.lean_parts(parts))  # type: ignore[misc]
+            return self._arrived(self._packed(parts))
+
+    def _arrived(self, said: T) -> T:
+        """The same, once the device is done: until then the time of a forward is not known."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return said
 
     @torch.inference_mode()
     def step_alone(self, segment: Segment) -> tuple[Tensor, Tensor]:
@@ -122,17 +166,15 @@ class LanguageModel:
         Returns:
             Logits ``[n, V]`` (fp32) and last hidden states ``[n, H]``, after the last token of each segment.
         """
-        with self.lock:
-            if self._leanly(segments):
-                ids = torch.cat([segment.ids for segment in segments])
-                lengths, caches = [each.length for each in segments], [each.cache for each in segments]
-                return self.lean(ids, lengths, caches)  # type: ignore[misc]
-            return self._packed(segments)
+        outcomes = self.run_packed(segments)
+        return torch.stack([each[0] for each in outcomes]), torch.stack([each[1] for each in outcomes])
 
-    def _leanly(self, segments: Sequence[Segment]) -> bool:
-        """Whether these steps can go past the modules: single tokens after something, nobody's hooks in the way."""
-        if not all(len(each.ids) == 1 and each.length and isinstance(each.cache, KVCache) for each in segments):
-            return False
+    def _leanly(self, parts: Sequence[Part]) -> bool:
+        """Whether these can go past the modules: single tokens and candidates after something, no hooks in the way."""
+        for part in parts:
+            single = isinstance(part, Look) or len(part.ids) == 1
+            if not (single and part.length and isinstance(part.cache, KVCache)):
+                return False
         return self.lean is not None and self.lean.free
 
     @cached_property
@@ -140,42 +182,77 @@ class LanguageModel:
         """The written-out step of a known architecture."""
         return lean_step_of(self.model) if self.overlay_exact else None
 
-    def _packed(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
-        with packed_attention(self.config) as own:
-            widths = torch.tensor([len(segment.ids) for segment in segments])
-            places = [torch.arange(each.length, each.length + len(each.ids)) for each in segments]
-            out = self.model(
-                input_ids=torch.cat([segment.ids for segment in segments])[None],
-                position_ids=torch.cat(places).to(self.device)[None],
-                attention_mask=ready_mask(self.config, self.output_embedding),
-                past_key_values=PackedCache(segments, own),
-                use_cache=True,
-                logits_to_keep=(widths.cumsum(0) - 1).to(self.device),
-            )
-            assert self._last_hidden is not None
-            hidden, self._last_hidden = self._last_hidden[0], None
-        return out.logits[0].float(), hidden
+    @cached_property
+    def lean_parts(self) -> CandidateRows | None:
+        """The written-out forward of tokens and candidates together."""
+        return CandidateRows(self.lean, self.model) if self.lean is not None else None
+
+    def _packed(self, parts: Sequence[Part]) -> list[Outcome | Tensor]:
+        """Through the model's modules; the output layer runs over the last token of each segment only."""
+        ends = list(accumulate(len(part.ids) for part in parts))
+        last = [end - 1 for end, part in zip(ends, parts, strict=True) if isinstance(part, Segment)]
+        places = [
+            torch.arange(part.length, part.length + len(part.ids))
+            if isinstance(part, Segment)
+            else torch.full((len(part.ids),), part.length)
+            for part in parts
+        ]
+        with packed_attention(self.config) as own, corrected(self.model, parts), keeping(self.decoder) as kept:
+            inputs = {
+                "input_ids": torch.cat([part.ids for part in parts])[None],
+                "position_ids": torch.cat(places).to(self.device)[None],
+                "attention_mask": ready_mask(self.config, self.output_embedding),
+                "past_key_values": PackedCache(parts, own),
+                "use_cache": True,
+            }
+            if last:
+                out = self.model(**inputs, logits_to_keep=torch.tensor(last, device=self.device))
+                self._last_hidden = None
+            else:
+                self.decoder(**inputs)
+        hidden, at = kept[0], iter(range(len(last)))
+        return [
+            (out.logits[0, next(at)].float(), hidden[end - 1].clone())
+            if isinstance(part, Segment)
+            else hidden[end - len(part.ids) : end]
+            for end, part in zip(ends, parts, strict=True)
+        ]
 
     @torch.inference_mode()
-    def look_ahead(self, candidates: Tensor, cache: Cache, length: int) -> Tensor:
+    def look_ahead(
+        self, candidates: Tensor, cache: Cache, length: int, lora: Lora | None = None, meter: Meter | None = None
+    ) -> Tensor:
         """Last hidden state after each candidate, as if it alone had followed the prefix.
+
+        Callers in several threads share forwards, with each other and with steps, see ``Owner``.
 
         Args:
             candidates: ``[K]`` token ids.
             cache: the prefix's KV; left bitwise as it is.
             length: tokens in it.
+            lora: corrections that are on at the candidates only; None reads them with the base itself.
+            meter: takes the look's share of the time of its forward.
 
         Returns:
             ``[K, H]``. One forward; the output layer is not run.
         """
+        return self.owner.look(Look(candidates, cache, length, lora), meter)
+
+    def _look(self, look: Look) -> Tensor:
+        """A look in a forward of its own; on cloned rows where a masked row would not be exact."""
         with self.lock:
-            if self.overlay_exact:
-                return self._row(candidates, cache, length)
-            out = self.decoder(
-                input_ids=candidates[:, None],
-                past_key_values=cloned_rows(cache, len(candidates)),
-                use_cache=True,
-            )
+            if self._leanly([look]):
+                (said,) = self.lean_parts([look])  # type: ignore[misc]
+                assert isinstance(said, Tensor)
+                return said
+            with look.lora.on(self.model) if look.lora is not None else nullcontext():
+                if self.overlay_exact:
+                    return self._row(look.ids, look.cache, look.length)
+                out = self.decoder(
+                    input_ids=look.ids[:, None],
+                    past_key_values=cloned_rows(look.cache, len(look.ids)),
+                    use_cache=True,
+                )
             hidden: Tensor = out.last_hidden_state[:, -1]
             return hidden
 
@@ -257,5 +334,11 @@ class LanguageModel:
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
-    def _keep_hidden(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._last_hidden = args[0]
+    def _keep_hidden(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        if (
+            hidden.ndim == 3 and hidden.shape[1] == 1
+        ):  # a view of a prompt's last token: torch would copy the output layer for its strides
+            hidden = hidden.clone(memory_format=torch.contiguous_format)
+        self._last_hidden = hidden
+        return hidden, *args[1:]

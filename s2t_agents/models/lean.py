@@ -7,7 +7,7 @@ only after it has given the same logits as the model itself; everything else goe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,30 +38,57 @@ class LeanLayer:
         self.gate, self.up, self.down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.head_dim, self.scale, self.window = attention.head_dim, attention.scaling, window
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[KVCache], index: int) -> Tensor:
-        """Attention of one token per sequence, ``[N, H]`` to ``[N, H]``; its keys and values join the caches."""
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, over: Attention, index: int, affine: Affine) -> Tensor:
+        """Attention of N rows, ``[N, H]`` to ``[N, H]``."""
         n, d = x.shape[0], self.head_dim
-        q, k = linear(self.q, x).view(n, -1, d), linear(self.k, x).view(n, -1, d)
-        v = linear(self.v, x).view(n, -1, 1, d)
+        q, k, v = (affine(each, x).view(n, -1, d) for each in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = normed(self.q_norm, q), normed(self.k_norm, k)
-        q, k = rotated(q, cos, sin), rotated(k, cos, sin)[:, :, None]
+        return affine(self.o, over(self, index, rotated(q, cos, sin), rotated(k, cos, sin), v))
+
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, over: Attention, index: int, affine: Affine | None = None
+    ) -> Tensor:
+        """``[N, H]`` to ``[N, H]``.
+
+        Args:
+            x: N rows.
+            cos: ``[N, 1, d]``, of each row's position.
+            sin: as ``cos``.
+            over: what the rows attend to, and where their keys and values go.
+            index: of this layer in the KV.
+            affine: in place of the plain map of a linear module; for corrections on some of the rows.
+        """
+        affine = affine or linear
+        x = x + self.attend(normed(self.before, x), cos, sin, over, index, affine)
+        y = normed(self.between, x)
+        return x + affine(self.down, functional.silu(affine(self.gate, y)) * affine(self.up, y))
+
+
+Attention = Callable[[LeanLayer, int, Tensor, Tensor, Tensor], Tensor]
+"""From a layer, its index, queries ``[N, heads, d]``, keys and values ``[N, key heads, d]`` to ``[N, heads * d]``."""
+
+Affine = Callable[[Any, Tensor], Tensor]
+"""From a linear module and inputs ``[N, in]`` to ``[N, out]``."""
+
+
+def appending(caches: Sequence[KVCache]) -> Attention:
+    """One token per sequence over its own KV, which its key and value join."""
+
+    def attend(layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n, heads, d = k.shape
         # Queries that share a key stand in one block: attention then runs on the key heads, nothing is repeated.
-        q = q.view(n, k.shape[1], -1, d)
+        q, k, v = q.view(n, heads, -1, d), k[:, :, None], v[:, :, None]
         out = []
         for row, cache in enumerate(caches):
             keys, values = cache.layers[index].update(k[row : row + 1], v[row : row + 1])
-            if self.window is not None:
-                keys, values = keys[..., -self.window :, :], values[..., -self.window :, :]
-            out.append(functional.scaled_dot_product_attention(q[row : row + 1], keys, values, scale=self.scale))
+            if layer.window is not None:
+                keys, values = keys[..., -layer.window :, :], values[..., -layer.window :, :]
+            out.append(functional.scaled_dot_product_attention(q[row : row + 1], keys, values, scale=layer.scale))
         together = out[0] if n == 1 else torch.cat(out)
-        return linear(self.o, together.reshape(n, -1))
+        return together.reshape(n, -1)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[KVCache], index: int) -> Tensor:
-        """``[N, H]`` to ``[N, H]``."""
-        x = x + self.attend(normed(self.before, x), cos, sin, caches, index)
-        y = normed(self.between, x)
-        return x + linear(self.down, functional.silu(linear(self.gate, y)) * linear(self.up, y))
+    return attend
 
 
 class LeanStep:
@@ -101,12 +128,20 @@ class LeanStep:
         Returns:
             Logits ``[N, V]`` (fp32) and last hidden states ``[N, H]``.
         """
+        hidden = self.rows(ids, positions, appending(caches))
+        return self.logits(hidden), hidden
+
+    def rows(self, ids: Tensor, positions: Sequence[int], over: Attention, affine: Affine | None = None) -> Tensor:
+        """Last hidden states ``[N, H]`` of tokens ``[N]`` at their positions; see ``LeanLayer`` for the rest."""
         x = functional.embedding(ids, self._embed.weight)
         cos, sin = self._rotations(positions, x)
         for index, layer in enumerate(self._layers):
-            x = layer(x, cos, sin, caches, index)
-        hidden = normed(self._norm, x)
-        return linear(self._head, hidden).float(), hidden
+            x = layer(x, cos, sin, over, index, affine)
+        return normed(self._norm, x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[N, V]`` in fp32, of last hidden states ``[N, H]``."""
+        return linear(self._head, hidden).float()
 
     def _rotations(self, positions: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[N, 1, d]``, from a table that the model's own rotary module fills."""

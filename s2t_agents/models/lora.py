@@ -22,6 +22,7 @@ from .loading import read_tensors
 from .writing import write_whole
 
 PEFT_PREFIX = "base_model.model."
+EVERY_ROW = slice(None)
 
 
 class LoraLayer(nn.Module):
@@ -38,6 +39,14 @@ class LoraLayer(nn.Module):
         """The correction for inputs ``[..., in]``, as ``[..., out]``."""
         low = nn.functional.linear(x.to(self.a.dtype), self.a)
         return nn.functional.linear(low, self.b).to(x.dtype) * self.scale
+
+    def add_to(self, out: Tensor, x: Tensor) -> None:
+        """Add the correction for inputs ``[N, in]`` to outputs ``[N, out]``, in place; without gradients."""
+        low = nn.functional.linear(x.to(self.a.dtype), self.a)
+        if self.b.dtype == out.dtype:
+            out.addmm_(low, self.b.t(), alpha=self.scale)
+        else:
+            out.add_(low @ self.b.t(), alpha=self.scale)
 
 
 class Lora(nn.Module):
@@ -61,15 +70,26 @@ class Lora(nn.Module):
             raise AdapterMismatch(f"no linear layer named any of {targets} in the base model.")
         return cls(found, rank, alpha)
 
+    def by_module(self, base: nn.Module) -> dict[nn.Module, LoraLayer]:
+        """Which linear layer of ``base`` each correction belongs to."""
+        names = zip(self.names, self.layers, strict=True)
+        return {base.get_submodule(name): layer for name, layer in names}  # type: ignore[misc]
+
     @contextmanager
-    def on(self, base: nn.Module, *, under: str = "") -> Iterator[None]:
-        """The base with the corrections added, until the block ends; ``under`` limits them to names that start so."""
+    def on(self, base: nn.Module, rows: slice = EVERY_ROW, *, under: str = "") -> Iterator[None]:
+        """The base with the corrections added, until the block ends.
+
+        Args:
+            base: the model.
+            rows: the part of the second to last dimension, ``[..., T, in]``, that is corrected.
+            under: only layers whose names start so are corrected.
+        """
         handles = []
         try:
             for name, layer in zip(self.names, self.layers, strict=True):
                 if not name.startswith(under):
                     continue
-                hook = _adding(layer)
+                hook = _adding(layer, rows)
                 handles.append(base.get_submodule(name).register_forward_hook(hook))
             yield
         finally:
@@ -134,9 +154,12 @@ def _fitted(name: str, module: nn.Module | None, a: Tensor, b: Tensor, scale: fl
     return layer
 
 
-def _adding(layer: nn.Module) -> Any:
+def _adding(layer: nn.Module, rows: slice) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        corrected: Tensor = output + layer(args[0])
-        return corrected
+        if rows == EVERY_ROW:
+            corrected: Tensor = output + layer(args[0])
+            return corrected
+        output[..., rows, :] += layer(args[0][..., rows, :])
+        return output
 
     return hook

@@ -1,14 +1,16 @@
 """One owner of the model at a time: steps that are wanted at once go through in one forward.
 
-Every generation runs in its own thread and calls ``Owner.step``. Whoever finds nobody leading leads: gathers what
-waits, runs it as one packed forward, hands out the results, and gives the lead on as soon as its own step is done.
+Every generation runs in its own thread and calls ``Owner.step`` and ``Owner.look``. Whoever finds nobody leading leads:
+gathers what waits, runs it as one packed forward, hands out the results, and gives the lead on as soon as its own wish
+is done.
 
     thread a   step ──> lead: [a b c] ────────────> engine ... step ──> wait
     thread b   step ──> wait ─────────> engine ... step ──> lead: [b a c] ──>
-    thread c   step ──> wait ─────────> engine ... step ──> wait
+    thread c   look ──> wait ─────────> engine ... step ──> wait
 
 Before a forward the leader waits a little for those who were in the last one, so that lockstep comes about by itself;
-somebody whose consumer pauses, or who waits for an LLM, is waited for once and not again.
+somebody whose consumer pauses, or who waits for an LLM, is waited for once and not again. The time of a forward is
+divided among those who took part, by their rows.
 """
 
 from __future__ import annotations
@@ -22,10 +24,9 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .packed import Segment
-
-Outcome = tuple[Tensor, Tensor]
-"""Logits ``[V]`` and last hidden state ``[H]`` after a step's last token."""
+from .meter import Meter
+from .packed import Look, Outcome, Part
+from .tickets import LookTicket, StepTicket, Ticket
 
 ALONE = 1024
 """Tokens of a prompt per forward when nobody else waits; bounds the memory of a forward."""
@@ -36,6 +37,9 @@ BESIDE = 256
 ROWS = 64
 """Sequences per forward, at most."""
 
+CANDIDATES = 256
+"""Candidates per forward, of all selections together; the first selection is always taken whole."""
+
 PATIENCE = 0.25
 """How long a leader waits for the others of the last forward, as a share of what that took."""
 
@@ -43,58 +47,19 @@ PATIENCE_S = 0.05
 """And at most so long, in seconds."""
 
 
-class Ticket:
-    """One step that is wanted: tokens to append to a cache, in parts if they are many.
-
-    Attributes:
-        turn: set when the caller can go on, or has to lead.
-        leads: the lead is its caller's.
-    """
-
-    def __init__(self, ids: Tensor, cache: Cache) -> None:
-        self.ids, self.cache = ids, cache
-        self.start = self.length = int(cache.get_seq_length())
-        self.outcome: Outcome | None = None
-        self.error: Exception | None = None
-        self.turn = threading.Event()
-        self.leads = False
-
-    @property
-    def done(self) -> bool:
-        """Whether the caller can go on."""
-        return not len(self.ids) or self.error is not None
-
-    def part(self, tokens: int) -> Segment:
-        """The next so many tokens."""
-        return Segment(self.ids[:tokens], self.cache, self.length)
-
-    def went(self, tokens: int, outcome: Outcome) -> None:
-        """So many tokens were read."""
-        self.ids, self.outcome = self.ids[tokens:], outcome
-        self.length += tokens
-
-    def result(self) -> Outcome:
-        """What the step said; after a failure the cache is as it was before."""
-        if self.error is not None:
-            roll_back(self.cache, self.start)
-            raise self.error
-        assert self.outcome is not None
-        return self.outcome
-
-
 class Owner:
     """Lets concurrent callers share forwards.
 
     Args:
-        single: runs one segment; the plain way, for whoever is alone.
+        single: runs one part; the plain way, for whoever is alone.
         packed: runs several; None where the model can not, and callers take turns.
         lock: held during forwards; a thread that holds it already runs its steps at once, alone.
     """
 
     def __init__(
         self,
-        single: Callable[[Segment], Outcome],
-        packed: Callable[[Sequence[Segment]], tuple[Tensor, Tensor]] | None,
+        single: Callable[[Part], Outcome | Tensor],
+        packed: Callable[[Sequence[Part]], Sequence[Outcome | Tensor]] | None,
         lock: Any,
     ) -> None:
         self._single, self._packed, self._lock = single, packed, lock
@@ -105,17 +70,28 @@ class Owner:
         self._last: frozenset[int] = frozenset()
         self._took = 0.0
 
-    def step(self, ids: Tensor, cache: Cache) -> Outcome:
+    def step(self, ids: Tensor, cache: Cache, meter: Meter | None = None) -> Outcome:
         """Append ``ids`` ``[T]`` to ``cache``, together with whatever else is wanted now.
 
         Raises:
-            Exception: what this step's own forward raised; the others' steps are run all the same.
+            Exception: what this step's own forward raised; the others' are run all the same.
         """
-        ticket = Ticket(ids, cache)
+        ticket = StepTicket(ids, cache, meter)
+        self._settle(ticket)
+        return ticket.result()
+
+    def look(self, look: Look, meter: Meter | None = None) -> Tensor:
+        """Hidden states ``[K, H]`` of candidates, together with whatever else is wanted now; errors as ``step``."""
+        ticket = LookTicket(look, meter)
+        self._settle(ticket)
+        return ticket.result()
+
+    def _settle(self, ticket: Ticket) -> None:
+        """Returns when the ticket is done, by this thread's lead or by another's."""
         if self._lock._is_owned():  # an exclusive turn, such as a selector's; to wait for others would be for ever
             while not ticket.done:
                 self._run([ticket], [ticket.part(ALONE)])
-            return ticket.result()
+            return
         with self._mutex:
             self._waiting.append(ticket)
             self._arrived.notify()
@@ -124,15 +100,14 @@ class Owner:
             if not ticket.leads:
                 ticket.turn.wait()
             while not ticket.done:
-                tickets, segments = self._gather()
-                self._run(tickets, segments)
+                tickets, parts = self._gather()
+                self._run(tickets, parts)
                 self._hand_out(tickets)
         finally:
             self._leave(ticket)
-        return ticket.result()
 
-    def _gather(self) -> tuple[list[Ticket], list[Segment]]:
-        """Who takes part in the next forward, and with which tokens: single tokens first, then parts of prompts."""
+    def _gather(self) -> tuple[list[Ticket], list[Part]]:
+        """Who takes part in the next forward: single tokens and looks first, then parts of prompts."""
         with self._mutex:
             until = time.monotonic() + min(PATIENCE * self._took, PATIENCE_S)
             while not self._last <= {id(ticket.cache) for ticket in self._waiting}:
@@ -142,49 +117,54 @@ class Owner:
             waiting = list(self._waiting)
         if self._packed is None:
             return waiting[:1], [waiting[0].part(BESIDE if len(waiting) > 1 else ALONE)]
-        singles = [ticket for ticket in waiting if len(ticket.ids) == 1][:ROWS]
-        room = BESIDE if singles else ALONE
-        tickets, segments = singles, [ticket.part(1) for ticket in singles]
+        tickets = brief(waiting)
+        parts = [ticket.part(ticket.rows) for ticket in tickets]
+        room = BESIDE if tickets else ALONE
         for ticket in waiting:
-            tokens = min(room, len(ticket.ids))
-            if len(ticket.ids) > 1 and tokens:
+            tokens = min(room, ticket.rows)
+            if not ticket.brief and tokens:
                 tickets.append(ticket)
-                segments.append(ticket.part(tokens))
+                parts.append(ticket.part(tokens))
                 room -= tokens
-        return tickets, segments
+        return tickets, parts
 
-    def _run(self, tickets: Sequence[Ticket], segments: Sequence[Segment]) -> None:
+    def _run(self, tickets: Sequence[Ticket], parts: Sequence[Part]) -> None:
         """One forward; if it fails, one by one, so that only the guilty learns of it."""
-        started = time.monotonic()
         with self._lock:
-            if len(segments) == 1 or not self._together(tickets, segments):
-                for ticket, segment in zip(tickets, segments, strict=True):
-                    self._alone(ticket, segment)
-        self._took = time.monotonic() - started
+            started = time.monotonic()
+            if len(parts) == 1 or not self._together(tickets, parts):
+                for ticket, part in zip(tickets, parts, strict=True):
+                    self._alone(ticket, part)
+            self._took = time.monotonic() - started
 
-    def _together(self, tickets: Sequence[Ticket], segments: Sequence[Segment]) -> bool:
+    def _together(self, tickets: Sequence[Ticket], parts: Sequence[Part]) -> bool:
         """All in one forward; False if that failed and nothing has changed."""
         assert self._packed is not None
+        started = time.monotonic()
         try:
-            logits, hidden = self._packed(segments)
+            said = self._packed(parts)
         except BaseException as error:
-            for segment in segments:
-                roll_back(segment.cache, segment.length)
+            for ticket in tickets:
+                ticket.undo()
             if not isinstance(error, Exception):
                 raise
             return False
-        for at, (ticket, segment) in enumerate(zip(tickets, segments, strict=True)):
-            ticket.went(len(segment.ids), (logits[at], hidden[at]))
+        per_row = (time.monotonic() - started) / sum(len(part.ids) for part in parts)
+        for ticket, part, each in zip(tickets, parts, said, strict=True):
+            ticket.went(part, each)
+            ticket.meter.add(per_row * len(part.ids))
         return True
 
-    def _alone(self, ticket: Ticket, segment: Segment) -> None:
+    def _alone(self, ticket: Ticket, part: Part) -> None:
+        started = time.monotonic()
         try:
-            ticket.went(len(segment.ids), self._single(segment))
+            ticket.went(part, self._single(part))
         except Exception as error:  # noqa: BLE001 - the caller's own thread raises it
             ticket.error = error
         except BaseException:
-            roll_back(segment.cache, segment.length)
+            ticket.undo()
             raise
+        ticket.meter.add(time.monotonic() - started)
 
     def _hand_out(self, tickets: Sequence[Ticket]) -> None:
         """Wake those whose step is done."""
@@ -210,9 +190,16 @@ class Owner:
                 self._led = False
 
 
-def roll_back(cache: Cache, length: int) -> None:
-    """Forget what a failed forward may have written behind a sequence's end."""
-    for layer in cache.layers:
-        extra = layer.get_seq_length() - length
-        if extra > 0 and layer.is_croppable:
-            layer.crop(-extra)
+def brief(waiting: Sequence[Ticket]) -> list[Ticket]:
+    """Those that one forward settles, first come first served, within what a forward may hold."""
+    taken: list[Ticket] = []
+    candidates = 0
+    for ticket in waiting:
+        if not ticket.brief or len(taken) == ROWS:
+            continue
+        if isinstance(ticket, LookTicket):
+            if candidates and candidates + ticket.rows > CANDIDATES:
+                continue
+            candidates += ticket.rows
+        taken.append(ticket)
+    return taken

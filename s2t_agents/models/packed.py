@@ -6,14 +6,15 @@
 
 No padding, and no cache is copied or moved: linear layers see one row of N tokens, which reads the weights once for all
 of them; attention runs per sequence, by the model's own function. Each sequence's logits equal those of its own step
-(tests/test_packed.py holds it to 1e-4 in fp32, on every architecture).
+(tests/test_packed.py holds it to 1e-4 in fp32, on every architecture). Candidates of a selection can stand in the row
+too, over KV that stays as it is; an adapter's corrections are added on their stretch alone.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .overlay import layer_kinds
+from .lora import Lora
+from .overlay import layer_kinds, overlay_of
 
 NAME = "s2t_packed"
 """Under which name transformers finds our attention."""
@@ -44,35 +46,62 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Look:
+    """Candidates after one sequence: each sees the prefix and itself, and nothing is kept.
+
+    Attributes:
+        ids: ``[K]``.
+        cache: the sequence's own KV; stays bitwise as it is.
+        length: tokens in it.
+        lora: corrections on the candidates' rows; None reads them with the base itself.
+    """
+
+    ids: Tensor
+    cache: Cache
+    length: int
+    lora: Lora | None = None
+
+
+Part = Segment | Look
+"""What one sequence wants of a forward."""
+
+Outcome = tuple[Tensor, Tensor]
+"""Logits ``[V]`` (fp32) and last hidden state ``[H]`` after a segment's last token."""
+
+
+@dataclass(frozen=True)
 class Ragged:
     """Keys, or values, of several sequences.
 
     Attributes:
         parts: ``[1, heads, length_i + T_i, d]`` each.
         widths: T of each.
+        beside: whether the new tokens of each see the prefix and themselves only, not each other.
         attend: name of the model's own attention.
         masks: made so far in this forward, by tokens, length and window; layers share them.
     """
 
     parts: Sequence[Tensor]
     widths: list[int]
+    beside: list[bool]
     attend: str
-    masks: dict[tuple[int, int, int | None], Tensor]
+    masks: dict[tuple[int, int, int | None, bool], Tensor]
 
 
 class PackedCache(Cache):  # type: ignore[misc]
-    """Writes each segment's keys and values to its own sequence.
+    """Writes each segment's keys and values to its own sequence; those of candidates nowhere that counts.
 
     Args:
-        segments: in the order of the row.
+        parts: in the order of the row.
         attend: name of the model's own attention.
     """
 
-    def __init__(self, segments: Sequence[Segment], attend: str) -> None:
+    def __init__(self, parts: Sequence[Part], attend: str) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
-        self._segments, self._attend = segments, attend
-        self._widths = [len(segment.ids) for segment in segments]
-        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self._widths, self._beside = [len(part.ids) for part in parts], [isinstance(part, Look) for part in parts]
+        self._caches = [overlay_of(part.cache) if isinstance(part, Look) else part.cache for part in parts]
+        self._attend = attend
+        self._masks: dict[tuple[int, int, int | None, bool], Tensor] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -80,16 +109,16 @@ class PackedCache(Cache):  # type: ignore[misc]
         """From ``[1, heads, N, d]`` of the row to the whole of each sequence."""
         keys, values = [], []
         pieces = zip(
-            self._segments,
+            self._caches,
             torch.split(key_states, self._widths, -2),
             torch.split(value_states, self._widths, -2),
             strict=True,
         )
-        for segment, key, value in pieces:
-            all_keys, all_values = segment.cache.update(key, value, layer_idx)
+        for cache, key, value in pieces:
+            all_keys, all_values = cache.update(key, value, layer_idx)
             keys.append(all_keys)
             values.append(all_values)
-        shared = (self._widths, self._attend, self._masks)
+        shared = (self._widths, self._beside, self._attend, self._masks)
         return Ragged(keys, *shared), Ragged(values, *shared)
 
 
@@ -106,13 +135,14 @@ def attend_packed(
     """The model's own attention, sequence by sequence; from queries ``[1, heads, N, d]`` to ``[1, N, heads, d]``."""
     attend = own_attention(module, key.attend)
     outputs = []
-    for q, k, v in zip(torch.split(query, key.widths, -2), key.parts, value.parts, strict=True):
+    rows = zip(torch.split(query, key.widths, -2), key.parts, value.parts, key.beside, strict=True)
+    for q, k, v, beside in rows:
         mask = None
         if q.shape[-2] > 1:
-            size = (q.shape[-2], k.shape[-2], sliding_window)
+            size = (q.shape[-2], k.shape[-2], sliding_window, beside)
             mask = key.masks.get(size)
             if mask is None:
-                mask = key.masks[size] = causal(*size, like=q)
+                mask = key.masks[size] = (apart if beside else causal)(*size[:3], like=q)
         elif sliding_window is not None and k.shape[-2] > sliding_window:
             k, v = k[..., -sliding_window:, :], v[..., -sliding_window:, :]
         outputs.append(attend(module, q, k, v, mask, sliding_window=sliding_window, **kwargs)[0])
@@ -136,6 +166,16 @@ def causal(tokens: int, length: int, window: int | None, *, like: Tensor) -> Ten
     return mask.masked_fill_(hidden, torch.finfo(like.dtype).min)[None, None]
 
 
+def apart(tokens: int, length: int, window: int | None, *, like: Tensor) -> Tensor:
+    """Additive mask ``[1, 1, tokens, length]`` of candidates: the prefix, within a window if any, and each itself."""
+    prefix = length - tokens
+    hidden = torch.ones(tokens, length, dtype=torch.bool, device=like.device)
+    hidden[:, 0 if window is None else max(0, prefix - window + 1) : prefix] = False
+    hidden[:, prefix:].fill_diagonal_(False)
+    mask = torch.zeros(tokens, length, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(hidden, torch.finfo(like.dtype).min)[None, None]
+
+
 @contextmanager
 def packed_attention(config: Any) -> Iterator[str]:
     """The model's attention replaced by ours; gives the name of its own. One thread at a time."""
@@ -145,6 +185,30 @@ def packed_attention(config: Any) -> Iterator[str]:
         yield own
     finally:
         config._attn_implementation_internal = own
+
+
+@contextmanager
+def corrected(base: nn.Module, parts: Sequence[Part]) -> Iterator[None]:
+    """The base with each look's corrections on its own stretch of the row."""
+    with ExitStack() as stack:
+        start = 0
+        for part in parts:
+            end = start + len(part.ids)
+            if isinstance(part, Look) and part.lora is not None:
+                stack.enter_context(part.lora.on(base, slice(start, end)))
+            start = end
+        yield
+
+
+@contextmanager
+def keeping(decoder: nn.Module) -> Iterator[list[Tensor]]:
+    """Gets the last hidden states ``[N, H]`` of the one row that the decoder reads inside the block."""
+    kept: list[Tensor] = []
+    handle = decoder.register_forward_hook(lambda module, args, out: kept.append(out.last_hidden_state[0]))
+    try:
+        yield kept
+    finally:
+        handle.remove()
 
 
 def ready_mask(config: Any, like: Tensor) -> Tensor | dict[str, Tensor]:

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .language_model import LanguageModel
+from .lora import Lora
+from .meter import Meter
 from .overlay import cloned_rows
 
 
@@ -17,6 +19,9 @@ class Prefix:
     """Grows token by token; ``logits`` and ``hidden`` are those after its last token.
 
     Not thread-safe: one generation owns it.
+
+    Attributes:
+        meter: the share of the model's time that went into this prefix and into looks past its end.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -24,6 +29,7 @@ class Prefix:
         self.ids: list[int] = []
         self.logits: Tensor = torch.empty(0)
         self.hidden: Tensor = torch.empty(0)
+        self.meter = Meter()
         self._cache = model.new_cache()
 
     @classmethod
@@ -53,7 +59,7 @@ class Prefix:
     def extend(self, ids: Sequence[int]) -> None:
         """Append tokens (at least one); ``logits`` ``[V]`` and ``hidden`` ``[H]`` move to the new end."""
         tensor = torch.tensor(ids, device=self.model.device)
-        self.logits, self.hidden = self.model.step(tensor, self._cache)
+        self.logits, self.hidden = self.model.step(tensor, self._cache, self.meter)
         self.ids += ids
 
     def shared(self, ids: Sequence[int]) -> int:
@@ -77,9 +83,14 @@ class Prefix:
         self.extend(ids[keep:])
         return len(ids) - keep
 
-    def look_ahead(self, candidates: Tensor) -> Tensor:
-        """Last hidden state ``[K, H]`` after each of the candidates ``[K]``; the prefix stays as it is."""
-        return self.model.look_ahead(candidates, self._cache, len(self))
+    def look_ahead(self, candidates: Tensor, lora: Lora | None = None) -> Tensor:
+        """Last hidden state ``[K, H]`` after each of the candidates ``[K]``; the prefix stays as it is.
+
+        Args:
+            candidates: token ids.
+            lora: corrections that are on at the candidates only.
+        """
+        return self.model.look_ahead(candidates, self._cache, len(self), lora, self.meter)
 
     def branches(self, rows: int) -> Cache:
         """So many copies of the KV, one row each, to be continued apart from this prefix."""

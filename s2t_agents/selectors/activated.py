@@ -4,7 +4,8 @@
                                ├─ ...                                ├─ log p_SLM + correction
                                └─ candidate K (adapter on) ─ hidden ─┘
 
-One forward of K tokens. The correction starts at zero: an untrained selector is greedy decoding.
+One forward of K tokens, shared with the steps and selections of other generations (``models/owner``). The correction
+starts at zero: an untrained selector is greedy decoding.
 """
 
 from __future__ import annotations
@@ -46,8 +47,7 @@ class ActivatedSelector(LearnedSelector):
     @torch.inference_mode()
     def scores(self, proposal: Proposal) -> Tensor:
         """``[K]``, see ``calibrated``."""
-        with self.base.lock, self.lora.on(self.base.model):
-            hidden = proposal.prefix.look_ahead(proposal.candidates)
+        hidden = proposal.prefix.look_ahead(proposal.candidates, self.lora)
         return self.calibrated(proposal.candidate_log_probs, self.correction(hidden))
 
     def correction(self, hidden: Tensor) -> Tensor:

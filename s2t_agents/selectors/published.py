@@ -65,6 +65,7 @@ class PublishedSelector(LearnedSelector):
         """``[K]``, see ``calibrated``."""
         prefix = self._take(proposal.prefix.ids)
         with self.base.lock, self.lora.on(self.base.model):
+            prefix.meter = proposal.prefix.meter  # its KV is another, its time is the generation's
             prefix.move_to(proposal.prefix.ids)
             hidden = prefix.look_ahead(proposal.candidates)
         with self._lock:

@@ -1,0 +1,136 @@
+"""Candidates and single tokens of several sequences in one lean forward; corrections touch the candidates alone.
+
+    row        a7 | b5 | c9.0 c9.1 ... c9.7 |            one token of a and of b, K candidates of c
+    linear     every row sees the same weights, read once; a LoRA is added to c's rows only
+    attention  a7 sees a0..a7; each c9.i sees c0..c8 and itself
+
+The candidates' keys and values stand behind the end of c's KV, where no reader looks (``overlay``): nothing is copied
+and nothing has to be undone. All K candidates that share a key head are one block of queries, so each layer's attention
+is one call per sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .lean import Affine, Attention, LeanLayer, LeanStep, appending, linear
+from .lora import Lora, LoraLayer
+from .packed import Look, Outcome, Part, Segment, apart
+
+
+class CandidateRows:
+    """The lean forward of one model for tokens and candidates together.
+
+    Args:
+        step: the model's lean step.
+        base: the model, whose linear layers the corrections name.
+    """
+
+    def __init__(self, step: LeanStep, base: nn.Module) -> None:
+        self._step, self._base = step, base
+        self._layers: WeakKeyDictionary[Lora, dict[nn.Module, LoraLayer]] = WeakKeyDictionary()
+
+    @torch.inference_mode()
+    def __call__(self, parts: Sequence[Part]) -> list[Outcome | Tensor]:
+        """What the model says after each part.
+
+        Args:
+            parts: single tokens, each over a KV of its own that grows by it, and looks, whose KV stays as it is.
+
+        Returns:
+            In the order of ``parts``: logits ``[V]`` (fp32) and last hidden state ``[H]`` of a token, last hidden
+            states ``[K, H]`` of a look.
+        """
+        order = sorted(range(len(parts)), key=lambda at: _place(parts[at]))
+        ordered = [parts[at] for at in order]
+        segments = [part for part in ordered if isinstance(part, Segment)]
+        looks = [part for part in ordered if isinstance(part, Look)]
+        ids = torch.cat([part.ids for part in ordered])
+        positions = [part.length for part in ordered for _ in range(len(part.ids))]
+        hidden = self._step.rows(ids, positions, _over(segments, looks), self._correcting(ordered))
+        n = len(segments)
+        said: list[Outcome | Tensor] = list(zip(self._step.logits(hidden[:n]), hidden[:n], strict=True)) if n else []
+        said += torch.split(hidden[n:], [len(look.ids) for look in looks]) if looks else []
+        return [said[order.index(at)] for at in range(len(parts))]
+
+    def _correcting(self, ordered: Sequence[Part]) -> Affine:
+        """The linear maps, with each adapter's corrections on the rows of its own looks, which stand together."""
+        stretches: list[tuple[slice, dict[nn.Module, LoraLayer]]] = []
+        start = 0
+        for lora, group in groupby(ordered, key=lambda part: part.lora if isinstance(part, Look) else None):
+            end = start + sum(len(part.ids) for part in group)
+            if lora is not None:
+                stretches.append((slice(start, end), self._corrections(lora)))
+            start = end
+
+        def affine(module: nn.Module, x: Tensor) -> Tensor:
+            out = linear(module, x)
+            for rows, layers in stretches:
+                layer = layers.get(module)
+                if layer is not None:
+                    layer.add_to(out[rows], x[rows])
+            return out
+
+        return affine
+
+    def _corrections(self, lora: Lora) -> dict[nn.Module, LoraLayer]:
+        """By the module that they correct; looked up once per adapter."""
+        if lora not in self._layers:
+            self._layers[lora] = lora.by_module(self._base)
+        return self._layers[lora]
+
+
+def _place(part: Part) -> tuple[int, int]:
+    """Tokens first, then the looks of one adapter after another, so that each corrects one stretch of rows."""
+    if isinstance(part, Segment):
+        return 0, 0
+    return 1, 0 if part.lora is None else id(part.lora)
+
+
+def _over(segments: Sequence[Segment], looks: Sequence[Look]) -> Attention:
+    """Tokens over their own KV, which grows, then candidates over KV that stays."""
+    if not looks:
+        return appending([segment.cache for segment in segments])
+    tokens = appending([segment.cache for segment in segments])
+    beside = [Beside(look) for look in looks]
+    widths = [len(segments), *[len(look.ids) for look in looks]]
+
+    def attend(layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (q_0, *qs), (k_0, *ks), (v_0, *vs) = (torch.split(each, widths) for each in (q, k, v))
+        out = [tokens(layer, index, q_0, k_0, v_0)] if segments else []
+        for each, *own in zip(beside, qs, ks, vs, strict=True):
+            out.append(each(layer, index, *own))
+        return torch.cat(out)
+
+    return attend
+
+
+class Beside:
+    """Attention of K candidates over a prefix and each over itself; in one block per key head.
+
+    Args:
+        look: the candidates and the prefix's KV.
+    """
+
+    def __init__(self, look: Look) -> None:
+        self._look = look
+        self._masks: dict[int | None, Tensor] = {}
+
+    def __call__(self, layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """From queries ``[K, heads, d]``, keys and values ``[K, key heads, d]`` to ``[K, heads * d]``."""
+        n, heads, d = k.shape
+        keys, values = self._look.cache.layers[index].write(k.transpose(0, 1)[None], v.transpose(0, 1)[None])
+        shared = q.shape[1] // heads  # queries per key head
+        block = q.view(n, heads, shared, d).permute(1, 0, 2, 3).reshape(1, heads, n * shared, d)
+        if layer.window not in self._masks:
+            mask = apart(n, keys.shape[-2], layer.window, like=q)
+            self._masks[layer.window] = mask.repeat_interleave(shared, dim=2)
+        mask = self._masks[layer.window]
+        out = functional.scaled_dot_product_attention(block, keys, values, attn_mask=mask, scale=layer.scale)
+        return out.view(heads, n, shared, d).transpose(0, 1).reshape(n, -1)
