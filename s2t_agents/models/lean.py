@@ -7,14 +7,15 @@ only after it has given the same logits as the model itself; everything else goe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .kv import KVCache
+from .lora import LoraLayer, corrections_of
 from .overlay import layer_kinds
 
 PATTERN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -25,6 +26,44 @@ FIXED_ROTATIONS = {"default", "linear", "llama3"}
 
 CLOSE = 1e-3
 """Largest difference to the model's own logits, as a share of their range, at the first use."""
+
+
+class Attention(Protocol):
+    """Lets new tokens look at the keys and values before them; whether theirs join those is its own affair."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """Attention of one token per line in one layer.
+
+        Args:
+            layer: its index.
+            q: ``[N, key heads, queries per key head, d]``: queries that share a key stand in one block, so that
+                attention runs on the key heads and nothing is repeated.
+            k: ``[N, key heads, 1, d]``.
+            v: like k.
+            scale: of the scores.
+            window: tokens that a token sees, itself included; None for all.
+
+        Returns:
+            Shaped as q.
+        """
+        ...
+
+
+class GrowingAttention:
+    """Over KV that grows by the token, sequence by sequence."""
+
+    def __init__(self, caches: Sequence[KVCache]) -> None:
+        self._caches = caches
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """See ``Attention``; keys and values join the caches."""
+        out = []
+        for row, cache in enumerate(self._caches):
+            keys, values = cache.layers[layer].update(k[row : row + 1], v[row : row + 1])
+            if window is not None:
+                keys, values = keys[..., -window:, :], values[..., -window:, :]
+            out.append(functional.scaled_dot_product_attention(q[row : row + 1], keys, values, scale=scale))
+        return out[0] if len(out) == 1 else torch.cat(out)
 
 
 class LeanLayer:
@@ -38,28 +77,20 @@ class LeanLayer:
         self.gate, self.up, self.down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.head_dim, self.scale, self.window = attention.head_dim, attention.scaling, window
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[KVCache], index: int) -> Tensor:
-        """Attention of one token per sequence, ``[N, H]`` to ``[N, H]``; its keys and values join the caches."""
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, index: int, linear: Linear) -> Tensor:
+        """Attention of one token per line, ``[N, H]`` to ``[N, H]``."""
         n, d = x.shape[0], self.head_dim
         q, k = linear(self.q, x).view(n, -1, d), linear(self.k, x).view(n, -1, d)
         v = linear(self.v, x).view(n, -1, 1, d)
         if self.q_norm is not None:
             q, k = normed(self.q_norm, q), normed(self.k_norm, k)
         q, k = rotated(q, cos, sin), rotated(k, cos, sin)[:, :, None]
-        # Queries that share a key stand in one block: attention then runs on the key heads, nothing is repeated.
-        q = q.view(n, k.shape[1], -1, d)
-        out = []
-        for row, cache in enumerate(caches):
-            keys, values = cache.layers[index].update(k[row : row + 1], v[row : row + 1])
-            if self.window is not None:
-                keys, values = keys[..., -self.window :, :], values[..., -self.window :, :]
-            out.append(functional.scaled_dot_product_attention(q[row : row + 1], keys, values, scale=self.scale))
-        together = out[0] if n == 1 else torch.cat(out)
-        return linear(self.o, together.reshape(n, -1))
+        seen = attention(index, q.view(n, k.shape[1], -1, d), k, v, self.scale, self.window)
+        return linear(self.o, seen.reshape(n, -1))
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[KVCache], index: int) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, index: int, linear: Linear) -> Tensor:
         """``[N, H]`` to ``[N, H]``."""
-        x = x + self.attend(normed(self.before, x), cos, sin, caches, index)
+        x = x + self.attend(normed(self.before, x), cos, sin, attention, index, linear)
         y = normed(self.between, x)
         return x + linear(self.down, functional.silu(linear(self.gate, y)) * linear(self.up, y))
 
@@ -85,9 +116,26 @@ class LeanStep:
         self._angles: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
     @property
+    def layers(self) -> int:
+        """How many there are."""
+        return len(self._layers)
+
+    @property
     def free(self) -> bool:
         """Nobody has put a hook on the decoder, which going past its modules would miss."""
         return not any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
+
+    @property
+    def corrections(self) -> dict[nn.Module, list[LoraLayer]] | None:
+        """The LoRA corrections that are on now; None where anybody else has a hook on the decoder."""
+        found = {}
+        for module in self._modules:
+            if module._forward_hooks or module._forward_pre_hooks:
+                layers = corrections_of(module)
+                if layers is None:
+                    return None
+                found[module] = layers
+        return found
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, positions: Sequence[int], caches: Sequence[KVCache]) -> tuple[Tensor, Tensor]:
@@ -101,30 +149,68 @@ class LeanStep:
         Returns:
             Logits ``[N, V]`` (fp32) and last hidden states ``[N, H]``.
         """
-        x = functional.embedding(ids, self._embed.weight)
-        cos, sin = self._rotations(positions, x)
-        for index, layer in enumerate(self._layers):
-            x = layer(x, cos, sin, caches, index)
-        hidden = normed(self._norm, x)
-        return linear(self._head, hidden).float(), hidden
+        hidden = self.through(ids, *self._rotations(positions), GrowingAttention(caches), linear)
+        return self.logits(hidden), hidden
 
-    def _rotations(self, positions: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[N, 1, d]``, from a table that the model's own rotary module fills."""
-        if max(positions) >= len(self._angles[0]):
-            length = max(1024, 2 * (max(positions) + 1))
-            cos, sin = self._rotary(like, torch.arange(length, device=like.device)[None])
+    def through(self, ids: Tensor, cos: Tensor, sin: Tensor, attention: Attention, linear: Linear) -> Tensor:
+        """All layers and the last norm, over whatever KV the attention knows.
+
+        Args:
+            ids: ``[N]``.
+            cos: ``[N, 1, d]``, of each token's position; or ``[1, 1, d]`` where all stand at one.
+            sin: like cos.
+            attention: what the tokens see.
+            linear: how a linear module is applied.
+
+        Returns:
+            Last hidden states ``[N, H]``.
+        """
+        x = functional.embedding(ids, self._embed.weight)
+        for index, layer in enumerate(self._layers):
+            x = layer(x, cos, sin, attention, index, linear)
+        return normed(self._norm, x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[N, H]`` to ``[N, V]`` (fp32)."""
+        return linear(self._head, hidden).float()
+
+    def rotation_table(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[L, 1, d]`` of at least so many positions, filled by the model's own rotary module."""
+        if length > len(self._angles[0]):
+            like = self._embed.weight
+            cos, sin = self._rotary(like, torch.arange(max(1024, 2 * length), device=like.device)[None])
             self._angles = cos[0, :, None], sin[0, :, None]
-        cos, sin = self._angles
+        return self._angles
+
+    def _rotations(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[N, 1, d]``."""
+        cos, sin = self.rotation_table(max(positions) + 1)
         if len(positions) == 1:
             at = positions[0]
             return cos[at : at + 1], sin[at : at + 1]
-        rows = torch.tensor(positions, device=like.device)
+        rows = torch.tensor(positions, device=cos.device)
         return cos[rows], sin[rows]
+
+
+Linear = Callable[[Any, Tensor], Tensor]
+"""How a linear module is applied to ``[N, in]``: as it is, or with corrections."""
 
 
 def linear(module: Any, x: Tensor) -> Tensor:
     """The module's affine map."""
     return functional.linear(x, module.weight, module.bias)
+
+
+def linear_with(corrections: Mapping[nn.Module, Sequence[LoraLayer]]) -> Linear:
+    """The affine map and what the corrections add to it."""
+
+    def corrected(module: Any, x: Tensor) -> Tensor:
+        y = linear(module, x)
+        for layer in corrections.get(module, ()):
+            y = y + layer(x)
+        return y
+
+    return corrected
 
 
 def normed(module: Any, x: Tensor) -> Tensor:
@@ -156,6 +242,7 @@ def _plain(model: Any) -> bool:
         and config.hidden_act == "silu"
         and all(type(module) is nn.Linear for module in [*linears, model.get_output_embeddings()])
         and not getattr(config, "output_attentions", False)
+        and len({weight.device for weight in model.parameters()}) == 1
     )
 
 
@@ -168,5 +255,10 @@ def _agrees(model: Any, step: LeanStep) -> bool:
     ours, _ = step(ids[0, 3:], [3], [cache])
     cache.crop(-1)
     theirs = model(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True).logits[:, -1].float()
-    span = 1.0 if model.dtype == torch.float32 else 30.0  # half precision rounds at other places
+    return close(ours, theirs, model.dtype)
+
+
+def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways of computing logits in ``dtype`` say the same."""
+    span = 1.0 if dtype == torch.float32 else 30.0  # half precision rounds at other places
     return bool((ours - theirs).abs().max() <= span * CLOSE * (theirs.max() - theirs.min()))

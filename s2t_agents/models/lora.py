@@ -66,7 +66,8 @@ class Lora(nn.Module):
         handles = []
         try:
             for name, layer in zip(self.names, self.layers, strict=True):
-                hook = _adding(layer)
+                assert isinstance(layer, LoraLayer)
+                hook = _Adding(layer)
                 handles.append(base.get_submodule(name).register_forward_hook(hook))
             yield
         finally:
@@ -132,9 +133,19 @@ def _fitted(name: str, module: nn.Module | None, a: Tensor, b: Tensor, scale: fl
     return layer
 
 
-def _adding(layer: nn.Module) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        corrected: Tensor = output + layer(args[0])
+class _Adding:
+    """The hook that adds one layer's correction to a linear module's output."""
+
+    def __init__(self, layer: LoraLayer) -> None:
+        self.layer = layer
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        corrected: Tensor = output + self.layer(args[0])
         return corrected
 
-    return hook
+
+def corrections_of(module: nn.Module) -> list[LoraLayer] | None:
+    """What is added to a module's output now; None where it has hooks of anybody else."""
+    hooks = list(module._forward_hooks.values())
+    ours = [hook.layer for hook in hooks if isinstance(hook, _Adding)]
+    return ours if len(ours) == len(hooks) and not module._forward_pre_hooks else None
