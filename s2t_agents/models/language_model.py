@@ -19,6 +19,8 @@ from .overlay import cloned_rows, overlay_is_exact, overlay_of, row_mask, rows_m
 from .owner import Owner
 from .packed import PackedCache, Segment, packed_attention, ready_mask
 from .prefix_cache import PrefixCache
+from .static_kv import StaticCache
+from .static_step import StaticStep, static_step_of
 
 
 class LanguageModel:
@@ -40,6 +42,7 @@ class LanguageModel:
         self.overlay_exact = overlay_is_exact(self.config)
         self.lock = threading.RLock()  # one forward at a time: hooks and caches are not thread-safe
         self.past = PrefixCache()
+        self.kv_kind = StaticCache if self.device.type == "cuda" else KVCache
         self.owner = Owner(self.step_alone, self.step_packed if self.overlay_exact else None, self.lock)
         self._last_hidden: Tensor | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
@@ -83,7 +86,7 @@ class LanguageModel:
 
     def new_cache(self) -> Cache:
         """An empty KV cache. Attention-only models keep all KV, so that any of them can be rolled back."""
-        return KVCache() if self.overlay_exact else DynamicCache(config=self.config)
+        return self.kv_kind() if self.overlay_exact else DynamicCache(config=self.config)
 
     @torch.inference_mode()
     def step(self, ids: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
@@ -103,7 +106,7 @@ class LanguageModel:
         """``step`` in a forward of its own."""
         with self.lock:
             if self._leanly([segment]):
-                logits, hidden = self.lean(segment.ids, [segment.length], [segment.cache])  # type: ignore[misc]
+                logits, hidden = self._one_each(segment.ids, [segment])
                 return logits[0], hidden[0]
             out = self.model(
                 input_ids=segment.ids[None], past_key_values=segment.cache, use_cache=True, logits_to_keep=1
@@ -124,9 +127,7 @@ class LanguageModel:
         """
         with self.lock:
             if self._leanly(segments):
-                ids = torch.cat([segment.ids for segment in segments])
-                lengths, caches = [each.length for each in segments], [each.cache for each in segments]
-                return self.lean(ids, lengths, caches)  # type: ignore[misc]
+                return self._one_each(torch.cat([segment.ids for segment in segments]), segments)
             return self._packed(segments)
 
     def _leanly(self, segments: Sequence[Segment]) -> bool:
@@ -134,6 +135,17 @@ class LanguageModel:
         if not all(len(each.ids) == 1 and each.length and isinstance(each.cache, KVCache) for each in segments):
             return False
         return self.lean is not None and self.lean.free
+
+    def _one_each(self, ids: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+        """One token for each, past the modules: as a captured graph where there is one, eagerly else."""
+        lengths, caches = [each.length for each in segments], [each.cache for each in segments]
+        found = self.static.step(ids, lengths, caches) if self.static is not None else None
+        return found or self.lean(ids, lengths, caches)  # type: ignore[misc]
+
+    @cached_property
+    def static(self) -> StaticStep | None:
+        """The step over KV of fixed capacity, captured as graphs: on CUDA, where there is a lean step."""
+        return static_step_of(self.model, self.lean) if self.kv_kind is StaticCache else None
 
     @cached_property
     def lean(self) -> LeanStep | None:
@@ -170,7 +182,10 @@ class LanguageModel:
         """
         with self.lock:
             if self.overlay_exact:
-                return self._row(candidates, cache, length)
+                # Known from the first plain step on: its trial would go wrong among a selector's hooks.
+                static: StaticStep | None = vars(self).get("static")
+                found = static.look_ahead(candidates, cache, length) if static is not None else None
+                return found if found is not None else self._row(candidates, cache, length)
             out = self.decoder(
                 input_ids=candidates[:, None],
                 past_key_values=cloned_rows(cache, len(candidates)),
