@@ -21,6 +21,7 @@ from s2t_agents.models.packed import Segment
 from s2t_agents.models.prefix import Prefix
 from s2t_agents.models.static_kv import StaticCache
 from s2t_agents.models.static_step import StaticStep, agrees
+from s2t_agents.proposal import Proposal, glance
 from s2t_agents.selectors.activated import ActivatedSelector
 from s2t_agents.selectors.head import HeadSelector
 from s2t_agents.testing import tiny_model
@@ -251,7 +252,8 @@ def test_what_a_row_held_before_does_not_reach_its_next_guest() -> None:
     arena = first._cache.seat.arena
     del first
     gc.collect()
-    arena.kv.fill_(torch.nan)
+    with torch.inference_mode():
+        arena.kv.fill_(torch.nan)
     second, other = read(ours, some_ids(5)), read(eager_model(), some_ids(5))
     for prefix in (second, other):
         prefix.extend([4])
@@ -332,3 +334,15 @@ def test_on_the_cpu_nothing_of_this_is_used() -> None:
     prefix.extend([4])
     assert model.static is None
     assert not isinstance(prefix._cache, StaticCache)
+
+
+@pytest.mark.parametrize("legal", [1, 2, 300])
+def test_what_is_fetched_in_one_trip_is_what_is_read_one_by_one(legal: int) -> None:
+    model = eager_model()
+    allowed = torch.zeros(model.vocab_size, dtype=torch.bool)
+    allowed[20 : 20 + legal] = True
+    proposal = Proposal(read(model, some_ids(9)), 8, allowed=allowed)
+    found = glance(proposal.logits, proposal.log_probs)
+    assert found["best"] == proposal.best
+    assert found["entropy"] == proposal.entropy
+    assert found["margin"] == proposal.margin

@@ -185,8 +185,10 @@ class Engine:
         masked = time.perf_counter()
         banned = draw.sampling.banned_first if index == 0 else ()
         proposal = Proposal(prefix, self.k, allowed=allowed, banned=banned)
-        wanted = draw.one_of_all(proposal.logits) if draw.random else proposal.best
         looks_twice = self.selector is not None or desk is not None
+        if looks_twice:
+            proposal.fetch()
+        wanted = draw.one_of_all(proposal.logits) if draw.random else proposal.best
         triggered = looks_twice and self.trigger(proposal)
         entropy_nats = proposal.entropy if looks_twice else None
         propose_s = (computed - started) + (time.perf_counter() - masked)
@@ -195,7 +197,7 @@ class Engine:
             return Step(index, len(prefix), wanted, wanted, "slm", entropy=entropy_nats, timings=timings)
         chosen = self._select(proposal, desk)
         at = draw.one_of(chosen.scores) if draw.random else int(chosen.scores.argmax())
-        token = int(proposal.candidates[at])
+        token = chosen.candidates[at].token_id
         kept.extend(chosen.then)
         return Step(
             index,
@@ -214,13 +216,13 @@ class Engine:
         """Rank the candidates locally; ask the LLM where that is not sure enough."""
         started = time.perf_counter()
         local = self.selector.scores(proposal) if self.selector else None
-        scores = local if local is not None else proposal.candidate_log_probs
+        scores = (local if local is not None else proposal.candidate_log_probs).detach()
         picked_by: Picker = "selector" if local is not None else "slm"
+        given, slm, found = fetched(scores, proposal.candidate_log_probs, proposal.candidates)
+        own, ids = (given if local is not None else None), [int(each) for each in found]
+        scores = torch.tensor(given, dtype=scores.dtype)
         selected = time.perf_counter()
         answer, report = None, None
-        own = local.tolist() if local is not None else None
-        slm = proposal.candidate_log_probs.tolist()
-        ids = proposal.candidates.tolist()
         if desk is not None and len(ids) > 1 and desk.wants(confidence_margin(scores)):
             prefix = proposal.prefix
             answer, report = desk.ask(Question(prefix.ids, ids, prefix=prefix, slm=slm, selector=own))
@@ -232,6 +234,12 @@ class Engine:
         done = time.perf_counter()
         then = answer.then if answer else ()
         return Selection(scores, picked_by, candidates, report, selected - started, done - selected, then)
+
+
+def fetched(*rows: Tensor) -> list[list[float]]:
+    """Several ``[K]`` as lists, brought from the device in one trip; float64 holds scores and ids exactly."""
+    values: list[list[float]] = torch.stack([row.double().to(rows[0].device) for row in rows]).tolist()
+    return values
 
 
 def decisive(answer: Answer) -> Tensor:

@@ -136,6 +136,9 @@ class StaticStep:
         lean: the model's lean step.
         record: how bodies are recorded.
         arenas: where sequences sit.
+
+    Attributes:
+        failed: something could not be captured, and the eager way is taken ever since.
     """
 
     def __init__(self, lean: LeanStep, record: Recorder, arenas: Arenas | None = None) -> None:
@@ -143,7 +146,7 @@ class StaticStep:
         self.arenas = arenas or Arenas()
         self._steps: WeakKeyDictionary[Arena, dict[tuple[int, int], Steps]] = WeakKeyDictionary()
         self._looks: WeakKeyDictionary[Arena, dict[tuple[int, ...], Looks]] = WeakKeyDictionary()
-        self._failed = False
+        self.failed = False
 
     @torch.inference_mode()
     def step(self, ids: Tensor, lengths: Sequence[int], caches: Sequence[Cache]) -> Outcome | None:
@@ -206,7 +209,7 @@ class StaticStep:
 
     def _takes(self, cache: Cache) -> TypeGuard[StaticCache]:
         """Whether a sequence can sit: it has tokens, and nothing has failed so far."""
-        return not self._failed and isinstance(cache, StaticCache) and len(cache.layers) == self._lean.layers
+        return not self.failed and isinstance(cache, StaticCache) and len(cache.layers) == self._lean.layers
 
     @contextmanager
     def _eager_after_failure(self) -> Iterator[None]:
@@ -214,7 +217,7 @@ class StaticStep:
         try:
             yield
         except RuntimeError as error:
-            self._failed = True
+            self.failed = True
             _log.warning("steps and selections go on without captured graphs: %s", error)
 
 
