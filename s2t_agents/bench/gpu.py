@@ -30,18 +30,19 @@ from .shapes import SHAPES, measured_model
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured: prefixes, tokens generated and repeats, generations at once, Ks, MB copied."""
+    """How much is measured: prefixes, tokens generated and repeats, generations at once, Ks, turns, MB copied."""
 
     prefixes: tuple[int, ...] = (128, 1024, 4096)
     tokens: int = 101
     repeats: int = 3
     at_once: tuple[int, ...] = (1, 4, 8, 16)
     ks: tuple[int, ...] = growth.KS
+    turns: int = 10
     copied_mb: int = 1024
 
 
 FULL = Sizes()
-TINY = Sizes(prefixes=(16, 32), tokens=6, repeats=1, at_once=(2,), ks=(1, 8), copied_mb=8)
+TINY = Sizes(prefixes=(16, 32), tokens=6, repeats=1, at_once=(2,), ks=(1, 8), turns=3, copied_mb=8)
 
 BUDGET_S = {
     "correctness": 60,
@@ -92,20 +93,21 @@ def run(
 
     def part(name: str, findings: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
         say(name)
-        result["parts"][name] = measured(BUDGET_S[name], findings, lambda: keep(result))
-        found: list[dict[str, Any]] = result["parts"][name]["found"]
+        made = result["parts"][name] = {"budget_s": BUDGET_S[name], "found": [], "finished": False}
+        measure(made, findings, lambda: keep(result))
+        found: list[dict[str, Any]] = made["found"]
         return found
 
     part("correctness", (agreement.run(name, where) for name in agreement.models()))
     model = measured_model(shape, dtype=torch.bfloat16, device=device)
     agreement.over_arenas(model)
-    lengths = {"tokens": sizes.tokens, "repeats": sizes.repeats}
-    for found in part("decode", (decode.run(model, prefix=n, **lengths) for n in sizes.prefixes)):
+    runs = (decode.run(model, prefix=n, tokens=sizes.tokens, repeats=sizes.repeats) for n in sizes.prefixes)
+    for found in part("decode", runs):
         engine = found["rows"]["engine"]["ms_per_token"]
         result.setdefault("memory_limit", {})[str(found["prefix"])] = share_of_limit(model, engine, about)
     part("parallel", (parallel.run(model, at_once=n, tokens=max(8, sizes.tokens // 3)) for n in sizes.at_once))
     part("growth", (growth.run(model, prefixes=(n,), ks=sizes.ks, steps=sizes.tokens // 2) for n in sizes.prefixes))
-    part("turns", (turns.run(model, repeats=sizes.repeats) for _ in range(1)))
+    part("turns", (turns.run(model, turns=sizes.turns, repeats=each) for each in (sizes.repeats,)))
     result["graphs"] = model.static is not None and not model.static.failed
     result["correct"] = _correct(result["parts"]["correctness"])
     keep(result)
@@ -139,18 +141,17 @@ def checked(device: str, shape: str) -> torch.device:
     return where
 
 
-def measured(budget_s: float, findings: Iterator[dict[str, Any]], keep: Callable[[], None]) -> dict[str, Any]:
-    """One part: what it finds within its time. An error ends the part, not the bench.
+def measure(part: dict[str, Any], findings: Iterator[dict[str, Any]], keep: Callable[[], None]) -> None:
+    """Fill one part with what is found within its time. An error ends the part, not the bench.
 
     Args:
-        budget_s: seconds.
+        part: has ``budget_s`` and an empty list ``found``; told if it ``finished``, else why not, and its ``seconds``.
         findings: made one after another.
-        keep: called after each.
+        keep: called after each, and at the end.
     """
     started = time.perf_counter()
-    part: dict[str, Any] = {"budget_s": budget_s, "found": [], "finished": False}
     try:
-        with at_most(budget_s):
+        with at_most(part["budget_s"]):
             for found in findings:
                 part["found"].append(found)
                 keep()
@@ -160,7 +161,7 @@ def measured(budget_s: float, findings: Iterator[dict[str, Any]], keep: Callable
     except Exception as error:  # noqa: BLE001 - the other parts are wanted all the same
         part["error"] = f"{type(error).__name__}: {error}"
     part["seconds"] = time.perf_counter() - started
-    return part
+    keep()
 
 
 @contextmanager
@@ -189,8 +190,8 @@ def _correct(part: dict[str, Any]) -> bool:
 
 def lines(result: dict[str, Any]) -> Iterator[str]:
     """The result for people."""
-    speed = f"copies at {result['copy_gb_s']:.0f} GB/s"
-    yield f"{result['device']}, torch {result['torch']}, {speed}; right: {result['correct']}; graphs: {result['graphs']}"
+    yield f"{result['device']}, torch {result['torch']}, copies at {result['copy_gb_s']:.0f} GB/s"
+    yield f"right: {result['correct']}; graphs: {result['graphs']}"
     for name, part in result["parts"].items():
         state = "finished" if part["finished"] else part.get("error", "cut off")
         yield f"{name}: {state} after {part['seconds']:.0f} of {part['budget_s']} s"
@@ -199,9 +200,10 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         told = ", ".join(f"{name} {row['ms_per_token']:.2f}" for name, row in rows.items())
         yield f"ms a token after {found['prefix']}: {told}"
     for prefix, limit in result.get("memory_limit", {}).items():
-        yield f"share of the memory's speed after {prefix}: {limit['share_of_copy']:.0%} (copy), {limit['share_of_nominal']}"
+        yield f"share of the memory's speed after {prefix}: {limit['share_of_copy']:.0%} of a copy's"
     for found in result["parts"]["parallel"]["found"]:
-        yield f"{found['at_once']} at once: {found['together_tokens_per_s']:.0f} tokens/s, {found['ratio']:.2f} times one by one"
+        speed = f"{found['together_tokens_per_s']:.0f} tokens/s, {found['ratio']:.2f} times one by one"
+        yield f"{found['at_once']} at once: {speed}"
 
 
 def main(
