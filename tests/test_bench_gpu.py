@@ -116,3 +116,10 @@ def test_the_weights_of_a_step_count_a_tied_output_layer_once() -> None:
     assert bytes_per_token(tied) == sum(weight.nbytes for weight in tied.model.parameters())
     limit = share_of_limit(model, 2.0, {"copy_gb_s": bytes_per_token(model) / 1e6, "nominal_gb_s": None})
     assert (limit["share_of_copy"], limit["share_of_nominal"]) == (pytest.approx(0.5), None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", agreement.models())
+def test_a_gpu_says_what_the_cpu_says(name: str) -> None:
+    found = agreement.run(name, torch.device("cuda"))
+    assert found["passed"], found

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import re
+import subprocess
+import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -346,3 +352,15 @@ def test_what_is_fetched_in_one_trip_is_what_is_read_one_by_one(legal: int) -> N
     assert found["best"] == proposal.best
     assert found["entropy"] == proposal.entropy
     assert found["margin"] == proposal.margin
+
+
+def test_the_path_is_type_checked_and_its_import_touches_no_gpu() -> None:
+    root = Path(__file__).parent.parent
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert (settings["strict"], settings["packages"]) == (True, ["s2t_agents"])
+    names = ["static_kv", "arena", "static_attention", "static_step", "graphs"]
+    text = "".join((root / "s2t_agents" / "models" / f"{name}.py").read_text() for name in names)
+    assert "mypy: ignore" not in text
+    assert set(re.findall(r"type: ignore(\S*)", text)) <= {"[no-untyped-call]"}  # torch.cuda.Stream has no types
+    code = f"import torch; from s2t_agents.models import {', '.join(names)}; assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})

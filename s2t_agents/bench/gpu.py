@@ -93,7 +93,8 @@ def run(
 
     def part(name: str, findings: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
         say(name)
-        made = result["parts"][name] = {"budget_s": BUDGET_S[name], "found": [], "finished": False}
+        made: dict[str, Any] = {"budget_s": BUDGET_S[name], "found": [], "finished": False}
+        result["parts"][name] = made
         measure(made, findings, lambda: keep(result))
         found: list[dict[str, Any]] = made["found"]
         return found
