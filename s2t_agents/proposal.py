@@ -35,8 +35,8 @@ class Proposal:
         self._k, self._all_legal = k, allowed is None and not banned
 
     def fetch(self) -> None:
-        """Bring best token, entropy and margin from a device in one trip; on the CPU each is made when it is read."""
-        if self.logits.device.type != "cpu":
+        """Bring best token, entropy and margin from CUDA in one trip; elsewhere each is made when it is read."""
+        if self.logits.device.type == "cuda":
             self.__dict__.update(glance(self.logits, self.log_probs))
 
     @cached_property
@@ -48,7 +48,7 @@ class Proposal:
     def candidates(self) -> Tensor:
         """``[K]`` token ids, best first."""
         top = self.logits.topk(min(self._k, self.logits.shape[0]))
-        if self._all_legal and self.logits.device.type != "cpu":  # to compare is to wait for the device
+        if self._all_legal and self.logits.device.type == "cuda":  # to compare is to wait for the device
             return top.indices
         return top.indices[top.values > -torch.inf]
 

@@ -18,6 +18,7 @@ import torch
 from tape import Tape
 
 from s2t_agents import Engine
+from s2t_agents.engine.steps import fetched, in_one_trip
 from s2t_agents.models import static_attention
 from s2t_agents.models.arena import SMALLEST, Arenas, bucket
 from s2t_agents.models.graphs import Recorder, played
@@ -352,6 +353,8 @@ def test_what_is_fetched_in_one_trip_is_what_is_read_one_by_one(legal: int) -> N
     assert found["best"] == proposal.best
     assert found["entropy"] == proposal.entropy
     assert found["margin"] == proposal.margin
+    rows = (proposal.candidate_log_probs, proposal.candidates)
+    assert in_one_trip(*rows) == fetched(*rows) == [row.tolist() for row in rows]
 
 
 def test_the_path_is_type_checked_and_its_import_touches_no_gpu() -> None:

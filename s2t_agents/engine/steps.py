@@ -237,7 +237,12 @@ class Engine:
 
 
 def fetched(*rows: Tensor) -> list[list[float]]:
-    """Several ``[K]`` as lists, brought from the device in one trip; float64 holds scores and ids exactly."""
+    """Several ``[K]`` as lists; from CUDA in one trip."""
+    return in_one_trip(*rows) if rows[0].device.type == "cuda" else [row.tolist() for row in rows]
+
+
+def in_one_trip(*rows: Tensor) -> list[list[float]]:
+    """Several ``[K]`` as lists, with a single wait for the device; float64 holds float32 scores and ids exactly."""
     values: list[list[float]] = torch.stack([row.double().to(rows[0].device) for row in rows]).tolist()
     return values
 
