@@ -32,7 +32,12 @@ class Proposal:
             self.logits = self.logits.masked_fill(~allowed.to(self.logits.device), -torch.inf)
         if banned:
             self.logits = self.logits.index_fill(0, torch.tensor(banned, device=self.logits.device), -torch.inf)
-        self._k = k
+        self._k, self._all_legal = k, allowed is None and not banned
+
+    def fetch(self) -> None:
+        """Bring best token, entropy and margin from CUDA in one trip; elsewhere each is made when it is read."""
+        if self.logits.device.type == "cuda":
+            self.__dict__.update(glance(self.logits, self.log_probs))
 
     @cached_property
     def best(self) -> int:
@@ -43,6 +48,8 @@ class Proposal:
     def candidates(self) -> Tensor:
         """``[K]`` token ids, best first."""
         top = self.logits.topk(min(self._k, self.logits.shape[0]))
+        if self._all_legal and self.logits.device.type == "cuda":  # to compare is to wait for the device
+            return top.indices
         return top.indices[top.values > -torch.inf]
 
     @cached_property
@@ -70,3 +77,13 @@ class Proposal:
         """Probability of the best token minus that of the second, in [0, 1]; 1 when only one is legal."""
         best = self.candidate_log_probs[:2].exp().tolist()
         return best[0] - best[1] if len(best) > 1 else 1.0
+
+
+def glance(logits: Tensor, log_probs: Tensor) -> dict[str, float]:
+    """``best``, ``entropy`` and ``margin`` of a proposal, from ``[V]`` each, with a single wait for the device."""
+    entropy = -torch.special.xlogy(p := log_probs.exp(), p).sum()
+    top = log_probs.topk(min(2, log_probs.shape[0])).values.exp().double()
+    margin = top[0] - top[1] if len(top) > 1 else torch.ones_like(top[0])
+    # float64 holds every token id and every float32 exactly
+    best, entropy_nats, margin_found = torch.stack([logits.argmax().double(), entropy.double(), margin]).tolist()
+    return {"best": int(best), "entropy": entropy_nats, "margin": margin_found}

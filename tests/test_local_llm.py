@@ -110,11 +110,11 @@ def test_a_local_llm_that_runs_out_of_memory_costs_nothing_and_comes_back(monkey
     large, left = tiny_model(seed=5), [2]
     real = large.step
 
-    def starved(ids: Any, cache: Any) -> Any:
+    def starved(ids: Any, *rest: Any) -> Any:
         if left[0]:
             left[0] -= 1
             raise RuntimeError("out of memory: tried to allocate 20 GiB")
-        return real(ids, cache)
+        return real(ids, *rest)
 
     monkeypatch.setattr(large, "step", starved)
     budget, ledger = Budget(escalations=50), Ledger()

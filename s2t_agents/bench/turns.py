@@ -11,7 +11,7 @@ from s2t_agents.models.language_model import LanguageModel
 from s2t_agents.models.prefix import Prefix
 from s2t_agents.types import Sampling
 
-from .decode import MS
+from .decode import MS, finish
 from .shapes import random_prompt
 
 
@@ -44,8 +44,10 @@ def run(model: LanguageModel, *, system: int = 128, new: int = 40, turns: int = 
         kept.append(took)
         prefix = Prefix(model)
         prefix.extend(prompt[:reused])
+        finish(model)
         started = time.perf_counter()
         prefix.extend(prompt[reused:before])
+        finish(model)
         bare.append(time.perf_counter() - started)
         model.past.clear()
         started = time.perf_counter()

@@ -191,8 +191,10 @@ class Engine:
         masked = time.perf_counter()
         banned = draw.sampling.banned_first if index == 0 else ()
         proposal = Proposal(prefix, self.k, allowed=allowed, banned=banned)
-        wanted = draw.one_of_all(proposal.logits) if draw.random else proposal.best
         looks_twice = self.selector is not None or desk is not None
+        if looks_twice:
+            proposal.fetch()
+        wanted = draw.one_of_all(proposal.logits) if draw.random else proposal.best
         triggered = looks_twice and self.trigger(proposal)
         entropy_nats = proposal.entropy if looks_twice else None
         propose_s = (computed - started) + (time.perf_counter() - masked)
@@ -202,7 +204,7 @@ class Engine:
             return Step(index, len(prefix), wanted, wanted, "slm", entropy=entropy_nats, timings=timings)
         chosen = self._select(proposal, desk, grammar)
         at = draw.one_of(chosen.scores) if draw.random else int(chosen.scores.argmax())
-        token = int(proposal.candidates[at])
+        token = chosen.candidates[at].token_id
         kept.extend(chosen.then)
         return Step(
             index,
@@ -227,13 +229,13 @@ class Engine:
         """Rank the candidates locally; ask the LLM where that is not sure enough."""
         started = time.perf_counter()
         local = self.selector.scores(proposal) if self.selector else None
-        scores = local if local is not None else proposal.candidate_log_probs
+        scores = (local if local is not None else proposal.candidate_log_probs).detach()
         picked_by: Picker = "selector" if local is not None else "slm"
+        given, slm, found = fetched(scores, proposal.candidate_log_probs, proposal.candidates)
+        own, ids = (given if local is not None else None), [int(each) for each in found]
+        scores = torch.tensor(given, dtype=scores.dtype)
         selected = time.perf_counter()
         answer, report = None, None
-        own = local.tolist() if local is not None else None
-        slm = proposal.candidate_log_probs.tolist()
-        ids = proposal.candidates.tolist()
         if desk is not None and len(ids) > 1 and desk.wants(confidence_margin(scores)):
             prefix = proposal.prefix
             asked = Question(prefix.ids, ids, prefix=prefix, slm=slm, selector=own, grammar=grammar)
@@ -246,6 +248,17 @@ class Engine:
         done = time.perf_counter()
         then = answer.then if answer else ()
         return Selection(scores, picked_by, candidates, report, selected - started, done - selected, then)
+
+
+def fetched(*rows: Tensor) -> list[list[float]]:
+    """Several ``[K]`` as lists; from CUDA in one trip."""
+    return in_one_trip(*rows) if rows[0].device.type == "cuda" else [row.tolist() for row in rows]
+
+
+def in_one_trip(*rows: Tensor) -> list[list[float]]:
+    """Several ``[K]`` as lists, with a single wait for the device; float64 holds float32 scores and ids exactly."""
+    values: list[list[float]] = torch.stack([row.double().to(rows[0].device) for row in rows]).tolist()
+    return values
 
 
 def decisive(answer: Answer) -> Tensor:

@@ -66,7 +66,7 @@ class CandidateRows:
         for lora, group in groupby(ordered, key=lambda part: part.lora if isinstance(part, Look) else None):
             end = start + sum(len(part.ids) for part in group)
             if lora is not None:
-                stretches.append((slice(start, end), self._corrections(lora)))
+                stretches.append((slice(start, end), self.corrections(lora)))
             start = end
 
         def affine(module: nn.Module, x: Tensor) -> Tensor:
@@ -79,8 +79,8 @@ class CandidateRows:
 
         return affine
 
-    def _corrections(self, lora: Lora) -> dict[nn.Module, LoraLayer]:
-        """By the module that they correct; looked up once per adapter."""
+    def corrections(self, lora: Lora) -> dict[nn.Module, LoraLayer]:
+        """An adapter's corrections by the module that they correct; looked up once per adapter."""
         if lora not in self._layers:
             self._layers[lora] = lora.by_module(self._base)
         return self._layers[lora]

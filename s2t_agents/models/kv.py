@@ -9,6 +9,7 @@ stands behind ``length`` is nobody's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def clone(self, length: int) -> GrowingLayer:
         """A layer of its own with the first ``length`` tokens."""
-        other = GrowingLayer()
+        other = type(self)()
         if self.is_initialized:
             other.lazy_initialization(self.keys, self.values)
             other.update(self.keys[..., :length, :], self.values[..., :length, :])
@@ -94,14 +95,19 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 class KVCache(Cache):  # type: ignore[misc]
     """The KV of one sequence, all of it kept, for models whose every layer is attention."""
 
-    def __init__(self, layers: list[GrowingLayer] | None = None) -> None:
-        super().__init__(layer_class_to_replicate=GrowingLayer)
-        self.layers = layers or []
+    layer_class = GrowingLayer
+
+    def __init__(self, layers: Sequence[GrowingLayer] | None = None) -> None:
+        super().__init__(layer_class_to_replicate=self.layer_class)
+        self.layers = list(layers or ())
 
     @torch.inference_mode()
     def clone(self, length: int) -> KVCache:
         """A cache of its own with the first ``length`` tokens: copying them costs far less than reading them again."""
-        return KVCache([layer.clone(length) for layer in self.layers])
+        return type(self)([layer.clone(length) for layer in self.layers])
+
+    def rest(self) -> None:
+        """Its generation has ended: give back what only running ones need. The tokens stay."""
 
     @property
     def nbytes(self) -> int:

@@ -34,6 +34,8 @@ from .packed import (
     ready_mask,
 )
 from .prefix_cache import PrefixCache
+from .static_kv import StaticCache
+from .static_step import StaticStep, static_step_of
 
 T = TypeVar("T")
 
@@ -57,6 +59,7 @@ class LanguageModel:
         self.overlay_exact = overlay_is_exact(self.config)
         self.lock = threading.RLock()  # one forward at a time: hooks and caches are not thread-safe
         self.past = PrefixCache()
+        self.kv_kind = StaticCache if self.device.type == "cuda" else KVCache
         self.owner = Owner(self.run_alone, self.run_packed if self.overlay_exact else None, self.lock)
         self._last_hidden: Tensor | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
@@ -100,7 +103,7 @@ class LanguageModel:
 
     def new_cache(self) -> Cache:
         """An empty KV cache. Attention-only models keep all KV, so that any of them can be rolled back."""
-        return KVCache() if self.overlay_exact else DynamicCache(config=self.config)
+        return self.kv_kind() if self.overlay_exact else DynamicCache(config=self.config)
 
     @torch.inference_mode()
     def step(self, ids: Tensor, cache: Cache, meter: Meter | None = None) -> tuple[Tensor, Tensor]:
@@ -132,6 +135,10 @@ class LanguageModel:
             token, last hidden states ``[K, H]`` of a look.
         """
         with self.lock:
+            segments = [part for part in parts if isinstance(part, Segment)]
+            if self._leanly(parts) and len(segments) == len(parts):
+                logits, hidden = self._one_each(torch.cat([part.ids for part in parts]), segments)
+                return self._arrived(list(zip(logits, hidden, strict=True)))
             if self._leanly(parts):
                 return self._arrived(self.lean_parts(parts))  # type: ignore[misc]
             return self._arrived(self._packed(parts))
@@ -147,7 +154,7 @@ class LanguageModel:
         """``step`` in a forward of its own."""
         with self.lock:
             if self._leanly([segment]):
-                logits, hidden = self.lean(segment.ids, [segment.length], [segment.cache])  # type: ignore[misc]
+                logits, hidden = self._one_each(segment.ids, [segment])
                 return logits[0], hidden[0]
             out = self.model(
                 input_ids=segment.ids[None], past_key_values=segment.cache, use_cache=True, logits_to_keep=1
@@ -176,6 +183,17 @@ class LanguageModel:
             if not (single and part.length and isinstance(part.cache, KVCache)):
                 return False
         return self.lean is not None and self.lean.free
+
+    def _one_each(self, ids: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+        """One token for each, past the modules: as a captured graph where there is one, eagerly else."""
+        lengths, caches = [each.length for each in segments], [each.cache for each in segments]
+        found = self.static.step(ids, lengths, caches) if self.static is not None else None
+        return found or self.lean(ids, lengths, caches)  # type: ignore[misc]
+
+    @cached_property
+    def static(self) -> StaticStep | None:
+        """The step over KV of fixed capacity, captured as graphs: on CUDA, where there is a lean step."""
+        return static_step_of(self.model, self.lean) if self.kv_kind is StaticCache else None
 
     @cached_property
     def lean(self) -> LeanStep | None:
@@ -242,9 +260,7 @@ class LanguageModel:
         """A look in a forward of its own; on cloned rows where a masked row would not be exact."""
         with self.lock:
             if self._leanly([look]):
-                (said,) = self.lean_parts([look])  # type: ignore[misc]
-                assert isinstance(said, Tensor)
-                return said
+                return self._look_leanly(look)
             with look.lora.on(self.model) if look.lora is not None else nullcontext():
                 if self.overlay_exact:
                     return self._row(look.ids, look.cache, look.length)
@@ -255,6 +271,19 @@ class LanguageModel:
                 )
             hidden: Tensor = out.last_hidden_state[:, -1]
             return hidden
+
+    def _look_leanly(self, look: Look) -> Tensor:
+        """A look past the modules: as a captured graph where there is one, eagerly else."""
+        rows = self.lean_parts
+        assert rows is not None
+        if self.static is not None:
+            corrections = rows.corrections(look.lora) if look.lora is not None else {}
+            found = self.static.look_ahead(look.ids, look.cache, look.length, corrections)
+            if found is not None:
+                return found
+        (said,) = rows([look])
+        assert isinstance(said, Tensor)
+        return said
 
     def read_rows(self, ids: Tensor, mask: Tensor, cache: Cache | None, keep: int) -> tuple[Tensor, Tensor]:
         """Read or continue B left-padded sequences at once; gradients flow where the caller lets them.

@@ -112,6 +112,11 @@ class LeanStep:
         self._angles: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
     @property
+    def layers(self) -> int:
+        """How many there are."""
+        return len(self._layers)
+
+    @property
     def free(self) -> bool:
         """Nobody has put a hook on the decoder, which going past its modules would miss."""
         return not any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
@@ -133,8 +138,11 @@ class LeanStep:
 
     def rows(self, ids: Tensor, positions: Sequence[int], over: Attention, affine: Affine | None = None) -> Tensor:
         """Last hidden states ``[N, H]`` of tokens ``[N]`` at their positions; see ``LeanLayer`` for the rest."""
+        return self.through(ids, *self._rotations(positions), over, affine)
+
+    def through(self, ids: Tensor, cos: Tensor, sin: Tensor, over: Attention, affine: Affine | None = None) -> Tensor:
+        """``rows`` where the rotations ``[N, 1, d]`` (or ``[1, 1, d]``, all at one position) are at hand."""
         x = functional.embedding(ids, self._embed.weight)
-        cos, sin = self._rotations(positions, x)
         for index, layer in enumerate(self._layers):
             x = layer(x, cos, sin, over, index, affine)
         return normed(self._norm, x)
@@ -143,17 +151,21 @@ class LeanStep:
         """``[N, V]`` in fp32, of last hidden states ``[N, H]``."""
         return linear(self._head, hidden).float()
 
-    def _rotations(self, positions: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[N, 1, d]``, from a table that the model's own rotary module fills."""
-        if max(positions) >= len(self._angles[0]):
-            length = max(1024, 2 * (max(positions) + 1))
-            cos, sin = self._rotary(like, torch.arange(length, device=like.device)[None])
+    def rotation_table(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[L, 1, d]`` of at least so many positions, filled by the model's own rotary module."""
+        if length > len(self._angles[0]):
+            like = self._embed.weight
+            cos, sin = self._rotary(like, torch.arange(max(1024, 2 * length), device=like.device)[None])
             self._angles = cos[0, :, None], sin[0, :, None]
-        cos, sin = self._angles
+        return self._angles
+
+    def _rotations(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[N, 1, d]``."""
+        cos, sin = self.rotation_table(max(positions) + 1)
         if len(positions) == 1:
             at = positions[0]
             return cos[at : at + 1], sin[at : at + 1]
-        rows = torch.tensor(positions, device=like.device)
+        rows = torch.tensor(positions, device=cos.device)
         return cos[rows], sin[rows]
 
 
@@ -191,6 +203,7 @@ def _plain(model: Any) -> bool:
         and config.hidden_act == "silu"
         and all(type(module) is nn.Linear for module in [*linears, model.get_output_embeddings()])
         and not getattr(config, "output_attentions", False)
+        and len({weight.device for weight in model.parameters()}) == 1
     )
 
 
@@ -203,5 +216,10 @@ def _agrees(model: Any, step: LeanStep) -> bool:
     ours, _ = step(ids[0, 3:], [3], [cache])
     cache.crop(-1)
     theirs = model(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True).logits[:, -1].float()
-    span = 1.0 if model.dtype == torch.float32 else 30.0  # half precision rounds at other places
+    return close(ours, theirs, model.dtype)
+
+
+def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways of computing logits in ``dtype`` say the same."""
+    span = 1.0 if dtype == torch.float32 else 30.0  # half precision rounds at other places
     return bool((ours - theirs).abs().max() <= span * CLOSE * (theirs.max() - theirs.min()))

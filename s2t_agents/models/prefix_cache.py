@@ -82,6 +82,7 @@ class PrefixCache:
 
         Entries that are the beginning of this one go; so do, if room is needed, those unused for longest.
         """
+        cache.rest()
         kept = Entry(scope, np.asarray(ids, dtype=np.int64), cache)
         size = cache.nbytes
         if len(ids) < WORTH or size > self.limit_bytes:

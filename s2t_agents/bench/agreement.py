@@ -1,0 +1,116 @@
+"""Whether a device says what the CPU says: tokens, selectors' scores, and played steps beside eager ones, in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from s2t_agents.engine.steps import Engine
+from s2t_agents.models.bundled import SLM
+from s2t_agents.models.graphs import played
+from s2t_agents.models.language_model import LanguageModel
+from s2t_agents.models.prefix import Prefix
+from s2t_agents.models.static_kv import StaticCache
+from s2t_agents.models.static_step import StaticStep
+from s2t_agents.proposal import Proposal
+from s2t_agents.selectors import Selector
+from s2t_agents.testing import tiny_model
+from s2t_agents.types import Sampling
+
+from .decode import selectors
+from .shapes import random_prompt
+
+FAMILIES: dict[str, dict[str, Any]] = {"qwen2": {}, "qwen3": {}, "llama": {}, "mistral": {"sliding_window": 16}}
+TOLERANCE = 1e-3
+
+
+def run(name: str, device: torch.device, *, prompt: int = 40, tokens: int = 24) -> dict[str, Any]:
+    """One model on the CPU, and on the device by graphs and eagerly.
+
+    Args:
+        name: one of ``FAMILIES``, or a path or bundled name.
+        device: where it is compared; on the CPU the played step runs without capture.
+        prompt: tokens.
+        tokens: generated.
+
+    Returns:
+        Whether all greedy tokens are equal, the largest differences of logits and scores, and ``passed``.
+    """
+    reference, graphed, eager = (_model(name, where) for where in (torch.device("cpu"), device, device))
+    over_arenas(graphed)
+    vars(eager)["static"] = None
+    ids = random_prompt(reference, prompt)
+    answers = [_greedy(model, ids, tokens) for model in (reference, graphed, eager)]
+    paths = [_path(model, ids, answers[0]) for model in (reference, graphed, eager)]
+    differences = {
+        "logits_to_cpu": _largest(paths[1], paths[0], "logits"),
+        "logits_to_eager": _largest(paths[1], paths[2], "logits"),
+        "head_scores_to_cpu": _largest(paths[1], paths[0], "head"),
+        "activated_scores_to_cpu": _largest(paths[1], paths[0], "activated"),
+    }
+    equal = answers[0] == answers[1] == answers[2]
+    graphs = graphed.static is not None and not graphed.static.failed
+    return {
+        "model": name,
+        "tokens_equal": equal,
+        "graphs": graphs,
+        "largest_difference": differences,
+        "passed": equal and graphs and max(differences.values()) <= TOLERANCE,
+    }
+
+
+def over_arenas(model: LanguageModel) -> None:
+    """On the CPU, too, steps go over KV of fixed capacity, without capture; on CUDA they do so by themselves."""
+    if model.device.type == "cpu" and model.lean is not None:
+        model.kv_kind = StaticCache
+        vars(model)["static"] = StaticStep(model.lean, played)
+
+
+def models() -> list[str]:
+    """All that are compared."""
+    return [*FAMILIES, SLM]
+
+
+def _model(name: str, device: torch.device) -> LanguageModel:
+    if name in FAMILIES:
+        tiny = tiny_model(name, **FAMILIES[name])
+        model = LanguageModel(tiny.model.to(device), tiny.tokenizer, name=name)
+    else:
+        model = LanguageModel.load(name, device=device, dtype=torch.float32)
+    model.eos_ids = frozenset()
+    return model
+
+
+def _greedy(model: LanguageModel, ids: list[int], tokens: int) -> list[int]:
+    return [step.token_id for step in Engine(model).steps(ids, Sampling(max_tokens=tokens))]
+
+
+def _path(model: LanguageModel, ids: list[int], answer: list[int]) -> list[dict[str, torch.Tensor]]:
+    """Logits and scores at every token of an answer, with the same random selectors on every device."""
+    prefix, found = Prefix(model), []
+    prefix.extend(ids)
+    looks = _trained(model)
+    for token in answer:
+        prefix.extend([token])
+        proposal = Proposal(prefix, 8)
+        scores = {kind: selector.scores(proposal).cpu() for kind, selector in looks.items()}
+        found.append({"logits": prefix.logits.cpu(), **scores})
+    return found
+
+
+def _trained(model: LanguageModel) -> dict[str, Selector]:
+    """Selectors that do say something: their zeros replaced, drawn on the CPU so that they are the same everywhere."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = selectors(model)
+        for selector in made.values():
+            assert isinstance(selector, torch.nn.Module)
+            for weight in selector.requires_grad_(False).parameters():
+                weight.copy_(0.05 * torch.randn(weight.shape))
+    return made
+
+
+def _largest(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]], what: str) -> float:
+    pairs = zip(ours, theirs, strict=True)
+    return max(float((one[what] - other[what]).abs().max()) for one, other in pairs)

@@ -1,0 +1,131 @@
+"""Rows of fixed capacity in which sequences sit while their steps are captured graphs.
+
+    arena of capacity C     row 0   | tokens of a | zeros                | spare |
+                            row 1   | tokens of b                | zeros | spare |
+                            row 2   | free                               | spare |
+
+One arena per bucket of capacities. It starts with one row and is replaced by one of twice the rows when it is full; the
+sequences move over at their next step. The last column is nobody's: rows that sit out a step write there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+from .kv import GrowingLayer
+from .static_kv import Seat, StaticCache
+
+SMALLEST = 512
+"""Tokens of the smallest bucket; all are multiples of it."""
+
+LIMIT_BYTES = 4 * 2**30
+"""Memory for all arenas of one model; whoever finds no seat goes the eager way."""
+
+
+def bucket(tokens: int) -> int:
+    """Capacity for so many tokens and the spare column: 512, 1024, 1536, 2048, 3072, 4096, 6144, ..."""
+    needed, size = tokens + 1, SMALLEST
+    while size < needed:
+        if size >= 2 * SMALLEST and size * 3 // 2 >= needed:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+class Arena:
+    """KV of several sequences, ``[2, layers, rows, heads, capacity, d]``: keys and values.
+
+    Args:
+        like: a layer whose sizes, dtype and device are taken.
+        layers: how many there are.
+        rows: sequences that fit, a power of two.
+        capacity: tokens of each, the spare column included.
+    """
+
+    def __init__(self, like: GrowingLayer, layers: int, rows: int, capacity: int) -> None:
+        buffer = like._key_buffer
+        heads, d = buffer.shape[1], buffer.shape[-1]
+        self.rows, self.capacity = rows, capacity
+        self.kv = buffer.new_zeros(2, layers, rows, heads, capacity, d)
+        self._guests: list[weakref.ref[StaticCache] | None] = [None] * rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return int(self.kv.nbytes)
+
+    def sits(self, cache: StaticCache) -> bool:
+        """Whether a sequence is here with all its layers."""
+        return cache.seat is not None and cache.seat.arena is self and not cache.seat.outgrown
+
+    def free(self) -> list[int]:
+        """Rows that nobody sits in: those who did have moved, rest or are gone."""
+        return [row for row, guest in enumerate(self._guests) if guest is None or not self._in(row, guest())]
+
+    def seat(self, cache: StaticCache) -> None:
+        """Move a sequence to the first free row."""
+        row = self.free()[0]
+        self.kv[:, :, row].zero_()  # what is masked is multiplied by zero, which NaN would survive
+        room = self.kv[:, :, row : row + 1, :, : self.capacity - 1]
+        cache.sit(Seat(self, row), [(keys, values) for keys, values in zip(room[0], room[1], strict=True)])
+        self._guests[row] = weakref.ref(cache)
+
+    def _in(self, row: int, guest: StaticCache | None) -> bool:
+        seat = guest.seat if guest is not None else None
+        return seat is not None and seat.arena is self and seat.row == row
+
+
+class Arenas:
+    """All arenas of one model. Not thread-safe: used under the model's lock.
+
+    Args:
+        limit_bytes: never passed by all of them together.
+    """
+
+    def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
+        self.limit_bytes = limit_bytes
+        self._by_capacity: dict[int, Arena] = {}
+
+    def together(self, caches: Sequence[StaticCache], length: int) -> Arena | None:
+        """The arena in which all these sequences sit, moved there where needed; None if there is no memory for it.
+
+        Args:
+            caches: with at least one token each.
+            length: tokens that the longest of them has to have room for.
+        """
+        seated = [cache.seat.arena.capacity for cache in caches if cache.seat is not None]
+        capacity = max([bucket(length), *seated])
+        arena = self._by_capacity.get(capacity)
+        moving = [cache for cache in caches if arena is None or not arena.sits(cache)]
+        if not moving:
+            return arena
+        if arena is None or len(moving) > len(arena.free()):
+            arena = self._larger(arena, capacity, caches)
+            moving = list(caches)
+        for cache in moving if arena is not None else ():
+            assert arena is not None
+            arena.seat(cache)
+        return arena
+
+    def _larger(self, old: Arena | None, capacity: int, caches: Sequence[StaticCache]) -> Arena | None:
+        """A new arena with rows for these and for all who sit in the old one, which it replaces."""
+        staying = 0 if old is None else old.rows - len(old.free()) - sum(map(old.sits, caches))
+        rows = 1 << (staying + len(caches) - 1).bit_length()
+        like, layers = caches[0].layers[0], len(caches[0].layers)
+        size = 2 * layers * rows * capacity * like._key_buffer.shape[1] * like._key_buffer.shape[-1]
+        size *= like._key_buffer.element_size()
+        if not self._fits(size, capacity):
+            return None
+        self._by_capacity[capacity] = Arena(like, layers, rows, capacity)
+        return self._by_capacity[capacity]
+
+    def _fits(self, size: int, capacity: int) -> bool:
+        """Whether there is memory for an arena of this size, maybe after the empty ones are gone."""
+        others = {each: arena for each, arena in self._by_capacity.items() if each != capacity}
+        if size + sum(arena.nbytes for arena in others.values()) > self.limit_bytes:
+            for each, arena in others.items():
+                if len(arena.free()) == arena.rows:
+                    del self._by_capacity[each]
+        left = sum(arena.nbytes for each, arena in self._by_capacity.items() if each != capacity)
+        return size + left <= self.limit_bytes

@@ -1,0 +1,131 @@
+"""KV at addresses that stay: a sequence sits in one row of an arena (``arena``) while single tokens are added to it.
+
+A captured graph reads and writes the same memory every time, so the buffers of a layer become views of the row. All
+else (prompts, packed rows, overlays, cuts) uses them as it uses any growing buffers; what outgrows the row leaves it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from .kv import GrowingLayer, KVCache
+
+if TYPE_CHECKING:
+    from .arena import Arena
+
+
+@dataclass(eq=False)
+class Seat:
+    """One row of an arena, taken by one sequence.
+
+    Attributes:
+        arena: whose row it is.
+        row: its index.
+        outgrown: some layer has moved to buffers of its own; the sequence has to be seated anew.
+    """
+
+    arena: Arena
+    row: int
+    outgrown: bool = False
+
+
+class StaticLayer(GrowingLayer):
+    """One layer of a sequence that may sit in an arena. Views are made when asked for: a step sets an integer."""
+
+    length = 0
+    seat: Seat | None = None
+
+    @property
+    def keys(self) -> Any:
+        """``[1, heads, length, d]``; None before the first token."""
+        return self._key_buffer[..., : self.length, :] if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        _only_none(value)
+
+    @property
+    def values(self) -> Any:
+        """As ``keys``."""
+        return self._value_buffer[..., : self.length, :] if self.is_initialized else None
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        _only_none(value)
+
+    def get_seq_length(self) -> int:
+        """Tokens in it."""
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens."""
+        if tokens_to_remove >= 0:
+            DynamicLayer.crop(self, tokens_to_remove)  # nothing for 0, its own error above
+        else:
+            self.length = max(0, self.length + tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.length, self.seat = 0, None
+
+    @property
+    def front(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, as views."""
+        return self.keys, self.values
+
+    def move(self, keys: Tensor, values: Tensor, seat: Seat | None) -> None:
+        """From now on these are the buffers, ``[1, heads, capacity, d]``; the tokens are copied there."""
+        keys[..., : self.length, :] = self._key_buffer[..., : self.length, :]
+        values[..., : self.length, :] = self._value_buffer[..., : self.length, :]
+        self._key_buffer, self._value_buffer, self.seat = keys, values, seat
+
+    def _set_length(self, length: int) -> None:
+        self.length = length
+
+    def _grow(self, needed: int) -> None:
+        if self.seat is not None:
+            self.seat.outgrown = True
+        super()._grow(needed)
+
+
+class StaticCache(KVCache):
+    """The KV of one sequence, which can take a seat in an arena."""
+
+    layer_class = StaticLayer
+    seat: Seat | None = None
+
+    def sit(self, seat: Seat, room: list[tuple[Tensor, Tensor]]) -> None:
+        """Move to a seat.
+
+        Args:
+            seat: what ``room`` belongs to.
+            room: keys and values ``[1, heads, capacity, d]`` of each layer.
+        """
+        for layer, (keys, values) in zip(self.layers, room, strict=True):
+            layer.move(keys, values, seat)
+        self.seat = seat
+
+    def advance(self, length: int) -> None:
+        """So many tokens are in the row now."""
+        for layer in self.layers:
+            layer.length = length
+
+    @torch.inference_mode()
+    def rest(self) -> None:
+        """Leave the seat for buffers of the sequence's own, no larger than it."""
+        if self.seat is None:
+            return
+        for layer in self.layers:
+            layer.move(*(torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in layer.front), None)
+        self.seat = None  # last: from here on the row is anybody's
+
+
+def _only_none(value: Any) -> None:
+    if value is not None:
+        raise AttributeError("the keys and values of a StaticLayer are views of its buffers and can not be set.")
