@@ -111,9 +111,9 @@ def test_a_played_selection_says_what_the_overlay_says(name: str, more: dict[str
     for token in some_ids(5, 1):
         one.extend([token])
         other.extend([token])
-        looked = []
-        for prefix in (one, other):
-            looked.append(prefix.look_ahead(CANDIDATES, some_lora(prefix.model) if with_lora else None))
+        looked = [
+            prefix.look_ahead(CANDIDATES, some_lora(prefix.model) if with_lora else None) for prefix in (one, other)
+        ]
         assert torch.allclose(*looked, atol=1e-4)
         same(one, other)
 

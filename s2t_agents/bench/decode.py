@@ -1,7 +1,8 @@
 """Time per token, side by side in one run: transformers, ours, ours with a selector, the published scheme, Maj@8.
 
-Rows take turns (A B C A B C ...), medians count, all make the same number of tokens after the same prefix. Decoding is
-timed from the first token to the last; the first token's time, cold and warm, stands beside it.
+Rows take turns (A B C A B C ...), all make the same number of tokens after the same prefix, and ratios are taken within
+each turn before their median. Decoding is timed from the first token to the last; the first token's time stands beside
+it, cold (the prompt is read) and warm (its KV is at hand).
 
 The published scheme (S2T, arXiv 2604.26940) scores a candidate by reading prefix and candidate again, without KV. Its
 selection is timed on its own and added to our greedy step at each rate; where K whole prefixes would take minutes, one
@@ -10,6 +11,7 @@ is timed and multiplied, and the row says ``extrapolated``. Rows that say ``comp
 
 from __future__ import annotations
 
+import copy
 import resource
 import statistics
 import time
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from s2t_agents.engine.steps import Engine
 from s2t_agents.models.language_model import LanguageModel
@@ -39,6 +42,10 @@ WHOLE_ROWS = 4096
 """Tokens of K prefixes up to which the published scheme's selection is timed whole."""
 
 
+Run = Callable[[bool], Iterator[float]]
+"""One answer of a row, and the time at which each token came; told whether the prompt's KV may be found again."""
+
+
 @dataclass
 class Timed:
     """What was measured of one row: ms to the first token, and per token after it, one number a repeat."""
@@ -52,6 +59,14 @@ class Timed:
         self.first_ms.append((stamps[0] - started) * MS)
         self.token_ms.append((stamps[-1] - stamps[0]) * MS / (len(stamps) - 1) / self.tokens_each)
 
+    def over(self, other: Timed) -> float:
+        """Median over the repeats of this row's time over the other's in the same repeat: drift cancels out."""
+        return statistics.median(ours / theirs for ours, theirs in zip(self.token_ms, other.token_ms, strict=True))
+
+    def beyond(self, other: Timed) -> float:
+        """Median over the repeats of the ms per token that this row takes longer than the other."""
+        return statistics.median(ours - theirs for ours, theirs in zip(self.token_ms, other.token_ms, strict=True))
+
 
 def run(
     model: LanguageModel, *, prefix: int, tokens: int = 101, repeats: int = 3, rates: tuple[float, ...] = RATES
@@ -62,33 +77,33 @@ def run(
         model: see ``shapes.measured_model``.
         prefix: tokens of the prompt.
         tokens: generated per run, at least 2; 101 let a rate of 1% fire once after the first token.
-        repeats: of each row.
+        repeats: of each row; prompts are read in the first (cold), their KV is at hand in the others (warm).
         rates: forced trigger rates that are run, 0 among them; the others of ``RATES`` are composed from the largest.
 
     Returns:
-        ``{"rows": {name: {"ms_per_token", "tokens_per_s", "over_generate", "over_greedy", ...}}, ...}``.
+        ``{"rows": {name: {"ms_per_token", "tokens_per_s", "over_generate", "over_greedy", ...}}, ...}``. Ratios are
+        medians of the ratios within each repeat.
     """
     prompt = random_prompt(model, prefix)
     rows = _rows(model, prompt, tokens, rates)
     timed = {name: Timed(tokens_each=8 if name == "maj8" else 1) for name in rows}
     selection_s, extrapolated = _published_selection(model, prompt)
-    for _ in range(repeats):
+    for repeat in range(repeats):
         for name, work in rows.items():
             started = time.perf_counter()
-            timed[name].add(started, list(work()))
-    found = {name: _row(each) for name, each in timed.items()}
-    greedy = found["engine"]["ms_per_token"]
+            timed[name].add(started, list(work(repeat > 0)))
+    found = {name: _row(each, timed) for name, each in timed.items()}
+    greedy, fastest = found["engine"]["ms_per_token"], found["generate"]["ms_per_token"]
     for kind in ("head", "activated"):
-        slowest = f"{kind}@{max(rates):g}"
-        selection_ms = max(0.0, found[slowest]["ms_per_token"] - found[f"{kind}@0"]["ms_per_token"]) / max(rates)
+        plain = found[f"{kind}@0"]
+        selection = max(0.0, timed[f"{kind}@{max(rates):g}"].beyond(timed[f"{kind}@0"])) / max(rates) / greedy
         for rate in RATES:
             if rate not in rates:
-                found[f"{kind}@{rate:g}"] = _composed(found[f"{kind}@0"]["ms_per_token"] + rate * selection_ms)
+                over = plain["over_greedy"] + rate * selection
+                found[f"{kind}@{rate:g}"] = _composed(over, greedy, fastest)
     for rate in RATES:
-        found[f"published@{rate:g}"] = _composed(greedy + rate * selection_s * MS, extrapolated=extrapolated)
-    for row in found.values():
-        row["over_generate"] = row["ms_per_token"] / found["generate"]["ms_per_token"]
-        row["over_greedy"] = row["ms_per_token"] / greedy
+        over = 1 + rate * selection_s * MS / greedy
+        found[f"published@{rate:g}"] = _composed(over, greedy, fastest, extrapolated=extrapolated)
     return {
         "model": model.name,
         "dtype": str(model.model.dtype).removeprefix("torch."),
@@ -102,34 +117,37 @@ def run(
     }
 
 
-def _composed(ms: float, **more: bool) -> dict[str, Any]:
-    """A row that was not run: a step, and the selection's share of it."""
-    return {"ms_per_token": ms, "tokens_per_s": MS / ms, "composed": True, **more}
+def _composed(over: float, greedy: float, generate: float, **more: bool) -> dict[str, Any]:
+    """A row that was not run, from its ratio to a greedy step: a step, and the selection's share of it."""
+    ms = over * greedy
+    ratios = {"over_generate": ms / generate, "over_greedy": over}
+    return {"ms_per_token": ms, "tokens_per_s": MS / ms, **ratios, "composed": True, **more}
 
 
-def _row(timed: Timed) -> dict[str, Any]:
+def _row(timed: Timed, rows: dict[str, Timed]) -> dict[str, Any]:
     ms = statistics.median(timed.token_ms)
     return {
         "ms_per_token": ms,
         "tokens_per_s": MS / ms,
+        "over_generate": timed.over(rows["generate"]),
+        "over_greedy": timed.over(rows["engine"]),
         "first_token_cold_ms": timed.first_ms[0],
-        "first_token_warm_ms": statistics.median(timed.first_ms[1:] or timed.first_ms),
+        "first_token_warm_ms": statistics.median(timed.first_ms[1:]) if timed.first_ms[1:] else None,
     }
 
 
-def _rows(
-    model: LanguageModel, prompt: list[int], tokens: int, rates: tuple[float, ...]
-) -> dict[str, Callable[[], Iterator[float]]]:
+def _rows(model: LanguageModel, prompt: list[int], tokens: int, rates: tuple[float, ...]) -> dict[str, Run]:
     """Per row a run that gives the time of every token."""
-    rows: dict[str, Callable[[], Iterator[float]]] = {
-        "generate": lambda: generated(model, prompt, tokens),
-        "engine": lambda: stepped(Engine(model, k=K), prompt, tokens),
+    theirs = Generate(model, prompt, tokens)
+    rows: dict[str, Run] = {
+        "generate": theirs,
+        "engine": lambda warm: stepped(Engine(model, k=K), prompt, tokens, warm=warm),
     }
     for kind, selector in selectors(model).items():
         for rate in rates:
             engine = Engine(model, k=K, trigger=at_rate(rate), selector=selector)
-            rows[f"{kind}@{rate:g}"] = lambda engine=engine: stepped(engine, prompt, tokens)  # type: ignore[misc]
-    rows["maj8"] = lambda: generated(model, prompt, tokens, do_sample=True, num_return_sequences=8)
+            rows[f"{kind}@{rate:g}"] = lambda warm, engine=engine: stepped(engine, prompt, tokens, warm=warm)  # type: ignore[misc]
+    rows["maj8"] = lambda warm: theirs(warm, rows=8, do_sample=True)
     return rows
 
 
@@ -152,30 +170,54 @@ def at_rate(rate: float) -> Trigger:
     return when(fires, f"forced at {rate:g}")
 
 
-def stepped(engine: Engine, prompt: list[int], tokens: int) -> Iterator[float]:
-    """When each token of an answer of ours came; nothing of an earlier run is reused."""
-    engine.slm.past.clear()
+def stepped(engine: Engine, prompt: list[int], tokens: int, *, warm: bool = False) -> Iterator[float]:
+    """When each token of an answer of ours came; KV of an earlier run is reused where it is to be warm."""
+    if not warm:
+        engine.slm.past.clear()
     steps: Iterator[Step] = engine.steps(prompt, Sampling(max_tokens=tokens))
     for _ in steps:
         yield time.perf_counter()
 
 
-def generated(model: LanguageModel, prompt: list[int], tokens: int, **options: Any) -> Iterator[float]:
-    """When each token of transformers' own answer came."""
-    from transformers import StoppingCriteria, StoppingCriteriaList
+class Generate:
+    """transformers' own answers to one prompt.
 
-    stamps: list[float] = []
+    Args:
+        model: whose ``generate`` is called.
+        prompt: token ids.
+        tokens: of each answer.
+    """
 
-    class Watch(StoppingCriteria):  # type: ignore[misc]
-        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-            stamps.append(time.perf_counter())
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    def __init__(self, model: LanguageModel, prompt: list[int], tokens: int) -> None:
+        self._model, self._prompt, self._tokens = model, prompt, tokens
+        self._read: DynamicCache | None = None
 
-    settings = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": 0, **options}
-    with torch.inference_mode():
-        ids = torch.tensor([prompt], device=model.device)
-        model.model.generate(ids, stopping_criteria=StoppingCriteriaList([Watch()]), **settings)
-    yield from stamps
+    @torch.inference_mode()
+    def __call__(self, warm: bool, *, rows: int = 1, **options: Any) -> Iterator[float]:
+        """When each token of ``rows`` answers at once came; ``warm``: all but the prompt's last token is read."""
+        stamps: list[float] = []
+
+        class Watch(StoppingCriteria):  # type: ignore[misc]
+            def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+                stamps.append(time.perf_counter())
+                return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        settings = {"do_sample": False, "max_new_tokens": self._tokens, "pad_token_id": 0, **options}
+        if warm:
+            settings["past_key_values"] = self._kv(rows)
+        ids = torch.tensor([self._prompt] * rows, device=self._model.device)
+        self._model.model.generate(ids, stopping_criteria=StoppingCriteriaList([Watch()]), **settings)
+        yield from stamps
+
+    def _kv(self, rows: int) -> DynamicCache:
+        """A copy of the prompt's KV, for so many rows."""
+        if self._read is None:
+            self._read = DynamicCache()
+            ids = torch.tensor([self._prompt[:-1]], device=self._model.device)
+            self._model.model(input_ids=ids, past_key_values=self._read, use_cache=True, logits_to_keep=1)
+        kv = copy.deepcopy(self._read)
+        kv.batch_repeat_interleave(rows)
+        return kv
 
 
 @torch.inference_mode()
