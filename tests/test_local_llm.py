@@ -13,7 +13,8 @@ from s2t_agents import Budget, ChatS2T, Ledger
 from s2t_agents.errors import EscalationFailed, TokenizerMismatch
 from s2t_agents.escalation import Escalation
 from s2t_agents.models import LanguageModel
-from s2t_agents.selectors import LocalLLM
+from s2t_agents.models.prefix import Prefix
+from s2t_agents.selectors import LocalLLM, Question
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 from s2t_agents.triggers import always
 
@@ -54,6 +55,22 @@ def test_only_what_is_new_is_read_and_announced_before() -> None:
     assert session.uncached([1, 9]) == 1
     session.close()
     assert llm.open().uncached([1, 2, 3, 4]) == 1  # the next turn continues
+
+
+def test_the_next_turn_of_another_scope_continues_nothing() -> None:
+    slm, llm = tiny_model(), LocalLLM(tiny_model())
+
+    def asked(scope: str | None) -> Question:
+        prefix = Prefix(slm, scope)
+        prefix.extend([1, 2, 3, 4])
+        return Question(prefix.ids, CANDIDATES, prefix=prefix)
+
+    session = llm.open()
+    session.ask(asked("a"))
+    session.close()
+    for scope in ("b", None):
+        assert llm.open().quote(asked(scope)).llm_tokens == 4 + 1
+    assert llm.open().quote(asked("a")).llm_tokens == 0 + 1
 
 
 def test_two_sessions_at_once_never_share_a_cache() -> None:

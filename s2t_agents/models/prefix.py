@@ -20,12 +20,16 @@ class Prefix:
 
     Not thread-safe: one generation owns it.
 
+    Args:
+        model: reads the tokens.
+        scope: whose conversation it is: KV is reused within one scope only.
+
     Attributes:
         meter: the share of the model's time that went into this prefix and into looks past its end.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
+    def __init__(self, model: LanguageModel, scope: str | None = None) -> None:
+        self.model, self.scope = model, scope
         self.ids: list[int] = []
         self.logits: Tensor = torch.empty(0)
         self.hidden: Tensor = torch.empty(0)
@@ -42,7 +46,7 @@ class Prefix:
             prompt: token ids; at least the last of them is left to be read.
             scope: see ``PrefixCache``.
         """
-        prefix = cls(model)
+        prefix = cls(model, scope)
         if model.overlay_exact:  # recurrent states can not be cut to a common prefix
             cache, length = model.past.take(prompt, scope)
             if cache is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from ..errors import EscalationFailed, TokenizerMismatch
 from ..models.fingerprint import shared_ids
+from ..models.idle import IdlePrefixes
 from ..models.language_model import LanguageModel
 from ..models.loading import first_line, load_tokenizer
 from ..models.prefix import Prefix
@@ -46,7 +46,7 @@ class LocalLLM:
         self._model = None if isinstance(model, str) else model
         self._options: dict[str, Any] = {"device": device, "dtype": dtype, **options}
         self._lock = threading.Lock()
-        self._idle: deque[Prefix] = deque(maxlen=IDLE_CACHES)
+        self.idle = IdlePrefixes(IDLE_CACHES)
 
     def __repr__(self) -> str:
         return f"LocalLLM({self.name!r})"
@@ -89,19 +89,6 @@ class LocalLLM:
                 self._model = LanguageModel.load(self.name, **self._options)
             return self._model
 
-    def take_prefix(self, ids: Sequence[int]) -> Prefix | None:
-        """The idle KV that shares most with ``ids``, now the caller's own; None when none is idle."""
-        with self._lock:
-            best = max(self._idle, key=lambda prefix: prefix.shared(ids), default=None)
-            if best is not None:
-                self._idle.remove(best)
-            return best
-
-    def give_back(self, prefix: Prefix) -> None:
-        """Keep a KV for the next generation; the oldest goes when there are too many."""
-        with self._lock:
-            self._idle.append(prefix)
-
 
 class LocalSession:
     """One generation's KV in the LLM, synced lazily: common prefix kept, the rest read in one go."""
@@ -112,7 +99,7 @@ class LocalSession:
 
     def quote(self, question: Question) -> Charge:
         """What the KV does not hold yet, and one token."""
-        return charge(self._llm.price, input_tokens=self.uncached(question.ids))
+        return charge(self._llm.price, input_tokens=self.uncached(question.ids, scope_of(question)))
 
     def ask(self, question: Question) -> Answer:
         """Score every candidate.
@@ -122,20 +109,20 @@ class LocalSession:
         """
         cost = self.quote(question)
         try:
-            scores = self.scores(question.ids, question.candidates)
+            scores = self.scores(question.ids, question.candidates, scope_of(question))
         except RuntimeError as error:
             self._prefix = None  # its KV may be half-written
             raise EscalationFailed(f"the LLM broke down on this machine: {first_line(error)}.") from error
         question.owe(cost)
         return Answer(tuple(scores))
 
-    def uncached(self, ids: Sequence[int]) -> int:
+    def uncached(self, ids: Sequence[int], scope: str | None = None) -> int:
         """Tokens of ``ids`` that are not in the KV yet."""
         if self._prefix is None:
-            self._prefix = self._llm.take_prefix(ids)
+            self._prefix = self._llm.idle.take(ids, scope)
         return len(ids) - (self._prefix.shared(ids) if self._prefix else 0)
 
-    def scores(self, ids: Sequence[int], candidates: Sequence[int]) -> list[float]:
+    def scores(self, ids: Sequence[int], candidates: Sequence[int], scope: str | None = None) -> list[float]:
         """Log-probabilities of the candidates after ``ids``; one forward over what is new."""
         model = self._llm.load()
         if len(ids) >= model.context_window:
@@ -143,7 +130,7 @@ class LocalSession:
                 f"a prefix of {len(ids)} tokens does not fit the LLM's context of {model.context_window}."
             )
         if self._prefix is None:
-            self._prefix = self._llm.take_prefix(ids) or Prefix(model)
+            self._prefix = self._llm.idle.take(ids, scope) or Prefix(model, scope)
         self._prefix.move_to(ids)
         log_probs: list[float] = self._prefix.logits.log_softmax(0)[list(candidates)].tolist()
         return log_probs
@@ -151,5 +138,10 @@ class LocalSession:
     def close(self) -> None:
         """Hand the KV back for the next turn."""
         if self._prefix is not None:
-            self._llm.give_back(self._prefix)
+            self._llm.idle.keep(self._prefix)
             self._prefix = None
+
+
+def scope_of(question: Question) -> str | None:
+    """Whose conversation a question is about; None where nobody said."""
+    return question.prefix.scope if question.prefix is not None else None

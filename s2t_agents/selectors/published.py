@@ -13,8 +13,6 @@ every bin the same weight, so it too starts as greedy decoding.
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from pathlib import Path
 
 import torch
@@ -22,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import AdapterMismatch
+from ..models.idle import IdlePrefixes
 from ..models.language_model import LanguageModel
 from ..models.loading import read_tensors
 from ..models.lora import Lora
@@ -56,20 +55,19 @@ class PublishedSelector(LearnedSelector):
         self.rows = nn.Linear(base.config.hidden_size, BINS, bias=False)
         nn.init.zeros_(self.rows.weight)
         self.register_buffer("bins", torch.linspace(0, 1, BINS), persistent=False)
-        self._idle: deque[Prefix] = deque(maxlen=IDLE)
-        self._lock = threading.Lock()
+        self._idle = IdlePrefixes(IDLE)
         self.to(base.device)
 
     @torch.inference_mode()
     def scores(self, proposal: Proposal) -> Tensor:
         """``[K]``, see ``calibrated``."""
-        prefix = self._take(proposal.prefix.ids)
+        ids, scope = proposal.prefix.ids, proposal.prefix.scope
+        prefix = self._idle.take(ids, scope, sharing=len(ids) // 2) or Prefix(self.base, scope)
         with self.base.lock, self.lora.on(self.base.model):
             prefix.meter = proposal.prefix.meter  # its KV is another, its time is the generation's
-            prefix.move_to(proposal.prefix.ids)
+            prefix.move_to(ids)
             hidden = prefix.look_ahead(proposal.candidates)
-        with self._lock:
-            self._idle.append(prefix)
+        self._idle.keep(prefix)
         return self.calibrated(proposal.candidate_log_probs, self.correction(hidden))
 
     def correction(self, hidden: Tensor) -> Tensor:
@@ -95,12 +93,3 @@ class PublishedSelector(LearnedSelector):
             )
         selector.rows.weight.data = weight
         return selector.to(base.device).requires_grad_(False)
-
-    def _take(self, ids: list[int]) -> Prefix:
-        """The idle KV that shares most with ``ids``, or a new one."""
-        with self._lock:
-            best = max(self._idle, key=lambda prefix: prefix.shared(ids), default=None)
-            if best is None or best.shared(ids) < len(ids) // 2:
-                return Prefix(self.base)
-            self._idle.remove(best)
-            return best
