@@ -10,7 +10,7 @@ from s2t_agents.errors import ConfigError
 from s2t_agents.selectors import SelectorConfig, calibrated_trigger, load_selector
 from s2t_agents.selectors.config import BaseIdentity
 from s2t_agents.selectors.learned_trigger import save_probe
-from s2t_agents.training.calibrate import calibrate_with
+from s2t_agents.training.calibrate import calibrate_with, least_caution
 from s2t_agents.training.collect import collect_with
 from s2t_agents.training.config import CalibrateConfig, Fit, Models, Targets
 from s2t_agents.training.objectives import fresh_selector
@@ -57,6 +57,39 @@ def test_thresholds_meet_the_target_rates(pair, selector, heldout):
     assert (found.problems, found.seed) == (24, 500)
     assert 0 <= found.agreement_greedy <= 1
     assert sum(count for *_, count in found.reliability) == round(found.trigger_rate * steps)
+
+
+def quiet_answers(scores, llm, sizes):
+    """Changed, and all, of the answers in which the LLM wants the SLM's own token at every critical step."""
+    parts = zip(scores.split(sizes), llm.split(sizes), strict=True)
+    quiet = [one for one, other in parts if len(one) and bool((other.argmax(-1) == 0).all())]
+    return sum(bool((part.argmax(-1) != 0).any()) for part in quiet), len(quiet)
+
+
+def test_caution_keeps_answers_with_nothing_to_fix_as_they_are(pair, selector, heldout):
+    wild, _ = load_selector(selector, pair[0])
+    wild.out.weight.data.mul_(100)  # changes its mind about most tokens
+    wild.save(selector, SelectorConfig.load(selector))
+    eager = calibrated(pair, selector, heldout, trigger_rate=0.05)
+    careful = calibrated(pair, selector, heldout, trigger_rate=0.05, false_alarms=0.01)
+    assert eager.false_alarms > 0.01 >= careful.false_alarms
+    loaded, config = load_selector(selector, pair[0])
+    assert loaded.caution == config.caution > 0
+    raw = torch.zeros(2, 3)
+    assert loaded.calibrated(raw, raw)[:, 0].tolist() == pytest.approx([config.caution / config.temperature] * 2)
+
+
+def test_caution_is_the_least_that_does():
+    raw = torch.tensor([[0.0, 3.0], [0.0, 1.0], [0.0, 2.0], [0.0, 5.0]])  # leads of 3, 1, 2 and 5 nats
+    llm = torch.tensor([[0.0, -1.0], [0.0, -1.0], [0.0, -1.0], [-1.0, 0.0]])  # the last one is right to flip
+    sizes = torch.tensor([1, 2, 1])  # answers; the third has something to fix
+    for target, lead in ((0.5, 2.0), (0.99, 2.0), (0.1, 3.0)):
+        found = least_caution(raw, llm, sizes, target)
+        assert found == pytest.approx(lead, rel=1e-3)
+        cautious = torch.cat([raw[:, :1] + found, raw[:, 1:]], 1)
+        changed, quiet = quiet_answers(cautious, llm, sizes.tolist())
+        assert changed <= target * quiet
+    assert least_caution(raw, llm, sizes, None) == 0.0
 
 
 def test_the_selector_as_loaded_has_them(pair, selector, heldout):

@@ -88,7 +88,7 @@ def _large(quick: bool, say: Callable[[str], None]) -> dict[str, list[dict[str, 
         found["decode"].append(decode.run(model, prefix=prefix, tokens=21, repeats=repeats, rates=(0.0, 0.2)))
     for at_once in (2,) if quick else (1, 4, 8, 16):
         say(f"  {at_once} at once")
-        found["parallel"].append(parallel.run(model, at_once=at_once, tokens=8 if quick else 24))
+        found["parallel"].append(parallel.run(model, at_once=at_once, tokens=8 if quick else 48))
     say("  growth")
     prefixes, ks = ((16,), (1, 8)) if quick else ((128, 1024, 4096, 8192), growth.KS)
     found["growth"].append(growth.run(model, prefixes=prefixes, ks=ks, steps=3 if quick else 7))

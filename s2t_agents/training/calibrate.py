@@ -55,7 +55,7 @@ def calibrate_with(slm: LanguageModel, config: CalibrateConfig) -> Calibration:
     at_trigger = [_only(example, steps) for example, steps in zip(examples, trigger.critical, strict=True)]
     raw, llm, slm_scores = scored(selector, at_trigger)
     answers = torch.tensor([len(example.positions) for example in at_trigger])
-    selector.caution = caution = _caution(raw, llm, answers, config.targets.false_alarms)
+    selector.caution = caution = least_caution(raw, llm, answers, config.targets.false_alarms)
     cautious = selector.calibrated(raw, torch.zeros_like(raw))
     temperature = best_temperature(cautious, llm.argmax(-1))
     scores = cautious / temperature
@@ -137,7 +137,7 @@ def _entropies(examples: Sequence[Example]) -> tuple[tuple[float, float], ...]:
     return tuple((rate, max(0.0, threshold_for(entropy, rate))) for rate in RATES)
 
 
-def _caution(raw: Tensor, llm: Tensor, answers: Tensor, target: float | None) -> float:
+def least_caution(raw: Tensor, llm: Tensor, answers: Tensor, target: float | None) -> float:
     """The least caution, in nats, at which no more than a share ``target`` of the quiet answers is changed.
 
     Args:
