@@ -9,9 +9,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("LANGSMITH_TRACING", "false")
 
 import socket
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from servers import CompletionServer
 
 LOOPBACK = ("127.", "localhost", "::1")
 
@@ -33,3 +37,14 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture
+def server() -> Iterator[CompletionServer]:
+    """A completions server on loopback over a tiny LLM."""
+    from servers import serving
+
+    from s2t_agents.testing import tiny_model
+
+    with serving(tiny_model(seed=5)) as running:
+        yield running

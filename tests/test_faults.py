@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import cache
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import servers
 from langchain_core.messages import AIMessage
-from servers import CompletionServer, Fault, serving
+from servers import CompletionServer, Fault
 
 from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
 from s2t_agents.escalation import Escalation
@@ -28,12 +28,6 @@ PRICE = TokenPrice(Decimal(2), Decimal(10))
 TIMEOUT_S = 0.4
 SLACK_S = 2.0
 """A loaded machine's own slowness; no fault below would end by itself within it."""
-
-
-@pytest.fixture
-def server() -> Iterator[CompletionServer]:
-    with serving(tiny_model(seed=5)) as running:
-        yield running
 
 
 def dead_line(url: str, **settings: Any) -> OpenAILLM:

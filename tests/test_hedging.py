@@ -5,13 +5,12 @@ import pickle
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
 import pytest
 import servers
-from servers import CompletionServer, serving
+from servers import CompletionServer
 
 from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
 from s2t_agents.errors import ConfigError, EscalationFailed
@@ -27,12 +26,6 @@ ONE = Decimal("0.00002")  # 5 * 2 + 1 * 10, per million: the prefix and one toke
 HEDGE_S = 0.15
 SLACK_S = 2.0
 """A loaded machine's own slowness; no server below would answer by itself within it."""
-
-
-@pytest.fixture
-def server() -> Iterator[CompletionServer]:
-    with serving(tiny_model(seed=5)) as running:
-        yield running
 
 
 def hedging(server: CompletionServer, **settings: Any) -> OpenAILLM:

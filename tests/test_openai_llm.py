@@ -27,12 +27,6 @@ PRICE = TokenPrice(Decimal(2), Decimal(10), Decimal(1))
 
 
 @pytest.fixture
-def server() -> Iterator[CompletionServer]:
-    with serving(tiny_model(seed=5)) as running:
-        yield running
-
-
-@pytest.fixture
 def llm(server: CompletionServer) -> Iterator[OpenAILLM]:
     llm = OpenAILLM(server.url, server.model.name, price=PRICE, api_key=KEY)
     yield llm

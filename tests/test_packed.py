@@ -39,7 +39,7 @@ def test_packed_rounds_equal_reading_every_sequence_in_full(model: LanguageModel
             Segment(torch.tensor(ids), cache, len(before))
             for ids, cache, before in zip(new, caches, so_far, strict=True)
         ]
-        logits, hidden = model.step_packed(segments)
+        logits, hidden = model.run_packed(segments)
         assert hidden.shape == (3, model.config.hidden_size)
         for at in range(3):
             so_far[at] += new[at]
@@ -55,7 +55,7 @@ def test_packed_and_single_steps_mix(model: LanguageModel) -> None:
     first, second = tokens(1, 25), tokens(2, 9)
     model.step(torch.tensor(first), one)
     model.step(torch.tensor(second), other)
-    model.step_packed([Segment(torch.tensor([7]), one, 25), Segment(torch.tensor([8]), other, 9)])
+    model.run_packed([Segment(torch.tensor([7]), one, 25), Segment(torch.tensor([8]), other, 9)])
     logits, _ = model.step(torch.tensor([9]), one)
     assert torch.allclose(logits, full(model, [*first, 7, 9]), atol=1e-4)
 
@@ -63,7 +63,7 @@ def test_packed_and_single_steps_mix(model: LanguageModel) -> None:
 def test_the_models_own_attention_is_back_afterwards_even_after_a_failure(model: LanguageModel) -> None:
     own = model.config._attn_implementation
     with pytest.raises(IndexError):
-        model.step_packed([Segment(torch.tensor([10**6]), model.new_cache(), 0)])
+        model.run_packed([Segment(torch.tensor([10**6]), model.new_cache(), 0)])
     assert model.config._attn_implementation == own
 
 

@@ -202,10 +202,9 @@ def test_several_sequences_take_a_step_together_whoever_sits_out() -> None:
             segments = [
                 Segment(torch.tensor([40 + turn + at]), prefixes[at]._cache, len(prefixes[at])) for at in taking_part
             ]
-            logits, hidden = model.step_packed(segments)
-            for line, at in enumerate(taking_part):
+            for at, said in zip(taking_part, model.run_packed(segments), strict=True):
                 prefixes[at].ids.append(40 + turn + at)
-                prefixes[at].logits, prefixes[at].hidden = logits[line], hidden[line]
+                prefixes[at].logits, prefixes[at].hidden = said
         for at in taking_part:
             same(ones[at], others[at])
         for prefix in (ones[0], others[0]):  # its last token becomes another while others take a step without it

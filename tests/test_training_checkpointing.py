@@ -4,10 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_training_fit import SMALL, awake, some_examples, training
-from training_fixtures import QUICK, prompts, tiny_pair
+from training_fixtures import QUICK, killed_at_its_first_checkpoint, prompts, tiny_pair
 
 from s2t_agents.testing import ARCHITECTURES, tiny_model
-from s2t_agents.training import fit as fitting
 from s2t_agents.training.collect import collect_with
 from s2t_agents.training.losses import selection_loss
 from s2t_agents.training.objectives import autocast, fresh_selector, objective_for
@@ -62,21 +61,12 @@ def test_checkpointing_keeps_less_and_changes_nothing(architecture, kind, bf16):
     assert not any(module._forward_hooks for module in slm.model.modules())
 
 
-def test_a_training_may_go_on_with_checkpointing(tmp_path, monkeypatch):
+def test_a_training_may_go_on_with_checkpointing(tmp_path):
     slm, _, teacher = tiny_pair()
     rollouts = tmp_path / "rollouts"
     collect_with(slm, teacher, prompts(tmp_path, 16), QUICK, rollouts)
     train_with(slm, training("activated", rollouts, tmp_path / "whole"))
-    save = fitting._save
-
-    def dies_after_the_first(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(fitting, "_save", dies_after_the_first)
-    with pytest.raises(KeyboardInterrupt):
-        train_with(slm, training("activated", rollouts, tmp_path / "spared"))
-    monkeypatch.undo()
+    killed_at_its_first_checkpoint(lambda: train_with(slm, training("activated", rollouts, tmp_path / "spared")))
     train_with(
         slm, training("activated", rollouts, tmp_path / "spared", SMALL.model_copy(update={"checkpointing": True}))
     )

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_fixtures import QUICK, prompts, save_model, tiny_pair
+from training_fixtures import QUICK, killed_at_its_first_checkpoint, prompts, save_model, tiny_pair
 
 from s2t_agents.errors import AdapterMismatch, ConfigError, InputError, S2TError
 from s2t_agents.models.prefix import Prefix
@@ -161,20 +161,11 @@ def test_a_selector_learns_a_rule_that_holds_everywhere(pair, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stopped_training_ends_with_the_same_weights(pair, rollouts, kind, tmp_path, monkeypatch):
+def test_a_stopped_training_ends_with_the_same_weights(pair, rollouts, kind, tmp_path):
     slm, _, _ = pair
     train_with(slm, training(kind, rollouts, tmp_path / "whole"))
-    save = fitting._save
-
-    def dies_after_the_first(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(fitting, "_save", dies_after_the_first)
-    with pytest.raises(KeyboardInterrupt):
-        train_with(slm, training(kind, rollouts, tmp_path / "broken"))
+    killed_at_its_first_checkpoint(lambda: train_with(slm, training(kind, rollouts, tmp_path / "broken")))
     assert (tmp_path / "broken" / "checkpoint.pt").exists()
-    monkeypatch.undo()
     train_with(slm, training(kind, rollouts, tmp_path / "broken"))
     for file in sorted((tmp_path / "whole").iterdir()):
         assert (tmp_path / "broken" / file.name).read_bytes() == file.read_bytes(), file.name

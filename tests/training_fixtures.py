@@ -1,9 +1,13 @@
 """Tiny pairs and prompt files for the tests of training. Random weights: nothing they say means anything."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from s2t_agents.testing import tiny_model
+from s2t_agents.training import fit
 from s2t_agents.training.config import Rollouts
 from s2t_agents.training.labels import LocalTeacher
 from s2t_agents.training.tasks import JsonlTask
@@ -38,3 +42,17 @@ def save_model(model, folder: Path) -> Path:
     model.model.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     return folder
+
+
+def killed_at_its_first_checkpoint(train: Callable[[], None]) -> None:
+    """Run a training that dies right after it has written a checkpoint."""
+    save = fit._save
+
+    def dies(*args) -> None:
+        save(*args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "_save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train()

@@ -95,9 +95,9 @@ def _place(part: Part) -> tuple[int, int]:
 
 def _over(segments: Sequence[Segment], looks: Sequence[Look]) -> Attention:
     """Tokens over their own KV, which grows, then candidates over KV that stays."""
-    if not looks:
-        return appending([segment.cache for segment in segments])
     tokens = appending([segment.cache for segment in segments])
+    if not looks:
+        return tokens
     beside = [Beside(look) for look in looks]
     widths = [len(segments), *[len(look.ids) for look in looks]]
 

@@ -135,13 +135,13 @@ class LanguageModel:
             token, last hidden states ``[K, H]`` of a look.
         """
         with self.lock:
+            if not self._leanly(parts):
+                return self._arrived(self._packed(parts))
             segments = [part for part in parts if isinstance(part, Segment)]
-            if self._leanly(parts) and len(segments) == len(parts):
-                logits, hidden = self._one_each(torch.cat([part.ids for part in parts]), segments)
-                return self._arrived(list(zip(logits, hidden, strict=True)))
-            if self._leanly(parts):
+            if len(segments) < len(parts):
                 return self._arrived(self.lean_parts(parts))  # type: ignore[misc]
-            return self._arrived(self._packed(parts))
+            logits, hidden = self._one_each(torch.cat([part.ids for part in parts]), segments)
+            return self._arrived(list(zip(logits, hidden, strict=True)))
 
     def _arrived(self, said: T) -> T:
         """The same, once the device is done: until then the time of a forward is not known."""
@@ -162,19 +162,6 @@ class LanguageModel:
             assert self._last_hidden is not None
             hidden, self._last_hidden = self._last_hidden[0, -1], None
         return out.logits[0, -1].float(), hidden
-
-    @torch.inference_mode()
-    def step_packed(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
-        """Append tokens to several sequences in one forward.
-
-        Args:
-            segments: new tokens over their own caches, which grow by them.
-
-        Returns:
-            Logits ``[n, V]`` (fp32) and last hidden states ``[n, H]``, after the last token of each segment.
-        """
-        outcomes = self.run_packed(segments)
-        return torch.stack([each[0] for each in outcomes]), torch.stack([each[1] for each in outcomes])
 
     def _leanly(self, parts: Sequence[Part]) -> bool:
         """Whether these can go past the modules: single tokens and candidates after something, no hooks in the way."""
@@ -365,9 +352,8 @@ class LanguageModel:
 
     def _keep_hidden(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
-        if (
-            hidden.ndim == 3 and hidden.shape[1] == 1
-        ):  # a view of a prompt's last token: torch would copy the output layer for its strides
+        # A prompt's last token is a view with the prompt's strides, for which torch would copy the output layer.
+        if hidden.ndim == 3 and hidden.shape[1] == 1:
             hidden = hidden.clone(memory_format=torch.contiguous_format)
         self._last_hidden = hidden
         return hidden, *args[1:]
