@@ -39,7 +39,7 @@ def test_packed_rounds_equal_reading_every_sequence_in_full(model: LanguageModel
             Segment(torch.tensor(ids), cache, len(before))
             for ids, cache, before in zip(new, caches, so_far, strict=True)
         ]
-        logits, hidden = model.run_packed(segments)
+        logits, hidden = zip(*model.run_packed(segments), strict=True)
         assert hidden.shape == (3, model.config.hidden_size)
         for at in range(3):
             so_far[at] += new[at]
