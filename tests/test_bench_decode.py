@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from s2t_agents.bench import parallel, speed, turns
-from s2t_agents.bench.decode import RATES, at_rate, run
+from s2t_agents.bench.decode import RATES, Timed, at_rate, run
 from s2t_agents.engine.steps import Engine
 from s2t_agents.testing import tiny_model
 from s2t_agents.types import Sampling
@@ -38,6 +38,12 @@ def test_targets_stand_beside_figures_missed_or_met(quick: dict[str, Any]) -> No
     assert set(quick["targets"]) == set(speed.TARGETS)
     assert all(isinstance(each["met"], bool) for each in quick["targets"].values())
     assert speed.table(quick).renderables
+
+
+def test_rows_are_compared_within_each_turn_so_that_a_machine_that_slows_down_cancels_out() -> None:
+    ours, theirs = Timed(token_ms=[2.0, 4.0, 16.0]), Timed(token_ms=[1.0, 2.0, 8.0])
+    assert ours.over(theirs) == 2.0
+    assert ours.beyond(theirs) == 2.0  # the median of 1, 2 and 8
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.2, 1.0])

@@ -59,6 +59,19 @@ def proposal(model: LanguageModel) -> Proposal:
 KINDS = [activated, head, published]
 
 
+def test_the_published_selectors_idle_kv_keeps_to_its_scope() -> None:
+    model = tiny_model()
+    selector = published(model, trained=True)
+    prefix = Prefix(model, "a")
+    prefix.extend(IDS)
+    selector.scores(Proposal(prefix, 8))
+    assert selector._idle.take(IDS, "b") is None
+    assert selector._idle.take(IDS, None) is None
+    kept = selector._idle.take(IDS, "a")
+    assert kept is not None
+    assert kept.ids == IDS
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_untrained_selector_scores_as_the_slm(kind: Any) -> None:
     model = tiny_model()
