@@ -28,6 +28,7 @@ NAMES = {
 
 def evaluation(report: dict[str, Any], made: dict[str, Any]) -> str:
     """The table of ``s2t eval --json``, with where and when it was made."""
+    split = {"heldout": ("demo", "held-out"), "hard": ("hard", "hard")}[report["task"].split("/")[1]]
     heads = ("", "accuracy", "95% interval", "gap closed", "LLM calls", "LLM tokens", "tokens", "triggers", "harm")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, row in report["rows"].items():
@@ -38,9 +39,9 @@ def evaluation(report: dict[str, Any], made: dict[str, Any]) -> str:
             f"| {row['llm_calls']:.1f} | {row['llm_tokens']:.0f} | {row['tokens']:.0f} | {row['trigger_rate']:.1%} "
             f"| {share(row['broken'])} |"
         )
-    what = f"{report['n']} held-out problems, seed {report['seed']}"
+    what = f"{report['n']} {split[1]} problems, seed {report['seed']}"
     where = f"{made['hardware']}, commit {made['commit']}, {made['date']}"
-    command = f"s2t eval --task {report['task'].split('/')[0]} --n {report['n']} --seed {report['seed']}"
+    command = f"s2t eval --task {split[0]} --n {report['n']} --seed {report['seed']}"
     legend = (
         "Gap closed: of the way from the small model to the large one. Harm: of what the small model alone gets right."
     )
@@ -48,16 +49,17 @@ def evaluation(report: dict[str, Any], made: dict[str, Any]) -> str:
 
 
 def speed(report: dict[str, Any], made: dict[str, Any]) -> str:
-    """The tables of ``s2t bench decode --json``: rows at the shortest prefix, and targets met or missed."""
+    """The tables of ``s2t bench decode --json``: ms a token, first tokens and memory, targets met or missed."""
     lines = []
     shown = ("generate", "engine", "head@0.01", "head@0.1", "activated@0.01", "activated@0.1")
     names = (*shown, "published@0.01", "published@0.1", "maj8")
-    first = {part["model"]: part for part in reversed(report["decode"])}
     lines += ["| ms a token (over our greedy) | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for part in sorted(first.values(), key=lambda each: each["model"], reverse=True):
+    for part in report["decode"]:
         cells = [part["rows"][name] for name in names]
         told = " | ".join(f"{row['ms_per_token']:.3g} ({row['over_greedy']:.2f}x)" for row in cells)
         lines.append(f"| {part['model']}, {part['dtype']}, after {part['prefix']} tokens | {told} |")
+    lines += ["", *first_tokens(report)]
+    lines += ["", *at_once(report)]
     lines += ["", "| target | wanted | figure | met |", "|---|---|---|---|"]
     for name, each in report["targets"].items():
         lines.append(f"| {name} | {each['wanted']} | {each['figure']:.3g} | {'yes' if each['met'] else '**no**'} |")
@@ -68,6 +70,32 @@ def speed(report: dict[str, Any], made: dict[str, Any]) -> str:
         f"{report['not_measured']}."
     )
     return "\n".join([*lines, "", note, "", f"{where}. Made by `s2t bench decode`."])
+
+
+def first_tokens(report: dict[str, Any]) -> list[str]:
+    """Time to the first token and the process's peak memory so far, after each prefix."""
+    heads = ("ms to the first token: cold / warm", "generate", "engine", "peak memory, MB")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for part in report["decode"]:
+        rows = (part["rows"][name] for name in ("generate", "engine"))
+        told = [f"{row['first_token_cold_ms']:.3g} / {row['first_token_warm_ms']:.3g}" for row in rows]
+        lines.append(
+            f"| {part['model']}, after {part['prefix']} tokens | {' | '.join(told)} | {part['peak_rss_mb']:.0f} |"
+        )
+    return lines
+
+
+def at_once(report: dict[str, Any]) -> list[str]:
+    """Generations at once over one after another."""
+    heads = ("generations at once", "tokens/s", "over one by one", "without prompts", "ms between tokens: median / p99")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for each in report["parallel"]:
+        gaps = f"{each['gap_ms_median']:.3g} / {each['gap_ms_p99']:.3g}"
+        ratios = f"{each['ratio']:.2f}x | {each['step_ratio']:.2f}x"
+        lines.append(
+            f"| {each['model']}, {each['at_once']} | {each['together_tokens_per_s']:.3g} | {ratios} | {gaps} |"
+        )
+    return lines
 
 
 def share(value: float | None) -> str:
@@ -82,6 +110,10 @@ def sections() -> dict[str, str]:
     if file.is_file():
         stored = json.loads(file.read_text())
         found["eval"] = evaluation(stored["report"], stored["made"])
+    file = RESULTS / "demo_hard.json"
+    if file.is_file():
+        stored = json.loads(file.read_text())
+        found["hard"] = evaluation(stored["report"], stored["made"])
     file = RESULTS / "decode.json"
     if file.is_file():
         stored = json.loads(file.read_text())
