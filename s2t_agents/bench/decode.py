@@ -207,14 +207,14 @@ class Generate:
             settings["past_key_values"] = self._kv(rows)
         ids = torch.tensor([self._prompt] * rows, device=self._model.device)
         self._model.model.generate(ids, stopping_criteria=StoppingCriteriaList([Watch()]), **settings)
+        if self._read is None:  # behind the last stamp: no warm run is to wait for it
+            self._read = DynamicCache()
+            self._model.model(input_ids=ids[:1, :-1], past_key_values=self._read, use_cache=True, logits_to_keep=1)
         yield from stamps
 
     def _kv(self, rows: int) -> DynamicCache:
-        """A copy of the prompt's KV, for so many rows."""
-        if self._read is None:
-            self._read = DynamicCache()
-            ids = torch.tensor([self._prompt[:-1]], device=self._model.device)
-            self._model.model(input_ids=ids, past_key_values=self._read, use_cache=True, logits_to_keep=1)
+        """A copy of the prompt's KV, for so many rows; the first, cold run has left it."""
+        assert self._read is not None
         kv = copy.deepcopy(self._read)
         kv.batch_repeat_interleave(rows)
         return kv
