@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .lean import Affine, Attention, LeanLayer, LeanStep, appending, linear
+from .lean import Affine, Attention, LeanLayer, LeanStep, appending
 from .lora import Lora, LoraLayer
 from .packed import Look, Outcome, Part, Segment, apart
 
@@ -68,6 +68,8 @@ class CandidateRows:
             if lora is not None:
                 stretches.append((slice(start, end), self.corrections(lora)))
             start = end
+
+        linear = self._step.linear
 
         def affine(module: nn.Module, x: Tensor) -> Tensor:
             out = linear(module, x)

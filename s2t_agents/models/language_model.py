@@ -34,6 +34,7 @@ from .packed import (
     ready_mask,
 )
 from .prefix_cache import PrefixCache
+from .prepack import LIMIT
 from .static_kv import StaticCache
 from .static_step import StaticStep, static_step_of
 
@@ -47,9 +48,11 @@ class LanguageModel:
         model: a ``transformers`` causal LM in eval mode.
         tokenizer: its fast tokenizer.
         name: how it is called in reports; a path or hub id.
+        prepack: bytes of weights that a CPU may hold a second time, in the layout that it multiplies fastest.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, prepack: int = LIMIT) -> None:
+        self._prepack = prepack
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.config = model.config.get_text_config()
         self.decoder: nn.Module = model.get_decoder()
@@ -72,13 +75,14 @@ class LanguageModel:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         tokenizer: Any = None,
+        prepack: int = LIMIT,
         **options: Any,
     ) -> LanguageModel:
         """Read a model from a directory or hub id; see ``loading.load_weights`` for errors and ``options``."""
         where = torch.device(device) if device is not None else default_device()
         trust = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
         tokenizer = tokenizer or load_tokenizer(path, **trust)
-        return cls(load_weights(path, device=where, dtype=dtype, **options), tokenizer, name=path)
+        return cls(load_weights(path, device=where, dtype=dtype, **options), tokenizer, name=path, prepack=prepack)
 
     @property
     def vocab_size(self) -> int:
@@ -185,7 +189,7 @@ class LanguageModel:
     @cached_property
     def lean(self) -> LeanStep | None:
         """The written-out step of a known architecture."""
-        return lean_step_of(self.model) if self.overlay_exact else None
+        return lean_step_of(self.model, self._prepack) if self.overlay_exact else None
 
     @cached_property
     def lean_parts(self) -> CandidateRows | None:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from .kv import KVCache
 from .overlay import layer_kinds
+from .prepack import LIMIT, Prepacked
 
 PATTERN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 """Architectures: RMS norm before attention and MLP, rotary positions, gated SiLU, no other twist."""
@@ -46,9 +47,7 @@ class LeanLayer:
             q, k = normed(self.q_norm, q), normed(self.k_norm, k)
         return affine(self.o, over(self, index, rotated(q, cos, sin), rotated(k, cos, sin), v))
 
-    def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, over: Attention, index: int, affine: Affine | None = None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, over: Attention, index: int, affine: Affine) -> Tensor:
         """``[N, H]`` to ``[N, H]``.
 
         Args:
@@ -57,9 +56,8 @@ class LeanLayer:
             sin: as ``cos``.
             over: what the rows attend to, and where their keys and values go.
             index: of this layer in the KV.
-            affine: in place of the plain map of a linear module; for corrections on some of the rows.
+            affine: how a linear module maps rows.
         """
-        affine = affine or linear
         x = x + self.attend(normed(self.before, x), cos, sin, over, index, affine)
         y = normed(self.between, x)
         return x + affine(self.down, functional.silu(affine(self.gate, y)) * affine(self.up, y))
@@ -96,9 +94,10 @@ class LeanStep:
 
     Args:
         model: a causal LM of a known architecture; see ``lean_step_of``.
+        prepack: bytes of weights that may be held twice, see ``prepack``.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, prepack: int = LIMIT) -> None:
         decoder, config = model.get_decoder(), model.config
         self._embed, self._norm, self._head = decoder.embed_tokens, decoder.norm, model.get_output_embeddings()
         self._rotary = decoder.rotary_emb
@@ -109,6 +108,8 @@ class LeanStep:
             for layer, kind in zip(decoder.layers, kinds, strict=True)
         ]
         self._modules = list(decoder.modules())
+        self.linear: Affine = Prepacked([m for m in [*self._modules, self._head] if isinstance(m, nn.Linear)], prepack)
+        """How a linear module of this model maps rows."""
         self._angles: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
     @property
@@ -137,11 +138,19 @@ class LeanStep:
         return self.logits(hidden), hidden
 
     def rows(self, ids: Tensor, positions: Sequence[int], over: Attention, affine: Affine | None = None) -> Tensor:
-        """Last hidden states ``[N, H]`` of tokens ``[N]`` at their positions; see ``LeanLayer`` for the rest."""
+        """Last hidden states ``[N, H]`` of tokens ``[N]`` at their positions.
+
+        Args:
+            ids: tokens.
+            positions: theirs.
+            over: see ``LeanLayer``.
+            affine: in place of ``linear``; for corrections on some of the rows.
+        """
         return self.through(ids, *self._rotations(positions), over, affine)
 
     def through(self, ids: Tensor, cos: Tensor, sin: Tensor, over: Attention, affine: Affine | None = None) -> Tensor:
         """``rows`` where the rotations ``[N, 1, d]`` (or ``[1, 1, d]``, all at one position) are at hand."""
+        affine = affine or self.linear
         x = functional.embedding(ids, self._embed.weight)
         for index, layer in enumerate(self._layers):
             x = layer(x, cos, sin, over, index, affine)
@@ -149,7 +158,7 @@ class LeanStep:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[N, V]`` in fp32, of last hidden states ``[N, H]``."""
-        return linear(self._head, hidden).float()
+        return self.linear(self._head, hidden).float()
 
     def rotation_table(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[L, 1, d]`` of at least so many positions, filled by the model's own rotary module."""
@@ -169,11 +178,6 @@ class LeanStep:
         return cos[rows], sin[rows]
 
 
-def linear(module: Any, x: Tensor) -> Tensor:
-    """The module's affine map."""
-    return functional.linear(x, module.weight, module.bias)
-
-
 def normed(module: Any, x: Tensor) -> Tensor:
     """RMS norm over the last dimension, with the module's weight."""
     return functional.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
@@ -185,11 +189,11 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
-def lean_step_of(model: Any) -> LeanStep | None:
+def lean_step_of(model: Any, prepack: int = LIMIT) -> LeanStep | None:
     """The lean step of a model, if it has one: a known architecture, plain layers, and the same logits in a trial."""
     if type(model).__name__ not in PATTERN or not _plain(model):
         return None
-    step = LeanStep(model)
+    step = LeanStep(model, prepack)
     return step if _agrees(model, step) else None
 
 

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 
 from .arena import Arena, Arenas
 from .graphs import Body, CudaGraphs, Recorder
-from .lean import Affine, LeanStep, close, linear
+from .lean import Affine, LeanStep, close
 from .lora import LoraLayer
 from .static_attention import LookAttention, StepAttention
 from .static_kv import StaticCache
@@ -98,7 +98,7 @@ class Looks:
         self._length = torch.zeros(1, dtype=torch.long, device=kv.device)
         # A graph knows addresses: the weights must not go while it is there. They are those of its key, see below.
         self._weights = weights_of(corrections)
-        corrected = linear_with(corrections)
+        corrected = linear_with(corrections, lean.linear)
 
         def body() -> tuple[Tensor, ...]:
             attention = LookAttention(kv[0].unbind(), kv[1].unbind(), self._length)
@@ -228,7 +228,7 @@ def weights_of(corrections: Mapping[nn.Module, LoraLayer]) -> list[Tensor]:
     return [weight for layer in corrections.values() for weight in (layer.a, layer.b)]
 
 
-def linear_with(corrections: Mapping[nn.Module, LoraLayer]) -> Affine:
+def linear_with(corrections: Mapping[nn.Module, LoraLayer], linear: Affine) -> Affine:
     """The affine map and what the corrections add to it."""
 
     def corrected(module: Any, x: Tensor) -> Tensor:
