@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .ahead import READ, Ahead, Reading
 from .lean import Affine, Attention, LeanLayer, LeanStep, appending
 from .lora import Lora, LoraLayer
 from .packed import Look, Outcome, Part, Segment, apart
@@ -53,11 +54,26 @@ class CandidateRows:
         looks = [part for part in ordered if isinstance(part, Look)]
         ids = torch.cat([part.ids for part in ordered])
         positions = [part.length for part in ordered for _ in range(len(part.ids))]
-        hidden = self._step.rows(ids, positions, _over(segments, looks), self._correcting(ordered))
+        hidden = self._step.rows(ids, positions, _side_by_side(_blocks(segments, looks)), self._correcting(ordered))
         n = len(segments)
         said: list[Outcome | Tensor] = list(zip(self._step.logits(hidden[:n]), hidden[:n], strict=True)) if n else []
         said += torch.split(hidden[n:], [len(look.ids) for look in looks]) if looks else []
         return [said[order.index(at)] for at in range(len(parts))]
+
+    @torch.inference_mode()
+    def with_next(self, look: Look) -> Tensor:
+        """A look, and the step after it for its first candidates, which the KV keeps; see ``ahead``.
+
+        Returns:
+            Last hidden states ``[K, H]``.
+        """
+        first = Look(look.ids[:READ], look.cache, look.length)
+        m, ids = len(first.ids), torch.cat([first.ids, look.ids])
+        reading = Reading(look.cache)
+        over = _side_by_side([(m, reading), (len(look.ids), Beside(look))])
+        hidden = self._step.rows(ids, [look.length] * len(ids), over, self._correcting([first, look]))
+        look.cache.ahead = Ahead(look.length, first.ids.tolist(), hidden[:m], reading.layers)
+        return hidden[m:]
 
     def _correcting(self, ordered: Sequence[Part]) -> Affine:
         """The linear maps, with each adapter's corrections on the rows of its own looks, which stand together."""
@@ -95,20 +111,21 @@ def _place(part: Part) -> tuple[int, int]:
     return 1, 0 if part.lora is None else id(part.lora)
 
 
-def _over(segments: Sequence[Segment], looks: Sequence[Look]) -> Attention:
-    """Tokens over their own KV, which grows, then candidates over KV that stays."""
-    tokens = appending([segment.cache for segment in segments])
-    if not looks:
-        return tokens
-    beside = [Beside(look) for look in looks]
-    widths = [len(segments), *[len(look.ids) for look in looks]]
+def _blocks(segments: Sequence[Segment], looks: Sequence[Look]) -> list[tuple[int, Attention]]:
+    """Tokens over their own KV, which grows, then candidates over KV that stays: how many rows, and their attention."""
+    tokens = [(len(segments), appending([segment.cache for segment in segments]))] if segments else []
+    return [*tokens, *((len(look.ids), Beside(look)) for look in looks)]
+
+
+def _side_by_side(blocks: Sequence[tuple[int, Attention]]) -> Attention:
+    """The attention of rows that stand in blocks, each with its own."""
+    if len(blocks) == 1:
+        return blocks[0][1]
+    widths = [rows for rows, _ in blocks]
 
     def attend(layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        (q_0, *qs), (k_0, *ks), (v_0, *vs) = (torch.split(each, widths) for each in (q, k, v))
-        out = [tokens(layer, index, q_0, k_0, v_0)] if segments else []
-        for each, *own in zip(beside, qs, ks, vs, strict=True):
-            out.append(each(layer, index, *own))
-        return torch.cat(out)
+        parts = zip(blocks, *(torch.split(each, widths) for each in (q, k, v)), strict=True)
+        return torch.cat([over(layer, index, *own) for (_, over), *own in parts])
 
     return attend
 

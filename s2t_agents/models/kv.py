@@ -10,11 +10,14 @@ stands behind ``length`` is nobody's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+
+if TYPE_CHECKING:
+    from .ahead import Ahead
 
 GRAIN = 256
 """Tokens by which a buffer grows at least."""
@@ -100,6 +103,18 @@ class KVCache(Cache):  # type: ignore[misc]
     def __init__(self, layers: Sequence[GrowingLayer] | None = None) -> None:
         super().__init__(layer_class_to_replicate=self.layer_class)
         self.layers = list(layers or ())
+        self.ahead: Ahead | None = None
+        """The next step, for some tokens, where a selection has read it; see ``ahead``."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens, and what was read past the end."""
+        self.ahead = None
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.ahead = None
+        super().reset()
 
     @torch.inference_mode()
     def clone(self, length: int) -> KVCache:
@@ -108,6 +123,7 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def rest(self) -> None:
         """Its generation has ended: give back what only running ones need. The tokens stay."""
+        self.ahead = None
 
     @property
     def nbytes(self) -> int:

@@ -158,7 +158,7 @@ class LanguageModel:
         """``step`` in a forward of its own."""
         with self.lock:
             if self._leanly([segment]):
-                logits, hidden = self._one_each(segment.ids, [segment])
+                logits, hidden = self._read_ahead(segment) or self._one_each(segment.ids, [segment])
                 return logits[0], hidden[0]
             out = self.model(
                 input_ids=segment.ids[None], past_key_values=segment.cache, use_cache=True, logits_to_keep=1
@@ -166,6 +166,14 @@ class LanguageModel:
             assert self._last_hidden is not None
             hidden, self._last_hidden = self._last_hidden[0, -1], None
         return out.logits[0, -1].float(), hidden
+
+    def _read_ahead(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
+        """The step, if the last selection has read it along with its candidates."""
+        assert self.lean is not None
+        assert isinstance(segment.cache, KVCache)
+        ahead, segment.cache.ahead = segment.cache.ahead, None
+        hidden = ahead.take(int(segment.ids), segment.cache) if ahead is not None else None
+        return (self.lean.logits(hidden), hidden) if hidden is not None else None
 
     def _leanly(self, parts: Sequence[Part]) -> bool:
         """Whether these can go past the modules: single tokens and candidates after something, no hooks in the way."""
@@ -272,6 +280,8 @@ class LanguageModel:
             found = self.static.look_ahead(look.ids, look.cache, look.length, corrections)
             if found is not None:
                 return found
+        if look.lora is not None and self.lean is not None and self.lean.linear.rows_alike:
+            return rows.with_next(look)
         (said,) = rows([look])
         assert isinstance(said, Tensor)
         return said

@@ -74,19 +74,28 @@ def appending(caches: Sequence[KVCache]) -> Attention:
     """One token per sequence over its own KV, which its key and value join."""
 
     def attend(layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        n, heads, d = k.shape
-        # Queries that share a key stand in one block: attention then runs on the key heads, nothing is repeated.
-        q, k, v = q.view(n, heads, -1, d), k[:, :, None], v[:, :, None]
-        out = []
-        for row, cache in enumerate(caches):
-            keys, values = cache.layers[index].update(k[row : row + 1], v[row : row + 1])
-            if layer.window is not None:
-                keys, values = keys[..., -layer.window :, :], values[..., -layer.window :, :]
-            out.append(functional.scaled_dot_product_attention(q[row : row + 1], keys, values, scale=layer.scale))
-        together = out[0] if n == 1 else torch.cat(out)
-        return together.reshape(n, -1)
+        return alone(layer, q, k, v, [cache.layers[index].update for cache in caches])
 
     return attend
+
+
+Placing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Puts a key and a value ``[1, key heads, 1, d]`` behind a sequence's own and gives all ``[1, key heads, n, d]``."""
+
+
+def alone(layer: LeanLayer, q: Tensor, k: Tensor, v: Tensor, places: Sequence[Placing]) -> Tensor:
+    """Attention row by row, each over what its place gives; shapes as in ``Attention``."""
+    n, heads, d = k.shape
+    # Queries that share a key stand in one block: attention then runs on the key heads, nothing is repeated.
+    q, k, v = q.view(n, heads, -1, d), k[:, :, None], v[:, :, None]
+    out = []
+    for row, place in enumerate(places):
+        keys, values = place(k[row : row + 1], v[row : row + 1])
+        if layer.window is not None:
+            keys, values = keys[..., -layer.window :, :], values[..., -layer.window :, :]
+        out.append(functional.scaled_dot_product_attention(q[row : row + 1], keys, values, scale=layer.scale))
+    together = out[0] if n == 1 else torch.cat(out)
+    return together.reshape(n, -1)
 
 
 class LeanStep:
@@ -108,7 +117,7 @@ class LeanStep:
             for layer, kind in zip(decoder.layers, kinds, strict=True)
         ]
         self._modules = list(decoder.modules())
-        self.linear: Affine = Prepacked([m for m in [*self._modules, self._head] if isinstance(m, nn.Linear)], prepack)
+        self.linear = Prepacked([m for m in [*self._modules, self._head] if isinstance(m, nn.Linear)], prepack)
         """How a linear module of this model maps rows."""
         self._angles: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 

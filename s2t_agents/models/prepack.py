@@ -8,7 +8,8 @@ alone. The price is a second copy of the weights, hence the limit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch.nn import functional
 
 LIMIT = 4 * 1024**3
 """Bytes of weights that a model may hold twice; larger models keep one copy and torch's own kernels."""
+
+ROWS = (2, 3, 4, 6, 10, 18, 34, 66)
+"""Row counts in which it is tried whether a row among others is the row alone."""
 
 LEAST = {torch.float32: 300_000, torch.bfloat16: 30_000}
 """Elements from which a weight gains; smaller ones lose more in the call than they win."""
@@ -30,10 +34,11 @@ class Prepacked:
         limit: bytes; a model with more keeps all its weights as they are.
     """
 
-    def __init__(self, modules: Iterable[nn.Linear], limit: int = LIMIT) -> None:
+    def __init__(self, modules: Sequence[nn.Linear], limit: int = LIMIT) -> None:
         chosen = [module for module in modules if gains(module.weight)]
         fits = sum(module.weight.nbytes for module in chosen) <= limit
         self._weights = {module: (lay_out(module.weight), state_of(module.weight)) for module in chosen if fits}
+        self._all = len(self._weights) == len(modules)
 
     def __len__(self) -> int:
         """How many weights lie here."""
@@ -46,6 +51,19 @@ class Prepacked:
             return functional.linear(x, module.weight, module.bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, module.bias, "none", [], "")
         return out
+
+    @cached_property
+    @torch.inference_mode()
+    def rows_alike(self) -> bool:
+        """Whether all weights lie here and a row among others is bitwise the row alone; tried once per shape."""
+        shapes = {(module.weight.shape, module.bias is None): module for module in self._weights}
+        return self._all and all(self._alike(module) for module in shapes.values())
+
+    def _alike(self, module: nn.Linear) -> bool:
+        x = torch.randn(max(ROWS), module.in_features, generator=torch.Generator().manual_seed(0))
+        x = x.to(module.weight.dtype)
+        first = self(module, x[:1])
+        return all(torch.equal(self(module, x[:rows])[:1], first) for rows in ROWS)
 
 
 def gains(weight: Tensor) -> bool:

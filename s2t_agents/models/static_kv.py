@@ -119,6 +119,7 @@ class StaticCache(KVCache):
     @torch.inference_mode()
     def rest(self) -> None:
         """Leave the seat for buffers of the sequence's own, no larger than it."""
+        super().rest()
         if self.seat is None:
             return
         for layer in self.layers:
