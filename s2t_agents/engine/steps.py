@@ -24,6 +24,7 @@ from ..errors import ConfigError, ContextOverflow, InputError
 from ..escalation import DEFAULT_MARGIN, Escalation, EscalationDesk
 from ..models.language_model import LanguageModel
 from ..models.prefix import Prefix
+from ..models.teams import serially
 from ..proposal import Proposal
 from ..selectors.base import Selector, confidence_margin
 from ..selectors.drift import DriftWatch
@@ -165,7 +166,8 @@ class Engine:
                     return
             if grammar and grammar.finished:
                 return
-            step = self._step(index, prefix, pending, draw, grammar, desk, kept)
+            with serially():
+                step = self._step(index, prefix, pending, draw, grammar, desk, kept)
             yield step
             if step.token_id in self.slm.eos_ids:
                 return

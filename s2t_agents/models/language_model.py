@@ -37,6 +37,7 @@ from .prefix_cache import PrefixCache
 from .prepack import LIMIT
 from .static_kv import StaticCache
 from .static_step import StaticStep, static_step_of
+from .teams import release
 
 T = TypeVar("T")
 
@@ -66,6 +67,7 @@ class LanguageModel:
         self.owner = Owner(self.run_alone, self.run_packed if self.overlay_exact else None, self.lock)
         self._last_hidden: Tensor | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
+        release()  # what reading the weights has left
 
     @classmethod
     def load(

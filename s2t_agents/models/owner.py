@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 
 from .meter import Meter
 from .packed import Look, Outcome, Part
+from .teams import release, together
 from .tickets import LookTicket, StepTicket, Ticket
 
 ALONE = 1024
@@ -45,6 +46,9 @@ PATIENCE = 0.25
 
 PATIENCE_S = 0.05
 """And at most so long, in seconds."""
+
+LONG_S = 0.01
+"""Seconds from which a forward is long beside the making of a team (0.1 ms, now and then as long as this)."""
 
 
 class Owner:
@@ -69,6 +73,7 @@ class Owner:
         self._led = False
         self._last: frozenset[int] = frozenset()
         self._took = 0.0
+        self._thread = 0
 
     def step(self, ids: Tensor, cache: Cache, meter: Meter | None = None) -> Outcome:
         """Append ``ids`` ``[T]`` to ``cache``, together with whatever else is wanted now.
@@ -130,12 +135,20 @@ class Owner:
 
     def _run(self, tickets: Sequence[Ticket], parts: Sequence[Part]) -> None:
         """One forward; if it fails, one by one, so that only the guilty learns of it."""
-        with self._lock:
+        with self._lock, together():
             started = time.monotonic()
             if len(parts) == 1 or not self._together(tickets, parts):
                 for ticket, part in zip(tickets, parts, strict=True):
                     self._alone(ticket, part)
             self._took = time.monotonic() - started
+            before, self._thread = self._thread, threading.get_ident()
+        if len(tickets) > 1 or before != self._thread:  # the next forward may be another thread's
+            self.rest()
+
+    def rest(self) -> None:
+        """This thread may run no forward for a while: its team goes, if a new one costs little beside a forward."""
+        if self._took >= LONG_S:
+            release()
 
     def _together(self, tickets: Sequence[Ticket], parts: Sequence[Part]) -> bool:
         """All in one forward; False if that failed and nothing has changed."""

@@ -54,6 +54,7 @@ class Prefix:
         try:
             yield prefix
         finally:
+            model.owner.rest()
             if model.overlay_exact and prefix._cache.get_seq_length() == len(prefix):
                 model.past.keep(prefix.ids, prefix._cache, scope)
 

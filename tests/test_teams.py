@@ -1,0 +1,147 @@
+"""A generation's thread has an OpenMP team while it runs a forward, and the consumer's own setting stays its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import dedent
+from threading import Thread
+
+import pytest
+import torch
+
+from s2t_agents.engine.steps import Engine
+from s2t_agents.models import teams
+from s2t_agents.models.language_model import LanguageModel
+from s2t_agents.testing import tiny_model
+from s2t_agents.triggers import when
+from s2t_agents.types import Sampling
+
+TASKS = Path("/proc/self/task")
+pytestmark = pytest.mark.skipif(teams._libgomp() is None, reason="this torch brings no libgomp along")
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_only_forwards_have_a_team() -> None:
+    model, seen = tiny_model("qwen2"), []
+    run_alone = model.owner._single
+
+    def forward(part: object) -> object:
+        seen.append(("forward", torch.get_num_threads()))
+        return run_alone(part)  # type: ignore[arg-type]
+
+    model.owner._single = forward  # type: ignore[assignment]
+    trigger = when(lambda proposal: seen.append(("trigger", torch.get_num_threads())) is None)
+    engine = Engine(model, trigger=trigger, selector=None)
+    engine.selector = Flat()  # type: ignore[assignment]
+    seen.extend(("consumer", torch.get_num_threads()) for _ in engine.steps([5, 6, 7], Sampling(max_tokens=3)))
+    assert seen[:3] == [("forward", 2), ("trigger", 1), ("consumer", 2)]
+    assert set(seen) == {("forward", 2), ("trigger", 1), ("consumer", 2)}
+
+
+class Flat:
+    """Leaves the SLM's order."""
+
+    def scores(self, proposal: object) -> torch.Tensor:
+        return proposal.candidate_log_probs  # type: ignore[attr-defined, no-any-return]
+
+
+def test_a_step_that_fails_leaves_the_setting_as_it_was() -> None:
+    def broken(proposal: object) -> bool:
+        raise RuntimeError("no")
+
+    engine = Engine(tiny_model("qwen2"), trigger=when(broken))
+    engine.selector = Flat()  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="no"):
+        next(engine.steps([5, 6, 7]))
+    assert torch.get_num_threads() == 2
+
+
+def test_a_consumer_that_chose_one_thread_gets_one() -> None:
+    seen: list[int] = []
+
+    def own() -> None:
+        torch.set_num_threads(1)
+        with teams.serially(), teams.together():
+            seen.append(torch.get_num_threads())
+        seen.append(torch.get_num_threads())
+
+    thread = Thread(target=own)
+    thread.start()
+    thread.join()
+    assert seen == [1, 1]
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc")
+def test_a_team_is_given_back() -> None:
+    in_a_process_of_its_own("""
+        before = threads()
+        in_parallel()
+        assert threads() == before + 1
+        with teams.serially():
+            teams.release()
+            in_parallel()
+            assert threads() == before
+            with teams.together():
+                in_parallel()
+            assert threads() == before + 1
+        teams.release()
+        assert threads() == before
+    """)
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc")
+def test_generations_at_once_leave_no_team_behind() -> None:
+    in_a_process_of_its_own("""
+        from concurrent.futures import ThreadPoolExecutor
+
+        from s2t_agents.engine.steps import Engine
+        from s2t_agents.models import owner
+        from s2t_agents.testing import tiny_model
+        from s2t_agents.types import Sampling
+
+        owner.LONG_S = 0.0
+        engine = Engine(tiny_model("qwen2", hidden_size=64))
+        teams.release()
+        before = threads()
+        with ThreadPoolExecutor(4) as pool:
+            prompts = [[5 + n, 6, 7] for n in range(4)]
+            answers = [pool.submit(lambda ids=ids: list(engine.steps(ids, Sampling(max_tokens=12)))) for ids in prompts]
+            assert all(answer.result() for answer in answers)
+            assert threads() <= before + 4, threads() - before
+    """)
+
+
+def in_a_process_of_its_own(body: str) -> None:
+    """Where nobody else begins or ends a thread."""
+    head = """
+        import os
+        import torch
+        from s2t_agents.models import teams
+        torch.set_num_threads(2)
+        teams.release()
+        def threads(): return len(os.listdir("/proc/self/task"))
+        def in_parallel(): torch.zeros(400_000).add_(1)
+    """
+    code = dedent(head) + dedent(body)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr[-2000:]
+
+
+def test_without_such_a_runtime_everything_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ids(model: LanguageModel) -> list[int]:
+        return [step.token_id for step in Engine(model).steps([5, 6, 7], Sampling(max_tokens=8))]
+
+    with_it = ids(tiny_model("qwen2"))
+    monkeypatch.setattr(teams, "_libgomp", lambda: None)
+    assert ids(tiny_model("qwen2")) == with_it
+    assert torch.get_num_threads() == 2
