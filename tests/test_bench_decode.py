@@ -64,6 +64,9 @@ def test_generations_at_once_are_equal_to_those_alone() -> None:
     model = tiny_model("qwen3")
     model.eos_ids = frozenset()
     assert parallel.run(model, at_once=4, prefix=16, tokens=8)["equal"]
+    found = parallel.loops(model, at_once=4, system=16, new=5, turns=2, tokens=6)
+    assert found["equal"]
+    assert found["ratio"] > 0
 
 
 def test_a_turn_reuses_all_but_what_is_new() -> None:

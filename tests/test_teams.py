@@ -1,13 +1,16 @@
-"""A generation's thread has an OpenMP team while it runs a forward, and the consumer's own setting stays its own."""
+"""Long forwards run on one thread with one OpenMP team, the rest of a step alone; the consumer keeps its setting."""
 
 from __future__ import annotations
 
+import gc
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ import torch
 from s2t_agents.engine.steps import Engine
 from s2t_agents.models import teams
 from s2t_agents.models.language_model import LanguageModel
+from s2t_agents.models.teams import Team
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import when
 from s2t_agents.types import Sampling
@@ -71,8 +75,8 @@ def test_a_consumer_that_chose_one_thread_gets_one() -> None:
 
     def own() -> None:
         torch.set_num_threads(1)
-        with teams.serially(), teams.together():
-            seen.append(torch.get_num_threads())
+        with teams.serially():
+            Team().apart(lambda: seen.append(torch.get_num_threads()))
         seen.append(torch.get_num_threads())
 
     thread = Thread(target=own)
@@ -91,8 +95,7 @@ def test_a_team_is_given_back() -> None:
             teams.release()
             in_parallel()
             assert threads() == before
-            with teams.together():
-                in_parallel()
+            teams.Team().here(in_parallel)
             assert threads() == before + 1
         teams.release()
         assert threads() == before
@@ -100,25 +103,81 @@ def test_a_team_is_given_back() -> None:
 
 
 @pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc")
-def test_generations_at_once_leave_no_team_behind() -> None:
+def test_generations_at_once_have_one_team_among_them() -> None:
     in_a_process_of_its_own("""
         from concurrent.futures import ThreadPoolExecutor
 
         from s2t_agents.engine.steps import Engine
-        from s2t_agents.models import owner
         from s2t_agents.testing import tiny_model
         from s2t_agents.types import Sampling
 
-        owner.LONG_S = 0.0
-        engine = Engine(tiny_model("qwen2", hidden_size=64))
-        teams.release()
+        model = tiny_model("qwen2", hidden_size=64)
+        model.owner._long_s = 0.0
+        engine = Engine(model)
         before = threads()
         with ThreadPoolExecutor(4) as pool:
             prompts = [[5 + n, 6, 7] for n in range(4)]
             answers = [pool.submit(lambda ids=ids: list(engine.steps(ids, Sampling(max_tokens=12)))) for ids in prompts]
             assert all(answer.result() for answer in answers)
-            assert threads() <= before + 4, threads() - before
+            assert threads() <= before + 4 + 2, threads() - before  # theirs, and the forwards' own with its team
     """)
+
+
+def test_long_forwards_run_on_the_models_own_thread_and_say_the_same() -> None:
+    model, where = tiny_model("qwen2"), []
+    run_alone = model.owner._single
+
+    def forward(part: object) -> object:
+        where.append(current_thread().name.rsplit("_", 1)[0])
+        return run_alone(part)  # type: ignore[arg-type]
+
+    model.owner._single = forward  # type: ignore[assignment]
+    model.owner._long_s = 60.0
+    here = ids(model)
+    assert where[0] == "s2t-forward"  # nothing is known of the model yet
+    assert where[2:] == ["MainThread"] * 6
+    model.past.clear()
+    where.clear()
+    model.owner._long_s = 0.0
+    assert ids(model) == here
+    assert set(where) == {"s2t-forward"}
+
+
+def test_what_a_forward_raises_reaches_the_caller() -> None:
+    def broken() -> None:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        Team().apart(broken)
+
+
+def test_an_interrupted_caller_leaves_when_the_forward_is_done() -> None:
+    done: list[bool] = []
+
+    def forward() -> None:
+        signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.2)
+        done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        Team().apart(forward)
+    assert done == [True]
+
+
+def test_the_thread_ends_with_its_model() -> None:
+    model = tiny_model("qwen2", seed=7)
+    model.owner._long_s = 0.0
+    ids(model)
+    (thread,) = model.owner._team._thread._threads  # type: ignore[union-attr]
+    assert thread.is_alive()
+    del model
+    gc.collect()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+def ids(model: LanguageModel) -> list[int]:
+    return [step.token_id for step in Engine(model).steps([5, 6, 7], Sampling(max_tokens=8))]
 
 
 def in_a_process_of_its_own(body: str) -> None:
@@ -138,9 +197,6 @@ def in_a_process_of_its_own(body: str) -> None:
 
 
 def test_without_such_a_runtime_everything_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ids(model: LanguageModel) -> list[int]:
-        return [step.token_id for step in Engine(model).steps([5, 6, 7], Sampling(max_tokens=8))]
-
     with_it = ids(tiny_model("qwen2"))
     monkeypatch.setattr(teams, "_libgomp", lambda: None)
     assert ids(tiny_model("qwen2")) == with_it

@@ -14,6 +14,7 @@ from rich.console import Group
 from rich.table import Table
 
 from s2t_agents.models.bundled import SLM
+from s2t_agents.models.language_model import LanguageModel
 
 from . import decode, growth, parallel, turns
 from .shapes import measured_model
@@ -26,7 +27,8 @@ TARGETS = {
     "activated at 10% over greedy, 0.5B": ("at most", 1.10),
     "activated at 10% over greedy, 0.5B, longer prefix": ("at most", 1.10),
     "turn 10 over new tokens alone, 0.5B": ("at most", 1.3),
-    "8 at once over one by one, 0.5B": ("at least", 5.0),
+    "8 agent loops at once over one by one, 0.5B": ("at least", 5.0),
+    "8 unread prompts at once over one by one, 0.5B": ("at least", 5.0),
 }
 
 
@@ -73,6 +75,7 @@ def _small(quick: bool) -> dict[str, list[dict[str, Any]]]:
             decode.run(model, prefix=n, tokens=tokens, repeats=repeats) for n in ((128,) if quick else (128, 896))
         ],
         "parallel": [parallel.run(model, at_once=n, tokens=tokens) for n in ((2,) if quick else (1, 2, 4, 8, 16))],
+        "loops": [_loops(model, quick)],
         "turns": [turns.run(model, repeats=1 if quick else 5)],
         "growth": [
             growth.run(model, prefixes=(32,) if quick else (128, 256, 512, 960), ks=(1, 8) if quick else growth.KS)
@@ -82,13 +85,15 @@ def _small(quick: bool) -> dict[str, list[dict[str, Any]]]:
 
 def _large(quick: bool, say: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
     model = measured_model("tiny" if quick else "qwen2.5-0.5b", dtype=torch.bfloat16)
-    found: dict[str, list[dict[str, Any]]] = {"decode": [], "parallel": [], "turns": [], "growth": []}
+    found: dict[str, list[dict[str, Any]]] = {"decode": [], "parallel": [], "loops": [], "turns": [], "growth": []}
     for prefix, repeats in ((32, 1),) if quick else ((128, 7), (1024, 5), (4096, 3)):
         say(f"  after {prefix} tokens")
         found["decode"].append(decode.run(model, prefix=prefix, tokens=21, repeats=repeats, rates=(0.0, 0.2)))
     for at_once in (2,) if quick else (1, 4, 8, 16):
         say(f"  {at_once} at once")
         found["parallel"].append(parallel.run(model, at_once=at_once, tokens=8 if quick else 48))
+    say("  agent loops")
+    found["loops"].append(_loops(model, quick))
     say("  growth")
     prefixes, ks = ((16,), (1, 8)) if quick else ((128, 1024, 4096, 8192), growth.KS)
     found["growth"].append(growth.run(model, prefixes=prefixes, ks=ks, steps=3 if quick else 7))
@@ -97,6 +102,10 @@ def _large(quick: bool, say: Callable[[str], None]) -> dict[str, list[dict[str, 
         turns.run(model, system=32 if quick else 128, turns=3 if quick else 10, repeats=1 if quick else 3)
     )
     return found
+
+
+def _loops(model: LanguageModel, quick: bool) -> dict[str, Any]:
+    return parallel.loops(model, at_once=2, system=16, new=8, turns=2, tokens=4) if quick else parallel.loops(model)
 
 
 def _targets(parts: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -117,7 +126,8 @@ def _targets(parts: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
         "activated at 10% over greedy, 0.5B": rows["activated@0.1"]["over_greedy"],
         "activated at 10% over greedy, 0.5B, longer prefix": large[:2][-1]["rows"]["activated@0.1"]["over_greedy"],
         "turn 10 over new tokens alone, 0.5B": parts["turns"][-1]["kept_over_new_alone"],
-        "8 at once over one by one, 0.5B": eight["ratio"],
+        "8 agent loops at once over one by one, 0.5B": parts["loops"][-1]["ratio"],
+        "8 unread prompts at once over one by one, 0.5B": eight["ratio"],
     }
     return {
         name: {
@@ -166,9 +176,12 @@ def table(result: dict[str, Any]) -> Group:
         title="generations at once",
         title_justify="left",
     )
-    for each in result["parallel"]:
+    kinds = [("", each) for each in result["parallel"]] + [("agent loops", each) for each in result["loops"]]
+    for kind, each in kinds:
         speeds = (f"{each['alone_tokens_per_s']:.1f}", f"{each['together_tokens_per_s']:.1f}", f"{each['ratio']:.2f}")
-        at_once.add_row(f"{each['model']} {each['at_once']}", *speeds, f"{each['gap_ms_p99']:.1f}", str(each["equal"]))
+        at_once.add_row(
+            f"{each['model']} {each['at_once']} {kind}", *speeds, f"{each['gap_ms_p99']:.1f}", str(each["equal"])
+        )
     wanted = Table(
         "target", "wanted", "figure", "met", title="targets (* composed from measured parts)", title_justify="left"
     )

@@ -99,27 +99,34 @@ class KVCache(Cache):  # type: ignore[misc]
     """The KV of one sequence, all of it kept, for models whose every layer is attention."""
 
     layer_class = GrowingLayer
+    front_stays = True
+    """What has been written is at nobody else's disposal while its sequence goes on; see ``live_prefixes``."""
 
     def __init__(self, layers: Sequence[GrowingLayer] | None = None) -> None:
         super().__init__(layer_class_to_replicate=self.layer_class)
         self.layers = list(layers or ())
         self.ahead: Ahead | None = None
         """The next step, for some tokens, where a selection has read it; see ``ahead``."""
+        self.read = 0
+        """Tokens whose forward is done: every layer holds them; see ``live_prefixes``."""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens, and what was read past the end."""
-        self.ahead = None
+        self.ahead, self.read = None, 0
         super().crop(tokens_to_remove)
+        self.read = self.get_seq_length()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.ahead = None
+        self.ahead, self.read = None, 0
         super().reset()
 
     @torch.inference_mode()
     def clone(self, length: int) -> KVCache:
         """A cache of its own with the first ``length`` tokens: copying them costs far less than reading them again."""
-        return type(self)([layer.clone(length) for layer in self.layers])
+        other = type(self)([layer.clone(length) for layer in self.layers])
+        other.read = min((layer.get_seq_length() for layer in other.layers), default=0)
+        return other
 
     def rest(self) -> None:
         """Its generation has ended: give back what only running ones need. The tokens stay."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from itertools import accumulate
+from math import inf
 from typing import Any, TypeVar
 
 import torch
@@ -17,11 +18,12 @@ from .candidate_rows import CandidateRows
 from .fingerprint import tokenizer_fingerprint, weights_fingerprint
 from .kv import KVCache
 from .lean import LeanStep, lean_step_of
+from .live_prefixes import LivePrefixes
 from .loading import context_window, default_device, end_ids, load_tokenizer, load_weights
 from .lora import Lora
 from .meter import Meter
 from .overlay import cloned_rows, overlay_is_exact, overlay_of, row_mask, rows_mask, rows_of
-from .owner import Owner
+from .owner import LONG_S, Owner
 from .packed import (
     Look,
     Outcome,
@@ -64,7 +66,9 @@ class LanguageModel:
         self.lock = threading.RLock()  # one forward at a time: hooks and caches are not thread-safe
         self.past = PrefixCache()
         self.kv_kind = StaticCache if self.device.type == "cuda" else KVCache
-        self.owner = Owner(self.run_alone, self.run_packed if self.overlay_exact else None, self.lock)
+        self.live = LivePrefixes(self.past, self.kv_kind)
+        long_s = LONG_S if self.device.type == "cpu" else inf
+        self.owner = Owner(self.run_alone, self.run_packed if self.overlay_exact else None, self.lock, long_s)
         self._last_hidden: Tensor | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
         release()  # what reading the weights has left

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +27,7 @@ from transformers.cache_utils import Cache
 
 from .meter import Meter
 from .packed import Look, Outcome, Part
-from .teams import release, together
+from .teams import Team, release
 from .tickets import LookTicket, StepTicket, Ticket
 
 ALONE = 1024
@@ -48,7 +49,7 @@ PATIENCE_S = 0.05
 """And at most so long, in seconds."""
 
 LONG_S = 0.01
-"""Seconds from which a forward is long beside the making of a team (0.1 ms, now and then as long as this)."""
+"""Seconds of a step from which a model's forwards go to a thread of their own, which costs 0.1 ms."""
 
 
 class Owner:
@@ -58,6 +59,7 @@ class Owner:
         single: runs one part; the plain way, for whoever is alone.
         packed: runs several; None where the model can not, and callers take turns.
         lock: held during forwards; a thread that holds it already runs its steps at once, alone.
+        long_s: see ``LONG_S``.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Owner:
         single: Callable[[Part], Outcome | Tensor],
         packed: Callable[[Sequence[Part]], Sequence[Outcome | Tensor]] | None,
         lock: Any,
+        long_s: float = LONG_S,
     ) -> None:
         self._single, self._packed, self._lock = single, packed, lock
         self._mutex = threading.Lock()
@@ -73,7 +76,7 @@ class Owner:
         self._led = False
         self._last: frozenset[int] = frozenset()
         self._took = 0.0
-        self._thread = 0
+        self._team, self._long_s, self._step_s = Team(), long_s, inf
 
     def step(self, ids: Tensor, cache: Cache, meter: Meter | None = None) -> Outcome:
         """Append ``ids`` ``[T]`` to ``cache``, together with whatever else is wanted now.
@@ -135,20 +138,27 @@ class Owner:
 
     def _run(self, tickets: Sequence[Ticket], parts: Sequence[Part]) -> None:
         """One forward; if it fails, one by one, so that only the guilty learns of it."""
-        with self._lock, together():
-            started = time.monotonic()
-            if len(parts) == 1 or not self._together(tickets, parts):
-                for ticket, part in zip(tickets, parts, strict=True):
-                    self._alone(ticket, part)
-            self._took = time.monotonic() - started
-            before, self._thread = self._thread, threading.get_ident()
-        if len(tickets) > 1 or before != self._thread:  # the next forward may be another thread's
-            self.rest()
+        brief = all(ticket.brief for ticket in tickets)
 
-    def rest(self) -> None:
-        """This thread may run no forward for a while: its team goes, if a new one costs little beside a forward."""
-        if self._took >= LONG_S:
-            release()
+        def forward() -> None:
+            with self._lock:
+                started = time.monotonic()
+                if len(parts) == 1 or not self._together(tickets, parts):
+                    for ticket, part in zip(tickets, parts, strict=True):
+                        self._alone(ticket, part)
+                self._took = time.monotonic() - started
+
+        long = self._step_s > self._long_s
+        if long and not self._lock._is_owned():
+            self._team.apart(forward)
+        else:
+            self._team.here(forward)
+            if long:
+                release()
+        if brief:
+            self._step_s = self._took
+        if self._step_s <= self._long_s:
+            self._team.rest()
 
     def _together(self, tickets: Sequence[Ticket], parts: Sequence[Part]) -> bool:
         """All in one forward; False if that failed and nothing has changed."""

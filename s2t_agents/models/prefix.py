@@ -47,16 +47,19 @@ class Prefix:
             scope: see ``PrefixCache``.
         """
         prefix = cls(model, scope)
-        if model.overlay_exact:  # recurrent states can not be cut to a common prefix
-            cache, length = model.past.take(prompt, scope)
-            if cache is not None:
-                prefix._cache, prefix.ids = cache, list(prompt[:length])
+        if not model.overlay_exact:  # recurrent states can not be cut to a common prefix
+            yield prefix
+            return
+        live, cache, length = model.live.enter(prompt, scope)
+        if cache is not None:
+            prefix._cache, prefix.ids = cache, list(prompt[:length])
+        live.cache = prefix._cache
         try:
             yield prefix
         finally:
-            model.owner.rest()
-            if model.overlay_exact and prefix._cache.get_seq_length() == len(prefix):
+            if prefix._cache.get_seq_length() == len(prefix):
                 model.past.keep(prefix.ids, prefix._cache, scope)
+            model.live.leave(live)
 
     def __len__(self) -> int:
         return len(self.ids)

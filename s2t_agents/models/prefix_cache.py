@@ -65,17 +65,24 @@ class PrefixCache:
         Returns:
             The copy and its tokens; None and 0 where nothing fits.
         """
-        wanted = np.asarray(ids[:-1], dtype=np.int64)
         with self._lock:
-            mine = [entry for entry in self._entries if entry.scope == scope]
-            lengths = [common(entry.ids, wanted) for entry in mine]
-            length = max(lengths, default=0)
-            if length < WORTH:
+            found, length = self._longest(ids, scope)
+            if found is None:
                 return None, 0
-            found = mine[lengths.index(length)]
             self._entries.remove(found)
             self._entries.append(found)
         return found.cache.clone(length), length
+
+    def longest(self, ids: Sequence[int], scope: str | None = None) -> int:
+        """How many tokens ``take`` would find."""
+        with self._lock:
+            return self._longest(ids, scope)[1]
+
+    def _longest(self, ids: Sequence[int], scope: str | None) -> tuple[Entry | None, int]:
+        wanted = np.asarray(ids[:-1], dtype=np.int64)
+        mine = [(common(entry.ids, wanted), entry) for entry in self._entries if entry.scope == scope]
+        length, found = max(mine, key=lambda each: each[0], default=(0, None))
+        return (found, length) if length >= WORTH else (None, 0)
 
     def keep(self, ids: Sequence[int], cache: KVCache, scope: str | None = None) -> None:
         """Take over the KV of ``ids``, which nobody else may write to any more.

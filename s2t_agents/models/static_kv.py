@@ -98,6 +98,7 @@ class StaticCache(KVCache):
     """The KV of one sequence, which can take a seat in an arena."""
 
     layer_class = StaticLayer
+    front_stays = False  # a row that is left is another's at once
     seat: Seat | None = None
 
     def sit(self, seat: Seat, room: list[tuple[Tensor, Tensor]]) -> None:

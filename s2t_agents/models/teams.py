@@ -1,9 +1,10 @@
-"""OpenMP teams, on a CPU: one at a time, and never kept where nobody computes.
+"""Where forwards run on a CPU, so that OpenMP's teams do not get into each other's way.
 
 libgomp gives every thread that enters a parallel region a team of its own, which stays. Once teams have more threads
 than there are cores, it lets all of them sleep between regions instead of spinning, and a forward has hundreds of
-regions: with eight generations in threads of their own on two cores it took 1.4 times as long. So a generation's thread
-has a team only while it runs a forward, and gives it back when the next forward may be another thread's.
+regions: with eight generations in threads of their own on two cores it took 1.4 times as long. So long forwards of a
+model run on one thread of its own, wherever they are asked for, and a generation's thread does the rest of a step
+alone. Short forwards stay where they are asked for: to hand them over would cost more.
 
 Other runtimes and GPUs are left alone.
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -27,7 +29,7 @@ _of_thread = threading.local()
 
 @contextmanager
 def serially() -> Iterator[None]:
-    """This thread's operations run on it alone, but for those inside ``together``."""
+    """This thread's operations run on it alone, forwards aside."""
     library = _libgomp()
     threads = torch.get_num_threads()
     if library is None or threads == 1:
@@ -43,17 +45,22 @@ def serially() -> Iterator[None]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Inside ``serially``: operations run on as many threads as before it."""
-    library, threads = _libgomp(), getattr(_of_thread, "team", None)
-    if library is None or threads is None:
+def together(threads: int) -> Iterator[None]:
+    """This thread's operations run on so many threads."""
+    library, before = _libgomp(), torch.get_num_threads()
+    if library is None or threads == before:
         yield
         return
     library.omp_set_num_threads(threads)
     try:
         yield
     finally:
-        library.omp_set_num_threads(1)
+        library.omp_set_num_threads(before)
+
+
+def wanted() -> int:
+    """Threads that the caller's operations run on, ``serially`` aside."""
+    return getattr(_of_thread, "team", None) or torch.get_num_threads()
 
 
 def release() -> None:
@@ -61,6 +68,48 @@ def release() -> None:
     library = _libgomp()
     if library is not None:
         library.omp_pause_resource_all(SOFT)
+
+
+class Team:
+    """Runs the forwards of one model, and keeps a thread for the long ones."""
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+
+    def here(self, forward: Callable[[], None]) -> None:
+        """On the calling thread, with all its threads."""
+        with together(wanted()):
+            forward()
+
+    def apart(self, forward: Callable[[], None]) -> None:
+        """On the thread of this team; returns when it is done, even if the caller is interrupted before.
+
+        Raises:
+            Exception: what ``forward`` raises.
+        """
+        if _libgomp() is None:
+            return forward()
+        if self._thread is None:
+            thread = ThreadPoolExecutor(1, thread_name_prefix="s2t-forward")
+            thread.submit(int).result()  # an interrupt while it starts would leave a second one
+            self._thread = thread
+        try:
+            self._thread.submit(self._led, forward, wanted()).result()
+        except BaseException:
+            self._thread.submit(int).result()  # after what is running: nobody reads KV that is being written
+            raise
+        return None
+
+    def rest(self) -> None:
+        """The thread goes, until it is needed again."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
+            self._thread = None
+
+    @staticmethod
+    def _led(forward: Callable[[], None], threads: int) -> None:
+        with together(threads):
+            forward()
 
 
 @cache

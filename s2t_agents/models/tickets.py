@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from .kv import KVCache
 from .meter import Meter
 from .packed import Look, Outcome, Part, Segment
 
@@ -92,6 +93,8 @@ class StepTicket(Ticket):
         assert isinstance(said, tuple)
         self._ids, self._outcome = self._ids[len(part.ids) :], said
         self._length += len(part.ids)
+        if isinstance(self.cache, KVCache):
+            self.cache.read = self._length
 
     def undo(self) -> None:
         """Forget what was written since the last part that went."""
@@ -148,6 +151,8 @@ class LookTicket(Ticket):
 
 def roll_back(cache: Cache, length: int) -> None:
     """Forget what a failed forward may have written behind a sequence's end."""
+    if isinstance(cache, KVCache):
+        cache.read = min(cache.read, length)
     for layer in cache.layers:
         extra = layer.get_seq_length() - length
         if extra > 0 and layer.is_croppable:

@@ -1,0 +1,110 @@
+"""Prompts that are being read, or answered, right now: who begins alike takes a copy of the part they share.
+
+    agent 1   system tools | question 1           reads all of it
+    agent 2   system tools | question 2           waits for "system tools", copies it, reads question 2
+
+Past turns are kept when their generation ends (``prefix_cache``); without this, agents that start together would each
+read the same system prompt. To wait costs nothing: reading the same tokens beside the reader would take as long. The
+tokens of a KV never change while its generation goes on, so a copy of its front can be taken at any time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .kv import KVCache
+from .prefix_cache import WORTH, PrefixCache, common
+
+LOOK_S = 0.002
+"""Seconds between looks at how far a reader has come."""
+
+
+@dataclass(eq=False)
+class Live:
+    """One prompt and the KV that it is read into.
+
+    Attributes:
+        scope: as in ``PrefixCache``.
+        ids: ``[n]``, all of the prompt.
+        cache: None until its generation has one.
+        over: its generation has ended.
+    """
+
+    scope: str | None
+    ids: NDArray[np.int64]
+    cache: KVCache | None = None
+    over: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def read(self) -> int:
+        """Tokens that every layer holds."""
+        return self.cache.read if self.cache is not None else 0
+
+    def copy(self, length: int) -> KVCache | None:
+        """The KV of the first ``length`` tokens; None where they are not all read, or forgotten after a failure."""
+        if self.cache is None or self.cache.read < length:
+            return None
+        copy = self.cache.clone(length)
+        return copy if copy.read == length else None
+
+
+class LivePrefixes:
+    """The prompts of all generations that go on over one model. Safe under threads.
+
+    Args:
+        past: what is kept of generations that have ended; a limit of 0 bytes shares nothing here either.
+        kind: of the model's KV.
+    """
+
+    def __init__(self, past: PrefixCache, kind: type[KVCache]) -> None:
+        self._past, self._kind = past, kind
+        self._entries: list[Live] = []
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def enter(self, ids: Sequence[int], scope: str | None) -> tuple[Live, KVCache | None, int]:
+        """A generation begins; waits for whoever is reading a longer part of its prompt than the past holds.
+
+        Args:
+            ids: the prompt; at least its last token is left to be read.
+            scope: whose generations may be looked at.
+
+        Returns:
+            What ``leave`` wants at its end, and a copy of the KV of the longest common prefix with its tokens; None
+            and 0 where nothing fits.
+        """
+        prompt = np.asarray(ids, dtype=np.int64)
+        entry = Live(scope, prompt)
+        while True:
+            with self._lock:
+                best, length = self._longest(prompt[:-1], scope)
+                if best is None or length < self._past.longest(ids, scope) + WORTH:
+                    self._entries.append(entry)
+                    break
+                copy = best.copy(length)
+                if copy is not None:
+                    self._entries.append(entry)
+                    return entry, copy, length
+            best.over.wait(LOOK_S)
+        return entry, *self._past.take(ids, scope)
+
+    def leave(self, entry: Live) -> None:
+        """Its generation has ended; who waited for it looks elsewhere."""
+        with self._lock:
+            self._entries.remove(entry)
+        entry.over.set()
+
+    def _longest(self, wanted: NDArray[np.int64], scope: str | None) -> tuple[Live | None, int]:
+        """Who shares most of a prompt; among equals who has read most of it."""
+        mine = [(common(entry.ids, wanted), entry.read, entry) for entry in self._entries if entry.scope == scope]
+        if not (mine and self._kind.front_stays and self._past.limit_bytes):
+            return None, 0
+        length, _, entry = max(mine, key=lambda each: each[:2])
+        return entry, length
