@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .models.prefix import Prefix
 
+FLOOR = -1e4
+"""Log-probability from which on a probability is 0 in fp32."""
+
 
 class Proposal:
     """The K best legal tokens after a prefix, and how sure the SLM is of them.
@@ -70,7 +73,7 @@ class Proposal:
     @cached_property
     def entropy(self) -> float:
         """Of the next-token distribution, in nats."""
-        return float(-torch.special.xlogy(p := self.log_probs.exp(), p).sum())
+        return float(entropy_of(self.log_probs))
 
     @cached_property
     def margin(self) -> float:
@@ -79,9 +82,15 @@ class Proposal:
         return best[0] - best[1] if len(best) > 1 else 1.0
 
 
+def entropy_of(log_probs: Tensor) -> Tensor:
+    """Nats, from ``[..., V]`` to ``[...]``; what is illegal (-inf) adds nothing."""
+    # No second logarithm, which takes longer than all the rest over a real vocabulary.
+    return -(log_probs.exp() * log_probs.clamp_min(FLOOR)).sum(-1)
+
+
 def glance(logits: Tensor, log_probs: Tensor) -> dict[str, float]:
     """``best``, ``entropy`` and ``margin`` of a proposal, from ``[V]`` each, with a single wait for the device."""
-    entropy = -torch.special.xlogy(p := log_probs.exp(), p).sum()
+    entropy = entropy_of(log_probs)
     top = log_probs.topk(min(2, log_probs.shape[0])).values.exp().double()
     margin = top[0] - top[1] if len(top) > 1 else torch.ones_like(top[0])
     # float64 holds every token id and every float32 exactly

@@ -123,6 +123,26 @@ def test_generations_at_once_have_one_team_among_them() -> None:
     """)
 
 
+@pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc")
+def test_a_callers_own_team_makes_way_and_the_models_goes_when_it_is_idle() -> None:
+    in_a_process_of_its_own("""
+        from s2t_agents.engine.steps import Engine
+        from s2t_agents.testing import tiny_model
+        from s2t_agents.types import Sampling
+
+        model = tiny_model("qwen2", hidden_size=64)
+        model.owner._long_s = 0.0
+        before = threads()
+        in_parallel()
+        steps = Engine(model).steps([5, 6, 7], Sampling(max_tokens=4))
+        next(steps)
+        assert threads() <= before + 2, threads() - before  # the forwards' thread and its team; the caller's has gone
+        steps.close()
+        model.owner._team._thread.submit(int).result()
+        assert threads() == before + 1, threads() - before  # its team has gone, too
+    """)
+
+
 def test_long_forwards_run_on_the_models_own_thread_and_say_the_same() -> None:
     model, where = tiny_model("qwen2"), []
     run_alone = model.owner._single

@@ -7,7 +7,7 @@ import torch
 
 from s2t_agents.errors import ConfigError
 from s2t_agents.models.prefix import Prefix
-from s2t_agents.proposal import Proposal
+from s2t_agents.proposal import Proposal, entropy_of
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always, at_random, entropy, margin, never, probe
 
@@ -76,3 +76,13 @@ def test_thresholds_must_be_finite() -> None:
     for bad in (math.nan, math.inf):
         with pytest.raises(ConfigError, match="finite"):
             entropy(above=bad)
+
+
+def test_entropy_is_that_of_the_legal_tokens() -> None:
+    logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(0)) * 4
+    legal = logits.masked_fill(torch.arange(500) % 3 == 0, -torch.inf)
+    for each in (logits, legal):
+        expected = torch.distributions.Categorical(logits=each.double()[:, each[0] > -torch.inf]).entropy()
+        assert torch.allclose(entropy_of(each.log_softmax(-1)).double(), expected, atol=1e-5)
+    sure = torch.full((10,), -torch.inf).index_fill(0, torch.tensor([4]), 0.0)
+    assert float(entropy_of(sure)) == 0.0

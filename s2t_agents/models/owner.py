@@ -94,6 +94,12 @@ class Owner:
         self._settle(ticket)
         return ticket.result()
 
+    def pause(self) -> None:
+        """A generation has ended."""
+        with self._mutex:
+            if not self._led:
+                self._team.pause()
+
     def _settle(self, ticket: Ticket) -> None:
         """Returns when the ticket is done, by this thread's lead or by another's."""
         if self._lock._is_owned():  # an exclusive turn, such as a selector's; to wait for others would be for ever

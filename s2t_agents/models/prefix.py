@@ -57,6 +57,7 @@ class Prefix:
         try:
             yield prefix
         finally:
+            model.owner.pause()
             if prefix._cache.get_seq_length() == len(prefix):
                 model.past.keep(prefix.ids, prefix._cache, scope)
             model.live.leave(live)

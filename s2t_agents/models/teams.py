@@ -93,12 +93,18 @@ class Team:
             thread = ThreadPoolExecutor(1, thread_name_prefix="s2t-forward")
             thread.submit(int).result()  # an interrupt while it starts would leave a second one
             self._thread = thread
+        release()  # the caller's own, if it has computed something itself
         try:
             self._thread.submit(self._led, forward, wanted()).result()
         except BaseException:
             self._thread.submit(int).result()  # after what is running: nobody reads KV that is being written
             raise
         return None
+
+    def pause(self) -> None:
+        """Nobody needs it for now: other people's operations get the cores to themselves."""
+        if self._thread is not None:
+            self._thread.submit(release)
 
     def rest(self) -> None:
         """The thread goes, until it is needed again."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..models.batch_prefix import left_padded
 from ..models.language_model import LanguageModel
+from ..proposal import entropy_of
 from .shards import ModelIdentity
 
 Trajectory = tuple[list[int], list[int]]
@@ -68,7 +69,7 @@ def label(slm: LanguageModel, teacher: Teacher, trajectories: Sequence[Trajector
         tops = [log_probs.topk(min(k, log_probs.shape[1])) for log_probs in ours]
         opinions = teacher.opinions(part, ours, [top.indices for top in tops])
         for at, log_probs, top, opinion in zip(batch, ours, tops, opinions, strict=True):
-            entropy = -torch.special.xlogy(p := log_probs.exp(), p).sum(-1)
+            entropy = entropy_of(log_probs)
             labels[at] = Labels(top.indices, top.values, opinion.candidates, opinion.best, opinion.kl, entropy)
     return [each for each in labels if each is not None]
 

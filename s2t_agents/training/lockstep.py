@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models.batch_prefix import BatchPrefix
+from ..proposal import entropy_of
 
 
 class View:
@@ -37,8 +38,7 @@ class View:
     @cached_property
     def entropy(self) -> Tensor:
         """``[B]``, in nats."""
-        p = self.log_probs.exp()
-        return torch.sum(-torch.special.xlogy(p, p), -1)
+        return entropy_of(self.log_probs)
 
     @cached_property
     def best(self) -> Tensor:
