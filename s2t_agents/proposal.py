@@ -84,8 +84,8 @@ class Proposal:
 
 def entropy_of(log_probs: Tensor) -> Tensor:
     """Nats, from ``[..., V]`` to ``[...]``; what is illegal (-inf) adds nothing."""
-    # No second logarithm, which takes longer than all the rest over a real vocabulary.
-    return -(log_probs.exp() * log_probs.clamp_min(FLOOR)).sum(-1)
+    # No second logarithm, and no exp() of its own: MKL's would start threads for it (see models/teams.py).
+    return -(log_probs.softmax(-1) * log_probs.clamp_min(FLOOR)).sum(-1)
 
 
 def glance(logits: Tensor, log_probs: Tensor) -> dict[str, float]:

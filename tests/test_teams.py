@@ -204,11 +204,14 @@ def in_a_process_of_its_own(body: str) -> None:
     """Where nobody else begins or ends a thread."""
     head = """
         import os
+        import time
         import torch
         from s2t_agents.models import teams
         torch.set_num_threads(2)
         teams.release()
-        def threads(): return len(os.listdir("/proc/self/task"))
+        def threads():  # once those that are ending have ended
+            time.sleep(0.3)
+            return len(os.listdir("/proc/self/task"))
         def in_parallel(): torch.zeros(400_000).add_(1)
     """
     code = dedent(head) + dedent(body)

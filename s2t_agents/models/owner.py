@@ -161,8 +161,8 @@ class Owner:
             self._team.here(forward)
             if long:
                 release()
-        if brief:
-            self._step_s = self._took
+        if brief:  # a step that a selection has read already says little of the next one: hence the memory
+            self._step_s = max(self._took, 0.8 * self._step_s) if self._step_s < inf else self._took
         if self._step_s <= self._long_s:
             self._team.rest()
 
