@@ -1,6 +1,6 @@
-"""Write the README's figures from the results beside this file: ``python benchmarks/readme.py``.
+"""Write the figures of README and docs from the results beside this file: ``python benchmarks/readme.py``.
 
-Nothing between the markers of README.md is typed by hand; ``tests/test_readme.py`` holds the two together.
+Nothing between the markers of ``PAGES`` is typed by hand; ``tests/test_readme.py`` holds the two together.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "selectors.md")
+HARM = {"demo_large": ("demo", "all kinds"), "demo_call": ("call", "tool calls"), "demo_talk": ("talk", "small talk")}
+"""Stored evaluations: the task's name at the command line, and what was asked."""
 
 NAMES = {
     "slm": "small model, greedy",
@@ -46,6 +49,30 @@ def evaluation(report: dict[str, Any], made: dict[str, Any]) -> str:
         "Gap closed: of the way from the small model to the large one. Harm: of what the small model alone gets right."
     )
     return "\n".join([*lines, "", legend, f"Per answer; {what}; {where}. Made by `{command}`."])
+
+
+def harm(stored: dict[str, dict[str, Any]]) -> str:
+    """How much of what the small model gets right is wrong with the selector, or with the LLM, in its place."""
+    heads = (
+        "held-out problems",
+        "right before",
+        "broken by the selector",
+        "95% interval",
+        "by the LLM alone",
+        "made by",
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, each in stored.items():
+        report, made = each["report"], each["made"]
+        rows, (task, what) = report["rows"], HARM[name]
+        low, high = rows["head"]["broken_ci95"]
+        right = round(rows["slm"]["accuracy"] * report["n"])
+        command = f"s2t eval --task {task} --n {report['n']} --seed {report['seed']}"
+        lines.append(
+            f"| {report['n']}, {what} | {right} | {rows['head']['broken']:.1%} | {low:.1%} to {high:.1%} "
+            f"| {rows['llm']['broken']:.1%} | `{command}`, commit {made['commit']} |"
+        )
+    return "\n".join(lines)
 
 
 def speed(report: dict[str, Any], made: dict[str, Any]) -> str:
@@ -90,11 +117,13 @@ def at_once(report: dict[str, Any]) -> list[str]:
     """Generations at once over one after another."""
     heads = ("generations at once", "tokens/s", "over one by one", "without prompts", "ms between tokens: median / p99")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for each in report["parallel"]:
+    kinds = [("prompts nobody read", each) for each in report["parallel"]]
+    kinds += [("agent loops of {turns} turns, one system prompt".format(**each), each) for each in report["loops"]]
+    for kind, each in kinds:
         gaps = f"{each['gap_ms_median']:.3g} / {each['gap_ms_p99']:.3g}"
         ratios = f"{each['ratio']:.2f}x | {each['step_ratio']:.2f}x"
         lines.append(
-            f"| {each['model']}, {each['at_once']} | {each['together_tokens_per_s']:.3g} | {ratios} | {gaps} |"
+            f"| {each['model']}, {each['at_once']} {kind} | {each['together_tokens_per_s']:.3g} | {ratios} | {gaps} |"
         )
     return lines
 
@@ -115,6 +144,9 @@ def sections() -> dict[str, str]:
     if file.is_file():
         stored = json.loads(file.read_text())
         found["hard"] = evaluation(stored["report"], stored["made"])
+    stored = {name: RESULTS / f"{name}.json" for name in HARM}
+    if all(file.is_file() for file in stored.values()):
+        found["harm"] = harm({name: json.loads(file.read_text()) for name, file in stored.items()})
     file = RESULTS / "decode.json"
     if file.is_file():
         stored = json.loads(file.read_text())
@@ -123,7 +155,7 @@ def sections() -> dict[str, str]:
 
 
 def filled(text: str) -> str:
-    """A README with every section replaced by its present content."""
+    """A page with every section replaced by its present content."""
     for name, content in sections().items():
         pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
         text = re.sub(pattern, lambda m, content=content: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
@@ -131,5 +163,5 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
