@@ -89,18 +89,24 @@ def same(one: Prefix, other: Prefix) -> bool:
     return said and one.ids == other.ids and all(map(torch.equal, kv(one), kv(other)))
 
 
+def with_pick(model: LanguageModel, at: int, forwards: list[int]) -> tuple[Prefix, Prefix]:
+    """A candidate appended by a step, and after a selection; ``forwards`` holds those of the latter alone."""
+    token = [int(CANDIDATES[at])]
+    plain, ours = read(model, IDS), read(model, IDS)
+    plain.extend(token)
+    ours.look_ahead(CANDIDATES, adapter(model))
+    forwards.clear()
+    ours.extend(token)
+    assert same(ours, plain)
+    return plain, ours
+
+
 @pytest.mark.parametrize("at", range(READ))
 def test_the_step_after_a_selection_is_bitwise_the_step_of_its_own(
     model: LanguageModel, at: int, forwards: list[int]
 ) -> None:
-    token = int(CANDIDATES[at])
-    plain, ours = read(model, IDS), read(model, IDS)
-    plain.extend([token])
-    ours.look_ahead(CANDIDATES, adapter(model))
-    done = len(forwards)
-    ours.extend([token])
-    assert same(ours, plain)
-    assert len(forwards) == done  # the layers were not gone through again
+    plain, ours = with_pick(model, at, forwards)
+    assert forwards == []  # the layers were not gone through again
     for prefix in (plain, ours):
         prefix.extend([11])
     assert same(ours, plain)
@@ -117,14 +123,8 @@ def test_candidates_are_scored_as_without_it(model: LanguageModel) -> None:
 
 
 def test_a_pick_that_was_not_read_costs_its_step(model: LanguageModel, forwards: list[int]) -> None:
-    token = int(CANDIDATES[READ])
-    plain, ours = read(model, IDS), read(model, IDS)
-    plain.extend([token])
-    ours.look_ahead(CANDIDATES, adapter(model))
-    done = len(forwards)
-    ours.extend([token])
-    assert same(ours, plain)
-    assert forwards[done:] == [1]
+    with_pick(model, READ, forwards)
+    assert forwards == [1]
 
 
 def test_it_never_outlives_the_end_that_it_was_read_after(model: LanguageModel) -> None:

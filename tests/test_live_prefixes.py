@@ -14,6 +14,7 @@ from s2t_agents.models.kv import KVCache
 from s2t_agents.models.language_model import LanguageModel
 from s2t_agents.models.live_prefixes import LivePrefixes
 from s2t_agents.models.packed import Part, Segment
+from s2t_agents.models.prefix import Prefix
 from s2t_agents.models.prefix_cache import PrefixCache
 from s2t_agents.models.static_kv import StaticCache
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
@@ -122,6 +123,14 @@ def test_a_reader_that_fails_holds_nobody_up(model: LanguageModel, monkeypatch: 
         assert second.result(timeout=30) == (expected, 0)
     reader.join()
     assert len(errors) == 1
+
+
+def test_a_consumer_that_pauses_before_its_prompt_is_read_holds_nobody_up(model: LanguageModel) -> None:
+    """As one whose grammar forces the first tokens: they come before any forward."""
+    expected = alone(model, PROMPTS[1])
+    model.past.clear()
+    with Prefix.over(model, PROMPTS[0]), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(answer, model, PROMPTS[1]).result(timeout=20) == (expected, 0)
 
 
 def test_a_limit_of_nothing_and_kv_that_moves_share_nothing() -> None:

@@ -11,6 +11,7 @@ tokens of a KV never change while its generation goes on, so a copy of its front
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,9 @@ from .prefix_cache import WORTH, PrefixCache, common
 LOOK_S = 0.002
 """Seconds between looks at how far a reader has come."""
 
+START_S = 0.1
+"""Seconds that a generation has to begin reading; one whose consumer pauses before that is not waited for."""
+
 
 @dataclass(eq=False)
 class Live:
@@ -32,18 +36,35 @@ class Live:
         scope: as in ``PrefixCache``.
         ids: ``[n]``, all of the prompt.
         cache: None until its generation has one.
+        reading: a forward over its tokens is under way or wanted.
+        begun: when it was entered, as ``time.monotonic`` says.
         over: its generation has ended.
     """
 
     scope: str | None
     ids: NDArray[np.int64]
     cache: KVCache | None = None
+    reading: bool = False
+    begun: float = field(default_factory=time.monotonic)
     over: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> None:
+        """Its generation reads tokens in this block."""
+        self.reading = True
+
+    def __exit__(self, *exc: object) -> None:
+        self.reading = False
 
     @property
     def read(self) -> int:
         """Tokens that every layer holds."""
         return self.cache.read if self.cache is not None else 0
+
+    def offers(self, wanted: NDArray[np.int64]) -> int:
+        """Leading tokens of ``wanted`` that it holds, or will soon."""
+        length = common(self.ids, wanted)
+        coming = self.reading or time.monotonic() < self.begun + START_S
+        return length if coming else min(length, self.read)
 
     def copy(self, length: int) -> KVCache | None:
         """The KV of the first ``length`` tokens; None where they are not all read, or forgotten after a failure."""
@@ -103,7 +124,7 @@ class LivePrefixes:
 
     def _longest(self, wanted: NDArray[np.int64], scope: str | None) -> tuple[Live | None, int]:
         """Who shares most of a prompt; among equals who has read most of it."""
-        mine = [(common(entry.ids, wanted), entry.read, entry) for entry in self._entries if entry.scope == scope]
+        mine = [(entry.offers(wanted), entry.read, entry) for entry in self._entries if entry.scope == scope]
         if not (mine and self._kind.front_stays and self._past.limit_bytes):
             return None, 0
         length, _, entry = max(mine, key=lambda each: each[:2])

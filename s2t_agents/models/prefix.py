@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .language_model import LanguageModel
+from .live_prefixes import Live
 from .lora import Lora
 from .meter import Meter
 from .overlay import cloned_rows
@@ -35,6 +36,7 @@ class Prefix:
         self.hidden: Tensor = torch.empty(0)
         self.meter = Meter()
         self._cache = model.new_cache()
+        self._live: Live | None = None
 
     @classmethod
     @contextmanager
@@ -53,14 +55,16 @@ class Prefix:
         live, cache, length = model.live.enter(prompt, scope)
         if cache is not None:
             prefix._cache, prefix.ids = cache, list(prompt[:length])
-        live.cache = prefix._cache
+        live.cache, prefix._live = prefix._cache, live
         try:
             yield prefix
         finally:
-            model.owner.pause()
-            if prefix._cache.get_seq_length() == len(prefix):
-                model.past.keep(prefix.ids, prefix._cache, scope)
-            model.live.leave(live)
+            try:
+                model.owner.pause()
+                if prefix._cache.get_seq_length() == len(prefix):
+                    model.past.keep(prefix.ids, prefix._cache, scope)
+            finally:
+                model.live.leave(live)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,7 +72,8 @@ class Prefix:
     def extend(self, ids: Sequence[int]) -> None:
         """Append tokens (at least one); ``logits`` ``[V]`` and ``hidden`` ``[H]`` move to the new end."""
         tensor = torch.tensor(ids, device=self.model.device)
-        self.logits, self.hidden = self.model.step(tensor, self._cache, self.meter)
+        with self._live or nullcontext():
+            self.logits, self.hidden = self.model.step(tensor, self._cache, self.meter)
         self.ids += ids
 
     def shared(self, ids: Sequence[int]) -> int:

@@ -1,9 +1,8 @@
 """Linear maps on a CPU with weights that already lie as oneDNN multiplies them.
 
 Given weights as a module holds them, oneDNN lays them out anew (or takes a slower kernel) at every call. Here that is
-done once, as torch's own inductor does when it freezes a model, with the same two operators. Measured on two cores with
-AVX-512: one row 1.5 to 2 times as fast, eight rows at almost the price of one, and a row among others equals the row
-alone. The price is a second copy of the weights, hence the limit.
+done once, as torch's own inductor does when it freezes a model, with the same two operators: a row is bound by reading
+the weights, and eight cost little more than one. The price is a second copy of the weights, hence the limit.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 libgomp gives every thread that enters a parallel region a team of its own, which stays. Once teams have more threads
 than there are cores, it lets all of them sleep between regions instead of spinning, and a forward has hundreds of
-regions: with eight generations in threads of their own on two cores it took 1.4 times as long. So long forwards of a
-model run on one thread of its own, wherever they are asked for, and a generation's thread does the rest of a step
-alone. Short forwards stay where they are asked for: to hand them over would cost more.
+regions. So long forwards of a model run on one thread of its own, wherever they are asked for, and a generation's
+thread does the rest of a step alone. Short forwards stay where they are asked for: to hand them over would cost more.
 
 Other runtimes and GPUs are left alone.
 """
