@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from rich.table import Table
+from transformers import DynamicCache
 
 from s2t_agents.bench.deepened import deepened, parameters
-from s2t_agents.bench.escalate import run, table
+from s2t_agents.bench.escalate import AsPublished, run, table
 from s2t_agents.errors import ConfigError
 from s2t_agents.testing import tiny_model
 
@@ -20,7 +21,7 @@ def result() -> dict[str, Any]:
 def test_the_picks_are_identical(result: dict[str, Any]) -> None:
     assert result["picks_identical"]
     for name in ("tokens", "escalations"):
-        assert result["ours"][name] == result["published"][name] > 0
+        assert result["ours"][name] == result["published"][name] == result["as_published"][name] > 0
 
 
 def test_the_llm_runs_once_per_question_instead_of_once_per_token(result: dict[str, Any]) -> None:
@@ -28,7 +29,7 @@ def test_the_llm_runs_once_per_question_instead_of_once_per_token(result: dict[s
     assert result["published"]["llm_calls"] == result["published"]["tokens"]
     assert result["published_over_ours"]["llm_calls"] >= 5
     assert result["published_over_ours"]["llm_s"] > 2
-    assert result["ours"]["llm_tokens"] <= result["published"]["llm_tokens"]
+    assert result["ours"]["llm_tokens"] <= result["published"]["llm_tokens"] <= result["as_published"]["llm_tokens"]
 
 
 def test_at_a_real_pairs_ratio_the_picks_are_the_same_too(result: dict[str, Any]) -> None:
@@ -48,6 +49,14 @@ def test_a_deepened_model_says_the_same_to_the_bit() -> None:
     assert torch.equal(model.model(ids).logits, deep.model(ids).logits)
     with pytest.raises(ConfigError, match="can not be deepened"):
         deepened(model, 1000)
+
+
+def test_as_published_neither_model_goes_our_way(result: dict[str, Any]) -> None:
+    model = tiny_model("qwen2")
+    theirs = AsPublished(model.model, model.tokenizer, name="theirs")
+    assert theirs.lean is None
+    assert type(theirs.new_cache()) is DynamicCache
+    assert result["as_published"]["llm_calls"] == result["published"]["llm_calls"]
 
 
 def test_people_get_a_table_of_each(result: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from s2t_agents.errors import ModelNotFound, UnsafeWeights
-from s2t_agents.models import LanguageModel
+from s2t_agents.models import LanguageModel, loading
 from s2t_agents.testing import ARCHITECTURES, tiny_model
 
 
@@ -36,6 +36,21 @@ def test_every_architecture_comes_back_from_disk_the_same(name: str, tmp_path: P
 def test_a_small_model_runs_in_fp32_on_a_cpu_unless_told_otherwise(saved: Path) -> None:
     assert LanguageModel.load(str(saved), device="cpu").model.dtype == torch.float32
     assert LanguageModel.load(str(saved), device="cpu", dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("widened", [True, False])
+def test_a_larger_one_does_where_half_precision_is_slow(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, widened: bool
+) -> None:
+    def read_as() -> torch.dtype:
+        dtype: torch.dtype = LanguageModel.load(str(saved), device="cpu").model.dtype
+        return dtype
+
+    monkeypatch.setattr(loading, "SMALL_ON_CPU", 0)
+    monkeypatch.setattr(loading, "widens", lambda dtype: widened and dtype == torch.bfloat16)
+    assert read_as() == (torch.float32 if widened else torch.bfloat16)
+    monkeypatch.setattr(loading, "WIDENED_ON_CPU", 0)  # not where that takes more memory than anybody expects
+    assert read_as() == torch.bfloat16
 
 
 def test_other_arguments_reach_from_pretrained(saved: Path) -> None:

@@ -2,7 +2,8 @@
 
 Both schemes generate the same held-out problems with the same trigger and let the LLM pick at every critical step.
 *Ours* reads what is new in one go when it is asked. The *published* scheme (S2T, arXiv 2604.26940) feeds every token
-to the LLM as it comes, since its trigger compares the two models' distributions.
+to the LLM as it comes, since its trigger compares the two models' distributions. It is run twice: on this package's
+engine, so that only the schemes differ, and *as published*, both models through transformers' own modules and cache.
 """
 
 from __future__ import annotations
@@ -67,6 +68,12 @@ class Work:
         numbers = {name: value for name, value in asdict(self).items() if name != "picks"}
         return {name: round(value / max(1, len(self.picks)), 6) for name, value in numbers.items()}
 
+    def over(self, other: Work) -> dict[str, float | None]:
+        """Ratios to another scheme's work; None where that did none."""
+        names = ("llm_calls", "llm_tokens", "llm_s", "wall_s")
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        return {name: round(mine / theirs, 2) if theirs else None for name, (mine, theirs) in pairs.items()}
+
 
 class Counted(LanguageModel):
     """A model that writes down its forwards."""
@@ -83,6 +90,15 @@ class Counted(LanguageModel):
         return out
 
 
+class AsPublished(Counted):
+    """A model as the published code reads it: through transformers' modules and cache, every prompt anew."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.work = Work()
+        self.overlay_exact = False  # no written-out step, no KV of ours
+
+
 def run(n: int = 100, seed: int = 0, *, slm: str = SLM, llm: str = LLM, rate: float = RATE) -> dict[str, Any]:
     """Both schemes on the same problems.
 
@@ -94,8 +110,8 @@ def run(n: int = 100, seed: int = 0, *, slm: str = SLM, llm: str = LLM, rate: fl
         rate: share of the tokens at which the LLM is asked, about.
 
     Returns:
-        Means per answer of both schemes, ratios published / ours, and whether all picks are the same. Seconds are
-        this machine's, on one thread.
+        Means per answer of all three, ratios to ours, and whether all picks are the same. Seconds are this machine's,
+        on one thread.
 
     Raises:
         ConfigError: no problems, or a rate outside (0, 1].
@@ -125,25 +141,25 @@ def _run(small: LanguageModel, large: LanguageModel, n: int, seed: int, rate: fl
     assert isinstance(large, Counted)
     critical = entropy(above=_threshold(small, large, rate))
     prompts = _prompts(small, range(seed, seed + n), "heldout")
-    asked, read_along = LocalLLM(large), ReadAlong(large)
-    along = read_along.at_every_token(critical)
-    ours, published = Work(), Work()
-    for prompt in prompts:  # in turns, so that the machine's moods hit both
-        _answer(small, large, prompt, asked, critical, ours)
-        _answer(small, large, prompt, read_along, along, published)
+    their_small, their_large = (AsPublished(each.model, each.tokenizer, name=each.name) for each in (small, large))
+    schemes = {
+        "ours": Scheme(small, large, LocalLLM(large), critical),
+        "published": read_along(small, large, critical),
+        "as_published": read_along(their_small, their_large, critical),
+    }
+    for prompt in prompts:  # in turns, so that the machine's moods hit all
+        for scheme in schemes.values():
+            scheme.answer(prompt)
+    ours = schemes["ours"].work
     return {
         "bench": "escalate",
         "problems": n,
         "seed": seed,
         "trigger": repr(critical),
         "escalation_rate": round(ours.escalations / ours.tokens, 4),
-        "ours": ours.per_answer(),
-        "published": published.per_answer(),
-        "published_over_ours": {
-            name: round(getattr(published, name) / getattr(ours, name), 2) if getattr(ours, name) else None
-            for name in ("llm_calls", "llm_tokens", "llm_s", "wall_s")
-        },
-        "picks_identical": ours.picks == published.picks,
+        **{name: scheme.work.per_answer() for name, scheme in schemes.items()},
+        **{f"{name}_over_ours": scheme.work.over(ours) for name, scheme in schemes.items() if name != "ours"},
+        "picks_identical": all(scheme.work.picks == ours.picks for scheme in schemes.values()),
     }
 
 
@@ -164,14 +180,53 @@ def _table(result: dict[str, Any], what: str) -> Table:
         f"{what}: {result['problems']} held-out problems, LLM asked at {result['escalation_rate']:.1%} of the tokens"
     )
     shown = Table(title=title, title_justify="left")
-    for column in ("per answer", "asked when needed", "read along (published)", "ratio"):
+    for column in ("per answer", "asked when needed", "read along (published)", "", "as published, transformers", ""):
         shown.add_column(column, justify="left" if column == "per answer" else "right")
     for name, value in result["ours"].items():
-        ratio = result["published_over_ours"].get(name)
-        cells = (f"{value:.4g}", f"{result['published'][name]:.4g}", f"{ratio}x" if ratio else "")
+        cells = [f"{value:.4g}"]
+        for other in ("published", "as_published"):
+            ratio = result[f"{other}_over_ours"].get(name)
+            cells += [f"{result[other][name]:.4g}", f"{ratio}x" if ratio else ""]
         shown.add_row(name, *cells)
     shown.caption = "the same picks" if result["picks_identical"] else "DIFFERENT PICKS"
     return shown
+
+
+@dataclass
+class Scheme:
+    """A way to have the LLM pick at every critical step.
+
+    Attributes:
+        small: writes.
+        large: picks; its forwards are counted.
+        llm: how it is asked.
+        trigger: where.
+        work: what that took so far.
+    """
+
+    small: LanguageModel
+    large: Counted
+    llm: LocalLLM
+    trigger: Trigger
+    work: Work = field(default_factory=Work)
+
+    def answer(self, prompt: list[int]) -> None:
+        """One prompt answered; nothing of another answer is reused."""
+        self.large.work = self.work
+        self.small.past.clear()
+        engine = Engine(self.small, trigger=self.trigger, escalation=Escalation(self.llm, margin=1.0))
+        started = time.perf_counter()
+        steps = list(engine.steps(prompt, Sampling(max_tokens=MAX_TOKENS)))
+        self.work.wall_s += time.perf_counter() - started
+        self.work.picks.append([step.token_id for step in steps])
+        self.work.tokens += len(steps)
+        self.work.escalations += sum(step.picked_by == "llm" for step in steps)
+
+
+def read_along(small: LanguageModel, large: Counted, critical: Trigger) -> Scheme:
+    """The published scheme: the LLM is fed every token as it comes."""
+    llm = ReadAlong(large)
+    return Scheme(small, large, llm, llm.at_every_token(critical))
 
 
 class ReadAlong(LocalLLM):
@@ -192,21 +247,6 @@ class ReadAlong(LocalLLM):
             return critical(proposal)
 
         return when(read_then_decide, repr(critical))
-
-
-def _answer(
-    small: LanguageModel, large: Counted, prompt: list[int], llm: LocalLLM, trigger: Trigger, work: Work
-) -> None:
-    """One prompt answered, the LLM picking at every critical step; nothing of another answer is reused."""
-    large.work = work
-    small.past.clear()
-    engine = Engine(small, trigger=trigger, escalation=Escalation(llm, margin=1.0))
-    started = time.perf_counter()
-    steps = list(engine.steps(prompt, Sampling(max_tokens=MAX_TOKENS)))
-    work.wall_s += time.perf_counter() - started
-    work.picks.append([step.token_id for step in steps])
-    work.tokens += len(steps)
-    work.escalations += sum(step.picked_by == "llm" for step in steps)
 
 
 def _threshold(small: LanguageModel, large: Counted, rate: float) -> float:

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from ..errors import ModelNotFound, UnsafeWeights
 from .bundled import model_path
+from .processor import widens
 
 SMALL_ON_CPU = 300_000_000
 """Up to so many parameters a model runs in fp32 on a CPU: exact, and not slower there."""
+
+WIDENED_ON_CPU = 2_000_000_000
+"""And up to so many where the CPU has no instructions for the checkpoint's half precision, see ``processor``."""
 
 
 def default_device() -> torch.device:
@@ -45,7 +49,8 @@ def load_weights(path: str, *, device: torch.device, dtype: torch.dtype | None, 
     Args:
         path: a directory, or a hub id.
         device: where it runs; ignored when ``options`` carries a ``device_map``.
-        dtype: None takes fp32 for small models on a CPU, the checkpoint's own otherwise.
+        dtype: None takes fp32 on a CPU for small models, and for larger ones where it has no instructions for the
+            checkpoint's half precision; the checkpoint's own otherwise.
         options: passed to ``from_pretrained`` (``quantization_config``, ``attn_implementation``, ...).
 
     Raises:
@@ -73,9 +78,14 @@ def load_weights(path: str, *, device: torch.device, dtype: torch.dtype | None, 
     model.eval().requires_grad_(False)
     if not placed:
         model.to(device)
-    if dtype is None and device.type == "cpu" and not placed and model.num_parameters() <= SMALL_ON_CPU:
+    if dtype is None and device.type == "cpu" and not placed and model.num_parameters() <= _exact_up_to(model.dtype):
         model.float()
     return model
+
+
+def _exact_up_to(dtype: torch.dtype) -> int:
+    """Parameters up to which a checkpoint of this dtype is read as fp32 on a CPU."""
+    return WIDENED_ON_CPU if widens(dtype) else SMALL_ON_CPU
 
 
 def _refuse_pickles(path: str) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .processor import lays_out
+
 LIMIT = 4 * 1024**3
 """Bytes of weights that a model may hold twice; larger models keep one copy and torch's own kernels."""
 
@@ -22,22 +24,21 @@ ROWS = (2, 3, 4, 6, 10, 18, 34, 66)
 """Row counts in which it is tried whether a row among others is the row alone."""
 
 LEAST = {torch.float32: 300_000, torch.bfloat16: 30_000}
-"""Elements from which a weight gains; smaller ones lose more in the call than they win."""
+"""Elements that a model's weights have on average where it gains; smaller ones lose more in the call than they win."""
 
 
 class Prepacked:
     """The affine maps of some linear modules; see ``lean.Affine``.
 
     Args:
-        modules: of one model; those on a CPU, in a dtype and of a size that gain are laid out here.
+        modules: of one model; all are laid out here, or none.
         limit: bytes; a model with more keeps all its weights as they are.
     """
 
     def __init__(self, modules: Sequence[nn.Linear], limit: int = LIMIT) -> None:
-        chosen = [module for module in modules if gains(module.weight)]
-        fits = sum(module.weight.nbytes for module in chosen) <= limit
-        self._weights = {module: (lay_out(module.weight), state_of(module.weight)) for module in chosen if fits}
-        self._all = len(self._weights) == len(modules)
+        weights = [module.weight for module in modules]
+        laid_out = gains(weights) and sum(weight.nbytes for weight in weights) <= limit
+        self._weights = {module: (lay_out(module.weight), state_of(module.weight)) for module in modules if laid_out}
 
     def __len__(self) -> int:
         """How many weights lie here."""
@@ -54,9 +55,9 @@ class Prepacked:
     @cached_property
     @torch.inference_mode()
     def rows_alike(self) -> bool:
-        """Whether all weights lie here and a row among others is bitwise the row alone; tried once per shape."""
+        """Whether the weights lie here and a row among others is bitwise the row alone; tried once per shape."""
         shapes = {(module.weight.shape, module.bias is None): module for module in self._weights}
-        return self._all and all(self._alike(module) for module in shapes.values())
+        return bool(shapes) and all(self._alike(module) for module in shapes.values())
 
     def _alike(self, module: nn.Linear) -> bool:
         x = torch.randn(max(ROWS), module.in_features, generator=torch.Generator().manual_seed(0))
@@ -65,12 +66,14 @@ class Prepacked:
         return all(torch.equal(self(module, x[:rows])[:1], first) for rows in ROWS)
 
 
-def gains(weight: Tensor) -> bool:
-    """Whether a weight is one that this machine multiplies faster when laid out beforehand."""
-    least = LEAST.get(weight.dtype)
-    if least is None or weight.device.type != "cpu" or weight.numel() < least or not _operators():
+def gains(weights: Sequence[Tensor]) -> bool:
+    """Whether weights are multiplied faster here when laid out beforehand."""
+    kinds = {(weight.device.type, weight.dtype) for weight in weights}
+    if len(kinds) != 1:
         return False
-    return weight.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    device, dtype = kinds.pop()
+    average = sum(weight.numel() for weight in weights) / len(weights)
+    return device == "cpu" and dtype in LEAST and average >= LEAST[dtype] and lays_out(dtype)
 
 
 def lay_out(weight: Tensor) -> Tensor:
@@ -82,9 +85,3 @@ def lay_out(weight: Tensor) -> Tensor:
 def state_of(weight: Tensor) -> tuple[int, int, int]:
     """What changes when a weight is replaced or written to."""
     return id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version
-
-
-def _operators() -> bool:
-    """Whether this torch was built with oneDNN and still has both operators."""
-    needed = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
-    return bool(torch.backends.mkldnn.enabled) and all(hasattr(torch.ops.mkldnn, name) for name in needed)
