@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import ctypes
 import gc
 import json
 import random
@@ -24,12 +26,24 @@ from s2t_agents.errors import BudgetExceeded
 from s2t_agents.models.kv import KVCache
 
 AGENTS = 8
+LASTING = 3
+"""Minutes from which memory has to be flat: caches are full by then."""
+FLAT = 0.04
+"""Share of the resident memory by which it may grow in the second half."""
 PAGE = resource.getpagesize()
 
 
 def rss_mb() -> float:
     """Resident memory now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 2**20
+
+
+def trimmed_rss_mb() -> float | None:
+    """Resident memory once the C library has given back what is free in it; None where it can not be told to."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return rss_mb()
+    return None
 
 
 async def agent(model: ChatS2T, budget: Budget, number: int, until: float, done: dict[str, int]) -> None:
@@ -73,10 +87,11 @@ async def soak(minutes: float) -> dict[str, Any]:
     done = dict.fromkeys(("answered", "cancelled", "left", "refused"), 0)
     until = time.monotonic() + 60 * minutes
     memory: list[float] = []
+    every_s = max(0.5, 60 * minutes / 20)
 
     async def watch() -> None:
         while time.monotonic() < until:
-            await asyncio.sleep(max(0.5, 60 * minutes / 40))
+            await asyncio.sleep(every_s)
             memory.append(rss_mb())
 
     await asyncio.gather(watch(), *(agent(model, budget, n, until, done) for n in range(AGENTS)))
@@ -86,7 +101,6 @@ async def soak(minutes: float) -> dict[str, Any]:
     gc.collect()
     state = budget.state().as_dict()
     live = sum(isinstance(each, KVCache) for each in gc.get_objects())
-    tail = memory[len(memory) // 4 :] or [rss_mb()]
     return {
         "minutes": minutes,
         "agents": AGENTS,
@@ -98,7 +112,13 @@ async def soak(minutes: float) -> dict[str, Any]:
         "kept_kv": {"entries": kept, "mb": kept_bytes / 2**20, "limit_mb": 64},
         "live_kv_caches_after_clearing": live,
         "threads": threads,
-        "rss_mb": {"first_quarter_end": tail[0], "end": tail[-1], "growth": tail[-1] - tail[0]},
+        "rss_mb": {
+            "every_s": every_s,
+            "series": [round(each, 1) for each in memory],
+            "growth_in_the_second_half": memory[-1] - memory[len(memory) // 2],
+            "end": rss_mb(),
+            "end_trimmed": trimmed_rss_mb(),
+        },
     }
 
 
@@ -107,6 +127,8 @@ def leaks(result: dict[str, Any]) -> list[str]:
     found = [name for name in ("waiting_at_the_model", "running_at_the_gate") if result[name]]
     found += ["held"] * any(result["held_at_the_end"].values())
     found += ["kv over its limit"] * (result["kept_kv"]["mb"] > result["kept_kv"]["limit_mb"])
+    memory, lasting = result["rss_mb"], result["minutes"] >= LASTING
+    found += ["memory"] * (lasting and memory["growth_in_the_second_half"] > FLAT * memory["end"])
     found += ["kv caches"] * (result["live_kv_caches_after_clearing"] > 2 * AGENTS)
     return found
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from s2t_agents.models.lean import lean_step_of
-from s2t_agents.models.prepack import LEAST, Prepacked, gains
+from s2t_agents.models.prepack import LEAST, Joint, Prepacked, gains
 from s2t_agents.models.processor import lays_out
 from s2t_agents.testing import tiny_config, tiny_tokenizer
 
@@ -22,55 +22,89 @@ def layer(dtype: torch.dtype, bias: bool = True, out: int = 640, width: int = 51
     return nn.Linear(width, out, bias=bias).to(dtype).requires_grad_(False)
 
 
+def exactly(module: nn.Linear, x: Tensor) -> Tensor:
+    return functional.linear(x.double(), module.weight.double(), None if module.bias is None else module.bias.double())
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return 1e-4 if dtype == torch.float32 else 2e-2
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 8, 33])
 def test_it_is_the_modules_own_map(dtype: torch.dtype, bias: bool, rows: int) -> None:
     module = layer(dtype, bias)
-    packed = Prepacked([module])
-    assert len(packed) == int(lays_out(dtype))
+    joint = Joint(module)
+    packed = Prepacked([joint])
+    assert packed.laid_out == lays_out(dtype)
     x = torch.randn(rows, 512, dtype=dtype)
-    exact = functional.linear(x.double(), module.weight.double(), module.bias.double() if bias else None)
     with torch.inference_mode():
-        assert torch.allclose(packed(module, x).double(), exact, atol=1e-4 if dtype == torch.float32 else 2e-2)
+        assert torch.allclose(packed(joint, x).double(), exactly(module, x), atol=tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("out", [8, 640])  # held as they are, and laid out
+def test_a_joint_is_its_modules_maps_side_by_side(dtype: torch.dtype, bias: bool, out: int) -> None:
+    modules = [layer(dtype, bias, out=each) for each in (out, out // 2, out // 2)]
+    joint = Joint(*modules)
+    packed = Prepacked([joint, Joint(layer(dtype, bias, out=out))])
+    x = torch.randn(3, 512, dtype=dtype)
+    with torch.inference_mode():
+        for said in (packed(joint, x), joint(x)):
+            assert said.shape == (3, 2 * out)
+            for module, span in joint.spans.items():
+                assert torch.allclose(said[:, span].double(), exactly(module, x), atol=tolerance(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_among_others_is_the_row_alone(dtype: torch.dtype) -> None:
-    module = layer(dtype)
-    packed = Prepacked([module])
+    joint = Joint(layer(dtype))
+    packed = Prepacked([joint])
     x = torch.randn(8, 512, dtype=dtype)
     with torch.inference_mode():
-        alone = torch.cat([packed(module, row[None]) for row in x])
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-        assert torch.allclose(packed(module, x).float(), alone.float(), atol=tolerance)
+        alone = torch.cat([packed(joint, row[None]) for row in x])
+        assert torch.allclose(packed(joint, x).float(), alone.float(), atol=1e-5 if dtype == torch.float32 else 1e-2)
+        assert torch.equal(packed(joint, x), alone) or not packed.rows_alike
 
 
-def test_weights_written_to_or_replaced_later_count() -> None:
-    module = layer(torch.float32)
-    packed, x = Prepacked([module]), torch.randn(1, 512)
+@pytest.mark.parametrize("out", [8, 640])  # held as they are, and laid out
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_weights_written_to_or_replaced_later_count(out: int, name: str) -> None:
+    one, other = layer(torch.float32, out=out), layer(torch.float32, out=out)
+    joint, x = Joint(one, other), torch.randn(1, 512)
+    packed = Prepacked([joint])
     assert len(packed) == 1
+
+    def follows() -> bool:
+        return torch.equal(packed(joint, x), torch.cat([one(x), other(x)], -1))
+
     with torch.no_grad():
-        module.weight.mul_(2)
-    assert torch.equal(packed(module, x), module(x))
-    module.weight = nn.Parameter(torch.randn(640, 512))
-    assert torch.equal(packed(module, x), module(x))
+        getattr(other, name).mul_(2)
+    assert follows()
+    setattr(one, name, nn.Parameter(torch.randn_like(getattr(one, name))))
+    assert follows()
 
 
 def test_past_the_limit_nothing_is_held_twice() -> None:
-    modules = [layer(torch.float32), layer(torch.float32)]
-    size = modules[0].weight.nbytes
-    assert len(Prepacked(modules, limit=2 * size)) == 2
-    assert len(Prepacked(modules, limit=2 * size - 1)) == 0
+    joints = [Joint(layer(torch.float32)), Joint(layer(torch.float32))]
+    size = joints[0].modules[0].weight.nbytes
+    assert len(Prepacked(joints, limit=2 * size)) == 2
+    assert len(Prepacked(joints, limit=2 * size - 1)) == 0
 
 
-def test_all_weights_of_a_model_lie_there_or_none() -> None:
-    small, large = layer(torch.float32, out=8), layer(torch.float32, out=2000)
-    assert len(Prepacked([small])) == 0
-    assert len(Prepacked([small, large])) == 2  # it is the average that counts
-    assert len(Prepacked([small] * 9 + [large])) == 0
-    assert len(Prepacked([layer(torch.bfloat16), large])) == 0
-    assert len(Prepacked([])) == 0
+def test_all_weights_of_a_model_are_laid_out_or_none() -> None:
+    little, large = Joint(layer(torch.float32, out=8)), Joint(layer(torch.float32, out=2000))
+    assert Prepacked([little, large]).laid_out  # it is the average that counts
+    assert not Prepacked([*[Joint(layer(torch.float32, out=8)) for _ in range(9)], large]).laid_out
+    assert not Prepacked([Joint(layer(torch.bfloat16)), large]).laid_out
+    assert not Prepacked([]).laid_out
+
+
+def test_what_neither_gains_nor_is_small_is_not_held_twice() -> None:
+    assert len(Prepacked([Joint(layer(torch.float64))])) == 0
+    assert len(Prepacked([Joint(nn.Linear(1024, 1024, device="meta"))])) == 0
 
 
 def test_small_weights_and_other_dtypes_stay_as_they_are() -> None:
@@ -93,7 +127,7 @@ def test_a_models_lean_step_uses_them_and_says_what_the_model_says(dtype: torch.
     raw = AutoModelForCausalLM.from_config(tiny_config("qwen2", **wide)).to(dtype).eval().requires_grad_(False)
     step = lean_step_of(raw)
     assert step is not None
-    assert len(step.linear) > 0 or not lays_out(dtype)  # type: ignore[arg-type]
+    assert step.linear.laid_out == lays_out(dtype)
     plain = LanguageModel(raw, tiny_tokenizer(), name="plain", prepack=0)
     packed = LanguageModel(raw, tiny_tokenizer(), name="packed")
     said = []

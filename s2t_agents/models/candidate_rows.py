@@ -23,6 +23,7 @@ from .ahead import READ, Ahead, Reading
 from .lean import Affine, Attention, LeanLayer, LeanStep, appending
 from .lora import Lora, LoraLayer
 from .packed import Look, Outcome, Part, Segment, apart
+from .prepack import Joint
 
 
 class CandidateRows:
@@ -87,12 +88,13 @@ class CandidateRows:
 
         linear = self._step.linear
 
-        def affine(module: nn.Module, x: Tensor) -> Tensor:
-            out = linear(module, x)
+        def affine(joint: Joint, x: Tensor) -> Tensor:
+            out = linear(joint, x)
             for rows, layers in stretches:
-                layer = layers.get(module)
-                if layer is not None:
-                    layer.add_to(out[rows], x[rows])
+                for module, span in joint.spans.items():
+                    layer = layers.get(module)
+                    if layer is not None:
+                        layer.add_to(out[rows, span], x[rows])
             return out
 
         return affine

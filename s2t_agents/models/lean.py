@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from .kv import KVCache
 from .overlay import layer_kinds
-from .prepack import LIMIT, Prepacked
+from .prepack import LIMIT, Joint, Prepacked
 
 PATTERN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 """Architectures: RMS norm before attention and MLP, rotary positions, gated SiLU, no other twist."""
@@ -34,18 +34,28 @@ class LeanLayer:
     def __init__(self, layer: Any, window: int | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
-        self.q, self.k, self.v, self.o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        self.qkv, self.o = Joint(attention.q_proj, attention.k_proj, attention.v_proj), Joint(attention.o_proj)
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        self.gate, self.up, self.down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.gate_up, self.down = Joint(mlp.gate_proj, mlp.up_proj), Joint(mlp.down_proj)
         self.head_dim, self.scale, self.window = attention.head_dim, attention.scaling, window
+        self._heads = [module.out_features // self.head_dim for module in self.qkv.modules]
+
+    @property
+    def joints(self) -> list[Joint]:
+        """Its linear maps."""
+        return [self.qkv, self.o, self.gate_up, self.down]
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor, over: Attention, index: int, affine: Affine) -> Tensor:
         """Attention of N rows, ``[N, H]`` to ``[N, H]``."""
         n, d = x.shape[0], self.head_dim
-        q, k, v = (affine(each, x).view(n, -1, d) for each in (self.q, self.k, self.v))
+        heads = affine(self.qkv, x).view(n, -1, d)
         if self.q_norm is not None:
-            q, k = normed(self.q_norm, q), normed(self.k_norm, k)
-        return affine(self.o, over(self, index, rotated(q, cos, sin), rotated(k, cos, sin), v))
+            q, k, v = torch.split(heads, self._heads, 1)
+            q, k = rotated(normed(self.q_norm, q), cos, sin), rotated(normed(self.k_norm, k), cos, sin)
+        else:  # queries and keys turn alike
+            turning, v = torch.split(heads, [sum(self._heads[:2]), self._heads[2]], 1)
+            q, k = torch.split(rotated(turning, cos, sin), self._heads[:2], 1)
+        return affine(self.o, over(self, index, q, k, v))
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, over: Attention, index: int, affine: Affine) -> Tensor:
         """``[N, H]`` to ``[N, H]``.
@@ -56,18 +66,18 @@ class LeanLayer:
             sin: as ``cos``.
             over: what the rows attend to, and where their keys and values go.
             index: of this layer in the KV.
-            affine: how a linear module maps rows.
+            affine: how a joint of linear modules maps rows.
         """
         x = x + self.attend(normed(self.before, x), cos, sin, over, index, affine)
-        y = normed(self.between, x)
-        return x + affine(self.down, functional.silu(affine(self.gate, y)) * affine(self.up, y))
+        gate, up = affine(self.gate_up, normed(self.between, x)).chunk(2, -1)
+        return x + affine(self.down, functional.silu(gate) * up)
 
 
 Attention = Callable[[LeanLayer, int, Tensor, Tensor, Tensor], Tensor]
 """From a layer, its index, queries ``[N, heads, d]``, keys and values ``[N, key heads, d]`` to ``[N, heads * d]``."""
 
-Affine = Callable[[Any, Tensor], Tensor]
-"""From a linear module and inputs ``[N, in]`` to ``[N, out]``."""
+Affine = Callable[[Joint, Tensor], Tensor]
+"""From a joint of linear modules and inputs ``[N, in]`` to ``[N, out]``."""
 
 
 def appending(caches: Sequence[KVCache]) -> Attention:
@@ -108,7 +118,8 @@ class LeanStep:
 
     def __init__(self, model: Any, prepack: int = LIMIT) -> None:
         decoder, config = model.get_decoder(), model.config
-        self._embed, self._norm, self._head = decoder.embed_tokens, decoder.norm, model.get_output_embeddings()
+        self._embed, self._norm = decoder.embed_tokens, decoder.norm
+        self._head = Joint(model.get_output_embeddings())
         self._rotary = decoder.rotary_emb
         window = getattr(config, "sliding_window", None)
         kinds = layer_kinds(config)
@@ -117,8 +128,9 @@ class LeanStep:
             for layer, kind in zip(decoder.layers, kinds, strict=True)
         ]
         self._modules = list(decoder.modules())
-        self.linear = Prepacked([m for m in [*self._modules, self._head] if isinstance(m, nn.Linear)], prepack)
-        """How a linear module of this model maps rows."""
+        joints = [joint for layer in self._layers for joint in layer.joints]
+        self.linear = Prepacked([*joints, self._head], prepack)
+        """How a joint of this model's linear modules maps rows."""
         self._angles: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
     @property

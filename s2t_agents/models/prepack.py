@@ -1,4 +1,6 @@
-"""Linear maps on a CPU with weights that already lie as oneDNN multiplies them.
+"""Linear maps of the same rows as one product, on a CPU with weights that already lie as oneDNN multiplies them.
+
+    joint (q, k, v)    rows [N, in] ──> [q | k | v]  [N, out]      one product where the model has three
 
 Given weights as a module holds them, oneDNN lays them out anew (or takes a slower kernel) at every call. Here that is
 done once, as torch's own inductor does when it freezes a model, with the same two operators: a row is bound by reading
@@ -8,11 +10,13 @@ the weights, and eight cost little more than one. The price is a second copy of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from .processor import lays_out
@@ -24,56 +28,115 @@ ROWS = (2, 3, 4, 6, 10, 18, 34, 66)
 """Row counts in which it is tried whether a row among others is the row alone."""
 
 LEAST = {torch.float32: 300_000, torch.bfloat16: 30_000}
-"""Elements that a model's weights have on average where it gains; smaller ones lose more in the call than they win."""
+"""Elements that a model's weights have on average where the layout gains; below, the call costs more than it wins."""
+
+
+class Joint:
+    """Linear modules that map the same rows; their outputs stand side by side.
+
+    Args:
+        modules: with as many inputs each; all with a bias, or none.
+
+    Attributes:
+        spans: of the output, by module.
+    """
+
+    def __init__(self, *modules: Any) -> None:
+        self.modules = modules
+        self._parameters = [module._parameters for module in modules]  # asked at every call: past nn.Module's lookups
+        ends = list(accumulate(module.out_features for module in modules))
+        starts = [0, *ends[:-1]]
+        self.spans = {module: slice(*span) for module, *span in zip(modules, starts, ends, strict=True)}
+
+    def joined(self) -> tuple[Tensor, Tensor | None]:
+        """Copies of the weights ``[out, in]`` and biases ``[out]``, one after another."""
+        biases = [module.bias for module in self.modules]
+        weight = torch.cat([module.weight.detach() for module in self.modules])
+        return weight, None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+
+    def state(self) -> tuple[tuple[int, int, int], ...]:
+        """What changes when a weight or bias is replaced or written to."""
+        return tuple(map(state_of, [t for p in self._parameters for t in p.values() if t is not None]))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """From ``[N, in]`` to ``[N, out]``, as the modules themselves say it."""
+        each = [functional.linear(x, module.weight, module.bias) for module in self.modules]
+        return each[0] if len(each) == 1 else torch.cat(each, -1)
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A joint's weights as they lie here, and what the modules' own were like when they were copied."""
+
+    weight: Tensor
+    bias: Tensor | None
+    state: tuple[tuple[int, int, int], ...]
 
 
 class Prepacked:
-    """The affine maps of some linear modules; see ``lean.Affine``.
+    """The affine maps of one model; see ``lean.Affine``.
 
     Args:
-        modules: of one model; all are laid out here, or none.
+        joints: all are held here, or none.
         limit: bytes; a model with more keeps all its weights as they are.
     """
 
-    def __init__(self, modules: Sequence[nn.Linear], limit: int = LIMIT) -> None:
-        weights = [module.weight for module in modules]
-        laid_out = gains(weights) and sum(weight.nbytes for weight in weights) <= limit
-        self._weights = {module: (lay_out(module.weight), state_of(module.weight)) for module in modules if laid_out}
+    def __init__(self, joints: Sequence[Joint], limit: int = LIMIT) -> None:
+        weights = [module.weight for joint in joints for module in joint.modules]
+        fits = sum(weight.nbytes for weight in weights) <= limit
+        self.laid_out = fits and gains(weights)
+        """Whether copies lie here as oneDNN multiplies them."""
+        held = self.laid_out or (fits and small(weights))
+        self._copies = {joint: self._copy(joint) for joint in joints if held}
+
+    @torch.inference_mode()
+    def _copy(self, joint: Joint) -> Copied:
+        weight, bias = joint.joined()
+        return Copied(lay_out(weight) if self.laid_out else weight, bias, joint.state())
 
     def __len__(self) -> int:
-        """How many weights lie here."""
-        return len(self._weights)
+        """How many joints are held here."""
+        return len(self._copies)
 
-    def __call__(self, module: Any, x: Tensor) -> Tensor:
+    def __call__(self, joint: Joint, x: Tensor) -> Tensor:
         """From inputs ``[N, in]`` to ``[N, out]``."""
-        weight, known = self._weights.get(module, (None, None))
-        if weight is None or known != state_of(module.weight):  # changed since: as the module holds it now
-            return functional.linear(x, module.weight, module.bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, module.bias, "none", [], "")
+        copy = self._copies.get(joint)
+        if copy is None or copy.state != joint.state():  # changed since: as the modules hold it now
+            return joint(x)
+        if not self.laid_out:
+            return functional.linear(x, copy.weight, copy.bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, copy.weight, copy.bias, "none", [], "")
         return out
 
     @cached_property
     @torch.inference_mode()
     def rows_alike(self) -> bool:
         """Whether the weights lie here and a row among others is bitwise the row alone; tried once per shape."""
-        shapes = {(module.weight.shape, module.bias is None): module for module in self._weights}
-        return bool(shapes) and all(self._alike(module) for module in shapes.values())
+        shapes = {(copy.weight.shape, copy.bias is None): joint for joint, copy in self._copies.items()}
+        return self.laid_out and all(self._alike(joint) for joint in shapes.values())
 
-    def _alike(self, module: nn.Linear) -> bool:
-        x = torch.randn(max(ROWS), module.in_features, generator=torch.Generator().manual_seed(0))
-        x = x.to(module.weight.dtype)
-        first = self(module, x[:1])
-        return all(torch.equal(self(module, x[:rows])[:1], first) for rows in ROWS)
+    def _alike(self, joint: Joint) -> bool:
+        weight = joint.modules[0].weight
+        x = torch.randn(max(ROWS), weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+        first = self(joint, x[:1])
+        return all(torch.equal(self(joint, x[:rows])[:1], first) for rows in ROWS)
 
 
 def gains(weights: Sequence[Tensor]) -> bool:
-    """Whether weights are multiplied faster here when laid out beforehand."""
-    kinds = {(weight.device.type, weight.dtype) for weight in weights}
-    if len(kinds) != 1:
-        return False
-    device, dtype = kinds.pop()
-    average = sum(weight.numel() for weight in weights) / len(weights)
-    return device == "cpu" and dtype in LEAST and average >= LEAST[dtype] and lays_out(dtype)
+    """Whether a model's weights are multiplied faster here when laid out beforehand."""
+    dtypes = {weight.dtype for weight in weights}
+    return on_cpu(weights) and len(dtypes) == 1 and lays_out(*dtypes) and not small(weights)
+
+
+def small(weights: Sequence[Tensor]) -> bool:
+    """Whether a model is so small that a product on the CPU costs its call more than its arithmetic."""
+    average = sum(weight.numel() for weight in weights) / max(1, len(weights))
+    return on_cpu(weights) and average < LEAST.get(weights[0].dtype, 0)
+
+
+def on_cpu(weights: Sequence[Tensor]) -> bool:
+    """Whether there are weights, all of them there."""
+    return {weight.device.type for weight in weights} == {"cpu"}
 
 
 def lay_out(weight: Tensor) -> Tensor:

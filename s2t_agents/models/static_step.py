@@ -24,6 +24,7 @@ from .arena import Arena, Arenas
 from .graphs import Body, CudaGraphs, Recorder
 from .lean import Affine, LeanStep, close
 from .lora import LoraLayer
+from .prepack import Joint
 from .static_attention import LookAttention, StepAttention
 from .static_kv import StaticCache
 
@@ -231,9 +232,13 @@ def weights_of(corrections: Mapping[nn.Module, LoraLayer]) -> list[Tensor]:
 def linear_with(corrections: Mapping[nn.Module, LoraLayer], linear: Affine) -> Affine:
     """The affine map and what the corrections add to it."""
 
-    def corrected(module: Any, x: Tensor) -> Tensor:
-        layer = corrections.get(module)
-        return linear(module, x) if layer is None else linear(module, x) + layer(x)
+    def corrected(joint: Joint, x: Tensor) -> Tensor:
+        out = linear(joint, x)
+        for module, span in joint.spans.items():
+            layer = corrections.get(module)
+            if layer is not None:
+                out[:, span] += layer(x)
+        return out
 
     return corrected
 
