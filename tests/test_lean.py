@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
+from s2t_agents.models import language_model
 from s2t_agents.models.language_model import LanguageModel
 from s2t_agents.models.lean import lean_step_of
 from s2t_agents.models.packed import Segment
@@ -36,6 +38,53 @@ def test_it_equals_the_model_for_one_and_for_several_sequences(name: str) -> Non
             prompt.append(token)
             assert torch.allclose(logits[at], full(model, prompt), atol=1e-4)
             assert torch.allclose(model.model.get_output_embeddings()(hidden[at]).float(), logits[at], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_prompt_in_stretches_is_the_prompt(name: str) -> None:
+    """One of the stretches, and all of them together, reach past the sliding window."""
+    model = tiny_model(name)
+    assert model.lean_parts is not None
+    ids = torch.randint(0, 250, (60,), generator=torch.Generator().manual_seed(0))
+    cache, own, length = model.new_cache(), DynamicCache(), 0
+    for width in (2, 33, 1, 24):
+        stretch = ids[length : length + width]
+        ((logits, hidden),) = model.lean_parts([Segment(stretch, cache, length)])
+        length += width
+        assert torch.allclose(logits, full(model, ids[:length].tolist()), atol=1e-4)
+        assert torch.allclose(model.model.get_output_embeddings()(hidden).float(), logits, atol=1e-5)
+    model.model(ids[None], past_key_values=own)
+    for ours, theirs in zip(cache.layers, own.layers, strict=True):
+        assert torch.allclose(ours.keys, theirs.keys, atol=1e-4)
+        assert torch.allclose(ours.values, theirs.values, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_stretches_and_tokens_of_several_sequences_go_in_one_forward(name: str) -> None:
+    model = tiny_model(name)
+    assert model.lean_parts is not None
+    said = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14]]
+    before = [[], [1, 2], [3] * 20, [4]]
+    caches = [model.new_cache() for _ in said]
+    for ids, cache in zip(before, caches, strict=True):
+        if ids:
+            model.step_alone(Segment(torch.tensor(ids), cache, 0))
+    parts = [Segment(torch.tensor(new), cache, len(old)) for new, cache, old in zip(said, caches, before, strict=True)]
+    for new, old, cache, outcome in zip(said, before, caches, model.lean_parts(parts), strict=True):
+        assert torch.allclose(outcome[0], full(model, [*old, *new]), atol=1e-4)
+        assert cache.get_seq_length() == len(old) + len(new)
+
+
+def test_long_prompts_and_a_first_token_go_the_models_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = tiny_model("qwen2"), []
+    assert model.lean is not None
+    monkeypatch.setattr(language_model, "STRETCH", 8)
+    own = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
+    for tokens, wanted in ((8, 0), (9, 1), (1, 1)):
+        calls.clear()
+        model.step(torch.arange(tokens), model.new_cache())
+        assert len(calls) == wanted
 
 
 @pytest.mark.parametrize("name", KNOWN)

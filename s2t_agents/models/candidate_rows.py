@@ -1,8 +1,8 @@
-"""Candidates and single tokens of several sequences in one lean forward; corrections touch the candidates alone.
+"""Candidates, single tokens and stretches of several sequences in one lean forward; corrections touch candidates alone.
 
-    row        a7 | b5 | c9.0 c9.1 ... c9.7 |            one token of a and of b, K candidates of c
+    row        a7 | b3 b4 b5 | c9.0 c9.1 ... c9.7        one token of a, three of b, K candidates of c
     linear     every row sees the same weights, read once; a LoRA is added to c's rows only
-    attention  a7 sees a0..a7; each c9.i sees c0..c8 and itself
+    attention  a7 sees a0..a7; b4 sees b0..b4; each c9.i sees c0..c8 and itself
 
 The candidates' keys and values stand behind the end of c's KV, where no reader looks (``overlay``): nothing is copied
 and nothing has to be undone. All K candidates that share a key head are one block of queries, so each layer's attention
@@ -12,7 +12,7 @@ is one call per sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .ahead import READ, Ahead, Reading
-from .lean import Affine, Attention, LeanLayer, LeanStep, appending
+from .lean import Affine, Attention, LeanLayer, LeanStep, appending, following
 from .lora import Lora, LoraLayer
 from .packed import Look, Outcome, Part, Segment, apart
 from .prepack import Joint
 
 
 class CandidateRows:
-    """The lean forward of one model for tokens and candidates together.
+    """The lean forward of one model for stretches of tokens and candidates together.
 
     Args:
         step: the model's lean step.
@@ -43,22 +43,25 @@ class CandidateRows:
         """What the model says after each part.
 
         Args:
-            parts: single tokens, each over a KV of its own that grows by it, and looks, whose KV stays as it is.
+            parts: tokens, over a KV of their own that grows by them, and looks, whose KV stays as it is.
 
         Returns:
-            In the order of ``parts``: logits ``[V]`` (fp32) and last hidden state ``[H]`` of a token, last hidden
-            states ``[K, H]`` of a look.
+            In the order of ``parts``: logits ``[V]`` (fp32) and last hidden state ``[H]`` after a segment's last
+            token, last hidden states ``[K, H]`` of a look.
         """
         order = sorted(range(len(parts)), key=lambda at: _place(parts[at]))
         ordered = [parts[at] for at in order]
         segments = [part for part in ordered if isinstance(part, Segment)]
         looks = [part for part in ordered if isinstance(part, Look)]
         ids = torch.cat([part.ids for part in ordered])
-        positions = [part.length for part in ordered for _ in range(len(part.ids))]
+        positions = [at for part in ordered for at in places(part)]
         hidden = self._step.rows(ids, positions, _side_by_side(_blocks(segments, looks)), self._correcting(ordered))
-        n = len(segments)
-        said: list[Outcome | Tensor] = list(zip(self._step.logits(hidden[:n]), hidden[:n], strict=True)) if n else []
-        said += torch.split(hidden[n:], [len(look.ids) for look in looks]) if looks else []
+        ends = list(accumulate(len(segment.ids) for segment in segments))
+        said: list[Outcome | Tensor] = []
+        if segments:
+            last = hidden[[end - 1 for end in ends]]
+            said += zip(self._step.logits(last), (row.clone() for row in last), strict=True)
+        said += torch.split(hidden[ends[-1] if ends else 0 :], [len(look.ids) for look in looks]) if looks else []
         return [said[order.index(at)] for at in range(len(parts))]
 
     @torch.inference_mode()
@@ -106,17 +109,29 @@ class CandidateRows:
         return self._layers[lora]
 
 
-def _place(part: Part) -> tuple[int, int]:
-    """Tokens first, then the looks of one adapter after another, so that each corrects one stretch of rows."""
+def places(part: Part) -> range | list[int]:
+    """The positions of a part's tokens; candidates all stand at the same."""
     if isinstance(part, Segment):
-        return 0, 0
-    return 1, 0 if part.lora is None else id(part.lora)
+        return range(part.length, part.length + len(part.ids))
+    return [part.length] * len(part.ids)
+
+
+def _place(part: Part) -> tuple[int, int]:
+    """Single tokens, stretches, then the looks of one adapter after another: each corrects one stretch of rows."""
+    if isinstance(part, Segment):
+        return int(len(part.ids) > 1), 0
+    return 2, 0 if part.lora is None else id(part.lora)
 
 
 def _blocks(segments: Sequence[Segment], looks: Sequence[Look]) -> list[tuple[int, Attention]]:
     """Tokens over their own KV, which grows, then candidates over KV that stays: how many rows, and their attention."""
-    tokens = [(len(segments), appending([segment.cache for segment in segments]))] if segments else []
-    return [*tokens, *((len(look.ids), Beside(look)) for look in looks)]
+    single = [segment.cache for segment in segments if len(segment.ids) == 1]
+    stretches = [segment for segment in segments if len(segment.ids) > 1]
+    return [
+        *([(len(single), appending(single))] if single else []),
+        *((len(each.ids), following(each.cache, each.length)) for each in stretches),
+        *((len(look.ids), Beside(look)) for look in looks),
+    ]
 
 
 def _side_by_side(blocks: Sequence[tuple[int, Attention]]) -> Attention:

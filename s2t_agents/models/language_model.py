@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from .candidate_rows import CandidateRows
 from .fingerprint import tokenizer_fingerprint, weights_fingerprint
 from .kv import KVCache
-from .lean import LeanStep, lean_step_of
+from .lean import STRETCH, LeanStep, lean_step_of
 from .live_prefixes import LivePrefixes
 from .loading import context_window, default_device, end_ids, load_tokenizer, load_weights
 from .lora import Lora
@@ -147,10 +147,10 @@ class LanguageModel:
         with self.lock:
             if not self._leanly(parts):
                 return self._arrived(self._packed(parts))
-            segments = [part for part in parts if isinstance(part, Segment)]
-            if len(segments) < len(parts):
+            single = [part for part in parts if isinstance(part, Segment) and len(part.ids) == 1]
+            if len(single) < len(parts):
                 return self._arrived(self.lean_parts(parts))  # type: ignore[misc]
-            logits, hidden = self._one_each(torch.cat([part.ids for part in parts]), segments)
+            logits, hidden = self._one_each(torch.cat([part.ids for part in parts]), single)
             return self._arrived(list(zip(logits, hidden, strict=True)))
 
     def _arrived(self, said: T) -> T:
@@ -164,14 +164,21 @@ class LanguageModel:
         """``step`` in a forward of its own."""
         with self.lock:
             if self._leanly([segment]):
-                logits, hidden = self._read_ahead(segment) or self._one_each(segment.ids, [segment])
-                return logits[0], hidden[0]
+                return self._step_leanly(segment)
             out = self.model(
                 input_ids=segment.ids[None], past_key_values=segment.cache, use_cache=True, logits_to_keep=1
             )
             assert self._last_hidden is not None
             hidden, self._last_hidden = self._last_hidden[0, -1], None
         return out.logits[0, -1].float(), hidden
+
+    def _step_leanly(self, segment: Segment) -> tuple[Tensor, Tensor]:
+        """A step past the modules: read already, as a single token, or as a stretch."""
+        if len(segment.ids) > 1:
+            ((logits, hidden),) = self.lean_parts([segment])  # type: ignore[misc]
+            return logits, hidden
+        logits, hidden = self._read_ahead(segment) or self._one_each(segment.ids, [segment])
+        return logits[0], hidden[0]
 
     def _read_ahead(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
         """The step, if the last selection has read it along with its candidates."""
@@ -182,10 +189,12 @@ class LanguageModel:
         return (self.lean.logits(hidden), hidden) if hidden is not None else None
 
     def _leanly(self, parts: Sequence[Part]) -> bool:
-        """Whether these can go past the modules: single tokens and candidates after something, no hooks in the way."""
+        """Whether these can go past the modules: few tokens, candidates after something, and no hooks in the way."""
+        few = STRETCH if self.device.type == "cpu" else 1
         for part in parts:
+            stretch = isinstance(part, Segment) and 1 < len(part.ids) <= few
             single = isinstance(part, Look) or len(part.ids) == 1
-            if not (single and part.length and isinstance(part.cache, KVCache)):
+            if not (isinstance(part.cache, KVCache) and (stretch or (single and part.length))):
                 return False
         return self.lean is not None and self.lean.free
 

@@ -1,8 +1,9 @@
-"""One new token for each of several sequences, written out for models of the Llama pattern.
+"""New tokens of several sequences, written out for models of the Llama pattern.
 
 The same arithmetic on the same weights as transformers' modules, without the modules: on a small model most of a step
-is their overhead. Used for single tokens only (prompts are bound by arithmetic), only for architectures known here, and
-only after it has given the same logits as the model itself; everything else goes the model's own way.
+is their overhead, and on a CPU the weights are laid out beforehand. Used for single tokens, and on a CPU for stretches
+of up to ``STRETCH`` tokens (longer ones are bound by arithmetic alone), only for architectures known here, and only
+after it has given the same logits as the model itself; everything else goes the model's own way.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.cache_utils import Cache
 
 from .kv import KVCache
 from .overlay import layer_kinds
+from .packed import causal
 from .prepack import LIMIT, Joint, Prepacked
 
 PATTERN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -23,6 +26,9 @@ PATTERN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3F
 
 FIXED_ROTATIONS = {"default", "linear", "llama3"}
 """Rotary embeddings whose angles depend on the position alone."""
+
+STRETCH = 256
+"""Tokens of a prompt up to which it is read here: an agent's next turn, a tool's result."""
 
 CLOSE = 1e-3
 """Largest difference to the model's own logits, as a share of their range, at the first use."""
@@ -87,6 +93,30 @@ def appending(caches: Sequence[KVCache]) -> Attention:
         return alone(layer, q, k, v, [cache.layers[index].update for cache in caches])
 
     return attend
+
+
+def following(cache: Cache, length: int) -> Attention:
+    """A stretch of one sequence's tokens over the ``length`` before it and itself; its KV joins the sequence's."""
+    masks: dict[int | None, Tensor] = {}
+
+    def attend(layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n, heads = q.shape[:2]
+        own = (each.transpose(0, 1)[None] for each in (k, v))
+        keys, values = (_for_each(heads, all_of) for all_of in cache.update(*own, index))
+        if layer.window not in masks:
+            masks[layer.window] = causal(n, length + n, layer.window, like=q)
+        seen = functional.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], keys, values, attn_mask=masks[layer.window], scale=layer.scale
+        )
+        return seen[0].transpose(0, 1).reshape(n, -1)
+
+    return attend
+
+
+def _for_each(heads: int, shared: Tensor) -> Tensor:
+    """Keys, or values, ``[1, key heads, n, d]`` as every one of the query heads sees them, ``[1, heads, n, d]``."""
+    each = heads // shared.shape[1]
+    return shared[:, :, None].expand(-1, -1, each, -1, -1).reshape(1, heads, *shared.shape[2:])
 
 
 Placing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -234,10 +264,13 @@ def _plain(model: Any) -> bool:
 
 @torch.inference_mode()
 def _agrees(model: Any, step: LeanStep) -> bool:
-    """One token after three, both ways."""
+    """Three tokens, and one after them, both ways."""
     ids = torch.tensor([[1, 2, 3, 4]], device=model.device) % model.get_input_embeddings().weight.shape[0]
     cache = KVCache()
-    model(input_ids=ids[:, :3], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    theirs = model(input_ids=ids[:, :3], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+    ours = step.logits(step.rows(ids[0, :3], range(3), following(KVCache(), 0))[-1:])
+    if not close(ours, theirs, model.dtype):
+        return False
     ours, _ = step(ids[0, 3:], [3], [cache])
     cache.crop(-1)
     theirs = model(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True).logits[:, -1].float()
