@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "selectors.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "selectors.md", ROOT / "docs" / "escalation.md")
 HARM = {"demo_large": ("demo", "all kinds"), "demo_call": ("call", "tool calls"), "demo_talk": ("talk", "small talk")}
 """Stored evaluations: the task's name at the command line, and what was asked."""
 
@@ -44,7 +44,7 @@ def evaluation(report: dict[str, Any], made: dict[str, Any]) -> str:
         )
     what = f"{report['n']} {split[1]} problems, seed {report['seed']}"
     where = f"{made['hardware']}, commit {made['commit']}, {made['date']}"
-    command = f"s2t eval --task {split[0]} --n {report['n']} --seed {report['seed']}"
+    command = made.get("command", f"s2t eval --task {split[0]} --n {report['n']} --seed {report['seed']}")
     legend = (
         "Gap closed: of the way from the small model to the large one. Harm: of what the small model alone gets right."
     )
@@ -99,6 +99,39 @@ def speed(report: dict[str, Any], made: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note, "", f"{where}. Made by `s2t bench decode`."])
 
 
+def escalation(report: dict[str, Any], made: dict[str, Any]) -> str:
+    """The tables of ``s2t bench escalate --json``: what the LLM has to do for the same picks, three ways."""
+    heads = (
+        "per answer ({tokens:.0f} tokens)".format(**report["ours"]),
+        "asked when needed",
+        "stepped on every token",
+        "ratio",
+        "as published, through transformers",
+        "ratio",
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    deep = report["at_real_ratio"]
+    small, large = deep["parameters"]
+    pair, larger = "the pair as it is", f"LLM at {large / small:.0f} times the SLM"
+    kinds = [
+        ("LLM forwards", report, "llm_calls"),
+        ("LLM tokens read", report, "llm_tokens"),
+        (f"{pair}: seconds in the LLM", report, "llm_s"),
+        (f"{pair}: seconds in all, SLM included", report, "wall_s"),
+        (f"{larger}: seconds in the LLM", deep, "llm_s"),
+        (f"{larger}: seconds in all", deep, "wall_s"),
+    ]
+    for what, each, name in kinds:
+        cells = [f"{each['ours'][name]:.3g}"]
+        for scheme in ("published", "as_published"):
+            cells += [f"{each[scheme][name]:.3g}", f"{each[f'{scheme}_over_ours'][name]:.3g}x"]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    same = "the same" if report["picks_identical"] and deep["picks_identical"] else "**different**"
+    where = f"{made['hardware']}, one thread, commit {made['commit']}, {made['date']}"
+    problems = f"{report['problems']} held-out problems, asked at {report['escalation_rate']:.1%} of the tokens"
+    return "\n".join([*lines, "", f"{problems}; all picks are {same}. {where}. Made by `{made['command']}`."])
+
+
 def first_tokens(report: dict[str, Any]) -> list[str]:
     """Time to the first token and the process's peak memory so far, after each prefix."""
     heads = ("ms to the first token", "generate", "engine", "engine, prompt seen before", "peak memory, MB")
@@ -140,13 +173,18 @@ def sections() -> dict[str, str]:
     if file.is_file():
         stored = json.loads(file.read_text())
         found["eval"] = evaluation(stored["report"], stored["made"])
-    file = RESULTS / "demo_hard.json"
-    if file.is_file():
-        stored = json.loads(file.read_text())
-        found["hard"] = evaluation(stored["report"], stored["made"])
+    for name in ("hard", "again"):
+        file = RESULTS / f"demo_{name}.json"
+        if file.is_file():
+            stored = json.loads(file.read_text())
+            found[name] = evaluation(stored["report"], stored["made"])
     stored = {name: RESULTS / f"{name}.json" for name in HARM}
     if all(file.is_file() for file in stored.values()):
         found["harm"] = harm({name: json.loads(file.read_text()) for name, file in stored.items()})
+    file = RESULTS / "escalate.json"
+    if file.is_file():
+        stored = json.loads(file.read_text())
+        found["escalation"] = escalation(stored["report"], stored["made"])
     file = RESULTS / "decode.json"
     if file.is_file():
         stored = json.loads(file.read_text())

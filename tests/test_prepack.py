@@ -40,22 +40,22 @@ def test_it_is_the_modules_own_map(dtype: torch.dtype, bias: bool, rows: int) ->
     assert packed.laid_out == lays_out(dtype)
     x = torch.randn(rows, 512, dtype=dtype)
     with torch.inference_mode():
-        assert torch.allclose(packed(joint, x).double(), exactly(module, x), atol=tolerance(dtype))
+        (said,) = packed(joint, x)
+        assert torch.allclose(said.double(), exactly(module, x), atol=tolerance(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("out", [8, 640])  # held as they are, and laid out
-def test_a_joint_is_its_modules_maps_side_by_side(dtype: torch.dtype, bias: bool, out: int) -> None:
+def test_a_joint_is_its_modules_maps(dtype: torch.dtype, bias: bool, out: int) -> None:
     modules = [layer(dtype, bias, out=each) for each in (out, out // 2, out // 2)]
     joint = Joint(*modules)
     packed = Prepacked([joint, Joint(layer(dtype, bias, out=out))])
     x = torch.randn(3, 512, dtype=dtype)
     with torch.inference_mode():
         for said in (packed(joint, x), joint(x)):
-            assert said.shape == (3, 2 * out)
-            for module, span in joint.spans.items():
-                assert torch.allclose(said[:, span].double(), exactly(module, x), atol=tolerance(dtype))
+            for module, each in zip(modules, said, strict=True):
+                assert torch.allclose(each.double(), exactly(module, x), atol=tolerance(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -64,9 +64,10 @@ def test_a_row_among_others_is_the_row_alone(dtype: torch.dtype) -> None:
     packed = Prepacked([joint])
     x = torch.randn(8, 512, dtype=dtype)
     with torch.inference_mode():
-        alone = torch.cat([packed(joint, row[None]) for row in x])
-        assert torch.allclose(packed(joint, x).float(), alone.float(), atol=1e-5 if dtype == torch.float32 else 1e-2)
-        assert torch.equal(packed(joint, x), alone) or not packed.rows_alike
+        alone = torch.cat([packed(joint, row[None])[0] for row in x])
+        (together,) = packed(joint, x)
+        assert torch.allclose(together.float(), alone.float(), atol=1e-5 if dtype == torch.float32 else 1e-2)
+        assert torch.equal(together, alone) or not packed.rows_alike
 
 
 @pytest.mark.parametrize("out", [8, 640])  # held as they are, and laid out
@@ -78,7 +79,7 @@ def test_weights_written_to_or_replaced_later_count(out: int, name: str) -> None
     assert len(packed) == 1
 
     def follows() -> bool:
-        return torch.equal(packed(joint, x), torch.cat([one(x), other(x)], -1))
+        return all(map(torch.equal, packed(joint, x), (one(x), other(x))))
 
     with torch.no_grad():
         getattr(other, name).mul_(2)

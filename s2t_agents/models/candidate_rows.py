@@ -91,14 +91,14 @@ class CandidateRows:
 
         linear = self._step.linear
 
-        def affine(joint: Joint, x: Tensor) -> Tensor:
-            out = linear(joint, x)
+        def affine(joint: Joint, x: Tensor) -> tuple[Tensor, ...]:
+            outputs = linear(joint, x)
             for rows, layers in stretches:
-                for module, span in joint.spans.items():
+                for module, out in zip(joint.modules, outputs, strict=True):
                     layer = layers.get(module)
                     if layer is not None:
-                        layer.add_to(out[rows, span], x[rows])
-            return out
+                        layer.add_to(out[rows], x[rows])
+            return outputs
 
         return affine
 

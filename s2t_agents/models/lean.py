@@ -44,7 +44,6 @@ class LeanLayer:
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.gate_up, self.down = Joint(mlp.gate_proj, mlp.up_proj), Joint(mlp.down_proj)
         self.head_dim, self.scale, self.window = attention.head_dim, attention.scaling, window
-        self._heads = [module.out_features // self.head_dim for module in self.qkv.modules]
 
     @property
     def joints(self) -> list[Joint]:
@@ -54,14 +53,11 @@ class LeanLayer:
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor, over: Attention, index: int, affine: Affine) -> Tensor:
         """Attention of N rows, ``[N, H]`` to ``[N, H]``."""
         n, d = x.shape[0], self.head_dim
-        heads = affine(self.qkv, x).view(n, -1, d)
+        q, k, v = (each.view(n, -1, d) for each in affine(self.qkv, x))
         if self.q_norm is not None:
-            q, k, v = torch.split(heads, self._heads, 1)
-            q, k = rotated(normed(self.q_norm, q), cos, sin), rotated(normed(self.k_norm, k), cos, sin)
-        else:  # queries and keys turn alike
-            turning, v = torch.split(heads, [sum(self._heads[:2]), self._heads[2]], 1)
-            q, k = torch.split(rotated(turning, cos, sin), self._heads[:2], 1)
-        return affine(self.o, over(self, index, q, k, v))
+            q, k = normed(self.q_norm, q), normed(self.k_norm, k)
+        (out,) = affine(self.o, over(self, index, rotated(q, cos, sin), rotated(k, cos, sin), v))
+        return out
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, over: Attention, index: int, affine: Affine) -> Tensor:
         """``[N, H]`` to ``[N, H]``.
@@ -75,15 +71,16 @@ class LeanLayer:
             affine: how a joint of linear modules maps rows.
         """
         x = x + self.attend(normed(self.before, x), cos, sin, over, index, affine)
-        gate, up = affine(self.gate_up, normed(self.between, x)).chunk(2, -1)
-        return x + affine(self.down, functional.silu(gate) * up)
+        gate, up = affine(self.gate_up, normed(self.between, x))
+        (out,) = affine(self.down, functional.silu(gate) * up)
+        return x + out
 
 
 Attention = Callable[[LeanLayer, int, Tensor, Tensor, Tensor], Tensor]
 """From a layer, its index, queries ``[N, heads, d]``, keys and values ``[N, key heads, d]`` to ``[N, heads * d]``."""
 
-Affine = Callable[[Joint, Tensor], Tensor]
-"""From a joint of linear modules and inputs ``[N, in]`` to ``[N, out]``."""
+Affine = Callable[[Joint, Tensor], tuple[Tensor, ...]]
+"""From a joint of linear modules and inputs ``[N, in]`` to the ``[N, out]`` of each module."""
 
 
 def appending(caches: Sequence[KVCache]) -> Attention:
@@ -209,7 +206,8 @@ class LeanStep:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[N, V]`` in fp32, of last hidden states ``[N, H]``."""
-        return self.linear(self._head, hidden).float()
+        (logits,) = self.linear(self._head, hidden)
+        return logits.float()
 
     def rotation_table(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[L, 1, d]`` of at least so many positions, filled by the model's own rotary module."""

@@ -1,6 +1,6 @@
 """Linear maps of the same rows as one product, on a CPU with weights that already lie as oneDNN multiplies them.
 
-    joint (q, k, v)    rows [N, in] ──> [q | k | v]  [N, out]      one product where the model has three
+    joint (q, k, v)    rows [N, in] ──> [q | k | v] ──> q, k, v      one product where the model has three
 
 Given weights as a module holds them, oneDNN lays them out anew (or takes a slower kernel) at every call. Here that is
 done once, as torch's own inductor does when it freezes a model, with the same two operators: a row is bound by reading
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -32,21 +31,19 @@ LEAST = {torch.float32: 300_000, torch.bfloat16: 30_000}
 
 
 class Joint:
-    """Linear modules that map the same rows; their outputs stand side by side.
+    """Linear modules that map the same rows, and can do it in one product.
 
     Args:
         modules: with as many inputs each; all with a bias, or none.
 
     Attributes:
-        spans: of the output, by module.
+        widths: of their outputs.
     """
 
     def __init__(self, *modules: Any) -> None:
         self.modules = modules
         self._parameters = [module._parameters for module in modules]  # asked at every call: past nn.Module's lookups
-        ends = list(accumulate(module.out_features for module in modules))
-        starts = [0, *ends[:-1]]
-        self.spans = {module: slice(*span) for module, *span in zip(modules, starts, ends, strict=True)}
+        self.widths = [module.out_features for module in modules]
 
     def joined(self) -> tuple[Tensor, Tensor | None]:
         """Copies of the weights ``[out, in]`` and biases ``[out]``, one after another."""
@@ -58,10 +55,9 @@ class Joint:
         """What changes when a weight or bias is replaced or written to."""
         return tuple(map(state_of, [t for p in self._parameters for t in p.values() if t is not None]))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """From ``[N, in]`` to ``[N, out]``, as the modules themselves say it."""
-        each = [functional.linear(x, module.weight, module.bias) for module in self.modules]
-        return each[0] if len(each) == 1 else torch.cat(each, -1)
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """From ``[N, in]`` to each module's ``[N, out]``, as the modules themselves say it."""
+        return tuple(functional.linear(x, module.weight, module.bias) for module in self.modules)
 
 
 @dataclass(frozen=True)
@@ -98,15 +94,16 @@ class Prepacked:
         """How many joints are held here."""
         return len(self._copies)
 
-    def __call__(self, joint: Joint, x: Tensor) -> Tensor:
-        """From inputs ``[N, in]`` to ``[N, out]``."""
+    def __call__(self, joint: Joint, x: Tensor) -> tuple[Tensor, ...]:
+        """From inputs ``[N, in]`` to each module's ``[N, out]``."""
         copy = self._copies.get(joint)
         if copy is None or copy.state != joint.state():  # changed since: as the modules hold it now
             return joint(x)
-        if not self.laid_out:
-            return functional.linear(x, copy.weight, copy.bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, copy.weight, copy.bias, "none", [], "")
-        return out
+        if self.laid_out:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, copy.weight, copy.bias, "none", [], "")
+        else:
+            out = functional.linear(x, copy.weight, copy.bias)
+        return (out,) if len(joint.widths) == 1 else torch.split(out, joint.widths, -1)
 
     @cached_property
     @torch.inference_mode()
@@ -119,7 +116,9 @@ class Prepacked:
         weight = joint.modules[0].weight
         x = torch.randn(max(ROWS), weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
         first = self(joint, x[:1])
-        return all(torch.equal(self(joint, x[:rows])[:1], first) for rows in ROWS)
+        return all(
+            torch.equal(out[:1], one) for rows in ROWS for out, one in zip(self(joint, x[:rows]), first, strict=True)
+        )
 
 
 def gains(weights: Sequence[Tensor]) -> bool:

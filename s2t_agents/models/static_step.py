@@ -232,13 +232,10 @@ def weights_of(corrections: Mapping[nn.Module, LoraLayer]) -> list[Tensor]:
 def linear_with(corrections: Mapping[nn.Module, LoraLayer], linear: Affine) -> Affine:
     """The affine map and what the corrections add to it."""
 
-    def corrected(joint: Joint, x: Tensor) -> Tensor:
-        out = linear(joint, x)
-        for module, span in joint.spans.items():
-            layer = corrections.get(module)
-            if layer is not None:
-                out[:, span] += layer(x)
-        return out
+    def corrected(joint: Joint, x: Tensor) -> tuple[Tensor, ...]:
+        outputs = zip(joint.modules, linear(joint, x), strict=True)
+        layers = ((corrections.get(module), out) for module, out in outputs)
+        return tuple(out if layer is None else out + layer(x) for layer, out in layers)
 
     return corrected
 
