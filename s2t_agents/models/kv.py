@@ -33,7 +33,7 @@ def room(like: Tensor, capacity: int) -> Tensor:
     """An unwritten buffer ``[..., capacity, d]`` for tensors ``[..., T, d]``.
 
     On a CPU it is a mapping of its own. KV stays for long among much that does not: in the C library's heap it would
-    keep whole stretches of freed memory from the system (a third of the process after five minutes of eight agents).
+    keep whole stretches of freed memory from the system.
     """
     shape = (*like.shape[:-2], capacity, like.shape[-1])
     size = math.prod(shape) * like.element_size()
