@@ -16,6 +16,14 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "selectors.md", ROOT / "docs" / "es
 HARM = {"demo_large": ("demo", "all kinds"), "demo_call": ("call", "tool calls"), "demo_talk": ("talk", "small talk")}
 """Stored evaluations: the task's name at the command line, and what was asked."""
 
+BEYOND = {
+    "demo_longer": "longer: 5 to 7 lines of working, trained on 2 to 4",
+    "demo_larger": "larger: numbers up to 1,999, trained up to 999",
+    "demo_unseen": "unseen: tellings, tools and system prompts never trained on",
+    "demo_hard": "hard: all three",
+}
+"""Stored evaluations on splits that go beyond the training corpus, and in what."""
+
 NAMES = {
     "slm": "small model, greedy",
     "maj8": "small model, majority of 8 samples",
@@ -73,6 +81,26 @@ def harm(stored: dict[str, dict[str, Any]]) -> str:
             f"| {rows['llm']['broken']:.1%} | `{command}`, commit {made['commit']} |"
         )
     return "\n".join(lines)
+
+
+def beyond(stored: dict[str, dict[str, Any]]) -> str:
+    """Accuracy on splits that go beyond the training corpus, each in its own way."""
+    rows = ("slm", "head", "activated", "hybrid_2", "hybrid_8", "llm_select", "llm")
+    heads = ("", "SLM", "head", "activated", "+ 2 picks", "+ 8 picks", "LLM selects", "LLM", "triggers", "gap closed")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, what in BEYOND.items():
+        found = stored[name]["report"]["rows"]
+        cells = [f"{found[row]['accuracy']:.1%}" for row in rows]
+        cells += [f"{found['head']['trigger_rate']:.1%}", share(found["head"]["gap_closed"])]
+        lines.append(f"| {' | '.join([what, *cells])} |")
+    commands = [
+        f"`s2t eval --task {name.removeprefix('demo_')} --n {each['report']['n']} --seed {each['report']['seed']}`"
+        f" at {each['made']['commit']}"
+        for name, each in stored.items()
+    ]
+    widest = max(row["ci95"][1] - row["ci95"][0] for each in stored.values() for row in each["report"]["rows"].values())
+    legend = f"Triggers and the gap closed are those of the head; 95% intervals are at most {widest:.1%} wide."
+    return "\n".join([*lines, "", f"{legend} Made by {', '.join(commands)}."])
 
 
 def speed(report: dict[str, Any], made: dict[str, Any]) -> str:
@@ -181,6 +209,9 @@ def sections() -> dict[str, str]:
     stored = {name: RESULTS / f"{name}.json" for name in HARM}
     if all(file.is_file() for file in stored.values()):
         found["harm"] = harm({name: json.loads(file.read_text()) for name, file in stored.items()})
+    stored = {name: RESULTS / f"{name}.json" for name in BEYOND}
+    if all(file.is_file() for file in stored.values()):
+        found["beyond"] = beyond({name: json.loads(file.read_text()) for name, file in stored.items()})
     file = RESULTS / "escalate.json"
     if file.is_file():
         stored = json.loads(file.read_text())

@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -21,7 +23,7 @@ def made() -> dict[str, Any]:
     """Where and when."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     return {
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})",
         "commit": commit.stdout.strip(),
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -1,6 +1,7 @@
 """Rollouts: labelled truly, whole or not there, the same however often the run was killed."""
 
 import errno
+import itertools
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from training_fixtures import QUICK, prompts, save_model, tiny_pair, write_prompts
 
 from s2t_agents.errors import ConfigError, InputError, ModelNotFound, S2TError, TokenizerMismatch
@@ -17,7 +20,10 @@ from s2t_agents.models.prefix import Prefix
 from s2t_agents.training import shards as shard_files
 from s2t_agents.training.collect import check_same_ids, collect, collect_with
 from s2t_agents.training.config import CollectConfig, Models, Rollouts
-from s2t_agents.training.labels import label
+from s2t_agents.training.crew import Crew
+from s2t_agents.training.disagreement import hidden_along
+from s2t_agents.training.groups import Example
+from s2t_agents.training.labels import along, dialogues, label
 from s2t_agents.training.shards import read_manifest, read_shards
 from s2t_agents.training.tasks import DemoTaskConfig, JsonlTask, JsonlTaskConfig, disjoint
 
@@ -50,6 +56,57 @@ def test_labels_are_what_both_models_say_at_each_step(pair, tmp_path):
             assert float(shard.kl[row]) == pytest.approx(float((q.exp() * (q - p)).sum()), abs=1e-3)
             assert float(shard.entropy[row]) == pytest.approx(float(-(p.exp() * p).sum()), abs=1e-3)
             assert ids[at] == int(candidates[0])  # greedy
+
+
+FIRST = ([5, 6, 7], [8, 9])
+SECOND = ([5, 6, 7, 8, 9, 10, 11], [12, 13, 14])  # begins with all of the first
+OTHER = ([5, 6, 9], [8])
+
+
+def test_a_dialogue_is_read_once_and_its_turns_are_what_they_are_alone(pair, monkeypatch):
+    slm, rows = pair[0], []
+    read = type(slm).read_rows
+    monkeypatch.setattr(
+        type(slm), "read_rows", lambda self, ids, *rest: rows.append(len(ids)) or read(self, ids, *rest)
+    )
+    turns = [FIRST, SECOND, OTHER]
+    together = along(slm, turns)
+    assert rows == [2]
+    for turn, found in zip(turns, together, strict=True):
+        assert len(found) == len(turn[1])
+        torch.testing.assert_close(found, along(slm, [turn])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_states_along_a_dialogue_are_those_of_its_turns_alone(pair):
+    nothing = torch.empty(0)
+    examples = [
+        Example(
+            ids=prompt + ids[:-1],
+            item="",
+            positions=nothing,
+            candidates=nothing,
+            slm=nothing,
+            llm=nothing,
+            all_positions=len(prompt) + torch.arange(len(ids)),
+            differs=nothing,
+            entropy=nothing,
+        )
+        for prompt, ids in (FIRST, SECOND, OTHER)
+    ]
+    for example, found in zip(examples, hidden_along(pair[0], examples), strict=True):
+        assert len(found) == len(example.all_positions)
+        torch.testing.assert_close(found, hidden_along(pair[0], [example])[0], atol=1e-5, rtol=1e-5)
+
+
+@given(st.lists(st.lists(st.integers(0, 1), max_size=5), max_size=8))
+def test_a_chain_is_made_of_neighbours_that_begin_with_each_other(rows):
+    chains = dialogues(rows)
+    assert [at for chain in chains for at in chain] == list(range(len(rows)))
+    for chain in chains:
+        assert all(rows[chain[-1]][: len(rows[at])] == rows[at] for at in chain)
+    for one, other in itertools.pairwise(chains):
+        before, after = rows[one[-1]], rows[other[0]]
+        assert after[: len(before)] != before
 
 
 def test_greedy_and_sampled_rollouts_of_every_item(pair, tmp_path):
@@ -118,6 +175,21 @@ def test_kill_9_in_the_middle_and_again_ends_the_same(pair, tmp_path):
     for half in (tmp_path / "killed").glob(".*.part"):
         half.unlink()
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_several_processes_make_the_same_shards_as_one(pair, tmp_path):
+    slm, llm, _ = pair
+    models = Models(
+        slm=str(save_model(slm, tmp_path / "slm")), llm=str(save_model(llm, tmp_path / "llm")), device="cpu"
+    )
+    task = JsonlTaskConfig(task="jsonl", path=write_prompts(tmp_path / "prompts.jsonl", 22))
+    config = CollectConfig(models=models, task=task, out=tmp_path / "one", rollouts=QUICK)
+    collect(config)
+    with Crew(2) as crew:
+        collect(config.model_copy(update={"out": tmp_path / "two"}), crew)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert len(files(tmp_path / "two")) == 7
 
 
 def test_a_full_disk_is_named_and_whole_shards_are_kept(pair, tmp_path, monkeypatch):

@@ -20,14 +20,14 @@ from s2t_agents.demo.recipe import KINDS
 from s2t_agents.demo.registers import Register
 from s2t_agents.demo.schemas import function_tool
 from s2t_agents.demo.smalltalk import TALK
-from s2t_agents.demo.world import FAILING, demo_question, generate, grade, write_like_the_slm_corpus
+from s2t_agents.demo.world import FAILING, SPLITS, demo_question, generate, grade, write_like_the_slm_corpus
 
 WORKED = ("word", "tool")
 STEP = re.compile(r"(\d+) ([+*-]) (\d+) = (\d+)\.")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("split", ["train", "heldout", "hard"])
+@pytest.mark.parametrize("split", SPLITS)
 def test_the_same_seed_makes_the_same_problem(kind, split):
     for seed in range(20):
         assert generate(seed, split, kind) == generate(seed, split, kind)
@@ -47,13 +47,13 @@ def test_the_world_needs_no_torch():
 
 def test_splits_do_not_share_problems():
     train = {generate(seed, "train", kind).question for kind in WORKED for seed in range(3000)}
-    for split in ("heldout", "hard"):
+    for split in set(SPLITS) - {"train"}:
         fresh = [generate(seed, split, kind).question for kind in WORKED for seed in range(500)]
         assert sum(question in train for question in fresh) <= len(fresh) // 500
 
 
 def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="must be train, heldout or hard"):
+    with pytest.raises(ValueError, match="must be one of train, heldout"):
         generate(1, "test")  # type: ignore[arg-type]
 
 
@@ -65,7 +65,7 @@ def test_without_a_kind_word_and_tool_problems_come_half_and_half():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("split", ["train", "heldout", "hard"])
+@pytest.mark.parametrize("split", SPLITS)
 def test_gold_conversations_are_right(kind, split):
     for seed in range(60):
         problem = generate(seed, split, kind)
@@ -77,7 +77,7 @@ def test_gold_conversations_are_right(kind, split):
             assert not grade("I do not know.", problem)
 
 
-@pytest.mark.parametrize("split", ["train", "heldout", "hard"])
+@pytest.mark.parametrize("split", SPLITS)
 def test_every_step_of_the_gold_working_is_right_and_small(split):
     for seed in range(200):
         problem = generate(seed, split, "word" if seed % 2 else "tool")
@@ -86,7 +86,30 @@ def test_every_step_of_the_gold_working_is_right_and_small(split):
         for left, sign, right, result in steps:
             assert Operation(int(left), sign, int(right)).result == int(result) >= 0
         assert problem.gold[-1]["content"].endswith(answer_line(problem.expected))
-        assert split == "hard" or (2 <= len(steps) <= 4 and int(problem.expected) <= 999)
+        fewest, most = (5, 7) if split in ("longer", "hard") else (2, 4)
+        assert fewest <= len(steps) <= most
+        assert int(problem.expected) <= (1999 if split in ("larger", "hard") else 999)
+
+
+def test_each_split_goes_beyond_training_in_its_own_way_and_the_hard_one_in_all():
+    def words(split):
+        return {problem.system for problem in problems(split)} - {None}, {
+            tool["function"]["name"].rpartition("_")[0] for problem in problems(split) for tool in problem.tools
+        }
+
+    def problems(split):
+        return [generate(seed, split, "tool") for seed in range(200)]
+
+    def largest(split):
+        return max(int(problem.expected) for problem in problems(split))
+
+    usual, new = words("train"), words("unseen")
+    assert usual[0].isdisjoint(new[0])
+    assert usual[1].isdisjoint(new[1])
+    assert words("longer") == words("larger") == usual
+    assert words("hard") == new
+    assert largest("longer") <= 999 < largest("larger")
+    assert largest("unseen") <= 999 < largest("hard")
 
 
 def test_a_tool_answers_the_right_call_only():

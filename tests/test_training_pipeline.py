@@ -124,9 +124,9 @@ class Killed(BaseException):
     [
         ("collect", shards, "write_whole", 3),
         ("collect on policy", shards, "write_whole", 7),
-        ("train head", fit, "_save", 1),
+        ("train the first selector", fit, "_save", 1),
         ("between training and saving", train, "save_probe", 2),
-        ("train activated", fit, "_save", 5),
+        ("train the last kind", fit, "_save", 5),
         ("calibrate the first selector", calibrate, "write_card", 1),
         ("calibrate", calibrate, "write_card", 2),
         ("probe", probe, "write_whole", 1),
@@ -150,6 +150,14 @@ def test_killed_at_any_stage_and_started_again_the_end_is_the_same(
     monkeypatch.undo()
     pipeline(config)
     assert made(tmp_path / "out") == whole, stage
+
+
+@pytest.mark.slow
+def test_several_processes_make_the_same_as_one(folder, whole, tmp_path):
+    file = config_file(folder, tmp_path / "out")
+    file.write_text("processes = 2\n" + file.read_text())
+    pipeline(read_config(file))
+    assert made(tmp_path / "out") == whole
 
 
 def test_the_second_round_is_answered_with_the_first_selector_in_charge(whole):

@@ -12,7 +12,7 @@ from s2t_agents.demo.problem import Call
 from s2t_agents.demo.schemas import ParameterType, function_tool
 
 VERBS = ("get", "find", "read", "check", "fetch", "load", "look_up", "query")
-HARD_VERBS = ("request", "tell", "search")
+UNSEEN_VERBS = ("request", "tell", "search")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ ADD_GROUPS = ("Add {k} times {n}.", "Then {k} lots of {n} come.")
 TAKE_GROUPS = ("Take away {k} times {n}.", "Then {k} lots of {n} go.")
 TIMES = ("Make it {k} times as much.", "Multiply it by {k}.")
 ASK = ("How many {u} is that?", "How many {u} in the end?", "What is the result?", "What number is left?")
-HARD_ASK = ("Report the final number of {u}.",)
+UNSEEN_ASK = ("Report the final number of {u}.",)
 
 SYSTEMS = (
     "You are a helpful assistant.",
@@ -90,7 +90,7 @@ SYSTEMS = (
     "Answer with the tools you have.",
     "You are a careful clerk.",
 )
-HARD_SYSTEMS = ("You keep the books of a small company.",)
+UNSEEN_SYSTEMS = ("You keep the books of a small company.",)
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ def _parameters(rng: Random, topic: Topic) -> list[str]:
     return [rng.choice(slot.names) for slot in topic.slots]
 
 
-def draw_lookup(rng: Random, topic: Topic, *, hard: bool = False, verb: str | None = None) -> Lookup:
+def draw_lookup(rng: Random, topic: Topic, *, unseen: bool = False, verb: str | None = None) -> Lookup:
     """One tool for `topic`, and a question that it answers; its name begins with `verb`, if given."""
-    verb = verb or rng.choice(HARD_VERBS if hard else VERBS)
+    verb = verb or rng.choice(UNSEEN_VERBS if unseen else VERBS)
     name, keys = f"{verb}_{rng.choice(topic.nouns)}", _parameters(rng, topic)
     values = [slot.draw(rng) for slot in topic.slots]
     while len(set(values)) < len(values):
@@ -129,18 +129,18 @@ def draw_lookup(rng: Random, topic: Topic, *, hard: bool = False, verb: str | No
     )
 
 
-def draw_tools(rng: Random, needed: dict[str, Any], *, hard: bool = False) -> tuple[dict[str, Any], ...]:
+def draw_tools(rng: Random, needed: dict[str, Any], *, unseen: bool = False) -> tuple[dict[str, Any], ...]:
     """The needed tool among none to two lookups of other topics, in any order.
 
     The lookups of one conversation share their verb, as the functions of one API do.
     """
     tools = [needed]
     own_verb, _, noun = needed["function"]["name"].rpartition("_")
-    verbs = HARD_VERBS if hard else VERBS
+    verbs = UNSEEN_VERBS if unseen else VERBS
     verb = own_verb if own_verb in verbs else rng.choice(verbs)
     used = {noun}
     for topic in rng.sample(TOPICS, k=rng.choice((0, 0, 0, 1, 1, 2))):
-        other = draw_lookup(rng, topic, hard=hard, verb=verb).tool
+        other = draw_lookup(rng, topic, unseen=unseen, verb=verb).tool
         if used.isdisjoint(topic.nouns):
             tools.append(other)
             used.update(topic.nouns)

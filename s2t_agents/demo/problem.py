@@ -11,7 +11,7 @@ from typing import Any, Literal
 from s2t_agents.demo.arithmetic import Move
 
 Kind = Literal["word", "tool", "call", "talk", "sums", "copy"]
-Split = Literal["train", "heldout", "hard"]
+Split = Literal["train", "heldout", "longer", "larger", "unseen", "hard"]
 Message = dict[str, Any]
 """A message in OpenAI's format."""
 

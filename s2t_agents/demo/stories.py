@@ -6,7 +6,7 @@ earlier steps went wrong (no total ever turns negative): a model's mistakes stay
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from s2t_agents.demo.arithmetic import Move, Sign, totals
@@ -97,7 +97,9 @@ class Size:
 
 
 NORMAL = Size(lines=(2, 4), top=999, low=0)
-LARGE = Size(lines=(5, 7), top=1999, low=100)
+LONGER = replace(NORMAL, lines=(5, 7))
+LARGER = replace(NORMAL, top=1999, low=100)
+LARGE = replace(LONGER, top=LARGER.top, low=LARGER.low)
 
 
 def draw_moves(rng: Random, size: Size, start: int | None = None) -> tuple[int, tuple[Move, ...]]:

@@ -5,13 +5,15 @@
     call   one tool call, and an answer that reads it         copy   repeat what is said (drills, for training)
 
 Everything is a pure function of (seed, split, kind). The split is part of what seeds the generator, so the streams of
-"train", "heldout" and "hard" share nothing; "hard" has longer chains, larger numbers and tellings training never saw.
+two splits share nothing. Beside "train" and "heldout", which are alike, there are three that go beyond them in one way
+each: "longer" (5 to 7 lines of working instead of 2 to 4), "larger" (numbers up to 1,999 instead of 999) and "unseen"
+(tellings, tools and system prompts of which training saw none); "hard" does all three at once.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
 
 from s2t_agents.demo import drills, errands, lookups, stories
@@ -46,14 +48,32 @@ FAILING = 0.06
 """Share of tool calls that fail in the training corpus."""
 
 
+@dataclass(frozen=True)
+class Beyond:
+    """In what a split goes beyond the training corpus: how large its problems are, and whether their words are new."""
+
+    size: stories.Size = stories.NORMAL
+    unseen: bool = False
+
+
+SPLITS: dict[Split, Beyond] = {
+    "train": Beyond(),
+    "heldout": Beyond(),
+    "longer": Beyond(stories.LONGER),
+    "larger": Beyond(stories.LARGER),
+    "unseen": Beyond(unseen=True),
+    "hard": Beyond(stories.LARGE, unseen=True),
+}
+
+
 def generate(seed: int, split: Split = "heldout", kind: Kind | None = None) -> Problem:
     """The problem of this seed; without a `kind`, a word or a tool problem, half and half."""
-    if split not in ("train", "heldout", "hard"):
-        raise ValueError(f"split must be train, heldout or hard, not {split!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     if kind is None:
         kind = "word" if Random(f"{split}/{seed}/kind").random() < 0.5 else "tool"
     rng = Random(f"{split}/{seed}/{kind}")
-    made = _MAKERS[kind](rng, split == "hard")
+    made = _MAKERS[kind](rng, SPLITS[split])
     return replace(made, seed=seed, split=split)
 
 
@@ -91,10 +111,10 @@ def _opening(system: str | None, question: str) -> tuple[Message, ...]:
     return ({"role": "system", "content": system}, user) if system else (user,)
 
 
-def _draw_system(rng: Random, hard: bool) -> str | None:
+def _draw_system(rng: Random, unseen: bool) -> str | None:
     if rng.random() < 0.5:
         return None
-    return rng.choice(lookups.HARD_SYSTEMS if hard else lookups.SYSTEMS)
+    return rng.choice(lookups.UNSEEN_SYSTEMS if unseen else lookups.SYSTEMS)
 
 
 def _finish(kind: Kind, system: str | None, question: str, answer: str, **more: object) -> Problem:
@@ -107,40 +127,40 @@ def _finish(kind: Kind, system: str | None, question: str, answer: str, **more: 
     return Problem(0, "train", kind, system, question=question, gold=gold, prompt=opening, **fields)  # type: ignore[arg-type]
 
 
-def _word(rng: Random, hard: bool) -> Problem:
-    telling, size = (stories.UNSEEN, stories.LARGE) if hard else (stories.USUAL, stories.NORMAL)
-    question, start, moves = stories.draw_story(rng, telling, size)
+def _word(rng: Random, beyond: Beyond) -> Problem:
+    telling = stories.UNSEEN if beyond.unseen else stories.USUAL
+    question, start, moves = stories.draw_story(rng, telling, beyond.size)
     working = Working(start, moves)
     answer, total = _write(working)
-    system = _draw_system(rng, hard) if rng.random() < 0.4 else None
+    system = _draw_system(rng, beyond.unseen) if rng.random() < 0.4 else None
     return _finish("word", system, question, answer, expected=str(total), working=working)
 
 
-def _tool(rng: Random, hard: bool) -> Problem:
-    lookup = lookups.draw_lookup(rng, rng.choice(lookups.TOPICS), hard=hard)
-    start, moves = stories.draw_moves(rng, stories.LARGE if hard else stories.NORMAL)
+def _tool(rng: Random, beyond: Beyond) -> Problem:
+    lookup = lookups.draw_lookup(rng, rng.choice(lookups.TOPICS), unseen=beyond.unseen)
+    start, moves = stories.draw_moves(rng, beyond.size)
     call = lookups.draw_call(rng, lookup, start)
     telling = stories.Telling((), lookups.ADD, lookups.TAKE, lookups.ADD_GROUPS, lookups.TAKE_GROUPS, lookups.TIMES, ())
     told = stories.tell_moves(rng, telling, moves, stories.cast(rng))
-    ask = rng.choice(lookups.HARD_ASK if hard else lookups.ASK).format(u=lookup.unit)
+    ask = rng.choice(lookups.UNSEEN_ASK if beyond.unseen else lookups.ASK).format(u=lookup.unit)
     working = Working(start, moves, before=f"The tool says {start}.")
     answer, total = _write(working)
     return _finish(
         "tool",
-        _draw_system(rng, hard),
+        _draw_system(rng, beyond.unseen),
         " ".join([lookup.ask, *told, ask]),
         answer,
-        tools=lookups.draw_tools(rng, lookup.tool, hard=hard),
+        tools=lookups.draw_tools(rng, lookup.tool, unseen=beyond.unseen),
         expected=str(total),
         expected_call=call,
         working=working,
     )
 
 
-def _call(rng: Random, hard: bool) -> Problem:
+def _call(rng: Random, beyond: Beyond) -> Problem:
     errand = errands.draw_errand(rng)
-    tools = lookups.draw_tools(rng, errand.tool, hard=hard)
-    system = _draw_system(rng, hard)
+    tools = lookups.draw_tools(rng, errand.tool, unseen=beyond.unseen)
+    system = _draw_system(rng, beyond.unseen)
     return _finish(
         "call",
         system,
@@ -152,21 +172,23 @@ def _call(rng: Random, hard: bool) -> Problem:
     )
 
 
-def _talk(rng: Random, hard: bool) -> Problem:
+def _talk(rng: Random, beyond: Beyond) -> Problem:
     said, reply = draw_talk(rng)
     if rng.random() < 0.3:
-        return _finish("talk", _draw_system(rng, hard), said, reply)
+        return _finish("talk", _draw_system(rng, beyond.unseen), said, reply)
     tool = errands.draw_errand(rng).tool
-    return _finish("talk", _draw_system(rng, hard), said, reply, tools=lookups.draw_tools(rng, tool, hard=hard))
+    return _finish(
+        "talk", _draw_system(rng, beyond.unseen), said, reply, tools=lookups.draw_tools(rng, tool, unseen=beyond.unseen)
+    )
 
 
-def _sums(rng: Random, hard: bool) -> Problem:
+def _sums(rng: Random, beyond: Beyond) -> Problem:
     sums = drills.draw_sums(rng)
     return _finish("sums", None, drills.ask_sums(rng, sums), drills.write_sums(sums), sums=sums)
 
 
-def _copy(rng: Random, hard: bool) -> Problem:
-    question, text = drills.draw_copy(rng, longest=24 if hard else 12)
+def _copy(rng: Random, beyond: Beyond) -> Problem:
+    question, text = drills.draw_copy(rng, longest=24 if beyond.size.lines > stories.NORMAL.lines else 12)
     return _finish("copy", None, question, text)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..models.bundled import SELECTORS
 from ..selectors.config import CONFIG_FILE, SelectorConfig
 from .config import EvaluateConfig, Kind, Pipeline, Rows
-from .tasks import DemoTaskConfig, Grading, JsonlTaskConfig, TaskConfig
+from .tasks import DemoTaskConfig, Grading, JsonlTaskConfig, Split, TaskConfig
 
 SEED_STRIDE = 100_000
 """Problems between the first ones of two seeds, so that different seeds share no problem."""
@@ -47,11 +47,17 @@ def evaluation(
     )
 
 
+SPLITS: dict[str, Split] = {
+    "demo": "heldout", "longer": "longer", "larger": "larger", "unseen": "unseen", "hard": "hard"
+}  # fmt: skip
+"""Splits of the demo world by the names that ``s2t eval --task`` takes."""
+
+
 def task_named(name: str, n: int, seed: int, grading: Grading = "numeric") -> TaskConfig:
-    """``demo`` and ``hard`` are splits of the demo world, ``talk``, ``call`` and ``tool`` kinds of it; else a file."""
+    """A split of the demo world (``SPLITS``), one of its kinds (``talk``, ``call``, ``tool``, ``word``), or a file."""
     first = seed * SEED_STRIDE
-    if name in ("demo", "hard"):
-        return DemoTaskConfig(split="hard" if name == "hard" else "heldout", first=first, count=n)
+    if name in SPLITS:
+        return DemoTaskConfig(split=SPLITS[name], first=first, count=n)
     if name in ("talk", "call", "tool", "word"):
         return DemoTaskConfig(split="heldout", first=first, count=n, kinds=(name,))
     return JsonlTaskConfig(task="jsonl", path=Path(name), grading=grading, count=n)

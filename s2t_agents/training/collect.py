@@ -6,7 +6,9 @@ items ──batch──> SLM answers (greedy, sampled, or corrected by a selecto
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -17,20 +19,21 @@ from ..models.language_model import LanguageModel
 from ..selectors import LocalSelector, SelectorConfig, load_selector
 from ..selectors.config import CONFIG_FILE
 from .config import CollectConfig, Models, Rollouts
+from .crew import Crew
 from .deciders import Corrected, Greedy, Local, Sampled, entropy_above
 from .dialogue import Answer, MakeDecider, Speaker, converse
-from .labels import Labels, LocalTeacher, Teacher, label
+from .labels import Labels, LocalTeacher, Teacher, batches, label
 from .progress import bar
 from .scorers import scorer_for
 from .shards import MANIFEST, Manifest, ModelIdentity, Shard, open_folder, write_shard
 from .tasks import Item, Task, prompts_hash
 
 
-def collect(config: CollectConfig) -> Path:
+def collect(config: CollectConfig, crew: Crew | None = None) -> Path:
     """Make a folder of labelled rollouts, or finish one that was begun.
 
-    A shard is a function of the manifest and its number alone: however often the run was killed, the folder ends the
-    same, byte for byte.
+    A shard is a function of the manifest and its number alone: however often the run was killed, and however many
+    processes made it, the folder ends the same, byte for byte.
 
     Returns:
         The manifest's path.
@@ -43,35 +46,69 @@ def collect(config: CollectConfig) -> Path:
     """
     if not config.rollouts.greedy and not config.rollouts.samples:
         raise ConfigError("collect makes no rollouts: greedy is off and samples is 0.")
-    task = config.task.open()
-    slm = config.models.load_slm()
-    teacher = open_teacher(config.models, slm)
-    collect_with(slm, teacher, task, config.rollouts, config.out)
+    crew = crew or Crew()
+    collector = _opened(config)
+    make = collector.make if crew.count == 1 else partial(_make, config)
+    collector.finish(partial(crew.each, make))
     return config.out / MANIFEST
 
 
 def collect_with(slm: LanguageModel, teacher: Teacher, task: Task, settings: Rollouts, out: Path) -> None:
     """``collect`` on models that are loaded already."""
-    policy = load_selector(settings.selector, slm) if settings.selector else None
-    size = settings.shard_items
-    manifest = Manifest(
-        slm=ModelIdentity.of(slm),
-        llm=teacher.identity,
-        task=task.name,
-        prompts_hash=prompts_hash(task),
-        items=len(task.items),
-        shards=-(-len(task.items) // size),
-        settings={**settings.model_dump(mode="json"), "selector": _digest(settings.selector)},
-    )
-    todo = open_folder(out, manifest)
-    speaker = Speaker(slm)
-    left = sum(min(size, len(task.items) - number * size) for number in todo)
-    with bar(f"collect {task.name}", left) as progress:
-        for number in todo:
-            items = task.items[number * size : (number + 1) * size]
-            answers = _answers(speaker, task, items, settings, policy)
-            write_shard(out, number, _labelled(slm, teacher, task, answers, number * size, settings.k))
-            progress.advance(len(items))
+    collector = Collector(slm, teacher, task, settings, out)
+    collector.finish(partial(map, collector.make))
+
+
+class Collector:
+    """Makes the shards of one folder."""
+
+    def __init__(self, slm: LanguageModel, teacher: Teacher, task: Task, settings: Rollouts, out: Path) -> None:
+        self._slm, self._teacher, self._task, self._settings, self._out = slm, teacher, task, settings, out
+        self._policy = load_selector(settings.selector, slm) if settings.selector else None
+        self._speaker = Speaker(slm)
+
+    def finish(self, each: Callable[[Sequence[int]], Iterable[int]]) -> None:
+        """Make what is not there yet.
+
+        Args:
+            each: makes the shards of these numbers, here or elsewhere, and gives each one's items as it is done.
+        """
+        size, items = self._settings.shard_items, len(self._task.items)
+        manifest = Manifest(
+            slm=ModelIdentity.of(self._slm),
+            llm=self._teacher.identity,
+            task=self._task.name,
+            prompts_hash=prompts_hash(self._task),
+            items=items,
+            shards=-(-items // size),
+            settings={**self._settings.model_dump(mode="json"), "selector": _digest(self._settings.selector)},
+        )
+        todo = open_folder(self._out, manifest)
+        with bar(f"collect {self._task.name}", sum(min(size, items - number * size) for number in todo)) as progress:
+            for made in each(todo):
+                progress.advance(made)
+
+    def make(self, number: int) -> int:
+        """Make and write one shard; returns how many items it holds."""
+        first = number * self._settings.shard_items
+        items = self._task.items[first : first + self._settings.shard_items]
+        answers = _answers(self._speaker, self._task, items, self._settings, self._policy)
+        shard = _labelled(self._slm, self._teacher, self._task, answers, first, self._settings.k)
+        write_shard(self._out, number, shard)
+        return len(items)
+
+
+@lru_cache(maxsize=1)
+def _opened(config: CollectConfig) -> Collector:
+    """Models and prompts, loaded once per process however many shards it makes."""
+    task = config.task.open()
+    slm = config.models.load_slm()
+    return Collector(slm, open_teacher(config.models, slm), task, config.rollouts, config.out)
+
+
+def _make(config: CollectConfig, number: int) -> int:
+    """One shard, in a crew's process."""
+    return _opened(config).make(number)
 
 
 def open_teacher(models: Models, slm: LanguageModel) -> Teacher:
@@ -125,10 +162,15 @@ def _answers(
     settings: Rollouts,
     policy: tuple[LocalSelector, SelectorConfig] | None,
 ) -> list[Answer]:
-    """Every pass over these items."""
-    passes: list[MakeDecider] = [_corrected(policy)] if settings.greedy else []
-    passes += [_drawn(items, settings, at) for at in range(settings.samples)]
-    return [answer for make in passes for answer in converse(speaker, task, items, make, settings.max_tokens)]
+    """Every pass over these items, one after the other."""
+    passes: list[dict[int, Answer]] = [{} for _ in range(settings.greedy + settings.samples)]
+    for places in batches([len(speaker.encode(item.messages, item.tools)) for item in items], math.inf):
+        part = [items[at] for at in places]
+        makers: list[MakeDecider] = [_corrected(policy)] if settings.greedy else []
+        makers += [_drawn(part, settings, at) for at in range(settings.samples)]
+        for found, make in zip(passes, makers, strict=True):
+            found.update(zip(places, converse(speaker, task, part, make, settings.max_tokens), strict=True))
+    return [found[at] for found in passes for at in range(len(items))]
 
 
 def _corrected(policy: tuple[LocalSelector, SelectorConfig] | None) -> MakeDecider:

@@ -17,7 +17,6 @@ from ..errors import ConfigError, S2TError
 app = typer.Typer(no_args_is_help=True, help="Train and measure selectors.")
 
 BUNDLED = Path(__file__).parent.parent / "demo" / "selector.toml"
-KINDS = ("head", "activated", "published")
 
 Config = Annotated[Path, typer.Argument(help="TOML file; the bundled demo's when left out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -60,6 +59,7 @@ def collect(
     """Make labelled rollouts; run again to go on after an interruption."""
     from .collect import collect as run
     from .config import read_config
+    from .crew import Crew
     from .pipeline import first_selector
     from .shards import read_manifest, read_shards
 
@@ -71,8 +71,9 @@ def collect(
             if part != name and (part != "both" or name == "again"):
                 continue
             if name == "again":
-                first_selector(pipeline, pipeline.models.load_slm())
-            manifest = run(pipeline.collecting(name))
+                first_selector(pipeline)
+            with Crew(pipeline.processes) as crew:
+                manifest = run(pipeline.collecting(name), crew)
             shards = read_shards(manifest.parent)
             rows: dict[str, object] = {
                 "folder": manifest.parent,
@@ -126,7 +127,8 @@ def calibrate(config: Config = BUNDLED, kind: Kinds = None, json: Json = False) 
 def evaluate(
     config: Config = BUNDLED,
     task: Annotated[
-        str | None, typer.Option(help="demo, hard, or a JSONL file; the config's test task by default.")
+        str | None,
+        typer.Option(help="demo, longer, larger, unseen, hard, or a JSONL file; the config's test task by default."),
     ] = None,
     grading: Annotated[
         str | None, typer.Option(help="Of a JSONL file: exact, numeric or math; as the config's test task by default.")

@@ -15,6 +15,8 @@ from ..models.language_model import LanguageModel
 from .tasks import TaskConfig
 
 Kind = Literal["head", "activated", "published"]
+KINDS: tuple[Kind, ...] = ("head", "activated", "published")
+"""From the cheapest to the dearest to train."""
 Part = Literal["train", "heldout", "again"]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -281,6 +283,8 @@ class Pipeline(Settings):
         calibrate: target rates.
         evaluate: the table.
         seed: of the table's draws.
+        processes: that share collecting and training, each with models of its own; the results are the same with any
+            number. For small models on a CPU: on a GPU, or where memory is short, leave it at 1.
     """
 
     out: Path
@@ -292,6 +296,7 @@ class Pipeline(Settings):
     calibrate: Targets = Targets()
     evaluate: Rows = Rows()
     seed: int = 0
+    processes: int = Field(default=1, ge=1, le=64)
 
     def rollouts(self, part: Part) -> Path:
         """Folder of the rollouts of one part."""

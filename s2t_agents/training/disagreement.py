@@ -12,7 +12,7 @@ from torch.nn import functional
 from ..models.batch_prefix import left_padded
 from ..models.language_model import LanguageModel
 from .groups import Example
-from .labels import batches
+from .labels import batches_of_dialogues, dialogues
 from .progress import bar
 
 LARGEST = 200_000
@@ -33,16 +33,20 @@ class Probe:
 
 @torch.inference_mode()
 def hidden_along(model: LanguageModel, examples: Sequence[Example]) -> list[Tensor]:
-    """Last hidden states ``[n, H]`` before every completion step, each trajectory read once."""
+    """Last hidden states ``[n, H]`` before every completion step, each dialogue read once."""
     found: list[Tensor | None] = [None] * len(examples)
     with bar("read", len(examples)) as progress:
-        for batch in batches([len(example.ids) for example in examples]):
-            part = [examples[at] for at in batch]
-            ids, mask = left_padded([example.ids for example in part], model.device)
+        for batch in batches_of_dialogues([example.ids for example in examples]):
+            rows = [examples[at].ids for at in batch]
+            read = dialogues(rows)
+            ids, mask = left_padded([rows[places[-1]] for places in read], model.device)
             positions = (mask.cumsum(1) - 1).clamp_min(0)
             out = model.decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-            for row, (at, example) in enumerate(zip(batch, part, strict=True)):
-                found[at] = out.last_hidden_state[row, -len(example.all_positions) :].float().cpu().clone()
+            for row, places in enumerate(read):
+                for at in places:
+                    end = ids.shape[1] - len(rows[places[-1]]) + len(rows[at])
+                    steps = len(examples[batch[at]].all_positions)
+                    found[batch[at]] = out.last_hidden_state[row, end - steps : end].float().cpu().clone()
             progress.advance(len(batch))
     return [each for each in found if each is not None]
 

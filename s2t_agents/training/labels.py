@@ -20,6 +20,9 @@ Trajectory = tuple[list[int], list[int]]
 BATCH_TOKENS = 4096
 """Tokens per forward, padding included, while trajectories are labelled."""
 
+SPREAD = 1.5
+"""Of the lengths in one forward, longest to shortest: beyond, a second forward costs less than the padding."""
+
 
 @dataclass(frozen=True)
 class Opinion:
@@ -63,7 +66,7 @@ class Labels:
 def label(slm: LanguageModel, teacher: Teacher, trajectories: Sequence[Trajectory], k: int) -> list[Labels]:
     """Label all steps of all trajectories, in their order."""
     labels: list[Labels | None] = [None] * len(trajectories)
-    for batch in batches([len(prompt) + len(ids) for prompt, ids in trajectories]):
+    for batch in batches_of_dialogues([prompt + ids for prompt, ids in trajectories]):
         part = [trajectories[at] for at in batch]
         ours = along(slm, part)
         tops = [log_probs.topk(min(k, log_probs.shape[1])) for log_probs in ours]
@@ -99,18 +102,48 @@ class LocalTeacher:
 def along(model: LanguageModel, trajectories: Sequence[Trajectory]) -> list[Tensor]:
     """Log-probabilities ``[n, V]`` of every completion step, one forward for all trajectories."""
     rows = [prompt + ids[:-1] for prompt, ids in trajectories]
-    ids, mask = left_padded(rows, model.device)
-    longest = max(len(completion) for _, completion in trajectories)
-    logits, _ = model.read_rows(ids, mask, None, longest)
-    return [logits[at, longest - len(completion) :].log_softmax(-1) for at, (_, completion) in enumerate(trajectories)]
+    read = dialogues(rows)
+    ids, mask = left_padded([rows[places[-1]] for places in read], model.device)
+    back = [len(rows[places[-1]]) - len(trajectories[at][0]) + 1 for places in read for at in places]
+    logits, _ = model.read_rows(ids, mask, None, max(back))
+    of = [row for row, places in enumerate(read) for _ in places]
+    first = [max(back) - each for each in back]
+    return [
+        logits[row, at : at + len(completion)].log_softmax(-1)
+        for row, at, (_, completion) in zip(of, first, trajectories, strict=True)
+    ]
 
 
-def batches(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
-    """Places of rows that go into one forward: alike in length, at most ``tokens`` with padding."""
+def dialogues(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Neighbours of which each goes on where the one before it ended: reading the last of them reads them all.
+
+    A tool-calling answer is such a chain: the prompt of its second turn begins with the first turn's prompt and
+    completion.
+    """
+    chains: list[list[int]] = []
+    for at, row in enumerate(rows):
+        before = rows[at - 1] if at else []
+        if chains and len(before) <= len(row) and row[: len(before)] == before:
+            chains[-1].append(at)
+        else:
+            chains.append([at])
+    return chains
+
+
+def batches_of_dialogues(rows: Sequence[Sequence[int]], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
+    """``batches`` in which the rows of one dialogue stay neighbours and count once."""
+    chains = dialogues(rows)
+    for batch in batches([len(rows[chain[-1]]) for chain in chains], tokens):
+        yield [at for chain in batch for at in chains[chain]]
+
+
+def batches(lengths: Sequence[int], tokens: float = BATCH_TOKENS) -> Iterator[list[int]]:
+    """Places of rows that go into one forward: the longest at most ``SPREAD`` times the shortest, and at most
+    ``tokens`` with padding."""
     order = sorted(range(len(lengths)), key=lambda at: lengths[at])
     batch: list[int] = []
     for at in order:
-        if batch and (len(batch) + 1) * lengths[at] > tokens:
+        if batch and ((len(batch) + 1) * lengths[at] > tokens or lengths[at] > SPREAD * lengths[batch[0]]):
             yield batch
             batch = []
         batch.append(at)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 
 from ..models.language_model import LanguageModel
 from ..selectors.config import Calibration
 from .calibrate import calibrate_with
-from .collect import collect_with, open_teacher
-from .config import Kind, Pipeline
+from .collect import collect
+from .config import KINDS, Kind, Pipeline
+from .crew import Crew
 from .evaluate import EvalReport, evaluate
 from .plots import draw_reliability
 from .probe import Sufficiency, probe
@@ -33,32 +35,38 @@ def pipeline(config: Pipeline, say: Callable[[str], None] = lambda _: None) -> t
     tasks += [again.open()] if again is not None else []
     for one, other in combinations(tasks, 2):
         disjoint(one, other)
-    slm = config.models.load_slm()
-    teacher = open_teacher(config.models, slm)
-    for part, task in (("train", tasks[0]), ("heldout", tasks[1])):
-        say(f"collect {part}: {len(task.items)} items of {task.name}")
-        collect_with(slm, teacher, task, config.collect, config.out / "rollouts" / part)
-    if again is not None:
-        say(f"collect again: {len(tasks[3].items)} items, on policy")
-        first_selector(config, slm)
-        onward = config.collecting("again")
-        collect_with(slm, teacher, tasks[3], onward.rollouts, onward.out)
-    for kind in config.train:
-        say(f"train {kind}")
-        train_with(slm, config.training(kind))
-        say(f"calibrate {kind}")
-        calibrate_kind(config, kind, slm)
+    with Crew(config.processes) as crew:
+        say(f"collect train: {len(tasks[0].items)} items of {tasks[0].name}")
+        collect(config.collecting("train"), crew)
+        say(f"collect heldout: {len(tasks[1].items)} items of {tasks[1].name}")
+        collect(config.collecting("heldout"), crew)
+        if again is not None:
+            say(f"collect again: {len(tasks[3].items)} items, on policy")
+            first_selector(config)
+            collect(config.collecting("again"), crew)
+        say(f"train and calibrate {', '.join(config.train)}")
+        kinds = sorted(config.train, key=KINDS.index, reverse=True)  # the dearest first, so that none is left alone
+        for kind in crew.each(partial(train_kind, config), kinds):
+            say(f"{kind} is trained and calibrated")
     say("probe")
     sufficiency = probe(config.probing())
     say(f"evaluate: {len(tasks[2].items)} items of {tasks[2].name}")
     return sufficiency, evaluate(config.evaluating())
 
 
-def first_selector(config: Pipeline, slm: LanguageModel) -> None:
+def first_selector(config: Pipeline) -> None:
     """Train and calibrate the selector of the on-policy round; the same however often."""
-    first = config.first()
+    first, slm = config.first(), config.models.load_slm()
     train_with(slm, first)
     calibrate_with(slm, config.calibrating(first.kind).model_copy(update={"selector": first.out}))
+
+
+def train_kind(config: Pipeline, kind: Kind) -> Kind:
+    """Train and calibrate one kind of selector; returns which."""
+    slm = config.models.load_slm()
+    train_with(slm, config.training(kind))
+    calibrate_kind(config, kind, slm)
+    return kind
 
 
 def calibrate_kind(config: Pipeline, kind: Kind, slm: LanguageModel) -> Calibration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ class Bar:
 
 @contextmanager
 def bar(what: str, total: float) -> Iterator[Bar]:
-    """A bar for a block of work; silent where stderr is no terminal."""
+    """A bar for a block of work; silent where stderr is no terminal, and in a crew's processes: they share one."""
     console = Console(stderr=True)
     with progress_on(console) as progress:
         yield Bar(progress, what, total)
@@ -60,7 +61,7 @@ def progress_on(console: Console, clock: Callable[[], float] = time.monotonic) -
         Rate(),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal or multiprocessing.parent_process() is not None,
         get_time=clock,
         speed_estimate_period=WINDOW_S,
     )

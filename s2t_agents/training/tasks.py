@@ -23,7 +23,7 @@ from .grading import GRADERS, final_answer
 Message = dict[str, Any]
 """A message in OpenAI's format."""
 
-Split = Literal["train", "heldout", "hard"]
+Split = Literal["train", "heldout", "longer", "larger", "unseen", "hard"]
 Grading = Literal["exact", "numeric", "math"]
 
 

@@ -1,0 +1,86 @@
+"""Independent pieces of work, each done by one of a few processes: where one small model can not fill all cores.
+
+Shards of rollouts and trainings of several kinds are such pieces. Each process loads its own models and takes an equal
+share of this process's threads.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+
+from ..errors import S2TError
+
+Piece = TypeVar("Piece")
+Made = TypeVar("Made")
+
+
+class Crew:
+    """So many processes; started at their first work, gone when the block is left.
+
+    Args:
+        count: of processes; with one there are none besides this one.
+    """
+
+    def __init__(self, count: int = 1) -> None:
+        self.count = count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def each(self, work: Callable[[Piece], Made], pieces: Iterable[Piece]) -> Iterator[Made]:
+        """What ``work`` makes of every piece, in the order in which they are done.
+
+        Args:
+            work: a function of a module, or a ``partial`` of one: it travels to the processes.
+            pieces: the first are begun first.
+
+        Raises:
+            S2TError: a process died; or as ``work`` does. Pieces not begun yet are left out.
+        """
+        if self.count == 1:
+            yield from map(work, pieces)
+            return
+        if self._pool is None:
+            # spawned, not forked: torch's threads do not survive a fork
+            context = multiprocessing.get_context("spawn")
+            threads = max(1, torch.get_num_threads() // self.count)
+            self._pool = ProcessPoolExecutor(self.count, context, initializer=_begin, initargs=(threads,))
+        futures = [self._pool.submit(work, piece) for piece in pieces]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise S2TError(
+                f"one of {self.count} processes died (out of memory?); what was finished is kept.",
+                hint="Run it again to go on, with a smaller `processes` if memory was short.",
+            ) from error
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """A parent that was killed can not say so, and a pool's processes would wait for it for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

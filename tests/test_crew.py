@@ -1,0 +1,100 @@
+"""Independent pieces of work in a few processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from s2t_agents.errors import S2TError
+from s2t_agents.training.crew import Crew
+
+
+def where(piece: int) -> tuple[int, int, int]:
+    return piece, os.getpid(), torch.get_num_threads()
+
+
+def refuses_three(piece: int) -> int:
+    if piece == 3:
+        raise S2TError("three is one too many.", hint="Give fewer.")
+    return piece
+
+
+def dies(piece: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_crew_of_one_works_here_one_piece_after_the_other():
+    with Crew() as crew:
+        assert list(crew.each(where, [5, 6])) == [(at, os.getpid(), torch.get_num_threads()) for at in (5, 6)]
+
+
+@pytest.mark.slow
+def test_every_piece_is_done_once_elsewhere_on_a_share_of_the_threads():
+    with Crew(2) as crew:
+        done = [*crew.each(where, range(6)), *crew.each(where, range(6, 9))]
+    pieces, processes, threads = zip(*done, strict=True)
+    assert sorted(pieces) == list(range(9))
+    assert os.getpid() not in processes
+    assert len(set(processes)) <= 2
+    assert set(threads) == {1}
+
+
+@pytest.mark.slow
+def test_an_error_arrives_whole_and_ends_the_work():
+    with Crew(2) as crew:
+        with pytest.raises(S2TError, match="three is one too many") as caught:
+            list(crew.each(refuses_three, [1, 2, 3, *range(4, 200)]))
+        assert caught.value.hint == "Give fewer."
+        assert list(crew.each(refuses_three, [7])) == [7]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_named_instead_of_waited_for():
+    with Crew(2) as crew, pytest.raises(S2TError, match="one of 2 processes died") as caught:
+        list(crew.each(dies, [1, 2]))
+    assert "Run it again" in caught.value.hint
+
+
+HANGING = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from s2t_agents.training.crew import Crew
+from test_crew import waits
+if __name__ == "__main__":
+    for _ in Crew(2).each(waits, [{folder!r}, {folder!r}]):
+        pass
+"""
+
+
+def waits(folder: str) -> None:
+    open(f"{folder}/{os.getpid()}", "w").close()
+    time.sleep(600)
+
+
+@pytest.mark.slow
+def test_its_processes_do_not_outlive_a_parent_that_was_killed(tmp_path):
+    script = HANGING.format(tests=os.path.dirname(__file__), folder=str(tmp_path))
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = [int(file.name) for file in tmp_path.iterdir()]
+    parent.kill()
+    parent.wait()
+    assert len(children) == 2
+    while any(map(alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, children))
+
+
+def alive(process: int) -> bool:
+    """Whether it runs; one that has ended and was not waited for (its parent is gone) does not."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] not in ("Z", "X")
+    except FileNotFoundError:
+        return False
