@@ -6,6 +6,7 @@ import random
 import jsonschema
 import pytest
 import torch
+from random_schemas import object_schema, schema
 from templates import family
 
 from s2t_agents.engine.grammar import TRIED, json_grammar, tool_grammar, vocabulary
@@ -16,7 +17,6 @@ from s2t_agents.tool_calls import CLOSE, OPEN, ToolCallParser
 
 TAGGED, SPELT = "qwen2_5", "llama3"  # vocabularies with <tool_call> as one token, and without
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-TRICKY = ["name", "city", "n", "weather station", "größe", 'a"b', "x"]
 
 
 def tool(name, parameters=None):
@@ -92,64 +92,6 @@ def call(name, args):
     return f"{OPEN}\n{json.dumps({'name': name, 'arguments': args}, ensure_ascii=False)}\n{CLOSE}"
 
 
-def schema(r, depth=0):
-    """A random JSON schema out of what tools and structured output use."""
-    kinds = ["string", "integer", "boolean", "enum", "null"]
-    kinds += ["number", "const", "anyOf", "array", "object", "format"] if depth < 3 else []
-    kind = r.choice(kinds + (["recursive"] if not depth else []))
-    return globals()[f"_{kind}"](r, depth) if f"_{kind}" in globals() else {"type": kind}
-
-
-def _string(r, depth):
-    if r.random() < 0.2:
-        return {"type": "string", "pattern": r.choice(["^[a-z]{2,5}$", "^[A-Z]+-[0-9]{3}$", "^(yes|no|maybe)$"])}
-    bounds = {"minLength": r.randint(0, 4), "maxLength": r.randint(4, 12)}
-    return {"type": "string"} | {key: value for key, value in bounds.items() if r.random() < 0.3}
-
-
-def _integer(r, depth, kind="integer"):
-    bounds = {"minimum": r.randint(-50, 50), "maximum": r.randint(51, 5000)}
-    return {"type": kind} | {key: value for key, value in bounds.items() if r.random() < 0.4}
-
-
-def _number(r, depth):
-    return _integer(r, depth, "number")
-
-
-def _enum(r, depth):
-    return {"enum": r.sample(["red", "green", 1, None, True, "天", 'a "b"', 2.5], r.randint(1, 4))}
-
-
-def _const(r, depth):
-    return {"const": r.choice(["x", 3, {"a": [1]}, None])}
-
-
-def _anyOf(r, depth):
-    return {"anyOf": [schema(r, depth + 1) for _ in range(r.randint(1, 3))]}
-
-
-def _format(r, depth):
-    return {"type": "string", "format": r.choice(["date", "time", "date-time", "email", "uuid", "ipv4"])}
-
-
-def _array(r, depth):
-    bounds = {"minItems": r.randint(0, 3), "maxItems": r.randint(3, 5)}
-    kept = {key: value for key, value in bounds.items() if r.random() < 0.4}
-    return {"type": "array", "items": schema(r, depth + 1)} | kept
-
-
-def _object(r, depth):
-    properties = {key: schema(r, depth + 1) for key in r.sample(TRICKY, r.randint(0, 4))}
-    required = [key for key in properties if r.random() < 0.6]
-    return {"type": "object", "properties": properties, "required": required}
-
-
-def _recursive(r, depth):
-    below = {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}
-    node = {"type": "object", "properties": {"v": {"type": "integer"}, "next": below}, "required": ["next"]}
-    return {"$ref": "#/$defs/node", "$defs": {"node": node}}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [TAGGED, SPELT])
 @pytest.mark.parametrize("block", range(5))
@@ -164,7 +106,7 @@ def test_500_random_schemas_come_out_whole_and_valid_within_any_limit(name, bloc
         text = words.core.decode_str(generate(answer, max_tokens=answer.fewest_tokens + slack, seed=seed))
         jsonschema.validate(json.loads(text), asked)
 
-        parameters = {"type": "object", "properties": {"value": {"type": "string"}}} | _object(r, 1)
+        parameters = {"type": "object", "properties": {"value": {"type": "string"}}} | object_schema(r, 1)
         tools = tool_grammar(words, [tool("weather", parameters), NOW], r.choice(["any", "weather"]))
         parser = calls_of(name, generate(tools, max_tokens=tools.fewest_tokens + slack, seed=seed))
         assert not parser.invalid_tool_calls

@@ -3,8 +3,16 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training_fit import SMALL, awake, some_examples, training
-from training_fixtures import QUICK, killed_at_its_first_checkpoint, prompts, tiny_pair
+from training_fixtures import (
+    QUICK,
+    SMALL,
+    awake,
+    killed_at_its_first_checkpoint,
+    prompts,
+    some_examples,
+    tiny_pair,
+    training,
+)
 
 from s2t_agents.testing import ARCHITECTURES, tiny_model
 from s2t_agents.training.collect import collect_with

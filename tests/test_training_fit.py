@@ -8,7 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_fixtures import QUICK, killed_at_its_first_checkpoint, prompts, save_model, tiny_pair
+from training_fixtures import (
+    QUICK,
+    SMALL,
+    awake,
+    killed_at_its_first_checkpoint,
+    prompts,
+    save_model,
+    some_examples,
+    tiny_pair,
+    training,
+)
 
 from s2t_agents.errors import AdapterMismatch, ConfigError, InputError, S2TError
 from s2t_agents.models.prefix import Prefix
@@ -17,17 +27,14 @@ from s2t_agents.selectors import load_selector
 from s2t_agents.testing import ARCHITECTURES, tiny_model
 from s2t_agents.training import fit as fitting
 from s2t_agents.training.collect import collect_with
-from s2t_agents.training.config import Adapter, Fit, Models, TrainConfig
+from s2t_agents.training.config import Models, TrainConfig
 from s2t_agents.training.disagreement import fit_probe, hidden_along
-from s2t_agents.training.groups import Example, choose, read_for, split, threshold_for
+from s2t_agents.training.groups import choose, read_for, split, threshold_for
 from s2t_agents.training.losses import selection_loss
 from s2t_agents.training.objectives import fresh_selector, objective_for
 from s2t_agents.training.train import train, train_with
 
 KINDS = ("head", "activated", "published")
-SMALL = Fit(
-    k=4, rate=0.5, epochs=2, batch=4, evaluate_every=3, warmup=2, validation=0.3, width=16, adapter=Adapter(rank=2)
-)
 
 
 @pytest.fixture(scope="module")
@@ -41,43 +48,6 @@ def rollouts(pair, tmp_path_factory):
     slm, _, teacher = pair
     collect_with(slm, teacher, prompts(folder, 16), QUICK, folder / "rollouts")
     return folder / "rollouts"
-
-
-def training(kind, rollouts, out, fit=SMALL) -> TrainConfig:
-    return TrainConfig(models=Models(), kind=kind, rollouts=(rollouts,), out=out, fit=fit)
-
-
-def some_examples(model, *, length=20, seed=0) -> list[Example]:
-    """Trajectories of random tokens with random candidates, three critical steps in each."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for at, extra in enumerate((0, 7, 3)):
-        ids = torch.randint(0, 256, (length + extra,), generator=generator).tolist()
-        before = torch.arange(5, length + extra + 1)
-        positions = before[[1, 6, -1]]
-        found.append(
-            Example(
-                ids=ids,
-                item=str(at),
-                positions=positions,
-                candidates=torch.randint(0, 256, (3, 4), generator=generator),
-                slm=torch.randn(3, 4, generator=generator).log_softmax(-1),
-                llm=torch.randn(3, 4, generator=generator).log_softmax(-1),
-                all_positions=before,
-                differs=torch.zeros(len(before), dtype=torch.bool),
-                entropy=torch.rand(len(before), generator=generator),
-            )
-        )
-    return found
-
-
-def awake(selector):
-    """The selector with every weight away from zero."""
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        for parameter in selector.parameters():
-            parameter.data.normal_(0, 0.2)
-    return selector
 
 
 def all_scores(objective):

@@ -5,14 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from s2t_agents.testing import tiny_model
 from s2t_agents.training import fit
-from s2t_agents.training.config import Rollouts
+from s2t_agents.training.config import Adapter, Fit, Models, Rollouts, TrainConfig
+from s2t_agents.training.groups import Example
 from s2t_agents.training.labels import LocalTeacher
 from s2t_agents.training.tasks import JsonlTask
 
 QUICK = Rollouts(k=8, max_tokens=12, shard_items=4)
+SMALL = Fit(
+    k=4, rate=0.5, epochs=2, batch=4, evaluate_every=3, warmup=2, validation=0.3, width=16, adapter=Adapter(rank=2)
+)
 
 
 def write_prompts(path: Path, count: int = 12, *, first: int = 0) -> Path:
@@ -56,3 +61,40 @@ def killed_at_its_first_checkpoint(train: Callable[[], None]) -> None:
         patch.setattr(fit, "_save", dies)
         with pytest.raises(KeyboardInterrupt):
             train()
+
+
+def training(kind, rollouts, out, fit=SMALL) -> TrainConfig:
+    return TrainConfig(models=Models(), kind=kind, rollouts=(rollouts,), out=out, fit=fit)
+
+
+def some_examples(model, *, length=20, seed=0) -> list[Example]:
+    """Trajectories of random tokens with random candidates, three critical steps in each."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for at, extra in enumerate((0, 7, 3)):
+        ids = torch.randint(0, 256, (length + extra,), generator=generator).tolist()
+        before = torch.arange(5, length + extra + 1)
+        positions = before[[1, 6, -1]]
+        found.append(
+            Example(
+                ids=ids,
+                item=str(at),
+                positions=positions,
+                candidates=torch.randint(0, 256, (3, 4), generator=generator),
+                slm=torch.randn(3, 4, generator=generator).log_softmax(-1),
+                llm=torch.randn(3, 4, generator=generator).log_softmax(-1),
+                all_positions=before,
+                differs=torch.zeros(len(before), dtype=torch.bool),
+                entropy=torch.rand(len(before), generator=generator),
+            )
+        )
+    return found
+
+
+def awake(selector):
+    """The selector with every weight away from zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        for parameter in selector.parameters():
+            parameter.data.normal_(0, 0.2)
+    return selector

@@ -55,8 +55,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[1, heads, T, d]``; returns all keys and values, ``[1, heads, length + T, d]``."""
-        self.write(key_states, value_states)
-        self._set_length(self.keys.shape[-2] + key_states.shape[-2])
+        self.keys, self.values = self.write(key_states, value_states)
         return self.keys, self.values
 
     def write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,9 +70,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         end = start + key_states.shape[-2]
         if end > self._key_buffer.shape[-2]:
             self._grow(end)
-        self._key_buffer[..., start:end, :] = key_states
-        self._value_buffer[..., start:end, :] = value_states
-        return self._key_buffer[..., :end, :], self._value_buffer[..., :end, :]
+        self._key_buffer.narrow(-2, start, end - start).copy_(key_states)
+        self._value_buffer.narrow(-2, start, end - start).copy_(value_states)
+        return self._key_buffer.narrow(-2, 0, end), self._value_buffer.narrow(-2, 0, end)
 
     def clone(self, length: int) -> GrowingLayer:
         """A layer of its own with the first ``length`` tokens."""
@@ -100,8 +99,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._key_buffer = self._value_buffer = torch.empty(0)
 
     def _set_length(self, length: int) -> None:
-        self.keys = self._key_buffer[..., :length, :]
-        self.values = self._value_buffer[..., :length, :]
+        self.keys = self._key_buffer.narrow(-2, 0, length)
+        self.values = self._value_buffer.narrow(-2, 0, length)
 
     def _grow(self, needed: int) -> None:
         length = self.keys.shape[-2]

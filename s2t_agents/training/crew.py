@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
 
 from ..errors import S2TError
+from .progress import Post, draw, tell
 
 Piece = TypeVar("Piece")
 Made = TypeVar("Made")
@@ -33,6 +37,9 @@ class Crew:
     def __init__(self, count: int = 1) -> None:
         self.count = count
         self._pool: ProcessPoolExecutor | None = None
+        # spawned, not forked: torch's threads do not survive a fork
+        self._context = multiprocessing.get_context("spawn")
+        self._post: Post | None = self._context.Queue() if count > 1 and sys.stderr.isatty() else None
 
     def __enter__(self) -> Crew:
         return self
@@ -55,10 +62,8 @@ class Crew:
             yield from map(work, pieces)
             return
         if self._pool is None:
-            # spawned, not forked: torch's threads do not survive a fork
-            context = multiprocessing.get_context("spawn")
-            threads = max(1, torch.get_num_threads() // self.count)
-            self._pool = ProcessPoolExecutor(self.count, context, initializer=_begin, initargs=(threads,))
+            own = max(1, torch.get_num_threads() // self.count), self._post
+            self._pool = ProcessPoolExecutor(self.count, self._context, initializer=_begin, initargs=own)
         futures = [self._pool.submit(work, piece) for piece in pieces]
         try:
             for future in as_completed(futures):
@@ -72,9 +77,26 @@ class Crew:
             for future in futures:
                 future.cancel()
 
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The bars of its processes are drawn in this block; it has no other bars meanwhile."""
+        if self._post is None:
+            yield
+            return
+        drawing = threading.Thread(target=draw, args=(self._post, Console(stderr=True)), daemon=True)
+        drawing.start()
+        try:
+            yield
+        finally:
+            self._post.put(None)
+            drawing.join()
 
-def _begin(threads: int) -> None:
+
+def _begin(threads: int, post: Any) -> None:
     torch.set_num_threads(threads)
+    if post is not None:
+        post.cancel_join_thread()  # nobody waits for news that nobody reads
+    tell(post)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 

@@ -46,8 +46,9 @@ def pipeline(config: Pipeline, say: Callable[[str], None] = lambda _: None) -> t
             collect(config.collecting("again"), crew)
         say(f"train and calibrate {', '.join(config.train)}")
         kinds = sorted(config.train, key=KINDS.index, reverse=True)  # the dearest first, so that none is left alone
-        for kind in crew.each(partial(train_kind, config), kinds):
-            say(f"{kind} is trained and calibrated")
+        with crew.shown():
+            for kind in crew.each(partial(train_kind, config), kinds):
+                say(f"{kind} is trained and calibrated")
     say("probe")
     sufficiency = probe(config.probing())
     say(f"evaluate: {len(tasks[2].items)} items of {tasks[2].name}")
