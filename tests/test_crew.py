@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,22 @@ def test_an_error_arrives_whole_and_ends_the_work():
             list(crew.each(refuses_three, [1, 2, 3, *range(4, 200)]))
         assert caught.value.hint == "Give fewer."
         assert list(crew.each(refuses_three, [7])) == [7]
+
+
+def fails_beside_a_long_one(folder: str) -> None:
+    (mine := Path(folder, str(os.getpid()))).touch()
+    if min(Path(folder).iterdir()) == mine:
+        while len(list(Path(folder).iterdir())) < 2:
+            time.sleep(0.02)
+        raise S2TError("no.")
+    time.sleep(600)
+
+
+@pytest.mark.slow
+def test_an_error_ends_what_the_others_are_in_the_middle_of(tmp_path):
+    with pytest.raises(S2TError, match="no"), Crew(2) as crew:
+        list(crew.each(fails_beside_a_long_one, [str(tmp_path)] * 2))
+    assert not any(alive(int(file.name)) for file in tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -23,12 +24,15 @@ from rich.console import Console
 from ..errors import S2TError
 from .progress import Post, draw, tell
 
+LOOK_S = 0.5
+"""Seconds between looks at whether the parent still lives."""
+
 Piece = TypeVar("Piece")
 Made = TypeVar("Made")
 
 
 class Crew:
-    """So many processes; started at their first work, gone when the block is left.
+    """So many processes; started at their first work, gone when the block is left. An error ends them at once.
 
     Args:
         count: of processes; with one there are none besides this one.
@@ -39,12 +43,15 @@ class Crew:
         self._pool: ProcessPoolExecutor | None = None
         # spawned, not forked: torch's threads do not survive a fork
         self._context = multiprocessing.get_context("spawn")
+        self._over: Event | None = self._context.Event() if count > 1 else None
         self._post: Post | None = self._context.Queue() if count > 1 and sys.stderr.isatty() else None
 
     def __enter__(self) -> Crew:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is not None and self._over is not None:
+            self._over.set()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -62,7 +69,8 @@ class Crew:
             yield from map(work, pieces)
             return
         if self._pool is None:
-            own = max(1, torch.get_num_threads() // self.count), self._post
+            assert self._over is not None
+            own = max(1, torch.get_num_threads() // self.count), self._over, self._post
             self._pool = ProcessPoolExecutor(self.count, self._context, initializer=_begin, initargs=own)
         futures = [self._pool.submit(work, piece) for piece in pieces]
         try:
@@ -92,17 +100,20 @@ class Crew:
             drawing.join()
 
 
-def _begin(threads: int, post: Any) -> None:
+def _begin(threads: int, over: Event, post: Any) -> None:
     torch.set_num_threads(threads)
+    threading.Thread(target=_leave, args=(over,), daemon=True).start()
     if post is not None:
         post.cancel_join_thread()  # nobody waits for news that nobody reads
     tell(post)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
-def _leave_with_parent() -> None:
-    """A parent that was killed can not say so, and a pool's processes would wait for it for ever."""
+def _leave(over: Event) -> None:
+    """In the middle of a piece, when it is over; so, too, when the parent was killed, which can not say so.
+
+    Files are written whole or not at all, so nothing is left half done.
+    """
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    while parent is not None and parent.is_alive() and not over.wait(LOOK_S):
+        pass
+    os._exit(1)
