@@ -85,12 +85,14 @@ def harm(stored: dict[str, dict[str, Any]]) -> str:
 
 def beyond(stored: dict[str, dict[str, Any]]) -> str:
     """Accuracy on splits that go beyond the training corpus, each in its own way."""
-    rows = ("slm", "head", "activated", "hybrid_2", "hybrid_8", "llm_select", "llm")
-    heads = ("", "SLM", "head", "activated", "+ 2 picks", "+ 8 picks", "LLM selects", "LLM", "triggers", "gap closed")
+    rows = ("slm", "head", "hybrid_2", "hybrid_8", "llm_select", "llm")
+    heads = ("", "SLM", "head", "+ 2 picks", "+ 8 picks", "LLM selects", "LLM", "triggers", "gap closed")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, what in BEYOND.items():
         found = stored[name]["report"]["rows"]
-        cells = [f"{found[row]['accuracy']:.1%}" for row in rows]
+        cells = [
+            f"{found[row]['accuracy']:.1%} ({'-'.join(f'{end:.0%}' for end in found[row]['ci95'])})" for row in rows
+        ]
         cells += [f"{found['head']['trigger_rate']:.1%}", share(found["head"]["gap_closed"])]
         lines.append(f"| {' | '.join([what, *cells])} |")
     commands = [
@@ -98,8 +100,7 @@ def beyond(stored: dict[str, dict[str, Any]]) -> str:
         f" at {each['made']['commit']}"
         for name, each in stored.items()
     ]
-    widest = max(row["ci95"][1] - row["ci95"][0] for each in stored.values() for row in each["report"]["rows"].values())
-    legend = f"Triggers and the gap closed are those of the head; 95% intervals are at most {widest:.1%} wide."
+    legend = "Accuracy with its 95% interval; triggers and the gap closed are those of the head."
     return "\n".join([*lines, "", f"{legend} Made by {', '.join(commands)}."])
 
 

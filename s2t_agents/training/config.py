@@ -283,8 +283,8 @@ class Pipeline(Settings):
         calibrate: target rates.
         evaluate: the table.
         seed: of the table's draws.
-        processes: that share collecting and training, each with models of its own; the results are the same with any
-            number. For small models on a CPU: on a GPU, or where memory is short, leave it at 1.
+        processes: that share collecting and training, each with models of its own and its part of the threads; their
+            number decides nothing else. For small models on a CPU: on a GPU, or where memory is short, leave it at 1.
     """
 
     out: Path

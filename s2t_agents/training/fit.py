@@ -84,7 +84,8 @@ def fit(
         best = _copy(selector)
         state.best = agreement(base, validation, settings, workers)
         state.looks.append(Look(0, float("nan"), state.best))
-    with bar("train", steps) as progress:
+    what = f"train {folder.name}"
+    with bar(what, steps) as progress:
         progress.advance(state.step)
         while state.step < steps and state.bad_looks < settings.patience:
             batch = _batch(len(train.sizes), state.step, per_epoch, settings)
@@ -92,7 +93,7 @@ def fit(
             progress.advance()
             if state.step % settings.evaluate_every == 0 or state.step == steps:
                 best = _look(selector, base, validation, state, best, settings, workers)
-                progress.say(f"train  agreement {state.looks[-1].agreement:.3f} (best {state.best:.3f})")
+                progress.say(f"{what}  agreement {state.looks[-1].agreement:.3f} (best {state.best:.3f})")
                 if workers.first:
                     _save(folder / CHECKPOINT, selector, optimiser, state, best)
     selector.load_state_dict(best)
