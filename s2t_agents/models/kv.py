@@ -55,7 +55,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[1, heads, T, d]``; returns all keys and values, ``[1, heads, length + T, d]``."""
-        self.keys, self.values = self.write(key_states, value_states)
+        self.write(key_states, value_states)
+        self._set_length(self.keys.shape[-2] + key_states.shape[-2])
         return self.keys, self.values
 
     def write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
