@@ -331,7 +331,7 @@ async def in_tasks(model: ChatS2T) -> list[AIMessage]:
 
 
 def test_64_threads_share_one_pool_and_all_are_heard(server: CompletionServer) -> None:
-    llm = dead_line(server.url, timeout_s=60.0, attempt_s=60.0)
+    llm = dead_line(server.url, timeout_s=60.0, attempt_s=60.0, connect_s=60.0)
     model = chat(llm, max_tokens=2)
     escalations: list[int] = []
     threads = [
