@@ -16,14 +16,6 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "selectors.md", ROOT / "docs" / "es
 HARM = {"demo_large": ("demo", "all kinds"), "demo_call": ("call", "tool calls"), "demo_talk": ("talk", "small talk")}
 """Stored evaluations: the task's name at the command line, and what was asked."""
 
-BEYOND = {
-    "demo_longer": "longer: 5 to 7 lines of working, trained on 2 to 4",
-    "demo_larger": "larger: numbers up to 1,999, trained up to 999",
-    "demo_unseen": "unseen: tellings, tools and system prompts never trained on",
-    "demo_hard": "hard: all three",
-}
-"""Stored evaluations on splits that go beyond the training corpus, and in what."""
-
 NAMES = {
     "slm": "small model, greedy",
     "maj8": "small model, majority of 8 samples",
@@ -81,27 +73,6 @@ def harm(stored: dict[str, dict[str, Any]]) -> str:
             f"| {rows['llm']['broken']:.1%} | `{command}`, commit {made['commit']} |"
         )
     return "\n".join(lines)
-
-
-def beyond(stored: dict[str, dict[str, Any]]) -> str:
-    """Accuracy on splits that go beyond the training corpus, each in its own way."""
-    rows = ("slm", "head", "hybrid_2", "hybrid_8", "llm_select", "llm")
-    heads = ("", "SLM", "head", "+ 2 picks", "+ 8 picks", "LLM selects", "LLM", "triggers", "gap closed")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, what in BEYOND.items():
-        found = stored[name]["report"]["rows"]
-        cells = [
-            f"{found[row]['accuracy']:.1%} ({'-'.join(f'{end:.0%}' for end in found[row]['ci95'])})" for row in rows
-        ]
-        cells += [f"{found['head']['trigger_rate']:.1%}", share(found["head"]["gap_closed"])]
-        lines.append(f"| {' | '.join([what, *cells])} |")
-    commands = [
-        f"`s2t eval --task {name.removeprefix('demo_')} --n {each['report']['n']} --seed {each['report']['seed']}`"
-        f" at {each['made']['commit']}"
-        for name, each in stored.items()
-    ]
-    legend = "Accuracy with its 95% interval; triggers and the gap closed are those of the head."
-    return "\n".join([*lines, "", f"{legend} Made by {', '.join(commands)}."])
 
 
 def speed(report: dict[str, Any], made: dict[str, Any]) -> str:
@@ -210,9 +181,6 @@ def sections() -> dict[str, str]:
     stored = {name: RESULTS / f"{name}.json" for name in HARM}
     if all(file.is_file() for file in stored.values()):
         found["harm"] = harm({name: json.loads(file.read_text()) for name, file in stored.items()})
-    stored = {name: RESULTS / f"{name}.json" for name in BEYOND}
-    if all(file.is_file() for file in stored.values()):
-        found["beyond"] = beyond({name: json.loads(file.read_text()) for name, file in stored.items()})
     file = RESULTS / "escalate.json"
     if file.is_file():
         stored = json.loads(file.read_text())

@@ -192,6 +192,19 @@ def test_several_processes_make_the_same_shards_as_one(pair, tmp_path):
     assert len(files(tmp_path / "two")) == 7
 
 
+def test_prompts_that_changed_since_the_last_collection_are_read_anew(pair, tmp_path):
+    slm, llm, _ = pair
+    models = Models(
+        slm=str(save_model(slm, tmp_path / "slm")), llm=str(save_model(llm, tmp_path / "llm")), device="cpu"
+    )
+    task = JsonlTaskConfig(task="jsonl", path=write_prompts(tmp_path / "prompts.jsonl", 4))
+    config = CollectConfig(models=models, task=task, out=tmp_path / "out", rollouts=QUICK)
+    collect(config)
+    write_prompts(tmp_path / "prompts.jsonl", 8)
+    with pytest.raises(ConfigError, match="other prompts_hash, items, shards"):
+        collect(config)
+
+
 def test_a_full_disk_is_named_and_whole_shards_are_kept(pair, tmp_path, monkeypatch):
     slm, _, teacher = pair
     task = prompts(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..models.bundled import SELECTORS
 from ..selectors.config import CONFIG_FILE, SelectorConfig
-from .config import EvaluateConfig, Kind, Pipeline, Rows
+from .config import KINDS, EvaluateConfig, Kind, Pipeline, Rows
 from .tasks import DemoTaskConfig, Grading, JsonlTaskConfig, Split, TaskConfig
 
 SEED_STRIDE = 100_000
@@ -68,9 +68,7 @@ def found_selectors(pipeline: Pipeline, given: Sequence[Path]) -> dict[Kind, Pat
     if given:
         return {SelectorConfig.load(folder).kind: folder for folder in given}
     own: dict[Kind, Path] = {
-        kind: pipeline.selector(kind)
-        for kind in ("head", "activated", "published")
-        if (pipeline.selector(kind) / CONFIG_FILE).exists()
+        kind: pipeline.selector(kind) for kind in KINDS if (pipeline.selector(kind) / CONFIG_FILE).exists()
     }
     bundled = [folder for folder in dict.fromkeys(SELECTORS.values()) if (folder / CONFIG_FILE).exists()]
     return own or {SelectorConfig.load(folder).kind: folder for folder in bundled}

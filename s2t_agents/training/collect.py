@@ -47,7 +47,7 @@ def collect(config: CollectConfig, crew: Crew | None = None) -> Path:
     if not config.rollouts.greedy and not config.rollouts.samples:
         raise ConfigError("collect makes no rollouts: greedy is off and samples is 0.")
     crew = crew or Crew()
-    collector = _opened(config)
+    collector = _open(config)
     make = collector.make if crew.count == 1 else partial(_make, config)
     collector.finish(partial(crew.each, make))
     return config.out / MANIFEST
@@ -98,12 +98,14 @@ class Collector:
         return len(items)
 
 
-@lru_cache(maxsize=1)
-def _opened(config: CollectConfig) -> Collector:
-    """Models and prompts, loaded once per process however many shards it makes."""
+def _open(config: CollectConfig) -> Collector:
     task = config.task.open()
     slm = config.models.load_slm()
     return Collector(slm, open_teacher(config.models, slm), task, config.rollouts, config.out)
+
+
+_opened = lru_cache(maxsize=1)(_open)
+"""Once per process of a crew, however many shards it makes; a process that lives on would miss changed files."""
 
 
 def _make(config: CollectConfig, number: int) -> int:
