@@ -8,10 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .models.glance import FLOOR, glance_at
 from .models.prefix import Prefix
-
-FLOOR = -1e4
-"""Log-probability from which on a probability is 0 in fp32."""
 
 
 class Proposal:
@@ -36,16 +34,19 @@ class Proposal:
         if banned:
             self.logits = self.logits.index_fill(0, torch.tensor(banned, device=self.logits.device), -torch.inf)
         self._k, self._all_legal = k, allowed is None and not banned
+        self._seen = prefix.glance if self._all_legal else None
 
     def fetch(self) -> None:
         """Bring best token, entropy and margin from CUDA in one trip; elsewhere each is made when it is read."""
-        if self.logits.device.type == "cuda":
-            self.__dict__.update(glance(self.logits, self.log_probs))
+        if self._seen is None and self.logits.device.type == "cuda":
+            self._seen = glance_at(self.logits)
+        if self._seen is not None:
+            self.__dict__.update(vars(self._seen))
 
     @cached_property
     def best(self) -> int:
         """The token that the SLM wants most."""
-        return int(self.logits.argmax())
+        return self._seen.best if self._seen is not None else int(self.logits.argmax())
 
     @cached_property
     def candidates(self) -> Tensor:
@@ -86,13 +87,3 @@ def entropy_of(log_probs: Tensor) -> Tensor:
     """Nats, from ``[..., V]`` to ``[...]``; what is illegal (-inf) adds nothing."""
     # No second logarithm, and no exp() of its own: MKL's would start threads for it (see models/teams.py).
     return -(log_probs.softmax(-1) * log_probs.clamp_min(FLOOR)).sum(-1)
-
-
-def glance(logits: Tensor, log_probs: Tensor) -> dict[str, float]:
-    """``best``, ``entropy`` and ``margin`` of a proposal, from ``[V]`` each, with a single wait for the device."""
-    entropy = entropy_of(log_probs)
-    top = log_probs.topk(min(2, log_probs.shape[0])).values.exp().double()
-    margin = top[0] - top[1] if len(top) > 1 else torch.ones_like(top[0])
-    # float64 holds every token id and every float32 exactly
-    best, entropy_nats, margin_found = torch.stack([logits.argmax().double(), entropy.double(), margin]).tolist()
-    return {"best": int(best), "entropy": entropy_nats, "margin": margin_found}

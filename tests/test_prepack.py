@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch.nn import functional
 from s2t_agents.models.lean import lean_step_of
 from s2t_agents.models.prepack import LEAST, Joint, Prepacked, gains
 from s2t_agents.models.processor import lays_out
-from s2t_agents.testing import tiny_config, tiny_tokenizer
+from s2t_agents.testing import tiny_config, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(not lays_out(torch.float32), reason="this torch was built without oneDNN")
 
@@ -137,3 +139,45 @@ def test_a_models_lean_step_uses_them_and_says_what_the_model_says(dtype: torch.
         model.step(torch.tensor([3, 4, 5]), cache)
         said.append(torch.stack([model.step(torch.tensor([token]), cache)[0] for token in (7, 8, 9)]))
     assert torch.allclose(*said, atol=1e-4 if dtype == torch.float32 else 5e-2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_laid_one_after_another_stay_the_modules_own(bias: bool) -> None:
+    modules = nn.ModuleList([layer(torch.float32, bias, out=each) for each in (6, 4, 4)])
+    before = {name: value.clone() for name, value in modules.state_dict().items()}
+    with torch.inference_mode():  # where a model's first step happens
+        weight, whole_bias = Joint(*modules).adjoin()
+    assert (whole_bias is not None) == bias
+    for name, value in modules.state_dict().items():
+        assert torch.equal(value, before[name])
+    modules[1].weight.data.mul_(2)  # type: ignore[operator, union-attr]
+    assert torch.equal(weight, torch.cat([module.weight for module in modules]))  # type: ignore[misc]
+    assert weight.data_ptr() == modules[0].weight.data_ptr()  # type: ignore[operator, union-attr]
+
+
+def test_a_model_with_weights_one_after_another_says_and_saves_what_it_did(tmp_path: Path) -> None:
+    model = tiny_model("qwen2")
+    ids = torch.arange(12)[None]
+    assert model.lean is not None
+    with torch.inference_mode():
+        before = model.model(ids).logits
+        for joint in model.lean.joints:
+            joint.adjoin()
+        assert torch.equal(model.model(ids).logits, before)
+    model.model.save_pretrained(tmp_path)
+    again = type(model.model).from_pretrained(tmp_path).eval()
+    with torch.inference_mode():
+        assert torch.equal(again(ids).logits, before)
+
+
+@pytest.mark.parametrize("out", [8, 640])  # held as they are, and laid out
+def test_a_joints_whole_product_and_its_matrix_are_its_modules_one_after_another(out: int) -> None:
+    modules = [layer(torch.float32, out=each) for each in (out, out // 2)]
+    joint, x = Joint(*modules), torch.randn(3, 512)
+    packed = Prepacked([joint])
+    expected = torch.cat([exactly(module, x) for module in modules], -1)
+    for _ in range(2):
+        with torch.inference_mode():
+            assert torch.allclose(packed.whole(joint, x).double(), expected, atol=1e-4)
+            assert torch.allclose(functional.linear(x, *packed.matrix(joint)).double(), expected, atol=1e-4)
+        modules[0].weight.data = modules[0].weight.data.clone()  # from here on what was copied is out of date

@@ -21,14 +21,16 @@ from s2t_agents import Engine
 from s2t_agents.engine.steps import fetched, in_one_trip
 from s2t_agents.models import static_attention
 from s2t_agents.models.arena import SMALLEST, Arenas, bucket
+from s2t_agents.models.glance import glance_at
 from s2t_agents.models.graphs import Recorder, played
 from s2t_agents.models.language_model import LanguageModel
 from s2t_agents.models.lora import Lora
 from s2t_agents.models.packed import Segment
+from s2t_agents.models.pointwise import PLAIN, Pointwise
 from s2t_agents.models.prefix import Prefix
 from s2t_agents.models.static_kv import StaticCache
 from s2t_agents.models.static_step import StaticStep, agrees
-from s2t_agents.proposal import Proposal, glance
+from s2t_agents.proposal import Proposal
 from s2t_agents.selectors.activated import ActivatedSelector
 from s2t_agents.selectors.head import HeadSelector
 from s2t_agents.testing import tiny_model
@@ -46,13 +48,17 @@ CANDIDATES = torch.tensor([5, 9, 200, 33, 90])
 
 
 def static_model(
-    name: str = "qwen3", record: Recorder | None = None, arenas: Arenas | None = None, **overrides: Any
+    name: str = "qwen3",
+    record: Recorder | None = None,
+    arenas: Arenas | None = None,
+    ops: Pointwise | None = None,
+    **overrides: Any,
 ) -> LanguageModel:
     """A tiny model whose steps go over arenas, as on a GPU."""
     model = tiny_model(name, max_position_embeddings=4096, **overrides)
-    assert model.lean is not None
+    assert model.lean_parts is not None
     model.kv_kind = StaticCache
-    vars(model)["static"] = StaticStep(model.lean, record or Tape(), arenas)
+    vars(model)["static"] = StaticStep(model.lean_parts, record or Tape(), arenas, ops or PLAIN)
     return model
 
 
@@ -132,9 +138,7 @@ def test_graphs_are_made_once_and_played_for_every_token_and_sequence() -> None:
     assert tape.recorded == 2
 
 
-@pytest.mark.parametrize("short", [static_attention.SHORT, 0])
-def test_a_sequence_grows_past_its_capacity(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static_attention, "SHORT", short)  # 0: all rows in chunks, as long ones are
+def test_a_sequence_grows_past_its_capacity() -> None:
     ours, theirs = static_model(), eager_model()
     one, other = read(ours, some_ids(SMALLEST - 4)), read(theirs, some_ids(SMALLEST - 4))
     seen = set()
@@ -325,13 +329,14 @@ def test_with_somebodys_hook_on_the_decoder_a_selection_goes_through_the_modules
 def test_a_static_step_that_says_something_else_is_found_out() -> None:
     model = eager_model()
     assert model.lean is not None
-    assert agrees(model.model, model.lean, StaticStep(model.lean, Tape()))
+    assert model.lean_parts is not None
+    assert agrees(model.model, model.lean, StaticStep(model.lean_parts, Tape()))
 
     def stuck(body: Any) -> Any:
         outputs = body()
         return lambda: outputs
 
-    assert not agrees(model.model, model.lean, StaticStep(model.lean, stuck))
+    assert not agrees(model.model, model.lean, StaticStep(model.lean_parts, stuck))
 
 
 def test_on_the_cpu_nothing_of_this_is_used() -> None:
@@ -348,10 +353,10 @@ def test_what_is_fetched_in_one_trip_is_what_is_read_one_by_one(legal: int) -> N
     allowed = torch.zeros(model.vocab_size, dtype=torch.bool)
     allowed[20 : 20 + legal] = True
     proposal = Proposal(read(model, some_ids(9)), 8, allowed=allowed)
-    found = glance(proposal.logits, proposal.log_probs)
-    assert found["best"] == proposal.best
-    assert found["entropy"] == proposal.entropy
-    assert found["margin"] == proposal.margin
+    found = glance_at(proposal.logits)
+    assert found.best == proposal.best
+    assert found.entropy == pytest.approx(proposal.entropy, abs=1e-6)
+    assert found.margin == pytest.approx(proposal.margin, abs=1e-6)
     rows = (proposal.candidate_log_probs, proposal.candidates)
     assert in_one_trip(*rows) == fetched(*rows) == [row.tolist() for row in rows]
 

@@ -62,9 +62,9 @@ def run(name: str, device: torch.device, *, prompt: int = 40, tokens: int = 24) 
 
 def over_arenas(model: LanguageModel) -> None:
     """On the CPU, too, steps go over KV of fixed capacity, without capture; on CUDA they do so by themselves."""
-    if model.device.type == "cpu" and model.lean is not None:
+    if model.device.type == "cpu" and model.lean_parts is not None:
         model.kv_kind = StaticCache
-        vars(model)["static"] = StaticStep(model.lean, played)
+        vars(model)["static"] = StaticStep(model.lean_parts, played)
 
 
 def models() -> list[str]:

@@ -30,26 +30,28 @@ from .shapes import SHAPES, measured_model
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured: prefixes, tokens generated and repeats, generations at once, Ks, turns, MB copied."""
+    """How much is measured: prefixes, tokens made and repeats, generations and agents at once, Ks, turns, MB copied."""
 
     prefixes: tuple[int, ...] = (128, 1024, 4096)
     tokens: int = 101
     repeats: int = 3
     at_once: tuple[int, ...] = (1, 4, 8, 16)
+    agents: int = 8
     ks: tuple[int, ...] = growth.KS
     turns: int = 10
     copied_mb: int = 1024
 
 
 FULL = Sizes()
-TINY = Sizes(prefixes=(16, 32), tokens=6, repeats=1, at_once=(2,), ks=(1, 8), turns=3, copied_mb=8)
+TINY = Sizes(prefixes=(16, 32), tokens=6, repeats=1, at_once=(2,), agents=2, ks=(1, 8), turns=3, copied_mb=8)
 
 BUDGET_S = {
     "correctness": 60,
-    "decode": 240,
+    "decode": 220,
     "parallel": 70,
-    "growth": 60,
-    "turns": 50,
+    "loops": 40,
+    "growth": 50,
+    "turns": 40,
 }
 """Seconds for each part: 480 in all."""
 
@@ -107,6 +109,7 @@ def run(
         engine = found["rows"]["engine"]["ms_per_token"]
         result.setdefault("memory_limit", {})[str(found["prefix"])] = share_of_limit(model, engine, about)
     part("parallel", (parallel.run(model, at_once=n, tokens=max(8, sizes.tokens // 3)) for n in sizes.at_once))
+    part("loops", (parallel.loops(model, at_once=n, tokens=sizes.tokens // 2) for n in (sizes.agents,)))
     part("growth", (growth.run(model, prefixes=(n,), ks=sizes.ks, steps=sizes.tokens // 2) for n in sizes.prefixes))
     part("turns", (turns.run(model, turns=sizes.turns, repeats=each) for each in (sizes.repeats,)))
     result["graphs"] = model.static is not None and not model.static.failed
@@ -202,9 +205,10 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"ms a token after {found['prefix']}: {told}"
     for prefix, limit in result.get("memory_limit", {}).items():
         yield f"share of the memory's speed after {prefix}: {limit['share_of_copy']:.0%} of a copy's"
-    for found in result["parts"]["parallel"]["found"]:
-        speed = f"{found['together_tokens_per_s']:.0f} tokens/s, {found['ratio']:.2f} times one by one"
-        yield f"{found['at_once']} at once: {speed}"
+    for kind in ("parallel", "loops"):
+        for found in result["parts"][kind]["found"]:
+            speed = f"{found['together_tokens_per_s']:.0f} tokens/s, {found['ratio']:.2f} times one by one"
+            yield f"{kind}, {found['at_once']} at once: {speed}"
 
 
 def main(

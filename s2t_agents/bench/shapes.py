@@ -48,7 +48,7 @@ def measured_model(name: str, *, dtype: torch.dtype, device: str = "cpu", seed: 
     else:
         from transformers import AutoModelForCausalLM
 
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(seed)
             raw = AutoModelForCausalLM.from_config(tiny_config("qwen2", **SHAPES[name]))
         raw = raw.to(device=device, dtype=dtype).eval().requires_grad_(False)

@@ -32,10 +32,13 @@ class CandidateRows:
     Args:
         step: the model's lean step.
         base: the model, whose linear layers the corrections name.
+
+    Attributes:
+        step: as given.
     """
 
     def __init__(self, step: LeanStep, base: nn.Module) -> None:
-        self._step, self._base = step, base
+        self.step, self._base = step, base
         self._layers: WeakKeyDictionary[Lora, dict[nn.Module, LoraLayer]] = WeakKeyDictionary()
 
     @torch.inference_mode()
@@ -55,12 +58,12 @@ class CandidateRows:
         looks = [part for part in ordered if isinstance(part, Look)]
         ids = torch.cat([part.ids for part in ordered])
         positions = [at for part in ordered for at in places(part)]
-        hidden = self._step.rows(ids, positions, _side_by_side(_blocks(segments, looks)), self._correcting(ordered))
+        hidden = self.step.rows(ids, positions, _side_by_side(_blocks(segments, looks)), self._correcting(ordered))
         ends = list(accumulate(len(segment.ids) for segment in segments))
         said: list[Outcome | Tensor] = []
         if segments:
             last = hidden[[end - 1 for end in ends]]
-            said += zip(self._step.logits(last), (row.clone() for row in last), strict=True)
+            said += zip(self.step.logits(last), (row.clone() for row in last), strict=True)
         said += torch.split(hidden[ends[-1] if ends else 0 :], [len(look.ids) for look in looks]) if looks else []
         return [said[order.index(at)] for at in range(len(parts))]
 
@@ -75,7 +78,7 @@ class CandidateRows:
         m, ids = len(first.ids), torch.cat([first.ids, look.ids])
         reading = Reading(look.cache)
         over = _side_by_side([(m, reading), (len(look.ids), Beside(look))])
-        hidden = self._step.rows(ids, [look.length] * len(ids), over, self._correcting([first, look]))
+        hidden = self.step.rows(ids, [look.length] * len(ids), over, self._correcting([first, look]))
         look.cache.ahead = Ahead(look.length, first.ids.tolist(), hidden[:m], reading.layers)
         return hidden[m:]
 
@@ -89,7 +92,7 @@ class CandidateRows:
                 stretches.append((slice(start, end), self.corrections(lora)))
             start = end
 
-        linear = self._step.linear
+        linear = self.step.linear
 
         def affine(joint: Joint, x: Tensor) -> tuple[Tensor, ...]:
             outputs = linear(joint, x)

@@ -6,6 +6,7 @@ A body takes nothing and gives tensors: what it reads and writes was put into st
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -15,9 +16,6 @@ Body = Callable[[], tuple[Tensor, ...]]
 
 Recorder = Callable[[Body], Body]
 """Makes a body that does the same again. The first call of the body may happen while it is recorded."""
-
-WARM_UPS = 3
-"""Runs before a capture: libraries choose their kernels and allocate their workspaces in them."""
 
 
 def played(body: Body) -> Body:
@@ -46,16 +44,32 @@ class CudaGraphs:
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):
-                    body()
+                body()  # libraries choose and compile their kernels, and allocate their workspaces
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             # Other threads may go on allocating and copying meanwhile; only this one's mistakes count.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = body()
 
-        def again() -> tuple[Tensor, ...]:
-            graph.replay()
-            return outputs
+        return Replay(graph, outputs)
 
-        return again
+
+class Replay:
+    """A captured body.
+
+    Args:
+        graph: as captured.
+        outputs: where it leaves its results.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: tuple[Tensor, ...]) -> None:
+        self._graph, self._outputs = graph, outputs
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """Begin it; the device may be at it for a while yet."""
+        self._graph.replay()
+        return self._outputs
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # at the end of the interpreter there is nothing left to wait for
+            torch.cuda.synchronize()  # a graph must not go while it is played

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 if TYPE_CHECKING:
     from .ahead import Ahead
+    from .glance import Glance
 
 GRAIN = 256
 """Tokens by which a buffer grows at least."""
@@ -150,6 +151,10 @@ class KVCache(Cache):  # type: ignore[misc]
     def rest(self) -> None:
         """Its generation has ended: give back what only running ones need. The tokens stay."""
         self.ahead = None
+
+    def glance(self, length: int) -> Glance | None:
+        """What the step that made it so many tokens long has fetched along with it, where it has."""
+        return None
 
     @property
     def nbytes(self) -> int:

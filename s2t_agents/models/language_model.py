@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from math import inf
@@ -23,7 +24,7 @@ from .loading import context_window, default_device, end_ids, load_tokenizer, lo
 from .lora import Lora
 from .meter import Meter
 from .overlay import cloned_rows, overlay_is_exact, overlay_of, row_mask, rows_mask, rows_of
-from .owner import LONG_S, Owner
+from .owner import ALONE, BESIDE, LONG_S, Owner
 from .packed import (
     Look,
     Outcome,
@@ -67,8 +68,9 @@ class LanguageModel:
         self.past = PrefixCache()
         self.kv_kind = StaticCache if self.device.type == "cuda" else KVCache
         self.live = LivePrefixes(self.past, self.kv_kind)
-        long_s = LONG_S if self.device.type == "cpu" else inf
-        self.owner = Owner(self.run_alone, self.run_packed if self.overlay_exact else None, self.lock, long_s)
+        cpu = self.device.type == "cpu"
+        packed = self.run_packed if self.overlay_exact else None
+        self.owner = Owner(self.run_alone, packed, self.lock, LONG_S if cpu else inf, BESIDE if cpu else ALONE)
         self._last_hidden: Tensor | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
         release()  # what reading the weights has left
@@ -133,8 +135,10 @@ class LanguageModel:
     def run_alone(self, part: Part) -> Outcome | Tensor:
         """A step, or a look at candidates, in a forward of its own; see ``run_packed`` for what comes back."""
         with self.lock:
-            said = self._look(part) if isinstance(part, Look) else self.step_alone(part)
-            return self._arrived(said)
+            for said in self._played([part]).values():
+                return said
+            (part,) = self._here([part])
+            return self._arrived(self._look(part) if isinstance(part, Look) else self.step_alone(part))
 
     @torch.inference_mode()
     def run_packed(self, parts: Sequence[Part]) -> list[Outcome | Tensor]:
@@ -145,13 +149,32 @@ class LanguageModel:
             token, last hidden states ``[K, H]`` of a look.
         """
         with self.lock:
-            if not self._leanly(parts):
-                return self._arrived(self._packed(parts))
-            single = [part for part in parts if isinstance(part, Segment) and len(part.ids) == 1]
-            if len(single) < len(parts):
-                return self._arrived(self.lean_parts(parts))  # type: ignore[misc]
-            logits, hidden = self._one_each(torch.cat([part.ids for part in parts]), single)
-            return self._arrived(list(zip(logits, hidden, strict=True)))
+            said = self._played(parts)
+            rest = [at for at in range(len(parts)) if at not in said]
+            if rest:
+                said.update(zip(rest, self._arrived(self._eager(self._here([parts[at] for at in rest]))), strict=True))
+            return [said[at] for at in range(len(parts))]
+
+    def _played(self, parts: Sequence[Part]) -> dict[int, Outcome | Tensor]:
+        """What captured graphs say, by their place, of those parts that there are graphs for."""
+        if self.kv_kind is not StaticCache or self.static is None:
+            return {}
+        said = self.static.serve(parts)
+        return self._arrived(said) if any(isinstance(parts[at], Look) for at in said) else said
+
+    def _eager(self, parts: Sequence[Part]) -> list[Outcome | Tensor]:
+        """In one forward: past the modules where they can be, through them else."""
+        if not self._leanly(parts):
+            return self._packed(parts)
+        if all(isinstance(part, Segment) and len(part.ids) == 1 for part in parts):
+            return list(zip(*self._one_each(parts), strict=True))
+        return self.lean_parts(parts)  # type: ignore[misc]
+
+    def _here(self, parts: Sequence[Part]) -> list[Part]:
+        """The same parts, with their tokens on the model's device."""
+        if self.device.type == "cpu":
+            return list(parts)
+        return [replace(part, ids=part.ids.to(self.device)) for part in parts]
 
     def _arrived(self, said: T) -> T:
         """The same, once the device is done: until then the time of a forward is not known."""
@@ -177,7 +200,7 @@ class LanguageModel:
         if len(segment.ids) > 1:
             ((logits, hidden),) = self.lean_parts([segment])  # type: ignore[misc]
             return logits, hidden
-        logits, hidden = self._read_ahead(segment) or self._one_each(segment.ids, [segment])
+        logits, hidden = self._read_ahead(segment) or self._one_each([segment])
         return logits[0], hidden[0]
 
     def _read_ahead(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
@@ -190,7 +213,7 @@ class LanguageModel:
 
     def _leanly(self, parts: Sequence[Part]) -> bool:
         """Whether these can go past the modules: few tokens, candidates after something, and no hooks in the way."""
-        few = STRETCH if self.device.type == "cpu" else 1
+        few = STRETCH if self.device.type == "cpu" else ALONE
         for part in parts:
             stretch = isinstance(part, Segment) and 1 < len(part.ids) <= few
             single = isinstance(part, Look) or len(part.ids) == 1
@@ -198,16 +221,16 @@ class LanguageModel:
                 return False
         return self.lean is not None and self.lean.free
 
-    def _one_each(self, ids: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
-        """One token for each, past the modules: as a captured graph where there is one, eagerly else."""
-        lengths, caches = [each.length for each in segments], [each.cache for each in segments]
-        found = self.static.step(ids, lengths, caches) if self.static is not None else None
-        return found or self.lean(ids, lengths, caches)  # type: ignore[misc]
+    def _one_each(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """One token for each, past the modules."""
+        ids = torch.cat([part.ids for part in parts])
+        return self.lean(ids, [part.length for part in parts], [part.cache for part in parts])  # type: ignore[misc]
 
     @cached_property
     def static(self) -> StaticStep | None:
         """The step over KV of fixed capacity, captured as graphs: on CUDA, where there is a lean step."""
-        return static_step_of(self.model, self.lean) if self.kv_kind is StaticCache else None
+        rows = self.lean_parts if self.kv_kind is StaticCache else None
+        return static_step_of(self.model, rows) if rows is not None else None
 
     @cached_property
     def lean(self) -> LeanStep | None:
@@ -287,14 +310,9 @@ class LanguageModel:
             return hidden
 
     def _look_leanly(self, look: Look) -> Tensor:
-        """A look past the modules: as a captured graph where there is one, eagerly else."""
+        """A look past the modules, and maybe the step after it."""
         rows = self.lean_parts
         assert rows is not None
-        if self.static is not None:
-            corrections = rows.corrections(look.lora) if look.lora is not None else {}
-            found = self.static.look_ahead(look.ids, look.cache, look.length, corrections)
-            if found is not None:
-                return found
         if look.lora is not None and self.lean is not None and self.lean.linear.rows_alike:
             return rows.with_next(look)
         (said,) = rows([look])

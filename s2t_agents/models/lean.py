@@ -9,6 +9,7 @@ after it has given the same logits as the model itself; everything else goes the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.cache_utils import Cache
 from .kv import KVCache
 from .overlay import layer_kinds
 from .packed import causal
+from .pointwise import PLAIN, Pointwise
 from .prepack import LIMIT, Joint, Prepacked
 
 PATTERN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -50,30 +52,26 @@ class LeanLayer:
         """Its linear maps."""
         return [self.qkv, self.o, self.gate_up, self.down]
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, over: Attention, index: int, affine: Affine) -> Tensor:
-        """Attention of N rows, ``[N, H]`` to ``[N, H]``."""
-        n, d = x.shape[0], self.head_dim
-        q, k, v = (each.view(n, -1, d) for each in affine(self.qkv, x))
-        if self.q_norm is not None:
-            q, k = normed(self.q_norm, q), normed(self.k_norm, k)
-        (out,) = affine(self.o, over(self, index, rotated(q, cos, sin), rotated(k, cos, sin), v))
-        return out
-
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, over: Attention, index: int, affine: Affine) -> Tensor:
+    def __call__(self, index: int, x: Tensor, h: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """``[N, H]`` to ``[N, H]``.
 
         Args:
-            x: N rows.
-            cos: ``[N, 1, d]``, of each row's position.
-            sin: as ``cos``.
-            over: what the rows attend to, and where their keys and values go.
             index: of this layer in the KV.
-            affine: how a joint of linear modules maps rows.
+            x: N rows.
+            h: their norm.
+            rows: all else about them.
+
+        Returns:
+            The rows after attention, and what the MLP adds to them.
         """
-        x = x + self.attend(normed(self.before, x), cos, sin, over, index, affine)
-        gate, up = affine(self.gate_up, normed(self.between, x))
-        (out,) = affine(self.down, functional.silu(gate) * up)
-        return x + out
+        n, d = h.shape[0], self.head_dim
+        q, k, v = (each.view(n, -1, d) for each in rows.affine(self.qkv, h))
+        if self.q_norm is not None:
+            q, k = normed(self.q_norm, q), normed(self.k_norm, k)
+        (out,) = rows.affine(self.o, rows.over(self, index, *rows.ops.turned(q, k, rows.cos, rows.sin), v))
+        x, h = rows.ops.added(x, out, *norm_of(self.between))
+        (out,) = rows.affine(self.down, rows.ops.gated(*rows.affine(self.gate_up, h)))
+        return x, out
 
 
 Attention = Callable[[LeanLayer, int, Tensor, Tensor, Tensor], Tensor]
@@ -81,6 +79,25 @@ Attention = Callable[[LeanLayer, int, Tensor, Tensor, Tensor], Tensor]
 
 Affine = Callable[[Joint, Tensor], tuple[Tensor, ...]]
 """From a joint of linear modules and inputs ``[N, in]`` to the ``[N, out]`` of each module."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What all layers are told about the rows that go through.
+
+    Attributes:
+        cos: ``[N, 1, d]``, of each row's position; ``[1, 1, d]`` where all stand at one.
+        sin: as ``cos``.
+        over: what the rows attend to, and where their keys and values go.
+        affine: how a joint of linear modules maps them.
+        ops: how all else is computed.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    over: Attention
+    affine: Affine
+    ops: Pointwise = PLAIN
 
 
 def appending(caches: Sequence[KVCache]) -> Attention:
@@ -145,7 +162,7 @@ class LeanStep:
 
     def __init__(self, model: Any, prepack: int = LIMIT) -> None:
         decoder, config = model.get_decoder(), model.config
-        self._embed, self._norm = decoder.embed_tokens, decoder.norm
+        self._embed = decoder.embed_tokens
         self._head = Joint(model.get_output_embeddings())
         self._rotary = decoder.rotary_emb
         window = getattr(config, "sliding_window", None)
@@ -154,9 +171,10 @@ class LeanStep:
             LeanLayer(layer, window if kind == "sliding_attention" else None)
             for layer, kind in zip(decoder.layers, kinds, strict=True)
         ]
-        self._modules = list(decoder.modules())
-        joints = [joint for layer in self._layers for joint in layer.joints]
-        self.linear = Prepacked([*joints, self._head], prepack)
+        self._norms = [*(layer.before for layer in self._layers[1:]), decoder.norm]  # the one after each layer
+        self._hooks = [each for m in decoder.modules() for each in (m._forward_hooks, m._forward_pre_hooks)]
+        self.joints = [joint for layer in self._layers for joint in layer.joints]
+        self.linear = Prepacked([*self.joints, self._head], prepack)
         """How a joint of this model's linear modules maps rows."""
         self._angles: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
@@ -168,7 +186,7 @@ class LeanStep:
     @property
     def free(self) -> bool:
         """Nobody has put a hook on the decoder, which going past its modules would miss."""
-        return not any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
+        return not any(self._hooks)
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, positions: Sequence[int], caches: Sequence[KVCache]) -> tuple[Tensor, Tensor]:
@@ -194,15 +212,15 @@ class LeanStep:
             over: see ``LeanLayer``.
             affine: in place of ``linear``; for corrections on some of the rows.
         """
-        return self.through(ids, *self._rotations(positions), over, affine)
+        return self.through(ids, Rows(*self._rotations(positions), over, affine or self.linear))
 
-    def through(self, ids: Tensor, cos: Tensor, sin: Tensor, over: Attention, affine: Affine | None = None) -> Tensor:
-        """``rows`` where the rotations ``[N, 1, d]`` (or ``[1, 1, d]``, all at one position) are at hand."""
-        affine = affine or self.linear
+    def through(self, ids: Tensor, rows: Rows) -> Tensor:
+        """``rows`` where the rotations are at hand."""
         x = functional.embedding(ids, self._embed.weight)
-        for index, layer in enumerate(self._layers):
-            x = layer(x, cos, sin, over, index, affine)
-        return normed(self._norm, x)
+        h = normed(self._layers[0].before, x)
+        for index, (layer, norm) in enumerate(zip(self._layers, self._norms, strict=True)):
+            x, h = rows.ops.added(*layer(index, x, h, rows), *norm_of(norm))
+        return h
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[N, V]`` in fp32, of last hidden states ``[N, H]``."""
@@ -232,10 +250,9 @@ def normed(module: Any, x: Tensor) -> Tensor:
     return functional.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on ``[N, heads, d]``."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+def norm_of(module: Any) -> tuple[Tensor, float]:
+    """Weight and epsilon of an RMS norm."""
+    return module.weight, module.variance_epsilon
 
 
 def lean_step_of(model: Any, prepack: int = LIMIT) -> LeanStep | None:

@@ -60,6 +60,7 @@ class Owner:
         packed: runs several; None where the model can not, and callers take turns.
         lock: held during forwards; a thread that holds it already runs its steps at once, alone.
         long_s: see ``LONG_S``.
+        beside: see ``BESIDE``.
     """
 
     def __init__(
@@ -68,8 +69,9 @@ class Owner:
         packed: Callable[[Sequence[Part]], Sequence[Outcome | Tensor]] | None,
         lock: Any,
         long_s: float = LONG_S,
+        beside: int = BESIDE,
     ) -> None:
-        self._single, self._packed, self._lock = single, packed, lock
+        self._single, self._packed, self._lock, self._beside = single, packed, lock, beside
         self._mutex = threading.Lock()
         self._arrived = threading.Condition(self._mutex)
         self._waiting: deque[Ticket] = deque()
@@ -130,10 +132,10 @@ class Owner:
                     break
             waiting = list(self._waiting)
         if self._packed is None:
-            return waiting[:1], [waiting[0].part(BESIDE if len(waiting) > 1 else ALONE)]
+            return waiting[:1], [waiting[0].part(self._beside if len(waiting) > 1 else ALONE)]
         tickets = brief(waiting)
         parts = [ticket.part(ticket.rows) for ticket in tickets]
-        room = BESIDE if tickets else ALONE
+        room = self._beside if tickets else ALONE
         for ticket in waiting:
             tokens = min(room, ticket.rows)
             if not ticket.brief and tokens:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from .glance import Glance
+from .kv import KVCache
 from .language_model import LanguageModel
 from .live_prefixes import Live
 from .lora import Lora
@@ -71,10 +73,14 @@ class Prefix:
 
     def extend(self, ids: Sequence[int]) -> None:
         """Append tokens (at least one); ``logits`` ``[V]`` and ``hidden`` ``[H]`` move to the new end."""
-        tensor = torch.tensor(ids, device=self.model.device)
         with self._live or nullcontext():
-            self.logits, self.hidden = self.model.step(tensor, self._cache, self.meter)
+            self.logits, self.hidden = self.model.step(torch.tensor(ids), self._cache, self.meter)
         self.ids += ids
+
+    @property
+    def glance(self) -> Glance | None:
+        """The logits in three numbers, where the step has brought them along."""
+        return self._cache.glance(len(self)) if isinstance(self._cache, KVCache) else None
 
     def shared(self, ids: Sequence[int]) -> int:
         """How many leading tokens this prefix and ``ids`` have in common."""

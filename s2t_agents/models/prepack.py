@@ -4,7 +4,8 @@
 
 Given weights as a module holds them, oneDNN lays them out anew (or takes a slower kernel) at every call. Here that is
 done once, as torch's own inductor does when it freezes a model, with the same two operators: a row is bound by reading
-the weights, and eight cost little more than one. The price is a second copy of the weights, hence the limit.
+the weights, and eight cost little more than one. The price is a second copy of the weights, hence the limit. On CUDA
+there is none: the modules' own weights come to lie one after another.
 """
 
 from __future__ import annotations
@@ -51,6 +52,26 @@ class Joint:
         weight = torch.cat([module.weight.detach() for module in self.modules])
         return weight, None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def adjoin(self) -> tuple[Tensor, Tensor | None]:
+        """Lay the modules' own weights one after another: they stay what they are, and are one matrix besides.
+
+        Returns:
+            As ``joined``, in the memory of the modules' parameters.
+        """
+        weight, bias = self.joined()
+        for name, whole in (("weight", weight), ("bias", bias)):
+            for module, part in zip(
+                self.modules, torch.split(whole, self.widths) if whole is not None else (), strict=False
+            ):
+                getattr(module, name).data = part
+        return weight, bias
+
+    def split(self, out: Tensor) -> tuple[Tensor, ...]:
+        """``[N, out]`` of all modules to that of each."""
+        return (out,) if len(self.widths) == 1 else torch.split(out, self.widths, -1)
+
     def state(self) -> tuple[tuple[int, int, int], ...]:
         """What changes when a weight or bias is replaced or written to."""
         return tuple(map(state_of, [t for p in self._parameters for t in p.values() if t is not None]))
@@ -82,8 +103,13 @@ class Prepacked:
         fits = sum(weight.nbytes for weight in weights) <= limit
         self.laid_out = fits and gains(weights)
         """Whether copies lie here as oneDNN multiplies them."""
-        held = self.laid_out or (fits and small(weights))
-        self._copies = {joint: self._copy(joint) for joint in joints if held}
+        if self.laid_out or (fits and small(weights)):
+            self._copies = {joint: self._copy(joint) for joint in joints}
+        elif on("cuda", weights):
+            several = [joint for joint in joints if len(joint.modules) > 1]
+            self._copies = {joint: Copied(*joint.adjoin(), joint.state()) for joint in several}
+        else:
+            self._copies = {}
 
     @torch.inference_mode()
     def _copy(self, joint: Joint) -> Copied:
@@ -96,14 +122,32 @@ class Prepacked:
 
     def __call__(self, joint: Joint, x: Tensor) -> tuple[Tensor, ...]:
         """From inputs ``[N, in]`` to each module's ``[N, out]``."""
+        copy = self._current(joint)
+        return joint(x) if copy is None else joint.split(self._product(copy, x))
+
+    def whole(self, joint: Joint, x: Tensor) -> Tensor:
+        """From inputs ``[N, in]`` to ``[N, out]`` of all modules in one tensor of its own."""
+        copy = self._current(joint)
+        return torch.cat(joint(x), -1) if copy is None else self._product(copy, x)
+
+    def matrix(self, joint: Joint) -> tuple[Tensor, Tensor | None]:
+        """Weights ``[out, in]`` and biases ``[out]`` of a joint as they are multiplied; copied where it lies apart."""
+        copy = self._current(joint)
+        if copy is not None and not self.laid_out:
+            return copy.weight, copy.bias
+        (module,) = joint.modules if len(joint.modules) == 1 else (None,)
+        return (module.weight, module.bias) if module is not None else joint.joined()
+
+    def _current(self, joint: Joint) -> Copied | None:
+        """What lies here of a joint, unless its modules have changed since."""
         copy = self._copies.get(joint)
-        if copy is None or copy.state != joint.state():  # changed since: as the modules hold it now
-            return joint(x)
-        if self.laid_out:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, copy.weight, copy.bias, "none", [], "")
-        else:
-            out = functional.linear(x, copy.weight, copy.bias)
-        return (out,) if len(joint.widths) == 1 else torch.split(out, joint.widths, -1)
+        return None if copy is None or copy.state != joint.state() else copy
+
+    def _product(self, copy: Copied, x: Tensor) -> Tensor:
+        if not self.laid_out:
+            return functional.linear(x, copy.weight, copy.bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, copy.weight, copy.bias, "none", [], "")
+        return out
 
     @cached_property
     @torch.inference_mode()
@@ -124,18 +168,18 @@ class Prepacked:
 def gains(weights: Sequence[Tensor]) -> bool:
     """Whether a model's weights are multiplied faster here when laid out beforehand."""
     dtypes = {weight.dtype for weight in weights}
-    return on_cpu(weights) and len(dtypes) == 1 and lays_out(*dtypes) and not small(weights)
+    return on("cpu", weights) and len(dtypes) == 1 and lays_out(*dtypes) and not small(weights)
 
 
 def small(weights: Sequence[Tensor]) -> bool:
     """Whether a model is so small that a product on the CPU costs its call more than its arithmetic."""
     average = sum(weight.numel() for weight in weights) / max(1, len(weights))
-    return on_cpu(weights) and average < LEAST.get(weights[0].dtype, 0)
+    return on("cpu", weights) and average < LEAST.get(weights[0].dtype, 0)
 
 
-def on_cpu(weights: Sequence[Tensor]) -> bool:
+def on(device: str, weights: Sequence[Tensor]) -> bool:
     """Whether there are weights, all of them there."""
-    return {weight.device.type for weight in weights} == {"cpu"}
+    return {weight.device.type for weight in weights} == {device}
 
 
 def lay_out(weight: Tensor) -> Tensor:

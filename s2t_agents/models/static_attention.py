@@ -9,28 +9,25 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .lean import LeanLayer
+from .pointwise import PLAIN, Pointwise
 
-SHORT = 2048
-"""Capacity up to which one fused kernel is quick enough: it gives each key head to one core of a GPU."""
-
-CHUNK = 256
-"""Tokens that one core reads of longer rows; capacities are multiples of it."""
+CHUNK = 512
+"""Tokens of values that one core of a GPU reads; capacities are multiples of it."""
 
 
 class StepAttention:
     """One new token for each row; its keys and values are written at its position.
 
     Args:
-        keys: ``[N, key heads, C, d]`` of each layer.
-        values: like keys.
+        kv: ``[2, N, key heads, C, d]`` of each layer: keys and values.
         positions: ``[N]``, where each row's token stands.
+        ops: how what is no product is computed.
     """
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], positions: Tensor) -> None:
-        self._keys, self._values, self._positions = keys, values, positions
+    def __init__(self, kv: Sequence[Tensor], positions: Tensor, ops: Pointwise = PLAIN) -> None:
+        self._kv, self._positions, self._ops = kv, positions, ops
         self._rows = torch.arange(len(positions), device=positions.device)
         self._masks: dict[int | None, Tensor] = {}
 
@@ -41,52 +38,39 @@ class StepAttention:
 
     def _seen(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """``[N, key heads, queries per key head, d]``, as ``q`` is."""
-        keys, values = self._keys[layer], self._values[layer]
-        keys[self._rows, :, self._positions] = k
-        values[self._rows, :, self._positions] = v
+        keys, values = self._kv[layer]
+        self._ops.placed(keys, values, self._rows, self._positions, k, v)
         if window not in self._masks:
             ends = self._positions[:, None, None, None] + 1
             self._masks[window] = visible(ends, window, keys.shape[-2], q.dtype)
-        mask = self._masks[window]
-        if keys.shape[-2] <= SHORT:
-            return functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
-        scores = q @ keys.transpose(-1, -2) * scale + mask
-        return weighted(scores.softmax(-1, dtype=torch.float32).to(v.dtype), values)
+        weights = self._ops.weighed(q @ keys.transpose(-1, -2), self._masks[window], scale)
+        parts = weighted(weights, values)
+        return parts[:, :, 0] if parts.shape[2] == 1 else self._ops.summed(parts)
 
 
 class LookAttention:
     """K candidates after one row, each as if it alone had followed; the row is read and never written.
 
     Args:
-        keys: ``[1, key heads, C, d]`` of each layer.
-        values: like keys.
+        kv: ``[2, 1, key heads, C, d]`` of each layer: keys and values.
         length: ``[1]``, tokens in the row.
+        ops: how what is no product is computed.
     """
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], length: Tensor) -> None:
-        self._keys, self._values, self._length = keys, values, length
+    def __init__(self, kv: Sequence[Tensor], length: Tensor, ops: Pointwise = PLAIN) -> None:
+        self._kv, self._length, self._ops = kv, length, ops
         self._masks: dict[int | None, Tensor] = {}
 
     def __call__(self, layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See ``lean.Attention``: the prefix's scores and the candidate's own share one softmax."""
-        block = q.view(len(q), k.shape[1], -1, k.shape[-1])
-        return self._seen(index, block, k[:, :, None], v[:, :, None], layer.scale, layer.window).reshape(len(q), -1)
-
-    def _seen(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        """``[K, key heads, queries per key head, d]``, as ``q`` is; keys and values ``[K, key heads, 1, d]``."""
-        keys, values = self._keys[layer], self._values[layer]
-        candidates, heads, group, d = q.shape
-        capacity = keys.shape[-2]
+        keys, values = self._kv[index]
+        (count, heads, d), window = k.shape, layer.window
         if window not in self._masks:  # the candidate itself takes one place of the window
-            self._masks[window] = visible(self._length, window and window - 1, capacity, q.dtype)
-        block = q.transpose(0, 1).reshape(1, heads, candidates * group, d)
-        before = block @ keys.transpose(-1, -2) * scale + self._masks[window]
-        before = before.view(heads, candidates, group, capacity).transpose(0, 1)
-        itself = (q * k).sum(-1, keepdim=True) * scale
-        weights = torch.cat([before, itself], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
-        past = weights[..., :capacity].transpose(0, 1).reshape(1, heads, candidates * group, capacity)
-        seen = weighted(past, values).view(heads, candidates, group, d).transpose(0, 1)
-        return seen + weights[..., capacity:] * v
+            self._masks[window] = visible(self._length, window and window - 1, keys.shape[-2], q.dtype)
+        q, k, v = q.view(count, heads, -1, d), k[:, :, None], v[:, :, None]
+        before = q.transpose(0, 1).reshape(1, heads, -1, d) @ keys.transpose(-1, -2)
+        past, itself = self._ops.weighed_beside(before, self._masks[window], q, k, layer.scale)
+        return self._ops.seen_beside(weighted(past, values), itself, v)
 
 
 def visible(ends: Tensor, window: int | None, capacity: int, dtype: torch.dtype) -> Tensor:
@@ -99,8 +83,7 @@ def visible(ends: Tensor, window: int | None, capacity: int, dtype: torch.dtype)
 
 
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """``[N, heads, M, C]`` times ``[N, heads, C, d]``, chunks of C side by side and then added up."""
+    """``[N, heads, M, C]`` times ``[N, heads, C, d]``, chunks of C side by side: ``[N, heads, chunks, M, d]``."""
     n, heads, capacity, d = values.shape
     chunks = values.view(n, heads, capacity // CHUNK, CHUNK, d)
-    parts = weights.view(n, heads, -1, capacity // CHUNK, CHUNK).transpose(2, 3) @ chunks
-    return parts.sum(2)
+    return weights.view(n, heads, -1, capacity // CHUNK, CHUNK).transpose(2, 3) @ chunks

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from .glance import Glance, glances
 from .kv import GrowingLayer, KVCache
 
 if TYPE_CHECKING:
@@ -32,6 +33,35 @@ class Seat:
     arena: Arena
     row: int
     outgrown: bool = False
+
+
+class Begun:
+    """A step that the device works at.
+
+    Args:
+        position: where its token stands.
+        logits: ``[1, V]``, fp32.
+        hidden: ``[1, H]``.
+        seen: ``[1, 3]``, see ``glance``.
+
+    Attributes:
+        token: the token that it reads, where that is known; what a step of its own reads need not be.
+    """
+
+    def __init__(self, position: int, logits: Tensor, hidden: Tensor, seen: Tensor) -> None:
+        self.position, self.logits, self.hidden, self.seen = position, logits, hidden, seen
+        self.token: int | None = None
+        self._host, self._event = seen, None
+        if seen.is_cuda:
+            self._host = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True).copy_(seen, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def arrived(self) -> Glance:
+        """Wait for this step, and not for what was begun after it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return glances(self._host)[0]
 
 
 class StaticLayer(GrowingLayer):
@@ -100,6 +130,25 @@ class StaticCache(KVCache):
     layer_class = StaticLayer
     front_stays = False  # a row that is left is another's at once
     seat: Seat | None = None
+    begun: Begun | None = None
+    """The step of the token that the model wants next, where it is under way."""
+    hits = 0
+    """Tokens in a row that were those that the model wanted."""
+    _seen: tuple[int, Glance] | None = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens, and what was read past the end."""
+        self.begun = self._seen = None
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.begun = self._seen = None
+        super().reset()
+
+    def glance(self, length: int) -> Glance | None:
+        """See ``KVCache``."""
+        return self._seen[1] if self._seen is not None and self._seen[0] == length else None
 
     def sit(self, seat: Seat, room: list[tuple[Tensor, Tensor]]) -> None:
         """Move to a seat.
@@ -108,19 +157,27 @@ class StaticCache(KVCache):
             seat: what ``room`` belongs to.
             room: keys and values ``[1, heads, capacity, d]`` of each layer.
         """
+        self.begun = None  # it writes where the sequence has sat
         for layer, (keys, values) in zip(self.layers, room, strict=True):
             layer.move(keys, values, seat)
         self.seat = seat
 
-    def advance(self, length: int) -> None:
-        """So many tokens are in the row now."""
+    def follow(self, token: int, length: int) -> None:
+        """This token comes next, after so many."""
+        before = self.glance(length)
+        self.hits = self.hits + 1 if before is not None and before.best == token else 0
+
+    def advance(self, length: int, glance: Glance) -> None:
+        """So many tokens are in the row now, and this is what the last one says."""
         for layer in self.layers:
             layer.length = length
+        self._seen = length, glance
 
     @torch.inference_mode()
     def rest(self) -> None:
         """Leave the seat for buffers of the sequence's own, no larger than it."""
         super().rest()
+        self.begun = None
         if self.seat is None:
             return
         for layer in self.layers:

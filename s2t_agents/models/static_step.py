@@ -1,31 +1,35 @@
 """The lean step and the selection with shapes that never change, so that each can be one captured graph.
 
-    step     ids [n], positions [n]   over n rows of an arena      logits [n, V], hidden [n, H]
+    step     ids [n], positions [n]   over n rows of an arena      logits [n, V], hidden [n, H], glance
     look     candidates [K], length   over one row, read only      hidden [K, H]
 
-The arithmetic is the lean step's own; only attention reads rows of fixed capacity (``static_attention``). The default
-on CUDA for models that have a lean step. Whatever does not fit (memory, other people's hooks, an empty prefix) goes
-the eager way, and so does everything after a capture that failed.
+The arithmetic is the lean step's own; attention reads rows of fixed capacity (``static_attention``), and what stands
+between the products is fused (``pointwise``). The default on CUDA for models that have a lean step. Whatever does not
+fit (memory, other people's hooks, an empty prefix) goes the eager way, and so does everything after a capture that
+failed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .arena import Arena, Arenas
-from .graphs import Body, CudaGraphs, Recorder
-from .lean import Affine, LeanStep, close
-from .lora import LoraLayer
-from .prepack import Joint
-from .static_attention import LookAttention, StepAttention
+from .candidate_rows import CandidateRows
+from .glance import Glance
+from .graphs import CudaGraphs, Recorder
+from .lean import LeanStep, close
+from .packed import Look, Part, Segment
+from .pointwise import PLAIN, Pointwise, fused
+from .prepack import state_of
+from .static_bodies import Looks, Outcome, Steps, Way
 from .static_kv import StaticCache
 
 _log = logging.getLogger(__name__)
@@ -33,128 +37,62 @@ _log = logging.getLogger(__name__)
 GRAIN = 8
 """Candidates are filled up to a multiple of it, so that few graphs are captured."""
 
-Outcome = tuple[Tensor, Tensor]
-"""Logits ``[n, V]`` and last hidden states ``[n, H]``."""
-
-
-class Steps:
-    """One token for each of ``count`` rows of an arena, from ``first`` on."""
-
-    def __init__(self, lean: LeanStep, arena: Arena, first: int, count: int, record: Recorder) -> None:
-        kv, self._spare = arena.kv[:, :, first : first + count], arena.capacity - 1
-        cos, sin = lean.rotation_table(arena.capacity)
-        self._ids = torch.zeros(count, dtype=torch.long, device=kv.device)
-        self._positions = torch.full_like(self._ids, self._spare)
-
-        def body() -> tuple[Tensor, ...]:
-            attention = StepAttention(kv[0].unbind(), kv[1].unbind(), self._positions)
-            hidden = lean.through(self._ids, cos[self._positions], sin[self._positions], attention)
-            return lean.logits(hidden), hidden
-
-        self._play = Recorded(body, record)
-
-    def __call__(self, ids: Tensor, lengths: Sequence[int], rows: Sequence[int]) -> Outcome:
-        """Append ``ids`` ``[n]`` to the rows named, counted from ``first``; the others sit out.
-
-        Returns:
-            Logits ``[n, V]`` (fp32) and last hidden states ``[n, H]``.
-        """
-        if len(self._ids) == 1:
-            self._ids.copy_(ids)
-            self._positions.fill_(lengths[0])
-            logits, hidden = self._play()
-            return logits.clone(), hidden.clone()
-        at, positions = torch.tensor([rows, lengths], device=self._ids.device)
-        self._ids[at] = ids
-        self._positions.fill_(self._spare)
-        self._positions[at] = positions
-        logits, hidden = self._play()
-        return logits[at], hidden[at]
-
-
-class Looks:
-    """K candidates after one row of an arena.
-
-    Args:
-        lean: the layers.
-        arena: which is read.
-        row: which row.
-        candidates: how many, after filling up.
-        corrections: added to linear layers while the candidates go through.
-        record: see ``graphs``.
-    """
-
-    def __init__(
-        self,
-        lean: LeanStep,
-        arena: Arena,
-        row: int,
-        candidates: int,
-        corrections: Mapping[nn.Module, LoraLayer],
-        record: Recorder,
-    ) -> None:
-        kv = arena.kv[:, :, row : row + 1]
-        cos, sin = lean.rotation_table(arena.capacity)
-        self._ids = torch.zeros(candidates, dtype=torch.long, device=kv.device)
-        self._length = torch.zeros(1, dtype=torch.long, device=kv.device)
-        # A graph knows addresses: the weights must not go while it is there. They are those of its key, see below.
-        self._weights = weights_of(corrections)
-        corrected = linear_with(corrections, lean.linear)
-
-        def body() -> tuple[Tensor, ...]:
-            attention = LookAttention(kv[0].unbind(), kv[1].unbind(), self._length)
-            return (lean.through(self._ids, cos[self._length], sin[self._length], attention, corrected),)
-
-        self._play = Recorded(body, record)
-
-    def __call__(self, candidates: Tensor, length: int) -> Tensor:
-        """Last hidden states ``[K, H]`` of ``candidates`` ``[K]`` after the row's first ``length`` tokens."""
-        self._ids.fill_(0)
-        self._ids[: len(candidates)].copy_(candidates)
-        self._length.fill_(length)
-        (hidden,) = self._play()
-        return hidden[: len(candidates)].clone()
-
-
-class Recorded:
-    """A body that is recorded when it is first wanted: its static buffers hold true inputs by then."""
-
-    def __init__(self, body: Body, record: Recorder) -> None:
-        self._body, self._record = body, record
-        self._again: Body | None = None
-
-    def __call__(self) -> tuple[Tensor, ...]:
-        """Play it."""
-        if self._again is None:
-            self._again = self._record(self._body)
-        return self._again()
+SURE = 3
+"""Tokens in a row that were the model's own choice, after which its next choice is read before anybody asks."""
 
 
 class StaticStep:
     """The step and the selection of one model over arenas. Not thread-safe: used under the model's lock.
 
     Args:
-        lean: the model's lean step.
+        rows: the model's lean step, and where adapters correct it.
         record: how bodies are recorded.
         arenas: where sequences sit.
+        ops: how what is no product is computed.
 
     Attributes:
         failed: something could not be captured, and the eager way is taken ever since.
     """
 
-    def __init__(self, lean: LeanStep, record: Recorder, arenas: Arenas | None = None) -> None:
-        self._lean, self._recorder = lean, record
+    def __init__(
+        self, rows: CandidateRows, record: Recorder, arenas: Arenas | None = None, ops: Pointwise = PLAIN
+    ) -> None:
+        self._rows, self._way = rows, Way(rows.step, ops, record)
         self.arenas = arenas or Arenas()
         self._steps: WeakKeyDictionary[Arena, dict[tuple[int, int], Steps]] = WeakKeyDictionary()
-        self._looks: WeakKeyDictionary[Arena, dict[tuple[int, ...], Looks]] = WeakKeyDictionary()
+        self._looks: WeakKeyDictionary[Arena, dict[tuple[Hashable, ...], Looks]] = WeakKeyDictionary()
         self.failed = False
 
-    @torch.inference_mode()
-    def step(self, ids: Tensor, lengths: Sequence[int], caches: Sequence[Cache]) -> Outcome | None:
-        """Append one token to each sequence.
+    def serve(self, parts: Sequence[Part]) -> dict[int, tuple[Tensor, Tensor] | Tensor]:
+        """Steps of one token each in one graph, looks in one each.
 
         Args:
-            ids: ``[n]``.
+            parts: any; stretches of tokens are left to others.
+
+        Returns:
+            For the parts that were served, by their place: logits ``[V]`` (fp32) and last hidden state ``[H]`` of a
+            step, last hidden states ``[K, H]`` of a look. Nothing has changed for the others.
+        """
+        said: dict[int, tuple[Tensor, Tensor] | Tensor] = {}
+        if not self._way.lean.free:
+            return said
+        steps = {at: part for at, part in enumerate(parts) if isinstance(part, Segment) and len(part.ids) == 1}
+        if steps and all(part.length for part in steps.values()):
+            ids, segments = torch.cat([part.ids for part in steps.values()]).tolist(), steps.values()
+            found = self.step(ids, [each.length for each in segments], [each.cache for each in segments])
+            said.update(zip(steps, zip(*found, strict=True), strict=True) if found is not None else ())
+        for at, part in enumerate(parts):
+            looked = self.look_ahead(part) if isinstance(part, Look) else None
+            if looked is not None:
+                said[at] = looked
+        return said
+
+    @torch.inference_mode()
+    def step(self, ids: Sequence[int], lengths: Sequence[int], caches: Sequence[Cache]) -> Outcome | None:
+        """Append one token to each sequence. A sequence alone may be a step ahead, see ``static_bodies``.
+
+        Args:
+            ids: one for each.
             lengths: tokens in each cache.
             caches: grow by one token.
 
@@ -169,50 +107,66 @@ class StaticStep:
             arena = self.arenas.together(ours, max(lengths) + 1)
             if arena is None:
                 return None
-            rows = [cache.seat.row for cache in ours if cache.seat is not None]
-            # Rows are numbered from the first, so that a few sizes serve every set of them.
-            first, count = (rows[0], 1) if len(rows) == 1 else (0, 1 << max(rows).bit_length())
-            known = self._steps.setdefault(arena, {})
-            if (first, count) not in known:
-                known[first, count] = Steps(self._lean, arena, first, count, self._recorder)
-            outcome = known[first, count](ids, lengths, [row - first for row in rows])
-            for cache, length in zip(ours, lengths, strict=True):
-                cache.advance(length + 1)
+            for cache, token, length in zip(ours, ids, lengths, strict=True):
+                cache.follow(token, length)
+            first, steps = self._steps_of(arena, ours)
+            if steps.count == 1:
+                outcome, seen = self._alone(steps, ours[0], ids[0], lengths[0])
+            else:
+                rows = [cache.seat.row - first for cache in ours if cache.seat is not None]
+                outcome, seen = steps(ids, lengths, rows)
+            for cache, length, glance in zip(ours, lengths, seen, strict=True):
+                cache.advance(length + 1, glance)
             return outcome
         return None
 
+    def _steps_of(self, arena: Arena, caches: Sequence[StaticCache]) -> tuple[int, Steps]:
+        """The graph for some sequences, and the first row of it."""
+        known = self._steps.setdefault(arena, {})
+        rows = [cache.seat.row for cache in caches if cache.seat is not None]
+        # Rows are numbered from the first, so that a few sizes serve every set of them. One that is alone for a while
+        # is worth a graph of its own, which takes longer to capture than many steps.
+        key = (0, 1 << max(rows).bit_length())
+        if len(rows) == 1 and (key not in known or caches[0].hits >= SURE):
+            key = (rows[0], 1)
+        if key not in known:
+            known[key] = Steps(self._way, arena, *key)
+        return key[0], known[key]
+
+    def _alone(self, steps: Steps, cache: StaticCache, token: int, length: int) -> tuple[Outcome, list[Glance]]:
+        """A step of one sequence, which may be under way already; the next is begun before this one has arrived."""
+        begun, cache.begun = cache.begun, None
+        if begun is None or (begun.token, begun.position) != (token, length):
+            begun = steps.alone(token, length)
+        following = steps.after(begun) if cache.hits >= SURE and begun.position < steps.last else None
+        glance = begun.arrived()
+        if following is not None:
+            following.token, cache.begun = glance.best, following
+        return (begun.logits, begun.hidden), [glance]
+
     @torch.inference_mode()
-    def look_ahead(
-        self, candidates: Tensor, cache: Cache, length: int, corrections: Mapping[nn.Module, LoraLayer]
-    ) -> Tensor | None:
-        """Last hidden state after each candidate.
-
-        Args:
-            candidates: ``[K]``.
-            cache: the prefix's KV; left as it is.
-            length: tokens in it.
-            corrections: added to linear modules.
-
-        Returns:
-            ``[K, H]``; None where only the eager way is left.
-        """
+    def look_ahead(self, look: Look) -> Tensor | None:
+        """Last hidden state after each candidate, ``[K, H]``; None where only the eager way is left."""
+        cache, length = look.cache, look.length
         if not length or not self._takes(cache):
             return None
         with self._eager_after_failure():
             arena = self.arenas.together([cache], length + 1)
             if arena is None or cache.seat is None:
                 return None
-            filled = -(-len(candidates) // GRAIN) * GRAIN
-            key = (cache.seat.row, filled, *(weight.data_ptr() for weight in weights_of(corrections)))
+            filled = -(-len(look.ids) // GRAIN) * GRAIN
+            corrections = self._rows.corrections(look.lora) if look.lora is not None else {}
+            weights = [weight for layer in corrections.values() for weight in (layer.a, layer.b)]
+            key = (cache.seat.row, filled, *map(state_of, weights))
             known = self._looks.setdefault(arena, {})
             if key not in known:
-                known[key] = Looks(self._lean, arena, cache.seat.row, filled, corrections, self._recorder)
-            return known[key](candidates, length)
+                known[key] = Looks(self._way, arena, cache.seat.row, filled, corrections)
+            return known[key](look.ids, length)
         return None
 
     def _takes(self, cache: Cache) -> TypeGuard[StaticCache]:
         """Whether a sequence can sit: it has tokens, and nothing has failed so far."""
-        return not self.failed and isinstance(cache, StaticCache) and len(cache.layers) == self._lean.layers
+        return not self.failed and isinstance(cache, StaticCache) and len(cache.layers) == self._way.lean.layers
 
     @contextmanager
     def _eager_after_failure(self) -> Iterator[None]:
@@ -224,28 +178,12 @@ class StaticStep:
             _log.warning("steps and selections go on without captured graphs: %s", error)
 
 
-def weights_of(corrections: Mapping[nn.Module, LoraLayer]) -> list[Tensor]:
-    """All matrices of some corrections."""
-    return [weight for layer in corrections.values() for weight in (layer.a, layer.b)]
-
-
-def linear_with(corrections: Mapping[nn.Module, LoraLayer], linear: Affine) -> Affine:
-    """The affine map and what the corrections add to it."""
-
-    def corrected(joint: Joint, x: Tensor) -> tuple[Tensor, ...]:
-        outputs = zip(joint.modules, linear(joint, x), strict=True)
-        layers = ((corrections.get(module), out) for module, out in outputs)
-        return tuple(out if layer is None else out + layer(x) for layer, out in layers)
-
-    return corrected
-
-
-def static_step_of(model: Any, lean: LeanStep | None) -> StaticStep | None:
+def static_step_of(model: Any, rows: CandidateRows) -> StaticStep | None:
     """The static step of a model on CUDA, if its graphs can be captured and say what the lean step says."""
-    if lean is None or model.device.type != "cuda":
+    if model.device.type != "cuda":
         return None
-    static = StaticStep(lean, CudaGraphs(model.device))
-    return static if agrees(model, lean, static) else None
+    static = StaticStep(rows, CudaGraphs(model.device), ops=fused())
+    return static if agrees(model, rows.step, static) else None
 
 
 @torch.inference_mode()
@@ -255,7 +193,7 @@ def agrees(model: Any, lean: LeanStep, static: StaticStep) -> bool:
     cache = StaticCache()
     model(input_ids=ids[None, :3], past_key_values=cache, use_cache=True, logits_to_keep=1)
     for at in (3, 4):
-        found = static.step(ids[at : at + 1], [at], [cache])
+        found = static.step(ids[at : at + 1].tolist(), [at], [cache])
         if found is None:
             return False
         cache.crop(-1)

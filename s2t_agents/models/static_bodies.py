@@ -1,0 +1,192 @@
+"""What is recorded once and played again: a step of rows of an arena, and a look at candidates after one row.
+
+A step ends with what the engine asks of it first (``glance``). A sequence alone is a step ahead: while the host looks
+at one token, the device reads the next, if that is the token the model itself wants.
+
+    device   step 8 ───────> step 9 ───────> step 10 ──────>
+    host            glance 8 ... "token 8"  glance 9 ... "token 9"
+
+Whoever wants another token reads that one as ever: it is written where the wrong one was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .arena import Arena
+from .glance import Glance, glances
+from .graphs import Body, Recorder
+from .lean import Affine, LeanStep, Rows
+from .lora import LoraLayer
+from .pointwise import Pointwise
+from .prepack import Joint
+from .static_attention import LookAttention, StepAttention
+from .static_kv import Begun
+
+Outcome = tuple[Tensor, Tensor]
+"""Logits ``[n, V]`` and last hidden states ``[n, H]``."""
+
+
+class Recorded:
+    """A body that is recorded when it is first wanted: its static buffers hold true inputs by then."""
+
+    def __init__(self, body: Body, record: Recorder) -> None:
+        self._body, self._record = body, record
+        self._again: Body | None = None
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """Play it."""
+        if self._again is None:
+            self._again = self._record(self._body)
+        return self._again()
+
+
+@dataclass(frozen=True)
+class Way:
+    """How bodies are made: the layers, what is no product in them, and how they are recorded."""
+
+    lean: LeanStep
+    ops: Pointwise
+    record: Recorder
+
+
+class Steps:
+    """One token for each of ``count`` rows of an arena, from ``first`` on.
+
+    Attributes:
+        count: of rows.
+        last: the last position that a token can take; what comes after it is nobody's, see ``arena``.
+    """
+
+    def __init__(self, way: Way, arena: Arena, first: int, count: int) -> None:
+        kv, self._spare = arena.kv[:, :, first : first + count].unbind(1), arena.capacity - 1
+        self.count, self.last = count, self._spare - 1
+        cos, sin = way.lean.rotation_table(arena.capacity)
+        affine = way.lean.linear if count > 1 else one_row(way)
+        self._ids = torch.zeros(count, dtype=torch.long, device=arena.kv.device)
+        self._positions = torch.full_like(self._ids, self._spare)
+
+        def body() -> tuple[Tensor, ...]:
+            over = StepAttention(kv, self._positions, way.ops)
+            rows = Rows(cos[self._positions], sin[self._positions], over, affine, way.ops)
+            hidden = way.lean.through(self._ids, rows)
+            logits = way.lean.logits(hidden)
+            best = logits.argmax(-1, keepdim=True)
+            return logits, hidden, way.ops.glanced(logits, best, logits.gather(-1, best))
+
+        self._play = Recorded(body, way.record)
+
+    def __call__(self, ids: Sequence[int], lengths: Sequence[int], rows: Sequence[int]) -> tuple[Outcome, list[Glance]]:
+        """Append ``ids`` to the rows named, counted from ``first``; the others sit out.
+
+        Returns:
+            Logits ``[n, V]`` (fp32), last hidden states ``[n, H]`` and what they say at a glance.
+        """
+        at, tokens, positions = torch.tensor([rows, ids, lengths]).to(self._ids.device)
+        self._positions.fill_(self._spare)
+        self._ids[at], self._positions[at] = tokens, positions
+        logits, hidden, seen = self._play()
+        return (logits[at], hidden[at]), glances(seen[at])
+
+    def alone(self, token: int, position: int) -> Begun:
+        """Begin the step of a single row, and do not wait for it."""
+        self._ids.fill_(token)
+        return self._begun(position)
+
+    def after(self, begun: Begun) -> Begun:
+        """Begin the step after one that is under way, with the token that this will want."""
+        self._ids.copy_(begun.seen[:, 0])
+        return self._begun(begun.position + 1)
+
+    def _begun(self, position: int) -> Begun:
+        self._positions.fill_(position)
+        return Begun(position, *(each.clone() for each in self._play()))
+
+
+class Looks:
+    """K candidates after one row of an arena.
+
+    Args:
+        way: how it is made.
+        arena: which is read.
+        row: which row.
+        candidates: how many, after filling up.
+        corrections: added to linear layers while the candidates go through.
+    """
+
+    def __init__(
+        self, way: Way, arena: Arena, row: int, candidates: int, corrections: Mapping[nn.Module, LoraLayer]
+    ) -> None:
+        kv = arena.kv[:, :, row : row + 1].unbind(1)
+        cos, sin = way.lean.rotation_table(arena.capacity)
+        self._ids = torch.zeros(candidates, dtype=torch.long, device=arena.kv.device)
+        self._length = torch.zeros(1, dtype=torch.long, device=arena.kv.device)
+        self._corrections = corrections  # kept: whoever asks knows them by where they lie
+        affine = corrected(way.lean, corrections)
+
+        def body() -> tuple[Tensor, ...]:
+            over = LookAttention(kv, self._length, way.ops)
+            rows = Rows(cos[self._length], sin[self._length], over, affine, way.ops)
+            return (way.lean.through(self._ids, rows),)
+
+        self._play = Recorded(body, way.record)
+
+    def __call__(self, candidates: Tensor, length: int) -> Tensor:
+        """Last hidden states ``[K, H]`` of ``candidates`` ``[K]`` after the row's first ``length`` tokens."""
+        self._ids.fill_(0)
+        self._ids[: len(candidates)].copy_(candidates)
+        self._length.fill_(length)
+        (hidden,) = self._play()
+        return hidden[: len(candidates)].clone()
+
+
+class JointCorrection:
+    """Corrections of all modules of a joint as two products, in the dtype of the base.
+
+    Args:
+        joint: the modules.
+        corrections: of some of them, at least one.
+    """
+
+    def __init__(self, joint: Joint, corrections: Mapping[nn.Module, LoraLayer]) -> None:
+        layers = [corrections.get(module) for module in joint.modules]
+        there = [layer for layer in layers if layer is not None]
+        weight = joint.modules[0].weight
+        self._down = torch.cat([layer.a.detach() for layer in there]).to(weight.dtype).t()
+        up, start, row = weight.new_zeros(self._down.shape[1], sum(joint.widths)), 0, 0
+        for layer, width in zip(layers, joint.widths, strict=True):
+            if layer is not None:
+                rank = len(layer.a)
+                up[row : row + rank, start : start + width] = layer.b.detach().t() * layer.scale
+                row += rank
+            start += width
+        self._up = up
+
+    def add_to(self, out: Tensor, x: Tensor) -> None:
+        """Add the corrections for inputs ``[N, in]`` to the outputs ``[N, out]`` of all modules, in place."""
+        out.addmm_(x @ self._down, self._up)
+
+
+def one_row(way: Way) -> Affine:
+    """The layers' affine maps for a single row."""
+    matrices = {joint: way.lean.linear.matrix(joint) for joint in way.lean.joints}
+    return lambda joint, x: joint.split(way.ops.row_product(x, *matrices[joint]))
+
+
+def corrected(lean: LeanStep, corrections: Mapping[nn.Module, LoraLayer]) -> Affine:
+    """The affine map and what the corrections add to it."""
+    joints = {joint for joint in lean.joints if any(module in corrections for module in joint.modules)}
+    added = {joint: JointCorrection(joint, corrections) for joint in joints}
+
+    def affine(joint: Joint, x: Tensor) -> tuple[Tensor, ...]:
+        if joint not in added:
+            return lean.linear(joint, x)
+        out = lean.linear.whole(joint, x)
+        added[joint].add_to(out, x)
+        return joint.split(out)
+
+    return affine

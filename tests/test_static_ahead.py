@@ -1,0 +1,178 @@
+"""A sequence alone is a step ahead of whoever asks: the same tokens, whatever is asked for next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_static import eager_model, greedy, read, same, some_ids, static_model
+
+from s2t_agents import Engine
+from s2t_agents.models.arena import SMALLEST
+from s2t_agents.models.glance import glance_at
+from s2t_agents.models.graphs import played
+from s2t_agents.models.language_model import LanguageModel
+from s2t_agents.models.prefix import Prefix
+from s2t_agents.models.static_bodies import Steps
+from s2t_agents.models.static_kv import Begun, StaticCache
+from s2t_agents.models.static_step import SURE
+from s2t_agents.proposal import Proposal
+from s2t_agents.types import Sampling
+
+
+@pytest.fixture(scope="module")
+def ours() -> LanguageModel:
+    return static_model(record=played)
+
+
+@pytest.fixture(scope="module")
+def theirs() -> LanguageModel:
+    return eager_model()
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How each step of a single row came about: "alone", or "after" another that was still under way."""
+    said: list[str] = []
+    for name in ("alone", "after"):
+        real = getattr(Steps, name)
+
+        def watched(self: Steps, *args: Any, name: str = name, real: Any = real) -> Begun:
+            said.append(name)
+            return real(self, *args)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(Steps, name, watched)
+    return said
+
+
+def cache_of(prefix: Prefix) -> StaticCache:
+    assert isinstance(prefix._cache, StaticCache)
+    return prefix._cache
+
+
+def follow(prefix: Prefix, count: int) -> list[int]:
+    """Extend a prefix by the model's own choice, so many times."""
+    said = []
+    for _ in range(count):
+        said.append(int(prefix.logits.argmax()))
+        prefix.extend(said[-1:])
+    return said
+
+
+def test_greedy_answers_are_the_eager_ones_and_after_a_few_tokens_every_step_is_begun_before_it_is_asked_for(
+    taken: list[str],
+) -> None:
+    assert greedy(static_model(record=played), 2, 20) == greedy(eager_model(), 2, 20)
+    # The prompt's own forward gives no glance, so the first step starts the count; the rest are begun beforehand.
+    assert taken[: SURE + 1] == ["alone"] * (SURE + 1)
+    assert set(taken[SURE + 1 :]) == {"after"}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_whatever_is_done_to_a_sequence_it_says_what_the_eager_one_says(
+    ours: LanguageModel, theirs: LanguageModel, data: st.DataObject
+) -> None:
+    one, other = read(ours, some_ids(9)), read(theirs, some_ids(9))
+    for _ in range(data.draw(st.integers(1, 6))):
+        match data.draw(st.sampled_from(["follow", "another", "stretch", "cut", "rest", "look"])):
+            case "follow":
+                for token in follow(other, data.draw(st.integers(1, SURE + 3))):
+                    one.extend([token])
+            case "another":
+                token = int(other.logits.topk(2).indices[1])
+                one.extend([token])
+                other.extend([token])
+            case "stretch":
+                ids = some_ids(3, data.draw(st.integers(0, 9)))
+                one.extend(ids)
+                other.extend(ids)
+            case "cut":
+                ids = [*other.ids[: -data.draw(st.integers(1, 4))], data.draw(st.integers(0, 250))]
+                one.move_to(ids)
+                other.move_to(ids)
+            case "rest":
+                cache_of(one).rest()
+            case "look":
+                candidates = torch.tensor([5, 9, 200])
+                assert torch.allclose(one.look_ahead(candidates), other.look_ahead(candidates), atol=1e-4)
+        same(one, other)
+
+
+def test_a_row_that_is_left_with_a_step_under_way_serves_its_next_guest(
+    ours: LanguageModel, theirs: LanguageModel
+) -> None:
+    one = read(ours, some_ids(9))
+    follow(one, SURE + 3)
+    assert cache_of(one).begun is not None
+    cache_of(one).rest()
+    assert cache_of(one).begun is None
+    # Of the same length and about to be asked for the same token: what was begun for the first is not the second's.
+    guest, same_as = read(ours, some_ids(len(one), 5)), read(theirs, some_ids(len(one), 5))
+    for _ in range(4):
+        guest.extend(follow(same_as, 1))
+        same(guest, same_as)
+
+
+def test_nobody_runs_ahead_of_the_end_of_its_row(ours: LanguageModel, theirs: LanguageModel) -> None:
+    start = SMALLEST - SURE - 8
+    one, other = read(ours, some_ids(start)), read(theirs, some_ids(start))
+    for _ in range(SURE + 12):
+        one.extend(follow(other, 1))
+        same(one, other)
+        seat, begun = cache_of(one).seat, cache_of(one).begun
+        assert seat is not None
+        assert begun is None or begun.position <= seat.arena.capacity - 2
+
+
+def test_a_token_that_was_not_expected_ends_the_running_ahead_until_the_model_is_followed_again(
+    ours: LanguageModel, taken: list[str]
+) -> None:
+    prefix = read(ours, some_ids(9))
+    follow(prefix, SURE + 3)
+    assert cache_of(prefix).begun is not None
+    prefix.extend([int(prefix.logits.topk(2).indices[1])])
+    assert cache_of(prefix).begun is None
+    assert taken[-1] == "alone"
+    follow(prefix, SURE - 1)
+    assert cache_of(prefix).begun is None
+    follow(prefix, 1)
+    assert cache_of(prefix).begun is not None
+
+
+def test_sampled_answers_are_the_eager_ones() -> None:
+    said = [
+        [step.token_id for step in Engine(model).steps(some_ids(9), Sampling(max_tokens=24, temperature=0.7, seed=3))]
+        for model in (static_model(record=played), eager_model())
+    ]
+    assert said[0] == said[1]
+
+
+def test_a_step_brings_its_glance_along_and_a_cut_forgets_it(ours: LanguageModel) -> None:
+    prefix = read(ours, some_ids(9))
+    assert prefix.glance is None
+    prefix.extend([4])
+    expected = glance_at(prefix.logits)
+    assert prefix.glance is not None
+    assert prefix.glance.best == expected.best
+    assert prefix.glance.entropy == pytest.approx(expected.entropy, abs=1e-5)
+    assert prefix.glance.margin == pytest.approx(expected.margin, abs=1e-5)
+    assert Proposal(prefix, 8).best == expected.best
+    cut = [*prefix.ids[:-1], 7, 8]
+    prefix.move_to(cut)
+    assert prefix.glance is None
+
+
+def test_what_a_grammar_forbids_is_not_what_the_step_has_brought_along(ours: LanguageModel) -> None:
+    prefix = read(ours, some_ids(9))
+    prefix.extend([4])
+    best = int(prefix.logits.argmax())
+    allowed = torch.ones(ours.vocab_size, dtype=torch.bool)
+    allowed[best] = False
+    for proposal in (Proposal(prefix, 8, allowed=allowed), Proposal(prefix, 8, banned=[best])):
+        proposal.fetch()
+        assert proposal.best == int(proposal.logits.argmax()) != best
+        assert proposal.entropy != prefix.glance.entropy  # type: ignore[union-attr]
