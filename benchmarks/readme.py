@@ -12,9 +12,19 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "selectors.md", ROOT / "docs" / "escalation.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("selectors", "escalation", "performance")))
 HARM = {"demo_large": ("demo", "all kinds"), "demo_call": ("call", "tool calls"), "demo_talk": ("talk", "small talk")}
 """Stored evaluations: the task's name at the command line, and what was asked."""
+
+KINDS = ("head", "activated")
+"""Selectors that a speed is wanted of."""
+
+BEYOND = {
+    "longer": "one more step than any in training",
+    "larger": "numbers beyond those of training",
+    "unseen": "sentences that training has not seen",
+}
+"""Stored evaluations of problems that go beyond training in one way each."""
 
 NAMES = {
     "slm": "small model, greedy",
@@ -75,28 +85,104 @@ def harm(stored: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def beyond(stored: dict[str, dict[str, Any]]) -> str:
+    """What each model and selector gets right where training ends."""
+    rows = ("slm", "maj8", *KINDS, "published", "hybrid_2", "llm_select", "llm")
+    lines = [
+        f"| problems with | {' | '.join(NAMES.get(row, '**selector + 2 LLM picks**') for row in rows)} | gap closed |"
+    ]
+    lines.append("|---" * (len(rows) + 2) + "|")
+    for name, each in stored.items():
+        found = each["report"]["rows"]
+        told = [f"{found[row]['accuracy']:.1%}" for row in rows]
+        lines.append(f"| {BEYOND[name]} | {' | '.join(told)} | {share(found['head']['gap_closed'])} |")
+    reports = [each["report"] for each in stored.values()]
+    sizes = {(report["n"], report["seed"]) for report in reports}
+    what = "; ".join(f"{n} problems each, seed {seed}" for n, seed in sorted(sizes))
+    widest = max(high - low for report in reports for low, high in (row["ci95"] for row in report["rows"].values()))
+    commits = ", ".join(sorted({each["made"]["commit"] for each in stored.values()}))
+    tasks = ", ".join(f"`--task {name}`" for name in stored)
+    note = f"{what}; 95% intervals are at most {widest:.0%} wide. Gap closed: by the head. Commit {commits}, {tasks}."
+    return "\n".join([*lines, "", note])
+
+
 def speed(report: dict[str, Any], made: dict[str, Any]) -> str:
     """The tables of ``s2t bench decode --json``: ms a token, first tokens and memory, targets met or missed."""
-    lines = []
+    lines = [*per_token(report), "", *first_tokens(report), "", *at_once(report), "", *targets(report["targets"])]
+    where = f"{made['hardware']}, torch {report['torch']}, commit {made['commit']}, {made['date']}"
+    note = (
+        "Random weights in the 0.5B shape (speed does not depend on them). The published scheme's selection is timed "
+        "and added to our step at each rate; rates of our selectors between the measured ones likewise. Not in it: "
+        f"{report['not_measured']}."
+    )
+    return "\n".join([*lines, "", note, "", f"{where}. Made by `s2t bench decode`."])
+
+
+def gpu(report: dict[str, Any], made: dict[str, Any]) -> str:
+    """The tables of ``benchmarks/gpu.py --json``: ms a token, targets met or missed, many at once, what was checked."""
+    parts = {name: part["found"] for name, part in report["parts"].items()}
+    shares = {prefix: each["share_of_copy"] for prefix, each in report["memory_limit"].items()}
+    ones = {kind: max(each["rows"][f"{kind}@0.01"]["over_greedy"] for each in parts["decode"]) for kind in KINDS}
+    figures = {
+        "tokens and scores as on the CPU, in fp32": ("yes", "yes" if report["correct"] else "no", report["correct"]),
+        **{
+            f"share of the memory's speed, after {prefix} tokens": ("at least 0.5", f"{share:.2f}", share >= 0.5)
+            for prefix, share in shares.items()
+        },
+        **{
+            f"{kind} at 1% over greedy, any prefix": ("at most 1.02", f"{over:.3f}", over <= 1.02)
+            for kind, over in ones.items()
+        },
+        "turn 10 over new tokens alone": at_most(1.3, parts["turns"][0]["kept_over_new_alone"]),
+    }
+    lines = [*per_token(parts), "", "| target | wanted | figure | met |", "|---|---|---|---|"]
+    lines += [f"| {name} | {want} | {said} | {met(good)} |" for name, (want, said, good) in figures.items()]
+    lines += ["", *first_tokens(parts), "", *at_once(parts)]
+    seconds = sum(part["seconds"] for part in report["parts"].values())
+    where = f"{made['hardware']}, torch {report['torch']}, commit {made['commit']}, {made['date']}"
+    note = (
+        f"Random weights. A share of 1 is a token in the time in which a copy on the device moves as many bytes as the "
+        f"weights have. The whole run took {seconds:.0f} s; the first token of the first prefix holds what is captured "
+        "and compiled once."
+    )
+    return "\n".join([*lines, "", note, "", f"{where}. Made by `python benchmarks/gpu.py --json`."])
+
+
+def gpu_short(report: dict[str, Any], made: dict[str, Any]) -> str:
+    """The first table of ``gpu``."""
+    found = {"decode": report["parts"]["decode"]["found"]}
+    where = f"{made['hardware']}, torch {report['torch']}, commit {made['commit']}, {made['date']}"
+    return "\n".join([*per_token(found), "", f"{where}. Made by `python benchmarks/gpu.py --json`."])
+
+
+def at_most(limit: float, figure: float) -> tuple[str, str, bool]:
+    """What was wanted, what was found, and whether it is."""
+    return f"at most {limit:g}", f"{figure:.3g}", figure <= limit
+
+
+def met(good: bool) -> str:
+    """A miss is to be seen."""
+    return "yes" if good else "**no**"
+
+
+def targets(found: dict[str, dict[str, Any]]) -> list[str]:
+    """What was wanted, found, and met."""
+    lines = ["| target | wanted | figure | met |", "|---|---|---|---|"]
+    for name, each in found.items():
+        lines.append(f"| {name} | {each['wanted']} | {each['figure']:.3g} | {met(each['met'])} |")
+    return lines
+
+
+def per_token(report: dict[str, Any]) -> list[str]:
+    """ms a token of each row, after each prefix."""
     shown = ("generate", "engine", "head@0.01", "head@0.1", "activated@0.01", "activated@0.1")
     names = (*shown, "published@0.01", "published@0.1", "maj8")
-    lines += ["| ms a token (over our greedy) | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines = ["| ms a token (over our greedy) | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for part in report["decode"]:
         cells = [part["rows"][name] for name in names]
         told = " | ".join(f"{row['ms_per_token']:.3g} ({row['over_greedy']:.2f}x)" for row in cells)
         lines.append(f"| {part['model']}, {part['dtype']}, after {part['prefix']} tokens | {told} |")
-    lines += ["", *first_tokens(report)]
-    lines += ["", *at_once(report)]
-    lines += ["", "| target | wanted | figure | met |", "|---|---|---|---|"]
-    for name, each in report["targets"].items():
-        lines.append(f"| {name} | {each['wanted']} | {each['figure']:.3g} | {'yes' if each['met'] else '**no**'} |")
-    where = f"{made['hardware']}, torch {report['torch']}, commit {made['commit']}, {made['date']}"
-    note = (
-        "Random weights in the 0.5B shape (speed does not depend on them). The published scheme's selection is timed "
-        "and added to our step at each rate; rates of our selectors between the measured ones likewise. Not measured: "
-        f"{report['not_measured']}."
-    )
-    return "\n".join([*lines, "", note, "", f"{where}. Made by `s2t bench decode`."])
+    return lines
 
 
 def escalation(report: dict[str, Any], made: dict[str, Any]) -> str:
@@ -189,6 +275,14 @@ def sections() -> dict[str, str]:
     if file.is_file():
         stored = json.loads(file.read_text())
         found["speed"] = speed(stored["report"], stored["made"])
+    file = RESULTS / "gpu.json"
+    if file.is_file():
+        stored = json.loads(file.read_text())
+        found["gpu"] = gpu(stored["report"], stored["made"])
+        found["gpu_short"] = gpu_short(stored["report"], stored["made"])
+    files = {name: RESULTS / f"demo_{name}.json" for name in BEYOND}
+    if all(file.is_file() for file in files.values()):
+        found["beyond"] = beyond({name: json.loads(file.read_text()) for name, file in files.items()})
     return found
 
 

@@ -29,7 +29,13 @@ def made() -> dict[str, Any]:
     }
 
 
+def on_its_device(report: dict[str, Any]) -> dict[str, Any]:
+    """``made``, for a result that names its own device."""
+    return made() | ({"hardware": report["device"]} if "device" in report else {})
+
+
 if __name__ == "__main__":
     RESULTS.mkdir(exist_ok=True)
-    stored = {"made": made(), "report": json.load(sys.stdin)}
+    report = json.load(sys.stdin)
+    stored = {"made": on_its_device(report), "report": report}
     (RESULTS / f"{sys.argv[1]}.json").write_text(json.dumps(stored, indent=1) + "\n")

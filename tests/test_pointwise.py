@@ -38,7 +38,6 @@ def inputs(rows: int, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "seen_beside": (some(1, KEY_HEADS, 3, rows * group, D), some(1, KEY_HEADS, rows * group, 1), beside[1]),
         "summed": (some(rows, KEY_HEADS, 3, group, D),),
         "glanced": (logits, best, logits.gather(-1, best)),
-        "row_product": (some(1, H), some(H + rows, H), some(H + rows) if rows > 1 else None),
     }
 
 
@@ -98,10 +97,3 @@ def test_wrong_inputs_fail_as_they_do_plainly() -> None:
     kernel = Kernel(pointwise.gated)
     with pytest.raises(RuntimeError, match="size of tensor"):
         kernel(torch.zeros(1, 3), torch.zeros(1, 4))
-
-
-def test_one_row_is_multiplied_by_another_kernel_to_the_same_end() -> None:
-    torch.manual_seed(0)
-    x, weight, bias = torch.randn(1, 32), torch.randn(9, 32), torch.randn(9)
-    for each in (bias, None):
-        assert torch.allclose(pointwise.row_product(x, weight, each), pointwise.product(x, weight, each), atol=1e-5)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
-from itertools import accumulate
 from math import inf
 from typing import Any, TypeVar
 
@@ -25,17 +24,8 @@ from .lora import Lora
 from .meter import Meter
 from .overlay import cloned_rows, overlay_is_exact, overlay_of, row_mask, rows_mask, rows_of
 from .owner import ALONE, BESIDE, LONG_S, Owner
-from .packed import (
-    Look,
-    Outcome,
-    PackedCache,
-    Part,
-    Segment,
-    corrected,
-    keeping,
-    packed_attention,
-    ready_mask,
-)
+from .packed import Look, Outcome, Part, Segment, through_modules
+from .plans import planless
 from .prefix_cache import PrefixCache
 from .prepack import LIMIT
 from .static_kv import StaticCache
@@ -138,7 +128,8 @@ class LanguageModel:
             for said in self._played([part]).values():
                 return said
             (part,) = self._here([part])
-            return self._arrived(self._look(part) if isinstance(part, Look) else self.step_alone(part))
+            with planless(self.device):
+                return self._arrived(self._look(part) if isinstance(part, Look) else self.step_alone(part))
 
     @torch.inference_mode()
     def run_packed(self, parts: Sequence[Part]) -> list[Outcome | Tensor]:
@@ -152,7 +143,9 @@ class LanguageModel:
             said = self._played(parts)
             rest = [at for at in range(len(parts)) if at not in said]
             if rest:
-                said.update(zip(rest, self._arrived(self._eager(self._here([parts[at] for at in rest]))), strict=True))
+                with planless(self.device):
+                    eager = self._arrived(self._eager(self._here([parts[at] for at in rest])))
+                said.update(zip(rest, eager, strict=True))
             return [said[at] for at in range(len(parts))]
 
     def _played(self, parts: Sequence[Part]) -> dict[int, Outcome | Tensor]:
@@ -243,35 +236,10 @@ class LanguageModel:
         return CandidateRows(self.lean, self.model) if self.lean is not None else None
 
     def _packed(self, parts: Sequence[Part]) -> list[Outcome | Tensor]:
-        """Through the model's modules; the output layer runs over the last token of each segment only."""
-        ends = list(accumulate(len(part.ids) for part in parts))
-        last = [end - 1 for end, part in zip(ends, parts, strict=True) if isinstance(part, Segment)]
-        places = [
-            torch.arange(part.length, part.length + len(part.ids))
-            if isinstance(part, Segment)
-            else torch.full((len(part.ids),), part.length)
-            for part in parts
-        ]
-        with packed_attention(self.config) as own, corrected(self.model, parts), keeping(self.decoder) as kept:
-            inputs = {
-                "input_ids": torch.cat([part.ids for part in parts])[None],
-                "position_ids": torch.cat(places).to(self.device)[None],
-                "attention_mask": ready_mask(self.config, self.output_embedding),
-                "past_key_values": PackedCache(parts, own),
-                "use_cache": True,
-            }
-            if last:
-                out = self.model(**inputs, logits_to_keep=torch.tensor(last, device=self.device))
-                self._last_hidden = None
-            else:
-                self.decoder(**inputs)
-        hidden, at = kept[0], iter(range(len(last)))
-        return [
-            (out.logits[0, next(at)].float(), hidden[end - 1].clone())
-            if isinstance(part, Segment)
-            else hidden[end - len(part.ids) : end]
-            for end, part in zip(ends, parts, strict=True)
-        ]
+        """Through the model's modules, which leave their last hidden state behind."""
+        said = through_modules(self.model, parts)
+        self._last_hidden = None
+        return said
 
     @torch.inference_mode()
     def look_ahead(

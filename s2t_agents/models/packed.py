@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -174,6 +175,47 @@ def apart(tokens: int, length: int, window: int | None, *, like: Tensor) -> Tens
     hidden[:, prefix:].fill_diagonal_(False)
     mask = torch.zeros(tokens, length, dtype=like.dtype, device=like.device)
     return mask.masked_fill_(hidden, torch.finfo(like.dtype).min)[None, None]
+
+
+def through_modules(model: Any, parts: Sequence[Part]) -> list[Outcome | Tensor]:
+    """One forward through a model's modules; its output layer runs over the last token of each segment only.
+
+    Args:
+        model: a causal LM.
+        parts: their tokens on its device.
+
+    Returns:
+        In the order of ``parts``: logits ``[V]`` (fp32) and last hidden state ``[H]`` after a segment's last token,
+        last hidden states ``[K, H]`` of a look.
+    """
+    config, decoder, device = model.config.get_text_config(), model.get_decoder(), model.device
+    ends = list(accumulate(len(part.ids) for part in parts))
+    last = [end - 1 for end, part in zip(ends, parts, strict=True) if isinstance(part, Segment)]
+    places = [
+        torch.arange(part.length, part.length + len(part.ids))
+        if isinstance(part, Segment)
+        else torch.full((len(part.ids),), part.length)
+        for part in parts
+    ]
+    with packed_attention(config) as own, corrected(model, parts), keeping(decoder) as kept:
+        inputs = {
+            "input_ids": torch.cat([part.ids for part in parts])[None],
+            "position_ids": torch.cat(places).to(device)[None],
+            "attention_mask": ready_mask(config, model.get_output_embeddings().weight),
+            "past_key_values": PackedCache(parts, own),
+            "use_cache": True,
+        }
+        if last:
+            out = model(**inputs, logits_to_keep=torch.tensor(last, device=device))
+        else:
+            decoder(**inputs)
+    hidden, at = kept[0], iter(range(len(last)))
+    return [
+        (out.logits[0, next(at)].float(), hidden[end - 1].clone())
+        if isinstance(part, Segment)
+        else hidden[end - len(part.ids) : end]
+        for end, part in zip(ends, parts, strict=True)
+    ]
 
 
 @contextmanager

@@ -91,17 +91,6 @@ def summed(parts: Tensor) -> Tensor:
     return parts.sum(2)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """An affine map of rows ``[N, in]``, with weights ``[out, in]``."""
-    return functional.linear(x, weight, bias)
-
-
-def row_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``product`` of one row, as a reduction: the compiler's kernel reads the weights faster than a matrix product."""
-    out = (weight * x).sum(-1, dtype=torch.float32)
-    return (out if bias is None else out + bias).to(x.dtype)[None]
-
-
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
@@ -120,7 +109,6 @@ class Pointwise:
     seen_beside: Callable[[Tensor, Tensor, Tensor], Tensor] = seen_beside
     summed: Callable[[Tensor], Tensor] = summed
     glanced: Callable[[Tensor, Tensor, Tensor], Tensor] = glanced
-    row_product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = product
 
 
 PLAIN = Pointwise()
@@ -129,23 +117,20 @@ PLAIN = Pointwise()
 
 @cache
 def fused() -> Pointwise:
-    """Each as few kernels as torch's compiler makes of it; made when first called."""
-    kernels = {each.name: Kernel(each.default) for each in fields(Pointwise)}
-    return Pointwise(**{**kernels, "row_product": Kernel(row_product, product, dynamic=False)})
+    """Each as few kernels as torch's compiler makes of it, for all sizes; made when first called."""
+    return Pointwise(*(Kernel(each.default) for each in fields(Pointwise)))
 
 
 class Kernel:
-    """A function that runs compiled, or another that says the same from the first failure on.
+    """A function that runs compiled, or as it is from the first failure on.
 
     Args:
         function: tensors in, tensors out.
-        otherwise: what runs where it can not be compiled; by default itself.
-        dynamic: one kernel for all sizes, or one for each.
     """
 
-    def __init__(self, function: Any, otherwise: Any = None, *, dynamic: bool = True) -> None:
-        self._plain = otherwise or function
-        self._run: Callable[..., Any] = torch.compile(function, dynamic=dynamic, fullgraph=True)
+    def __init__(self, function: Any) -> None:
+        self._plain = function
+        self._run: Callable[..., Any] = torch.compile(function, dynamic=True, fullgraph=True)
 
     def __call__(self, *args: Any) -> Any:
         """What the function says."""

@@ -130,14 +130,6 @@ class Prepacked:
         copy = self._current(joint)
         return torch.cat(joint(x), -1) if copy is None else self._product(copy, x)
 
-    def matrix(self, joint: Joint) -> tuple[Tensor, Tensor | None]:
-        """Weights ``[out, in]`` and biases ``[out]`` of a joint as they are multiplied; copied where it lies apart."""
-        copy = self._current(joint)
-        if copy is not None and not self.laid_out:
-            return copy.weight, copy.bias
-        (module,) = joint.modules if len(joint.modules) == 1 else (None,)
-        return (module.weight, module.bias) if module is not None else joint.joined()
-
     def _current(self, joint: Joint) -> Copied | None:
         """What lies here of a joint, unless its modules have changed since."""
         copy = self._copies.get(joint)

@@ -66,13 +66,12 @@ class Steps:
         kv, self._spare = arena.kv[:, :, first : first + count].unbind(1), arena.capacity - 1
         self.count, self.last = count, self._spare - 1
         cos, sin = way.lean.rotation_table(arena.capacity)
-        affine = way.lean.linear if count > 1 else one_row(way)
         self._ids = torch.zeros(count, dtype=torch.long, device=arena.kv.device)
         self._positions = torch.full_like(self._ids, self._spare)
 
         def body() -> tuple[Tensor, ...]:
             over = StepAttention(kv, self._positions, way.ops)
-            rows = Rows(cos[self._positions], sin[self._positions], over, affine, way.ops)
+            rows = Rows(cos[self._positions], sin[self._positions], over, way.lean.linear, way.ops)
             hidden = way.lean.through(self._ids, rows)
             logits = way.lean.logits(hidden)
             best = logits.argmax(-1, keepdim=True)
@@ -169,12 +168,6 @@ class JointCorrection:
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """Add the corrections for inputs ``[N, in]`` to the outputs ``[N, out]`` of all modules, in place."""
         out.addmm_(x @ self._down, self._up)
-
-
-def one_row(way: Way) -> Affine:
-    """The layers' affine maps for a single row."""
-    matrices = {joint: way.lean.linear.matrix(joint) for joint in way.lean.joints}
-    return lambda joint, x: joint.split(way.ops.row_product(x, *matrices[joint]))
 
 
 def corrected(lean: LeanStep, corrections: Mapping[nn.Module, LoraLayer]) -> Affine:
