@@ -1,4 +1,4 @@
-"""A sequence alone is a step ahead of whoever asks: the same tokens, whatever is asked for next."""
+"""Sequences on a GPU are a step ahead of whoever asks: the same tokens, whatever is asked for next."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from s2t_agents.models.arena import SMALLEST
 from s2t_agents.models.glance import glance_at
 from s2t_agents.models.graphs import played
 from s2t_agents.models.language_model import LanguageModel
+from s2t_agents.models.packed import Segment
 from s2t_agents.models.prefix import Prefix
 from s2t_agents.models.static_bodies import Steps
 from s2t_agents.models.static_kv import Begun, StaticCache
@@ -35,12 +36,12 @@ def theirs() -> LanguageModel:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """How each step of a single row came about: "alone", or "after" another that was still under way."""
+    """How each step came about: by "begin", or "after" another that was still under way."""
     said: list[str] = []
-    for name in ("alone", "after"):
+    for name in ("begin", "after"):
         real = getattr(Steps, name)
 
-        def watched(self: Steps, *args: Any, name: str = name, real: Any = real) -> Begun:
+        def watched(self: Steps, *args: Any, name: str = name, real: Any = real) -> list[Begun]:
             said.append(name)
             return real(self, *args)  # type: ignore[no-any-return]
 
@@ -67,7 +68,7 @@ def test_greedy_answers_are_the_eager_ones_and_after_a_few_tokens_every_step_is_
 ) -> None:
     assert greedy(static_model(record=played), 2, 20) == greedy(eager_model(), 2, 20)
     # The prompt's own forward gives no glance, so the first step starts the count; the rest are begun beforehand.
-    assert taken[: SURE + 1] == ["alone"] * (SURE + 1)
+    assert taken[: SURE + 1] == ["begin"] * (SURE + 1)
     assert set(taken[SURE + 1 :]) == {"after"}
 
 
@@ -136,11 +137,50 @@ def test_a_token_that_was_not_expected_ends_the_running_ahead_until_the_model_is
     assert cache_of(prefix).begun is not None
     prefix.extend([int(prefix.logits.topk(2).indices[1])])
     assert cache_of(prefix).begun is None
-    assert taken[-1] == "alone"
+    assert taken[-1] == "begin"
     follow(prefix, SURE - 1)
     assert cache_of(prefix).begun is None
     follow(prefix, 1)
     assert cache_of(prefix).begun is not None
+
+
+def together(model: LanguageModel, prefixes: list[Prefix], tokens: list[int]) -> None:
+    """One step of several sequences in one forward, as generations at once take it."""
+    parts = [
+        Segment(torch.tensor([token]), prefix._cache, len(prefix))
+        for token, prefix in zip(tokens, prefixes, strict=True)
+    ]
+    for prefix, token, said in zip(prefixes, tokens, model.run_packed(parts), strict=True):
+        prefix.logits, prefix.hidden = said  # type: ignore[misc]
+        prefix.ids.append(token)
+
+
+def test_several_that_follow_the_model_are_a_step_ahead_together(taken: list[str]) -> None:
+    ours, theirs = static_model(record=played), eager_model()
+    ones, others = ([read(model, some_ids(9 + n, n)) for n in range(3)] for model in (ours, theirs))
+    for _ in range(SURE + 6):
+        together(ours, ones, [follow(other, 1)[0] for other in others])
+        for one, other in zip(ones, others, strict=True):
+            same(one, other)
+    assert taken == ["begin"] * (SURE + 1) + ["after"] * 6
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_whoever_joins_leaves_or_goes_its_own_way_all_say_what_they_say_alone(
+    ours: LanguageModel, theirs: LanguageModel, data: st.DataObject
+) -> None:
+    ones, others = ([read(model, some_ids(9 + n, n)) for n in range(4)] for model in (ours, theirs))
+    for _ in range(data.draw(st.integers(1, 5))):
+        part = data.draw(st.sets(st.integers(0, 3), min_size=1))
+        for _ in range(data.draw(st.sampled_from([1, SURE + 2]))):
+            astray = data.draw(st.sets(st.sampled_from(sorted(part)))) if data.draw(st.integers(0, 3)) == 0 else set()
+            tokens = [int(others[n].logits.topk(2).indices[int(n in astray)]) for n in sorted(part)]
+            together(ours, [ones[n] for n in sorted(part)], tokens)
+            for n, token in zip(sorted(part), tokens, strict=True):
+                others[n].extend([token])
+        for one, other in zip(ones, others, strict=True):
+            same(one, other)
 
 
 def test_sampled_answers_are_the_eager_ones() -> None:

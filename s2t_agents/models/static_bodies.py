@@ -1,7 +1,7 @@
 """What is recorded once and played again: a step of rows of an arena, and a look at candidates after one row.
 
-A step ends with what the engine asks of it first (``glance``). A sequence alone is a step ahead: while the host looks
-at one token, the device reads the next, if that is the token the model itself wants.
+A step ends with what the engine asks of it first (``glance``). The device is a step ahead: while the host looks at one
+token of each sequence, it reads the next, if that is the token the model itself wants.
 
     device   step 8 ───────> step 9 ───────> step 10 ──────>
     host            glance 8 ... "token 8"  glance 9 ... "token 9"
@@ -12,23 +12,19 @@ Whoever wants another token reads that one as ever: it is written where the wron
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from .arena import Arena
-from .glance import Glance, glances
 from .graphs import Body, Recorder
 from .lean import Affine, LeanStep, Rows
 from .lora import LoraLayer
 from .pointwise import Pointwise
 from .prepack import Joint
 from .static_attention import LookAttention, StepAttention
-from .static_kv import Begun
-
-Outcome = tuple[Tensor, Tensor]
-"""Logits ``[n, V]`` and last hidden states ``[n, H]``."""
+from .static_kv import Begun, Play
 
 
 class Recorded:
@@ -79,31 +75,49 @@ class Steps:
 
         self._play = Recorded(body, way.record)
 
-    def __call__(self, ids: Sequence[int], lengths: Sequence[int], rows: Sequence[int]) -> tuple[Outcome, list[Glance]]:
-        """Append ``ids`` to the rows named, counted from ``first``; the others sit out.
+    def begin(self, rows: Sequence[int], ids: Sequence[int], positions: Sequence[int]) -> list[Begun]:
+        """Begin the step of some rows, counted from ``first``, and do not wait for it; the others sit out.
 
-        Returns:
-            Logits ``[n, V]`` (fp32), last hidden states ``[n, H]`` and what they say at a glance.
+        Args:
+            rows: which.
+            ids: the token of each.
+            positions: where it stands.
         """
-        at, tokens, positions = torch.tensor([rows, ids, lengths]).to(self._ids.device)
-        self._positions.fill_(self._spare)
-        self._ids[at], self._positions[at] = tokens, positions
-        logits, hidden, seen = self._play()
-        return (logits[at], hidden[at]), glances(seen[at])
+        if self.count == 1:
+            self._ids.fill_(ids[0])
+        else:
+            at, tokens = self._uploaded(rows, ids)
+            self._ids[at] = tokens
+        return [replace(each, token=token) for each, token in zip(self._begun(rows, positions), ids, strict=True)]
 
-    def alone(self, token: int, position: int) -> Begun:
-        """Begin the step of a single row, and do not wait for it."""
-        self._ids.fill_(token)
-        return self._begun(position)
+    def after(self, begun: Sequence[Begun], rows: Sequence[int]) -> list[Begun]:
+        """Begin the step after one that is under way, with the tokens that it will want.
 
-    def after(self, begun: Begun) -> Begun:
-        """Begin the step after one that is under way, with the token that this will want."""
-        self._ids.copy_(begun.seen[:, 0])
-        return self._begun(begun.position + 1)
+        Args:
+            begun: the parts of one play.
+            rows: where their sequences sit, counted from ``first``.
+        """
+        best = begun[0].play.seen[:, 0].long()
+        if self.count == 1:
+            self._ids.copy_(best[begun[0].row])
+        else:
+            at, source = self._uploaded(rows, [each.row for each in begun])
+            self._ids[at] = best[source]
+        return self._begun(rows, [each.position + 1 for each in begun])
 
-    def _begun(self, position: int) -> Begun:
-        self._positions.fill_(position)
-        return Begun(position, *(each.clone() for each in self._play()))
+    def _begun(self, rows: Sequence[int], positions: Sequence[int]) -> list[Begun]:
+        if self.count == 1:
+            self._positions.fill_(positions[0])
+        else:
+            at, places = self._uploaded(rows, positions)
+            self._positions.fill_(self._spare)[at] = places
+        play = Play(*(each.clone() for each in self._play()))
+        return [Begun(play, row, position) for row, position in zip(rows, positions, strict=True)]
+
+    def _uploaded(self, *rows: Sequence[int]) -> Tensor:
+        """Lists of integers on the device, without waiting for what it is at."""
+        cuda = self._ids.is_cuda
+        return torch.tensor(rows, pin_memory=cuda).to(self._ids.device, non_blocking=cuda)
 
 
 class Looks:

@@ -7,6 +7,7 @@ else (prompts, packed rows, overlays, cuts) uses them as it uses any growing buf
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,33 +36,51 @@ class Seat:
     outgrown: bool = False
 
 
-class Begun:
-    """A step that the device works at.
+class Play:
+    """A step of some rows that the device works at.
 
     Args:
-        position: where its token stands.
-        logits: ``[1, V]``, fp32.
-        hidden: ``[1, H]``.
-        seen: ``[1, 3]``, see ``glance``.
-
-    Attributes:
-        token: the token that it reads, where that is known; what a step of its own reads need not be.
+        logits: ``[n, V]``, fp32.
+        hidden: ``[n, H]``.
+        seen: ``[n, 3]``, see ``glance``; on its way to the host at once.
     """
 
-    def __init__(self, position: int, logits: Tensor, hidden: Tensor, seen: Tensor) -> None:
-        self.position, self.logits, self.hidden, self.seen = position, logits, hidden, seen
-        self.token: int | None = None
+    def __init__(self, logits: Tensor, hidden: Tensor, seen: Tensor) -> None:
+        self.logits, self.hidden, self.seen = logits, hidden, seen
         self._host, self._event = seen, None
         if seen.is_cuda:
             self._host = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True).copy_(seen, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
-    def arrived(self) -> Glance:
-        """Wait for this step, and not for what was begun after it."""
+    @cached_property
+    def glances(self) -> list[Glance]:
+        """Of each row; waits for this step, and not for what was begun after it."""
         if self._event is not None:
             self._event.synchronize()
-        return glances(self._host)[0]
+        return glances(self._host)
+
+
+@dataclass(eq=False)
+class Begun:
+    """One sequence's part of a play.
+
+    Attributes:
+        play: the step.
+        row: of the play.
+        position: where its token stands.
+        token: which it is; None until that is known.
+    """
+
+    play: Play
+    row: int
+    position: int
+    token: int | None = None
+
+    @property
+    def outcome(self) -> tuple[Tensor, Tensor]:
+        """Logits ``[V]`` and last hidden state ``[H]``, on the device, maybe still to come."""
+        return self.play.logits[self.row], self.play.hidden[self.row]
 
 
 class StaticLayer(GrowingLayer):
@@ -162,10 +181,12 @@ class StaticCache(KVCache):
             layer.move(keys, values, seat)
         self.seat = seat
 
-    def follow(self, token: int, length: int) -> None:
-        """This token comes next, after so many."""
-        before = self.glance(length)
+    def follow(self, token: int, length: int) -> Begun | None:
+        """This token comes next, after so many: its step, if it is under way."""
+        before, begun = self.glance(length), self.begun
         self.hits = self.hits + 1 if before is not None and before.best == token else 0
+        self.begun = None
+        return begun if begun is not None and (begun.token, begun.position) == (token, length) else None
 
     def advance(self, length: int, glance: Glance) -> None:
         """So many tokens are in the row now, and this is what the last one says."""

@@ -23,14 +23,13 @@ from transformers.cache_utils import Cache
 
 from .arena import Arena, Arenas
 from .candidate_rows import CandidateRows
-from .glance import Glance
 from .graphs import CudaGraphs, Recorder
 from .lean import LeanStep, close
-from .packed import Look, Part, Segment
+from .packed import Look, Outcome, Part, Segment
 from .pointwise import PLAIN, Pointwise, fused
 from .prepack import state_of
-from .static_bodies import Looks, Outcome, Steps, Way
-from .static_kv import StaticCache
+from .static_bodies import Looks, Steps, Way
+from .static_kv import Begun, StaticCache
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class StaticStep:
         self._looks: WeakKeyDictionary[Arena, dict[tuple[Hashable, ...], Looks]] = WeakKeyDictionary()
         self.failed = False
 
-    def serve(self, parts: Sequence[Part]) -> dict[int, tuple[Tensor, Tensor] | Tensor]:
+    def serve(self, parts: Sequence[Part]) -> dict[int, Outcome | Tensor]:
         """Steps of one token each in one graph, looks in one each.
 
         Args:
@@ -73,14 +72,14 @@ class StaticStep:
             For the parts that were served, by their place: logits ``[V]`` (fp32) and last hidden state ``[H]`` of a
             step, last hidden states ``[K, H]`` of a look. Nothing has changed for the others.
         """
-        said: dict[int, tuple[Tensor, Tensor] | Tensor] = {}
+        said: dict[int, Outcome | Tensor] = {}
         if not self._way.lean.free:
             return said
         steps = {at: part for at, part in enumerate(parts) if isinstance(part, Segment) and len(part.ids) == 1}
         if steps and all(part.length for part in steps.values()):
             ids, segments = torch.cat([part.ids for part in steps.values()]).tolist(), steps.values()
             found = self.step(ids, [each.length for each in segments], [each.cache for each in segments])
-            said.update(zip(steps, zip(*found, strict=True), strict=True) if found is not None else ())
+            said.update(zip(steps, found, strict=True) if found is not None else ())
         for at, part in enumerate(parts):
             looked = self.look_ahead(part) if isinstance(part, Look) else None
             if looked is not None:
@@ -88,8 +87,8 @@ class StaticStep:
         return said
 
     @torch.inference_mode()
-    def step(self, ids: Sequence[int], lengths: Sequence[int], caches: Sequence[Cache]) -> Outcome | None:
-        """Append one token to each sequence. A sequence alone may be a step ahead, see ``static_bodies``.
+    def step(self, ids: Sequence[int], lengths: Sequence[int], caches: Sequence[Cache]) -> list[Outcome] | None:
+        """Append one token to each sequence. The next step may be under way at the end, see ``static_bodies``.
 
         Args:
             ids: one for each.
@@ -97,7 +96,7 @@ class StaticStep:
             caches: grow by one token.
 
         Returns:
-            Logits ``[n, V]`` (fp32) and last hidden states ``[n, H]``; None, and nothing has changed, where only the
+            Logits ``[V]`` (fp32) and last hidden state ``[H]`` of each; None, and nothing has changed, where only the
             eager way is left.
         """
         ours = [cache for cache in caches if self._takes(cache)]
@@ -107,17 +106,16 @@ class StaticStep:
             arena = self.arenas.together(ours, max(lengths) + 1)
             if arena is None:
                 return None
-            for cache, token, length in zip(ours, ids, lengths, strict=True):
-                cache.follow(token, length)
+            begun = [cache.follow(*next_) for cache, *next_ in zip(ours, ids, lengths, strict=True)]
             first, steps = self._steps_of(arena, ours)
-            if steps.count == 1:
-                outcome, seen = self._alone(steps, ours[0], ids[0], lengths[0])
-            else:
-                rows = [cache.seat.row - first for cache in ours if cache.seat is not None]
-                outcome, seen = steps(ids, lengths, rows)
-            for cache, length, glance in zip(ours, lengths, seen, strict=True):
-                cache.advance(length + 1, glance)
-            return outcome
+            rows = [cache.seat.row - first for cache in ours if cache.seat is not None]
+            now = _all_begun(steps, begun, rows, ids, lengths)
+            following = steps.after(now, rows) if _goes_on(steps, ours, now) else []
+            for cache, each in zip(ours, now, strict=True):
+                cache.advance(each.position + 1, each.play.glances[each.row])
+            for cache, each, ahead in zip(ours, now, following, strict=False):
+                ahead.token, cache.begun = each.play.glances[each.row].best, ahead
+            return [each.outcome for each in now]
         return None
 
     def _steps_of(self, arena: Arena, caches: Sequence[StaticCache]) -> tuple[int, Steps]:
@@ -132,17 +130,6 @@ class StaticStep:
         if key not in known:
             known[key] = Steps(self._way, arena, *key)
         return key[0], known[key]
-
-    def _alone(self, steps: Steps, cache: StaticCache, token: int, length: int) -> tuple[Outcome, list[Glance]]:
-        """A step of one sequence, which may be under way already; the next is begun before this one has arrived."""
-        begun, cache.begun = cache.begun, None
-        if begun is None or (begun.token, begun.position) != (token, length):
-            begun = steps.alone(token, length)
-        following = steps.after(begun) if cache.hits >= SURE and begun.position < steps.last else None
-        glance = begun.arrived()
-        if following is not None:
-            following.token, cache.begun = glance.best, following
-        return (begun.logits, begun.hidden), [glance]
 
     @torch.inference_mode()
     def look_ahead(self, look: Look) -> Tensor | None:
@@ -178,6 +165,25 @@ class StaticStep:
             _log.warning("steps and selections go on without captured graphs: %s", error)
 
 
+def _all_begun(
+    steps: Steps, begun: Sequence[Begun | None], rows: Sequence[int], ids: Sequence[int], lengths: Sequence[int]
+) -> list[Begun]:
+    """The steps of all sequences: those under way, and those that nobody has foreseen."""
+    missing = [at for at, each in enumerate(begun) if each is None]
+    if not missing:
+        return [each for each in begun if each is not None]
+    fresh = iter(steps.begin(*([each[at] for at in missing] for each in (rows, ids, lengths))))
+    return [next(fresh) if each is None else each for each in begun]
+
+
+def _goes_on(steps: Steps, caches: Sequence[StaticCache], now: Sequence[Begun]) -> bool:
+    """Whether the next step is worth beginning: one play for all, of whom each has followed the model for a while."""
+    together = all(each.play is now[0].play for each in now)
+    return together and all(
+        cache.hits >= SURE and each.position < steps.last for cache, each in zip(caches, now, strict=True)
+    )
+
+
 def static_step_of(model: Any, rows: CandidateRows) -> StaticStep | None:
     """The static step of a model on CUDA, if its graphs can be captured and say what the lean step says."""
     if model.device.type != "cuda":
@@ -196,9 +202,10 @@ def agrees(model: Any, lean: LeanStep, static: StaticStep) -> bool:
         found = static.step(ids[at : at + 1].tolist(), [at], [cache])
         if found is None:
             return False
+        ((ours, _),) = found
         cache.crop(-1)
         theirs, _ = lean(ids[at : at + 1], [at], [cache])
-        if not close(found[0], theirs, model.dtype):
+        if not close(ours, theirs[0], model.dtype):
             _log.warning("steps go without captured graphs: their logits are not those of the eager step")
             return False
     return True
