@@ -18,8 +18,9 @@ from s2t_agents.models.language_model import LanguageModel
 from s2t_agents.models.packed import Segment
 from s2t_agents.models.prefix import Prefix
 from s2t_agents.models.static_bodies import Steps
-from s2t_agents.models.static_kv import Begun, StaticCache
+from s2t_agents.models.static_kv import Begun, Play, StaticCache
 from s2t_agents.models.static_step import SURE
+from s2t_agents.models.tickets import StepTicket
 from s2t_agents.proposal import Proposal
 from s2t_agents.types import Sampling
 
@@ -216,3 +217,20 @@ def test_what_a_grammar_forbids_is_not_what_the_step_has_brought_along(ours: Lan
         proposal.fetch()
         assert proposal.best == int(proposal.logits.argmax()) != best
         assert proposal.entropy != prefix.glance.entropy  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_device_time_that_nobody_waited_for_is_billed_to_those_whose_step_it_was(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = static_model(record=played)
+    prefixes = [read(model, some_ids(9 + n, n)) for n in range(count)]
+    before = [prefix.meter.seconds for prefix in prefixes]
+    monkeypatch.setattr(Play, "device_s", 1000.0)  # as if the device had been at it while the host did other things
+    tickets = [StepTicket(torch.tensor([4]), prefix._cache, prefix.meter) for prefix in prefixes]
+    parts = [ticket.part(1) for ticket in tickets]
+    for ticket, part, said in zip(tickets, parts, model.run_packed(parts), strict=True):
+        ticket.went(part, said)
+    for prefix, seconds in zip(prefixes, before, strict=True):
+        assert prefix.meter.seconds - seconds == pytest.approx(1000.0 / count, rel=0.1)
+        assert cache_of(prefix).unseen() == 0.0

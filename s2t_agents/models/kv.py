@@ -156,6 +156,10 @@ class KVCache(Cache):  # type: ignore[misc]
         """What the step that made it so many tokens long has fetched along with it, where it has."""
         return None
 
+    def unseen(self) -> float:
+        """Seconds of its last step that the device has worked while nobody was waiting for it; asked once."""
+        return 0.0
+
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""

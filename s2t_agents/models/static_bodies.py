@@ -24,7 +24,7 @@ from .lora import LoraLayer
 from .pointwise import Pointwise
 from .prepack import Joint
 from .static_attention import LookAttention, StepAttention
-from .static_kv import Begun, Play
+from .static_kv import Begun, Play, mark
 
 
 class Recorded:
@@ -111,7 +111,9 @@ class Steps:
         else:
             at, places = self._uploaded(rows, positions)
             self._positions.fill_(self._spare)[at] = places
-        play = Play(*(each.clone() for each in self._play()))
+        start = mark(self._ids)
+        logits, hidden, seen = (each.clone() for each in self._play())
+        play = Play(logits, hidden, seen, start)
         return [Begun(play, row, position) for row, position in zip(rows, positions, strict=True)]
 
     def _uploaded(self, *rows: Sequence[int]) -> Tensor:

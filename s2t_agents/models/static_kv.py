@@ -43,22 +43,38 @@ class Play:
         logits: ``[n, V]``, fp32.
         hidden: ``[n, H]``.
         seen: ``[n, 3]``, see ``glance``; on its way to the host at once.
+        start: what ``mark`` gave just before; None where there is no device beside the host.
     """
 
-    def __init__(self, logits: Tensor, hidden: Tensor, seen: Tensor) -> None:
+    def __init__(self, logits: Tensor, hidden: Tensor, seen: Tensor, start: torch.cuda.Event | None) -> None:
         self.logits, self.hidden, self.seen = logits, hidden, seen
-        self._host, self._event = seen, None
-        if seen.is_cuda:
+        self._host = seen
+        if start is not None:
             self._host = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True).copy_(seen, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+        self._start, self._end = start, mark(seen)
 
     @cached_property
     def glances(self) -> list[Glance]:
         """Of each row; waits for this step, and not for what was begun after it."""
-        if self._event is not None:
-            self._event.synchronize()
+        if self._end is not None:
+            self._end.synchronize()
         return glances(self._host)
+
+    @property
+    def device_s(self) -> float:
+        """Seconds that the device was at it, once it has arrived; 0 where that is the host's own time."""
+        if self._start is None or self._end is None:
+            return 0.0
+        return self._start.elapsed_time(self._end) / 1000
+
+
+def mark(like: Tensor) -> torch.cuda.Event | None:
+    """A point in a tensor's device's work, on CUDA."""
+    if not like.is_cuda:
+        return None
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 @dataclass(eq=False)
@@ -153,6 +169,8 @@ class StaticCache(KVCache):
     """The step of the token that the model wants next, where it is under way."""
     hits = 0
     """Tokens in a row that were those that the model wanted."""
+    unseen_s = 0.0
+    """What ``unseen`` says next: this sequence's share of it."""
     _seen: tuple[int, Glance] | None = None
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -164,6 +182,11 @@ class StaticCache(KVCache):
         """Forget everything."""
         self.begun = self._seen = None
         super().reset()
+
+    def unseen(self) -> float:
+        """See ``KVCache``."""
+        seconds, self.unseen_s = self.unseen_s, 0.0
+        return seconds
 
     def glance(self, length: int) -> Glance | None:
         """See ``KVCache``."""

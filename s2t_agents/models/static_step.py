@@ -12,6 +12,7 @@ failed.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard
@@ -102,6 +103,7 @@ class StaticStep:
         ours = [cache for cache in caches if self._takes(cache)]
         if len(ours) < len(caches):
             return None
+        asked = time.monotonic()
         with self._eager_after_failure():
             arena = self.arenas.together(ours, max(lengths) + 1)
             if arena is None:
@@ -113,6 +115,7 @@ class StaticStep:
             following = steps.after(now, rows) if _goes_on(steps, ours, now) else []
             for cache, each in zip(ours, now, strict=True):
                 cache.advance(each.position + 1, each.play.glances[each.row])
+                cache.unseen_s = max(0.0, each.play.device_s - (time.monotonic() - asked)) / len(now)
             for cache, each, ahead in zip(ours, now, following, strict=False):
                 ahead.token, cache.begun = each.play.glances[each.row].best, ahead
             return [each.outcome for each in now]

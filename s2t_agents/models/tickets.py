@@ -95,6 +95,7 @@ class StepTicket(Ticket):
         self._length += len(part.ids)
         if isinstance(self.cache, KVCache):
             self.cache.read = self._length
+            self.meter.add(self.cache.unseen())
 
     def undo(self) -> None:
         """Forget what was written since the last part that went."""
