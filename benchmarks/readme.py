@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ KINDS = ("head", "activated")
 """Selectors that a speed is wanted of."""
 
 BEYOND = {
-    "longer": "one more step than any in training",
-    "larger": "numbers beyond those of training",
-    "unseen": "sentences that training has not seen",
+    "demo_longer": "one more step than any in training",
+    "demo_larger": "numbers beyond those of training",
+    "demo_unseen": "sentences that training has not seen",
 }
 """Stored evaluations of problems that go beyond training in one way each."""
 
@@ -101,9 +102,35 @@ def beyond(stored: dict[str, dict[str, Any]]) -> str:
     what = "; ".join(f"{n} problems each, seed {seed}" for n, seed in sorted(sizes))
     widest = max(high - low for report in reports for low, high in (row["ci95"] for row in report["rows"].values()))
     commits = ", ".join(sorted({each["made"]["commit"] for each in stored.values()}))
-    tasks = ", ".join(f"`--task {name}`" for name in stored)
+    tasks = ", ".join(f"`--task {name.removeprefix('demo_')}`" for name in stored)
     note = f"{what}; 95% intervals are at most {widest:.0%} wide. Gap closed: by the head. Commit {commits}, {tasks}."
     return "\n".join([*lines, "", note])
+
+
+def trainings(reports: dict[str, dict[str, Any]], made: dict[str, Any]) -> str:
+    """The same problems with selectors of several trainings."""
+    rows = (*KINDS, "published", "hybrid_2", "llm")
+    heads = ("selectors", *(NAMES.get(row, "selector + at most 2 LLM picks") for row in rows))
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, report in reports.items():
+        cells = (report["rows"][row] for row in rows)
+        told = " | ".join(f"{cell['accuracy']:.1%}, harm {share(cell['broken'])}" for cell in cells)
+        lines.append(f"| {name} | {told} |")
+    report = next(iter(reports.values()))
+    what = f"{report['n']} held-out problems, seed {report['seed']}"
+    return "\n".join([*lines, "", f"{what}; {made['hardware']}, commit {made['commit']}, {made['date']}."])
+
+
+def training(report: dict[str, Any], made: dict[str, Any]) -> str:
+    """The figures of ``s2t bench train --json``."""
+    ours, theirs = (report["groups_per_s"][name] for name in ("one_pass", "published"))
+    lines = ["| labelled groups per second | one pass | published way | ratio | wanted |", "|---|---|---|---|---|"]
+    lines.append(
+        f"| {report['shape']} shape, {report['prefix']} tokens of prefix, {report['groups']} groups of {report['k']} "
+        f"| {ours:.3g} | {theirs:.3g} | {report['ratio']:.0f}x | at least {report['target']:.0f}x |"
+    )
+    where = f"{made['hardware']}, torch {report['torch']}, commit {made['commit']}, {made['date']}"
+    return "\n".join([*lines, "", f"{where}. Made by `s2t bench train`."])
 
 
 def speed(report: dict[str, Any], made: dict[str, Any]) -> str:
@@ -254,36 +281,34 @@ def share(value: float | None) -> str:
 
 def sections() -> dict[str, str]:
     """What stands between each pair of markers, from the results that are there."""
+    of_one: dict[str, tuple[str, Callable[[Any, dict[str, Any]], str]]] = {
+        "eval": ("demo_eval", evaluation),
+        "hard": ("demo_hard", evaluation),
+        "again": ("demo_again", evaluation),
+        "trainings": ("demo_trainings", trainings),
+        "training": ("train", training),
+        "escalation": ("escalate", escalation),
+        "speed": ("decode", speed),
+        "gpu": ("gpu", gpu),
+        "gpu_short": ("gpu", gpu_short),
+    }
+    of_several = {"harm": (list(HARM), harm), "beyond": (list(BEYOND), beyond)}
     found = {}
-    file = RESULTS / "demo_eval.json"
-    if file.is_file():
-        stored = json.loads(file.read_text())
-        found["eval"] = evaluation(stored["report"], stored["made"])
-    for name in ("hard", "again"):
-        file = RESULTS / f"demo_{name}.json"
-        if file.is_file():
-            stored = json.loads(file.read_text())
-            found[name] = evaluation(stored["report"], stored["made"])
-    stored = {name: RESULTS / f"{name}.json" for name in HARM}
-    if all(file.is_file() for file in stored.values()):
-        found["harm"] = harm({name: json.loads(file.read_text()) for name, file in stored.items()})
-    file = RESULTS / "escalate.json"
-    if file.is_file():
-        stored = json.loads(file.read_text())
-        found["escalation"] = escalation(stored["report"], stored["made"])
-    file = RESULTS / "decode.json"
-    if file.is_file():
-        stored = json.loads(file.read_text())
-        found["speed"] = speed(stored["report"], stored["made"])
-    file = RESULTS / "gpu.json"
-    if file.is_file():
-        stored = json.loads(file.read_text())
-        found["gpu"] = gpu(stored["report"], stored["made"])
-        found["gpu_short"] = gpu_short(stored["report"], stored["made"])
-    files = {name: RESULTS / f"demo_{name}.json" for name in BEYOND}
-    if all(file.is_file() for file in files.values()):
-        found["beyond"] = beyond({name: json.loads(file.read_text()) for name, file in files.items()})
+    for section, (name, write) in of_one.items():
+        if (stored := result(name)) is not None:
+            found[section] = write(stored["report"], stored["made"])
+    for section, (names, write_all) in of_several.items():
+        several = {name: stored for name in names if (stored := result(name)) is not None}
+        if len(several) == len(names):
+            found[section] = write_all(several)
     return found
+
+
+def result(name: str) -> dict[str, Any] | None:
+    """A stored result, if it is there."""
+    file = RESULTS / f"{name}.json"
+    stored: dict[str, Any] | None = json.loads(file.read_text()) if file.is_file() else None
+    return stored
 
 
 def filled(text: str) -> str:

@@ -65,7 +65,7 @@ class Play:
         """Seconds that the device was at it, once it has arrived; 0 where that is the host's own time."""
         if self._start is None or self._end is None:
             return 0.0
-        return self._start.elapsed_time(self._end) / 1000
+        return float(self._start.elapsed_time(self._end)) / 1000
 
 
 def mark(like: Tensor) -> torch.cuda.Event | None:
