@@ -289,6 +289,7 @@ def sections() -> dict[str, str]:
         "training": ("train", training),
         "escalation": ("escalate", escalation),
         "speed": ("decode", speed),
+        "speed_avx512": ("decode_avx512", speed),
         "gpu": ("gpu", gpu),
         "gpu_short": ("gpu", gpu_short),
     }
