@@ -1,7 +1,8 @@
 """Attention without cuDNN: it plans anew for every length, in every thread, and a prompt's length is always new.
 
 Before this was here, a generation's first token took 55 ms more in a new thread than in one that had read such a prompt
-before, on an H100 (benchmarks/results/gpu.json, 1 at once). torch's other kernels need no plan.
+before, on an H100 (benchmarks/results/gpu.json, 1 at once); that these plans were the cause is inferred. torch's other
+kernels need no plan.
 """
 
 from __future__ import annotations
