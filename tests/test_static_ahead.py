@@ -166,6 +166,27 @@ def test_several_that_follow_the_model_are_a_step_ahead_together(taken: list[str
     assert taken == ["begin"] * (SURE + 1) + ["after"] * 6
 
 
+def test_one_that_moves_to_a_larger_arena_leaves_behind_what_was_begun() -> None:
+    ours, theirs = static_model(record=played), eager_model()
+    ones, others = ([read(model, some_ids(9 + n, n)) for n in range(2)] for model in (ours, theirs))
+    for _ in range(SURE + 3):
+        ones[0].extend(follow(others[0], 1))
+    assert cache_of(ones[0]).begun is not None
+    for _ in range(3):
+        together(ours, ones, [follow(other, 1)[0] for other in others])
+        for one, other in zip(ones, others, strict=True):
+            same(one, other)
+
+
+def test_those_whose_steps_were_begun_apart_go_on_together() -> None:
+    ours, theirs = static_model(record=played), eager_model()
+    ones, others = ([read(model, some_ids(9 + n, n)) for n in range(2)] for model in (ours, theirs))
+    for part in [(0, 1)] * (SURE + 3) + [(0,)] + [(0, 1)] * 4:
+        together(ours, [ones[n] for n in part], [follow(others[n], 1)[0] for n in part])
+        for one, other in zip(ones, others, strict=True):
+            same(one, other)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_whoever_joins_leaves_or_goes_its_own_way_all_say_what_they_say_alone(
