@@ -74,6 +74,7 @@ budgets = [1]
 votes = 2
 check = 1
 agreement = 2
+batch = 3
 """
 
 

@@ -143,6 +143,7 @@ def evaluate(
     """Answer the same problems in every way: accuracy, cost, time."""
     from .choices import evaluation
     from .config import read_config
+    from .crew import Crew
     from .evaluate import evaluate as run
     from .grading import GRADERS
     from .report import table
@@ -150,8 +151,10 @@ def evaluate(
     with _one_line_errors():
         if grading not in (None, *GRADERS):
             raise ConfigError(f"grading is {grading!r}; it must be exact, numeric or math.")
-        settings = evaluation(read_config(config), task, n, seed, selector or [], out, sweep=sweep, grading=grading)  # type: ignore[arg-type]
-        report = run(settings)
+        pipeline = read_config(config)
+        settings = evaluation(pipeline, task, n, seed, selector or [], out, sweep=sweep, grading=grading)  # type: ignore[arg-type]
+        with Crew(pipeline.processes) as crew:
+            report = run(settings, crew)
         _show(json, report, lambda: table(report))
         for what, rows in report.sweeps.items():
             if not json:

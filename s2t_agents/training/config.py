@@ -244,6 +244,9 @@ class EvaluateConfig(Settings):
     rows: Rows = Rows()
     seed: int = 0
 
+    def __hash__(self) -> int:
+        return hash((self.models, self.task, self.rows, self.seed))  # a dict of selectors has none
+
 
 class ProbeConfig(Settings):
     """Local sufficiency on a folder of rollouts, the learned probe taken from a selector directory if given."""
@@ -283,8 +286,9 @@ class Pipeline(Settings):
         calibrate: target rates.
         evaluate: the table.
         seed: of the table's draws.
-        processes: that share collecting and training, each with models of its own and its part of the threads; their
-            number decides nothing else. For small models on a CPU: on a GPU, or where memory is short, leave it at 1.
+        processes: that share collecting, training and evaluating, each with models of its own and its part of the
+            threads; their number decides nothing else. For small models on a CPU: on a GPU, or where memory is short,
+            leave it at 1.
     """
 
     out: Path

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -19,28 +20,33 @@ from ..models.language_model import LanguageModel
 from ..models.writing import write_whole
 from .collect import check_same_ids
 from .config import EvaluateConfig, Rows
+from .crew import Crew
 from .dialogue import Answer, Speaker, converse
 from .labels import along
 from .lines import Meter
 from .live import check_live
 from .plots import draw
-from .progress import bar
+from .progress import HIDDEN, Bar, bar
 from .report import EvalReport, RowReport, Tally
 from .rows import Ready, Row, RowMaker
 from .shards import ModelIdentity
 from .tasks import Item, Task
 
 
-def evaluate(config: EvaluateConfig) -> EvalReport:
+def evaluate(config: EvaluateConfig, crew: Crew | None = None) -> EvalReport:
     """Answer all problems in every way and write ``report.json`` and plots where ``config.out`` says.
+
+    Args:
+        config: see ``EvaluateConfig``.
+        crew: processes that share the chunks; their number changes nothing but the seconds.
 
     Raises:
         ConfigError: no calibrated selector; a selector for another base; models that do not fit together.
         InputError: prompts that can not be used.
     """
-    slm, llm = config.models.load_slm(), config.models.load_llm()
-    check_same_ids(slm, llm)
-    report = evaluate_with(slm, llm, config.task.open(), config)
+    crew = crew or Crew()
+    evaluation = _open(config)
+    report = evaluation.report() if crew.count == 1 else evaluation.report(partial(crew.each, partial(_fill, config)))
     if config.out is not None:
         write_whole(config.out / "report.json", (report.model_dump_json(indent=2) + "\n").encode())
         draw(report, config.out)
@@ -49,39 +55,93 @@ def evaluate(config: EvaluateConfig) -> EvalReport:
 
 def evaluate_with(slm: LanguageModel, llm: LanguageModel, task: Task, config: EvaluateConfig) -> EvalReport:
     """``evaluate`` on models that are loaded already; writes nothing."""
-    started = time.perf_counter()
-    ready = _ready(slm, config)
-    chosen = _chosen(ready, config.rows)
-    run = _Run(Speaker(slm), Speaker(llm), task, config.rows)
-    maker = RowMaker(run.read_llm, config.rows, config.seed)
-    rows = _rows(maker, ready, chosen, config.rows)
-    sweeps = _sweeps(maker, slm, config, chosen)
-    everything = [*rows, *(row for part in sweeps.values() for row in part)]
-    tallies = {row.name: Tally(row.name) for row in everything}
-    chunks = [task.items[at : at + config.rows.batch] for at in range(0, len(task.items), config.rows.batch)]
-    with bar(f"eval {task.name}", len(chunks) * len(everything)) as progress:
-        for chunk in chunks:
-            run.forget()
-            for row in everything:
-                progress.say(f"eval {row.name}")
-                run.fill(tallies[row.name], row, chunk)
-                progress.advance()
-    right = {name: tallies[name].right for name in ("slm", "llm")}
-    million = config.rows.llm_usd_per_million
-    price = None if million is None else million / 1e6
-    reports = {name: tally.report(right["slm"], right["llm"], price) for name, tally in tallies.items()}
-    return EvalReport(
-        task=task.name,
-        n=len(task.items),
-        seed=config.seed,
-        slm=ModelIdentity.of(slm).model_dump(),
-        llm=ModelIdentity.of(llm).model_dump(),
-        hybrid=chosen.kind,
-        settings=config.rows.model_dump(mode="json"),
-        rows={row.name: reports[row.name] for row in rows},
-        sweeps={what: {row.name: reports[row.name] for row in part} for what, part in sweeps.items()},
-        seconds=time.perf_counter() - started,
-    )
+    return Evaluation(slm, llm, task, config).report()
+
+
+Tallies = dict[str, Tally]
+"""One for each row, by name."""
+
+
+class Evaluation:
+    """All rows on one task, chunk by chunk.
+
+    Raises:
+        ConfigError: as ``evaluate`` does.
+    """
+
+    def __init__(self, slm: LanguageModel, llm: LanguageModel, task: Task, config: EvaluateConfig) -> None:
+        self._slm, self._llm, self._task, self._config = slm, llm, task, config
+        ready = _ready(slm, config)
+        self._chosen = _chosen(ready, config.rows)
+        self._run = _Run(Speaker(slm), Speaker(llm), task, config.rows)
+        maker = RowMaker(self._run.read_llm, config.rows, config.seed)
+        self._rows = _rows(maker, ready, self._chosen, config.rows)
+        self._sweeps = _sweeps(maker, slm, config, self._chosen)
+
+    @property
+    def _everything(self) -> list[Row]:
+        return [*self._rows, *(row for part in self._sweeps.values() for row in part)]
+
+    def fill(self, number: int, progress: Bar = HIDDEN) -> Tallies:
+        """One chunk, in every way."""
+        size = self._config.rows.batch
+        self._run.forget()
+        tallies = {}
+        for row in self._everything:
+            progress.say(f"eval {row.name}")
+            tallies[row.name] = self._run.fill(row, self._task.items[number * size : (number + 1) * size], not number)
+            progress.advance()
+        return tallies
+
+    def report(self, each: Callable[[Sequence[int]], Iterable[Tallies]] | None = None) -> EvalReport:
+        """The table.
+
+        Args:
+            each: fills the chunks of these numbers elsewhere and gives each as it is done; None fills them here.
+        """
+        started, rows = time.perf_counter(), self._everything
+        numbers = range(-(-len(self._task.items) // self._config.rows.batch))
+        tallies = {row.name: Tally(row.name) for row in rows}
+        with bar(f"eval {self._task.name}", len(numbers) * len(rows)) as progress:
+            for part in each(numbers) if each else (self.fill(number, progress) for number in numbers):
+                for name, tally in part.items():
+                    tallies[name].add(tally)
+                if each:
+                    progress.advance(len(rows))
+        return self._reported(tallies, time.perf_counter() - started)
+
+    def _reported(self, tallies: Tallies, seconds: float) -> EvalReport:
+        settings = self._config.rows
+        price = None if settings.llm_usd_per_million is None else settings.llm_usd_per_million / 1e6
+        slm, llm = (tallies[name].right for name in ("slm", "llm"))
+        reports = {name: tally.report(slm, llm, price) for name, tally in tallies.items()}
+        return EvalReport(
+            task=self._task.name,
+            n=len(self._task.items),
+            seed=self._config.seed,
+            slm=ModelIdentity.of(self._slm).model_dump(),
+            llm=ModelIdentity.of(self._llm).model_dump(),
+            hybrid=self._chosen.kind,
+            settings=settings.model_dump(mode="json"),
+            rows={row.name: reports[row.name] for row in self._rows},
+            sweeps={what: {row.name: reports[row.name] for row in part} for what, part in self._sweeps.items()},
+            seconds=seconds,
+        )
+
+
+def _open(config: EvaluateConfig) -> Evaluation:
+    slm, llm = config.models.load_slm(), config.models.load_llm()
+    check_same_ids(slm, llm)
+    return Evaluation(slm, llm, config.task.open(), config)
+
+
+_opened = lru_cache(maxsize=1)(_open)
+"""Once per process of a crew, however many chunks it fills; a process that lives on would miss changed files."""
+
+
+def _fill(config: EvaluateConfig, number: int) -> Tallies:
+    """One chunk, in a crew's process."""
+    return _opened(config).fill(number)
 
 
 def _ready(slm: LanguageModel, config: EvaluateConfig) -> list[Ready]:
@@ -159,16 +219,16 @@ class _Run:
             self._read[key] = BatchPrefix(model, prompts)
         return self._read[key]
 
-    def fill(self, tally: Tally, row: Row, chunk: Sequence[Item]) -> None:
-        """One chunk of one row."""
-        first = not tally.right
+    def fill(self, row: Row, chunk: Sequence[Item], first: bool) -> Tally:
+        """One chunk of one row; on the first one, its answers are looked at more closely."""
+        tally = Tally(row.name)
         items = [item for item in chunk for _ in range(row.samples)]
         meter = Meter(len(items))
         speaker = self._llm if row.llm_generates else self._slm
         read = self.read_llm if row.llm_generates else self.read_slm
         started = time.perf_counter()
         answers = converse(speaker, self._task, items, row.make(items, meter), self._settings.max_tokens, read)
-        tally.seconds += time.perf_counter() - started
+        tally.seconds = time.perf_counter() - started
         for at in range(0, len(answers), row.samples):
             tally.right.append(self._right(answers[at : at + row.samples]))
         _count(tally.count, row, answers, meter)
@@ -178,6 +238,7 @@ class _Run:
             tally.live_seconds, tally.live_same = live
         if first and row.samples == 1 and self._settings.agreement:
             tally.agreed, tally.judged = self._agreement(answers[: self._settings.agreement], row)
+        return tally
 
     def _right(self, answers: Sequence[Answer]) -> bool:
         """Whether the (most frequent) answer is right; among equals the first counts."""

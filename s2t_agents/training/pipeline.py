@@ -49,10 +49,10 @@ def pipeline(config: Pipeline, say: Callable[[str], None] = lambda _: None) -> t
         with crew.shown():
             for kind in crew.each(partial(train_kind, config), kinds):
                 say(f"{kind} is trained and calibrated")
-    say("probe")
-    sufficiency = probe(config.probing())
-    say(f"evaluate: {len(tasks[2].items)} items of {tasks[2].name}")
-    return sufficiency, evaluate(config.evaluating())
+        say("probe")
+        sufficiency = probe(config.probing())
+        say(f"evaluate: {len(tasks[2].items)} items of {tasks[2].name}")
+        return sufficiency, evaluate(config.evaluating(), crew)
 
 
 def first_selector(config: Pipeline) -> None:

@@ -78,6 +78,19 @@ class Bar(Protocol):
         ...
 
 
+class HiddenBar:
+    """Nobody looks."""
+
+    def advance(self, by: float = 1) -> None:
+        """See ``Bar``."""
+
+    def say(self, what: str) -> None:
+        """See ``Bar``."""
+
+
+HIDDEN = HiddenBar()
+
+
 class DrawnBar:
     """A bar on this process's display."""
 

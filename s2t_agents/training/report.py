@@ -27,7 +27,7 @@ class RowReport(BaseModel):
         llm_calls: forwards of the large model, per answer.
         llm_tokens: that it read or wrote, per answer.
         cost_usd: of the LLM, per answer; None when it has no known price.
-        seconds: for all n, in lockstep.
+        seconds: for all n, in lockstep; where processes share the problems, the sum of theirs.
         live_seconds: per answer through ``Engine.steps`` one at a time, on the checked problems.
         live_same: share of the checked problems on which that gave the same tokens.
         trigger_rate: share of all steps; flip_rate likewise; escalation_rate: share of triggered steps.
@@ -98,6 +98,16 @@ class Tally:
     live_same: list[bool] = field(default_factory=list)
     agreed: int = 0
     judged: int = 0
+
+    def add(self, other: Tally) -> None:
+        """What other chunks of the same row gave."""
+        self.right += other.right
+        self.count.update(other.count)
+        self.seconds += other.seconds
+        self.live_seconds += other.live_seconds
+        self.live_same += other.live_same
+        self.agreed += other.agreed
+        self.judged += other.judged
 
     def report(self, slm: Sequence[bool], llm: Sequence[bool], price: float | None) -> RowReport:
         """The row, beside what SLM and LLM got right; ``price`` in USD per LLM token."""
