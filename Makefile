@@ -24,16 +24,21 @@ install: $(READY)  ## Make .venv with the pinned set
 demo: $(READY)  ## Watch a budgeted agent answer a question
 	$(BIN)/s2t demo
 
-test: $(READY)  ## Lint, types and the whole test suite
+check: $(READY)  ## Lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test: check  ## Lint, types and the whole test suite
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 fast: $(READY)  ## The tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow'
 
-format: $(READY)  ## Put the code in order
+bench: $(READY)  ## Measure speed beside the alternatives (15 to 30 minutes)
+	$(BIN)/s2t bench decode
+
+format: $(READY)  ## Format the code, mend what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -13,13 +13,15 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
 from langgraph.graph import START, MessagesState, StateGraph
+from langgraph.types import Send
 from pydantic import BaseModel, Field
 
 # from langchain_openai import ChatOpenAI
 from s2t_agents import ChatS2T
 
-STOCK = {"melons": 12, "lamps": 7, "boats": 3}
-PRICES = {"melons": 4, "lamps": 25, "boats": 310}
+STOCK = {"lamps": 7, "kites": 3}
+PRICES = {"lamps": 25, "kites": 12}
+QUESTIONS = {"stock": "How many lamps are in stock?", "prices": "What is the price of lamps?"}
 
 
 @tool
@@ -42,11 +44,16 @@ class Order(BaseModel):
 
 
 def team(llm: BaseChatModel) -> Any:
-    """Two agents that answer at once, each with its own tool."""
+    """Two agents that work concurrently, each with its own tool and its own question."""
     graph = StateGraph(MessagesState)
     graph.add_node("stock", create_agent(llm, tools=[get_stock], name="stock"))
     graph.add_node("prices", create_agent(llm, tools=[get_price], name="prices"))
-    return graph.add_edge(START, "stock").add_edge(START, "prices").compile()
+    return graph.add_conditional_edges(START, questions, ["stock", "prices"]).compile()
+
+
+def questions(_: MessagesState) -> list[Send]:
+    """To each agent its question."""
+    return [Send(name, {"messages": [HumanMessage(asked)]}) for name, asked in QUESTIONS.items()]
 
 
 def main() -> dict[str, Any]:
@@ -54,8 +61,7 @@ def main() -> dict[str, Any]:
     # llm = ChatOpenAI(model="gpt-4o-mini", temperature=0, max_tokens=128, timeout=30, max_retries=2)
     llm = ChatS2T(model="s2t-demo", temperature=0, max_tokens=128, timeout=30, max_retries=2)
 
-    question = HumanMessage("How many melons are in stock?")
-    team_run = team(llm).invoke({"messages": [question]}, {"recursion_limit": 12})
+    team_run = team(llm).invoke({"messages": []}, {"recursion_limit": 12})
     for message in team_run["messages"]:
         message.pretty_print()
 

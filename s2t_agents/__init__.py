@@ -13,13 +13,17 @@ __version__ = "0.1.0"
 _HOMES = {
     "ChatJudge": "selectors",
     "ChatS2T": "chat_model",
+    "Concurrency": "engine.admission",
     "Budget": "budget",
     "DevicePrice": "budget",
+    "RedisStore": "budget",
+    "SQLiteStore": "budget",
     "TokenPrice": "budget",
     "Ledger": "ledger",
     "LocalLLM": "selectors",
     "OpenAILLM": "selectors",
     "Escalation": "escalation",
+    "Pacing": "escalation",
     "Engine": "engine.steps",
     "LanguageModel": "models",
     "Step": "types",
@@ -31,6 +35,7 @@ __all__ = [
     "Budget",
     "ChatJudge",
     "ChatS2T",
+    "Concurrency",
     "DevicePrice",
     "Engine",
     "Escalation",
@@ -38,6 +43,9 @@ __all__ = [
     "Ledger",
     "LocalLLM",
     "OpenAILLM",
+    "Pacing",
+    "RedisStore",
+    "SQLiteStore",
     "Step",
     "TokenPrice",
     "errors",
@@ -46,10 +54,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import errors, triggers
-    from .budget import Budget, DevicePrice, TokenPrice
+    from .budget import Budget, DevicePrice, RedisStore, SQLiteStore, TokenPrice
     from .chat_model import ChatS2T
+    from .engine.admission import Concurrency
     from .engine.steps import Engine
-    from .escalation import Escalation
+    from .escalation import Escalation, Pacing
     from .ledger import Ledger
     from .models import LanguageModel
     from .selectors import ChatJudge, LocalLLM, OpenAILLM

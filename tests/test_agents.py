@@ -203,10 +203,13 @@ def test_a_program_written_for_chat_openai_runs_with_one_line_changed(capsys: py
     spec.loader.exec_module(example)
     out = example.main()
     answers = [message for message in out["messages"] if isinstance(message, AIMessage)]
-    assert {message.name for message in answers} == {"stock", "prices"}
+    assert {message.name: message.text for message in answers} == {
+        "stock": "The result is 7.",
+        "prices": "The result is 25.",
+    }
     results = [message for message in out["messages"] if isinstance(message, ToolMessage)]
     assert {message.name for message in results} == {"get_stock", "get_price"}
-    assert isinstance(out["order"], example.Order)
+    assert out["order"] == example.Order(item="lamps", count=5)
     assert len(out["streamed"]) > 2
     assert "".join(out["streamed"]) in capsys.readouterr().out
 
