@@ -12,6 +12,7 @@ too, over KV that stays as it is; an adapter's corrections are added on their st
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .lora import Lora
 from .overlay import layer_kinds, overlay_of
@@ -150,10 +150,18 @@ def attend_packed(
     return torch.cat(outputs, dim=1), None
 
 
+@functools.cache
+def attention_functions() -> Any:
+    """transformers' table of attention functions by name, ours among them."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # seconds, which only a loaded model has to pay
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attend_packed)
+    return ALL_ATTENTION_FUNCTIONS
+
+
 def own_attention(module: nn.Module, name: str) -> Any:
     """The attention function that this model uses by itself."""
-    found = ALL_ATTENTION_FUNCTIONS.get(name)
-    return found or sys.modules[type(module).__module__].eager_attention_forward
+    return attention_functions().get(name) or sys.modules[type(module).__module__].eager_attention_forward
 
 
 def causal(tokens: int, length: int, window: int | None, *, like: Tensor) -> Tensor:
@@ -222,6 +230,7 @@ def through_modules(model: Any, parts: Sequence[Part]) -> list[Outcome | Tensor]
 def packed_attention(config: Any) -> Iterator[str]:
     """The model's attention replaced by ours; gives the name of its own. One thread at a time."""
     own: str = config._attn_implementation or "eager"
+    attention_functions()
     config._attn_implementation_internal = NAME
     try:
         yield own
@@ -258,6 +267,3 @@ def ready_mask(config: Any, like: Tensor) -> Tensor | dict[str, Tensor]:
     nothing = torch.zeros(1, 1, 1, 1, dtype=like.dtype, device=like.device)
     kinds = dict.fromkeys(layer_kinds(config))
     return dict.fromkeys(kinds, nothing) if len(kinds) > 1 else nothing
-
-
-ALL_ATTENTION_FUNCTIONS.register(NAME, attend_packed)
