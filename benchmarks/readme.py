@@ -206,7 +206,7 @@ def judged(found: dict[str, Verdict], checked: tuple[str, dict[str, Any]] | None
         said = "yes" if report["correct"] else "no"
         lines.append(f"| {what} | yes | {said} | {met(report['correct'])} |")
     for name, each in found.items():
-        lines.append(f"| {name} | {each['wanted']} | {each['figure']:.3g} | {met(each['met'])} |")
+        lines.append(f"| {name} | {each['wanted']} | {each['figure']:.4g} | {met(each['met'])} |")
     return lines
 
 
@@ -233,7 +233,7 @@ def per_token(report: dict[str, Any], names: tuple[str, ...] = ALL) -> list[str]
     lines = ["| ms a token (over our greedy) | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for part in report["decode"]:
         cells = [part["rows"][name] for name in names]
-        told = " | ".join(f"{row['ms_per_token']:.3g} ({row['over_greedy']:.2f}x)" for row in cells)
+        told = " | ".join(f"{figure(row['ms_per_token'])} ({row['over_greedy']:.2f}x)" for row in cells)
         lines.append(f"| {part['model']}, {part['dtype']}, after {part['prefix']} tokens | {told} |")
     return lines
 
@@ -278,7 +278,7 @@ def first_tokens(report: dict[str, Any]) -> list[str]:
     for part in report["decode"]:
         theirs, ours = (part["rows"][name] for name in ("generate", "engine"))
         times = (theirs["first_token_cold_ms"], ours["first_token_cold_ms"], ours["first_token_warm_ms"])
-        told = [f"{ms:.3g}" for ms in times]
+        told = [figure(ms) for ms in times]
         lines.append(
             f"| {part['model']}, after {part['prefix']} tokens | {' | '.join(told)} | {part['peak_rss_mb']:.0f} |"
         )
@@ -292,12 +292,17 @@ def concurrent(report: dict[str, Any]) -> list[str]:
     kinds = [("uncached prompts", each) for each in report["parallel"]]
     kinds += [("agent loops of {turns} turns, one system prompt".format(**each), each) for each in report["loops"]]
     for kind, each in kinds:
-        gaps = f"{each['gap_ms_median']:.3g} / {each['gap_ms_p99']:.3g}"
+        gaps = f"{figure(each['gap_ms_median'])} / {figure(each['gap_ms_p99'])}"
         ratios = f"{each['ratio']:.2f}x | {each['step_ratio']:.2f}x"
         lines.append(
-            f"| {each['model']}, {each['at_once']} {kind} | {each['together_tokens_per_s']:.3g} | {ratios} | {gaps} |"
+            f"| {each['model']}, {each['at_once']} {kind} | {figure(each['together_tokens_per_s'])} | {ratios} | {gaps} |"
         )
     return lines
+
+
+def figure(value: float) -> str:
+    """Three digits, and no exponents."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def share(value: float | None) -> str:

@@ -158,5 +158,5 @@ def table(result: dict[str, Any]) -> Group:
         "target", "wanted", "figure", "met", title="targets (* composed from measured parts)", title_justify="left"
     )
     for name, each in result["targets"].items():
-        wanted.add_row(name, each["wanted"], f"{each['figure']:.3g}", "yes" if each["met"] else "NO")
+        wanted.add_row(name, each["wanted"], f"{each['figure']:.4g}", "yes" if each["met"] else "NO")
     return Group(*shown, at_once, wanted)
