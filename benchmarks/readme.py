@@ -294,9 +294,8 @@ def concurrent(report: dict[str, Any]) -> list[str]:
     for kind, each in kinds:
         gaps = f"{figure(each['gap_ms_median'])} / {figure(each['gap_ms_p99'])}"
         ratios = f"{each['ratio']:.2f}x | {each['step_ratio']:.2f}x"
-        lines.append(
-            f"| {each['model']}, {each['at_once']} {kind} | {figure(each['together_tokens_per_s'])} | {ratios} | {gaps} |"
-        )
+        per_second = figure(each["together_tokens_per_s"])
+        lines.append(f"| {each['model']}, {each['at_once']} {kind} | {per_second} | {ratios} | {gaps} |")
     return lines
 
 
