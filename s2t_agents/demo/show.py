@@ -64,7 +64,7 @@ def _changes(changed: Sequence[Step], tokenizer: Any) -> Iterator[Text]:
 
 def _numbers(s2t: dict[str, Any]) -> Table:
     table = Table(title="This run", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("tokens", str(s2t["tokens"]), "looked twice at", f"{s2t['triggers']} (triggers)")
+    table.add_row("tokens", str(s2t["tokens"]), "critical steps", str(s2t["triggers"]))
     table.add_row("selections", str(s2t["selections"]), "flips", str(s2t["flips"]))
     table.add_row("escalations", str(s2t["escalations"]), "refused by the budget", str(s2t["refused"]))
     cost, latency = s2t["cost_usd"], s2t["latency_ms"]
