@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import cached_property
 from typing import Any
 
 from langchain_core.messages import AIMessage
 
 from .attribution import Caller, current_caller
 from .budget import Amount, Budget, DevicePrice
+from .errors import StoreUnavailable
 from .ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate
 from .types import Charge, Step
 
 MS = 1000.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one generation did, cost and took, for the message and for the ledger alike.
+
+    Attributes:
+        degraded: an LLM was wanted and not heard.
+        cost: USD.
+        latency: milliseconds by part; ``total`` runs from the call to the moment this was taken.
+        budget: as ``BudgetState.as_dict()``; None without a budget, or when its store cannot be reached.
+    """
+
+    triggers: int
+    selections: int
+    flips: int
+    escalations: int
+    refused: int
+    degraded: bool
+    cost: Cost
+    latency: Latency
+    budget: dict[str, Any] | None
 
 
 @dataclass
@@ -60,51 +86,36 @@ class Account:
         """Escalations with this outcome."""
         return self.count(lambda step: step.escalation is not None and step.escalation.outcome == outcome)
 
-    @property
-    def degraded(self) -> bool:
-        """Whether an LLM was wanted and not heard."""
-        return self.escalations("refused") + self.escalations("failed") > 0
-
-    @property
-    def cost(self) -> Cost:
-        """USD; the local part prices the answer's share of the forwards that it took part in, in device-seconds."""
-        seconds = sum(step.timings.compute for step in self.steps)
-        local = self.device_price.cost(seconds) if self.device_price else None
-        charges = [step.escalation.actual for step in self.steps if step.escalation and step.escalation.actual]
-        known = [charge.usd for charge in charges if charge.usd is not None]
-        return Cost(local=local, llm=sum(known, Decimal(0)) if len(known) == len(charges) else None)
-
-    @property
-    def latency(self) -> Latency:
-        """Milliseconds by part; ``total`` runs from the call to now."""
-        by_verb = {
-            verb: sum(getattr(step.timings, verb) for step in self.steps) * MS
-            for verb in ("queue", "propose", "select", "escalate", "grammar")
-        }
-        ttft = (self._first - self._start) * MS if self._first is not None else None
-        return Latency(ttft=ttft, total=(time.perf_counter() - self._start) * MS, **by_verb)
+    @cached_property
+    def summary(self) -> Summary:
+        """Taken when first asked for, which must be after the last step, and the same from then on."""
+        refused, failed = self.escalations("refused"), self.escalations("failed")
+        return Summary(
+            triggers=self.count(lambda step: step.triggered),
+            selections=self.count(lambda step: step.picked_by in ("selector", "llm")),
+            flips=self.count(lambda step: step.flipped),
+            escalations=self.escalations("picked"),
+            refused=refused,
+            degraded=refused + failed > 0,
+            cost=self._cost(),
+            latency=self._latency(),
+            budget=_state(self.budget),
+        )
 
     def metadata(self) -> dict[str, Any]:
         """The ``response_metadata["s2t"]`` of the message. Counts in tokens, money in USD, times in ms."""
-        cost, latency = self.cost, self.latency
+        summary = self.summary
         return {
             "tokens": len(self.steps),
             "reused_tokens": self.reused_tokens,
-            "triggers": self.count(lambda step: step.triggered),
-            "selections": self.count(lambda step: step.picked_by in ("selector", "llm")),
-            "flips": self.count(lambda step: step.flipped),
-            "escalations": self.escalations("picked"),
-            "refused": self.escalations("refused"),
-            "degraded": self.degraded,
-            "cost_usd": {part: _number(getattr(cost, part)) for part in ("local", "llm", "total")},
-            "latency_ms": {part: getattr(latency, part) for part in _TOLD},
-            "budget": self.budget.state().as_dict() if self.budget else None,
             "trace_id": self.trace_id,
+            "cost_usd": {part: _number(getattr(summary.cost, part)) for part in ("local", "llm", "total")},
+            "latency_ms": {part: getattr(summary.latency, part) for part in _TOLD},
+            **{key: getattr(summary, key) for key in _SHARED},
         }
 
     def record(self, finish_reason: str, *, decode: Callable[[int], str], error: str | None = None) -> GenerationRecord:
         """The ledger's record of the generation, with a receipt per escalation."""
-        numbers = self.metadata()
         return GenerationRecord(
             agent=self.caller.agent,
             thread_id=self.caller.thread_id,
@@ -115,16 +126,44 @@ class Account:
             finish_reason=finish_reason,
             prompt_tokens=self.prompt_tokens,
             completion_tokens=len(self.steps),
-            cost_usd=self.cost,
-            latency_ms=self.latency,
+            cost_usd=self.summary.cost,
+            latency_ms=self.summary.latency,
             receipts=tuple(receipt(step, decode) for step in self.steps if step.escalation),
             error=error,
-            **{key: numbers[key] for key in _SHARED},
+            trace_id=self.trace_id,
+            **{key: getattr(self.summary, key) for key in _SHARED},
         )
+
+    def _cost(self) -> Cost:
+        """The local part prices the answer's share of the forwards that it took part in, in device-seconds."""
+        seconds = sum(step.timings.compute for step in self.steps)
+        local = self.device_price.cost(seconds) if self.device_price else None
+        charges = [step.escalation.actual for step in self.steps if step.escalation and step.escalation.actual]
+        known = [charge.usd for charge in charges if charge.usd is not None]
+        return Cost(local=local, llm=sum(known, Decimal(0)) if len(known) == len(charges) else None)
+
+    def _latency(self) -> Latency:
+        by_verb = {
+            verb: sum(getattr(step.timings, verb) for step in self.steps) * MS
+            for verb in ("queue", "propose", "select", "escalate", "grammar")
+        }
+        ttft = (self._first - self._start) * MS if self._first is not None else None
+        return Latency(ttft=ttft, total=(time.perf_counter() - self._start) * MS, **by_verb)
 
 
 _TOLD = ("queue", "ttft", "propose", "select", "escalate", "total")
-_SHARED = ("triggers", "selections", "flips", "escalations", "refused", "degraded", "budget", "trace_id")
+_SHARED = ("triggers", "selections", "flips", "escalations", "refused", "degraded", "budget")
+
+
+def _state(budget: Budget | None) -> dict[str, Any] | None:
+    """None when the store cannot be reached: the answer and its record are worth more than the figures."""
+    if budget is None:
+        return None
+    try:
+        return budget.state().as_dict()
+    except StoreUnavailable as error:
+        _log.warning("the answer comes without its budget: %s", error)
+        return None
 
 
 def receipt(step: Step, decode: Callable[[int], str]) -> Receipt:

@@ -11,6 +11,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, Sys
 from langchain_core.runnables import RunnableLambda
 
 from s2t_agents import Budget, ChatS2T, DevicePrice, Ledger, LocalLLM, TokenPrice
+from s2t_agents.budget import SQLiteStore
 from s2t_agents.errors import (
     BudgetExceeded,
     ConfigError,
@@ -85,6 +86,29 @@ def test_a_budget_that_says_raise_raises_through_langchain() -> None:
     assert (record.escalations, record.finish_reason) == (1, "aborted")
     assert record.error is not None
     assert "BudgetExceeded" in record.error
+
+
+def test_a_budget_store_that_goes_away_takes_neither_the_answer_nor_its_record(tmp_path: Path) -> None:
+    model = escalating(None, ledger=Ledger())
+    model.budget = Budget(escalations=50, store=SQLiteStore(tmp_path / "budget.db"))
+    chunks = []
+    for chunk in model.stream("hello"):
+        chunks.append(chunk)
+        for file in tmp_path.iterdir():
+            file.unlink()
+    s2t = sum(chunks[1:], chunks[0]).response_metadata["s2t"]
+    assert (s2t["budget"], s2t["degraded"], s2t["escalations"]) == (None, True, 1)
+    [record] = model.ledger.records()
+    assert (record.budget, record.degraded, record.error) == (None, True, None)
+    assert len(record.receipts) == s2t["tokens"]
+
+
+def test_the_message_and_the_record_tell_the_same_figures() -> None:
+    model = escalating(3, ledger=Ledger())
+    s2t = model.invoke("hello").response_metadata["s2t"]
+    [record] = model.ledger.records()
+    assert record.budget == s2t["budget"]
+    assert record.latency_ms.model_dump(exclude={"grammar"}) == s2t["latency_ms"]
 
 
 def test_costs_are_known_only_where_prices_are() -> None:
