@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import uuid
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,14 @@ def test_a_server_that_is_down_refuses_and_what_was_spent_is_booked_when_it_is_b
 def test_a_server_that_forgot_refuses(redis_server: RedisServer) -> None:
     store = store_on(redis_server)
     budget = Budget(usd=1, store=store)
+    agent = budget.child("agent", escalations=5)
     client = redis.Redis.from_url(redis_server.url)
     for key in client.scan_iter(f"{store._prefix}*"):
         client.delete(key)
     client.close()
-    for use in (lambda: budget.reserve(CENT), budget.state, lambda: budget.extend(usd=1)):
+    views = (budget.final(), budget.view(on_exhausted="raise"), agent.final())
+    reserving = [partial(each.reserve, CENT) for each in (budget, agent, *views)]
+    for use in (*reserving, budget.state, lambda: budget.extend(usd=1)):
         with pytest.raises(StoreUnavailable, match="no longer has"):
             use()
 

@@ -7,14 +7,14 @@ import itertools
 import os
 import secrets
 from decimal import Decimal
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, get_args
 
 from s2t_agents.budget import money
 from s2t_agents.budget.amount import UNITS, Amount, shown
 from s2t_agents.budget.clock import Clock
 from s2t_agents.budget.hold import Hold
 from s2t_agents.budget.memory_store import MemoryStore
-from s2t_agents.budget.owed import Owed
+from s2t_agents.budget.open_meter import OpenMeter
 from s2t_agents.budget.state import BudgetState, Number, state_of
 from s2t_agents.budget.store import BudgetStore, Link, Refusal, Terms
 from s2t_agents.budget.terms import LimitsGiven, OnExhausted, micros_of, terms_of
@@ -93,32 +93,14 @@ class Budget:
                 "window": window,
             }
         )
-        self._join(None, name, terms, on_exhausted, store or MemoryStore(clock), Owed(), final=False)
+        mode = _mode(on_exhausted)
+        self._look_at(OpenMeter.root(name, terms, store or MemoryStore(clock)), None, mode, final=False)
 
-    def _join(
-        self,
-        parent: Budget | None,
-        name: str,
-        terms: Terms | None,
-        on_exhausted: OnExhausted,
-        store: BudgetStore,
-        owed: Owed,
-        *,
-        final: bool,
-    ) -> Self:
-        if not isinstance(name, str) or not name or "/" in name or "\0" in name or len(name) > 200:
-            raise ConfigError(
-                f"Budget name {name!r} must be 1 to 200 characters without '/'.", hint="Name it after its agent."
-            )
-        if on_exhausted not in ("degrade", "raise", "ask"):
-            raise ConfigError(f"on_exhausted={on_exhausted!r}.", hint='Use "degrade", "raise" or "ask".')
-        self.name, self.parent, self.on_exhausted = name, parent, on_exhausted
-        self.path: str = f"{parent.path}/{name}" if parent else name
-        self._store, self._owed, self._final = store, owed, final
-        self._terms = _agreed(store, self.path, terms)
-        link = Link(self.path, final)
+    def _look_at(self, meter: OpenMeter, parent: Budget | None, on_exhausted: OnExhausted, *, final: bool) -> Self:
+        self.name, self.path, self.parent, self.on_exhausted = meter.name, meter.path, parent, on_exhausted
+        self._meter, self._final = meter, final
+        link = Link(meter.path, final)
         self._chain: tuple[Link, ...] = (*parent._chain, link) if parent else (link,)
-        self._priced: bool = self._terms.limits[0] is not None or (parent is not None and parent._priced)
         return self
 
     def child(self, name: str, *, on_exhausted: OnExhausted | None = None, **limits: Unpack[LimitsGiven]) -> Budget:
@@ -134,35 +116,26 @@ class Budget:
         Raises:
             BadLimit: a limit that can not be meant, or other limits than this child already has.
         """
+        mode = _mode(on_exhausted or self.on_exhausted)
         terms = terms_of(limits) if any(value is not None for value in limits.values()) else None
-        return Budget.__new__(Budget)._join(
-            self, name, terms, on_exhausted or self.on_exhausted, self._store, self._owed, final=False
-        )
+        return Budget.__new__(Budget)._look_at(self._meter.child(name, terms), self, mode, final=False)
 
     def final(self) -> Budget:
         """This same meter, for the last answer: its finalization reserve may be used (its parents' may not)."""
         return self.view(final=True)
 
     def view(self, *, on_exhausted: OnExhausted | None = None, final: bool | None = None) -> Budget:
-        """This same meter, seen by a caller that should act otherwise when it is exhausted."""
-        return Budget.__new__(Budget)._join(
-            self.parent,
-            self.name,
-            None,
-            on_exhausted or self.on_exhausted,
-            self._store,
-            self._owed,
-            final=self._final if final is None else final,
-        )
+        """This same meter, seen by a caller that should act otherwise when it is exhausted. The store is not asked."""
+        mode = _mode(on_exhausted or self.on_exhausted)
+        as_final = self._final if final is None else final
+        return Budget.__new__(Budget)._look_at(self._meter, self.parent, mode, final=as_final)
 
     def fresh(self, clock: Clock | None = None) -> Budget:
         """The same limits, from the root down to here, on new meters in memory: to rehearse, not to spend."""
         store: BudgetStore = MemoryStore(clock)
         copy: Budget | None = None
         for budget in self.chain:
-            copy = Budget.__new__(Budget)._join(
-                copy, budget.name, budget._terms, budget.on_exhausted, store, Owed(), final=budget._final
-            )
+            copy = _opened(copy, budget.name, budget._meter.terms, budget.on_exhausted, store, budget._final)
         return copy or self
 
     @property
@@ -173,12 +146,12 @@ class Budget:
     @property
     def windowed(self) -> bool:
         """Whether this budget or one above it starts afresh with time."""
-        return any(budget._terms.window is not None for budget in self.chain)
+        return any(budget._meter.terms.window is not None for budget in self.chain)
 
     @property
     def in_dollars(self) -> bool:
         """Whether this budget or one above it limits dollars, so that an unknown price is refused."""
-        return self._priced
+        return self._meter.priced
 
     def reserve(self, amount: Amount, *, ttl_s: float = 60.0) -> Hold:
         """Set the amount aside, here and in every parent, or nowhere.
@@ -192,23 +165,24 @@ class Budget:
             UnpricedModel: ``amount.usd`` is None under a dollar limit.
             StoreUnavailable: the store can not be reached, so nothing may be spent.
         """
-        if self._priced and amount.usd is None:
+        meter = self._meter
+        if meter.priced and amount.usd is None:
             raise UnpricedModel(
                 f"Budget {self.path!r} is limited in dollars, and the price of {amount} is unknown.",
                 hint="Give the model a TokenPrice, or DevicePrice(0) if it costs nothing.",
             )
-        if self._owed:
-            self._owed.pay(self._store)
+        if meter.owed:
+            meter.owed.pay(meter.store)
         ttl_us = 60_000_000 if ttl_s == 60.0 else _ttl(ttl_s)
         want = amount.units()
         hold_id = f"{self._chain[0].path}/{_process_key}-{next(_hold_numbers)}"
         try:
-            refused = self._store.reserve(self._chain, hold_id, want, ttl_us)
+            refused = meter.store.reserve(self._chain, hold_id, want, ttl_us)
             if refused is None:
-                return Hold(self._store, self._owed, self.path, hold_id, amount, want)
+                return Hold(meter.store, meter.owed, meter.path, hold_id, amount, want)
         except BaseException:  # also Ctrl-C after the store said yes: nobody would ever settle it
             with contextlib.suppress(StoreUnavailable):
-                self._store.release(hold_id)
+                meter.store.release(hold_id)
             raise
         raise _exceeded(refused)
 
@@ -233,25 +207,25 @@ class Budget:
             *(unit for unit, new in zip(UNITS, more.limits, strict=True) if new is not None),
             *(["seconds"] if seconds is not None else []),
         ]
-        has = {unit for unit, old in zip(UNITS, self._terms.limits, strict=True) if old is not None}
-        if self._terms.micros is not None:
+        has = {unit for unit, old in zip(UNITS, self._meter.terms.limits, strict=True) if old is not None}
+        if self._meter.terms.micros is not None:
             has.add("seconds")
         for unit in asked:
             if unit not in has:
                 raise BadLimit(
                     f"Budget {self.path!r} has no limit in {unit} to extend.", hint="Extend the one that refused."
                 )
-        self._store.extend(self.path, (more.limits[0] or 0, more.limits[1] or 0, more.limits[2] or 0), micros)
+        self._meter.store.extend(self.path, (more.limits[0] or 0, more.limits[1] or 0, more.limits[2] or 0), micros)
 
     def seconds_left(self) -> float | None:
         """Seconds to the nearest deadline in the chain, never below 0; None without one."""
-        timed = (link for link in self.chain if link._terms.micros is not None)
-        left = [self._store.read(budget.path).micros_left for budget in timed]
+        timed = (link for link in self.chain if link._meter.terms.micros is not None)
+        left = [self._meter.store.read(budget.path).micros_left for budget in timed]
         return min((micros / 1e6 for micros in left if micros is not None), default=None)
 
     def state(self) -> BudgetState:
         """This budget now: limits, held, spent, left. Parents may have less left: see :meth:`available`."""
-        return state_of(self.path, self._store.read(self.path))
+        return state_of(self.path, self._meter.store.read(self.path))
 
     def available(self) -> dict[str, Number]:
         """What a reservation here could still get: the least left in the chain, finalization reserves kept back."""
@@ -272,12 +246,12 @@ class Budget:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if not self._store.shared:
+        if not self._meter.store.shared:
             raise TypeError(
                 f"Budget {self.path!r} lives in this process's memory and can not be pickled. "
                 "Give it a SQLiteStore or RedisStore, which processes can share."
             )
-        return _reopen, (self.parent, self.name, self._terms, self.on_exhausted, self._store, self._final)
+        return _opened, (self.parent, self.name, self._meter.terms, self.on_exhausted, self._meter.store, self._final)
 
     def __repr__(self) -> str:
         return f"<Budget {self.path!r}{' (final)' if self._final else ''} on_exhausted={self.on_exhausted!r}>"
@@ -289,38 +263,18 @@ def _less(left: Number, kept: Number) -> Number:
     return max(left - kept, 0)
 
 
-def _reopen(
+def _opened(
     parent: Budget | None, name: str, terms: Terms, on_exhausted: OnExhausted, store: BudgetStore, final: bool
 ) -> Budget:
-    owed = parent._owed if parent else Owed()
-    store = parent._store if parent else store
-    return Budget.__new__(Budget)._join(parent, name, terms, on_exhausted, store, owed, final=final)
+    """Under a parent the store is the parent's."""
+    meter = parent._meter.child(name, terms) if parent else OpenMeter.root(name, terms, store)
+    return Budget.__new__(Budget)._look_at(meter, parent, on_exhausted, final=final)
 
 
-def _agreed(store: BudgetStore, path: str, terms: Terms | None) -> Terms:
-    """Open the meter; whoever opens it again must mean the same."""
-    if terms is None:
-        return store.known(path) or store.open(path, Terms())
-    found = store.open(path, terms)
-    if found != terms:
-        raise BadLimit(
-            f"Budget {path!r} exists with other limits: {_told(found)}, not {_told(terms)}.",
-            hint="Raise them with Budget.extend(), or take another name.",
-        )
-    return found
-
-
-def _told(terms: Terms) -> str:
-    parts = [
-        f"{unit}={shown(unit, value)}" for unit, value in zip(UNITS, terms.limits, strict=True) if value is not None
-    ]
-    if terms.micros is not None:
-        parts.append(f"seconds={terms.micros / 1e6:g}")
-    if any(terms.keep):
-        parts.append(f"reserve_for_final={[shown(u, k) for u, k in zip(UNITS, terms.keep, strict=True)]}")
-    if terms.window:
-        parts.append(str(terms.window))
-    return ", ".join(parts) or "none"
+def _mode(on_exhausted: OnExhausted) -> OnExhausted:
+    if on_exhausted not in get_args(OnExhausted):
+        raise ConfigError(f"on_exhausted={on_exhausted!r}.", hint='Use "degrade", "raise" or "ask".')
+    return on_exhausted
 
 
 def _ttl(ttl_s: float) -> int:
