@@ -90,6 +90,15 @@ def test_a_file_taken_away_refuses_everything(tmp_path: Path) -> None:
         budget.reserve(CENT)
 
 
+def test_a_relative_path_means_the_place_where_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    budget = Budget(usd=1, store=SQLiteStore("budget.db"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    budget.reserve(CENT).settle(CENT)
+    assert Budget(usd=1, store=SQLiteStore(tmp_path / "budget.db")).state().spent["usd"] == CENT.usd
+
+
 def test_a_file_locked_for_too_long_refuses_and_the_cost_is_booked_later(tmp_path: Path) -> None:
     path = tmp_path / "budget.db"
     budget = Budget(usd=1, store=SQLiteStore(path, wait_s=0.05))

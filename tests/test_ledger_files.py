@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import pickle
 import random
 import sqlite3
 import subprocess
@@ -91,6 +92,66 @@ def test_another_file_is_left_alone(tmp_path: Path, name: str, content: bytes) -
     with pytest.raises(LedgerError, match="not a"):
         Ledger.open(path)
     assert path.read_bytes() == content
+
+
+def agents(ledger: Ledger) -> list[str]:
+    return [record.agent for record in ledger.records()]
+
+
+def test_json_lines_may_be_rotated_while_they_are_written(tmp_path: Path) -> None:
+    path, moved = tmp_path / "costs.jsonl", tmp_path / "costs.1.jsonl"
+    ledger = Ledger.open(path)
+    ledger.record(GenerationRecord(agent="before"))
+    path.rename(moved)
+    for agent in ("after", "later"):
+        ledger.record(GenerationRecord(agent=agent))
+    assert agents(ledger) == agents(Ledger.open(path)) == ["after", "later"]
+    assert agents(Ledger.open(moved)) == ["before"]
+    path.write_bytes(b"")  # copied and truncated, as logrotate's copytruncate does
+    ledger.record(GenerationRecord(agent="last"))
+    assert agents(ledger) == agents(Ledger.open(path)) == ["last"]
+
+
+def test_a_foreign_file_put_in_the_place_of_json_lines_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "costs.jsonl"
+    ledger = Ledger.open(path)
+    path.write_text("dear diary\n")
+    for use in (lambda: ledger.record(GenerationRecord()), ledger.records):
+        with pytest.raises(LedgerError, match="not a ledger of JSON lines"):
+            use()
+    assert path.read_text() == "dear diary\n"
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_database_taken_away_is_said_and_nothing_is_kept_in_the_void(tmp_path: Path, replaced: bool) -> None:
+    path = tmp_path / "costs.db"
+    ledger = Ledger.open(path)
+    ledger.record(GenerationRecord(agent="before"))
+    for file in tmp_path.glob("costs.db*"):
+        file.rename(tmp_path / f"moved-{file.name}")
+    if replaced:
+        Ledger.open(path).close()
+    for use in (lambda: ledger.record(GenerationRecord(agent="after")), ledger.records):
+        with pytest.raises(LedgerError, match="removed or replaced"):
+            use()
+    assert path.exists() == replaced
+    assert agents(Ledger.open(tmp_path / "moved-costs.db")) == ["before"]
+
+
+@pytest.mark.parametrize("name", ["costs.jsonl", "costs.db"])
+def test_a_relative_path_means_the_place_where_it_was_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    ledger = Ledger.open(name)
+    ledger.record(GenerationRecord(agent="before"))
+    pickled = pickle.dumps(ledger._store)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ledger.record(GenerationRecord(agent="after"))
+    Ledger(pickle.loads(pickled)).record(GenerationRecord(agent="copy"))
+    assert agents(Ledger.open(tmp_path / name)) == ["before", "after", "copy"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_another_database_and_a_damaged_ledger_are_left_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from contextlib import closing
@@ -78,6 +79,15 @@ def connect(path: Path, application_id: int, schema: str, wait_s: float) -> sqli
         connection.close()
         raise
     return connection
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """Which file is at a path now; (0, 0) if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return (0, 0)
+    return (found.st_dev, found.st_ino)
 
 
 def _write_ahead(connection: sqlite3.Connection, until: float) -> None:

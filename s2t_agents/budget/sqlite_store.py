@@ -23,7 +23,7 @@ from s2t_agents.budget import meter as arithmetic
 from s2t_agents.budget.amount import Units
 from s2t_agents.budget.clock import Clock, SystemClock
 from s2t_agents.budget.meter import Meter
-from s2t_agents.budget.sqlite_file import connect, verify
+from s2t_agents.budget.sqlite_file import connect, identity, verify
 from s2t_agents.budget.sqlite_rows import APPLICATION_ID, SCHEMA, boot_id, cross_reboot, load, save
 from s2t_agents.budget.store import Chain, Closing, Reading, Refusal, Terms
 from s2t_agents.errors import BadStore, StoreUnavailable
@@ -36,7 +36,8 @@ class SQLiteStore:
     """Meters in a file. Threads share one connection; processes share the file.
 
     Args:
-        path: the file; made when it does not exist. Keep it on a local disk, not a network share.
+        path: the file; made when it does not exist. Keep it on a local disk, not a network share. A relative one
+            means the directory that is current now.
         wait_s: seconds to wait for another process before giving up (``StoreUnavailable``).
         clock: the time; tests hand in their own.
 
@@ -48,7 +49,7 @@ class SQLiteStore:
     shared = True
 
     def __init__(self, path: str | Path, *, wait_s: float = 10.0, clock: Clock | None = None) -> None:
-        self.path, self._wait_s = Path(path), wait_s
+        self.path, self._wait_s = Path(path).absolute(), wait_s
         self._clock = clock or SystemClock()
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
@@ -119,7 +120,7 @@ class SQLiteStore:
             self._connection = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened, (str(self.path.absolute()), self._wait_s)
+        return _opened, (str(self.path), self._wait_s)
 
     def __repr__(self) -> str:
         return f"SQLiteStore({str(self.path)!r})"
@@ -198,8 +199,8 @@ class SQLiteStore:
             self._connection = None
         if self._connection is None:
             self._connection = connect(self.path, APPLICATION_ID, SCHEMA, self._wait_s)
-            self._pid, self._file = os.getpid(), _identity(self.path)
-        elif _identity(self.path) != self._file:
+            self._pid, self._file = os.getpid(), identity(self.path)
+        elif identity(self.path) != self._file:
             raise StoreUnavailable(f"{self.path} was removed or replaced while in use.", hint="Put it back.")
         if self._connection.in_transaction:  # a second Ctrl-C fell into the rollback of the first
             self._connection.rollback()
@@ -207,14 +208,6 @@ class SQLiteStore:
 
 
 _inherited: list[sqlite3.Connection | None] = []  # a parent's connections: closing one here could drop its locks
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return (0, 0)
-    return (found.st_dev, found.st_ino)
 
 
 def _opened(path: str, wait_s: float) -> SQLiteStore:

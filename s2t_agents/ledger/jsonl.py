@@ -4,7 +4,8 @@ Line 1 names the format; every other line is a record. Each append is one ``writ
 appending, under the file's lock where the system has one. A writer killed in the middle leaves at most the
 beginning of one line. The next writer closes it with a seal (``{"torn": bytes}``), and readers step over it; any
 other line that is not a record is corruption, and said so. Nothing is synced to the disk by force: a power cut
-may lose what the system had not written yet.
+may lose what the system had not written yet. The file may be rotated, moved or truncated at any time: the next
+record begins a new one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import ValidationError
 
@@ -35,28 +36,26 @@ class JsonlLedger:
     """A ledger file of JSON lines; several threads and processes may append at once.
 
     Args:
-        path: the file; made when it does not exist.
+        path: the file; made when it does not exist. A relative one means the directory that is current now.
 
     Raises:
         LedgerError: it exists and is something else (left as it is), or it can not be written.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path.absolute()
         self._lock = threading.Lock()
         try:
-            if not path.exists() or path.stat().st_size == 0:
-                with self._appending() as file:
-                    if os.fstat(file).st_size == 0:  # still empty, now that it is ours
-                        os.write(file, HEADER)
-            with path.open("rb") as found:
-                header = found.read(len(HEADER))
+            if self.path.exists() and self.path.stat().st_size:
+                with self.path.open("rb") as file:  # a file that may only be read can be reported on
+                    self._check(file.read(len(HEADER)))
+            else:
+                with self._appending():
+                    pass
         except OSError as error:
             raise LedgerError(
                 f"{path}: {error.strerror or error}.", hint="Choose a place that can be written."
             ) from None
-        if header != HEADER:
-            raise LedgerError(f"{path} is not a ledger of JSON lines.", hint="Choose another file; it was not changed.")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as its path: another process opens the same file."""
@@ -66,25 +65,27 @@ class JsonlLedger:
         """Append one line.
 
         Raises:
-            LedgerError: the disk is full, the file is gone or may not be written.
+            LedgerError: the disk is full, the file may not be written, or another was put in its place.
         """
         line = record.model_dump_json().encode() + b"\n"
         try:
             with self._lock, self._appending() as file:
-                size = os.fstat(file).st_size
-                torn = _torn_bytes(self.path, size)
+                torn = _torn_bytes(file)
                 if torn:
-                    os.write(file, b"\n" + _SEAL % torn)
-                if os.write(file, line) != len(line):
+                    file.write(b"\n" + _SEAL % torn)
+                if file.write(line) != len(line):
                     raise LedgerError(f"{self.path}: the disk took only part of a record.", hint="Make room.")
         except OSError as error:
             raise LedgerError(f"{self.path}: {error.strerror or error}.", hint="The record was not kept.") from None
 
     def __iter__(self) -> Iterator[GenerationRecord]:
         try:
-            lines = self.path.read_bytes().split(b"\n")
+            content = self.path.read_bytes()
         except OSError as error:
             raise LedgerError(f"{self.path}: {error.strerror or error}.") from None
+        if content:
+            self._check(content[: len(HEADER)])
+        lines = content.split(b"\n")
         for number, line in enumerate(lines[1:], start=2):
             if not line or line.startswith(_SEALED):
                 continue
@@ -103,25 +104,33 @@ class JsonlLedger:
         """Nothing is kept open between records."""
 
     @contextlib.contextmanager
-    def _appending(self) -> Iterator[int]:
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
+    def _appending(self) -> Iterator[IO[bytes]]:
+        """The file that is at the path now, locked, with its header."""
+        with self.path.open("ab+", buffering=0) as file:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            if header := file.read(len(HEADER)):
+                self._check(header)
+            else:
+                file.write(HEADER)
             yield file
-        finally:
-            os.close(file)
+
+    def _check(self, header: bytes) -> None:
+        if header != HEADER:
+            raise LedgerError(
+                f"{self.path} is not a ledger of JSON lines.", hint="Choose another file; it was not changed."
+            )
 
 
-def _torn_bytes(path: Path, size: int) -> int:
+def _torn_bytes(file: IO[bytes]) -> int:
     """How many bytes follow the last newline: a record whose writer was killed."""
-    with path.open("rb") as file:
-        block = 4096
-        while True:
-            start = max(0, size - block)
-            file.seek(start)
-            tail = file.read(size - start)
-            newline = tail.rfind(b"\n")
-            if newline >= 0 or start == 0:
-                return len(tail) - newline - 1
-            block *= 8
+    size, block = file.seek(0, os.SEEK_END), 4096
+    while True:
+        start = max(0, size - block)
+        file.seek(start)
+        tail = file.read(size - start)
+        newline = tail.rfind(b"\n")
+        if newline >= 0 or start == 0:
+            return len(tail) - newline - 1
+        block *= 8

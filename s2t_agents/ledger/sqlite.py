@@ -1,7 +1,8 @@
 """Records in one SQLite file: for long ledgers that several processes write and people query.
 
 Write-ahead log, one transaction a record. A killed process loses nothing that was recorded; after a power cut the
-last moments may be missing, the file stays whole (``synchronous=NORMAL``).
+last moments may be missing, the file stays whole (``synchronous=NORMAL``). A file that was moved or replaced while open
+refuses everything: SQLite would go on writing where nobody looks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from s2t_agents.budget.sqlite_file import DAMAGED, connect, verify
+from s2t_agents.budget.sqlite_file import DAMAGED, connect, identity, verify
 from s2t_agents.errors import BadStore, LedgerError
 from s2t_agents.ledger.record import GenerationRecord
 
@@ -38,7 +39,7 @@ class SQLiteLedger:
     """A ledger in a SQLite file. The columns repeat what people filter on; ``record`` is the whole, as JSON.
 
     Args:
-        path: the file; made when it does not exist.
+        path: the file; made when it does not exist. A relative one means the directory that is current now.
         wait_s: seconds to wait for another writer.
 
     Raises:
@@ -46,12 +47,11 @@ class SQLiteLedger:
     """
 
     def __init__(self, path: Path, wait_s: float = 10.0) -> None:
-        self.path, self._wait_s = path, wait_s
+        self.path, self._wait_s = path.absolute(), wait_s
         self._lock = threading.Lock()
-        self._pid = os.getpid()
         try:
-            verify(path, APPLICATION_ID, "ledger")
-            self._connection = connect(path, APPLICATION_ID, _SCHEMA, wait_s)
+            verify(self.path, APPLICATION_ID, "ledger")
+            self._connect()
         except (BadStore, sqlite3.Error, OSError) as error:
             raise LedgerError(str(error)) from None
 
@@ -63,7 +63,7 @@ class SQLiteLedger:
         """Write one record; it is kept when this returns.
 
         Raises:
-            LedgerError: not written: disk full, file locked or damaged, or a record of that id is there.
+            LedgerError: not written: disk full, file locked, damaged or taken away, or a record of that id is there.
         """
         row = (
             record.id,
@@ -100,9 +100,16 @@ class SQLiteLedger:
             self._connection.close()
 
     def _here(self) -> sqlite3.Connection:
-        """The connection of this process: SQLite forbids using one across a fork."""
+        """This process's connection (SQLite forbids using one across a fork) to the file that is at the path now."""
+        if identity(self.path) != self._file:
+            raise LedgerError(
+                f"{self.path} was removed or replaced while in use.", hint="Put it back, or open the ledger again."
+            )
         if os.getpid() != self._pid:
             self._inherited = self._connection  # never closed here: that could disturb the parent's locks
-            self._connection = connect(self.path, APPLICATION_ID, _SCHEMA, self._wait_s)
-            self._pid = os.getpid()
+            self._connect()
         return self._connection
+
+    def _connect(self) -> None:
+        self._connection = connect(self.path, APPLICATION_ID, _SCHEMA, self._wait_s)
+        self._pid, self._file = os.getpid(), identity(self.path)
