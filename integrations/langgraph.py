@@ -37,7 +37,7 @@ from s2t_agents.budget import Amount, Budget, money
 from s2t_agents.budget.answers import more_from
 from s2t_agents.budget.names import meter_name
 from s2t_agents.budget.terms import LimitsGiven
-from s2t_agents.errors import BudgetExceeded
+from s2t_agents.errors import BadLimit, BudgetExceeded
 
 _COUNTED = ("usd", "escalations", "llm_tokens")
 _LAST = "The budget is nearly spent: give your final answer now."
@@ -170,12 +170,9 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
         mine, _ = self._mine()
         question = state.get("s2t_question")
         if question:
-            more = more_from(interrupt(question), question["unit"])
-            if more:
-                next(budget for budget in mine.chain if budget.path == question["budget"]).extend(**more)
             return {
                 "s2t_question": None,
-                "s2t_declined": not more,
+                "s2t_declined": not _allowed_more(mine, question),
                 "s2t_budget": _snapshot(mine),
                 "jump_to": "model",
             }
@@ -220,6 +217,20 @@ def _question(mine: Budget, refused: BudgetExceeded) -> ExtendedModelResponse[An
     }
     question = {"type": "s2t_budget", "question": f"{refused} Allow more?", **plain}
     return ExtendedModelResponse(ModelResponse(result=[]), Command(update={"s2t_question": question}))
+
+
+def _allowed_more(mine: Budget, question: dict[str, Any]) -> bool:
+    """Ask until the answer can be followed: the checkpoint keeps every answer, so an error would end the thread."""
+    refused = next(budget for budget in mine.chain if budget.path == question["budget"])
+    asked = question
+    while True:
+        try:
+            more = more_from(interrupt(asked), question["unit"])
+            if more:
+                refused.extend(**more)
+            return bool(more)
+        except BadLimit as unclear:
+            asked = {**question, "question": f"{unclear} {question['question']}"}
 
 
 def _snapshot(mine: Budget) -> dict[str, Any]:

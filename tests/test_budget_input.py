@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from s2t_agents.budget import Amount, Budget, MemoryStore, SystemClock, Window
+from s2t_agents.budget.answers import more_from
 from s2t_agents.errors import BadLimit, BudgetExceeded, ConfigError, S2TError
 
 NAN, INF = float("nan"), float("inf")
@@ -112,6 +113,66 @@ def test_children_inherit_what_happens_on_exhaustion() -> None:
     run = Budget(on_exhausted="ask")
     assert run.child("a").on_exhausted == "ask"
     assert run.child("b", on_exhausted="raise").on_exhausted == "raise"
+
+
+@pytest.mark.parametrize(
+    "answer", [False, None, 0, 0.0, "", " ", "0", "0.00", "no", "N", "Nope.", "none", "never", "No, 3 is it"]
+)
+def test_a_no_is_a_no(answer: Any) -> None:
+    assert more_from(answer, "usd") == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "unit", "more"),
+    [
+        ("0.05", "usd", Decimal("0.05")),
+        ("0.05 more", "usd", Decimal("0.05")),
+        ("$0.05", "usd", Decimal("0.05")),
+        ("Now 3 more", "escalations", 3),
+        ("nine: 9.", "escalations", 9),
+        ("yes,3", "escalations", 3),
+        ("+3", "escalations", 3),
+        ("1,000", "llm_tokens", 1000),
+        ("1,234,567.00", "llm_tokens", 1_234_567),
+        ("30s", "seconds", 30.0),
+        (2.0, "escalations", 2),
+        (0.5, "usd", 0.5),
+        ({"escalations": 3, "usd": None}, "usd", None),
+    ],
+)
+def test_a_yes_says_how_much(answer: Any, unit: str, more: Any) -> None:
+    assert more_from(answer, unit) == ({"escalations": 3} if more is None else {unit: more})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        True,
+        "yes",
+        "-3",
+        "-$3",
+        "\N{MINUS SIGN}3",
+        "3 or 5",
+        "3-5",
+        "1,5",
+        "1,00",
+        "0,05",
+        ".05",
+        "1e3",
+        "10k",
+        "5%",
+        "now",
+        NAN,
+        INF,
+        "²",
+        [3],
+    ],
+)
+def test_an_answer_that_may_mean_something_else_is_refused(answer: Any) -> None:
+    for unit in ("escalations", "usd"):
+        with pytest.raises(BadLimit, match="does not say how many more") as refused:
+            more_from(answer, unit)
+        assert refused.value.hint
 
 
 def test_a_refusal_pickles_and_copies_whole() -> None:

@@ -153,6 +153,18 @@ def test_ask_interrupts_in_the_middle_and_goes_on_with_more(answer: Any) -> None
     assert budget.state().limit == {"escalations": 5}
 
 
+def test_an_answer_that_cannot_be_followed_is_asked_again() -> None:
+    budget = Budget(escalations=2, on_exhausted="ask")
+    agent = agent_on(Spender(each=3), BudgetMiddleware(budget))
+    question = agent.invoke(HI, in_thread("a"))["__interrupt__"][0].value["question"]
+    for unclear in ("yes", "-3", {"usd": 1}, "1.5"):
+        [again] = agent.invoke(Command(resume=unclear), in_thread("a"))["__interrupt__"]
+        assert again.value["question"].endswith(question)
+        assert again.value["question"] != question
+    assert agent.invoke(Command(resume="3"), in_thread("a"))["messages"][-1].text == "asked 3"
+    assert budget.state().limit == {"escalations": 5}
+
+
 def test_every_answer_counts_once_however_often_it_is_asked() -> None:
     budget = Budget(escalations=1, on_exhausted="ask")
     agent = agent_on(Spender(each=3), BudgetMiddleware(budget))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from decimal import Decimal
@@ -9,7 +10,10 @@ from typing import Any
 
 from s2t_agents.errors import BadLimit
 
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_FIRST_WORD = re.compile(r"\W*([a-z]+)", re.IGNORECASE)
+_NOES = frozenset({"no", "none", "nope", "never", "n"})
+_FIGURE = re.compile(r"[-\N{MINUS SIGN}]?\$?[\d.,]*\d[\w%]*", re.ASCII)
+_PLAIN = re.compile(r"(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?", re.ASCII)
 _UNITS = ("usd", "escalations", "llm_tokens", "seconds")
 
 
@@ -17,25 +21,37 @@ def more_from(answer: Any, unit: str) -> dict[str, Any]:
     """The keywords for ``Budget.extend``; empty for a no.
 
     Args:
-        answer: a mapping of units, a number or a text with one (of ``unit``), or False, None, 0 or "no...".
+        answer: a mapping of units; a number or a text with exactly one, in ``unit`` (a point before decimals, commas
+            only between thousands); or a no: False, None, 0, or a text that begins with "no" or a like word.
         unit: what ran out.
 
     Raises:
-        BadLimit: a yes that does not say how much, or units nobody counts.
+        BadLimit: a yes that does not say how much, or may mean something else, or units nobody counts.
     """
     if isinstance(answer, Mapping):
         unknown = [key for key in answer if key not in _UNITS]
         if unknown:
             raise BadLimit(f"{unknown}: no such limit.", hint=f"Answer with {', '.join(_UNITS)}.")
         return {key: value for key, value in answer.items() if value}
-    if not answer or (isinstance(answer, str) and answer.strip().lower().startswith(("n", "0"))):
-        return {}
-    if isinstance(answer, str) and (found := _NUMBER.search(answer)):
-        answer = Decimal(found[0])
-    if isinstance(answer, bool) or not isinstance(answer, int | float | Decimal):
+    number = _number_in(answer) if isinstance(answer, str) else answer or 0
+    if isinstance(number, bool) or not isinstance(number, int | float | Decimal) or not math.isfinite(number):
         raise BadLimit(
-            f"{answer!r} does not say how many more {unit}.", hint='Answer with a number, as "3 more", or no.'
+            f"{answer!r} does not say how many more {unit}.",
+            hint='Answer with one plain number, as "3 more" or "0.05", or no.',
         )
-    if unit in ("escalations", "llm_tokens") and answer == int(answer):
-        return {unit: int(answer)}
-    return {unit: float(answer) if unit == "seconds" else answer}
+    if number == 0:
+        return {}
+    if unit in ("escalations", "llm_tokens") and number == int(number):
+        return {unit: int(number)}
+    return {unit: float(number) if unit == "seconds" else number}
+
+
+def _number_in(text: str) -> Decimal | None:
+    """The only number of a text, 0 for a no; None where it says neither plainly."""
+    word = _FIRST_WORD.match(text)
+    if not text.strip() or (word and word[1].lower() in _NOES):
+        return Decimal(0)
+    figures = [found.lstrip("$,").removesuffix("s") for found in _FIGURE.findall(text)]
+    if len(figures) != 1 or not _PLAIN.fullmatch(figures[0]):
+        return None
+    return Decimal(figures[0].replace(",", ""))
