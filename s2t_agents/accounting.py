@@ -198,6 +198,8 @@ def _number(usd: Decimal | None) -> float | None:
 def from_cache(message: AIMessage, ledger: Ledger | None) -> AIMessage:
     """An answer out of LangChain's cache: it cost nothing this time, and says so, in the ledger too.
 
+    It touched no budget: that of the call which made it is nobody else's business. ``degraded`` is true of its text.
+
     Args:
         message: as the cache holds it; its metadata tell of the call that made it.
         ledger: takes a record with ``cached=True``.
@@ -209,7 +211,7 @@ def from_cache(message: AIMessage, ledger: Ledger | None) -> AIMessage:
     free = {key: dict.fromkeys(told[key], 0.0) for key in ("cost_usd", "latency_ms")}
     if ledger is not None:
         ledger.record(_cached_record(message, current_caller()))
-    metadata = {**message.response_metadata, "s2t": {**told, **idle, **free}}
+    metadata = {**message.response_metadata, "s2t": {**told, **idle, **free, "budget": None}}
     return message.model_copy(update={"response_metadata": metadata})
 
 

@@ -146,6 +146,15 @@ def test_a_cache_hit_is_the_same_answer_free_in_metadata_and_ledger() -> None:
     assert model.ledger.total().cached == 1
 
 
+def test_a_cache_hit_tells_nothing_of_the_budget_of_whoever_asked_first() -> None:
+    model = chat(cache=InMemoryCache(), trigger=always(), escalation=Escalation(ScriptedLLM(last_candidate), margin=1))
+    first = model.invoke("hello", s2t_budget=Budget(name="tenant-a", escalations=1))
+    again = model.invoke("hello", s2t_budget=Budget(name="tenant-b", escalations=50))
+    assert first.response_metadata["s2t"]["budget"]["limit"] == {"escalations": 1}
+    assert again.response_metadata["s2t"]["budget"] is None
+    assert again.response_metadata["s2t"]["degraded"]  # of the text itself, whoever reads it
+
+
 @pytest.mark.parametrize(
     "change",
     [
