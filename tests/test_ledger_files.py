@@ -7,18 +7,20 @@ import io
 import json
 import pickle
 import random
+import re
 import sqlite3
 import subprocess
 import sys
 import time
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from s2t_agents.errors import LedgerError
 from s2t_agents.ledger import Cost, GenerationRecord, Latency, Ledger
-from s2t_agents.ledger.report import report
+from s2t_agents.ledger.report import render, report
 
 WRITER = """
 import os, sys
@@ -222,6 +224,37 @@ def test_the_report_as_a_table(filled: Path) -> None:
     assert "0.042000 + 1?" in text  # the sum says that it does not know everything
     assert "=[bold]" in text
     assert "\x1b[2J" not in text
+
+
+def only(**fields: Any) -> Ledger:
+    ledger = Ledger()
+    ledger.record(GenerationRecord(**fields))
+    return ledger
+
+
+@pytest.mark.parametrize("name", ["\\[/x]", "[/x]", "[bold]", "\\\\[red]x", ":smile:", "a\\"])
+def test_a_name_in_the_report_is_text_whatever_it_looks_like(name: str) -> None:
+    assert name in render(only(agent=name), width=220)
+
+
+@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r", "\n", "\t="])
+def test_a_name_in_the_csv_is_neither_a_formula_nor_the_end_of_a_row(first: str) -> None:
+    [row] = csv.DictReader(io.StringIO(render(only(agent=f"{first}1+1"), format="csv"), newline=""))
+    assert row["agent"] == (f"'{first}1+1" if first in "=+-@" else "�" + first[1:] + "1+1")
+
+
+def test_the_table_explains_its_question_marks_and_counts_errors() -> None:
+    free = Cost(local=Decimal(0), llm=Decimal(0))
+    plain = render(only(cost_usd=free))
+    assert "unknown" not in plain
+    assert "errors" not in plain
+    unknown = render(only(cost_usd=Cost(llm=Decimal(0))))
+    assert "0 + 1?" in unknown
+    assert "n?: the cost of n answers is unknown. Set device_price." in unknown
+    assert "Set device_price and the LLM's price." in render(only())
+    failed = render(only(cost_usd=free, error="StoreUnavailable: down"))
+    assert "errors" in failed
+    assert re.search(r"total .* 1 .* 0/0/0 .* 1 ", failed)
 
 
 def test_a_report_on_nothing(tmp_path: Path) -> None:

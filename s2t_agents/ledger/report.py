@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from s2t_agents.errors import LedgerError
 from s2t_agents.ledger.latency import Quantiles
@@ -25,6 +26,7 @@ TOTAL = "total"
 MIN_WIDTH = 120
 _COUNTS = ("generations", "prompt_tokens", "completion_tokens", "triggers", "selections", "flips", "escalations")
 _ALSO = ("refused", "failed", "degraded", "cached", "errors")
+_FORMULA = ("=", "+", "-", "@")
 _Split = Mapping[str, Mapping[str, Quantiles]]
 
 
@@ -89,29 +91,20 @@ def _csv(by: str, totals: Mapping[str, Totals], latency: _Split) -> str:
 
 
 def _table(by: str, totals: Mapping[str, Totals], latency: _Split, width: int | None) -> str:
-    table = Table(title=f"Costs by {by}")
+    whole = sum(totals.values(), Totals())
+    table = Table(title=f"Costs by {by}", caption=_legend(whole))
     table.add_column(by, overflow="fold")
-    heads = ("answers", "tokens\nin/out", "selected/\nflipped", "asked/refused/\nfailed", "local $", "LLM $", "total $")
-    for head in (*heads, "ms\np50/p95/p99"):
+    columns = {head: cell for head, cell in _COLUMNS.items() if head != _ERRORS or whole.errors}
+    for head in (*columns, "ms\np50/p95/p99"):
         table.add_column(head, justify="right", no_wrap=True)
     for key, sums in totals.items():
-        table.add_row(_shown(key), *_cells(sums), _three(latency.get(key, {}).get("total")))
+        cells = [cell(sums) for cell in columns.values()]
+        table.add_row(Text(_printable(key)), *cells, _three(latency.get(key, {}).get("total")))
     table.add_section()
-    table.add_row(TOTAL, *_cells(sum(totals.values(), Totals())), "", style="bold")
+    table.add_row(TOTAL, *(cell(whole) for cell in columns.values()), "", style="bold")
     out = io.StringIO()
     Console(file=out, width=width or max(MIN_WIDTH, shutil.get_terminal_size().columns)).print(table)
     return out.getvalue()
-
-
-def _cells(sums: Totals) -> list[str]:
-    cost = sums.cost_usd
-    return [
-        f"{sums.generations:,}",
-        f"{sums.prompt_tokens:,}/{sums.completion_tokens:,}",
-        f"{sums.selections:,}/{sums.flips:,}",
-        f"{sums.escalations:,}/{sums.refused:,}/{sums.failed:,}",
-        *(_money(each) for each in (cost.local, cost.llm, cost.total)),
-    ]
 
 
 def _money(cost: CostSum) -> str:
@@ -119,15 +112,35 @@ def _money(cost: CostSum) -> str:
     return f"{known} + {cost.unknown}?" if cost.unknown else known
 
 
+_ERRORS = "errors"
+_COLUMNS: dict[str, Callable[[Totals], str]] = {
+    "answers": lambda sums: f"{sums.generations:,}",
+    "tokens\nin/out": lambda sums: f"{sums.prompt_tokens:,}/{sums.completion_tokens:,}",
+    "selected/\nflipped": lambda sums: f"{sums.selections:,}/{sums.flips:,}",
+    "asked/refused/\nfailed": lambda sums: f"{sums.escalations:,}/{sums.refused:,}/{sums.failed:,}",
+    _ERRORS: lambda sums: f"{sums.errors:,}",
+    "local $": lambda sums: _money(sums.cost_usd.local),
+    "LLM $": lambda sums: _money(sums.cost_usd.llm),
+    "total $": lambda sums: _money(sums.cost_usd.total),
+}
+
+
+def _legend(whole: Totals) -> str | None:
+    settings = {"device_price": whole.cost_usd.local, "the LLM's price": whole.cost_usd.llm}
+    missing = [setting for setting, cost in settings.items() if cost.unknown]
+    return f"n?: the cost of n answers is unknown. Set {' and '.join(missing)}." if missing else None
+
+
 def _three(quantiles: Quantiles | None) -> str:
     return f"{quantiles.p50:.0f}/{quantiles.p95:.0f}/{quantiles.p99:.0f}" if quantiles else ""
 
 
-def _shown(key: str) -> str:
-    """Names come from outside: no markup, no control characters in somebody's terminal."""
-    return "".join(char if char.isprintable() else "�" for char in key).replace("[", "\\[")
+def _printable(key: str) -> str:
+    """Names come from outside: no control characters in somebody's terminal or between a table's rows."""
+    return "".join(char if char.isprintable() else "�" for char in key)
 
 
 def _safe(key: str) -> str:
     """A spreadsheet must not run a name as a formula."""
-    return f"'{key}" if key[:1] in ("=", "+", "-", "@") else key
+    text = _printable(key)
+    return f"'{text}" if text.startswith(_FORMULA) else text
