@@ -11,6 +11,7 @@ import pytest
 
 from s2t_agents.budget import Amount, Budget, MemoryStore, SystemClock, Window
 from s2t_agents.budget.answers import more_from
+from s2t_agents.budget.names import meter_name
 from s2t_agents.errors import BadLimit, BudgetExceeded, ConfigError, S2TError
 
 NAN, INF = float("nan"), float("inf")
@@ -96,6 +97,14 @@ def test_a_hold_needs_a_time_to_live(ttl: float) -> None:
 def test_names(name: Any) -> None:
     with pytest.raises(ConfigError, match="name"):
         Budget(name=name)
+
+
+def test_a_name_that_no_store_can_hold() -> None:
+    with pytest.raises(ConfigError, match="name"):
+        Budget(name="x\ud800")
+    for identifier in ("thread \ud800", "\ud800" * 300):
+        assert Budget().child(meter_name(identifier)).path.encode()
+    assert meter_name("\ud800") != meter_name("\ud801")
 
 
 def test_other_settings() -> None:

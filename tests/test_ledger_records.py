@@ -87,6 +87,18 @@ def test_what_is_recorded_is_read_back_whole(ledger: Ledger) -> None:
     assert ledger.records(thread_id="nobody's") == []
 
 
+def test_text_that_no_file_can_hold_is_kept_escaped(ledger: Ledger) -> None:
+    odd = "x\ud800"
+    refused = Receipt(
+        step=0, prefix_tokens=1, outcome="refused", reason=odd, candidates=(ReceiptCandidate(token_id=1, text=odd),)
+    )
+    fields = dict.fromkeys(("agent", "thread_id", "run_id", "model", "llm_model", "error"), odd)
+    ledger.record(GenerationRecord(receipts=(refused,), **fields))
+    [record] = ledger.records()
+    assert {getattr(record, name) for name in fields} == {"x\\ud800"}
+    assert record.receipts[0].reason == record.receipts[0].candidates[0].text == "x\\ud800"
+
+
 def test_json_keeps_every_digit() -> None:
     text = FULL.model_dump_json()
     assert '"llm":"0.000000000001"' in text

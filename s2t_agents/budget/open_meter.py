@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from s2t_agents.budget.amount import UNITS, shown
 from s2t_agents.budget.owed import Owed
 from s2t_agents.budget.store import BudgetStore, Terms
 from s2t_agents.errors import BadLimit, ConfigError
+
+_UNUSABLE = re.compile(r"[/\0\ud800-\udfff]")  # a separator, and lone surrogates, which not every store can hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class OpenMeter:
 
 
 def _part(name: Any) -> str:
-    if not isinstance(name, str) or not name or "/" in name or "\0" in name or len(name) > 200:
+    if not isinstance(name, str) or not name or len(name) > 200 or _UNUSABLE.search(name):
         raise ConfigError(
             f"Budget name {name!r} must be 1 to 200 characters without '/'.", hint="Name it after its agent."
         )

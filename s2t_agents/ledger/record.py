@@ -43,6 +43,12 @@ def _amount_json(amount: Amount | None) -> dict[str, Any] | None:
     return {"usd": _digits(amount.usd), "escalations": amount.escalations, "llm_tokens": amount.llm_tokens}
 
 
+def _storable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
+
+
+Text = Annotated[str, AfterValidator(_storable)]
+"""Lone surrogates, which no file takes, as their escapes."""
 DIGITS = PlainSerializer(_digits, when_used="json")
 Usd = Annotated[Decimal | None, BeforeValidator(_exact_dollars), DIGITS]
 Booked = Annotated[Amount | None, PlainSerializer(_amount_json, when_used="json")]
@@ -67,7 +73,7 @@ class ReceiptCandidate(Frozen):
     """
 
     token_id: int
-    text: str = ""
+    text: Text = ""
     slm: float | None = None
     selector: float | None = None
     llm: float | None = None
@@ -98,7 +104,7 @@ class Receipt(Frozen):
     reserved: Booked = None
     actual: Booked = None
     wait_ms: Millis = 0.0
-    reason: str = ""
+    reason: Text = ""
 
     def local_pick(self) -> int | None:
         """The token that would stand without the LLM: the selector's best where it scored all, else the base's."""
@@ -169,14 +175,14 @@ class GenerationRecord(Frozen):
         pydantic.ValidationError: negative counts, a moment without a time zone, a cached answer that cost something.
     """
 
-    id: str = Field(default_factory=lambda: uuid.uuid4().hex, min_length=1)
-    agent: str = "default"
-    thread_id: str | None = None
-    run_id: str | None = None
-    model: str = ""
-    llm_model: str | None = None
+    id: Text = Field(default_factory=lambda: uuid.uuid4().hex, min_length=1)
+    agent: Text = "default"
+    thread_id: Text | None = None
+    run_id: Text | None = None
+    model: Text = ""
+    llm_model: Text | None = None
     started_at: Utc = Field(default_factory=lambda: datetime.now(UTC))
-    finish_reason: str = ""
+    finish_reason: Text = ""
     prompt_tokens: Count = 0
     completion_tokens: Count = 0
     triggers: Count = 0
@@ -190,8 +196,8 @@ class GenerationRecord(Frozen):
     latency_ms: Latency = Latency()
     budget: dict[str, Any] | None = None
     receipts: tuple[Receipt, ...] = ()
-    error: str | None = None
-    trace_id: str | None = None
+    error: Text | None = None
+    trace_id: Text | None = None
 
     @whole(mode="after")
     def _cached_is_free(self) -> Self:
