@@ -36,6 +36,7 @@ from langgraph.types import Command, interrupt
 from s2t_agents.budget import Amount, Budget, money
 from s2t_agents.budget.answers import more_from
 from s2t_agents.budget.names import meter_name
+from s2t_agents.budget.refusals import question_of
 from s2t_agents.budget.terms import LimitsGiven
 from s2t_agents.errors import BadLimit, BudgetExceeded
 
@@ -215,7 +216,7 @@ def _question(mine: Budget, refused: BudgetExceeded) -> ExtendedModelResponse[An
         for name, value in vars(refused).items()
         if name in ("unit", "limit", "spent", "held", "wanted", "budget")
     }
-    question = {"type": "s2t_budget", "question": f"{refused} Allow more?", **plain}
+    question = {"type": "s2t_budget", "question": question_of(refused), **plain}
     return ExtendedModelResponse(ModelResponse(result=[]), Command(update={"s2t_question": question}))
 
 

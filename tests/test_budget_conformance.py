@@ -61,7 +61,7 @@ def test_what_does_not_fit_is_refused_with_every_figure(place: Place) -> None:
         Decimal("0.21"),
         "fleet",
     )
-    assert "0.21 usd" in str(error)
+    assert "0.21 USD" in str(error)
     assert error.hint in str(error)
     budget.reserve(cents(20))  # exactly what is left fits
 

@@ -12,6 +12,7 @@ import pytest
 from s2t_agents.budget import Amount, Budget, MemoryStore, SystemClock, Window
 from s2t_agents.budget.answers import more_from
 from s2t_agents.budget.names import meter_name
+from s2t_agents.budget.refusals import question_of
 from s2t_agents.errors import BadLimit, BudgetExceeded, ConfigError, S2TError
 
 NAN, INF = float("nan"), float("inf")
@@ -182,6 +183,46 @@ def test_an_answer_that_may_mean_something_else_is_refused(answer: Any) -> None:
         with pytest.raises(BadLimit, match="does not say how many more") as refused:
             more_from(answer, unit)
         assert refused.value.hint
+
+
+def refusal(limits: dict[str, Any], wanted: Amount, on_exhausted: Any = "degrade") -> BudgetExceeded:
+    with pytest.raises(BudgetExceeded) as caught:
+        Budget(**limits, on_exhausted=on_exhausted).reserve(wanted)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("limits", "wanted", "says", "asks"),
+    [
+        ({"escalations": 0}, Amount(Decimal(0), 1), "cannot hold 1 escalation: limit 0,", "0 of 0 escalations. "),
+        ({"escalations": 1}, Amount(Decimal(0), 2), "hold 2 escalations:", "0 of 1 escalation and now wants 2. "),
+        (
+            {"usd": "0.0000001"},
+            Amount(Decimal("0.0000002")),
+            "hold 0.0000002 USD: limit 0.0000001,",
+            "wants 0.0000002. ",
+        ),
+        ({"llm_tokens": 0}, Amount(Decimal(0), 0, 9), "hold 9 LLM tokens:", "0 of 0 LLM tokens. "),
+        ({"seconds": 0}, Amount(Decimal(0)), "its 0 seconds are over", "used up its 0 seconds. "),
+    ],
+)
+def test_a_refusal_reads_like_a_sentence_and_so_does_its_question(
+    limits: dict[str, Any], wanted: Amount, says: str, asks: str
+) -> None:
+    refused = refusal(limits, wanted)
+    assert says in str(refused)
+    assert question_of(refused).startswith("The budget 'run' has used ")
+    assert question_of(refused).endswith(f"{asks}Allow more?")
+
+
+@pytest.mark.parametrize(
+    ("on_exhausted", "way_out"),
+    [("degrade", "extend(escalations=...)"), ("raise", 'on_exhausted="degrade"'), ("ask", "BudgetMiddleware")],
+)
+def test_a_refusal_names_the_way_out_of_its_own_setting(on_exhausted: Any, way_out: str) -> None:
+    refused = refusal({"escalations": 0}, Amount(Decimal(0), 1), on_exhausted)
+    assert way_out in refused.hint
+    assert refused.hint in str(refused)
 
 
 def test_a_refusal_pickles_and_copies_whole() -> None:

@@ -10,16 +10,17 @@ from decimal import Decimal
 from typing import Any, Self, Unpack, get_args
 
 from s2t_agents.budget import money
-from s2t_agents.budget.amount import UNITS, Amount, shown
+from s2t_agents.budget.amount import UNITS, Amount
 from s2t_agents.budget.clock import Clock
 from s2t_agents.budget.hold import Hold
 from s2t_agents.budget.memory_store import MemoryStore
 from s2t_agents.budget.open_meter import OpenMeter
+from s2t_agents.budget.refusals import exceeded
 from s2t_agents.budget.state import BudgetState, Number, state_of
-from s2t_agents.budget.store import BudgetStore, Link, Refusal, Terms
+from s2t_agents.budget.store import BudgetStore, Link, Terms
 from s2t_agents.budget.terms import LimitsGiven, OnExhausted, micros_of, terms_of
 from s2t_agents.budget.window import Window
-from s2t_agents.errors import BadLimit, BudgetExceeded, ConfigError, StoreUnavailable, UnpricedModel
+from s2t_agents.errors import BadLimit, ConfigError, StoreUnavailable, UnpricedModel
 
 _hold_numbers = itertools.count()
 _process_key = secrets.token_hex(8)
@@ -184,7 +185,7 @@ class Budget:
             with contextlib.suppress(StoreUnavailable):
                 meter.store.release(hold_id)
             raise
-        raise _exceeded(refused)
+        raise exceeded(refused, self.on_exhausted)
 
     def extend(
         self,
@@ -282,27 +283,3 @@ def _ttl(ttl_s: float) -> int:
     if ttl_us == 0:
         raise BadLimit(f"ttl_s={ttl_s!r} would lapse at once.", hint="Give more seconds than the call takes.")
     return ttl_us
-
-
-def _exceeded(refused: Refusal) -> BudgetExceeded:
-    unit = refused.unit
-    limit, spent, held, wanted, kept = (
-        value / 1e6 if unit == "seconds" else shown(unit, value) for value in refused[2:]
-    )
-    if unit == "seconds":
-        message = f"Budget {refused.path!r}: its {limit:g} seconds are over ({spent:.1f} s have passed)."
-    else:
-        back = f", kept for a last answer {kept}" if kept else ""
-        message = (
-            f"Budget {refused.path!r} can not hold {wanted} {unit}: limit {limit}, spent {spent}, held {held}{back}."
-        )
-    return BudgetExceeded(
-        message,
-        unit=unit,
-        limit=limit,
-        spent=spent,
-        held=held,
-        wanted=wanted,
-        budget=refused.path,
-        hint=f'Allow more with extend({unit}=...), or answer locally (on_exhausted="degrade").',
-    )

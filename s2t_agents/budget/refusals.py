@@ -1,0 +1,67 @@
+"""What a refusal says: to a program, in a receipt, and to the person who may allow more."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+from s2t_agents.budget.amount import shown
+from s2t_agents.budget.store import Refusal
+from s2t_agents.budget.terms import OnExhausted
+from s2t_agents.errors import BudgetExceeded
+
+_ONE = {"usd": "USD", "escalations": "escalation", "llm_tokens": "LLM token", "seconds": "second"}
+_MANY = {"usd": "USD", "escalations": "escalations", "llm_tokens": "LLM tokens", "seconds": "seconds"}
+_OR: dict[OnExhausted, str] = {
+    "degrade": "",
+    "raise": ', or answer locally (on_exhausted="degrade")',
+    "ask": ", or give the agent a BudgetMiddleware, which asks for it",
+}
+
+
+def exceeded(refused: Refusal, on_exhausted: OnExhausted) -> BudgetExceeded:
+    """A store's refusal in public units.
+
+    Args:
+        refused: in stored numbers.
+        on_exhausted: of the budget that was asked, for the way out.
+    """
+    unit = refused.unit
+    limit, spent, held, wanted, kept = (
+        value / 1e6 if unit == "seconds" else shown(unit, value) for value in refused[2:]
+    )
+    if unit == "seconds":
+        message = f"Budget {refused.path!r}: its {_counted(limit, unit)} are over ({spent:.1f} s have passed)."
+    else:
+        back = f", kept for a last answer {_plain(kept)}" if kept else ""
+        message = (
+            f"Budget {refused.path!r} cannot hold {_counted(wanted, unit)}: "
+            f"limit {_plain(limit)}, spent {_plain(spent)}, held {_plain(held)}{back}."
+        )
+    return BudgetExceeded(
+        message,
+        unit=unit,
+        limit=limit,
+        spent=spent,
+        held=held,
+        wanted=wanted,
+        budget=refused.path,
+        hint=f"Allow more with extend({unit}=...){_OR[on_exhausted]}.",
+    )
+
+
+def question_of(refused: BudgetExceeded) -> str:
+    """The question to a person who may allow more."""
+    limit = _counted(refused.limit, refused.unit)
+    if refused.unit == "seconds":
+        return f"The budget {refused.budget!r} has used up its {limit}. Allow more?"
+    held = f" (and holds {_plain(refused.held)})" if refused.held else ""
+    wants = "" if refused.spent == refused.limit else f" and now wants {_plain(refused.wanted)}"
+    return f"The budget {refused.budget!r} has used {_plain(refused.spent)} of {limit}{held}{wants}. Allow more?"
+
+
+def _counted(value: object, unit: str) -> str:
+    return f"{_plain(value)} {_ONE[unit] if value == 1 else _MANY[unit]}"
+
+
+def _plain(value: object) -> str:
+    return f"{value:f}" if isinstance(value, Decimal) else f"{value:g}" if isinstance(value, float) else str(value)
