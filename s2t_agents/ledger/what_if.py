@@ -76,27 +76,32 @@ def replay(records: Iterable[GenerationRecord], budget: Budget) -> WhatIf:
 
 
 def _one(seen: WhatIf, record: GenerationRecord, receipt: Receipt, budget: Budget) -> WhatIf:
-    asked_then = receipt.outcome != "refused"
+    refused_then = receipt.outcome == "refused"
     want = receipt.reserved or receipt.actual
     cost = receipt.actual or (Amount(Decimal(0)) if receipt.outcome == "failed" else want)
     allowed = want is not None and cost is not None and _fits(budget, want, cost)
-    changed = allowed and not asked_then
-    if asked_then and not allowed:
-        changed = receipt.outcome == "picked" and receipt.local_pick() != receipt.pick
+    changed = _changed(receipt, allowed)
+    happened = {
+        "receipts": True,
+        "allowed": allowed,
+        "refused": not allowed,
+        "newly_allowed": allowed and refused_then,
+        "newly_refused": not allowed and not refused_then,
+        "unknown": want is None,
+        "changed_picks": changed,
+        "approximate": not seen.exact,
+    }
+    counts = {name: getattr(seen, name) + 1 for name, so in happened.items() if so}
     first = seen.first_change or ((record.id, receipt.step) if changed else None)
-    return WhatIf(
-        generations=seen.generations,
-        receipts=seen.receipts + 1,
-        allowed=seen.allowed + allowed,
-        refused=seen.refused + (not allowed),
-        newly_allowed=seen.newly_allowed + (allowed and not asked_then),
-        newly_refused=seen.newly_refused + (asked_then and not allowed),
-        unknown=seen.unknown + (want is None),
-        changed_picks=seen.changed_picks + changed,
-        approximate=seen.approximate + (seen.first_change is not None),
-        first_change=first,
-        spent=seen.spent + cost if allowed and cost is not None else seen.spent,
-    )
+    spent = seen.spent + cost if allowed and cost is not None else seen.spent
+    return seen.model_copy(update={**counts, "first_change": first, "spent": spent})
+
+
+def _changed(receipt: Receipt, allowed: bool) -> bool:
+    """Whether the token would have come out differently, or might have."""
+    if allowed:
+        return receipt.outcome == "refused"
+    return receipt.outcome == "picked" and receipt.local_pick() != receipt.pick
 
 
 def _fits(budget: Budget, want: Amount, cost: Amount) -> bool:
