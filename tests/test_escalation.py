@@ -1,12 +1,13 @@
 """An escalation holds what it may cost, asks, settles what it did cost, and never takes the answer down."""
 
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
-from s2t_agents.budget import Budget, TokenPrice
+from s2t_agents.budget import Budget, SQLiteStore, TokenPrice
 from s2t_agents.errors import BudgetExceeded, ConfigError, EscalationFailed, ModelNotFound, S2TError, UnpricedModel
-from s2t_agents.escalation import Escalation
+from s2t_agents.escalation import Escalation, Pacing
 from s2t_agents.selectors.question import Question
 from s2t_agents.testing import ScriptedLLM, last_candidate
 
@@ -102,3 +103,17 @@ def test_the_session_is_closed_with_the_desk() -> None:
     llm = ScriptedLLM(last_candidate)
     ask(llm, None)
     assert (llm.opened, llm.closed) == (1, 1)
+
+
+# ---------------------------------------------------------------------- the store of the budget, and its holds
+
+
+def test_a_store_that_is_gone_refuses_the_escalation_with_pacing_as_without(tmp_path: Path) -> None:
+    budget = Budget(escalations=5, store=SQLiteStore(tmp_path / "budget.db"))
+    escalation = Escalation(ScriptedLLM(last_candidate), pacing=Pacing(10))
+    (tmp_path / "budget.db").rename(tmp_path / "gone.db")
+    with escalation.open(budget, threshold=0.5) as desk:
+        assert [desk.wants(margin) for margin in (0.3, 0.6)] == [True, False]
+        answer, report = desk.ask(Question([1, 2, 3], [7, 8]))
+    assert (answer, report.outcome) == (None, "refused")
+    assert "was removed" in report.reason

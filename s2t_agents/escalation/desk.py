@@ -52,7 +52,10 @@ class EscalationDesk:
         """Whether a selection this sure goes up."""
         if self._pace is None or self._budget is None:
             return margin < self.margin
-        return self._pace.wants(margin, self._budget, at_most=self.margin)
+        try:
+            return self._pace.wants(margin, self._budget, at_most=self.margin)
+        except StoreUnavailable:  # what is left is unknown; the reservation is refused, and the report says why
+            return margin < self.margin
 
     def ask(self, question: Question) -> tuple[Answer | None, EscalationReport]:
         """Put the question, if the budget holds it.
