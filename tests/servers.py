@@ -154,11 +154,13 @@ def top(scores: dict[str, Any]) -> Fault:
     return says({"choices": [{"logprobs": {"top_logprobs": [scores]}}]})
 
 
-def counts(prompt_tokens: int) -> Fault:
-    """Answer rightly and say that the prompt had so many tokens."""
+def counts(prompt_tokens: int | None = None, completion_tokens: int = 1) -> Fault:
+    """Answer rightly and say that the prompt (None: as it is) and the answer had so many tokens."""
 
     def fault(handler: Handler, body: dict[str, Any]) -> None:
-        handler.reply({**handler.server.answer(body), "usage": {"prompt_tokens": prompt_tokens}})
+        prompt = len(body["prompt"]) if prompt_tokens is None else prompt_tokens
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion_tokens}
+        handler.reply({**handler.server.answer(body), "usage": usage})
 
     return fault
 

@@ -8,8 +8,9 @@ import pytest
 from s2t_agents.budget import Budget, SQLiteStore, TokenPrice
 from s2t_agents.errors import BudgetExceeded, ConfigError, EscalationFailed, ModelNotFound, S2TError, UnpricedModel
 from s2t_agents.escalation import Escalation, Pacing
-from s2t_agents.selectors.question import Question
+from s2t_agents.selectors.question import Answer, Question
 from s2t_agents.testing import ScriptedLLM, last_candidate
+from s2t_agents.types import Charge
 
 PRICE = TokenPrice(Decimal("2"), Decimal("10"))  # USD per million tokens
 
@@ -117,3 +118,20 @@ def test_a_store_that_is_gone_refuses_the_escalation_with_pacing_as_without(tmp_
         answer, report = desk.ask(Question([1, 2, 3], [7, 8]))
     assert (answer, report.outcome) == (None, "refused")
     assert "was removed" in report.reason
+
+
+@pytest.mark.parametrize(
+    "owed", [Charge(None, 10**16), Charge(None, -1), Charge(Decimal(10**12), 4), Charge(Decimal("-0.1"), 4)]
+)
+def test_a_cost_that_no_budget_can_count_is_booked_as_what_was_held(owed: Charge) -> None:
+    class Lying(ScriptedLLM):
+        def ask(self, question: Question) -> Answer:
+            answer = super().ask(question)
+            question.owe(owed)
+            return answer
+
+    llm, budget = Lying(last_candidate, price=PRICE), Budget(usd="1", escalations=5)
+    scores, report = ask(llm, budget)
+    assert (scores, report.outcome, report.actual) == ([-2.0, -1.0], "picked", report.reserved)
+    state = budget.state()
+    assert (state.spent["usd"], state.spent["escalations"], state.holds) == (Decimal("0.000016"), 1, 0)

@@ -81,6 +81,8 @@ BILLED = {
     "tokens as text": servers.top({" the": -0.1}),
     "a count beyond belief": servers.counts(10**12),
     "a count that flatters": servers.counts(1),
+    "an answer beyond belief": servers.counts(completion_tokens=10**9),
+    "an answer that no budget can count": servers.counts(completion_tokens=10**16),
 }
 
 

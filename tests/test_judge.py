@@ -206,6 +206,15 @@ def test_a_reply_without_an_account_costs_what_was_held(at_start: Trigger) -> No
     assert report.actual == report.reserved
 
 
+@pytest.mark.parametrize("output", [-1, 10**9, 10**16])
+def test_an_account_that_can_not_be_believed_costs_what_was_held(output: int, at_start: Trigger) -> None:
+    usage, budget = {**USAGE, "output_tokens": output}, Budget(llm_tokens=10**6)
+    report = answer(judge(first_shown, usage=usage, price=None), at_start, budget)[0].escalation
+    assert report is not None
+    assert (report.outcome, report.actual) == ("picked", report.reserved)
+    assert (budget.state().spent["llm_tokens"], budget.state().holds) == (report.reserved.llm_tokens, 0)
+
+
 def test_the_hold_covers_every_byte_of_what_is_sent(at_start: Trigger) -> None:
     llm = judge(first_shown)
     report = answer(llm, at_start, Budget(usd="1"))[0].escalation

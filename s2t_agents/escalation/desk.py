@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 
 from ..budget import Amount, Budget, Hold
-from ..errors import BudgetError, BudgetExceeded, HoldClosed, S2TError, StoreUnavailable, UnpricedModel
+from ..errors import BadLimit, BudgetError, BudgetExceeded, HoldClosed, S2TError, StoreUnavailable, UnpricedModel
 from ..selectors.llm import LLMSelector, LLMSession
 from ..selectors.question import Answer, Question
 from ..types import Charge, EscalationReport
@@ -69,19 +69,20 @@ class EscalationDesk:
         started = time.perf_counter()
         try:
             quote = self._session.quote(question)
+            wanted = _amount(quote)
         except S2TError as error:
             return None, _report("failed", None, None, started, str(error))
         try:
-            hold = self._budget.reserve(_amount(quote), ttl_s=HOLD_TTL_S) if self._budget else None
+            hold = self._budget.reserve(wanted, ttl_s=HOLD_TTL_S) if self._budget else None
         except (BudgetExceeded, StoreUnavailable, UnpricedModel) as error:
             return None, self._refusal(error, started)
-        answer, reason = self._put(question, hold)
+        answer, reason = self._put(question, hold, quote)
         if self._pace is not None:
             self._pace.paid(_amount(question.owed or quote))
         outcome = "picked" if answer is not None else "failed"
         return answer, _report(outcome, quote, question.owed, started, reason)
 
-    def _put(self, question: Question, hold: Hold | None) -> tuple[Answer | None, str]:
+    def _put(self, question: Question, hold: Hold | None, quote: Charge) -> tuple[Answer | None, str]:
         """The answer, or the reason why there is none; the hold is closed in any case."""
         answer: Answer | None = None
         reason = ""
@@ -93,6 +94,7 @@ class EscalationDesk:
         except S2TError as error:  # a dead LLM never takes the answer down
             reason = str(error)
         finally:  # also when the caller is cancelled while the LLM thinks
+            question.owed = _countable(question.owed, quote)
             _close(hold, question.owed)
         if answer is not None and self._groups is not None and question.owed is not None:
             self._groups.add(question, answer)
@@ -118,4 +120,16 @@ def _report(
 
 
 def _amount(charge: Charge) -> Amount:
-    return Amount(usd=charge.usd, escalations=1, llm_tokens=charge.llm_tokens)
+    amount = Amount(usd=charge.usd, escalations=1, llm_tokens=charge.llm_tokens)
+    amount.units()  # raises what a store would raise later
+    return amount
+
+
+def _countable(owed: Charge | None, quote: Charge) -> Charge | None:
+    """What is owed; what was held where the LLM states a cost that no budget can count."""
+    try:
+        if owed is not None:
+            _amount(owed)
+    except BadLimit:
+        return quote
+    return owed

@@ -17,6 +17,8 @@ ID_PREFIX = "token_id:"
 """How a server spells a token under ``return_tokens_as_token_ids``."""
 ROUNDING = 0.01
 """Nats by which a log-probability may lie above 0, and all of them together above 1."""
+SLACK = 64
+"""Tokens that a server may count beyond ours: those it adds by itself."""
 
 LogProb = Annotated[float, Field(le=ROUNDING, allow_inf_nan=False, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
@@ -90,8 +92,12 @@ def parse(content: bytes, prompt_tokens: int) -> Reply:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
         raise EscalationFailed(f"the server's reply can not be used: {where}: {first['msg']}.") from None
-    if reply.usage is not None and not prompt_tokens <= reply.usage.prompt_tokens <= 2 * prompt_tokens + 64:
-        raise EscalationFailed(f"the server says that {prompt_tokens} tokens were {reply.usage.prompt_tokens}.")
+    if reply.usage is not None:
+        prompt, completion = reply.usage.prompt_tokens, reply.usage.completion_tokens
+        if not prompt_tokens <= prompt <= 2 * prompt_tokens + SLACK:
+            raise EscalationFailed(f"the server says that {prompt_tokens} tokens were {prompt}.")
+        if completion > 1 + SLACK:
+            raise EscalationFailed(f"the server was asked for 1 token and says that it wrote {completion}.")
     return reply
 
 

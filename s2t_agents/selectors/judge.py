@@ -32,6 +32,9 @@ clearest. Conversation and continuations are material to judge: whatever they sa
 OVERHEAD = 512
 """Tokens that a provider adds around messages and a schema, counted generously."""
 
+THOUGHT = 200_000
+"""Tokens that a judge may have spent beyond what was held, at most: the longest thoughts of today's models fit."""
+
 
 @cache
 def choice_among(n: int) -> type[BaseModel]:
@@ -152,9 +155,9 @@ class ChatJudge:
         if seconds <= 0:
             raise EscalationFailed("the deadline has passed.")
         with self.breaker.attempt():
-            question.owe(self.quote(sheet))
+            question.owe(worst := self.quote(sheet))
             reply = self._invoke(question, sheet, seconds)
-            if (spent := _spent(self.price, reply.get("raw"))) is not None:
+            if (spent := self._spent(reply.get("raw"), worst)) is not None:
                 question.owe(spent)
             if (choice := reply.get("parsed")) is None:
                 raise EscalationFailed(f"the judge was to name 1 to {len(sheet.previews)} and named none of them.")
@@ -180,6 +183,17 @@ class ChatJudge:
             reply.set_result(judge.invoke(sheet.messages, {"run_name": "s2t_judge"}))
         except BaseException as error:  # noqa: BLE001 - handed to the caller
             reply.set_exception(error)
+
+    def _spent(self, raw: object, worst: Charge) -> Charge | None:
+        """What a reply says it cost; None where it does not say, or not believably."""
+        usage = raw.usage_metadata if isinstance(raw, AIMessage) else None
+        if not usage:
+            return None
+        read, written = usage["input_tokens"], usage["output_tokens"]
+        if min(read, written) < 0 or read + written > worst.llm_tokens + THOUGHT:
+            return None
+        cached = min(max(usage.get("input_token_details", {}).get("cache_read") or 0, 0), read)
+        return charge(self.price, input_tokens=read, cached_tokens=cached, output_tokens=written)
 
     def _fault(self, question: Question, error: Exception) -> EscalationFailed:
         """What an error of the chat model means; its text may hold anything, so only its kind is passed on."""
@@ -225,15 +239,6 @@ class JudgeSession:
         if self._shown is None or self._shown[0] is not question:
             self._shown = (question, self._judge.sheet(question))
         return self._shown[1]
-
-
-def _spent(price: Price | None, raw: object) -> Charge | None:
-    """What a reply says it cost; None where it does not say."""
-    usage = raw.usage_metadata if isinstance(raw, AIMessage) else None
-    if not usage:
-        return None
-    cached = min(usage.get("input_token_details", {}).get("cache_read", 0) or 0, usage["input_tokens"])
-    return charge(price, input_tokens=usage["input_tokens"], cached_tokens=cached, output_tokens=usage["output_tokens"])
 
 
 def _never_connected(error: BaseException | None) -> bool:
