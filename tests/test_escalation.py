@@ -1,11 +1,13 @@
 """An escalation holds what it may cost, asks, settles what it did cost, and never takes the answer down."""
 
+from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from budget_support import FakeClock
 
-from s2t_agents.budget import Budget, SQLiteStore, TokenPrice
+from s2t_agents.budget import Amount, Budget, SQLiteStore, TokenPrice
 from s2t_agents.errors import BudgetExceeded, ConfigError, EscalationFailed, ModelNotFound, S2TError, UnpricedModel
 from s2t_agents.escalation import Escalation, Pacing
 from s2t_agents.selectors.question import Answer, Question
@@ -135,3 +137,21 @@ def test_a_cost_that_no_budget_can_count_is_booked_as_what_was_held(owed: Charge
     assert (scores, report.outcome, report.actual) == ([-2.0, -1.0], "picked", report.reserved)
     state = budget.state()
     assert (state.spent["usd"], state.spent["escalations"], state.holds) == (Decimal("0.000016"), 1, 0)
+
+
+@pytest.mark.parametrize(("timeout_s", "took_s"), [(None, 3000), (900.0, 901), (10.0, 299)])
+def test_a_hold_lives_until_the_llm_has_answered(timeout_s: float | None, took_s: float) -> None:
+    clock = FakeClock()
+    budget = Budget(escalations=1, clock=clock)
+
+    def slow(ids: Sequence[int], candidates: Sequence[int]) -> list[float]:
+        clock.advance(took_s)
+        with pytest.raises(BudgetExceeded):
+            budget.reserve(Amount(escalations=1))
+        return last_candidate(ids, candidates)
+
+    llm = ScriptedLLM(slow)
+    if timeout_s is not None:
+        llm.timeout_s = timeout_s  # type: ignore[attr-defined]
+    assert ask(llm, budget)[1].outcome == "picked"  # type: ignore[attr-defined]
+    assert budget.state().spent["escalations"] == 1

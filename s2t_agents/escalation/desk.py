@@ -14,8 +14,12 @@ from ..types import Charge, EscalationReport
 from .pacing import Pace
 from .paid_groups import PaidGroups
 
-HOLD_TTL_S = 300.0
-"""Seconds after which a hold lapses should this process die: longer than an LLM takes to load and answer."""
+HOLD_S = 300.0
+"""Seconds after which a hold lapses should this process die, at least."""
+HOLD_LONGER_S = 60.0
+"""Seconds by which a hold outlives the LLM's own deadline."""
+HOLD_WITHOUT_DEADLINE_S = 3600.0
+"""The same for an LLM without a deadline, as one on this machine: longer than it takes to load and answer."""
 
 
 class EscalationDesk:
@@ -40,6 +44,7 @@ class EscalationDesk:
     ) -> None:
         self._llm, self._budget, self.margin = llm, budget, margin
         self._pace, self._groups = pace, groups
+        self._hold_s = _hold_s(llm)
         self._session: LLMSession = llm.open()
 
     def __enter__(self) -> EscalationDesk:
@@ -73,7 +78,7 @@ class EscalationDesk:
         except S2TError as error:
             return None, _report("failed", None, None, started, str(error))
         try:
-            hold = self._budget.reserve(wanted, ttl_s=HOLD_TTL_S) if self._budget else None
+            hold = self._budget.reserve(wanted, ttl_s=self._hold_s) if self._budget else None
         except (BudgetExceeded, StoreUnavailable, UnpricedModel) as error:
             return None, self._refusal(error, started)
         answer, reason = self._put(question, hold, quote)
@@ -104,6 +109,12 @@ class EscalationDesk:
         if isinstance(error, BudgetExceeded) and self._budget is not None and self._budget.on_exhausted != "degrade":
             raise error
         return _report("refused", None, None, started, str(error))
+
+
+def _hold_s(llm: LLMSelector) -> float:
+    """Seconds that a hold lives: a question must be answered within them, or others may spend the same money."""
+    deadline = getattr(llm, "timeout_s", None)
+    return max(HOLD_S, deadline + HOLD_LONGER_S) if deadline is not None else HOLD_WITHOUT_DEADLINE_S
 
 
 def _close(hold: Hold | None, owed: Charge | None) -> None:

@@ -36,6 +36,9 @@ class LLMSession(Protocol):
 class LLMSelector(Protocol):
     """A large model that picks among candidates.
 
+    One that gives a question up by itself says after how many seconds in an attribute ``timeout_s``: budgets hold what
+    a question may cost for longer than that, and for an hour where there is no such attribute.
+
     Attributes:
         name: for reports.
         price: of its tokens; None when unknown.
