@@ -10,7 +10,9 @@ from s2t_agents import Budget, ChatS2T
 from s2t_agents.engine.steps import Engine
 from s2t_agents.errors import ConfigError, EscalationFailed, InputError
 from s2t_agents.escalation import Escalation, PaidGroup, read_groups
-from s2t_agents.selectors import LocalLLM
+from s2t_agents.escalation.paid_groups import PaidGroups
+from s2t_agents.models import Prefix
+from s2t_agents.selectors import Answer, LocalLLM, Question
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
 from s2t_agents.types import Sampling
@@ -99,6 +101,25 @@ def test_a_torn_line_is_passed_over_and_a_foreign_one_is_not(tmp_path: Path) -> 
         list(read_groups(path))
     with pytest.raises(InputError, match="No such file"):
         list(read_groups(tmp_path / "nothing.jsonl"))
+
+
+@pytest.mark.parametrize("tear", ["in the first field", "after an inner brace", "before the last byte"])
+def test_what_follows_a_torn_line_is_read(tmp_path: Path, tear: str) -> None:
+    path = tmp_path / "groups.jsonl"
+    groups = record(path, ScriptedLLM(last_candidate))
+    line = path.read_bytes().splitlines()[0]
+    at = {"in the first field": 5, "after an inner brace": line.index(b"}") + 1, "before the last byte": len(line) - 1}
+    with path.open("ab") as file:
+        file.write(line[: at[tear]])
+    assert list(read_groups(path)) == groups
+    PaidGroups(path, "llm").add(asked(), Answer((-1.0, None)))
+    assert [group.ids for group in read_groups(path)] == [*(group.ids for group in groups), tuple(PROMPT)]
+
+
+def asked() -> Question:
+    prefix = Prefix(tiny_model())
+    prefix.extend(PROMPT)
+    return Question(PROMPT, [1, 2], prefix=prefix, slm=(-1.0, -2.0))
 
 
 def test_a_disk_that_does_not_take_it_costs_a_warning_and_not_the_answer(

@@ -20,6 +20,11 @@ from ..models.language_model import LanguageModel
 from ..selectors.config import BaseIdentity
 from ..selectors.question import Answer, Question
 
+try:
+    import fcntl
+except ImportError:  # Windows appends without the lock: one writing process there
+    fcntl = None  # type: ignore[assignment]
+
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 
@@ -99,13 +104,26 @@ class PaidGroups:
 
     def _append(self, line: bytes) -> None:
         with _lock:
-            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
             try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if _torn(file):
+                    line = b"\n" + line
                 written = os.write(file, line)
             finally:
                 os.close(file)
         if written != len(line):
             raise OSError("the disk took only part of it")
+
+
+def _torn(file: int) -> bool:
+    """Whether the last line was not finished: its writer was killed, or the disk was full."""
+    size = os.fstat(file).st_size
+    if not size:
+        return False
+    os.lseek(file, size - 1, os.SEEK_SET)  # appending is always at the end
+    return os.read(file, 1) != b"\n"
 
 
 def read_groups(path: str | Path, slm: LanguageModel | None = None) -> Iterator[PaidGroup]:
@@ -128,9 +146,10 @@ def read_groups(path: str | Path, slm: LanguageModel | None = None) -> Iterator[
         try:
             group = PaidGroup.model_validate_json(line)
         except ValidationError as error:
-            if not line.endswith(b"}"):
+            said = error.errors()[0]["msg"]
+            if not line.endswith(b"}") or "EOF while parsing" in said:  # cut off, perhaps after an inner brace
                 continue
-            raise InputError(f"{path}, line {number}, is no group: {error.errors()[0]['msg']}.") from error
+            raise InputError(f"{path}, line {number}, is no group: {said}.") from error
         theirs = group.slm_model
         if ours is not None and (ours.weights_fingerprint, ours.tokenizer_fingerprint) != (
             theirs.weights_fingerprint,
