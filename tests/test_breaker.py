@@ -1,5 +1,7 @@
 """A circuit breaker: closed while all is well, open after failures, half-open for one question at a time."""
 
+from contextlib import ExitStack
+
 import pytest
 
 from s2t_agents.errors import ConfigError, EndpointBusy, EndpointDown, EscalationFailed
@@ -98,6 +100,19 @@ def test_a_cancelled_try_teaches_nothing_and_blocks_nobody(clock: Hours) -> None
     fail(b, ValueError("not the endpoint's fault"))
     assert b.state == "half-open"
     succeed(b)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), EscalationFailed("late")])
+def test_a_question_from_before_it_opened_lets_no_second_try_through(clock: Hours, end: BaseException) -> None:
+    b = CircuitBreaker(failures=10, cooldown_s=30, clock=clock)
+    with ExitStack() as old, ExitStack() as trial:
+        old.enter_context(b.attempt())  # asked while all was well
+        fail(b, EndpointDown("refused"))
+        clock.now += 30
+        trial.enter_context(b.attempt())
+        old.__exit__(type(end), end, None)
+        assert refuses(b)
+    assert b.state == "closed"
 
 
 @pytest.mark.parametrize("setting", [{"failures": 0}, {"cooldown_s": -1}, {"cooldown_s": float("nan")}])

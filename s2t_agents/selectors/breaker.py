@@ -67,15 +67,16 @@ class CircuitBreaker:
         """
         with self._lock:
             self._refuse_if_open()
-            self._probing = self._opens_at is not None
+            is_probe = self._opens_at is not None
+            self._probing = self._probing or is_probe
         try:
             yield
         except EscalationFailed as error:
-            self._learn(error)
+            self._learn(error, is_probe=is_probe)
             raise
         except BaseException:  # cancelled, or not the endpoint's fault: nothing was learnt
             with self._lock:
-                self._probing = False
+                self._probing = self._probing and not is_probe
             raise
         with self._lock:
             self._failed, self._opens_at, self._probing = 0, None, False
@@ -89,10 +90,10 @@ class CircuitBreaker:
         if self._probing:
             raise EscalationFailed("its endpoint failed before and is being tried by another question.")
 
-    def _learn(self, error: EscalationFailed) -> None:
+    def _learn(self, error: EscalationFailed, *, is_probe: bool) -> None:
         with self._lock:
-            was_probe, self._probing = self._probing, False
+            self._probing = self._probing and not is_probe
             self._failed += 1
             told = error.wait_s if isinstance(error, EndpointBusy) else None
-            if isinstance(error, EndpointDown) or told is not None or was_probe or self._failed >= self._limit:
+            if isinstance(error, EndpointDown) or told is not None or is_probe or self._failed >= self._limit:
                 self._opens_at = self._clock() + (self._cooldown if told is None else told)
