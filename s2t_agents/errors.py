@@ -21,7 +21,9 @@ S2TError
 └── EscalationFailed                  the LLM gave no usable answer; the caller keeps the local pick (retryable)
     ├── EndpointDown                  its server can not be reached: no connection, no TLS, no such host
     ├── EndpointBusy                  its server declined for now: 429 or 5xx; nothing was spent
-    └── EndpointRefused               its server refused the request: any other status; nothing was spent
+    ├── EndpointRefused               its server refused the request: any other status; nothing was spent
+    │   └── QuestionRefused           it refused this question (too long, say) and may take another; nothing was spent
+    └── OutOfTime                     the caller had no more time to wait: that says nothing about the LLM
 
 Each message names the value, the limit and the way out; ``hint`` holds the way out alone, ``retryable`` says
 whether the same call may work later.
@@ -185,3 +187,11 @@ class EndpointRefused(EscalationFailed):
     """The LLM's server refused the request; nothing was spent, and asking again will not help."""
 
     retryable = False
+
+
+class QuestionRefused(EndpointRefused):
+    """The LLM refused this question, as one that is too long for it; another question may pass."""
+
+
+class OutOfTime(EscalationFailed):
+    """The caller's own time was over before the LLM's was: nothing is known of the LLM."""

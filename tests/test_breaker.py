@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from s2t_agents.errors import ConfigError, EndpointBusy, EndpointDown, EscalationFailed
+from s2t_agents.errors import ConfigError, EndpointBusy, EndpointDown, EscalationFailed, OutOfTime, QuestionRefused
 from s2t_agents.selectors import CircuitBreaker
 
 
@@ -100,6 +100,21 @@ def test_a_cancelled_try_teaches_nothing_and_blocks_nobody(clock: Hours) -> None
     fail(b, ValueError("not the endpoint's fault"))
     assert b.state == "half-open"
     succeed(b)
+
+
+@pytest.mark.parametrize("error", [OutOfTime("late"), QuestionRefused("400: too long")])
+def test_the_callers_own_limits_teach_nothing(clock: Hours, error: EscalationFailed) -> None:
+    b = breaker(clock)
+    for _ in range(2):
+        fail(b)
+    for _ in range(3):
+        fail(b, error)
+    assert b.state == "closed"
+    fail(b)
+    assert b.state == "open"
+    clock.now += 30
+    fail(b, error)
+    assert b.state == "half-open"
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), EscalationFailed("late")])

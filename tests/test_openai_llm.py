@@ -14,7 +14,14 @@ from servers import CompletionServer, serving
 
 from s2t_agents.budget import Budget, TokenPrice
 from s2t_agents.engine.steps import Engine
-from s2t_agents.errors import ConfigError, EscalationFailed, ModelNotFound, TokenizerMismatch
+from s2t_agents.errors import (
+    ConfigError,
+    EscalationFailed,
+    ModelNotFound,
+    OutOfTime,
+    QuestionRefused,
+    TokenizerMismatch,
+)
 from s2t_agents.escalation import Escalation
 from s2t_agents.selectors import LocalLLM, OpenAILLM, Question
 from s2t_agents.testing import tiny_model
@@ -132,6 +139,29 @@ def test_the_budget_pays_what_the_server_counted(llm: OpenAILLM) -> None:
     assert len(paid) == 3
     assert budget.state().spent["usd"] == sum(charge.usd for charge in paid)
     assert budget.state().held["usd"] == 0
+
+
+# ---------------------------------------------------------------------- whose fault is it?
+
+
+def test_a_caller_without_time_does_not_close_the_server_to_others(server: CompletionServer, llm: OpenAILLM) -> None:
+    server.fault = servers.slow(0.3)
+    for _ in range(3):
+        with pytest.raises(OutOfTime, match="no answer within 0"):
+            llm.open().ask(Question(PROMPT, [1, 2], seconds=0.05))
+    assert llm.open().ask(Question(PROMPT, [1, 2])).scores
+
+
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_a_question_that_is_refused_does_not_close_the_server_to_others(
+    server: CompletionServer, llm: OpenAILLM, code: int
+) -> None:
+    server.fault = servers.first(3, servers.status(code, "maximum context length is 4096"))
+    for _ in range(3):
+        with pytest.raises(QuestionRefused, match="maximum context length"):
+            llm.open().ask(question := Question(PROMPT, [1, 2]))
+        assert question.owed is None
+    assert llm.open().ask(Question(PROMPT, [1, 2])).scores
 
 
 # ---------------------------------------------------------------------- is it the right server?

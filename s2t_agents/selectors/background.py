@@ -34,18 +34,23 @@ def running_loop() -> asyncio.AbstractEventLoop:
         return _loop
 
 
-def run(work: Coroutine[Any, Any, T], seconds: float) -> T:
+def run(work: Coroutine[Any, Any, T], seconds: float, late: type[EscalationFailed] = EscalationFailed) -> T:
     """Do the work there and wait for it. An interrupted wait cancels the work.
 
+    Args:
+        work: awaited on ``running_loop``.
+        seconds: it may take.
+        late: the error where it takes longer.
+
     Raises:
-        EscalationFailed: it took longer than ``seconds``.
+        EscalationFailed: ``late``, and what the work raises.
     """
     future = asyncio.run_coroutine_threadsafe(_within(work, seconds), running_loop())
     try:
         return future.result(seconds + GRACE_S)
     except FutureTimeout:
         future.cancel()
-        raise EscalationFailed(f"no answer within {seconds:.3g} s.") from None
+        raise late(f"no answer within {seconds:.3g} s.") from None
     except BaseException:
         future.cancel()
         raise

@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from ..errors import ConfigError, EndpointBusy, EndpointDown, EscalationFailed
+from ..errors import ConfigError, EndpointBusy, EndpointDown, EscalationFailed, OutOfTime, QuestionRefused
 
 State = Literal["closed", "open", "half-open"]
+
+NOT_ITS_FAULT = (OutOfTime, QuestionRefused)
+"""Failures that lie with the caller: they say nothing about the endpoint."""
 
 
 class CircuitBreaker:
@@ -62,6 +65,8 @@ class CircuitBreaker:
     def attempt(self) -> Iterator[None]:
         """Around one question: lets it through or not, and learns from how it ends.
 
+        A caller that is interrupted or out of its own time, and a question that nobody could take, teach nothing.
+
         Raises:
             EscalationFailed: it is open.
         """
@@ -71,12 +76,11 @@ class CircuitBreaker:
             self._probing = self._probing or is_probe
         try:
             yield
-        except EscalationFailed as error:
-            self._learn(error, is_probe=is_probe)
-            raise
-        except BaseException:  # cancelled, or not the endpoint's fault: nothing was learnt
+        except BaseException as error:
             with self._lock:
                 self._probing = self._probing and not is_probe
+                if isinstance(error, EscalationFailed) and not isinstance(error, NOT_ITS_FAULT):
+                    self._learn(error, is_probe=is_probe)
             raise
         with self._lock:
             self._failed, self._opens_at, self._probing = 0, None, False
@@ -91,9 +95,7 @@ class CircuitBreaker:
             raise EscalationFailed("its endpoint failed before and is being tried by another question.")
 
     def _learn(self, error: EscalationFailed, *, is_probe: bool) -> None:
-        with self._lock:
-            self._probing = self._probing and not is_probe
-            self._failed += 1
-            told = error.wait_s if isinstance(error, EndpointBusy) else None
-            if isinstance(error, EndpointDown) or told is not None or is_probe or self._failed >= self._limit:
-                self._opens_at = self._clock() + (self._cooldown if told is None else told)
+        self._failed += 1
+        told = error.wait_s if isinstance(error, EndpointBusy) else None
+        if isinstance(error, EndpointDown) or told is not None or is_probe or self._failed >= self._limit:
+            self._opens_at = self._clock() + (self._cooldown if told is None else told)

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 from pydantic import SecretStr
 
-from ..errors import ConfigError, EndpointBusy, EndpointDown, EndpointRefused, EscalationFailed
+from ..errors import ConfigError, EndpointBusy, EndpointDown, EndpointRefused, EscalationFailed, QuestionRefused
 
 MAX_BODY = 1 << 20
 """Bytes of an answer that are read at most; one with K log-probabilities has a few thousand."""
@@ -22,6 +22,8 @@ CONNECTIONS = 64
 KEEP_ALIVE_S = 4.0
 """Shorter than the 5 s after which common servers close an idle connection: the race for it is never run."""
 BUSY = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
+ABOUT_THE_QUESTION = frozenset({400, 413, 422})
+"""Statuses that speak of the request alone: too long a prompt, say."""
 SHOWN = 200
 """Characters of a server's complaint that are passed on."""
 
@@ -78,7 +80,7 @@ class Endpoint:
 
         Raises:
             EndpointDown, EndpointBusy: as their names say; nothing was spent.
-            EndpointRefused: any other answer than 200; nothing was spent.
+            EndpointRefused, QuestionRefused: any other answer than 200; nothing was spent.
             EscalationFailed: none that could be read.
         """
         return await self._request("POST", url, sent, json=body)
@@ -145,8 +147,8 @@ class Endpoint:
         complaint = " ".join(self._hidden(_complaint(content)).split())[:SHOWN]
         message = f"{self.url.host} answered {response.status_code}: {complaint or response.reason_phrase}."
         if response.status_code in BUSY:
-            return EndpointBusy(message, wait_s=_retry_after(response.headers.get("retry-after")))
-        return EndpointRefused(message)
+            return EndpointBusy(message, wait_s=retry_after(response.headers.get("retry-after")))
+        return refused(response.status_code, message)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the key and the connections."""
@@ -205,6 +207,11 @@ async def _read(response: httpx.Response) -> bytes:
     return bytes(content)
 
 
+def refused(status: int, message: str) -> EndpointRefused:
+    """What a status means that neither answers nor asks for patience."""
+    return QuestionRefused(message) if status in ABOUT_THE_QUESTION else EndpointRefused(message)
+
+
 def _complaint(content: bytes) -> str:
     """The message in an error body, in OpenAI's form or any other."""
     text = content[:4096].decode(errors="replace")
@@ -217,7 +224,7 @@ def _complaint(content: bytes) -> str:
     return text
 
 
-def _retry_after(value: str | None) -> float | None:
+def retry_after(value: str | None) -> float | None:
     """Seconds from a Retry-After header: a number of seconds or an HTTP date; None when it says nothing usable."""
     if value is None:
         return None

@@ -17,11 +17,20 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, System
 from pydantic import BaseModel, Field, create_model
 
 from ..budget import known_price
-from ..errors import ConfigError, EndpointBusy, EndpointDown, EndpointRefused, EscalationFailed, InputError
+from ..errors import (
+    ConfigError,
+    EndpointBusy,
+    EndpointDown,
+    EndpointRefused,
+    EscalationFailed,
+    InputError,
+    OutOfTime,
+    QuestionRefused,
+)
 from ..models.language_model import LanguageModel
 from ..types import Charge, Price
 from .breaker import CircuitBreaker
-from .endpoint import BUSY
+from .endpoint import BUSY, refused, retry_after
 from .previews import Preview, previews
 from .question import Answer, Question, charge
 
@@ -153,7 +162,7 @@ class ChatJudge:
         """
         seconds = self.timeout_s if question.seconds is None else min(self.timeout_s, question.seconds)
         if seconds <= 0:
-            raise EscalationFailed("the deadline has passed.")
+            raise OutOfTime("the deadline has passed.")
         with self.breaker.attempt():
             question.owe(worst := self.quote(sheet))
             reply = self._invoke(question, sheet, seconds)
@@ -169,7 +178,8 @@ class ChatJudge:
         try:
             return reply.result(seconds)
         except TimeoutError:
-            raise EscalationFailed(f"no answer within {seconds:.3g} s.") from None
+            late = OutOfTime if seconds < self.timeout_s else EscalationFailed
+            raise late(f"no answer within {seconds:.3g} s.") from None
         except EscalationFailed:
             raise
         except Exception as error:
@@ -202,10 +212,11 @@ class ChatJudge:
         if isinstance(status, int) and status >= 400:
             question.owe(None)
             said = f"the judge's provider answered {status} ({kind})."
-            return EndpointBusy(said) if status in BUSY else EndpointRefused(said)
+            return EndpointBusy(said, wait_s=_told_to_wait(error)) if status in BUSY else refused(status, said)
         if isinstance(error, (ConfigError, InputError)):  # of a ChatS2T, before it ran
             question.owe(None)
-            return EndpointRefused(f"the judge can not take the question: {error}")
+            refusal = QuestionRefused if isinstance(error, InputError) else EndpointRefused
+            return refusal(f"the judge can not take the question: {error}")
         if _never_connected(error):
             question.owe(None)
             return EndpointDown(f"the judge can not be reached ({kind}).")
@@ -239,6 +250,13 @@ class JudgeSession:
         if self._shown is None or self._shown[0] is not question:
             self._shown = (question, self._judge.sheet(question))
         return self._shown[1]
+
+
+def _told_to_wait(error: Exception) -> float | None:
+    """Seconds that the Retry-After of the provider's response says; None where the client shows none."""
+    headers = getattr(getattr(error, "response", None), "headers", None)
+    value = headers.get("retry-after") if isinstance(headers, Mapping) else None
+    return retry_after(value) if isinstance(value, str) else None
 
 
 def _never_connected(error: BaseException | None) -> bool:

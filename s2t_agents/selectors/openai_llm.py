@@ -17,7 +17,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from ..errors import ConfigError, EndpointBusy, EndpointRefused, EscalationFailed
+from ..errors import ConfigError, EndpointBusy, EndpointRefused, EscalationFailed, OutOfTime
 from ..models.language_model import LanguageModel
 from ..types import Charge, Price
 from . import background, completions
@@ -159,9 +159,10 @@ class OpenAILLM:
         """
         seconds = self.timeout_s if question.seconds is None else min(self.timeout_s, question.seconds)
         if seconds <= 0:
-            raise EscalationFailed("the deadline has passed.")
+            raise OutOfTime("the deadline has passed.")
+        late = OutOfTime if seconds < min(self.timeout_s, self.attempt_s) else EscalationFailed
         with self.breaker.attempt():
-            return background.run(self._complete(question, seconds), seconds)
+            return background.run(self._complete(question, seconds), seconds, late)
 
     async def _verify(self) -> None:
         for fingerprint, spelling in list(self._unverified.items()):
