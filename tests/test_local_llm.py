@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2t_agents import Budget, ChatS2T, Ledger
+from s2t_agents.engine.steps import Engine
 from s2t_agents.errors import EscalationFailed, TokenizerMismatch
 from s2t_agents.escalation import Escalation
 from s2t_agents.models import LanguageModel
 from s2t_agents.models.prefix import Prefix
-from s2t_agents.selectors import LocalLLM, Question
+from s2t_agents.selectors import LocalLLM, Question, local_llm
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 from s2t_agents.triggers import always
+from s2t_agents.types import Sampling
 
 CANDIDATES = [3, 200, 17]
 
@@ -149,3 +151,48 @@ def test_a_local_llm_that_runs_out_of_memory_costs_nothing_and_comes_back(monkey
     assert "out of memory" in record.receipts[0].reason
     assert s2t["degraded"]
     assert (budget.state().spent["escalations"], budget.state().holds) == (s2t["escalations"], 0)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was loaded, or was to be."""
+    names: list[str] = []
+    real = LanguageModel.load
+    monkeypatch.setattr(
+        local_llm.LanguageModel, "load", lambda name, **options: (names.append(name), real(name, **options))[1]
+    )
+    return names
+
+
+def cut_weights(saved: str) -> bytes:
+    file = Path(saved) / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1000])
+    return whole
+
+
+def test_weights_that_cannot_be_read_are_tried_once_and_every_question_says_why(saved: str, loads: list[str]) -> None:
+    cut_weights(saved)
+    engine = Engine(tiny_model(), trigger=always(), escalation=Escalation(LocalLLM(saved), margin=1.0))
+    steps = list(engine.steps([1, 2, 3], Sampling(max_tokens=4)))
+    assert loads == [saved]
+    assert [step.escalation.outcome for step in steps if step.escalation] == ["failed"] * 4
+    [reason] = {step.escalation.reason for step in steps if step.escalation}
+    assert f"the weights of '{saved}' cannot be loaded" in reason
+
+
+def test_weights_that_could_not_be_read_are_tried_again_later(
+    saved: str, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, llm = cut_weights(saved), LocalLLM(saved)
+    monkeypatch.setattr(local_llm, "RELOAD_S", 0.0)
+    with pytest.raises(EscalationFailed, match="cannot be loaded"):
+        llm.load()
+    (Path(saved) / "model.safetensors").write_bytes(whole)
+    assert llm.open().scores([1, 2], CANDIDATES)
+    assert loads == [saved, saved]
+
+
+def test_an_option_that_no_loader_knows_does_not_take_the_answer_down(saved: str) -> None:
+    with pytest.raises(EscalationFailed, match="cannot be loaded"):
+        LocalLLM(saved, no_such_option=True).open().ask(Question([1, 2], CANDIDATES))

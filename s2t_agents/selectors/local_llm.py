@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from .question import Answer, Question, charge
 
 IDLE_CACHES = 4
 """KV caches kept after their generations ended: the next turn of the same conversation continues one."""
+
+RELOAD_S = 300.0
+"""Seconds after which weights that could not be read are tried again: reading large ones takes minutes."""
 
 
 class LocalLLM:
@@ -46,6 +50,7 @@ class LocalLLM:
         self._model = None if isinstance(model, str) else model
         self._options: dict[str, Any] = {"device": device, "dtype": dtype, **options}
         self._lock = threading.Lock()
+        self._failure, self._again_at = "", 0.0
         self.idle = IdlePrefixes(IDLE_CACHES)
 
     def __repr__(self) -> str:
@@ -83,11 +88,25 @@ class LocalLLM:
         return LocalSession(self)
 
     def load(self) -> LanguageModel:
-        """The weights; read on the first call."""
+        """The weights; read on the first call.
+
+        Raises:
+            EscalationFailed: they cannot be read. For ``RELOAD_S`` seconds that is said again and nothing is tried.
+        """
         with self._lock:
             if self._model is None:
-                self._model = LanguageModel.load(self.name, **self._options)
+                if time.monotonic() < self._again_at:
+                    raise EscalationFailed(self._failure)
+                self._model = self._read()
             return self._model
+
+    def _read(self) -> LanguageModel:
+        try:
+            return LanguageModel.load(self.name, **self._options)
+        except Exception as error:  # a loader and its options raise anything
+            self._failure = f"the weights of {self.name!r} cannot be loaded: {first_line(error)}."
+            self._again_at = time.monotonic() + RELOAD_S
+            raise EscalationFailed(self._failure) from error
 
 
 class LocalSession:
