@@ -5,11 +5,15 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from test_judge import PROMPT, judge, prefix_of, raises
+import torch
+from test_judge import PROMPT, answer, first_shown, judge, prefix_of, raises
 
+from s2t_agents import Budget
 from s2t_agents.errors import ContextOverflow, EndpointBusy, EndpointRefused, ModelNotFound, OutOfTime, QuestionRefused
 from s2t_agents.selectors import CircuitBreaker, Question
+from s2t_agents.selectors import judge as module
 from s2t_agents.testing import tiny_model
+from s2t_agents.triggers import always
 
 
 class Hours:
@@ -92,3 +96,16 @@ def test_a_caller_without_time_does_not_close_it_to_others(release: threading.Ev
             llm.open().ask(question(seconds=0.05))
     release.set()
     assert llm.open().ask(question()).scores
+
+
+def test_previews_that_run_out_of_memory_do_not_take_the_answer_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    def starved(*given: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(module, "previews", starved)
+    budget = Budget(usd="1", escalations=9)
+    steps = answer(judge(first_shown), always(), budget)
+    assert {step.escalation.outcome for step in steps if step.escalation} == {"failed"}
+    assert "out of memory" in steps[0].escalation.reason  # type: ignore[union-attr]
+    assert [step.token_id for step in steps] == [step.wanted_id for step in steps]
+    assert (budget.state().spent["escalations"], budget.state().holds) == (0, 0)

@@ -282,3 +282,24 @@ def test_keys_that_no_header_carries_are_refused_without_being_repeated(key: str
 def test_times_that_can_not_work_are_refused(setting: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(setting))):
         OpenAILLM("https://llm.example.com/v1", "m", **setting)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("SSL_CERT_FILE", "/no/such.pem", "No such file"),
+        ("HTTPS_PROXY", "nonsense://user:sk-secret@127.0.0.1:1", "proxy"),
+        ("HTTPS_PROXY", "http://127.0.0.1:port", "port"),
+    ],
+)
+def test_an_environment_that_no_client_can_be_made_in_is_refused_before_anything_is_asked(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    llm = OpenAILLM("https://llm.example.invalid/v1", "m")
+    with pytest.raises(ConfigError, match=f"no connection to llm.example.invalid can be set up: .*{said}") as caught:
+        llm.check(tiny_model())
+    assert "SSL_CERT_FILE" in caught.value.hint
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ConfigError):
+        llm.open().ask(Question(PROMPT, [1, 2]))

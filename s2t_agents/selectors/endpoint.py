@@ -79,6 +79,7 @@ class Endpoint:
             sent: called when the body begins to leave: from here on the server may work, and bill.
 
         Raises:
+            ConfigError: certificates or proxies of the environment that cannot be used.
             EndpointDown, EndpointBusy: as their names say; nothing was spent.
             EndpointRefused, QuestionRefused: any other answer than 200; nothing was spent.
             EscalationFailed: none that could be read.
@@ -114,14 +115,23 @@ class Endpoint:
         home = asyncio.get_running_loop()
         if self._client is None or self._home is not home:  # also in a forked child
             self._home = home
-            self._client = httpx.AsyncClient(
+            self._client = self._new_client()
+        return self._client
+
+    def _new_client(self) -> httpx.AsyncClient:
+        try:
+            return httpx.AsyncClient(
                 timeout=httpx.Timeout(None, connect=self._connect_s),  # the rest is under the caller's deadline
                 limits=httpx.Limits(max_connections=CONNECTIONS, keepalive_expiry=KEEP_ALIVE_S),
                 verify=self._verify,
                 trust_env=not _is_loopback(self.url.host),  # no proxy stands between this machine and itself
                 follow_redirects=False,  # a key goes to the host it was given for
             )
-        return self._client
+        except (OSError, ImportError, ValueError, TypeError, httpx.InvalidURL) as error:
+            raise ConfigError(
+                f"no connection to {self.url.host} can be set up: {self._hidden(_said(error))}.",
+                hint="Check verify, and SSL_CERT_FILE, SSL_CERT_DIR and the proxy variables of the environment.",
+            ) from error
 
     def _headers(self) -> dict[str, str]:
         headers = {"Accept-Encoding": "identity"}  # what is read is what was sent: no body can unfold

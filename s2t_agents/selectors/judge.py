@@ -28,6 +28,7 @@ from ..errors import (
     QuestionRefused,
 )
 from ..models.language_model import LanguageModel
+from ..models.loading import first_line
 from ..types import Charge, Price
 from .breaker import CircuitBreaker
 from .endpoint import BUSY, refused, retry_after
@@ -135,11 +136,15 @@ class ChatJudge:
         """What it is shown for a question.
 
         Raises:
-            EscalationFailed: the question comes without the SLM's prefix, so there is nothing to show.
+            EscalationFailed: the question comes without the SLM's prefix, so there is nothing to show; or the device
+                gave up on the previews (out of memory, gone).
         """
         if question.prefix is None:
             raise EscalationFailed("a judge needs the SLM's prefix to continue it.")
-        shown = previews(question.prefix, question.candidates, self.preview_tokens, question.grammar)
+        try:
+            shown = previews(question.prefix, question.candidates, self.preview_tokens, question.grammar)
+        except RuntimeError as error:
+            raise EscalationFailed(f"the previews for the judge broke down: {first_line(error)}.") from error
         random.Random(repr((self.seed, tuple(question.ids)))).shuffle(shown)
         so_far = str(question.prefix.model.tokenizer.decode(list(question.ids)))[-self.context_chars :]
         lines = [f"{n}: {json.dumps(preview.text, ensure_ascii=False)}" for n, preview in enumerate(shown, start=1)]
