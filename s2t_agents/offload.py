@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -13,8 +14,18 @@ T = TypeVar("T")
 THREADS = 256
 """Generations that can be under way in this process under asyncio; how many run is ``Concurrency``'s matter."""
 
-_threads = ThreadPoolExecutor(THREADS, thread_name_prefix="s2t")
+
+def _new_threads() -> None:
+    global _threads
+    _threads = ThreadPoolExecutor(THREADS, thread_name_prefix="s2t")
+
+
+_threads: ThreadPoolExecutor
 """Of its own: the event loop's has six threads on two cores, too few for steps to meet. They start when needed."""
+
+_new_threads()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_threads)  # a child inherits the executor, but none of its threads
 
 
 async def in_threads(items: Generator[T, None, None]) -> AsyncGenerator[T, None]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Generator
 from contextlib import aclosing
@@ -72,3 +76,25 @@ async def test_async_answers_share_forwards_and_equal_those_alone() -> None:
         owner._packed = packed
     assert together == alone
     assert most > 6  # the event loop's own six threads would not do
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    script = """
+        import asyncio, os, signal
+        from s2t_agents.offload import in_threads
+
+        async def count():
+            return [number async for number in in_threads(iter_of(3))]
+
+        def iter_of(number):
+            yield from range(number)
+
+        assert asyncio.run(count()) == [0, 1, 2]
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(0 if asyncio.run(count()) == [0, 1, 2] else 1)
+        raise SystemExit(os.waitpid(child, 0)[1])
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
