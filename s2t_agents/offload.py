@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, TypeVar
@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 THREADS = 256
-"""Generations that can be under way in this process under asyncio; how many run is ``Concurrency``'s matter."""
+"""Steps that can be computed at once in this process under asyncio; how many generations run is ``Concurrency``'s."""
+
+_END: Any = object()
 
 
 def _new_threads() -> None:
@@ -32,27 +34,43 @@ async def in_threads(items: Generator[T, None, None]) -> AsyncGenerator[T, None]
     """The items, each computed in a thread and in the caller's context.
 
     Whoever leaves early (``aclose``, a cancelled task) gets control back when the item under way is computed and the
-    generator is closed: nothing runs on behind, holds are released and the books are written.
+    generator is closed, however often it is cancelled meanwhile: nothing runs on behind, holds are released and the
+    books are written.
     """
-    loop = asyncio.get_running_loop()
-    end: Any = object()
-    step: asyncio.Future[T] | None = None
-    over = False
-
-    def following() -> T:
-        return next(items, end)
-
+    step: asyncio.Future[Any] | None = None
     try:
         while True:
-            step = loop.run_in_executor(_threads, copy_context().run, following)
-            item = await asyncio.shield(step)  # a thread can not be cancelled, only waited for
-            if item is end:
-                over = True
+            step = _start(next, items, _END)
+            await asyncio.wait([step])  # a thread cannot be cancelled, only waited for
+            item = step.result()
+            if item is _END:
                 return
             yield item
     finally:
-        if step is not None and not step.done():
-            await asyncio.wait([step])
-            step.exception()  # seen: the caller is leaving anyway
-        if not over:
-            await loop.run_in_executor(_threads, copy_context().run, items.close)
+        await _close(items, step)
+
+
+def _start(work: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+    return asyncio.get_running_loop().run_in_executor(_threads, copy_context().run, work, *args)
+
+
+async def _close(items: Generator[Any, None, None], step: asyncio.Future[Any] | None) -> None:
+    """Close the generator once its last step is over; then be cancelled, if that was asked for meanwhile."""
+    cancelled = await _outlast(step) if step else None
+    closed = _start(items.close)
+    cancelled = await _outlast(closed) or cancelled
+    closed.result()
+    if cancelled:
+        raise cancelled
+
+
+async def _outlast(work: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+    """Wait until the work is over, whatever comes; gives the cancellation that came."""
+    cancelled = None
+    while not work.done():
+        try:
+            await asyncio.wait([work])
+        except asyncio.CancelledError as asked:
+            cancelled = asked
+    work.exception()  # seen: the caller is leaving anyway
+    return cancelled

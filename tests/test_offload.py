@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Generator
 from contextlib import aclosing
 
@@ -44,6 +45,65 @@ async def test_leaving_early_closes_the_generator_before_control_comes_back() ->
         async for item in items:
             if item == 3:
                 break
+    assert closed
+
+
+async def test_however_often_it_is_cancelled_control_comes_back_when_the_generator_is_closed() -> None:
+    begun, go, closed = threading.Event(), threading.Event(), False
+
+    def slow() -> Generator[int, None, None]:
+        nonlocal closed
+        try:
+            begun.set()
+            go.wait(20)
+            yield 1
+        finally:
+            time.sleep(0.05)
+            closed = True
+
+    async def drain() -> None:
+        async with aclosing(in_threads(slow())) as items:
+            async for _ in items:
+                pass
+
+    task = asyncio.create_task(drain())
+    await asyncio.to_thread(begun.wait, 20)
+    for _ in range(5):  # as anyio's scopes do, at every turn of the loop
+        task.cancel()
+        await asyncio.sleep(0)
+    assert not task.done()
+    go.set()
+    while not task.done():
+        task.cancel()
+        await asyncio.sleep(0.001)
+    assert task.cancelled()
+    assert closed
+
+
+async def test_a_cancellation_while_the_generator_closes_is_not_lost() -> None:
+    closing, go, closed = threading.Event(), threading.Event(), False
+
+    def slow() -> Generator[int, None, None]:
+        nonlocal closed
+        try:
+            yield from range(10)
+        finally:
+            closing.set()
+            go.wait(20)
+            closed = True
+
+    async def take_one() -> None:
+        async with aclosing(in_threads(slow())) as items:
+            await anext(items)
+
+    task = asyncio.create_task(take_one())
+    await asyncio.to_thread(closing.wait, 20)
+    task.cancel()
+    await asyncio.sleep(0)
+    assert not task.done()
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
     assert closed
 
 
