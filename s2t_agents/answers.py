@@ -27,8 +27,10 @@ def whole(generation: Generation) -> ChatResult:
     return ChatResult(generations=[ChatGeneration(message=message)])
 
 
-def piece(delta: Delta) -> ChatGenerationChunk:
-    """What one step adds."""
+def piece(delta: Delta) -> ChatGenerationChunk | None:
+    """What one step adds; None where it shows nothing."""
+    if not delta:
+        return None
     message = AIMessageChunk(content=delta.text, tool_call_chunks=delta.tool_call_chunks)
     return ChatGenerationChunk(message=message)
 

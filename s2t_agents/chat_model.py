@@ -1,7 +1,7 @@
 """``ChatS2T``: a LangChain chat model that runs here, looks twice where it is unsure, and asks within a budget.
 
-messages + tools -> PromptEncoder -> token ids -> Engine.steps() -> Generation -> AIMessage / chunks
-                                                                       └-> Account -> response_metadata, Ledger
+messages + tools -> PromptEncoder -> token ids -> Engine.run() -> Generation -> AIMessage / chunks
+                                                                     └-> Account -> response_metadata, Ledger
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from . import answers
 from .accounting import Account, from_cache
 from .attribution import CallerHandler, configurable, current_caller
 from .budget import Budget, DevicePrice
-from .engine.admission import Concurrency
+from .engine.admission import Concurrency, Place
 from .engine.steps import Engine
 from .errors import ConfigError
 from .generation import Generation
@@ -318,7 +318,7 @@ class ChatS2T(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         for chunk in self._chunks(messages, stop, kwargs):
-            if chunk is not None:
+            if isinstance(chunk, ChatGenerationChunk):
                 if run_manager:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
@@ -341,20 +341,20 @@ class ChatS2T(BaseChatModel):
 
     def _whole(
         self, messages: list[BaseMessage], stop: list[str] | None, call: Mapping[str, Any]
-    ) -> Generator[ChatResult | None, None, None]:
-        """None after every step, then the answer: between steps an async caller can leave."""
+    ) -> Generator[ChatResult | Place | None, None, None]:
+        """Its place, if it must wait; None after every step, where an async caller can leave; then the answer."""
         generation = self._begin(messages, stop, call)
-        for _ in generation.deltas():
-            yield None
+        for each in generation.deltas():
+            yield each if isinstance(each, Place) else None
         yield answers.whole(generation)
 
     def _chunks(
         self, messages: list[BaseMessage], stop: list[str] | None, call: Mapping[str, Any]
-    ) -> Generator[ChatGenerationChunk | None, None, None]:
-        """What every step adds, None where it shows nothing; numbers come with the last chunk alone."""
+    ) -> Generator[ChatGenerationChunk | Place | None, None, None]:
+        """Its place, if it must wait; what every step adds, None where it shows nothing; numbers come last, alone."""
         generation = self._begin(messages, stop, call)
-        for delta in generation.deltas():
-            yield answers.piece(delta) if delta else None
+        for each in generation.deltas():
+            yield each if isinstance(each, Place) else answers.piece(each)
         yield answers.last(generation)
 
     def _begin(self, messages: list[BaseMessage], stop: list[str] | None, call: Mapping[str, Any]) -> Generation:
@@ -378,7 +378,7 @@ class ChatS2T(BaseChatModel):
         )
         watch = self.on_step
         return Generation(
-            engine.steps(task.prompt, sampling, grammar=task.grammar, budget=budget, cache_scope=scope),
+            engine.run(task.prompt, sampling, grammar=task.grammar, budget=budget, cache_scope=scope),
             account,
             tokenizer=engine.slm.tokenizer,
             eos_ids=engine.slm.eos_ids,

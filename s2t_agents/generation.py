@@ -1,16 +1,17 @@
 """One answer: drains the engine's steps into text and tool calls, and keeps the account.
 
-Engine.steps() -> token -> Detokenizer -> StopStrings -> ToolCallParser -> Delta
-                    └──-> Account
+Engine.run() -> token -> Detokenizer -> StopStrings -> ToolCallParser -> Delta
+                  └──-> Account
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any
 
 from .accounting import Account
+from .engine.admission import Place
 from .engine.stop import StopStrings
 from .ledger import Ledger
 from .models.detokenizer import Detokenizer
@@ -39,7 +40,7 @@ class Generation:
 
     def __init__(
         self,
-        steps: Iterator[Step],
+        steps: Generator[Place | Step, None, None],
         account: Account,
         *,
         tokenizer: Any,
@@ -56,11 +57,14 @@ class Generation:
         self._tags = tag_ids(tokenizer)
         self.finish_reason = "aborted"
 
-    def deltas(self) -> Generator[Delta, None, None]:
-        """What each step adds to the message, also when it is nothing: the consumer may leave after any step."""
+    def deltas(self) -> Generator[Place | Delta, None, None]:
+        """What each step adds to the message, also when it is nothing: the consumer may leave after any step.
+
+        Its place in the engine's queue comes first, if it has to wait there.
+        """
         error: str | None = None
         try:
-            with closing(self._steps):  # type: ignore[type-var]
+            with closing(self._steps):
                 yield from self._read()
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
@@ -69,10 +73,13 @@ class Generation:
             if self._ledger is not None:
                 self._ledger.record(self.account.record(self.finish_reason, decode=self._spell, error=error))
 
-    def _read(self) -> Iterator[Delta]:
+    def _read(self) -> Generator[Place | Delta, None, None]:
         detokenizer = Detokenizer(self._tokenizer)
         ended = stopped = False
         for step in self._steps:
+            if isinstance(step, Place):
+                yield step
+                continue
             self.account.add(step)
             if self._watch:
                 self._watch(step)

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, TypeVar
 
+from .engine.admission import Place
+
 T = TypeVar("T")
 
 THREADS = 256
@@ -30,8 +32,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_threads)  # a child inherits the executor, but none of its threads
 
 
-async def in_threads(items: Generator[T, None, None]) -> AsyncGenerator[T, None]:
+async def in_threads(items: Generator[Place | T, None, None]) -> AsyncGenerator[T, None]:
     """The items, each computed in a thread and in the caller's context.
+
+    A ``Place`` among them is not passed on: the event loop waits for its turn, and no thread does.
 
     Whoever leaves early (``aclose``, a cancelled task) gets control back when the item under way is computed and the
     generator is closed, however often it is cancelled meanwhile: nothing runs on behind, holds are released and the
@@ -45,7 +49,10 @@ async def in_threads(items: Generator[T, None, None]) -> AsyncGenerator[T, None]
             item = step.result()
             if item is _END:
                 return
-            yield item
+            if isinstance(item, Place):
+                await asyncio.wait([asyncio.wrap_future(item.turn)], timeout=item.left_s)
+            else:
+                yield item
     finally:
         await _close(items, step)
 

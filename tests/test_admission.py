@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
 from s2t_agents import ChatS2T, Engine
-from s2t_agents.engine.admission import Concurrency, Gate
+from s2t_agents.engine.admission import Concurrency, Gate, Place
 from s2t_agents.errors import ConfigError, Overloaded
 from s2t_agents.testing import tiny_model
-from s2t_agents.types import Sampling
+from s2t_agents.types import Sampling, Step
+
+
+@contextmanager
+def admitted(gate: Gate) -> Iterator[float]:
+    with gate.place() as place:
+        yield place.wait()
 
 
 def test_never_more_run_than_the_limit_and_all_get_their_turn() -> None:
@@ -21,7 +30,7 @@ def test_never_more_run_than_the_limit_and_all_get_their_turn() -> None:
 
     def work() -> None:
         nonlocal inside, most, served
-        with gate.admitted():
+        with admitted(gate):
             with lock:
                 inside += 1
                 most = max(most, inside)
@@ -39,10 +48,10 @@ def test_first_come_first_served() -> None:
     gate, order = Gate(Concurrency(running=1)), []
 
     def work(name: int) -> None:
-        with gate.admitted():
+        with admitted(gate):
             order.append(name)
 
-    with gate.admitted():
+    with admitted(gate):
         threads = []
         for name in range(6):
             threads.append(threading.Thread(target=work, args=(name,)))
@@ -55,17 +64,49 @@ def test_first_come_first_served() -> None:
 
 
 def test_a_full_queue_says_so_at_once_and_a_long_wait_at_its_end() -> None:
-    with Gate(Concurrency(running=1, waiting=0)).admitted() as waited:
+    with admitted(Gate(Concurrency(running=1, waiting=0))) as waited:
         assert waited < 1
     full = Gate(Concurrency(running=1, waiting=0))
-    with full.admitted(), pytest.raises(Overloaded, match="1 generations run and 0 wait"), full.admitted():
+    with admitted(full), pytest.raises(Overloaded, match="1 generations run and 0 wait"), admitted(full):
         pass
     slow = Gate(Concurrency(running=1, wait_s=0.05))
-    with slow.admitted(), pytest.raises(Overloaded, match=r"within 0\.05 seconds"), slow.admitted():
+    with admitted(slow), pytest.raises(Overloaded, match=r"within 0\.05 seconds"), admitted(slow):
         pass
-    with slow.admitted():  # and the door is as it was
+    with admitted(slow):  # and the door is as it was
         pass
     assert Overloaded.retryable
+
+
+def test_the_turn_of_a_place_is_told_without_waiting_for_it() -> None:
+    gate = Gate(Concurrency(running=1))
+    with gate.place() as first, gate.place() as second:
+        assert (first.turn.done(), second.turn.done()) == (True, False)
+        with gate.place() as third:
+            pass  # who leaves the queue leaves no gap
+        assert not third.turn.cancel()  # only the gate ends a wait
+    with gate.place() as fourth:
+        assert fourth.turn.done()
+
+
+def test_a_lost_stream_may_be_collected_while_the_gate_is_changing() -> None:
+    gate, first, lost = Gate(Concurrency(running=2)), ExitStack(), ExitStack()
+    first.enter_context(gate.place())
+    lost.enter_context(gate.place())
+    with gate.place() as place:
+        place.turn.add_done_callback(lambda _: lost.close())  # stands for the collector
+        leaving = threading.Thread(target=first.close, daemon=True)
+        leaving.start()
+        leaving.join(10)
+        assert not leaving.is_alive()
+        assert gate._running == 1
+
+
+def test_patience_may_be_endless() -> None:
+    gate, holder = Gate(Concurrency(running=1, wait_s=math.inf)), ExitStack()
+    holder.enter_context(gate.place())
+    threading.Timer(0.05, holder.close).start()
+    with gate.place() as place:
+        assert place.wait() > 0
 
 
 @pytest.mark.parametrize("wrong", [{"running": 0}, {"waiting": -1}, {"wait_s": -1.0}, {"wait_s": float("nan")}])
@@ -93,6 +134,22 @@ def test_the_first_step_tells_how_long_its_generation_waited() -> None:
     steps = list(engine.steps([1, 2, 3], Sampling(max_tokens=3)))
     assert steps[0].timings.queue >= 0.1
     assert [step.timings.queue for step in steps[1:]] == [0.0, 0.0]
+
+
+def test_a_run_shows_its_place_only_if_it_has_to_wait_and_steps_never_do() -> None:
+    engine = Engine(tiny_model("qwen3"), concurrency=Concurrency(running=1))
+    holder = engine.run([1, 2, 3], Sampling(max_tokens=9))
+    assert isinstance(next(holder), Step)
+    behind = engine.run([1, 2, 3], Sampling(max_tokens=2))
+    assert isinstance(place := next(behind), Place)
+    assert not place.turn.done()
+    holder.close()
+    assert place.turn.done()
+    assert all(isinstance(step, Step) for step in behind)
+    holder = engine.run([1, 2, 3], Sampling(max_tokens=9))
+    next(holder)
+    threading.Timer(0.1, holder.close).start()
+    assert all(isinstance(step, Step) for step in engine.steps([1, 2, 3], Sampling(max_tokens=2)))
 
 
 def test_a_chat_model_takes_the_limits_and_reports_the_wait() -> None:

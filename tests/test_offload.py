@@ -10,12 +10,22 @@ import textwrap
 import threading
 import time
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
 import pytest
+from langchain_core.messages import AIMessage
 
-from s2t_agents import ChatS2T
+from s2t_agents import ChatS2T, offload
+from s2t_agents.engine.admission import Concurrency
+from s2t_agents.errors import Overloaded
 from s2t_agents.offload import in_threads
+from s2t_agents.testing import tiny_model
+
+
+def busy(**limits: float) -> ChatS2T:
+    """A model that one generation at a time may use."""
+    return ChatS2T(model=tiny_model(), max_tokens=4, concurrency=Concurrency(running=1, **limits))  # type: ignore[arg-type]
 
 
 async def test_more_generations_run_at_once_than_the_loops_own_executor_has_threads() -> None:
@@ -138,6 +148,55 @@ async def test_async_answers_share_forwards_and_equal_those_alone() -> None:
     assert most > 6  # the event loop's own six threads would not do
 
 
+# ---------------------------------------------------------------------- the queue before the model
+
+
+async def test_who_waits_for_a_turn_holds_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ChatS2T(model=tiny_model(), max_tokens=4, concurrency=Concurrency(running=2, wait_s=10))
+    with ThreadPoolExecutor(4) as few:
+        monkeypatch.setattr(offload, "_threads", few)
+        answers = await model.abatch(["hello"] * 24, return_exceptions=True)
+    assert {type(answer) for answer in answers} == {AIMessage}
+    assert max(answer.response_metadata["s2t"]["latency_ms"]["queue"] for answer in answers) > 0
+
+
+async def test_who_is_cancelled_in_the_queue_leaves_it_at_once() -> None:
+    model = busy(waiting=1, wait_s=8)
+    async with aclosing(model.astream("hello")) as stream:
+        await anext(stream)
+        started = time.monotonic()
+        for _ in range(2):  # the second finds the one place free again
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(model.ainvoke("hello"), 0.1)
+        assert time.monotonic() - started < 4
+    assert isinstance(await model.ainvoke("hello"), AIMessage)
+
+
+async def test_a_full_queue_and_a_long_wait_say_so_under_asyncio_too() -> None:
+    model = busy(waiting=1, wait_s=0.3)
+    async with aclosing(model.astream("hello")) as stream:
+        await anext(stream)
+        said = await asyncio.gather(model.ainvoke("hello"), model.ainvoke("hello"), return_exceptions=True)
+        assert {type(error) for error in said} == {Overloaded}
+        assert sorted(str(error).split()[0] for error in said) == ["1", "no"]
+    assert isinstance(await model.ainvoke("hello"), AIMessage)
+
+
+async def test_streams_that_waited_show_nothing_of_it() -> None:
+    model = busy()
+    alone = [chunk.content for chunk in model.stream("hello")]
+    async with aclosing(model.astream("hello")) as holder:
+        await anext(holder)
+        sync = asyncio.create_task(asyncio.to_thread(lambda: [chunk.content for chunk in model.stream("hello")]))
+        while not model.engine.gate._queue:
+            await asyncio.sleep(0.001)
+    assert await sync == alone
+    async with aclosing(model.astream("hello")) as holder:
+        await anext(holder)
+        asyncio.get_running_loop().call_later(0.05, lambda: asyncio.ensure_future(holder.aclose()))
+        assert [chunk.content async for chunk in model.astream("hello")] == alone
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_has_threads_of_its_own() -> None:
     script = """
@@ -145,9 +204,9 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
         from s2t_agents.offload import in_threads
 
         async def count():
-            return [number async for number in in_threads(iter_of(3))]
+            return [number async for number in in_threads(up_to(3))]
 
-        def iter_of(number):
+        def up_to(number):
             yield from range(number)
 
         assert asyncio.run(count()) == [0, 1, 2]

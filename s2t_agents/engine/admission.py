@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ class Concurrency:
     Attributes:
         running: generations that share the model's forwards, at most.
         waiting: generations that may queue behind them; 0 turns them away at once.
-        wait_s: seconds that one waits for its turn.
+        wait_s: seconds that one waits for its turn; infinite is for ever.
 
     Raises:
         ConfigError: numbers that let nobody in.
@@ -42,64 +43,83 @@ class Concurrency:
             )
 
 
+class Place:
+    """One generation's place before an engine: in the queue at first, then a slot.
+
+    Attributes:
+        turn: done when the slot is there. Only the gate ends it: it takes no cancellation.
+    """
+
+    def __init__(self, limits: Concurrency) -> None:
+        self.turn: Future[None] = Future()
+        self.turn.set_running_or_notify_cancel()
+        self._limits, self._since = limits, time.monotonic()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that it still waits, at most."""
+        left = self._since + self._limits.wait_s - time.monotonic()
+        return min(max(left, 0.0), threading.TIMEOUT_MAX)
+
+    def wait(self) -> float:
+        """Block until the turn has come; gives the seconds since the place was taken.
+
+        Raises:
+            Overloaded: the wait was too long. Nothing has run.
+        """
+        try:
+            self.turn.result(self.left_s)
+        except TimeoutError:
+            raise Overloaded(
+                f"no slot became free within {self._limits.wait_s:g} seconds; {self._limits.running} generations run.",
+                hint="Close streams that are no longer read, or raise Concurrency(running=..., wait_s=...).",
+            ) from None
+        return time.monotonic() - self._since
+
+
 class Gate:
     """The door of one engine."""
 
     def __init__(self, limits: Concurrency) -> None:
         self.limits = limits
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()  # the garbage collector may close a lost stream in the middle of a change
         self._running = 0
-        self._queue: deque[threading.Event] = deque()
+        self._queue: deque[Place] = deque()
 
     @contextmanager
-    def admitted(self) -> Iterator[float]:
-        """A slot while the block runs; gives the seconds that it took to get it.
+    def place(self) -> Iterator[Place]:
+        """A place while the block lasts: it may run once ``Place.turn`` is done.
 
         Raises:
-            Overloaded: the queue is full, or the wait was too long. Nothing has run.
+            Overloaded: the queue is full. Nothing has run.
         """
-        started = time.monotonic()
-        self._enter()
+        place = self._enter()
         try:
-            yield time.monotonic() - started
+            yield place
         finally:
-            self._leave()
+            self._leave(place)
 
-    def _enter(self) -> None:
+    def _enter(self) -> Place:
+        place = Place(self.limits)
         with self._mutex:
             if self._running < self.limits.running and not self._queue:
                 self._running += 1
-                return
-            if len(self._queue) >= self.limits.waiting:
+                place.turn.set_result(None)
+            elif len(self._queue) < self.limits.waiting:
+                self._queue.append(place)
+            else:
                 raise Overloaded(
                     f"{self._running} generations run and {len(self._queue)} wait; the limits are "
                     f"{self.limits.running} and {self.limits.waiting}.",
                     hint="Try again later, or raise Concurrency(running=..., waiting=...).",
                 )
-            turn = threading.Event()
-            self._queue.append(turn)
-        admitted = False
-        try:
-            admitted = turn.wait(self.limits.wait_s)
-        finally:
-            if not admitted:
-                self._give_up(turn)
-        if not admitted:
-            raise Overloaded(
-                f"no slot became free within {self.limits.wait_s:g} seconds; {self.limits.running} generations run.",
-                hint="Close streams that are no longer read, or raise Concurrency(running=..., wait_s=...).",
-            )
+        return place
 
-    def _give_up(self, turn: threading.Event) -> None:
+    def _leave(self, place: Place) -> None:
         with self._mutex:
-            if turn in self._queue:
-                self._queue.remove(turn)
-                return
-        self._leave()  # the slot came in the same moment: it goes to the next
-
-    def _leave(self) -> None:
-        with self._mutex:
-            if self._queue:
-                self._queue.popleft().set()  # the slot goes straight to whoever waits first
+            if not place.turn.done():
+                self._queue.remove(place)
+            elif self._queue:
+                self._queue.popleft().turn.set_result(None)  # the slot goes straight to whoever waits first
             else:
                 self._running -= 1

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -31,7 +31,7 @@ from ..selectors.drift import DriftWatch
 from ..selectors.question import Answer, Question
 from ..triggers import Trigger, entropy
 from ..types import Candidate, EscalationReport, Picker, Sampling, Step, Timings
-from .admission import Concurrency, Gate
+from .admission import Concurrency, Gate, Place
 from .grammar import Grammar
 
 MAX_K = 64
@@ -118,18 +118,41 @@ class Engine:
             BudgetExceeded: an escalation was refused and the budget says to raise.
             Overloaded: too many generations at once.
         """
+        run = self.run(prompt, sampling, grammar=grammar, budget=budget, cache_scope=cache_scope)
+        with closing(run):
+            for each in run:
+                if isinstance(each, Step):
+                    yield each
+
+    def run(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        grammar: Grammar | None = None,
+        budget: Budget | None = None,
+        cache_scope: str | None = None,
+    ) -> Generator[Place | Step, None, None]:
+        """As ``steps``, but where it has to wait for a slot, its place in the queue comes first.
+
+        The consumer may go on at once, and ``next`` blocks; or wait for ``Place.turn`` first, without a thread.
+        """
         sampling = sampling or Sampling()
         self._check_prompt(prompt)
-        with self.gate.admitted() as queued_s, Prefix.over(self.slm, prompt, cache_scope) as prefix:
-            reused = len(prefix)
-            desk = self.escalation.open(budget, threshold=self.threshold) if self.escalation else nullcontext()
-            with desk as open_desk:
-                steps = self._loop(prefix, prompt[reused:], sampling, grammar, open_desk)
-                if self.drift is not None:
-                    steps = self.drift.watching(steps)
-                for first in islice(steps, 1):
-                    yield replace(first, timings=replace(first.timings, queue=queued_s), reused_tokens=reused)
-                yield from steps
+        with self.gate.place() as place:
+            if not place.turn.done():
+                yield place
+            queued_s = place.wait()
+            with Prefix.over(self.slm, prompt, cache_scope) as prefix:
+                reused = len(prefix)
+                desk = self.escalation.open(budget, threshold=self.threshold) if self.escalation else nullcontext()
+                with desk as open_desk:
+                    steps = self._loop(prefix, prompt[reused:], sampling, grammar, open_desk)
+                    if self.drift is not None:
+                        steps = self.drift.watching(steps)
+                    for first in islice(steps, 1):
+                        yield replace(first, timings=replace(first.timings, queue=queued_s), reused_tokens=reused)
+                    yield from steps
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if not prompt:
