@@ -11,7 +11,7 @@ from contextlib import aclosing
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, BaseCallbackManager, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel, LanguageModelInput, ModelProfile
+from langchain_core.language_models import LanguageModelInput, ModelProfile
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
@@ -22,7 +22,8 @@ from pydantic import ConfigDict, Field, SecretStr
 
 from . import answers
 from .accounting import Account, from_cache
-from .attribution import CallerHandler, configurable, current_caller
+from .arguments import TakesConfig, foreign, said
+from .attribution import CallerHandler, current_caller
 from .budget import Budget, DevicePrice
 from .engine.admission import Concurrency, Place
 from .engine.steps import Engine
@@ -37,10 +38,8 @@ from .structured_output import Method, structured
 from .token_count import tokens_of_messages
 from .types import Sampling, Step
 
-_CALLERS = ("s2t_agent", "s2t_budget", "s2t_cache_scope")
 
-
-class ChatS2T(BaseChatModel):
+class ChatS2T(TakesConfig):
     """A small local model, corrected at the few tokens where it is unsure.
 
     With neither ``selector`` nor ``escalation`` it is simply a local chat model for any Hugging Face checkpoint.
@@ -202,9 +201,8 @@ class ChatS2T(BaseChatModel):
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """The cache's key; who asks, on which budget and beside whom, is no part of it."""
-        told = {key: value for key, value in kwargs.items() if key not in _CALLERS}
         own = list(_listed(_given(stop, self.stop))) or None  # LangChain's would hide the model's own stop strings
-        return super()._get_llm_string(stop=own, **told)
+        return super()._get_llm_string(stop=own, **foreign(kwargs))
 
     def _convert_cached_generations(self, cache_val: list[CachedGeneration]) -> list[ChatGeneration]:
         """Called on a cache hit: the answer is free, and its metadata and the ledger say so."""
@@ -362,8 +360,8 @@ class ChatS2T(BaseChatModel):
         request = Request.of(call)
         ready = self.runtimes.get(self._settings(call))
         engine = ready.engine
-        budget = call.get("s2t_budget") or configurable("s2t_budget") or self.budget
-        scope = call.get("s2t_cache_scope") or configurable("s2t_cache_scope") or self.cache_scope
+        budget = said(call, "s2t_budget", self.budget)
+        scope = said(call, "s2t_cache_scope", self.cache_scope)
         if engine.escalation is not None:
             engine.escalation.check_price(budget)
         sampling = self._sampling(call, banned_first=tuple(engine.slm.eos_ids))
