@@ -6,7 +6,8 @@ carried into the call's own arguments before LangChain takes over.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
@@ -14,9 +15,38 @@ from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.runnables import RunnableConfig, ensure_config
 
 from .attribution import configurable
+from .budget import Budget
+from .errors import ConfigError
 
 OWN = ("s2t_agent", "s2t_budget", "s2t_cache_scope")
 """Who asks, on which budget and beside whom: no part of the question, so neither traced nor a part of cache keys."""
+
+QUESTION = (
+    "max_tokens",
+    "model",
+    "parallel_tool_calls",
+    "response_format",
+    "seed",
+    "stop",
+    "temperature",
+    "tool_choice",
+    "tools",
+    "top_p",
+)
+"""What changes an answer."""
+
+LANGCHAINS = (
+    "ls_structured_output_format",
+    "stream",
+    "stream_options",
+    "stream_usage",
+    "strict",
+    "structured_output_format",
+)
+"""What LangChain or its other models' users pass along; each holds here in any case, or is LangChain's to read."""
+
+PER_CALL = {"budget": "s2t_budget", "cache_scope": "s2t_cache_scope"}
+"""Settings of the model that a call says under another name."""
 
 
 class TakesConfig(BaseChatModel):
@@ -92,9 +122,53 @@ def foreign(call: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in call.items() if key not in OWN}
 
 
-def said(call: Mapping[str, Any], key: str, default: Any) -> Any:
-    """One of ``OWN``: the call's own, or the enclosing node's, or the model's."""
-    for value in (call.get(key), configurable(key)):
-        if value is not None:
-            return value
-    return default
+def check_call(call: Collection[str], settings: Collection[str]) -> None:
+    """Refuse arguments that would do nothing.
+
+    Args:
+        call: names of the call's arguments.
+        settings: names of the model's settings.
+
+    Raises:
+        ConfigError: naming the argument and what may have been meant.
+    """
+    known = [*QUESTION, *OWN]
+    for name in call:
+        if name in known or name in LANGCHAINS:
+            continue
+        if name in settings:
+            way_out = f"Per call, use {PER_CALL[name]}." if name in PER_CALL else f"Say it in ChatS2T({name}=...)."
+            raise ConfigError(f"{name} is a setting of the model, not of a call.", hint=way_out)
+        near = get_close_matches(name, known, n=1)
+        raise ConfigError(
+            f"{name} is no argument of a call.",
+            hint=f"Did you mean {near[0]}?" if near else f"Calls take {', '.join(known)}.",
+        )
+
+
+def budget_of(call: Mapping[str, Any], default: Budget | None) -> Budget | None:
+    """The budget of one call: its own, or the enclosing node's, or the model's.
+
+    Raises:
+        ConfigError: something else in its place.
+    """
+    budget = _said(call, "s2t_budget", default)
+    if budget is None or isinstance(budget, Budget):
+        return budget
+    raise ConfigError(f"s2t_budget is {budget!r}; it must be a Budget.", hint="Say Budget(usd=..., escalations=...).")
+
+
+def cache_scope_of(call: Mapping[str, Any], default: str | None) -> str | None:
+    """The cache scope of one call: its own, or the enclosing node's, or the model's.
+
+    Raises:
+        ConfigError: it is no text.
+    """
+    scope = _said(call, "s2t_cache_scope", default)
+    if scope is None or isinstance(scope, str):
+        return scope
+    raise ConfigError(f"s2t_cache_scope is {scope!r}; it must be a text.", hint="Give each tenant a name.")
+
+
+def _said(call: Mapping[str, Any], key: str, default: Any) -> Any:
+    return next((value for value in (call.get(key), configurable(key)) if value is not None), default)

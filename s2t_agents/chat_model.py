@@ -22,7 +22,7 @@ from pydantic import ConfigDict, Field, SecretStr
 
 from . import answers
 from .accounting import Account, from_cache
-from .arguments import TakesConfig, foreign, said
+from .arguments import TakesConfig, budget_of, cache_scope_of, check_call, foreign
 from .attribution import CallerHandler, current_caller
 from .budget import Budget, DevicePrice
 from .engine.admission import Concurrency, Place
@@ -33,7 +33,7 @@ from .ledger import Ledger
 from .models.language_model import LanguageModel
 from .offload import in_threads
 from .request import Request, openai_tools
-from .runtime import Runtimes, Settings, escalation_of, profile_of
+from .runtime import Runtimes, Settings, escalation_of, model_of, profile_of
 from .structured_output import Method, structured
 from .token_count import tokens_of_messages
 from .types import Sampling, Step
@@ -145,8 +145,9 @@ class ChatS2T(TakesConfig):
         Another model than this one's (``model=``) runs without the selector, which was trained for this one, and
         without an escalation to itself.
         """
-        model = call.get("model") or self.model
-        own = model == self.model
+        slm = model_of(self.model)
+        model = model_of(_given(call.get("model"), slm))
+        own = model == slm
         escalation = escalation_of(self.escalation)
         to_itself = not own and escalation is not None and escalation.llm.name == model
         return Settings(
@@ -260,8 +261,9 @@ class ChatS2T(TakesConfig):
 
         Raises:
             BadSchema: something that is no tool, or a schema that no grammar can express.
-            ConfigError: a tool choice that fits no tool, or an unknown response format.
+            ConfigError: a tool choice that fits no tool, an unknown response format or an unknown argument.
         """
+        check_call(kwargs, type(self).model_fields)
         call = {**kwargs, "tools": openai_tools(tools, strict=strict)}
         if tool_choice is not None:
             call["tool_choice"] = tool_choice
@@ -357,11 +359,11 @@ class ChatS2T(TakesConfig):
 
     def _begin(self, messages: list[BaseMessage], stop: list[str] | None, call: Mapping[str, Any]) -> Generation:
         """Everything that can be refused is refused here; the model has not run yet."""
+        check_call(call, type(self).model_fields)
         request = Request.of(call)
         ready = self.runtimes.get(self._settings(call))
         engine = ready.engine
-        budget = said(call, "s2t_budget", self.budget)
-        scope = said(call, "s2t_cache_scope", self.cache_scope)
+        budget, scope = budget_of(call, self.budget), cache_scope_of(call, self.cache_scope)
         if engine.escalation is not None:
             engine.escalation.check_price(budget)
         sampling = self._sampling(call, banned_first=tuple(engine.slm.eos_ids))

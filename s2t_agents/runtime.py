@@ -72,6 +72,8 @@ class Settings:
         if chosen is not None and not isinstance(chosen, (str, Path)) and not hasattr(chosen, "scores"):
             raise ConfigError(f"selector is a {type(chosen).__name__}.", hint="Give a directory or a Selector.")
         torch_dtype(self.dtype)
+        if self.device is not None:
+            _check_device(self.device)
 
     def described(self) -> dict[str, Any]:
         """All that changes an answer, as plain data; the device and the concurrency do not."""
@@ -209,14 +211,34 @@ def shared_model(
         return found
 
 
+def model_of(given: Any) -> str | LanguageModel:
+    """A ``model`` setting as a directory or hub id, or a loaded model.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if isinstance(given, Path):
+        return str(given)
+    if isinstance(given, (str, LanguageModel)):
+        return given
+    raise ConfigError(f"model is a {type(given).__name__}.", hint="Give a directory, a hub id or a LanguageModel.")
+
+
 def torch_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
     """A dtype from its name, such as "bfloat16"."""
     if name is None or isinstance(name, torch.dtype):
         return name
-    found = getattr(torch, name.removeprefix("torch."), None)
+    found = getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigError(f"dtype is {name!r}; it must name a floating torch dtype.", hint="Say bfloat16 or float32.")
     return found
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device is {name!r}.", hint='Say "cpu", "cuda" or "cuda:1".') from None
 
 
 def escalation_of(given: Any) -> Escalation | None:
@@ -227,8 +249,8 @@ def escalation_of(given: Any) -> Escalation | None:
     """
     if given is None or isinstance(given, Escalation):
         return given
-    if isinstance(given, str):
-        return Escalation(LocalLLM(given))
+    if isinstance(given, (str, Path)):
+        return Escalation(LocalLLM(str(given)))
     if hasattr(given, "open") and hasattr(given, "check"):
         llm: LLMSelector = given
         return Escalation(llm)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from numbers import Integral, Real
 from typing import Literal, Protocol
 
 from .errors import ConfigError
@@ -135,9 +136,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuse what no draw can follow (ConfigError)."""
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number.")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}; it must lie in (0, 1].")
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens is {self.max_tokens}; at least 1 token is needed for an answer.")
+        if not (isinstance(self.temperature, Real) and math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"temperature is {self.temperature!r}; it must be 0 (greedy) or a positive number.")
+        if not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
+            raise ConfigError(f"top_p is {self.top_p!r}; it must lie in (0, 1].")
+        if not (isinstance(self.max_tokens, Integral) and self.max_tokens >= 1):
+            raise ConfigError(f"max_tokens is {self.max_tokens!r}; at least 1 token is needed for an answer.")
+        if self.seed is not None and not (isinstance(self.seed, Integral) and -(2**63) <= self.seed < 2**64):
+            raise ConfigError(f"seed is {self.seed!r}; it must be a whole number of 64 bits.")

@@ -10,6 +10,7 @@ from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableLambda
 
 from s2t_agents import Budget, ChatS2T, Ledger
+from s2t_agents.errors import ConfigError
 from s2t_agents.escalation import Escalation
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
@@ -22,20 +23,20 @@ def chat(**settings: Any) -> ChatS2T:
     return ChatS2T(**{"model": model, "max_tokens": 4, "trigger": always(), "escalation": llm, **settings})
 
 
-def by_invoke(model: Any, config: Any, **call: Any) -> BaseMessage:
+def by_invoke(model: Any, config: Any, /, **call: Any) -> BaseMessage:
     return model.invoke("hello", config, **call)
 
 
-def by_ainvoke(model: Any, config: Any, **call: Any) -> BaseMessage:
+def by_ainvoke(model: Any, config: Any, /, **call: Any) -> BaseMessage:
     return asyncio.run(model.ainvoke("hello", config, **call))
 
 
-def by_stream(model: Any, config: Any, **call: Any) -> BaseMessage:
+def by_stream(model: Any, config: Any, /, **call: Any) -> BaseMessage:
     first, *rest = model.stream("hello", config, **call)
     return sum(rest, first)
 
 
-def by_astream(model: Any, config: Any, **call: Any) -> BaseMessage:
+def by_astream(model: Any, config: Any, /, **call: Any) -> BaseMessage:
     async def drain() -> BaseMessage:
         first, *rest = [chunk async for chunk in model.astream("hello", config, **call)]
         return sum(rest, first)
@@ -43,15 +44,15 @@ def by_astream(model: Any, config: Any, **call: Any) -> BaseMessage:
     return asyncio.run(drain())
 
 
-def by_batch(model: Any, config: Any, **call: Any) -> BaseMessage:
+def by_batch(model: Any, config: Any, /, **call: Any) -> BaseMessage:
     return model.batch(["hello"], config, **call)[0]
 
 
-def by_abatch(model: Any, config: Any, **call: Any) -> BaseMessage:
+def by_abatch(model: Any, config: Any, /, **call: Any) -> BaseMessage:
     return asyncio.run(model.abatch(["hello"], config, **call))[0]
 
 
-def by_events(model: Any, config: Any, **call: Any) -> BaseMessage:
+def by_events(model: Any, config: Any, /, **call: Any) -> BaseMessage:
     async def drain() -> BaseMessage:
         events = [event async for event in model.astream_events("hello", config, version="v2", **call)]
         return events[-1]["data"]["output"]
@@ -59,11 +60,11 @@ def by_events(model: Any, config: Any, **call: Any) -> BaseMessage:
     return asyncio.run(drain())
 
 
-def by_events_v3(model: Any, config: Any, **call: Any) -> BaseMessage:
+def by_events_v3(model: Any, config: Any, /, **call: Any) -> BaseMessage:
     return model.stream_events("hello", config, version="v3", **call).output
 
 
-def by_aevents_v3(model: Any, config: Any, **call: Any) -> BaseMessage:
+def by_aevents_v3(model: Any, config: Any, /, **call: Any) -> BaseMessage:
     async def drain() -> BaseMessage:
         stream = await model.astream_events("hello", config, version="v3", **call)
         return await stream.output
@@ -149,3 +150,70 @@ def test_tracers_and_caches_get_no_budget(call: Callable[..., BaseMessage], said
         call(model, {"configurable": {"s2t_budget": own}})
     assert len(seen) == 1
     assert "Budget" not in seen[0]
+
+
+# ---------------------------------------------------------------------- of a call
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"max_token": 3}, r"max_token is no argument of a call\. Did you mean max_tokens\?"),
+        ({"tempreature": 1.0}, r"Did you mean temperature\?"),
+        ({"functions": []}, r"functions is no argument of a call\. Calls take max_tokens, .*tools"),
+        ({"budget": Budget()}, r"budget is a setting of the model, not of a call\. Per call, use s2t_budget\."),
+        ({"cache_scope": "a"}, r"Per call, use s2t_cache_scope\."),
+        (
+            {"ledger": Ledger()},
+            r"ledger is a setting of the model, not of a call\. Say it in ChatS2T\(ledger=\.\.\.\)\.",
+        ),
+        ({"s2t_budget": 3}, r"s2t_budget is 3; it must be a Budget"),
+        ({"s2t_budget": {"usd": 1}}, r"s2t_budget is \{'usd': 1\}"),
+        ({"s2t_cache_scope": ["a"]}, r"s2t_cache_scope is \['a'\]; it must be a text"),
+        ({"temperature": "0.5"}, r"temperature is '0\.5'; it must be 0 \(greedy\) or a positive number"),
+        ({"top_p": "1"}, r"top_p is '1'; it must lie in \(0, 1\]"),
+        ({"max_tokens": "3"}, r"max_tokens is '3'; at least 1 token"),
+        ({"max_tokens": 2.5}, r"max_tokens is 2\.5"),
+        ({"seed": 2**70}, r"seed is 1180591620717411303424; it must be a whole number of 64 bits"),
+        ({"seed": "a"}, r"seed is 'a'"),
+        ({"model": 3}, r"model is a int"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("how", [by_invoke, by_stream])
+def test_what_a_call_cannot_mean_is_refused(
+    how: Callable[..., BaseMessage], call: dict[str, Any], message: str
+) -> None:
+    model = chat(ledger=Ledger())
+    with pytest.raises(ConfigError, match=message):
+        how(model, None, **call)
+    assert model.ledger.records() == []
+
+
+def test_a_budget_in_the_config_must_be_one_too() -> None:
+    with pytest.raises(ConfigError, match="s2t_budget is 'run'"):
+        chat().invoke("hello", {"configurable": {"s2t_budget": "run"}})
+
+
+def test_what_cannot_be_bound_beside_tools_is_refused_there() -> None:
+    with pytest.raises(ConfigError, match="parallel_tool_call is no argument of a call"):
+        chat().bind_tools([], parallel_tool_call=False)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"stream": False},
+        {"stream": True, "stream_options": {"include_usage": True}},
+        {"stream_usage": True},
+        {"strict": True},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False, "response_format": {"type": "text"}},
+        {"ls_structured_output_format": {"kwargs": {"method": "json_mode"}, "schema": {"title": "t"}}},
+        {"stop": ["zzz"], "max_tokens": 2, "temperature": 1, "top_p": 0.5, "seed": -1},
+        {"s2t_budget": None, "s2t_agent": None, "s2t_cache_scope": None, "temperature": None, "max_tokens": None},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("how", [by_invoke, by_ainvoke, by_stream])
+def test_what_langchain_and_its_users_pass_is_accepted(how: Callable[..., BaseMessage], call: dict[str, Any]) -> None:
+    assert how(chat(), None, **call).response_metadata["s2t"]["tokens"]
