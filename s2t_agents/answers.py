@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
+from .accounting import from_cache
 from .generation import Generation
+from .ledger import Ledger
 from .tool_calls import Delta
 
 PROVIDER = "s2t"
@@ -44,6 +47,16 @@ def last(generation: Generation) -> ChatGenerationChunk:
         chunk_position="last",
     )
     return ChatGenerationChunk(message=message)
+
+
+def cached(found: Sequence[ChatGeneration], ledger: Ledger | None) -> list[ChatGeneration]:
+    """Answers out of a cache: free, and their metadata and the ledger say so."""
+    return [
+        one.model_copy(update={"message": from_cache(one.message, ledger)})
+        if isinstance(one.message, AIMessage)
+        else one
+        for one in found
+    ]
 
 
 def _usage(generation: Generation) -> UsageMetadata:

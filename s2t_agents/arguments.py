@@ -1,4 +1,4 @@
-"""The arguments of one call besides its messages: where they may be said, and what they must be.
+"""What users say besides messages, to a model and to a call: where it may be said, and what is refused.
 
 LangChain hands a model only the callbacks, tags and metadata of a call's config, so what ``configurable`` says is
 carried into the call's own arguments before LangChain takes over.
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.runnables import RunnableConfig, ensure_config
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from .attribution import configurable
 from .budget import Budget
@@ -120,6 +122,27 @@ def carried(config: RunnableConfig | None, call: Mapping[str, Any]) -> dict[str,
 def foreign(call: Mapping[str, Any]) -> dict[str, Any]:
     """The call's arguments that are part of the question."""
     return {key: value for key, value in call.items() if key not in OWN}
+
+
+def without_nones(settings: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
+    """A model's settings, but for each None where the default is another value: it means the default."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if value is not None or name not in fields or fields[name].default is None
+    }
+
+
+def refusal(error: ValidationError, fields: Mapping[str, FieldInfo]) -> ConfigError:
+    """What pydantic says of a model's settings, in one line; what may be secret is not repeated."""
+    found = error.errors()[0]
+    name = ".".join(map(str, found["loc"])) or "a setting"
+    if found["type"] == "extra_forbidden":
+        near = get_close_matches(name, fields, n=1)
+        return ConfigError(f"ChatS2T takes no {name}.", hint=f"Did you mean {near[0]}?" if near else "")
+    field = fields.get(str(found["loc"][0])) if found["loc"] else None
+    shown = f"{found['input']!r:.200}" if field is not None and field.repr else "no such value"
+    return ConfigError(f"{name} is {shown}: {found['msg']}.")
 
 
 def check_call(call: Collection[str], settings: Collection[str]) -> None:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
-from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.callbacks import BaseCallbackHandler, BaseCallbackManager, Callbacks
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import ensure_config
 
@@ -49,6 +49,17 @@ class CallerHandler(BaseCallbackHandler):
     ) -> None:
         """Called by LangChain just before the model runs, in the same context."""
         _metadata.set({**(metadata or {}), "run_id": str(parent_run_id or run_id)})
+
+
+def listened(callbacks: Callbacks) -> Callbacks:
+    """A model's own callbacks, with the handler that learns who is calling among them."""
+    if isinstance(callbacks, BaseCallbackManager):
+        manager = callbacks.copy()
+        if not any(isinstance(handler, CallerHandler) for handler in manager.handlers):
+            manager.add_handler(CallerHandler(), inherit=False)
+        return manager
+    handlers = callbacks or []
+    return [*handlers, *([] if any(isinstance(handler, CallerHandler) for handler in handlers) else [CallerHandler()])]
 
 
 def configurable(key: str) -> Any:

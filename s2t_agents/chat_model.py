@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, BaseCallbackManager, CallbackManagerForLLMRun
+import torch
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
 from langchain_core.language_models import LanguageModelInput, ModelProfile
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, BaseMessage
@@ -18,24 +20,27 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.outputs import Generation as CachedGeneration
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
-from pydantic import ConfigDict, Field, SecretStr
+from pydantic import ConfigDict, Field, SecretStr, SkipValidation, ValidationError
 
 from . import answers
-from .accounting import Account, from_cache
-from .arguments import TakesConfig, budget_of, cache_scope_of, check_call, foreign
-from .attribution import CallerHandler, current_caller
+from .accounting import Account
+from .arguments import TakesConfig, budget_of, cache_scope_of, check_call, foreign, refusal, without_nones
+from .attribution import current_caller, listened
 from .budget import Budget, DevicePrice
 from .engine.admission import Concurrency, Place
 from .engine.steps import Engine
 from .errors import ConfigError
+from .escalation import Escalation
 from .generation import Generation
 from .ledger import Ledger
 from .models.language_model import LanguageModel
 from .offload import in_threads
 from .request import Request, openai_tools
 from .runtime import Runtimes, Settings, escalation_of, model_of, profile_of
+from .selectors import LLMSelector, Selector
 from .structured_output import Method, structured
 from .token_count import tokens_of_messages
+from .triggers import Trigger
 from .types import Sampling, Step
 
 
@@ -80,36 +85,43 @@ class ChatS2T(TakesConfig):
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
 
-    model: str | LanguageModel = "s2t-demo"
-    selector: Any = None
-    escalation: Any = None
+    model: SkipValidation[str | Path | LanguageModel] = "s2t-demo"
+    selector: SkipValidation[str | Path | Selector | None] = None
+    escalation: SkipValidation[str | Path | LLMSelector | Escalation | None] = None
     budget: Budget | None = Field(default=None, exclude=True)
     ledger: Ledger | None = Field(default=None, exclude=True)
     k: int | None = None
-    trigger: Any = None
+    trigger: SkipValidation[Trigger | None] = None
     temperature: float = 0.0
     top_p: float = 1.0
     max_tokens: int = 512
     stop: str | list[str] | None = None
     seed: int | None = None
     device: str | None = None
-    dtype: Any = None
+    dtype: SkipValidation[str | torch.dtype | None] = None
     device_price: DevicePrice | None = None
     concurrency: Concurrency | None = None
     cache_scope: str | None = None
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, repr=False)
     template_args: dict[str, Any] = Field(default_factory=dict)
     on_step: Callable[[str, Step], None] | None = Field(default=None, exclude=True)
     streaming: bool | None = None
-    api_key: SecretStr | None = Field(default=None, exclude=True)
+    api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
     max_retries: int | None = None
     timeout: float | None = None
     runtimes: Runtimes = Field(default_factory=Runtimes, exclude=True, repr=False)
+    callbacks: Callbacks = Field(default=None, exclude=True, repr=False)
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._check()  # here, not in a validator: pydantic would wrap our errors in its own
-        self._listen()
+    if not TYPE_CHECKING:  # type checkers take the fields for the signature
+
+        def __init__(self, **settings: Any) -> None:
+            fields = type(self).model_fields
+            try:
+                super().__init__(**without_nones(settings, fields))
+            except ValidationError as error:
+                raise refusal(error, fields) from None
+            self._check()  # here, not in a validator: pydantic would wrap our errors in its own
+            self.callbacks = listened(self.callbacks)
 
     # ------------------------------------------------------------------ settings
 
@@ -118,16 +130,6 @@ class ChatS2T(TakesConfig):
         self._settings({}).check()
         if (escalation := escalation_of(self.escalation)) is not None:
             escalation.check_price(self.budget)
-
-    def _listen(self) -> None:
-        """Put the handler that learns who is calling among this model's own callbacks."""
-        handlers = self.callbacks
-        if isinstance(handlers, BaseCallbackManager):
-            handlers = self.callbacks = handlers.copy()
-            if not any(isinstance(handler, CallerHandler) for handler in handlers.handlers):
-                handlers.add_handler(CallerHandler(), inherit=False)
-        elif not any(isinstance(handler, CallerHandler) for handler in handlers or []):
-            self.callbacks = [*(handlers or []), CallerHandler()]
 
     def _sampling(self, call: Mapping[str, Any], banned_first: Sequence[int] = ()) -> Sampling:
         """Sampling of one call: its own arguments before the model's."""
@@ -169,9 +171,9 @@ class ChatS2T(TakesConfig):
         return self.runtimes.get(self._settings({})).engine
 
     def __getstate__(self) -> dict[Any, Any]:
-        """Pickles as its settings: weights and engines stay behind and come back, by name, when needed."""
+        """Pickles as its settings: engines come back, by name, when needed, and an unused key stays behind."""
         state = super().__getstate__()
-        return {**state, "__dict__": {**state["__dict__"], "model": self.model_name}}
+        return {**state, "__dict__": {**state["__dict__"], "model": self.model_name, "api_key": None}}
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> ChatS2T:
         """A model of its own over the same weights, budget and ledger: a copied agent must not double the money."""
@@ -186,7 +188,8 @@ class ChatS2T(TakesConfig):
     @property
     def model_name(self) -> str:
         """The SLM's name."""
-        return self.model if isinstance(self.model, str) else self.model.name
+        slm = model_of(self.model)
+        return slm if isinstance(slm, str) else slm.name
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
@@ -207,17 +210,11 @@ class ChatS2T(TakesConfig):
 
     def _convert_cached_generations(self, cache_val: list[CachedGeneration]) -> list[ChatGeneration]:
         """Called on a cache hit: the answer is free, and its metadata and the ledger say so."""
-        found = super()._convert_cached_generations(cache_val)
-        return [
-            one.model_copy(update={"message": from_cache(one.message, self.ledger)})
-            if isinstance(one.message, AIMessage)
-            else one
-            for one in found
-        ]
+        return answers.cached(super()._convert_cached_generations(cache_val), self.ledger)
 
     def _resolve_model_profile(self) -> ModelProfile:
         """What LangChain may ask of this model: text and tools, within the window of a config on this disk."""
-        return profile_of(self.model, self.max_tokens)
+        return profile_of(model_of(self.model), self.max_tokens)
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ GRAMMARS_KEPT = 64
 
 ENGINES_KEPT = 4
 """Engines per chat model and its copies: their own settings, and a few that calls or copies override."""
+
+_SECRET = re.compile(r"token|.*(auth|access|hf)_token|.*api_key|.*secret|.*password", re.IGNORECASE)
+"""Names of ``model_kwargs`` that open doors and change no answer: neither traced nor in cache keys."""
 
 _lock = threading.Lock()
 _loaded: WeakValueDictionary[str, LanguageModel] = WeakValueDictionary()
@@ -84,7 +88,7 @@ class Settings:
             "k": self.k,
             "trigger": repr(self.trigger),
             "dtype": str(self.dtype),
-            "model_kwargs": self.model_kwargs,
+            "model_kwargs": {name: value for name, value in self.model_kwargs.items() if not _SECRET.fullmatch(name)},
             "template_args": self.template_args,
         }
 

@@ -1,11 +1,14 @@
 """What a call may say besides its messages: where it may be said, and what is refused."""
 
 import asyncio
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.load import dumps
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableLambda
 
@@ -217,3 +220,61 @@ def test_what_cannot_be_bound_beside_tools_is_refused_there() -> None:
 @pytest.mark.parametrize("how", [by_invoke, by_ainvoke, by_stream])
 def test_what_langchain_and_its_users_pass_is_accepted(how: Callable[..., BaseMessage], call: dict[str, Any]) -> None:
     assert how(chat(), None, **call).response_metadata["s2t"]["tokens"]
+
+
+# ---------------------------------------------------------------------- of a model
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modle": 1}, r"ChatS2T takes no modle\. Did you mean model\?"),
+        ({"s2t_budget": Budget()}, r"ChatS2T takes no s2t_budget"),
+        ({"max_tokens": "many"}, r"max_tokens is 'many': Input should be a valid integer"),
+        ({"budget": 3}, r"budget is 3: Input should be an instance of Budget"),
+        ({"model": 3}, r"model is a int\. Give a directory, a hub id or a LanguageModel"),
+        ({"device": "gpu"}, r"device is 'gpu'\. Say \"cpu\", \"cuda\""),
+        ({"dtype": 3}, r"dtype is 3; it must name a floating torch dtype"),
+        ({"seed": 2**70}, r"seed is 1180591620717411303424"),
+        ({"selector": 3}, r"selector is a int"),
+        ({"trigger": 3}, r"trigger is a int"),
+        ({"api_key": ["sk-SECRET"]}, r"api_key is no such value: Input should be a valid string"),
+        ({"model_kwargs": "hf_SECRET"}, r"model_kwargs is no such value: Input should be a valid dictionary"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_setting_cannot_be_is_one_line_at_construction(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        ChatS2T(**{"model": "never/loaded", **settings})
+    assert "\n" not in str(refused.value)
+    assert "SECRET" not in str(refused.value)
+
+
+def test_none_is_the_default_and_a_path_is_a_path(tmp_path: Path) -> None:
+    slm = tiny_model()
+    slm.model.save_pretrained(tmp_path)
+    slm.tokenizer.save_pretrained(tmp_path)
+    model = ChatS2T(model=tmp_path, escalation=tmp_path, max_tokens=None, temperature=None, top_p=None)
+    assert (model.max_tokens, model.temperature, model.top_p) == (512, 0.0, 1.0)
+    assert model.model_name == str(tmp_path)
+    assert model.invoke("hello", max_tokens=2).response_metadata["model_name"] == str(tmp_path)
+    assert model.invoke("hello", max_tokens=2, model=tmp_path).response_metadata["model_name"] == str(tmp_path)
+    assert len(model.runtimes._kept) == 1
+    assert pickle.loads(pickle.dumps(model)).model_name == str(tmp_path)
+
+
+def test_secrets_are_neither_shown_nor_traced_nor_in_cache_keys_and_unused_ones_not_pickled() -> None:
+    kwargs = {"token": "hf_SECRET", "use_auth_token": "hf_SECRET", "revision": "main", "eos_token_id": 7}
+    model = ChatS2T(model="never/loaded", model_kwargs=kwargs, api_key="sk-SECRET")
+    traced = str(model._get_invocation_params())
+    for shown in (repr(model), str(model), dumps(model), traced, model._get_llm_string()):
+        assert "SECRET" not in shown
+    assert "'revision': 'main'" in traced
+    assert "'eos_token_id': 7" in traced
+    assert b"sk-SECRET" not in pickle.dumps(model)
+    assert pickle.loads(pickle.dumps(model)).model_kwargs == kwargs
+    assert model.model_copy().api_key == model.api_key
+
+
+def test_the_models_own_listener_is_not_shown() -> None:
+    assert "CallerHandler" not in repr(ChatS2T(model="never/loaded"))
