@@ -377,6 +377,7 @@ class ChatS2T(TakesConfig):
         return Generation(
             engine.run(task.prompt, sampling, grammar=task.grammar, budget=budget, cache_scope=scope),
             account,
+            parser=task.parser,
             tokenizer=engine.slm.tokenizer,
             eos_ids=engine.slm.eos_ids,
             room=task.room,

@@ -1,6 +1,6 @@
 """One answer: drains the engine's steps into text and tool calls, and keeps the account.
 
-Engine.run() -> token -> Detokenizer -> StopStrings -> ToolCallParser -> Delta
+Engine.run() -> token -> Detokenizer -> StopStrings -> parser -> Delta
                   └──-> Account
 """
 
@@ -15,7 +15,7 @@ from .engine.admission import Place
 from .engine.stop import StopStrings
 from .ledger import Ledger
 from .models.detokenizer import Detokenizer
-from .tool_calls import Delta, ToolCallParser, tag_ids
+from .tool_calls import Delta, PlainText, ToolCallParser
 from .types import Step
 
 
@@ -27,6 +27,7 @@ class Generation:
     Args:
         steps: the engine's generator.
         account: adds up the steps.
+        parser: reads the text, and the calls where they are legal.
         tokenizer: the SLM's.
         eos_ids: tokens that end an answer.
         room: tokens that the answer may have; an answer that used them all was cut off.
@@ -43,6 +44,7 @@ class Generation:
         steps: Generator[Place | Step, None, None],
         account: Account,
         *,
+        parser: ToolCallParser | PlainText,
         tokenizer: Any,
         eos_ids: frozenset[int],
         room: int,
@@ -53,8 +55,7 @@ class Generation:
         self._steps, self.account, self._tokenizer, self._eos_ids = steps, account, tokenizer, eos_ids
         self._room, self._stop = room, StopStrings(stop)
         self._ledger, self._watch = ledger, watch
-        self.parser = ToolCallParser.for_tokenizer(tokenizer)
-        self._tags = tag_ids(tokenizer)
+        self.parser = parser
         self.finish_reason = "aborted"
 
     def deltas(self) -> Generator[Place | Delta, None, None]:
@@ -99,7 +100,7 @@ class Generation:
         """One step's text through the stop strings (outside tool calls) and the parser."""
         if self.parser.in_call:
             return self.parser.push(token_id, text), False
-        if token_id in self._tags:  # what was held back stood before the call
+        if self.parser.is_tag(token_id):  # what was held back stood before the call
             return self.parser.push(token_id, self._stop.flush()), False
         shown, stopped = self._stop.push(text)
         return self.parser.push(token_id, shown), stopped

@@ -13,6 +13,7 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from .engine.grammar import CompiledGrammar, Vocabulary, check_reply, check_tools, json_grammar, tool_grammar
 from .errors import BadSchema, ConfigError
 from .models.loading import first_line
+from .tool_calls import PlainText, ToolCallParser
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
@@ -78,9 +79,18 @@ class Request:
         Raises:
             BadSchema, ConfigError: as ``check``.
         """
-        if self.reply is not None and (not self.tools or self.tool_choice == "none"):
+        if self.reply is not None and not self.may_call:
             return json_grammar(words, self.reply)
         return tool_grammar(words, self.tools, self.tool_choice, parallel=self.parallel, reply=self.reply)
+
+    @property
+    def may_call(self) -> bool:
+        """Whether a tool call is legal."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    def parser(self, tokenizer: Any) -> ToolCallParser | PlainText:
+        """Reads an answer as the grammar means it: a JSON reply holds no calls, whatever its strings say."""
+        return ToolCallParser.for_tokenizer(tokenizer, after_text=self.reply is None) if self.may_call else PlainText()
 
     def prompt(self, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
         """The conversation, with the reply's schema at the end of its system message."""

@@ -29,6 +29,7 @@ from .request import Request
 from .selectors import LLMSelector, LocalLLM, Selector, calibrated_trigger, load_selector
 from .selectors.config import SelectorConfig
 from .selectors.drift import DriftWatch
+from .tool_calls import PlainText, ToolCallParser
 from .triggers import Trigger
 
 GRAMMARS_KEPT = 64
@@ -95,11 +96,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """What one answer is made from: the prompt's token ids, what is legal, and tokens that it may have."""
+    """What one answer is made from: the prompt's token ids, what is legal, tokens that it may have, who reads it."""
 
     prompt: list[int]
     grammar: Grammar
     room: int
+    parser: ToolCallParser | PlainText
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Runtime:
                 f"answer has {compiled.fewest_tokens}.",
                 hint="Shorten the conversation or the tools.",
             )
-        return Task(prompt, compiled.start(room), room)
+        return Task(prompt, compiled.start(room), room, request.parser(self.engine.slm.tokenizer))
 
     def _grammar(self, request: Request) -> CompiledGrammar:
         key = request.key

@@ -51,6 +51,7 @@ class ToolCallParser:
     Args:
         open_id: token id of ``<tool_call>``, or None where it is spelt in plain text.
         close_id: token id of ``</tool_call>``, likewise.
+        after_text: whether a call may follow text; otherwise an answer that begins as text is text to its end.
         new_id: makes the ids of the calls.
 
     Attributes:
@@ -60,12 +61,18 @@ class ToolCallParser:
     """
 
     def __init__(
-        self, open_id: int | None = None, close_id: int | None = None, *, new_id: Callable[[], str] = _new_id
+        self,
+        open_id: int | None = None,
+        close_id: int | None = None,
+        *,
+        after_text: bool = True,
+        new_id: Callable[[], str] = _new_id,
     ) -> None:
         self.text = ""
         self.tool_calls: list[ToolCall] = []
         self.invalid_tool_calls: list[InvalidToolCall] = []
         self._ids = {OPEN: open_id, CLOSE: close_id}
+        self._after_text = after_text
         self._new_id = new_id
         self._held = ""  # the beginning of a tag, perhaps
         self._space = ""  # space that is shown only if text follows
@@ -73,20 +80,28 @@ class ToolCallParser:
         self._index = 0
 
     @classmethod
-    def for_tokenizer(cls, tokenizer: Any) -> ToolCallParser:
+    def for_tokenizer(cls, tokenizer: Any, *, after_text: bool = True) -> ToolCallParser:
         """A parser for what this tokenizer's models generate."""
-        return cls(*tag_ids(tokenizer))
+        return cls(*tag_ids(tokenizer), after_text=after_text)
 
     @property
     def in_call(self) -> bool:
         """Whether the next step stands between the tags."""
         return self._call is not None
 
+    def is_tag(self, token_id: int) -> bool:
+        """Whether this token, as the next one, is a tag."""
+        return not self._only_text and token_id in self._ids.values()
+
+    @property
+    def _only_text(self) -> bool:
+        return not self._after_text and self._call is None and bool(self.text)
+
     def push(self, token_id: int | None, text: str) -> Delta:
         """Take one step: its token and the text it added, which may or may not spell a tag token out."""
         delta = Delta()
         for tag, tag_id in self._ids.items():
-            if tag_id is not None and token_id == tag_id:
+            if tag_id is not None and token_id == tag_id and not self._only_text:
                 self._read(text.removesuffix(tag), delta)
                 self._tag(tag, delta)
                 break
@@ -112,7 +127,7 @@ class ToolCallParser:
         """Text that may hold a spelt-out tag, or begin one at its end."""
         for at, char in enumerate(text):
             tag = OPEN if self._call is None else CLOSE
-            if self._ids[tag] is not None:
+            if self._ids[tag] is not None or (self._only_text and not self._held):
                 self._plain(text[at:], delta)
                 return
             if not self._held and self._call is not None and self._call.body.in_string:
@@ -177,6 +192,33 @@ class ToolCallParser:
 
     def _invalid(self, call: _Call, name: str | None, args: str, error: str) -> None:
         self.invalid_tool_calls.append(invalid_tool_call(name=name, args=args, id=call.id, error=error))
+
+
+class PlainText:
+    """Reads a generation in which no call is legal: tags are text like any other.
+
+    Attributes are those of ``ToolCallParser``.
+    """
+
+    in_call = False
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.tool_calls: list[ToolCall] = []
+        self.invalid_tool_calls: list[InvalidToolCall] = []
+
+    def is_tag(self, token_id: int) -> bool:
+        """No token is."""
+        return False
+
+    def push(self, token_id: int | None, text: str) -> Delta:
+        """Take one step: its text is shown."""
+        self.text += text
+        return Delta(text)
+
+    def finish(self) -> Delta:
+        """The end of the generation; nothing was held back."""
+        return Delta()
 
 
 class _Call:

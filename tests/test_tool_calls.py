@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from langchain_core.messages import AIMessageChunk
 from templates import family
 
+from s2t_agents.accounting import Account
+from s2t_agents.attribution import Caller
+from s2t_agents.generation import Generation
+from s2t_agents.request import Request
 from s2t_agents.tool_calls import CLOSE, OPEN, ToolCallParser, tag_ids
+from s2t_agents.types import Step
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -203,3 +208,43 @@ def test_tags_are_looked_up_in_the_vocabulary(name, known):
     tokenizer = family(name)
     expected = tuple(tokenizer.convert_tokens_to_ids([OPEN, CLOSE])) if known else (None, None)
     assert tag_ids(tokenizer) == expected
+
+
+PAY = {"type": "function", "function": {"name": "pay", "parameters": {"type": "object", "properties": {}}}}
+
+
+def answered(request, text, name="llama3"):
+    """A generation under the request that wrote this text, in a vocabulary that spells the tags out by default."""
+    tokenizer = family(name)
+    ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    generation = Generation(
+        (Step(at, at, i, i, "slm") for at, i in enumerate(ids)),
+        Account("m", 1, Caller()),
+        parser=request.parser(tokenizer),
+        tokenizer=tokenizer,
+        eos_ids=frozenset([tokenizer.eos_token_id]),
+        room=400,
+    )
+    deltas = list(generation.deltas())
+    assert "".join(delta.text for delta in deltas) == generation.parser.text
+    return generation
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2_5"])
+@pytest.mark.parametrize("request_", [Request(), Request(tools=(PAY,), tool_choice="none")], ids=["no tools", "none"])
+def test_where_no_call_is_legal_a_spelt_one_is_text(request_, name):
+    text = f"First.\n{call('pay', {})} \n{OPEN} and so on"
+    generation = answered(request_, text, name)
+    assert generation.parser.text == text
+    assert (generation.parser.tool_calls, generation.parser.invalid_tool_calls) == ([], [])
+    assert generation.finish_reason == "stop"
+    assert [c["name"] for c in answered(Request(tools=(PAY,)), text).parser.tool_calls] == ["pay"]
+
+
+@pytest.mark.parametrize("tools", [(), (PAY,)], ids=["no tools", "tools"])
+def test_a_json_reply_may_speak_of_the_tags(tools):
+    text = json.dumps({"text": f"wrap it in {OPEN}{body('pay', {})}{CLOSE}"})
+    request = Request(tools=tools, reply={"type": "object"})
+    assert answered(request, text).parser.text == text
+    calls = answered(Request(tools=(PAY,), reply={"type": "object"}), f"{call('pay', {})}\n{call('pay', {})}").parser
+    assert [c["name"] for c in calls.tool_calls] == ["pay", "pay"]
