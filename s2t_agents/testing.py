@@ -18,8 +18,8 @@ from .types import Charge, Price
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "phi3", "gemma3")
 """Families on which the overlay is exact; ``tiny_model`` builds each."""
 
-RECURRENT = ("qwen3_next",)
-"""Linear-attention hybrids: these take the cloned-rows path."""
+RECURRENT = ("qwen3_next", "jamba", "bamba")
+"""Hybrids of attention and recurrent layers: these take the cloned-rows path."""
 
 CHATML = (
     "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{%- endfor -%}"
@@ -52,6 +52,23 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
         "num_experts": 0,
+    },
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "num_experts": 1,
+        "num_experts_per_tok": 1,
+        "expert_layer_period": 4,
+        "expert_layer_offset": 3,
+    },
+    "bamba": {
+        "attn_layer_indices": [1, 3],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 16,
     },
 }
 

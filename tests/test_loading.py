@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2t_agents.errors import ModelNotFound, UnsafeWeights
+from s2t_agents.errors import ConfigError, ModelNotFound, UnsafeWeights
 from s2t_agents.models import LanguageModel, loading
 from s2t_agents.testing import ARCHITECTURES, tiny_model
 
@@ -94,3 +94,12 @@ def test_a_directory_without_weights_says_so(saved: Path) -> None:
 def test_a_hub_id_with_the_hub_unreachable_says_what_to_do() -> None:
     with pytest.raises(ModelNotFound, match="'nobody/nothing'.*HF_HUB_OFFLINE"):
         LanguageModel.load("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("mamba", {"state_size": 8, "time_step_rank": 4}), ("rwkv", {"attention_hidden_size": 32})],
+)
+def test_a_model_that_does_not_go_on_from_a_kv_cache_is_refused_by_name(family: str, options: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=f"{family}.*does not go on from a KV cache.*hybrid"):
+        tiny_model(family, **options)

@@ -1,5 +1,7 @@
 """A prefix that is extended, rolled back and moved says the same as one read in full."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,11 +44,25 @@ def test_moving_to_where_it_is_computes_nothing() -> None:
     assert prefix.move_to([1, 2, 3]) == 0
 
 
-def test_a_long_prefix_is_read_in_chunks_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("s2t_agents.models.owner.ALONE", 7)
-    prefix = Prefix(tiny_model("gemma3"))
+@pytest.mark.parametrize("name", ["gemma3", "bamba"])
+def test_a_long_prefix_is_read_in_chunks_to_the_same_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(name)
+    monkeypatch.setattr(model.owner, "_alone_at_most", 7)
+    prefix = Prefix(model)
     prefix.extend(list(range(50)))
-    assert torch.allclose(prefix.logits, full("gemma3", list(range(50))), atol=1e-4)
+    assert torch.allclose(prefix.logits, full(name, list(range(50))), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_state_survives_stretches_and_long_prompts(name: str) -> None:
+    ids = torch.randint(0, 250, (1100,), generator=torch.Generator().manual_seed(1)).tolist()
+    model = tiny_model(name, max_position_embeddings=2048)
+    for parts in ([1100], [30, 10], [30, 1, 9]):
+        prefix = Prefix(model)
+        for end, part in zip(accumulate(parts), parts, strict=True):
+            prefix.extend(ids[end - part : end])
+        whole = model.model(torch.tensor([prefix.ids])).logits[0, -1]
+        assert torch.allclose(prefix.logits, whole, atol=1e-4), parts
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

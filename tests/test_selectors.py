@@ -89,7 +89,8 @@ def test_activated_scores_equal_full_forwards_with_the_adapter_on_at_the_candida
         cache = model.new_cache()
         model.step(torch.tensor(IDS), cache)  # the prefix, adapter off
         with torch.inference_mode(), selector.lora.on(model.model):
-            hidden = model.decoder(input_ids=torch.tensor([[candidate]]), past_key_values=cache).last_hidden_state
+            at = {"position_ids": torch.tensor([[len(IDS)]]), "past_key_values": cache}
+            hidden = model.decoder(input_ids=torch.tensor([[candidate]]), **at).last_hidden_state
         expected.append(float(selector.head(hidden[0, -1])))
     wanted = look.candidate_log_probs + torch.tensor(expected)
     assert torch.allclose(selector.scores(look), wanted, atol=1e-4)

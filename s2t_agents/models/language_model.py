@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from .candidate_rows import CandidateRows
+from .continuing import goes_on_in_stretches, keeps_a_cache
 from .fingerprint import tokenizer_fingerprint, weights_fingerprint
 from .kv import KVCache
 from .lean import STRETCH, LeanStep, lean_step_of
@@ -53,14 +54,16 @@ class LanguageModel:
         self.device: torch.device = model.device
         self.eos_ids = end_ids(model, tokenizer)
         self.context_window = context_window(self.config, tokenizer)
-        self.overlay_exact = overlay_is_exact(self.config)
+        self.overlay_exact = overlay_is_exact(self.config) and keeps_a_cache(model)
         self.lock = threading.RLock()  # one forward at a time: hooks and caches are not thread-safe
         self.past = PrefixCache()
         self.kv_kind = StaticCache if self.device.type == "cuda" else KVCache
         self.live = LivePrefixes(self.past, self.kv_kind)
         cpu = self.device.type == "cpu"
         packed = self.run_packed if self.overlay_exact else None
-        self.owner = Owner(self.run_alone, packed, self.lock, LONG_S if cpu else inf, BESIDE if cpu else ALONE)
+        self.in_stretches = self.overlay_exact or goes_on_in_stretches(model, self.new_cache, name)
+        parts = (BESIDE if cpu else ALONE, ALONE) if self.in_stretches else (self.context_window,) * 2
+        self.owner = Owner(self.run_alone, packed, self.lock, LONG_S if cpu else inf, *parts)
         self._last_hidden: Tensor | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
         release()  # what reading the weights has left
@@ -181,12 +184,23 @@ class LanguageModel:
         with self.lock:
             if self._leanly([segment]):
                 return self._step_leanly(segment)
+            if segment.length and len(segment.ids) > 1 and not self.in_stretches:
+                return self._one_by_one(segment)
             out = self.model(
-                input_ids=segment.ids[None], past_key_values=segment.cache, use_cache=True, logits_to_keep=1
+                input_ids=segment.ids[None],
+                position_ids=torch.arange(segment.length, segment.length + len(segment.ids), device=self.device)[None],
+                past_key_values=segment.cache,
+                use_cache=True,
+                logits_to_keep=1,
             )
             assert self._last_hidden is not None
             hidden, self._last_hidden = self._last_hidden[0, -1], None
         return out.logits[0, -1].float(), hidden
+
+    def _one_by_one(self, segment: Segment) -> tuple[Tensor, Tensor]:
+        """A stretch after others, for models whose state survives single tokens only."""
+        singles = enumerate(torch.split(segment.ids, 1), segment.length)
+        return [self.step_alone(Segment(token, segment.cache, length)) for length, token in singles][-1]
 
     def _step_leanly(self, segment: Segment) -> tuple[Tensor, Tensor]:
         """A step past the modules: read already, as a single token, or as a stretch."""
@@ -271,6 +285,7 @@ class LanguageModel:
                     return self._row(look.ids, look.cache, look.length)
                 out = self.decoder(
                     input_ids=look.ids[:, None],
+                    position_ids=torch.full_like(look.ids, look.length)[:, None],
                     past_key_values=cloned_rows(look.cache, len(look.ids)),
                     use_cache=True,
                 )

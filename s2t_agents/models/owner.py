@@ -61,6 +61,7 @@ class Owner:
         lock: held during forwards; a thread that holds it already runs its steps at once, alone.
         long_s: see ``LONG_S``.
         beside: see ``BESIDE``.
+        alone: see ``ALONE``.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class Owner:
         lock: Any,
         long_s: float = LONG_S,
         beside: int = BESIDE,
+        alone: int = ALONE,
     ) -> None:
-        self._single, self._packed, self._lock, self._beside = single, packed, lock, beside
+        self._single, self._packed, self._lock = single, packed, lock
+        self._beside, self._alone_at_most = beside, alone
         self._mutex = threading.Lock()
         self._arrived = threading.Condition(self._mutex)
         self._waiting: deque[Ticket] = deque()
@@ -106,7 +109,7 @@ class Owner:
         """Returns when the ticket is done, by this thread's lead or by another's."""
         if self._lock._is_owned():  # an exclusive turn, such as a selector's; to wait for others would be for ever
             while not ticket.done:
-                self._run([ticket], [ticket.part(ALONE)])
+                self._run([ticket], [ticket.part(self._alone_at_most)])
             return
         with self._mutex:
             self._waiting.append(ticket)
@@ -132,10 +135,10 @@ class Owner:
                     break
             waiting = list(self._waiting)
         if self._packed is None:
-            return waiting[:1], [waiting[0].part(self._beside if len(waiting) > 1 else ALONE)]
+            return waiting[:1], [waiting[0].part(self._beside if len(waiting) > 1 else self._alone_at_most)]
         tickets = brief(waiting)
         parts = [ticket.part(ticket.rows) for ticket in tickets]
-        room = self._beside if tickets else ALONE
+        room = self._beside if tickets else self._alone_at_most
         for ticket in waiting:
             tokens = min(room, ticket.rows)
             if not ticket.brief and tokens:
