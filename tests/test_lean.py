@@ -102,6 +102,21 @@ def test_with_a_hook_on_the_decoder_the_model_goes_its_own_way(name: str) -> Non
     assert seen == ["step"]
 
 
+def test_hooks_at_the_first_step_cost_nothing_once_they_are_gone() -> None:
+    model, seen = tiny_model("qwen3"), []
+    cache = model.new_cache()
+
+    def amplified(module: object, args: object, out: torch.Tensor) -> torch.Tensor:
+        seen.append(out.shape[1])
+        return out * 1.5
+
+    with model.decoder.layers[1].register_forward_hook(amplified):  # type: ignore[index,union-attr]
+        model.step(torch.arange(50), cache)
+        assert seen == [50]  # no trial of ours went through it
+    model.step(torch.tensor([7]), cache)
+    assert model.lean is not None
+
+
 def test_a_model_that_says_something_else_than_its_layers_is_left_alone() -> None:
     model = tiny_model("qwen3").model
     own = model.forward

@@ -18,7 +18,7 @@ from .candidate_rows import CandidateRows
 from .continuing import goes_on_in_stretches, keeps_a_cache
 from .fingerprint import tokenizer_fingerprint, weights_fingerprint
 from .kv import KVCache
-from .lean import STRETCH, LeanStep, lean_step_of
+from .lean import STRETCH, LeanStep, hooks_of, lean_step_of
 from .live_prefixes import LivePrefixes
 from .loading import context_window, default_device, end_ids, load_tokenizer, load_weights
 from .lora import Lora
@@ -153,7 +153,7 @@ class LanguageModel:
 
     def _played(self, parts: Sequence[Part]) -> dict[int, Outcome | Tensor]:
         """What captured graphs say, by their place, of those parts that there are graphs for."""
-        if self.kv_kind is not StaticCache or self.static is None:
+        if self.kv_kind is not StaticCache or any(self._hooks) or self.static is None:
             return {}
         said = self.static.serve(parts)
         return self._arrived(said) if any(isinstance(parts[at], Look) for at in said) else said
@@ -226,12 +226,17 @@ class LanguageModel:
             single = isinstance(part, Look) or len(part.ids) == 1
             if not (isinstance(part.cache, KVCache) and (stretch or (single and part.length))):
                 return False
-        return self.lean is not None and self.lean.free
+        return not any(self._hooks) and self.lean is not None  # in this order: a trial under hooks would fail for good
 
     def _one_each(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
         """One token for each, past the modules."""
         ids = torch.cat([part.ids for part in parts])
         return self.lean(ids, [part.length for part in parts], [part.cache for part in parts])  # type: ignore[misc]
+
+    @cached_property
+    def _hooks(self) -> list[Any]:
+        """Of the decoder: going past its modules would miss them."""
+        return hooks_of(self.decoder)
 
     @cached_property
     def static(self) -> StaticStep | None:

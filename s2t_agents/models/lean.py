@@ -172,7 +172,6 @@ class LeanStep:
             for layer, kind in zip(decoder.layers, kinds, strict=True)
         ]
         self._norms = [*(layer.before for layer in self._layers[1:]), decoder.norm]  # the one after each layer
-        self._hooks = [each for m in decoder.modules() for each in (m._forward_hooks, m._forward_pre_hooks)]
         self.joints = [joint for layer in self._layers for joint in layer.joints]
         self.linear = Prepacked([*self.joints, self._head], prepack)
         """How a joint of this model's linear modules maps rows."""
@@ -182,11 +181,6 @@ class LeanStep:
     def layers(self) -> int:
         """How many there are."""
         return len(self._layers)
-
-    @property
-    def free(self) -> bool:
-        """Nobody has put a hook on the decoder, which going past its modules would miss."""
-        return not any(self._hooks)
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, positions: Sequence[int], caches: Sequence[KVCache]) -> tuple[Tensor, Tensor]:
@@ -253,6 +247,11 @@ def normed(module: Any, x: Tensor) -> Tensor:
 def norm_of(module: Any) -> tuple[Tensor, float]:
     """Weight and epsilon of an RMS norm."""
     return module.weight, module.variance_epsilon
+
+
+def hooks_of(decoder: nn.Module) -> list[Any]:
+    """Where its modules keep their hooks: what is put on later appears there."""
+    return [hooks for module in decoder.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
 
 def lean_step_of(model: Any, prepack: int = LIMIT) -> LeanStep | None:

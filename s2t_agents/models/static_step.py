@@ -74,8 +74,6 @@ class StaticStep:
             step, last hidden states ``[K, H]`` of a look. Nothing has changed for the others.
         """
         said: dict[int, Outcome | Tensor] = {}
-        if not self._way.lean.free:
-            return said
         steps = {at: part for at, part in enumerate(parts) if isinstance(part, Segment) and len(part.ids) == 1}
         if steps and all(part.length for part in steps.values()):
             ids, segments = torch.cat([part.ids for part in steps.values()]).tolist(), steps.values()
