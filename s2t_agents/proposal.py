@@ -51,10 +51,10 @@ class Proposal:
     @cached_property
     def candidates(self) -> Tensor:
         """``[K]`` token ids, best first."""
-        top = self.logits.topk(min(self._k, self.logits.shape[0]))
+        values, indices = best_first(self.logits, self._k)
         if self._all_legal and self.logits.device.type == "cuda":  # to compare is to wait for the device
-            return top.indices
-        return top.indices[top.values > -torch.inf]
+            return indices
+        return indices[values > -torch.inf]
 
     @cached_property
     def log_probs(self) -> Tensor:
@@ -81,6 +81,23 @@ class Proposal:
         """Probability of the best token minus that of the second, in [0, 1]; 1 when only one is legal."""
         best = self.candidate_log_probs[:2].exp().tolist()
         return best[0] - best[1] if len(best) > 1 else 1.0
+
+
+def best_first(scores: Tensor, k: int, best: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The K highest of ``[..., V]``, and the one that greedy decoding takes before all that equal it.
+
+    Args:
+        scores: logits, or log-probabilities.
+        k: at most V are given.
+        best: ``[...]``, what greedy decoding takes where it is known; the first of the highest by default.
+
+    Returns:
+        Values and token ids, both ``[..., K]``. Never waits for the device.
+    """
+    values, indices = scores.topk(min(k, scores.shape[-1]))  # which breaks ties in an order of its own
+    first = (scores.argmax(-1) if best is None else best)[..., None]
+    rest = torch.where(indices == first, indices[..., :1], indices)[..., 1:]
+    return values, torch.cat([first, rest], -1)
 
 
 def entropy_of(log_probs: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from s2t_agents.errors import BudgetExceeded, ConfigError, ContextOverflow, Esca
 from s2t_agents.escalation import Escalation
 from s2t_agents.models import LanguageModel
 from s2t_agents.proposal import Proposal
-from s2t_agents.selectors import LocalLLM
+from s2t_agents.selectors import HeadSelector, LocalLLM
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always, never
 from s2t_agents.types import Sampling, Step
@@ -57,6 +57,18 @@ def test_a_selector_that_agrees_with_the_slm_changes_nothing(name: str) -> None:
     steps = list(Engine(model, trigger=always(), selector=Agreeing()).steps(PROMPT, Sampling(max_tokens=25)))
     assert tokens(steps) == reference(model, PROMPT, 25)
     assert all(step.triggered and step.picked_by == "selector" and not step.flipped for step in steps)
+
+
+def test_an_untrained_selector_is_greedy_where_half_precision_lets_tokens_tie() -> None:
+    model = tiny_model("qwen3", initializer_range=0.02)
+    model.model.to(torch.bfloat16)
+    corrected = Engine(model, selector=HeadSelector(model), trigger=always())
+    for seed in range(8):
+        prompt = torch.randint(0, 250, (20,), generator=torch.Generator().manual_seed(seed)).tolist()
+        greedy = tokens(list(Engine(model).steps(prompt, Sampling(max_tokens=30))))
+        steps = list(corrected.steps(prompt, Sampling(max_tokens=30)))
+        assert tokens(steps) == greedy
+        assert not any(step.flipped for step in steps)
 
 
 def test_the_selectors_pick_is_taken_at_critical_steps_only() -> None:

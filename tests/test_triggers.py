@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from s2t_agents.errors import ConfigError
 from s2t_agents.models.prefix import Prefix
@@ -48,6 +50,18 @@ def test_illegal_tokens_count_for_nothing() -> None:
 def test_candidates_are_the_k_best_in_order() -> None:
     assert proposal([0.0, 3, 1, 2], k=3).candidates.tolist() == [1, 3, 2]
     assert len(proposal([0.0, 3, 1, 2], k=64).candidates) == 4
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=300), st.integers(1, 64), st.data())
+def test_of_tokens_that_tie_on_top_greedys_own_is_the_first_candidate(
+    logits: list[int], k: int, data: st.DataObject
+) -> None:
+    allowed = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(logits), max_size=len(logits))))
+    look = proposal([float(each) for each in logits], k=k, allowed=allowed)
+    found = look.candidates.tolist()
+    assert len(found) == len(set(found)) == min(k, int(allowed.sum()))
+    assert look.logits[found].tolist() == look.logits.topk(min(k, len(logits))).values[: len(found)].tolist()
+    assert not found or found[0] == look.best
 
 
 def test_probe_is_a_logistic_function_of_hidden_state_and_entropy() -> None:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..proposal import best_first
 from .lines import Line, Meter
 from .lockstep import Choice, View
 from .scorers import Scorer
@@ -103,7 +104,7 @@ class Corrected:
         tokens, by_llm = view.best.clone(), torch.zeros_like(triggered)
         rows = triggered.nonzero()[:, 0]
         if len(rows):
-            slm, candidates = view.log_probs[rows].topk(self._k)
+            slm, candidates = best_first(view.log_probs[rows], self._k, view.best[rows])
             tokens[rows], by_llm[rows] = self._picker.pick(view, rows, candidates, slm)
         for line in self._picker.lines:
             line.saw(tokens)

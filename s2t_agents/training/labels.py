@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models.batch_prefix import left_padded
 from ..models.language_model import LanguageModel
-from ..proposal import entropy_of
+from ..proposal import best_first, entropy_of
 from .shards import ModelIdentity
 
 Trajectory = tuple[list[int], list[int]]
@@ -69,11 +69,11 @@ def label(slm: LanguageModel, teacher: Teacher, trajectories: Sequence[Trajector
     for batch in batches_of_dialogues([prompt + ids for prompt, ids in trajectories]):
         part = [trajectories[at] for at in batch]
         ours = along(slm, part)
-        tops = [log_probs.topk(min(k, log_probs.shape[1])) for log_probs in ours]
-        opinions = teacher.opinions(part, ours, [top.indices for top in tops])
-        for at, log_probs, top, opinion in zip(batch, ours, tops, opinions, strict=True):
+        tops = [best_first(log_probs, k) for log_probs in ours]
+        opinions = teacher.opinions(part, ours, [candidates for _, candidates in tops])
+        for at, log_probs, (values, candidates), opinion in zip(batch, ours, tops, opinions, strict=True):
             entropy = entropy_of(log_probs)
-            labels[at] = Labels(top.indices, top.values, opinion.candidates, opinion.best, opinion.kl, entropy)
+            labels[at] = Labels(candidates, values, opinion.candidates, opinion.best, opinion.kl, entropy)
     return [each for each in labels if each is not None]
 
 
