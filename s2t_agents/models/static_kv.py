@@ -73,7 +73,7 @@ def mark(like: Tensor) -> torch.cuda.Event | None:
     if not like.is_cuda:
         return None
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
+    event.record(torch.cuda.current_stream(like.device))  # where another device is the current one, too
     return event
 
 
