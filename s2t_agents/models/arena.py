@@ -55,6 +55,11 @@ class Arena:
         """Bytes of all rows."""
         return int(self.kv.nbytes)
 
+    @property
+    def empty(self) -> bool:
+        """Nobody sits here."""
+        return len(self.free()) == self.rows
+
     def sits(self, cache: StaticCache) -> bool:
         """Whether a sequence is here with all its layers."""
         return cache.seat is not None and cache.seat.arena is self and not cache.seat.outgrown
@@ -80,12 +85,14 @@ class Arenas:
     """All arenas of one model. Not thread-safe: used under the model's lock.
 
     Args:
-        limit_bytes: never passed by all of them together.
+        limit_bytes: passed by all of them together only while sequences move from one to a larger one.
     """
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
         self.limit_bytes = limit_bytes
         self._by_capacity: dict[int, Arena] = {}
+        self._alive: weakref.WeakSet[Arena] = weakref.WeakSet()
+        """Those, and the replaced ones that somebody still sits in."""
 
     def together(self, caches: Sequence[StaticCache], length: int) -> Arena | None:
         """The arena in which all these sequences sit, moved there where needed; None if there is no memory for it.
@@ -115,17 +122,17 @@ class Arenas:
         like, layers = caches[0].layers[0], len(caches[0].layers)
         size = 2 * layers * rows * capacity * like._key_buffer.shape[1] * like._key_buffer.shape[-1]
         size *= like._key_buffer.element_size()
-        if not self._fits(size, capacity):
+        if not self._fits(size, beside=[each for each in self._alive if staying or each is not old]):
             return None
-        self._by_capacity[capacity] = Arena(like, layers, rows, capacity)
-        return self._by_capacity[capacity]
+        arena = self._by_capacity[capacity] = Arena(like, layers, rows, capacity)
+        self._alive.add(arena)
+        return arena
 
-    def _fits(self, size: int, capacity: int) -> bool:
-        """Whether there is memory for an arena of this size, maybe after the empty ones are gone."""
-        others = {each: arena for each, arena in self._by_capacity.items() if each != capacity}
-        if size + sum(arena.nbytes for arena in others.values()) > self.limit_bytes:
-            for each, arena in others.items():
-                if len(arena.free()) == arena.rows:
-                    del self._by_capacity[each]
-        left = sum(arena.nbytes for each, arena in self._by_capacity.items() if each != capacity)
-        return size + left <= self.limit_bytes
+    def _fits(self, size: int, beside: Sequence[Arena]) -> bool:
+        """Whether there is memory for an arena of this size beside others, maybe after the empty ones are gone."""
+        if size + sum(arena.nbytes for arena in beside) <= self.limit_bytes:
+            return True
+        if size + sum(arena.nbytes for arena in beside if not arena.empty) > self.limit_bytes:
+            return False
+        self._by_capacity = {each: arena for each, arena in self._by_capacity.items() if not arena.empty}
+        return True

@@ -62,13 +62,13 @@ class Steps:
         kv, self._spare = arena.kv[:, :, first : first + count].unbind(1), arena.capacity - 1
         self.count, self.last = count, self._spare - 1
         cos, sin = way.lean.rotation_table(arena.capacity)
-        self._ids = torch.zeros(count, dtype=torch.long, device=arena.kv.device)
-        self._positions = torch.full_like(self._ids, self._spare)
+        self._ids = ids = torch.zeros(count, dtype=torch.long, device=arena.kv.device)
+        self._positions = positions = torch.full_like(ids, self._spare)
 
-        def body() -> tuple[Tensor, ...]:
-            over = StepAttention(kv, self._positions, way.ops)
-            rows = Rows(cos[self._positions], sin[self._positions], over, way.lean.linear, way.ops)
-            hidden = way.lean.through(self._ids, rows)
+        def body() -> tuple[Tensor, ...]:  # holds no self: a cycle would keep the KV
+            over = StepAttention(kv, positions, way.ops)
+            rows = Rows(cos[positions], sin[positions], over, way.lean.linear, way.ops)
+            hidden = way.lean.through(ids, rows)
             logits = way.lean.logits(hidden)
             best = logits.argmax(-1, keepdim=True)
             return logits, hidden, way.ops.glanced(logits, best, logits.gather(-1, best))
@@ -138,15 +138,15 @@ class Looks:
     ) -> None:
         kv = arena.kv[:, :, row : row + 1].unbind(1)
         cos, sin = way.lean.rotation_table(arena.capacity)
-        self._ids = torch.zeros(candidates, dtype=torch.long, device=arena.kv.device)
-        self._length = torch.zeros(1, dtype=torch.long, device=arena.kv.device)
+        self._ids = ids = torch.zeros(candidates, dtype=torch.long, device=arena.kv.device)
+        self._length = length = torch.zeros(1, dtype=torch.long, device=arena.kv.device)
         self._corrections = corrections  # kept: whoever asks knows them by where they lie
         affine = corrected(way.lean, corrections)
 
         def body() -> tuple[Tensor, ...]:
-            over = LookAttention(kv, self._length, way.ops)
-            rows = Rows(cos[self._length], sin[self._length], over, affine, way.ops)
-            return (way.lean.through(self._ids, rows),)
+            over = LookAttention(kv, length, way.ops)
+            rows = Rows(cos[length], sin[length], over, affine, way.ops)
+            return (way.lean.through(ids, rows),)
 
         self._play = Recorded(body, way.record)
 

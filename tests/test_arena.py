@@ -1,0 +1,75 @@
+"""Memory of arenas: bounded all together, given back at once, and for as many as it lasts."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_static import CANDIDATES, eager_model, is_seated, read, same, some_ids, static_model
+
+from s2t_agents.models.arena import SMALLEST, Arena, Arenas
+from s2t_agents.models.graphs import played
+from s2t_agents.models.language_model import LanguageModel
+from s2t_agents.models.packed import Segment
+from s2t_agents.models.prefix import Prefix
+from s2t_agents.models.static_kv import StaticCache
+
+ROW = 4 * 2 * 2 * 8 * 4 * SMALLEST
+"""Bytes of a row of the smallest bucket of the tiny model."""
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def arena_of(prefix: Prefix) -> Arena:
+    assert isinstance(prefix._cache, StaticCache)
+    assert prefix._cache.seat is not None
+    return prefix._cache.seat.arena
+
+
+def together(model: LanguageModel, prefixes: list[Prefix], token: int) -> None:
+    """One token for each in one forward, as generations at once take it."""
+    parts = [Segment(torch.tensor([token]), prefix._cache, len(prefix)) for prefix in prefixes]
+    for prefix, said in zip(prefixes, model.run_packed(parts), strict=True):
+        prefix.logits, prefix.hidden = said  # type: ignore[misc]
+        prefix.ids.append(token)
+
+
+def test_an_arena_that_all_have_left_is_gone_at_once_with_all_that_was_made_for_it(no_collection: None) -> None:
+    model = static_model(record=played)
+    static: Any = model.static
+    one, other = (read(model, some_ids(9 + n, n)) for n in range(2))
+    one.extend([4])
+    one.look_ahead(CANDIDATES)
+    left = arena_of(one)
+    gone = [weakref.ref(each) for each in (left, *static._steps[left].values(), *static._looks[left].values())]
+    assert len(gone) == 3
+    del left
+    together(model, [one, other], 5)
+    assert arena_of(one) is arena_of(other)
+    assert [ref() for ref in gone] == [None] * 3
+
+
+def test_a_replaced_arena_counts_while_somebody_who_pauses_sits_in_it() -> None:
+    ours, theirs = static_model(record=played, arenas=Arenas(limit_bytes=4 * ROW)), eager_model()
+    ones, others = ([read(model, some_ids(9 + n, n)) for n in range(3)] for model in (ours, theirs))
+    together(ours, ones[:2], 4)
+    ones[2].extend([4])  # room for it would take four rows, beside the two that the others do not leave now
+    for one, other in zip(ones, others, strict=True):
+        other.extend([4])
+        same(one, other)
+    assert [is_seated(one) for one in ones] == [True, True, False]
+    together(ours, ones, 5)  # now they all move, and nobody stays behind
+    for one, other in zip(ones, others, strict=True):
+        other.extend([5])
+        same(one, other)
+    assert {arena_of(one).rows for one in ones} == {4}
