@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from test_static import CANDIDATES, eager_model, is_seated, read, same, some_ids, static_model
 
+from s2t_agents.models import static_step
 from s2t_agents.models.arena import SMALLEST, Arena, Arenas
 from s2t_agents.models.graphs import played
 from s2t_agents.models.language_model import LanguageModel
@@ -73,3 +75,30 @@ def test_a_replaced_arena_counts_while_somebody_who_pauses_sits_in_it() -> None:
         other.extend([5])
         same(one, other)
     assert {arena_of(one).rows for one in ones} == {4}
+
+
+def test_when_memory_was_out_the_eager_way_is_taken_for_a_while_and_no_longer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now, tries = [1000.0], []
+
+    def out_at_first(body: Any) -> Any:
+        tries.append(now[0])
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return body
+
+    monkeypatch.setattr(static_step, "monotonic", lambda: now[0])
+    ours, theirs = static_model(record=out_at_first), eager_model()
+    one, other = read(ours, some_ids(9)), read(theirs, some_ids(9))
+    with caplog.at_level(logging.WARNING):
+        for seconds in (0, 1, static_step.RETRY_S):
+            now[0] += seconds
+            one.extend([4])
+            other.extend([4])
+            same(one, other)
+    assert tries == [1000.0, 1001.0 + static_step.RETRY_S]
+    assert ours.static is not None
+    assert not ours.static.failed
+    (record,) = caplog.records
+    assert record.message == "for 60 s steps and selections go on without captured graphs: CUDA out of memory."

@@ -6,15 +6,15 @@
 The arithmetic is the lean step's own; attention reads rows of fixed capacity (``static_attention``), and what stands
 between the products is fused (``pointwise``). The default on CUDA for models that have a lean step. Whatever does not
 fit (memory, other people's hooks, an empty prefix) goes the eager way, and so does everything after a capture that
-failed.
+failed, or for a while where memory was out.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
@@ -36,6 +36,9 @@ _log = logging.getLogger(__name__)
 
 GRAIN = 8
 """Candidates are filled up to a multiple of it, so that few graphs are captured."""
+
+RETRY_S = 60.0
+"""Seconds that all goes the eager way once the device's memory was out; others may have given some back by then."""
 
 SURE = 3
 """Tokens in a row that were the model's own choice, after which its next choice is read before anybody asks."""
@@ -62,6 +65,7 @@ class StaticStep:
         self._steps: WeakKeyDictionary[Arena, dict[tuple[int, int], Steps]] = WeakKeyDictionary()
         self._looks: WeakKeyDictionary[Arena, dict[tuple[Hashable, ...], Looks]] = WeakKeyDictionary()
         self.failed = False
+        self._resumes = 0.0
 
     def serve(self, parts: Sequence[Part]) -> dict[int, Outcome | Tensor]:
         """Steps of one token each in one graph, looks in one each.
@@ -101,7 +105,7 @@ class StaticStep:
         ours = [cache for cache in caches if self._takes(cache)]
         if len(ours) < len(caches):
             return None
-        asked = time.monotonic()
+        asked = monotonic()
         with self._eager_after_failure():
             arena = self.arenas.together(ours, max(lengths) + 1)
             if arena is None:
@@ -113,7 +117,7 @@ class StaticStep:
             following = steps.after(now, rows) if _goes_on(steps, ours, now) else []
             for cache, each in zip(ours, now, strict=True):
                 cache.advance(each.position + 1, each.play.glances[each.row])
-                cache.unseen_s = max(0.0, each.play.device_s - (time.monotonic() - asked)) / len(now)
+                cache.unseen_s = max(0.0, each.play.device_s - (monotonic() - asked)) / len(now)
             for cache, each, ahead in zip(ours, now, following, strict=False):
                 ahead.token, cache.begun = each.play.glances[each.row].best, ahead
             return [each.outcome for each in now]
@@ -153,14 +157,18 @@ class StaticStep:
         return None
 
     def _takes(self, cache: Cache) -> TypeGuard[StaticCache]:
-        """Whether a sequence can sit: it has tokens, and nothing has failed so far."""
-        return not self.failed and isinstance(cache, StaticCache) and len(cache.layers) == self._way.lean.layers
+        """Whether a sequence can sit: it has tokens, nothing has failed so far, and memory was not out just now."""
+        ours = isinstance(cache, StaticCache) and len(cache.layers) == self._way.lean.layers
+        return ours and not self.failed and monotonic() >= self._resumes
 
     @contextmanager
     def _eager_after_failure(self) -> Iterator[None]:
-        """What can not be captured is not tried again; it is said once."""
+        """What cannot be captured is not tried again, what finds no memory is, later; either is said."""
         try:
             yield
+        except torch.OutOfMemoryError as error:
+            self._resumes = monotonic() + RETRY_S
+            _log.warning("for %.0f s steps and selections go on without captured graphs: %s", RETRY_S, error)
         except RuntimeError as error:
             self.failed = True
             _log.warning("steps and selections go on without captured graphs: %s", error)
