@@ -77,6 +77,70 @@ def test_a_replaced_arena_counts_while_somebody_who_pauses_sits_in_it() -> None:
     assert {arena_of(one).rows for one in ones} == {4}
 
 
+def eagerly(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many parts go the eager way, in every forward where some do."""
+    counts: list[int] = []
+    real = model._eager
+
+    def counted(parts: Any) -> Any:
+        counts.append(len(parts))
+        return real(parts)
+
+    monkeypatch.setattr(model, "_eager", counted)
+    return counts
+
+
+def all_the_same(ones: list[Prefix], others: list[Prefix], token: int) -> None:
+    """After the others have taken the token, too."""
+    for one, other in zip(ones, others, strict=True):
+        other.extend([token])
+        same(one, other)
+
+
+def test_a_long_sequence_beside_short_ones_takes_no_more_than_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = static_model(record=played, arenas=Arenas(limit_bytes=8 * ROW)), eager_model()
+    ones, others = ([read(model, some_ids(n, n)) for n in (9, 10, 11, 3 * SMALLEST)] for model in (ours, theirs))
+    eager = eagerly(ours, monkeypatch)
+    for token in (4, 5):
+        together(ours, ones, token)
+        all_the_same(ones, others, token)
+    assert [arena_of(one).capacity for one in ones] == [SMALLEST] * 3 + [4 * SMALLEST]
+    assert eager == []
+
+
+def test_whom_there_is_no_memory_for_goes_the_eager_way_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = static_model(record=played, arenas=Arenas(limit_bytes=2 * ROW)), eager_model()
+    ones, others = ([read(model, some_ids(n, n)) for n in (9, 10, 11, 600)] for model in (ours, theirs))
+    eager = eagerly(ours, monkeypatch)
+    together(ours, ones, 4)
+    all_the_same(ones, others, 4)
+    assert [is_seated(one) for one in ones] == [True, True, False, False]
+    del ones[0], others[0]
+    gc.collect()
+    together(ours, ones, 5)
+    all_the_same(ones, others, 5)
+    assert [is_seated(one) for one in ones] == [True, True, False]
+    assert eager == [2, 1]
+
+
+def test_what_one_arena_has_said_stands_when_the_next_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = []
+
+    def first_only(body: Any) -> Any:
+        recorded.append(body)
+        if len(recorded) > 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return body
+
+    ours, theirs = static_model(record=first_only, arenas=Arenas(limit_bytes=6 * ROW)), eager_model()
+    ones, others = ([read(model, some_ids(n, n)) for n in (9, 10, 3 * SMALLEST)] for model in (ours, theirs))
+    eager = eagerly(ours, monkeypatch)
+    for token in (4, 5):
+        together(ours, ones, token)
+        all_the_same(ones, others, token)
+    assert eager == [1, 3]
+
+
 def test_when_memory_was_out_the_eager_way_is_taken_for_a_while_and_no_longer(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -62,7 +62,7 @@ class Arena:
 
     def sits(self, cache: StaticCache) -> bool:
         """Whether a sequence is here with all its layers."""
-        return cache.seat is not None and cache.seat.arena is self and not cache.seat.outgrown
+        return cache.arena is self
 
     def free(self) -> list[int]:
         """Rows that nobody sits in: those who did have moved, rest or are gone."""
@@ -94,26 +94,38 @@ class Arenas:
         self._alive: weakref.WeakSet[Arena] = weakref.WeakSet()
         """Those, and the replaced ones that somebody still sits in."""
 
-    def together(self, caches: Sequence[StaticCache], length: int) -> Arena | None:
-        """The arena in which all these sequences sit, moved there where needed; None if there is no memory for it.
+    def seat(self, caches: Sequence[StaticCache], lengths: Sequence[int]) -> list[Arena | None]:
+        """Seat sequences: all in one arena where there is memory for it, else by capacity, as many as it lasts for.
 
         Args:
             caches: with at least one token each.
-            length: tokens that the longest of them has to have room for.
+            lengths: tokens that each has to have room for.
+
+        Returns:
+            Where each sits; None for whom there is no memory.
         """
-        seated = [cache.seat.arena.capacity for cache in caches if cache.seat is not None]
-        capacity = max([bucket(length), *seated])
+        wanted = [max(bucket(length), _capacity(cache)) for cache, length in zip(caches, lengths, strict=True)]
+        if not self._all_in(max(wanted), caches):
+            for capacity in sorted(set(wanted)):
+                alike = [cache for cache, each in zip(caches, wanted, strict=True) if each == capacity]
+                alike.sort(key=lambda cache: _capacity(cache) < capacity)  # first those who sit
+                while alike and not self._all_in(capacity, alike):
+                    alike.pop()
+        return [
+            cache.arena if _capacity(cache) > length else None for cache, length in zip(caches, lengths, strict=True)
+        ]
+
+    def _all_in(self, capacity: int, caches: Sequence[StaticCache]) -> bool:
+        """Move sequences to the arena of a capacity; False, and nobody has moved, where there is no memory for it."""
         arena = self._by_capacity.get(capacity)
         moving = [cache for cache in caches if arena is None or not arena.sits(cache)]
-        if not moving:
-            return arena
         if arena is None or len(moving) > len(arena.free()):
-            arena = self._larger(arena, capacity, caches)
-            moving = list(caches)
-        for cache in moving if arena is not None else ():
-            assert arena is not None
+            arena, moving = self._larger(arena, capacity, caches), list(caches)
+        if arena is None:
+            return False
+        for cache in moving:
             arena.seat(cache)
-        return arena
+        return True
 
     def _larger(self, old: Arena | None, capacity: int, caches: Sequence[StaticCache]) -> Arena | None:
         """A new arena with rows for these and for all who sit in the old one, which it replaces."""
@@ -136,3 +148,8 @@ class Arenas:
             return False
         self._by_capacity = {each: arena for each, arena in self._by_capacity.items() if not arena.empty}
         return True
+
+
+def _capacity(cache: StaticCache) -> int:
+    """Of the row in which a sequence sits; 0 where it has none."""
+    return cache.arena.capacity if cache.arena is not None else 0

@@ -173,6 +173,11 @@ class StaticCache(KVCache):
     """What ``unseen`` says next: this sequence's share of it."""
     _seen: tuple[int, Glance] | None = None
 
+    @property
+    def arena(self) -> Arena | None:
+        """Where it sits with all its layers; None where it has to be seated, for the first time or anew."""
+        return self.seat.arena if self.seat is not None and not self.seat.outgrown else None
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens, and what was read past the end."""
         self.begun = self._seen = None

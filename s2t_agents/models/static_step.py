@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
@@ -42,6 +43,31 @@ RETRY_S = 60.0
 
 SURE = 3
 """Tokens in a row that were the model's own choice, after which its next choice is read before anybody asks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """One token that a sequence takes.
+
+    Attributes:
+        cache: the sequence, which grows by it.
+        token: which it is.
+        length: tokens before it.
+    """
+
+    cache: StaticCache
+    token: int
+    length: int
+
+    @property
+    def row(self) -> int:
+        """Where the sequence sits."""
+        assert self.cache.seat is not None
+        return self.cache.seat.row
+
+    def begun(self) -> Begun | None:
+        """The step, if it is under way already."""
+        return self.cache.follow(self.token, self.length)
 
 
 class StaticStep:
@@ -78,50 +104,60 @@ class StaticStep:
             step, last hidden states ``[K, H]`` of a look. Nothing has changed for the others.
         """
         said: dict[int, Outcome | Tensor] = {}
-        steps = {at: part for at, part in enumerate(parts) if isinstance(part, Segment) and len(part.ids) == 1}
-        if steps and all(part.length for part in steps.values()):
-            ids, segments = torch.cat([part.ids for part in steps.values()]).tolist(), steps.values()
-            found = self.step(ids, [each.length for each in segments], [each.cache for each in segments])
-            said.update(zip(steps, found, strict=True) if found is not None else ())
+        turns = self._turns(parts)
+        if turns:
+            found = zip(turns, self.step(list(turns.values())), strict=True)
+            said.update((at, outcome) for at, outcome in found if outcome is not None)
         for at, part in enumerate(parts):
             looked = self.look_ahead(part) if isinstance(part, Look) else None
             if looked is not None:
                 said[at] = looked
         return said
 
+    def _turns(self, parts: Sequence[Part]) -> dict[int, Turn]:
+        """Those parts that are a token after others, by their place."""
+        single = {
+            at: (part, part.cache)
+            for at, part in enumerate(parts)
+            if isinstance(part, Segment) and len(part.ids) == 1 and part.length and self._takes(part.cache)
+        }
+        tokens = torch.cat([part.ids for part, _ in single.values()]).tolist() if single else []
+        return {
+            at: Turn(cache, token, part.length)
+            for (at, (part, cache)), token in zip(single.items(), tokens, strict=True)
+        }
+
     @torch.inference_mode()
-    def step(self, ids: Sequence[int], lengths: Sequence[int], caches: Sequence[Cache]) -> list[Outcome] | None:
+    def step(self, turns: Sequence[Turn]) -> list[Outcome | None]:
         """Append one token to each sequence. The next step may be under way at the end, see ``static_bodies``.
 
-        Args:
-            ids: one for each.
-            lengths: tokens in each cache.
-            caches: grow by one token.
-
         Returns:
-            Logits ``[V]`` (fp32) and last hidden state ``[H]`` of each; None, and nothing has changed, where only the
-            eager way is left.
+            Logits ``[V]`` (fp32) and last hidden state ``[H]`` of each; None, and nothing has changed, for those to
+            whom only the eager way is left.
         """
-        ours = [cache for cache in caches if self._takes(cache)]
-        if len(ours) < len(caches):
-            return None
-        asked = monotonic()
+        said: dict[Turn, Outcome] = {}
         with self._eager_after_failure():
-            arena = self.arenas.together(ours, max(lengths) + 1)
-            if arena is None:
-                return None
-            begun = [cache.follow(*next_) for cache, *next_ in zip(ours, ids, lengths, strict=True)]
-            first, steps = self._steps_of(arena, ours)
-            rows = [cache.seat.row - first for cache in ours if cache.seat is not None]
-            now = _all_begun(steps, begun, rows, ids, lengths)
-            following = steps.after(now, rows) if _goes_on(steps, ours, now) else []
-            for cache, each in zip(ours, now, strict=True):
-                cache.advance(each.position + 1, each.play.glances[each.row])
-                cache.unseen_s = max(0.0, each.play.device_s - (monotonic() - asked)) / len(now)
-            for cache, each, ahead in zip(ours, now, following, strict=False):
-                ahead.token, cache.begun = each.play.glances[each.row].best, ahead
-            return [each.outcome for each in now]
-        return None
+            arenas = self.arenas.seat([turn.cache for turn in turns], [turn.length + 1 for turn in turns])
+            for arena in dict.fromkeys(arenas):
+                here = [turn for turn, each in zip(turns, arenas, strict=True) if each is arena]
+                if arena is not None:
+                    said.update(zip(here, self._together(arena, here), strict=True))
+        return [said.get(turn) for turn in turns]
+
+    def _together(self, arena: Arena, turns: Sequence[Turn]) -> list[Outcome]:
+        """One step of sequences that sit in one arena."""
+        asked = monotonic()
+        begun = [turn.begun() for turn in turns]
+        first, steps = self._steps_of(arena, [turn.cache for turn in turns])
+        rows = [turn.row - first for turn in turns]
+        now = _all_begun(steps, begun, rows, turns)
+        following = steps.after(now, rows) if _goes_on(steps, turns, now) else []
+        for turn, each in zip(turns, now, strict=True):
+            turn.cache.advance(each.position + 1, each.play.glances[each.row])
+            turn.cache.unseen_s = max(0.0, each.play.device_s - (monotonic() - asked)) / len(now)
+        for turn, each, ahead in zip(turns, now, following, strict=False):
+            ahead.token, turn.cache.begun = each.play.glances[each.row].best, ahead
+        return [each.outcome for each in now]
 
     def _steps_of(self, arena: Arena, caches: Sequence[StaticCache]) -> tuple[int, Steps]:
         """The graph for some sequences, and the first row of it."""
@@ -143,7 +179,7 @@ class StaticStep:
         if not length or not self._takes(cache):
             return None
         with self._eager_after_failure():
-            arena = self.arenas.together([cache], length + 1)
+            (arena,) = self.arenas.seat([cache], [length + 1])
             if arena is None or cache.seat is None:
                 return None
             filled = -(-len(look.ids) // GRAIN) * GRAIN
@@ -174,23 +210,20 @@ class StaticStep:
             _log.warning("steps and selections go on without captured graphs: %s", error)
 
 
-def _all_begun(
-    steps: Steps, begun: Sequence[Begun | None], rows: Sequence[int], ids: Sequence[int], lengths: Sequence[int]
-) -> list[Begun]:
+def _all_begun(steps: Steps, begun: Sequence[Begun | None], rows: Sequence[int], turns: Sequence[Turn]) -> list[Begun]:
     """The steps of all sequences: those under way, and those that nobody has foreseen."""
-    missing = [at for at, each in enumerate(begun) if each is None]
-    if not missing:
-        return [each for each in begun if each is not None]
-    fresh = iter(steps.begin(*([each[at] for at in missing] for each in (rows, ids, lengths))))
+    missing = [(row, turn) for row, turn, each in zip(rows, turns, begun, strict=True) if each is None]
+    fresh: Iterator[Begun] = iter(())
+    if missing:
+        tokens, lengths = [turn.token for _, turn in missing], [turn.length for _, turn in missing]
+        fresh = iter(steps.begin([row for row, _ in missing], tokens, lengths))
     return [next(fresh) if each is None else each for each in begun]
 
 
-def _goes_on(steps: Steps, caches: Sequence[StaticCache], now: Sequence[Begun]) -> bool:
+def _goes_on(steps: Steps, turns: Sequence[Turn], now: Sequence[Begun]) -> bool:
     """Whether the next step is worth beginning: one play for all, of whom each has followed the model for a while."""
     together = all(each.play is now[0].play for each in now)
-    return together and all(
-        cache.hits >= SURE and each.position < steps.last for cache, each in zip(caches, now, strict=True)
-    )
+    return together and all(turn.cache.hits >= SURE and turn.length < steps.last for turn in turns)
 
 
 def static_step_of(model: Any, rows: CandidateRows) -> StaticStep | None:
@@ -208,10 +241,10 @@ def agrees(model: Any, lean: LeanStep, static: StaticStep) -> bool:
     cache = StaticCache()
     model(input_ids=ids[None, :3], past_key_values=cache, use_cache=True, logits_to_keep=1)
     for at in (3, 4):
-        found = static.step(ids[at : at + 1].tolist(), [at], [cache])
-        if found is None:
+        (said,) = static.step([Turn(cache, int(ids[at]), at)])
+        if said is None:
             return False
-        ((ours, _),) = found
+        ours, _ = said
         cache.crop(-1)
         theirs, _ = lean(ids[at : at + 1], [at], [cache])
         if not close(ours, theirs[0], model.dtype):
