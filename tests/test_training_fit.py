@@ -1,6 +1,7 @@
 """Training: zero at the start, exact in one pass, learns what can be learnt, resumes to the same weights."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,11 +24,11 @@ from training_fixtures import (
 from s2t_agents.errors import AdapterMismatch, ConfigError, InputError, S2TError
 from s2t_agents.models.prefix import Prefix
 from s2t_agents.proposal import Proposal
-from s2t_agents.selectors import load_selector
+from s2t_agents.selectors import SelectorConfig, load_selector
 from s2t_agents.testing import ARCHITECTURES, tiny_model
 from s2t_agents.training import fit as fitting
 from s2t_agents.training.collect import collect_with
-from s2t_agents.training.config import Models, TrainConfig
+from s2t_agents.training.config import read_config
 from s2t_agents.training.disagreement import fit_probe, hidden_along
 from s2t_agents.training.groups import choose, read_for, split, threshold_for
 from s2t_agents.training.losses import selection_loss
@@ -274,38 +275,70 @@ def test_bf16_training_runs(pair, rollouts, kind, tmp_path):
     assert (tmp_path / kind / "selector.json").exists()
 
 
-SCRIPT = """
-import sys, torch
-torch.set_num_threads(1)
+TOML = """
+out = "{out}"
+[models]
+slm = "{slm}"
+device = "cpu"
+[tasks.train]
+task = "demo"
+[tasks.heldout]
+task = "demo"
+[tasks.test]
+task = "demo"
+[train.head]
+k = 4
+rate = 1
+epochs = 8
+lr = 0.01
+batch = 8
+evaluate_every = 3
+warmup = 2
+validation = 0.4
+width = 16
+"""
+
+WORKER = """
+import sys
 from pathlib import Path
-from s2t_agents.training.config import TrainConfig
-from s2t_agents.training.train import train
-train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))
+import torch
+from s2t_agents.cli import main
+from s2t_agents.training.workers import Workers
+
+torch.set_num_threads(1)
+toml, counts = sys.argv[1:]
+sys.argv = ["s2t", "train", toml, "--json"]
+try:
+    main()
+finally:
+    workers = Workers()
+    (Path(counts) / str(workers.rank)).write_text(str(workers.count))
 """
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(pair, rollouts, tmp_path):
-    slm, _, _ = pair
-    models = Models(slm=str(save_model(slm, tmp_path / "slm")), device="cpu")
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+def test_two_processes_learn_what_one_learns_and_only_the_first_prints(pair, rollouts, tmp_path):
+    slm = save_model(pair[0], tmp_path / "slm")
+    configs = {}
     for count in (1, 2):
-        config = training("head", rollouts, tmp_path / str(count)).model_copy(update={"models": models})
-        (tmp_path / f"{count}.json").write_text(config.model_dump_json())
-    train(TrainConfig.model_validate_json((tmp_path / "1.json").read_text()))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(script), str(tmp_path / "2.json")]
-    subprocess.run(launch, check=True, timeout=240, capture_output=True)
-    one, two = (load_file(tmp_path / str(count) / "head.safetensors") for count in (1, 2))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4)
+        out = tmp_path / f"made-by-{count}"
+        shutil.copytree(rollouts, out / "rollouts" / "train")
+        configs[count] = tmp_path / f"{count}.toml"
+        configs[count].write_text(TOML.format(out=out, slm=slm))
+    one = train(read_config(configs[1]).training("head"))
+    assert SelectorConfig.load(one).training["best_step"] > 0  # what is compared has moved
+
+    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "counts").mkdir()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    call = [*launch, str(tmp_path / "worker.py"), str(configs[2]), str(tmp_path / "counts")]
+    done = subprocess.run(call, timeout=240, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = {file.name: file.read_text() for file in (tmp_path / "counts").iterdir()}
+    assert counts == {"0": "2", "1": "2"}
+    printed = json.loads(done.stdout)  # one document
+    two = tmp_path / "made-by-2" / "head"
+    assert printed["training"] == SelectorConfig.load(one).training
+    alone, together = (load_file(folder / "head.safetensors") for folder in (one, two))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, atol=1e-5, rtol=1e-4)

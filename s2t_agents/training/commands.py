@@ -97,12 +97,15 @@ def train(
     from ..selectors import SelectorConfig
     from .config import read_config
     from .train import train as run
+    from .workers import Workers
 
     with _one_line_errors():
         pipeline = read_config(config)
         pipeline = pipeline.model_copy(update={"paid": (*pipeline.paid, *(paid or ()))})
         for each in kind or list(pipeline.train):
             folder = run(pipeline.training(each))  # type: ignore[arg-type]
+            if not Workers().first:
+                continue
             made = SelectorConfig.load(folder)
             rows = {"folder": folder, **{k: v for k, v in made.training.items() if k != "settings"}}
             _show(json, made, lambda rows=rows, each=each: _pairs(f"selector: {each}", rows))  # type: ignore[misc]

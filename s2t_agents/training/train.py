@@ -68,14 +68,14 @@ def train_with(slm: LanguageModel, config: TrainConfig, workers: Workers | None 
     train_objective = objective_for(selector, [*learn, *paid.examples], states, settings)
     validation = objective_for(selector, hold, [of[id(example)] for example in hold], settings)
     state = fit(selector, slm, train_objective, validation, settings, config.out, workers)
-    if not workers.first:
-        return
-    save_probe(config.out, probe.weight, probe.bias)
-    figures = _figures(config, state, paid, groups, held, len(learn), len(hold))
-    identity = BaseIdentity.of(slm)
-    selector.save(config.out, SelectorConfig(kind=config.kind, base=identity, k=settings.k, training=figures))
-    write_card(config.out)
-    (config.out / CHECKPOINT).unlink(missing_ok=True)
+    if workers.first:
+        save_probe(config.out, probe.weight, probe.bias)
+        figures = _figures(config, state, paid, groups, held, len(learn), len(hold))
+        identity = BaseIdentity.of(slm)
+        selector.save(config.out, SelectorConfig(kind=config.kind, base=identity, k=settings.k, training=figures))
+        write_card(config.out)
+        (config.out / CHECKPOINT).unlink(missing_ok=True)
+    workers.wait()  # nobody reads the directory before it is whole
 
 
 def _figures(
