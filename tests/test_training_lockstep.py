@@ -1,5 +1,7 @@
 """Many rows at once take the very decisions that the engine takes one by one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from training_fixtures import tiny_pair
@@ -10,7 +12,17 @@ from s2t_agents.escalation import Escalation
 from s2t_agents.models.batch_prefix import BatchPrefix
 from s2t_agents.selectors import LocalLLM
 from s2t_agents.training.config import Adapter, Fit
-from s2t_agents.training.deciders import Corrected, Greedy, Hybrid, Local, Sampled, Selection, Takeover, entropy_above
+from s2t_agents.training.deciders import (
+    Corrected,
+    Greedy,
+    Hybrid,
+    Local,
+    Sampled,
+    Selection,
+    Takeover,
+    entropy_above,
+    probe_above,
+)
 from s2t_agents.training.lines import Line, Meter
 from s2t_agents.training.lockstep import generate
 from s2t_agents.training.objectives import fresh_selector
@@ -138,3 +150,11 @@ def test_a_full_context_ends_a_row(pair):
     long = [65] * (slm.context_window - 3)
     traces = generate(BatchPrefix(slm, [long, PROMPTS[0]]), Greedy(), 8)
     assert len(traces[0].ids) == len([*Engine(slm).steps(long, Sampling(max_tokens=8))]) <= 3
+
+
+def test_the_probe_runs_where_the_model_is_wherever_its_weights_were_read():
+    there = torch.device("meta")
+    view = SimpleNamespace(
+        prefix=SimpleNamespace(hidden=torch.zeros(2, 3, device=there)), entropy=torch.zeros(2, device=there)
+    )
+    assert probe_above(torch.zeros(4), 0.0, 0.5)(view).device == there

@@ -29,7 +29,9 @@ def probe_above(weight: Tensor, bias: float, threshold: float) -> Condition:
     """``triggers.probe`` for many rows."""
 
     def condition(view: View) -> Tensor:
-        scores = view.prefix.hidden.float() @ weight[:-1] + view.entropy * weight[-1] + bias
+        hidden = view.prefix.hidden.float()
+        at = weight.to(hidden.device)
+        scores = hidden @ at[:-1] + view.entropy * at[-1] + bias
         return scores.sigmoid() >= threshold
 
     return condition
