@@ -9,7 +9,7 @@ from importlib import util
 
 import pytest
 
-from s2t_agents.errors import ConfigError, S2TError
+from s2t_agents.errors import ConfigError, InputError, S2TError
 from s2t_agents.training import math_judge
 from s2t_agents.training.equivalence import LONGEST, MathEquivalence, as_math, final_expression
 from s2t_agents.training.grading import GRADERS, exact, final_answer, numeric
@@ -207,3 +207,78 @@ def test_every_grader_gives_equal_answers_one_vote():
     assert numeric("#### 1,000", "1000")
     assert GRADERS["numeric"]().vote("1", "it is 42.0") == GRADERS["numeric"]().vote("1", "The answer is 42")
     assert GRADERS["exact"]().vote("1", " it is 42 ") == "it is 42"
+
+
+@pytest.mark.parametrize(
+    ("gold", "text"),
+    [
+        ("1e3", "The answer is 1000."),
+        ("5e-05", "The answer is 0.00005."),
+        (".5", "The answer is 0.5."),
+        ("0.5", "It is .5 in all."),
+        ("1000", "The answer is 1e3."),
+        ("-$5", "The answer is -5."),
+        ("-5", "The answer is \u22125."),
+        ("-5", "She is down -$5."),
+        ("42", "Answer is: 42, which is 3 more than 39."),
+        ("42", "**The answer is: 42** (39 + 3)"),
+        ("42", "The answer is **42**, that is 6 times 7"),
+        ("42", r"The answer is $\boxed{\$42}$, from 6 times 7"),
+    ],
+)
+def test_a_number_counts_however_it_is_written(gold, text):
+    assert numeric(text, gold)
+
+
+@pytest.mark.parametrize(
+    ("gold", "text"),
+    [
+        ("1e3", "The answer is 3."),
+        (".5", "The answer is 5."),
+        ("5", "The answer is \u22125."),
+        ("1", "The answer is 1e400."),
+    ],
+)
+def test_another_number_is_wrong_however_it_is_written(gold, text):
+    assert not numeric(text, gold)
+
+
+def test_an_absurd_exponent_is_read_without_writing_its_digits_out():
+    assert len(final_answer("The answer is 1e999999999.")) < 2000
+
+
+@pytest.mark.parametrize("answer", ["Paris", "5/6", "#### 5/6", "x^2", "3, 4", "2026-11-26", [1], {"n": 1}, True])
+def test_a_gold_answer_that_is_no_number_is_refused_by_numeric_grading(tmp_path, answer):
+    file = tmp_path / "tasks.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "answer": "1"}) + "\n" + json.dumps({"prompt": "b", "answer": answer}))
+    with pytest.raises(InputError, match=r"1 of 2 answers.* id '2'.*exact or math"):
+        JsonlTask(file, "numeric")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reply"),
+    [
+        (0.00005, "0.00005"),
+        (1e22, "10000000000000000000000"),
+        (-3, "-3"),
+        ("1,000", "1000"),
+        ("$12.50", "12.5"),
+        ("12%", "12%"),
+        ("He has 3 + 4 = 7.\n#### 7", "7"),
+        ("The answer is 7.", "7"),
+        (r"\boxed{7}", "7"),
+    ],
+)
+def test_a_gold_answer_that_is_one_number_is_taken(tmp_path, answer, reply):
+    file = tmp_path / "tasks.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "answer": answer}))
+    task = JsonlTask(file, "numeric")
+    assert task.grade(task.items[0], f"The answer is {reply}.")
+
+
+def test_words_are_graded_as_words_and_no_answers_are_needed_to_collect(tmp_path):
+    file = tmp_path / "tasks.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "answer": "Paris"}))
+    task = JsonlTask(file, "exact")
+    assert task.grade(task.items[0], "Paris")
+    assert JsonlTask(file, "numeric", answers=False).items

@@ -39,6 +39,10 @@ class MathEquivalence:
         self._lock = threading.Lock()
         self._votes: dict[str, dict[str, str]] = {}  # by item: expression -> the first expression equal to it
 
+    def gradable(self, answer: str) -> bool:
+        """Any text: what is no mathematics is equal to itself only."""
+        return True
+
     def right(self, text: str, answer: str) -> bool:
         """Whether the text's final expression equals the answer's.
 

@@ -9,12 +9,19 @@ from typing import Protocol
 
 from .equivalence import MathEquivalence
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_MARKED = re.compile(r"(?:answer is|####|\\boxed\{)\s*\$?(-?\d[\d,]*(?:\.\d+)?)", re.IGNORECASE)
+_NUMBER = r"-?\$?(?:\d[\d,]*(?:\.\d+)?|(?<!\w)\.\d+)(?:e[-+]?\d{1,3}(?!\d))?"  # longer exponents are no answers
+_MARK = r"(?:answer is|####|\\boxed\{)[:\s*$\\]*"
+_ANY = re.compile(_NUMBER, re.IGNORECASE)
+_MARKED = re.compile(f"{_MARK}({_NUMBER})", re.IGNORECASE)
+_GOLD = re.compile(rf"(?:.*{_MARK})?\s*\$?{_NUMBER}[\s*$%}}\\]*\.?\s*", re.IGNORECASE | re.DOTALL)
 
 
 class Grader(Protocol):
     """Judges the texts of one task."""
+
+    def gradable(self, answer: str) -> bool:
+        """Whether texts can be judged against this answer at all."""
+        ...
 
     def right(self, text: str, answer: str) -> bool:
         """Whether a whole text gives this answer."""
@@ -28,6 +35,10 @@ class Grader(Protocol):
 class Exact:
     """The same text, apart from white space at the ends."""
 
+    def gradable(self, answer: str) -> bool:
+        """Any text."""
+        return True
+
     def right(self, text: str, answer: str) -> bool:
         """See ``exact``."""
         return exact(text, answer)
@@ -40,6 +51,10 @@ class Exact:
 class Numeric:
     """The same final number."""
 
+    def gradable(self, answer: str) -> bool:
+        """One plain number, alone or after a mark at the end of a text."""
+        return _GOLD.fullmatch(_plain(answer)) is not None
+
     def right(self, text: str, answer: str) -> bool:
         """See ``numeric``."""
         return numeric(text, answer)
@@ -51,11 +66,17 @@ class Numeric:
 
 def final_number(text: str) -> Decimal | None:
     """The number after the last "answer is", "####" or "\\boxed{", else the last number; None without any."""
-    found = _MARKED.findall(text) or _NUMBER.findall(text)
+    plain = _plain(text)
+    found = _MARKED.findall(plain) or _ANY.findall(plain)
     try:
-        return Decimal(found[-1].replace(",", "")) if found else None
+        return Decimal(re.sub("[$,]", "", found[-1])) if found else None
     except InvalidOperation:
         return None
+
+
+def _plain(text: str) -> str:
+    """With the typographic minus sign (U+2212) as the one that numbers are read with."""
+    return text.replace("\u2212", "-")
 
 
 def final_answer(text: str) -> str:

@@ -18,7 +18,7 @@ from langchain_core.messages import convert_to_messages
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import ConfigError, InputError
-from .grading import GRADERS, final_answer
+from .grading import GRADERS, Grader, final_answer
 
 Message = dict[str, Any]
 """A message in OpenAI's format."""
@@ -104,7 +104,7 @@ class JsonlTask:
     """A file of ``{"prompt": str or messages, "answer": str, "id"?: str, "tools"?: [...]}`` lines.
 
     Raises:
-        InputError: no such file, no prompts in it, broken lines, duplicate ids, answers missing.
+        InputError: no such file, no prompts in it, broken lines, duplicate ids, answers missing or not gradable.
         ConfigError: math grading without its library.
     """
 
@@ -117,7 +117,7 @@ class JsonlTask:
         if not rows:
             raise InputError(f"{path} holds no prompts.", hint='Each line is {"prompt": ..., "answer": ...}.')
         if answers:
-            _need_answers(path, rows)
+            _need_answers(path, rows, self._grader)
         self.items: list[Item] = [_item(row) for row in rows]
         twice = [name for name, times in Counter(item.id for item in self.items).items() if times > 1]
         if twice:
@@ -151,7 +151,7 @@ def _read_lines(path: Path) -> Sequence[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not JSON ({error}).") from error
         if not isinstance(row, dict) or not row.get("prompt"):
             raise InputError(f"{path}, line {number}: no prompt.", hint='Each line is {"prompt": ..., "answer": ...}.')
@@ -159,20 +159,29 @@ def _read_lines(path: Path) -> Sequence[dict[str, Any]]:
     return rows
 
 
-def _need_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _need_answers(path: Path, rows: Sequence[dict[str, Any]], grader: Grader) -> None:
     lacking = [row["id"] for row in rows if row.get("answer") in (None, "")]
     if lacking:
         raise InputError(
             f"{path} has no answer for {len(lacking)} of {len(rows)} prompts, id {lacking[0]!r} first.",
             hint="Answers are needed to grade; collecting alone goes without (answers = false).",
         )
+    odd = [row for row in rows if not grader.gradable(str(row["answer"]))]
+    if odd:
+        raise InputError(
+            f"{path}: {len(odd)} of {len(rows)} answers are not one number, {str(odd[0]['answer'])[:80]!r} of id "
+            f"{odd[0]['id']!r} first.",
+            hint="Give the number alone or after ####, or take exact or math grading.",
+        )
 
 
 def _item(row: dict[str, Any]) -> Item:
     prompt = row["prompt"]
-    messages = tuple(prompt) if isinstance(prompt, list) else ({"role": "user", "content": str(prompt)},)
+    messages = tuple(prompt) if isinstance(prompt, list) else ({"role": "user", "content": prompt},)
     tools = row.get("tools") or []
     try:
+        if not isinstance(prompt, str | list):
+            raise TypeError(f"it is of type {type(prompt).__name__}")
         convert_to_messages(list(messages))
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise TypeError("tools must be a list of objects")
