@@ -117,6 +117,12 @@ def test_thresholds_for_other_rates_are_written_down(pair, selector, heldout):
     assert float((steps >= found.entropy_for(0.1)).float().mean()) == pytest.approx(0.1, abs=0.01)
 
 
+@pytest.mark.parametrize("rate", [0.001, 0.9])
+def test_a_rate_without_a_known_threshold_is_refused(pair, selector, heldout, rate):
+    with pytest.raises(ConfigError, match=rf"trigger rate of {rate:g}; calibration knows 0.005 to 0.5"):
+        calibrated(pair, selector, heldout).entropy_for(rate)
+
+
 def test_a_probe_that_finds_more_becomes_the_trigger(pair, selector, heldout):
     slm = pair[0]
     save_probe(selector, torch.zeros(slm.config.hidden_size + 1), 0.0)

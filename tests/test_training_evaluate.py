@@ -130,6 +130,13 @@ def test_forwards_are_counted(report):
     assert rows["maj3"].tokens > 2 * rows["slm"].tokens
 
 
+def test_the_random_row_triggers_as_often_as_the_selectors_do(pair, made):
+    slm, llm, _ = pair
+    quick = ROWS.model_copy(update={"ks": (), "rates": (), "budgets": (), "trigger_rate": 0.5})
+    rows = evaluate_with(slm, llm, prompts(made, 10), settings(made, rows=quick)).rows
+    assert rows["random"].trigger_rate == pytest.approx(0.5, abs=0.15)
+
+
 def test_agreement_is_whole_where_the_llm_selects(report):
     assert report.rows["llm_select"].agreement == 1.0
     assert 0 <= report.rows["head"].agreement < 1

@@ -13,7 +13,7 @@ from s2t_agents.errors import ConfigError
 from s2t_agents.training import calibrate, fit, probe, shards, train
 from s2t_agents.training.choices import evaluation
 from s2t_agents.training.commands import BUNDLED, app
-from s2t_agents.training.config import read_config
+from s2t_agents.training.config import Models, read_config
 from s2t_agents.training.pipeline import pipeline
 
 TOML = """
@@ -178,6 +178,11 @@ def test_the_commands_print_tables_or_json(folder, whole):
         assert "─" in shown.stdout or "━" in shown.stdout
     figures = run.invoke(app, ["probe", file, "--json"])
     assert json.loads(figures.stdout)["rows"][0]["by"] == "kl"
+    for command, kinds in (("train", 2), ("calibrate", 2)):  # one document, however many there are
+        assert len(json.loads(run.invoke(app, [command, file, "--json"]).stdout)) == kinds
+    assert len(json.loads(run.invoke(app, ["collect", file, "--json"]).stdout)) == 2
+    one = run.invoke(app, ["train", file, "--kind", "head", "--json"])
+    assert json.loads(one.stdout)["kind"] == "head"
     report = run.invoke(app, ["eval", file, "--json"])
     assert set(json.loads(report.stdout)["rows"]["hybrid_1"]) >= {
         "accuracy", "ci95", "llm_calls", "llm_tokens", "seconds", "trigger_rate"
@@ -203,6 +208,7 @@ def test_a_named_prompt_file_is_graded_as_asked_or_as_the_config_does(folder, wh
     as_math = config.tasks.test.model_copy(update={"grading": "math"})
     config = config.model_copy(update={"tasks": config.tasks.model_copy(update={"test": as_math})})
     assert (graded(None), graded("exact")) == ("math", "exact")
+    assert evaluation(config, None, None, None, [], None, sweep=False, grading="exact").task.grading == "exact"
     shown = CliRunner().invoke(app, ["eval", str(folder / "whole.toml"), "--grading", "guess"])
     assert (shown.exit_code, "grading is 'guess'" in shown.stderr) == (2, True)
 
@@ -215,6 +221,11 @@ def test_a_named_prompt_file_is_graded_as_asked_or_as_the_config_does(folder, wh
         (("[calibrate]", "[calibrate"), "is not TOML"),
         (("/slm", "/nowhere"), "no tokenizer at"),
         (("heldout.jsonl", "train.jsonl"), "share 12 prompts"),
+        (("budgets = [1]", "budgets = [1, 2, 1]"), "evaluate.budgets: Value error, 1 is there more than once"),
+        (("budgets = [1]", "budgets = [-1]"), "evaluate.budgets.0: Input should be greater than or equal to 0"),
+        (("budgets = [1]", "ks = [0]"), "evaluate.ks.0: Input should be greater than or equal to 1"),
+        (("budgets = [1]", "ks = [100000]"), "evaluate.ks.0: Input should be less than or equal to 64"),
+        (("budgets = [1]", "rates = [5.0]"), "evaluate.rates.0: Input should be less than 1"),
     ],
 )
 def test_bad_settings_end_in_one_line_and_exit_code_2(folder, tmp_path, change, message):
@@ -224,6 +235,98 @@ def test_bad_settings_end_in_one_line_and_exit_code_2(folder, tmp_path, change, 
     assert shown.exit_code == 2
     assert message in shown.stderr
     assert shown.stderr.strip().splitlines()[-1].startswith("s2t: ")
+
+
+def chosen(config, task=None, n=None, seed=None, selectors=(), **more):
+    return evaluation(config, task, n, seed, list(selectors), None, sweep=False, **more)
+
+
+def test_the_configs_own_task_takes_n_and_seed_too(folder, whole):
+    bundled = read_config(BUNDLED)
+    own = chosen(bundled)
+    assert (own.task, own.seed) == (bundled.tasks.test, bundled.seed)
+    other = chosen(bundled, n=10, seed=7)
+    assert (other.task.count, other.task.first, other.seed) == (10, 700_000, 7)
+    assert (chosen(bundled, "hard").task.count, chosen(bundled, "hard").seed) == (500, 0)
+    config = read_config(folder / "whole.toml")
+    assert (chosen(config).seed, len(chosen(config, n=2).task.open().items)) == (3, 2)
+
+
+def test_a_grading_for_the_demo_world_is_refused():
+    for task in (None, "demo", "talk"):
+        with pytest.raises(ConfigError, match="grading is 'exact', but the demo world grades its own problems"):
+            chosen(read_config(BUNDLED), task, grading="exact")
+
+
+def test_two_selectors_of_one_kind_are_refused(folder, whole, tmp_path):
+    heads = [folder / "whole" / "head", folder / "whole" / "first" / "head"]
+    with pytest.raises(ConfigError, match=r"head and .*first/head are both head selectors"):
+        chosen(read_config(folder / "whole.toml"), selectors=heads)
+
+
+def test_an_unknown_task_is_refused_before_anything_is_loaded_and_the_known_ones_are_listed(folder, tmp_path):
+    file = config_file(folder, tmp_path / "out")
+    file.write_text(file.read_text().replace("/slm", "/nowhere"))
+    shown = CliRunner().invoke(app, ["eval", str(file), "--task", "nope"])
+    assert (shown.exit_code, "nowhere" in shown.stderr) == (2, False)
+    assert "task is 'nope'" in shown.stderr
+    assert "demo, longer, larger, unseen, hard, talk, call, tool, word, or a JSONL file" in shown.stderr
+
+
+@pytest.mark.parametrize("part", ["train", "heldout", "again"])
+def test_problems_that_the_config_learns_or_calibrates_on_are_no_test(folder, whole, part):
+    config = read_config(folder / "whole.toml")
+    with pytest.raises(ConfigError, match=f"{part} and {part} share 4 prompts"):
+        chosen(config, str(folder / f"{part}.jsonl"), n=4)
+
+
+def test_a_selector_is_tested_where_its_training_prompts_are_not(folder, tmp_path):
+    file = config_file(folder, tmp_path / "out")
+    file.write_text(file.read_text().replace("/train.jsonl", "/gone.jsonl"))
+    assert chosen(read_config(file)).task.path.name == "test.jsonl"
+
+
+def test_demo_problems_that_were_trained_on_are_no_test():
+    config = read_config(BUNDLED)
+    train = config.tasks.train.model_copy(update={"count": 20})
+    near = train.model_copy(update={"first": train.first + 16})
+    tasks = config.tasks.model_copy(update={"train": train, "test": near})
+    with pytest.raises(ConfigError, match="share 4 prompts"):
+        chosen(config.model_copy(update={"tasks": tasks}))
+
+
+def test_calibrating_on_prompts_that_were_trained_on_is_refused(folder, tmp_path):
+    file = config_file(folder, tmp_path / "out")
+    file.write_text(file.read_text().replace("heldout.jsonl", "train.jsonl"))
+    shown = CliRunner().invoke(app, ["calibrate", str(file)])
+    assert (shown.exit_code, "share 12 prompts" in shown.stderr) == (2, True)
+
+
+def test_a_place_where_no_report_can_be_is_refused_before_the_work(folder, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(Models, "load_slm", lambda self: pytest.fail("a model was loaded"))
+    (tmp_path / "file").touch()
+    call = ["eval", str(folder / "whole.toml"), "--out", str(tmp_path / "file" / "report")]
+    shown = CliRunner().invoke(app, call)
+    assert (shown.exit_code, "cannot be made" in shown.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["pipeline", "train", "calibrate", "collect --part again"])
+def test_a_config_that_trains_nothing_is_refused_before_the_work(folder, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(Models, "load_slm", lambda self: pytest.fail("a model was loaded"))
+    file = config_file(folder, tmp_path / "out")
+    text = file.read_text()
+    file.write_text(text[: text.index("[train.head]")] + "[train]\n" + text[text.index("[calibrate]") :])
+    name, *options = command.split()
+    shown = CliRunner().invoke(app, [name, str(file), *options])
+    assert (shown.exit_code, "trains no selector" in shown.stderr) == (2, True)
+
+
+def test_an_on_policy_round_without_prompts_is_refused_before_its_selector_is_trained(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Models, "load_slm", lambda self: pytest.fail("a model was loaded"))
+    file = config_file(folder, tmp_path / "out")
+    file.write_text(file.read_text().replace(f'[tasks.again]\ntask = "jsonl"\npath = "{folder}/again.jsonl"\n', ""))
+    shown = CliRunner().invoke(app, ["collect", str(file), "--part", "again"])
+    assert (shown.exit_code, "no [tasks.again]" in shown.stderr) == (2, True)
 
 
 def test_a_missing_config_and_an_unknown_kind_are_named(folder, whole, tmp_path):

@@ -84,12 +84,18 @@ class Calibration(BaseModel):
         """The entropy threshold of a trigger rate, interpolated between those that were read off.
 
         Raises:
-            ConfigError: this calibration has no such table.
+            ConfigError: this calibration has no such table, or the rate is outside of it.
         """
         if not self.entropy_at:
             raise ConfigError("this calibration has no thresholds by rate.", hint="Run `s2t calibrate` again.")
-        below = max((row for row in self.entropy_at if row[0] <= rate), default=self.entropy_at[0])
-        above = min((row for row in self.entropy_at if row[0] >= rate), default=self.entropy_at[-1])
+        low, high = min(self.entropy_at)[0], max(self.entropy_at)[0]
+        if not low <= rate <= high:
+            raise ConfigError(
+                f"no threshold is known for a trigger rate of {rate:g}; calibration knows {low:g} to {high:g}.",
+                hint="Take a trigger rate between them.",
+            )
+        below = max(row for row in self.entropy_at if row[0] <= rate)
+        above = min(row for row in self.entropy_at if row[0] >= rate)
         share = (rate - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
         return below[1] + share * (above[1] - below[1])
 

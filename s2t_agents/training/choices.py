@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import ConfigError, S2TError
 from ..models.bundled import SELECTORS
 from ..selectors.config import CONFIG_FILE, SelectorConfig
-from .config import KINDS, EvaluateConfig, Kind, Pipeline, Rows
-from .tasks import DemoTaskConfig, Grading, JsonlTaskConfig, Split, TaskConfig
+from .config import KINDS, EvaluateConfig, Kind, Part, Pipeline, Rows
+from .tasks import DemoTaskConfig, Grading, JsonlTaskConfig, Split, TaskConfig, disjoint
 
 SEED_STRIDE = 100_000
 """Problems between the first ones of two seeds, so that different seeds share no problem."""
+
+PROBLEMS = 500
+"""Of a task that is named without saying how many."""
 
 KS = (1, 2, 4, 8, 16)
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -20,8 +24,8 @@ RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 def evaluation(
     pipeline: Pipeline,
     task: str | None,
-    n: int,
-    seed: int,
+    n: int | None,
+    seed: int | None,
     selectors: Sequence[Path],
     out: Path | None,
     *,
@@ -30,20 +34,38 @@ def evaluation(
 ) -> EvaluateConfig:
     """The evaluation that a command line asks for, over what the config says.
 
-    A prompt file that is named here is graded as ``grading`` says, else as the config grades its own test prompts.
+    Args:
+        pipeline: the config.
+        task: see ``task_named``; None takes the config's own test task.
+        n: problems; None takes as many as the config's own task has, and ``PROBLEMS`` of a named one.
+        seed: of sampling, and of the problems of a demo task; None takes the config's own, and 0 for a named task.
+        selectors: directories, one of a kind; the config's own where there is none.
+        out: folder of the report.
+        sweep: over K and the trigger rate besides.
+        grading: of a JSONL file; None grades as the config grades its own test file.
+
+    Raises:
+        ConfigError: no such task or selector; two selectors of one kind; a grading for the demo world; prompts that
+            the config trains or calibrates on.
     """
-    own = pipeline.tasks.test
-    graded: Grading = grading or (own.grading if isinstance(own, JsonlTaskConfig) else "numeric")
     rows = pipeline.evaluate
     if sweep:
         rows = Rows(**{**rows.model_dump(), "ks": KS, "rates": RATES})
+    own = pipeline.tasks.test
+    if task is None:
+        chosen = _part_of(own, n, seed)
+    else:
+        graded: Grading = own.grading if isinstance(own, JsonlTaskConfig) else "numeric"
+        chosen = task_named(task, n or PROBLEMS, seed or 0, graded)
+    chosen = _graded(chosen, grading)
+    check_unseen(pipeline, chosen)
     return EvaluateConfig(
         models=pipeline.models,
-        task=own if task is None else task_named(task, n, seed, graded),
+        task=chosen,
         selectors=found_selectors(pipeline, selectors),
         out=out,
         rows=rows,
-        seed=seed,
+        seed=seed if seed is not None else pipeline.seed if task is None else 0,
     )
 
 
@@ -52,23 +74,95 @@ SPLITS: dict[str, Split] = {
 }  # fmt: skip
 """Splits of the demo world by the names that ``s2t eval --task`` takes."""
 
+PROBLEM_KINDS = ("talk", "call", "tool", "word")
+"""Kinds of the demo world's problems that it takes too."""
+
 
 def task_named(name: str, n: int, seed: int, grading: Grading = "numeric") -> TaskConfig:
-    """A split of the demo world (``SPLITS``), one of its kinds (``talk``, ``call``, ``tool``, ``word``), or a file."""
+    """A split of the demo world (``SPLITS``), one of its kinds (``PROBLEM_KINDS``), or a JSONL file.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
     first = seed * SEED_STRIDE
     if name in SPLITS:
         return DemoTaskConfig(split=SPLITS[name], first=first, count=n)
-    if name in ("talk", "call", "tool", "word"):
+    if name in PROBLEM_KINDS:
         return DemoTaskConfig(split="heldout", first=first, count=n, kinds=(name,))
+    if not Path(name).is_file():
+        raise ConfigError(
+            f"task is {name!r}, which is no task and no file.",
+            hint=f"Take {', '.join([*SPLITS, *PROBLEM_KINDS])}, or a JSONL file of prompts.",
+        )
     return JsonlTaskConfig(task="jsonl", path=Path(name), grading=grading, count=n)
 
 
+def _part_of(own: TaskConfig, n: int | None, seed: int | None) -> TaskConfig:
+    """So many problems of the config's own task, for a demo task those of another seed."""
+    if isinstance(own, JsonlTaskConfig):
+        return own.model_copy(update={"count": n or own.count})
+    return own.model_copy(update={"count": n or own.count, "first": own.first + (seed or 0) * SEED_STRIDE})
+
+
+def _graded(task: TaskConfig, grading: Grading | None) -> TaskConfig:
+    if grading is None:
+        return task
+    if not isinstance(task, JsonlTaskConfig):
+        raise ConfigError(
+            f"grading is {grading!r}, but the demo world grades its own problems.",
+            hint="Leave it out, or name a JSONL file as the task.",
+        )
+    return task.model_copy(update={"grading": grading})
+
+
+def check_unseen(pipeline: Pipeline, task: TaskConfig, parts: Sequence[Part] = ("train", "heldout", "again")) -> None:
+    """Refuse a task that shares prompts with these parts of the config; one that cannot be opened here is passed over.
+
+    Raises:
+        ConfigError: naming the first shared prompt.
+        InputError: the task itself cannot be opened.
+    """
+    for part in parts:
+        seen: TaskConfig | None = getattr(pipeline.tasks, part)
+        if seen is None or _far_apart(seen, task):
+            continue
+        try:
+            opened = seen.open()
+        except S2TError:  # a selector may be tested where its training prompts are not
+            continue
+        disjoint(opened, task.open())
+
+
+def _far_apart(one: TaskConfig, other: TaskConfig) -> bool:
+    """Whether two tasks share nothing as far as can be told without making their problems."""
+    if not isinstance(one, DemoTaskConfig) or not isinstance(other, DemoTaskConfig):
+        return one.task != other.task
+    return one.split != other.split or one.first + one.count <= other.first or other.first + other.count <= one.first
+
+
 def found_selectors(pipeline: Pipeline, given: Sequence[Path]) -> dict[Kind, Path]:
-    """Selectors by kind: those given, else those of the config's folder, else the bundled ones."""
+    """Selectors by kind: those given, else those of the config's folder, else the bundled ones.
+
+    Raises:
+        ConfigError: two of one kind were given.
+    """
     if given:
-        return {SelectorConfig.load(folder).kind: folder for folder in given}
+        return _by_kind(given)
     own: dict[Kind, Path] = {
         kind: pipeline.selector(kind) for kind in KINDS if (pipeline.selector(kind) / CONFIG_FILE).exists()
     }
     bundled = [folder for folder in dict.fromkeys(SELECTORS.values()) if (folder / CONFIG_FILE).exists()]
-    return own or {SelectorConfig.load(folder).kind: folder for folder in bundled}
+    return own or _by_kind(bundled)
+
+
+def _by_kind(folders: Sequence[Path]) -> dict[Kind, Path]:
+    found: dict[Kind, Path] = {}
+    for folder in folders:
+        kind = SelectorConfig.load(folder).kind
+        if kind in found:
+            raise ConfigError(
+                f"{found[kind]} and {folder} are both {kind} selectors; a table has one of each kind.",
+                hint="Evaluate them one after the other.",
+            )
+        found[kind] = folder
+    return found

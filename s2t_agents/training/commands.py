@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import ConfigError, S2TError
+
+if TYPE_CHECKING:  # torch would make --help slow
+    from pydantic import BaseModel
+
+    from .config import Kind, Part, Pipeline
 
 app = typer.Typer(no_args_is_help=True, help="Train and measure selectors.")
 
@@ -36,11 +42,26 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def _show(json: bool, model: Any, table: Callable[[], Table]) -> None:
+def _show(json: bool, model: BaseModel, table: Callable[[], Table]) -> None:
     if json:
         typer.echo(model.model_dump_json(indent=2))
     else:
-        Console(width=None if sys.stdout.isatty() else 200).print(table())
+        _console().print(table())
+
+
+def _show_each(json: bool, results: Iterable[tuple[BaseModel, Table]]) -> None:
+    """Each table as soon as it is there; as JSON one document: an object, or a list of several."""
+    if not json:
+        for _, table in results:
+            _console().print(table)
+        return
+    found = [model.model_dump(mode="json") for model, _ in results]
+    if found:
+        typer.echo(dumps(found if len(found) > 1 else found[0], indent=2, ensure_ascii=False))
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def _pairs(title: str, rows: dict[str, object]) -> Table:
@@ -57,31 +78,37 @@ def collect(
     json: Json = False,
 ) -> None:
     """Make labelled rollouts; run again to go on after an interruption."""
-    from .collect import collect as run
     from .config import read_config
+
+    with _one_line_errors():
+        pipeline = read_config(config)
+        parts: dict[str, tuple[Part, ...]] = {
+            "train": ("train",), "heldout": ("heldout",), "both": ("train", "heldout"), "again": ("again",)
+        }  # fmt: skip
+        if part not in parts:
+            raise ConfigError(f"part is {part!r}; it must be train, heldout, both or again.")
+        _show_each(json, (_collected(pipeline, name) for name in parts[part]))
+
+
+def _collected(pipeline: Pipeline, part: Part) -> tuple[BaseModel, Table]:
+    from .collect import collect as run
     from .crew import Crew
     from .pipeline import first_selector
     from .shards import read_manifest, read_shards
 
-    with _one_line_errors():
-        pipeline = read_config(config)
-        if part not in ("train", "heldout", "both", "again"):
-            raise ConfigError(f"part is {part!r}; it must be train, heldout, both or again.")
-        for name in ("train", "heldout", "again"):
-            if part != name and (part != "both" or name == "again"):
-                continue
-            if name == "again":
-                first_selector(pipeline)
-            with Crew(pipeline.processes) as crew:
-                manifest = run(pipeline.collecting(name), crew)
-            shards = read_shards(manifest.parent)
-            rows: dict[str, object] = {
-                "folder": manifest.parent,
-                "trajectories": sum(map(len, shards)),
-                "steps": sum(len(shard.ids) for shard in shards),
-                "right": f"{sum(int(s.right.sum()) for s in shards) / max(1, sum(map(len, shards))):.1%}",
-            }
-            _show(json, read_manifest(manifest.parent), lambda rows=rows, name=name: _pairs(f"rollouts: {name}", rows))  # type: ignore[misc]
+    settings = pipeline.collecting(part)
+    if part == "again":
+        first_selector(pipeline)
+    with Crew(pipeline.processes) as crew:
+        folder = run(settings, crew).parent
+    shards = read_shards(folder)
+    rows: dict[str, object] = {
+        "folder": folder,
+        "trajectories": sum(map(len, shards)),
+        "steps": sum(len(shard.ids) for shard in shards),
+        "right": f"{sum(int(s.right.sum()) for s in shards) / max(1, sum(map(len, shards))):.1%}",
+    }
+    return read_manifest(folder), _pairs(f"rollouts: {part}", rows)
 
 
 @app.command()
@@ -94,36 +121,47 @@ def train(
     json: Json = False,
 ) -> None:
     """Train selectors on the collected rollouts; run again to go on after an interruption."""
-    from ..selectors import SelectorConfig
     from .config import read_config
-    from .train import train as run
-    from .workers import Workers
 
     with _one_line_errors():
         pipeline = read_config(config)
         pipeline = pipeline.model_copy(update={"paid": (*pipeline.paid, *(paid or ()))})
-        for each in kind or list(pipeline.train):
-            folder = run(pipeline.training(each))  # type: ignore[arg-type]
-            if not Workers().first:
-                continue
+        _show_each(json, _trained(pipeline, pipeline.kinds(kind)))
+
+
+def _trained(pipeline: Pipeline, kinds: Sequence[Kind]) -> Iterator[tuple[BaseModel, Table]]:
+    from ..selectors import SelectorConfig
+    from .train import train as run
+    from .workers import Workers
+
+    for kind in kinds:
+        folder = run(pipeline.training(kind))
+        if Workers().first:
             made = SelectorConfig.load(folder)
             rows = {"folder": folder, **{k: v for k, v in made.training.items() if k != "settings"}}
-            _show(json, made, lambda rows=rows, each=each: _pairs(f"selector: {each}", rows))  # type: ignore[misc]
+            yield made, _pairs(f"selector: {kind}", rows)
 
 
 @app.command()
 def calibrate(config: Config = BUNDLED, kind: Kinds = None, json: Json = False) -> None:
     """Set temperature and thresholds on held-out rollouts."""
+    from .choices import check_unseen
     from .config import read_config
-    from .pipeline import calibrate_kind
 
     with _one_line_errors():
         pipeline = read_config(config)
-        slm = pipeline.models.load_slm()
-        for each in kind or list(pipeline.train):
-            found = calibrate_kind(pipeline, each, slm)  # type: ignore[arg-type]
-            rows = found.model_dump(exclude={"reliability", "entropy_at"})
-            _show(json, found, lambda rows=rows, each=each: _pairs(f"calibration: {each}", rows))  # type: ignore[misc]
+        kinds = pipeline.kinds(kind)
+        check_unseen(pipeline, pipeline.tasks.heldout, ("train", "again"))
+        _show_each(json, _calibrated(pipeline, kinds))
+
+
+def _calibrated(pipeline: Pipeline, kinds: Sequence[Kind]) -> Iterator[tuple[BaseModel, Table]]:
+    from .pipeline import calibrate_kind
+
+    slm = pipeline.models.load_slm()
+    for kind in kinds:
+        found = calibrate_kind(pipeline, kind, slm)
+        yield found, _pairs(f"calibration: {kind}", found.model_dump(exclude={"reliability", "entropy_at"}))
 
 
 @app.command("eval")
@@ -131,19 +169,28 @@ def evaluate(
     config: Config = BUNDLED,
     task: Annotated[
         str | None,
-        typer.Option(help="demo, longer, larger, unseen, hard, or a JSONL file; the config's test task by default."),
+        typer.Option(
+            help="demo, longer, larger, unseen, hard; talk, call, tool, word; or a JSONL file. "
+            "The config's test task by default."
+        ),
     ] = None,
     grading: Annotated[
-        str | None, typer.Option(help="Of a JSONL file: exact, numeric or math; as the config's test task by default.")
+        str | None, typer.Option(help="Of a JSONL file: exact, numeric or math; as the config's test file by default.")
     ] = None,
-    n: Annotated[int, typer.Option(min=1, help="Problems.")] = 500,
-    seed: Annotated[int, typer.Option(min=0, help="Of problems, lots and votes.")] = 0,
-    selector: Annotated[list[Path] | None, typer.Option(help="Selector directories; the config's by default.")] = None,
+    n: Annotated[
+        int | None, typer.Option(min=1, help="Problems; the config's number by default, 500 of a named task.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of problems and sampling; the config's by default, 0 with --task.")
+    ] = None,
+    selector: Annotated[
+        list[Path] | None, typer.Option(help="Selector directories, one of a kind; the config's by default.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report and plots.")] = None,
     sweep: Annotated[bool, typer.Option(help="Sweep over K and the trigger rate, too.")] = False,
     json: Json = False,
 ) -> None:
-    """Answer the same problems in every way: accuracy, cost, time."""
+    """Compare all strategies on the same problems: accuracy, cost, time."""
     from .choices import evaluation
     from .config import read_config
     from .crew import Crew

@@ -41,10 +41,13 @@ def evaluate(config: EvaluateConfig, crew: Crew | None = None) -> EvalReport:
         crew: processes that share the chunks; their number changes nothing but the seconds.
 
     Raises:
-        ConfigError: no calibrated selector; a selector for another base; models that do not fit together.
+        ConfigError: no calibrated selector; a selector for another base; models that do not fit together; no folder
+            can be made where ``config.out`` says.
         InputError: prompts that can not be used.
     """
     crew = crew or Crew()
+    if config.out is not None:
+        _make(config.out)
     evaluation = _open(config)
     report = evaluation.report() if crew.count == 1 else evaluation.report(partial(crew.each, partial(_fill, config)))
     if config.out is not None:
@@ -129,10 +132,21 @@ class Evaluation:
         )
 
 
+def _make(folder: Path) -> None:
+    """Now, not when hours of work are to be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the report's folder {folder} cannot be made: {error.strerror}.", hint="Name another one."
+        ) from error
+
+
 def _open(config: EvaluateConfig) -> Evaluation:
+    task = config.task.open()
     slm, llm = config.models.load_slm(), config.models.load_llm()
     check_same_ids(slm, llm)
-    return Evaluation(slm, llm, config.task.open(), config)
+    return Evaluation(slm, llm, task, config)
 
 
 _opened = lru_cache(maxsize=1)(_open)

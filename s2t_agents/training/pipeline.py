@@ -29,6 +29,7 @@ def pipeline(config: Pipeline, say: Callable[[str], None] = lambda _: None) -> t
     Raises:
         S2TError: as the stages do; what they had made is kept.
     """
+    kinds = sorted(config.kinds(), key=KINDS.index, reverse=True)  # the dearest first, so that none is left alone
     say("prompts")
     again = config.tasks.again
     tasks = [config.tasks.train.open(), config.tasks.heldout.open(), config.tasks.test.open()]
@@ -45,7 +46,6 @@ def pipeline(config: Pipeline, say: Callable[[str], None] = lambda _: None) -> t
             first_selector(config)
             collect(config.collecting("again"), crew)
         say(f"train and calibrate {', '.join(config.train)}")
-        kinds = sorted(config.train, key=KINDS.index, reverse=True)  # the dearest first, so that none is left alone
         with crew.shown():
             for kind in crew.each(partial(train_kind, config), kinds):
                 say(f"{kind} is trained and calibrated")

@@ -159,7 +159,8 @@ class RowMaker:
 
     def random(self, ready: Ready) -> Row:
         """The selector at as many steps, chosen by lot."""
-        settings, k, rate = self._settings, ready.config.k, ready.calibration.trigger_rate
+        settings, k = self._settings, ready.config.k
+        rate = settings.trigger_rate or ready.calibration.trigger_rate
 
         def make(items: Sequence[Item], meter: Meter) -> MakeDecider:
             def decider(prompts: list[list[int]], rows: list[int]) -> Corrected:
