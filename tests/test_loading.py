@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from s2t_agents.errors import ConfigError, ModelNotFound, UnsafeWeights
 from s2t_agents.models import LanguageModel, loading
@@ -36,6 +37,21 @@ def test_every_architecture_comes_back_from_disk_the_same(name: str, tmp_path: P
 def test_a_small_model_runs_in_fp32_on_a_cpu_unless_told_otherwise(saved: Path) -> None:
     assert LanguageModel.load(str(saved), device="cpu").model.dtype == torch.float32
     assert LanguageModel.load(str(saved), device="cpu", dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+
+def test_loading_draws_no_bars_and_leaves_the_setting_as_it_was(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert logging.is_progress_bar_enabled()
+    LanguageModel.load(str(saved))
+    with pytest.raises(ModelNotFound):
+        LanguageModel.load(str(saved), quantization_config={"quant_method": "no-such-method"})
+    assert "Loading weights" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        LanguageModel.load(str(saved))
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar()
 
 
 @pytest.mark.parametrize("widened", [True, False])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +65,10 @@ def load_weights(path: str, *, device: torch.device, dtype: torch.dtype | None, 
     _refuse_pickles(where)
     placed = "device_map" in options or "quantization_config" in options
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
-        )
+        with _without_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
+            )
     except OSError as error:
         raise ModelNotFound(f"no model at {path!r}: {first_line(error)}.", hint=_where(path)) from error
     except ValueError as error:
@@ -81,6 +84,27 @@ def load_weights(path: str, *, device: torch.device, dtype: torch.dtype | None, 
     if dtype is None and device.type == "cpu" and not placed and model.num_parameters() <= _exact_up_to(model.dtype):
         model.float()
     return model
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws no bars in this block; a download of gigabytes still does."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    downloads = not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # these two switch both kinds
+    if downloads:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+        if not downloads:
+            disable_progress_bars()
 
 
 def _exact_up_to(dtype: torch.dtype) -> int:
