@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from s2t_agents.errors import AdapterMismatch, ConfigError, ModelNotFound, UnsafeWeights
 from s2t_agents.models import LanguageModel, Lora, Prefix
@@ -127,6 +128,38 @@ def test_a_saved_selector_comes_back_with_the_same_scores(kind: Any, tmp_path: P
     again, read = load_selector(tmp_path, model)
     assert torch.equal(again.scores(proposal(model)), selector.scores(proposal(model)))
     assert read.base.name == model.name
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "tensors"),
+    [
+        (activated, "score_head.safetensors", {"other": torch.zeros(1)}),
+        (published, "score_rows.safetensors", {"other": torch.zeros(1)}),
+        (head, "head.safetensors", {"out.weight": torch.zeros(3)}),
+        (head, "head.safetensors", {"other": torch.zeros(1)}),
+    ],
+)
+def test_a_file_that_holds_something_else_is_named(
+    kind: Any, file: str, tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    model = tiny_model()
+    kind(model, trained=True).save(tmp_path, config(kind.__name__, model))
+    save_file(tensors, tmp_path / file)
+    with pytest.raises(AdapterMismatch, match=file):
+        load_selector(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [(activated, "score_head.safetensors"), (published, "score_rows.safetensors"), (head, "head.safetensors")],
+)
+def test_a_file_in_half_precision_is_read_as_the_selector_computes(kind: Any, file: str, tmp_path: Path) -> None:
+    model = tiny_model()
+    kind(model, trained=True).save(tmp_path, config(kind.__name__, model))
+    wide, _ = load_selector(tmp_path, model)
+    save_file({name: tensor.half() for name, tensor in load_file(tmp_path / file).items()}, tmp_path / file)
+    narrow, _ = load_selector(tmp_path, model)
+    assert torch.allclose(narrow.scores(proposal(model)), wide.scores(proposal(model)), atol=1e-2)
 
 
 def test_temperature_flattens_scores_and_keeps_their_order() -> None:

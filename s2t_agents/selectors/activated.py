@@ -66,15 +66,15 @@ class ActivatedSelector(LearnedSelector):
         """Read a directory written by ``save``.
 
         Raises:
-            AdapterMismatch: trained for another base.
+            AdapterMismatch: trained for another base, or a file holds something else.
             UnsafeWeights: a file is not readable safetensors.
         """
         config.check_base(base)
         selector = cls(base, Lora.load(path, base.model), temperature=config.temperature, caution=config.caution)
-        weight = read_tensors(path / HEAD_FILE)["weight"]
+        weight = read_tensors(path / HEAD_FILE).get("weight", torch.empty(0))
         if weight.shape != selector.head.weight.shape:
             raise AdapterMismatch(
                 f"{path / HEAD_FILE} is {tuple(weight.shape)}, not {tuple(selector.head.weight.shape)}."
             )
-        selector.head.weight.data = weight
+        selector.head.weight.data = weight.float()
         return selector.to(base.device).requires_grad_(False)

@@ -73,6 +73,6 @@ class HeadSelector(LearnedSelector):
             width = tensors["out.weight"].shape[1]
             selector = cls(base, width=width, temperature=config.temperature, caution=config.caution)
             selector.load_state_dict(tensors)
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, IndexError, RuntimeError) as error:
             raise AdapterMismatch(f"{path / WEIGHTS_FILE} does not fit {base.name!r}: {error}.") from error
         return selector.requires_grad_(False)

@@ -91,5 +91,5 @@ class PublishedSelector(LearnedSelector):
             raise AdapterMismatch(
                 f"{path / ROWS_FILE} is {tuple(weight.shape)}, not {tuple(selector.rows.weight.shape)}."
             )
-        selector.rows.weight.data = weight
+        selector.rows.weight.data = weight.float()
         return selector.to(base.device).requires_grad_(False)
