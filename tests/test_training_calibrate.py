@@ -10,9 +10,10 @@ from s2t_agents.errors import ConfigError
 from s2t_agents.selectors import SelectorConfig, calibrated_trigger, load_selector
 from s2t_agents.selectors.config import BaseIdentity
 from s2t_agents.selectors.learned_trigger import save_probe
-from s2t_agents.training.calibrate import calibrate_with, least_caution
+from s2t_agents.training.calibrate import calibrate_with, least_caution, margin_for
 from s2t_agents.training.collect import collect_with
 from s2t_agents.training.config import CalibrateConfig, Fit, Models, Targets
+from s2t_agents.training.groups import threshold_for
 from s2t_agents.training.objectives import fresh_selector
 from s2t_agents.training.shards import read_shards
 from s2t_agents.training.statistics import best_temperature, expected_calibration_error, reliability, roc_auc, wilson
@@ -115,6 +116,27 @@ def test_thresholds_for_other_rates_are_written_down(pair, selector, heldout):
     assert found.entropy_for(0.05) == pytest.approx(found.trigger_entropy)
     steps = torch.cat([shard.entropy for shard in read_shards(heldout)])
     assert float((steps >= found.entropy_for(0.1)).float().mean()) == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize("steps", [5, 10, 100])
+@pytest.mark.parametrize("rate", [0.2, 0.4, 0.8])
+def test_a_margin_lets_through_the_share_that_was_asked_for(steps, rate):
+    sure = torch.rand(steps, generator=torch.Generator().manual_seed(steps))
+    assert float((sure < margin_for(sure, rate)).float().mean()) == pytest.approx(rate)
+
+
+def test_a_margin_among_equals_lets_fewer_through_than_planned():
+    assert margin_for(torch.full((10,), 0.5), 0.3) == 0.5
+    assert margin_for(torch.rand(3), 0.99) == 1.0
+    assert float((torch.tensor([0.3, 0.6]) < margin_for(torch.tensor([0.3, 0.6]), 0.1)).sum()) == 0
+
+
+def test_a_threshold_among_equals_gives_the_nearest_rate():
+    values = torch.cat([torch.zeros(60), torch.linspace(0.1, 1, 40)])
+    assert float((values >= threshold_for(values, 0.5)).float().mean()) == pytest.approx(0.4)
+    assert float((values >= threshold_for(values, 0.3)).float().mean()) == pytest.approx(0.3)
+    assert float((values >= threshold_for(values, 0.9)).float().mean()) == 1.0
+    assert threshold_for(torch.ones(4), 0.5) == 1.0
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.9])

@@ -60,7 +60,7 @@ def calibrate_with(slm: LanguageModel, config: CalibrateConfig) -> Calibration:
     temperature = best_temperature(cautious, llm.argmax(-1))
     scores = cautious / temperature
     sure = margins(scores)
-    margin = min(1.0, max(0.0, -threshold_for(-sure, config.targets.escalation_rate)))
+    margin = margin_for(sure, config.targets.escalation_rate)
     goes_up = sure < margin
     right = agreements(scores, llm)
     alarmed, quiet = _false_alarms(scores, llm, answers)
@@ -135,6 +135,18 @@ def _entropies(examples: Sequence[Example]) -> tuple[tuple[float, float], ...]:
     """The entropy threshold of each of ``RATES``."""
     entropy = torch.cat([example.entropy for example in examples])
     return tuple((rate, max(0.0, threshold_for(entropy, rate))) for rate in RATES)
+
+
+def margin_for(sure: Tensor, rate: float) -> float:
+    """The margin under which a share ``rate`` of ``sure`` ``[M]`` in [0, 1] lies: half way to the next value.
+
+    Values that are equal there stay out together: fewer questions than planned, not more.
+    """
+    ordered = sure.double().sort().values
+    below = round(rate * len(ordered))
+    if below >= len(ordered):
+        return 1.0
+    return float(ordered[max(0, below - 1) : below + 1].mean()) if below else float(ordered[0])
 
 
 def least_caution(raw: Tensor, llm: Tensor, answers: Tensor, target: float | None) -> float:

@@ -70,11 +70,16 @@ def read_for(slm: LanguageModel, folders: Sequence[Path], k: int) -> list[tuple[
 
 
 def threshold_for(values: Tensor, rate: float) -> float:
-    """The value that a share ``rate`` of ``values`` ``[N]`` reaches."""
+    """The value that a share ``rate`` of ``values`` ``[N]`` reaches; where equal ones do not allow it, the nearest."""
     if rate >= 1:
         return float("-inf")
     ordered = values.float().sort(descending=True).values
-    return float(ordered[min(len(ordered) - 1, max(0, round(rate * len(ordered)) - 1))])
+    wanted = max(1, round(rate * len(ordered)))
+    found = ordered[min(len(ordered), wanted) - 1]
+    above = ordered[ordered > found]
+    if len(above) and wanted - len(above) < int((ordered >= found).sum()) - wanted:
+        return float(above[-1])
+    return float(found)
 
 
 def choose(shards: Sequence[tuple[str, Shard]], *, k: int, rate: float, kl_rate: float) -> list[Example]:
