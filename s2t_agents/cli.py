@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.markup import escape
 
+from . import __version__
 from .errors import ConfigError, S2TError
 from .training.commands import app as training
 
@@ -21,15 +23,32 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A small local model, corrected where it is unsure.")
 app.add_typer(training)  # collect, train, calibrate, eval, probe, pipeline
-bench = typer.Typer(no_args_is_help=True, help="Measure, beside the alternative, in one run.")
+bench = typer.Typer(no_args_is_help=True, help="Run benchmarks against a baseline.")
 app.add_typer(bench, name="bench")
 console = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
+class TrainShape(StrEnum):
+    """``bench.train.SHAPES`` by name, known without loading torch."""
+
+    HALF_BILLION = "0.5b"
+    TINY = "tiny"
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"s2t-agents {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _s2t() -> None:
+def _s2t(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """A small local model, corrected where it is unsure, within a budget that holds."""
 
 
@@ -37,19 +56,17 @@ def _s2t() -> None:
 def demo(
     seed: Annotated[int, typer.Option(help="Another seed, another problem that training never saw.")] = 35,
     budget_escalations: Annotated[int, typer.Option(min=0, help="How often the large model may be asked.")] = 3,
-    no_selector: Annotated[bool, typer.Option("--no-selector", help="The small model and, maybe, the LLM.")] = False,
+    no_selector: Annotated[bool, typer.Option("--no-selector", help="Run without the selector.")] = False,
     no_llm: Annotated[bool, typer.Option("--no-llm", help="Never load the large model.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Watch a LangGraph agent on the bundled pair call a tool, reason, and stay inside its budget."""
     import torch
-    from transformers.utils import logging
 
     from .demo.agent import run_demo
     from .demo.show import show
     from .demo.world import demo_question
 
-    logging.disable_progress_bar()
     torch.set_num_threads(1)  # so small a model is slower on more, and waits for busy cores
     run = run_demo(demo_question(seed), escalations=budget_escalations, selector=not no_selector, llm=not no_llm)
     if as_json:
@@ -68,13 +85,12 @@ def chat(
 ) -> None:
     """Talk to a local model; an empty line or end of input ends it."""
     from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
-    from transformers.utils import logging
 
     from .budget import Budget
     from .chat_model import ChatS2T
 
-    logging.disable_progress_bar()
     chat_model = ChatS2T(model=model, selector=selector, escalation=llm, budget=Budget(escalations=escalations))
+    _ = chat_model.engine  # loads the weights: a wrong name is told before anybody types
     history: list[BaseMessage] = [SystemMessage(system)] if system else []
     while line := _ask():
         history.append(HumanMessage(line))
@@ -114,7 +130,7 @@ def bench_budget(
 @bench.command("escalate")
 def bench_escalate(
     n: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first one.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first problem.")] = 0,
     rate: Annotated[float, typer.Option(min=0.001, max=1, help="Share of tokens at which the LLM is asked.")] = 0.05,
     as_json: AsJson = False,
 ) -> None:
@@ -129,7 +145,7 @@ def bench_decode(
     quick: Annotated[bool, typer.Option("--quick", help="Show that it runs; measures nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time per token beside transformers and the published scheme, generations at once, turns. About ten minutes."""
+    """Time per token beside transformers and the published scheme, concurrent generations, turns. 15 to 30 minutes."""
     from .bench.speed import run, table
 
     _show(run(Console(stderr=True).print, quick=quick), as_json, table)
@@ -137,15 +153,15 @@ def bench_decode(
 
 @bench.command("train")
 def bench_train(
-    shape: Annotated[str, typer.Option(help="Of the model (random weights).")] = "0.5b",
+    shape: Annotated[TrainShape, typer.Option(help="Of the model (random weights).")] = TrainShape.HALF_BILLION,
     prefix: Annotated[int, typer.Option(min=8, help="Tokens before the first group.")] = 512,
-    repeats: Annotated[int, typer.Option(min=1, help="Of each measurement; the median counts.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement; the median counts.")] = 3,
     as_json: AsJson = False,
 ) -> None:
     """Labelled groups per second: one pass over a trajectory beside the published way."""
     from .bench.train import run, table
 
-    _show(run(shape=shape, prefix=prefix, repeats=repeats), as_json, table)
+    _show(run(shape=shape.value, prefix=prefix, repeats=repeats), as_json, table)
 
 
 def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], RenderableType]) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from s2t_agents import Ledger
+from s2t_agents import Ledger, __version__
+from s2t_agents.bench.train import SHAPES
+from s2t_agents.cli import TrainShape
 from s2t_agents.ledger import GenerationRecord
 
 
@@ -35,6 +37,22 @@ def test_bad_input_is_one_clear_line_and_a_non_zero_exit(arguments: tuple[str, .
     assert out.returncode == 2
     assert message in " ".join(out.stderr.split())
     assert "Traceback" not in out.stderr
+
+
+@pytest.mark.parametrize("option", ["--model", "--selector"])
+def test_a_chat_with_what_is_not_there_fails_although_nobody_says_a_word(option: str) -> None:
+    assert s2t("chat", option, "/no/such/thing").returncode == 2
+
+
+def test_the_version_is_told() -> None:
+    assert s2t("--version").stdout == f"s2t-agents {__version__}\n"
+
+
+def test_a_shape_that_the_training_benchmark_does_not_know_is_refused_with_those_it_knows() -> None:
+    assert {shape.value for shape in TrainShape} == set(SHAPES)
+    out = s2t("bench", "train", "--shape", "9b")
+    assert out.returncode == 2
+    assert all(shape in out.stderr for shape in ("9b", "0.5b", "tiny"))
 
 
 def test_limits_are_checked_before_anything_runs() -> None:
