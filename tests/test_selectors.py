@@ -191,6 +191,39 @@ def test_the_weights_fingerprint_does_not_depend_on_the_loading_dtype() -> None:
     narrow.model.to(torch.bfloat16)
     assert wide.weights_fingerprint == narrow.weights_fingerprint
     assert wide.weights_fingerprint != tiny_model(seed=1).weights_fingerprint
+    half = tiny_model()
+    half.model.to(torch.bfloat16).to(torch.float16)
+    assert half.weights_fingerprint == narrow.weights_fingerprint
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_change_in_any_layer_makes_other_weights(name: str) -> None:
+    known = tiny_model(name)
+    for parameter, _ in known.model.named_parameters():
+        changed = tiny_model(name)
+        changed.model.get_parameter(parameter).data.add_(0.5)
+        assert changed.weights_fingerprint != known.weights_fingerprint, parameter
+
+
+def test_a_selector_is_refused_by_a_fine_tune_with_frozen_embeddings(tmp_path: Path) -> None:
+    model, tuned = tiny_model(), tiny_model()
+    head(model, trained=True).save(tmp_path, config("head", model))
+    tuned.model.get_decoder().layers[0].mlp.up_proj.weight.data.add_(0.01)
+    with pytest.raises(AdapterMismatch, match="weights_fingerprint"):
+        load_selector(tmp_path, tuned)
+
+
+def test_where_the_layers_are_not_known_the_embedding_decides(tmp_path: Path) -> None:
+    model, quantised = tiny_model(), tiny_model()
+    quantised.model.config.quantization_config = {"quant_method": "any"}
+    embedding, _ = model.weights_fingerprint.split("/")
+    assert quantised.weights_fingerprint == embedding
+    head(model, trained=True).save(tmp_path, config("head", model))
+    assert load_selector(tmp_path, quantised)
+    head(model, trained=True).save(tmp_path, config("head", quantised))  # as selectors of before knew no layers
+    assert load_selector(tmp_path, model)
+    with pytest.raises(AdapterMismatch, match="weights_fingerprint"):
+        load_selector(tmp_path, tiny_model(seed=1))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..errors import ConfigError, InputError
+from ..models.fingerprint import same_weights
 from ..models.language_model import LanguageModel
 from ..selectors.config import BaseIdentity
 from ..selectors.question import Answer, Question
@@ -151,9 +152,9 @@ def read_groups(path: str | Path, slm: LanguageModel | None = None) -> Iterator[
                 continue
             raise InputError(f"{path}, line {number}, is no group: {said}.") from error
         theirs = group.slm_model
-        if ours is not None and (ours.weights_fingerprint, ours.tokenizer_fingerprint) != (
-            theirs.weights_fingerprint,
-            theirs.tokenizer_fingerprint,
+        if ours is not None and not (
+            same_weights(ours.weights_fingerprint, theirs.weights_fingerprint)
+            and ours.tokenizer_fingerprint == theirs.tokenizer_fingerprint
         ):
             raise ConfigError(
                 f"{path}, line {number}, comes from {theirs.name!r} with other weights than {ours.name!r} has.",

@@ -7,10 +7,13 @@ import json
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 PROBES = 4096
 """How many values of the input embedding the weights' fingerprint reads."""
+
+LAYER_PROBES = 16
+"""And of every other parameter."""
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -26,11 +29,38 @@ def shared_ids(ours: Any, theirs: Any) -> list[str]:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Hash of evenly spaced values of the input embedding, rounded to bf16 so that the loading dtype does not count."""
-    embedding = model.get_input_embeddings().weight.detach().flatten()  # type: ignore[operator]
-    at = torch.linspace(0, embedding.numel() - 1, min(PROBES, embedding.numel()), dtype=torch.float64).long()
-    probes = embedding[at.to(embedding.device)].to("cpu", torch.bfloat16)
-    return _short(str(tuple(embedding.shape)) + str(probes.view(torch.int16).tolist()))
+    """``EMBEDDING/LAYERS``: hashes of a few values of the input embedding, and of every other parameter.
+
+    The second part is missing where the layers cannot be read as they were saved: quantised, or offloaded.
+    """
+    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    first = _short(str((embedding.numel(),)) + str(_probes(embedding, PROBES).view(torch.int16).tolist()))
+    others = [parameter for parameter in model.parameters() if parameter is not embedding]
+    if getattr(model.config, "quantization_config", None) or any(map(_unreadable, others)):
+        return first
+    found = sorted(f"{tuple(each.shape)}{_steady(_probes(each, LAYER_PROBES)).tolist()}" for each in others)
+    return f"{first}/{_short(str(found))}"
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether two fingerprints may be of the same weights: a part that only one of them has does not tell."""
+    return all(mine == theirs for mine, theirs in zip(one.split("/"), other.split("/"), strict=False))
+
+
+def _probes(weights: Tensor, count: int) -> Tensor:
+    """Evenly spaced values, rounded to bf16 so that the loading dtype does not count."""
+    values = weights.detach().flatten()
+    at = torch.linspace(0, values.numel() - 1, min(count, values.numel()), dtype=torch.float64).long()
+    return values[at.to(values.device)].to("cpu", torch.bfloat16)
+
+
+def _steady(values: Tensor) -> Tensor:
+    """Without the values that fp16 cannot hold exactly."""
+    return values.where(values.abs() >= torch.finfo(torch.float16).tiny, 0)
+
+
+def _unreadable(parameter: Tensor) -> bool:
+    return parameter.is_meta or parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _short(text: str) -> str:

@@ -97,7 +97,7 @@ class LanguageModel:
 
     @cached_property
     def weights_fingerprint(self) -> str:
-        """Hash of the weights."""
+        """Hashes of the weights; compare with ``fingerprint.same_weights``."""
         return weights_fingerprint(self.model)
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from operator import eq
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import AdapterMismatch, ConfigError, ModelNotFound
+from ..models.fingerprint import same_weights
 from ..models.language_model import LanguageModel
 from ..models.writing import write_whole
 
@@ -145,8 +147,9 @@ class SelectorConfig(BaseModel):
         """
         actual = BaseIdentity.of(model)
         wanted = self.base
-        for what in ("tokenizer_fingerprint", "model_type", "hidden_size", "weights_fingerprint"):
-            if getattr(wanted, what) != getattr(actual, what):
+        alike = {"tokenizer_fingerprint": eq, "model_type": eq, "hidden_size": eq, "weights_fingerprint": same_weights}
+        for what, same in alike.items():
+            if not same(getattr(wanted, what), getattr(actual, what)):
                 raise AdapterMismatch(
                     f"this selector was trained for {wanted.name!r}, not {model.name!r}: "
                     f"{what} is {getattr(actual, what)!r}, it needs {getattr(wanted, what)!r}.",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, InputError
+from ..models.fingerprint import same_weights
 from ..models.language_model import LanguageModel
 from .shards import ModelIdentity, Shard, read_manifest, read_shards
 
@@ -53,10 +54,8 @@ def read_for(slm: LanguageModel, folders: Sequence[Path], k: int) -> list[tuple[
     for folder in folders:
         manifest = read_manifest(folder)
         ours = ModelIdentity.of(slm)
-        if (manifest.slm.weights_fingerprint, manifest.slm.tokenizer_fingerprint) != (
-            ours.weights_fingerprint,
-            ours.tokenizer_fingerprint,
-        ):
+        same = same_weights(manifest.slm.weights_fingerprint, ours.weights_fingerprint)
+        if not same or manifest.slm.tokenizer_fingerprint != ours.tokenizer_fingerprint:
             raise ConfigError(
                 f"{folder} holds rollouts of {manifest.slm.name!r} with other weights than {slm.name!r} has now.",
                 hint="Collect again with the present weights.",
