@@ -271,6 +271,20 @@ def escalation(report: dict[str, Any], made: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{problems}; all picks are {same}. {where}. Made by `{made['command']}`."])
 
 
+def pacing(report: dict[str, Any], made: dict[str, Any]) -> str:
+    """The table of ``s2t bench pacing --json``."""
+    heads = ("budget, in selections", "uncertainty: first come", "paced", "picks changed: first come", "paced")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in report["shares"]:
+        cells = [row[gain][how] for gain in ("uncertainty", "changed") for how in ("first_come", "paced")]
+        lines.append(f"| {row['budget']:.0%} | {' | '.join(share(cell, 0) for cell in cells)} |")
+    what = (
+        f"{report['selections']} selections of {report['problems']} held-out problems, seed {report['seed']}, trigger "
+        f"at {report['nats']:g} nats; the LLM changed {report['changed']} of them; means over {report['orders']} orders"
+    )
+    return "\n".join([*lines, "", f"{what}. Commit {made['commit']}, {made['date']}. Made by `s2t bench pacing`."])
+
+
 def first_tokens(report: dict[str, Any]) -> list[str]:
     """Time to the first token and the process's peak memory so far, after each prefix."""
     heads = ("ms to the first token", "generate", "engine", "engine, prompt seen before", "peak memory, MB")
@@ -304,9 +318,9 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def share(value: float | None) -> str:
+def share(value: float | None, digits: int = 1) -> str:
     """A share in per cent; a dash where there is none."""
-    return "-" if value is None else f"{value:.1%}"
+    return "-" if value is None else f"{value:.{digits}%}"
 
 
 def sections() -> dict[str, str]:
@@ -318,6 +332,7 @@ def sections() -> dict[str, str]:
         "trainings": ("demo_trainings", trainings),
         "training": ("train", training),
         "escalation": ("escalate", escalation),
+        "pacing": ("pacing", pacing),
         "speed": ("decode", speed),
         "speed_short": ("decode", speed_short),
         "speed_avx512": ("decode_avx512", speed),

@@ -140,6 +140,18 @@ def bench_escalate(
     _show(run(n, seed, rate=rate), as_json, table)
 
 
+@bench.command("pacing")
+def bench_pacing(
+    n: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first problem.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """What pacing a budget gains, beside first come, first served, and hindsight."""
+    from .bench.pacing import run, table
+
+    _show(run(n, seed), as_json, table)
+
+
 @bench.command("decode")
 def bench_decode(
     quick: Annotated[bool, typer.Option("--quick", help="Show that it runs; measures nothing.")] = False,
