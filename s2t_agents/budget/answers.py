@@ -14,6 +14,10 @@ _FIRST_WORD = re.compile(r"\W*([a-z]+)", re.IGNORECASE)
 _NOES = frozenset({"no", "none", "nope", "never", "n"})
 _FIGURE = re.compile(r"[-\N{MINUS SIGN}]?\$?[\d.,]*\d[\w%]*", re.ASCII)
 _PLAIN = re.compile(r"(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?", re.ASCII)
+_SCALED = re.compile(
+    r"[€£¥₹¢]|\b(?:cents?|dozens?|hundred|thousand|million|mins?|minutes?|hours?|days?|eur|euros?|gbp|pounds?)\b",
+    re.IGNORECASE,
+)
 _UNITS = ("usd", "escalations", "llm_tokens", "seconds")
 
 
@@ -21,8 +25,9 @@ def more_from(answer: Any, unit: str) -> dict[str, Any]:
     """The keywords for ``Budget.extend``; empty for a no.
 
     Args:
-        answer: a mapping of units; a number or a text with exactly one, in ``unit`` (a point before decimals, commas
-            only between thousands); or a no: False, None, 0, or a text that begins with "no" or a like word.
+        answer: a mapping of units; a number or a text with exactly one, in ``unit`` and no other (a point before
+            decimals, commas only between thousands); or a no: False, None, 0, or a text that begins with "no" or
+            a like word.
         unit: what ran out.
 
     Raises:
@@ -52,6 +57,6 @@ def _number_in(text: str) -> Decimal | None:
     if not text.strip() or (word and word[1].lower() in _NOES):
         return Decimal(0)
     figures = [found.lstrip("$,").removesuffix("s") for found in _FIGURE.findall(text)]
-    if len(figures) != 1 or not _PLAIN.fullmatch(figures[0]):
+    if len(figures) != 1 or not _PLAIN.fullmatch(figures[0]) or _SCALED.search(text):
         return None
     return Decimal(figures[0].replace(",", ""))
