@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from test_static import eager_model, greedy, read, same, some_ids, static_model
 
 from s2t_agents import Engine
+from s2t_agents.models import static_step
 from s2t_agents.models.arena import SMALLEST
 from s2t_agents.models.glance import glance_at
 from s2t_agents.models.graphs import played
 from s2t_agents.models.language_model import LanguageModel
-from s2t_agents.models.packed import Segment
+from s2t_agents.models.packed import Look, Part, Segment
 from s2t_agents.models.prefix import Prefix
 from s2t_agents.models.static_bodies import Steps
 from s2t_agents.models.static_kv import Begun, Play, StaticCache
@@ -240,18 +241,83 @@ def test_what_a_grammar_forbids_is_not_what_the_step_has_brought_along(ours: Lan
         assert proposal.entropy != prefix.glance.entropy  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_device_time_that_nobody_waited_for_is_billed_to_those_whose_step_it_was(
-    count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = static_model(record=played)
-    prefixes = [read(model, some_ids(9 + n, n)) for n in range(count)]
+class Clock:
+    """The host's time, between forwards only: what it does is as nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(static_step, "monotonic", lambda: self.now)
+
+
+def unseen(model: LanguageModel, prefixes: list[Prefix]) -> list[float]:
+    """Seconds billed for a step of them all, beyond those that somebody has waited: its forward's own."""
     before = [prefix.meter.seconds for prefix in prefixes]
-    monkeypatch.setattr(Play, "device_s", 1000.0)  # as if the device had been at it while the host did other things
-    tickets = [StepTicket(torch.tensor([4]), prefix._cache, prefix.meter) for prefix in prefixes]
+    tickets = [
+        StepTicket(torch.tensor([int(prefix.logits.argmax())]), prefix._cache, prefix.meter) for prefix in prefixes
+    ]
     parts = [ticket.part(1) for ticket in tickets]
     for ticket, part, said in zip(tickets, parts, model.run_packed(parts), strict=True):
         ticket.went(part, said)
-    for prefix, seconds in zip(prefixes, before, strict=True):
-        assert prefix.meter.seconds - seconds == pytest.approx(1000.0 / count, rel=0.1)
-        assert cache_of(prefix).unseen() == 0.0
+    assert [cache_of(prefix).unseen() for prefix in prefixes] == [0.0] * len(prefixes)
+    return [prefix.meter.seconds - seconds for prefix, seconds in zip(prefixes, before, strict=True)]
+
+
+def a_step_ahead(model: LanguageModel, count: int) -> list[Prefix]:
+    prefixes = [read(model, some_ids(9 + n, n)) for n in range(count)]
+    for _ in range(SURE + 2):
+        together(model, prefixes, [int(prefix.logits.argmax()) for prefix in prefixes])
+    assert all(cache_of(prefix).begun is not None for prefix in prefixes)
+    return prefixes
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("device_s", "elsewhere_s", "expected"), [(4.0, 10.0, 4.0), (20.0, 10.0, 10.0), (4.0, 0.0, 0.0)]
+)
+def test_device_time_that_nobody_waited_for_is_billed_to_those_whose_step_it_was(
+    count: int, device_s: float, elsewhere_s: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, model = Clock(monkeypatch), static_model(record=played)
+    monkeypatch.setattr(Play, "device_s", device_s)
+    prefixes = a_step_ahead(model, count)
+    clock.now += elsewhere_s
+    assert unseen(model, prefixes) == pytest.approx([expected / count] * count)
+    assert unseen(model, prefixes) == [0.0] * count
+
+
+def test_what_a_selection_has_waited_for_is_not_billed_again_with_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, model = Clock(monkeypatch), static_model(record=played)
+    monkeypatch.setattr(Play, "device_s", 100.0)
+    (prefix,) = a_step_ahead(model, 1)
+    clock.now += 1.0
+    model.run_alone(Look(torch.tensor([5, 9]), prefix._cache, len(prefix)))  # ... waits for all the device has begun
+    clock.now += 5.0
+    assert unseen(model, [prefix]) == [1.0]
+
+
+@pytest.mark.parametrize("kind", [Look, Segment])
+def test_what_others_in_the_same_forward_have_waited_for_is_not_billed_again(
+    kind: type[Part], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, model = Clock(monkeypatch), static_model(record=played)
+    monkeypatch.setattr(Play, "device_s", 100.0)
+    other, (prefix,) = read(model, some_ids(5)), a_step_ahead(model, 1)
+    token = int(prefix.logits.argmax())
+    step = Segment(torch.tensor([token]), prefix._cache, len(prefix))
+    said, _ = model.run_packed([step, kind(torch.tensor([4, 5, 6]), other._cache, len(other))])
+    prefix.logits, prefix.hidden = said  # type: ignore[misc]
+    prefix.ids.append(token)
+    assert cache_of(prefix).begun is not None
+    clock.now += 5.0
+    assert unseen(model, [prefix]) == [0.0]
+
+
+def test_steps_that_were_begun_apart_are_billed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, model = Clock(monkeypatch), static_model(record=played)
+    monkeypatch.setattr(Play, "device_s", 4.0)
+    prefixes = a_step_ahead(model, 2)
+    for prefix in prefixes:
+        together(model, [prefix], [int(prefix.logits.argmax())])
+        cache_of(prefix).unseen()
+        clock.now += 10.0
+    assert unseen(model, prefixes) == [4.0, 4.0]

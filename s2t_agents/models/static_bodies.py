@@ -113,7 +113,7 @@ class Steps:
             self._positions.fill_(self._spare)[at] = places
         start = mark(self._ids)
         logits, hidden, seen = (each.clone() for each in self._play())
-        play = Play(logits, hidden, seen, start)
+        play = Play(logits, hidden, seen, start, len(rows))
         return [Begun(play, row, position) for row, position in zip(rows, positions, strict=True)]
 
     def _uploaded(self, *rows: Sequence[int]) -> Tensor:

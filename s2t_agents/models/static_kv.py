@@ -44,10 +44,17 @@ class Play:
         hidden: ``[n, H]``.
         seen: ``[n, 3]``, see ``glance``; on its way to the host at once.
         start: what ``mark`` gave just before; None where there is no device beside the host.
+        sequences: how many have a part in it.
+
+    Attributes:
+        alone_s: seconds from its beginning in which nobody waited for the device.
     """
 
-    def __init__(self, logits: Tensor, hidden: Tensor, seen: Tensor, start: torch.cuda.Event | None) -> None:
-        self.logits, self.hidden, self.seen = logits, hidden, seen
+    def __init__(
+        self, logits: Tensor, hidden: Tensor, seen: Tensor, start: torch.cuda.Event | None, sequences: int
+    ) -> None:
+        self.logits, self.hidden, self.seen, self._sequences = logits, hidden, seen, sequences
+        self.alone_s = 0.0
         self._host = seen
         if start is not None:
             self._host = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True).copy_(seen, non_blocking=True)
@@ -66,6 +73,11 @@ class Play:
         if self._start is None or self._end is None:
             return 0.0
         return float(self._start.elapsed_time(self._end)) / 1000
+
+    @property
+    def unseen_s(self) -> float:
+        """Each sequence's share of the seconds that the device was at it while nobody waited, once it has arrived."""
+        return min(self.device_s, self.alone_s) / self._sequences
 
 
 def mark(like: Tensor) -> torch.cuda.Event | None:
@@ -170,7 +182,7 @@ class StaticCache(KVCache):
     hits = 0
     """Tokens in a row that were those that the model wanted."""
     unseen_s = 0.0
-    """What ``unseen`` says next: this sequence's share of it."""
+    """What ``unseen`` says next."""
     _seen: tuple[int, Glance] | None = None
 
     @property

@@ -31,7 +31,7 @@ from .packed import Look, Outcome, Part, Segment
 from .pointwise import PLAIN, Pointwise, fused
 from .prepack import state_of
 from .static_bodies import Looks, Steps, Way
-from .static_kv import Begun, StaticCache
+from .static_kv import Begun, Play, StaticCache
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +92,10 @@ class StaticStep:
         self._looks: WeakKeyDictionary[Arena, dict[tuple[Hashable, ...], Looks]] = WeakKeyDictionary()
         self.failed = False
         self._resumes = 0.0
+        self._ahead: Play | None = None
+        """Begun by the last call, and waited for by nobody so far."""
+        self._left = 0.0
+        """When the last call ended."""
 
     def serve(self, parts: Sequence[Part]) -> dict[int, Outcome | Tensor]:
         """Steps of one token each in one graph, looks in one each.
@@ -103,6 +107,15 @@ class StaticStep:
             For the parts that were served, by their place: logits ``[V]`` (fp32) and last hidden state ``[H]`` of a
             step, last hidden states ``[K, H]`` of a look. Nothing has changed for the others.
         """
+        if self._ahead is not None:  # whoever asks now waits for what is left of it
+            self._ahead.alone_s, self._ahead = monotonic() - self._left, None
+        said = self._served(parts) if self._way.lean.free else {}
+        if len(said) < len(parts) or any(isinstance(part, Look) for part in parts):
+            self._ahead = None  # this call goes on until the device has done all that it has begun
+        self._left = monotonic()
+        return said
+
+    def _served(self, parts: Sequence[Part]) -> dict[int, Outcome | Tensor]:
         said: dict[int, Outcome | Tensor] = {}
         turns = self._turns(parts)
         if turns:
@@ -146,15 +159,15 @@ class StaticStep:
 
     def _together(self, arena: Arena, turns: Sequence[Turn]) -> list[Outcome]:
         """One step of sequences that sit in one arena."""
-        asked = monotonic()
         begun = [turn.begun() for turn in turns]
         first, steps = self._steps_of(arena, [turn.cache for turn in turns])
         rows = [turn.row - first for turn in turns]
         now = _all_begun(steps, begun, rows, turns)
         following = steps.after(now, rows) if _goes_on(steps, turns, now) else []
+        self._ahead = following[0].play if following else None
         for turn, each in zip(turns, now, strict=True):
             turn.cache.advance(each.position + 1, each.play.glances[each.row])
-            turn.cache.unseen_s = max(0.0, each.play.device_s - (monotonic() - asked)) / len(now)
+            turn.cache.unseen_s = each.play.unseen_s
         for turn, each, ahead in zip(turns, now, following, strict=False):
             ahead.token, turn.cache.begun = each.play.glances[each.row].best, ahead
         return [each.outcome for each in now]
