@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_static import CANDIDATES, eager_model, is_seated, read, same, some_ids, static_model
+from test_static import CANDIDATES, eager_model, is_seated, read, same, some_ids, some_lora, static_model
 
 from s2t_agents.models import static_step
 from s2t_agents.models.arena import SMALLEST, Arena, Arenas
@@ -53,12 +53,41 @@ def test_an_arena_that_all_have_left_is_gone_at_once_with_all_that_was_made_for_
     one.extend([4])
     one.look_ahead(CANDIDATES)
     left = arena_of(one)
-    gone = [weakref.ref(each) for each in (left, *static._steps[left].values(), *static._looks[left].values())]
+    looks = [looks for of_one in static._looks[left].values() for looks in of_one.values()]
+    gone = [weakref.ref(each) for each in (left, *static._steps[left].values(), *looks)]
+    del looks
     assert len(gone) == 3
     del left
     together(model, [one, other], 5)
     assert arena_of(one) is arena_of(other)
     assert [ref() for ref in gone] == [None] * 3
+
+
+def test_selections_are_kept_for_the_adapters_there_are_as_they_are_now(no_collection: None) -> None:
+    model = static_model(record=played)
+    static: Any = model.static
+    prefix = read(model, some_ids(9))
+    prefix.extend([4])
+
+    def made() -> list[Any]:
+        by_adapter = static._looks[arena_of(prefix)]
+        return [weakref.ref(looks) for of_one in by_adapter.values() for looks in of_one.values()]
+
+    lora = some_lora(model)
+    prefix.look_ahead(CANDIDATES, lora)
+    (first,) = made()
+    with torch.no_grad():
+        lora.layers[0].b.mul_(2)
+    expected = read(eager_model(), [*some_ids(9), 4]).look_ahead(CANDIDATES, lora)
+    assert torch.allclose(prefix.look_ahead(CANDIDATES, lora), expected, atol=1e-4)
+    (second,) = made()
+    assert first() is None
+    prefix.look_ahead(CANDIDATES)
+    assert len(made()) == 2
+    del lora
+    (bare,) = made()
+    assert second() is None
+    assert bare() is not None
 
 
 def test_a_replaced_arena_counts_while_somebody_who_pauses_sits_in_it() -> None:

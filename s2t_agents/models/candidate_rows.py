@@ -35,10 +35,11 @@ class CandidateRows:
 
     Attributes:
         step: as given.
+        base: as given.
     """
 
     def __init__(self, step: LeanStep, base: nn.Module) -> None:
-        self.step, self._base = step, base
+        self.step, self.base = step, base
         self._layers: WeakKeyDictionary[Lora, dict[nn.Module, LoraLayer]] = WeakKeyDictionary()
 
     @torch.inference_mode()
@@ -108,7 +109,7 @@ class CandidateRows:
     def corrections(self, lora: Lora) -> dict[nn.Module, LoraLayer]:
         """An adapter's corrections by the module that they correct; looked up once per adapter."""
         if lora not in self._layers:
-            self._layers[lora] = lora.by_module(self._base)
+            self._layers[lora] = lora.by_module(self.base)
         return self._layers[lora]
 
 

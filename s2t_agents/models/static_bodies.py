@@ -22,7 +22,7 @@ from .graphs import Body, Recorder
 from .lean import Affine, LeanStep, Rows
 from .lora import LoraLayer
 from .pointwise import Pointwise
-from .prepack import Joint
+from .prepack import Joint, state_of
 from .static_attention import LookAttention, StepAttention
 from .static_kv import Begun, Play, mark
 
@@ -131,16 +131,19 @@ class Looks:
         row: which row.
         candidates: how many, after filling up.
         corrections: added to linear layers while the candidates go through.
+
+    Attributes:
+        state: what the corrections' weights were like when this was made.
     """
 
     def __init__(
         self, way: Way, arena: Arena, row: int, candidates: int, corrections: Mapping[nn.Module, LoraLayer]
     ) -> None:
+        self.state = state_of_all(corrections)
         kv = arena.kv[:, :, row : row + 1].unbind(1)
         cos, sin = way.lean.rotation_table(arena.capacity)
         self._ids = ids = torch.zeros(candidates, dtype=torch.long, device=arena.kv.device)
         self._length = length = torch.zeros(1, dtype=torch.long, device=arena.kv.device)
-        self._corrections = corrections  # kept: whoever asks knows them by where they lie
         affine = corrected(way.lean, corrections)
 
         def body() -> tuple[Tensor, ...]:
@@ -157,6 +160,11 @@ class Looks:
         self._length.fill_(length)
         (hidden,) = self._play()
         return hidden[: len(candidates)].clone()
+
+
+def state_of_all(corrections: Mapping[nn.Module, LoraLayer]) -> list[tuple[int, int, int]]:
+    """What changes when a weight of them is replaced or written to."""
+    return [state_of(weight) for layer in corrections.values() for weight in (layer.a, layer.b)]
 
 
 class JointCorrection:

@@ -12,7 +12,7 @@ failed, or for a while where memory was out.
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .arena import Arena, Arenas
@@ -29,11 +29,13 @@ from .graphs import CudaGraphs, Recorder
 from .lean import LeanStep, close
 from .packed import Look, Outcome, Part, Segment
 from .pointwise import PLAIN, Pointwise, fused
-from .prepack import state_of
-from .static_bodies import Looks, Steps, Way
+from .static_bodies import Looks, Steps, Way, state_of_all
 from .static_kv import Begun, Play, StaticCache
 
 _log = logging.getLogger(__name__)
+
+LooksBy = WeakKeyDictionary[nn.Module, dict[tuple[int, int], Looks]]
+"""By adapter (the base itself where there is none), then by row and number of candidates."""
 
 GRAIN = 8
 """Candidates are filled up to a multiple of it, so that few graphs are captured."""
@@ -89,7 +91,7 @@ class StaticStep:
         self._rows, self._way = rows, Way(rows.step, ops, record)
         self.arenas = arenas or Arenas()
         self._steps: WeakKeyDictionary[Arena, dict[tuple[int, int], Steps]] = WeakKeyDictionary()
-        self._looks: WeakKeyDictionary[Arena, dict[tuple[Hashable, ...], Looks]] = WeakKeyDictionary()
+        self._looks: WeakKeyDictionary[Arena, LooksBy] = WeakKeyDictionary()
         self.failed = False
         self._resumes = 0.0
         self._ahead: Play | None = None
@@ -197,10 +199,9 @@ class StaticStep:
                 return None
             filled = -(-len(look.ids) // GRAIN) * GRAIN
             corrections = self._rows.corrections(look.lora) if look.lora is not None else {}
-            weights = [weight for layer in corrections.values() for weight in (layer.a, layer.b)]
-            key = (cache.seat.row, filled, *map(state_of, weights))
-            known = self._looks.setdefault(arena, {})
-            if key not in known:
+            known = self._looks.setdefault(arena, WeakKeyDictionary()).setdefault(look.lora or self._rows.base, {})
+            key = (cache.seat.row, filled)
+            if key not in known or known[key].state != state_of_all(corrections):
                 known[key] = Looks(self._way, arena, cache.seat.row, filled, corrections)
             return known[key](look.ids, length)
         return None
