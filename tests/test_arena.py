@@ -63,6 +63,27 @@ def test_an_arena_that_all_have_left_is_gone_at_once_with_all_that_was_made_for_
     assert [ref() for ref in gone] == [None] * 3
 
 
+def test_without_memory_for_a_row_the_eager_step_is_taken() -> None:
+    ours, theirs = static_model(arenas=Arenas(limit_bytes=1000)), eager_model()
+    one, other = read(ours, some_ids(9)), read(theirs, some_ids(9))
+    for prefix in (one, other):
+        prefix.extend([4])
+    assert not is_seated(one)
+    same(one, other)
+
+
+def test_an_empty_arena_makes_room_for_one_that_is_wanted() -> None:
+    arenas = Arenas(limit_bytes=2 * ROW)  # one row of the second bucket
+    model = static_model(arenas=arenas)
+    for length in (5, SMALLEST + 5):
+        prefix = read(model, some_ids(length))
+        prefix.extend([1])
+        assert is_seated(prefix)
+        del prefix
+        gc.collect()
+    assert list(arenas._by_capacity) == [2 * SMALLEST]
+
+
 def test_selections_are_kept_for_the_adapters_there_are_as_they_are_now(no_collection: None) -> None:
     model = static_model(record=played)
     static: Any = model.static

@@ -68,6 +68,11 @@ class Arena:
         """Rows that nobody sits in: those who did have moved, rest or are gone."""
         return [row for row, guest in enumerate(self._guests) if guest is None or not self._in(row, guest())]
 
+    def guests(self) -> list[StaticCache]:
+        """Who sits here."""
+        guests = [(row, guest() if guest is not None else None) for row, guest in enumerate(self._guests)]
+        return [guest for row, guest in guests if guest is not None and self._in(row, guest)]
+
     def seat(self, cache: StaticCache) -> None:
         """Move a sequence to the first free row."""
         row = self.free()[0]
@@ -114,6 +119,10 @@ class Arenas:
         return [
             cache.arena if _capacity(cache) > length else None for cache, length in zip(caches, lengths, strict=True)
         ]
+
+    def guests(self) -> list[StaticCache]:
+        """Who sits in any of them."""
+        return [guest for arena in self._alive for guest in arena.guests()]
 
     def _all_in(self, capacity: int, caches: Sequence[StaticCache]) -> bool:
         """Move sequences to the arena of a capacity; False, and nobody has moved, where there is no memory for it."""

@@ -92,6 +92,8 @@ class StaticStep:
         self.arenas = arenas or Arenas()
         self._steps: WeakKeyDictionary[Arena, dict[tuple[int, int], Steps]] = WeakKeyDictionary()
         self._looks: WeakKeyDictionary[Arena, LooksBy] = WeakKeyDictionary()
+        self._parameters = [module._parameters for module in rows.base.modules() if module._parameters]
+        self._addresses = self._weights_lie()
         self.failed = False
         self._resumes = 0.0
         self._ahead: Play | None = None
@@ -119,6 +121,7 @@ class StaticStep:
 
     def _served(self, parts: Sequence[Part]) -> dict[int, Outcome | Tensor]:
         said: dict[int, Outcome | Tensor] = {}
+        self._renew()
         turns = self._turns(parts)
         if turns:
             found = zip(turns, self.step(list(turns.values())), strict=True)
@@ -128,6 +131,21 @@ class StaticStep:
             if looked is not None:
                 said[at] = looked
         return said
+
+    def _renew(self) -> None:
+        """Graphs read weights where these lay at the capture: once any lies elsewhere, all graphs are made anew."""
+        addresses = self._weights_lie()
+        if addresses == self._addresses:
+            return
+        self._addresses = addresses
+        self._steps.clear()
+        self._looks.clear()
+        for cache in self.arenas.guests():
+            cache.begun = None
+
+    def _weights_lie(self) -> list[int]:
+        """The addresses of the base's weights."""
+        return [each.data_ptr() for module in self._parameters for each in module.values() if each is not None]
 
     def _turns(self, parts: Sequence[Part]) -> dict[int, Turn]:
         """Those parts that are a token after others, by their place."""
