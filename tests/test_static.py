@@ -19,7 +19,7 @@ from tape import Tape
 
 from s2t_agents import Engine
 from s2t_agents.engine.steps import fetched, in_one_trip
-from s2t_agents.models import static_attention
+from s2t_agents.models import language_model, static_attention
 from s2t_agents.models.arena import SMALLEST, Arenas, bucket
 from s2t_agents.models.glance import glance_at
 from s2t_agents.models.graphs import Recorder, played
@@ -259,6 +259,19 @@ def test_weights_that_were_replaced_are_not_played_from_where_they_lay(name: str
         looked = [prefix.look_ahead(CANDIDATES) for prefix in (one, other)]
         assert torch.allclose(*looked, atol=1e-4)
         same(one, other)
+
+
+def test_nothing_is_compiled_before_the_first_single_token_or_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(language_model, "static_step_of", lambda *of: made.append(of))
+    model = eager_model()
+    model.kv_kind = StaticCache
+    prefix = read(model, some_ids(9))
+    prefix.extend(some_ids(5))
+    assert made == []
+    prefix.extend([4])
+    prefix.extend(some_ids(5))
+    assert len(made) == 1
 
 
 def test_looking_ahead_never_writes_to_the_row() -> None:

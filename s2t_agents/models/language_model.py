@@ -153,8 +153,11 @@ class LanguageModel:
 
     def _played(self, parts: Sequence[Part]) -> dict[int, Outcome | Tensor]:
         """What captured graphs say, by their place, of those parts that there are graphs for."""
-        if self.kv_kind is not StaticCache or any(self._hooks) or self.static is None:
+        if self.kv_kind is not StaticCache or any(self._hooks):
             return {}
+        brief = any(isinstance(part, Look) or len(part.ids) == 1 for part in parts)
+        if not (brief or "static" in vars(self)) or self.static is None:
+            return {}  # before the first brief part nothing is compiled: maybe there never is one
         said = self.static.serve(parts)
         return self._arrived(said) if any(isinstance(parts[at], Look) for at in said) else said
 
