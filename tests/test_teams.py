@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import subprocess
 import sys
@@ -198,6 +199,26 @@ def test_the_thread_ends_with_its_model() -> None:
     gc.collect()
     thread.join(timeout=10)
     assert not thread.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_has_a_thread_of_its_own() -> None:
+    in_a_process_of_its_own("""
+        import signal
+        from s2t_agents.engine.steps import Engine
+        from s2t_agents.testing import tiny_model
+        from s2t_agents.types import Sampling
+        model = tiny_model("qwen2")
+        model.owner._long_s = 0.0
+        def ids(): return [step.token_id for step in Engine(model).steps([5, 6, 7], Sampling(max_tokens=8))]
+        before = ids()
+        assert model.owner._team._thread
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # in vain it would wait for ever
+            os._exit(0 if ids() == before else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    """)
 
 
 def ids(model: LanguageModel) -> list[int]:

@@ -11,12 +11,14 @@ Other runtimes and GPUs are left alone.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 
@@ -69,11 +71,15 @@ def release() -> None:
         library.omp_pause_resource_all(SOFT)
 
 
+_teams: WeakSet[Team] = WeakSet()
+
+
 class Team:
     """Runs the forwards of one model, and keeps a thread for the long ones."""
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
+        _teams.add(self)
 
     def here(self, forward: Callable[[], None]) -> None:
         """On the calling thread, with all its threads."""
@@ -115,6 +121,15 @@ class Team:
     def _led(forward: Callable[[], None], threads: int) -> None:
         with together(threads):
             forward()
+
+
+def _forget_threads() -> None:
+    for team in _teams:
+        team._thread = None  # it did not come along into the child
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
 
 
 @cache
