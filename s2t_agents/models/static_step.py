@@ -113,7 +113,7 @@ class StaticStep:
         """
         if self._ahead is not None:  # whoever asks now waits for what is left of it
             self._ahead.alone_s, self._ahead = monotonic() - self._left, None
-        said = self._served(parts) if self._way.lean.free else {}
+        said = self._served(parts)
         if len(said) < len(parts) or any(isinstance(part, Look) for part in parts):
             self._ahead = None  # this call goes on until the device has done all that it has begun
         self._left = monotonic()
