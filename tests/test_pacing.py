@@ -102,6 +102,8 @@ def test_what_can_be_afforded_is_the_scarcest_unit_at_the_mean_cost_so_far() -> 
 def test_a_run_has_one_pace_whichever_agent_asks_and_another_run_another() -> None:
     pacing, run = Pacing(100), Budget(escalations=5)
     assert pacing.pace_for(run) is pacing.pace_for(run.child("critic"))
+    assert pacing.pace_for(run) is pacing.pace_for(run.view(on_exhausted="raise"))
+    assert pacing.pace_for(run) is pacing.pace_for(run.final().child("critic"))
     assert pacing.pace_for(run) is not pacing.pace_for(Budget(escalations=5))
     assert pickle.loads(pickle.dumps(pacing)) == pacing
 

@@ -145,6 +145,11 @@ class Budget:
         return (*self.parent.chain, self) if self.parent else (self,)
 
     @property
+    def run(self) -> object:
+        """What the root, its views and all budgets below them share, and no others: tells runs apart."""
+        return self._owed
+
+    @property
     def windowed(self) -> bool:
         """Whether this budget or one above it starts afresh with time."""
         return any(budget._meter.terms.window is not None for budget in self.chain)

@@ -119,7 +119,7 @@ class Pacing:
 
     selections: int
     margins: tuple[float, ...] = ()
-    _paces: WeakKeyDictionary[Budget, Pace] = field(
+    _paces: WeakKeyDictionary[object, Pace] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
@@ -131,12 +131,11 @@ class Pacing:
             raise ConfigError("pacing was given margins outside [0, 1].", hint="Take them from margins_of(records).")
 
     def pace_for(self, budget: Budget) -> Pace:
-        """The pace of the run that this budget belongs to: one per root budget."""
-        root = budget.chain[0]
+        """The pace of the run that this budget belongs to: one for a root budget, its views and all below them."""
         with self._lock:
-            if root not in self._paces:
-                self._paces[root] = Pace(self.selections, self.margins)
-            return self._paces[root]
+            if budget.run not in self._paces:
+                self._paces[budget.run] = Pace(self.selections, self.margins)
+            return self._paces[budget.run]
 
     def __reduce__(self) -> tuple[type[Pacing], tuple[int, tuple[float, ...]]]:
         """Pickles as its settings; a run's pace stays in its process."""
