@@ -1,5 +1,6 @@
 """Any chat model as the selector: it reads short continuations, names one, and the whole of it is kept."""
 
+import json
 import pickle
 import re
 import threading
@@ -126,7 +127,7 @@ def test_it_is_shown_the_conversation_and_every_continuation_once(at_start: Trig
     [first, *_] = answer(llm, at_start)
     prefix = prefix_of(tiny_model())
     [text] = llm.chat.asked  # type: ignore[attr-defined]
-    assert prefix.model.tokenizer.decode(PROMPT) in text
+    assert json.dumps(prefix.model.tokenizer.decode(PROMPT)) in text
     shown = re.findall(r"^(\d): ", text, re.MULTILINE)
     expected = previews(prefix, [c.token_id for c in first.candidates], llm.preview_tokens)
     assert shown == [str(n) for n in range(1, len(expected) + 1)]
@@ -314,9 +315,9 @@ def test_a_late_answer_is_no_answer(at_start: Trigger, release: threading.Event)
     assert report is not None
     assert report.outcome == "failed"
     assert report.actual == report.reserved  # it was sent: the provider will bill it
-    hurried = answer(judge(late, timeout_s=30), at_start, Budget(seconds=0.3))[0].escalation
+    hurried = answer(judge(late, timeout_s=30), at_start, Budget(seconds=2))[0].escalation
     assert hurried is not None
-    assert "no answer within 0." in hurried.reason
+    assert "no answer within" in hurried.reason
 
 
 def test_a_judge_that_is_down_is_left_alone_and_nothing_is_previewed_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
