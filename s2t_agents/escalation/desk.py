@@ -62,11 +62,11 @@ class EscalationDesk:
         except StoreUnavailable:  # what is left is unknown; the reservation is refused, and the report says why
             return margin < self.margin
 
-    def ask(self, question: Question) -> tuple[Answer | None, EscalationReport]:
+    def ask(self, question: Question) -> tuple[Answer | None, EscalationReport | None]:
         """Put the question, if the budget holds it.
 
         Returns:
-            The answer (None: keep the local pick) and what happened.
+            The answer (None: keep the local pick) and what happened (None: nothing, there was nothing to ask).
 
         Raises:
             BudgetExceeded: only where the budget's ``on_exhausted`` is not "degrade".
@@ -74,6 +74,8 @@ class EscalationDesk:
         started = time.perf_counter()
         try:
             quote = self._session.quote(question)
+            if quote is None:
+                return None, None
             wanted = _amount(quote)
         except S2TError as error:
             return None, _report("failed", None, None, started, str(error))

@@ -156,8 +156,6 @@ class ChatJudge:
 
     def quote(self, sheet: Sheet) -> Charge:
         """The most that reading this sheet and replying can cost."""
-        if len(sheet.previews) == 1:
-            return charge(self.price, input_tokens=0, output_tokens=0)
         schema = json.dumps(choice_among(len(sheet.previews)).model_json_schema())
         read = sum(self.count_tokens(text) for text in [schema, *(str(m.content) for m in sheet.messages)])
         return charge(self.price, input_tokens=read + OVERHEAD, output_tokens=self.reply_tokens)
@@ -238,18 +236,18 @@ class JudgeSession:
         self._judge = judge
         self._shown: tuple[Question, Sheet] | None = None
 
-    def quote(self, question: Question) -> Charge:
-        """The most that showing it the previews can cost; they are made here."""
+    def quote(self, question: Question) -> Charge | None:
+        """The most that showing it the previews can cost; they are made here. None where all of them read the same."""
         self._judge.breaker.check()  # nothing is previewed for a judge that is down
-        return self._judge.quote(self._sheet(question))
+        sheet = self._sheet(question)
+        return self._judge.quote(sheet) if len(sheet.previews) > 1 else None
 
     def ask(self, question: Question) -> Answer:
-        """One call; none where all previews read the same."""
-        shown = self._sheet(question).previews
-        number = self._judge.name_one(question, self._sheet(question)) if len(shown) > 1 else 1
-        chosen = shown[number - 1]
+        """One call."""
+        sheet = self._sheet(question)
+        chosen = sheet.previews[self._judge.name_one(question, sheet) - 1]
         scores = tuple(0.0 if at == chosen.at[0] else None for at in range(len(question.candidates)))
-        return Answer(scores, chosen.tokens[1:], "" if len(shown) > 1 else "all candidates read the same: not asked")
+        return Answer(scores, chosen.tokens[1:])
 
     def close(self) -> None:
         """Nothing is held."""

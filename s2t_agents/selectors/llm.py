@@ -12,8 +12,8 @@ from .question import Answer, Question
 class LLMSession(Protocol):
     """One generation's line to the LLM."""
 
-    def quote(self, question: Question) -> Charge:
-        """The most that asking it can cost: what the budget holds.
+    def quote(self, question: Question) -> Charge | None:
+        """The most that asking it can cost: what the budget holds. None: nothing to choose, so nobody is asked.
 
         Raises:
             EscalationFailed: it need not be asked; no answer would come.
