@@ -1,5 +1,6 @@
 """An escalation holds what it may cost, asks, settles what it did cost, and never takes the answer down."""
 
+import math
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -139,7 +140,7 @@ def test_a_cost_that_no_budget_can_count_is_booked_as_what_was_held(owed: Charge
     assert (state.spent["usd"], state.spent["escalations"], state.holds) == (Decimal("0.000016"), 1, 0)
 
 
-@pytest.mark.parametrize(("timeout_s", "took_s"), [(None, 3000), (900.0, 901), (10.0, 299)])
+@pytest.mark.parametrize(("timeout_s", "took_s"), [(None, 3000), (math.inf, 3000), (900.0, 901), (10.0, 299)])
 def test_a_hold_lives_until_the_llm_has_answered(timeout_s: float | None, took_s: float) -> None:
     clock = FakeClock()
     budget = Budget(escalations=1, clock=clock)

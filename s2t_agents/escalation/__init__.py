@@ -4,6 +4,8 @@ selector unsure? ──no──> its pick stands
      │yes
 pacing: worth it, with what is left? ──no──> its pick stands
      │yes
+do the candidates differ, to the LLM? ──no──> its pick stands
+     │yes
 budget holds the reservation? ──no──> refused: its pick stands (or BudgetExceeded, as the budget says)
      │yes
 LLM answers? ──no──> settle what is owed all the same, or release; failed: its pick stands

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from types import TracebackType
 
@@ -116,7 +117,9 @@ class EscalationDesk:
 def _hold_s(llm: LLMSelector) -> float:
     """Seconds that a hold lives: a question must be answered within them, or others may spend the same money."""
     deadline = getattr(llm, "timeout_s", None)
-    return max(HOLD_S, deadline + HOLD_LONGER_S) if deadline is not None else HOLD_WITHOUT_DEADLINE_S
+    if not isinstance(deadline, int | float) or not math.isfinite(deadline):
+        return HOLD_WITHOUT_DEADLINE_S
+    return max(HOLD_S, deadline + HOLD_LONGER_S)
 
 
 def _close(hold: Hold | None, owed: Charge | None) -> None:
