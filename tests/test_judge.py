@@ -207,7 +207,7 @@ def test_a_reply_without_an_account_costs_what_was_held(at_start: Trigger) -> No
 
 
 @pytest.mark.parametrize("output", [-1, 10**9, 10**16])
-def test_an_account_that_can_not_be_believed_costs_what_was_held(output: int, at_start: Trigger) -> None:
+def test_an_account_that_cannot_be_believed_costs_what_was_held(output: int, at_start: Trigger) -> None:
     usage, budget = {**USAGE, "output_tokens": output}, Budget(llm_tokens=10**6)
     report = answer(judge(first_shown, usage=usage, price=None), at_start, budget)[0].escalation
     assert report is not None
