@@ -147,7 +147,7 @@ class Budget:
     @property
     def run(self) -> object:
         """What the root, its views and all budgets below them share, and no others: tells runs apart."""
-        return self._owed
+        return self._meter.owed
 
     @property
     def windowed(self) -> bool:
