@@ -11,6 +11,7 @@ from langchain_core.messages import BaseMessage, SystemMessage
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 
 from .engine.grammar import CompiledGrammar, Vocabulary, check_reply, check_tools, json_grammar, tool_grammar
+from .engine.rules import CHOICES, functions_of
 from .errors import BadSchema, ConfigError
 from .models.loading import first_line
 from .tool_calls import PlainText, ToolCallParser
@@ -24,7 +25,8 @@ class Request:
 
     Attributes:
         tools: in OpenAI's form.
-        tool_choice: "auto", "any", "none" or a tool's name.
+        tool_choice: "auto", "any" or "none".
+        tool: name of the one tool to call, which goes before ``tool_choice``; None leaves it open.
         parallel: whether there may be several calls in one answer.
         reply: JSON schema of an answer that is no call; None permits any text.
         told: whether the prompt shows ``reply``: with "json_object" the user's own words describe it.
@@ -32,6 +34,7 @@ class Request:
 
     tools: tuple[Mapping[str, Any], ...] = ()
     tool_choice: str = "auto"
+    tool: str | None = None
     parallel: bool = True
     reply: Mapping[str, Any] | None = None
     told: bool = False
@@ -46,12 +49,13 @@ class Request:
         Raises:
             ConfigError: an unknown response format.
         """
-        choice = chosen_tool(call.get("tool_choice"))
+        choice, tool = chosen_tool(call.get("tool_choice"))
         parallel = call.get("parallel_tool_calls")
         reply, told = _wanted_reply(call.get("response_format"))
         return cls(
             tools=tuple(call.get("tools") or ()),
             tool_choice=choice,
+            tool=tool,
             parallel=choice == "auto" if parallel is None else bool(parallel),
             reply=reply,
             told=told,
@@ -60,7 +64,9 @@ class Request:
     @property
     def key(self) -> str:
         """Equal for requests with the same grammar."""
-        return json.dumps([self.tools, self.tool_choice, self.parallel, self.reply], sort_keys=True, default=str)
+        return json.dumps(
+            [self.tools, self.tool_choice, self.tool, self.parallel, self.reply], sort_keys=True, default=str
+        )
 
     def check(self) -> None:
         """Find what can not work without any model.
@@ -69,7 +75,8 @@ class Request:
             BadSchema: a malformed tool, or a schema that no grammar can express.
             ConfigError: a tool choice that fits no tool.
         """
-        check_tools(self.tools, self.tool_choice)
+        check_tools(self.tools)
+        check_tools(self._callable, self.tool_choice)
         if self.reply is not None:
             check_reply(self.reply)
 
@@ -81,7 +88,21 @@ class Request:
         """
         if self.reply is not None and not self.may_call:
             return json_grammar(words, self.reply)
-        return tool_grammar(words, self.tools, self.tool_choice, parallel=self.parallel, reply=self.reply)
+        several = self.parallel and self.tool is None
+        return tool_grammar(words, self._callable, self.tool_choice, parallel=several, reply=self.reply)
+
+    @property
+    def _callable(self) -> Sequence[Mapping[str, Any]]:
+        """The tools that may be called: all, or the one that was named."""
+        if self.tool is None:
+            return self.tools
+        named = functions_of(self.tools, "auto")
+        if self.tool in named:
+            return [{"type": "function", "function": named[self.tool]}]
+        raise ConfigError(
+            f"tool_choice={self.tool!r} fits no tool (tools: {', '.join(map(repr, named)) or 'none bound'}).",
+            hint='Use "auto", "any", "none" or a tool\'s name.',
+        )
 
     @property
     def may_call(self) -> bool:
@@ -126,16 +147,19 @@ def openai_tools(tools: Sequence[Any], *, strict: bool | None) -> list[dict[str,
     return made
 
 
-def chosen_tool(choice: Any) -> str:
-    """A tool choice as "auto", "any", "none" or a tool's name."""
+def chosen_tool(choice: Any) -> tuple[str, str | None]:
+    """A tool choice as "auto", "any" or "none", and the name of the one tool to call.
+
+    A bare word is the mode where it is one; OpenAI's mapping names any tool, also one that is called "auto".
+    """
     if isinstance(choice, Mapping):
-        kind = choice.get("type")
         named = choice.get("function", choice)
         name = named.get("name") if isinstance(named, Mapping) else None
-        return str(name if name is not None else chosen_tool(kind))
+        return ("any", str(name)) if name is not None else chosen_tool(choice.get("type"))
     if choice is None or isinstance(choice, bool):
-        return "any" if choice else "auto"
-    return "any" if choice == "required" else str(choice)
+        return "any" if choice else "auto", None
+    word = "any" if choice == "required" else str(choice)
+    return (word, None) if word in CHOICES else ("any", word)
 
 
 def _wanted_reply(wanted: Any) -> tuple[Mapping[str, Any] | None, bool]:

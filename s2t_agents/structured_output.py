@@ -13,6 +13,7 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from .errors import BadSchema, ConfigError
+from .models.loading import first_line
 
 Method = Literal["function_calling", "json_schema", "json_mode"]
 
@@ -48,7 +49,8 @@ def structured(
     told = {"kwargs": {"method": method, "strict": strict}, "schema": _json_schema(schema, None)}
     if method == "function_calling":
         name = convert_to_openai_tool(schema)["function"]["name"]
-        bound = model.bind_tools([schema], tool_choice=name, strict=strict, ls_structured_output_format=told)
+        only: Any = {"type": "function", "function": {"name": name}}
+        bound = model.bind_tools([schema], tool_choice=only, strict=strict, ls_structured_output_format=told)
         return _parsed(bound, _call_parser(schema, name), include_raw)
     wanted = _json_schema(schema, strict)
     response_format = (
@@ -64,7 +66,10 @@ def _json_schema(schema: dict[str, Any] | type, strict: bool | None) -> dict[str
     try:
         return convert_to_json_schema(schema, strict=strict)
     except (ValueError, TypeError, KeyError) as error:
-        raise BadSchema(f"This is no output schema: {str(schema)[:200]} ({error}).") from error
+        raise BadSchema(
+            f"This is no output schema: {str(schema)[:200]} ({first_line(error)}).",
+            hint='Give a pydantic class, a TypedDict or a JSON schema with a "title".',
+        ) from error
 
 
 def _call_parser(schema: dict[str, Any] | type, name: str) -> Runnable[Any, Any]:

@@ -12,9 +12,11 @@ from pydantic import BaseModel, Field
 from pydantic.v1 import BaseModel as OldBaseModel
 
 from s2t_agents import ChatS2T, Ledger
+from s2t_agents.engine.grammar import vocabulary
+from s2t_agents.errors import BadSchema, ConfigError
 from s2t_agents.models.language_model import LanguageModel
 from s2t_agents.request import Request
-from s2t_agents.testing import tiny_model
+from s2t_agents.testing import tiny_model, tiny_tokenizer
 
 
 def chat(**settings: Any) -> ChatS2T:
@@ -134,6 +136,53 @@ def test_a_forced_choice_is_exactly_one_call(choice: Any) -> None:
     assert len(answer.tool_calls) == 1
     assert answer.response_metadata["finish_reason"] == "tool_calls"
     assert answer.text == ""
+
+
+def auto(x: int) -> int:
+    """Drive a car."""
+    return x
+
+
+@pytest.mark.parametrize(
+    ("choice", "mode", "only"),
+    [
+        (None, "auto", None),
+        ("auto", "auto", None),
+        ("any", "any", None),
+        ({"type": "auto"}, "auto", None),
+        ("add", "any", "add"),
+        ({"type": "function", "function": {"name": "auto"}}, "any", "auto"),
+        ({"type": "tool", "name": "auto"}, "any", "auto"),
+    ],
+)
+def test_a_tool_may_be_called_like_a_choice(choice: Any, mode: str, only: str | None) -> None:
+    """A bare word is the choice; only OpenAI's mapping can name such a tool."""
+    request = Request.of(chat().bind_tools([auto, add], tool_choice=choice).kwargs)
+    assert (request.tool_choice, request.tool) == (mode, only)
+    grammar = request.compile(vocabulary(tiny_tokenizer())).source
+    legal = [name for name in ("auto", "add") if f'\\"name\\": \\"{name}\\"' in grammar]
+    assert legal == ([only] if only else ["auto", "add"])
+
+
+@pytest.mark.parametrize("name", ["auto", "any", "none", "required"])
+def test_a_schema_may_be_called_like_a_choice(name: str) -> None:
+    schema = {"title": name, "description": "d", "type": "object", "properties": {"x": {"type": "boolean"}}}
+    schema["required"] = ["x"]
+    assert set(chat(max_tokens=64).with_structured_output(schema).invoke("hello")) == {"x"}
+
+
+def test_a_named_tool_that_is_not_there_is_refused() -> None:
+    for choice in ("auto", "subtract"):
+        named = {"type": "function", "function": {"name": choice}}
+        with pytest.raises(ConfigError, match=f"tool_choice='{choice}' fits no tool \\(tools: 'add'\\)"):
+            chat().bind_tools([add], tool_choice=named)
+
+
+@pytest.mark.parametrize("method", ["function_calling", "json_schema", "json_mode"])
+def test_what_is_no_schema_is_told_in_one_line(method: Any) -> None:
+    with pytest.raises(BadSchema, match='with a "title"') as refused:
+        chat().with_structured_output({"type": "object", "properties": {"x": {"type": "integer"}}}, method=method)
+    assert "\n" not in str(refused.value)
 
 
 def test_several_forced_calls_are_for_those_who_ask() -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..errors import BadSchema, ConfigError
 from ..tool_calls import tag_ids
 from .closing import ClosingOrder
-from .rules import arguments_of, auto_start, call_rules, functions_of, json_rule, reply_of, said
+from .rules import CHOICES, arguments_of, auto_start, call_rules, functions_of, json_rule, reply_of, said
 from .schemas import heaviest
 
 Mask = npt.NDArray[np.bool_]
@@ -319,7 +319,7 @@ def tool_grammar(
     functions = functions_of(tools, tool_choice)
     if tool_choice == "none" or not functions:
         return CompiledGrammar(words, f"start: said\n{said(words)}", margin=4, what="text")
-    named = tool_choice in functions
+    named = tool_choice not in CHOICES
     chosen = [functions[tool_choice]] if named else list(functions.values())
     schemas = [arguments_of(function) for function in chosen]
     for function, schema in zip(chosen, schemas, strict=True):  # one by one, so that an error names the tool

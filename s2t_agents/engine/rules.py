@@ -13,11 +13,14 @@ from .schemas import SPELLING, closed, parameters_of
 if TYPE_CHECKING:
     from .grammar import Vocabulary
 
+CHOICES = ("auto", "any", "none")
+"""Tool choices that name no tool."""
+
 
 def functions_of(tools: Sequence[Mapping[str, Any]], tool_choice: str) -> dict[str, dict[str, Any]]:
     """The tools' functions by name, once the choice fits them."""
     functions = {function["name"]: function for function in map(_function, tools)}
-    if tool_choice not in ("auto", "any", "none", *functions) or (tool_choice == "any" and not functions):
+    if tool_choice not in (*CHOICES, *functions) or (tool_choice == "any" and not functions):
         known = ", ".join(map(repr, functions)) or "none bound"
         raise ConfigError(
             f"tool_choice={tool_choice!r} fits no tool (tools: {known}).",
