@@ -16,7 +16,7 @@ after_model   puts cost and budget in the state; a refusal under "ask" interrupt
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Annotated, Any, NotRequired
 
@@ -118,8 +118,8 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
     def before_agent(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
         """Open the budgets; a thread resumed in a new process gets back what it had spent."""
         mine, _ = self._mine()
-        _carry_over(mine, state.get("s2t_budget"))
-        return {"s2t_budget": _snapshot(mine), "s2t_question": None, "s2t_declined": False, "s2t_final": False}
+        known = _brought_back(mine, state.get("s2t_budget"))
+        return {"s2t_budget": known, "s2t_question": None, "s2t_declined": False, "s2t_final": False}
 
     async def abefore_agent(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
         """As :meth:`before_agent`."""
@@ -138,7 +138,8 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
             return {"s2t_final": True}
         names = " and ".join(_UNITS[unit] for unit in spent)
         text = f"The budget {mine.path!r} is spent ({names}), so this run ends here."
-        return {"jump_to": "end", "messages": [AIMessage(text)], "s2t_budget": _snapshot(mine)}
+        known = _brought_back(mine, state.get("s2t_budget"))
+        return {"jump_to": "end", "messages": [AIMessage(text)], "s2t_budget": known}
 
     @hook_config(can_jump_to=["end"])
     async def abefore_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any] | None:
@@ -174,11 +175,12 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
             return {
                 "s2t_question": None,
                 "s2t_declined": not _allowed_more(mine, question),
-                "s2t_budget": _snapshot(mine),
+                "s2t_budget": _brought_back(mine, state.get("s2t_budget")),
                 "jump_to": "model",
             }
-        cost = _added_cost(state.get("s2t_cost_usd"), state["messages"][-1])
-        return {"s2t_budget": _snapshot(mine), **({"s2t_cost_usd": cost} if cost else {})}
+        cost = _added_cost(state.get("s2t_cost_usd"), _last_answer(state["messages"]))
+        known = _brought_back(mine, state.get("s2t_budget"))
+        return {"s2t_budget": known, **({"s2t_cost_usd": cost} if cost else {})}
 
     @hook_config(can_jump_to=["model"])
     async def aafter_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
@@ -199,9 +201,7 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
             mine = mine.view(on_exhausted="degrade")
         prepared = request.override(model_settings={**request.model_settings, "s2t_budget": mine, "s2t_agent": agent})
         if last:
-            prepared = _with_note(
-                prepared.override(tools=[]), "The budget is nearly spent: give your final answer now."
-            )
+            prepared = _with_note(prepared.override(tools=[]), _LAST)
         elif self.tell_model:
             prepared = _with_note(prepared, _told(mine))
         return mine, prepared
@@ -239,20 +239,32 @@ def _snapshot(mine: Budget) -> dict[str, Any]:
     return {"path": mine.path, **mine.state().as_dict(), "available": available}
 
 
-def _carry_over(mine: Budget, before: Mapping[str, Any] | None) -> None:
-    """Book what a checkpoint says this agent had spent, where its meter knows of nothing: it died with its process."""
+def _brought_back(mine: Budget, before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The budget now, with what a checkpoint says this agent had spent: its meter may have died with its process.
+
+    Past a deadline nothing can be booked; then the state keeps what it says, until more seconds let it be booked.
+    """
+    spent = _forgotten(mine, before)
+    if spent is None or before is None:
+        return _snapshot(mine)
+    try:
+        mine.reserve(Amount(spent.usd if spent.usd is None else Decimal(0))).settle(spent)
+    except BudgetExceeded:
+        return {**_snapshot(mine), "spent": before["spent"]}
+    return _snapshot(mine)
+
+
+def _forgotten(mine: Budget, before: Mapping[str, Any] | None) -> Amount | None:
+    """What a checkpoint knows of and the meter does not; None where the meter knows of anything itself."""
     if not before or before.get("path") != mine.path or mine.windowed:
-        return
-    if any(mine.state().spent.get(unit) for unit in _COUNTED):
-        return
-    usd, escalations, tokens = (_number(before["spent"].get(unit)) for unit in _COUNTED)
-    spent = Amount(usd, int(escalations), int(tokens))
-    if spent != Amount(Decimal(0)):
-        mine.reserve(Amount(Decimal(0))).settle(spent)
-
-
-def _number(value: Any) -> Decimal:
-    return Decimal(str(value or 0))
+        return None
+    now = mine.state()
+    if now.unpriced or any(now.spent.get(unit) for unit in _COUNTED):
+        return None
+    usd, escalations, tokens = (before["spent"].get(unit, 0) for unit in _COUNTED)
+    known = Decimal(0) if usd is None and mine.in_dollars else usd
+    spent = Amount(None if known is None else Decimal(known), int(escalations), int(tokens))
+    return None if spent == Amount(Decimal(0)) else spent
 
 
 def _used_up(mine: Budget) -> list[str]:
@@ -273,10 +285,15 @@ def _with_note(request: ModelRequest[Any], note: str) -> ModelRequest[Any]:
     return request.override(system_message=SystemMessage([*system.content, {"type": "text", "text": note}]))
 
 
-def _added_cost(before: Mapping[str, str | None] | None, message: Any) -> dict[str, str | None] | None:
+def _last_answer(messages: Sequence[Any]) -> AIMessage | None:
+    """The model's; with ``ToolStrategy`` the result of a tool stands behind it."""
+    return next((message for message in reversed(messages) if isinstance(message, AIMessage)), None)
+
+
+def _added_cost(before: Mapping[str, str | None] | None, message: AIMessage | None) -> dict[str, str | None] | None:
     """The running cost with one more answer's own report; None where it reports nothing."""
-    cost = getattr(message, "response_metadata", {}).get("s2t", {}).get("cost_usd")
-    if not isinstance(message, AIMessage) or not isinstance(cost, Mapping):
+    cost = message.response_metadata.get("s2t", {}).get("cost_usd") if message else None
+    if not isinstance(cost, Mapping):
         return None
     total: dict[str, str | None] = {}
     for part in ("local", "llm", "total"):

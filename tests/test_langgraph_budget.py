@@ -8,14 +8,16 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from budget_support import FakeClock
 from langchain.agents import create_agent
+from langchain.agents.structured_output import ToolStrategy
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command
-from pydantic import Field
+from pydantic import BaseModel, Field
 from s2t_agents.integrations.langgraph import BudgetMiddleware
 
 from s2t_agents.budget import Amount, Budget, SQLiteStore
@@ -121,6 +123,64 @@ def test_a_resumed_thread_keeps_what_it_spent(tmp_path: Any) -> None:
         stored = BudgetMiddleware(Budget(store=SQLiteStore(path)), **limits)
         state = agent_on(Spender(each=2), stored, checkpointer=saver).invoke(HI, in_thread("stored"))
         assert state["messages"][-1].text == expected
+
+
+def test_a_thread_resumed_after_its_deadline_goes_on_and_its_spending_is_not_forgotten() -> None:
+    saver = InMemorySaver()
+    limits: Any = {"per_thread": {"escalations": 3}}
+    agent = agent_on(Spender(each=2), BudgetMiddleware(Budget(seconds=60), **limits), checkpointer=saver)
+    agent.invoke(HI, in_thread("a"))
+    budget = Budget(seconds=60, clock=(clock := FakeClock()))
+    clock.advance(61)
+    after_restart = agent_on(Spender(each=2), BudgetMiddleware(budget, **limits), checkpointer=saver)
+    late = after_restart.invoke(HI, in_thread("a"))
+    assert late["messages"][-1].text == "asked 0"
+    assert late["s2t_budget"]["spent"]["escalations"] == 2
+    budget.extend(seconds=60)
+    assert after_restart.invoke(HI, in_thread("a"))["messages"][-1].text == "asked 1"
+    assert budget.state().spent["escalations"] == 3
+
+
+def test_more_seconds_bring_the_spending_back_before_the_model_goes_on() -> None:
+    saver = InMemorySaver()
+    limits: Any = {"per_thread": {"escalations": 3}}
+    agent = agent_on(Spender(each=2), BudgetMiddleware(Budget(seconds=60), **limits), checkpointer=saver)
+    agent.invoke(HI, in_thread("a"))
+    budget = Budget(seconds=60, on_exhausted="ask", clock=(clock := FakeClock()))
+    clock.advance(61)
+    after_restart = agent_on(Spender(each=1), BudgetMiddleware(budget, **limits), checkpointer=saver)
+    assert after_restart.invoke(HI, in_thread("a"))["__interrupt__"][0].value["unit"] == "seconds"
+    done = after_restart.invoke(Command(resume={"seconds": 60}), in_thread("a"))
+    assert done["messages"][-1].text == "asked 1"
+    assert done["s2t_budget"]["spent"]["escalations"] == 3
+
+
+def test_dollars_that_nobody_knew_stay_unknown_after_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "ASK_LLM", Amount(None, 1, 50))
+    saver = InMemorySaver()
+    agent_on(Spender(), BudgetMiddleware(Budget()), checkpointer=saver).invoke(HI, in_thread("a"))
+    for _ in range(2):  # twice in one process: it is brought back once
+        resumed = agent_on(Spender(each=0), BudgetMiddleware(budget := Budget()), checkpointer=saver)
+        resumed.invoke(HI, in_thread("a"))
+        state = resumed.invoke(HI, in_thread("a"))
+        assert state["s2t_budget"]["spent"] == {"usd": None, "escalations": 1, "llm_tokens": 50}
+        assert budget.state().unpriced == 1
+
+
+class Verdict(BaseModel):
+    """What was found."""
+
+    x: int
+
+
+def test_the_cost_of_an_answer_given_as_a_tool_call_counts_too() -> None:
+    verdict = AIMessage("", tool_calls=[{"name": "Verdict", "args": {"x": 1}, "id": "2"}])
+    agent = agent_on(
+        Spender(script=[call_look(), verdict]), BudgetMiddleware(Budget()), response_format=ToolStrategy(Verdict)
+    )
+    state = agent.invoke(HI, in_thread("a"))
+    assert state["structured_response"] == Verdict(x=1)
+    assert state["s2t_cost_usd"] == {"local": "0.002", "llm": "0.02", "total": "0.022"}
 
 
 def test_the_model_can_be_told_what_is_left() -> None:
