@@ -7,6 +7,7 @@ Hermes tool calls get tools, calls and results as text (``hermes``), so that one
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,10 @@ _ROLES = ((SystemMessage, "system"), (HumanMessage, "user"), (AIMessage, "assist
 _TEXT_BLOCKS = {"text", "text-plain"}
 _CALL_BLOCKS = {"tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "input_json_delta", "function_call"}
 _THOUGHT_BLOCKS = {"reasoning": "reasoning", "thinking": "thinking"}
+_SILENT_BLOCKS = {*_CALL_BLOCKS, *_THOUGHT_BLOCKS, "redacted_thinking"}
+
+_Calls = dict[str, list[tuple[str, str]]]
+"""LangChain's id of a call, which some providers use again, to our ids and tool names: those not answered yet."""
 
 
 def to_template(messages: Sequence[BaseMessage]) -> list[Turn]:
@@ -42,7 +47,8 @@ def to_template(messages: Sequence[BaseMessage]) -> list[Turn]:
     """
     if not messages:
         raise InputError("There are no messages.", hint="Pass at least one HumanMessage.")
-    calls: dict[str, tuple[str, str]] = {}  # LangChain's id -> our id, tool name
+    calls: _Calls = {}
+    numbers = itertools.count(1)
     turns: list[Turn] = []
     for at, message in enumerate(messages):
         role = next((role for kind, role in _ROLES if isinstance(message, kind)), None)
@@ -51,7 +57,7 @@ def to_template(messages: Sequence[BaseMessage]) -> list[Turn]:
             raise InputError(f"{where} can not be rendered.", hint="Use System-, Human-, AI- and ToolMessages.")
         turn: Turn = {"role": role, "content": check_text(_text_of(message, where), where)}
         if isinstance(message, AIMessage):
-            turn |= _said_besides(message, calls)
+            turn |= _said_besides(message, calls, numbers)
         elif isinstance(message, ToolMessage):
             turn |= _answered(message, calls, where)
         turns.append(turn)
@@ -62,7 +68,7 @@ def _text_of(message: BaseMessage, where: str) -> str:
     content: Any = message.content
     if content is None or isinstance(content, str):
         return content or ""
-    silent = _CALL_BLOCKS | set(_THOUGHT_BLOCKS) if isinstance(message, AIMessage) else set()
+    silent = _SILENT_BLOCKS if isinstance(message, AIMessage) else set()
     texts = []
     for block in content:
         if isinstance(block, str):
@@ -80,18 +86,20 @@ def _text_of(message: BaseMessage, where: str) -> str:
     return "".join(texts)
 
 
-def _said_besides(message: AIMessage, calls: dict[str, tuple[str, str]]) -> Turn:
+def _said_besides(message: AIMessage, calls: _Calls, numbers: Iterator[int]) -> Turn:
     """Tool calls and reasoning of an assistant turn; the calls are entered under the ids they were made with."""
     made: list[tuple[str | None, str, Any]] = [(c["id"], c["name"], c["args"]) for c in message.tool_calls]
     made += [
         (broken["id"], broken["name"] or "unknown", {"invalid_arguments": broken["args"] or ""})
         for broken in message.invalid_tool_calls
     ]
+    entered: _Calls = {}
     told = []
     for call_id, name, args in made:
-        own = f"call{len(calls) + 1:05d}"
-        calls[call_id if call_id is not None else own] = (own, name)
+        own = f"call{next(numbers):05d}"
+        entered.setdefault(own if call_id is None else call_id, []).append((own, name))
         told.append({"type": "function", "id": own, "function": {"name": name, "arguments": args}})
+    calls |= entered  # an id of an earlier turn means this turn's call from here on
     blocks = [block for block in message.content or () if isinstance(block, dict)]
     thought = "".join(
         str(block.get(_THOUGHT_BLOCKS[block["type"]]) or "") for block in blocks if block.get("type") in _THOUGHT_BLOCKS
@@ -100,14 +108,16 @@ def _said_besides(message: AIMessage, calls: dict[str, tuple[str, str]]) -> Turn
     return ({"tool_calls": told} if told else {}) | ({"reasoning_content": thought} if thought else {})
 
 
-def _answered(message: ToolMessage, calls: Mapping[str, tuple[str, str]], where: str) -> Turn:
+def _answered(message: ToolMessage, calls: _Calls, where: str) -> Turn:
+    """Whose result it is; calls of one id are answered in the order they were made."""
     if message.tool_call_id not in calls:
         known = ", ".join(map(repr, calls)) or "none at all"
         raise InputError(
             f"{where} answers tool call {message.tool_call_id!r}, which no earlier AIMessage made (calls: {known}).",
             hint="Keep the AIMessage with that call in the history.",
         )
-    own, name = calls[message.tool_call_id]
+    same = calls[message.tool_call_id]
+    own, name = same.pop(0) if len(same) > 1 else same[0]
     return {"tool_call_id": own, "name": message.name or name}
 
 

@@ -16,7 +16,7 @@ from langchain_core.messages import (
 from templates import FAMILIES, SPEAKS_HERMES, family
 
 from s2t_agents.errors import ConfigError, ContextOverflow, InputError
-from s2t_agents.messages import PromptEncoder, to_template
+from s2t_agents.messages import PromptEncoder, _one_call_each, to_template
 
 ENCODERS = {name: PromptEncoder(family(name)) for name in FAMILIES}
 WEATHER = {
@@ -178,6 +178,45 @@ def test_prompts_do_not_depend_on_random_call_ids():
         return ENCODERS["qwen2_5"].encode(history)
 
     assert prompt("call_123") == prompt("<|im_end|>")
+
+
+def test_ids_that_a_provider_uses_again_are_told_apart():
+    history = [HumanMessage("x")]
+    for turn in range(3):
+        call = {"name": "f", "args": {"turn": turn}, "id": "call_0"}
+        history += [AIMessage("", tool_calls=[call]), ToolMessage(f"result {turn}", tool_call_id="call_0")]
+    turns = to_template(history)
+    made = [(call["id"], call["function"]["arguments"]["turn"]) for t in turns for call in t.get("tool_calls", ())]
+    assert made == [("call00001", 0), ("call00002", 1), ("call00003", 2)]
+    results = [(turn["tool_call_id"], turn["content"]) for turn in turns if turn["role"] == "tool"]
+    assert results == [("call00001", "result 0"), ("call00002", "result 1"), ("call00003", "result 2")]
+
+
+@pytest.mark.parametrize("ids", [("a", "b", "b"), ("b", "b", "b")])
+def test_calls_of_one_turn_under_one_id_get_their_results_in_order(ids):
+    calls = [{"name": name, "args": {}, "id": call_id} for name, call_id in zip("fgh", ids, strict=True)]
+    unanswered = AIMessage("", tool_calls=[{"name": "old", "args": {}, "id": "b"}])
+    results = [ToolMessage(call["name"], tool_call_id=call["id"]) for call in calls]
+    turns = to_template([HumanMessage("x"), unanswered, AIMessage("", tool_calls=calls), *results])[3:]
+    assert [(turn["name"], turn["content"]) for turn in turns] == [("f", "f"), ("g", "g"), ("h", "h")]
+    assert [turn["tool_call_id"] for turn in turns] == ["call00002", "call00003", "call00004"]
+
+
+def test_a_strict_template_shows_each_result_with_its_call_under_one_id():
+    calls = [{"name": "weather", "args": {"city": city}, "id": "same"} for city in ("Paris", "Rome")]
+    results = [ToolMessage(text, tool_call_id="same") for text in ("sunny", "wet")]
+    said = ENCODERS["gemma"].render([HumanMessage("x"), AIMessage("", tool_calls=calls), *results], [WEATHER])
+    assert said.index("Paris") < said.index("Rome") < said.index("sunny") < said.index("wet")
+    single = _one_call_each(to_template([HumanMessage("x"), AIMessage("", tool_calls=calls), *results]))
+    assert [turn["content"] for turn in single if turn["role"] == "tool"] == ["sunny", "wet"]
+    assert [turn["role"] for turn in single] == ["user", "assistant", "tool", "assistant", "tool"]
+
+
+def test_thoughts_that_a_provider_hides_are_silent():
+    message = AIMessage([{"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "hi"}])
+    assert to_template([HumanMessage("q"), message])[1] == {"role": "assistant", "content": "hi"}
+    with pytest.raises(InputError, match="'redacted_thinking' content block"):
+        to_template([HumanMessage([{"type": "redacted_thinking", "data": "x"}])])
 
 
 def test_broken_calls_stay_visible_and_can_be_answered():
