@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from .tool_calls import CLOSE, OPEN
 
 Turn = dict[str, Any]
 
+RESPONSE_END = "</tool_response>"
+
+_RESPONSE_END = re.compile(r"<\s*/(\s*tool_response\b)", re.IGNORECASE)
 _CALL = f'{OPEN}\n{{"name": <function name>, "arguments": <object of arguments>}}\n{CLOSE}'
 
 
@@ -31,7 +35,12 @@ def call_text(call: Mapping[str, Any]) -> str:
 
 def result_text(content: str) -> str:
     """One tool result, as it stands in a user turn."""
-    return f"<tool_response>\n{content}\n</tool_response>"
+    return f"<tool_response>\n{kept_inside(content)}\n{RESPONSE_END}"
+
+
+def kept_inside(content: str) -> str:
+    """A tool result that cannot close its frame: what came behind it would read as the user's own words."""
+    return _RESPONSE_END.sub(r"<\\/\1", content)
 
 
 def as_text(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) -> list[Turn]:

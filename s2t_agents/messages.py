@@ -217,6 +217,8 @@ class PromptEncoder:
     def _shielded(self, turn: Turn) -> Turn:
         shield = self._safe.shield
         safe = dict(turn)
+        if turn["role"] == "tool" and self._frames_in_letters:
+            safe["content"] = hermes.kept_inside(turn["content"])
         if turn["role"] == "assistant" and "reasoning_content" not in turn:
             safe |= _thought_apart(turn["content"])
         if "tool_calls" in turn:
@@ -238,6 +240,11 @@ class PromptEncoder:
                 **self._template_args,
             )
         )
+
+    @cached_property
+    def _frames_in_letters(self) -> bool:
+        """Whether the template frames a tool's result with tags that are ordinary letters to the tokenizer."""
+        return self.speaks_hermes and hermes.RESPONSE_END not in self._tokenizer.get_added_vocab()
 
     @cached_property
     def takes_system(self) -> bool:
