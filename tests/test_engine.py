@@ -1,6 +1,10 @@
 """The engine: greedy is transformers' greedy, selection stays among the candidates, nothing runs ahead."""
 
+import gc
 from collections.abc import Sequence
+from operator import attrgetter
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from s2t_agents.escalation import Escalation
 from s2t_agents.models import LanguageModel
 from s2t_agents.proposal import Proposal
 from s2t_agents.selectors import HeadSelector, LocalLLM
+from s2t_agents.selectors.drift import DriftWatch
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always, never
 from s2t_agents.types import Sampling, Step
@@ -157,6 +162,34 @@ def test_nothing_is_computed_before_it_is_asked_for_and_closing_stops_the_model(
     assert forwards == [5, 1]
     steps.close()
     assert (forwards, llm.closed) == ([5, 1], 1)
+
+
+LOCKS = ["slm.owner._mutex", "slm.past._lock", "slm.live._lock", "gate._mutex", "drift._lock", "llm.idle._lock"]
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_an_abandoned_generation_may_be_collected_in_any_block_of_ours(name: str) -> None:
+    """Garbage collection runs at any allocation, and closes the generator on the spot."""
+    model = tiny_model()
+    llm = LocalLLM(model)
+    drift = DriftWatch(SimpleNamespace(trigger_rate_ci95=(0.0, 1.0), escalation_rate_ci95=(0.0, 1.0)))  # type: ignore[arg-type]
+    engine = Engine(model, trigger=always(), escalation=Escalation(llm, margin=1.0), drift=drift)
+    gc.collect()
+    abandoned: dict[str, Any] = {"steps": engine.steps(PROMPT, Sampling(max_tokens=5))}
+    abandoned["itself"] = abandoned
+    next(abandoned["steps"])
+    del abandoned
+    lock = attrgetter(name)(SimpleNamespace(slm=model, llm=llm, gate=engine.gate, drift=drift))
+
+    def collect() -> None:
+        with lock:
+            gc.collect()
+
+    thread = Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert (engine.gate._running, len(model.live), len(llm.idle)) == (0, 0, 1)
 
 
 def test_the_stop_token_is_the_last_step() -> None:

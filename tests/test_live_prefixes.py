@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Event, Thread
+from time import sleep
 
 import pytest
 import torch
 
 from s2t_agents.engine.steps import Engine
+from s2t_agents.models import live_prefixes
 from s2t_agents.models.kv import KVCache
 from s2t_agents.models.language_model import LanguageModel
 from s2t_agents.models.live_prefixes import LivePrefixes
@@ -123,6 +125,25 @@ def test_a_reader_that_fails_holds_nobody_up(model: LanguageModel, monkeypatch: 
         assert second.result(timeout=30) == (expected, 0)
     reader.join()
     assert len(errors) == 1
+
+
+def test_who_waits_leaves_the_readers_time_to_the_reader(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are compared once on the way in and once when the shared part is there, not over and over."""
+    compared: list[int] = []
+    common = live_prefixes.common
+    monkeypatch.setattr(live_prefixes, "common", lambda *both: compared.append(1) or common(*both))
+    live = model.live
+    first, _, _ = live.enter([*SYSTEM, 7], None)
+    first.cache = model.new_cache()
+    with ThreadPoolExecutor(1) as pool, first:
+        second = pool.submit(live.enter, [*SYSTEM, 8], None)
+        sleep(0.5)
+        model.step(torch.tensor(SYSTEM), first.cache)  # type: ignore[arg-type]
+        entry, _, length = second.result(timeout=10)
+    assert length == len(SYSTEM)
+    assert len(compared) <= 4
+    live.leave(first)
+    live.leave(entry)
 
 
 def test_a_consumer_that_pauses_before_its_prompt_is_read_holds_nobody_up(model: LanguageModel) -> None:

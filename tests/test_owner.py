@@ -215,6 +215,21 @@ def test_selections_share_forwards_with_each_other_and_with_steps(name: str, mon
     assert any(forward.count(4) > 1 for forward in seen)
 
 
+def test_an_exclusive_turn_leaves_the_thread_to_whoever_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short step lets it go; but another may be about to hand it a forward."""
+    model = tiny_model("qwen3")
+    rested: list[bool] = []
+    monkeypatch.setattr(model.owner._team, "rest", lambda: rested.append(True))
+    monkeypatch.setattr(model.owner, "_long_s", 60.0)  # every step is short
+    prefix = Prefix(model)
+    prefix.extend([1, 2])
+    with model.lock:
+        prefix.extend([3])
+    assert not rested
+    prefix.extend([4])
+    assert rested
+
+
 def test_a_forward_takes_no_more_candidates_than_it_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     patient(monkeypatch)
     monkeypatch.setattr("s2t_agents.models.owner.CANDIDATES", 10)

@@ -6,6 +6,7 @@ import gc
 import random
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMe
 from langchain_core.runnables import RunnableLambda
 
 from s2t_agents import ChatS2T, Engine
+from s2t_agents.models import prefix_cache
 from s2t_agents.models.kv import KVCache
 from s2t_agents.models.language_model import LanguageModel
 from s2t_agents.models.packed import Segment
@@ -125,6 +127,24 @@ def test_nothing_is_kept_at_a_limit_of_nothing_and_the_oldest_goes_first(model: 
         past.keep(ids, filled(model, ids))
     assert past.take(list(range(21)))[1] == 0
     assert past.take(list(range(50, 71)))[1] == 20
+
+
+def test_what_a_collected_generation_keeps_in_mid_search_does_no_harm(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, other = list(range(20)), list(range(50, 70))
+    past = PrefixCache(limit_bytes=filled(model, [1]).nbytes)
+    past.keep(ids, filled(model, ids))
+    common, collected = prefix_cache.common, [filled(model, other)]
+
+    def collecting(one: Any, two: Any) -> int:
+        if collected:
+            past.keep(other, collected.pop())  # there is room for one of them only
+        return common(one, two)
+
+    monkeypatch.setattr(prefix_cache, "common", collecting)
+    assert past.take([*ids, 1])[1] == 20
+    assert len(past) == 1
 
 
 def test_the_beginning_of_a_longer_entry_is_not_kept_twice(model: LanguageModel) -> None:

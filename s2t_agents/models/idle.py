@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Sequence
 
 from .prefix import Prefix
@@ -13,12 +12,13 @@ class IdlePrefixes:
     """A few prefixes whose generations ended, found again by what they share. Safe under threads.
 
     Args:
-        limit: how many are kept; the oldest goes.
+        limit: how many are kept, at least 1; the oldest goes.
     """
 
     def __init__(self, limit: int) -> None:
-        self._prefixes: deque[Prefix] = deque(maxlen=limit)
-        self._lock = threading.Lock()
+        self._limit = limit
+        self._prefixes: list[Prefix] = []  # replaced, never changed: see PrefixCache
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._prefixes)
@@ -36,10 +36,10 @@ class IdlePrefixes:
             best = max(mine, key=lambda prefix: prefix.shared(ids), default=None)
             if best is None or best.shared(ids) < sharing:
                 return None
-            self._prefixes.remove(best)
+            self._prefixes = [prefix for prefix in self._prefixes if prefix is not best]
             return best
 
     def keep(self, prefix: Prefix) -> None:
         """Take a prefix over; nobody else uses it any more."""
         with self._lock:
-            self._prefixes.append(prefix)
+            self._prefixes = [*self._prefixes, prefix][-self._limit :]

@@ -22,7 +22,10 @@ from .kv import KVCache
 from .prefix_cache import WORTH, PrefixCache, common
 
 LOOK_S = 0.002
-"""Seconds between looks at how far a reader has come."""
+"""Seconds between looks at how far a reader has come, at first."""
+
+LATE = 0.05
+"""And later, as a share of the time that was waited: more looks would take the reader's own time."""
 
 START_S = 0.1
 """Seconds that a generation has to begin reading; one whose consumer pauses before that is not waited for."""
@@ -63,8 +66,19 @@ class Live:
     def offers(self, wanted: NDArray[np.int64]) -> int:
         """Leading tokens of ``wanted`` that it holds, or will soon."""
         length = common(self.ids, wanted)
-        coming = self.reading or time.monotonic() < self.begun + START_S
-        return length if coming else min(length, self.read)
+        return length if self.coming else min(length, self.read)
+
+    @property
+    def coming(self) -> bool:
+        """Whether more tokens are being read, or will be in a moment."""
+        return self.reading or time.monotonic() < self.begun + START_S
+
+    def wait_for(self, length: int) -> None:
+        """Returns when so many tokens are read, or are not to be expected for now."""
+        started = time.monotonic()
+        while self.coming and self.read < length:
+            if self.over.wait(max(LOOK_S, LATE * (time.monotonic() - started))):
+                return
 
     def copy(self, length: int) -> KVCache | None:
         """The KV of the first ``length`` tokens; None where they are not all read, or forgotten after a failure."""
@@ -85,7 +99,7 @@ class LivePrefixes:
     def __init__(self, past: PrefixCache, kind: type[KVCache]) -> None:
         self._past, self._kind = past, kind
         self._entries: list[Live] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # garbage collection may end a generation inside a block of ours
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -106,15 +120,15 @@ class LivePrefixes:
         while True:
             with self._lock:
                 best, length = self._longest(prompt[:-1], scope)
-                if best is None or length < self._past.longest(ids, scope) + WORTH:
+                if best is None or length < self._past.longest(prompt, scope) + WORTH:
                     self._entries.append(entry)
                     break
                 copy = best.copy(length)
                 if copy is not None:
                     self._entries.append(entry)
                     return entry, copy, length
-            best.over.wait(LOOK_S)
-        return entry, *self._past.take(ids, scope)
+            best.wait_for(length)
+        return entry, *self._past.take(prompt, scope)
 
     def leave(self, entry: Live) -> None:
         """Its generation has ended; who waited for it looks elsewhere."""
@@ -124,7 +138,7 @@ class LivePrefixes:
 
     def _longest(self, wanted: NDArray[np.int64], scope: str | None) -> tuple[Live | None, int]:
         """Who shares most of a prompt; among equals who has read most of it."""
-        mine = [(entry.offers(wanted), entry.read, entry) for entry in self._entries if entry.scope == scope]
+        mine = [(entry.offers(wanted), entry.read, entry) for entry in tuple(self._entries) if entry.scope == scope]
         if not (mine and self._kind.front_stays and self._past.limit_bytes):
             return None, 0
         length, _, entry = max(mine, key=lambda each: each[:2])

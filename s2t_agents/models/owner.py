@@ -100,10 +100,13 @@ class Owner:
         return ticket.result()
 
     def pause(self) -> None:
-        """A generation has ended."""
-        with self._mutex:
-            if not self._led:
-                self._team.pause()
+        """A generation has ended. A hint: garbage collection may give it inside any block of this very thread."""
+        if self._mutex.acquire(blocking=False):
+            try:
+                if not self._led:
+                    self._team.pause()
+            finally:
+                self._mutex.release()
 
     def _settle(self, ticket: Ticket) -> None:
         """Returns when the ticket is done, by this thread's lead or by another's."""
@@ -150,6 +153,7 @@ class Owner:
     def _run(self, tickets: Sequence[Ticket], parts: Sequence[Part]) -> None:
         """One forward; if it fails, one by one, so that only the guilty learns of it."""
         brief = all(ticket.brief for ticket in tickets)
+        leading = not self._lock._is_owned()  # else it is an exclusive turn, and somebody else may lead
 
         def forward() -> None:
             with self._lock:
@@ -160,7 +164,7 @@ class Owner:
                 self._took = time.monotonic() - started
 
         long = self._step_s > self._long_s
-        if long and not self._lock._is_owned():
+        if long and leading:
             self._team.apart(forward)
         else:
             self._team.here(forward)
@@ -168,7 +172,7 @@ class Owner:
                 release()
         if brief:  # a step that a selection has read already says little of the next one: hence the memory
             self._step_s = max(self._took, 0.8 * self._step_s) if self._step_s < inf else self._took
-        if self._step_s <= self._long_s:
+        if leading and self._step_s <= self._long_s:
             self._team.rest()
 
     def _together(self, tickets: Sequence[Ticket], parts: Sequence[Part]) -> bool:

@@ -5,6 +5,9 @@
 
 Shared by all generations over one model, bounded in bytes, the longest unused goes first. An entry never changes once
 it is kept: whoever takes from it gets a copy, which costs far less than reading the tokens again.
+
+Garbage collection ends abandoned generations at any allocation, inside these blocks too, and they are kept then. So the
+lock lets its own thread in again, and the list is replaced in one go: at worst what was kept in between is lost.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from .kv import KVCache
 
 LIMIT_BYTES = 512 * 2**20
 """Memory for the KV of past turns, per model."""
+
+Ids = Sequence[int] | NDArray[np.int64]
+"""Of a prompt's tokens, ``[n]``."""
 
 WORTH = 8
 """Tokens from which a common prefix is worth a copy."""
@@ -44,7 +50,7 @@ class PrefixCache:
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
         self.limit_bytes = limit_bytes
         self._entries: list[Entry] = []  # least lately used first
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -53,9 +59,9 @@ class PrefixCache:
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
         with self._lock:
-            return self._bytes()
+            return _bytes(self._entries)
 
-    def take(self, ids: Sequence[int], scope: str | None = None) -> tuple[KVCache | None, int]:
+    def take(self, ids: Ids, scope: str | None = None) -> tuple[KVCache | None, int]:
         """A copy of the KV of the longest common prefix, of all tokens but the last at most.
 
         Args:
@@ -66,23 +72,17 @@ class PrefixCache:
             The copy and its tokens; None and 0 where nothing fits.
         """
         with self._lock:
-            found, length = self._longest(ids, scope)
+            entries = self._entries
+            found, length = _longest(entries, ids, scope)
             if found is None:
                 return None, 0
-            self._entries.remove(found)
-            self._entries.append(found)
+            self._entries = [*(entry for entry in entries if entry is not found), found]
         return found.cache.clone(length), length
 
-    def longest(self, ids: Sequence[int], scope: str | None = None) -> int:
+    def longest(self, ids: Ids, scope: str | None = None) -> int:
         """How many tokens ``take`` would find."""
         with self._lock:
-            return self._longest(ids, scope)[1]
-
-    def _longest(self, ids: Sequence[int], scope: str | None) -> tuple[Entry | None, int]:
-        wanted = np.asarray(ids[:-1], dtype=np.int64)
-        mine = [(common(entry.ids, wanted), entry) for entry in self._entries if entry.scope == scope]
-        length, found = max(mine, key=lambda each: each[0], default=(0, None))
-        return (found, length) if length >= WORTH else (None, 0)
+            return _longest(self._entries, ids, scope)[1]
 
     def keep(self, ids: Sequence[int], cache: KVCache, scope: str | None = None) -> None:
         """Take over the KV of ``ids``, which nobody else may write to any more.
@@ -95,22 +95,31 @@ class PrefixCache:
         if len(ids) < WORTH or size > self.limit_bytes:
             return
         with self._lock:
-            rivals = [(entry, common(entry.ids, kept.ids)) for entry in self._entries if entry.scope == scope]
+            entries = self._entries
+            rivals = [(entry, common(entry.ids, kept.ids)) for entry in entries if entry.scope == scope]
             if any(length == len(kept.ids) for _, length in rivals):
                 return
             covered = [entry for entry, length in rivals if length == len(entry.ids)]
-            self._entries = [entry for entry in self._entries if entry not in covered]
-            while self._entries and self._bytes() + size > self.limit_bytes:
-                self._entries.pop(0)
-            self._entries.append(kept)
+            staying = [entry for entry in entries if entry not in covered]
+            while staying and _bytes(staying) + size > self.limit_bytes:
+                staying.pop(0)
+            self._entries = [*staying, kept]
 
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
             self._entries = []
 
-    def _bytes(self) -> int:
-        return sum(entry.cache.nbytes for entry in self._entries)
+
+def _longest(entries: Sequence[Entry], ids: Ids, scope: str | None) -> tuple[Entry | None, int]:
+    wanted = np.asarray(ids[:-1], dtype=np.int64)
+    mine = [(common(entry.ids, wanted), entry) for entry in entries if entry.scope == scope]
+    length, found = max(mine, key=lambda each: each[0], default=(0, None))
+    return (found, length) if length >= WORTH else (None, 0)
+
+
+def _bytes(entries: Sequence[Entry]) -> int:
+    return sum(entry.cache.nbytes for entry in entries)
 
 
 def common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:

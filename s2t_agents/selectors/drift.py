@@ -85,7 +85,7 @@ class DriftWatch:
 
     def __init__(self, calibration: Calibration, *, escalations: bool = False, fewest: int = FEWEST) -> None:
         self._calibration, self._escalations, self._fewest = calibration, escalations, fewest
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # garbage collection may end a generation inside a block of ours
         self._triggers, self._questions = LiveRate(), LiveRate()
         self._said = False
 
