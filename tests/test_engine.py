@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from s2t_agents.budget import Budget
-from s2t_agents.engine.steps import Engine
+from s2t_agents.engine.steps import Engine, nucleus
 from s2t_agents.errors import BudgetExceeded, ConfigError, ContextOverflow, EscalationFailed, InputError
 from s2t_agents.escalation import Escalation
 from s2t_agents.models import LanguageModel
@@ -236,6 +236,26 @@ def test_top_p_draws_from_the_nucleus_only() -> None:
     drawn = {next(engine.steps(PROMPT, Sampling(temperature=1.0, top_p=0.3, seed=seed))).token_id for seed in range(60)}
     assert drawn <= nucleus
     assert len(drawn) > 1
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])  # from nearly even to a few tokens that hold nearly all
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_the_nucleus_is_that_of_the_whole_vocabulary_in_order(spread: float, top_p: float) -> None:
+    probs = (spread * torch.randn(5000, generator=torch.Generator().manual_seed(3))).softmax(0)
+    ordered, order = probs.sort(descending=True)
+    beyond = ordered.cumsum(0) - ordered >= top_p
+    assert torch.equal(nucleus(probs, top_p), probs.scatter(0, order[beyond], 0.0))
+
+
+def test_top_p_orders_the_whole_vocabulary_only_where_its_head_holds_too_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    probs, sort, ordered = torch.randn(5000).softmax(0), Tensor.sort, []
+    monkeypatch.setattr(Tensor, "sort", lambda self, **options: ordered.append(len(self)) or sort(self, **options))
+    nucleus(probs, 0.2)
+    assert not ordered
+    nucleus(probs, 0.999)
+    assert ordered == [5000]
 
 
 class OneWay:

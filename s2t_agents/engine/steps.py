@@ -38,6 +38,9 @@ MAX_K = 64
 DEFAULT_ENTROPY = 0.5
 """Nats from which a step is critical where nothing was calibrated."""
 
+HEAD = 1024
+"""Tokens that top-p orders at first; the whole vocabulary only where these hold less than its mass."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -323,12 +326,19 @@ class Draw:
         """A token from the whole distribution ``[V]``, with temperature and top-p."""
         probs = (logits.cpu() / self.sampling.temperature).softmax(0)
         if self.sampling.top_p < 1:
-            ordered, order = probs.sort(descending=True)
-            beyond = ordered.cumsum(0) - ordered >= self.sampling.top_p  # keeps the token that crosses the mass
-            probs = torch.zeros_like(probs).scatter(0, order, ordered.masked_fill(beyond, 0.0))
+            probs = nucleus(probs, self.sampling.top_p)
         return int(torch.multinomial(probs, 1, generator=self._generator))
 
     def one_of(self, scores: Tensor) -> int:
         """A position among candidates' scores ``[K]``, with temperature."""
         probs = (scores.float().cpu() / self.sampling.temperature).softmax(0)
         return int(torch.multinomial(probs, 1, generator=self._generator))
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Probabilities ``[V]`` with 0 for all but the likeliest tokens that together reach ``top_p``."""
+    ordered, order = probs.topk(min(HEAD, len(probs)))
+    if ordered.sum() < top_p:
+        ordered, order = probs.sort(descending=True)
+    beyond = ordered.cumsum(0) - ordered >= top_p  # keeps the token that crosses the mass
+    return torch.zeros_like(probs).scatter(0, order, ordered.masked_fill(beyond, 0.0))
