@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from s2t_agents.models import kv
-from s2t_agents.models.kv import GRAIN, GrowingLayer, room
+from s2t_agents.models.kv import GRAIN, GrowingLayer, KVCache, room
+from s2t_agents.models.overlay import cloned_rows
 
 
 def tokens(first: int, n: int) -> Tensor:
@@ -49,6 +50,20 @@ def test_a_clone_is_its_own() -> None:
     other.update(tokens(50, 4), tokens(50, 4))
     assert torch.equal(layer.keys, tokens(0, 10))
     assert torch.equal(other.keys, torch.cat([tokens(0, 6), tokens(50, 4)], 2))
+
+
+def test_rows_of_a_clone_grow_in_place_and_leave_the_original_alone() -> None:
+    layer = GrowingLayer()
+    layer.update(tokens(0, 10), -tokens(0, 10))
+    clone = cloned_rows(KVCache([layer]), 3)
+    buffer = clone.layers[0].keys.data_ptr()
+    for at in range(20):
+        token = tokens(10 + at, 1).expand(3, -1, -1, -1)
+        keys, values = clone.update(token, -token, 0)
+    assert keys.data_ptr() == buffer  # nothing was copied
+    assert torch.equal(keys, tokens(0, 30).expand(3, -1, -1, -1))
+    assert torch.equal(values, -keys)
+    assert torch.equal(layer.keys, tokens(0, 10))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")

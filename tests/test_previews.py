@@ -38,6 +38,13 @@ def test_previews_are_the_slms_own_greedy_continuations(name: str) -> None:
     assert torch.allclose(prefix.logits, prefix_of(model, [*PROMPT, 7]).logits, atol=1e-4)
 
 
+def test_their_time_is_on_the_prefixs_meter() -> None:
+    prefix = prefix_of(tiny_model())
+    used = prefix.meter.seconds
+    continuations(prefix, [1, 2, 3], 8)
+    assert prefix.meter.seconds > used
+
+
 class Parrot:
     """A stand-in for weights: after each token comes the next of a fixed text."""
 

@@ -19,7 +19,9 @@ import torch
 from s2t_agents.engine.steps import Engine
 from s2t_agents.models import teams
 from s2t_agents.models.language_model import LanguageModel
+from s2t_agents.models.prefix import Prefix
 from s2t_agents.models.teams import Team
+from s2t_agents.selectors.previews import continuations
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import when
 from s2t_agents.types import Sampling
@@ -58,6 +60,18 @@ class Flat:
 
     def scores(self, proposal: object) -> torch.Tensor:
         return proposal.candidate_log_probs  # type: ignore[attr-defined, no-any-return]
+
+
+def test_previews_have_the_forwards_team_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = tiny_model("qwen2"), []
+    prefix = Prefix(model)
+    prefix.extend([5, 6, 7])
+    read = model.read_rows
+    monkeypatch.setattr(model, "read_rows", lambda *rest: seen.append(torch.get_num_threads()) or read(*rest))
+    with teams.serially():
+        continuations(prefix, [1, 2, 3], 4)
+        assert torch.get_num_threads() == 1
+    assert set(seen) == {2}
 
 
 def test_a_step_that_fails_leaves_the_setting_as_it_was() -> None:

@@ -84,6 +84,15 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             other.update(self.keys[..., :length, :], self.values[..., :length, :])
         return other
 
+    def repeated(self, rows: int) -> GrowingLayer:
+        """So many rows with these tokens each, ``[rows, heads, length, d]``, to grow in lockstep."""
+        other = GrowingLayer()
+        if self.is_initialized:
+            keys, values = (each.expand(rows, -1, -1, -1) for each in (self.keys, self.values))
+            other.lazy_initialization(keys, values)
+            other.update(keys, values)
+        return other
+
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, their room included."""

@@ -148,7 +148,7 @@ def _layer_of(layer: DynamicLayer, rows: Tensor) -> DynamicLayer:
 def cloned_rows(base: Cache, rows: int) -> Cache:
     """``rows`` independent copies of a cache: for branches, and for models on which the overlay is not exact."""
     if all(isinstance(layer, GrowingLayer) for layer in base.layers):
-        return rows_of(base, torch.zeros(rows, dtype=torch.long))
+        return Cache(layers=[layer.repeated(rows) for layer in base.layers])
     clone = copy.deepcopy(base)
     clone.reorder_cache(torch.zeros(rows, dtype=torch.long))  # row 0, so many times; linear layers know this too
     return clone

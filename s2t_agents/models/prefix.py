@@ -7,8 +7,8 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
+from .branches import Branches
 from .glance import Glance
 from .kv import KVCache
 from .language_model import LanguageModel
@@ -16,6 +16,7 @@ from .live_prefixes import Live
 from .lora import Lora
 from .meter import Meter
 from .overlay import cloned_rows
+from .teams import release
 
 
 class Prefix:
@@ -112,9 +113,13 @@ class Prefix:
         """
         return self.model.look_ahead(candidates, self._cache, len(self), lora, self.meter)
 
-    def branches(self, rows: int) -> Cache:
-        """So many copies of the KV, one row each, to be continued apart from this prefix."""
-        return cloned_rows(self._cache, rows)
+    @contextmanager
+    def branches(self, rows: int) -> Iterator[Branches]:
+        """So many copies, one row each, to be continued apart from this prefix; their time is on its meter."""
+        try:
+            yield Branches(self.model, cloned_rows(self._cache, rows), len(self), self.meter)
+        finally:
+            release()  # the threads that their forwards had
 
     def _roll_back(self, length: int) -> int:
         """Forget everything after ``length`` tokens; returns how many are really kept."""

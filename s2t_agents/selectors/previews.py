@@ -57,19 +57,16 @@ def continuations(
     prefix: Prefix, candidates: Sequence[int], limit: int, grammar: Constraint | None = None
 ) -> list[tuple[int, ...]]:
     """Each candidate and its greedy continuation to the end of the sentence, the answer or ``limit`` tokens."""
-    model = prefix.model
     branches = [Branch(prefix, token, grammar) for token in candidates]
-    limit = min(limit, model.context_window - len(prefix))
-    cache = prefix.branches(len(branches))
-    for read in range(1, limit):
-        if all(branch.over for branch in branches):
-            break
-        ids = torch.tensor([branch.tokens[-1:] for branch in branches], device=model.device)
-        mask = torch.ones(len(branches), len(prefix) + read, dtype=torch.long, device=model.device)
-        logits, _ = model.read_rows(ids, mask, cache, 1)
-        for branch, row in zip(branches, logits[:, -1], strict=True):
-            if not branch.over:
-                branch.follow(row)
+    limit = min(limit, prefix.model.context_window - len(prefix))
+    with prefix.branches(len(branches)) as copies:
+        for _ in range(1, limit):
+            if all(branch.over for branch in branches):
+                break
+            logits = copies.extend(torch.tensor([branch.tokens[-1] for branch in branches]))
+            for branch, row in zip(branches, logits, strict=True):
+                if not branch.over:
+                    branch.follow(row)
     return [tuple(branch.tokens) for branch in branches]
 
 
