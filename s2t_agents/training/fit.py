@@ -74,109 +74,117 @@ def fit(
         InputError: a checkpoint that does not fit.
         S2TError: the loss is no longer a number; the last checkpoint stands.
     """
-    workers = workers or Workers()
     weights = dict(selector.named_parameters())
     optimiser = torch.optim.AdamW(weights.values(), lr=settings.lr, weight_decay=settings.weight_decay)
-    per_epoch = math.ceil(len(train.sizes) / settings.batch)
-    steps = per_epoch * settings.epochs
+    training = _Training(selector, base, train, validation, settings, optimiser, workers or Workers())
     state, best = _restore(folder / CHECKPOINT, selector, optimiser)
     if best is None:
         best = _copy(selector)
-        state.best = agreement(base, validation, settings, workers)
+        state.best = training.agreement()
         state.looks.append(Look(0, float("nan"), state.best))
-    what = f"train {folder.name}"
+    what, steps = f"train {folder.name}", training.steps
     with bar(what, steps) as progress:
         progress.advance(state.step)
         while state.step < steps and state.bad_looks < settings.patience:
-            batch = _batch(len(train.sizes), state.step, per_epoch, settings)
-            _learn(selector, base, optimiser, train, batch, state, settings, steps, workers)
+            training.learn(state)
             progress.advance()
             if state.step % settings.evaluate_every == 0 or state.step == steps:
-                best = _look(selector, base, validation, state, best, settings, workers)
+                best = training.look(state, best)
                 progress.say(f"{what}  agreement {state.looks[-1].agreement:.3f} (best {state.best:.3f})")
-                if workers.first:
+                if training.workers.first:
                     _save(folder / CHECKPOINT, selector, optimiser, state, best)
     selector.load_state_dict(best)
     return state
 
 
-@torch.no_grad()
-def agreement(base: LanguageModel, objective: Objective, settings: Fit, workers: Workers) -> float:
-    """Share of all groups where the selector's best candidate is the LLM's."""
-    right = total = 0
-    units = workers.part(range(len(objective.sizes)))
-    for first in range(0, len(units), 64):
-        with autocast(base, settings.bf16):
-            for piece in objective.pieces(units[first : first + 64]):
-                right += int(agreements(piece.scores, piece.llm).sum())
-                total += len(piece.scores)
-    right_of_all, total_of_all = workers.add_up([right, total], base.device)
-    return right_of_all / total_of_all
+@dataclass(frozen=True)
+class _Training:
+    """What stays the same from step to step; see ``fit``."""
 
+    selector: nn.Module
+    base: LanguageModel
+    train: Objective
+    validation: Objective
+    settings: Fit
+    optimiser: torch.optim.Optimizer
+    workers: Workers
 
-def _learn(
-    selector: nn.Module,
-    base: LanguageModel,
-    optimiser: torch.optim.Optimizer,
-    train: Objective,
-    batch: Sequence[int],
-    state: State,
-    settings: Fit,
-    steps: int,
-    workers: Workers,
-) -> None:
-    """One optimiser step; the gradient is the mean over the batch's groups, however it was cut into pieces."""
-    groups = sum(train.sizes[unit] for unit in batch)
-    for group in optimiser.param_groups:
-        group["lr"] = settings.lr * _schedule(state.step, settings.warmup, steps)
-    optimiser.zero_grad()
-    total = 0.0
-    with autocast(base, settings.bf16):
-        for piece in train.pieces(workers.part(batch)) if workers.part(batch) else ():
-            loss = selection_loss(piece.scores, piece.llm, soft=settings.soft, temperature=settings.label_temperature)
-            (loss / groups).backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
-    workers.add_gradients(selector.parameters())
-    (total,) = workers.add_up([total], base.device)
-    norm = nn.utils.clip_grad_norm_(selector.parameters(), settings.clip)
-    if not math.isfinite(total) or not torch.isfinite(norm):
-        step = state.looks[-1].step
-        kept = f"The checkpoint of step {step} is kept. " if step else ""
-        raise S2TError(
-            f"the loss is {total} and the gradient's norm {float(norm)} at step {state.step}; nothing was changed.",
-            hint=f"{kept}Lower lr, or turn bf16 off.",
-        )
-    optimiser.step()
-    state.step += 1
-    state.loss_sum += total
-    state.groups += groups
+    @property
+    def per_epoch(self) -> int:
+        """Steps."""
+        return math.ceil(len(self.train.sizes) / self.settings.batch)
 
+    @property
+    def steps(self) -> int:
+        """Of all epochs."""
+        return self.per_epoch * self.settings.epochs
 
-def _look(
-    selector: nn.Module,
-    base: LanguageModel,
-    validation: Objective,
-    state: State,
-    best: dict[str, Tensor],
-    settings: Fit,
-    workers: Workers,
-) -> dict[str, Tensor]:
-    """Measure, and keep the weights if they are the best so far."""
-    now = agreement(base, validation, settings, workers)
-    state.looks.append(Look(state.step, state.loss_sum / max(1, state.groups), now))
-    state.loss_sum, state.groups = 0.0, 0
-    if now > state.best:
-        state.best, state.best_step, state.bad_looks = now, state.step, 0
-        return _copy(selector)
-    state.bad_looks += 1
-    return best
+    @torch.no_grad()
+    def agreement(self) -> float:
+        """Share of all held-back groups where the selector's best candidate is the LLM's."""
+        right = total = 0
+        units = self.workers.part(range(len(self.validation.sizes)))
+        for first in range(0, len(units), 64):
+            with autocast(self.base, self.settings.bf16):
+                for piece in self.validation.pieces(units[first : first + 64]):
+                    right += int(agreements(piece.scores, piece.llm).sum())
+                    total += len(piece.scores)
+        right_of_all, total_of_all = self.workers.add_up([right, total], self.base.device)
+        return right_of_all / total_of_all
 
+    def learn(self, state: State) -> None:
+        """One optimiser step; the gradient is the mean over the batch's groups, however it was cut into pieces."""
+        batch = self._batch(state.step)
+        groups = sum(self.train.sizes[unit] for unit in batch)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.settings.lr * _schedule(state.step, self.settings.warmup, self.steps)
+        self.optimiser.zero_grad()
+        loss = self._backward(batch, groups)
+        norm = nn.utils.clip_grad_norm_(self.selector.parameters(), self.settings.clip)
+        if not math.isfinite(loss) or not torch.isfinite(norm):
+            step = state.looks[-1].step
+            kept = f"The checkpoint of step {step} is kept. " if step else ""
+            raise S2TError(
+                f"the loss is {loss} and the gradient's norm {float(norm)} at step {state.step}; nothing was changed.",
+                hint=f"{kept}Lower lr, or turn bf16 off.",
+            )
+        self.optimiser.step()
+        state.step += 1
+        state.loss_sum += loss
+        state.groups += groups
 
-def _batch(units: int, step: int, per_epoch: int, settings: Fit) -> list[int]:
-    """The units of one step: a fresh order every epoch, a function of seed and step alone."""
-    epoch, at = divmod(step, per_epoch)
-    order = torch.randperm(units, generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch))
-    return order[at * settings.batch : (at + 1) * settings.batch].tolist()
+    def _backward(self, batch: Sequence[int], groups: int) -> float:
+        """The batch's gradients, and its loss, of all workers."""
+        settings, mine = self.settings, self.workers.part(batch)
+        total = 0.0
+        with autocast(self.base, settings.bf16):
+            for piece in self.train.pieces(mine) if mine else ():
+                loss = selection_loss(
+                    piece.scores, piece.llm, soft=settings.soft, temperature=settings.label_temperature
+                )
+                (loss / groups).backward()  # type: ignore[no-untyped-call]
+                total += loss.item()
+        self.workers.add_gradients(self.selector.parameters())
+        (total,) = self.workers.add_up([total], self.base.device)
+        return total
+
+    def look(self, state: State, best: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Measure, and keep the weights if they are the best so far."""
+        now = self.agreement()
+        state.looks.append(Look(state.step, state.loss_sum / max(1, state.groups), now))
+        state.loss_sum, state.groups = 0.0, 0
+        if now > state.best:
+            state.best, state.best_step, state.bad_looks = now, state.step, 0
+            return _copy(self.selector)
+        state.bad_looks += 1
+        return best
+
+    def _batch(self, step: int) -> list[int]:
+        """The units of one step: a fresh order every epoch, a function of seed and step alone."""
+        epoch, at = divmod(step, self.per_epoch)
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.train.sizes), generator=generator)
+        return order[at * self.settings.batch : (at + 1) * self.settings.batch].tolist()
 
 
 def _schedule(step: int, warmup: int, steps: int) -> float:
