@@ -97,7 +97,9 @@ def test_every_command_of_the_recipe(folder, server, data, row):
     home = folder / data
     home.mkdir()
     for part, count in (("train", 24), ("test", 4)):
-        rows = [row(at, part if at == 0 else "") for at in range(count)]  # train and test share no prompt
+        rows = [
+            row(at, part if at == 0 or part == "test" else "") for at in range(count)
+        ]  # train and test share no prompt
         (home / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = (RECIPE / "pair.toml").read_text()
     for real, tiny in (
