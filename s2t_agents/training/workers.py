@@ -1,7 +1,7 @@
 """Several processes train one selector: each scores its part of a batch, gradients are added up.
 
-``accelerate launch -m s2t_agents.cli train config.toml`` starts them; without it there is one, and nothing here costs
-anything. The sum of the parts is the gradient of the whole batch, so the number of processes does not change what is
+``torchrun --nproc_per_node 2 -m s2t_agents.cli train config.toml`` starts two (``accelerate launch`` does, too, where it
+is configured for several); without it there is one, and nothing here costs anything. The sum of the parts is the gradient of the whole batch, so the number of processes does not change what is
 learnt (beyond the order of additions).
 """
 
