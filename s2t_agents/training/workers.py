@@ -1,8 +1,8 @@
 """Several processes train one selector: each scores its part of a batch, gradients are added up.
 
-``torchrun --nproc_per_node 2 -m s2t_agents.cli train config.toml`` starts two (``accelerate launch`` does, too, where it
-is configured for several); without it there is one, and nothing here costs anything. The sum of the parts is the gradient of the whole batch, so the number of processes does not change what is
-learnt (beyond the order of additions).
+``torchrun --nproc_per_node 2 -m s2t_agents.cli train config.toml`` starts two; so does ``accelerate launch`` if it is
+configured for several. Without a launcher there is one, and nothing here costs anything. The sum of the parts is the
+gradient of the whole batch, so the number of processes does not change what is learnt (beyond the order of additions).
 """
 
 from __future__ import annotations
