@@ -39,7 +39,7 @@ def rss_mb() -> float:
 
 
 def trimmed_rss_mb() -> float | None:
-    """Resident memory once the C library has given back what is free in it; None where it can not be told to."""
+    """Resident memory once the C library has given back what is free in it; None where it cannot be told to."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         return rss_mb()

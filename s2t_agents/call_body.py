@@ -125,7 +125,7 @@ class CallBody:
             self._take_value()
 
     def _in_text(self, char: str) -> None:
-        """A character of a JSON string; a raw line break can not stand in one, so the quote never closed."""
+        """A character of a JSON string; a raw line break cannot stand in one, so the quote never closed."""
         if char in "\n\r":
             self._break("a string never closed")
         elif self._escaped:

@@ -79,7 +79,7 @@ class ChatS2T(TakesConfig):
         runtimes: engines made so far; copies of the model share them.
 
     Raises:
-        ConfigError: a setting that can not work; everything but the files is checked here, files at the first call.
+        ConfigError: a setting that cannot work; everything but the files is checked here, files at the first call.
         UnpricedModel: a dollar budget over an LLM without a price.
     """
 

@@ -1,8 +1,8 @@
 """Every error this package raises on purpose, in one tree.
 
 S2TError
-├── ConfigError (ValueError)          a setting that can not work, found before anything is loaded or spent
-│   ├── ModelNotFound                 no such model path, or the hub can not be reached
+├── ConfigError (ValueError)          a setting that cannot work, found before anything is loaded or spent
+│   ├── ModelNotFound                 no such model path, or the hub cannot be reached
 │   ├── UnsafeWeights                 pickled or corrupt weights; only safetensors are read
 │   ├── AdapterMismatch               a selector trained for another base model or tokenizer
 │   ├── TokenizerMismatch             SLM and LLM do not share one vocabulary
@@ -10,16 +10,16 @@ S2TError
 │   ├── BadLimit                      a negative, NaN, infinite or absurd limit
 │   ├── BadStore                      a budget file that is corrupt, foreign or of another version; left untouched
 │   └── BadSchema                     a tool or output schema that no grammar can express
-├── InputError (ValueError)           messages that can not be rendered
+├── InputError (ValueError)           messages that cannot be rendered
 │   └── ContextOverflow               the prompt does not fit the context window
 ├── BudgetError
 │   ├── BudgetExceeded                a reservation did not fit; nothing was spent
 │   ├── HoldClosed                    settle or release of a hold that was settled, released or expired before
-│   └── StoreUnavailable              the budget store can not be reached; nothing may be spent (retryable)
+│   └── StoreUnavailable              the budget store cannot be reached; nothing may be spent (retryable)
 ├── Overloaded                        too many generations at once; nothing has run (retryable)
-├── LedgerError                       a ledger file that is corrupt, foreign or can not be written
+├── LedgerError                       a ledger file that is corrupt, foreign or cannot be written
 └── EscalationFailed                  the LLM gave no usable answer; the caller keeps the local pick (retryable)
-    ├── EndpointDown                  its server can not be reached: no connection, no TLS, no such host
+    ├── EndpointDown                  its server cannot be reached: no connection, no TLS, no such host
     ├── EndpointBusy                  its server declined for now: 429 or 5xx; nothing was spent
     ├── EndpointRefused               its server refused the request: any other status; nothing was spent
     │   └── QuestionRefused           it refused this question (too long, say) and may take another; nothing was spent
@@ -62,7 +62,7 @@ def _revived(kind: type[S2TError], args: tuple[Any, ...], fields: dict[str, Any]
 
 
 class ConfigError(S2TError, ValueError):
-    """A setting that can not work."""
+    """A setting that cannot work."""
 
 
 class ModelNotFound(ConfigError):
@@ -94,11 +94,11 @@ class BadStore(ConfigError):
 
 
 class BadSchema(ConfigError):
-    """A JSON schema that the grammar can not express."""
+    """A JSON schema that the grammar cannot express."""
 
 
 class InputError(S2TError, ValueError):
-    """Messages that can not be rendered into a prompt."""
+    """Messages that cannot be rendered into a prompt."""
 
 
 class ContextOverflow(InputError, ContextOverflowError):
@@ -145,7 +145,7 @@ class HoldClosed(BudgetError):
 
 
 class StoreUnavailable(BudgetError):
-    """The budget store can not be reached: nothing may be spent."""
+    """The budget store cannot be reached: nothing may be spent."""
 
     retryable = True
 
@@ -157,7 +157,7 @@ class Overloaded(S2TError):
 
 
 class LedgerError(S2TError):
-    """A ledger file that is corrupt, foreign or can not be written."""
+    """A ledger file that is corrupt, foreign or cannot be written."""
 
 
 class EscalationFailed(S2TError):
@@ -167,7 +167,7 @@ class EscalationFailed(S2TError):
 
 
 class EndpointDown(EscalationFailed):
-    """The LLM's server can not be reached; nothing was spent."""
+    """The LLM's server cannot be reached; nothing was spent."""
 
 
 class EndpointBusy(EscalationFailed):

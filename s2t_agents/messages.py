@@ -42,7 +42,7 @@ def to_template(messages: Sequence[BaseMessage]) -> list[Turn]:
     ``invalid_arguments``.
 
     Raises:
-        InputError: no messages; a message or content block that can not be rendered; a tool result for a call
+        InputError: no messages; a message or content block that cannot be rendered; a tool result for a call
             that nobody made; text that is not Unicode.
     """
     if not messages:
@@ -54,7 +54,7 @@ def to_template(messages: Sequence[BaseMessage]) -> list[Turn]:
         role = next((role for kind, role in _ROLES if isinstance(message, kind)), None)
         where = f"Message {at} ({type(message).__name__})"
         if role is None:
-            raise InputError(f"{where} can not be rendered.", hint="Use System-, Human-, AI- and ToolMessages.")
+            raise InputError(f"{where} cannot be rendered.", hint="Use System-, Human-, AI- and ToolMessages.")
         turn: Turn = {"role": role, "content": check_text(_text_of(message, where), where)}
         if isinstance(message, AIMessage):
             turn |= _said_besides(message, calls, numbers)
@@ -157,10 +157,10 @@ class PromptEncoder:
             messages: the conversation.
             tools: tools in OpenAI's form, as ``convert_to_openai_tool`` makes them.
             generation_prompt: end with the opening of the assistant's turn.
-            limit: most tokens allowed; a text that can not fit is refused before it is encoded.
+            limit: most tokens allowed; a text that cannot fit is refused before it is encoded.
 
         Raises:
-            InputError: messages that can not be rendered, see ``to_template``, or that the template refuses.
+            InputError: messages that cannot be rendered, see ``to_template``, or that the template refuses.
             ContextOverflow: more than ``limit`` tokens.
         """
         if limit is not None:  # before the work of rendering

@@ -19,7 +19,7 @@ class Proposal:
         prefix: read-only here.
         k: how many candidates; fewer when fewer are legal.
         allowed: ``[V]`` bool, the tokens that the grammar permits; None permits all.
-        banned: token ids that can not be chosen at this step.
+        banned: token ids that cannot be chosen at this step.
 
     Attributes:
         logits: ``[V]`` fp32, illegal tokens at -inf.

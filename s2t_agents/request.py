@@ -69,7 +69,7 @@ class Request:
         )
 
     def check(self) -> None:
-        """Find what can not work without any model.
+        """Find what cannot work without any model.
 
         Raises:
             BadSchema: a malformed tool, or a schema that no grammar can express.

@@ -64,7 +64,7 @@ class Settings:
     concurrency: Concurrency | None = None
 
     def check(self) -> None:
-        """Find what can not work, before any file is read.
+        """Find what cannot work, before any file is read.
 
         Raises:
             ConfigError: naming the setting.
@@ -123,7 +123,7 @@ class Runtime:
         """Everything the engine needs for one answer; nothing has run yet.
 
         Raises:
-            InputError: messages that can not be rendered.
+            InputError: messages that cannot be rendered.
             ContextOverflow: they leave no room for the shortest legal answer.
             BadSchema: a schema that no grammar can express.
             ConfigError: a tool choice that fits no tool, or ``max_tokens`` that hold no legal answer.

@@ -125,7 +125,7 @@ class Sampling:
         top_p: nucleus mass, in (0, 1]; used when temperature is above 0.
         seed: of the draw; None takes a fresh one.
         max_tokens: upper limit of the completion, in tokens.
-        banned_first: token ids that can not be the first (an empty answer helps nobody).
+        banned_first: token ids that cannot be the first (an empty answer helps nobody).
     """
 
     temperature: float = 0.0

@@ -100,7 +100,7 @@ class Place:
     store: BudgetStore
     clock: FakeClock
     spec: str
-    """How another process opens the same store (``memory`` can not be)."""
+    """How another process opens the same store (``memory`` cannot be)."""
 
     def advance(self, seconds: float) -> None:
         self.clock.advance(seconds)

@@ -94,7 +94,7 @@ ORPHAN = ToolMessage("2", tool_call_id="nobody")
     [
         ([], InputError, "There are no messages"),
         ([HumanMessage("hi"), ORPHAN], InputError, "tool call 'nobody', which no earlier AIMessage made"),
-        ([ChatMessage("hi", role="narrator")], InputError, "can not be rendered"),
+        ([ChatMessage("hi", role="narrator")], InputError, "cannot be rendered"),
         ([HumanMessage([{"type": "image", "base64": "AA==", "mime_type": "image/png"}])], InputError, "'image'"),
         ([HumanMessage("a\ud800b")], InputError, "lone surrogate at character 1"),
         ([HumanMessage("a\0b")], InputError, "NUL character at position 1"),
@@ -142,6 +142,6 @@ def test_bad_text_in_tools_and_system_messages_is_refused_too(bad: str) -> None:
 
 def test_room_too_small_for_a_call_is_refused_before_the_model_runs() -> None:
     model = chat(max_tokens=4, ledger=Ledger())
-    with pytest.raises(ConfigError, match="max_tokens=4 can not hold an answer: the shortest has"):
+    with pytest.raises(ConfigError, match="max_tokens=4 cannot hold an answer: the shortest has"):
         model.bind_tools([add], tool_choice="any").invoke("hello")
     assert model.ledger.records() == []

@@ -47,7 +47,7 @@ def test_a_deepened_model_says_the_same_to_the_bit() -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     assert 2.5 < parameters(deep) / parameters(model) < 3.5
     assert torch.equal(model.model(ids).logits, deep.model(ids).logits)
-    with pytest.raises(ConfigError, match="can not be deepened"):
+    with pytest.raises(ConfigError, match="cannot be deepened"):
         deepened(model, 1000)
 
 

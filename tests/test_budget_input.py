@@ -46,7 +46,7 @@ NAN, INF = float("nan"), float("inf")
         ({"seconds": INF}, "must be from 0"),
         ({"seconds": True}, "not a number of seconds"),
         ({"seconds": "soon"}, "not a number of seconds"),
-        ({"seconds": 5, "window": Window(60)}, "can not start afresh"),
+        ({"seconds": 5, "window": Window(60)}, "cannot start afresh"),
         ({"window": "day"}, "not a Window"),
         ({"reserve_for_final": 3}, "not an Amount"),
         ({"reserve_for_final": Amount(Decimal(0), 1)}, "keeps back more escalations"),

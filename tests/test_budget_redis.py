@@ -32,7 +32,7 @@ def test_a_server_that_is_down_refuses_and_what_was_spent_is_booked_when_it_is_b
         budget = Budget(usd=1, store=store_on(server))
         hold = budget.reserve(CENT)
         server.stop()
-        with pytest.raises(StoreUnavailable, match="can not be used") as down:
+        with pytest.raises(StoreUnavailable, match="cannot be used") as down:
             budget.reserve(CENT)
         assert down.value.retryable
         with pytest.raises(StoreUnavailable):

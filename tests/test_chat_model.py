@@ -276,7 +276,7 @@ def test_pickled_corrupt_and_incomplete_weights_are_refused(tmp_path: Path) -> N
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UnsafeWeights, match="can not be read"):
+    with pytest.raises(UnsafeWeights, match="cannot be read"):
         ChatS2T(model=str(tmp_path)).invoke("hello")
     weights.unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")

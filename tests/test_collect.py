@@ -290,7 +290,7 @@ def test_answers_are_not_needed_to_collect(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"gone.jsonl can not be read"):
+    with pytest.raises(InputError, match=r"gone.jsonl cannot be read"):
         JsonlTask(tmp_path / "gone.jsonl", "numeric")
 
 

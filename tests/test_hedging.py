@@ -255,7 +255,7 @@ def test_a_host_that_swallows_connections_costs_one_connect_timeout() -> None:
         )
         asked = question()
         started = time.perf_counter()
-        with pytest.raises(EscalationFailed, match="can not be reached"):
+        with pytest.raises(EscalationFailed, match="cannot be reached"):
             llm.open().ask(asked)
         assert 1.4 < time.perf_counter() - started < 2.4  # a twin's own timeout would end at 2.5 s
         for filler in fillers:

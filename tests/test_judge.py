@@ -285,7 +285,7 @@ def lost(error: Exception) -> Exception:
         (raises(ValueError("sk-secret")), r"failed \(ValueError\)", True),
         (raises(Status(401)), "answered 401", False),
         (raises(Status(429)), "answered 429", False),
-        (raises(lost(httpx.ConnectError("refused"))), "can not be reached", False),
+        (raises(lost(httpx.ConnectError("refused"))), "cannot be reached", False),
     ],
 )
 def test_no_usable_answer_keeps_the_local_pick(

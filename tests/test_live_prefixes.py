@@ -65,7 +65,7 @@ def test_agents_that_start_together_read_their_system_prompt_once(name: str) -> 
     found = at_once(model, PROMPTS, [None] * len(PROMPTS))
     assert [ids for ids, _ in found] == expected
     reused = sorted(reused for _, reused in found)
-    shared = len(SYSTEM) if model.overlay_exact else 0  # recurrent states can not be cut
+    shared = len(SYSTEM) if model.overlay_exact else 0  # recurrent states cannot be cut
     assert reused == [0, *[shared] * (len(PROMPTS) - 1)]
 
 

@@ -280,8 +280,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
     [
         ([], "no messages"),
         ([HumanMessage([IMAGE])], "Message 0 .*'image_url' content block.*text alone"),
-        ([HumanMessage("x"), RemoveMessage(id="3")], r"Message 1 \(RemoveMessage\) can not be rendered"),
-        ([ChatMessage("x", role="robot")], r"ChatMessage\) can not be rendered"),
+        ([HumanMessage("x"), RemoveMessage(id="3")], r"Message 1 \(RemoveMessage\) cannot be rendered"),
+        ([ChatMessage("x", role="robot")], r"ChatMessage\) cannot be rendered"),
         ([HumanMessage("x"), ToolMessage("y", tool_call_id="z")], "'z', which no earlier AIMessage made"),
         ([HumanMessage("a\ud800b")], "lone surrogate at character 1"),
         ([HumanMessage("a\0b")], "NUL character at position 1"),

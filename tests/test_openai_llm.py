@@ -243,7 +243,7 @@ def test_the_key_does_not_follow_a_redirect(server: CompletionServer, llm: OpenA
         assert elsewhere.asked == []
 
 
-# ---------------------------------------------------------------------- settings that can not work
+# ---------------------------------------------------------------------- settings that cannot work
 
 
 @pytest.mark.parametrize(

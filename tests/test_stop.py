@@ -62,5 +62,5 @@ def test_after_a_stop_nothing_more_is_shown():
 
 @pytest.mark.parametrize("stops", [[""], ["ok", ""], [None]])
 def test_an_empty_stop_string_is_refused(stops):
-    with pytest.raises(ConfigError, match="can not be waited for"):
+    with pytest.raises(ConfigError, match="cannot be waited for"):
         StopStrings(stops)

@@ -229,11 +229,11 @@ def test_a_broken_settings_file_of_a_training_is_named(pair, foreign):
     ("line", "message"),
     [
         (b'{"prompt": "caf\xe9", "answer": "1"}', "is not UTF-8"),
-        (b'{"prompt": [1, 2], "answer": "1"}', "id '1' can not be used"),
-        (b'{"prompt": [{"role": "nobody", "content": "x"}], "answer": "1"}', "id '1' can not be used"),
+        (b'{"prompt": [1, 2], "answer": "1"}', "id '1' cannot be used"),
+        (b'{"prompt": [{"role": "nobody", "content": "x"}], "answer": "1"}', "id '1' cannot be used"),
         (b'{"prompt": "a", "answer": "1", "tools": "f"}', "tools must be a list of objects"),
-        (b'{"prompt": {"role": "user", "content": "x"}, "answer": "1"}', "id '1' can not be used"),
-        (b'{"prompt": 12, "answer": "1"}', "id '1' can not be used"),
+        (b'{"prompt": {"role": "user", "content": "x"}, "answer": "1"}', "id '1' cannot be used"),
+        (b'{"prompt": 12, "answer": "1"}', "id '1' cannot be used"),
         (b'{"prompt": "a", "answer": "1", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 1: not JSON"),
     ],
 )

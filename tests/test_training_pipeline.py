@@ -330,7 +330,7 @@ def test_an_on_policy_round_without_prompts_is_refused_before_its_selector_is_tr
 
 
 def test_a_missing_config_and_an_unknown_kind_are_named(folder, whole, tmp_path):
-    with pytest.raises(ConfigError, match=r"gone.toml can not be read"):
+    with pytest.raises(ConfigError, match=r"gone.toml cannot be read"):
         read_config(tmp_path / "gone.toml")
     shown = CliRunner().invoke(app, ["train", str(folder / "whole.toml"), "--kind", "published"])
     assert "no [train.published]; it has head, activated" in shown.stderr

@@ -92,7 +92,7 @@ def _spender(store: BudgetStore) -> Callable[[], None]:
 
 
 def _pings(url: str) -> Callable[[], None]:
-    """The two round trips that a pair can not do without."""
+    """The two round trips that a pair cannot do without."""
     import redis
 
     client = redis.Redis.from_url(url)

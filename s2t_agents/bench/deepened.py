@@ -36,7 +36,7 @@ def deepened(model: LanguageModel, wanted: int) -> LanguageModel:
     size = sum(p.numel() for p in last.parameters())
     extra = round((wanted - parameters(model)) / size)
     if extra < 0 or not hasattr(last, "self_attn") or not hasattr(last.self_attn, "o_proj"):
-        raise ConfigError(f"{model.name!r} with {parameters(model)} parameters can not be deepened to {wanted}.")
+        raise ConfigError(f"{model.name!r} with {parameters(model)} parameters cannot be deepened to {wanted}.")
     config = copy.deepcopy(model.model.config)
     config.num_hidden_layers = len(layers) + extra
     if getattr(config, "layer_types", None):

@@ -29,7 +29,7 @@ def run(model: LanguageModel, *, at_once: int = 8, prefix: int = 128, tokens: in
         tokens: of each answer.
 
     Returns:
-        See ``both_ways``. Reading the prompts is arithmetic, which running at once can not save.
+        See ``both_ways``. Reading the prompts is arithmetic, which running at once cannot save.
     """
     engine = Engine(model)
     prompts = [random_prompt(model, prefix, seed) for seed in range(at_once)]

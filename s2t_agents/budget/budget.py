@@ -48,7 +48,7 @@ class Budget:
 
     Reserving and settling are synchronous and quick (memory: microseconds; SQLite: a fraction of a
     millisecond; Redis: one round trip), so async code calls them directly: nothing is awaited in between,
-    and a cancelled task can not tear one.
+    and a cancelled task cannot tear one.
 
     Limits are ``usd`` (US dollars; Decimal, or a number or string that prints as one), ``escalations``,
     ``llm_tokens`` and ``seconds`` (a deadline that runs from when the budget is first made; reservations
@@ -64,8 +64,8 @@ class Budget:
         clock: the time, for the default store; tests hand in their own.
 
     Raises:
-        BadLimit: a limit that can not be meant, or other limits than the meter in the store already has.
-        StoreUnavailable: the store can not be reached.
+        BadLimit: a limit that cannot be meant, or other limits than the meter in the store already has.
+        StoreUnavailable: the store cannot be reached.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Budget:
             **limits: as for :class:`Budget`; None or left out is no limit of its own.
 
         Raises:
-            BadLimit: a limit that can not be meant, or other limits than this child already has.
+            BadLimit: a limit that cannot be meant, or other limits than this child already has.
         """
         mode = _mode(on_exhausted or self.on_exhausted)
         terms = terms_of(limits) if any(value is not None for value in limits.values()) else None
@@ -169,7 +169,7 @@ class Budget:
         Raises:
             BudgetExceeded: it does not fit; says which unit of which budget.
             UnpricedModel: ``amount.usd`` is None under a dollar limit.
-            StoreUnavailable: the store can not be reached, so nothing may be spent.
+            StoreUnavailable: the store cannot be reached, so nothing may be spent.
         """
         meter = self._meter
         if meter.priced and amount.usd is None:
@@ -254,7 +254,7 @@ class Budget:
     def __reduce__(self) -> tuple[Any, ...]:
         if not self._meter.store.shared:
             raise TypeError(
-                f"Budget {self.path!r} lives in this process's memory and can not be pickled. "
+                f"Budget {self.path!r} lives in this process's memory and cannot be pickled. "
                 "Give it a SQLiteStore or RedisStore, which processes can share."
             )
         return _opened, (self.parent, self.name, self._meter.terms, self.on_exhausted, self._meter.store, self._final)

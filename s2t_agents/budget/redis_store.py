@@ -38,7 +38,7 @@ class RedisStore:
         timeout_s: seconds to wait for the server, to connect and to answer, before refusing.
 
     Raises:
-        ConfigError: the redis package is not installed, or the URL can not be read.
+        ConfigError: the redis package is not installed, or the URL cannot be read.
     """
 
     shared = True
@@ -144,7 +144,7 @@ class RedisStore:
             return self._script(op, keys, json.dumps((op, _or_none(self._frozen_us), *args)))
         except self._error as error:
             raise StoreUnavailable(
-                f"The budget store on Redis can not be used: {error}.", hint="Nothing may be spent until it is back."
+                f"The budget store on Redis cannot be used: {error}.", hint="Nothing may be spent until it is back."
             ) from error
 
     def _script(self, op: str, keys: tuple[str, str, str], args: str) -> object:

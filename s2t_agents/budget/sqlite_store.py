@@ -43,7 +43,7 @@ class SQLiteStore:
 
     Raises:
         BadStore: the file is damaged or not a budget store (it is left as it is).
-        StoreUnavailable: it can not be opened now.
+        StoreUnavailable: it cannot be opened now.
     """
 
     shared = True
@@ -187,7 +187,7 @@ class SQLiteStore:
                         rows.execute("ROLLBACK")
                 if isinstance(error, sqlite3.Error):
                     raise StoreUnavailable(
-                        f"The budget store {self.path} can not be used: {error}.",
+                        f"The budget store {self.path} cannot be used: {error}.",
                         hint="Nothing was reserved or booked.",
                     ) from error
                 raise

@@ -49,7 +49,7 @@ def terms_of(given: LimitsGiven) -> Terms:
         raise BadLimit(f"window={window!r} is not a Window.", hint="Use PER_HOUR, PER_DAY or PER_WEEK.")
     if window is not None and seconds is not None:
         raise BadLimit(
-            f"seconds={seconds!r} is a deadline and can not start afresh with a window.",
+            f"seconds={seconds!r} is a deadline and cannot start afresh with a window.",
             hint="Put the deadline on a child budget.",
         )
     micros = None if seconds is None else micros_of(seconds, "seconds")

@@ -115,7 +115,7 @@ class CompiledGrammar:
         what: what the grammar is for, in errors.
 
     Raises:
-        BadSchema: llguidance can not express it.
+        BadSchema: llguidance cannot express it.
     """
 
     def __init__(self, words: Vocabulary, source: str, *, margin: int, what: str) -> None:
@@ -135,7 +135,7 @@ class CompiledGrammar:
         """
         if max_tokens is not None and max_tokens < self.margin and max_tokens < self.fewest_tokens:
             raise ConfigError(
-                f"max_tokens={max_tokens} can not hold an answer: the shortest has {self.fewest_tokens} tokens.",
+                f"max_tokens={max_tokens} cannot hold an answer: the shortest has {self.fewest_tokens} tokens.",
                 hint=f"Set max_tokens to {self.fewest_tokens} or more.",
             )
         return Generation(self, self._matcher.deep_copy(), max_tokens)
@@ -313,7 +313,7 @@ def tool_grammar(
         reply: schema of an answer that is no call, in place of free text.
 
     Raises:
-        BadSchema: a tool's schema that can not be expressed; the message names the tool.
+        BadSchema: a tool's schema that cannot be expressed; the message names the tool.
         ConfigError: a ``tool_choice`` that is none of these.
     """
     functions = functions_of(tools, tool_choice)
@@ -347,7 +347,7 @@ def check_reply(schema: Mapping[str, Any]) -> None:
     """Find what ``json_grammar`` would refuse, before any tokenizer is there.
 
     Raises:
-        BadSchema: the schema can not be expressed.
+        BadSchema: the schema cannot be expressed.
     """
     _check(reply_of(schema), "the output schema")
 
@@ -371,7 +371,7 @@ def json_grammar(words: Vocabulary, schema: Mapping[str, Any] | None = None) -> 
     """An answer that is one JSON value of a schema; any JSON object when there is none.
 
     Raises:
-        BadSchema: the schema can not be expressed.
+        BadSchema: the schema cannot be expressed.
     """
     ready = reply_of(schema) if schema else {"type": "object"}
     source = f"start: value\nvalue: {json_rule(ready)}\n"

@@ -290,7 +290,7 @@ def in_one_trip(*rows: Tensor) -> list[list[float]]:
 
 
 def decisive(answer: Answer) -> Tensor:
-    """``[K]``: the LLM's scores; a candidate that it gave none can not be chosen."""
+    """``[K]``: the LLM's scores; a candidate that it gave none cannot be chosen."""
     return torch.tensor([-torch.inf if score is None else score for score in answer.scores])
 
 

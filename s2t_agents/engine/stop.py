@@ -25,7 +25,7 @@ class StopStrings:
         for stop in self._stops:
             if not isinstance(stop, str) or not stop:
                 raise ConfigError(
-                    f"stop={stop!r} can not be waited for.", hint="Give strings of at least one character."
+                    f"stop={stop!r} cannot be waited for.", hint="Give strings of at least one character."
                 )
         self._held = ""
         self._stopped = False

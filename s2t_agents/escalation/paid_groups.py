@@ -135,7 +135,7 @@ def read_groups(path: str | Path, slm: LanguageModel | None = None) -> Iterator[
         slm: refuse groups of any other model.
 
     Raises:
-        InputError: the file can not be read, or a line is something else, or holds what the SLM can not read.
+        InputError: the file cannot be read, or a line is something else, or holds what the SLM cannot read.
         ConfigError: a group of another SLM.
     """
     try:

@@ -39,7 +39,7 @@ class JsonlLedger:
         path: the file; made when it does not exist. A relative one means the directory that is current now.
 
     Raises:
-        LedgerError: it exists and is something else (left as it is), or it can not be written.
+        LedgerError: it exists and is something else (left as it is), or it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:

@@ -43,7 +43,7 @@ class SQLiteLedger:
         wait_s: seconds to wait for another writer.
 
     Raises:
-        LedgerError: it exists and is something else, or damaged (left as it is), or can not be written.
+        LedgerError: it exists and is something else, or damaged (left as it is), or cannot be written.
     """
 
     def __init__(self, path: Path, wait_s: float = 10.0) -> None:
@@ -92,7 +92,7 @@ class SQLiteLedger:
             try:
                 yield GenerationRecord.model_validate_json(text)
             except ValidationError:
-                raise LedgerError(f"{self.path}: record {number} can not be read.", hint=DAMAGED) from None
+                raise LedgerError(f"{self.path}: record {number} cannot be read.", hint=DAMAGED) from None
 
     def close(self) -> None:
         """Close the file."""

@@ -34,7 +34,7 @@ class BatchPrefix:
     def __init__(self, model: LanguageModel, prompts: Sequence[Sequence[int]]) -> None:
         if not model.overlay_exact:
             raise ConfigError(
-                f"{model.name!r} has recurrent layers and can not run in bulk.", hint="Use Engine.steps one by one."
+                f"{model.name!r} has recurrent layers and cannot run in bulk.", hint="Use Engine.steps one by one."
             )
         self.model = model
         self.logits: Tensor = torch.empty(0)

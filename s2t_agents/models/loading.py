@@ -74,7 +74,7 @@ def load_weights(path: str, *, device: torch.device, dtype: torch.dtype | None, 
     except ValueError as error:
         raise ModelNotFound(f"{path!r} is no causal language model: {first_line(error)}.", hint=_where(path)) from error
     except Exception as error:
-        raise UnsafeWeights(f"the weights at {path!r} can not be read: {first_line(error)}.") from error
+        raise UnsafeWeights(f"the weights at {path!r} cannot be read: {first_line(error)}.") from error
     if report.get("missing_keys") or report.get("mismatched_keys"):
         lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise UnsafeWeights(f"the weights at {path!r} lack {len(lacking)} tensors of the config, {lacking[0]} first.")

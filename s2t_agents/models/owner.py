@@ -57,7 +57,7 @@ class Owner:
 
     Args:
         single: runs one part; the plain way, for whoever is alone.
-        packed: runs several; None where the model can not, and callers take turns.
+        packed: runs several; None where the model cannot, and callers take turns.
         lock: held during forwards; a thread that holds it already runs its steps at once, alone.
         long_s: see ``LONG_S``.
         beside: see ``BESIDE``.

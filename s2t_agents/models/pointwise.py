@@ -1,7 +1,7 @@
 """What stands between a model's products: norms, rotations, gates, softmax. As torch has it, or fused by its compiler.
 
 On a GPU a step of one token is a thousand small kernels that each do next to nothing. torch's compiler makes one of
-every function here; where it can not (no Triton, no C compiler), the function itself runs, and the log says so once.
+every function here; where it cannot (no Triton, no C compiler), the function itself runs, and the log says so once.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Prefix:
             scope: see ``PrefixCache``.
         """
         prefix = cls(model, scope)
-        if not model.overlay_exact:  # recurrent states can not be cut to a common prefix
+        if not model.overlay_exact:  # recurrent states cannot be cut to a common prefix
             yield prefix
             return
         live, cache, length = model.live.enter(prompt, scope)
@@ -124,7 +124,7 @@ class Prefix:
     def _roll_back(self, length: int) -> int:
         """Forget everything after ``length`` tokens; returns how many are really kept."""
         dropped = len(self) - length
-        if dropped and not self.model.overlay_exact:  # recurrent states can not be rolled back
+        if dropped and not self.model.overlay_exact:  # recurrent states cannot be rolled back
             self._cache, self.ids = self.model.new_cache(), []
             return 0
         if dropped:

@@ -1,6 +1,6 @@
 """Rendered prompts to token ids, so that text from outside stays text.
 
-A chat template mixes its own control tokens with strings from outside, and a tokenizer can not tell them apart
+A chat template mixes its own control tokens with strings from outside, and a tokenizer cannot tell them apart
 afterwards. So strings from outside are *shielded* before the template sees them: the first character of whatever
 could become a control token is hidden behind a marker nobody can guess. After rendering:
 
@@ -120,7 +120,7 @@ class SafeEncoder:
         return [ids_back.get(i, i) for i in ids]
 
     def fewest_tokens(self, rendered: str) -> int:
-        """A number of tokens that the text can not be encoded in less than, without encoding it."""
+        """A number of tokens that the text cannot be encoded in less than, without encoding it."""
         return len(rendered) // self._longest_token
 
     @cached_property

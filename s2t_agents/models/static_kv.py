@@ -248,4 +248,4 @@ class StaticCache(KVCache):
 
 def _only_none(value: Any) -> None:
     if value is not None:
-        raise AttributeError("the keys and values of a StaticLayer are views of its buffers and can not be set.")
+        raise AttributeError("the keys and values of a StaticLayer are views of its buffers and cannot be set.")

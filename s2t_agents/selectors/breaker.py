@@ -25,7 +25,7 @@ class CircuitBreaker:
     """One endpoint's breaker; may be shared by all who ask the same endpoint.
 
     Args:
-        failures: failed questions in a row that open it; an endpoint that can not be reached opens it at once.
+        failures: failed questions in a row that open it; an endpoint that cannot be reached opens it at once.
         cooldown_s: seconds before it is tried again, by one question alone.
         clock: seconds that never jump back.
 

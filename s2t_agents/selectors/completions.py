@@ -91,7 +91,7 @@ def parse(content: bytes, prompt_tokens: int) -> Reply:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
-        raise EscalationFailed(f"the server's reply can not be used: {where}: {first['msg']}.") from None
+        raise EscalationFailed(f"the server's reply cannot be used: {where}: {first['msg']}.") from None
     if reply.usage is not None:
         prompt, completion = reply.usage.prompt_tokens, reply.usage.completion_tokens
         if not prompt_tokens <= prompt <= 2 * prompt_tokens + SLACK:

@@ -104,7 +104,7 @@ class Endpoint:
             ) as response:
                 content = await _read(response)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
-            raise EndpointDown(f"{self.url.host} can not be reached: {self._hidden(_said(error))}.") from error
+            raise EndpointDown(f"{self.url.host} cannot be reached: {self._hidden(_said(error))}.") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise EscalationFailed(f"{self.url.host} broke off: {self._hidden(_said(error))}.") from error
         if response.status_code != 200:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 async def hedged(request: Callable[[Callable[[], None]], Coroutine[Any, Any, T]], after_s: float) -> T:
     """The first usable answer of a request and, where it is late, of a second one like it.
 
-    The clock runs from where the first has left: a connection that can not be made is not tried twice, and a queue on
+    The clock runs from where the first has left: a connection that cannot be made is not tried twice, and a queue on
     this side grows no longer. A first request that fails before its time is up has failed; nothing is put again here.
     Both have ended when this returns or raises, the one that lost by being cancelled.
 

@@ -113,7 +113,7 @@ class ChatJudge:
             chat.with_structured_output(choice_among(2), include_raw=True)
         except NotImplementedError:
             raise ConfigError(
-                f"{type(chat).__name__} has no structured output, so it can not name a continuation.",
+                f"{type(chat).__name__} has no structured output, so it cannot name a continuation.",
                 hint="Take a chat model that binds tools.",
             ) from None
 
@@ -222,10 +222,10 @@ class ChatJudge:
         if isinstance(error, (ConfigError, InputError)):  # of a ChatS2T, before it ran
             question.owe(None)
             refusal = QuestionRefused if isinstance(error, InputError) else EndpointRefused
-            return refusal(f"the judge can not take the question: {error}")
+            return refusal(f"the judge cannot take the question: {error}")
         if _never_connected(error):
             question.owe(None)
-            return EndpointDown(f"the judge can not be reached ({kind}).")
+            return EndpointDown(f"the judge cannot be reached ({kind}).")
         return EscalationFailed(f"the judge failed ({kind}).")
 
 

@@ -48,7 +48,7 @@ class LLMSelector(Protocol):
     price: Price | None
 
     def check(self, slm: LanguageModel) -> None:
-        """Refuse an SLM that it can not serve, before anything is spent.
+        """Refuse an SLM that it cannot serve, before anything is spent.
 
         Raises:
             TokenizerMismatch: their token ids differ.

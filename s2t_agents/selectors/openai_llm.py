@@ -64,7 +64,7 @@ class OpenAILLM:
         verify: as httpx takes it: True, or an ``ssl.SSLContext``.
 
     Raises:
-        ConfigError: a URL, key or time that can not work.
+        ConfigError: a URL, key or time that cannot work.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ def collect(config: CollectConfig, crew: Crew | None = None) -> Path:
         The manifest's path.
 
     Raises:
-        InputError: prompts that can not be used.
+        InputError: prompts that cannot be used.
         TokenizerMismatch: SLM and LLM do not share ids.
         ConfigError: the folder holds other rollouts.
         S2TError: the disk is full, or a model gives no numbers; whole shards are kept.

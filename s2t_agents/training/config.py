@@ -240,12 +240,12 @@ def read_config(path: Path) -> Pipeline:
     """The pipeline's settings from a TOML file.
 
     Raises:
-        ConfigError: no such file, not TOML, or settings that can not work; the message names each field.
+        ConfigError: no such file, not TOML, or settings that cannot work; the message names each field.
     """
     try:
         found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path} can not be read: {error.strerror}.", hint="Give a TOML file.") from error
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.", hint="Give a TOML file.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from error
     return checked(Pipeline, found, str(path))

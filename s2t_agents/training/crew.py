@@ -1,4 +1,4 @@
-"""Independent pieces of work, each done by one of a few processes: where one small model can not fill all cores.
+"""Independent pieces of work, each done by one of a few processes: where one small model cannot fill all cores.
 
 Shards of rollouts and trainings of several kinds are such pieces. Each process loads its own models and takes an equal
 share of this process's threads.
@@ -109,7 +109,7 @@ def _begin(threads: int, over: Event, post: Any) -> None:
 
 
 def _leave(over: Event) -> None:
-    """In the middle of a piece, when it is over; so, too, when the parent was killed, which can not say so.
+    """In the middle of a piece, when it is over; so, too, when the parent was killed, which cannot say so.
 
     Files are written whole or not at all, so nothing is left half done.
     """

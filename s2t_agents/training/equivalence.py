@@ -47,7 +47,7 @@ class MathEquivalence:
         """Whether the text's final expression equals the answer's.
 
         Raises:
-            S2TError: the judging process can not be started.
+            S2TError: the judging process cannot be started.
         """
         return equal(final_expression(answer) or as_math(answer), _said(text))
 

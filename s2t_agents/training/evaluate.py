@@ -43,7 +43,7 @@ def evaluate(config: EvaluateConfig, crew: Crew | None = None) -> EvalReport:
     Raises:
         ConfigError: no calibrated selector; a selector for another base; models that do not fit together; no folder
             can be made where ``config.out`` says.
-        InputError: prompts that can not be used.
+        InputError: prompts that cannot be used.
     """
     crew = crew or Crew()
     if config.out is not None:

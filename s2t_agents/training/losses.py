@@ -11,7 +11,7 @@ def selection_loss(scores: Tensor, llm: Tensor, *, soft: float, temperature: flo
     """Cross-entropy to the LLM's best candidate, plus ``soft`` times KL to its distribution over the candidates.
 
     The first is L_sel of the paper (arXiv 2604.26940, section 4.2). Its regulariser to the base is not needed: the
-    base's own distribution can not change.
+    base's own distribution cannot change.
 
     Args:
         scores: ``[M, K]``, log p_SLM + correction.

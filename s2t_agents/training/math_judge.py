@@ -1,6 +1,6 @@
 """math-verify in a process of its own, which is stopped when it takes too long.
 
-Its own limits are signals: they fail outside the main thread, disturb other users of the alarm, and can not stop one
+Its own limits are signals: they fail outside the main thread, disturb other users of the alarm, and cannot stop one
 long operation of C code. A process can always be ended.
 """
 
@@ -38,10 +38,10 @@ class MathJudge:
         self._worker: subprocess.Popen[str] | None = None
 
     def equal(self, gold: str, said: str) -> bool:
-        """Whether ``said`` is the same as ``gold``; no where that can not be told in time.
+        """Whether ``said`` is the same as ``gold``; no where that cannot be told in time.
 
         Raises:
-            S2TError: the worker can not be started.
+            S2TError: the worker cannot be started.
         """
         with self._lock:
             if self._worker is None:

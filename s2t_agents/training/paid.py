@@ -45,7 +45,7 @@ def read_paid(slm: LanguageModel, files: Sequence[Path], k: int) -> Paid:
         k: candidates per group; wider groups are cut, narrower ones filled up with candidates that have no chance.
 
     Raises:
-        InputError: a file that can not be read, or holds something else.
+        InputError: a file that cannot be read, or holds something else.
         ConfigError: groups of another SLM.
     """
     found = [group for file in files for group in read_groups(file, slm)]

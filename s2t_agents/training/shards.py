@@ -126,7 +126,7 @@ def open_folder(folder: Path, manifest: Manifest) -> list[int]:
 
     Raises:
         ConfigError: the folder holds rollouts of other models, prompts or settings, or nobody knows of what.
-        S2TError: it can not be written.
+        S2TError: it cannot be written.
     """
     file = folder / MANIFEST
     if file.exists():
@@ -153,7 +153,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         ModelNotFound: there is none.
-        InputError: it can not be read.
+        InputError: it cannot be read.
     """
     file = folder / MANIFEST
     if not file.is_file():
@@ -168,7 +168,7 @@ def read_shards(folder: Path) -> list[Shard]:
     """All shards of a finished folder, in order.
 
     Raises:
-        InputError: some are missing (the collection did not finish) or can not be read.
+        InputError: some are missing (the collection did not finish) or cannot be read.
     """
     manifest = read_manifest(folder)
     missing = [number for number in range(manifest.shards) if not shard_file(folder, number).exists()]

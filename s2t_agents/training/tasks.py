@@ -142,7 +142,7 @@ def _read_lines(path: Path) -> Sequence[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators inside of strings
     except OSError as error:
-        raise InputError(f"{path} can not be read: {error.strerror}.", hint="Give a JSONL file of prompts.") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}.", hint="Give a JSONL file of prompts.") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8: {error.reason} at byte {error.start}.") from error
     rows = []
@@ -187,7 +187,7 @@ def _item(row: dict[str, Any]) -> Item:
             raise TypeError("tools must be a list of objects")
     except (TypeError, ValueError, NotImplementedError) as error:
         raise InputError(
-            f"the prompt with id {row['id']!r} can not be used: {error}.",
+            f"the prompt with id {row['id']!r} cannot be used: {error}.",
             hint="A prompt is a string or a list of messages in OpenAI's format; tools are a list in the same.",
         ) from error
     return Item(row["id"], messages, tuple(tools), str(row.get("answer", "")))
