@@ -17,7 +17,12 @@ from s2t_agents.bench.targets import Verdict, at_least, targets_of
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("selectors", "escalation", "performance")))
-HARM = {"demo_large": ("demo", "all kinds"), "demo_call": ("call", "tool calls"), "demo_talk": ("talk", "small talk")}
+HARM = {
+    "demo_large": ("demo", "all kinds"),
+    "demo_seed7": ("demo", "all kinds"),
+    "demo_call": ("call", "tool calls"),
+    "demo_talk": ("talk", "small talk"),
+}
 """Stored evaluations: the task's name at the command line, and what was asked."""
 
 KINDS = ("head", "activated")
