@@ -117,11 +117,10 @@ def test_it_does_so_through_what_langchain_makes_of_the_model(wrap: str) -> None
 def test_the_call_goes_before_the_config_and_the_config_before_the_node_around_it() -> None:
     model, node, config, call = chat(), *(Budget(escalations=1, name=name) for name in ("node", "config", "call"))
     given = {"configurable": {"s2t_budget": config}}
-    spent = lambda: [budget.state().spent["escalations"] for budget in (node, config, call)]  # noqa: E731
 
     def inside(how: Callable[[], object]) -> list[object]:
         RunnableLambda(lambda _: how()).invoke("", {"configurable": {"s2t_budget": node}})
-        return spent()
+        return [budget.state().spent["escalations"] for budget in (node, config, call)]
 
     assert inside(lambda: model.invoke("hello", given, s2t_budget=call)) == [0, 0, 1]
     assert inside(lambda: model.invoke("hello", given)) == [0, 1, 1]

@@ -75,7 +75,9 @@ def test_places_that_can_not_be(tmp_path: Path) -> None:
 def test_an_empty_file_becomes_a_store(tmp_path: Path) -> None:
     path = tmp_path / "budget.db"
     path.touch()
-    Budget(usd=1, store=SQLiteStore(path)).reserve(CENT).settle(CENT)
+    budget = Budget(usd=1, store=SQLiteStore(path))
+    budget.reserve(CENT).settle(CENT)
+    assert budget.state().spent["usd"] == CENT.usd
 
 
 def test_a_file_taken_away_refuses_everything(tmp_path: Path) -> None:
