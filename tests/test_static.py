@@ -341,13 +341,13 @@ def test_a_static_step_that_says_something_else_is_found_out() -> None:
     model = eager_model()
     assert model.lean is not None
     assert model.lean_parts is not None
-    assert agrees(model.model, model.lean, StaticStep(model.lean_parts, Tape()))
+    assert agrees(model.model, model.lean_parts, StaticStep(model.lean_parts, Tape()))
 
     def stuck(body: Any) -> Any:
         outputs = body()
         return lambda: outputs
 
-    assert not agrees(model.model, model.lean, StaticStep(model.lean_parts, stuck))
+    assert not agrees(model.model, model.lean_parts, StaticStep(model.lean_parts, stuck))
 
 
 def test_on_the_cpu_nothing_of_this_is_used() -> None:

@@ -70,7 +70,7 @@ class LeanLayer:
             q, k = normed(self.q_norm, q), normed(self.k_norm, k)
         (out,) = rows.affine(self.o, rows.over(self, index, *rows.ops.turned(q, k, rows.cos, rows.sin), v))
         x, h = rows.ops.added(x, out, *norm_of(self.between))
-        (out,) = rows.affine(self.down, rows.ops.gated(*rows.affine(self.gate_up, h)))
+        (out,) = rows.affine(self.down, rows.gated(self.gate_up, h))
         return x, out
 
 
@@ -79,6 +79,9 @@ Attention = Callable[[LeanLayer, int, Tensor, Tensor, Tensor], Tensor]
 
 Affine = Callable[[Joint, Tensor], tuple[Tensor, ...]]
 """From a joint of linear modules and inputs ``[N, in]`` to the ``[N, out]`` of each module."""
+
+Gate = Callable[[Joint, Tensor], Tensor]
+"""From the joint of gate and up and inputs ``[N, in]`` to what the gate lets through, ``[N, out]``."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Rows:
         over: what the rows attend to, and where their keys and values go.
         affine: how a joint of linear modules maps them.
         ops: how all else is computed.
+        gate: in place of ``affine`` and ``ops`` in an MLP.
     """
 
     cos: Tensor
@@ -98,6 +102,11 @@ class Rows:
     over: Attention
     affine: Affine
     ops: Pointwise = PLAIN
+    gate: Gate | None = None
+
+    def gated(self, gate_up: Joint, h: Tensor) -> Tensor:
+        """The inner activations of an MLP, from ``[N, H]``."""
+        return self.ops.gated(*self.affine(gate_up, h)) if self.gate is None else self.gate(gate_up, h)
 
 
 def appending(caches: Sequence[KVCache]) -> Attention:
@@ -216,9 +225,9 @@ class LeanStep:
             x, h = rows.ops.added(*layer(index, x, h, rows), *norm_of(norm))
         return h
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``[N, V]`` in fp32, of last hidden states ``[N, H]``."""
-        (logits,) = self.linear(self._head, hidden)
+    def logits(self, hidden: Tensor, affine: Affine | None = None) -> Tensor:
+        """``[N, V]`` in fp32, of last hidden states ``[N, H]``; by ``linear`` where nothing else is given."""
+        (logits,) = (affine or self.linear)(self._head, hidden)
         return logits.float()
 
     def rotation_table(self, length: int) -> tuple[Tensor, Tensor]:

@@ -125,6 +125,18 @@ class Prepacked:
         copy = self._current(joint)
         return joint(x) if copy is None else joint.split(self._product(copy, x))
 
+    def matrix(self, joint: Joint) -> tuple[Tensor, Tensor | None] | None:
+        """Weight ``[out, in]`` and bias of all modules as one; None where they do not lie as one, row after row."""
+        copy = self._current(joint)
+        if copy is None and len(joint.modules) == 1:
+            (module,) = joint.modules
+            weight, bias = module.weight, module.bias
+        elif copy is not None and not self.laid_out:
+            weight, bias = copy.weight, copy.bias
+        else:
+            return None
+        return (weight, bias) if weight.is_contiguous() else None
+
     def whole(self, joint: Joint, x: Tensor) -> Tensor:
         """From inputs ``[N, in]`` to ``[N, out]`` of all modules in one tensor of its own."""
         copy = self._current(joint)

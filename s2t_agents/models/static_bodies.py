@@ -43,11 +43,19 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Way:
-    """How bodies are made: the layers, what is no product in them, and how they are recorded."""
+    """How bodies are made of torch's operations: the layers, what is no product in them, and how they are recorded."""
 
     lean: LeanStep
     ops: Pointwise
     record: Recorder
+
+    def stepping(self, kv: Sequence[Tensor], positions: Tensor, cos: Tensor, sin: Tensor) -> Rows:
+        """One token for each row, see ``StepAttention``; rotations ``[N, 1, d]``."""
+        return Rows(cos, sin, StepAttention(kv, positions, self.ops), self.lean.linear, self.ops)
+
+    def looking(self, kv: Sequence[Tensor], length: Tensor, cos: Tensor, sin: Tensor, affine: Affine) -> Rows:
+        """Candidates after one row, see ``LookAttention``; rotations ``[1, 1, d]``."""
+        return Rows(cos, sin, LookAttention(kv, length, self.ops), affine, self.ops)
 
 
 class Steps:
@@ -66,10 +74,9 @@ class Steps:
         self._positions = positions = torch.full_like(ids, self._spare)
 
         def body() -> tuple[Tensor, ...]:  # holds no self: a cycle would keep the KV
-            over = StepAttention(kv, positions, way.ops)
-            rows = Rows(cos[positions], sin[positions], over, way.lean.linear, way.ops)
+            rows = way.stepping(kv, positions, cos[positions], sin[positions])
             hidden = way.lean.through(ids, rows)
-            logits = way.lean.logits(hidden)
+            logits = way.lean.logits(hidden, rows.affine)
             best = logits.argmax(-1, keepdim=True)
             return logits, hidden, way.ops.glanced(logits, best, logits.gather(-1, best))
 
@@ -147,9 +154,7 @@ class Looks:
         affine = corrected(way.lean, corrections)
 
         def body() -> tuple[Tensor, ...]:
-            over = LookAttention(kv, length, way.ops)
-            rows = Rows(cos[length], sin[length], over, affine, way.ops)
-            return (way.lean.through(ids, rows),)
+            return (way.lean.through(ids, way.looking(kv, length, cos[length], sin[length], affine)),)
 
         self._play = Recorded(body, way.record)
 

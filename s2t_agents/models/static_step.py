@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache
 from .arena import Arena, Arenas
 from .candidate_rows import CandidateRows
 from .graphs import CudaGraphs, Recorder
-from .lean import LeanStep, close
+from .lean import close
 from .packed import Look, Outcome, Part, Segment
 from .pointwise import PLAIN, Pointwise, fused
 from .static_bodies import Looks, Steps, Way, state_of_all
@@ -42,6 +42,8 @@ GRAIN = 8
 
 RETRY_S = 60.0
 """Seconds that all goes the eager way once the device's memory was out; others may have given some back by then."""
+
+_WITHOUT = "steps and selections go on without captured graphs of this kind"
 
 SURE = 3
 """Tokens in a row that were the model's own choice, after which its next choice is read before anybody asks."""
@@ -80,15 +82,21 @@ class StaticStep:
         record: how bodies are recorded.
         arenas: where sequences sit.
         ops: how what is no product is computed.
+        way: of which kind bodies are.
 
     Attributes:
         failed: something could not be captured, and the eager way is taken ever since.
     """
 
     def __init__(
-        self, rows: CandidateRows, record: Recorder, arenas: Arenas | None = None, ops: Pointwise = PLAIN
+        self,
+        rows: CandidateRows,
+        record: Recorder,
+        arenas: Arenas | None = None,
+        ops: Pointwise = PLAIN,
+        way: type[Way] = Way,
     ) -> None:
-        self._rows, self._way = rows, Way(rows.step, ops, record)
+        self._rows, self._way = rows, way(rows.step, ops, record)
         self.arenas = arenas or Arenas()
         self._steps: WeakKeyDictionary[Arena, dict[tuple[int, int], Steps]] = WeakKeyDictionary()
         self._looks: WeakKeyDictionary[Arena, LooksBy] = WeakKeyDictionary()
@@ -262,13 +270,26 @@ def static_step_of(model: Any, rows: CandidateRows) -> StaticStep | None:
     """The static step of a model on CUDA, if its graphs can be captured and say what the lean step says."""
     if model.device.type != "cuda":
         return None
-    static = StaticStep(rows, CudaGraphs(model.device), ops=fused())
-    return static if agrees(model, rows.step, static) else None
+    for way in ways():
+        static = StaticStep(rows, CudaGraphs(model.device), ops=fused(), way=way)
+        if agrees(model, rows, static):
+            return static
+    return None
+
+
+def ways() -> list[type[Way]]:
+    """How a step can be made on this machine, the fastest first."""
+    try:
+        from .kernels import KernelWay
+    except ImportError as error:
+        _log.info("steps go without kernels of their own: %s", error)
+        return [Way]
+    return [KernelWay, Way]
 
 
 @torch.inference_mode()
-def agrees(model: Any, lean: LeanStep, static: StaticStep) -> bool:
-    """Two tokens after three, both ways: the second is a replay at another position."""
+def agrees(model: Any, rows: CandidateRows, static: StaticStep) -> bool:
+    """Two tokens after three, both ways: the second is a replay at another position; and candidates after them."""
     ids = torch.tensor([1, 2, 3, 4, 5], device=model.device) % model.get_input_embeddings().weight.shape[0]
     cache = StaticCache()
     model(input_ids=ids[None, :3], past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -278,8 +299,16 @@ def agrees(model: Any, lean: LeanStep, static: StaticStep) -> bool:
             return False
         ours, _ = said
         cache.crop(-1)
-        theirs, _ = lean(ids[at : at + 1], [at], [cache])
+        theirs, _ = rows.step(ids[at : at + 1], [at], [cache])
         if not close(ours, theirs[0], model.dtype):
-            _log.warning("steps go without captured graphs: their logits are not those of the eager step")
+            _log.warning("%s: the logits are not those of the eager step", _WITHOUT)
             return False
+    look = Look(ids, cache, 5)
+    looked, (eager,) = static.look_ahead(look), rows([look])
+    if looked is None:
+        return False
+    assert isinstance(eager, Tensor)
+    if not close(rows.step.logits(looked), rows.step.logits(eager), model.dtype):
+        _log.warning("%s: candidates' logits are not those of the eager way", _WITHOUT)
+        return False
     return True
