@@ -18,7 +18,7 @@ from .attribution import Caller, current_caller
 from .budget import Amount, Budget, DevicePrice
 from .errors import StoreUnavailable
 from .ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate
-from .types import Charge, Step
+from .types import Step
 
 MS = 1000.0
 _log = logging.getLogger(__name__)
@@ -180,15 +180,11 @@ def receipt(step: Step, decode: Callable[[int], str]) -> Receipt:
         wanted=step.wanted_id,
         pick=step.token_id,
         outcome=report.outcome,
-        reserved=_amount(report.reserved),
-        actual=_amount(report.actual),
+        reserved=Amount.of(report.reserved) if report.reserved else None,
+        actual=Amount.of(report.actual) if report.actual else None,
         wait_ms=report.wait_s * MS,
         reason=report.reason,
     )
-
-
-def _amount(charge: Charge | None) -> Amount | None:
-    return None if charge is None else Amount(usd=charge.usd, escalations=1, llm_tokens=charge.llm_tokens)
 
 
 def _number(usd: Decimal | None) -> float | None:

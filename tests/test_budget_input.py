@@ -14,6 +14,7 @@ from s2t_agents.budget.answers import more_from
 from s2t_agents.budget.names import meter_name
 from s2t_agents.budget.refusals import question_of
 from s2t_agents.errors import BadLimit, BudgetExceeded, ConfigError, S2TError
+from s2t_agents.types import Charge
 
 NAN, INF = float("nan"), float("inf")
 
@@ -72,6 +73,17 @@ def test_zero_is_a_limit() -> None:
 @pytest.mark.parametrize("usd", ["0.05", 0.05, Decimal("0.05"), "5e-2"])
 def test_a_limit_means_what_it_prints_as(usd: Any) -> None:
     assert Budget(usd=usd).state().limit == {"usd": Decimal("0.05")}
+
+
+def test_a_charge_is_one_escalation_of_so_many_tokens_and_dollars() -> None:
+    assert Amount.of(Charge(Decimal("0.25"), 7)) == Amount(Decimal("0.25"), escalations=1, llm_tokens=7)
+    assert Amount.of(Charge(None, 7)) == Amount(None, escalations=1, llm_tokens=7)
+
+
+@pytest.mark.parametrize("bad", [Charge(Decimal("-0.1"), 1), Charge(Decimal(10**12), 1), Charge(None, 10**16)])
+def test_a_charge_that_no_budget_can_count_is_no_amount(bad: Charge) -> None:
+    with pytest.raises(BadLimit):
+        Amount.of(bad)
 
 
 @pytest.mark.parametrize("bad", [{"usd": -1}, {"usd": NAN}, {"escalations": -1}, {"llm_tokens": 0.5}])

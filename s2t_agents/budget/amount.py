@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 from s2t_agents.budget import money
+from s2t_agents.types import Charge
 
 UNITS = ("usd", "escalations", "llm_tokens")
 
@@ -38,6 +39,17 @@ class Amount:
             object.__setattr__(self, "usd", money.dollars(self.usd, "Amount.usd"))
         money.count(self.escalations, "Amount.escalations")
         money.count(self.llm_tokens, "Amount.llm_tokens")
+
+    @classmethod
+    def of(cls, charge: Charge) -> Amount:
+        """What one escalation holds or costs, as budgets and ledgers count it.
+
+        Raises:
+            BadLimit: negative, or more than any budget can count.
+        """
+        amount = cls(usd=charge.usd, escalations=1, llm_tokens=charge.llm_tokens)
+        amount.units()  # raises what a store would raise later
+        return amount
 
     def __add__(self, other: Amount) -> Amount:
         unknown = self.usd is None or other.usd is None

@@ -77,7 +77,7 @@ class EscalationDesk:
             quote = self._session.quote(question)
             if quote is None:
                 return None, None
-            wanted = _amount(quote)
+            wanted = Amount.of(quote)
         except S2TError as error:
             return None, _report("failed", None, None, started, str(error))
         try:
@@ -86,7 +86,7 @@ class EscalationDesk:
             return None, self._refusal(error, started)
         answer, reason = self._put(question, hold, quote)
         if self._pace is not None:
-            self._pace.paid(_amount(question.owed or quote))
+            self._pace.paid(Amount.of(question.owed or quote))
         outcome = "picked" if answer is not None else "failed"
         return answer, _report(outcome, quote, question.owed, started, reason)
 
@@ -126,7 +126,7 @@ def _close(hold: Hold | None, owed: Charge | None) -> None:
     if hold is None:
         return
     with contextlib.suppress(HoldClosed, StoreUnavailable):  # lapsed: booked as overrun; store down: booked later
-        hold.settle(_amount(owed)) if owed is not None else hold.release()
+        hold.settle(Amount.of(owed)) if owed is not None else hold.release()
 
 
 def _report(
@@ -135,17 +135,11 @@ def _report(
     return EscalationReport(outcome, reserved, actual, time.perf_counter() - started, reason)  # type: ignore[arg-type]
 
 
-def _amount(charge: Charge) -> Amount:
-    amount = Amount(usd=charge.usd, escalations=1, llm_tokens=charge.llm_tokens)
-    amount.units()  # raises what a store would raise later
-    return amount
-
-
 def _countable(owed: Charge | None, quote: Charge) -> Charge | None:
     """What is owed; what was held where the LLM states a cost that no budget can count."""
     try:
         if owed is not None:
-            _amount(owed)
+            Amount.of(owed)
     except BadLimit:
         return quote
     return owed
