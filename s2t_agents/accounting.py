@@ -182,6 +182,7 @@ def receipt(step: Step, decode: Callable[[int], str]) -> Receipt:
         outcome=report.outcome,
         reserved=Amount.of(report.reserved) if report.reserved else None,
         actual=Amount.of(report.actual) if report.actual else None,
+        refused_by=report.refused_by,
         wait_ms=report.wait_s * MS,
         reason=report.reason,
     )

@@ -31,6 +31,7 @@ whether the same call may work later.
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 from langchain_core.exceptions import ContextOverflowError
@@ -128,10 +129,10 @@ class BudgetExceeded(BudgetError):
         message: str,
         *,
         unit: str,
-        limit: object,
-        spent: object,
-        held: object,
-        wanted: object,
+        limit: Decimal | int | float,
+        spent: Decimal | int | float,
+        held: Decimal | int | float,
+        wanted: Decimal | int | float,
         budget: str,
         hint: str = "",
     ) -> None:

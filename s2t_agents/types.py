@@ -46,15 +46,32 @@ class Charge:
 
 
 @dataclass(frozen=True, slots=True)
+class RefusedBy:
+    """The limit that a reservation did not fit in.
+
+    Attributes:
+        budget: the path of the budget that has it, as ``fleet/run``.
+        unit: ``"usd" | "escalations" | "llm_tokens" | "seconds"``.
+        limit: in that unit; dollars as Decimal, counts as int, seconds as float.
+    """
+
+    budget: str
+    unit: str
+    limit: Decimal | int | float
+
+
+@dataclass(frozen=True, slots=True)
 class EscalationReport:
     """One escalation, asked or refused, as the step carries it.
 
     Attributes:
         outcome: picked, refused or failed.
-        reserved: held before the LLM was asked; None when the budget refused.
+        reserved: held before the LLM was asked, or, where the budget refused, what it was asked to hold; None when
+            that was not known yet.
         actual: settled afterwards; None when nothing was spent.
         wait_s: seconds from the question to the answer.
         reason: why it was refused or failed; when the LLM picked, what else there is to know, mostly nothing.
+        refused_by: the limit that refused; None where none did, also where the budget could not be reached.
     """
 
     outcome: Outcome
@@ -62,6 +79,7 @@ class EscalationReport:
     actual: Charge | None
     wait_s: float
     reason: str = ""
+    refused_by: RefusedBy | None = None
 
 
 @dataclass(frozen=True, slots=True)

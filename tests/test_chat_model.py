@@ -11,7 +11,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, Sys
 from langchain_core.runnables import RunnableLambda
 
 from s2t_agents import Budget, ChatS2T, DevicePrice, Ledger, LocalLLM, TokenPrice
-from s2t_agents.budget import SQLiteStore
+from s2t_agents.budget import Amount, SQLiteStore
 from s2t_agents.errors import (
     BudgetExceeded,
     ConfigError,
@@ -25,6 +25,7 @@ from s2t_agents.errors import (
 from s2t_agents.escalation import Escalation
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
+from s2t_agents.types import RefusedBy
 
 S2T_KEYS = {
     "tokens",
@@ -202,6 +203,17 @@ def test_the_ledger_has_one_record_per_generation_and_a_receipt_per_escalation()
     assert first.prefix_tokens == answer.usage_metadata["input_tokens"]
     assert first.pick == first.candidates[-1].token_id != first.wanted
     assert first.actual.usd == record.cost_usd.llm / 2 - Decimal("0.0000005")  # the second read one token more
+    refused = record.receipts[2]
+    assert refused.reserved == Amount(first.reserved.usd + Decimal("0.000002"), 1, first.reserved.llm_tokens + 2)
+    assert (refused.actual, refused.refused_by) == (None, RefusedBy("run", "escalations", 2))
+
+
+def test_a_larger_budget_is_rehearsed_on_what_was_refused() -> None:
+    model = escalating(2, ledger=Ledger(), price=TokenPrice(Decimal(1), Decimal(5)))
+    model.invoke("hello")
+    [record] = model.ledger.records()
+    enough = model.ledger.what_if(Budget(escalations=99))
+    assert (enough.unknown, enough.newly_allowed, enough.allowed) == (0, record.refused, len(record.receipts))
 
 
 def test_threads_share_one_budget_without_overrun() -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from budget_support import FakeClock
@@ -13,7 +14,7 @@ from s2t_agents.errors import BudgetExceeded, ConfigError, EscalationFailed, Mod
 from s2t_agents.escalation import Escalation, Pacing
 from s2t_agents.selectors.question import Answer, Question
 from s2t_agents.testing import ScriptedLLM, last_candidate
-from s2t_agents.types import Charge
+from s2t_agents.types import Charge, RefusedBy
 
 PRICE = TokenPrice(Decimal("2"), Decimal("10"))  # USD per million tokens
 
@@ -55,6 +56,22 @@ def test_every_unit_can_refuse(limits: dict[str, object]) -> None:
     llm = ScriptedLLM(last_candidate, price=PRICE)
     assert ask(llm, Budget(**limits))[0] is None  # type: ignore[arg-type]
     assert llm.asked == []
+
+
+@pytest.mark.parametrize(
+    ("unit", "limit"), [("usd", Decimal("0.000015")), ("escalations", 0), ("llm_tokens", 3), ("seconds", 0.0)]
+)
+def test_a_refusal_says_what_was_asked_of_the_budget_and_which_limit_refused(unit: str, limit: Any) -> None:
+    agent = Budget(name="fleet", **{unit: limit}).child("agent", escalations=9)
+    report = ask(ScriptedLLM(last_candidate, price=PRICE), agent)[1]
+    assert report.refused_by == RefusedBy("fleet", unit, limit)
+    assert type(report.refused_by.limit) is type(limit)
+    assert (report.reserved, report.actual) == (Charge(Decimal("0.000016"), 4), None)
+
+
+def test_what_was_asked_of_a_budget_stays_unknown_in_dollars_where_nobody_knows_the_price() -> None:
+    report = ask(ScriptedLLM(last_candidate), Budget(usd="1"))[1]
+    assert (report.outcome, report.reserved, report.refused_by) == ("refused", Charge(None, 4), None)
 
 
 def test_a_budget_that_says_raise_raises() -> None:
@@ -121,6 +138,7 @@ def test_a_store_that_is_gone_refuses_the_escalation_with_pacing_as_without(tmp_
         answer, report = desk.ask(Question([1, 2, 3], [7, 8]))
     assert (answer, report.outcome) == (None, "refused")
     assert "was removed" in report.reason
+    assert (report.reserved, report.refused_by) == (Charge(None, 4), None)  # no limit said no
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import decimal
+import sqlite3
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
@@ -22,6 +23,7 @@ from pydantic import ValidationError
 from s2t_agents.budget import Amount, Budget
 from s2t_agents.errors import LedgerError
 from s2t_agents.ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Totals, totals_of
+from s2t_agents.types import RefusedBy
 
 usd = st.one_of(st.none(), st.integers(0, 10**15).map(lambda n: Decimal(n).scaleb(-12)))
 millis = st.one_of(st.none(), st.floats(0, 1e6))
@@ -64,9 +66,28 @@ FULL = GenerationRecord(
             actual=Amount(Decimal("0.1"), 1, 41),
             wait_ms=3.5,
         ),
-        Receipt(step=9, prefix_tokens=46, outcome="refused", reserved=Amount(Decimal("0.2"), 1, 47), reason="budget"),
+        Receipt(
+            step=9,
+            prefix_tokens=46,
+            outcome="refused",
+            reserved=Amount(Decimal("0.2"), 1, 47),
+            refused_by=RefusedBy("fleet/run", "usd", Decimal("0.30")),
+            reason="budget",
+        ),
     ),
 )
+OLD = (
+    '{"id":"old","agent":"default","thread_id":null,"run_id":null,"model":"","llm_model":null,'
+    '"started_at":"2026-01-01T00:00:00Z","finish_reason":"","prompt_tokens":0,"completion_tokens":0,"triggers":0,'
+    '"selections":0,"flips":0,"escalations":0,"refused":0,"degraded":false,"cached":false,'
+    '"cost_usd":{"local":null,"llm":null,"total":null},"latency_ms":{"queue":null,"ttft":null,"propose":null,'
+    '"select":null,"escalate":null,"grammar":null,"total":null},"budget":null,"receipts":[{"step":1,'
+    '"prefix_tokens":9,"candidates":[],"wanted":5,"pick":5,"outcome":"picked","reserved":{"usd":"0.1",'
+    '"escalations":1,"llm_tokens":10},"actual":{"usd":"0.1","escalations":1,"llm_tokens":10},"wait_ms":0.0,'
+    '"reason":""},{"step":2,"prefix_tokens":9,"candidates":[],"wanted":null,"pick":null,"outcome":"refused",'
+    '"reserved":null,"actual":null,"wait_ms":0.0,"reason":""}],"error":null,"trace_id":null}'
+)
+"""A record as it was written before a receipt said which limit refused."""
 KINDS: dict[str, Callable[[Path], Ledger]] = {
     "memory": lambda folder: Ledger(),
     "jsonl": lambda folder: Ledger.open(folder / "costs.jsonl"),
@@ -104,6 +125,39 @@ def test_json_keeps_every_digit() -> None:
     assert '"llm":"0.000000000001"' in text
     assert '"llm":"-Infinity"' in text
     assert GenerationRecord.model_validate_json(text) == FULL
+
+
+@pytest.mark.parametrize(
+    ("unit", "limit", "written"),
+    [("usd", Decimal("5"), '"5"'), ("escalations", 5, "5"), ("llm_tokens", 0, "0"), ("seconds", 5.0, "5.0")],
+)
+def test_the_limit_that_refused_is_read_back_in_its_own_kind_of_number(unit: Any, limit: Any, written: str) -> None:
+    receipt = Receipt(step=0, prefix_tokens=1, outcome="refused", refused_by=RefusedBy("run", unit, limit))
+    text = receipt.model_dump_json()
+    assert f'"refused_by":{{"budget":"run","unit":"{unit}","limit":{written}}}' in text
+    again = Receipt.model_validate_json(text).refused_by
+    assert again == receipt.refused_by
+    assert type(again.limit) is type(limit)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", ["costs.jsonl", "costs.db"])
+def test_a_ledger_written_before_receipts_said_who_refused_is_read_and_rehearsed(kind: str, tmp_path: Path) -> None:
+    if kind == "costs.jsonl":
+        (tmp_path / kind).write_text('{"s2t_ledger": 1}\n' + OLD + "\n")
+    else:
+        Ledger.open(tmp_path / kind).close()
+        with sqlite3.connect(tmp_path / kind) as file:
+            insert = "INSERT INTO records (id, started_at, agent, record) VALUES ('old', '2026-01-01', 'default', ?)"
+            file.execute(insert, (OLD,))
+    ledger = Ledger.open(tmp_path / kind)
+    [record] = ledger.records()
+    assert [(r.outcome, r.reserved is None, r.refused_by) for r in record.receipts] == [
+        ("picked", False, None),
+        ("refused", True, None),
+    ]
+    assert ledger.what_if(Budget()).unknown == 1
+    ledger.record(FULL)
+    assert ledger.records(agent="planner") == [FULL]
 
 
 @given(st.lists(records, max_size=12), st.sampled_from(["agent", "thread", "run", "day"]), st.integers(1, 28))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from dataclasses import replace
 from types import TracebackType
 
 from ..budget import Amount, Budget, Hold
 from ..errors import BadLimit, BudgetError, BudgetExceeded, HoldClosed, S2TError, StoreUnavailable, UnpricedModel
 from ..selectors.llm import LLMSelector, LLMSession
 from ..selectors.question import Answer, Question
-from ..types import Charge, EscalationReport
+from ..types import Charge, EscalationReport, Outcome, RefusedBy
 from .pacing import Pace
 from .paid_groups import PaidGroups
 
@@ -83,12 +84,11 @@ class EscalationDesk:
         try:
             hold = self._budget.reserve(wanted, ttl_s=self._hold_s) if self._budget else None
         except (BudgetExceeded, StoreUnavailable, UnpricedModel) as error:
-            return None, self._refusal(error, started)
+            return None, self._refusal(error, quote, started)
         answer, reason = self._put(question, hold, quote)
         if self._pace is not None:
             self._pace.paid(Amount.of(question.owed or quote))
-        outcome = "picked" if answer is not None else "failed"
-        return answer, _report(outcome, quote, question.owed, started, reason)
+        return answer, _report("picked" if answer else "failed", quote, question.owed, started, reason)
 
     def _put(self, question: Question, hold: Hold | None, quote: Charge) -> tuple[Answer | None, str]:
         """The answer, or the reason why there is none; the hold is closed in any case."""
@@ -108,10 +108,10 @@ class EscalationDesk:
             self._groups.add(question, answer)
         return answer, reason
 
-    def _refusal(self, error: BudgetError | UnpricedModel, started: float) -> EscalationReport:
+    def _refusal(self, error: BudgetError | UnpricedModel, quote: Charge, started: float) -> EscalationReport:
         if isinstance(error, BudgetExceeded) and self._budget is not None and self._budget.on_exhausted != "degrade":
             raise error
-        return _report("refused", None, None, started, str(error))
+        return replace(_report("refused", quote, None, started, str(error)), refused_by=_limit_of(error))
 
 
 def _hold_s(llm: LLMSelector) -> float:
@@ -129,10 +129,14 @@ def _close(hold: Hold | None, owed: Charge | None) -> None:
         hold.settle(Amount.of(owed)) if owed is not None else hold.release()
 
 
+def _limit_of(error: BudgetError | UnpricedModel) -> RefusedBy | None:
+    return RefusedBy(error.budget, error.unit, error.limit) if isinstance(error, BudgetExceeded) else None
+
+
 def _report(
-    outcome: str, reserved: Charge | None, actual: Charge | None, started: float, reason: str
+    outcome: Outcome, reserved: Charge | None, actual: Charge | None, started: float, reason: str
 ) -> EscalationReport:
-    return EscalationReport(outcome, reserved, actual, time.perf_counter() - started, reason)  # type: ignore[arg-type]
+    return EscalationReport(outcome, reserved, actual, time.perf_counter() - started, reason)
 
 
 def _countable(owed: Charge | None, quote: Charge) -> Charge | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import uuid
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
@@ -23,8 +23,8 @@ from pydantic import (
 from pydantic import model_validator as whole
 
 from s2t_agents.budget import Amount, money
+from s2t_agents.types import Outcome, RefusedBy
 
-Outcome = Literal["picked", "refused", "failed"]
 Count = Annotated[int, Field(ge=0)]
 Millis = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -43,6 +43,14 @@ def _amount_json(amount: Amount | None) -> dict[str, Any] | None:
     return {"usd": _digits(amount.usd), "escalations": amount.escalations, "llm_tokens": amount.llm_tokens}
 
 
+def _limit_json(refused_by: RefusedBy | None) -> dict[str, Any] | None:
+    if refused_by is None:
+        return None
+    limit = refused_by.limit
+    shown = _digits(limit) if isinstance(limit, Decimal) else limit
+    return {"budget": refused_by.budget, "unit": refused_by.unit, "limit": shown}
+
+
 def _storable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
@@ -52,6 +60,7 @@ Text = Annotated[str, AfterValidator(_storable)]
 DIGITS = PlainSerializer(_digits, when_used="json")
 Usd = Annotated[Decimal | None, BeforeValidator(_exact_dollars), DIGITS]
 Booked = Annotated[Amount | None, PlainSerializer(_amount_json, when_used="json")]
+Refuser = Annotated[RefusedBy | None, PlainSerializer(_limit_json, when_used="json")]
 Utc = Annotated[AwareDatetime, AfterValidator(lambda moment: moment.astimezone(UTC))]
 
 
@@ -91,6 +100,7 @@ class Receipt(Frozen):
         outcome: ``"picked"``, ``"refused"`` or ``"failed"``.
         reserved: what was (or, if refused, would have been) set aside.
         actual: what it cost; None if nothing was spent or nobody knows.
+        refused_by: the limit that refused; None where none did, the budget could not be reached, or nobody noted it.
         wait_ms: time the answer stood still for it, in ms.
         reason: why it was refused or failed, or why it was asked.
     """
@@ -103,6 +113,7 @@ class Receipt(Frozen):
     outcome: Outcome
     reserved: Booked = None
     actual: Booked = None
+    refused_by: Refuser = None
     wait_ms: Millis = 0.0
     reason: Text = ""
 
