@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from .attribution import Caller, current_caller
 from .budget import Amount, Budget, DevicePrice
 from .errors import StoreUnavailable
 from .ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate
-from .types import Step
+from .types import Asked, EscalationReport, Step
 
 MS = 1000.0
 _log = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ class Summary:
     """What one generation did, cost and took, for the message and for the ledger alike.
 
     Attributes:
-        degraded: an LLM was wanted and not heard.
+        refused: escalations that the budget refused, also where it raised.
+        degraded: an LLM was wanted for a token that came, and not heard.
         cost: USD.
         latency: milliseconds by part; ``total`` runs from the call to the moment this was taken.
         budget: as ``BudgetState.as_dict()``; None without a budget, or when its store cannot be reached.
@@ -66,12 +68,30 @@ class Account:
     steps: list[Step] = field(default_factory=list)
     _start: float = field(default_factory=time.perf_counter)
     _first: float | None = None
+    _last_asked: Asked | None = None
 
     def add(self, step: Step) -> None:
         """Count one step."""
         if self._first is None:
             self._first = time.perf_counter()
         self.steps.append(step)
+
+    def asked(self, question: Asked) -> None:
+        """Keep what became of a question: its step may never come."""
+        self._last_asked = question
+
+    @property
+    def stepless(self) -> Asked | None:
+        """The question whose step never came: the generation ended while, or because, the LLM was to be asked."""
+        last = self._last_asked
+        came = last is None or any(step.escalation is last.report for step in self.steps)
+        return None if came else last
+
+    @property
+    def reports(self) -> list[EscalationReport]:
+        """What became of every question, in their order."""
+        last = self.stepless
+        return [*(step.escalation for step in self.steps if step.escalation), *([last.report] if last else [])]
 
     @property
     def reused_tokens(self) -> int:
@@ -82,21 +102,17 @@ class Account:
         """Steps of which something is true."""
         return sum(1 for step in self.steps if true_of(step))
 
-    def escalations(self, outcome: str) -> int:
-        """Escalations with this outcome."""
-        return self.count(lambda step: step.escalation is not None and step.escalation.outcome == outcome)
-
     @cached_property
     def summary(self) -> Summary:
         """Taken when first asked for, which must be after the last step, and the same from then on."""
-        refused, failed = self.escalations("refused"), self.escalations("failed")
+        became = Counter(report.outcome for report in self.reports)
         return Summary(
             triggers=self.count(lambda step: step.triggered),
             selections=self.count(lambda step: step.picked_by in ("selector", "llm")),
             flips=self.count(lambda step: step.flipped),
-            escalations=self.escalations("picked"),
-            refused=refused,
-            degraded=refused + failed > 0,
+            escalations=became["picked"],
+            refused=became["refused"],
+            degraded=self.count(lambda step: step.escalation is not None and step.picked_by != "llm") > 0,
             cost=self._cost(),
             latency=self._latency(),
             budget=_state(self.budget),
@@ -128,17 +144,25 @@ class Account:
             completion_tokens=len(self.steps),
             cost_usd=self.summary.cost,
             latency_ms=self.summary.latency,
-            receipts=tuple(receipt(step, decode) for step in self.steps if step.escalation),
+            receipts=self._receipts(decode),
             error=error,
             trace_id=self.trace_id,
             **{key: getattr(self.summary, key) for key in _SHARED},
         )
 
+    def _receipts(self, decode: Callable[[int], str]) -> tuple[Receipt, ...]:
+        """One for every question, the last perhaps without a step."""
+        receipts = [receipt(step, decode) for step in self.steps if step.escalation]
+        if self.stepless is not None:
+            at = self.stepless.prefix_tokens - self.prompt_tokens
+            receipts.append(_receipt(self.stepless, decode, step=at))
+        return tuple(receipts)
+
     def _cost(self) -> Cost:
         """The local part prices the answer's share of the forwards that it took part in, in device-seconds."""
         seconds = sum(step.timings.compute for step in self.steps)
         local = self.device_price.cost(seconds) if self.device_price else None
-        charges = [step.escalation.actual for step in self.steps if step.escalation and step.escalation.actual]
+        charges = [report.actual for report in self.reports if report.actual]
         known = [charge.usd for charge in charges if charge.usd is not None]
         return Cost(local=local, llm=sum(known, Decimal(0)) if len(known) == len(charges) else None)
 
@@ -147,6 +171,8 @@ class Account:
             verb: sum(getattr(step.timings, verb) for step in self.steps) * MS
             for verb in ("queue", "propose", "select", "escalate", "grammar")
         }
+        if self.stepless is not None:
+            by_verb["escalate"] += self.stepless.report.wait_s * MS
         ttft = (self._first - self._start) * MS if self._first is not None else None
         return Latency(ttft=ttft, total=(time.perf_counter() - self._start) * MS, **by_verb)
 
@@ -168,17 +194,24 @@ def _state(budget: Budget | None) -> dict[str, Any] | None:
 
 def receipt(step: Step, decode: Callable[[int], str]) -> Receipt:
     """The ledger's receipt of a step's escalation."""
-    report = step.escalation
-    assert report is not None
+    assert step.escalation is not None
+    question = Asked(step.prefix_tokens, step.candidates, step.escalation)
+    return _receipt(question, decode, step=step.index, wanted=step.wanted_id, pick=step.token_id)
+
+
+def _receipt(
+    question: Asked, decode: Callable[[int], str], *, step: int, wanted: int | None = None, pick: int | None = None
+) -> Receipt:
+    report = question.report
     return Receipt(
-        step=step.index,
-        prefix_tokens=step.prefix_tokens,
+        step=step,
+        prefix_tokens=question.prefix_tokens,
         candidates=tuple(
             ReceiptCandidate(token_id=c.token_id, text=decode(c.token_id), slm=c.slm, selector=c.selector, llm=c.llm)
-            for c in step.candidates
+            for c in question.candidates
         ),
-        wanted=step.wanted_id,
-        pick=step.token_id,
+        wanted=wanted,
+        pick=pick,
         outcome=report.outcome,
         reserved=Amount.of(report.reserved) if report.reserved else None,
         actual=Amount.of(report.actual) if report.actual else None,

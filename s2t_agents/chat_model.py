@@ -375,7 +375,9 @@ class ChatS2T(TakesConfig):
         )
         watch = self.on_step
         return Generation(
-            engine.run(task.prompt, sampling, grammar=task.grammar, budget=budget, cache_scope=scope),
+            engine.run(
+                task.prompt, sampling, grammar=task.grammar, budget=budget, cache_scope=scope, on_asked=account.asked
+            ),
             account,
             parser=task.parser,
             tokenizer=engine.slm.tokenizer,

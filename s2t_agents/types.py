@@ -15,8 +15,9 @@ Picker = Literal["slm", "selector", "llm", "grammar"]
 """Who chose a token. ``grammar``: it was the only legal one, so nobody had to. Tokens that were kept with an LLM's
 pick are the SLM's own continuation of it, and carry ``slm``."""
 
-Outcome = Literal["picked", "refused", "failed"]
-"""What became of an escalation: the LLM picked, the budget refused it, or the LLM gave no usable answer."""
+Outcome = Literal["picked", "refused", "failed", "interrupted"]
+"""What became of an escalation: the LLM picked, the budget refused it, the LLM gave no usable answer, or the caller
+left (Ctrl-C, a cancelled task) before there was one."""
 
 
 class Price(Protocol):
@@ -65,12 +66,13 @@ class EscalationReport:
     """One escalation, asked or refused, as the step carries it.
 
     Attributes:
-        outcome: picked, refused or failed.
+        outcome: picked, refused, failed or interrupted.
         reserved: held before the LLM was asked, or, where the budget refused, what it was asked to hold; None when
             that was not known yet.
         actual: settled afterwards; None when nothing was spent.
         wait_s: seconds from the question to the answer.
-        reason: why it was refused or failed; when the LLM picked, what else there is to know, mostly nothing.
+        reason: why it was refused, failed or was interrupted; when the LLM picked, what else there is to know, mostly
+            nothing.
         refused_by: the limit that refused; None where none did, also where the budget could not be reached.
     """
 
@@ -80,6 +82,21 @@ class EscalationReport:
     wait_s: float
     reason: str = ""
     refused_by: RefusedBy | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question for the LLM, told as soon as it is over: its step may never come.
+
+    Attributes:
+        prefix_tokens: tokens before the step, prompt included.
+        candidates: the K candidates, best SLM first.
+        report: what became of it.
+    """
+
+    prefix_tokens: int
+    candidates: tuple[Candidate, ...]
+    report: EscalationReport
 
 
 @dataclass(frozen=True, slots=True)

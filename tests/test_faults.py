@@ -372,8 +372,8 @@ def test_an_interrupted_question_is_billed_for_what_may_have_been_done(
             self.future.cancel()
 
     server.fault = servers.hangs
-    llm, budget = dead_line(server.url, timeout_s=30.0), Budget(usd="1")
-    model = chat(llm, budget=budget)
+    llm, budget, ledger = dead_line(server.url, timeout_s=30.0), Budget(usd="1"), Ledger()
+    model = chat(llm, budget=budget, ledger=ledger)
     model.engine  # noqa: B018 - its checks come before the interruption
     monkeypatch.setattr(
         background.asyncio, "run_coroutine_threadsafe", lambda work, loop: Interrupted(real(work, loop))
@@ -382,6 +382,9 @@ def test_an_interrupted_question_is_billed_for_what_may_have_been_done(
         model.invoke("hello")
     assert budget.state().holds == 0
     assert budget.state().spent["escalations"] == 1
+    [receipt] = ledger.records()[0].receipts
+    assert (receipt.outcome, receipt.actual) == ("interrupted", receipt.reserved)
+    assert receipt.actual.usd == budget.state().spent["usd"]  # type: ignore[union-attr]
 
 
 def test_a_hung_server_does_not_keep_the_process_from_ending(server: CompletionServer) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -28,9 +28,9 @@ from ..models.teams import serially
 from ..proposal import Proposal
 from ..selectors.base import Selector, confidence_margin
 from ..selectors.drift import DriftWatch
-from ..selectors.question import Answer, Question
+from ..selectors.question import Answer, Question, candidates_of
 from ..triggers import Trigger, entropy
-from ..types import Candidate, EscalationReport, Picker, Sampling, Step, Timings
+from ..types import Asked, Candidate, EscalationReport, Picker, Sampling, Step, Timings
 from .admission import Concurrency, Gate, Place
 from .grammar import Grammar
 
@@ -135,10 +135,14 @@ class Engine:
         grammar: Grammar | None = None,
         budget: Budget | None = None,
         cache_scope: str | None = None,
+        on_asked: Callable[[Asked], None] | None = None,
     ) -> Generator[Place | Step, None, None]:
         """As ``steps``, but where it has to wait for a slot, its place in the queue comes first.
 
         The consumer may go on at once, and ``next`` blocks; or wait for ``Place.turn`` first, without a thread.
+
+        ``on_asked`` is told of every question to the LLM when it is over, before its step comes. Where the generation
+        ends with an error instead, as by an interruption, it was told of the question that has no step.
         """
         sampling = sampling or Sampling()
         self._check_prompt(prompt)
@@ -148,7 +152,11 @@ class Engine:
             queued_s = place.wait()
             with Prefix.over(self.slm, prompt, cache_scope) as prefix:
                 reused = len(prefix)
-                desk = self.escalation.open(budget, threshold=self.threshold) if self.escalation else nullcontext()
+                desk = (
+                    self.escalation.open(budget, threshold=self.threshold, on_asked=on_asked)
+                    if self.escalation
+                    else nullcontext()
+                )
                 with desk as open_desk:
                     steps = self._loop(prefix, prompt[reused:], sampling, grammar, open_desk)
                     if self.drift is not None:
@@ -263,16 +271,14 @@ class Engine:
         own, ids = (given if local is not None else None), [int(each) for each in found]
         scores = torch.tensor(given, dtype=scores.dtype)
         selected = time.perf_counter()
+        prefix = proposal.prefix
+        question = Question(prefix.ids, ids, prefix=prefix, slm=slm, selector=own, grammar=grammar)
         answer, report = None, None
         if desk is not None and len(ids) > 1 and desk.wants(confidence_margin(scores)):
-            prefix = proposal.prefix
-            asked = Question(prefix.ids, ids, prefix=prefix, slm=slm, selector=own, grammar=grammar)
-            answer, report = desk.ask(asked)
+            answer, report = desk.ask(question)
         if answer is not None:
             scores, picked_by = decisive(answer), "llm"
-        nothing = [None] * len(ids)
-        columns = zip(ids, slm, own or nothing, answer.scores if answer else nothing, strict=True)
-        candidates = tuple(Candidate(*column) for column in columns)
+        candidates = candidates_of(question, answer)
         done = time.perf_counter()
         then = answer.then if answer else ()
         return Selection(scores, picked_by, candidates, report, selected - started, done - selected, then)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
 
 from ..budget import Amount, Budget, Hold
 from ..errors import BadLimit, BudgetError, BudgetExceeded, HoldClosed, S2TError, StoreUnavailable, UnpricedModel
 from ..selectors.llm import LLMSelector, LLMSession
-from ..selectors.question import Answer, Question
-from ..types import Charge, EscalationReport, Outcome, RefusedBy
+from ..selectors.question import Answer, Question, candidates_of
+from ..types import Asked, Charge, EscalationReport, Outcome, RefusedBy
 from .pacing import Pace
 from .paid_groups import PaidGroups
 
@@ -33,6 +34,7 @@ class EscalationDesk:
         margin: selections less sure than this go up.
         pace: decides how sure is sure enough while the budget shrinks.
         groups: takes every paid selection.
+        on_asked: told of every question when it is over: also when its caller was interrupted, or the budget raises.
     """
 
     def __init__(
@@ -43,9 +45,10 @@ class EscalationDesk:
         *,
         pace: Pace | None = None,
         groups: PaidGroups | None = None,
+        on_asked: Callable[[Asked], None] | None = None,
     ) -> None:
         self._llm, self._budget, self.margin = llm, budget, margin
-        self._pace, self._groups = pace, groups
+        self._pace, self._groups, self._on_asked = pace, groups, on_asked
         self._hold_s = _hold_s(llm)
         self._session: LLMSession = llm.open()
 
@@ -80,38 +83,52 @@ class EscalationDesk:
                 return None, None
             wanted = Amount.of(quote)
         except S2TError as error:
-            return None, _report("failed", None, None, started, str(error))
+            return None, self._told(question, None, _report("failed", None, None, started, str(error)))
         try:
             hold = self._budget.reserve(wanted, ttl_s=self._hold_s) if self._budget else None
         except (BudgetExceeded, StoreUnavailable, UnpricedModel) as error:
-            return None, self._refusal(error, quote, started)
-        answer, reason = self._put(question, hold, quote)
+            report = self._told(question, None, _refused(error, quote, started))
+            if isinstance(error, BudgetExceeded) and self._budget and self._budget.on_exhausted != "degrade":
+                raise
+            return None, report
+        answer, report = self._put(question, hold, quote, started)
         if self._pace is not None:
-            self._pace.paid(Amount.of(question.owed or quote))
-        return answer, _report("picked" if answer else "failed", quote, question.owed, started, reason)
+            self._pace.paid(Amount.of(report.actual or quote))
+        return answer, report
 
-    def _put(self, question: Question, hold: Hold | None, quote: Charge) -> tuple[Answer | None, str]:
-        """The answer, or the reason why there is none; the hold is closed in any case."""
+    def _put(
+        self, question: Question, hold: Hold | None, quote: Charge, started: float
+    ) -> tuple[Answer | None, EscalationReport]:
+        """The answer, if there is one, and the report; the hold is closed and the report told in any case."""
         answer: Answer | None = None
+        outcome: Outcome = "failed"
         reason = ""
         try:
             if self._budget is not None and question.seconds is None:
                 question.seconds = self._budget.seconds_left()
             answer = self._session.ask(question)
-            reason = answer.note
+            outcome, reason = "picked", answer.note
         except S2TError as error:  # a dead LLM never takes the answer down
             reason = str(error)
-        finally:  # also when the caller is cancelled while the LLM thinks
-            question.owed = _countable(question.owed, quote)
-            _close(hold, question.owed)
-        if answer is not None and self._groups is not None and question.owed is not None:
+        except BaseException as error:  # the caller leaves while the LLM thinks, or it breaks in a way nobody foresaw
+            outcome = "failed" if isinstance(error, Exception) else "interrupted"
+            reason = f"{type(error).__name__} while the LLM was asked."  # no more: its text may hold anything
+            raise
+        finally:
+            owed = question.owed = _countable(question.owed, quote)
+            try:
+                _close(hold, owed)
+            finally:
+                report = self._told(question, answer, _report(outcome, quote, owed, started, reason))
+        if answer is not None and self._groups is not None and owed is not None:
             self._groups.add(question, answer)
-        return answer, reason
+        return answer, report
 
-    def _refusal(self, error: BudgetError | UnpricedModel, quote: Charge, started: float) -> EscalationReport:
-        if isinstance(error, BudgetExceeded) and self._budget is not None and self._budget.on_exhausted != "degrade":
-            raise error
-        return replace(_report("refused", quote, None, started, str(error)), refused_by=_limit_of(error))
+    def _told(self, question: Question, answer: Answer | None, report: EscalationReport) -> EscalationReport:
+        """The report, once whoever listens has it too."""
+        if self._on_asked is not None:
+            self._on_asked(Asked(len(question.ids), candidates_of(question, answer), report))
+        return report
 
 
 def _hold_s(llm: LLMSelector) -> float:
@@ -129,8 +146,9 @@ def _close(hold: Hold | None, owed: Charge | None) -> None:
         hold.settle(Amount.of(owed)) if owed is not None else hold.release()
 
 
-def _limit_of(error: BudgetError | UnpricedModel) -> RefusedBy | None:
-    return RefusedBy(error.budget, error.unit, error.limit) if isinstance(error, BudgetExceeded) else None
+def _refused(error: BudgetError | UnpricedModel, quote: Charge, started: float) -> EscalationReport:
+    limit = RefusedBy(error.budget, error.unit, error.limit) if isinstance(error, BudgetExceeded) else None
+    return replace(_report("refused", quote, None, started, str(error)), refused_by=limit)
 
 
 def _report(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..budget import Budget
 from ..errors import ConfigError, UnpricedModel
 from ..selectors.llm import LLMSelector
+from ..types import Asked
 from .desk import EscalationDesk
 from .pacing import Pacing
 from .paid_groups import PaidGroups
@@ -56,12 +58,21 @@ class Escalation:
                 hint="Give the LLM a price (TokenPrice), or limit escalations or llm_tokens instead.",
             )
 
-    def open(self, budget: Budget | None, *, threshold: float) -> EscalationDesk:
-        """The desk for one generation, ``threshold`` being the selector's calibrated margin."""
+    def open(
+        self, budget: Budget | None, *, threshold: float, on_asked: Callable[[Asked], None] | None = None
+    ) -> EscalationDesk:
+        """The desk for one generation.
+
+        Args:
+            budget: what it may cost; None sets no limit.
+            threshold: the selector's calibrated margin.
+            on_asked: told of every question when it is over.
+        """
         return EscalationDesk(
             self.llm,
             budget,
             self.margin if self.margin is not None else threshold,
             pace=self.pacing.pace_for(budget) if self.pacing and budget else None,
             groups=PaidGroups(Path(self.record), self.llm.name) if self.record is not None else None,
+            on_asked=on_asked,
         )

@@ -89,20 +89,20 @@ class ReceiptCandidate(Frozen):
 
 
 class Receipt(Frozen):
-    """One escalation: asked and answered, refused by the budget, or failed.
+    """One escalation: asked and answered, refused by the budget, failed, or interrupted.
 
     Args:
         step: position in the answer, in tokens.
         prefix_tokens: tokens the LLM had to read.
         candidates: what it chose among.
         wanted: the token the base model would have taken; None if unknown.
-        pick: the token that was taken; None if unknown.
-        outcome: ``"picked"``, ``"refused"`` or ``"failed"``.
+        pick: the token that was taken; None if unknown, or if none was: the answer ended here.
+        outcome: ``"picked"``, ``"refused"``, ``"failed"`` or ``"interrupted"``.
         reserved: what was (or, if refused, would have been) set aside.
         actual: what it cost; None if nothing was spent or nobody knows.
         refused_by: the limit that refused; None where none did, the budget could not be reached, or nobody noted it.
         wait_ms: time the answer stood still for it, in ms.
-        reason: why it was refused or failed, or why it was asked.
+        reason: why it was refused, failed or was interrupted, or why it was asked.
     """
 
     step: Count

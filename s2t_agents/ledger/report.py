@@ -25,7 +25,7 @@ Format = Literal["table", "json", "csv"]
 TOTAL = "total"
 MIN_WIDTH = 120
 _COUNTS = ("generations", "prompt_tokens", "completion_tokens", "triggers", "selections", "flips", "escalations")
-_ALSO = ("refused", "failed", "degraded", "cached", "errors")
+_ALSO = ("refused", "failed", "interrupted", "degraded", "cached", "errors")
 _FORMULA = ("=", "+", "-", "@")
 _Split = Mapping[str, Mapping[str, Quantiles]]
 

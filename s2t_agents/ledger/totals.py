@@ -49,8 +49,9 @@ class CostSums(Frozen):
 class Totals(Frozen):
     """The sum of some records; ``a + b`` adds, ``Totals()`` is nothing.
 
-    ``failed`` counts receipts whose LLM call failed, ``errors`` generations that ended in an error,
-    ``latency_us`` sums every part in whole microseconds over the generations that measured it.
+    ``failed`` counts receipts whose LLM call failed, ``interrupted`` those whose caller left meanwhile, ``errors``
+    generations that ended in an error, ``latency_us`` sums every part in whole microseconds over the generations that
+    measured it.
     """
 
     generations: int = 0
@@ -62,6 +63,7 @@ class Totals(Frozen):
     escalations: int = 0
     refused: int = 0
     failed: int = 0
+    interrupted: int = 0
     degraded: int = 0
     cached: int = 0
     errors: int = 0
@@ -98,6 +100,7 @@ def totals_of(record: GenerationRecord) -> Totals:
         escalations=record.escalations,
         refused=record.refused,
         failed=sum(receipt.outcome == "failed" for receipt in record.receipts),
+        interrupted=sum(receipt.outcome == "interrupted" for receipt in record.receipts),
         degraded=int(record.degraded),
         cached=int(record.cached),
         errors=int(record.error is not None),

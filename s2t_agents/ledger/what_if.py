@@ -78,7 +78,8 @@ def replay(records: Iterable[GenerationRecord], budget: Budget) -> WhatIf:
 def _one(seen: WhatIf, record: GenerationRecord, receipt: Receipt, budget: Budget) -> WhatIf:
     refused_then = receipt.outcome == "refused"
     want = receipt.reserved or receipt.actual
-    cost = receipt.actual or (Amount(Decimal(0)) if receipt.outcome == "failed" else want)
+    unpaid = receipt.outcome in ("failed", "interrupted")
+    cost = receipt.actual or (Amount(Decimal(0)) if unpaid else want)
     allowed = want is not None and cost is not None and _fits(budget, want, cost)
     changed = _changed(receipt, allowed)
     happened = {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..models.prefix import Prefix
-from ..types import Charge, Price
+from ..types import Candidate, Charge, Price
 from .constraint import Constraint
 
 
@@ -56,6 +56,14 @@ class Answer:
     scores: tuple[float | None, ...]
     then: tuple[int, ...] = ()
     note: str = ""
+
+
+def candidates_of(question: Question, answer: Answer | None) -> tuple[Candidate, ...]:
+    """``[K]``: the candidates with every score that they have got, the SLM's best first."""
+    nothing = [None] * len(question.candidates)
+    llm = answer.scores if answer else nothing
+    columns = zip(question.candidates, question.slm, question.selector or nothing, llm, strict=True)
+    return tuple(Candidate(*column) for column in columns)
 
 
 def charge(price: Price | None, *, input_tokens: int, cached_tokens: int = 0, output_tokens: int = 1) -> Charge:
