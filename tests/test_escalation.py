@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from budget_support import FakeClock
 
-from s2t_agents.budget import Amount, Budget, SQLiteStore, TokenPrice
+from s2t_agents.budget import Amount, Budget, MemoryStore, SQLiteStore, TokenPrice
+from s2t_agents.budget.amount import Units
+from s2t_agents.budget.store import Closing
 from s2t_agents.errors import BudgetExceeded, ConfigError, EscalationFailed, ModelNotFound, S2TError, UnpricedModel
 from s2t_agents.escalation import Escalation, Pacing
 from s2t_agents.selectors.question import Answer, Question
@@ -96,6 +98,23 @@ def test_a_cancelled_question_gives_the_hold_back() -> None:
     with pytest.raises(KeyboardInterrupt):
         ask(ScriptedLLM(answer), budget)
     assert budget.state().held["escalations"] == 0
+
+
+def test_an_interruption_while_the_books_are_written_loses_no_cost() -> None:
+    class Interrupting(MemoryStore):
+        interruptions = 1
+
+        def settle(self, hold: str, actual: Units) -> Closing:
+            if self.interruptions:
+                self.interruptions = 0
+                raise KeyboardInterrupt
+            return super().settle(hold, actual)
+
+    budget = Budget(escalations=5, store=Interrupting())
+    with pytest.raises(KeyboardInterrupt):
+        ask(ScriptedLLM(last_candidate), budget)
+    state = budget.state()
+    assert (state.holds, state.spent["escalations"]) == (0, 1)
 
 
 def test_an_unpriced_llm_under_a_dollar_limit_is_refused_before_anything_runs() -> None:

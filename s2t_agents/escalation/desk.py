@@ -142,7 +142,8 @@ def _hold_s(llm: LLMSelector) -> float:
 def _close(hold: Hold | None, owed: Charge | None) -> None:
     if hold is None:
         return
-    with contextlib.suppress(HoldClosed, StoreUnavailable):  # lapsed: booked as overrun; store down: booked later
+    # lapsed: booked as overrun; store down: booked later; interrupted: the hold finishes it
+    with contextlib.suppress(HoldClosed, StoreUnavailable), hold:
         hold.settle(Amount.of(owed)) if owed is not None else hold.release()
 
 
