@@ -23,6 +23,7 @@ from s2t_agents.models import language_model, static_attention
 from s2t_agents.models.arena import SMALLEST, Arenas, bucket
 from s2t_agents.models.glance import glance_at
 from s2t_agents.models.graphs import Recorder, played
+from s2t_agents.models.kv import KVCache
 from s2t_agents.models.language_model import LanguageModel
 from s2t_agents.models.lora import Lora
 from s2t_agents.models.packed import Segment
@@ -82,7 +83,7 @@ def same(one: Prefix, other: Prefix) -> None:
 
 
 def is_seated(prefix: Prefix) -> bool:
-    return isinstance(prefix._cache, StaticCache) and prefix._cache.seat is not None
+    return isinstance(prefix._cache, StaticCache) and prefix._cache.arena is not None
 
 
 def some_lora(model: LanguageModel, seed: int = 0) -> Lora:
@@ -192,7 +193,7 @@ def test_what_is_kept_of_a_generation_leaves_its_row_and_serves_the_next() -> No
         (entry,) = model.past._entries
         assert entry.cache.nbytes <= model.past.nbytes < 2 * 4 * 2 * 8 * 4 * 512
     assert ours.answers == theirs.answers  # type: ignore[attr-defined]
-    assert all(isinstance(entry.cache, StaticCache) and entry.cache.seat is None for entry in ours.past._entries)
+    assert all(isinstance(entry.cache, StaticCache) and entry.cache.arena is None for entry in ours.past._entries)
     (arena,) = ours.static.arenas._by_capacity.values()  # type: ignore[union-attr]
     assert (arena.rows, arena.free()) == (1, [0])
 
@@ -382,3 +383,39 @@ def test_the_path_is_type_checked_and_its_import_touches_no_gpu() -> None:
     assert set(re.findall(r"type: ignore(\S*)", text)) <= {"[no-untyped-call]"}  # torch.cuda.Stream has no types
     code = f"import torch; from s2t_agents.models import {', '.join(names)}; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_a_copy_of_a_kept_sequence_lies_in_one_block_and_has_room_for_the_next_turn() -> None:
+    model, ids = static_model(), some_ids(20)
+    steps = list(Engine(model).steps(ids, Sampling(max_tokens=6)))
+    kept = [*ids, *(step.token_id for step in steps[:-1])]
+    copy, length = model.past.take([*kept, 7])
+    (entry,) = model.past._entries
+    assert isinstance(copy, StaticCache)
+    assert isinstance(entry.cache, StaticCache)
+    assert (length, copy.read) == (len(kept), len(kept))
+    assert entry.cache.nbytes == 2 * sum(layer.keys.nbytes for layer in entry.cache.layers)  # and no more than it needs
+    before = [layer.keys.clone() for layer in entry.cache.layers]
+    addresses = {layer._key_buffer.data_ptr() for layer in copy.layers}
+    model.step(torch.tensor(some_ids(100, 1)), copy)
+    assert {layer._key_buffer.data_ptr() for layer in copy.layers} == addresses
+    model.step(torch.tensor(some_ids(1000, 1)), copy)  # more than there is room for
+    assert copy.seat is not None
+    assert copy.seat.outgrown
+    reference = read(eager_model(), [*kept, *some_ids(100, 1), *some_ids(1000, 1)])
+    assert isinstance(reference._cache, KVCache)
+    for ours, theirs in zip(copy.layers, reference._cache.layers, strict=True):
+        assert torch.allclose(ours.keys, theirs.keys, atol=1e-4)
+    assert all(torch.equal(layer.keys, old) for layer, old in zip(entry.cache.layers, before, strict=True))
+
+
+def test_a_sequence_that_was_reset_has_no_seat() -> None:
+    model = static_model()
+    prefix = read(model, some_ids(5))
+    prefix.extend([3])
+    cache = prefix._cache
+    assert isinstance(cache, StaticCache)
+    cache.reset()
+    assert cache.seat is None
+    logits, _ = model.step(torch.tensor([1, 2, 3]), cache)
+    assert torch.allclose(logits, read(eager_model(), [1, 2, 3]).logits, atol=1e-4)

@@ -77,8 +77,7 @@ class Arena:
         """Move a sequence to the first free row."""
         row = self.free()[0]
         self.kv[:, :, row].zero_()  # what is masked is multiplied by zero, which NaN would survive
-        room = self.kv[:, :, row : row + 1, :, : self.capacity - 1]
-        cache.sit(Seat(self, row), [(keys, values) for keys, values in zip(room[0], room[1], strict=True)])
+        cache.sit(Seat(self.kv[:, :, row : row + 1, :, : self.capacity - 1], self, row))
         self._guests[row] = weakref.ref(cache)
 
     def _in(self, row: int, guest: StaticCache | None) -> bool:

@@ -1,7 +1,11 @@
 """KV at addresses that stay: a sequence sits in one row of an arena (``arena``) while single tokens are added to it.
 
+    seat    kv [2, layers, 1, heads, C, d]      a row of an arena, or a block of the sequence's own
+    layer   keys, values [1, heads, C, d]       views of it
+
 A captured graph reads and writes the same memory every time, so the buffers of a layer become views of the row. All
-else (prompts, packed rows, overlays, cuts) uses them as it uses any growing buffers; what outgrows the row leaves it.
+else (prompts, packed rows, overlays, cuts) uses them as it uses any growing buffers; what outgrows the seat leaves it.
+All layers move from seat to seat in one copy.
 """
 
 from __future__ import annotations
@@ -21,18 +25,24 @@ if TYPE_CHECKING:
     from .arena import Arena
 
 
+ROOM = 512
+"""Tokens that a copy of a sequence has room for behind its end."""
+
+
 @dataclass(eq=False)
 class Seat:
-    """One row of an arena, taken by one sequence.
+    """Where all layers of one sequence lie together.
 
     Attributes:
-        arena: whose row it is.
+        kv: ``[2, layers, 1, heads, C, d]``: keys and values.
+        arena: whose row it is; None for a block of the sequence's own.
         row: its index.
         outgrown: some layer has moved to buffers of its own; the sequence has to be seated anew.
     """
 
-    arena: Arena
-    row: int
+    kv: Tensor
+    arena: Arena | None = None
+    row: int = 0
     outgrown: bool = False
 
 
@@ -156,11 +166,10 @@ class StaticLayer(GrowingLayer):
         """Keys and values, as views."""
         return self.keys, self.values
 
-    def move(self, keys: Tensor, values: Tensor, seat: Seat | None) -> None:
-        """From now on these are the buffers, ``[1, heads, capacity, d]``; the tokens are copied there."""
-        keys[..., : self.length, :] = self._key_buffer[..., : self.length, :]
-        values[..., : self.length, :] = self._value_buffer[..., : self.length, :]
+    def lie(self, keys: Tensor, values: Tensor, seat: Seat) -> None:
+        """From now on these are the buffers, ``[1, heads, C, d]``; the tokens are there already."""
         self._key_buffer, self._value_buffer, self.seat = keys, values, seat
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def _set_length(self, length: int) -> None:
         self.length = length
@@ -197,8 +206,22 @@ class StaticCache(KVCache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.begun = self._seen = None
+        self.begun = self._seen = self.seat = None
         super().reset()
+
+    @torch.inference_mode()
+    def clone(self, length: int) -> KVCache:
+        """See ``KVCache``; in one copy where all layers lie together, with room for an agent's next turn."""
+        if self.seat is None or self.seat.outgrown:
+            return super().clone(length)
+        other = StaticCache([StaticLayer() for _ in self.layers])
+        kv = _block(self.seat.kv, length + ROOM)
+        kv[..., :length, :] = self.seat.kv[..., :length, :]
+        other._lie_in(Seat(kv))
+        for layer in other.layers:
+            layer.length = length
+        other.read = length
+        return other
 
     def unseen(self) -> float:
         """See ``KVCache``."""
@@ -209,17 +232,24 @@ class StaticCache(KVCache):
         """See ``KVCache``."""
         return self._seen[1] if self._seen is not None and self._seen[0] == length else None
 
-    def sit(self, seat: Seat, room: list[tuple[Tensor, Tensor]]) -> None:
-        """Move to a seat.
-
-        Args:
-            seat: what ``room`` belongs to.
-            room: keys and values ``[1, heads, capacity, d]`` of each layer.
-        """
+    def sit(self, seat: Seat) -> None:
+        """Move to a seat that has room for all tokens."""
         self.begun = None  # it writes where the sequence has sat
-        for layer, (keys, values) in zip(self.layers, room, strict=True):
-            layer.move(keys, values, seat)
-        self.seat = seat
+        lengths = {layer.length for layer in self.layers}
+        if self.seat is not None and not self.seat.outgrown and len(lengths) == 1:
+            (length,) = lengths
+            seat.kv[..., :length, :] = self.seat.kv[..., :length, :]
+        else:
+            for index, layer in enumerate(self.layers):
+                for buffer, tokens in zip(seat.kv[:, index], layer.front, strict=True):
+                    buffer[..., : layer.length, :] = tokens
+        self._lie_in(seat)
+
+    def _lie_in(self, seat: Seat) -> None:
+        keys, values = (half.unbind(0) for half in seat.kv)
+        for layer, *buffers in zip(self.layers, keys, values, strict=True):
+            layer.lie(*buffers, seat)
+        self.seat = seat  # last: from here on a row that was left is anybody's
 
     def follow(self, token: int, length: int) -> Begun | None:
         """This token comes next, after so many: its step, if it is under way."""
@@ -239,11 +269,13 @@ class StaticCache(KVCache):
         """Leave the seat for buffers of the sequence's own, no larger than it."""
         super().rest()
         self.begun = None
-        if self.seat is None:
-            return
-        for layer in self.layers:
-            layer.move(*(torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in layer.front), None)
-        self.seat = None  # last: from here on the row is anybody's
+        if self.seat is not None:
+            self.sit(Seat(_block(self.seat.kv, max(layer.length for layer in self.layers))))
+
+
+def _block(like: Tensor, capacity: int) -> Tensor:
+    """An unwritten ``[2, layers, 1, heads, C, d]``."""
+    return like.new_empty(*like.shape[:-2], capacity, like.shape[-1])
 
 
 def _only_none(value: Any) -> None:
