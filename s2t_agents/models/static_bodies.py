@@ -6,12 +6,13 @@ token of each sequence, it reads the next, if that is the token the model itself
     device   step 8 ───────> step 9 ───────> step 10 ──────>
     host            glance 8 ... "token 8"  glance 9 ... "token 9"
 
-Whoever wants another token reads that one as ever: it is written where the wrong one was.
+Whoever wants another token reads that one as ever: it is written where the wrong one was. A step leaves behind what the
+next one reads, so that nothing has to be sent to the device while all go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,16 +29,27 @@ from .static_kv import Begun, Play, mark
 
 
 class Recorded:
-    """A body that is recorded when it is first wanted: its static buffers hold true inputs by then."""
+    """A body that is recorded when it is first wanted: its static buffers hold true inputs by then.
+
+    Args:
+        body: may change its inputs.
+        record: how it is recorded.
+    """
 
     def __init__(self, body: Body, record: Recorder) -> None:
         self._body, self._record = body, record
         self._again: Body | None = None
 
-    def __call__(self) -> tuple[Tensor, ...]:
-        """Play it."""
+    def __call__(self, prepare: Callable[[], None]) -> tuple[Tensor, ...]:
+        """Play it.
+
+        Args:
+            prepare: puts the inputs into the static buffers; twice the first time, since to record is to play, too.
+        """
+        prepare()
         if self._again is None:
             self._again = self._record(self._body)
+            prepare()
         return self._again()
 
 
@@ -67,8 +79,8 @@ class Steps:
     """
 
     def __init__(self, way: Way, arena: Arena, first: int, count: int) -> None:
-        kv, self._spare = arena.kv[:, :, first : first + count].unbind(1), arena.capacity - 1
-        self.count, self.last = count, self._spare - 1
+        kv, spare = arena.kv[:, :, first : first + count].unbind(1), arena.capacity - 1
+        self.count, self.last, self._spare = count, spare - 1, spare
         cos, sin = way.lean.rotation_table(arena.capacity)
         self._ids = ids = torch.zeros(count, dtype=torch.long, device=arena.kv.device)
         self._positions = positions = torch.full_like(ids, self._spare)
@@ -78,9 +90,14 @@ class Steps:
             hidden = way.lean.through(ids, rows)
             logits = way.lean.logits(hidden, rows.affine)
             best = logits.argmax(-1, keepdim=True)
-            return logits, hidden, way.ops.glanced(logits, best, logits.gather(-1, best))
+            seen = way.ops.glanced(logits, best, logits.gather(-1, best))
+            ids.copy_(best[:, 0])
+            positions.add_(positions < spare)
+            return logits, hidden, seen
 
         self._play = Recorded(body, way.record)
+        self._latest: tuple[Play, list[int]] | None = None
+        """The last one, and the rows that took part in it: what the buffers hold is what follows."""
 
     def begin(self, rows: Sequence[int], ids: Sequence[int], positions: Sequence[int]) -> list[Begun]:
         """Begin the step of some rows, counted from ``first``, and do not wait for it; the others sit out.
@@ -90,12 +107,18 @@ class Steps:
             ids: the token of each.
             positions: where it stands.
         """
-        if self.count == 1:
-            self._ids.fill_(ids[0])
-        else:
-            at, tokens = self._uploaded(rows, ids)
-            self._ids[at] = tokens
-        return [replace(each, token=token) for each, token in zip(self._begun(rows, positions), ids, strict=True)]
+
+        def prepare() -> None:
+            if self.count == 1:
+                self._ids.fill_(ids[0])
+                self._positions.fill_(positions[0])
+            else:
+                at, tokens, places = self._uploaded(rows, ids, positions)
+                self._ids[at] = tokens
+                self._positions.fill_(self._spare)[at] = places
+
+        begun = self._begun(rows, positions, prepare)
+        return [replace(each, token=token) for each, token in zip(begun, ids, strict=True)]
 
     def after(self, begun: Sequence[Begun], rows: Sequence[int]) -> list[Begun]:
         """Begin the step after one that is under way, with the tokens that it will want.
@@ -104,23 +127,23 @@ class Steps:
             begun: the parts of one play.
             rows: where their sequences sit, counted from ``first``.
         """
-        best = begun[0].play.seen[:, 0].long()
-        if self.count == 1:
-            self._ids.copy_(best[begun[0].row])
-        else:
-            at, source = self._uploaded(rows, [each.row for each in begun])
-            self._ids[at] = best[source]
-        return self._begun(rows, [each.position + 1 for each in begun])
+        play, sources = begun[0].play, [each.row for each in begun]
+        positions = [each.position + 1 for each in begun]
+        goes_on = self._latest is not None and self._latest[0] is play and self._latest[1] == rows == sources
 
-    def _begun(self, rows: Sequence[int], positions: Sequence[int]) -> list[Begun]:
-        if self.count == 1:
-            self._positions.fill_(positions[0])
-        else:
-            at, places = self._uploaded(rows, positions)
-            self._positions.fill_(self._spare)[at] = places
+        def prepare() -> None:
+            if not goes_on:
+                at, source, places = self._uploaded(rows, sources, positions)
+                self._ids[at] = play.seen[source, 0].long()
+                self._positions.fill_(self._spare)[at] = places
+
+        return self._begun(rows, positions, prepare)
+
+    def _begun(self, rows: Sequence[int], positions: Sequence[int], prepare: Callable[[], None]) -> list[Begun]:
         start = mark(self._ids)
-        logits, hidden, seen = (each.clone() for each in self._play())
+        logits, hidden, seen = (each.clone() for each in self._play(prepare))
         play = Play(logits, hidden, seen, start, len(rows))
+        self._latest = play, list(rows)
         return [Begun(play, row, position) for row, position in zip(rows, positions, strict=True)]
 
     def _uploaded(self, *rows: Sequence[int]) -> Tensor:
@@ -160,10 +183,13 @@ class Looks:
 
     def __call__(self, candidates: Tensor, length: int) -> Tensor:
         """Last hidden states ``[K, H]`` of ``candidates`` ``[K]`` after the row's first ``length`` tokens."""
-        self._ids.fill_(0)
-        self._ids[: len(candidates)].copy_(candidates)
-        self._length.fill_(length)
-        (hidden,) = self._play()
+
+        def prepare() -> None:
+            self._ids.fill_(0)
+            self._ids[: len(candidates)].copy_(candidates)
+            self._length.fill_(length)
+
+        (hidden,) = self._play(prepare)
         return hidden[: len(candidates)].clone()
 
 
