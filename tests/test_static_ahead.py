@@ -65,13 +65,11 @@ def follow(prefix: Prefix, count: int) -> list[int]:
     return said
 
 
-def test_greedy_answers_are_the_eager_ones_and_after_a_few_tokens_every_step_is_begun_before_it_is_asked_for(
+def test_greedy_answers_are_the_eager_ones_and_all_steps_but_the_first_are_begun_before_they_are_asked_for(
     taken: list[str],
 ) -> None:
     assert greedy(static_model(record=played), 2, 20) == greedy(eager_model(), 2, 20)
-    # The prompt's own forward gives no glance, so the first step starts the count; the rest are begun beforehand.
-    assert taken[: SURE + 1] == ["begin"] * (SURE + 1)
-    assert set(taken[SURE + 1 :]) == {"after"}
+    assert taken == ["begin"] + ["after"] * 19
 
 
 @settings(max_examples=40, deadline=None)
@@ -164,7 +162,33 @@ def test_several_that_follow_the_model_are_a_step_ahead_together(taken: list[str
         together(ours, ones, [follow(other, 1)[0] for other in others])
         for one, other in zip(ones, others, strict=True):
             same(one, other)
-    assert taken == ["begin"] * (SURE + 1) + ["after"] * 6
+    assert taken == ["begin"] + ["after"] * (SURE + 6)
+
+
+def test_whoever_joins_is_a_step_ahead_with_the_others_from_its_first_token_on(taken: list[str]) -> None:
+    ours, theirs = static_model(record=played), eager_model()
+    ones, others = ([read(model, some_ids(9 + n, n)) for n in range(3)] for model in (ours, theirs))
+    for part in [(0, 1)] * 3 + [(0, 1, 2)] * 3:
+        together(ours, [ones[n] for n in part], [follow(others[n], 1)[0] for n in part])
+        for one, other in zip(ones, others, strict=True):
+            same(one, other)
+    assert taken == ["begin", "after", "after", "after", "begin", "after", "after", "after"]
+
+
+@pytest.mark.parametrize(("strays", "goes_on"), [(1, True), (2, True), (3, False)])
+def test_a_few_that_do_not_follow_the_model_do_not_keep_the_others_from_being_ahead(
+    strays: int, goes_on: bool, taken: list[str]
+) -> None:
+    ours, theirs = static_model(record=played), eager_model()
+    ones, others = ([read(model, some_ids(9 + n, n)) for n in range(4)] for model in (ours, theirs))
+    together(ours, ones, [follow(other, 1)[0] for other in others])
+    taken.clear()
+    tokens = [int(other.logits.topk(2).indices[int(n < strays)]) for n, other in enumerate(others)]
+    together(ours, ones, tokens)
+    for token, one, other in zip(tokens, ones, others, strict=True):
+        other.extend([token])
+        same(one, other)
+    assert taken == ["begin", *(["after"] * goes_on)]
 
 
 def test_one_that_moves_to_a_larger_arena_leaves_behind_what_was_begun() -> None:

@@ -121,21 +121,24 @@ class Steps:
         return [replace(each, token=token) for each, token in zip(begun, ids, strict=True)]
 
     def after(self, begun: Sequence[Begun], rows: Sequence[int]) -> list[Begun]:
-        """Begin the step after one that is under way, with the tokens that it will want.
+        """Begin the step after those that are under way, with the tokens that they will want.
 
         Args:
-            begun: the parts of one play.
+            begun: the parts of one play, or of several.
             rows: where their sequences sit, counted from ``first``.
         """
-        play, sources = begun[0].play, [each.row for each in begun]
-        positions = [each.position + 1 for each in begun]
-        goes_on = self._latest is not None and self._latest[0] is play and self._latest[1] == rows == sources
+        sources, positions = [each.row for each in begun], [each.position + 1 for each in begun]
+        plays = list(dict.fromkeys(each.play for each in begun))
+        last, its_rows = self._latest or (None, [])
+        goes_on = plays == [last] and its_rows == rows == sources
 
         def prepare() -> None:
-            if not goes_on:
-                at, source, places = self._uploaded(rows, sources, positions)
-                self._ids[at] = play.seen[source, 0].long()
-                self._positions.fill_(self._spare)[at] = places
+            if goes_on:
+                return
+            at, source, places, of = self._uploaded(rows, sources, positions, [plays.index(b.play) for b in begun])
+            best = torch.stack([play.seen[source.clamp(max=len(play.seen) - 1), 0] for play in plays])
+            self._ids[at] = best.gather(0, of[None])[0].long()
+            self._positions.fill_(self._spare)[at] = places
 
         return self._begun(rows, positions, prepare)
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from .arena import Arena
 
 
+SURE = 3
+"""Tokens in a row that were the model's own choice, after which its next choice is read before anybody asks."""
+
 ROOM = 512
 """Tokens that a copy of a sequence has room for behind its end."""
 
@@ -188,8 +191,10 @@ class StaticCache(KVCache):
     seat: Seat | None = None
     begun: Begun | None = None
     """The step of the token that the model wants next, where it is under way."""
-    hits = 0
-    """Tokens in a row that were those that the model wanted."""
+    hits = SURE
+    """Tokens in a row that were those that the model wanted; at first it is trusted to be followed."""
+    lone = 0
+    """Steps in a row that nobody else took part in."""
     unseen_s = 0.0
     """What ``unseen`` says next."""
     _seen: tuple[int, Glance] | None = None
@@ -254,7 +259,8 @@ class StaticCache(KVCache):
     def follow(self, token: int, length: int) -> Begun | None:
         """This token comes next, after so many: its step, if it is under way."""
         before, begun = self.glance(length), self.begun
-        self.hits = self.hits + 1 if before is not None and before.best == token else 0
+        if before is not None:
+            self.hits = self.hits + 1 if before.best == token else 0
         self.begun = None
         return begun if begun is not None and (begun.token, begun.position) == (token, length) else None
 

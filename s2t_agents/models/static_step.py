@@ -30,7 +30,7 @@ from .lean import close
 from .packed import Look, Outcome, Part, Segment
 from .pointwise import PLAIN, Pointwise, fused
 from .static_bodies import Looks, Steps, Way, state_of_all
-from .static_kv import Begun, Play, StaticCache
+from .static_kv import SURE, Begun, Play, StaticCache
 
 _log = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ RETRY_S = 60.0
 
 _WITHOUT = "steps and selections go on without captured graphs of this kind"
 
-SURE = 3
-"""Tokens in a row that were the model's own choice, after which its next choice is read before anybody asks."""
+LONE = 16
+"""Steps in a row that a sequence takes alone, after which it is worth a graph of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,10 +188,12 @@ class StaticStep:
     def _together(self, arena: Arena, turns: Sequence[Turn]) -> list[Outcome]:
         """One step of sequences that sit in one arena."""
         begun = [turn.begun() for turn in turns]
+        for turn in turns:
+            turn.cache.lone = turn.cache.lone + 1 if len(turns) == 1 else 0
         first, steps = self._steps_of(arena, [turn.cache for turn in turns])
         rows = [turn.row - first for turn in turns]
         now = _all_begun(steps, begun, rows, turns)
-        following = steps.after(now, rows) if _goes_on(steps, turns, now) else []
+        following = steps.after(now, rows) if _goes_on(steps, turns) else []
         self._ahead = following[0].play if following else None
         for turn, each in zip(turns, now, strict=True):
             turn.cache.advance(each.position + 1, each.play.glances[each.row])
@@ -207,7 +209,7 @@ class StaticStep:
         # Rows are numbered from the first, so that a few sizes serve every set of them. One that is alone for a while
         # is worth a graph of its own, which takes longer to capture than many steps.
         key = (0, 1 << max(rows).bit_length())
-        if len(rows) == 1 and (key not in known or caches[0].hits >= SURE):
+        if len(rows) == 1 and (key not in known or caches[0].lone >= LONE):
             key = (rows[0], 1)
         if key not in known:
             known[key] = Steps(self._way, arena, *key)
@@ -260,10 +262,10 @@ def _all_begun(steps: Steps, begun: Sequence[Begun | None], rows: Sequence[int],
     return [next(fresh) if each is None else each for each in begun]
 
 
-def _goes_on(steps: Steps, turns: Sequence[Turn], now: Sequence[Begun]) -> bool:
-    """Whether the next step is worth beginning: one play for all, of whom each has followed the model for a while."""
-    together = all(each.play is now[0].play for each in now)
-    return together and all(turn.cache.hits >= SURE and turn.length < steps.last for turn in turns)
+def _goes_on(steps: Steps, turns: Sequence[Turn]) -> bool:
+    """Whether the next step is worth beginning: half of them at least have followed the model for a while."""
+    sure = sum(turn.cache.hits >= SURE for turn in turns)
+    return 2 * sure >= len(turns) and all(turn.length < steps.last for turn in turns)
 
 
 def static_step_of(model: Any, rows: CandidateRows) -> StaticStep | None:
