@@ -53,13 +53,14 @@ def static_model(
     record: Recorder | None = None,
     arenas: Arenas | None = None,
     ops: Pointwise | None = None,
+    often: int = 0,
     **overrides: Any,
 ) -> LanguageModel:
     """A tiny model whose steps go over arenas, as on a GPU."""
     model = tiny_model(name, max_position_embeddings=4096, **overrides)
     assert model.lean_parts is not None
     model.kv_kind = StaticCache
-    vars(model)["static"] = StaticStep(model.lean_parts, record or Tape(), arenas, ops or PLAIN)
+    vars(model)["static"] = StaticStep(model.lean_parts, record or Tape(), arenas, ops or PLAIN, often=often)
     return model
 
 
@@ -108,6 +109,73 @@ def test_a_played_step_says_what_the_eager_one_says(name: str, more: dict[str, A
         other.extend([token])
         same(one, other)
     assert is_seated(one)
+
+
+@pytest.mark.parametrize(("name", "more"), FAMILIES)
+def test_a_played_stretch_says_what_the_eager_one_says(name: str, more: dict[str, Any]) -> None:
+    ours, theirs = static_model(name, **more), eager_model(name, **more)
+    one, other = read(ours, some_ids(30)), read(theirs, some_ids(30))
+    for n in (2, 5, 16, 17, 40, 256, 257, 3):
+        for ids in (some_ids(n, n), [7]):  # the token after it sees that nothing else was left behind
+            one.extend(ids)
+            other.extend(ids)
+            same(one, other)
+    assert is_seated(one)
+    assert ours.static is not None
+    assert not ours.static.failed
+    sizes = [size for each in ours.static._stretches.values() for size in each]
+    assert sorted(set(sizes)) == [16, 32, 64, 256]
+
+
+def test_a_stretch_of_one_sequence_leaves_its_neighbours_alone() -> None:
+    ours, theirs = static_model(), eager_model()
+    ones, others = ([read(model, some_ids(9 + n, n)) for n in range(2)] for model in (ours, theirs))
+    for stretches in ([[3]], [[4], [5]], [some_ids(20, 1), [6]], [some_ids(20, 2), some_ids(33, 3)], [[8], [9]]):
+        parts = [Segment(torch.tensor(ids), one._cache, len(one)) for ids, one in zip(stretches, ones, strict=False)]
+        for ids, one, other, said in zip(stretches, ones, others, ours.run_packed(parts), strict=False):
+            one.logits, one.hidden = said  # type: ignore[misc]
+            one.ids += ids
+            other.extend(ids)
+        for one, other in zip(ones, others, strict=True):
+            same(one, other)
+
+
+def test_a_stretch_that_would_not_fit_into_its_row_moves_to_a_longer_one() -> None:
+    ours, theirs = static_model(), eager_model()
+    ids = some_ids(SMALLEST - 12)
+    one, other = read(ours, ids), read(theirs, ids)
+    for more in ([5], some_ids(5, 1), [6]):
+        one.extend(more)
+        other.extend(more)
+        same(one, other)
+    assert isinstance(one._cache, StaticCache)
+    assert one._cache.arena is not None
+    assert one._cache.arena.capacity == 2 * SMALLEST
+
+
+def test_stretches_are_captured_once_their_length_comes_often() -> None:
+    model = static_model(often=2)
+    prefix = read(model, some_ids(9))
+    assert model.static is not None
+    captured = []
+    for seed in range(4):
+        prefix.extend(some_ids(20, seed))
+        captured.append(sum(len(each) for each in model.static._stretches.values()))
+    assert captured == [0, 0, 1, 1]
+
+
+def test_a_stretch_that_says_something_else_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, theirs = static_model(), eager_model()
+    real = static_attention.StretchAttention.__call__
+    monkeypatch.setattr(static_attention.StretchAttention, "__call__", lambda self, *given: real(self, *given).flip(0))
+    one, other = read(ours, some_ids(9)), read(theirs, some_ids(9))
+    for ids in (some_ids(6, 1), [4], some_ids(6, 2)):
+        one.extend(ids)
+        other.extend(ids)
+        same(one, other)
+    assert "a stretch's logits are not those of the eager way" in caplog.text
 
 
 @pytest.mark.parametrize(("name", "more"), FAMILIES)
@@ -386,7 +454,7 @@ def test_the_path_is_type_checked_and_its_import_touches_no_gpu() -> None:
 
 
 def test_a_copy_of_a_kept_sequence_lies_in_one_block_and_has_room_for_the_next_turn() -> None:
-    model, ids = static_model(), some_ids(20)
+    model, ids = static_model(often=99), some_ids(20)
     steps = list(Engine(model).steps(ids, Sampling(max_tokens=6)))
     kept = [*ids, *(step.token_id for step in steps[:-1])]
     copy, length = model.past.take([*kept, 7])

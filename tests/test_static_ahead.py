@@ -248,9 +248,11 @@ def test_a_step_brings_its_glance_along_and_a_cut_forgets_it(ours: LanguageModel
     assert prefix.glance.entropy == pytest.approx(expected.entropy, abs=1e-5)
     assert prefix.glance.margin == pytest.approx(expected.margin, abs=1e-5)
     assert Proposal(prefix, 8).best == expected.best
-    cut = [*prefix.ids[:-1], 7, 8]
-    prefix.move_to(cut)
+    prefix._roll_back(len(prefix) - 1)
     assert prefix.glance is None
+    prefix.extend([7, 8])
+    assert prefix.glance is not None
+    assert prefix.glance.best == int(prefix.logits.argmax())
 
 
 def test_what_a_grammar_forbids_is_not_what_the_step_has_brought_along(ours: LanguageModel) -> None:
@@ -323,7 +325,7 @@ def test_what_a_selection_has_waited_for_is_not_billed_again_with_the_step(monke
 def test_what_others_in_the_same_forward_have_waited_for_is_not_billed_again(
     kind: type[Part], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, model = Clock(monkeypatch), static_model(record=played)
+    clock, model = Clock(monkeypatch), static_model(record=played, often=99)  # so that a stretch goes the eager way
     monkeypatch.setattr(Play, "device_s", 100.0)
     other, (prefix,) = read(model, some_ids(5)), a_step_ahead(model, 1)
     token = int(prefix.logits.argmax())

@@ -125,7 +125,7 @@ def following(cache: Cache, length: int) -> Attention:
     def attend(layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n, heads = q.shape[:2]
         own = (each.transpose(0, 1)[None] for each in (k, v))
-        keys, values = (_for_each(heads, all_of) for all_of in cache.update(*own, index))
+        keys, values = (for_each(heads, all_of) for all_of in cache.update(*own, index))
         if layer.window not in masks:
             masks[layer.window] = causal(n, length + n, layer.window, like=q)
         seen = functional.scaled_dot_product_attention(
@@ -136,7 +136,7 @@ def following(cache: Cache, length: int) -> Attention:
     return attend
 
 
-def _for_each(heads: int, shared: Tensor) -> Tensor:
+def for_each(heads: int, shared: Tensor) -> Tensor:
     """Keys, or values, ``[1, key heads, n, d]`` as every one of the query heads sees them, ``[1, heads, n, d]``."""
     each = heads // shared.shape[1]
     return shared[:, :, None].expand(-1, -1, each, -1, -1).reshape(1, heads, *shared.shape[2:])

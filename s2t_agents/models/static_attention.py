@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .lean import LeanLayer
+from .lean import LeanLayer, for_each
 from .pointwise import PLAIN, Pointwise
 
 CHUNK = 512
@@ -46,6 +47,36 @@ class StepAttention:
         weights = self._ops.weighed(q @ keys.transpose(-1, -2), self._masks[window], scale)
         parts = weighted(weights, values)
         return parts[:, :, 0] if parts.shape[2] == 1 else self._ops.summed(parts)
+
+
+class StretchAttention:
+    """New tokens of one row, one after another; their keys and values are written at their positions.
+
+    Args:
+        kv: ``[2, rows, key heads, C, d]`` of each layer: keys and values.
+        row: ``[1]``, which row.
+        positions: ``[N]``, where the tokens stand.
+        ops: how what is no product is computed.
+    """
+
+    def __init__(self, kv: Sequence[Tensor], row: Tensor, positions: Tensor, ops: Pointwise = PLAIN) -> None:
+        self._kv, self._row, self._positions, self._ops = kv, row, positions, ops
+        self._masks: dict[int | None, Tensor] = {}
+
+    def __call__(self, layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See ``lean.Attention``."""
+        (n, heads, _), (keys, values) = q.shape, self._kv[index]
+        self._ops.placed(keys, values, self._row.expand(n), self._positions, k, v)
+        if layer.window not in self._masks:
+            self._masks[layer.window] = visible(self._positions[:, None] + 1, layer.window, keys.shape[-2], q.dtype)
+        seen = functional.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            for_each(heads, keys.index_select(0, self._row)),
+            for_each(heads, values.index_select(0, self._row)),
+            attn_mask=self._masks[layer.window],
+            scale=layer.scale,
+        )
+        return seen[0].transpose(0, 1).reshape(n, -1)
 
 
 class LookAttention:

@@ -24,7 +24,7 @@ from .lean import Affine, LeanStep, Rows
 from .lora import LoraLayer
 from .pointwise import Pointwise
 from .prepack import Joint, state_of
-from .static_attention import LookAttention, StepAttention
+from .static_attention import LookAttention, StepAttention, StretchAttention
 from .static_kv import Begun, Play, mark
 
 
@@ -64,6 +64,10 @@ class Way:
     def stepping(self, kv: Sequence[Tensor], positions: Tensor, cos: Tensor, sin: Tensor) -> Rows:
         """One token for each row, see ``StepAttention``; rotations ``[N, 1, d]``."""
         return Rows(cos, sin, StepAttention(kv, positions, self.ops), self.lean.linear, self.ops)
+
+    def reading(self, kv: Sequence[Tensor], row: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Rows:
+        """Several tokens of one row, see ``StretchAttention``; rotations ``[N, 1, d]``."""
+        return Rows(cos, sin, StretchAttention(kv, row, positions, self.ops), self.lean.linear, self.ops)
 
     def looking(self, kv: Sequence[Tensor], length: Tensor, cos: Tensor, sin: Tensor, affine: Affine) -> Rows:
         """Candidates after one row, see ``LookAttention``; rotations ``[1, 1, d]``."""
@@ -153,6 +157,44 @@ class Steps:
         """Lists of integers on the device, without waiting for what it is at."""
         cuda = self._ids.is_cuda
         return torch.tensor(rows, pin_memory=cuda).to(self._ids.device, non_blocking=cuda)
+
+
+class Stretches:
+    """Up to ``tokens`` tokens of one row of an arena, whichever it is; what is missing is read and nobody's.
+
+    Attributes:
+        tokens: at most, and so many columns of the row are written.
+    """
+
+    def __init__(self, way: Way, arena: Arena, tokens: int) -> None:
+        kv, self.tokens = arena.kv.unbind(1), tokens
+        cos, sin = way.lean.rotation_table(arena.capacity)
+        self._ids = ids = torch.zeros(tokens, dtype=torch.long, device=arena.kv.device)
+        self._places = places = torch.zeros(3, dtype=torch.long, device=arena.kv.device)
+        """The row, the tokens in it, and which of the new ones is the last."""
+
+        def body() -> tuple[Tensor, ...]:
+            row, length, last = places[:1], places[1:2], places[2:]
+            positions = length + torch.arange(tokens, device=ids.device)
+            rows = way.reading(kv, row, positions, cos[positions], sin[positions])
+            hidden = way.lean.through(ids, rows).index_select(0, last)
+            logits = way.lean.logits(hidden)
+            best = logits.argmax(-1, keepdim=True)
+            return logits, hidden, way.ops.glanced(logits, best, logits.gather(-1, best))
+
+        self._play = Recorded(body, way.record)
+
+    def begin(self, row: int, ids: Sequence[int], length: int) -> Begun:
+        """Begin to read ``ids`` after the first ``length`` tokens of a row, and do not wait for it."""
+
+        def prepare() -> None:
+            filled = torch.tensor([*ids, *[0] * (self.tokens - len(ids)), row, length, len(ids) - 1])
+            self._ids.copy_(filled[:-3])
+            self._places.copy_(filled[-3:])
+
+        start = mark(self._ids)
+        logits, hidden, seen = (each.clone() for each in self._play(prepare))
+        return Begun(Play(logits, hidden, seen, start, 1), 0, length + len(ids) - 1, ids[-1])
 
 
 class Looks:

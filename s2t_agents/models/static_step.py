@@ -1,7 +1,8 @@
 """The lean step and the selection with shapes that never change, so that each can be one captured graph.
 
-    step     ids [n], positions [n]   over n rows of an arena      logits [n, V], hidden [n, H], glance
-    look     candidates [K], length   over one row, read only      hidden [K, H]
+    step      ids [n], positions [n]   over n rows of an arena      logits [n, V], hidden [n, H], glance
+    stretch   ids [N], length          over one row                 logits [V], hidden [H], glance
+    look      candidates [K], length   over one row, read only      hidden [K, H]
 
 The arithmetic is the lean step's own; attention reads rows of fixed capacity (``static_attention``), and what stands
 between the products is fused (``pointwise``). The default on CUDA for models that have a lean step. Whatever does not
@@ -12,6 +13,7 @@ failed, or for a while where memory was out.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from .graphs import CudaGraphs, Recorder
 from .lean import close
 from .packed import Look, Outcome, Part, Segment
 from .pointwise import PLAIN, Pointwise, fused
-from .static_bodies import Looks, Steps, Way, state_of_all
+from .static_bodies import Looks, Steps, Stretches, Way, state_of_all
 from .static_kv import SURE, Begun, Play, StaticCache
 
 _log = logging.getLogger(__name__)
@@ -45,23 +47,34 @@ RETRY_S = 60.0
 
 _WITHOUT = "steps and selections go on without captured graphs of this kind"
 
+SHORTEST, LONGEST = 16, 256
+"""Tokens of a stretch that a graph reads: what an agent's turn adds. Longer ones are bound by arithmetic."""
+
+OFTEN = 4
+"""Stretches of about one length, after which a graph of it is worth its capture."""
+
 LONE = 16
 """Steps in a row that a sequence takes alone, after which it is worth a graph of its own."""
 
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """One token that a sequence takes.
+    """One token that a sequence takes, or several.
 
     Attributes:
-        cache: the sequence, which grows by it.
-        token: which it is.
-        length: tokens before it.
+        cache: the sequence, which grows by them.
+        ids: which they are.
+        length: tokens before them.
     """
 
     cache: StaticCache
-    token: int
+    ids: Sequence[int]
     length: int
+
+    @property
+    def room(self) -> int:
+        """Columns of the row that are written."""
+        return 1 if len(self.ids) == 1 else filled(self.ids)
 
     @property
     def row(self) -> int:
@@ -71,7 +84,15 @@ class Turn:
 
     def begun(self) -> Begun | None:
         """The step, if it is under way already."""
-        return self.cache.follow(self.token, self.length)
+        if len(self.ids) == 1:
+            return self.cache.follow(self.ids[0], self.length)
+        self.cache.begun = None
+        return None
+
+
+def filled(ids: Sequence[int]) -> int:
+    """Tokens of the body that reads a stretch."""
+    return max(SHORTEST, 1 << (len(ids) - 1).bit_length())
 
 
 class StaticStep:
@@ -83,6 +104,7 @@ class StaticStep:
         arenas: where sequences sit.
         ops: how what is no product is computed.
         way: of which kind bodies are.
+        often: see ``OFTEN``.
 
     Attributes:
         failed: something could not be captured, and the eager way is taken ever since.
@@ -95,11 +117,16 @@ class StaticStep:
         arenas: Arenas | None = None,
         ops: Pointwise = PLAIN,
         way: type[Way] = Way,
+        often: int = OFTEN,
     ) -> None:
         self._rows, self._way = rows, way(rows.step, ops, record)
         self.arenas = arenas or Arenas()
         self._steps: WeakKeyDictionary[Arena, dict[tuple[int, int], Steps]] = WeakKeyDictionary()
         self._looks: WeakKeyDictionary[Arena, LooksBy] = WeakKeyDictionary()
+        self._stretches: WeakKeyDictionary[Arena, dict[int, Stretches]] = WeakKeyDictionary()
+        self._wanted: Counter[int] = Counter()
+        """How often stretches of each length were."""
+        self._often, self._tried = often, False
         self._parameters = [module._parameters for module in rows.base.modules() if module._parameters]
         self._addresses = self._weights_lie()
         self.failed = False
@@ -110,10 +137,10 @@ class StaticStep:
         """When the last call ended."""
 
     def serve(self, parts: Sequence[Part]) -> dict[int, Outcome | Tensor]:
-        """Steps of one token each in one graph, looks in one each.
+        """Steps of one token each in one graph, stretches and looks in one each.
 
         Args:
-            parts: any; stretches of tokens are left to others.
+            parts: any; stretches that are long, rare or the first of their sequence are left to others.
 
         Returns:
             For the parts that were served, by their place: logits ``[V]`` (fp32) and last hidden state ``[H]`` of a
@@ -147,6 +174,7 @@ class StaticStep:
             return
         self._addresses = addresses
         self._steps.clear()
+        self._stretches.clear()
         self._looks.clear()
         for cache in self.arenas.guests():
             cache.begun = None
@@ -156,21 +184,24 @@ class StaticStep:
         return [each.data_ptr() for module in self._parameters for each in module.values() if each is not None]
 
     def _turns(self, parts: Sequence[Part]) -> dict[int, Turn]:
-        """Those parts that are a token after others, by their place."""
-        single = {
-            at: (part, part.cache)
-            for at, part in enumerate(parts)
-            if isinstance(part, Segment) and len(part.ids) == 1 and part.length and self._takes(part.cache)
-        }
-        tokens = torch.cat([part.ids for part, _ in single.values()]).tolist() if single else []
+        """Those parts that are tokens after others, by their place."""
         return {
-            at: Turn(cache, token, part.length)
-            for (at, (part, cache)), token in zip(single.items(), tokens, strict=True)
+            at: Turn(part.cache, part.ids.tolist(), part.length)
+            for at, part in enumerate(parts)
+            if isinstance(part, Segment) and part.length and self._takes(part.cache) and self._worth(len(part.ids))
         }
+
+    def _worth(self, tokens: int) -> bool:
+        """Whether a graph of so many tokens is used, or captured: stretches have to come often for that."""
+        if not 1 < tokens <= LONGEST:
+            return tokens == 1
+        size = tokens.bit_length()
+        self._wanted[size] += 1
+        return self._wanted[size] > self._often
 
     @torch.inference_mode()
     def step(self, turns: Sequence[Turn]) -> list[Outcome | None]:
-        """Append one token to each sequence. The next step may be under way at the end, see ``static_bodies``.
+        """Append tokens to each sequence. The next step may be under way at the end, see ``static_bodies``.
 
         Returns:
             Logits ``[V]`` (fp32) and last hidden state ``[H]`` of each; None, and nothing has changed, for those to
@@ -178,7 +209,7 @@ class StaticStep:
         """
         said: dict[Turn, Outcome] = {}
         with self._eager_after_failure():
-            arenas = self.arenas.seat([turn.cache for turn in turns], [turn.length + 1 for turn in turns])
+            arenas = self.arenas.seat([turn.cache for turn in turns], [turn.length + turn.room for turn in turns])
             for arena in dict.fromkeys(arenas):
                 here = [turn for turn, each in zip(turns, arenas, strict=True) if each is arena]
                 if arena is not None:
@@ -192,8 +223,11 @@ class StaticStep:
             turn.cache.lone = turn.cache.lone + 1 if len(turns) == 1 else 0
         first, steps = self._steps_of(arena, [turn.cache for turn in turns])
         rows = [turn.row - first for turn in turns]
+        begun = [
+            self._read(arena, turn) if len(turn.ids) > 1 else each for turn, each in zip(turns, begun, strict=True)
+        ]
         now = _all_begun(steps, begun, rows, turns)
-        following = steps.after(now, rows) if _goes_on(steps, turns) else []
+        following = steps.after(now, rows) if _goes_on(steps, turns, now) else []
         self._ahead = following[0].play if following else None
         for turn, each in zip(turns, now, strict=True):
             turn.cache.advance(each.position + 1, each.play.glances[each.row])
@@ -201,6 +235,25 @@ class StaticStep:
         for turn, each, ahead in zip(turns, now, following, strict=False):
             ahead.token, turn.cache.begun = each.play.glances[each.row].best, ahead
         return [each.outcome for each in now]
+
+    def _read(self, arena: Arena, turn: Turn) -> Begun:
+        """Begin to read a stretch.
+
+        Raises:
+            RuntimeError: the first stretch of all says something else than the eager way.
+        """
+        known = self._stretches.setdefault(arena, {})
+        if turn.room not in known:
+            known[turn.room] = Stretches(self._way, arena, turn.room)
+        begun = known[turn.room].begin(turn.row, turn.ids, turn.length)
+        if not self._tried:
+            segment = Segment(torch.tensor(turn.ids, device=arena.kv.device), turn.cache, turn.length)
+            ((logits, _),) = self._rows([segment])
+            turn.cache.crop(-len(turn.ids))
+            if not close(begun.play.logits[0], logits, arena.kv.dtype):
+                raise RuntimeError("a stretch's logits are not those of the eager way.")
+            self._tried = True
+        return begun
 
     def _steps_of(self, arena: Arena, caches: Sequence[StaticCache]) -> tuple[int, Steps]:
         """The graph for some sequences, and the first row of it."""
@@ -257,15 +310,15 @@ def _all_begun(steps: Steps, begun: Sequence[Begun | None], rows: Sequence[int],
     missing = [(row, turn) for row, turn, each in zip(rows, turns, begun, strict=True) if each is None]
     fresh: Iterator[Begun] = iter(())
     if missing:
-        tokens, lengths = [turn.token for _, turn in missing], [turn.length for _, turn in missing]
+        tokens, lengths = [turn.ids[0] for _, turn in missing], [turn.length for _, turn in missing]
         fresh = iter(steps.begin([row for row, _ in missing], tokens, lengths))
     return [next(fresh) if each is None else each for each in begun]
 
 
-def _goes_on(steps: Steps, turns: Sequence[Turn]) -> bool:
+def _goes_on(steps: Steps, turns: Sequence[Turn], now: Sequence[Begun]) -> bool:
     """Whether the next step is worth beginning: half of them at least have followed the model for a while."""
     sure = sum(turn.cache.hits >= SURE for turn in turns)
-    return 2 * sure >= len(turns) and all(turn.length < steps.last for turn in turns)
+    return 2 * sure >= len(turns) and all(each.position < steps.last for each in now)
 
 
 def static_step_of(model: Any, rows: CandidateRows) -> StaticStep | None:
@@ -296,7 +349,7 @@ def agrees(model: Any, rows: CandidateRows, static: StaticStep) -> bool:
     cache = StaticCache()
     model(input_ids=ids[None, :3], past_key_values=cache, use_cache=True, logits_to_keep=1)
     for at in (3, 4):
-        (said,) = static.step([Turn(cache, int(ids[at]), at)])
+        (said,) = static.step([Turn(cache, [int(ids[at])], at)])
         if said is None:
             return False
         ours, _ = said
