@@ -177,6 +177,13 @@ def test_wilson_intervals_are_the_textbooks(hits, n, low, high):
     assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_a_share_lies_in_its_own_interval():
+    for n in range(1, 100):
+        for hits in range(n + 1):
+            low, high = wilson(hits, n)
+            assert 0 <= low <= hits / n <= high <= 1, (hits, n)
+
+
 def test_auc_is_the_chance_of_the_right_order():
     positive = torch.tensor([True, False, True, False])
     assert roc_auc(torch.tensor([4.0, 1.0, 3.0, 2.0]), positive) == 1.0

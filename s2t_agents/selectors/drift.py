@@ -24,13 +24,13 @@ FEWEST_ANSWERS = 20
 
 
 def wilson(hits: float, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson score interval of a share, 95% by default; (0, 1) when nothing was seen."""
+    """Wilson score interval of a share, 95% by default, the share itself in it; (0, 1) when nothing was seen."""
     if n == 0:
         return 0.0, 1.0
     p, z2 = hits / n, z**2
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # rounding may part 0 and 1 from theirs
 
 
 class LiveRate:
