@@ -15,7 +15,7 @@ from s2t_agents.testing import tiny_model
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    return run(n=6, seed=3)
+    return run(n=2, seed=3)
 
 
 def test_the_picks_are_identical(result: dict[str, Any]) -> None:

@@ -122,24 +122,25 @@ def run(n: int = 100, seed: int = 0, *, slm: str = SLM, llm: str = LLM, rate: fl
     torch.set_num_threads(1)
     try:
         small, large = LanguageModel.load(slm), Counted.load(llm)
-        as_it_is = _run(small, large, n, seed, rate)
-        return {**as_it_is, "at_real_ratio": _at_real_ratio(small, large, n, seed, rate)}
+        assert isinstance(large, Counted)
+        critical = entropy(above=_threshold(small, large, rate))
+        as_it_is = _run(small, large, n, seed, critical)
+        return {**as_it_is, "at_real_ratio": _at_real_ratio(small, large, n, seed, critical)}
     finally:
         torch.set_num_threads(threads)
 
 
-def _at_real_ratio(small: LanguageModel, large: LanguageModel, n: int, seed: int, rate: float) -> dict[str, Any]:
+def _at_real_ratio(small: LanguageModel, large: LanguageModel, n: int, seed: int, critical: Trigger) -> dict[str, Any]:
     """The same, the large model deepened to the size that it would have in a real pair."""
     wanted = int(REAL_RATIO * parameters(small))
     if wanted <= parameters(large):
         return {"skipped": "the pair is as far apart as a real one"}
     deep = deepened(large, wanted)
-    return {"parameters": [parameters(small), parameters(deep)], **_run(small, deep, n, seed, rate)}
+    return {"parameters": [parameters(small), parameters(deep)], **_run(small, deep, n, seed, critical)}
 
 
-def _run(small: LanguageModel, large: LanguageModel, n: int, seed: int, rate: float) -> dict[str, Any]:
+def _run(small: LanguageModel, large: LanguageModel, n: int, seed: int, critical: Trigger) -> dict[str, Any]:
     assert isinstance(large, Counted)
-    critical = entropy(above=_threshold(small, large, rate))
     prompts = _prompts(small, range(seed, seed + n), "heldout")
     their_small, their_large = (AsPublished(each.model, each.tokenizer, name=each.name) for each in (small, large))
     schemes = {
