@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from s2t_agents import Ledger, __version__
@@ -14,13 +15,12 @@ from s2t_agents.ledger import GenerationRecord
 
 
 def s2t(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "s2t_agents.cli", *arguments], input=stdin, capture_output=True, text=True, check=False
-    )
+    return forked.run("-c", "from s2t_agents.cli import main; main()", *arguments, stdin=stdin)
 
 
 def test_help_lists_the_commands() -> None:
-    out = s2t("--help")
+    command = [sys.executable, "-m", "s2t_agents.cli", "--help"]
+    out = subprocess.run(command, capture_output=True, text=True, check=False)
     assert out.returncode == 0
     assert all(command in out.stdout for command in ("demo", "chat"))
 

@@ -1,12 +1,11 @@
 """One runnable example per kind of LLM, each run as its reader would, the server's against this suite's own."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 import servers
 from servers import CompletionServer, serving
@@ -17,11 +16,8 @@ from s2t_agents.models.bundled import LLM
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(*args: str) -> str:
-    quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    out = subprocess.run(
-        [sys.executable, str(EXAMPLES / args[0]), *args[1:]], capture_output=True, text=True, timeout=240, env=quiet
-    )
+def run(name: str, *words: str) -> str:
+    out = forked.run(str(EXAMPLES / name), *words)
     assert out.returncode == 0, out.stderr
     return out.stdout
 

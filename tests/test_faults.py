@@ -4,7 +4,6 @@ import asyncio
 import shutil
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from decimal import Decimal
 from functools import cache
 from typing import Any
 
+import forked
 import pytest
 import servers
 from langchain_core.messages import AIMessage
@@ -396,4 +396,4 @@ llm = OpenAILLM({server.url!r}, "m", timeout_s=60, attempt_s=60)
 threading.Thread(target=lambda: llm.open().ask(Question([1, 2], [3])), daemon=True).start()
 import time; time.sleep(0.3)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert forked.run("-c", code, timeout_s=60).returncode == 0

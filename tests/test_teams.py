@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
 from threading import Thread, current_thread, main_thread
 
+import forked
 import pytest
 import torch
 
@@ -254,7 +253,7 @@ def in_a_process_of_its_own(body: str) -> None:
         def in_parallel(): torch.zeros(400_000).add_(1)
     """
     code = dedent(head) + dedent(body)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = forked.run("-c", code)
     assert not done.returncode, done.stderr[-2000:]
 
 
