@@ -2,11 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -33,10 +33,15 @@ def test_a_crew_of_one_works_here_one_piece_after_the_other():
         assert list(crew.each(where, [5, 6])) == [(at, os.getpid(), torch.get_num_threads()) for at in (5, 6)]
 
 
-@pytest.mark.slow
-def test_every_piece_is_done_once_elsewhere_on_a_share_of_the_threads():
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Crew]:
     with Crew(2) as crew:
-        done = [*crew.each(where, range(6)), *crew.each(where, range(6, 9))]
+        yield crew
+
+
+@pytest.mark.slow
+def test_every_piece_is_done_once_elsewhere_on_a_share_of_the_threads(crew):
+    done = [*crew.each(where, range(6)), *crew.each(where, range(6, 9))]
     pieces, processes, threads = zip(*done, strict=True)
     assert sorted(pieces) == list(range(9))
     assert os.getpid() not in processes
@@ -45,12 +50,11 @@ def test_every_piece_is_done_once_elsewhere_on_a_share_of_the_threads():
 
 
 @pytest.mark.slow
-def test_an_error_arrives_whole_and_ends_the_work():
-    with Crew(2) as crew:
-        with pytest.raises(S2TError, match="three is one too many") as caught:
-            list(crew.each(refuses_three, [1, 2, 3, *range(4, 200)]))
-        assert caught.value.hint == "Give fewer."
-        assert list(crew.each(refuses_three, [7])) == [7]
+def test_an_error_arrives_whole_and_ends_the_work(crew):
+    with pytest.raises(S2TError, match="three is one too many") as caught:
+        list(crew.each(refuses_three, [1, 2, 3, *range(4, 200)]))
+    assert caught.value.hint == "Give fewer."
+    assert list(crew.each(refuses_three, [7])) == [7]
 
 
 def fails_beside_a_long_one(folder: str) -> None:
@@ -95,13 +99,13 @@ def waits(folder: str) -> None:
 @pytest.mark.slow
 def test_its_processes_do_not_outlive_a_parent_that_was_killed(tmp_path):
     script = HANGING.format(tests=os.path.dirname(__file__), folder=str(tmp_path))
-    parent = subprocess.Popen([sys.executable, "-c", script])
+    parent = forked.start("-c", script)
     deadline = time.monotonic() + 120
     while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     children = [int(file.name) for file in tmp_path.iterdir()]
     parent.kill()
-    parent.wait()
+    parent.join()
     assert len(children) == 2
     while any(map(alive, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
