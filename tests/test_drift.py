@@ -179,8 +179,8 @@ def test_an_answer_that_is_left_counts_too(made):
 
 def test_watching_changes_no_step(made):
     slm, _, folder = made
-    engine = ChatS2T(model=slm, selector=folder).engine
+    engine, few = ChatS2T(model=slm, selector=folder).engine, Sampling(max_tokens=100)
     with torch.no_grad():
-        watched = [step.token_id for step in engine.steps([65, 66, 67])]
+        watched = [step.token_id for step in engine.steps([65, 66, 67], few)]
         engine.drift = None
-        assert [step.token_id for step in engine.steps([65, 66, 67])] == watched
+        assert [step.token_id for step in engine.steps([65, 66, 67], few)] == watched

@@ -53,7 +53,8 @@ SCHEMAS = {"pydantic": Trip, "typeddict": TripDict, "json schema": Trip.model_js
 @pytest.mark.parametrize("method", ["function_calling", "json_schema", "json_mode"])
 @pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
 def test_every_method_gives_an_object_of_every_kind_of_schema(method: Any, schema: Any) -> None:
-    model = chat(max_tokens=96).with_structured_output(schema, method=method)
+    room = 96 if method == "function_calling" else 40  # the shortest answer of each takes most of it
+    model = chat(max_tokens=room).with_structured_output(schema, method=method)
     answers = [model.invoke("hello"), list(model.stream("hello"))[-1]]
     for answer in answers:
         if isinstance(schema, type) and schema is not TripDict:

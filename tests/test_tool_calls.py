@@ -173,7 +173,9 @@ MALFORMED = [
 
 @pytest.mark.parametrize("text", MALFORMED, ids=lambda text: text[:40])
 def test_what_is_no_call_is_an_invalid_one_with_its_text_and_the_reason(text):
-    parser, deltas = parse([(1, ""), *((None, c) for c in text), (2, "")], open_id=1, close_id=2)
+    size = 1 + len(text) // 500  # what joins the stream reads all of it again at every piece
+    pieces = [(None, text[at : at + size]) for at in range(0, len(text), size)]
+    parser, deltas = parse([(1, ""), *pieces, (2, "")], open_id=1, close_id=2)
     assert parser.tool_calls == joined(deltas).tool_calls == []
     (invalid,) = parser.invalid_tool_calls
     assert invalid["error"]

@@ -73,12 +73,12 @@ def settings(made, **changed) -> EvaluateConfig:
 @pytest.fixture(scope="module")
 def report(pair, made):
     slm, llm, _ = pair
-    return evaluate_with(slm, llm, prompts(made, 10), settings(made))
+    return evaluate_with(slm, llm, prompts(made, 6), settings(made))
 
 
 def test_every_row_is_there_over_the_same_problems(report):
     assert list(report.rows) == NAMES
-    assert {row.n for row in report.rows.values()} == {10}
+    assert {row.n for row in report.rows.values()} == {6}
     assert list(report.sweeps["k"])[1] == "llm_select, K = 1"
     assert len(report.sweeps["rate"]) == 2
 
@@ -151,7 +151,7 @@ def test_one_candidate_is_greedy(report):
 
 def test_two_runs_agree_and_chunks_do_not_matter(pair, made, report):
     slm, llm, _ = pair
-    again = evaluate_with(slm, llm, prompts(made, 10), settings(made, rows=ROWS.model_copy(update={"batch": 4})))
+    again = evaluate_with(slm, llm, prompts(made, 6), settings(made, rows=ROWS.model_copy(update={"batch": 4})))
     for name, row in report.rows.items():
         same = again.rows[name]
         assert (same.accuracy, same.tokens, same.llm_calls, same.llm_tokens, same.trigger_rate) == (
