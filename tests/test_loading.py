@@ -1,6 +1,7 @@
 """Loading: dtype and device chosen sensibly, all else passed through, nothing executed that came with weights."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from transformers.utils import logging
 
 from s2t_agents.errors import ConfigError, ModelNotFound, UnsafeWeights
 from s2t_agents.models import LanguageModel, loading
+from s2t_agents.models.bundled import LLM, SLM
+from s2t_agents.selectors import load_selector
 from s2t_agents.testing import ARCHITECTURES, tiny_model
 
 
@@ -99,6 +102,20 @@ def test_weights_that_lack_tensors_are_refused(saved: Path) -> None:
     )
     with pytest.raises(UnsafeWeights, match="lack .* tensors"):
         LanguageModel.load(str(saved))
+
+
+def test_what_threads_read_at_once_is_what_each_reads_alone() -> None:
+    slm, alone = LanguageModel.load(SLM), LanguageModel.load(LLM).weights_fingerprint
+
+    def read(number: int) -> bool:
+        if number % 2:
+            return LanguageModel.load(LLM).weights_fingerprint == alone
+        selector, _ = load_selector(SLM, slm)
+        return all(weight.dtype == torch.float32 for weight in selector.parameters())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(8)))
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_directory_without_weights_says_so(saved: Path) -> None:

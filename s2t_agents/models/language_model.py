@@ -20,7 +20,7 @@ from .fingerprint import tokenizer_fingerprint, weights_fingerprint
 from .kv import KVCache
 from .lean import STRETCH, LeanStep, hooks_of, lean_step_of
 from .live_prefixes import LivePrefixes
-from .loading import context_window, default_device, end_ids, load_tokenizer, load_weights
+from .loading import ONE_AT_A_TIME, context_window, default_device, end_ids, load_tokenizer, load_weights
 from .lora import Lora
 from .meter import Meter
 from .overlay import cloned_rows, overlay_is_exact, overlay_of, row_mask, rows_mask, rows_of
@@ -83,7 +83,8 @@ class LanguageModel:
         where = torch.device(device) if device is not None else default_device()
         trust = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
         tokenizer = tokenizer or load_tokenizer(path, **trust)
-        return cls(load_weights(path, device=where, dtype=dtype, **options), tokenizer, name=path, prepack=prepack)
+        with ONE_AT_A_TIME:
+            return cls(load_weights(path, device=where, dtype=dtype, **options), tokenizer, name=path, prepack=prepack)
 
     @property
     def vocab_size(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from torch import Tensor
 from ..errors import ModelNotFound, UnsafeWeights
 from .bundled import model_path
 from .processor import widens
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held by whoever reads weights: transformers changes torch's default dtype meanwhile, for all threads."""
 
 SMALL_ON_CPU = 300_000_000
 """Up to so many parameters a model runs in fp32 on a CPU: exact, and not slower there."""

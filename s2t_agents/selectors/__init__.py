@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..models.bundled import selector_path
 from ..models.language_model import LanguageModel
+from ..models.loading import ONE_AT_A_TIME
 from .activated import ActivatedSelector
 from .base import Selector, confidence_margin
 from .breaker import CircuitBreaker
@@ -37,7 +38,8 @@ def load_selector(path: str | Path, base: LanguageModel) -> tuple[LocalSelector,
     """
     folder = selector_path(path)
     config = SelectorConfig.load(folder)
-    return KINDS[config.kind].load(folder, base, config), config
+    with ONE_AT_A_TIME:
+        return KINDS[config.kind].load(folder, base, config), config
 
 
 __all__ = [
