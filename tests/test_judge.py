@@ -140,10 +140,11 @@ def test_positions_are_shuffled_and_the_seed_repeats_them() -> None:
     def order(seed: int) -> list[int]:
         return [preview.at[0] for preview in judge(first_shown, seed=seed).sheet(question).previews]
 
-    assert order(1) == order(1)
-    assert len({tuple(order(seed)) for seed in range(20)}) > 10
-    starts = [order(seed)[0] for seed in range(200)]
-    assert all(starts.count(place) < 60 for place in set(starts))  # 8 places: about 25 each
+    orders = [order(seed) for seed in range(80)]
+    assert order(1) == orders[1]
+    assert len({tuple(each) for each in orders[:20]}) > 10
+    starts = [each[0] for each in orders]
+    assert all(starts.count(place) < 24 for place in set(starts))  # 8 places: about 10 each
 
 
 def test_a_judge_that_knows_better_than_the_slm_improves_it(at_start: Trigger) -> None:

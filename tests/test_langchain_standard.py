@@ -28,7 +28,7 @@ class Integration(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": "s2t-demo", "selector": "s2t-demo", "escalation": LocalLLM("s2t-demo-llm"), "max_tokens": 64}
+        return {"model": "s2t-demo", "selector": "s2t-demo", "escalation": LocalLLM("s2t-demo-llm"), "max_tokens": 48}
 
     @property
     def structured_output_kwargs(self) -> dict[str, Any]:
