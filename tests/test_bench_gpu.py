@@ -62,6 +62,8 @@ def test_a_device_that_says_something_else_does_not_pass(monkeypatch: pytest.Mon
     monkeypatch.setattr(agreement, "_trained", unlike)
     found = agreement.run("qwen3", torch.device("cpu"))
     assert found["tokens_equal"]
+    assert found["tokens_equal_in_turns"]
+    assert found["captured"]["stretches"]
     assert not found["passed"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -40,8 +41,8 @@ class FakeCuda:
         self.captured_on: list[FakeStream] = []
         self.synchronised = 0
 
-    def graph_pool_handle(self) -> object:
-        return object()
+    def graph_pool_handle(self) -> FakePool:
+        return FakePool()
 
     def current_stream(self, device: torch.device | None = None) -> FakeStream:
         return self.now if device in (None, self.current) else self.default[device]
@@ -65,8 +66,23 @@ class FakeCuda:
     def graph(self, graph: Any, *, pool: Any, stream: FakeStream, capture_error_mode: str) -> Iterator[None]:
         before, self.now = self.now, stream
         self.captured_on.append(stream)
+        if pool.gone:  # as torch 2.11: "use_count > 0 INTERNAL ASSERT FAILED"
+            raise RuntimeError("the pool is gone")
+        pool.graphs += 1
+        weakref.finalize(graph, pool.left)
         yield
         self.now = before
+
+
+class FakePool:
+    """Is gone for good once all graphs that were captured in it are."""
+
+    def __init__(self) -> None:
+        self.graphs, self.gone = 0, False
+
+    def left(self) -> None:
+        self.graphs -= 1
+        self.gone = self.graphs == 0
 
 
 class FakeGraph:
@@ -96,6 +112,15 @@ def test_in_a_process_only_one_body_at_a_time_is_warmed_up_or_captured(cuda: Fak
     models = [CudaGraphs(FIRST), CudaGraphs(FIRST), CudaGraphs(SECOND)]
     with ThreadPoolExecutor(3) as pool:
         assert [replay() for replay in pool.map(lambda graphs: graphs(body), models)] == [(ONE,)] * 3
+
+
+def test_a_model_can_capture_after_all_that_it_has_captured_is_gone(cuda: FakeCuda) -> None:
+    graphs = CudaGraphs(FIRST)
+    for _ in range(3):
+        replay = graphs(lambda: (ONE,))
+        assert replay() == (ONE,)
+        del replay
+        gc.collect()
 
 
 def test_every_model_captures_on_one_stream_of_its_own_and_of_its_device(cuda: FakeCuda) -> None:

@@ -13,7 +13,7 @@ from s2t_agents.models.graphs import played
 from s2t_agents.models.language_model import LanguageModel
 from s2t_agents.models.prefix import Prefix
 from s2t_agents.models.static_kv import StaticCache
-from s2t_agents.models.static_step import StaticStep
+from s2t_agents.models.static_step import OFTEN, StaticStep
 from s2t_agents.proposal import Proposal
 from s2t_agents.selectors import Selector
 from s2t_agents.testing import tiny_model
@@ -38,8 +38,8 @@ def run(name: str, device: torch.device, *, prompt: int = 40, tokens: int = 24) 
         tokens: generated.
 
     Returns:
-        Whether all greedy tokens are equal, alone and at once, the largest differences of logits and scores, and
-        ``passed``.
+        Whether all greedy tokens are equal, alone, at once and in a conversation's turns, how many bodies were
+        captured, the largest differences of logits and scores, and ``passed``.
     """
     reference, graphed, eager = (_model(name, where) for where in (torch.device("cpu"), device, device))
     over_arenas(graphed)
@@ -56,16 +56,20 @@ def run(name: str, device: torch.device, *, prompt: int = 40, tokens: int = 24) 
         "head_scores_to_cpu": _largest(paths[1], paths[0], "head"),
         "activated_scores_to_cpu": _largest(paths[1], paths[0], "activated"),
     }
+    talks = [_conversation(model, ids) for model in (reference, graphed, eager)]
     equal = answers[0] == answers[1] == answers[2]
+    equal_in_turns = talks[0] == talks[1] == talks[2]
     equal_at_once = at_once == [_greedy(reference, each, tokens) for each in others]
     graphs = graphed.static is not None and not graphed.static.failed
     return {
         "model": name,
         "tokens_equal": equal,
         "tokens_equal_at_once": equal_at_once,
+        "tokens_equal_in_turns": equal_in_turns,
         "graphs": graphs,
+        "captured": graphed.static.captured if graphed.static is not None else {},
         "largest_difference": differences,
-        "passed": equal and equal_at_once and graphs and max(differences.values()) <= TOLERANCE,
+        "passed": equal and equal_at_once and equal_in_turns and graphs and max(differences.values()) <= TOLERANCE,
     }
 
 
@@ -93,6 +97,16 @@ def _model(name: str, device: torch.device) -> LanguageModel:
 
 def _greedy(model: LanguageModel, ids: list[int], tokens: int) -> list[int]:
     return [step.token_id for step in Engine(model).steps(ids, Sampling(max_tokens=tokens))]
+
+
+def _conversation(model: LanguageModel, ids: list[int], *, new: int = 20, tokens: int = 4) -> list[list[int]]:
+    """Answers of a conversation long enough for its turns to be read by graphs."""
+    said: list[list[int]] = []
+    for turn in range(OFTEN + 2):
+        ids = [*ids, *random_prompt(model, new, seed=100 + turn)]
+        said.append(_greedy(model, ids, tokens))
+        ids = [*ids, *said[-1]]
+    return said
 
 
 def _path(model: LanguageModel, ids: list[int], answer: list[int]) -> list[dict[str, torch.Tensor]]:

@@ -52,6 +52,8 @@ class CudaGraphs:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._latest: torch.cuda.CUDAGraph | None = None
+        """Kept, since a pool is gone for good once no graph is left that was captured in it."""
 
     def __call__(self, body: Body) -> Body:
         """Warm up on a side stream, capture, and give the replay.
@@ -72,6 +74,7 @@ class CudaGraphs:
             capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
             with torch.cuda.stream(here), uncollected(), capture:  # a capture that fails leaves its stream current
                 outputs = body()
+        self._latest = graph
         return Replay(graph, outputs, self._device)
 
 

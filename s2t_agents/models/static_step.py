@@ -136,6 +136,15 @@ class StaticStep:
         self._left = 0.0
         """When the last call ended."""
 
+    @property
+    def captured(self) -> dict[str, int]:
+        """How many bodies of each kind there are."""
+        return {
+            "steps": sum(len(each) for each in self._steps.values()),
+            "stretches": sum(len(each) for each in self._stretches.values()),
+            "looks": sum(len(each) for by in self._looks.values() for each in by.values()),
+        }
+
     def serve(self, parts: Sequence[Part]) -> dict[int, Outcome | Tensor]:
         """Steps of one token each in one graph, stretches and looks in one each.
 
