@@ -53,7 +53,7 @@ def static_model(
     record: Recorder | None = None,
     arenas: Arenas | None = None,
     ops: Pointwise | None = None,
-    often: int = 0,
+    often: int = 99,
     **overrides: Any,
 ) -> LanguageModel:
     """A tiny model whose steps go over arenas, as on a GPU."""
@@ -113,9 +113,9 @@ def test_a_played_step_says_what_the_eager_one_says(name: str, more: dict[str, A
 
 @pytest.mark.parametrize(("name", "more"), FAMILIES)
 def test_a_played_stretch_says_what_the_eager_one_says(name: str, more: dict[str, Any]) -> None:
-    ours, theirs = static_model(name, **more), eager_model(name, **more)
+    ours, theirs = static_model(name, often=0, **more), eager_model(name, **more)
     one, other = read(ours, some_ids(30)), read(theirs, some_ids(30))
-    for n in (2, 5, 16, 17, 40, 256, 257, 3):
+    for n in (2, 5, 16, 17, 40, 256, 1025, 3):
         for ids in (some_ids(n, n), [7]):  # the token after it sees that nothing else was left behind
             one.extend(ids)
             other.extend(ids)
@@ -124,11 +124,23 @@ def test_a_played_stretch_says_what_the_eager_one_says(name: str, more: dict[str
     assert ours.static is not None
     assert not ours.static.failed
     sizes = [size for each in ours.static._stretches.values() for size in each]
-    assert sorted(set(sizes)) == [16, 32, 64, 256]
+    assert sorted(set(sizes)) == [16, 32, 64, 256, 1024]
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 100])
+def test_a_prompt_is_read_by_a_graph_too_where_its_length_comes_often(length: int) -> None:
+    ours, theirs = static_model(often=0), eager_model()
+    for seed in range(3):
+        one, other = read(ours, some_ids(length, seed)), read(theirs, some_ids(length, seed))
+        assert is_seated(one)
+        for ids in ([5], some_ids(4, 1), [6]):
+            one.extend(ids)
+            other.extend(ids)
+            same(one, other)
 
 
 def test_a_stretch_of_one_sequence_leaves_its_neighbours_alone() -> None:
-    ours, theirs = static_model(), eager_model()
+    ours, theirs = static_model(often=0), eager_model()
     ones, others = ([read(model, some_ids(9 + n, n)) for n in range(2)] for model in (ours, theirs))
     for stretches in ([[3]], [[4], [5]], [some_ids(20, 1), [6]], [some_ids(20, 2), some_ids(33, 3)], [[8], [9]]):
         parts = [Segment(torch.tensor(ids), one._cache, len(one)) for ids, one in zip(stretches, ones, strict=False)]
@@ -141,7 +153,7 @@ def test_a_stretch_of_one_sequence_leaves_its_neighbours_alone() -> None:
 
 
 def test_a_stretch_that_would_not_fit_into_its_row_moves_to_a_longer_one() -> None:
-    ours, theirs = static_model(), eager_model()
+    ours, theirs = static_model(often=0), eager_model()
     ids = some_ids(SMALLEST - 12)
     one, other = read(ours, ids), read(theirs, ids)
     for more in ([5], some_ids(5, 1), [6]):
@@ -167,7 +179,7 @@ def test_stretches_are_captured_once_their_length_comes_often() -> None:
 def test_a_stretch_that_says_something_else_is_found_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ours, theirs = static_model(), eager_model()
+    ours, theirs = static_model(often=0), eager_model()
     real = static_attention.StretchAttention.__call__
     monkeypatch.setattr(static_attention.StretchAttention, "__call__", lambda self, *given: real(self, *given).flip(0))
     one, other = read(ours, some_ids(9)), read(theirs, some_ids(9))
@@ -175,7 +187,30 @@ def test_a_stretch_that_says_something_else_is_found_out(
         one.extend(ids)
         other.extend(ids)
         same(one, other)
-    assert "a stretch's logits are not those of the eager way" in caplog.text
+    assert "prompts go on without captured graphs: their logits are not those of the eager way" in caplog.text
+    assert ours.static is not None
+    assert not ours.static.failed
+    assert ours.static.captured == {"steps": 1, "stretches": 0, "looks": 0}
+
+
+def test_a_stretch_that_cannot_be_captured_leaves_steps_alone(caplog: pytest.LogCaptureFixture) -> None:
+    def but_no_stretch(body: Any) -> Any:
+        if "reading" in body.__code__.co_names:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return body
+
+    ours, theirs = static_model(record=but_no_stretch, often=0), eager_model()
+    ones, others = ([read(model, some_ids(9 + n, n)) for n in range(2)] for model in (ours, theirs))
+    for stretches in ([[3], [4]], [[4], some_ids(20, 2)], [[8], [9]], [[7], some_ids(20, 3)]):
+        parts = [Segment(torch.tensor(ids), one._cache, len(one)) for ids, one in zip(stretches, ones, strict=True)]
+        for ids, one, other, said in zip(stretches, ones, others, ours.run_packed(parts), strict=True):
+            one.logits, one.hidden = said  # type: ignore[misc]
+            one.ids += ids
+            other.extend(ids)
+            same(one, other)
+    assert caplog.text.count("prompts go on without captured graphs") == 1
+    assert ours.static is not None
+    assert not ours.static.failed
 
 
 @pytest.mark.parametrize(("name", "more"), FAMILIES)
@@ -454,7 +489,7 @@ def test_the_path_is_type_checked_and_its_import_touches_no_gpu() -> None:
 
 
 def test_a_copy_of_a_kept_sequence_lies_in_one_block_and_has_room_for_the_next_turn() -> None:
-    model, ids = static_model(often=99), some_ids(20)
+    model, ids = static_model(), some_ids(20)
     steps = list(Engine(model).steps(ids, Sampling(max_tokens=6)))
     kept = [*ids, *(step.token_id for step in steps[:-1])]
     copy, length = model.past.take([*kept, 7])
@@ -485,5 +520,8 @@ def test_a_sequence_that_was_reset_has_no_seat() -> None:
     assert isinstance(cache, StaticCache)
     cache.reset()
     assert cache.seat is None
+    assert model.static is not None
+    model.static._often = 0
     logits, _ = model.step(torch.tensor([1, 2, 3]), cache)
+    assert not model.static.failed
     assert torch.allclose(logits, read(eager_model(), [1, 2, 3]).logits, atol=1e-4)

@@ -191,6 +191,13 @@ class LeanStep:
         """How many there are."""
         return len(self._layers)
 
+    def no_kv(self) -> Tensor:
+        """KV of no tokens, ``[2, layers, 1, key heads, 0, d]``."""
+        first = self._layers[0]
+        heads = first.qkv.widths[1] // first.head_dim
+        like: Tensor = self._embed.weight
+        return like.new_empty(2, self.layers, 1, heads, 0, first.head_dim)
+
     @torch.inference_mode()
     def __call__(self, ids: Tensor, positions: Sequence[int], caches: Sequence[KVCache]) -> tuple[Tensor, Tensor]:
         """Append one token to each sequence.

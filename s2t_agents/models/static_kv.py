@@ -211,8 +211,9 @@ class StaticCache(KVCache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.begun = self._seen = self.seat = None
         super().reset()
+        self.begun = self._seen = self.seat = None
+        self.layers = []
 
     @torch.inference_mode()
     def clone(self, length: int) -> KVCache:
@@ -236,6 +237,11 @@ class StaticCache(KVCache):
     def glance(self, length: int) -> Glance | None:
         """See ``KVCache``."""
         return self._seen[1] if self._seen is not None and self._seen[0] == length else None
+
+    def start(self, kv: Tensor) -> None:
+        """Sit down without a token, ``[2, layers, 1, heads, 0, d]``."""
+        self.layers = [StaticLayer() for _ in kv[0]]
+        self._lie_in(Seat(kv))
 
     def sit(self, seat: Seat) -> None:
         """Move to a seat that has room for all tokens."""

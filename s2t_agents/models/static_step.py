@@ -13,6 +13,7 @@ failed, or for a while where memory was out.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,8 +48,8 @@ RETRY_S = 60.0
 
 _WITHOUT = "steps and selections go on without captured graphs of this kind"
 
-SHORTEST, LONGEST = 16, 256
-"""Tokens of a stretch that a graph reads: what an agent's turn adds. Longer ones are bound by arithmetic."""
+SHORTEST, LONGEST = 16, 1024
+"""Tokens of a stretch that a graph reads: a prompt's parts, what an agent's turn adds."""
 
 OFTEN = 4
 """Stretches of about one length, after which a graph of it is worth its capture."""
@@ -83,11 +84,8 @@ class Turn:
         return self.cache.seat.row
 
     def begun(self) -> Begun | None:
-        """The step, if it is under way already."""
-        if len(self.ids) == 1:
-            return self.cache.follow(self.ids[0], self.length)
-        self.cache.begun = None
-        return None
+        """The step of one token, if it is under way already."""
+        return self.cache.follow(self.ids[0], self.length)
 
 
 def filled(ids: Sequence[int]) -> int:
@@ -117,7 +115,7 @@ class StaticStep:
         arenas: Arenas | None = None,
         ops: Pointwise = PLAIN,
         way: type[Way] = Way,
-        often: int = OFTEN,
+        often: float = OFTEN,
     ) -> None:
         self._rows, self._way = rows, way(rows.step, ops, record)
         self.arenas = arenas or Arenas()
@@ -149,7 +147,7 @@ class StaticStep:
         """Steps of one token each in one graph, stretches and looks in one each.
 
         Args:
-            parts: any; stretches that are long, rare or the first of their sequence are left to others.
+            parts: any; stretches that are long or rare are left to others.
 
         Returns:
             For the parts that were served, by their place: logits ``[V]`` (fp32) and last hidden state ``[H]`` of a
@@ -193,11 +191,11 @@ class StaticStep:
         return [each.data_ptr() for module in self._parameters for each in module.values() if each is not None]
 
     def _turns(self, parts: Sequence[Part]) -> dict[int, Turn]:
-        """Those parts that are tokens after others, by their place."""
+        """Those parts that are tokens, by their place."""
         return {
             at: Turn(part.cache, part.ids.tolist(), part.length)
             for at, part in enumerate(parts)
-            if isinstance(part, Segment) and part.length and self._takes(part.cache) and self._worth(len(part.ids))
+            if isinstance(part, Segment) and self._takes(part.cache) and self._worth(len(part.ids))
         }
 
     def _worth(self, tokens: int) -> bool:
@@ -222,19 +220,20 @@ class StaticStep:
             for arena in dict.fromkeys(arenas):
                 here = [turn for turn, each in zip(turns, arenas, strict=True) if each is arena]
                 if arena is not None:
-                    said.update(zip(here, self._together(arena, here), strict=True))
+                    said.update(self._together(arena, here))
         return [said.get(turn) for turn in turns]
 
-    def _together(self, arena: Arena, turns: Sequence[Turn]) -> list[Outcome]:
-        """One step of sequences that sit in one arena."""
-        begun = [turn.begun() for turn in turns]
+    def _together(self, arena: Arena, turns: Sequence[Turn]) -> dict[Turn, Outcome]:
+        """Steps and stretches of sequences that sit in one arena; stretches that could not be read are missing."""
+        read = {turn: self._read(arena, turn) for turn in turns if len(turn.ids) > 1}
+        turns = [turn for turn in turns if read.get(turn, turn) is not None]
+        if not turns:
+            return {}
+        begun = [read.get(turn) or turn.begun() for turn in turns]
         for turn in turns:
             turn.cache.lone = turn.cache.lone + 1 if len(turns) == 1 else 0
         first, steps = self._steps_of(arena, [turn.cache for turn in turns])
         rows = [turn.row - first for turn in turns]
-        begun = [
-            self._read(arena, turn) if len(turn.ids) > 1 else each for turn, each in zip(turns, begun, strict=True)
-        ]
         now = _all_begun(steps, begun, rows, turns)
         following = steps.after(now, rows) if _goes_on(steps, turns, now) else []
         self._ahead = following[0].play if following else None
@@ -243,26 +242,35 @@ class StaticStep:
             turn.cache.unseen_s = each.play.unseen_s
         for turn, each, ahead in zip(turns, now, following, strict=False):
             ahead.token, turn.cache.begun = each.play.glances[each.row].best, ahead
-        return [each.outcome for each in now]
+        return {turn: each.outcome for turn, each in zip(turns, now, strict=True)}
 
-    def _read(self, arena: Arena, turn: Turn) -> Begun:
-        """Begin to read a stretch.
-
-        Raises:
-            RuntimeError: the first stretch of all says something else than the eager way.
-        """
+    def _read(self, arena: Arena, turn: Turn) -> Begun | None:
+        """Begin to read a stretch; None, and none is read like that any more, where a graph cannot do it."""
+        turn.cache.begun = None
         known = self._stretches.setdefault(arena, {})
-        if turn.room not in known:
-            known[turn.room] = Stretches(self._way, arena, turn.room)
-        begun = known[turn.room].begin(turn.row, turn.ids, turn.length)
+        try:
+            if turn.room not in known:
+                known[turn.room] = Stretches(self._way, arena, turn.room)
+            begun = known[turn.room].begin(turn.row, turn.ids, turn.length)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._give_stretches_up(str(error))
+            return None
         if not self._tried:
             segment = Segment(torch.tensor(turn.ids, device=arena.kv.device), turn.cache, turn.length)
             ((logits, _),) = self._rows([segment])
             turn.cache.crop(-len(turn.ids))
             if not close(begun.play.logits[0], logits, arena.kv.dtype):
-                raise RuntimeError("a stretch's logits are not those of the eager way.")
+                self._give_stretches_up("their logits are not those of the eager way")
+                return None
             self._tried = True
         return begun
+
+    def _give_stretches_up(self, reason: str) -> None:
+        self._often = math.inf
+        self._stretches.clear()
+        _log.warning("prompts go on without captured graphs: %s", reason)
 
     def _steps_of(self, arena: Arena, caches: Sequence[StaticCache]) -> tuple[int, Steps]:
         """The graph for some sequences, and the first row of it."""
@@ -297,9 +305,12 @@ class StaticStep:
         return None
 
     def _takes(self, cache: Cache) -> TypeGuard[StaticCache]:
-        """Whether a sequence can sit: it has tokens, nothing has failed so far, and memory was not out just now."""
-        ours = isinstance(cache, StaticCache) and len(cache.layers) == self._way.lean.layers
-        return ours and not self.failed and monotonic() >= self._resumes
+        """Whether a sequence can sit: nothing has failed so far, and memory was not out just now."""
+        if self.failed or monotonic() < self._resumes or not isinstance(cache, StaticCache):
+            return False
+        if not cache.layers:
+            cache.start(self._way.lean.no_kv())
+        return len(cache.layers) == self._way.lean.layers
 
     @contextmanager
     def _eager_after_failure(self) -> Iterator[None]:
