@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 READY := $(VENV)/.ready
+TRITON := $(VENV)/triton
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast check format bench clean
+.PHONY: help install demo test fast kernels check format bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +35,13 @@ test: check  ## Lint, types and the whole test suite
 
 fast: $(READY)  ## The tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow'
+
+$(TRITON)/.ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON) triton==3.6.0
+	touch $@
+
+kernels: $(TRITON)/.ready  ## The GPU's kernels on the CPU, by Triton's interpreter (a download of 190 MB)
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/test_kernels.py
 
 bench: $(READY)  ## Measure speed beside the alternatives (15 to 30 minutes)
 	$(BIN)/s2t bench decode
