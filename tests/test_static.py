@@ -19,7 +19,7 @@ from tape import Tape
 
 from s2t_agents import Engine
 from s2t_agents.engine.steps import fetched, in_one_trip
-from s2t_agents.models import language_model, static_attention
+from s2t_agents.models import language_model, static_attention, static_stretches
 from s2t_agents.models.arena import SMALLEST, Arenas, bucket
 from s2t_agents.models.glance import glance_at
 from s2t_agents.models.graphs import Recorder, played
@@ -123,7 +123,7 @@ def test_a_played_stretch_says_what_the_eager_one_says(name: str, more: dict[str
     assert is_seated(one)
     assert ours.static is not None
     assert not ours.static.failed
-    sizes = [size for each in ours.static._stretches.values() for size in each]
+    sizes = [size for each in ours.static._stretches._known.values() for size in each]
     assert sorted(set(sizes)) == [16, 32, 64, 256, 1024]
 
 
@@ -172,7 +172,7 @@ def test_stretches_are_captured_once_their_length_comes_often() -> None:
     captured = []
     for seed in range(4):
         prefix.extend(some_ids(20, seed))
-        captured.append(sum(len(each) for each in model.static._stretches.values()))
+        captured.append(len(model.static._stretches))
     assert captured == [0, 0, 1, 1]
 
 
@@ -521,7 +521,94 @@ def test_a_sequence_that_was_reset_has_no_seat() -> None:
     cache.reset()
     assert cache.seat is None
     assert model.static is not None
-    model.static._often = 0
+    model.static._stretches._often = 0
     logits, _ = model.step(torch.tensor([1, 2, 3]), cache)
     assert not model.static.failed
     assert torch.allclose(logits, read(eager_model(), [1, 2, 3]).logits, atol=1e-4)
+
+
+def test_a_selection_that_goes_the_eager_way_spoils_no_step_that_is_under_way() -> None:
+    ours, theirs = static_model(record=played), eager_model()
+    one, other = read(ours, some_ids(9)), read(theirs, some_ids(9))
+    for _ in range(4):
+        token = int(other.logits.argmax())
+        one.extend([token])
+        other.extend([token])
+    hook = ours.model.get_decoder().register_forward_hook(lambda *given: None)  # nothing is played while it is there
+    try:
+        assert torch.allclose(one.look_ahead(CANDIDATES), other.look_ahead(CANDIDATES), atol=1e-4)
+    finally:
+        hook.remove()
+    for _ in range(3):
+        token = int(other.logits.argmax())
+        assert token not in CANDIDATES
+        one.extend([token])
+        other.extend([token])
+        same(one, other)
+
+
+def test_a_stretch_without_memory_goes_the_eager_way_and_steps_go_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, theirs = static_model(record=played, often=0), eager_model()
+    one, other = read(ours, some_ids(1)), read(theirs, some_ids(1))
+    assert ours.static is not None
+    real = ours.static._rows.__call__
+
+    def out_of_memory(parts: Any) -> Any:
+        monkeypatch.setattr(ours.static._stretches, "_rows", real)  # type: ignore[union-attr]
+        layer = parts[0].cache.layers[0]  # as far as the forward has come
+        layer.update(*(torch.ones(1, layer.keys.shape[1], 5, layer.keys.shape[-1]) for _ in range(2)))
+        raise RuntimeError("CUDA error: out of memory")  # as drivers say it
+
+    monkeypatch.setattr(ours.static._stretches, "_rows", out_of_memory)
+    for ids in (some_ids(5, 1), [4], some_ids(5, 2), [7]):
+        one.extend(ids)
+        other.extend(ids)
+        same(one, other)
+    assert "for 60 s prompts go on without captured graphs" in caplog.text
+    assert ours.static.captured == {"steps": 1, "stretches": 1, "looks": 0}
+    assert not ours.static.failed
+
+
+def test_a_stretch_of_which_a_graph_would_keep_too_much_goes_the_eager_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static_stretches, "LIMIT_BYTES", 1000)
+    ours = static_model(often=0)
+    same(read(ours, some_ids(20)), read(eager_model(), some_ids(20)))
+    assert ours.static is not None
+    assert ours.static.captured["stretches"] == 0
+
+
+def test_what_a_sequence_has_outgrown_is_not_kept() -> None:
+    model = static_model()
+    prefix = read(model, some_ids(SMALLEST - 4))
+    prefix.extend([3])
+    cache = prefix._cache
+    assert isinstance(cache, StaticCache)
+    assert cache.seat is not None
+    prefix.extend(some_ids(10))
+    assert cache.seat.outgrown
+    assert cache.seat.kv.numel() == 0
+
+
+def test_a_sequence_whose_row_is_taken_from_it_meanwhile_takes_no_step_in_anothers() -> None:
+    ours, theirs = static_model(), eager_model()
+    ones, others = ([read(model, some_ids(9 + n, n)) for n in range(2)] for model in (ours, theirs))
+    for prefix in (*ones, *others):
+        prefix.extend([4])
+    leaves = ones[1]._cache
+    assert isinstance(leaves, StaticCache)
+    assert ours.static is not None
+    real = ours.static.arenas.seat
+
+    def interrupted(*given: Any) -> Any:
+        seated = real(*given)
+        leaves.rest()  # its generation was interrupted, and does not wait for the forward
+        return seated
+
+    ours.static.arenas.seat = interrupted  # type: ignore[method-assign]
+    parts = [Segment(torch.tensor([5]), each._cache, len(each)) for each in ones]
+    said = ours.static.serve(parts)
+    assert set(said) == {0}
+    others[0].extend([5])
+    assert torch.allclose(said[0][0], others[0].logits, atol=1e-4)

@@ -13,7 +13,8 @@ from s2t_agents.models.graphs import played
 from s2t_agents.models.language_model import LanguageModel
 from s2t_agents.models.prefix import Prefix
 from s2t_agents.models.static_kv import StaticCache
-from s2t_agents.models.static_step import OFTEN, StaticStep
+from s2t_agents.models.static_step import StaticStep
+from s2t_agents.models.static_stretches import OFTEN
 from s2t_agents.proposal import Proposal
 from s2t_agents.selectors import Selector
 from s2t_agents.testing import tiny_model

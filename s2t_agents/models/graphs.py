@@ -29,6 +29,15 @@ def played(body: Body) -> Body:
     return body
 
 
+RETRY_S = 60.0
+"""Seconds for which nothing is captured once the device's memory was out; others may have given some back by then."""
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether there was no memory: libraries and drivers say so in words only."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Inside the block no garbage is collected: what a finaliser does on the device would end up in a capture."""

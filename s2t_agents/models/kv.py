@@ -161,6 +161,10 @@ class KVCache(Cache):  # type: ignore[misc]
         """Its generation has ended: give back what only running ones need. The tokens stay."""
         self.ahead = None
 
+    def forget_ahead(self) -> None:
+        """Nothing that was read past its end holds any more."""
+        self.ahead = None
+
     def glance(self, length: int) -> Glance | None:
         """What the step that made it so many tokens long has fetched along with it, where it has."""
         return None

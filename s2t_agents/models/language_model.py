@@ -131,7 +131,7 @@ class LanguageModel:
         with self.lock:
             for said in self._played([part]).values():
                 return said
-            (part,) = self._here([part])
+            (part,) = self._here(self._passed_over([part]))
             with planless(self.device):
                 return self._arrived(self._look(part) if isinstance(part, Look) else self.step_alone(part))
 
@@ -148,7 +148,7 @@ class LanguageModel:
             rest = [at for at in range(len(parts)) if at not in said]
             if rest:
                 with planless(self.device):
-                    eager = self._arrived(self._eager(self._here([parts[at] for at in rest])))
+                    eager = self._arrived(self._eager(self._here(self._passed_over([parts[at] for at in rest]))))
                 said.update(zip(rest, eager, strict=True))
             return [said[at] for at in range(len(parts))]
 
@@ -161,6 +161,13 @@ class LanguageModel:
             return {}  # before the first brief part nothing is compiled: maybe there never is one
         said = self.static.serve(parts)
         return self._arrived(said) if any(isinstance(parts[at], Look) for at in said) else said
+
+    def _passed_over(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """The same parts, which an eager forward is about to serve."""
+        static = vars(self).get("static")
+        if static is not None:
+            static.pass_over(parts)
+        return parts
 
     def _eager(self, parts: Sequence[Part]) -> list[Outcome | Tensor]:
         """In one forward: past the modules where they can be, through them else."""

@@ -198,6 +198,12 @@ class LeanStep:
         like: Tensor = self._embed.weight
         return like.new_empty(2, self.layers, 1, heads, 0, first.head_dim)
 
+    def seen_bytes(self, tokens: int) -> int:
+        """Of one layer's keys and values of so many tokens, as every query head sees them."""
+        size: int = self._embed.weight.element_size()
+        width: int = self._layers[0].qkv.widths[0]
+        return 2 * tokens * width * size
+
     @torch.inference_mode()
     def __call__(self, ids: Tensor, positions: Sequence[int], caches: Sequence[KVCache]) -> tuple[Tensor, Tensor]:
         """Append one token to each sequence.

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from .kv import KVCache
@@ -89,7 +90,10 @@ class PrefixCache:
 
         Entries that are the beginning of this one go; so do, if room is needed, those unused for longest.
         """
-        cache.rest()
+        try:
+            cache.rest()
+        except torch.OutOfMemoryError:  # the answer is there, and its KV goes with it
+            return
         kept = Entry(scope, np.asarray(ids, dtype=np.int64), cache)
         size = cache.nbytes
         if len(ids) < WORTH or size > self.limit_bytes:

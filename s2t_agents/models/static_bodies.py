@@ -53,6 +53,27 @@ class Recorded:
         return self._again()
 
 
+class Marked:
+    """A preparation that remembers when it was done, the last time: what is recorded before is not what is played.
+
+    Args:
+        prepare: puts inputs into static buffers.
+        like: on the device that is watched.
+
+    Attributes:
+        at: see ``mark``.
+    """
+
+    def __init__(self, prepare: Callable[[], None], like: Tensor) -> None:
+        self._prepare, self._like = prepare, like
+        self.at: torch.cuda.Event | None = None
+
+    def __call__(self) -> None:
+        """Prepare."""
+        self._prepare()
+        self.at = mark(self._like)
+
+
 @dataclass(frozen=True)
 class Way:
     """How bodies are made of torch's operations: the layers, what is no product in them, and how they are recorded."""
@@ -147,9 +168,9 @@ class Steps:
         return self._begun(rows, positions, prepare)
 
     def _begun(self, rows: Sequence[int], positions: Sequence[int], prepare: Callable[[], None]) -> list[Begun]:
-        start = mark(self._ids)
-        logits, hidden, seen = (each.clone() for each in self._play(prepare))
-        play = Play(logits, hidden, seen, start, len(rows))
+        marked = Marked(prepare, self._ids)
+        logits, hidden, seen = (each.clone() for each in self._play(marked))
+        play = Play(logits, hidden, seen, marked.at, len(rows))
         self._latest = play, list(rows)
         return [Begun(play, row, position) for row, position in zip(rows, positions, strict=True)]
 
@@ -192,9 +213,9 @@ class Stretches:
             self._ids.copy_(filled[:-3])
             self._places.copy_(filled[-3:])
 
-        start = mark(self._ids)
-        logits, hidden, seen = (each.clone() for each in self._play(prepare))
-        return Begun(Play(logits, hidden, seen, start, 1), 0, length + len(ids) - 1, ids[-1])
+        marked = Marked(prepare, self._ids)
+        logits, hidden, seen = (each.clone() for each in self._play(marked))
+        return Begun(Play(logits, hidden, seen, marked.at, 1), 0, length + len(ids) - 1, ids[-1])
 
 
 class Looks:

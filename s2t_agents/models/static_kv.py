@@ -178,8 +178,9 @@ class StaticLayer(GrowingLayer):
         self.length = length
 
     def _grow(self, needed: int) -> None:
-        if self.seat is not None:
+        if self.seat is not None and not self.seat.outgrown:
             self.seat.outgrown = True
+            self.seat.kv = _block(self.seat.kv, 0)  # what is left behind goes with the last layer
         super()._grow(needed)
 
 
@@ -228,6 +229,11 @@ class StaticCache(KVCache):
             layer.length = length
         other.read = length
         return other
+
+    def forget_ahead(self) -> None:
+        """See ``KVCache``."""
+        super().forget_ahead()
+        self.begun = self._seen = None
 
     def unseen(self) -> float:
         """See ``KVCache``."""

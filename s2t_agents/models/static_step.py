@@ -13,9 +13,7 @@ failed, or for a while where memory was out.
 from __future__ import annotations
 
 import logging
-import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -28,12 +26,13 @@ from transformers.cache_utils import Cache
 
 from .arena import Arena, Arenas
 from .candidate_rows import CandidateRows
-from .graphs import CudaGraphs, Recorder
+from .graphs import RETRY_S, CudaGraphs, Recorder, out_of_memory
 from .lean import close
 from .packed import Look, Outcome, Part, Segment
 from .pointwise import PLAIN, Pointwise, fused
-from .static_bodies import Looks, Steps, Stretches, Way, state_of_all
+from .static_bodies import Looks, Steps, Way, state_of_all
 from .static_kv import SURE, Begun, Play, StaticCache
+from .static_stretches import OFTEN, StretchReader, filled
 
 _log = logging.getLogger(__name__)
 
@@ -43,16 +42,7 @@ LooksBy = WeakKeyDictionary[nn.Module, dict[tuple[int, int], Looks]]
 GRAIN = 8
 """Candidates are filled up to a multiple of it, so that few graphs are captured."""
 
-RETRY_S = 60.0
-"""Seconds that all goes the eager way once the device's memory was out; others may have given some back by then."""
-
 _WITHOUT = "steps and selections go on without captured graphs of this kind"
-
-SHORTEST, LONGEST = 16, 1024
-"""Tokens of a stretch that a graph reads: a prompt's parts, what an agent's turn adds."""
-
-OFTEN = 4
-"""Stretches of about one length, after which a graph of it is worth its capture."""
 
 LONE = 16
 """Steps in a row that a sequence takes alone, after which it is worth a graph of its own."""
@@ -72,25 +62,9 @@ class Turn:
     ids: Sequence[int]
     length: int
 
-    @property
-    def room(self) -> int:
-        """Columns of the row that are written."""
-        return 1 if len(self.ids) == 1 else filled(self.ids)
-
-    @property
-    def row(self) -> int:
-        """Where the sequence sits."""
-        assert self.cache.seat is not None
-        return self.cache.seat.row
-
     def begun(self) -> Begun | None:
         """The step of one token, if it is under way already."""
         return self.cache.follow(self.ids[0], self.length)
-
-
-def filled(ids: Sequence[int]) -> int:
-    """Tokens of the body that reads a stretch."""
-    return max(SHORTEST, 1 << (len(ids) - 1).bit_length())
 
 
 class StaticStep:
@@ -102,7 +76,7 @@ class StaticStep:
         arenas: where sequences sit.
         ops: how what is no product is computed.
         way: of which kind bodies are.
-        often: see ``OFTEN``.
+        often: see ``static_stretches.OFTEN``.
 
     Attributes:
         failed: something could not be captured, and the eager way is taken ever since.
@@ -121,15 +95,12 @@ class StaticStep:
         self.arenas = arenas or Arenas()
         self._steps: WeakKeyDictionary[Arena, dict[tuple[int, int], Steps]] = WeakKeyDictionary()
         self._looks: WeakKeyDictionary[Arena, LooksBy] = WeakKeyDictionary()
-        self._stretches: WeakKeyDictionary[Arena, dict[int, Stretches]] = WeakKeyDictionary()
-        self._wanted: Counter[int] = Counter()
-        """How often stretches of each length were."""
-        self._often, self._tried = often, False
+        self._stretches = StretchReader(rows, self._way, often)
         self._parameters = [module._parameters for module in rows.base.modules() if module._parameters]
         self._addresses = self._weights_lie()
         self.failed = False
         self._resumes = 0.0
-        self._ahead: Play | None = None
+        self._ahead: list[Play] = []
         """Begun by the last call, and waited for by nobody so far."""
         self._left = 0.0
         """When the last call ended."""
@@ -139,7 +110,7 @@ class StaticStep:
         """How many bodies of each kind there are."""
         return {
             "steps": sum(len(each) for each in self._steps.values()),
-            "stretches": sum(len(each) for each in self._stretches.values()),
+            "stretches": len(self._stretches),
             "looks": sum(len(each) for by in self._looks.values() for each in by.values()),
         }
 
@@ -153,13 +124,21 @@ class StaticStep:
             For the parts that were served, by their place: logits ``[V]`` (fp32) and last hidden state ``[H]`` of a
             step, last hidden states ``[K, H]`` of a look. Nothing has changed for the others.
         """
-        if self._ahead is not None:  # whoever asks now waits for what is left of it
-            self._ahead.alone_s, self._ahead = monotonic() - self._left, None
+        for play in self._ahead:  # whoever asks now waits for what is left of it
+            play.alone_s = monotonic() - self._left
+        self._ahead = []
         said = self._served(parts)
-        if len(said) < len(parts) or any(isinstance(part, Look) for part in parts):
-            self._ahead = None  # this call goes on until the device has done all that it has begun
+        if any(isinstance(part, Look) for part in parts):
+            self._ahead = []  # this call goes on until the device has done all that it has begun
         self._left = monotonic()
         return said
+
+    def pass_over(self, parts: Sequence[Part]) -> None:
+        """Some parts go the eager way: it waits for all that was begun, and writes where its steps have written."""
+        self._ahead = []
+        for part in parts:
+            if isinstance(part.cache, StaticCache):
+                part.cache.begun = None
 
     def _served(self, parts: Sequence[Part]) -> dict[int, Outcome | Tensor]:
         said: dict[int, Outcome | Tensor] = {}
@@ -195,16 +174,10 @@ class StaticStep:
         return {
             at: Turn(part.cache, part.ids.tolist(), part.length)
             for at, part in enumerate(parts)
-            if isinstance(part, Segment) and self._takes(part.cache) and self._worth(len(part.ids))
+            if isinstance(part, Segment)
+            and self._takes(part.cache)
+            and (len(part.ids) == 1 or self._stretches.worth(len(part.ids)))
         }
-
-    def _worth(self, tokens: int) -> bool:
-        """Whether a graph of so many tokens is used, or captured: stretches have to come often for that."""
-        if not 1 < tokens <= LONGEST:
-            return tokens == 1
-        size = tokens.bit_length()
-        self._wanted[size] += 1
-        return self._wanted[size] > self._often
 
     @torch.inference_mode()
     def step(self, turns: Sequence[Turn]) -> list[Outcome | None]:
@@ -216,27 +189,34 @@ class StaticStep:
         """
         said: dict[Turn, Outcome] = {}
         with self._eager_after_failure():
-            arenas = self.arenas.seat([turn.cache for turn in turns], [turn.length + turn.room for turn in turns])
-            for arena in dict.fromkeys(arenas):
-                here = [turn for turn, each in zip(turns, arenas, strict=True) if each is arena]
-                if arena is not None:
-                    said.update(self._together(arena, here))
+            needed = [turn.length + filled(turn.ids) for turn in turns]
+            arenas = self.arenas.seat([turn.cache for turn in turns], needed)
+            # Asked once: whoever is interrupted while others lead takes his KV out of its row at any time.
+            seats = [turn.cache.seat for turn in turns]
+            for arena in dict.fromkeys(each for each in arenas if each is not None):
+                here = zip(turns, arenas, seats, strict=True)
+                rows = {t: seat.row for t, each, seat in here if each is arena and seat and seat.arena is arena}
+                said.update(self._together(arena, rows))
         return [said.get(turn) for turn in turns]
 
-    def _together(self, arena: Arena, turns: Sequence[Turn]) -> dict[Turn, Outcome]:
-        """Steps and stretches of sequences that sit in one arena; stretches that could not be read are missing."""
-        read = {turn: self._read(arena, turn) for turn in turns if len(turn.ids) > 1}
-        turns = [turn for turn in turns if read.get(turn, turn) is not None]
+    def _together(self, arena: Arena, rows: Mapping[Turn, int]) -> dict[Turn, Outcome]:
+        """Steps and stretches of sequences in rows of one arena; stretches that could not be read are missing."""
+        read = {
+            turn: self._stretches.read(arena, row, turn.cache, turn.ids, turn.length)
+            for turn, row in rows.items()
+            if len(turn.ids) > 1
+        }
+        turns = [turn for turn in rows if read.get(turn, turn) is not None]
         if not turns:
             return {}
         begun = [read.get(turn) or turn.begun() for turn in turns]
         for turn in turns:
             turn.cache.lone = turn.cache.lone + 1 if len(turns) == 1 else 0
-        first, steps = self._steps_of(arena, [turn.cache for turn in turns])
-        rows = [turn.row - first for turn in turns]
-        now = _all_begun(steps, begun, rows, turns)
-        following = steps.after(now, rows) if _goes_on(steps, turns, now) else []
-        self._ahead = following[0].play if following else None
+        first, steps = self._steps_of(arena, [rows[turn] for turn in turns], lone=turns[0].cache.lone)
+        places = [rows[turn] - first for turn in turns]
+        now = _all_begun(steps, begun, places, turns)
+        following = steps.after(now, places) if _goes_on(steps, turns, now) else []
+        self._ahead += [each.play for each in following[:1]]
         for turn, each in zip(turns, now, strict=True):
             turn.cache.advance(each.position + 1, each.play.glances[each.row])
             turn.cache.unseen_s = each.play.unseen_s
@@ -244,42 +224,13 @@ class StaticStep:
             ahead.token, turn.cache.begun = each.play.glances[each.row].best, ahead
         return {turn: each.outcome for turn, each in zip(turns, now, strict=True)}
 
-    def _read(self, arena: Arena, turn: Turn) -> Begun | None:
-        """Begin to read a stretch; None, and none is read like that any more, where a graph cannot do it."""
-        turn.cache.begun = None
-        known = self._stretches.setdefault(arena, {})
-        try:
-            if turn.room not in known:
-                known[turn.room] = Stretches(self._way, arena, turn.room)
-            begun = known[turn.room].begin(turn.row, turn.ids, turn.length)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self._give_stretches_up(str(error))
-            return None
-        if not self._tried:
-            segment = Segment(torch.tensor(turn.ids, device=arena.kv.device), turn.cache, turn.length)
-            ((logits, _),) = self._rows([segment])
-            turn.cache.crop(-len(turn.ids))
-            if not close(begun.play.logits[0], logits, arena.kv.dtype):
-                self._give_stretches_up("their logits are not those of the eager way")
-                return None
-            self._tried = True
-        return begun
-
-    def _give_stretches_up(self, reason: str) -> None:
-        self._often = math.inf
-        self._stretches.clear()
-        _log.warning("prompts go on without captured graphs: %s", reason)
-
-    def _steps_of(self, arena: Arena, caches: Sequence[StaticCache]) -> tuple[int, Steps]:
-        """The graph for some sequences, and the first row of it."""
+    def _steps_of(self, arena: Arena, rows: Sequence[int], lone: int) -> tuple[int, Steps]:
+        """The graph for some rows, and the first row of it."""
         known = self._steps.setdefault(arena, {})
-        rows = [cache.seat.row for cache in caches if cache.seat is not None]
         # Rows are numbered from the first, so that a few sizes serve every set of them. One that is alone for a while
         # is worth a graph of its own, which takes longer to capture than many steps.
         key = (0, 1 << max(rows).bit_length())
-        if len(rows) == 1 and (key not in known or caches[0].lone >= LONE):
+        if len(rows) == 1 and (key not in known or lone >= LONE):
             key = (rows[0], 1)
         if key not in known:
             known[key] = Steps(self._way, arena, *key)
@@ -295,12 +246,12 @@ class StaticStep:
             (arena,) = self.arenas.seat([cache], [length + 1])
             if arena is None or cache.seat is None:
                 return None
-            filled = -(-len(look.ids) // GRAIN) * GRAIN
+            candidates = -(-len(look.ids) // GRAIN) * GRAIN
             corrections = self._rows.corrections(look.lora) if look.lora is not None else {}
             known = self._looks.setdefault(arena, WeakKeyDictionary()).setdefault(look.lora or self._rows.base, {})
-            key = (cache.seat.row, filled)
+            key = (cache.seat.row, candidates)
             if key not in known or known[key].state != state_of_all(corrections):
-                known[key] = Looks(self._way, arena, cache.seat.row, filled, corrections)
+                known[key] = Looks(self._way, arena, cache.seat.row, candidates, corrections)
             return known[key](look.ids, length)
         return None
 
@@ -317,12 +268,13 @@ class StaticStep:
         """What cannot be captured is not tried again, what finds no memory is, later; either is said."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            self._resumes = monotonic() + RETRY_S
-            _log.warning("for %.0f s steps and selections go on without captured graphs: %s", RETRY_S, error)
         except RuntimeError as error:
-            self.failed = True
-            _log.warning("steps and selections go on without captured graphs: %s", error)
+            if out_of_memory(error):
+                self._resumes = monotonic() + RETRY_S
+                _log.warning("for %.0f s steps and selections go on without captured graphs: %s", RETRY_S, error)
+            else:
+                self.failed = True
+                _log.warning("steps and selections go on without captured graphs: %s", error)
 
 
 def _all_begun(steps: Steps, begun: Sequence[Begun | None], rows: Sequence[int], turns: Sequence[Turn]) -> list[Begun]:

@@ -154,6 +154,7 @@ def roll_back(cache: Cache, length: int) -> None:
     """Forget what a failed forward may have written behind a sequence's end."""
     if isinstance(cache, KVCache):
         cache.read = min(cache.read, length)
+        cache.forget_ahead()
     for layer in cache.layers:
         extra = layer.get_seq_length() - length
         if extra > 0 and layer.is_croppable:
