@@ -205,3 +205,13 @@ def test_a_tool_loop_reads_its_conversation_once_and_says_so() -> None:
     for told in (chat.invoke(messages, s2t_cache_scope="by call"), node.invoke(messages, elsewhere)):
         assert told.usage_metadata is not None
         assert told.usage_metadata["input_token_details"]["cache_read"] == 0
+
+
+def test_without_memory_to_keep_it_a_sequence_goes_and_nobody_is_told() -> None:
+    class Full(KVCache):
+        def rest(self) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    past = PrefixCache()
+    past.keep(list(range(20)), Full())
+    assert len(past) == 0

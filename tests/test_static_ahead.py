@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from test_static import eager_model, greedy, read, same, some_ids, static_model
 
 from s2t_agents import Engine
-from s2t_agents.models import static_step
+from s2t_agents.models import static_bodies, static_step
 from s2t_agents.models.arena import SMALLEST
 from s2t_agents.models.glance import glance_at
-from s2t_agents.models.graphs import played
+from s2t_agents.models.graphs import Body, played
 from s2t_agents.models.language_model import LanguageModel
 from s2t_agents.models.packed import Look, Part, Segment
 from s2t_agents.models.prefix import Prefix
 from s2t_agents.models.static_bodies import Steps
 from s2t_agents.models.static_kv import Begun, Play, StaticCache
 from s2t_agents.models.static_step import SURE
-from s2t_agents.models.tickets import StepTicket
+from s2t_agents.models.tickets import StepTicket, roll_back
 from s2t_agents.proposal import Proposal
 from s2t_agents.types import Sampling
 
@@ -347,3 +347,27 @@ def test_steps_that_were_begun_apart_are_billed_whole(monkeypatch: pytest.Monkey
         cache_of(prefix).unseen()
         clock.now += 10.0
     assert unseen(model, prefixes) == [4.0, 4.0]
+
+
+def test_the_time_of_a_capture_is_none_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened = []
+
+    def record(body: Body) -> Body:
+        happened.append("recorded")
+        return body
+
+    monkeypatch.setattr(static_bodies, "mark", lambda like: happened.append("marked"))
+    prefix = read(static_model(record=record), some_ids(9))
+    prefix.extend([4])
+    assert happened == ["marked", "recorded", "marked", "marked"]  # the last is that of the step begun after it
+
+
+def test_what_a_failed_forward_has_left_ahead_is_forgotten(ours: LanguageModel) -> None:
+    prefix = read(ours, some_ids(9))
+    follow(prefix, 2)
+    cache = cache_of(prefix)
+    assert cache.begun is not None
+    roll_back(cache, len(prefix) - 1)
+    assert cache.begun is None
+    assert cache.glance(len(prefix)) is None
+    assert cache.get_seq_length() == len(prefix) - 1

@@ -141,13 +141,15 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens, and what was read past the end."""
-        self.ahead, self.read = None, 0
+        self.forget_ahead()
+        self.read = 0
         super().crop(tokens_to_remove)
         self.read = self.get_seq_length()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.ahead, self.read = None, 0
+        self.forget_ahead()
+        self.read = 0
         super().reset()
 
     @torch.inference_mode()

@@ -131,7 +131,7 @@ class LanguageModel:
         with self.lock:
             for said in self._played([part]).values():
                 return said
-            (part,) = self._here(self._passed_over([part]))
+            (part,) = self._here([part])
             with planless(self.device):
                 return self._arrived(self._look(part) if isinstance(part, Look) else self.step_alone(part))
 
@@ -148,7 +148,7 @@ class LanguageModel:
             rest = [at for at in range(len(parts)) if at not in said]
             if rest:
                 with planless(self.device):
-                    eager = self._arrived(self._eager(self._here(self._passed_over([parts[at] for at in rest]))))
+                    eager = self._arrived(self._eager(self._here([parts[at] for at in rest])))
                 said.update(zip(rest, eager, strict=True))
             return [said[at] for at in range(len(parts))]
 
@@ -162,13 +162,6 @@ class LanguageModel:
         said = self.static.serve(parts)
         return self._arrived(said) if any(isinstance(parts[at], Look) for at in said) else said
 
-    def _passed_over(self, parts: Sequence[Part]) -> Sequence[Part]:
-        """The same parts, which an eager forward is about to serve."""
-        static = vars(self).get("static")
-        if static is not None:
-            static.pass_over(parts)
-        return parts
-
     def _eager(self, parts: Sequence[Part]) -> list[Outcome | Tensor]:
         """In one forward: past the modules where they can be, through them else."""
         if not self._leanly(parts):
@@ -178,7 +171,9 @@ class LanguageModel:
         return self.lean_parts(parts)  # type: ignore[misc]
 
     def _here(self, parts: Sequence[Part]) -> list[Part]:
-        """The same parts, with their tokens on the model's device."""
+        """The same parts for an eager forward, with their tokens on the model's device."""
+        if vars(self).get("static") is not None:
+            vars(self)["static"].pass_over(parts)
         if self.device.type == "cpu":
             return list(parts)
         return [replace(part, ids=part.ids.to(self.device)) for part in parts]

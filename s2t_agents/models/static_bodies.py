@@ -82,6 +82,12 @@ class Way:
     ops: Pointwise
     record: Recorder
 
+    def said(self, hidden: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits ``[N, V]``, best tokens ``[N, 1]`` and glances ``[N, 3]`` after hidden states ``[N, H]``."""
+        logits = self.lean.logits(hidden, rows.affine)
+        best = logits.argmax(-1, keepdim=True)
+        return logits, best, self.ops.glanced(logits, best, logits.gather(-1, best))
+
     def stepping(self, kv: Sequence[Tensor], positions: Tensor, cos: Tensor, sin: Tensor) -> Rows:
         """One token for each row, see ``StepAttention``; rotations ``[N, 1, d]``."""
         return Rows(cos, sin, StepAttention(kv, positions, self.ops), self.lean.linear, self.ops)
@@ -113,9 +119,7 @@ class Steps:
         def body() -> tuple[Tensor, ...]:  # holds no self: a cycle would keep the KV
             rows = way.stepping(kv, positions, cos[positions], sin[positions])
             hidden = way.lean.through(ids, rows)
-            logits = way.lean.logits(hidden, rows.affine)
-            best = logits.argmax(-1, keepdim=True)
-            seen = way.ops.glanced(logits, best, logits.gather(-1, best))
+            logits, best, seen = way.said(hidden, rows)
             ids.copy_(best[:, 0])
             positions.add_(positions < spare)
             return logits, hidden, seen
@@ -199,9 +203,8 @@ class Stretches:
             positions = length + torch.arange(tokens, device=ids.device)
             rows = way.reading(kv, row, positions, cos[positions], sin[positions])
             hidden = way.lean.through(ids, rows).index_select(0, last)
-            logits = way.lean.logits(hidden)
-            best = logits.argmax(-1, keepdim=True)
-            return logits, hidden, way.ops.glanced(logits, best, logits.gather(-1, best))
+            logits, _, seen = way.said(hidden, rows)
+            return logits, hidden, seen
 
         self._play = Recorded(body, way.record)
 

@@ -205,16 +205,10 @@ class StaticCache(KVCache):
         """Where it sits with all its layers; None where it has to be seated, for the first time or anew."""
         return self.seat.arena if self.seat is not None and not self.seat.outgrown else None
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens, and what was read past the end."""
-        self.begun = self._seen = None
-        super().crop(tokens_to_remove)
-
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.begun = self._seen = self.seat = None
-        self.layers = []
+        self.seat, self.layers = None, []
 
     @torch.inference_mode()
     def clone(self, length: int) -> KVCache:
