@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast kernels check format bench clean
+.PHONY: help install demo test fast real kernels check format bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,10 +31,14 @@ check: $(READY)  ## Lint and types
 	$(BIN)/mypy
 
 test: check  ## Lint, types and the whole test suite
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not real'
 
 fast: $(READY)  ## The tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not real'
+
+real: $(READY)  ## Real weights and tokenizers: fetch them once (210 MB), run their tests
+	$(BIN)/python -m benchmarks.assets
+	$(BIN)/python -m pytest -m real -rs
 
 $(TRITON)/.ready: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON) triton==3.6.0

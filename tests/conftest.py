@@ -10,9 +10,13 @@ os.environ.setdefault("LANGSMITH_TRACING", "false")
 
 import socket
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from benchmarks import assets
 
 if TYPE_CHECKING:
     from servers import CompletionServer
@@ -48,3 +52,36 @@ def server() -> Iterator[CompletionServer]:
 
     with serving(tiny_model(seed=5)) as running:
         yield running
+
+
+def real(name: str) -> Path:
+    """The folder of a real asset; a test that needs it is skipped where the cache lacks it."""
+    try:
+        return assets.folder(name)
+    except assets.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@cache
+def loaded_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(params=[*assets.TOKENIZERS, "smollm2"])
+def real_tokenizer(request: pytest.FixtureRequest) -> Any:
+    """Each of the real tokenizers, with its chat template (gpt4o has none); ``name_or_path`` is its folder."""
+    return loaded_tokenizer(real(request.param))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a checkpoint folder, fp32."""
+    return real("smollm2")
+
+
+@pytest.fixture(scope="session")
+def bfcl() -> Path:
+    """Data of the Berkeley Function Calling Leaderboard: ``BFCL_v4_*.json``, JSON lines, and ``possible_answer/``."""
+    return real("bfcl")
