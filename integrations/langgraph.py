@@ -12,10 +12,15 @@ before_agent  opens budget > thread > agent, brings back what a resumed thread h
 before_model  nothing left: a last answer from the finalization reserve, or the end (``end_when_exhausted``)
 model call    passes ``s2t_budget`` and ``s2t_agent`` to the model, tells it what is left (``tell_model``)
 after_model   puts cost and budget in the state; a refusal under "ask" interrupts here, where an answer counts once
+
+What an interrupted answer had paid for is in the state: it goes on where it stopped and pays for the rest alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Annotated, Any, NotRequired
@@ -38,8 +43,14 @@ from s2t_agents.budget.answers import more_from
 from s2t_agents.budget.names import meter_name
 from s2t_agents.budget.refusals import question_of
 from s2t_agents.budget.terms import LimitsGiven
-from s2t_agents.errors import BadLimit, BudgetExceeded
+from s2t_agents.errors import BadLimit, BadStore, BudgetExceeded, StoreUnavailable
+from s2t_agents.ledger import Cost
+from s2t_agents.unfinished import Unfinished
 
+AGENTS_KEPT = 1024
+"""Agents, each in its thread, whose unfinished answers this process remembers beyond what checkpoints hold."""
+
+_log = logging.getLogger(__name__)
 _COUNTED = ("usd", "escalations", "llm_tokens")
 _LAST = "The budget is nearly spent: give your final answer now."
 _UNITS = {
@@ -54,12 +65,15 @@ class BudgetAgentState(AgentState[Any]):
     """What the middleware adds to an agent's state: plain JSON, so any checkpointer keeps it.
 
     ``s2t_budget`` is the agent's budget (path, limit, held, spent, left, available), ``s2t_cost_usd`` the sum of what
-    its model calls reported (local, llm, total; None once one was unknown).
+    its model calls reported, those of interrupted answers too (local, llm, total; None once one was unknown). Private:
+    the question under way, what the interrupted answer had paid for, and what was granted.
     """
 
     s2t_budget: NotRequired[dict[str, Any]]
     s2t_cost_usd: NotRequired[dict[str, str | None]]
     s2t_question: NotRequired[Annotated[dict[str, Any] | None, PrivateStateAttr]]
+    s2t_unfinished: NotRequired[Annotated[dict[str, Any] | None, PrivateStateAttr]]
+    s2t_grants: NotRequired[Annotated[list[dict[str, Any]], PrivateStateAttr]]
     s2t_declined: NotRequired[Annotated[bool, PrivateStateAttr]]
     s2t_final: NotRequired[Annotated[bool, PrivateStateAttr]]
 
@@ -70,7 +84,8 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
     What happens on exhaustion is the budget's ``on_exhausted``: ``"degrade"`` answers locally, ``"raise"`` lets
     BudgetExceeded out of the graph, ``"ask"`` interrupts; resume with ``Command(resume=...)`` holding a mapping
     (``{"escalations": 3}``), a number or a text with one ("yes, 3 more") of the unit that ran out, or a no
-    (False, None, "no"), which lets the rest of the run degrade.
+    (False, None, "no"), which lets the rest of the run degrade. The answer goes on where it stopped. A question's first
+    grant counts, however often the same interrupt is resumed, and in however many processes.
 
     Args:
         budget: what all agents and threads share.
@@ -98,6 +113,7 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
         self.budget, self.agent = budget, agent
         self.per_thread, self.per_agent = per_thread or {}, per_agent or {}
         self.tell_model, self.end_when_exhausted = tell_model, end_when_exhausted
+        self._unfinished: dict[str, Unfinished] = {}
         budget.fresh().child("thread", **self.per_thread).child("agent", **self.per_agent)  # bad limits show here
 
     def budget_of(self, thread_id: str | None, agent: str, *, final: bool = False) -> Budget:
@@ -118,8 +134,8 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
     def before_agent(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
         """Open the budgets; a thread resumed in a new process gets back what it had spent."""
         mine, _ = self._mine()
-        known = _brought_back(mine, state.get("s2t_budget"))
-        return {"s2t_budget": known, "s2t_question": None, "s2t_declined": False, "s2t_final": False}
+        fresh = {"s2t_question": None, "s2t_unfinished": None, "s2t_declined": False, "s2t_final": False}
+        return {"s2t_budget": _brought_back(mine, state), **fresh}
 
     async def abefore_agent(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
         """As :meth:`before_agent`."""
@@ -138,8 +154,7 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
             return {"s2t_final": True}
         names = " and ".join(_UNITS[unit] for unit in spent)
         text = f"The budget {mine.path!r} is spent ({names}), so this run ends here."
-        known = _brought_back(mine, state.get("s2t_budget"))
-        return {"jump_to": "end", "messages": [AIMessage(text)], "s2t_budget": known}
+        return {"jump_to": "end", "messages": [AIMessage(text)], "s2t_budget": _brought_back(mine, state)}
 
     @hook_config(can_jump_to=["end"])
     async def abefore_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any] | None:
@@ -150,37 +165,46 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
     ) -> ModelResponse[Any] | ExtendedModelResponse[Any]:
         """Pass the budget to the model; note the question if it refuses and somebody wants to be asked."""
-        mine, prepared = self._prepared(request)
+        mine, prepared, unfinished = self._prepared(request)
         try:
-            return handler(prepared)
+            return _answered(handler(prepared), request.state, unfinished)
         except BudgetExceeded as refused:
-            return _question(mine, refused)
+            return _question(mine, refused, request.state, unfinished)
 
     async def awrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> ModelResponse[Any] | ExtendedModelResponse[Any]:
         """As :meth:`wrap_model_call`."""
-        mine, prepared = self._prepared(request)
+        mine, prepared, unfinished = self._prepared(request)
         try:
-            return await handler(prepared)
+            return _answered(await handler(prepared), request.state, unfinished)
         except BudgetExceeded as refused:
-            return _question(mine, refused)
+            return _question(mine, refused, request.state, unfinished)
 
     @hook_config(can_jump_to=["model"])
     def after_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
         """Report cost and budget; or interrupt for more, then let the model answer again."""
-        mine, _ = self._mine()
         question = state.get("s2t_question")
         if question:
+            mine, _ = self._mine()
+            _brought_back(mine, state)
+            more, grants = _allowed_more(mine, question), state.get("s2t_grants") or []
             return {
                 "s2t_question": None,
-                "s2t_declined": not _allowed_more(mine, question),
-                "s2t_budget": _brought_back(mine, state.get("s2t_budget")),
+                "s2t_declined": not more,
+                "s2t_grants": [*grants, *([more] if more and more["counted"] else [])],
+                "s2t_budget": _brought_back(mine, state),
                 "jump_to": "model",
             }
-        cost = _added_cost(state.get("s2t_cost_usd"), _last_answer(state["messages"]))
-        known = _brought_back(mine, state.get("s2t_budget"))
-        return {"s2t_budget": known, **({"s2t_cost_usd": cost} if cost else {})}
+        cost = _reported_cost(_last_answer(state["messages"]))
+        told: dict[str, Any] = {"s2t_unfinished": None}
+        if cost is not None:
+            told["s2t_cost_usd"] = _added_cost(state.get("s2t_cost_usd"), cost)
+        try:
+            told["s2t_budget"] = _brought_back(self._mine()[0], state)
+        except (StoreUnavailable, BadStore) as error:  # the answer is there, and worth more than the figures
+            _log.warning("an agent's state keeps its last known budget: %s", error)
+        return told
 
     @hook_config(can_jump_to=["model"])
     async def aafter_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
@@ -194,59 +218,106 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
         agent = self.agent or str(config.get("metadata", {}).get("lc_agent_name") or "agent")
         return self.budget_of(None if thread is None else str(thread), agent, final=final), agent
 
-    def _prepared(self, request: ModelRequest[Any]) -> tuple[Budget, ModelRequest[Any]]:
+    def _prepared(self, request: ModelRequest[Any]) -> tuple[Budget, ModelRequest[Any], Unfinished]:
         last = bool(request.state.get("s2t_final"))
         mine, agent = self._mine(final=last)
         if request.state.get("s2t_declined"):
             mine = mine.view(on_exhausted="degrade")
-        prepared = request.override(model_settings={**request.model_settings, "s2t_budget": mine, "s2t_agent": agent})
+        unfinished = self._tries(mine.path).resume(request.state.get("s2t_unfinished"))
+        own = {"s2t_budget": mine, "s2t_agent": agent, "s2t_unfinished": unfinished}
+        prepared = request.override(model_settings={**request.model_settings, **own})
         if last:
             prepared = _with_note(prepared.override(tools=[]), _LAST)
         elif self.tell_model:
             prepared = _with_note(prepared, _told(mine))
-        return mine, prepared
+        return mine, prepared, unfinished
+
+    def _tries(self, path: str) -> Unfinished:
+        """What this process knows of the answers that an agent did not finish in a thread."""
+        found = self._unfinished.get(path)
+        if found is None:
+            others = dict(list(self._unfinished.items())[1 - AGENTS_KEPT :])
+            self._unfinished = {**others, path: (found := Unfinished())}
+        return found
 
 
-def _question(mine: Budget, refused: BudgetExceeded) -> ExtendedModelResponse[Any]:
+def _answered(
+    response: ModelResponse[Any], state: Mapping[str, Any], unfinished: Unfinished
+) -> ModelResponse[Any] | ExtendedModelResponse[Any]:
+    """The answer, with the costs of the tries before it that broke off."""
+    costs = _with_tries(state, unfinished)
+    return ExtendedModelResponse(response, Command(update=costs)) if costs else response
+
+
+def _question(
+    mine: Budget, refused: BudgetExceeded, state: Mapping[str, Any], unfinished: Unfinished
+) -> ExtendedModelResponse[Any]:
     """No answer yet, but a question in the state; a budget that does not ask lets the refusal out."""
     if mine.on_exhausted != "ask":
         raise refused
-    plain = {
-        name: f"{value:f}" if isinstance(value, Decimal) else value
-        for name, value in vars(refused).items()
-        if name in ("unit", "limit", "spent", "held", "wanted", "budget")
-    }
+    told = ("unit", "limit", "spent", "held", "wanted", "budget")
+    plain = _plain({name: value for name, value in vars(refused).items() if name in told})
     question = {"type": "s2t_budget", "question": question_of(refused), **plain}
-    return ExtendedModelResponse(ModelResponse(result=[]), Command(update={"s2t_question": question}))
+    update = {
+        "s2t_question": question,
+        "s2t_unfinished": unfinished.as_dict() or None,
+        "s2t_budget": _brought_back(mine, state),
+        **_with_tries(state, unfinished),
+    }
+    return ExtendedModelResponse(ModelResponse(result=[]), Command(update=update))
 
 
-def _allowed_more(mine: Budget, question: dict[str, Any]) -> bool:
-    """Ask until the answer can be followed: the checkpoint keeps every answer, so an error would end the thread."""
-    refused = next(budget for budget in mine.chain if budget.path == question["budget"])
+def _allowed_more(mine: Budget, question: dict[str, Any]) -> dict[str, Any] | None:
+    """Ask until the answer can be followed: the checkpoint keeps every answer, so an error would end the thread.
+
+    Returns:
+        What was granted to which budget, and whether it counted; None for a no.
+    """
+    refused = next((budget for budget in mine.chain if budget.path == question["budget"]), mine)
+    once = _interrupt_name()
     asked = question
     while True:
         try:
             more = more_from(interrupt(asked), question["unit"])
-            if more:
-                refused.extend(**more)
-            return bool(more)
+            if not more:
+                return None
+            counted = refused.extend(**more, once=once)
+            if not counted:
+                _log.warning("the question of budget %r was answered before: %s does not count", refused.path, more)
+            return {"path": refused.path, "more": _plain(more), "once": once, "counted": counted}
         except BadLimit as unclear:
             asked = {**question, "question": f"{unclear} {question['question']}"}
 
 
+def _interrupt_name() -> str:
+    """The same whenever the interrupt of the running task is resumed, and for no other."""
+    namespace = str(get_config().get("configurable", {}).get("checkpoint_ns") or "")
+    return hashlib.sha256(namespace.encode(errors="surrogatepass")).hexdigest() if namespace else ""
+
+
+def _plain(amounts: Mapping[str, Any]) -> dict[str, Any]:
+    return {unit: f"{v:f}" if isinstance(v, Decimal) else v for unit, v in amounts.items()}
+
+
 def _snapshot(mine: Budget) -> dict[str, Any]:
-    available = {unit: f"{v:f}" if isinstance(v, Decimal) else v for unit, v in mine.available().items()}
-    return {"path": mine.path, **mine.state().as_dict(), "available": available}
+    return {"path": mine.path, **mine.state().as_dict(), "available": _plain(mine.available())}
 
 
-def _brought_back(mine: Budget, before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The budget now, with what a checkpoint says this agent had spent: its meter may have died with its process.
+def _brought_back(mine: Budget, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The budget now, with what a checkpoint says this agent was granted and spent: its meter may have died with its
+    process.
 
     Past a deadline nothing can be booked; then the state keeps what it says, until more seconds let it be booked.
     """
+    before: Mapping[str, Any] | None = state.get("s2t_budget")
     spent = _forgotten(mine, before)
     if spent is None or before is None:
         return _snapshot(mine)
+    for grant in state.get("s2t_grants") or []:
+        for budget in mine.chain:
+            if budget.path == grant["path"]:
+                with contextlib.suppress(BadLimit):  # it has no such limit any more
+                    budget.extend(**grant["more"], once=grant["once"])
     try:
         mine.reserve(Amount(spent.usd if spent.usd is None else Decimal(0))).settle(spent)
     except BudgetExceeded:
@@ -290,11 +361,23 @@ def _last_answer(messages: Sequence[Any]) -> AIMessage | None:
     return next((message for message in reversed(messages) if isinstance(message, AIMessage)), None)
 
 
-def _added_cost(before: Mapping[str, str | None] | None, message: AIMessage | None) -> dict[str, str | None] | None:
-    """The running cost with one more answer's own report; None where it reports nothing."""
+def _reported_cost(message: AIMessage | None) -> Mapping[str, Any] | None:
+    """What an answer says that it cost; None where it says nothing."""
     cost = message.response_metadata.get("s2t", {}).get("cost_usd") if message else None
-    if not isinstance(cost, Mapping):
-        return None
+    return cost if isinstance(cost, Mapping) else None
+
+
+def _with_tries(state: Mapping[str, Any], unfinished: Unfinished) -> dict[str, Any]:
+    """The state's running cost with that of the tries that broke off; nothing where there were none."""
+    total = state.get("s2t_cost_usd")
+    costs: list[Cost] = unfinished.take_costs()
+    for cost in costs:
+        total = _added_cost(total, {"local": cost.local, "llm": cost.llm, "total": cost.total})
+    return {"s2t_cost_usd": total} if costs else {}
+
+
+def _added_cost(before: Mapping[str, str | None] | None, cost: Mapping[str, Any]) -> dict[str, str | None]:
+    """The running cost with one more."""
     total: dict[str, str | None] = {}
     for part in ("local", "llm", "total"):
         old, new = (before or {}).get(part, "0"), cost.get(part)

@@ -105,7 +105,7 @@ class Account:
     @cached_property
     def summary(self) -> Summary:
         """Taken when first asked for, which must be after the last step, and the same from then on."""
-        became = Counter(report.outcome for report in self.reports)
+        became = Counter(report.outcome for report in self.reports if not report.replayed)
         return Summary(
             triggers=self.count(lambda step: step.triggered),
             selections=self.count(lambda step: step.picked_by in ("selector", "llm")),
@@ -214,7 +214,7 @@ def _receipt(
         pick=pick,
         outcome=report.outcome,
         reserved=Amount.of(report.reserved) if report.reserved else None,
-        actual=Amount.of(report.actual) if report.actual else None,
+        actual=Amount(Decimal(0)) if report.replayed else Amount.of(report.actual) if report.actual else None,
         refused_by=report.refused_by,
         wait_ms=report.wait_s * MS,
         reason=report.reason,

@@ -19,9 +19,11 @@ from pydantic.fields import FieldInfo
 from .attribution import configurable
 from .budget import Budget
 from .errors import ConfigError
+from .unfinished import Unfinished
 
-OWN = ("s2t_agent", "s2t_budget", "s2t_cache_scope")
-"""Who asks, on which budget and beside whom: no part of the question, so neither traced nor a part of cache keys."""
+OWN = ("s2t_agent", "s2t_budget", "s2t_cache_scope", "s2t_unfinished")
+"""Who asks, on which budget, beside whom and after which tries: no part of the question, so neither traced nor in
+cache keys."""
 
 QUESTION = (
     "max_tokens",
@@ -191,6 +193,18 @@ def cache_scope_of(call: Mapping[str, Any], default: str | None) -> str | None:
     if scope is None or isinstance(scope, str):
         return scope
     raise ConfigError(f"s2t_cache_scope is {scope!r}; it must be a text.", hint="Give each tenant a name.")
+
+
+def unfinished_of(call: Mapping[str, Any]) -> Unfinished | None:
+    """The earlier tries of one call, where they are to be gone on with.
+
+    Raises:
+        ConfigError: something else in their place.
+    """
+    found = _said(call, "s2t_unfinished", None)
+    if found is None or isinstance(found, Unfinished):
+        return found
+    raise ConfigError(f"s2t_unfinished is a {type(found).__name__}.", hint="Give the Unfinished of the earlier try.")
 
 
 def _said(call: Mapping[str, Any], key: str, default: Any) -> Any:

@@ -24,7 +24,16 @@ from pydantic import ConfigDict, Field, SecretStr, SkipValidation, ValidationErr
 
 from . import answers
 from .accounting import Account
-from .arguments import TakesConfig, budget_of, cache_scope_of, check_call, foreign, refusal, without_nones
+from .arguments import (
+    TakesConfig,
+    budget_of,
+    cache_scope_of,
+    check_call,
+    foreign,
+    refusal,
+    unfinished_of,
+    without_nones,
+)
 from .attribution import current_caller, listened
 from .budget import Budget, DevicePrice
 from .engine.admission import Concurrency, Place
@@ -42,6 +51,7 @@ from .structured_output import Method, structured
 from .token_count import tokens_of_messages
 from .triggers import Trigger
 from .types import Sampling, Step
+from .unfinished import NOTHING, conversation_key
 
 
 class ChatS2T(TakesConfig):
@@ -373,11 +383,20 @@ class ChatS2T(TakesConfig):
             device_price=self.device_price,
             budget=budget,
         )
-        watch = self.on_step
+        watch, unfinished = self.on_step, unfinished_of(call)
+        key = conversation_key(engine.slm.name, request.key, messages)
+        begun = unfinished.begin(key, engine.slm.vocab_size) if unfinished is not None else NOTHING
+        steps = engine.run(
+            task.prompt,
+            sampling,
+            grammar=task.grammar,
+            budget=budget,
+            cache_scope=scope,
+            on_asked=account.asked,
+            begun=begun.tokens,
+        )
         return Generation(
-            engine.run(
-                task.prompt, sampling, grammar=task.grammar, budget=budget, cache_scope=scope, on_asked=account.asked
-            ),
+            steps if unfinished is None else unfinished.watching(key, begun, steps, account),
             account,
             parser=task.parser,
             tokenizer=engine.slm.tokenizer,

@@ -74,6 +74,7 @@ class EscalationReport:
         reason: why it was refused, failed or was interrupted; when the LLM picked, what else there is to know, mostly
             nothing.
         refused_by: the limit that refused; None where none did, also where the budget could not be reached.
+        replayed: the LLM picked in an earlier try of this answer, which paid for it; now it was free.
     """
 
     outcome: Outcome
@@ -82,6 +83,7 @@ class EscalationReport:
     wait_s: float
     reason: str = ""
     refused_by: RefusedBy | None = None
+    replayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,6 +237,19 @@ def test_limits_can_be_raised_while_running(place: Place) -> None:
         budget.extend(llm_tokens=5)
 
 
+def test_a_named_grant_counts_once_and_its_first_amount_stands(place: Place) -> None:
+    budget = place.budget(escalations=1, usd=1)
+    child = budget.child("agent", escalations=1)
+    assert budget.extend(escalations=2, once="question 1")
+    assert not budget.extend(escalations=50, usd=3, once="question 1")
+    assert budget.extend(escalations=1, once="question 2")
+    assert child.extend(escalations=4, once="question 1")  # another budget's question
+    assert budget.extend(escalations=1)  # without a name every call counts
+    assert budget.extend(escalations=1)
+    assert budget.state().limit == {"usd": 1, "escalations": 6}
+    assert child.state().limit == {"escalations": 5}
+
+
 def test_an_unknown_price_is_refused_anywhere_under_a_dollar_limit(place: Place) -> None:
     run = place.budget(usd=1)
     agent = run.child("agent", escalations=5)

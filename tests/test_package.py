@@ -25,7 +25,7 @@ LAYERS = [  # imports go down this list only, or stay on their own line
     {"call_body", "tool_calls", "hermes", "messages"},
     {"engine"},
     {"attribution", "accounting"},
-    {"generation", "request", "offload", "token_count", "arguments"},
+    {"generation", "request", "unfinished", "offload", "token_count", "arguments"},
     {"runtime", "answers", "structured_output"},
     {"chat_model"},
     {"testing"},

@@ -199,10 +199,19 @@ class Budget:
         escalations: int | None = None,
         llm_tokens: int | None = None,
         seconds: float | None = None,
-    ) -> None:
+        once: str = "",
+    ) -> bool:
         """Raise limits while running: ``extend(escalations=3)`` allows three more. Parents stay as they are.
 
         More seconds count from now if the deadline has passed, otherwise from the deadline.
+
+        Args:
+            usd, escalations, llm_tokens, seconds: so much more.
+            once: names this grant: the store remembers it, and of all calls with the same name, in any process, the
+                first alone counts, whatever the others allow.
+
+        Returns:
+            Whether this call counted.
 
         Raises:
             BadLimit: as for :class:`Budget`, or a unit that has no limit here.
@@ -221,7 +230,8 @@ class Budget:
                 raise BadLimit(
                     f"Budget {self.path!r} has no limit in {unit} to extend.", hint="Extend the one that refused."
                 )
-        self._meter.store.extend(self.path, (more.limits[0] or 0, more.limits[1] or 0, more.limits[2] or 0), micros)
+        allowed = (more.limits[0] or 0, more.limits[1] or 0, more.limits[2] or 0)
+        return self._meter.store.extend(self.path, allowed, micros, once)
 
     def seconds_left(self) -> float | None:
         """Seconds to the nearest deadline in the chain, never below 0; None without one."""

@@ -28,7 +28,9 @@ class _Held(NamedTuple):
     expired: bool
 
 
-_Change = tuple[dict[str, Meter], str, _Held | None]
+_Grant = tuple[str, str]
+"""A meter's path and what names the grant; without a name it is not remembered."""
+_Change = tuple[dict[str, Meter], str, _Held | None, _Grant | None]
 
 
 class MemoryStore:
@@ -49,6 +51,7 @@ class MemoryStore:
         self._pid = os.getpid()
         self._meters: dict[str, Meter] = {}
         self._holds: dict[str, _Held] = {}
+        self._granted: set[_Grant] = set()
         self._expired: list[str] = []
         self._next_expiry_us = 2**63
         self._journal: _Change | None = None
@@ -95,12 +98,17 @@ class MemoryStore:
         """Give the hold back."""
         return self._end(hold, None)
 
-    def extend(self, path: str, more: tuple[int, int, int], micros: int) -> None:
+    def extend(self, path: str, more: tuple[int, int, int], micros: int, once: str = "") -> bool:
         """Raise the limits."""
         self._come_in()
         with self._lock:
             now_us = self._tidy()
-            self._meters[path] = arithmetic.extended(self._current(path), more, micros, now_us)
+            if once and (path, once) in self._granted:
+                return False
+            after = arithmetic.extended(self._current(path), more, micros, now_us)
+            self._journal = ({path: after}, "", None, (path, once))
+            self._replay()
+            return True
 
     def read(self, path: str) -> Reading:
         """The meter now."""
@@ -177,7 +185,7 @@ class MemoryStore:
         return now_us
 
     def _commit(self, meters: dict[str, Meter], hold: str, held: _Held | None) -> None:
-        self._journal = (meters, hold, held)
+        self._journal = (meters, hold, held, None)
         self._meters.update(meters)  # as in _replay, which finishes it after an interrupt
         if held is None:
             self._holds.pop(hold, None)
@@ -189,8 +197,10 @@ class MemoryStore:
         """Carry out what is written down. Doing it twice changes nothing: the values are absolute."""
         if self._journal is None:
             return
-        meters, hold, held = self._journal
+        meters, hold, held, grant = self._journal
         self._meters.update(meters)
+        if grant is not None and grant[1]:
+            self._granted.add(grant)
         if held is None:
             self._holds.pop(hold, None)
         else:

@@ -179,9 +179,11 @@ return lapsed and 'late' or 'done'
 """
 
 _EXTEND = r"""
--- path, amount {5}, microseconds
+-- path, amount {5}, microseconds, what names the grant (empty: nothing does)
 local m = load(args[3])
 if not m then return 'missing' end
+local grant = args[3] .. '\0' .. args[6]  -- no path holds a NUL
+if args[6] ~= '' and call('HEXISTS', METERS, grant) == 1 then return 'known' end
 local limit, by, micros = m[LIMIT], args[4], args[5]
 local sum = {limit[1] or 0, limit[2] or 0, limit[3] or 0, limit[4] or 0, 0}
 plus(sum, by, 1)
@@ -191,6 +193,7 @@ if m[DEADLINE] and micros > 0 then
   m[MICROS], m[DEADLINE] = m[MICROS] + micros + past, m[DEADLINE] + past + micros
 end
 save(args[3], m)
+if args[6] ~= '' then call('HSET', METERS, grant, 1) end
 return 'done'
 """
 

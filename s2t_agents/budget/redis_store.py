@@ -108,10 +108,12 @@ class RedisStore:
         """Give the hold back."""
         return Closing(self._run(hold, "finish", hold))
 
-    def extend(self, path: str, more: tuple[int, int, int], micros: int) -> None:
+    def extend(self, path: str, more: tuple[int, int, int], micros: int, once: str = "") -> bool:
         """Raise the limits."""
-        if self._run(path, "extend", path, _parts((*more, 0)), micros) != "done":
+        said = self._run(path, "extend", path, _parts((*more, 0)), micros, once)
+        if said == "missing":
             raise self._missing(path)
+        return said == "done"
 
     def read(self, path: str) -> Reading:
         """The meter now."""

@@ -37,6 +37,9 @@ CREATE TABLE holds (
 CREATE INDEX holds_by_expiry ON holds (lapsed, expires_us);
 """
 
+_GRANTS = """
+CREATE TABLE IF NOT EXISTS grants (path TEXT NOT NULL, once TEXT NOT NULL, PRIMARY KEY (path, once)) WITHOUT ROWID
+"""
 _COLUMNS = 29
 _INSERT = f"INSERT INTO meters VALUES ({', '.join('?' * _COLUMNS)})"
 _UPDATE = """
@@ -67,6 +70,12 @@ def save(rows: sqlite3.Connection, path: str, meter: Meter, deadline_wall: float
         rows.execute(_INSERT, (path, *terms.limits, *terms.keep, terms.micros, *span, *counters, None))
     if deadline_wall is not None:
         rows.execute("UPDATE meters SET deadline_wall = ? WHERE path = ?", (deadline_wall, path))
+
+
+def first_grant(rows: sqlite3.Connection, path: str, once: str) -> bool:
+    """Note a grant; False if it was noted before. Files of earlier releases get the table with their first grant."""
+    rows.execute(_GRANTS)
+    return rows.execute("INSERT OR IGNORE INTO grants VALUES (?, ?)", (path, once)).rowcount == 1
 
 
 def cross_reboot(rows: sqlite3.Connection, boot: str, now_us: int, wall_s: float) -> None:

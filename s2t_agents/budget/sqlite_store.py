@@ -24,7 +24,7 @@ from s2t_agents.budget.amount import Units
 from s2t_agents.budget.clock import Clock, SystemClock
 from s2t_agents.budget.meter import Meter
 from s2t_agents.budget.sqlite_file import connect, identity, verify
-from s2t_agents.budget.sqlite_rows import APPLICATION_ID, SCHEMA, boot_id, cross_reboot, load, save
+from s2t_agents.budget.sqlite_rows import APPLICATION_ID, SCHEMA, boot_id, cross_reboot, first_grant, load, save
 from s2t_agents.budget.store import Chain, Closing, Reading, Refusal, Terms
 from s2t_agents.errors import BadStore, StoreUnavailable
 
@@ -98,11 +98,14 @@ class SQLiteStore:
         """Give the hold back."""
         return self._end(hold, None)
 
-    def extend(self, path: str, more: tuple[int, int, int], micros: int) -> None:
+    def extend(self, path: str, more: tuple[int, int, int], micros: int, once: str = "") -> bool:
         """Raise the limits."""
         with self._transaction() as rows:
+            if once and not first_grant(rows, path, once):
+                return False
             meter = arithmetic.extended(self._current(rows, path), more, micros, self._now_us())
             save(rows, path, meter, deadline_wall=self._wall_at(meter))
+            return True
 
     def read(self, path: str) -> Reading:
         """The meter now."""

@@ -101,8 +101,11 @@ class BudgetStore(Protocol):
     def release(self, hold: str) -> Closing:
         """Give a hold back unused."""
 
-    def extend(self, path: str, more: tuple[int, int, int], micros: int) -> None:
-        """Raise the limits of a meter; more time counts from now if the deadline has passed."""
+    def extend(self, path: str, more: tuple[int, int, int], micros: int, once: str = "") -> bool:
+        """Raise the limits of a meter; more time counts from now if the deadline has passed.
+
+        Of several calls that name the same grant in ``once``, the first alone counts: False says that this was not it.
+        """
 
     def read(self, path: str) -> Reading:
         """A meter as it is now, lapsed holds given back."""

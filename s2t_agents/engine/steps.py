@@ -136,6 +136,7 @@ class Engine:
         budget: Budget | None = None,
         cache_scope: str | None = None,
         on_asked: Callable[[Asked], None] | None = None,
+        begun: Sequence[int] = (),
     ) -> Generator[Place | Step, None, None]:
         """As ``steps``, but where it has to wait for a slot, its place in the queue comes first.
 
@@ -143,6 +144,8 @@ class Engine:
 
         ``on_asked`` is told of every question to the LLM when it is over, before its step comes. Where the generation
         ends with an error instead, as by an interruption, it was told of the question that has no step.
+
+        ``begun`` are tokens that the completion begins with, as far as they are legal: nobody chooses them again.
         """
         sampling = sampling or Sampling()
         self._check_prompt(prompt)
@@ -158,7 +161,7 @@ class Engine:
                     else nullcontext()
                 )
                 with desk as open_desk:
-                    steps = self._loop(prefix, prompt[reused:], sampling, grammar, open_desk)
+                    steps = self._loop(prefix, prompt[reused:], sampling, grammar, open_desk, begun)
                     if self.drift is not None:
                         steps = self.drift.watching(steps)
                     for first in islice(steps, 1):
@@ -182,10 +185,11 @@ class Engine:
         sampling: Sampling,
         grammar: Grammar | None,
         desk: EscalationDesk | None,
+        begun: Sequence[int],
     ) -> Iterator[Step]:
         draw = Draw(sampling)
         pending = list(unread)
-        kept: deque[int] = deque()
+        kept = deque(begun)
         length = len(prefix) + len(unread)
         room = min(sampling.max_tokens, self.slm.context_window - length)
         index = 0

@@ -102,7 +102,8 @@ class Receipt(Frozen):
         actual: what it cost; None if nothing was spent or nobody knows.
         refused_by: the limit that refused; None where none did, the budget could not be reached, or nobody noted it.
         wait_ms: time the answer stood still for it, in ms.
-        reason: why it was refused, failed or was interrupted, or why it was asked.
+        reason: why it was refused, failed or was interrupted, or why it was asked. A pick that an earlier try of the
+            answer had paid for says so here, and its ``actual`` is nothing, not even an escalation.
     """
 
     step: Count
