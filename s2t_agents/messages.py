@@ -3,6 +3,9 @@
 ``to_template`` makes the turns; ``PromptEncoder`` renders them with the model's own chat template and encodes the
 result so that nothing from outside becomes a control token (``models.safe_encoding``). Templates that do not speak
 Hermes tool calls get tools, calls and results as text (``hermes``), so that one parser and one grammar serve all.
+
+Every text that was given is in the rendering. A template that leaves some of it out, or refuses the conversation, gets
+it in a stricter form (``arrangements``); where none shows everything, the conversation is refused.
 """
 
 from __future__ import annotations
@@ -11,24 +14,47 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
 
-from . import hermes
+from . import arrangements, blocks, hermes
 from .errors import ConfigError, ContextOverflow, InputError
-from .models.safe_encoding import SafeEncoder, check_text
+from .models.chat_template import ChatTemplate
+from .models.safe_encoding import SafeEncoder
+from .models.traced import Sources, check_text
 from .tool_calls import CLOSE, OPEN
 
 Turn = hermes.Turn
 
-_ROLES = ((SystemMessage, "system"), (HumanMessage, "user"), (AIMessage, "assistant"), (ToolMessage, "tool"))
-_TEXT_BLOCKS = {"text", "text-plain"}
-_CALL_BLOCKS = {"tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "input_json_delta", "function_call"}
-_THOUGHT_BLOCKS = {"reasoning": "reasoning", "thinking": "thinking"}
-_SILENT_BLOCKS = {*_CALL_BLOCKS, *_THOUGHT_BLOCKS, "redacted_thinking"}
+_ROLES = (
+    (SystemMessage, "system"),
+    (HumanMessage, "user"),
+    (AIMessage, "assistant"),
+    (ToolMessage, "tool"),
+    (FunctionMessage, "tool"),
+)
+_SPOKEN = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "ai": "assistant",
+}
+_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What a template raises at a conversation that it was not written for."""
 
 _Calls = dict[str, list[tuple[str, str]]]
 """LangChain's id of a call, which some providers use again, to our ids and tool names: those not answered yet."""
@@ -51,60 +77,41 @@ def to_template(messages: Sequence[BaseMessage]) -> list[Turn]:
     numbers = itertools.count(1)
     turns: list[Turn] = []
     for at, message in enumerate(messages):
-        role = next((role for kind, role in _ROLES if isinstance(message, kind)), None)
-        where = f"Message {at} ({type(message).__name__})"
-        if role is None:
-            raise InputError(f"{where} cannot be rendered.", hint="Use System-, Human-, AI- and ToolMessages.")
-        turn: Turn = {"role": role, "content": check_text(_text_of(message, where), where)}
+        where = _named(at, message)
+        turn: Turn = {"role": _role_of(message, where), "content": check_text(blocks.text_of(message, where), where)}
         if isinstance(message, AIMessage):
             turn |= _said_besides(message, calls, numbers)
         elif isinstance(message, ToolMessage):
             turn |= _answered(message, calls, where)
+        elif isinstance(message, FunctionMessage):
+            turn |= _answered_by_name(message, calls, where)
         turns.append(turn)
     return turns
 
 
-def _text_of(message: BaseMessage, where: str) -> str:
-    content: Any = message.content
-    if content is None or isinstance(content, str):
-        return content or ""
-    silent = _SILENT_BLOCKS if isinstance(message, AIMessage) else set()
-    texts = []
-    for block in content:
-        if isinstance(block, str):
-            texts.append(block)
-            continue
-        kind = block.get("type", "untyped")
-        if kind in _TEXT_BLOCKS:
-            texts.append(str(block.get("text") or ""))
-        elif kind == "json" and isinstance(message, ToolMessage):
-            texts.append(json.dumps(block.get("json"), ensure_ascii=False))
-        elif kind not in silent:
-            raise InputError(
-                f"{where} holds a {kind!r} content block.", hint="This model reads text alone: pass text blocks."
-            )
-    return "".join(texts)
+def _named(at: int, message: BaseMessage) -> str:
+    return f"Message {at} ({type(message).__name__})"
+
+
+def _role_of(message: BaseMessage, where: str) -> str:
+    role = next((role for kind, role in _ROLES if isinstance(message, kind)), None)
+    if isinstance(message, ChatMessage):
+        role = _SPOKEN.get(message.role.lower())
+    if role is None:
+        raise InputError(f"{where} cannot be rendered.", hint="Use System-, Human-, AI- and ToolMessages.")
+    return role
 
 
 def _said_besides(message: AIMessage, calls: _Calls, numbers: Iterator[int]) -> Turn:
     """Tool calls and reasoning of an assistant turn; the calls are entered under the ids they were made with."""
-    made: list[tuple[str | None, str, Any]] = [(c["id"], c["name"], c["args"]) for c in message.tool_calls]
-    made += [
-        (broken["id"], broken["name"] or "unknown", {"invalid_arguments": broken["args"] or ""})
-        for broken in message.invalid_tool_calls
-    ]
     entered: _Calls = {}
     told = []
-    for call_id, name, args in made:
+    for call_id, name, args in blocks.calls_of(message):
         own = f"call{next(numbers):05d}"
         entered.setdefault(own if call_id is None else call_id, []).append((own, name))
         told.append({"type": "function", "id": own, "function": {"name": name, "arguments": args}})
     calls |= entered  # an id of an earlier turn means this turn's call from here on
-    blocks = [block for block in message.content or () if isinstance(block, dict)]
-    thought = "".join(
-        str(block.get(_THOUGHT_BLOCKS[block["type"]]) or "") for block in blocks if block.get("type") in _THOUGHT_BLOCKS
-    )
-    thought = thought or message.additional_kwargs.get("reasoning_content") or ""
+    thought = blocks.thought_of(message) or message.additional_kwargs.get("reasoning_content") or ""
     return ({"tool_calls": told} if told else {}) | ({"reasoning_content": thought} if thought else {})
 
 
@@ -119,6 +126,33 @@ def _answered(message: ToolMessage, calls: _Calls, where: str) -> Turn:
     same = calls[message.tool_call_id]
     own, name = same.pop(0) if len(same) > 1 else same[0]
     return {"tool_call_id": own, "name": message.name or name}
+
+
+def _answered_by_name(message: FunctionMessage, calls: _Calls, where: str) -> Turn:
+    """The last call of the function, since functions were called without ids."""
+    made = [(own, name) for same in calls.values() for own, name in same if name == message.name]
+    if not made:
+        raise InputError(
+            f"{where} answers a call of {message.name!r}, which no earlier AIMessage made.",
+            hint="Keep the AIMessage with that call in the history.",
+        )
+    own, name = made[-1]
+    return {"tool_call_id": own, "name": name}
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """A conversation in the form in which a template shows all of it.
+
+    Attributes:
+        turns: for ``apply_chat_template``: the given ones, or others with the same text.
+        tools: likewise; empty where the tools stand in the system turn's text.
+        rendered: what the template made of them; the origin of each character is known (``models.traced``).
+    """
+
+    turns: list[Turn]
+    tools: list[Any]
+    rendered: str
 
 
 class PromptEncoder:
@@ -142,6 +176,11 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._template_args = dict(template_args or {})
         self._safe = SafeEncoder(tokenizer, str(template))
+        added = {token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()}
+        letters = [tag for tag in hermes.TAGS if f"</{tag}>" not in added]
+        self._frames = hermes.Frames(letters)
+        self._templates: dict[str, tuple[ChatTemplate, hermes.Frames]] = {}
+        self._letters = letters
 
     def encode(
         self,
@@ -160,13 +199,13 @@ class PromptEncoder:
             limit: most tokens allowed; a text that cannot fit is refused before it is encoded.
 
         Raises:
-            InputError: messages that cannot be rendered, see ``to_template``, or that the template refuses.
+            InputError: messages that cannot be rendered, see ``arrange``.
             ContextOverflow: more than ``limit`` tokens.
         """
         if limit is not None:  # before the work of rendering
             told = [m.content for m in messages if isinstance(m, HumanMessage | ToolMessage)]
             self._refuse_hopeless([text.strip() for text in told if isinstance(text, str)], limit)
-        rendered = self._render(messages, tools, generation_prompt)
+        rendered = self.arrange(messages, tools, generation_prompt=generation_prompt).rendered
         if limit is not None:
             self._refuse_hopeless([rendered], limit)
         ids = self._safe.encode(rendered)
@@ -185,7 +224,7 @@ class PromptEncoder:
         Raises:
             InputError: text that is not Unicode.
         """
-        return self._safe.encode(self._safe.shield(text, "The text"))
+        return self._safe.encode(Sources().text(text, "The text"))
 
     def render(
         self,
@@ -195,64 +234,114 @@ class PromptEncoder:
         generation_prompt: bool = True,
     ) -> str:
         """The prompt as text, for people; do not encode it, or text from outside may become control tokens."""
-        return self._safe.unshield(self._render(messages, tools, generation_prompt))
+        return str.__str__(self.arrange(messages, tools, generation_prompt=generation_prompt).rendered)
 
-    def _render(
-        self, messages: Sequence[BaseMessage], tools: Sequence[Mapping[str, Any]], generation_prompt: bool
-    ) -> str:
-        turns = [self._shielded(turn) for turn in to_template(messages)]
-        safe_tools = [self._safe.shield(tool, "A tool") for tool in tools]
-        if not self.speaks_hermes:
-            turns, safe_tools = hermes.as_text(turns, safe_tools), []
-        if not self.takes_system:
-            turns = _without_system(turns)
-        refusal: Exception | None = None
-        for arranged in _arrangements(turns):
+    def arrange(
+        self,
+        messages: Sequence[BaseMessage],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        generation_prompt: bool = True,
+    ) -> Arrangement:
+        """The conversation in the first form that the template takes and of which it shows every text.
+
+        What need not be shown: white space around a text, thoughts, and what stands before a ``</think>``.
+
+        Raises:
+            InputError: messages that cannot be rendered, see ``to_template``; a template that refuses every form, or
+                shows none in full.
+        """
+        sources = Sources()
+        turns = [_traced(turn, sources, _named(at, messages[at])) for at, turn in enumerate(to_template(messages))]
+        given = [sources.value(tool, f"Tool {at}", _said_by_a_tool) for at, tool in enumerate(tools)]
+        refusal, hidden = None, list[str]()
+        for arranged, shown in self._forms(turns, given):
             try:
-                return self._apply(arranged, safe_tools, generation_prompt)
-            except (TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
+                rendered = self._rendered(arranged, shown, generation_prompt)
+            except _REFUSALS as error:
                 refusal = refusal or error
+                continue
+            left_out = sources.left_out(rendered)
+            if not left_out:
+                return Arrangement(arranged, shown, rendered)
+            hidden = hidden or left_out
+        if refusal is None or hidden:
+            raise InputError(
+                f"The chat template leaves out text of: {', '.join(hidden)}.",
+                hint="Leave it out yourself, or use another chat template.",
+            ) from refusal
         raise InputError(f"The chat template refuses these messages: {refusal}") from refusal
 
-    def _shielded(self, turn: Turn) -> Turn:
-        shield = self._safe.shield
-        safe = dict(turn)
-        if turn["role"] == "tool" and self._frames_in_letters:
-            safe["content"] = hermes.kept_inside(turn["content"])
-        if turn["role"] == "assistant" and "reasoning_content" not in turn:
-            safe |= _thought_apart(turn["content"])
-        if "tool_calls" in turn:
-            safe["tool_calls"] = [
-                {**call, "function": shield(call["function"], "A tool call")} for call in turn["tool_calls"]
-            ]
-        for key in ("content", "reasoning_content", "name"):
-            if key in safe:
-                safe[key] = shield(safe[key])
-        return safe
+    def _forms(self, turns: list[Turn], tools: list[Any]) -> Iterator[tuple[list[Turn], list[Any]]]:
+        """Turns and tools, from the form nearest to what was given to the one with most changed."""
+        as_text = self._frames.as_text(turns, tools), list[Any]()
+        for told, shown in ([(turns, tools)] if self.speaks_hermes else []) + [as_text]:
+            first = told if self.takes_system else arrangements.system_in_user(told)
+            for form in arrangements.forms(first):
+                yield arrangements.in_parts(self._kept_inside(form, shown), self._reads_parts), shown
 
-    def _apply(self, turns: Sequence[Turn], tools: Sequence[Any], generation_prompt: bool = False) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(
-                list(turns),
-                tools=list(tools) or None,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
+    def _kept_inside(self, turns: list[Turn], tools: Sequence[Any]) -> list[Turn]:
+        """Results and names of calls that do not close the template's own frames of letters."""
+        _, frames = self._template(tools)
+        told = []
+        for turn in turns:
+            if turn["role"] == "tool":
+                turn = {**turn, "content": frames.kept_inside(turn["content"])}
+            if "tool_calls" in turn:
+                turn = {**turn, "tool_calls": [_call_kept_inside(call, frames) for call in turn["tool_calls"]]}
+            told.append(turn)
+        return told
+
+    def _template(self, tools: Sequence[Any]) -> tuple[ChatTemplate, hermes.Frames]:
+        """The tokenizer's template, and those of its frames that are letters."""
+        source = self._tokenizer.get_chat_template(tools=list(tools) or None)
+        if source not in self._templates:
+            frames = hermes.Frames([tag for tag in self._letters if f"</{tag}>" in source])
+            self._templates[source] = ChatTemplate(source, as_json=frames.kept_inside), frames
+        return self._templates[source]
+
+    def _rendered(self, turns: Sequence[Turn], tools: Sequence[Any], generation_prompt: bool = False) -> str:
+        template, _ = self._template(tools)
+        return template.render(
+            {
+                **self._tokenizer.special_tokens_map,
+                "documents": None,
                 **self._template_args,
-            )
+                "messages": list(turns),
+                "tools": list(tools) or None,
+                "add_generation_prompt": generation_prompt,
+            }
         )
 
     @cached_property
-    def _frames_in_letters(self) -> bool:
-        """Whether the template frames a tool's result with tags that are ordinary letters to the tokenizer."""
-        return self.speaks_hermes and hermes.RESPONSE_END not in self._tokenizer.get_added_vocab()
+    def _reads_parts(self) -> frozenset[str]:
+        """The roles whose content the template reads as a list of parts alone."""
+        roles = ("user", "assistant", "system")
+        best, shown_best = frozenset[str](), -1
+        for count in range(len(roles) + 1):
+            for chosen in map(frozenset, itertools.combinations(roles, count)):
+                shown = max(self._shows(chosen, roles), self._shows(chosen, roles[:2]))
+                if shown > shown_best:
+                    best, shown_best = chosen, shown
+        return best | {"tool"} if "user" in best else best
+
+    def _shows(self, parts: frozenset[str], roles: Sequence[str]) -> int:
+        """How many of these roles' texts the template shows."""
+        order = [role for role in ("system", "user", "assistant", "user") if role in roles]
+        turns = [{"role": role, "content": f"s2t-{role}"} for role in order]
+        try:
+            rendered = self._rendered(arrangements.in_parts(turns, parts), ())
+        except _REFUSALS:
+            return 0
+        return sum(f"s2t-{role}" in rendered for role in roles)
 
     @cached_property
     def takes_system(self) -> bool:
         """Whether the template renders a system turn."""
         turns = [{"role": "system", "content": "s2t-probe"}, {"role": "user", "content": "x"}]
         try:
-            return "s2t-probe" in self._apply(turns, ())
-        except (TemplateError, TypeError, ValueError, KeyError):
+            return "s2t-probe" in self._rendered(arrangements.in_parts(turns, self._reads_parts), ())
+        except _REFUSALS:
             return False
 
     @cached_property
@@ -266,10 +355,11 @@ class PromptEncoder:
             {"role": "tool", "content": "probe_result", "name": "probe_call", "tool_call_id": "call00001"},
         ]
         try:
-            rendered = self._apply(turns, [{"type": "function", "function": function}])
+            told = arrangements.in_parts(turns, self._reads_parts)
+            rendered = self._rendered(told, [{"type": "function", "function": function}])
             bodies = re.findall(f"{OPEN}\\s*(.*?)\\s*{CLOSE}", rendered, re.DOTALL)
             spoken = bool(bodies) and json.loads(bodies[-1]) == call
-        except (TemplateError, TypeError, ValueError, KeyError):
+        except _REFUSALS:
             return False
         return spoken and "probe_tool" in rendered and "probe_result" in rendered
 
@@ -284,67 +374,44 @@ def _overflow(tokens: str, limit: int) -> ContextOverflow:
     )
 
 
+def _traced(turn: Turn, sources: Sources, where: str) -> Turn:
+    """A turn whose strings from outside are traced; its thoughts and its name need not be shown."""
+    told = dict(turn)
+    if turn["role"] == "assistant" and "reasoning_content" not in turn:
+        told |= _thought_apart(turn["content"])
+    content = told["content"]
+    closed = content.rfind("</think>") + 1 if turn["role"] == "assistant" else 0
+    told["content"] = sources.text(content, where, needed_from=closed and closed + len("/think>"))
+    for key in ("reasoning_content", "name"):
+        if key in told:
+            told[key] = sources.text(told[key], where, needed_from=len(told[key]))
+    if "tool_calls" in turn:
+        told["tool_calls"] = [
+            {**call, "function": _function(call["function"], sources, f"A tool call of {where}")}
+            for call in turn["tool_calls"]
+        ]
+    return told
+
+
+def _function(function: Turn, sources: Sources, where: str) -> Turn:
+    arguments = sources.value(function["arguments"], where, lambda path, is_key: True)
+    return {"name": sources.text(function["name"], where), "arguments": arguments}
+
+
+def _call_kept_inside(call: Turn, frames: hermes.Frames) -> Turn:
+    return {**call, "function": {**call["function"], "name": frames.kept_inside(call["function"]["name"])}}
+
+
+def _said_by_a_tool(path: tuple[str, ...], is_key: bool) -> bool:
+    """Whether a string of a tool's definition says what the tool is: other ones are the schema's own words."""
+    if is_key:
+        return path[-2:-1] in (("properties",), ("patternProperties",))
+    return path[-1:] in (("name",), ("description",), ("enum",), ("const",), ("default",))
+
+
 def _thought_apart(content: str) -> Turn:
     """An answer that begins with its ``<think>`` block, in two parts: templates leave old thoughts out."""
     if not content.lstrip().startswith("<think>") or "</think>" not in content:
         return {}
     thought, _, answer = content.partition("</think>")
     return {"reasoning_content": thought.lstrip().removeprefix("<think>").strip(), "content": answer.lstrip("\n")}
-
-
-def _arrangements(turns: list[Turn]) -> Iterator[list[Turn]]:
-    """The conversation as it is, then in stricter forms, for templates that refuse it as it is."""
-    yield turns
-    single = _one_call_each(turns)
-    if single != turns:
-        yield single
-    gathered = _merged(_system_first(turns))
-    if gathered != turns:
-        yield gathered
-        yield _one_call_each(gathered)
-
-
-def _without_system(turns: Sequence[Turn]) -> list[Turn]:
-    """System text moved to the head of the first user turn."""
-    said = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")
-    rest = [turn for turn in turns if turn["role"] != "system"]
-    if not said:
-        return rest
-    if rest and rest[0]["role"] == "user":
-        return [{**rest[0], "content": f"{said}\n\n{rest[0]['content']}"}, *rest[1:]]
-    return [{"role": "user", "content": said}, *rest]
-
-
-def _system_first(turns: Sequence[Turn]) -> list[Turn]:
-    system = [turn for turn in turns if turn["role"] == "system"]
-    return system + [turn for turn in turns if turn["role"] != "system"]
-
-
-def _merged(turns: Sequence[Turn]) -> list[Turn]:
-    """Neighbours of one role in one turn, but for calls and their results."""
-    told: list[Turn] = []
-    for turn in turns:
-        before = told[-1] if told else None
-        plain = turn["role"] != "tool" and "tool_calls" not in turn
-        if before and plain and before["role"] == turn["role"] and "tool_calls" not in before:
-            told[-1] = {**before, "content": f"{before['content']}\n\n{turn['content']}"}
-        else:
-            told.append(turn)
-    return told
-
-
-def _one_call_each(turns: Sequence[Turn]) -> list[Turn]:
-    """Each tool call in a turn of its own, followed by its result."""
-    results = {turn["tool_call_id"]: turn for turn in turns if turn["role"] == "tool"}
-    told: list[Turn] = []
-    for turn in turns:
-        calls = turn.get("tool_calls", ())
-        if turn["role"] == "tool":
-            continue
-        if not calls:
-            told.append(turn)
-        for at, call in enumerate(calls):
-            content = turn["content"] if at == 0 else ""
-            told.append({"role": "assistant", "content": content, "tool_calls": [call]})
-            told += [results[call["id"]]] if call["id"] in results else []
-    return told

@@ -1,5 +1,6 @@
 """Prompts: the model's own template, and no text from outside ever becomes a control token."""
 
+import copy
 import json
 
 import pytest
@@ -15,8 +16,9 @@ from langchain_core.messages import (
 )
 from templates import FAMILIES, SPEAKS_HERMES, family
 
+from s2t_agents.arrangements import one_call_each
 from s2t_agents.errors import ConfigError, ContextOverflow, InputError
-from s2t_agents.messages import PromptEncoder, _one_call_each, to_template
+from s2t_agents.messages import PromptEncoder, to_template
 
 ENCODERS = {name: PromptEncoder(family(name)) for name in FAMILIES}
 WEATHER = {
@@ -86,12 +88,12 @@ def test_without_control_tokens_the_ids_are_apply_chat_templates_own(name, user,
 @pytest.mark.parametrize("name", FAMILIES)
 @settings(max_examples=20, deadline=None)
 @given(user=st.text(alphabet="ab é天\n▁.", max_size=20))
-def test_shielded_text_is_encoded_as_if_it_needed_no_shield(name, user):
+def test_text_is_encoded_as_if_no_control_token_were_spelt_so(name, user):
     """The careful way of encoding gives the ids of the ordinary one, spaces next to control tokens included."""
-    encoder = ENCODERS[name]
-    rendered = encoder.render([HumanMessage(f"{user}%"), AIMessage("fine"), HumanMessage("y")])
-    hidden = rendered.replace("%", f"{encoder._safe._mark}{ord('%')}\ue002")
-    assert encoder._safe.encode(hidden) == encoder._safe.encode(rendered)
+    messages = [HumanMessage(f"{user}%%"), AIMessage("fine"), HumanMessage("y")]
+    careful = copy.deepcopy(family(name))
+    careful.add_special_tokens({"additional_special_tokens": ["%%"]})
+    assert PromptEncoder(careful).encode(messages) == ENCODERS[name].encode(messages)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -106,10 +108,8 @@ def test_a_forged_turn_stays_inside_the_users_turn(name):
 
 def test_a_token_completed_by_the_templates_own_text_is_text():
     tokenizer = family("qwen2_5")
-    encoder = PromptEncoder(tokenizer)
-    encoder._tokenizer = _with_template(
-        tokenizer, "{% for m in messages %}<{{ m.content | trim }}>|im_end|>{% endfor %}"
-    )
+    template = "{% for m in messages %}<{{ m.content | trim }}>|im_end|>{% endfor %}"
+    encoder = PromptEncoder(_with_template(tokenizer, template))
     for content in ("tool_call", "|im_end|", " |im_end| ", "/tool_call", "<"):
         assert control_ids("qwen2_5", encoder.encode([HumanMessage(content)])) == []
 
@@ -126,8 +126,6 @@ def test_a_normalizer_can_not_make_a_control_token():
 
 
 def _with_template(tokenizer, template):
-    import copy
-
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = template
     return tokenizer
@@ -178,8 +176,9 @@ def test_strict_templates_get_neighbours_merged_and_late_system_turns_first(name
 
 
 def test_the_templates_refusal_is_passed_on():
-    with pytest.raises(InputError, match="must alternate"):
-        ENCODERS["gemma"].encode([AIMessage("I speak first")])
+    refusing = _with_template(family("gemma"), "{{ raise_exception('Not on Sundays.') }}")
+    with pytest.raises(InputError, match="Not on Sundays"):
+        PromptEncoder(refusing).encode([HumanMessage("x")])
 
 
 def test_turns_are_plain_and_call_ids_numbered():
@@ -227,7 +226,7 @@ def test_a_strict_template_shows_each_result_with_its_call_under_one_id():
     results = [ToolMessage(text, tool_call_id="same") for text in ("sunny", "wet")]
     said = ENCODERS["gemma"].render([HumanMessage("x"), AIMessage("", tool_calls=calls), *results], [WEATHER])
     assert said.index("Paris") < said.index("Rome") < said.index("sunny") < said.index("wet")
-    single = _one_call_each(to_template([HumanMessage("x"), AIMessage("", tool_calls=calls), *results]))
+    single = one_call_each(to_template([HumanMessage("x"), AIMessage("", tool_calls=calls), *results]))
     assert [turn["content"] for turn in single if turn["role"] == "tool"] == ["sunny", "wet"]
     assert [turn["role"] for turn in single] == ["user", "assistant", "tool", "assistant", "tool"]
 
@@ -285,7 +284,10 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         ([HumanMessage("x"), ToolMessage("y", tool_call_id="z")], "'z', which no earlier AIMessage made"),
         ([HumanMessage("a\ud800b")], "lone surrogate at character 1"),
         ([HumanMessage("a\0b")], "NUL character at position 1"),
-        ([AIMessage("", tool_calls=[{"id": "1", "name": "f", "args": {"a": ["\udfff"]}}])], "A tool call holds"),
+        (
+            [AIMessage("", tool_calls=[{"id": "1", "name": "f", "args": {"a": ["\udfff"]}}])],
+            r"A tool call of Message 0 \(AIMessage\) holds",
+        ),
         (
             [AIMessage("", tool_calls=[{"id": "1", "name": "f", "args": {"a": object()}}])],
             "holds a object, which is no JSON",
@@ -300,7 +302,7 @@ def test_what_can_not_be_rendered_is_one_clear_error(messages, says):
 def test_a_tool_with_text_that_is_not_unicode_is_refused():
     tool = json.loads(json.dumps(WEATHER))
     tool["function"]["description"] = "\ud800"
-    with pytest.raises(InputError, match="A tool holds a lone surrogate"):
+    with pytest.raises(InputError, match="Tool 0 holds a lone surrogate"):
         ENCODERS["qwen2_5"].encode([HumanMessage("x")], [tool])
 
 
@@ -313,6 +315,6 @@ def test_a_prompt_over_the_limit_overflows_and_a_huge_one_is_not_even_encoded(mo
     encoder = ENCODERS["llama3"]
     with pytest.raises(ContextOverflow, match=r"The prompt has 1[0-9]+ tokens; 20 fit"):
         encoder.encode([HumanMessage("word " * 40)], limit=20)
-    monkeypatch.setattr(encoder._safe, "encode", None)
+    monkeypatch.setattr(encoder, "arrange", None)
     with pytest.raises(ContextOverflow, match="at least"):
         encoder.encode([HumanMessage("<|eot_id|> " * 10**6)], limit=4096)

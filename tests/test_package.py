@@ -22,7 +22,7 @@ LAYERS = [  # imports go down this list only, or stay on their own line
     {"proposal"},
     {"triggers", "selectors"},
     {"escalation"},
-    {"call_body", "tool_calls", "hermes", "messages"},
+    {"call_body", "tool_calls", "hermes", "arrangements", "blocks", "messages"},
     {"engine"},
     {"attribution", "accounting"},
     {"generation", "request", "unfinished", "offload", "token_count", "arguments"},
