@@ -1,22 +1,26 @@
 """An escalation holds what it may cost, asks, settles what it did cost, and never takes the answer down."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from budget_support import FakeClock
 
 from s2t_agents.budget import Amount, Budget, MemoryStore, SQLiteStore, TokenPrice
 from s2t_agents.budget.amount import Units
 from s2t_agents.budget.store import Closing
+from s2t_agents.engine.steps import Engine
 from s2t_agents.errors import BudgetExceeded, ConfigError, EscalationFailed, ModelNotFound, S2TError, UnpricedModel
 from s2t_agents.escalation import Escalation, Pacing
 from s2t_agents.selectors.question import Answer, Question
-from s2t_agents.testing import ScriptedLLM, last_candidate
-from s2t_agents.types import Charge, RefusedBy
+from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
+from s2t_agents.triggers import always
+from s2t_agents.types import Charge, RefusedBy, Sampling
 
 PRICE = TokenPrice(Decimal("2"), Decimal("10"))  # USD per million tokens
 
@@ -193,3 +197,78 @@ def test_a_hold_lives_until_the_llm_has_answered(timeout_s: float | None, took_s
         llm.timeout_s = timeout_s  # type: ignore[attr-defined]
     assert ask(llm, budget)[1].outcome == "picked"  # type: ignore[attr-defined]
     assert budget.state().spent["escalations"] == 1
+
+
+# ---------------------------------------------------------------------- LLMs of one's own
+
+
+class Own(ScriptedLLM):
+    """An LLM of somebody's own, which gives what it likes for an answer."""
+
+    def __init__(self, gives: Callable[[int], Any]) -> None:
+        super().__init__(last_candidate)
+        self.gives = gives
+
+    def ask(self, question: Question) -> Any:
+        question.owe(self.quote(question))
+        return self.gives(len(question.candidates))
+
+
+NOT_ANSWERS: dict[str, Callable[[int], Any]] = {
+    "nothing": lambda k: None,
+    "a list": lambda k: [0.0] * k,
+    "too few": lambda k: Answer((0.0,) * (k - 1)),
+    "too many": lambda k: Answer((0.0,) * (k + 1)),
+    "none at all": lambda k: Answer(()),
+    "no number": lambda k: Answer((None,) * k),
+    "nan": lambda k: Answer((float("nan"), *[-1.0] * (k - 1))),
+    "inf": lambda k: Answer((float("inf"), *[-1.0] * (k - 1))),
+    "all impossible": lambda k: Answer((-float("inf"),) * k),
+    "strings": lambda k: Answer(("1.0",) * k),  # type: ignore[arg-type]
+    "a string": lambda k: Answer("1" * k),  # type: ignore[arg-type]
+    "booleans": lambda k: Answer((True,) * k),
+    "objects": lambda k: Answer((object(),) * k),  # type: ignore[arg-type]
+    "then text": lambda k: Answer((0.0,) * k, then=("x",)),  # type: ignore[arg-type]
+    "then beyond the vocabulary": lambda k: Answer((0.0,) * k, then=(10**9,)),
+    "then negative": lambda k: Answer((0.0,) * k, then=(-1,)),
+    "an error of its own": lambda k: [][k],
+    "a division by zero": lambda k: 1 / 0,
+}
+
+
+@pytest.mark.parametrize("what", NOT_ANSWERS)
+def test_what_is_no_answer_is_paid_for_and_leaves_the_local_pick(what: str) -> None:
+    budget = Budget(escalations=100)
+    engine = Engine(tiny_model(), k=4, trigger=always(), escalation=Escalation(Own(NOT_ANSWERS[what]), margin=1.0))
+    steps = list(engine.steps([10, 20, 30], Sampling(max_tokens=5), budget=budget))
+    assert len(steps) == 5
+    for step in steps:
+        assert step.picked_by == "slm"
+        assert step.escalation is not None
+        assert step.escalation.outcome == "failed"
+        assert step.escalation.reason
+        assert step.escalation.actual is not None
+    assert budget.state().spent["escalations"] == 5
+    assert budget.state().holds == 0
+
+
+class BadQuote(ScriptedLLM):
+    def quote(self, question: Question) -> Any:
+        return {"usd": 1}
+
+
+def test_a_quote_that_is_none_leaves_the_local_pick_and_holds_nothing() -> None:
+    budget = Budget(escalations=100)
+    engine = Engine(tiny_model(), k=4, trigger=always(), escalation=Escalation(BadQuote(last_candidate), margin=1.0))
+    steps = list(engine.steps([10, 20, 30], Sampling(max_tokens=3), budget=budget))
+    assert [step.escalation.outcome for step in steps if step.escalation] == ["failed"] * 3
+    assert budget.state().spent["escalations"] == budget.state().holds == 0
+
+
+@pytest.mark.parametrize("number", [torch.tensor(-0.5), np.float32(-0.5), Decimal("-0.5"), -1])
+def test_numbers_of_any_library_are_scores(number: Any) -> None:
+    llm = Own(lambda k: Answer((number, *[-9.0] * (k - 1))))
+    engine = Engine(tiny_model(), k=4, trigger=always(), escalation=Escalation(llm, margin=1.0))
+    [step] = engine.steps([10, 20, 30], Sampling(max_tokens=1))
+    assert step.picked_by == "llm"
+    assert step.candidates[0].llm == float(number)

@@ -1,15 +1,34 @@
 """A judge that is late, busy or refuses: whose fault it was decides whether others may still ask it."""
 
 import threading
+import traceback
 from collections.abc import Iterator
+from enum import IntEnum
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.exceptions import OutputParserException
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage
+from langchain_core.runnables import Runnable, RunnableLambda
 from test_judge import PROMPT, answer, first_shown, judge, prefix_of, raises
 
-from s2t_agents import Budget
-from s2t_agents.errors import ContextOverflow, EndpointBusy, EndpointRefused, ModelNotFound, OutOfTime, QuestionRefused
+from s2t_agents import Budget, ChatJudge, TokenPrice
+from s2t_agents.budget import Amount
+from s2t_agents.errors import (
+    ConfigError,
+    ContextOverflow,
+    EndpointBusy,
+    EndpointRefused,
+    ModelNotFound,
+    OutOfTime,
+    QuestionRefused,
+)
 from s2t_agents.selectors import CircuitBreaker, Question
 from s2t_agents.selectors import judge as module
 from s2t_agents.testing import tiny_model
@@ -109,3 +128,157 @@ def test_previews_that_run_out_of_memory_do_not_take_the_answer_down(monkeypatch
     assert "out of memory" in steps[0].escalation.reason  # type: ignore[union-attr]
     assert [step.token_id for step in steps] == [step.wanted_id for step in steps]
     assert (budget.state().spent["escalations"], budget.state().holds) == (0, 0)
+
+
+# ---------------------------------------------------------------------- replies that nobody checked
+
+
+class Unchecked(BaseChatModel):
+    """A chat model whose structured output is whatever it was given: gateways and subclasses do that."""
+
+    reply: Any = None
+
+    @property
+    def _llm_type(self) -> str:
+        return "unchecked"
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def with_structured_output(self, schema: Any, **kwargs: Any) -> Runnable[Any, Any]:
+        return RunnableLambda(self.said)
+
+    def said(self, messages: Any) -> Any:
+        if isinstance(self.reply, BaseException):
+            raise self.reply
+        return self.reply
+
+
+class Broken:
+    """An object whose attributes break down."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("sk-SECRET")
+
+
+class Numbers(IntEnum):
+    FAR = 99
+
+
+def named(number: Any) -> dict[str, Any]:
+    return {"parsed": SimpleNamespace(number=number)}
+
+
+USELESS: list[Any] = [
+    *(None, [], "text", 1, {}, {"parsed": None}, SimpleNamespace(number=1), Broken(), AIMessage("1")),
+    *({"parsed": 1}, {"parsed": [1]}, {"parsed": {"number": 1}}, {"parsed": {"number": {"number": 1}}}),
+    *({"parsed": SimpleNamespace()}, {"parsed": Broken()}, {"number": 1}),
+    *map(named, (None, 0, -1, 99, 2**70, "1", "x", True, 1.0, 1.5, float("nan"), float("inf"), [1], Numbers.FAR)),
+    {"raw": SimpleNamespace(usage_metadata={}), "parsed": SimpleNamespace(number=0)},
+]
+
+
+def useless(reply: Any) -> None:
+    """The local pick stands at every step, and every question says why it failed."""
+    llm = ChatJudge(Unchecked(reply=reply), price=TokenPrice(1, 1), timeout_s=20)
+    steps = answer(llm, always(), Budget(escalations=100))
+    assert [step.picked_by for step in steps] == ["slm"] * len(steps)
+    outcomes = [step.escalation.outcome for step in steps if step.escalation]
+    assert outcomes
+    assert set(outcomes) == {"failed"}
+    assert not any("sk-SECRET" in step.escalation.reason for step in steps if step.escalation)
+
+
+@pytest.mark.parametrize("reply", USELESS, ids=repr)
+def test_a_reply_that_names_no_continuation_leaves_the_local_pick(reply: Any) -> None:
+    useless(reply)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["parsed", "raw", "number", "x"]), inner),
+        max_leaves=6,
+    )
+)
+@settings(max_examples=15, deadline=None)
+def test_no_json_for_a_reply_takes_the_answer_down(reply: Any) -> None:
+    useless(reply)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(
+            ValueError("sk-SECRET"),
+            OutputParserException("sk-SECRET"),
+            KeyError("x"),
+            AssertionError(),
+            StopIteration(),
+        ),
+        *(
+            TimeoutError("sk-SECRET"),
+            RecursionError(),
+            MemoryError(),
+            NotImplementedError(),
+            type("Odd", (Exception,), {})(),
+        ),
+        type("Hostile", (Exception,), {"status_code": property(lambda self: 1 / 0), "response": 3})(),
+        type("Truthy", (Exception,), {"status_code": True})(),
+        type("Headers", (Exception,), {"status_code": 429, "response": Broken()})(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_a_chat_model_raises_leaves_the_local_pick(error: Exception) -> None:
+    useless(error)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_is_no_fault_of_the_judge_and_passes(stop: type[BaseException]) -> None:
+    with pytest.raises(stop):
+        ChatJudge(Unchecked(reply=stop()), price=TokenPrice(1, 1)).open().ask(question())
+
+
+def test_what_a_useless_reply_says_that_it_cost_is_paid() -> None:
+    raw = AIMessage("", usage_metadata={"input_tokens": 200, "output_tokens": 9, "total_tokens": 209})
+    llm = ChatJudge(Unchecked(reply={"raw": raw, "parsed": None}), price=TokenPrice(1, 1))
+    steps = answer(llm, always(), budget := Budget(usd=1))
+    asked = [step.escalation for step in steps if step.escalation and step.escalation.actual]
+    assert {report.actual.llm_tokens for report in asked if report.actual} == {209}
+    assert budget.state().spent["llm_tokens"] == 209 * len(asked)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [{}, {"input_tokens": "many"}, {"input_tokens": -1, "output_tokens": 2}, {"input_tokens": 1.5, "output_tokens": 2},
+     {"input_tokens": 9, "output_tokens": 2, "input_token_details": None}, {"input_tokens": 9, "output_tokens": 10**9},
+     {"input_tokens": 9, "output_tokens": 2, "input_token_details": {"cache_read": "x"}}, [1], 7],
+)  # fmt: skip
+def test_a_usage_that_cannot_be_believed_is_billed_at_the_worst_or_its_own_sum(usage: Any) -> None:
+    raw = AIMessage.model_construct(content="", usage_metadata=usage)
+    llm = ChatJudge(Unchecked(reply={"raw": raw, "parsed": SimpleNamespace(number=1)}), price=TokenPrice(1, 1))
+    session, asked = llm.open(), question()
+    worst = session.quote(asked)
+    session.ask(asked)
+    assert asked.owed is not None
+    assert worst is not None
+    assert 0 < asked.owed.llm_tokens <= worst.llm_tokens
+    Amount.of(asked.owed)
+
+
+def test_a_providers_error_brings_no_chain_along() -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        ChatJudge(Unchecked(reply=ValueError("sk-SECRET")), price=TokenPrice(1, 1)).open().ask(question())
+    assert "sk-SECRET" not in "".join(traceback.format_exception(caught.value))
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+
+
+class Formless(Unchecked):
+    def with_structured_output(self, schema: Any, **kwargs: Any) -> Runnable[Any, Any]:
+        raise TypeError("unexpected keyword argument 'include_raw'")
+
+
+def test_a_chat_model_that_takes_no_form_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"Formless has no structured output \(TypeError\)"):
+        ChatJudge(Formless(), price=TokenPrice(1, 1))

@@ -5,12 +5,22 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 from ..budget import Amount, Budget, Hold
-from ..errors import BadLimit, BudgetError, BudgetExceeded, HoldClosed, S2TError, StoreUnavailable, UnpricedModel
+from ..errors import (
+    BadLimit,
+    BudgetError,
+    BudgetExceeded,
+    EscalationFailed,
+    HoldClosed,
+    S2TError,
+    StoreUnavailable,
+    UnpricedModel,
+)
 from ..selectors.llm import LLMSelector, LLMSession
 from ..selectors.question import Answer, Question, candidates_of
 from ..types import Asked, Charge, EscalationReport, Outcome, RefusedBy
@@ -82,8 +92,8 @@ class EscalationDesk:
             if quote is None:
                 return None, None
             wanted = Amount.of(quote)
-        except S2TError as error:
-            return None, self._told(question, None, _report("failed", None, None, started, str(error)))
+        except Exception as error:  # noqa: BLE001 - whatever it says, it failed
+            return None, self._told(question, None, _report("failed", None, None, started, _reason(error)))
         try:
             hold = self._budget.reserve(wanted, ttl_s=self._hold_s) if self._budget else None
         except (BudgetExceeded, StoreUnavailable, UnpricedModel) as error:
@@ -106,13 +116,13 @@ class EscalationDesk:
         try:
             if self._budget is not None and question.seconds is None:
                 question.seconds = self._budget.seconds_left()
-            answer = self._session.ask(question)
+            answer = usable(self._session.ask(question), question)
             outcome, reason = "picked", answer.note
-        except S2TError as error:  # a dead LLM never takes the answer down
-            reason = str(error)
-        except BaseException as error:  # the caller leaves while the LLM thinks, or it breaks in a way nobody foresaw
-            outcome = "failed" if isinstance(error, Exception) else "interrupted"
-            reason = f"{type(error).__name__} while the LLM was asked."  # no more: its text may hold anything
+        except Exception as error:  # noqa: BLE001 - a dead or broken LLM never takes the answer down
+            reason = _reason(error)
+        except BaseException as error:  # the caller leaves while the LLM thinks
+            outcome = "interrupted"
+            reason = _reason(error)
             raise
         finally:
             owed = question.owed = _countable(question.owed, quote)
@@ -137,6 +147,42 @@ def _hold_s(llm: LLMSelector) -> float:
     if not isinstance(deadline, int | float) or not math.isfinite(deadline):
         return HOLD_WITHOUT_DEADLINE_S
     return max(HOLD_S, deadline + HOLD_LONGER_S)
+
+
+def usable(answer: object, question: Question) -> Answer:
+    """An answer that can be followed, its scores as floats.
+
+    Raises:
+        EscalationFailed: it is none, or has not one score a candidate, all of them numbers or None and one finite.
+    """
+    if not isinstance(answer, Answer):
+        raise EscalationFailed(f"the LLM gave a {type(answer).__name__} for an answer.")
+    given = answer.scores
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != len(question.candidates):
+        raise EscalationFailed(f"the LLM did not give one score for each of {len(question.candidates)} candidates.")
+    scores = tuple(None if score is None else _number(score) for score in given)
+    known = [score for score in scores if score is not None]
+    if not any(map(math.isfinite, known)) or any(math.isnan(score) or score == math.inf for score in known):
+        raise EscalationFailed("the LLM's scores are not finite: nothing can be picked by them.")
+    top = question.prefix.model.vocab_size if question.prefix is not None else math.inf
+    then = answer.then
+    if not isinstance(then, Sequence) or not all(type(token) is int and 0 <= token < top for token in then):
+        raise EscalationFailed("the LLM gave something else than token ids to follow its pick.")
+    return Answer(scores, tuple(then), answer.note if isinstance(answer.note, str) else "")
+
+
+def _number(score: Any) -> float:
+    try:
+        if not isinstance(score, str | bytes | bool):
+            return float(score)
+    except Exception:  # noqa: BLE001 - whatever a type of somebody else's says to float()
+        pass
+    raise EscalationFailed(f"the LLM gave a {type(score).__name__} for a score.")
+
+
+def _reason(error: BaseException) -> str:
+    """Our own errors in full; of others only the kind, since their text may hold anything."""
+    return str(error) if isinstance(error, S2TError) else f"{type(error).__name__} while the LLM was asked."
 
 
 def _close(hold: Hold | None, owed: Charge | None) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import httpx
 from langchain_core.language_models import BaseChatModel
@@ -111,9 +111,10 @@ class ChatJudge:
         self.breaker = breaker or CircuitBreaker()
         try:
             chat.with_structured_output(choice_among(2), include_raw=True)
-        except NotImplementedError:
+        except Exception as error:  # noqa: BLE001 - NotImplementedError, or whatever a chat model of one's own says instead
             raise ConfigError(
-                f"{type(chat).__name__} has no structured output, so it cannot name a continuation.",
+                f"{type(chat).__name__} has no structured output ({type(error).__name__}), so it cannot name a"
+                " continuation.",
                 hint="Take a chat model that binds tools.",
             ) from None
 
@@ -172,14 +173,15 @@ class ChatJudge:
         with self.breaker.attempt():
             question.owe(worst := self.quote(sheet))
             reply = self._invoke(question, sheet, seconds)
-            if (spent := self._spent(reply.get("raw"), worst)) is not None:
+            if (spent := self._spent(reply, worst)) is not None:
                 question.owe(spent)
-            if (choice := reply.get("parsed")) is None:
+            number = _number_in(reply)
+            if number is None or not 1 <= number <= len(sheet.previews):
                 raise EscalationFailed(f"the judge was to name 1 to {len(sheet.previews)} and named none of them.")
-            return int(choice.number)
+            return number
 
-    def _invoke(self, question: Question, sheet: Sheet, seconds: float) -> Mapping[str, Any]:
-        reply: Future[Mapping[str, Any]] = Future()
+    def _invoke(self, question: Question, sheet: Sheet, seconds: float) -> object:
+        reply: Future[object] = Future()
         threading.Thread(target=self._fill, args=(reply, sheet), name="s2t-judge", daemon=True).start()
         try:
             return reply.result(seconds)
@@ -188,8 +190,9 @@ class ChatJudge:
             raise late(f"no answer within {seconds:.3g} s.") from None
         except EscalationFailed:
             raise
-        except Exception as error:
-            raise self._fault(question, error) from error
+        except Exception as error:  # noqa: BLE001 - whatever it says, it failed
+            fault = self._fault(question, error)
+        raise fault  # out here it carries no chain: what a provider's error says and holds may be secret
 
     def _fill(self, reply: Future[Any], sheet: Sheet) -> None:
         """Ask, in a thread of its own: it can be left behind when it is late, and its tokens stay out of the caller's
@@ -200,22 +203,27 @@ class ChatJudge:
         except BaseException as error:  # noqa: BLE001 - handed to the caller
             reply.set_exception(error)
 
-    def _spent(self, raw: object, worst: Charge) -> Charge | None:
+    def _spent(self, reply: object, worst: Charge) -> Charge | None:
         """What a reply says it cost; None where it does not say, or not believably."""
-        usage = raw.usage_metadata if isinstance(raw, AIMessage) else None
-        if not usage:
+        raw = reply.get("raw") if isinstance(reply, Mapping) else None
+        usage: Any = raw.usage_metadata if isinstance(raw, AIMessage) else None
+        if not isinstance(usage, Mapping):
             return None
-        read, written = usage["input_tokens"], usage["output_tokens"]
+        details = usage.get("input_token_details")
+        held = details.get("cache_read") if isinstance(details, Mapping) else None
+        read, written, cached = usage.get("input_tokens"), usage.get("output_tokens"), held or 0
+        if not (_whole(read) and _whole(written) and _whole(cached)):
+            return None
         if min(read, written) < 0 or read + written > worst.llm_tokens + THOUGHT:
             return None
-        cached = min(max(usage.get("input_token_details", {}).get("cache_read") or 0, 0), read)
+        cached = min(max(cached, 0), read)
         return charge(self.price, input_tokens=read, cached_tokens=cached, output_tokens=written)
 
     def _fault(self, question: Question, error: Exception) -> EscalationFailed:
         """What an error of the chat model means; its text may hold anything, so only its kind is passed on."""
         kind = type(error).__name__
-        status = getattr(error, "status_code", None)
-        if isinstance(status, int) and status >= 400:
+        status = _attribute(error, "status_code")
+        if _whole(status) and status >= 400:
             question.owe(None)
             said = f"the judge's provider answered {status} ({kind})."
             return EndpointBusy(said, wait_s=_told_to_wait(error)) if status in BUSY else refused(status, said)
@@ -258,9 +266,28 @@ class JudgeSession:
         return self._shown[1]
 
 
+def _number_in(reply: object) -> int | None:
+    """What a reply names; None where it holds no whole number in the form that was asked for."""
+    parsed = reply.get("parsed") if isinstance(reply, Mapping) else None
+    number = _attribute(parsed, "number")
+    return number if _whole(number) else None
+
+
+def _attribute(of: object, name: str) -> Any:
+    """An attribute of somebody else's object; None where it has none, or breaks down."""
+    try:
+        return getattr(of, name, None)
+    except Exception:  # noqa: BLE001 - whatever it says, it failed
+        return None
+
+
+def _whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _told_to_wait(error: Exception) -> float | None:
     """Seconds that the Retry-After of the provider's response says; None where the client shows none."""
-    headers = getattr(getattr(error, "response", None), "headers", None)
+    headers = _attribute(_attribute(error, "response"), "headers")
     value = headers.get("retry-after") if isinstance(headers, Mapping) else None
     return retry_after(value) if isinstance(value, str) else None
 
