@@ -25,6 +25,7 @@ from s2t_agents.errors import (
     ContextOverflow,
     EndpointBusy,
     EndpointRefused,
+    EscalationFailed,
     ModelNotFound,
     OutOfTime,
     QuestionRefused,
@@ -267,8 +268,9 @@ def test_a_usage_that_cannot_be_believed_is_billed_at_the_worst_or_its_own_sum(u
 
 
 def test_a_providers_error_brings_no_chain_along() -> None:
-    with pytest.raises(Exception) as caught:  # noqa: PT011
-        ChatJudge(Unchecked(reply=ValueError("sk-SECRET")), price=TokenPrice(1, 1)).open().ask(question())
+    llm = ChatJudge(Unchecked(reply=ValueError("sk-" + "SECRET")), price=TokenPrice(1, 1))
+    with pytest.raises(EscalationFailed) as caught:
+        llm.open().ask(question())
     assert "sk-SECRET" not in "".join(traceback.format_exception(caught.value))
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None

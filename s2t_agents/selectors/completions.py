@@ -63,6 +63,10 @@ class Reply(_Loose):
     usage: Usage | None = None
 
 
+_FIELDS = frozenset(name for form in (Reply, _Choice, _Logprobs, Usage, _Details) for name in form.model_fields)
+"""What an error may name; all else in a reply is the server's own text."""
+
+
 def request(model: str, ids: Sequence[int], candidates: Sequence[int], *, by_id: bool) -> dict[str, Any]:
     """The body that asks for the candidates' log-probabilities after ``ids``.
 
@@ -90,15 +94,21 @@ def parse(content: bytes, prompt_tokens: int) -> Reply:
         reply = Reply.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "body"
-        raise EscalationFailed(f"the server's reply cannot be used: {where}: {first['msg']}.") from None
+        where = ".".join(str(at) if at in _FIELDS or isinstance(at, int) else "*" for at in first["loc"]) or "body"
+        fault = f"the server's reply cannot be used: {where}: {first['msg']}."
+    else:
+        _check_usage(reply, prompt_tokens)
+        return reply
+    raise EscalationFailed(fault)  # out here it carries no chain, which would show the reply
+
+
+def _check_usage(reply: Reply, prompt_tokens: int) -> None:
     if reply.usage is not None:
         prompt, completion = reply.usage.prompt_tokens, reply.usage.completion_tokens
         if not prompt_tokens <= prompt <= 2 * prompt_tokens + SLACK:
             raise EscalationFailed(f"the server says that {prompt_tokens} tokens were {prompt}.")
         if completion > 1 + SLACK:
             raise EscalationFailed(f"the server was asked for 1 token and says that it wrote {completion}.")
-    return reply
 
 
 def answer(reply: Reply, candidates: Sequence[int]) -> Answer:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
+import hashlib
 import ipaddress
 import json
+import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import httpx
@@ -24,6 +27,13 @@ KEEP_ALIVE_S = 4.0
 BUSY = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 ABOUT_THE_QUESTION = frozenset({400, 413, 422})
 """Statuses that speak of the request alone: too long a prompt, say."""
+FORM = "It looks like https://host/v1; give the key as api_key."
+HIDDEN = "***"
+LOGGERS = (
+    *("httpx", "httpcore.connection", "httpcore.http11", "httpcore.http2", "httpcore.proxy", "httpcore.socks"),
+    "asyncio",
+)
+"""Those that write down requests, and what servers say in reason phrases and headers."""
 SHOWN = 200
 """Characters of a server's complaint that are passed on."""
 
@@ -53,7 +63,7 @@ class Endpoint:
         allow_http: bool,
         verify: Any,
     ) -> None:
-        self.url = _checked(base_url, allow_http)
+        self.url = checked_url(base_url, allow_http=allow_http)
         self._key = SecretStr(api_key) if isinstance(api_key, str) else api_key
         self._env = api_key_env
         if self._key is not None:
@@ -63,7 +73,15 @@ class Endpoint:
         self._home: asyncio.AbstractEventLoop | None = None
 
     def __repr__(self) -> str:
-        return f"Endpoint({str(self.url)!r})"
+        return f"Endpoint({self.shown!r})"
+
+    @property
+    def shown(self) -> str:
+        """Where it is, for people: a path other than ``/v1``, which may hold a key, as its hash."""
+        path = self.url.path
+        if path not in ("/", "/v1/"):
+            path = f"/{hashlib.sha256(path.encode()).hexdigest()[:8]}/"
+        return str(self.url.copy_with(path=path))
 
     @property
     def root(self) -> httpx.URL:
@@ -98,18 +116,20 @@ class Endpoint:
 
     async def _request(self, method: str, url: httpx.URL | str, sent: Callable[[], None], **body: Any) -> bytes:
         where = self.url.join(url)
+        fault: EscalationFailed
         try:
             async with self._pool().stream(
                 method, where, headers=self._headers(), extensions={"trace": _on_body(sent)}, **body
             ) as response:
                 content = await _read(response)
+            if response.status_code == 200:
+                return content
+            fault = self._declined(response, content)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
-            raise EndpointDown(f"{self.url.host} cannot be reached: {self._hidden(_said(error))}.") from error
+            fault = EndpointDown(f"{self.url.host} cannot be reached: {self.hidden(_said(error))}.")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise EscalationFailed(f"{self.url.host} broke off: {self._hidden(_said(error))}.") from error
-        if response.status_code != 200:
-            raise self._declined(response, content)
-        return content
+            fault = EscalationFailed(f"{self.url.host} broke off: {self.hidden(_said(error))}.")
+        raise fault  # out here it carries no chain: what httpx says and holds may have the key in it
 
     def _pool(self) -> httpx.AsyncClient:
         home = asyncio.get_running_loop()
@@ -119,6 +139,7 @@ class Endpoint:
         return self._client
 
     def _new_client(self) -> httpx.AsyncClient:
+        problem = ""
         try:
             return httpx.AsyncClient(
                 timeout=httpx.Timeout(None, connect=self._connect_s),  # the rest is under the caller's deadline
@@ -127,11 +148,14 @@ class Endpoint:
                 trust_env=not _is_loopback(self.url.host),  # no proxy stands between this machine and itself
                 follow_redirects=False,  # a key goes to the host it was given for
             )
-        except (OSError, ImportError, ValueError, TypeError, httpx.InvalidURL) as error:
-            raise ConfigError(
-                f"no connection to {self.url.host} can be set up: {self._hidden(_said(error))}.",
-                hint="Check verify, and SSL_CERT_FILE, SSL_CERT_DIR and the proxy variables of the environment.",
-            ) from error
+        except (OSError, ImportError, TypeError) as error:
+            problem = self.hidden(_said(error))
+        except (ValueError, httpx.InvalidURL) as error:
+            problem = f"a proxy's URL cannot be used ({type(error).__name__})"  # no more: it may quote the password
+        raise ConfigError(
+            f"no connection to {self.url.host} can be set up: {problem}.",
+            hint="Check verify, and SSL_CERT_FILE, SSL_CERT_DIR and the proxy variables of the environment.",
+        )
 
     def _headers(self) -> dict[str, str]:
         headers = {"Accept-Encoding": "identity"}  # what is read is what was sent: no body can unfold
@@ -140,22 +164,25 @@ class Endpoint:
 
     def _secret(self) -> str:
         if self._key is not None:
-            return self._key.get_secret_value()
-        if self._env is None:
+            key = self._key.get_secret_value()
+        elif self._env is None:
             return ""
-        key = os.environ.get(self._env, "")
-        if not key:
-            raise EscalationFailed(f"the environment variable {self._env} holds no API key.")
-        _check_key(key)
+        else:
+            key = os.environ.get(self._env, "")
+            if not key:
+                raise EscalationFailed(f"the environment variable {self._env} holds no API key.")
+            _check_key(key)
+        hide_in_logs(key)
         return key
 
-    def _hidden(self, text: str) -> str:
+    def hidden(self, text: str) -> str:
+        """A text of the server's without the key."""
         key = self._secret()
-        return text.replace(key, "***") if key else text
+        return without(text, spellings(key)) if key else text
 
     def _declined(self, response: httpx.Response, content: bytes) -> EscalationFailed:
-        complaint = " ".join(self._hidden(_complaint(content)).split())[:SHOWN]
-        message = f"{self.url.host} answered {response.status_code}: {complaint or response.reason_phrase}."
+        said = self.hidden(_complaint(content)) or self.hidden(response.reason_phrase)
+        message = f"{self.url.host} answered {response.status_code}: {' '.join(said.split())[:SHOWN]}."
         if response.status_code in BUSY:
             return EndpointBusy(message, wait_s=retry_after(response.headers.get("retry-after")))
         return refused(response.status_code, message)
@@ -165,23 +192,68 @@ class Endpoint:
         return {**self.__dict__, "_key": None, "_client": None, "_home": None}
 
 
-def _checked(base_url: str, allow_http: bool) -> httpx.URL:
-    try:
+def checked_url(base_url: str, *, allow_http: bool) -> httpx.URL:
+    """A server's URL, with a slash at its end.
+
+    Raises:
+        ConfigError: no http(s) URL, one that may carry a secret, or plain HTTP to another machine. No part of it is
+            repeated: where it is malformed any of them may be a key.
+    """
+    url: httpx.URL | None = None
+    with contextlib.suppress(httpx.InvalidURL, TypeError, ValueError):
         url = httpx.URL(base_url)
-    except (httpx.InvalidURL, TypeError) as error:
-        raise ConfigError(f"{base_url!r} is no URL: {error}.") from None
-    if url.userinfo or url.query or url.fragment:
-        raise ConfigError(
-            f"the URL of {url.host!r} carries a user, a query or a fragment.", hint="Give the key as api_key instead."
-        )
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigError(f"{base_url!r} is no http(s) URL.", hint="It looks like https://host/v1.")
+        str(url.copy_with(path="/"))
+    if url is None:
+        raise ConfigError("the server's URL cannot be read.", hint=FORM)
+    if url.userinfo or url.query or url.fragment or "@" in base_url or "?" in base_url or "#" in base_url:
+        raise ConfigError("the server's URL carries a user, a query or a fragment.", hint=FORM)
+    if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 443) < 65536:
+        raise ConfigError("the server's URL is no http(s) URL.", hint=FORM)
     if url.scheme == "http" and not _is_loopback(url.host) and not allow_http:
         raise ConfigError(
-            f"{base_url!r} would send prompts and the key in the clear.",
+            "plain http to another machine would send prompts and the key in the clear.",
             hint="Take https, or say allow_http=True in a network that you trust.",
         )
     return url.copy_with(path=url.path.rstrip("/") + "/")
+
+
+class _Hiding(logging.Filter):
+    """Takes keys out of what other packages log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: frozenset[str] = frozenset()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let everything pass, without the keys."""
+        text = record.getMessage()
+        if (hidden := without(text, self.keys)) != text:
+            record.msg, record.args = hidden, ()
+        return True
+
+
+_hiding = _Hiding()
+
+
+def spellings(key: str) -> frozenset[str]:
+    """A key as it is, and as it stands in a repr or in JSON."""
+    escaped = repr(key)[1:-1]
+    return frozenset({key, escaped, escaped.replace("'", "\\'"), json.dumps(key)[1:-1]})
+
+
+def without(text: str, keys: Iterable[str]) -> str:
+    """A text with every key taken out, the longest first: one may be a part of another."""
+    for key in sorted(keys, key=len, reverse=True):
+        text = text.replace(key, HIDDEN)
+    return text
+
+
+def hide_in_logs(key: str) -> None:
+    """From here on a key is shown in no log of the HTTP packages, at any level."""
+    if key not in _hiding.keys:
+        _hiding.keys |= spellings(key)
+        for name in LOGGERS:
+            logging.getLogger(name).addFilter(_hiding)  # once, however often it is said
 
 
 def _is_loopback(host: str) -> bool:

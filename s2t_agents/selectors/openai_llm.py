@@ -111,7 +111,7 @@ class OpenAILLM:
         self._unverified: dict[str, Spelling] = {}
 
     def __repr__(self) -> str:
-        return f"OpenAILLM({str(self.endpoint.url)!r}, {self.name!r})"
+        return f"OpenAILLM({self.endpoint.shown!r}, {self.name!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles without its key and its breaker's memory."""

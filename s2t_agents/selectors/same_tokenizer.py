@@ -60,8 +60,9 @@ async def verify(endpoint: Endpoint, model: str, spelling: Spelling) -> None:
     with _if_offered():
         served = _Models.model_validate_json(await endpoint.get("models")).data
         if served and model not in (each.id for each in served):
+            names = endpoint.hidden(", ".join(each.id for each in served[:5]))
             raise ModelNotFound(
-                f"{endpoint.url.host} does not serve {model!r} but {', '.join(each.id for each in served[:5])}.",
+                f"{endpoint.url.host} does not serve {model!r} but {names}.",
                 hint="Name one of these.",
             )
     with _if_offered():

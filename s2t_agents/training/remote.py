@@ -20,6 +20,7 @@ from ..errors import EscalationFailed, TokenizerMismatch
 from ..models.fingerprint import shared_ids, tokenizer_fingerprint
 from ..models.language_model import LanguageModel
 from ..models.loading import load_tokenizer
+from ..selectors.endpoint import checked_url
 from .labels import Opinion, Trajectory
 from .shards import ModelIdentity
 
@@ -58,7 +59,8 @@ class RemoteTeacher:
                 f"{model!r} and {slm.name!r} disagree on {len(differing)} token ids, {differing[0]!r} first.",
                 hint="Take an LLM of the same family.",
             )
-        self._url, self._model = f"{server.rstrip('/')}/completions", model
+        url = checked_url(server, allow_http=True)
+        self._url, self._host, self._model = url.join("completions"), url.host, model
         self._client = client or httpx.Client(timeout=600)
         self.identity = ModelIdentity(
             name=model, tokenizer_fingerprint=tokenizer_fingerprint(theirs), weights_fingerprint="served"
@@ -91,13 +93,18 @@ class RemoteTeacher:
             answer.raise_for_status()
             rows: list[dict[str, dict[str, Any]]] = answer.json()["choices"][0]["prompt_logprobs"]
             found = [{int(i): float(entry["logprob"]) for i, entry in row.items()} for row in rows[len(prompt) :]]
+        except httpx.HTTPStatusError as error:
+            raise self._useless(f"status {error.response.status_code}") from None
         except (httpx.HTTPError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise EscalationFailed(
-                f"{self._url} gave no usable prompt_logprobs: {error!r}.", hint="Is it a vLLM server with this model?"
-            ) from error
+            raise self._useless(type(error).__name__) from None
         if len(found) != len(ids) or not all(found):
-            raise EscalationFailed(f"{self._url} listed {len(found)} positions, not {len(ids)}.")
+            raise EscalationFailed(f"{self._host} listed {len(found)} positions, not {len(ids)}.")
         return found
+
+    def _useless(self, why: str) -> EscalationFailed:
+        return EscalationFailed(
+            f"{self._host} gave no usable prompt_logprobs ({why}).", hint="Is it a vLLM server with this model?"
+        )
 
 
 def _opinion(rows: Sequence[dict[int, float]], slm: Tensor, candidates: Tensor) -> Opinion:
