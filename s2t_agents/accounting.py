@@ -55,6 +55,7 @@ class Account:
     Attributes:
         prompt_tokens: read before the first step.
         device_price: of the SLM's device; None leaves the local cost unknown.
+        ledger_error: why the ledger did not keep the record; None where it did, or there is no ledger.
     """
 
     model: str
@@ -69,6 +70,7 @@ class Account:
     _start: float = field(default_factory=time.perf_counter)
     _first: float | None = None
     _last_asked: Asked | None = None
+    ledger_error: str | None = None
 
     def add(self, step: Step) -> None:
         """Count one step."""
@@ -128,7 +130,14 @@ class Account:
             "cost_usd": {part: _number(getattr(summary.cost, part)) for part in ("local", "llm", "total")},
             "latency_ms": {part: getattr(summary.latency, part) for part in _TOLD},
             **{key: getattr(summary, key) for key in _SHARED},
+            **_mark(self.ledger_error),
         }
+
+    def keep(
+        self, ledger: Ledger, finish_reason: str, *, decode: Callable[[int], str], error: str | None = None
+    ) -> None:
+        """Give the record to a ledger; where it cannot be kept, the answer says so and stands."""
+        self.ledger_error = keep(ledger, lambda: self.record(finish_reason, decode=decode, error=error))
 
     def record(self, finish_reason: str, *, decode: Callable[[int], str], error: str | None = None) -> GenerationRecord:
         """The ledger's record of the generation, with a receipt per escalation."""
@@ -221,6 +230,33 @@ def _receipt(
     )
 
 
+def keep(ledger: Ledger, record: Callable[[], GenerationRecord]) -> str | None:
+    """Give a ledger a record: what goes wrong is logged, once for each ledger and reason, and costs no answer.
+
+    Returns:
+        What went wrong; None where the record is kept.
+    """
+    try:
+        ledger.record(record())
+    except Exception as error:  # noqa: BLE001 - a ledger of the caller's own may raise anything
+        said = f"{type(error).__name__}: {error}"
+        told: set[str] = vars(ledger).setdefault("_told", set())
+        level = logging.DEBUG if said in told or len(told) >= REASONS_TOLD else logging.WARNING
+        if len(told) < REASONS_TOLD:
+            told.add(said)
+        _log.log(level, "the answer stands, but the ledger did not keep its record: %s", said)
+        return said
+    return None
+
+
+REASONS_TOLD = 100
+"""Different reasons that are logged for one ledger."""
+
+
+def _mark(ledger_error: str | None) -> dict[str, str]:
+    return {} if ledger_error is None else {"ledger_error": ledger_error}
+
+
 def _number(usd: Decimal | None) -> float | None:
     return None if usd is None else float(usd)
 
@@ -239,9 +275,9 @@ def from_cache(message: AIMessage, ledger: Ledger | None) -> AIMessage:
         return message
     idle = dict.fromkeys(("triggers", "selections", "flips", "escalations", "refused"), 0)
     free = {key: dict.fromkeys(told[key], 0.0) for key in ("cost_usd", "latency_ms")}
-    if ledger is not None:
-        ledger.record(_cached_record(message, current_caller()))
-    metadata = {**message.response_metadata, "s2t": {**told, **idle, **free, "budget": None}}
+    failed = keep(ledger, lambda: _cached_record(message, current_caller())) if ledger is not None else None
+    told = {key: value for key, value in told.items() if key != "ledger_error"}  # of the call that made it
+    metadata = {**message.response_metadata, "s2t": {**told, **idle, **free, "budget": None, **_mark(failed)}}
     return message.model_copy(update={"response_metadata": metadata})
 
 

@@ -110,11 +110,12 @@ def report(
     as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
 ) -> None:
     """What each agent cost, in money and in time."""
-    from .ledger.report import report as rendered
+    from .ledger.report import parts
 
     if as_json and as_csv:
         raise ConfigError("--json and --csv were both given.", hint="Take one.")
-    typer.echo(rendered(ledger, by, "json" if as_json else "csv" if as_csv else "table"), nl=False)  # type: ignore[arg-type]
+    for part in parts(ledger, by, "json" if as_json else "csv" if as_csv else "table"):  # type: ignore[arg-type]
+        typer.echo(part, nl=False)
 
 
 @bench.command("budget")

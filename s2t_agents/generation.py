@@ -32,7 +32,7 @@ class Generation:
         eos_ids: tokens that end an answer.
         room: tokens that the answer may have; an answer that used them all was cut off.
         stop: stop strings; they apply to the text, not inside tool calls.
-        ledger: takes the record at the end, however it ends.
+        ledger: takes the record at the end, however it ends; if it cannot, the answer stands and is marked.
         watch: called with every step as it comes.
 
     Attributes:
@@ -72,7 +72,7 @@ class Generation:
             raise
         finally:
             if self._ledger is not None:
-                self._ledger.record(self.account.record(self.finish_reason, decode=self._spell, error=error))
+                self.account.keep(self._ledger, self.finish_reason, decode=self._spell, error=error)
 
     def _read(self) -> Generator[Place | Delta, None, None]:
         detokenizer = Detokenizer(self._tokenizer)

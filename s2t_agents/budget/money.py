@@ -85,6 +85,11 @@ def usd(whole: int) -> Decimal:
     return amount.quantize(Decimal(1), context=_EXACT) if isinstance(exponent, int) and exponent > 0 else amount
 
 
+def written(whole: int, exponent: int) -> Decimal:
+    """Dollars from pico-dollars, with so many digits after the point as ``-exponent`` says."""
+    return _EXACT.scaleb(Decimal(whole), -DECIMALS).quantize(Decimal(1).scaleb(exponent), context=_EXACT)
+
+
 def add(a: Decimal, b: Decimal) -> Decimal:
     """Exact sum, whatever precision the caller's decimal context has."""
     return _EXACT.add(a, b)

@@ -22,16 +22,26 @@ def verify(path: Path, application_id: int, what: str) -> None:
     Raises:
         BadStore: a directory, something else than SQLite, another program's database, or a damaged file.
     """
+    if recognise(path, application_id, what):
+        _check_pages(path)
+
+
+def recognise(path: Path, application_id: int, what: str) -> bool:
+    """As ``verify``, by the file's first bytes alone: whether there is something in it.
+
+    Raises:
+        BadStore: see ``verify``; damage further on is not seen.
+    """
     if not path.parent.is_dir():
         raise BadStore(f"{path}: there is no directory {path.parent}.", hint="Make it, or choose another place.")
     if not path.exists():
-        return
+        return False
     if not path.is_file():
         raise BadStore(f"{path} is not a file.", hint=f"Choose a file for the {what}.")
     with path.open("rb") as file:
         header = file.read(_HEADER_BYTES)
     if not header:
-        return
+        return False
     other = f"Choose another file for the {what}; this one was not changed."
     if not header.startswith(_MAGIC):
         raise BadStore(f"{path} is not a SQLite file.", hint=other)
@@ -42,7 +52,7 @@ def verify(path: Path, application_id: int, what: str) -> None:
     version = int.from_bytes(header[60:64], "big")
     if version != VERSION:
         raise BadStore(f"{path} is a {what} of format {version}; this release reads {VERSION}.", hint=other)
-    _check_pages(path)
+    return True
 
 
 def _check_pages(path: Path) -> None:

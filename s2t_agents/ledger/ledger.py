@@ -5,27 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import reduce
 from pathlib import Path
-from typing import Literal
+from typing import TypeVar
 
 from s2t_agents.budget import Budget
 from s2t_agents.errors import LedgerError
-from s2t_agents.ledger.latency import Quantiles, latency_split
+from s2t_agents.ledger.latency import Quantiles
 from s2t_agents.ledger.record import GenerationRecord
-from s2t_agents.ledger.store import LedgerStore, MemoryLedger
-from s2t_agents.ledger.totals import RunningTotal, Totals, totals_of
+from s2t_agents.ledger.store import LedgerStore, MemoryLedger, ReadOnly
+from s2t_agents.ledger.tally import By, Tally
+from s2t_agents.ledger.totals import NOTHING, RunningTotal, Totals, plus, sums_of, totals
 from s2t_agents.ledger.what_if import WhatIf, replay
-
-By = Literal["agent", "thread", "run", "day"]
-
-NO_KEY = "(none)"
-
-_KEYS: dict[str, Callable[[GenerationRecord], str]] = {
-    "agent": lambda record: record.agent,
-    "thread": lambda record: record.thread_id or NO_KEY,
-    "run": lambda record: record.run_id or NO_KEY,
-    "day": lambda record: record.started_at.date().isoformat(),
-}
 
 _scopes: ContextVar[tuple[tuple[Ledger, RunningTotal], ...]] = ContextVar("s2t_ledger_scopes", default=())
 
@@ -55,30 +46,37 @@ class Ledger:
         Raises:
             LedgerError: another ending, a corrupt or foreign file (left as it is), or no way to write there.
         """
-        from s2t_agents.ledger.jsonl import JsonlLedger
-        from s2t_agents.ledger.sqlite import SQLiteLedger
+        from s2t_agents.ledger import jsonl, sqlite
 
-        kinds: dict[str, Callable[[Path], LedgerStore]] = {
-            ".jsonl": JsonlLedger,
-            ".db": SQLiteLedger,
-            ".sqlite": SQLiteLedger,
-            ".sqlite3": SQLiteLedger,
-        }
-        kind = kinds.get(Path(path).suffix.lower())
-        if kind is None:
-            raise LedgerError(f"{path}: not a ledger file name.", hint=f"End it in one of {', '.join(kinds)}.")
-        return cls(kind(Path(path)))
+        kinds: dict[str, Callable[[Path], LedgerStore]] = {"jsonl": jsonl.JsonlLedger, "sqlite": sqlite.SQLiteLedger}
+        return cls(_of_kind(path, kinds)(Path(path)))
+
+    @classmethod
+    def reading(cls, path: str | Path) -> Ledger:
+        """A ledger's file that is only read: nothing is made or changed, and :meth:`record` refuses.
+
+        Raises:
+            LedgerError: another ending, or no such file; what is wrong inside is said when it is read.
+        """
+        from s2t_agents.ledger import jsonl, sqlite
+
+        read = _of_kind(path, {"jsonl": jsonl.read, "sqlite": sqlite.read})
+        if not Path(path).is_file():
+            raise LedgerError(f"{path}: there is no such ledger.", hint="Give the file that Ledger.open() writes.")
+        return cls(ReadOnly(Path(path).absolute(), read))
 
     def record(self, rec: GenerationRecord) -> None:
         """Keep one record, and count it in every scope that is open around the caller.
 
         Raises:
-            LedgerError: it could not be written.
+            LedgerError: it could not be written. It counts in the scopes all the same.
         """
-        self._store.append(rec)
-        for ledger, running in _scopes.get():
-            if ledger is self:
-                running.add(rec)
+        try:
+            self._store.append(rec)
+        finally:  # kept or not, it happened: who goes by a running total would go on for ever else
+            for ledger, running in _scopes.get():
+                if ledger is self:
+                    running.add(rec)
 
     def records(
         self, *, agent: str | None = None, thread_id: str | None = None, run_id: str | None = None
@@ -94,15 +92,23 @@ class Ledger:
 
     def totals(self, by: By = "agent") -> dict[str, Totals]:
         """Sums per agent, thread, run or UTC day, in order of first appearance. They add up to :meth:`total`."""
-        return {key: sum(map(totals_of, group), Totals()) for key, group in self._grouped(by).items()}
+        return {key: sums for key, sums, _ in self.tally(by)}
 
     def total(self) -> Totals:
         """The sum of every record."""
-        return sum(map(totals_of, self._store), Totals())
+        return totals(reduce(plus, map(sums_of, self._store), NOTHING))
 
     def latency(self, by: By = "agent") -> dict[str, dict[str, Quantiles]]:
         """p50, p95, p99 in ms of every part of the latency, per agent, thread, run or UTC day."""
-        return {key: latency_split(group) for key, group in self._grouped(by).items()}
+        return {key: split for key, _, split in self.tally(by)}
+
+    def tally(self, by: By = "agent") -> Tally:
+        """Totals and latency in one pass, which keeps no record.
+
+        Raises:
+            LedgerError: a grouping that is not known or has too many groups; a file that cannot be read.
+        """
+        return Tally(self._store, by)
 
     @contextmanager
     def scope(self) -> Iterator[RunningTotal]:
@@ -130,10 +136,13 @@ class Ledger:
         """Let go of files."""
         self._store.close()
 
-    def _grouped(self, by: By) -> dict[str, list[GenerationRecord]]:
-        if by not in _KEYS:
-            raise LedgerError(f"by={by!r}: no such grouping.", hint=f"Use one of {', '.join(_KEYS)}.")
-        groups: dict[str, list[GenerationRecord]] = {}
-        for record in self._store:
-            groups.setdefault(_KEYS[by](record), []).append(record)
-        return groups
+
+_ENDINGS = {".jsonl": "jsonl", ".db": "sqlite", ".sqlite": "sqlite", ".sqlite3": "sqlite"}
+_T = TypeVar("_T")
+
+
+def _of_kind(path: str | Path, kinds: dict[str, _T]) -> _T:
+    kind = _ENDINGS.get(Path(path).suffix.lower())
+    if kind is None:
+        raise LedgerError(f"{path}: not a ledger file name.", hint=f"End it in one of {', '.join(_ENDINGS)}.")
+    return kinds[kind]

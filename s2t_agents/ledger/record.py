@@ -25,12 +25,24 @@ from pydantic import model_validator as whole
 from s2t_agents.budget import Amount, money
 from s2t_agents.types import Outcome, RefusedBy
 
-Count = Annotated[int, Field(ge=0)]
-Millis = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=money.MAX_COUNT)]
+Millis = Annotated[float, Field(ge=0, le=money.MAX_COUNT, allow_inf_nan=False)]
 
 
 def _exact_dollars(value: Any) -> Any:
-    return None if value is None else money.round_usd(money.dollars(value, "cost in USD"))
+    if value is None:
+        return None
+    amount = money.dollars(value, "cost in USD")
+    if amount > money.MAX_USD:
+        raise ValueError(f"cost in USD: {value!r:.40} is above {money.MAX_USD:,}")
+    return money.round_usd(amount)
+
+
+def _utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError(f"{moment} is no moment that can be told in UTC") from None
 
 
 def _digits(usd: Decimal | None) -> str | None:
@@ -61,7 +73,7 @@ DIGITS = PlainSerializer(_digits, when_used="json")
 Usd = Annotated[Decimal | None, BeforeValidator(_exact_dollars), DIGITS]
 Booked = Annotated[Amount | None, PlainSerializer(_amount_json, when_used="json")]
 Refuser = Annotated[RefusedBy | None, PlainSerializer(_limit_json, when_used="json")]
-Utc = Annotated[AwareDatetime, AfterValidator(lambda moment: moment.astimezone(UTC))]
+Utc = Annotated[AwareDatetime, AfterValidator(_utc)]
 
 
 class Frozen(BaseModel):

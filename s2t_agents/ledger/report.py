@@ -6,8 +6,9 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,22 +17,24 @@ from rich.table import Table
 from rich.text import Text
 
 from s2t_agents.errors import LedgerError
-from s2t_agents.ledger.latency import Quantiles
-from s2t_agents.ledger.ledger import By, Ledger
+from s2t_agents.ledger.latency import SHARES, Quantiles
+from s2t_agents.ledger.ledger import Ledger
+from s2t_agents.ledger.tally import By, Tally
 from s2t_agents.ledger.totals import PARTS, CostSum, Totals
 
 Format = Literal["table", "json", "csv"]
 
 TOTAL = "total"
 MIN_WIDTH = 120
+ROWS = 1000
+"""Groups that a table shows one by one; nobody reads more, and to lay them out takes longer than to add them up."""
 _COUNTS = ("generations", "prompt_tokens", "completion_tokens", "triggers", "selections", "flips", "escalations")
 _ALSO = ("refused", "failed", "interrupted", "degraded", "cached", "errors")
 _FORMULA = ("=", "+", "-", "@")
-_Split = Mapping[str, Mapping[str, Quantiles]]
 
 
 def report(path: str | Path, by: By = "agent", format: Format = "table", *, width: int | None = None) -> str:
-    """The totals of a ledger file, its last row their sum.
+    """The totals of a ledger file, its last row their sum. Reads the file in one pass and changes nothing.
 
     Args:
         path: a ledger file (``.jsonl``, ``.db``); it must exist.
@@ -41,70 +44,80 @@ def report(path: str | Path, by: By = "agent", format: Format = "table", *, widt
         width: columns of the table; by default the terminal's, at least 120.
 
     Raises:
-        LedgerError: no such file, not a ledger, or no such grouping or format.
+        LedgerError: no such file, not a ledger, a line that is no record, or no such grouping or format.
     """
-    if not Path(path).is_file():
-        raise LedgerError(f"{path}: there is no such ledger.", hint="Give the file that Ledger.open() writes.")
+    return "".join(parts(path, by, format, width=width))
+
+
+def parts(path: str | Path, by: By = "agent", format: Format = "table", *, width: int | None = None) -> Iterator[str]:
+    """As :func:`report`, piece by piece; the file is read before the first."""
     if format not in get_args(Format):
         raise LedgerError(f"format={format!r}.", hint="Use table, json or csv.")
-    ledger = Ledger.open(path)
-    try:
-        return render(ledger, by, format, width=width)
-    finally:
-        ledger.close()
+    yield from _written(Ledger.reading(path), by, format, width)
 
 
 def render(ledger: Ledger, by: By = "agent", format: Format = "table", *, width: int | None = None) -> str:
     """As :func:`report`, of a ledger that is open."""
-    totals, latency = ledger.totals(by), ledger.latency(by)
-    writers: dict[str, Callable[[], str]] = {
-        "json": lambda: _json(by, totals, latency),
-        "csv": lambda: _csv(by, totals, latency),
-        "table": lambda: _table(by, totals, latency, width),
-    }
-    return writers[format]()
+    return "".join(_written(ledger, by, format, width))
 
 
-def _json(by: str, totals: Mapping[str, Totals], latency: _Split) -> str:
-    def one(key: str, sums: Totals) -> dict[str, Any]:
-        split = {part: quantiles.model_dump() for part, quantiles in latency.get(key, {}).items()}
-        return {**sums.model_dump(mode="json"), "latency_ms": split}
-
-    whole = sum(totals.values(), Totals()).model_dump(mode="json")
-    return json.dumps({"by": by, "groups": {key: one(key, sums) for key, sums in totals.items()}, TOTAL: whole})
+def _written(ledger: Ledger, by: By, format: Format, width: int | None) -> Iterator[str]:
+    tally = ledger.tally(by)
+    if format == "json":
+        return _json(by, tally)
+    return _csv(by, tally) if format == "csv" else _table(by, tally, width)
 
 
-def _csv(by: str, totals: Mapping[str, Totals], latency: _Split) -> str:
+def _json(by: str, tally: Tally) -> Iterator[str]:
+    yield f'{{"by": {json.dumps(by)}, "groups": {{'
+    for number, (key, sums, latency) in enumerate(tally):
+        split = {part: quantiles.model_dump() for part, quantiles in latency.items()}
+        group = {**sums.model_dump(mode="json"), "latency_ms": split}
+        yield f"{', ' if number else ''}{json.dumps(key)}: {json.dumps(group)}"
+    yield f'}}, "{TOTAL}": {json.dumps(tally.total().model_dump(mode="json"))}}}'
+
+
+def _csv(by: str, tally: Tally) -> Iterator[str]:
     out = io.StringIO()
-    quantiles = [f"{part}_p{share}_ms" for part in PARTS for share in (50, 95, 99)]
-    costs = [f"{part}_usd" for part in ("local", "llm", "total")]
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([by, *_COUNTS, *_ALSO, *costs, "unknown_costs", *quantiles])
-    for key, sums in totals.items():
-        found = latency.get(key, {})
-        cells = [getattr(found[part], f"p{share}") if part in found else "" for part in PARTS for share in (50, 95, 99)]
+
+    def row(cells: Iterable[Any]) -> str:
+        out.seek(0)
+        out.truncate()
+        writer.writerow(cells)
+        return out.getvalue()
+
+    quantiles = [f"{part}_p{share}_ms" for part in PARTS for share in SHARES]
+    costs = [f"{part}_usd" for part in ("local", "llm", "total")]
+    yield row([by, *_COUNTS, *_ALSO, *costs, "unknown_costs", *quantiles])
+    for key, sums, found in tally:
+        cells = [getattr(found[part], f"p{share}") if part in found else "" for part in PARTS for share in SHARES]
         cost = sums.cost_usd
         usd = ["" if each.usd is None else f"{each.usd:f}" for each in (cost.local, cost.llm, cost.total)]
         counts = [getattr(sums, name) for name in (*_COUNTS, *_ALSO)]
-        writer.writerow([_safe(key), *counts, *usd, cost.total.unknown, *cells])
-    return out.getvalue()
+        yield row([_safe(key), *counts, *usd, cost.total.unknown, *cells])
 
 
-def _table(by: str, totals: Mapping[str, Totals], latency: _Split, width: int | None) -> str:
-    whole = sum(totals.values(), Totals())
+def _table(by: str, tally: Tally, width: int | None) -> Iterator[str]:
+    whole = tally.total()
     table = Table(title=f"Costs by {by}", caption=_legend(whole))
     table.add_column(by, overflow="fold")
     columns = {head: cell for head, cell in _COLUMNS.items() if head != _ERRORS or whole.errors}
     for head in (*columns, "ms\np50/p95/p99"):
         table.add_column(head, justify="right", no_wrap=True)
-    for key, sums in totals.items():
+    groups = iter(tally)
+    for key, sums, latency in islice(groups, ROWS):
         cells = [cell(sums) for cell in columns.values()]
-        table.add_row(Text(_printable(key)), *cells, _three(latency.get(key, {}).get("total")))
+        table.add_row(Text(_printable(key)), *cells, _three(latency.get("total")))
+    if len(tally) > ROWS:
+        others = sum((sums for _, sums, _ in groups), Totals())
+        name = f"({len(tally) - ROWS:,} others: see --csv)"
+        table.add_row(name, *(cell(others) for cell in columns.values()), "")
     table.add_section()
     table.add_row(TOTAL, *(cell(whole) for cell in columns.values()), "", style="bold")
     out = io.StringIO()
     Console(file=out, width=width or max(MIN_WIDTH, shutil.get_terminal_size().columns)).print(table)
-    return out.getvalue()
+    yield out.getvalue()
 
 
 def _money(cost: CostSum) -> str:

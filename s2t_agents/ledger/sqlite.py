@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from s2t_agents.budget.sqlite_file import DAMAGED, connect, identity, verify
+from s2t_agents.budget.sqlite_file import DAMAGED, connect, identity, recognise, verify
 from s2t_agents.errors import BadStore, LedgerError
 from s2t_agents.ledger.record import GenerationRecord
 
@@ -48,7 +48,7 @@ class SQLiteLedger:
 
     def __init__(self, path: Path, wait_s: float = 10.0) -> None:
         self.path, self._wait_s = path.absolute(), wait_s
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may end a lost stream in the middle of an append
         try:
             verify(self.path, APPLICATION_ID, "ledger")
             self._connect()
@@ -73,9 +73,9 @@ class SQLiteLedger:
             record.run_id,
             record.model_dump_json(),
         )
-        with self._lock:
+        with self._turn() as connection:
             try:
-                self._here().execute(
+                connection.execute(
                     "INSERT INTO records (id, started_at, agent, thread_id, run_id, record) VALUES (?, ?, ?, ?, ?, ?)",
                     row,
                 )
@@ -83,21 +83,30 @@ class SQLiteLedger:
                 raise LedgerError(f"{self.path}: {error}.", hint="The record was not kept.") from None
 
     def __iter__(self) -> Iterator[GenerationRecord]:
-        with self._lock:
-            try:
-                rows = self._here().execute("SELECT number, record FROM records ORDER BY number").fetchall()
-            except sqlite3.Error as error:
-                raise LedgerError(f"{self.path}: {error}.", hint=DAMAGED) from None
-        for number, text in rows:
-            try:
-                yield GenerationRecord.model_validate_json(text)
-            except ValidationError:
-                raise LedgerError(f"{self.path}: record {number} cannot be read.", hint=DAMAGED) from None
+        with self._turn():  # the file is still there
+            pass
+        return read(self.path)
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
             self._connection.close()
+
+    @contextmanager
+    def _turn(self) -> Iterator[sqlite3.Connection]:
+        """The connection, for this thread alone; other threads and other processes are waited for ``wait_s`` in all."""
+        until = time.monotonic() + self._wait_s
+        if not self._lock.acquire(timeout=self._wait_s):
+            raise LedgerError(f"{self.path}: other threads wrote for {self._wait_s:g} s.", hint="It was not touched.")
+        try:
+            try:
+                connection = self._here()
+                connection.execute(f"PRAGMA busy_timeout={max(0, int(1000 * (until - time.monotonic())))}")
+            except (sqlite3.Error, OSError) as error:
+                raise LedgerError(f"{self.path}: {error}.", hint="It was not touched.") from None
+            yield connection
+        finally:
+            self._lock.release()
 
     def _here(self) -> sqlite3.Connection:
         """This process's connection (SQLite forbids using one across a fork) to the file that is at the path now."""
@@ -113,3 +122,42 @@ class SQLiteLedger:
     def _connect(self) -> None:
         self._connection = connect(self.path, APPLICATION_ID, _SCHEMA, self._wait_s)
         self._pid, self._file = os.getpid(), identity(self.path)
+
+
+def read(path: Path) -> Iterator[GenerationRecord]:
+    """Every record of a file, one by one, as it was when this began. Changes nothing in it.
+
+    Raises:
+        LedgerError: not a ledger, or damaged, with the number of the record that cannot be read.
+    """
+    try:
+        if not recognise(path, APPLICATION_ID, "ledger"):
+            return
+        before = _state(path)
+        alone = not path.with_name(f"{path.name}-wal").exists()
+        with closing(_opened_to_read(path, alone)) as connection:
+            for number, text in connection.execute("SELECT number, record FROM records ORDER BY number"):
+                try:
+                    record = GenerationRecord.model_validate_json(text)
+                except Exception:  # noqa: BLE001 - whatever a validator says of it
+                    raise LedgerError(f"{path}: record {number} cannot be read.", hint=DAMAGED) from None
+                yield record
+        if alone and _state(path) != before:
+            raise LedgerError(f"{path} was written to while it was read.", hint="Read it again.")
+    except BadStore as error:
+        raise LedgerError(str(error)) from None
+    except (sqlite3.Error, OSError) as error:
+        raise LedgerError(f"{path}: {error}.", hint=DAMAGED) from None
+
+
+def _opened_to_read(path: Path, alone: bool) -> sqlite3.Connection:
+    """Beside writers that live or were killed; where nobody has it open, without the files that SQLite would make."""
+    how = "mode=ro&immutable=1" if alone else "mode=ro"
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)
+    connection.text_factory = bytes  # also what is no text at all gets its number
+    return connection
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns

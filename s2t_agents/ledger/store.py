@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Protocol
 
+from s2t_agents.errors import LedgerError
 from s2t_agents.ledger.record import GenerationRecord
 
 
@@ -36,3 +38,29 @@ class MemoryLedger:
 
     def close(self) -> None:
         """Nothing to let go of."""
+
+
+class ReadOnly:
+    """A file that is read and never written.
+
+    Args:
+        path: the file.
+        read: reads it.
+    """
+
+    def __init__(self, path: Path, read: Callable[[Path], Iterator[GenerationRecord]]) -> None:
+        self._path, self._read = path, read
+
+    def append(self, record: GenerationRecord) -> None:
+        """Refuse.
+
+        Raises:
+            LedgerError: always.
+        """
+        raise LedgerError(f"{self._path} was opened to be read.", hint="Open it with Ledger.open() to write.")
+
+    def __iter__(self) -> Iterator[GenerationRecord]:
+        return self._read(self._path)
+
+    def close(self) -> None:
+        """Nothing is kept open between passes."""

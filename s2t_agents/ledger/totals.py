@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
+from collections.abc import Callable, Sequence
 from decimal import Decimal
+from operator import add, attrgetter
 from typing import Annotated, Any
 
 from pydantic import Field, computed_field
@@ -83,51 +86,90 @@ class Totals(Frozen):
 
 
 COUNTS = tuple(name for name in Totals.model_fields if name not in ("cost_usd", "latency_us"))
+_COUNTED: dict[str, Callable[[GenerationRecord], int]] = {
+    "generations": lambda record: 1,
+    "failed": lambda record: sum(receipt.outcome == "failed" for receipt in record.receipts),
+    "interrupted": lambda record: sum(receipt.outcome == "interrupted" for receipt in record.receipts),
+    "errors": lambda record: record.error is not None,
+}
+_read = attrgetter(*(name for name in COUNTS if name not in _COUNTED))
+_ORDER = [*(name for name in COUNTS if name not in _COUNTED), *_COUNTED]
+_COSTS = tuple(CostSums.model_fields)
+_AT_COSTS = len(COUNTS)
+_AT_PARTS = _AT_COSTS + 2 * len(_COSTS)
+_AT_EXPONENTS = _AT_PARTS + 2 * len(PARTS)
+
+Sums = Sequence[int]
+"""What ``Totals`` hold as whole numbers: counts; picodollars and unknown ones of each cost; microseconds and how many
+measured them of each part; and the exponents that the costs were written with, of which the least is kept."""
+
+NOTHING: Sums = (0,) * (_AT_EXPONENTS + len(_COSTS))
+
+
+def sums_of(record: GenerationRecord) -> Sums:
+    """One record as a sum of one. A count that a record has under the same name needs no line here."""
+    cost, times = record.cost_usd, record.latency_ms
+    sums = [*_read(record), *(count(record) for count in _COUNTED.values())]
+    local, llm = ((Decimal(0) if usd is None and record.cached else usd) for usd in (cost.local, cost.llm))
+    total = None if local is None or llm is None else money.add(local, llm)
+    costs = (local, llm, total)
+    for usd in costs:
+        sums += (0, 1) if usd is None else (money.pico(usd), 0)
+    for part in PARTS:
+        ms = getattr(times, part)
+        sums += (0, 0) if ms is None else (round(ms * 1000), 1)
+    return [*sums, *(0 if usd is None else int(usd.as_tuple().exponent) for usd in costs)]
+
+
+def plus(a: Sums, b: Sums) -> list[int]:
+    """``a + b``."""
+    return [*map(add, a[:_AT_EXPONENTS], b[:_AT_EXPONENTS]), *map(min, a[_AT_EXPONENTS:], b[_AT_EXPONENTS:])]
+
+
+def totals(sums: Sums) -> Totals:
+    """The same with names."""
+    costs = {
+        name: CostSum(
+            known=money.written(sums[_AT_COSTS + 2 * at], sums[_AT_EXPONENTS + at]),
+            unknown=sums[_AT_COSTS + 2 * at + 1],
+        )
+        for at, name in enumerate(_COSTS)
+    }
+    parts = {part: sums[_AT_PARTS + 2 * at] for at, part in enumerate(PARTS) if sums[_AT_PARTS + 2 * at + 1]}
+    counts: dict[str, Any] = dict(zip(_ORDER, sums, strict=False))
+    return Totals(**counts, cost_usd=CostSums(**costs), latency_us=parts)
 
 
 def totals_of(record: GenerationRecord) -> Totals:
     """One record as a sum of one."""
-    cost, times = record.cost_usd, record.latency_ms
-    micros = {part: round(ms * 1000) for part in PARTS if (ms := getattr(times, part)) is not None}
-    free = record.cached
-    return Totals(
-        generations=1,
-        prompt_tokens=record.prompt_tokens,
-        completion_tokens=record.completion_tokens,
-        triggers=record.triggers,
-        selections=record.selections,
-        flips=record.flips,
-        escalations=record.escalations,
-        refused=record.refused,
-        failed=sum(receipt.outcome == "failed" for receipt in record.receipts),
-        interrupted=sum(receipt.outcome == "interrupted" for receipt in record.receipts),
-        degraded=int(record.degraded),
-        cached=int(record.cached),
-        errors=int(record.error is not None),
-        cost_usd=CostSums(local=_one(cost.local, free), llm=_one(cost.llm, free), total=_one(cost.total, free)),
-        latency_us=micros,
-    )
-
-
-def _one(usd: Decimal | None, free: bool) -> CostSum:
-    if usd is None and not free:
-        return CostSum(unknown=1)
-    return CostSum(known=usd or Decimal(0))
+    return totals(sums_of(record))
 
 
 class RunningTotal:
     """A sum that grows while a ``with ledger.scope()`` block runs. Safe to read from any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._now = Totals()
+        self._lock = threading.RLock()
+        self._sums: Sums = NOTHING
+        self._new: deque[Sums] = deque()  # the garbage collector may add the record of a lost stream inside our block
 
     def add(self, record: GenerationRecord) -> None:
         """Count one more record."""
-        with self._lock:
-            self._now = self._now + totals_of(record)
+        self._new.append(sums_of(record))
+        if len(self._new) > _UNREAD:
+            self._fold()
 
     @property
     def now(self) -> Totals:
         """The total at this moment."""
-        return self._now
+        return totals(self._fold())
+
+    def _fold(self) -> Sums:
+        with self._lock:
+            while self._new:
+                one = self._new.popleft()
+                self._sums = plus(self._sums, one)
+            return self._sums
+
+
+_UNREAD = 64

@@ -1,0 +1,87 @@
+"""``s2t report`` on a large ledger: seconds and megabytes, each report in a process of its own.
+
+python benchmarks/ledger.py --megabytes 500 --out benchmarks/results/ledger.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from s2t_agents.ledger import Cost, GenerationRecord, Latency, Receipt, ReceiptCandidate
+
+KINDS = {"three receipts": 3, "no receipts": 0}
+GROUPINGS = ("agent", "run")
+
+
+def main() -> None:
+    """Write ledgers, report on them, print one line for each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=500)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, receipts in KINDS.items():
+            path = Path(folder, f"{receipts}.jsonl")
+            records = write(path, receipts, given.megabytes * 2**20)
+            for by in GROUPINGS:
+                rows.append({"records": kind, "count": records, "by": by, **measured(path, by)})
+                print(json.dumps(rows[-1]), flush=True)
+            path.unlink()
+    if given.out:
+        report = {"megabytes": given.megabytes, "cores": os.cpu_count(), "rows": rows}
+        given.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def write(path: Path, receipts: int, size: int) -> int:
+    """Fill a file; one run for five records, seven agents. Gives the records."""
+    dice, lines = random.Random(0), [record(n, receipts).model_dump_json().encode() + b"\n" for n in range(700)]
+    count = written = 0
+    with path.open("wb") as file:
+        file.write(b'{"s2t_ledger": 1}\n')
+        while written < size:
+            run = f'"run_id":"{count // 5:032x}"'.encode()
+            written += file.write(dice.choice(lines).replace(b'"run_id":"r"', run))
+            count += 1
+    return count
+
+
+def record(number: int, receipts: int) -> GenerationRecord:
+    """One as an agent's answers leave them."""
+    candidates = tuple(
+        ReceiptCandidate(token_id=token, text="tok", slm=-1.5, selector=-1.2, llm=-0.3) for token in range(8)
+    )
+    return GenerationRecord(
+        agent=f"agent{number % 7}",
+        run_id="r",
+        cost_usd=Cost(local="0.1", llm="0.2"),  # type: ignore[arg-type]
+        latency_ms=Latency(queue=0, ttft=9, propose=500, select=40, escalate=300, grammar=5, total=900 + number),
+        receipts=tuple(
+            Receipt(step=step, prefix_tokens=9, outcome="picked", candidates=candidates) for step in range(receipts)
+        ),
+    )
+
+
+def measured(path: Path, by: str) -> dict[str, float]:
+    """Seconds and peak megabytes of ``s2t report``."""
+    started = time.perf_counter()
+    code = "import sys; from s2t_agents.cli import main; sys.argv[0] = 's2t'; main()"
+    command = [sys.executable, "-c", code, "report", str(path), "--by", by, "--json"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest child so far
+    return {"seconds": round(seconds, 1), "peak_mb_at_most": round(max(peak, before) / 1024)}
+
+
+if __name__ == "__main__":
+    main()
