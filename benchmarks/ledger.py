@@ -76,11 +76,12 @@ def measured(path: Path, by: str) -> dict[str, float]:
     started = time.perf_counter()
     code = "import sys; from s2t_agents.cli import main; sys.argv[0] = 's2t'; main()"
     command = [sys.executable, "-c", code, "report", str(path), "--by", by, "--json"]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest child so far
-    return {"seconds": round(seconds, 1), "peak_mb_at_most": round(max(peak, before) / 1024)}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # its peak is that of the largest child so far
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": round(seconds, 1), "cpu_s": round(cpu, 1), "peak_mb_at_most": round(after.ru_maxrss / 1024)}
 
 
 if __name__ == "__main__":

@@ -303,7 +303,7 @@ BAD = {
     "list": "[]",
     "number": "1",
     "unknown": '{"tokens":1}',
-    "receipts": '{"receipts":[{"step":-1,"prefix_tokens":1,"outcome":"picked"}]}',
+    "receipts": '{"receipts":[7]}',
     "outcome": '{"receipts":[{"step":1,"prefix_tokens":1,"outcome":"won"}]}',
     "garbage": "\x01\x02",
     "half": GOOD.replace('"agent":', '"agent"'),

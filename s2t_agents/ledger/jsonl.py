@@ -25,7 +25,7 @@ from typing import IO, Any
 from pydantic_core import from_json
 
 from s2t_agents.errors import LedgerError
-from s2t_agents.ledger.record import GenerationRecord
+from s2t_agents.ledger.record import GenerationRecord, SummedRecord
 
 try:
     import fcntl
@@ -92,6 +92,10 @@ class JsonlLedger:
     def __iter__(self) -> Iterator[GenerationRecord]:
         return read(self.path)
 
+    def summed(self) -> Iterator[GenerationRecord]:
+        """As ``store.summed``."""
+        return read(self.path, SummedRecord)
+
     def close(self) -> None:
         """Nothing is kept open between records."""
 
@@ -135,8 +139,12 @@ class JsonlLedger:
 _NOT_KEPT = "The record was not kept."
 
 
-def read(path: Path) -> Iterator[GenerationRecord]:
+def read(path: Path, kind: type[GenerationRecord] = GenerationRecord) -> Iterator[GenerationRecord]:
     """Every record of a file, one by one, as it was when this began. Changes nothing.
+
+    Args:
+        path: the file.
+        kind: how much of each is read.
 
     Raises:
         LedgerError: no such file, not a ledger, or a line that is no record, with its number.
@@ -146,7 +154,7 @@ def read(path: Path) -> Iterator[GenerationRecord]:
             size = os.fstat(file.fileno()).st_size
             header = file.readline(len(HEADER))
             _check(path, header)
-            yield from _records(path, _lines(file, size - len(header)))
+            yield from _records(path, kind, _lines(file, size - len(header)))
     except OSError as error:
         raise LedgerError(f"{path}: {error.strerror or error}.") from None
 
@@ -158,7 +166,7 @@ def _lines(file: IO[bytes], size: int) -> Iterator[bytes]:
         yield line
 
 
-def _records(path: Path, lines: Iterator[bytes]) -> Iterator[GenerationRecord]:
+def _records(path: Path, kind: type[GenerationRecord], lines: Iterator[bytes]) -> Iterator[GenerationRecord]:
     doubtful: bytes | None = None
     for number, line in enumerate(chain(lines, [None]), start=2):
         if doubtful is not None and not _torn(doubtful, line):
@@ -170,7 +178,7 @@ def _records(path: Path, lines: Iterator[bytes]) -> Iterator[GenerationRecord]:
         if line is None or line == b"\n" or line.startswith(b'{"torn"'):
             continue
         try:
-            record = GenerationRecord.model_validate_json(line)
+            record = kind.model_validate_json(line)
         except Exception:  # noqa: BLE001 - whatever a validator says of it
             doubtful = line
             continue

@@ -13,7 +13,7 @@ from s2t_agents.budget import Budget
 from s2t_agents.errors import LedgerError
 from s2t_agents.ledger.latency import Quantiles
 from s2t_agents.ledger.record import GenerationRecord
-from s2t_agents.ledger.store import LedgerStore, MemoryLedger, ReadOnly
+from s2t_agents.ledger.store import LedgerStore, MemoryLedger, ReadOnly, summed
 from s2t_agents.ledger.tally import By, Tally
 from s2t_agents.ledger.totals import NOTHING, RunningTotal, Totals, plus, sums_of, totals
 from s2t_agents.ledger.what_if import WhatIf, replay
@@ -96,7 +96,7 @@ class Ledger:
 
     def total(self) -> Totals:
         """The sum of every record."""
-        return totals(reduce(plus, map(sums_of, self._store), NOTHING))
+        return totals(reduce(plus, map(sums_of, summed(self._store)), NOTHING))
 
     def latency(self, by: By = "agent") -> dict[str, dict[str, Quantiles]]:
         """p50, p95, p99 in ms of every part of the latency, per agent, thread, run or UTC day."""
@@ -108,7 +108,7 @@ class Ledger:
         Raises:
             LedgerError: a grouping that is not known or has too many groups; a file that cannot be read.
         """
-        return Tally(self._store, by)
+        return Tally(summed(self._store), by)
 
     @contextmanager
     def scope(self) -> Iterator[RunningTotal]:

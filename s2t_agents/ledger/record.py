@@ -5,6 +5,7 @@ Plain frozen data. As JSON, dollars are strings (exact) and infinite scores the 
 
 from __future__ import annotations
 
+import re
 import uuid
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -29,9 +30,15 @@ Count = Annotated[int, Field(ge=0, le=money.MAX_COUNT)]
 Millis = Annotated[float, Field(ge=0, le=money.MAX_COUNT, allow_inf_nan=False)]
 
 
+_AS_WRITTEN = re.compile(r"(0|[1-9]\d{0,5})(\.\d{0,11}[1-9])?", re.ASCII)
+"""Dollars as records hold them already; a report reads millions."""
+
+
 def _exact_dollars(value: Any) -> Any:
     if value is None:
         return None
+    if isinstance(value, str) and _AS_WRITTEN.fullmatch(value):
+        return Decimal(value)
     amount = money.dollars(value, "cost in USD")
     if amount > money.MAX_USD:
         raise ValueError(f"cost in USD: {value!r:.40} is above {money.MAX_USD:,}")
@@ -228,3 +235,17 @@ class GenerationRecord(Frozen):
         if self.cached and (self.cost_usd.local or self.cost_usd.llm):
             raise ValueError("an answer from the cache costs nothing")
         return self
+
+
+class SummedReceipt(BaseModel):
+    """What sums need of a receipt; the rest is stepped over."""
+
+    model_config = ConfigDict(frozen=True)
+
+    outcome: Outcome
+
+
+class SummedRecord(GenerationRecord):
+    """A record without what no sum needs, which is most of it and takes most of the time to read."""
+
+    receipts: tuple[SummedReceipt, ...] = ()  # type: ignore[assignment]

@@ -18,7 +18,7 @@ from typing import Any
 
 from s2t_agents.budget.sqlite_file import DAMAGED, connect, identity, recognise, verify
 from s2t_agents.errors import BadStore, LedgerError
-from s2t_agents.ledger.record import GenerationRecord
+from s2t_agents.ledger.record import GenerationRecord, SummedRecord
 
 APPLICATION_ID = 0x5332_544C  # "S2TL"
 _SCHEMA = """
@@ -83,9 +83,16 @@ class SQLiteLedger:
                 raise LedgerError(f"{self.path}: {error}.", hint="The record was not kept.") from None
 
     def __iter__(self) -> Iterator[GenerationRecord]:
+        return self._read(GenerationRecord)
+
+    def summed(self) -> Iterator[GenerationRecord]:
+        """As ``store.summed``."""
+        return self._read(SummedRecord)
+
+    def _read(self, kind: type[GenerationRecord]) -> Iterator[GenerationRecord]:
         with self._turn():  # the file is still there
             pass
-        return read(self.path)
+        return read(self.path, kind)
 
     def close(self) -> None:
         """Close the file."""
@@ -124,8 +131,12 @@ class SQLiteLedger:
         self._pid, self._file = os.getpid(), identity(self.path)
 
 
-def read(path: Path) -> Iterator[GenerationRecord]:
+def read(path: Path, kind: type[GenerationRecord] = GenerationRecord) -> Iterator[GenerationRecord]:
     """Every record of a file, one by one, as it was when this began. Changes nothing in it.
+
+    Args:
+        path: the file.
+        kind: how much of each is read.
 
     Raises:
         LedgerError: not a ledger, or damaged, with the number of the record that cannot be read.
@@ -138,7 +149,7 @@ def read(path: Path) -> Iterator[GenerationRecord]:
         with closing(_opened_to_read(path, alone)) as connection:
             for number, text in connection.execute("SELECT number, record FROM records ORDER BY number"):
                 try:
-                    record = GenerationRecord.model_validate_json(text)
+                    record = kind.model_validate_json(text)
                 except Exception:  # noqa: BLE001 - whatever a validator says of it
                     raise LedgerError(f"{path}: record {number} cannot be read.", hint=DAMAGED) from None
                 yield record

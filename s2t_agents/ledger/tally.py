@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from s2t_agents.errors import LedgerError
 from s2t_agents.ledger.latency import SHARES, Quantiles, rank
 from s2t_agents.ledger.record import GenerationRecord
-from s2t_agents.ledger.totals import NOTHING, PARTS, Sums, Totals, plus, sums_of, totals
+from s2t_agents.ledger.totals import NOTHING, PARTS, Sums, Totals, part_times, plus, sums_of, totals
 
 By = Literal["agent", "thread", "run", "day"]
 
@@ -82,8 +82,8 @@ class Tally:
         self._sums[number] = _packed(plus(self._sums[number], sums_of(record)))
         if record.cached:
             return
-        for part, (groups, values) in self._times.items():
-            if (ms := getattr(record.latency_ms, part)) is not None:
+        for ms, (groups, values) in zip(part_times(record.latency_ms), self._times.values(), strict=True):
+            if ms is not None:
                 groups.append(number)
                 values.append(ms)
 

@@ -88,11 +88,12 @@ class Totals(Frozen):
 COUNTS = tuple(name for name in Totals.model_fields if name not in ("cost_usd", "latency_us"))
 _COUNTED: dict[str, Callable[[GenerationRecord], int]] = {
     "generations": lambda record: 1,
-    "failed": lambda record: sum(receipt.outcome == "failed" for receipt in record.receipts),
-    "interrupted": lambda record: sum(receipt.outcome == "interrupted" for receipt in record.receipts),
+    "failed": lambda record: [receipt.outcome for receipt in record.receipts].count("failed"),
+    "interrupted": lambda record: [receipt.outcome for receipt in record.receipts].count("interrupted"),
     "errors": lambda record: record.error is not None,
 }
 _read = attrgetter(*(name for name in COUNTS if name not in _COUNTED))
+part_times = attrgetter(*PARTS)
 _ORDER = [*(name for name in COUNTS if name not in _COUNTED), *_COUNTED]
 _COSTS = tuple(CostSums.model_fields)
 _AT_COSTS = len(COUNTS)
@@ -109,16 +110,16 @@ NOTHING: Sums = (0,) * (_AT_EXPONENTS + len(_COSTS))
 def sums_of(record: GenerationRecord) -> Sums:
     """One record as a sum of one. A count that a record has under the same name needs no line here."""
     cost, times = record.cost_usd, record.latency_ms
-    sums = [*_read(record), *(count(record) for count in _COUNTED.values())]
+    sums = [*_read(record), *[count(record) for count in _COUNTED.values()]]
     local, llm = ((Decimal(0) if usd is None and record.cached else usd) for usd in (cost.local, cost.llm))
     total = None if local is None or llm is None else money.add(local, llm)
-    costs = (local, llm, total)
-    for usd in costs:
+    exponents = []
+    for usd in (local, llm, total):
         sums += (0, 1) if usd is None else (money.pico(usd), 0)
-    for part in PARTS:
-        ms = getattr(times, part)
+        exponents.append(0 if not usd else int(usd.as_tuple().exponent))
+    for ms in part_times(times):
         sums += (0, 0) if ms is None else (round(ms * 1000), 1)
-    return [*sums, *(0 if usd is None else int(usd.as_tuple().exponent) for usd in costs)]
+    return sums + exponents
 
 
 def plus(a: Sums, b: Sums) -> list[int]:
