@@ -17,6 +17,7 @@ S2TError
 │   ├── HoldClosed                    settle or release of a hold that was settled, released or expired before
 │   └── StoreUnavailable              the budget store cannot be reached; nothing may be spent (retryable)
 ├── Overloaded                        too many generations at once; nothing has run (retryable)
+├── FolderInUse                       another run is at work in the same folder; nothing was touched (retryable)
 ├── LedgerError                       a ledger file that is corrupt, foreign or cannot be written
 └── EscalationFailed                  the LLM gave no usable answer; the caller keeps the local pick (retryable)
     ├── EndpointDown                  its server cannot be reached: no connection, no TLS, no such host
@@ -153,6 +154,12 @@ class StoreUnavailable(BudgetError):
 
 class Overloaded(S2TError):
     """Too many generations at once: the queue is full, or the wait was too long. Nothing has run."""
+
+    retryable = True
+
+
+class FolderInUse(S2TError):
+    """Another run is at work in the same folder."""
 
     retryable = True
 

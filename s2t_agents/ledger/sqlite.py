@@ -104,7 +104,7 @@ class SQLiteLedger:
         """The connection, for this thread alone; other threads and other processes are waited for ``wait_s`` in all."""
         until = time.monotonic() + self._wait_s
         if not self._lock.acquire(timeout=self._wait_s):
-            raise LedgerError(f"{self.path}: other threads wrote for {self._wait_s:g} s.", hint="It was not touched.")
+            raise LedgerError(f"{self.path}: database is locked.", hint="The record was not kept.")
         try:
             try:
                 connection = self._here()

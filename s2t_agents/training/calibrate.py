@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models.language_model import LanguageModel
+from ..models.writing import sole_run
 from ..selectors import LocalSelector, SelectorConfig, load_selector
 from ..selectors.config import Calibration
 from ..selectors.learned_trigger import PROBE_FILE, load_probe
@@ -35,6 +36,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     Intervals treat steps as independent; steps of one answer are not quite, so the true ones are somewhat wider.
 
     Raises:
+        FolderInUse: another run is at work on this selector.
         ModelNotFound, ConfigError, AdapterMismatch: no selector, or one for another base.
         InputError: unfinished or empty rollouts.
     """
@@ -43,6 +45,11 @@ def calibrate(config: CalibrateConfig) -> Calibration:
 
 def calibrate_with(slm: LanguageModel, config: CalibrateConfig) -> Calibration:
     """``calibrate`` on a model that is loaded already."""
+    with sole_run(config.selector):
+        return _calibrate(slm, config)
+
+
+def _calibrate(slm: LanguageModel, config: CalibrateConfig) -> Calibration:
     selector, kept = load_selector(config.selector, slm)
     selector.temperature, selector.caution = 1.0, 0.0
     shards = read_for(slm, [config.rollouts], kept.k)

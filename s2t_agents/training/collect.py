@@ -16,6 +16,7 @@ import torch
 from ..errors import ConfigError, S2TError, TokenizerMismatch
 from ..models.fingerprint import shared_ids
 from ..models.language_model import LanguageModel
+from ..models.writing import sole_run
 from ..selectors import LocalSelector, SelectorConfig, load_selector
 from ..selectors.config import CONFIG_FILE
 from .config import CollectConfig, Models, Rollouts
@@ -42,6 +43,7 @@ def collect(config: CollectConfig, crew: Crew | None = None) -> Path:
         InputError: prompts that cannot be used.
         TokenizerMismatch: SLM and LLM do not share ids.
         ConfigError: the folder holds other rollouts.
+        FolderInUse: another run fills it now.
         S2TError: the disk is full, or a model gives no numbers; whole shards are kept.
     """
     if not config.rollouts.greedy and not config.rollouts.samples:
@@ -83,6 +85,11 @@ class Collector:
             shards=-(-items // size),
             settings={**self._settings.model_dump(mode="json"), "selector": _digest(self._settings.selector)},
         )
+        with sole_run(self._out):
+            self._finish(each, manifest)
+
+    def _finish(self, each: Callable[[Sequence[int]], Iterable[int]], manifest: Manifest) -> None:
+        size, items = self._settings.shard_items, len(self._task.items)
         todo = open_folder(self._out, manifest)
         with bar(f"collect {self._task.name}", sum(min(size, items - number * size) for number in todo)) as progress:
             for made in each(todo):

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import combinations
 
 from ..models.language_model import LanguageModel
+from ..models.writing import sole_run
 from ..selectors.config import Calibration
 from .calibrate import calibrate_with
 from .collect import collect
@@ -27,8 +28,14 @@ def pipeline(config: Pipeline, say: Callable[[str], None] = lambda _: None) -> t
         say: told what happens next.
 
     Raises:
+        FolderInUse: another pipeline is at work in ``config.out``.
         S2TError: as the stages do; what they had made is kept.
     """
+    with sole_run(config.out):
+        return _pipeline(config, say)
+
+
+def _pipeline(config: Pipeline, say: Callable[[str], None]) -> tuple[Sufficiency, EvalReport]:
     kinds = sorted(config.kinds(), key=KINDS.index, reverse=True)  # the dearest first, so that none is left alone
     say("prompts")
     again = config.tasks.again

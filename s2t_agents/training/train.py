@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, InputError
 from ..models.language_model import LanguageModel
-from ..models.writing import write_whole
+from ..models.writing import sole_run, write_whole
 from ..selectors.config import BaseIdentity, SelectorConfig
 from ..selectors.learned_trigger import save_probe
 from .card import write_card
@@ -32,6 +33,7 @@ def train(config: TrainConfig) -> Path:
         The selector's directory: weights, ``probe.safetensors``, ``selector.json`` and a model card.
 
     Raises:
+        FolderInUse: another run is at work there.
         ConfigError: the directory holds a selector of other settings; rollouts or paid groups of another model.
         InputError: unfinished rollouts, or too few; a file of paid groups that is none.
         S2TError: the loss is no longer a number; the last checkpoint stands.
@@ -47,6 +49,11 @@ def train(config: TrainConfig) -> Path:
 def train_with(slm: LanguageModel, config: TrainConfig, workers: Workers | None = None) -> None:
     """``train`` on a model that is loaded already."""
     workers = workers or Workers()
+    with sole_run(config.out) if workers.first else nullcontext():
+        _train(slm, config, workers)
+
+
+def _train(slm: LanguageModel, config: TrainConfig, workers: Workers) -> None:
     settings = config.fit
     paid = read_paid(slm, config.paid, settings.k)  # before anything is written
     if _finished(config, slm, workers):
