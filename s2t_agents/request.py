@@ -10,8 +10,8 @@ from typing import Any
 from langchain_core.messages import BaseMessage, SystemMessage
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 
-from .engine.grammar import CompiledGrammar, Vocabulary, check_reply, check_tools, json_grammar, tool_grammar
-from .engine.rules import CHOICES, functions_of
+from .engine.grammar import CompiledGrammar, Vocabulary, json_grammar, tool_grammar
+from .engine.rules import CHOICES, arguments_of, functions_of, reply_of
 from .errors import BadSchema, ConfigError
 from .models.loading import first_line
 from .tool_calls import PlainText, ToolCallParser
@@ -75,10 +75,11 @@ class Request:
             BadSchema: a malformed tool, or a schema that no grammar can express.
             ConfigError: a tool choice that fits no tool.
         """
-        check_tools(self.tools)
-        check_tools(self._callable, self.tool_choice)
+        for function in functions_of(self.tools, "auto").values():
+            arguments_of(function)
+        functions_of(self._callable, self.tool_choice)
         if self.reply is not None:
-            check_reply(self.reply)
+            reply_of(self.reply)
 
     def compile(self, words: Vocabulary) -> CompiledGrammar:
         """The grammar; without tools and a reply's schema, of text that is not blank.

@@ -132,7 +132,7 @@ class Runtime:
         prompt = self.encoder.encode(request.prompt(messages), request.tools, limit=window - 1)
         room = min(max_tokens, window - len(prompt))
         compiled = self._grammar(request)
-        if room < max_tokens and room < compiled.fewest_tokens:
+        if room < max_tokens and not compiled.fits(room):
             raise ContextOverflow(
                 f"the prompt has {len(prompt)} tokens and leaves {room} of the context window; the shortest legal "
                 f"answer has {compiled.fewest_tokens}.",

@@ -70,10 +70,9 @@ def calls_of(name, ids):
 def accepts(grammar, text):
     """Whether the text is a whole answer of the grammar."""
     state = grammar.start()
-    tokenizer = grammar.vocabulary.core
-    for piece, tag in _pieces(text):
-        ids = tokenizer.tokenize_str(piece, parse_special=tag)
-        for token in ids:
+    tags = {tag: i for tag, i in zip((OPEN, CLOSE), grammar.vocabulary.tags) if i is not None}
+    for piece in _pieces(text):
+        for token in grammar.vocabulary.spelt_out([[tags.get(piece, piece)]])[0]:
             if not state.allowed()[token]:
                 return False
             state.accept(token)
@@ -83,8 +82,8 @@ def accepts(grammar, text):
 def _pieces(text):
     while text:
         at, tag = min(((text.find(tag), tag) for tag in (OPEN, CLOSE) if tag in text), default=(len(text), ""))
-        yield text[:at], False
-        yield tag, True
+        yield text[:at]
+        yield tag
         text = text[at + len(tag) :]
 
 

@@ -6,7 +6,7 @@ legal is also what can still be finished within it.
 
 What is exact: every mask is llguidance's own; under a limit, each allowed token has a completion that was walked to
 its end and fits. What is not: near the limit only the likeliest tokens are tried, and the shortest completion is
-found by rollouts, so a longer than necessary one may end a value early.
+found by a search with a limit, so a longer than necessary one may end a value early.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
 from typing import Any, Protocol, Self
 from weakref import WeakKeyDictionary
 
@@ -22,13 +21,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from llguidance import LLMatcher, LLTokenizer
+from llguidance.hf import from_tokenizer
 from torch import Tensor
 
 from ..errors import BadSchema, ConfigError
+from ..models.safe_encoding import SafeEncoder
 from ..tool_calls import tag_ids
-from .closing import ClosingOrder
-from .rules import CHOICES, arguments_of, auto_start, call_rules, functions_of, json_rule, reply_of, said
-from .schemas import heaviest
+from .closing import ClosingOrder, Work
+from .least import Least
+from .rules import CHOICES, arguments_of, auto_start, call_rules, call_texts, functions_of, reply_of, said
+from .schemas import heaviest, json_rule
 
 Mask = npt.NDArray[np.bool_]
 
@@ -38,8 +40,10 @@ TRIED = 64
 TRIED_BLINDLY = 2048
 """As many of the first legal tokens when no logits say which are likely."""
 
-SEARCHED = 12
-"""Of these, how many may have a completion searched, when the known one does not fit behind them."""
+_WORK = 400  # steps of all searches for one mask, when the known completion does not fit behind a token
+_BEYOND = 64  # tokens beyond a limit up to which the shortest answer is looked for, so that an error can name it
+_FAR = 4096
+_SIMPLER = "Simplify that part of the schema."
 
 
 class Grammar(Protocol):
@@ -75,17 +79,30 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Any, size: int | None = None, eos_ids: Sequence[int] | None = None) -> None:
-        from llguidance.hf import from_tokenizer
-
         self.tags = tag_ids(tokenizer)
         self.eos_ids = frozenset(eos_ids if eos_ids is not None else [tokenizer.eos_token_id])
         self.size = max(size or 0, len(tokenizer))
-        self.core: LLTokenizer = from_tokenizer(tokenizer, n_vocab=self.size, eos_token=sorted(self.eos_ids))
+        self.core = self._core(tokenizer)
         added = tokenizer.added_tokens_decoder
         texts = ["" if i in added else self.core.decode_str([i]) for i in range(self.size)]
+        self.longest = max(len(text.encode()) for text in texts)
         self.order = ClosingOrder(texts, enders={self.tags[1]} if self.tags[1] is not None else set())
         ids = {token.content: i for i, token in added.items()}
         self.thought = tuple(ids[tag] for tag in ("<think>", "</think>") if tag in ids)
+
+    def _core(self, tokenizer: Any) -> LLTokenizer:
+        """llguidance's copy of the tokenizer; what spells a control token there is text."""
+        ends = sorted(self.eos_ids)
+        described = SafeEncoder(tokenizer, str(tokenizer.chat_template or "")).apart()
+        if described is not None:
+            return LLTokenizer(described, n_vocab=self.size, eos_token=ends)
+        core: LLTokenizer = from_tokenizer(tokenizer, n_vocab=self.size, eos_token=ends)
+        return core
+
+    def spelt_out(self, answers: Sequence[Sequence[str | int]]) -> list[list[int]]:
+        """Answers given as texts and ids, as tokens."""
+        encode = self.core.tokenize_str
+        return [[i for part in each for i in ([part] if isinstance(part, int) else encode(part))] for each in answers]
 
     def mask(self, matcher: Any) -> Mask:
         """``[V]``: what the matcher's state allows."""
@@ -113,16 +130,31 @@ class CompiledGrammar:
         source: llguidance's Lark dialect.
         margin: tokens that one more token may oblige the model to write, estimated from above.
         what: what the grammar is for, in errors.
+        least: shortest JSON that every answer holds, where it must hold some.
+        hints: short answers, perhaps, as texts and ids of control tokens.
 
     Raises:
         BadSchema: llguidance cannot express it.
     """
 
-    def __init__(self, words: Vocabulary, source: str, *, margin: int, what: str) -> None:
+    def __init__(
+        self,
+        words: Vocabulary,
+        source: str,
+        *,
+        margin: int,
+        what: str,
+        least: Least | None = None,
+        hints: Sequence[Sequence[str | int]] = (),
+    ) -> None:
         self.vocabulary, self.source, self.margin = words, source, margin
+        self.what, self._least, self._hints = what, least, hints
+        self._searched = 0
+        self._shortest: list[int] | None = None
         self._matcher = LLMatcher(words.core, source, log_level=0)
         if self._matcher.is_error():
-            raise _inexpressible(what, self._matcher.get_error())
+            error = _reason(self._matcher.get_error())
+            raise BadSchema(f"No grammar can express {what}: {error}.", hint=_SIMPLER)
 
     def start(self, max_tokens: int | None = None) -> Generation:
         """A new generation.
@@ -133,22 +165,53 @@ class CompiledGrammar:
         Raises:
             ConfigError: the shortest answer found does not fit.
         """
-        if max_tokens is not None and max_tokens < self.margin and max_tokens < self.fewest_tokens:
-            raise ConfigError(
-                f"max_tokens={max_tokens} cannot hold an answer: the shortest has {self.fewest_tokens} tokens.",
-                hint=f"Set max_tokens to {self.fewest_tokens} or more.",
-            )
+        if max_tokens is not None:
+            self._check_room(max_tokens)
         return Generation(self, self._matcher.deep_copy(), max_tokens)
 
-    @cached_property
-    def shortest(self) -> list[int] | None:
-        """Tokens of the shortest answer found, without the end token; None when none was found."""
-        return self.vocabulary.order.path(self._matcher, self.vocabulary.mask, 4 * self.margin)
+    def fits(self, tokens: int) -> bool:
+        """Whether an answer may have as few tokens as this, as far as is known."""
+        return self.least_tokens <= tokens and (tokens >= self.margin or len(self.shortest(tokens) or ()) <= tokens)
+
+    def shortest(self, tokens: int) -> list[int] | None:
+        """Tokens of the shortest answer found, without the end token; None when none was found.
+
+        Args:
+            tokens: how many matter: longer answers are looked for a little beyond these.
+        """
+        limit = tokens + max(tokens, _BEYOND)
+        if self._shortest is None and self._searched < limit:
+            self._searched = limit
+            short = self.vocabulary.spelt_out(self._hints)
+            known = min((each for each in short if _completes(self._matcher, each)), key=len, default=None)
+            if known is not None:
+                limit = min(limit, len(known) - 1)
+            found = self.vocabulary.order.path(self._matcher, self.vocabulary.mask, limit)
+            self._shortest = found if found is not None else known
+        return self._shortest
 
     @property
     def fewest_tokens(self) -> int:
-        """Number of tokens of the shortest answer found; 0 when none was found."""
-        return len(self.shortest or ())
+        """Number of tokens of the shortest answer found; where none was, a number that none is shorter than."""
+        found = self.shortest(min(4 * self.margin, _FAR))
+        return len(found) if found is not None else self.least_tokens
+
+    @property
+    def least_tokens(self) -> int:
+        """A number of tokens that no answer has less of."""
+        return -(-self._least.size // self.vocabulary.longest) if self._least is not None else 0
+
+    def _check_room(self, max_tokens: int) -> None:
+        if self.fits(max_tokens):
+            return
+        known = self.shortest(max_tokens) if self.least_tokens <= max_tokens else None
+        fewest = len(known) if known is not None else self.least_tokens
+        asked = self._least.asked() if self._least is not None else ""
+        who = f" (most of it for {asked} in {self.what})" if asked and fewest > _BEYOND else ""
+        raise ConfigError(
+            f"max_tokens={max_tokens} cannot hold an answer: the shortest has {fewest} tokens{who}.",
+            hint=f"Set max_tokens to {fewest} or more.",
+        )
 
 
 class Generation:
@@ -159,7 +222,9 @@ class Generation:
         self._matcher = matcher
         self._left = max_tokens
         # a known completion of the state, perhaps of an earlier one
-        self._path = compiled.shortest if max_tokens is not None and max_tokens < compiled.margin else None
+        near = max_tokens is not None and max_tokens < compiled.margin
+        self._path = compiled.shortest(max_tokens) if near and max_tokens is not None else None
+        self._what = compiled.what
         self._behind: dict[int, list[int]] = {}  # completions found behind tokens that are legal now
         self._ended = False
 
@@ -219,7 +284,7 @@ class Generation:
         path = self._completion(left)
         if path is None or self._leaves_room(token_id, path, left):
             return True
-        return left > 1 and self._fits_somehow(token_id, left)
+        return self._fits_somehow(token_id, left, Work(_WORK))
 
     def allowed(self, logits: Tensor | None = None) -> Tensor:
         """``[V]`` bool on the CPU: legal tokens; near the token limit, those that leave room to finish.
@@ -228,6 +293,9 @@ class Generation:
             logits: ``[V]``, the model's; they say which tokens are worth trying near the limit.
         """
         mask = self._vocabulary.mask(self._matcher)
+        if self._matcher.is_error():
+            error = _reason(self._matcher.get_error())
+            raise BadSchema(f"The grammar of {self._what} became too large to follow: {error}.", hint=_SIMPLER)
         if self._near_limit:
             mask = self._finishable(mask, logits)
         return torch.from_numpy(mask)
@@ -242,12 +310,9 @@ class Generation:
             likely = logits.detach().float().cpu()[torch.from_numpy(legal)]
             legal = legal[likely.topk(min(TRIED, len(legal))).indices.numpy()]
         kept = np.zeros_like(mask)
-        searches = SEARCHED
+        work = Work(_WORK)
         for token in legal[: TRIED if logits is not None else TRIED_BLINDLY].tolist():
-            kept[token] = self._leaves_room(token, path, left)
-            if not kept[token] and searches and left > 1:
-                searches -= 1
-                kept[token] = self._fits_somehow(token, left)
+            kept[token] = self._leaves_room(token, path, left) or self._fits_somehow(token, left, work)
         for token in path[:1] or [i for i in self._vocabulary.eos_ids if mask[i]]:
             kept[token] = True
         return kept
@@ -264,8 +329,8 @@ class Generation:
             return True
         return 1 + len(path) <= left and _completes(self._matcher, [token, *path])
 
-    def _fits_somehow(self, token: int, left: int) -> bool:
-        found = self._search_behind([token], left)
+    def _fits_somehow(self, token: int, left: int, work: Work) -> bool:
+        found = self._search_behind([token], left, work)
         if found is not None:
             self._behind[token] = found
         return found is not None
@@ -275,16 +340,19 @@ class Generation:
         path = self._path
         if path is not None and path[: len(tokens)] == tokens:
             return True
-        found = self._search_behind(tokens, self._left or 0)
+        found = self._search_behind(tokens, self._left or 0, Work(_WORK))
         if found is not None:
             self._path = tokens + found
         return found is not None
 
-    def _search_behind(self, tokens: list[int], left: int) -> list[int] | None:
+    def _search_behind(self, tokens: list[int], left: int, work: Work) -> list[int] | None:
         ahead = self._matcher.deep_copy()
         if left < len(tokens) or not ahead.consume_tokens(tokens):
             return None
-        return self._vocabulary.order.path(ahead, self._vocabulary.mask, left - len(tokens), any_will_do=True)
+        if ahead.is_accepting():
+            return []
+        room = left - len(tokens)
+        return self._vocabulary.order.path(ahead, self._vocabulary.mask, room, any_will_do=True, work=work)
 
 
 def _completes(matcher: Any, tokens: list[int]) -> bool:
@@ -322,60 +390,44 @@ def tool_grammar(
     named = tool_choice not in CHOICES
     chosen = [functions[tool_choice]] if named else list(functions.values())
     schemas = [arguments_of(function) for function in chosen]
-    for function, schema in zip(chosen, schemas, strict=True):  # one by one, so that an error names the tool
-        source = f"start: value\nvalue: {json_rule(schema)}\n"
-        CompiledGrammar(words, source, margin=0, what=f"the arguments of tool {function['name']!r}")
-    rules = call_rules(words, [function["name"] for function in chosen], schemas, several=parallel and not named)
+    rules = call_rules(
+        words,
+        [function["name"] for function in chosen],
+        [each.schema for each in schemas],
+        several=parallel and not named,
+    )
     ready = reply_of(reply) if reply is not None and tool_choice == "auto" else None
-    rules.append(auto_start(words, ready) if tool_choice == "auto" else "start: calls")
+    rules.append(auto_start(words, ready and ready.schema) if tool_choice == "auto" else "start: calls")
     names = max(len(json.dumps(function["name"]).encode()) for function in chosen)
-    margin = 96 + names + 2 * max(map(heaviest, [*schemas, *([ready] if ready is not None else [])]))
-    return CompiledGrammar(words, "\n".join(rules) + "\n", margin=margin, what="these tools together")
-
-
-def check_tools(tools: Sequence[Mapping[str, Any]], tool_choice: str = "auto") -> None:
-    """Find what ``tool_grammar`` would refuse, before any tokenizer is there.
-
-    Raises:
-        BadSchema, ConfigError: as ``tool_grammar``.
-    """
-    for name, function in functions_of(tools, tool_choice).items():
-        _check(arguments_of(function), f"the arguments of tool {name!r}")
-
-
-def check_reply(schema: Mapping[str, Any]) -> None:
-    """Find what ``json_grammar`` would refuse, before any tokenizer is there.
-
-    Raises:
-        BadSchema: the schema cannot be expressed.
-    """
-    _check(reply_of(schema), "the output schema")
-
-
-def _check(schema: Mapping[str, Any], what: str) -> None:
-    error = _complaint(f"start: value\nvalue: {json_rule(schema)}\n")
-    if error:
-        raise _inexpressible(what, error)
-
-
-@lru_cache(maxsize=256)  # an agent binds the same tools before every call
-def _complaint(source: str) -> str:
-    return str(LLMatcher.validate_grammar(source))
-
-
-def _inexpressible(what: str, error: str) -> BadSchema:
-    return BadSchema(f"No grammar can express {what}: {_reason(error)}.", hint="Simplify that part of the schema.")
+    margin = 96 + names + 2 * max(heaviest(each.schema) for each in [*schemas, *([ready] if ready is not None else [])])
+    hints = [
+        call_texts(words, function["name"], each.least.text)
+        for function, each in zip(chosen, schemas, strict=True)
+        if each.least.text is not None
+    ]
+    shortest = min((each.least for each in schemas), key=lambda each: each.size)
+    what = "these tools" if len(chosen) > 1 else f"the arguments of tool {chosen[0]['name']!r}"
+    return CompiledGrammar(
+        words,
+        "\n".join(rules) + "\n",
+        margin=margin,
+        what=what,
+        least=shortest if tool_choice != "auto" else None,
+        hints=hints if tool_choice != "auto" else (),
+    )
 
 
 def json_grammar(words: Vocabulary, schema: Mapping[str, Any] | None = None) -> CompiledGrammar:
     """An answer that is one JSON value of a schema; any JSON object when there is none.
 
     Raises:
-        BadSchema: the schema cannot be expressed.
+        BadSchema: no answer can fit the schema.
     """
-    ready = reply_of(schema) if schema else {"type": "object"}
-    source = f"start: value\nvalue: {json_rule(ready)}\n"
-    return CompiledGrammar(words, source, margin=64 + 2 * heaviest(ready), what="the output schema")
+    ready = reply_of(schema or {"type": "object"})
+    source = f"start: value\nvalue: {json_rule(ready.schema)}\n"
+    hints = [[ready.least.text]] if ready.least.text is not None else []
+    margin = 64 + 2 * heaviest(ready.schema)
+    return CompiledGrammar(words, source, margin=margin, what="the output schema", least=ready.least, hints=hints)
 
 
 def _reason(error: str) -> str:

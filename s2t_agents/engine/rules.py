@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BadSchema, ConfigError
 from ..tool_calls import CLOSE, OPEN
-from .schemas import SPELLING, closed, parameters_of
+from .relaxing import Relaxed, relaxed
+from .schemas import json_rule, parameters_of
 
 if TYPE_CHECKING:
     from .grammar import Vocabulary
 
 CHOICES = ("auto", "any", "none")
 """Tool choices that name no tool."""
+
+_CALL_END = "}\n"
 
 
 def functions_of(tools: Sequence[Mapping[str, Any]], tool_choice: str) -> dict[str, dict[str, Any]]:
@@ -41,42 +44,28 @@ def _function(tool: Any) -> dict[str, Any]:
     )
 
 
-def arguments_of(function: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a tool's arguments.
+def arguments_of(function: Mapping[str, Any]) -> Relaxed:
+    """The schema of a tool's arguments, ready for the grammar.
 
     Raises:
-        BadSchema: one that holds itself.
+        BadSchema: no call can fit it; the message names the tool.
     """
-    try:
-        return parameters_of(function)
-    except RecursionError:
-        raise BadSchema(f"The arguments of tool {function['name']!r} are nested without end.") from None
+    return relaxed(parameters_of(function), f"the arguments of tool {function['name']!r}", only_objects=True)
 
 
-def reply_of(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A reply's schema, closed.
+def reply_of(schema: Mapping[str, Any]) -> Relaxed:
+    """A reply's schema, ready for the grammar.
 
     Raises:
-        BadSchema: one that holds itself.
+        BadSchema: no answer can fit it.
     """
-    try:
-        return dict(closed(dict(schema)))
-    except RecursionError:
-        raise BadSchema("The output schema is nested without end.") from None
+    return relaxed(schema, "the output schema")
 
 
-def json_rule(schema: Mapping[str, Any]) -> str:
-    """The right side of a rule for JSON of a schema.
-
-    Raises:
-        BadSchema: the schema itself is no JSON.
-    """
-    try:
-        return "%json " + json.dumps({**schema, "x-guidance": SPELLING})
-    except (TypeError, ValueError, RecursionError) as error:
-        raise BadSchema(
-            f"The schema is no JSON: {error}.", hint="Use plain dicts, lists, strings and numbers."
-        ) from None
+def call_texts(words: Vocabulary, name: str, arguments: str) -> list[str | int]:
+    """One whole call of a tool, as text and ids of tags."""
+    opening, closing = (tag if i is None else i for tag, i in zip((OPEN, CLOSE), words.tags, strict=True))
+    return [opening, f"{_call_head(name)}{arguments}{_CALL_END}", closing]
 
 
 def call_rules(
@@ -90,9 +79,15 @@ def call_rules(
     rules = [f"calls: {opening} rest", f"rest: body {closing}{more}"]
     rules.append("body: " + " | ".join(f"body_{i}" for i in range(len(names))))
     for i, (name, schema) in enumerate(zip(names, schemas, strict=True)):
-        head = json.dumps(f'\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ')
-        rules += [f'body_{i}: {head} args_{i} "}}\\n"', f"args_{i}: {json_rule(schema)}"]
+        rules += [
+            f"body_{i}: {json.dumps(_call_head(name))} args_{i} {json.dumps(_CALL_END)}",
+            f"args_{i}: {json_rule(schema)}",
+        ]
     return rules
+
+
+def _call_head(name: str) -> str:
+    return f'\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
 
 
 def auto_start(words: Vocabulary, reply: Mapping[str, Any] | None = None) -> str:

@@ -1,4 +1,4 @@
-"""JSON schemas made ready for the grammar, and how long their shortest values can get."""
+"""A relaxed schema as a rule of the grammar, and how long its shortest values can get."""
 
 from __future__ import annotations
 
@@ -16,42 +16,24 @@ SPELLING = {
 }
 """JSON as ``json.dumps`` writes it, which is how templates show it; no ``\\u`` escapes, so no lone surrogates."""
 
-_JOINED = ("allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "patternProperties", "unevaluatedProperties")
-_SUBSCHEMAS = ("properties", "$defs", "definitions", "patternProperties")
-_LISTS = ("anyOf", "oneOf", "prefixItems")
-_SINGLE = ("items", "additionalProperties")
+_SAYS = ("properties", "additionalProperties", "patternProperties", "propertyNames", "unevaluatedProperties")
+_SAYS = (*_SAYS, "allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "$recursiveRef", "enum", "const", "required", "if")
+
+LARGEST = 2**24
+"""Bytes of a value that no model's window holds."""
 
 
-def closed(schema: Any) -> Any:
-    """The schema with every object that names its properties closed to others: what fits it fits the original.
-
-    Objects joined from several schemas are left as they are, as are those that say themselves what they take.
-    """
-    if not isinstance(schema, Mapping):
-        return schema
-    done = dict(schema)
-    for key in _SUBSCHEMAS:
-        if isinstance(done.get(key), Mapping):
-            done[key] = {name: closed(inner) for name, inner in done[key].items()}
-    for key in _LISTS:
-        if isinstance(done.get(key), list):
-            done[key] = [closed(inner) for inner in done[key]]
-    for key in _SINGLE:
-        if isinstance(done.get(key), Mapping):
-            done[key] = closed(done[key])
-    if "properties" in done and not any(key in done for key in (*_JOINED, "additionalProperties")):
-        done["additionalProperties"] = False
-    return done
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """The right side of a rule for JSON of a relaxed schema."""
+    return "%json " + json.dumps({**schema, "x-guidance": SPELLING})
 
 
 def parameters_of(function: Mapping[str, Any]) -> Schema:
-    """The schema of a tool's arguments; a tool that declares none takes an empty object."""
+    """The schema of a tool's arguments, as it was given; a tool that declares none takes an empty object."""
     parameters = dict(function.get("parameters") or {})
-    if not any(key in parameters for key in _JOINED):
-        parameters = {"type": "object", **parameters}
-        if "additionalProperties" not in parameters:
-            parameters.setdefault("properties", {})
-    return dict(closed(parameters))
+    if not any(key in parameters for key in _SAYS):
+        parameters["properties"] = {}
+    return parameters
 
 
 def heaviest(schema: Any) -> int:
@@ -91,6 +73,8 @@ def _least(schema: Any, root: Any, referred: dict[str, int]) -> int:
     properties = properties if isinstance(properties, Mapping) else {}
     for name in _list(schema, "required"):
         size += len(json.dumps(name).encode()) + 4 + _least(properties.get(name), root, referred)
+    if _number(schema, "minItems") > LARGEST:
+        return 0  # no value fits, see ``relaxing``
     size += _number(schema, "minItems") * (2 + _least(schema.get("items"), root, referred))
     size += sum(2 + _least(each, root, referred) for each in _list(schema, "prefixItems"))
     size += _number(schema, "minLength") + 12 * _number(schema, "minProperties")
@@ -108,7 +92,7 @@ def _list(schema: Mapping[str, Any], key: str) -> list[Any]:
 
 def _number(schema: Mapping[str, Any], key: str) -> int:
     value = schema.get(key)
-    return int(value) if isinstance(value, int | float) else 0
+    return int(value) if isinstance(value, int) else 0
 
 
 def _resolved(reference: str, root: Any) -> Any:

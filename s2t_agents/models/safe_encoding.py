@@ -96,22 +96,50 @@ class SafeEncoder:
     def _longest_token(self) -> int:
         return max(len(word) for word in self._backend.get_vocab())
 
+    def apart(self) -> str | None:
+        """The tokenizer as JSON, for grammars: no text is ever encoded as a control token, nor decoded from one.
+
+        Control tokens have names that nobody can guess, and are all special; white space is none of them. Harmless
+        tokens in angle brackets are ordinary pieces. None for a tokenizer whose ids would not stay as they are.
+        """
+        nonce = secrets.randbelow(10**18)
+        names = {
+            token.content: f"<|{nonce:018d}{i}|>" for i, token in self.control.items() if not token.content.isspace()
+        }
+        described = self._renamed(names)
+        kept = []
+        for token in described["added_tokens"]:
+            if token["content"] in names.values():
+                kept.append({**token, "special": True, "single_word": False, "normalized": False})
+            elif not (token["content"].startswith("<") and token["content"] in described["model"]["vocab"]):
+                kept.append(token)
+        described["added_tokens"] = kept
+        text = json.dumps(described)
+        copy = Tokenizer.from_str(text)
+        same = all(copy.token_to_id(name) == self._id_of[content] for content, name in names.items())
+        return text if same else None
+
     @cached_property
     def _copy(self) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
         """A tokenizer with stand-ins for the control tokens, the stand-ins, and its ids where they differ."""
         nonce = secrets.randbelow(10**18)
         stand_ins = {word: f"\ue003{nonce:018d}{i}\ue004" for word, i in self._id_of.items()}
-        described = json.loads(self._backend.to_str())
-        described["post_processor"] = None
-        for token in described["added_tokens"]:
-            token["content"] = stand_ins.get(token["content"], token["content"])
-        _rename(described["model"], stand_ins)
-        vocabulary = described["model"]["vocab"]
-        if isinstance(vocabulary, dict):  # so that every added token keeps its id
-            vocabulary.update({token["content"]: token["id"] for token in described["added_tokens"]})
+        described = self._renamed(stand_ins)
         copy = Tokenizer.from_str(json.dumps(described))
         moved = {copy.token_to_id(stand_in): self._id_of[word] for word, stand_in in stand_ins.items()}
         return copy, stand_ins, {new: old for new, old in moved.items() if new != old and new is not None}
+
+    def _renamed(self, names: Mapping[str, str]) -> dict[str, Any]:
+        """The tokenizer, serialized, with other names for some added tokens, which keep their ids."""
+        described = json.loads(self._backend.to_str())
+        described["post_processor"] = None
+        for token in described["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        _rename(described["model"], names)
+        vocabulary = described["model"]["vocab"]
+        if isinstance(vocabulary, dict):  # so that every added token keeps its id
+            vocabulary.update({token["content"]: token["id"] for token in described["added_tokens"]})
+        return described
 
 
 def _controls(token: AddedToken, template: str) -> bool:

@@ -1,0 +1,427 @@
+"""Any JSON schema in one spelling: draft 2020-12, with what older drafts and sloppy authors write put into its words.
+
+The canonical schema means what the original means. It holds assertions alone (no annotations), and its references
+are ``#`` or ``#/$defs/NAME``: identifiers, anchors and pointers into odd places are resolved here, once. What means
+nothing that anybody could check (a type that nobody knows, a reference into the net) is left out and noted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote, urldefrag, urljoin
+
+from ..errors import BadSchema
+
+Schema = dict[str, Any]
+
+DEEPEST = 50
+"""Levels of nesting that a schema may have; what lies deeper takes any value, and is noted."""
+
+TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
+
+_ALIASES = {
+    "dict": "object", "map": "object", "hashmap": "object", "record": "object", "struct": "object",
+    "list": "array", "tuple": "array", "set": "array", "arraylist": "array",
+    "float": "number", "double": "number", "decimal": "number",
+    "int": "integer", "long": "integer", "short": "integer", "byte": "integer", "bigint": "integer",
+    "int32": "integer", "int64": "integer",
+    "str": "string", "char": "string", "text": "string",
+    "bool": "boolean", "none": "null", "nulltype": "null",
+}  # fmt: skip
+_ANYTHING = ("any", "object|array", "unknown", "mixed", "value")
+
+_COUNTS = (
+    "minLength",
+    "maxLength",
+    "minItems",
+    "maxItems",
+    "minProperties",
+    "maxProperties",
+    "minContains",
+    "maxContains",
+)
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_SINGLE = ("additionalProperties", "propertyNames", "unevaluatedProperties", "unevaluatedItems", "contains", "not")
+_MAPS = ("properties", "patternProperties", "dependentSchemas")
+_REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_STEPS = {"additionalProperties": ".*", "items": "[]", "prefixItems": "[]", "patternProperties": "."}
+
+
+@dataclass
+class Canonical:
+    """A schema in draft 2020-12.
+
+    Attributes:
+        schema: the schema.
+        notes: what was left out, as ``place: keyword``.
+    """
+
+    schema: Schema
+    notes: list[str] = field(default_factory=list)
+
+
+def canonical(schema: Mapping[str, Any], what: str = "The schema") -> Canonical:
+    """The schema in one spelling.
+
+    Args:
+        schema: any draft, as plain JSON values.
+        what: what it is for, in errors.
+
+    Raises:
+        BadSchema: it is no JSON, or holds itself.
+    """
+    check_json(schema, what)
+    reader = _Reader(schema)
+    root = reader.read(schema, (), 0)
+    bodies = reader.rest()
+    if bodies:
+        root["$defs"] = bodies
+    return Canonical(root, list(dict.fromkeys(reader.notes)))
+
+
+def check_json(schema: Any, what: str) -> None:
+    """Refuse what is no JSON at all; infinite numbers pass, as Python writes and reads them.
+
+    Raises:
+        BadSchema: naming what it is.
+    """
+    try:
+        json.dumps(schema, ensure_ascii=False).encode()
+    except RecursionError:
+        raise BadSchema(f"{what} is nested without end.") from None
+    except ValueError as error:
+        if "Circular" in str(error):
+            raise BadSchema(f"{what} is nested without end.") from None
+        raise BadSchema(f"{what} is no JSON: {error}.", hint="Use Unicode text.") from None
+    except TypeError as error:
+        hint = "Use plain dicts, lists, strings and numbers."
+        raise BadSchema(f"{what} is no JSON: {error}.", hint=hint) from None
+
+
+def place(path: tuple[str, ...]) -> str:
+    """A path as people read it: ``user.tags[]``; the whole is ``(root)``."""
+    return "".join(path).lstrip(".") or "(root)"
+
+
+def subschemas(schema: Any) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+    """Every schema directly inside a canonical one, with what it adds to the path and the keyword that holds it."""
+    if not isinstance(schema, dict):
+        return
+    for key in ("properties", "patternProperties", "dependentSchemas", "$defs"):
+        for name, inner in schema.get(key, {}).items():
+            yield (f".{name}",), key, inner
+    for key in (*_SINGLE, "items", "if", "then", "else"):
+        if key in schema:
+            yield ((_STEPS[key],) if key in _STEPS else ()), key, schema[key]
+    for key in _LISTS:
+        for inner in schema.get(key, ()):
+            yield ((_STEPS[key],) if key in _STEPS else ()), key, inner
+
+
+class _Reader:
+    def __init__(self, root: Any) -> None:
+        self.root = root
+        self.notes: list[str] = []
+        self._names: dict[int, str] = {}
+        self._waiting: list[tuple[str, Any]] = []
+        self._ids: dict[str, Any] = {"": root}
+        self._anchors: dict[str, list[Any]] = {}
+        self._bases: dict[int, str] = {}
+        draft = root.get("$schema") if isinstance(root, Mapping) else None
+        self._old = isinstance(draft, str) and any(f"draft-0{n}" in draft for n in (3, 4, 5, 6, 7))
+        self._index(root)
+
+    def _index(self, root: Any) -> None:
+        """Identifiers, anchors and the base of every reference."""
+        stack = [(root, "")]
+        seen: set[int] = set()
+        while stack:
+            node, base = stack.pop()
+            if isinstance(node, list):
+                stack += [(each, base) for each in node]
+            if not isinstance(node, Mapping) or id(node) in seen:
+                continue
+            seen.add(id(node))
+            own = node.get("$id", node.get("id"))
+            named = "$id" in node or node is root or (isinstance(own, str) and bool({"/", "#", "."} & set(own)))
+            if isinstance(own, str) and named and not (self._old and "$ref" in node):
+                base = _joined(base, own)
+                self._ids.setdefault(base.rstrip("#"), node)
+                if own.startswith("#"):
+                    self._anchors.setdefault(own[1:], []).append(node)
+            for key in ("$anchor", "$dynamicAnchor"):
+                if isinstance(node.get(key), str):
+                    self._anchors.setdefault(node[key], []).append(node)
+            if any(key in node for key in _REFERENCES):
+                self._bases[id(node)] = base
+            stack += [(each, base) for each in node.values()]
+
+    def _note(self, path: tuple[str, ...], what: str) -> None:
+        self.notes.append(f"{place(path)}: {what}")
+
+    def rest(self) -> Schema:
+        """What was referred to, by name."""
+        bodies: Schema = {}
+        while self._waiting:
+            name, target = self._waiting.pop(0)
+            bodies[name] = self.read(target, (f"$defs.{name}",), 1)
+        return bodies
+
+    def read(self, node: Any, path: tuple[str, ...], depth: int) -> Any:
+        """The canonical form of one schema."""
+        if isinstance(node, bool):
+            return node
+        if not isinstance(node, Mapping):
+            self._note(path, f"{shown(node)} in a schema's place")
+            return True
+        if depth > DEEPEST:
+            self._note(path, "nested too deep")
+            return True
+        out: Schema = {}
+        if self._reference(node, out, path, depth) and self._old:
+            return out
+        self._type(node, out, path)
+        for key, value in node.items():
+            if key in ("const", "enum"):
+                self._literals(key, value, out, path)
+            elif key in _COUNTS or key in _BOUNDS or key == "multipleOf":
+                self._number(node, key, value, out, path)
+            elif key in ("pattern", "format"):
+                if isinstance(value, str):
+                    out[key] = value
+                else:
+                    self._note(path, f"{key} {shown(value)}")
+            elif key == "uniqueItems":
+                if value is True:
+                    out[key] = True
+            elif key in _MAPS:
+                self._map(key, value, out, path, depth)
+            elif key in _LISTS:
+                self._list(key, value, out, path, depth)
+            elif key in _SINGLE:
+                out[key] = self.read(value, (*path, *_step(key)), depth + 1)
+        self._items(node, out, path, depth)
+        self._objects(node, out, path, depth)
+        if "if" in node:
+            for key in ("if", "then", "else"):
+                if key in node:
+                    out[key] = self.read(node[key], path, depth + 1)
+        if node.get("nullable") is True and not ("type" not in out and "enum" not in out):
+            self._nullable(out)
+        if depth and set(out) == {"allOf"} and len(out["allOf"]) == 1:
+            return out["allOf"][0]
+        return out
+
+    def _reference(self, node: Mapping[str, Any], out: Schema, path: tuple[str, ...], depth: int) -> bool:
+        for key in _REFERENCES:
+            given = node.get(key)
+            if not isinstance(given, str):
+                continue
+            target = self._target(given, self._bases.get(id(node), ""), dynamic=key == "$dynamicRef")
+            if target is None:
+                self._note(path, f"{key} {shown(given)}")
+                continue
+            if target is self.root:
+                out["$ref"] = "#"
+            else:
+                out["$ref"] = f"#/$defs/{self._named(target, given)}"
+            return True
+        return False
+
+    def _named(self, target: Any, given: str) -> str:
+        if id(target) in self._names:
+            return self._names[id(target)]
+        wanted = given.rstrip("/#").split("/")[-1].split("#")[-1] or "ref"
+        wanted = "".join(char if char.isalnum() or char in "_-" else "_" for char in wanted)[:60]
+        taken = set(self._names.values())
+        name = next(each for each in _numbered(wanted) if each not in taken)
+        self._names[id(target)] = name
+        self._waiting.append((name, target))
+        return name
+
+    def _target(self, given: str, base: str, *, dynamic: bool) -> Any:
+        """The schema that a reference means; None where there is none here."""
+        url, fragment = urldefrag(given)
+        here = self._ids.get(base.rstrip("#"), self.root) if not url else None
+        if url:
+            for each in (_joined(base, url), url):
+                if each.rstrip("#") in self._ids:
+                    here = self._ids[each.rstrip("#")]
+        if here is None:
+            return None
+        if not fragment or fragment == "/":
+            return here
+        if not fragment.startswith("/"):
+            found = self._anchors.get(fragment, [])
+            return found[0] if len(found) == 1 or (found and not dynamic) else None
+        for start in (here, self.root):
+            target = _pointed(start, fragment)
+            if isinstance(target, (Mapping, bool)):
+                return target
+        return None
+
+    def _type(self, node: Mapping[str, Any], out: Schema, path: tuple[str, ...]) -> None:
+        given = node.get("type")
+        if given is None:
+            return
+        names = given if isinstance(given, list) else [given]
+        found: list[str] = []
+        for name in names:
+            plain = name.lower() if isinstance(name, str) else None
+            plain = _ALIASES.get(plain, plain) if plain else None
+            if plain not in TYPES:
+                if plain not in _ANYTHING:
+                    self._note(path, f"type {shown(name)}")
+                return
+            found.append(plain)
+        if found or isinstance(given, list):
+            out["type"] = found[0] if len(found) == 1 else list(dict.fromkeys(found))
+
+    def _nullable(self, out: Schema) -> None:
+        if "type" in out:
+            types = out["type"] if isinstance(out["type"], list) else [out["type"]]
+            out["type"] = list(dict.fromkeys([*types, "null"]))
+        if "enum" in out and None not in out["enum"]:
+            out["enum"] = [*out["enum"], None]
+
+    def _literals(self, key: str, value: Any, out: Schema, path: tuple[str, ...]) -> None:
+        values = value if key == "enum" else [value]
+        if not isinstance(values, list):
+            self._note(path, f"enum {shown(value)}")
+            return
+        kept = [each for each in values if _finite(each)]
+        if len(kept) < len(values):
+            self._note(path, f"{key} with a number that is no JSON")
+        if key == "enum" or kept:
+            out[key] = kept if key == "enum" else kept[0]
+
+    def _number(self, node: Mapping[str, Any], key: str, value: Any, out: Schema, path: tuple[str, ...]) -> None:
+        if isinstance(value, bool):  # draft 4 writes exclusive bounds so
+            plain = {"exclusiveMinimum": "minimum", "exclusiveMaximum": "maximum"}.get(key)
+            if plain and value and isinstance(node.get(plain), int | float):
+                self._number(node, key, node[plain], out, path)
+            elif plain is None:
+                self._note(path, f"{key} {shown(value)}")
+            return
+        if isinstance(value, str):
+            value = _number_of(value, value)
+        if not isinstance(value, int | float) or math.isnan(value):
+            self._note(path, f"{key} {shown(value)}")
+        elif math.isinf(value):
+            lower = key.lower().endswith("minimum")
+            if key not in _BOUNDS or lower != (value < 0):
+                self._note(path, f"{key} {shown(value)}")
+        elif key in _COUNTS:
+            if value != int(value):
+                self._note(path, f"{key} {shown(value)}")
+            elif value > 0 or key.startswith("max") or key == "minContains":
+                out[key] = int(value)
+        elif key != "multipleOf" or value > 0:
+            out[key] = value
+        else:
+            self._note(path, f"{key} {shown(value)}")
+
+    def _map(self, key: str, value: Any, out: Schema, path: tuple[str, ...], depth: int) -> None:
+        if not isinstance(value, Mapping):
+            if value:
+                self._note(path, f"{key} {shown(value)}")
+            return
+        out[key] = {
+            str(name): self.read(inner, path if key == "dependentSchemas" else (*path, f".{name}"), depth + 1)
+            for name, inner in value.items()
+        }
+
+    def _list(self, key: str, value: Any, out: Schema, path: tuple[str, ...], depth: int) -> None:
+        if isinstance(value, Mapping):
+            value = list(value.values()) if key != "allOf" else [value]
+        if not isinstance(value, list) or not value:
+            if value != []:
+                self._note(path, f"{key} {shown(value)}")
+            return
+        out[key] = [self.read(inner, (*path, *_step(key)), depth + 1) for inner in value]
+
+    def _items(self, node: Mapping[str, Any], out: Schema, path: tuple[str, ...], depth: int) -> None:
+        items = node.get("items")
+        if isinstance(items, list):  # drafts before 2020-12
+            self._list("prefixItems", items, out, path, depth)
+            items = node.get("additionalItems")
+        if items is not None:
+            out["items"] = self.read(items, (*path, "[]"), depth + 1)
+
+    def _objects(self, node: Mapping[str, Any], out: Schema, path: tuple[str, ...], depth: int) -> None:
+        required = node.get("required")
+        names = [each for each in required if isinstance(each, str)] if isinstance(required, list) else []
+        properties = node.get("properties")
+        for name, inner in properties.items() if isinstance(properties, Mapping) else ():
+            if isinstance(inner, Mapping) and inner.get("required") is True:  # draft 3
+                names.append(name)
+        if names:
+            out["required"] = list(dict.fromkeys(names))
+        elif isinstance(required, str):
+            self._note(path, f"required {shown(required)}")
+        dependencies = node.get("dependencies")
+        if isinstance(dependencies, Mapping):
+            given = {k: v for k, v in dependencies.items() if isinstance(v, Mapping | bool)}
+            self._map("dependentSchemas", {**node.get("dependentSchemas", {}), **given}, out, path, depth)
+            dependencies = {k: [v] if isinstance(v, str) else v for k, v in dependencies.items() if k not in given}
+        wanted = {**(dependencies or {}), **(node.get("dependentRequired") or {})}
+        if wanted and all(isinstance(each, list) for each in wanted.values()):
+            out["dependentRequired"] = wanted
+
+
+def shown(value: Any) -> str:
+    """A value as errors and notes show it: JSON, cut at 60 characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _step(key: str) -> tuple[str, ...]:
+    return (_STEPS[key],) if key in _STEPS else ()
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    number = 2
+    while True:
+        yield f"{name}_{number}"
+        number += 1
+
+
+def _joined(base: str, url: str) -> str:
+    try:
+        return urljoin(base, url)
+    except ValueError:
+        return url
+
+
+def _number_of(text: str, other: Any) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return other
+
+
+def _finite(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
+def _pointed(here: Any, pointer: str) -> Any:
+    for part in pointer.split("/")[1:]:
+        names = [part, unquote(part)]
+        names = [name.replace("~1", "/").replace("~0", "~") for name in names]
+        if isinstance(here, Mapping):
+            here = next((here[name] for name in names if name in here), None)
+        elif isinstance(here, list) and part.isdecimal() and int(part) < len(here):
+            here = here[int(part)]
+        else:
+            return None
+    return here
