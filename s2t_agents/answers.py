@@ -74,5 +74,11 @@ def _metadata(generation: Generation) -> dict[str, Any]:
         "model_name": generation.account.model,
         "model_provider": PROVIDER,
         "finish_reason": generation.finish_reason,
-        "s2t": generation.account.metadata(),
+        "s2t": {**generation.account.metadata(), **_held(generation)},
     }
+
+
+def _held(generation: Generation) -> dict[str, Any]:
+    """What the grammar did not enforce, and what the finished answer got wrong; keys only where there is something."""
+    told = {"relaxed": list(generation.checks.relaxed), "invalid": generation.invalid}
+    return {key: value for key, value in told.items() if value}

@@ -402,6 +402,7 @@ class ChatS2T(TakesConfig):
             tokenizer=engine.slm.tokenizer,
             eos_ids=engine.slm.eos_ids,
             room=task.room,
+            checks=task.checks,
             stop=_listed(_given(stop, self.stop)),
             ledger=self.ledger,
             watch=(lambda step: watch(account.trace_id, step)) if watch else None,

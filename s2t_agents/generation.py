@@ -15,6 +15,7 @@ from .engine.admission import Place
 from .engine.stop import StopStrings
 from .ledger import Ledger
 from .models.detokenizer import Detokenizer
+from .request import Checks
 from .tool_calls import Delta, PlainText, ToolCallParser
 from .types import Step
 
@@ -30,6 +31,7 @@ class Generation:
         parser: reads the text, and the calls where they are legal.
         tokenizer: the SLM's.
         eos_ids: tokens that end an answer.
+        checks: what the finished answer is held to.
         room: tokens that the answer may have; an answer that used them all was cut off.
         stop: stop strings; they apply to the text, not inside tool calls.
         ledger: takes the record at the end, however it ends; if it cannot, the answer stands and is marked.
@@ -37,6 +39,7 @@ class Generation:
 
     Attributes:
         finish_reason: "stop", "length", "tool_calls", or "aborted" while it is unfinished.
+        invalid: why calls, or the reply, do not fit their schemas.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Generation:
         tokenizer: Any,
         eos_ids: frozenset[int],
         room: int,
+        checks: Checks | None = None,
         stop: Sequence[str] = (),
         ledger: Ledger | None = None,
         watch: Callable[[Step], None] | None = None,
@@ -55,7 +59,8 @@ class Generation:
         self._steps, self.account, self._tokenizer, self._eos_ids = steps, account, tokenizer, eos_ids
         self._room, self._stop = room, StopStrings(stop)
         self._ledger, self._watch = ledger, watch
-        self.parser = parser
+        self.parser, self.checks = parser, checks or Checks()
+        self.invalid: list[str] = []
         self.finish_reason = "aborted"
 
     def deltas(self) -> Generator[Place | Delta, None, None]:
@@ -94,6 +99,9 @@ class Generation:
         for delta in (rest, self.parser.finish()):
             if delta:
                 yield delta
+        self.invalid = [str(call["error"]) for call in self.parser.invalid_tool_calls]
+        if not self.parser.tool_calls and not self.invalid and (wrong := self.checks.of_reply(self.parser.text)):
+            self.invalid = [wrong]
         self.finish_reason = self._reason(ended or stopped)
 
     def _parse(self, token_id: int, text: str) -> tuple[Delta, bool]:

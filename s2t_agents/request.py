@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from langchain_core.messages import BaseMessage, SystemMessage
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 
+from .conversion import json_schema, openai_tool
+from .engine.checking import Check, checked
 from .engine.grammar import CompiledGrammar, Vocabulary, json_grammar, tool_grammar
 from .engine.rules import CHOICES, arguments_of, functions_of, reply_of
-from .errors import BadSchema, ConfigError
-from .models.loading import first_line
+from .errors import ConfigError
 from .tool_calls import PlainText, ToolCallParser
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
@@ -110,9 +111,28 @@ class Request:
         """Whether a tool call is legal."""
         return bool(self.tools) and self.tool_choice != "none"
 
+    @cached_property
+    def checks(self) -> Checks:
+        """What the finished answer is held to.
+
+        Raises:
+            BadSchema: as ``check``.
+        """
+        functions = functions_of(self._callable, "auto") if self.may_call else {}
+        calls = {name: arguments_of(function) for name, function in functions.items()}
+        reply = reply_of(self.reply) if self.reply is not None else None
+        notes = [_note(name, note) for name, each in calls.items() for note in each.notes]
+        return Checks(
+            {name: checked(each.whole) for name, each in calls.items()},
+            checked(reply.whole) if reply is not None else None,
+            (*notes, *(reply.notes if reply is not None else ())),
+        )
+
     def parser(self, tokenizer: Any) -> ToolCallParser | PlainText:
         """Reads an answer as the grammar means it: a JSON reply holds no calls, whatever its strings say."""
-        return ToolCallParser.for_tokenizer(tokenizer, after_text=self.reply is None) if self.may_call else PlainText()
+        if not self.may_call:
+            return PlainText()
+        return ToolCallParser.for_tokenizer(tokenizer, after_text=self.reply is None, complaint=self.checks.of_call)
 
     def prompt(self, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
         """The conversation, with the reply's schema at the end of its system message."""
@@ -122,6 +142,41 @@ class Request:
         if messages and isinstance(messages[0], SystemMessage) and isinstance(messages[0].content, str):
             return [SystemMessage(f"{messages[0].content}\n\n{note}"), *messages[1:]]
         return [SystemMessage(note), *messages] if messages else []
+
+
+@dataclass(frozen=True)
+class Checks:
+    """The schemas that a finished answer is held to.
+
+    Attributes:
+        calls: of arguments, by the tool's name.
+        reply: of an answer that is no call.
+        relaxed: what the grammar does not enforce, as ``place: keyword``.
+    """
+
+    calls: Mapping[str, Check] = field(default_factory=dict)
+    reply: Check | None = None
+    relaxed: tuple[str, ...] = ()
+
+    def of_call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """Why the arguments of a call do not fit; "" where they do."""
+        if name not in self.calls:
+            return f"{name!r} is no tool that may be called"
+        return self.calls[name].complaint(arguments)
+
+    def of_reply(self, text: str) -> str:
+        """Why a reply's text does not fit; "" where it does, or where any text does."""
+        if self.reply is None:
+            return ""
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            return f"the answer is no JSON: {error}"
+        return self.reply.complaint(value)
+
+
+def _note(tool: str, note: str) -> str:
+    return f"{tool}{note.removeprefix('(root)')}" if note.startswith("(root)") else f"{tool}.{note}"
 
 
 def openai_tools(tools: Sequence[Any], *, strict: bool | None) -> list[dict[str, Any]]:
@@ -134,18 +189,7 @@ def openai_tools(tools: Sequence[Any], *, strict: bool | None) -> list[dict[str,
     Raises:
         BadSchema: something that is no tool.
     """
-    made = []
-    for tool in tools:
-        try:
-            one = convert_to_openai_tool(tool, strict=strict)
-            function = {key: value for key, value in one["function"].items() if key != "strict"}
-        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-            raise BadSchema(
-                f"This is no tool: {str(tool)[:200]} ({first_line(error)}).",
-                hint="Pass functions with docstrings and types, tools, pydantic classes or OpenAI's mappings.",
-            ) from error
-        made.append({**one, "function": function})
-    return made
+    return [openai_tool(tool, strict=strict) for tool in tools]
 
 
 def chosen_tool(choice: Any) -> tuple[str, str | None]:
@@ -168,7 +212,7 @@ def _wanted_reply(wanted: Any) -> tuple[Mapping[str, Any] | None, bool]:
     if wanted is None:
         return None, False
     if isinstance(wanted, type):
-        return convert_to_json_schema(wanted), True
+        return json_schema(wanted), True
     kind = wanted.get("type") if isinstance(wanted, Mapping) else None
     if kind == "text":
         return None, False

@@ -25,7 +25,7 @@ from .messages import PromptEncoder
 from .models.bundled import model_path, selector_path
 from .models.language_model import LanguageModel
 from .models.loading import load_tokenizer
-from .request import Request
+from .request import Checks, Request
 from .selectors import LLMSelector, LocalLLM, Selector, calibrated_trigger, load_selector
 from .selectors.config import SelectorConfig
 from .selectors.drift import DriftWatch
@@ -96,12 +96,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """What one answer is made from: the prompt's token ids, what is legal, tokens that it may have, who reads it."""
+    """What one answer is made from.
+
+    Attributes:
+        prompt: token ids.
+        grammar: what is legal.
+        room: tokens that it may have.
+        parser: reads it.
+        checks: what it is held to when it is finished.
+    """
 
     prompt: list[int]
     grammar: Grammar
     room: int
     parser: ToolCallParser | PlainText
+    checks: Checks
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,7 @@ class Runtime:
                 f"answer has {compiled.fewest_tokens}.",
                 hint="Shorten the conversation or the tools.",
             )
-        return Task(prompt, compiled.start(room), room, request.parser(self.engine.slm.tokenizer))
+        return Task(prompt, compiled.start(room), room, request.parser(self.engine.slm.tokenizer), request.checks)
 
     def _grammar(self, request: Request) -> CompiledGrammar:
         key = request.key

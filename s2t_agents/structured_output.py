@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from operator import itemgetter
 from typing import Any, Literal
 
+from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.runnables import (
+    Runnable,
+    RunnableGenerator,
+    RunnableLambda,
+    RunnableMap,
+    RunnablePassthrough,
+)
 from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import BaseModel
 
-from .errors import BadSchema, ConfigError
-from .models.loading import first_line
+from .conversion import VALUE, is_object, json_schema, openai_tool, wrapped
+from .errors import ConfigError
 
 Method = Literal["function_calling", "json_schema", "json_mode"]
 
@@ -36,9 +46,12 @@ def structured(
         include_raw: return ``{"raw", "parsed", "parsing_error"}`` and raise nothing.
         strict: make every property required, as OpenAI's strict mode does ("function_calling", "json_schema").
 
+    The finished answer is checked against the whole schema; where it does not fit, the parser raises LangChain's
+    ``OutputParserException`` with the reason. A value that is no object is the one argument of the tool.
+
     Raises:
         ConfigError: an unknown method, or no schema where one is needed.
-        BadSchema: something that is no schema, or that no grammar can express.
+        BadSchema: something that is no schema, or that no answer can fit.
     """
     if method not in ("function_calling", "json_schema", "json_mode"):
         raise ConfigError(f"method={method!r} is unknown.", hint="Use function_calling, json_schema or json_mode.")
@@ -46,13 +59,10 @@ def structured(
         raise ConfigError(f"method={method!r} needs a schema.", hint='Only "json_mode" takes none.')
     if schema is None:
         return _parsed(model.bind(response_format={"type": "json_object"}), JsonOutputParser(), include_raw)
-    told = {"kwargs": {"method": method, "strict": strict}, "schema": _json_schema(schema, None)}
+    wanted = json_schema(schema, strict=strict)
+    told = {"kwargs": {"method": method, "strict": strict}, "schema": json_schema(schema)}
     if method == "function_calling":
-        name = convert_to_openai_tool(schema)["function"]["name"]
-        only: Any = {"type": "function", "function": {"name": name}}
-        bound = model.bind_tools([schema], tool_choice=only, strict=strict, ls_structured_output_format=told)
-        return _parsed(bound, _call_parser(schema, name), include_raw)
-    wanted = _json_schema(schema, strict)
+        return _by_call(model, schema, wanted, include_raw, strict, told)
     response_format = (
         {"type": "json_object", "schema": wanted}
         if method == "json_mode"
@@ -62,14 +72,36 @@ def structured(
     return _parsed(bound, _text_parser(schema), include_raw)
 
 
-def _json_schema(schema: dict[str, Any] | type, strict: bool | None) -> dict[str, Any]:
-    try:
-        return convert_to_json_schema(schema, strict=strict)
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadSchema(
-            f"This is no output schema: {str(schema)[:200]} ({first_line(error)}).",
-            hint='Give a pydantic class, a TypedDict or a JSON schema with a "title".',
-        ) from error
+def _by_call(
+    model: BaseChatModel,
+    schema: dict[str, Any] | type,
+    wanted: dict[str, Any],
+    include_raw: bool,
+    strict: bool | None,
+    told: dict[str, Any],
+) -> Runnable[LanguageModelInput, Any]:
+    """The answer as arguments of a tool; what is no object is the one argument of it."""
+    tool: Any = schema
+    parser: Runnable[Any, Any]
+    if is_object(wanted):
+        tool = openai_tool(schema, strict=strict)
+        name = tool["function"]["name"]
+        parser = _call_parser(schema, name)
+    else:
+        name = wanted["title"]
+        described = {"name": name, "description": wanted.get("description", "")}
+        tool = {"type": "function", "function": {**described, "parameters": wrapped(wanted)}}
+        parser = JsonOutputKeyToolsParser(key_name=name, first_tool_only=True) | RunnableLambda(partial(_inner, schema))
+    only: Any = {"type": "function", "function": {"name": name}}
+    bound = model.bind_tools([tool], tool_choice=only, ls_structured_output_format=told)
+    return _parsed(bound, parser, include_raw)
+
+
+def _inner(schema: dict[str, Any] | type, arguments: dict[str, Any] | None) -> Any:
+    value = (arguments or {}).get(VALUE)
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        return schema.model_validate(value)
+    return value
 
 
 def _call_parser(schema: dict[str, Any] | type, name: str) -> Runnable[Any, Any]:
@@ -85,8 +117,38 @@ def _text_parser(schema: dict[str, Any] | type) -> BaseOutputParser[Any]:
 
 
 def _parsed(bound: Runnable[Any, Any], parser: Runnable[Any, Any], include_raw: bool) -> Runnable[Any, Any]:
+    checked = RunnableGenerator(_sound, _asound) | parser
     if not include_raw:
-        return bound | parser
-    read = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+        return bound | checked
+    read = RunnablePassthrough.assign(parsed=itemgetter("raw") | checked, parsing_error=lambda _: None)
     failed = RunnablePassthrough.assign(parsed=lambda _: None)
     return RunnableMap(raw=bound) | read.with_fallbacks([failed], exception_key="parsing_error")
+
+
+def _sound(pieces: Iterator[BaseMessage]) -> Iterator[BaseMessage]:
+    """The answer as it comes; at its end, an error if it does not fit the schema."""
+    whole: Any = None
+    for piece in pieces:
+        whole = piece if whole is None else whole + piece
+        yield piece
+    _check(whole)
+
+
+async def _asound(pieces: AsyncIterator[BaseMessage]) -> AsyncIterator[BaseMessage]:
+    whole: Any = None
+    async for piece in pieces:
+        whole = piece if whole is None else whole + piece
+        yield piece
+    _check(whole)
+
+
+def _check(message: Any) -> None:
+    if not isinstance(message, AIMessage):
+        return
+    wrong = message.response_metadata.get("s2t", {}).get("invalid", ())
+    wrong = [*wrong, *(str(call["error"]) for call in message.invalid_tool_calls if call["error"])]
+    if wrong or message.invalid_tool_calls:
+        reason = wrong[0] if wrong else "the call is not whole"
+        raise OutputParserException(
+            f"The answer does not fit its schema: {reason}.", llm_output=message.text or str(message.invalid_tool_calls)
+        )

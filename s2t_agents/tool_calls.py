@@ -42,6 +42,10 @@ def _new_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
+def _fits(name: str, arguments: dict[str, Any]) -> str:
+    return ""
+
+
 class ToolCallParser:
     """Reads one generation.
 
@@ -52,6 +56,7 @@ class ToolCallParser:
         open_id: token id of ``<tool_call>``, or None where it is spelt in plain text.
         close_id: token id of ``</tool_call>``, likewise.
         after_text: whether a call may follow text; otherwise an answer that begins as text is text to its end.
+        complaint: says why the arguments of a tool do not fit its schema, or nothing.
         new_id: makes the ids of the calls.
 
     Attributes:
@@ -66,6 +71,7 @@ class ToolCallParser:
         close_id: int | None = None,
         *,
         after_text: bool = True,
+        complaint: Callable[[str, dict[str, Any]], str] = _fits,
         new_id: Callable[[], str] = _new_id,
     ) -> None:
         self.text = ""
@@ -73,6 +79,7 @@ class ToolCallParser:
         self.invalid_tool_calls: list[InvalidToolCall] = []
         self._ids = {OPEN: open_id, CLOSE: close_id}
         self._after_text = after_text
+        self._complaint = complaint
         self._new_id = new_id
         self._held = ""  # the beginning of a tag, perhaps
         self._space = ""  # space that is shown only if text follows
@@ -80,9 +87,11 @@ class ToolCallParser:
         self._index = 0
 
     @classmethod
-    def for_tokenizer(cls, tokenizer: Any, *, after_text: bool = True) -> ToolCallParser:
+    def for_tokenizer(
+        cls, tokenizer: Any, *, after_text: bool = True, complaint: Callable[[str, dict[str, Any]], str] = _fits
+    ) -> ToolCallParser:
         """A parser for what this tokenizer's models generate."""
-        return cls(*tag_ids(tokenizer), after_text=after_text)
+        return cls(*tag_ids(tokenizer), after_text=after_text, complaint=complaint)
 
     @property
     def in_call(self) -> bool:
@@ -177,6 +186,8 @@ class ToolCallParser:
             arguments, error = call.body.parsed_arguments(), ""
         except (ValueError, RecursionError) as problem:
             arguments, error = {}, str(problem)
+        if call.body.name is not None and not error:
+            error = self._complaint(call.body.name, arguments)
         if call.body.name is None or error:
             sent = call.refuse(delta)
             reason = error or call.body.error or "the call names no tool"

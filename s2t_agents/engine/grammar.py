@@ -397,7 +397,8 @@ def tool_grammar(
         several=parallel and not named,
     )
     ready = reply_of(reply) if reply is not None and tool_choice == "auto" else None
-    rules.append(auto_start(words, ready and ready.schema) if tool_choice == "auto" else "start: calls")
+    said_instead = ready.schema if ready is not None else None
+    rules.append(auto_start(words, said_instead) if tool_choice == "auto" else "start: calls")
     names = max(len(json.dumps(function["name"]).encode()) for function in chosen)
     margin = 96 + names + 2 * max(heaviest(each.schema) for each in [*schemas, *([ready] if ready is not None else [])])
     hints = [

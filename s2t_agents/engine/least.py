@@ -302,7 +302,8 @@ def _string(node: Schema, path: tuple[str, ...]) -> Found:
         key = "minLength" if count > LARGEST else "maxLength"
         return Never(place(path), key, node[key])
     blame = (count + 2, place(path), "minLength", count) if count else None
-    rules = {key: node[key] for key in ("pattern", "format", "minLength", "maxLength") if key in node}
+    keys = ("pattern", "format", "minLength", "maxLength")
+    rules: Schema = {key: node[key] for key in keys if key in node}
     if "pattern" not in rules and "format" not in rules:
         return Least(count + 2, f'"{"a" * count}"' if count <= _KEPT else None, blame)
     text = _shortest_string(json.dumps(rules)) if count <= 200 else None
@@ -335,13 +336,13 @@ def _takes(matcher: Any, text: str) -> bool:
 def _spelt(pattern: str) -> str:
     """A short text that a pattern finds, by its parts; "" where Python does not read it."""
     try:
-        return _spelt_parts(_parser.parse(pattern))
+        return str(_spelt_parts(_parser.parse(pattern)))
     except (re.error, RecursionError, OverflowError):
         return ""
 
 
 def _spelt_parts(parts: Any) -> str:
-    out = ""
+    out: str = ""
     for kind, value in parts:
         name = str(kind)
         if name == "LITERAL":
@@ -362,12 +363,12 @@ def _spelt_parts(parts: Any) -> str:
 
 
 def _one_of(choices: Any) -> str:
-    probes = "a0A_-. @/"
+    probes: str = "a0A_-. @/"
     negated = any(str(kind) == "NEGATE" for kind, _ in choices)
     for char in [*probes, *map(chr, range(33, 127))]:
         if any(_holds(choice, char) for choice in choices) != negated:
-            return char
-    return next((chr(value[0] if isinstance(value, tuple) else value) for kind, value in choices if value), "a")
+            return str(char)
+    return str(next((chr(value[0] if isinstance(value, tuple) else value) for _, value in choices if value), "a"))
 
 
 def _holds(choice: Any, char: str) -> bool:

@@ -120,7 +120,8 @@ def complaint(schema: Mapping[str, Any]) -> str:
     lines = error.split("failed to compile JSON schema: ")[-1].splitlines() or [""]
     told = [line.strip() for line in lines if line.strip()]
     if told and told[0] == "regex parse error:":  # the reason comes last, behind the quoted pattern
-        return told[-1].removeprefix("error: ").rstrip(".")
+        why = [line.removeprefix("error: ") for line in told if line.startswith("error: ")]
+        return why[0].rstrip(".") if why else "no such expression"
     return told[0].rstrip(".") if told else ""
 
 
@@ -132,6 +133,7 @@ class _Work:
         self.defs: Mapping[str, Any] = whole.get("$defs", {})
         self.opened = self._opened()
         self.trials = MOST_TRIALS
+        self.long = False
 
     # ------------------------------------------------------------------ by keywords
 
@@ -196,7 +198,7 @@ class _Work:
                 return
         if out.get("minLength", 0) > LONGEST:
             self.note(path, f"minLength {out['minLength']}")
-            out["minLength"] = LONGEST
+            self.long = True
 
     def _numbers(self, out: Schema, path: tuple[str, ...]) -> None:
         keys = [key for key in _OF_NUMBERS if key in out]
@@ -402,11 +404,14 @@ class _Work:
         return (self._looser(root, what), found) if error else (root, found)
 
     def _tried(self, root: Schema) -> tuple[Least | Never, str]:
+        found = least(root)
+        if isinstance(found, Never):
+            return found, ""
         for name in nevers(root):
             root["$defs"][name] = False
-        found = least(root)
-        known = isinstance(found, Never) or found.size > UNTRIED
-        return found, "" if known else complaint(root)
+        if self.long:  # only now, so that the shortest value is told as it is
+            root.update(self._mapped(root, (), _counted))
+        return found, complaint(root) if found.size <= UNTRIED else ""
 
     def _looser(self, root: Schema, what: str) -> Schema:
         """Find what llguidance refuses, in parts and then in the whole, and give that up."""
@@ -482,7 +487,7 @@ class _Work:
             if "circular references" not in error:
                 break
             name = unquote(error.rpartition("#")[2])
-            root = self._mapped(root, (), lambda node, path, target=f"#{name}": self._without(node, path, target))
+            root = dict(self._mapped(root, (), lambda node, path, target=f"#{name}": self._without(node, path, target)))
             error = complaint(root)
         return root
 
@@ -501,7 +506,7 @@ class _Work:
 
     def _joins(self, root: Schema, error: str) -> Schema:
         """Schemas that must hold together, where that multiplies: the alternatives go."""
-        return self._mapped(root, (), self._single)
+        return dict(self._mapped(root, (), self._single))
 
     def _single(self, node: Schema, path: tuple[str, ...]) -> Schema:
         joined = [key for key in ("allOf", "anyOf", "$ref") if key in node]
@@ -532,6 +537,10 @@ class _Work:
             if key in out:
                 out[key] = self._mapped(out[key], (*path, step), change)
         return out
+
+
+def _counted(node: Schema, path: tuple[str, ...]) -> Schema:
+    return {**node, "minLength": LONGEST} if node.get("minLength", 0) > LONGEST else node
 
 
 def _is_joined(node: Schema) -> bool:

@@ -16,8 +16,10 @@ SPELLING = {
 }
 """JSON as ``json.dumps`` writes it, which is how templates show it; no ``\\u`` escapes, so no lone surrogates."""
 
-_SAYS = ("properties", "additionalProperties", "patternProperties", "propertyNames", "unevaluatedProperties")
-_SAYS = (*_SAYS, "allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "$recursiveRef", "enum", "const", "required", "if")
+_SAYS = (
+    *("properties", "additionalProperties", "patternProperties", "propertyNames", "unevaluatedProperties"),
+    *("allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "$recursiveRef", "enum", "const", "required", "if"),
+)
 
 LARGEST = 2**24
 """Bytes of a value that no model's window holds."""

@@ -131,7 +131,7 @@ class SafeEncoder:
 
     def _renamed(self, names: Mapping[str, str]) -> dict[str, Any]:
         """The tokenizer, serialized, with other names for some added tokens, which keep their ids."""
-        described = json.loads(self._backend.to_str())
+        described: dict[str, Any] = json.loads(self._backend.to_str())
         described["post_processor"] = None
         for token in described["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
