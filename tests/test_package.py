@@ -24,7 +24,7 @@ LAYERS = [  # imports go down this list only, or stay on their own line
     {"escalation"},
     {"call_body", "tool_calls", "hermes", "arrangements", "blocks", "messages"},
     {"engine"},
-    {"attribution", "accounting"},
+    {"attribution", "accounting", "conversion"},
     {"generation", "request", "unfinished", "offload", "token_count", "arguments"},
     {"runtime", "answers", "structured_output"},
     {"chat_model"},
