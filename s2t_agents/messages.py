@@ -333,6 +333,8 @@ class PromptEncoder:
             rendered = self._rendered(arrangements.in_parts(turns, parts), ())
         except _REFUSALS:
             return 0
+        if "'type'" in rendered or '"type"' in rendered:  # the list itself was printed
+            return 0
         return sum(f"s2t-{role}" in rendered for role in roles)
 
     @cached_property

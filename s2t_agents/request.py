@@ -139,8 +139,10 @@ class Request:
         if not self.told:
             return list(messages)
         note = f"Give your answer as JSON that fits this schema: {json.dumps(self.reply, ensure_ascii=False)}"
-        if messages and isinstance(messages[0], SystemMessage) and isinstance(messages[0].content, str):
-            return [SystemMessage(f"{messages[0].content}\n\n{note}"), *messages[1:]]
+        if messages and isinstance(messages[0], SystemMessage):
+            said: Any = messages[0].content
+            content = f"{said}\n\n{note}" if isinstance(said, str) else [*said, {"type": "text", "text": f"\n\n{note}"}]
+            return [SystemMessage(content), *messages[1:]]
         return [SystemMessage(note), *messages] if messages else []
 
 

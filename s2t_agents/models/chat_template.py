@@ -31,6 +31,9 @@ _SELECTING = frozenset({
 })  # fmt: skip
 """Filters that give back pieces of what they were given."""
 
+_EXACT = frozenset({"replace", "trim"})
+"""Filters that call one method of ``Traced``."""
+
 
 class ChatTemplate:
     """A chat template's source, compiled.
@@ -168,7 +171,7 @@ def _printable(value: Any) -> Any:
 
 
 def _traced_filter(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
-    if name in _SELECTING:
+    if name in _SELECTING | _EXACT:
         return body
 
     @functools.wraps(body)  # and with it Jinja's mark of filters that take the context

@@ -23,14 +23,21 @@ from tokenizers import AddedToken, Tokenizer
 from ..errors import ConfigError
 from .traced import own_stretches
 
-_HARMLESS = re.compile(r"[\s▁]+|</?[a-z]+[1-6]?>")
+_SPACE = re.compile(r"[\s▁]*")
+_HTML = re.compile(
+    "</?(a|abbr|article|aside|b|blockquote|body|br|button|caption|center|cite|code|col|colgroup|dd|del|details|div|dl|dt"
+    "|em|figcaption|figure|font|footer|form|h[1-6]|head|header|hr|html|i|img|input|ins|kbd|label|li|main|mark|nav|ol"
+    "|option|p|pre|q|s|samp|section|select|small|span|strike|strong|sub|summary|sup|table|tbody|td|textarea|tfoot|th"
+    "|thead|title|tr|tt|u|ul|var)>"
+)
+"""Elements of HTML: other names between such brackets may be control tokens."""
 
 
 class SafeEncoder:
     """Encodes what a template rendered.
 
-    Control tokens are all added tokens but the harmless ones: runs of white space and HTML tags that are neither
-    special nor named by the chat template.
+    Control tokens are all added tokens that are special or named by the chat template, and all others but runs of
+    white space and HTML tags.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
@@ -143,8 +150,9 @@ class SafeEncoder:
 
 
 def _controls(token: AddedToken, template: str) -> bool:
-    named = token.content in template
-    return bool(token.content) and (token.special or named or not _HARMLESS.fullmatch(token.content))
+    if _SPACE.fullmatch(token.content):
+        return token.special and bool(token.content)
+    return token.special or token.content in template or not _HTML.fullmatch(token.content)
 
 
 def _pattern(token: AddedToken) -> str:

@@ -177,16 +177,19 @@ def blurred(text: str, *inputs: Any) -> str:
 def followed(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The result of an operation that knows only plain strings, traced.
 
-    It is run a second time with stand-ins for the strings from outside. Where they can be put back, each character
-    keeps its origin; elsewhere the result counts as text from outside. A result that is neither a string nor a list
-    of strings is passed on.
+    It is run on plain strings, and then with stand-ins for those from outside. Where they can be put back, each
+    character keeps its origin; elsewhere the result counts as text from outside. A result that is neither a string nor
+    a list of strings is passed on.
+
+    Raises:
+        TypeError: bytes, which no origin is known of.
     """
-    result = operation(*args, **kwargs)
-    pieces = result if isinstance(result, list | tuple) else (result,)
-    if not any(type(piece) is not Traced and isinstance(piece, str) for piece in pieces):
-        return result
     if not _sources((args, kwargs)):
-        return result
+        return operation(*args, **kwargs)
+    result = operation(*_mapped(args, _plain), **_mapped(kwargs, _plain))
+    if isinstance(result, bytes):
+        raise TypeError("text from outside cannot be followed through bytes")
+    pieces = result if isinstance(result, list | tuple) else (result,)
     texts: list[Traced] = []
 
     def stand_in(text: Traced) -> str:
@@ -198,10 +201,8 @@ def followed(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     except (TypeError, ValueError, LookupError):
         again = None
     others = again if isinstance(again, list | tuple) else (again,)
-    told = [
-        _restored(piece, others[at], texts) if len(others) == len(pieces) and type(piece) is not Traced else piece
-        for at, piece in enumerate(pieces)
-    ]
+    fit = len(others) == len(pieces)
+    told = [_restored(piece, others[at] if fit else None, texts) for at, piece in enumerate(pieces)]
     told = [blurred(piece, args, kwargs) if type(piece) is str else piece for piece in told]
     return told[0] if pieces is not result else told
 
@@ -342,10 +343,10 @@ def _mapped(value: Any, change: Callable[[Traced], str]) -> Any:
 
 def _restored(piece: Any, other: Any, texts: list[Traced]) -> Any:
     """A string with the origins that the same string with stand-ins shows; itself where they do not fit."""
-    if not isinstance(piece, str) or not isinstance(other, str):
+    if not isinstance(piece, str):
         return piece
-    whole = concat(_put_back(other, texts))
-    return own(whole) if whole == piece else _plain(piece)
+    whole = concat(_put_back(other, texts)) if isinstance(other, str) else None
+    return own(whole) if whole is not None and whole == piece else _plain(piece)
 
 
 def _put_back(text: str, texts: list[Traced]) -> Iterator[str]:

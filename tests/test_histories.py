@@ -1,0 +1,169 @@
+"""Histories written by other providers: text is read, what says nothing here is skipped, pictures are refused."""
+
+import logging
+
+import pytest
+from langchain_core.messages import AIMessage, ChatMessage, FunctionMessage, HumanMessage, SystemMessage, ToolMessage
+
+from s2t_agents.errors import InputError
+from s2t_agents.messages import PromptEncoder, to_template
+from s2t_agents.testing import tiny_tokenizer
+
+READ = {
+    "refusal": ({"type": "refusal", "refusal": "I cannot."}, "I cannot."),
+    "responses output": ({"type": "output_text", "text": "Yes.", "annotations": [{"type": "url_citation"}]}, "Yes."),
+    "cited": ({"type": "text", "text": "Yes.", "citations": [{"type": "char_location", "cited_text": "no"}]}, "Yes."),
+    "wrapped text": ({"type": "text", "text": {"value": "Yes.", "annotations": []}}, "Yes."),
+    "untyped": ({"text": "Yes."}, "Yes."),
+    "plain document": ({"type": "text-plain", "text": "Yes.", "mime_type": "text/plain"}, "Yes."),
+    "code output": (
+        {"type": "code_interpreter_call", "id": "c", "code": "print(6)", "outputs": [{"type": "logs", "logs": "6"}]},
+        "6",
+    ),
+    "code execution": ({"type": "code_execution_result", "code_execution_result": "6", "outcome": 1}, "6"),
+    "bash": (
+        {"type": "bash_code_execution_tool_result", "tool_use_id": "b",
+         "content": {"type": "bash_code_execution_result", "stdout": "6", "stderr": "", "return_code": 0}},
+        "6",
+    ),
+    "found text": ({"type": "file_search_call", "id": "f", "queries": ["q"], "results": [{"text": "a"}, {"text": "b"}]},
+                   "a\nb"),
+    "mcp": ({"type": "mcp_call", "id": "m", "name": "f", "arguments": "{}", "output": "6"}, "6"),
+    "v1 result": ({"type": "server_tool_result", "tool_call_id": "s", "output": "6"}, "6"),
+    "wrapped": ({"type": "non_standard", "value": {"type": "refusal", "refusal": "No."}}, "No."),
+}  # fmt: skip
+SKIPPED = [
+    {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {}},
+    {"type": "web_search_tool_result", "tool_use_id": "s1", "content": [
+        {"type": "web_search_result", "url": "u", "title": "t", "encrypted_content": "xyz"}]},
+    {"type": "web_search_call", "id": "w1", "status": "completed", "action": {"query": "q", "sources": []}},
+    {"type": "server_tool_call", "id": "x", "name": "search", "args": {}},
+    {"type": "server_tool_call_chunk", "id": "x", "args": "{"},
+    {"type": "server_tool_result", "tool_call_id": "x", "output": {"sources": []}},
+    {"type": "non_standard", "value": {"a": 1}},
+    {"type": "mcp_list_tools", "tools": [{"name": "x"}]},
+    {"type": "executable_code", "executable_code": "print(6)", "language": "PYTHON"},
+    {"type": "of_next_year", "id": "1"},
+]  # fmt: skip
+MEDIA = [
+    {"type": "image", "base64": "x", "mime_type": "image/png"},
+    {"type": "image_url", "image_url": {"url": "x"}},
+    {"type": "input_image", "image_url": "x"},
+    {"type": "image_generation_call", "result": "x"},
+    {"type": "audio", "base64": "x"},
+    {"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}},
+    {"type": "video", "url": "x"},
+    {"type": "file", "file_id": "x"},
+    {"type": "document", "source": {"type": "base64", "data": "x", "media_type": "application/pdf"}},
+    {"type": "document", "source": {"type": "url", "url": "x"}},
+    {"type": "media", "data": "x", "mime_type": "video/mp4"},
+    {"image": {"format": "png", "source": {"bytes": "x"}}},
+    {"type": "non_standard", "value": {"type": "input_image", "image_url": "x"}},
+]
+
+
+def said(*messages):
+    return to_template(messages)[-1]
+
+
+@pytest.mark.parametrize(("block", "text"), READ.values(), ids=READ)
+def test_what_holds_text_is_read(block, text):
+    assert said(HumanMessage("q"), AIMessage([block]))["content"] == text
+    assert said(HumanMessage("q"), AIMessage([block, {"type": "text", "text": " Ok."}]))["content"] == f"{text} Ok."
+
+
+@pytest.mark.parametrize("block", SKIPPED, ids=lambda block: block["type"])
+def test_what_holds_nothing_is_skipped_with_one_line_in_the_log(block, caplog):
+    with caplog.at_level(logging.DEBUG, logger="s2t_agents"):
+        assert said(HumanMessage("q"), AIMessage([block, block, {"type": "text", "text": "Ok."}]))["content"] == "Ok."
+    [line] = caplog.messages
+    assert "Message 1 (AIMessage)" in line
+    assert block["type"] in line
+
+
+@pytest.mark.parametrize("block", MEDIA, ids=lambda block: block.get("type", "untyped"))
+@pytest.mark.parametrize("kind", [HumanMessage, AIMessage, SystemMessage])
+def test_pictures_sound_and_files_are_refused_by_name(block, kind):
+    with pytest.raises(InputError, match="This model reads text alone"):
+        said(HumanMessage("q"), kind([{"type": "text", "text": "Look:"}, block]))
+
+
+@pytest.mark.parametrize(
+    "block", [{"type": "of_next_year"}, {"type": "non_standard", "value": {"a": 1}}, {"toolUse": {}}]
+)
+def test_what_a_user_gave_is_never_skipped(block):
+    with pytest.raises(InputError, match="content block"):
+        said(HumanMessage([block]))
+
+
+def test_documents_of_text_are_read_with_their_titles():
+    plain = {"type": "text", "media_type": "text/plain", "data": "Lamps: 85."}
+    parts = {"type": "content", "content": [{"type": "text", "text": "Kites: 7."}]}
+    blocks = [
+        {"type": "document", "source": plain, "title": "Stock"},
+        {"type": "text", "text": "\n"},
+        {"type": "document", "source": parts},
+    ]
+    assert said(HumanMessage(blocks))["content"] == "Stock\nLamps: 85.\nKites: 7."
+
+
+def test_results_are_read_as_blocks_too():
+    call = AIMessage("", tool_calls=[{"id": "1", "name": "f", "args": {}}])
+    found = {"type": "search_result", "title": "T", "source": "u", "content": [{"type": "text", "text": "x"}]}
+    read = [
+        ([{"type": "text", "text": "a"}, "b"], "ab"),
+        ([{"type": "json", "json": {"a": 1}}], '{"a": 1}'),
+        ([found], "T\nx"),
+        ([{"text": "a"}], "a"),
+    ]
+    for content, text in read:
+        assert said(HumanMessage("q"), call, ToolMessage(content, tool_call_id="1"))["content"] == text
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}},
+        {"type": "tool_call", "id": "1", "name": "f", "args": {"x": 1}},
+        {"type": "function_call", "call_id": "1", "id": "fc_9", "name": "f", "arguments": '{"x": 1}'},
+    ],
+)
+def test_calls_that_stand_only_among_the_blocks_are_read_and_can_be_answered(block):
+    message = AIMessage([{"type": "text", "text": "Let me see."}, block])
+    made, answered = to_template([HumanMessage("q"), message, ToolMessage("2", tool_call_id="1")])[1:]
+    assert [call["function"] for call in made["tool_calls"]] == [{"name": "f", "arguments": {"x": 1}}]
+    assert answered["tool_call_id"] == made["tool_calls"][0]["id"]
+
+
+def test_functions_of_the_older_kind_are_calls_and_results():
+    older = AIMessage("", additional_kwargs={"function_call": {"name": "f", "arguments": '{"x": 1}'}})
+    made, answered = to_template([HumanMessage("q"), older, FunctionMessage("2", name="f")])[1:]
+    assert made["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+    assert answered == {"role": "tool", "content": "2", "tool_call_id": made["tool_calls"][0]["id"], "name": "f"}
+    with pytest.raises(InputError, match="'g', which no earlier AIMessage made"):
+        to_template([HumanMessage("q"), older, FunctionMessage("2", name="g")])
+
+
+@pytest.mark.parametrize(
+    ("role", "read_as"),
+    [("user", "user"), ("human", "user"), ("assistant", "assistant"), ("system", "system"), ("developer", "system")],
+)
+def test_chat_messages_are_read_by_their_role(role, read_as):
+    assert said(ChatMessage("x", role=role)) == {"role": read_as, "content": "x"}
+
+
+@pytest.mark.parametrize(
+    "extra", [{"refusal": "I cannot."}, {"audio": {"id": "a", "data": "UklG", "transcript": "I cannot."}}]
+)
+def test_words_beside_an_empty_content_are_read(extra):
+    assert said(HumanMessage("q"), AIMessage("", additional_kwargs=extra))["content"] == "I cannot."
+
+
+def test_a_reply_schema_joins_a_system_message_of_blocks():
+    from s2t_agents.request import Request
+
+    request = Request.of({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}})
+    told = request.prompt([SystemMessage([{"type": "text", "text": "RULES"}]), HumanMessage("x")])
+    text = PromptEncoder(tiny_tokenizer()).render(told)
+    assert text.count("<|im_start|>system") == 1
+    assert text.index("RULES") < text.index('{"type": "object"}')
