@@ -38,7 +38,7 @@ fast: $(READY)  ## The tests that take seconds
 
 real: $(READY)  ## Real weights and tokenizers: fetch them once (210 MB), run their tests
 	$(BIN)/python -m benchmarks.assets
-	$(BIN)/python -m pytest -m real -rs
+	$(BIN)/python -m pytest -m real -rs -n $(WORKERS) --dist loadscope
 
 $(TRITON)/.ready: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON) triton==3.6.0

@@ -15,6 +15,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from pydantic import BaseModel, Field
 from test_langchain_standard import Integration
 
+from benchmarks import assets
 from s2t_agents import ChatS2T
 
 pytestmark = pytest.mark.real
@@ -133,12 +134,12 @@ class CallFirst(AgentMiddleware):
 
     def wrap_model_call(self, request: Any, handler: Any) -> Any:
         asked = isinstance(request.messages[-1], ToolMessage)
-        return handler(request.override(model_settings={"tool_choice": "none" if asked else "any"}))
+        return handler(request.override(tool_choice="none" if asked else "any"))
 
 
 def test_an_agent_calls_reads_the_result_and_answers_over_two_turns(model: ChatS2T) -> None:
     agent = create_agent(
-        model.model_copy(update={"max_tokens": 96}),
+        model.model_copy(update={"max_tokens": 64}),
         [get_weather],
         middleware=[CallFirst()],
         checkpointer=InMemorySaver(),
@@ -170,8 +171,6 @@ class TestStandard(Integration):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        from benchmarks import assets
-
         return {"model": str(assets.ASSETS["smollm2"].path), "max_tokens": 64}
 
     @property
@@ -179,6 +178,7 @@ class TestStandard(Integration):
         return self.chat_model_params["model"]
 
     @TALKS
+    @pytest.mark.parametrize("model", [{}, {"output_version": "v1"}], indirect=True)
     def test_agent_loop(self, model: Any) -> None:
         super().test_agent_loop(model)
 
