@@ -85,7 +85,10 @@ class BfclTask:
 
 
 def json_schema(described: Any) -> Any:
-    """A function's parameters in JSON schema's own words, at any depth; what is not about types stays."""
+    """A function's parameters in JSON schema's own words, at any depth; what is not about types stays.
+
+    The leaderboard writes the ``enum`` of an array's items beside them.
+    """
     if isinstance(described, list):
         return [json_schema(each) for each in described]
     if not isinstance(described, Mapping):
@@ -101,6 +104,8 @@ def json_schema(described: Any) -> Any:
             made[key] = value
         else:
             made[key] = json_schema(value)
+    if made.get("type") == "array" and not any(isinstance(each, list) for each in made.get("enum", [[]])):
+        made["items"] = {**made.get("items", {}), "enum": made.pop("enum")}
     return made
 
 
