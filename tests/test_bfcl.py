@@ -12,10 +12,11 @@ from typing import get_args
 import pytest
 
 from s2t_agents.errors import ConfigError, InputError
+from s2t_agents.request import Request
 from s2t_agents.training.tasks import BfclTask, BfclTaskConfig, disjoint, prompts_hash
 from s2t_agents.training.tasks.bfcl import Category, json_schema
 from s2t_agents.training.tasks.bfcl_grader import right_calls
-from s2t_agents.training.tasks.items import calls_text
+from s2t_agents.training.tasks.items import Calls, calls_text
 
 TESTED = ("simple_python", "multiple")
 OTHERS = tuple(category for category in get_args(Category) if category not in TESTED)
@@ -92,9 +93,8 @@ def test_tools_are_shown_as_clients_show_them(tmp_path):
     assert shown["properties"]["at"] == {"type": "array", "items": {"type": "integer"}}
     assert shown["properties"]["type"] == {}  # anything; a parameter that is called "type" stays one
     assert shown["properties"]["options"]["type"] == "object"
-    assert item.request is not None
-    assert (item.request.tools, item.request.tool_choice, item.request.parallel) == (item.tools, "any", False)
-    item.request.check()
+    assert item.calls == Calls(several=False)
+    Request(tools=item.tools, tool_choice="any").check()
 
 
 def test_values_in_a_schema_are_no_types():
@@ -293,5 +293,5 @@ def test_training_shares_no_item_with_the_tests(bfcl):
 def test_every_item_can_be_asked(category, bfcl):
     task = BfclTask(bfcl, [category])
     for item in task.items:
-        assert item.request is not None
-        item.request.check()
+        assert item.calls is not None
+        Request(tools=item.tools, tool_choice="any", parallel=item.calls.several).check()

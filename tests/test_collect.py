@@ -18,7 +18,6 @@ from s2t_agents.engine.steps import Engine
 from s2t_agents.errors import ConfigError, InputError, ModelNotFound, S2TError, TokenizerMismatch
 from s2t_agents.models.glance import FLOOR
 from s2t_agents.models.prefix import Prefix
-from s2t_agents.request import Request
 from s2t_agents.training import shards as shard_files
 from s2t_agents.training.collect import check_same_ids, collect, collect_with
 from s2t_agents.training.config import CollectConfig, Models, Rollouts
@@ -30,6 +29,7 @@ from s2t_agents.training.labels import along, dialogues, label
 from s2t_agents.training.losses import selection_loss
 from s2t_agents.training.shards import read_manifest, read_shards
 from s2t_agents.training.tasks import DemoTaskConfig, JsonlTask, JsonlTaskConfig, disjoint
+from s2t_agents.training.tasks.items import Calls
 from s2t_agents.types import Sampling
 
 
@@ -367,8 +367,7 @@ TOOLS = (
 def test_labels_are_of_what_was_legal(tmp_path):
     slm, _, teacher = tiny_pair()
     task = prompts(tmp_path, 4)
-    request = Request(tools=TOOLS, tool_choice="any", parallel=False)
-    task.items = [replace(item, request=request) for item in task.items]
+    task.items = [replace(item, tools=TOOLS, calls=Calls()) for item in task.items]
     task.call = lambda item, name, arguments: None  # the call is the answer
     settings = Rollouts(k=4, max_tokens=200, shard_items=4)
     collect_with(slm, teacher, task, settings, tmp_path / "out")

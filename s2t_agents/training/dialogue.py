@@ -13,7 +13,7 @@ from typing import Any
 
 from langchain_core.messages import convert_to_messages
 
-from ..engine.grammar import CompiledGrammar, Grammar, vocabulary
+from ..engine.grammar import CompiledGrammar, Grammar, tool_grammar, vocabulary
 from ..errors import ContextOverflow
 from ..messages import PromptEncoder
 from ..models.batch_prefix import BatchPrefix
@@ -75,16 +75,16 @@ class Speaker:
         """What may answer this item's ``prompt``, about to begin; None where anything may.
 
         Raises:
-            BadSchema, ConfigError: as ``ChatS2T`` for the same request.
+            BadSchema, ConfigError: as ``ChatS2T`` for the same tools.
         """
-        if item.request is None:
+        if item.calls is None:
             return None
-        key = item.request.key
+        key = json.dumps([item.tools, item.calls.several])
         if key not in self._compiled:
             words = vocabulary(self.model.tokenizer, self.model.vocab_size, sorted(self.model.eos_ids))
             if len(self._compiled) >= GRAMMARS_KEPT:
                 self._compiled.pop(next(iter(self._compiled)))
-            self._compiled[key] = item.request.compile(words)
+            self._compiled[key] = tool_grammar(words, item.tools, "any", parallel=item.calls.several)
         return self._compiled[key].start(min(max_tokens, self.model.context_window - len(prompt)))
 
     def read(self, ids: Sequence[int]) -> Reply:

@@ -45,10 +45,10 @@ TaskConfig = Annotated[
 
 
 def prompts_hash(task: Task) -> str:
-    """Of everything that decides which prompts are sent and what may answer them: ids, messages, tools, requests."""
+    """Of everything that decides which prompts are sent and what may answer them: ids, messages, tools, calls."""
     digest = hashlib.sha256()
     for item in task.items:
-        sent = [item.id, item.messages, item.tools] + ([item.request.key] if item.request else [])
+        sent = [item.id, item.messages, item.tools] + ([item.calls.several] if item.calls else [])
         digest.update(json.dumps(sent, ensure_ascii=True, default=str).encode())
     return digest.hexdigest()[:16]
 

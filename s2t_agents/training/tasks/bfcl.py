@@ -16,9 +16,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...errors import InputError
-from ...request import Request
 from .bfcl_grader import called_name, right_calls
-from .items import Item, Task, calls_in, part_of
+from .items import Calls, Item, Task, calls_in, part_of
 
 Category = Literal[
     "simple_python",
@@ -147,8 +146,7 @@ def _item(row: Mapping[str, Any], most: int | None, parallel: bool) -> Item:
     first = sorted(row["function"], key=lambda function: function["name"] not in named)[:most]
     shown = [function for function in row["function"] if function in first]
     tools = tuple(map(_tool, shown))
-    request = Request(tools=tools, tool_choice="any", parallel=parallel)
-    return Item(row["id"], tuple(row["question"][0]), tools, (row["function"], answers), request)
+    return Item(row["id"], tuple(row["question"][0]), tools, (row["function"], answers), Calls(parallel))
 
 
 def _tool(function: Mapping[str, Any]) -> dict[str, Any]:

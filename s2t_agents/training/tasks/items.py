@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...errors import InputError
-from ...request import Request
 
 Message = dict[str, Any]
 """A message in OpenAI's format."""
@@ -32,6 +31,17 @@ def calls_in(text: str) -> list[Call]:
 
 
 @dataclass(frozen=True)
+class Calls:
+    """An answer that is calls, as with ``tool_choice="any"``.
+
+    Attributes:
+        several: whether there may be more than one.
+    """
+
+    several: bool = False
+
+
+@dataclass(frozen=True)
 class Item:
     """One prompt.
 
@@ -40,7 +50,7 @@ class Item:
         messages: the conversation.
         tools: shown in the prompt.
         source: whatever its task needs to grade it.
-        request: what may answer it, as ``ChatS2T`` is told by its arguments; None: any tokens.
+        calls: only calls of the tools may answer it, under their grammar; None: any tokens may.
         identity: equal for the same item in two tasks; None: its messages are.
     """
 
@@ -48,7 +58,7 @@ class Item:
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...]
     source: Any
-    request: Request | None = None
+    calls: Calls | None = None
     identity: str | None = None
 
 
