@@ -18,6 +18,7 @@ from s2t_agents.engine.steps import Engine
 from s2t_agents.errors import ConfigError, InputError, ModelNotFound, S2TError, TokenizerMismatch
 from s2t_agents.models.glance import FLOOR
 from s2t_agents.models.prefix import Prefix
+from s2t_agents.testing import tiny_model
 from s2t_agents.training import shards as shard_files
 from s2t_agents.training.collect import check_same_ids, collect, collect_with
 from s2t_agents.training.config import CollectConfig, Models, Rollouts
@@ -25,7 +26,7 @@ from s2t_agents.training.crew import Crew
 from s2t_agents.training.dialogue import Speaker
 from s2t_agents.training.disagreement import hidden_along
 from s2t_agents.training.groups import Example, choose
-from s2t_agents.training.labels import along, dialogues, label
+from s2t_agents.training.labels import LocalTeacher, along, dialogues, label
 from s2t_agents.training.losses import selection_loss
 from s2t_agents.training.shards import read_manifest, read_shards
 from s2t_agents.training.tasks import DemoTaskConfig, JsonlTask, JsonlTaskConfig, disjoint
@@ -365,7 +366,8 @@ TOOLS = (
 
 
 def test_labels_are_of_what_was_legal(tmp_path):
-    slm, _, teacher = tiny_pair()
+    slm, llm = (tiny_model("qwen3", seed=seed, max_position_embeddings=1024) for seed in (1, 2))
+    teacher = LocalTeacher(llm)
     task = prompts(tmp_path, 4)
     task.items = [replace(item, tools=TOOLS, calls=Calls()) for item in task.items]
     task.call = lambda item, name, arguments: None  # the call is the answer
