@@ -160,10 +160,11 @@ class PromptEncoder:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer with a chat template.
-        template_args: more variables for the template, such as ``{"enable_thinking": False}``.
+        template_args: more variables for the template, such as ``{"enable_thinking": False}``. Text in them counts as
+            the template's own: control tokens in it are control tokens.
 
     Raises:
-        ConfigError: no chat template, or no fast tokenizer.
+        ConfigError: no chat template, one that is no template, or no fast tokenizer.
     """
 
     def __init__(self, tokenizer: Any, *, template_args: Mapping[str, Any] | None = None) -> None:
@@ -274,8 +275,8 @@ class PromptEncoder:
 
     def _forms(self, turns: list[Turn], tools: list[Any]) -> Iterator[tuple[list[Turn], list[Any]]]:
         """Turns and tools, from the form nearest to what was given to the one with most changed."""
-        as_text = self._frames.as_text(turns, tools), list[Any]()
-        for told, shown in ([(turns, tools)] if self.speaks_hermes else []) + [as_text]:
+        for native in (True, False) if self.speaks_hermes else (False,):
+            told, shown = (turns, tools) if native else (self._frames.as_text(turns, tools), [])
             first = told if self.takes_system else arrangements.system_in_user(told)
             for form in arrangements.forms(first):
                 yield arrangements.in_parts(self._kept_inside(form, shown), self._reads_parts), shown
