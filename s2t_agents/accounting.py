@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -18,7 +18,7 @@ from langchain_core.messages import AIMessage
 from .attribution import Caller, current_caller
 from .budget import Amount, Budget, DevicePrice
 from .errors import StoreUnavailable
-from .ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate
+from .ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Thought
 from .types import Asked, EscalationReport, Step
 
 MS = 1000.0
@@ -35,6 +35,7 @@ class Summary:
         cost: USD.
         latency: milliseconds by part; ``total`` runs from the call to the moment this was taken.
         budget: as ``BudgetState.as_dict()``; None without a budget, or when its store cannot be reached.
+        thought: the part of all this that went into the thought before the answer.
     """
 
     triggers: int
@@ -46,6 +47,7 @@ class Summary:
     cost: Cost
     latency: Latency
     budget: dict[str, Any] | None
+    thought: Thought
 
 
 @dataclass
@@ -56,6 +58,8 @@ class Account:
         prompt_tokens: read before the first step.
         device_price: of the SLM's device; None leaves the local cost unknown.
         ledger_error: why the ledger did not keep the record; None where it did, or there is no ledger.
+        thought_tokens: how many of the first steps are a thought, its tags included.
+        thinking: whether the next step belongs to it.
     """
 
     model: str
@@ -67,6 +71,8 @@ class Account:
     trace_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     steps: list[Step] = field(default_factory=list)
+    thought_tokens: int = 0
+    thinking: bool = False
     _start: float = field(default_factory=time.perf_counter)
     _first: float | None = None
     _last_asked: Asked | None = None
@@ -118,6 +124,7 @@ class Account:
             cost=self._cost(),
             latency=self._latency(),
             budget=_state(self.budget),
+            thought=self._thought(),
         )
 
     def metadata(self) -> dict[str, Any]:
@@ -129,6 +136,7 @@ class Account:
             "trace_id": self.trace_id,
             "cost_usd": {part: _number(getattr(summary.cost, part)) for part in ("local", "llm", "total")},
             "latency_ms": {part: getattr(summary.latency, part) for part in _TOLD},
+            "thought": {**summary.thought.model_dump(), "llm_usd": _number(summary.thought.llm_usd)},
             **{key: getattr(summary, key) for key in _SHARED},
             **_mark(self.ledger_error),
         }
@@ -156,6 +164,7 @@ class Account:
             receipts=self._receipts(decode),
             error=error,
             trace_id=self.trace_id,
+            thought=self.summary.thought,
             **{key: getattr(self.summary, key) for key in _SHARED},
         )
 
@@ -171,9 +180,20 @@ class Account:
         """The local part prices the answer's share of the forwards that it took part in, in device-seconds."""
         seconds = sum(step.timings.compute for step in self.steps)
         local = self.device_price.cost(seconds) if self.device_price else None
-        charges = [report.actual for report in self.reports if report.actual]
-        known = [charge.usd for charge in charges if charge.usd is not None]
-        return Cost(local=local, llm=sum(known, Decimal(0)) if len(known) == len(charges) else None)
+        return Cost(local=local, llm=_spent(self.reports))
+
+    def _thought(self) -> Thought:
+        steps = self.steps[: self.thought_tokens]
+        reports = [step.escalation for step in steps if step.escalation]
+        if self.stepless is not None and self.thinking:
+            reports.append(self.stepless.report)
+        return Thought(
+            tokens=len(steps),
+            triggers=sum(step.triggered for step in steps),
+            selections=sum(step.picked_by in ("selector", "llm") for step in steps),
+            escalations=sum(report.outcome == "picked" for report in reports),
+            llm_usd=_spent(reports),
+        )
 
     def _latency(self) -> Latency:
         by_verb = {
@@ -188,6 +208,13 @@ class Account:
 
 _TOLD = ("queue", "ttft", "propose", "select", "escalate", "total")
 _SHARED = ("triggers", "selections", "flips", "escalations", "refused", "degraded", "budget")
+
+
+def _spent(reports: Sequence[EscalationReport]) -> Decimal | None:
+    """USD of some questions to the LLM; None where one has an unknown cost."""
+    charges = [report.actual for report in reports if report.actual]
+    known = [charge.usd for charge in charges if charge.usd is not None]
+    return sum(known, Decimal(0)) if len(known) == len(charges) else None
 
 
 def _state(budget: Budget | None) -> dict[str, Any] | None:
@@ -273,10 +300,12 @@ def from_cache(message: AIMessage, ledger: Ledger | None) -> AIMessage:
     told = message.response_metadata.get("s2t")
     if told is None:
         return message
-    idle = dict.fromkeys(("triggers", "selections", "flips", "escalations", "refused"), 0)
+    idle: dict[str, Any] = dict.fromkeys(("triggers", "selections", "flips", "escalations", "refused"), 0)
     free = {key: dict.fromkeys(told[key], 0.0) for key in ("cost_usd", "latency_ms")}
     failed = keep(ledger, lambda: _cached_record(message, current_caller())) if ledger is not None else None
     told = {key: value for key, value in told.items() if key != "ledger_error"}  # of the call that made it
+    if "thought" in told:
+        idle["thought"] = {**dict.fromkeys(told["thought"], 0), "tokens": told["thought"]["tokens"], "llm_usd": 0.0}
     metadata = {**message.response_metadata, "s2t": {**told, **idle, **free, "budget": None, **_mark(failed)}}
     return message.model_copy(update={"response_metadata": metadata})
 
@@ -294,5 +323,6 @@ def _cached_record(message: AIMessage, caller: Caller) -> GenerationRecord:
         degraded=said["s2t"]["degraded"],
         cached=True,
         cost_usd=Cost(local=Decimal(0), llm=Decimal(0)),
+        thought=Thought(tokens=said["s2t"].get("thought", {}).get("tokens", 0)),
         trace_id=said["s2t"]["trace_id"],
     )

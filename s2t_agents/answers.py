@@ -22,6 +22,7 @@ def whole(generation: Generation) -> ChatResult:
     parser = generation.parser
     message = AIMessage(
         content=parser.text,
+        additional_kwargs=_besides(generation.thoughts.reasoning if generation.thoughts else ""),
         tool_calls=parser.tool_calls,
         invalid_tool_calls=parser.invalid_tool_calls,
         usage_metadata=_usage(generation),
@@ -34,7 +35,11 @@ def piece(delta: Delta) -> ChatGenerationChunk | None:
     """What one step adds; None where it shows nothing."""
     if not delta:
         return None
-    message = AIMessageChunk(content=delta.text, tool_call_chunks=delta.tool_call_chunks)
+    message = AIMessageChunk(
+        content=delta.text,
+        additional_kwargs=_besides(delta.reasoning),
+        tool_call_chunks=delta.tool_call_chunks,
+    )
     return ChatGenerationChunk(message=message)
 
 
@@ -59,14 +64,22 @@ def cached(found: Sequence[ChatGeneration], ledger: Ledger | None) -> list[ChatG
     ]
 
 
+def _besides(reasoning: str) -> dict[str, Any]:
+    """The thought, where LangChain makes the reasoning block of ``content_blocks`` from, and adds chunks up."""
+    return {"reasoning_content": reasoning} if reasoning else {}
+
+
 def _usage(generation: Generation) -> UsageMetadata:
     read, written = generation.account.prompt_tokens, len(generation.account.steps)
-    return UsageMetadata(
+    usage = UsageMetadata(
         input_tokens=read,
         output_tokens=written,
         total_tokens=read + written,
         input_token_details={"cache_read": generation.account.reused_tokens},
     )
+    if generation.thoughts is not None:
+        usage["output_token_details"] = {"reasoning": generation.account.thought_tokens}
+    return usage
 
 
 def _metadata(generation: Generation) -> dict[str, Any]:

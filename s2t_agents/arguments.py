@@ -27,12 +27,14 @@ cache keys."""
 
 QUESTION = (
     "max_tokens",
+    "max_thinking_tokens",
     "model",
     "parallel_tool_calls",
     "response_format",
     "seed",
     "stop",
     "temperature",
+    "template_args",
     "tool_choice",
     "tools",
     "top_p",
@@ -205,6 +207,20 @@ def unfinished_of(call: Mapping[str, Any]) -> Unfinished | None:
     if found is None or isinstance(found, Unfinished):
         return found
     raise ConfigError(f"s2t_unfinished is a {type(found).__name__}.", hint="Give the Unfinished of the earlier try.")
+
+
+def template_args_of(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of the chat template that a call gives beside the model's.
+
+    Raises:
+        ConfigError: they are no mapping of names.
+    """
+    given = call.get("template_args")
+    if given is None:
+        return {}
+    if isinstance(given, Mapping) and all(isinstance(name, str) for name in given):
+        return dict(given)
+    raise ConfigError(f"template_args is {given!r:.200}.", hint='Give a dict, such as {"enable_thinking": False}.')
 
 
 def _said(call: Mapping[str, Any], key: str, default: Any) -> Any:

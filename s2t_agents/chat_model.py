@@ -31,6 +31,7 @@ from .arguments import (
     check_call,
     foreign,
     refusal,
+    template_args_of,
     unfinished_of,
     without_nones,
 )
@@ -44,6 +45,7 @@ from .generation import Generation
 from .ledger import Ledger
 from .models.language_model import LanguageModel
 from .offload import in_threads
+from .reasoning import thinking_limit
 from .request import Request, openai_tools
 from .runtime import Runtimes, Settings, escalation_of, model_of, profile_of
 from .selectors import LLMSelector, Selector
@@ -72,7 +74,9 @@ class ChatS2T(TakesConfig):
         trigger: which steps are critical; None takes the selector's calibrated one.
         temperature: 0 is greedy.
         top_p: nucleus mass, used when temperature is above 0.
-        max_tokens: limit of one answer, in tokens.
+        max_tokens: limit of one answer, its thought included, in tokens.
+        max_thinking_tokens: limit of the thought before an answer, in tokens: it is closed there, and the answer
+            follows. 0 closes it at once; None sets none beside ``max_tokens``. A call's own takes its place.
         stop: stop strings.
         seed: of sampling.
         device: "cpu", "cuda:1", ...; None chooses.
@@ -82,7 +86,7 @@ class ChatS2T(TakesConfig):
         cache_scope: KV of earlier turns is shared within one scope only; give tenants their own.
             A call's ``s2t_cache_scope``, or the enclosing node's ``configurable``, takes its place.
         model_kwargs: passed to ``from_pretrained``, such as ``quantization_config``.
-        template_args: variables of the chat template, such as ``{"enable_thinking": False}``.
+        template_args: variables of the chat template, such as ``{"enable_thinking": False}``; a call's own go first.
         on_step: called with the trace id and every step, for traces.
         streaming: True generates by streaming under ``invoke`` too, as LangChain's callbacks may want.
         api_key, max_retries, timeout: accepted and unused, so that settings written for a hosted model can stay.
@@ -105,6 +109,7 @@ class ChatS2T(TakesConfig):
     temperature: float = 0.0
     top_p: float = 1.0
     max_tokens: int = 512
+    max_thinking_tokens: SkipValidation[int | None] = None
     stop: str | list[str] | None = None
     seed: int | None = None
     device: str | None = None
@@ -137,6 +142,7 @@ class ChatS2T(TakesConfig):
 
     def _check(self) -> None:
         self._sampling({})
+        thinking_limit(self.max_thinking_tokens)
         self._settings({}).check()
         if (escalation := escalation_of(self.escalation)) is not None:
             escalation.check_price(self.budget)
@@ -209,6 +215,7 @@ class ChatS2T(TakesConfig):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "max_tokens": self.max_tokens,
+            "max_thinking_tokens": self.max_thinking_tokens,
             "stop": self.stop,
             "seed": self.seed,
         }
@@ -374,7 +381,13 @@ class ChatS2T(TakesConfig):
         if engine.escalation is not None:
             engine.escalation.check_price(budget)
         sampling = self._sampling(call, banned_first=tuple(engine.slm.eos_ids))
-        task = ready.task(request, messages, sampling.max_tokens)
+        task = ready.task(
+            request,
+            messages,
+            sampling.max_tokens,
+            max_thinking_tokens=thinking_limit(_given(call.get("max_thinking_tokens"), self.max_thinking_tokens)),
+            template_args=template_args_of(call),
+        )
         account = Account(
             model=engine.slm.name,
             prompt_tokens=len(task.prompt),
@@ -403,6 +416,7 @@ class ChatS2T(TakesConfig):
             eos_ids=engine.slm.eos_ids,
             room=task.room,
             checks=task.checks,
+            thoughts=task.thoughts,
             stop=_listed(_given(stop, self.stop)),
             ledger=self.ledger,
             watch=(lambda step: watch(account.trace_id, step)) if watch else None,

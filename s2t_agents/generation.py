@@ -1,7 +1,7 @@
 """One answer: drains the engine's steps into text and tool calls, and keeps the account.
 
-Engine.run() -> token -> Detokenizer -> StopStrings -> parser -> Delta
-                  └──-> Account
+Engine.run() -> token -> Detokenizer -> ThoughtReader -> StopStrings -> parser -> Delta
+                  └──-> Account               └──-> thought ────────────────────────┘
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from .engine.admission import Place
 from .engine.stop import StopStrings
 from .ledger import Ledger
 from .models.detokenizer import Detokenizer
+from .reasoning import Pieces, ThoughtReader
 from .request import Checks
 from .tool_calls import Delta, PlainText, ToolCallParser
 from .types import Step
@@ -33,7 +34,8 @@ class Generation:
         eos_ids: tokens that end an answer.
         checks: what the finished answer is held to.
         room: tokens that the answer may have; an answer that used them all was cut off.
-        stop: stop strings; they apply to the text, not inside tool calls.
+        thoughts: tells the thought from the answer; None where the model knows no thoughts.
+        stop: stop strings; they apply to the text, not inside thoughts and tool calls.
         ledger: takes the record at the end, however it ends; if it cannot, the answer stands and is marked.
         watch: called with every step as it comes.
 
@@ -52,6 +54,7 @@ class Generation:
         eos_ids: frozenset[int],
         room: int,
         checks: Checks | None = None,
+        thoughts: ThoughtReader | None = None,
         stop: Sequence[str] = (),
         ledger: Ledger | None = None,
         watch: Callable[[Step], None] | None = None,
@@ -59,7 +62,7 @@ class Generation:
         self._steps, self.account, self._tokenizer, self._eos_ids = steps, account, tokenizer, eos_ids
         self._room, self._stop = room, StopStrings(stop)
         self._ledger, self._watch = ledger, watch
-        self.parser, self.checks = parser, checks or Checks()
+        self.parser, self.thoughts, self.checks = parser, thoughts, checks or Checks()
         self.invalid: list[str] = []
         self.finish_reason = "aborted"
 
@@ -91,24 +94,53 @@ class Generation:
                 self._watch(step)
             ended = step.token_id in self._eos_ids
             text = "" if ended else detokenizer.push(step.token_id)
-            delta, stopped = self._parse(step.token_id, text)
+            reasoning, said = self._apart(step.token_id, text, detokenizer)
+            delta, stopped = self._answer(said)
+            delta.reasoning = reasoning
             yield delta
             if ended or stopped:
                 break
-        rest = self.parser.push(None, "" if stopped else detokenizer.flush() + self._stop.flush())
-        for delta in (rest, self.parser.finish()):
-            if delta:
-                yield delta
+        reasoning, said = ("", []) if stopped else self._rest(detokenizer.flush())
+        delta, stopped_late = self._answer(said)
+        delta.reasoning = reasoning
+        if not (stopped or stopped_late):
+            delta.add(self.parser.push(None, self._stop.flush()))
+        for last in (delta, self.parser.finish()):
+            if last:
+                yield last
         self.invalid = [str(call["error"]) for call in self.parser.invalid_tool_calls]
         if not self.parser.tool_calls and not self.invalid and (wrong := self.checks.of_reply(self.parser.text)):
             self.invalid = [wrong]
-        self.finish_reason = self._reason(ended or stopped)
+        self.finish_reason = self._reason(ended or stopped or stopped_late)
 
-    def _parse(self, token_id: int, text: str) -> tuple[Delta, bool]:
+    def _apart(self, token_id: int, text: str, detokenizer: Detokenizer) -> tuple[str, Pieces]:
+        """What a step adds to the thought, and the answer's tokens and texts."""
+        if self.thoughts is None:
+            return "", [(token_id, text)]
+        inside = self.thoughts.thinking
+        reasoning, said = self.thoughts.push(token_id, text)
+        if inside and not self.thoughts.thinking:
+            detokenizer.flush()  # half a character at the thought's end belongs to no answer
+        self.account.thought_tokens, self.account.thinking = self.thoughts.tokens, self.thoughts.thinking
+        return reasoning, said
+
+    def _rest(self, text: str) -> tuple[str, Pieces]:
+        return self.thoughts.finish(text) if self.thoughts is not None else ("", [(None, text)])
+
+    def _answer(self, said: Pieces) -> tuple[Delta, bool]:
+        """Tokens and texts of the answer through the stop strings and the parser."""
+        delta, stopped = Delta(), False
+        for token_id, text in said:
+            if not stopped:
+                more, stopped = self._parse(token_id, text)
+                delta.add(more)
+        return delta, stopped
+
+    def _parse(self, token_id: int | None, text: str) -> tuple[Delta, bool]:
         """One step's text through the stop strings (outside tool calls) and the parser."""
         if self.parser.in_call:
             return self.parser.push(token_id, text), False
-        if self.parser.is_tag(token_id):  # what was held back stood before the call
+        if token_id is not None and self.parser.is_tag(token_id):  # what was held back stood before the call
             return self.parser.push(token_id, self._stop.flush()), False
         shown, stopped = self._stop.push(text)
         return self.parser.push(token_id, shown), stopped

@@ -34,6 +34,7 @@ from .errors import ConfigError, ContextOverflow, InputError
 from .models.chat_template import ChatTemplate
 from .models.safe_encoding import SafeEncoder
 from .models.traced import Sources, check_text
+from .reasoning import ReasoningFormat, tag_pairs, thought_apart, variable_of
 from .tool_calls import CLOSE, OPEN
 
 Turn = hermes.Turn
@@ -177,6 +178,7 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._template_args = dict(template_args or {})
         self._safe = SafeEncoder(tokenizer, str(template))
+        self._source = str(template)
         added = {token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()}
         letters = [tag for tag in hermes.TAGS if f"</{tag}>" not in added]
         self._frames = hermes.Frames(letters)
@@ -253,7 +255,8 @@ class PromptEncoder:
                 shows none in full.
         """
         sources = Sources()
-        turns = [_traced(turn, sources, _named(at, messages[at])) for at, turn in enumerate(to_template(messages))]
+        told = [self._thought_apart(turn) for turn in to_template(messages)]
+        turns = [_traced(turn, sources, _named(at, messages[at])) for at, turn in enumerate(told)]
         given = [sources.value(tool, f"Tool {at}", _said_by_a_tool) for at, tool in enumerate(tools)]
         refusal, hidden = None, list[str]()
         for arranged, shown in self._forms(turns, given):
@@ -282,10 +285,14 @@ class PromptEncoder:
                 yield arrangements.in_parts(self._kept_inside(form, shown), self._reads_parts), shown
 
     def _kept_inside(self, turns: list[Turn], tools: Sequence[Any]) -> list[Turn]:
-        """Results and names of calls that do not close the template's own frames of letters."""
+        """Results and names of calls that do not close the template's own frames of letters; thoughts where it reads
+        them."""
         _, frames = self._template(tools)
         told = []
         for turn in turns:
+            if "reasoning_content" in turn:
+                thought = {self._thought_variable: turn["reasoning_content"]} if self._thought_variable else {}
+                turn = {key: value for key, value in turn.items() if key != "reasoning_content"} | thought
             if turn["role"] == "tool":
                 turn = {**turn, "content": frames.kept_inside(turn["content"])}
             if "tool_calls" in turn:
@@ -313,6 +320,38 @@ class PromptEncoder:
                 "add_generation_prompt": generation_prompt,
             }
         )
+
+    def with_template_args(self, more: Mapping[str, Any]) -> PromptEncoder:
+        """An encoder of the same tokenizer with more variables for the template, which go before the known ones."""
+        return PromptEncoder(self._tokenizer, template_args={**self._template_args, **more})
+
+    @cached_property
+    def reasoning(self) -> ReasoningFormat | None:
+        """How the model thinks before it answers; None where neither vocabulary nor template knows of thoughts."""
+        return ReasoningFormat.of(self._tokenizer, self._source)
+
+    @cached_property
+    def _thought_variable(self) -> str | None:
+        return variable_of(self._source)
+
+    @cached_property
+    def _thought_tags(self) -> list[tuple[str, str]]:
+        """Between which tags a content of unknown origin may begin with its thought."""
+        own = [(self.reasoning.opening.text, self.reasoning.closing.text)] if self.reasoning else []
+        return [*own, *tag_pairs(set(), "<think>[THINK]<thinking>")]
+
+    def _thought_apart(self, turn: Turn) -> Turn:
+        """An assistant's turn with its thought apart: templates leave old thoughts out.
+
+        A content that begins with its thought, as other providers leave it there, is parted. Where the template reads
+        thoughts, an empty one keeps it from cutting a text at a tag that the text only speaks of.
+        """
+        if turn["role"] != "assistant" or "reasoning_content" in turn:
+            return turn
+        thought, answer = thought_apart(turn["content"], self._thought_tags) or ("", turn["content"])
+        cuts = self.reasoning is not None and self.reasoning.closing.text in answer
+        kept = thought or (self._thought_variable and cuts)
+        return {**turn, "content": answer} | ({"reasoning_content": thought} if kept else {})
 
     @cached_property
     def _reads_parts(self) -> frozenset[str]:
@@ -380,10 +419,9 @@ def _overflow(tokens: str, limit: int) -> ContextOverflow:
 def _traced(turn: Turn, sources: Sources, where: str) -> Turn:
     """A turn whose strings from outside are traced; its thoughts and its name need not be shown."""
     told = dict(turn)
-    if turn["role"] == "assistant" and "reasoning_content" not in turn:
-        told |= _thought_apart(turn["content"])
     content = told["content"]
-    closed = content.rfind("</think>") + 1 if turn["role"] == "assistant" else 0
+    cut = turn["role"] == "assistant" and "reasoning_content" not in turn
+    closed = content.rfind("</think>") + 1 if cut else 0
     told["content"] = sources.text(content, where, needed_from=closed and closed + len("/think>"))
     for key in ("reasoning_content", "name"):
         if key in told:
@@ -410,11 +448,3 @@ def _said_by_a_tool(path: tuple[str, ...], is_key: bool) -> bool:
     if is_key:
         return path[-2:-1] in (("properties",), ("patternProperties",))
     return path[-1:] in (("name",), ("description",), ("enum",), ("const",), ("default",))
-
-
-def _thought_apart(content: str) -> Turn:
-    """An answer that begins with its ``<think>`` block, in two parts: templates leave old thoughts out."""
-    if not content.lstrip().startswith("<think>") or "</think>" not in content:
-        return {}
-    thought, _, answer = content.partition("</think>")
-    return {"reasoning_content": thought.lstrip().removeprefix("<think>").strip(), "content": answer.lstrip("\n")}

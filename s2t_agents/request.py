@@ -107,6 +107,11 @@ class Request:
         )
 
     @property
+    def formal(self) -> bool:
+        """Whether the answer has a form that must be whole: a call, or JSON."""
+        return self.reply is not None or (self.may_call and (self.tool is not None or self.tool_choice == "any"))
+
+    @property
     def may_call(self) -> bool:
         """Whether a tool call is legal."""
         return bool(self.tools) and self.tool_choice != "none"

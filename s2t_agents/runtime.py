@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -17,14 +18,16 @@ from langchain_core.language_models import ModelProfile
 from langchain_core.messages import BaseMessage
 
 from .engine.admission import Concurrency
-from .engine.grammar import CompiledGrammar, Grammar, vocabulary
+from .engine.grammar import CompiledGrammar, Grammar, Vocabulary, vocabulary
 from .engine.steps import MAX_K, Engine
+from .engine.thinking import ThinkingVocabulary, ThinkThenAnswer
 from .errors import ConfigError, ContextOverflow
 from .escalation import DEFAULT_MARGIN, Escalation
 from .messages import PromptEncoder
 from .models.bundled import model_path, selector_path
 from .models.language_model import LanguageModel
 from .models.loading import load_tokenizer
+from .reasoning import ThoughtReader
 from .request import Checks, Request
 from .selectors import LLMSelector, LocalLLM, Selector, calibrated_trigger, load_selector
 from .selectors.config import SelectorConfig
@@ -104,6 +107,7 @@ class Task:
         room: tokens that it may have.
         parser: reads it.
         checks: what it is held to when it is finished.
+        thoughts: tells the thought from the answer; None where the model knows no thoughts.
     """
 
     prompt: list[int]
@@ -111,6 +115,7 @@ class Task:
     room: int
     parser: ToolCallParser | PlainText
     checks: Checks
+    thoughts: ThoughtReader | None = None
 
 
 @dataclass(frozen=True)
@@ -127,9 +132,25 @@ class Runtime:
     encoder: PromptEncoder
     selector_config: SelectorConfig | None
     _compiled: dict[str, CompiledGrammar] = field(default_factory=dict)
+    _encoders: dict[str, PromptEncoder] = field(default_factory=dict)
 
-    def task(self, request: Request, messages: Sequence[BaseMessage], max_tokens: int) -> Task:
+    def task(
+        self,
+        request: Request,
+        messages: Sequence[BaseMessage],
+        max_tokens: int,
+        *,
+        max_thinking_tokens: int | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> Task:
         """Everything the engine needs for one answer; nothing has run yet.
+
+        Args:
+            request: what may be answered with.
+            messages: the conversation.
+            max_tokens: of the thought and the answer together.
+            max_thinking_tokens: of the thought, its tags not counted.
+            template_args: this call's own, beside and before the model's.
 
         Raises:
             InputError: messages that cannot be rendered.
@@ -138,23 +159,55 @@ class Runtime:
             ConfigError: a tool choice that fits no tool, or ``max_tokens`` that hold no legal answer.
         """
         window = self.engine.slm.context_window
-        prompt = self.encoder.encode(request.prompt(messages), request.tools, limit=window - 1)
+        tokenizer = self.engine.slm.tokenizer
+        encoder = self._encoder(template_args or {})
+        prompt = encoder.encode(request.prompt(messages), request.tools, limit=window - 1)
         room = min(max_tokens, window - len(prompt))
         compiled = self._grammar(request)
-        if room < max_tokens and not compiled.fits(room):
+        thinking = self._thinking
+        place = thinking.format.place(tokenizer, prompt) if thinking is not None else "answer"
+        closing = thinking.tokens_to_close if thinking is not None and place == "thought" and request.formal else 0
+        if room < max_tokens and not compiled.fits(room - closing):
             raise ContextOverflow(
                 f"the prompt has {len(prompt)} tokens and leaves {room} of the context window; the shortest legal "
-                f"answer has {compiled.fewest_tokens}.",
+                f"answer has {compiled.fewest_tokens + closing}.",
                 hint="Shorten the conversation or the tools.",
             )
-        return Task(prompt, compiled.start(room), room, request.parser(self.engine.slm.tokenizer), request.checks)
+        parser, checks = request.parser(tokenizer), request.checks
+        if thinking is None:
+            return Task(prompt, compiled.start(room), room, parser, checks)
+        reader = ThoughtReader(thinking.format, place)
+        if place == "answer":
+            return Task(prompt, compiled.start(room), room, parser, checks, reader)
+        limit, formal = max_thinking_tokens, request.formal
+        grammar = ThinkThenAnswer(thinking, compiled, place=place, room=room, limit=limit, forced=formal)
+        return Task(prompt, grammar, room, parser, checks, reader)
+
+    @cached_property
+    def _words(self) -> Vocabulary:
+        slm = self.engine.slm
+        return vocabulary(slm.tokenizer, slm.vocab_size, sorted(slm.eos_ids))
+
+    @cached_property
+    def _thinking(self) -> ThinkingVocabulary | None:
+        format = self.encoder.reasoning
+        return ThinkingVocabulary(self._words, self.engine.slm.tokenizer, format) if format is not None else None
+
+    def _encoder(self, template_args: Mapping[str, Any]) -> PromptEncoder:
+        """The encoder with more variables for the template; a few are kept."""
+        if not template_args:
+            return self.encoder
+        key = repr(sorted(template_args.items()))
+        if key not in self._encoders:
+            while len(self._encoders) >= ENGINES_KEPT:
+                self._encoders.pop(next(iter(self._encoders)), None)
+            self._encoders[key] = self.encoder.with_template_args(template_args)
+        return self._encoders[key]
 
     def _grammar(self, request: Request) -> CompiledGrammar:
         key = request.key
         if key not in self._compiled:
-            slm = self.engine.slm
-            words = vocabulary(slm.tokenizer, slm.vocab_size, sorted(slm.eos_ids))
-            compiled = request.compile(words)
+            compiled = request.compile(self._words)
             while len(self._compiled) >= GRAMMARS_KEPT:
                 self._compiled.pop(next(iter(self._compiled)), None)
             self._compiled[key] = compiled

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -117,6 +118,50 @@ def tiny_model(architecture: str = "qwen3", *, seed: int = 0, **overrides: Any) 
         model = AutoModelForCausalLM.from_config(tiny_config(architecture, **overrides))
     model.eval().requires_grad_(False)
     return LanguageModel(model, tiny_tokenizer(), name=f"tiny-{architecture}-{seed}")
+
+
+def markov_model(tokenizer: Any, *chains: Sequence[str | int], name: str = "markov") -> LanguageModel:
+    """A real Qwen3 whose next token depends on the last alone: ``["a", "b", "c"]`` makes it write b after a, then c.
+
+    Args:
+        tokenizer: of any size; the hidden states have one dimension for each token of the chains.
+        chains: token ids, added tokens, or texts that stand for all their tokens. Where two disagree on what follows,
+            the earlier one counts, and the later where a grammar forbids that.
+        name: of the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    added = tokenizer.get_added_vocab()
+
+    def ids_of(part: str | int) -> list[int]:
+        if isinstance(part, int):
+            return [part]
+        return [added[part]] if part in added else list(tokenizer.encode(part, add_special_tokens=False))
+
+    told = [[token for part in chain for token in ids_of(part)] for chain in chains]
+    known = sorted({token for chain in told for token in chain})
+    width, place = len(known) + -len(known) % 8, {token: at for at, token in enumerate(known)}
+    config = tiny_config(
+        "qwen3",
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=1,
+        layer_types=["full_attention"],
+        tie_word_embeddings=False,
+        max_position_embeddings=8192,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    layer = model.model.layers[0]
+    for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight, model.lm_head.weight):
+        weight.zero_()
+    embeddings = model.model.embed_tokens.weight.zero_()
+    for token, at in place.items():
+        embeddings[token, at] = 1.0
+    for rank, chain in enumerate(told):
+        for last, following in pairwise(chain):
+            row = model.lm_head.weight[following]
+            row[place[last]] = max(float(row[place[last]]), 2.0**-rank)
+    return LanguageModel(model, tokenizer, name=name)
 
 
 class ScriptedLLM:

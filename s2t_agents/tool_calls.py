@@ -23,13 +23,20 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 @dataclass(slots=True)
 class Delta:
-    """What one step adds to the message: text to show, and pieces of tool calls (LangChain's chunks)."""
+    """What one step adds to the message: text to show, pieces of tool calls (LangChain's chunks), thought."""
 
     text: str = ""
     tool_call_chunks: list[ToolCallChunk] = field(default_factory=list)
+    reasoning: str = ""
 
     def __bool__(self) -> bool:
-        return bool(self.text or self.tool_call_chunks)
+        return bool(self.text or self.tool_call_chunks or self.reasoning)
+
+    def add(self, other: Delta) -> None:
+        """What else the same step adds."""
+        self.text += other.text
+        self.tool_call_chunks += other.tool_call_chunks
+        self.reasoning += other.reasoning
 
 
 def tag_ids(tokenizer: Any) -> tuple[int | None, int | None]:

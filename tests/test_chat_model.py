@@ -30,6 +30,7 @@ from s2t_agents.types import RefusedBy
 S2T_KEYS = {
     "tokens",
     "reused_tokens",
+    "thought",
     "triggers",
     "selections",
     "flips",

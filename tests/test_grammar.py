@@ -292,16 +292,6 @@ def test_an_illegal_token_is_an_error_and_generations_do_not_share_state():
     assert accepts(grammar, '"green"')
 
 
-def test_a_thinking_model_may_think_before_it_speaks():
-    tokenizer = family("qwen3")
-    words = vocabulary(tokenizer)
-    state = tool_grammar(words, [NOW]).start()
-    think, done = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    for token in (think, *words.core.tokenize_str("hm"), done, *words.core.tokenize_str("Hi")):
-        assert state.allowed()[token]
-        state.accept(token)
-
-
 def test_no_string_can_hold_half_a_surrogate_pair():
     grammar = json_grammar(vocabulary(family(TAGGED)), {"type": "string"})
     assert not accepts(grammar, '"\\ud800"')

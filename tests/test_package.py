@@ -22,7 +22,7 @@ LAYERS = [  # imports go down this list only, or stay on their own line
     {"proposal"},
     {"triggers", "selectors"},
     {"escalation"},
-    {"call_body", "tool_calls", "hermes", "arrangements", "blocks", "messages"},
+    {"call_body", "tool_calls", "hermes", "arrangements", "blocks", "reasoning", "messages"},
     {"engine"},
     {"attribution", "accounting", "conversion"},
     {"generation", "request", "unfinished", "offload", "token_count", "arguments"},
@@ -125,7 +125,7 @@ def test_the_public_names_are_these() -> None:
 
 def test_the_wheel_lists_every_package_and_the_integrations() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("__init__.py")}
+    folders = {"s2t_agents"} | {f"s2t_agents.{p.parent.name}" for p in PACKAGE.glob("*/__init__.py")}
     assert set(settings["packages"]) == folders | {"s2t_agents.integrations"}
     import s2t_agents.integrations as shipped
 

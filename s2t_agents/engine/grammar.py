@@ -87,8 +87,6 @@ class Vocabulary:
         texts = ["" if i in added else self.core.decode_str([i]) for i in range(self.size)]
         self.longest = max(len(text.encode()) for text in texts)
         self.order = ClosingOrder(texts, enders={self.tags[1]} if self.tags[1] is not None else set())
-        ids = {token.content: i for i, token in added.items()}
-        self.thought = tuple(ids[tag] for tag in ("<think>", "</think>") if tag in ids)
 
     def _core(self, tokenizer: Any) -> LLTokenizer:
         """llguidance's copy of the tokenizer; what spells a control token there is text."""
@@ -386,7 +384,7 @@ def tool_grammar(
     """
     functions = functions_of(tools, tool_choice)
     if tool_choice == "none" or not functions:
-        return CompiledGrammar(words, f"start: said\n{said(words)}", margin=4, what="text")
+        return CompiledGrammar(words, f"start: said\n{said()}", margin=4, what="text")
     named = tool_choice not in CHOICES
     chosen = [functions[tool_choice]] if named else list(functions.values())
     schemas = [arguments_of(function) for function in chosen]

@@ -1,4 +1,4 @@
-"""Tools and schemas to rules in llguidance's Lark dialect: text, thoughts, Hermes calls, JSON replies."""
+"""Tools and schemas to rules in llguidance's Lark dialect: text, Hermes calls, JSON replies."""
 
 from __future__ import annotations
 
@@ -98,14 +98,10 @@ def auto_start(words: Vocabulary, reply: Mapping[str, Any] | None = None) -> str
     if reply is not None:
         return f"start: reply | calls\nreply: {json_rule(reply)}"
     if words.tags[0] is not None:
-        return f"start: said | calls | said calls\n{said(words)}"
-    return f"start: said | opened rest\nopened[lazy]: /(.|\\n)*{OPEN}/\n{said(words)}"
+        return f"start: said | calls | said calls\n{said()}"
+    return f"start: said | opened rest\nopened[lazy]: /(.|\\n)*{OPEN}/\n{said()}"
 
 
-def said(words: Vocabulary) -> str:
-    """Text that is not only white space; a thought may come before it."""
-    text = "TEXT: /[ \\t\\n\\r]*[^ \\t\\n\\r](.|\\n)*/"
-    if len(words.thought) == 2:
-        begin, end = words.thought
-        return f"said: TEXT | <[{begin}]> THOUGHT <[{end}]> TEXT\nTHOUGHT: /(.|\\n)*/\n{text}"
-    return f"said: TEXT\n{text}"
+def said() -> str:
+    """Text that is not only white space."""
+    return "said: TEXT\nTEXT: /[ \\t\\n\\r]*[^ \\t\\n\\r](.|\\n)*/"

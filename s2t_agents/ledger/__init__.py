@@ -6,7 +6,7 @@ Flow: ``GenerationRecord`` -> ``Ledger.record`` -> ``LedgerStore`` (memory, JSON
 
 from s2t_agents.ledger.latency import Quantiles
 from s2t_agents.ledger.ledger import Ledger
-from s2t_agents.ledger.record import Cost, GenerationRecord, Latency, Receipt, ReceiptCandidate
+from s2t_agents.ledger.record import Cost, GenerationRecord, Latency, Receipt, ReceiptCandidate, Thought
 from s2t_agents.ledger.store import LedgerStore, MemoryLedger
 from s2t_agents.ledger.totals import CostSum, RunningTotal, Totals, totals_of
 from s2t_agents.ledger.what_if import WhatIf
@@ -23,6 +23,7 @@ __all__ = [
     "Receipt",
     "ReceiptCandidate",
     "RunningTotal",
+    "Thought",
     "Totals",
     "WhatIf",
     "totals_of",

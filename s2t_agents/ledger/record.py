@@ -199,6 +199,22 @@ class Latency(Frozen):
     total: Millis | None = None
 
 
+class Thought(Frozen):
+    """What of a generation went into the thought before its answer.
+
+    Args:
+        tokens: of the thought, its tags included; they are part of ``completion_tokens``.
+        triggers, selections, escalations: as the generation's own, of which they are part.
+        llm_usd: what its questions to the LLM cost, part of ``cost_usd.llm``; None is unknown.
+    """
+
+    tokens: Count = 0
+    triggers: Count = 0
+    selections: Count = 0
+    escalations: Count = 0
+    llm_usd: Usd = Decimal(0)
+
+
 class GenerationRecord(Frozen):
     """One generation. Every field that needs a unit: tokens, USD, ms, UTC.
 
@@ -229,6 +245,7 @@ class GenerationRecord(Frozen):
     receipts: tuple[Receipt, ...] = ()
     error: Text | None = None
     trace_id: Text | None = None
+    thought: Thought = Thought()
 
     @whole(mode="after")
     def _cached_is_free(self) -> Self:

@@ -39,14 +39,20 @@ class CostSum(Frozen):
 
 
 class CostSums(Frozen):
-    """Local, LLM and together."""
+    """Local, LLM and together; of the LLM's, the part that went into thoughts."""
 
     local: CostSum = CostSum()
     llm: CostSum = CostSum()
     total: CostSum = CostSum()
+    thought: CostSum = CostSum()
 
     def __add__(self, other: CostSums) -> CostSums:
-        return CostSums(local=self.local + other.local, llm=self.llm + other.llm, total=self.total + other.total)
+        return CostSums(
+            local=self.local + other.local,
+            llm=self.llm + other.llm,
+            total=self.total + other.total,
+            thought=self.thought + other.thought,
+        )
 
 
 class Totals(Frozen):
@@ -54,7 +60,7 @@ class Totals(Frozen):
 
     ``failed`` counts receipts whose LLM call failed, ``interrupted`` those whose caller left meanwhile, ``errors``
     generations that ended in an error, ``latency_us`` sums every part in whole microseconds over the generations that
-    measured it.
+    measured it. What begins with ``thought`` is the part of the same sums that went into thoughts.
     """
 
     generations: int = 0
@@ -70,6 +76,10 @@ class Totals(Frozen):
     degraded: int = 0
     cached: int = 0
     errors: int = 0
+    thought_tokens: int = 0
+    thought_triggers: int = 0
+    thought_selections: int = 0
+    thought_escalations: int = 0
     cost_usd: CostSums = CostSums()
     latency_us: dict[str, int] = Field(default_factory=dict)
 
@@ -91,6 +101,10 @@ _COUNTED: dict[str, Callable[[GenerationRecord], int]] = {
     "failed": lambda record: [receipt.outcome for receipt in record.receipts].count("failed"),
     "interrupted": lambda record: [receipt.outcome for receipt in record.receipts].count("interrupted"),
     "errors": lambda record: record.error is not None,
+    "thought_tokens": lambda record: record.thought.tokens,
+    "thought_triggers": lambda record: record.thought.triggers,
+    "thought_selections": lambda record: record.thought.selections,
+    "thought_escalations": lambda record: record.thought.escalations,
 }
 _read = attrgetter(*(name for name in COUNTS if name not in _COUNTED))
 part_times = attrgetter(*PARTS)
@@ -111,10 +125,11 @@ def sums_of(record: GenerationRecord) -> Sums:
     """One record as a sum of one. A count that a record has under the same name needs no line here."""
     cost, times = record.cost_usd, record.latency_ms
     sums = [*_read(record), *[count(record) for count in _COUNTED.values()]]
-    local, llm = ((Decimal(0) if usd is None and record.cached else usd) for usd in (cost.local, cost.llm))
+    costs = (cost.local, cost.llm, record.thought.llm_usd)
+    local, llm, thought = ((Decimal(0) if usd is None and record.cached else usd) for usd in costs)
     total = None if local is None or llm is None else money.add(local, llm)
     exponents = []
-    for usd in (local, llm, total):
+    for usd in (local, llm, total, thought):
         sums += (0, 1) if usd is None else (money.pico(usd), 0)
         exponents.append(0 if not usd else int(usd.as_tuple().exponent))
     for ms in part_times(times):
