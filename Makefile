@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 READY := $(VENV)/.ready
 TRITON := $(VENV)/triton
+LOWEST := .venv-lowest
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast real kernels check format bench clean
+.PHONY: help install demo test fast real lowest kernels check format bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,6 +41,15 @@ real: $(READY)  ## Real weights and tokenizers: fetch them once (210 MB), run th
 	$(BIN)/python -m benchmarks.assets
 	$(BIN)/python -m pytest -m real -rs -n $(WORKERS) --dist loadscope
 
+lowest:  ## Tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	sed '/^test = /,$$d' pyproject.toml | grep -oE '"[a-z0-9-]+>=[0-9.]+"' | tr -d '"' | sed 's/>=/==/' \
+	  | grep -v '^setuptools' > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST)/lowest.txt -e '.[test]'
+	$(LOWEST)/bin/python -m pytest -n $(WORKERS) -m 'not slow and not real' $(addprefix tests/test_,$(addsuffix .py, \
+	  package contract chat_model tool_calls messages grammar structured_output agents langgraph_budget loading cli \
+	  budget_redis judge selectors lora langchain_standard))
+
 $(TRITON)/.ready: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON) triton==3.6.0
 	touch $@
@@ -55,4 +65,4 @@ format: $(READY)  ## Format the code, mend what ruff can
 	$(BIN)/ruff format .
 
 clean:  ## Remove the virtual environment and all build products
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
