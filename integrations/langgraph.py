@@ -43,7 +43,7 @@ from s2t_agents.budget.answers import more_from
 from s2t_agents.budget.names import meter_name
 from s2t_agents.budget.refusals import question_of
 from s2t_agents.budget.terms import LimitsGiven
-from s2t_agents.errors import BadLimit, BadStore, BudgetExceeded, StoreUnavailable
+from s2t_agents.errors import BadLimit, BudgetExceeded, StoreUnavailable
 from s2t_agents.ledger import Cost
 from s2t_agents.unfinished import Unfinished
 
@@ -202,7 +202,7 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
             told["s2t_cost_usd"] = _added_cost(state.get("s2t_cost_usd"), cost)
         try:
             told["s2t_budget"] = _brought_back(self._mine()[0], state)
-        except (StoreUnavailable, BadStore) as error:  # the answer is there, and worth more than the figures
+        except StoreUnavailable as error:  # the answer is there, and worth more than the figures
             _log.warning("an agent's state keeps its last known budget: %s", error)
         return told
 

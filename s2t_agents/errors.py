@@ -8,7 +8,7 @@ S2TError
 │   ├── TokenizerMismatch             SLM and LLM do not share one vocabulary
 │   ├── UnpricedModel                 a dollar limit over an LLM whose price nobody knows
 │   ├── BadLimit                      a negative, NaN, infinite or absurd limit
-│   ├── BadStore                      a budget file that is corrupt, foreign or of another version; left untouched
+│   ├── BadStore (StoreUnavailable)   a budget store that is corrupt, foreign or of another version; left untouched
 │   └── BadSchema                     a tool or output schema that no grammar can express
 ├── InputError (ValueError)           messages that cannot be rendered
 │   └── ContextOverflow               the prompt does not fit the context window
@@ -91,10 +91,6 @@ class BadLimit(ConfigError):
     """A limit that is negative, NaN, infinite or absurdly precise."""
 
 
-class BadStore(ConfigError):
-    """A budget file that is corrupt, not a budget file, or written by another version. It was not changed."""
-
-
 class BadSchema(ConfigError):
     """A JSON schema that the grammar cannot express."""
 
@@ -147,9 +143,28 @@ class HoldClosed(BudgetError):
 
 
 class StoreUnavailable(BudgetError):
-    """The budget store cannot be reached: nothing may be spent."""
+    """The budget store cannot be reached: nothing may be spent.
+
+    Args:
+        message: one line for people.
+        hint: the way out.
+        untouched: the store is sure that nothing of the operation happened, so there is nothing to take back.
+    """
 
     retryable = True
+
+    def __init__(self, message: str, *, hint: str = "", untouched: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.untouched = untouched
+
+
+class BadStore(ConfigError, StoreUnavailable):
+    """A budget store that is corrupt, no budget store, or written by another version. It was not changed.
+
+    Also a ``StoreUnavailable``: nothing may be spent, and an answer under way goes on locally.
+    """
+
+    retryable = False
 
 
 class Overloaded(S2TError):

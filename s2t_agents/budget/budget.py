@@ -186,7 +186,9 @@ class Budget:
             refused = meter.store.reserve(self._chain, hold_id, want, ttl_us)
             if refused is None:
                 return Hold(meter.store, meter.owed, meter.path, hold_id, amount, want)
-        except BaseException:  # also Ctrl-C after the store said yes: nobody would ever settle it
+        except BaseException as error:  # also Ctrl-C after the store said yes: nobody would ever settle it
+            if isinstance(error, StoreUnavailable) and error.untouched:
+                raise
             with contextlib.suppress(StoreUnavailable):
                 meter.store.release(hold_id)
             raise

@@ -7,6 +7,7 @@ import sqlite3
 import time
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import quote
 
 from s2t_agents.errors import BadStore
 
@@ -38,8 +39,11 @@ def recognise(path: Path, application_id: int, what: str) -> bool:
         return False
     if not path.is_file():
         raise BadStore(f"{path} is not a file.", hint=f"Choose a file for the {what}.")
-    with path.open("rb") as file:
-        header = file.read(_HEADER_BYTES)
+    try:
+        with path.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+    except OSError as error:
+        raise BadStore(f"{path} cannot be read: {error.strerror}.", hint=f"Choose a file for the {what}.") from None
     if not header:
         return False
     other = f"Choose another file for the {what}; this one was not changed."
@@ -57,14 +61,44 @@ def recognise(path: Path, application_id: int, what: str) -> bool:
 
 def _check_pages(path: Path) -> None:
     try:
-        with closing(sqlite3.connect(f"file:{path.absolute().as_posix()}?mode=ro", uri=True)) as connection:
+        where = f"file:{quote(path.absolute().as_posix())}?mode=ro"
+        with closing(sqlite3.connect(where, uri=True, timeout=0)) as connection:
             (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    except sqlite3.OperationalError:  # busy or not readable now: said by whoever opens it for work
-        return
-    except sqlite3.DatabaseError as error:
-        raise BadStore(f"{path}: {error}.", hint=DAMAGED) from None
+    except (sqlite3.Error, ValueError, TypeError) as error:
+        if (damage := damage_of(error)) is None:  # busy or not readable now: said by whoever opens it for work
+            return
+        raise BadStore(f"{path}: {damage}.", hint=DAMAGED) from None
     if found != "ok":
         raise BadStore(f"{path}: {found}.", hint=DAMAGED)
+
+
+_NOT_THE_FILES = frozenset(
+    {
+        *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_ABORT, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM),
+        *(sqlite3.SQLITE_READONLY, sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL),
+        *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOLFS, sqlite3.SQLITE_AUTH),
+    }
+)
+"""What SQLite says of the disk, the rights and the others, not of what is in the file."""
+
+
+def busy(error: BaseException) -> bool:
+    """Whether another process had the file just then."""
+    code = getattr(error, "sqlite_errorcode", None) if isinstance(error, sqlite3.Error) else None
+    return code is not None and code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def damage_of(error: Exception) -> str | None:
+    """What an error that came while a file was read or written says of its content; None where it says nothing.
+
+    Any error that is not SQLite's own came from reading a row of another form than ours.
+    """
+    if isinstance(error, OSError | MemoryError | sqlite3.ProgrammingError):
+        return None
+    if isinstance(error, sqlite3.Error):
+        code = getattr(error, "sqlite_errorcode", None)
+        return None if code is not None and code & 0xFF in _NOT_THE_FILES else str(error)
+    return f"its rows cannot be read ({type(error).__name__})"
 
 
 def connect(path: Path, application_id: int, schema: str, wait_s: float) -> sqlite3.Connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from pathlib import Path
 
@@ -56,9 +57,30 @@ def load(rows: sqlite3.Connection, path: str) -> Meter | None:
     row = rows.execute("SELECT * FROM meters WHERE path = ?", (path,)).fetchone()
     if row is None:
         return None
+    (_, *numbers, _) = row
+    if len(row) != _COLUMNS or not all(map(_whole, numbers)) or None in (*row[4:7], *row[15:28]):
+        raise ValueError("a meter holds something else than numbers")
+    if any(number is not None and number < 0 for number in (*row[1:8], *row[10:13], *row[16:28])):
+        raise ValueError("a meter holds less than nothing")
     window = None if row[8] is None else Window(row[8], row[9])
     terms = Terms((row[1], row[2], row[3]), (row[4], row[5], row[6]), row[7], window)
     return Meter(terms, row[10:13], row[13], row[14], row[15], row[16:20], row[20:24], row[24:28])
+
+
+def _whole(number: object) -> bool:
+    return number is None or isinstance(number, int)
+
+
+def links(chain: str) -> list[str]:
+    """The paths that a hold was made on.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    paths = json.loads(chain)
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise ValueError("a hold lists something else than paths")
+    return paths
 
 
 def save(rows: sqlite3.Connection, path: str, meter: Meter, deadline_wall: float | None = None) -> None:

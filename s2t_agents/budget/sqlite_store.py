@@ -15,6 +15,7 @@ import json
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,16 @@ from s2t_agents.budget import meter as arithmetic
 from s2t_agents.budget.amount import Units
 from s2t_agents.budget.clock import Clock, SystemClock
 from s2t_agents.budget.meter import Meter
-from s2t_agents.budget.sqlite_file import connect, identity, verify
-from s2t_agents.budget.sqlite_rows import APPLICATION_ID, SCHEMA, boot_id, cross_reboot, first_grant, load, save
+from s2t_agents.budget.sqlite_file import DAMAGED, busy, connect, damage_of, identity, verify
+from s2t_agents.budget.sqlite_rows import APPLICATION_ID, SCHEMA, boot_id, cross_reboot, first_grant, links, load, save
 from s2t_agents.budget.store import Chain, Closing, Reading, Refusal, Terms
-from s2t_agents.errors import BadStore, StoreUnavailable
+from s2t_agents.errors import BadStore, ConfigError, StoreUnavailable
 
+MAX_WAIT_S = 86_400
+LATCH_S = 0.004
+"""Seconds that SQLite itself waits for other processes, while the other threads wait for this one."""
+PAUSE_S = 0.03
+"""Seconds between tries, at most."""
 KEEP_LAPSED_US = 7 * 86_400_000_000
 """How long a lapsed hold is remembered, so that settling it late is still booked."""
 
@@ -38,10 +44,12 @@ class SQLiteStore:
     Args:
         path: the file; made when it does not exist. Keep it on a local disk, not a network share. A relative one
             means the directory that is current now.
-        wait_s: seconds to wait for another process before giving up (``StoreUnavailable``).
+        wait_s: seconds that one operation waits for other threads and processes, all together, before it gives up
+            (``StoreUnavailable``).
         clock: the time; tests hand in their own.
 
     Raises:
+        ConfigError: a time to wait that cannot be meant.
         BadStore: the file is damaged or not a budget store (it is left as it is).
         StoreUnavailable: it cannot be opened now.
     """
@@ -49,6 +57,8 @@ class SQLiteStore:
     shared = True
 
     def __init__(self, path: str | Path, *, wait_s: float = 10.0, clock: Clock | None = None) -> None:
+        if not 0 <= wait_s <= MAX_WAIT_S:
+            raise ConfigError(f"wait_s is {wait_s!r}; it must be from 0 to {MAX_WAIT_S} seconds.")
         self.path, self._wait_s = Path(path).absolute(), wait_s
         self._clock = clock or SystemClock()
         self._lock = threading.RLock()
@@ -112,7 +122,7 @@ class SQLiteStore:
         with self._transaction() as rows:
             now_us = self._lapse(rows)
             chains = rows.execute("SELECT chain FROM holds WHERE lapsed = 0").fetchall()
-            holds = sum(path in json.loads(chain) for (chain,) in chains)
+            holds = sum(path in links(chain) for (chain,) in chains)
             return arithmetic.reading(self._current(rows, path), now_us, holds)
 
     def close(self) -> None:
@@ -136,7 +146,7 @@ class SQLiteStore:
                 return Closing.GONE
             _, chain, *reserved, _, lapsed = found
             held: Units = (reserved[0], reserved[1], reserved[2], reserved[3])
-            for path in json.loads(chain):
+            for path in links(chain):
                 meter = self._current(rows, path)
                 if not lapsed:
                     after = arithmetic.settled(meter, held, actual) if actual else arithmetic.given_back(meter, held)
@@ -151,7 +161,7 @@ class SQLiteStore:
         now_us = self._now_us()
         over = rows.execute("SELECT * FROM holds WHERE lapsed = 0 AND expires_us <= ?", (now_us,)).fetchall()
         for hold, chain, usd, escalations, tokens, unpriced, _, _ in over:
-            for path in json.loads(chain):
+            for path in links(chain):
                 meter = self._current(rows, path)
                 save(rows, path, arithmetic.given_back(meter, (usd, escalations, tokens, unpriced)))
             rows.execute("UPDATE holds SET lapsed = 1 WHERE id = ?", (hold,))
@@ -176,24 +186,49 @@ class SQLiteStore:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """One atomic step: everything inside happens, or, on any error or interrupt, nothing does."""
-        with self._lock:
-            rows = None
-            try:
-                rows = self._here()
-                rows.execute("BEGIN IMMEDIATE")
-                yield rows
-                rows.execute("COMMIT")
-            except BaseException as error:
-                if rows is not None:
-                    with contextlib.suppress(sqlite3.Error):
-                        rows.execute("ROLLBACK")
-                if isinstance(error, sqlite3.Error):
-                    raise StoreUnavailable(
-                        f"The budget store {self.path} cannot be used: {error}.",
-                        hint="Nothing was reserved or booked.",
-                    ) from error
-                raise
+        """One atomic step: everything inside happens, or, on any error or interrupt, nothing does.
+
+        Raises:
+            StoreUnavailable: others kept it busy for ``wait_s`` seconds, be they threads or processes; or it cannot be
+                read or written.
+            BadStore: what is in it is no budget.
+        """
+        until = time.monotonic() + self._wait_s
+        pause_s = LATCH_S
+        while True:
+            with self._lock:  # never for long: who waits for other processes lets the other threads try too
+                rows, state = None, "opening"
+                try:
+                    rows = self._here()
+                    rows.execute("BEGIN IMMEDIATE")
+                    state = "open"
+                    yield rows
+                    state = "writing"
+                    rows.execute("COMMIT")
+                    return
+                except BaseException as error:
+                    if rows is not None:
+                        with contextlib.suppress(sqlite3.Error):
+                            rows.execute("ROLLBACK")
+                    if state != "opening" or not busy(error) or time.monotonic() >= until:
+                        problem = self._problem(error, untouched=state != "writing")
+                        if problem is error:
+                            raise
+                        raise problem from error
+            time.sleep(min(pause_s, max(0.0, until - time.monotonic())))
+            pause_s = min(2 * pause_s, PAUSE_S)
+
+    def _problem(self, error: BaseException, *, untouched: bool) -> BaseException:
+        """What an error inside a transaction means; itself where it says so already, or is none of ours."""
+        if isinstance(error, StoreUnavailable) or not isinstance(error, Exception):
+            return error
+        if (damage := damage_of(error)) is not None:
+            return BadStore(f"{self.path}: {damage}.", hint=DAMAGED, untouched=untouched)
+        return StoreUnavailable(
+            f"The budget store {self.path} cannot be used: {error}.",
+            hint="Nothing was reserved or booked.",
+            untouched=untouched,
+        )
 
     def _here(self) -> sqlite3.Connection:
         """This process's connection to the file that is at the path now."""
@@ -201,7 +236,7 @@ class SQLiteStore:
             _inherited.append(self._connection)
             self._connection = None
         if self._connection is None:
-            self._connection = connect(self.path, APPLICATION_ID, SCHEMA, self._wait_s)
+            self._connection = connect(self.path, APPLICATION_ID, SCHEMA, LATCH_S)
             self._pid, self._file = os.getpid(), identity(self.path)
         elif identity(self.path) != self._file:
             raise StoreUnavailable(f"{self.path} was removed or replaced while in use.", hint="Put it back.")
