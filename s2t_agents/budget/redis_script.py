@@ -5,7 +5,15 @@ whole micro-dollars and the pico-dollars below; every other number is small enou
 
 One tree of budgets is three keys: ``meters`` (hash of path to a packed meter), ``holds`` (hash of id to a packed
 hold) and ``expiry`` (sorted set of hold ids by microsecond; an id after a NUL is a lapsed hold, to be forgotten then).
+
+Any of them, or any field, may be lost: a server that evicts, a hand at the console. A meter that is gone refuses; one
+that was opened again has another birth, and holds from before it take nothing back from it. A hold that is gone stays
+held. An index that is gone is made again from the holds. What is no meter or hold is an error before anything is
+written. So less may be given out than the limit, and never more.
 """
+
+DAMAGED = "S2T_DAMAGED"
+"""Begins the error of a script that found something else than a meter or a hold."""
 
 PART = 1_000_000
 """Pico-dollars in a micro-dollar."""
@@ -19,9 +27,32 @@ local t = call('TIME')
 local now = args[2] or t[1] * 1000000 + t[2]  -- a time is only given by tests
 
 -- An amount is {micro-dollars, pico-dollars, escalations, tokens, unpriced}.
--- A meter is {terms, limit, spent, held, over, micros, deadline, window_us, offset_us, window, holds}.
+-- A meter is {terms, limit, spent, held, over, micros, deadline, window_us, offset_us, window, holds, birth}.
+-- A hold is {1 if lapsed, amount, paths, expiry in us, births of the meters}.
 local TERMS, LIMIT, SPENT, HELD, OVER, MICROS, DEADLINE = 1, 2, 3, 4, 5, 6, 7
-local WINDOW_US, OFFSET_US, WINDOW, COUNT = 8, 9, 10, 11
+local WINDOW_US, OFFSET_US, WINDOW, COUNT, BIRTH = 8, 9, 10, 11, 12
+
+local function sound(ok) if not ok then error('S2T_DAMAGED') end end
+local function whole(n) return type(n) == 'number' and n >= 0 and n < 9007199254740992 and n == math.floor(n) end
+local function amount(a)
+  return type(a) == 'table' and whole(a[1]) and whole(a[2]) and a[2] < PART and whole(a[3]) and whole(a[4])
+    and whole(a[5])
+end
+local function unpacked(packed)
+  local ok, found = pcall(cmsgpack.unpack, packed)
+  sound(ok and type(found) == 'table')
+  return found
+end
+local function texts_only(list)
+  if type(list) ~= 'table' then return false end
+  for _, each in ipairs(list) do if type(each) ~= 'string' then return false end end
+  return #list > 0
+end
+local function unpacked_hold(packed)
+  local hold = unpacked(packed)
+  sound((hold[1] == 0 or hold[1] == 1) and amount(hold[2]) and texts_only(hold[3]) and whole(hold[4]))
+  return hold
+end
 """
 
 _ADD = r"""
@@ -49,7 +80,15 @@ _METER = r"""
 local function load(path)
   local packed = call('HGET', METERS, path)
   if not packed then return nil end
-  local m = cmsgpack.unpack(packed)
+  local m = unpacked(packed)
+  local limit = m[LIMIT]
+  sound(type(m[TERMS]) == 'string' and type(limit) == 'table' and amount(m[SPENT]) and amount(m[HELD]))
+  sound(amount(m[OVER]) and whole(m[COUNT]) and whole(m[BIRTH] or 0))
+  for i = 1, 4 do sound(limit[i] == false or whole(limit[i])) end
+  sound((limit[1] == false) == (limit[2] == false))
+  sound(not m[DEADLINE] or (whole(m[DEADLINE]) and whole(m[MICROS])))
+  sound(not m[WINDOW_US] or (whole(m[WINDOW_US]) and m[WINDOW_US] > 0 and type(m[OFFSET_US]) == 'number'
+    and type(m[WINDOW]) == 'number' and m[WINDOW] == m[WINDOW]))
   if m[WINDOW_US] then
     local index = math.floor((now - m[OFFSET_US]) / m[WINDOW_US])
     if index > m[WINDOW] then
@@ -88,26 +127,57 @@ end
 """
 
 _LAPSE = r"""
+local function held_by(hold, at, m)  -- whether what this meter holds counts the hold: it was not opened again since
+  local births = hold[5]
+  return hold[1] == 0 and (m[BIRTH] or 0) == (type(births) == 'table' and births[at] or 0)
+end
+local function let_go(m, want)
+  plus(m[HELD], want, -1)
+  m[COUNT] = m[COUNT] - 1
+  sound(amount(m[HELD]) and m[COUNT] >= 0)
+end
+local function give_back(hold)  -- to those of its meters that are there, all or none
+  local paths, meters = {}, {}
+  for at, path in ipairs(hold[3]) do
+    local m = load(path)
+    if m and held_by(hold, at, m) then
+      let_go(m, hold[2])
+      paths[#paths + 1], meters[#meters + 1] = path, m
+    end
+  end
+  for i, m in ipairs(meters) do save(paths[i], m) end
+end
+local function indexed()  -- the index, made again where it is gone: every hold has its place in it
+  if call('EXISTS', EXPIRY) == 1 or call('EXISTS', HOLDS) == 0 then return end
+  local all = call('HGETALL', HOLDS)
+  for i = 1, #all, 2 do
+    local hold = unpacked_hold(all[i + 1])
+    if hold[1] == 0 then
+      call('ZADD', EXPIRY, text(hold[4]), all[i])
+    else
+      call('ZADD', EXPIRY, text(now + KEEP_LAPSED_US), '\0' .. all[i])
+    end
+  end
+end
 local function lapse()
+  indexed()
   while true do
     local due = call('ZRANGEBYSCORE', EXPIRY, '-inf', text(now), 'LIMIT', 0, 100)
     if #due == 0 then return end
     for _, id in ipairs(due) do
-      call('ZREM', EXPIRY, id)
       if string.sub(id, 1, 1) == '\0' then
         call('HDEL', HOLDS, string.sub(id, 2))
       else
-        local hold = cmsgpack.unpack(call('HGET', HOLDS, id))
-        for _, path in ipairs(hold[3]) do
-          local m = load(path)
-          plus(m[HELD], hold[2], -1)
-          m[COUNT] = m[COUNT] - 1
-          save(path, m)
+        local packed = call('HGET', HOLDS, id)
+        if packed then  -- one that is gone stays held
+          local hold = unpacked_hold(packed)
+          give_back(hold)
+          hold[1] = 1
+          call('HSET', HOLDS, id, cmsgpack.pack(hold))
+          call('ZADD', EXPIRY, text(now + KEEP_LAPSED_US), '\0' .. id)
         end
-        hold[1] = 1
-        call('HSET', HOLDS, id, cmsgpack.pack(hold))
-        call('ZADD', EXPIRY, text(now + KEEP_LAPSED_US), '\0' .. id)
       end
+      call('ZREM', EXPIRY, id)
     end
   end
 end
@@ -121,7 +191,8 @@ if m then return m[TERMS] end
 local micros, window, offset = args[6], args[7], args[8]
 save(path, {
   args[4], args[5], {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0},
-  micros, micros and now + micros, window, offset, window and math.floor((now - offset) / window), 0})
+  micros, micros and now + micros, window, offset, window and math.floor((now - offset) / window), 0,
+  t[1] * 1000000 + t[2]})
 return args[4]
 """
 
@@ -134,7 +205,7 @@ return m and m[TERMS]
 _RESERVE = r"""
 -- hold, ttl in us, want {5}, then per link: path, need {4}
 lapse()
-local want, paths, meters = args[5], {}, {}
+local want, paths, meters, births = args[5], {}, {}, {}
 for at = 6, #args, 2 do
   local path = args[at]
   local m = load(path)
@@ -142,15 +213,15 @@ for at = 6, #args, 2 do
   local unit = refusing(m, want, args[at + 1])
   if unit == 0 then return {'refused', path, '0', texts({m[MICROS], m[MICROS] + now - m[DEADLINE]})} end
   if unit then return {'refused', path, tostring(unit), texts(m[LIMIT]), texts(m[SPENT]), texts(m[HELD])} end
-  paths[#paths + 1], meters[#meters + 1] = path, m
+  paths[#paths + 1], meters[#meters + 1], births[#births + 1] = path, m, m[BIRTH] or 0
 end
+call('HSET', HOLDS, args[3], cmsgpack.pack({0, want, paths, now + args[4], births}))
+call('ZADD', EXPIRY, text(now + args[4]), args[3])
 for i, m in ipairs(meters) do
   plus(m[HELD], want, 1)
   m[COUNT] = m[COUNT] + 1
   save(paths[i], m)
 end
-call('HSET', HOLDS, args[3], cmsgpack.pack({0, want, paths, now + args[4]}))
-call('ZADD', EXPIRY, text(now + args[4]), args[3])
 return {'held'}
 """
 
@@ -158,24 +229,27 @@ _FINISH = r"""
 -- hold, then what was used {5}, or nothing to release
 local packed = call('HGET', HOLDS, args[3])
 if not packed then return 'gone' end
-local hold, actual = cmsgpack.unpack(packed), args[4]
+local hold, actual = unpacked_hold(packed), args[4]
 if hold[1] == 0 and now >= hold[4] then
   lapse()
-  hold[1] = 1
+  hold = unpacked_hold(call('HGET', HOLDS, args[3]) or packed)
 end
-local lapsed = hold[1] == 1
-for _, path in ipairs(hold[3]) do
+local late, paths, meters = hold[1] == 1, {}, {}
+for at, path in ipairs(hold[3]) do
   local m = load(path)
-  if not lapsed then
-    plus(m[HELD], hold[2], -1)
-    m[COUNT] = m[COUNT] - 1
+  if m then
+    local counted = held_by(hold, at, m)
+    if counted then let_go(m, hold[2]) end
+    if actual then book(m, counted and hold[2] or {0, 0, 0, 0, 0}, actual) end
+    late = late or not counted
+    paths[#paths + 1], meters[#meters + 1] = path, m
   end
-  if actual then book(m, lapsed and {0, 0, 0, 0, 0} or hold[2], actual) end
-  save(path, m)
 end
+if actual and #meters == 0 then return {'missing', hold[3][1]} end  -- it is booked when they were opened again
+call('ZREM', EXPIRY, hold[1] == 1 and '\0' .. args[3] or args[3])
 call('HDEL', HOLDS, args[3])
-call('ZREM', EXPIRY, lapsed and '\0' .. args[3] or args[3])
-return lapsed and 'late' or 'done'
+for i, m in ipairs(meters) do save(paths[i], m) end
+return late and 'late' or 'done'
 """
 
 _EXTEND = r"""

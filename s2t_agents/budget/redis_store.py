@@ -7,16 +7,18 @@ Every operation is one script on the server, atomic there. The server must not e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from s2t_agents.budget.amount import UNITS, Units
-from s2t_agents.budget.redis_script import PART, SCRIPTS
+from s2t_agents.budget.redis_script import DAMAGED, PART, SCRIPTS
+from s2t_agents.budget.redis_url import FORM, PASSWORD_ENV, address_of, password_in
 from s2t_agents.budget.store import Chain, Closing, Reading, Refusal, Terms
 from s2t_agents.budget.window import Window
-from s2t_agents.errors import ConfigError, StoreUnavailable
+from s2t_agents.errors import BadLimit, BadStore, ConfigError, StoreUnavailable
 
 if TYPE_CHECKING:
     import redis
@@ -33,37 +35,57 @@ class RedisStore:
     lapse early, and settling them then books them as overrun: neither makes money.
 
     Args:
-        url: as ``redis://localhost:6379/0`` or ``rediss://user:secret@host:6380/0``.
+        url: as ``redis://localhost:6379/0`` or ``rediss://user:secret@host:6380/0``. A pickle holds it without the
+            password.
+        password_env: the environment variable that holds the password instead. Its name travels in a pickle; one of
+            a store whose password was in the URL looks into ``S2T_REDIS_PASSWORD``.
         prefix: put before every key, to keep programs apart on one server.
         timeout_s: seconds to wait for the server, to connect and to answer, before refusing.
 
     Raises:
-        ConfigError: the redis package is not installed, or the URL cannot be read.
+        ConfigError: the redis package is not installed, the URL cannot be read or has unknown options (no part of it
+            is repeated), or there is no password where there should be one.
     """
 
     shared = True
 
-    def __init__(self, url: str = "redis://localhost:6379/0", *, prefix: str = "s2t", timeout_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        url: str = "redis://localhost:6379/0",
+        *,
+        password_env: str | None = None,
+        prefix: str = "s2t",
+        timeout_s: float = 1.0,
+    ) -> None:
         try:
             import redis
             from redis.backoff import NoBackoff
             from redis.retry import Retry
         except ImportError:
             raise ConfigError("The redis package is not installed.", hint="pip install s2t-agents[redis]") from None
-        self._url, self._prefix, self._timeout_s = url, prefix, timeout_s
+        self._address, password = address_of(url)
+        if password_env is not None:
+            password = password_in(password_env, also=password)
+        self._protected, self._password_env = password is not None, password_env
+        self._prefix, self._timeout_s = prefix, timeout_s
         self._error: type[Exception] = redis.RedisError
         self._frozen_us: int | None = None  # instead of the server's time: tests move it
         self._kept: dict[str, tuple[int, int, int]] = {}
-        try:
+        usable = False
+        with contextlib.suppress(Exception):  # whatever it says may quote a part of the URL
             self._client: redis.Redis = redis.Redis.from_url(
-                url,
+                self._address,
+                password=password,
                 decode_responses=True,
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
                 retry=Retry(NoBackoff(), 0),  # a settle that got through must not be sent twice
             )
-        except ValueError as error:
-            raise ConfigError(f"Redis URL: {error}.", hint="As redis://localhost:6379/0.") from None
+            pool = self._client.connection_pool
+            pool.connection_class(**pool.connection_kwargs)  # connects nowhere, and refuses options nobody knows
+            usable = True
+        if not usable:
+            raise ConfigError("the Redis URL has an option that cannot be used.", hint=FORM)
         self._unknown: type[Exception] = redis.exceptions.NoScriptError
         self._keys: dict[str, tuple[str, str, str]] = {}
 
@@ -102,11 +124,11 @@ class RedisStore:
 
     def settle(self, hold: str, actual: Units) -> Closing:
         """Replace the hold by what was used."""
-        return Closing(self._run(hold, "finish", hold, _parts(actual)))
+        return self._finished(self._run(hold, "finish", hold, _parts(actual)))
 
     def release(self, hold: str) -> Closing:
         """Give the hold back."""
-        return Closing(self._run(hold, "finish", hold))
+        return self._finished(self._run(hold, "finish", hold))
 
     def extend(self, path: str, more: tuple[int, int, int], micros: int, once: str = "") -> bool:
         """Raise the limits."""
@@ -131,10 +153,11 @@ class RedisStore:
         self._client.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened, (self._url, self._prefix, self._timeout_s)
+        name = self._password_env or (PASSWORD_ENV if self._protected else None)
+        return _opened, (self._address, self._prefix, self._timeout_s, name)
 
     def __repr__(self) -> str:
-        return f"RedisStore(prefix={self._prefix!r})"  # the URL may hold a password
+        return f"RedisStore(prefix={self._prefix!r})"
 
     def _run(self, path: str, op: str, *args: object) -> object:
         root = path.partition("/")[0]
@@ -142,12 +165,29 @@ class RedisStore:
         if keys is None:
             tree = f"{self._prefix}:{{{root}}}"
             keys = self._keys[root] = (f"{tree}:meters", f"{tree}:holds", f"{tree}:expiry")
+        fault: StoreUnavailable
         try:
             return self._script(op, keys, json.dumps((op, _or_none(self._frozen_us), *args)))
         except self._error as error:
-            raise StoreUnavailable(
-                f"The budget store on Redis cannot be used: {error}.", hint="Nothing may be spent until it is back."
-            ) from error
+            fault = self._fault(root, str(error))
+        except ValueError:  # a reply that is no text
+            fault = self._damaged(root)
+        raise fault  # out here it carries no chain: what a server says may have the password in it
+
+    def _fault(self, root: str, said: str) -> StoreUnavailable:
+        if DAMAGED in said or said.startswith(("WRONGTYPE", "ERR user_script", "user_script")):
+            return self._damaged(root)
+        password = self._client.connection_pool.connection_kwargs.get("password")
+        shown = said.replace(password, "***") if password else said
+        return StoreUnavailable(
+            f"The budget store on Redis cannot be used: {shown}.", hint="Nothing may be spent until it is back."
+        )
+
+    def _damaged(self, root: str) -> BadStore:
+        return BadStore(
+            f"Redis holds something else than the budget {root!r} under {self._prefix}:{{{root}}}:*.",
+            hint="Take another prefix, or delete these keys: what was spent is then forgotten.",
+        )
 
     def _script(self, op: str, keys: tuple[str, str, str], args: str) -> object:
         send = cast(Callable[..., object], self._client.execute_command)
@@ -156,8 +196,17 @@ class RedisStore:
         except self._unknown:  # a new server, or one that was started again
             return send("EVAL", SCRIPTS[op], 3, *keys, args)
 
+    def _finished(self, said: object) -> Closing:
+        if isinstance(said, list):
+            raise self._missing(str(said[1]))
+        return Closing(said)
+
     def _noted(self, path: str, text: str) -> Terms:
-        terms = _read(text)
+        terms = None
+        with contextlib.suppress(ValueError, TypeError, LookupError, BadLimit):
+            terms = _read(text)
+        if terms is None:
+            raise self._damaged(path.partition("/")[0])
         self._kept[path] = terms.keep
         return terms
 
@@ -180,8 +229,8 @@ def _or_none(limit: int | None) -> int:
     return NONE if limit is None else limit
 
 
-def _opened(url: str, prefix: str, timeout_s: float) -> RedisStore:
-    return RedisStore(url, prefix=prefix, timeout_s=timeout_s)
+def _opened(url: str, prefix: str, timeout_s: float, password_env: str | None = None) -> RedisStore:
+    return RedisStore(url, password_env=password_env, prefix=prefix, timeout_s=timeout_s)
 
 
 def _written(terms: Terms) -> str:
@@ -191,5 +240,9 @@ def _written(terms: Terms) -> str:
 
 def _read(text: str) -> Terms:
     limits, keep, micros, window = json.loads(text)
+    if not all(number is None or (type(number) is int and number >= 0) for number in (*limits, *keep, micros)):
+        raise ValueError("terms are whole numbers")
+    if len(limits) != 3 or len(keep) != 3 or None in keep:
+        raise ValueError("terms are for three units")
     span = None if window is None else Window(*window)
     return Terms((limits[0], limits[1], limits[2]), (keep[0], keep[1], keep[2]), micros, span)

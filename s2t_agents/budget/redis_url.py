@@ -1,0 +1,79 @@
+"""Reading a Redis URL: nothing in it is quoted when it is refused, and its password goes its own way."""
+
+from __future__ import annotations
+
+import os
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
+
+from s2t_agents.errors import ConfigError
+
+PASSWORD_ENV = "S2T_REDIS_PASSWORD"
+"""Where a store that was pickled without its password looks for it."""
+FORM = "As redis://localhost:6379/0; inside its parts / is written %2F, # %23, ? %3F, @ %40."
+OURS = frozenset(
+    {
+        *("decode_responses", "encoding", "encoding_errors", "retry", "retry_on_error", "retry_on_timeout"),
+        *("socket_timeout", "socket_connect_timeout", "timeout", "connection_class"),
+    }
+)
+"""Options that the store sets itself."""
+
+
+def address_of(url: str) -> tuple[str, str | None]:
+    """A Redis URL without its password, and the password; None where it has none.
+
+    redis-py takes what it cannot read for something else: of ``redis://:12/34@host`` it makes port 12 of this machine.
+    Here that is refused.
+
+    Raises:
+        ConfigError: it cannot be read; no part of it is repeated, since any may belong to the password.
+    """
+    try:
+        parts = urlsplit(url)
+        options = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+        fits = _fits(url, parts)
+    except (ValueError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise ConfigError("the Redis URL cannot be read.", hint=FORM)
+    names = [name for name, _ in options]
+    if len(set(names)) != len(names) or not OURS.isdisjoint(names):
+        raise ConfigError(
+            f"the Redis URL repeats an option, or has one of {', '.join(sorted(OURS))}, which the store sets itself.",
+            hint="Give timeout_s to the store, and every option once.",
+        )
+    given = dict(options)
+    in_options = given.pop("password", None)
+    password = unquote(parts.password) if parts.password else in_options
+    user, at, host = parts.netloc.rpartition("@")
+    name = user.partition(":")[0]
+    place = f"{name}@{host}" if at and name else host
+    return f"{parts.scheme}://{place}{parts.path}{'?' if given else ''}{urlencode(given)}", password
+
+
+def password_in(variable: str, *, also: str | None) -> str:
+    """The password that an environment variable holds.
+
+    Raises:
+        ConfigError: it holds none, or the URL has another.
+    """
+    if also is not None:
+        raise ConfigError("the Redis URL has a password, and password_env is given too.", hint="Drop one of them.")
+    password = os.environ.get(variable, "")
+    if not password:
+        raise ConfigError(
+            f"the environment variable {variable} holds no password for Redis.",
+            hint="A RedisStore travels without its password: set this variable in every process that uses it.",
+        )
+    return password
+
+
+def _fits(url: str, parts: SplitResult) -> bool:
+    """Whether every part is what its place is for."""
+    if parts.scheme not in ("redis", "rediss", "unix") or "#" in url or not url.isprintable() or " " in url:
+        return False
+    if parts.scheme == "unix":
+        return bool(parts.path) and parts.hostname is None
+    port = parts.port  # raises where it is no number
+    base = parts.path.removeprefix("/")
+    return bool(parts.hostname) and port != 0 and (not base or (base.isascii() and base.isdecimal()))
