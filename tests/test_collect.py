@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import forked
@@ -13,17 +14,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_fixtures import QUICK, prompts, save_model, tiny_pair, write_prompts
 
+from s2t_agents.engine.steps import Engine
 from s2t_agents.errors import ConfigError, InputError, ModelNotFound, S2TError, TokenizerMismatch
+from s2t_agents.models.glance import FLOOR
 from s2t_agents.models.prefix import Prefix
+from s2t_agents.testing import tiny_model
 from s2t_agents.training import shards as shard_files
 from s2t_agents.training.collect import check_same_ids, collect, collect_with
 from s2t_agents.training.config import CollectConfig, Models, Rollouts
 from s2t_agents.training.crew import Crew
+from s2t_agents.training.dialogue import Speaker
 from s2t_agents.training.disagreement import hidden_along
-from s2t_agents.training.groups import Example
-from s2t_agents.training.labels import along, dialogues, label
+from s2t_agents.training.groups import Example, choose
+from s2t_agents.training.labels import LocalTeacher, along, dialogues, label
+from s2t_agents.training.losses import selection_loss
 from s2t_agents.training.shards import read_manifest, read_shards
 from s2t_agents.training.tasks import DemoTaskConfig, JsonlTask, JsonlTaskConfig, disjoint
+from s2t_agents.training.tasks.items import Calls
+from s2t_agents.types import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -340,3 +348,49 @@ def test_a_trajectory_is_labelled_the_same_in_any_batch(pair):
     alone = label(slm, teacher, trajectories[2:3], 4)[0]
     torch.testing.assert_close(together[2].llm, alone.llm, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(together[2].kl, alone.kl, atol=1e-4, rtol=1e-4)
+
+
+TOOLS = (
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "parameters": {
+                "type": "object",
+                "properties": {"unit": {"enum": ["mm", "cm", "mile", "inch"]}, "exact": {"type": "boolean"}},
+                "required": ["unit", "exact"],
+            },
+        },
+    },
+)
+
+
+def test_labels_are_of_what_was_legal(tmp_path):
+    slm, llm = (tiny_model("qwen3", seed=seed, max_position_embeddings=1024) for seed in (1, 2))
+    teacher = LocalTeacher(llm)
+    task = prompts(tmp_path, 4)
+    task.items = [replace(item, tools=TOOLS, calls=Calls()) for item in task.items]
+    task.call = lambda item, name, arguments: None  # the call is the answer
+    settings = Rollouts(k=4, max_tokens=200, shard_items=4)
+    collect_with(slm, teacher, task, settings, tmp_path / "out")
+    (shard,) = read_shards(tmp_path / "out")
+    speaker = Speaker(slm)
+    for (prompt, ids, steps), item in zip(shard.trajectories(), task.items, strict=True):
+        assert [name for name, _ in speaker.read(ids).calls] == ["add"]
+        grammar = speaker.grammar(item, prompt, 200)
+        live = list(Engine(slm, k=4).steps(prompt, Sampling(max_tokens=200), grammar=grammar))
+        assert ids == [step.token_id for step in live]
+        for at, step in zip(range(steps.start, steps.stop), live, strict=True):
+            legal = shard.slm[at] > FLOOR
+            assert shard.candidates[at][0] == step.token_id
+            assert torch.equal(legal, shard.llm[at] > FLOOR)
+            assert shard.llm_best[at] in shard.candidates[at][legal] or legal.all()
+            assert shard.slm[at][legal].exp().sum() <= 1 + 1e-4
+            if step.picked_by == "grammar":
+                assert (int(legal.sum()), float(shard.entropy[at]), float(shard.kl[at])) == (1, 0.0, 0.0)
+    forced, free = (shard.entropy == 0).sum(), (shard.entropy > 0).sum()
+    assert forced > 20
+    assert free >= 8
+    examples = choose([("x", shard)], k=4, rate=0.2, kl_rate=0.05)
+    scores = torch.cat([example.slm for example in examples])
+    assert selection_loss(scores, torch.cat([e.llm for e in examples]), soft=0.5, temperature=1.0).isfinite()

@@ -125,7 +125,7 @@ def test_the_public_names_are_these() -> None:
 
 def test_the_wheel_lists_every_package_and_the_integrations() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {"s2t_agents"} | {f"s2t_agents.{p.parent.name}" for p in PACKAGE.glob("*/__init__.py")}
+    folders = {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("__init__.py")}
     assert set(settings["packages"]) == folders | {"s2t_agents.integrations"}
     import s2t_agents.integrations as shipped
 

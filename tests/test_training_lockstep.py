@@ -4,12 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from jsonschema import validate
 from training_fixtures import tiny_pair
 
 from s2t_agents.budget import Budget
+from s2t_agents.engine.grammar import vocabulary
 from s2t_agents.engine.steps import Engine
 from s2t_agents.escalation import Escalation
 from s2t_agents.models.batch_prefix import BatchPrefix
+from s2t_agents.request import Request
 from s2t_agents.selectors import LocalLLM
 from s2t_agents.training.config import Adapter, Fit
 from s2t_agents.training.deciders import (
@@ -23,6 +26,7 @@ from s2t_agents.training.deciders import (
     entropy_above,
     probe_above,
 )
+from s2t_agents.training.dialogue import Speaker
 from s2t_agents.training.lines import Line, Meter
 from s2t_agents.training.lockstep import generate
 from s2t_agents.training.objectives import fresh_selector
@@ -158,3 +162,77 @@ def test_the_probe_runs_where_the_model_is_wherever_its_weights_were_read():
         prefix=SimpleNamespace(hidden=torch.zeros(2, 3, device=there)), entropy=torch.zeros(2, device=there)
     )
     assert probe_above(torch.zeros(4), 0.0, 0.5)(view).device == there
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {"type": "object", "properties": properties, "required": list(properties)},
+        },
+    }
+    for name, properties in {
+        "add": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+        "find": {"what": {"enum": ["cats", "dogs", "cattle"]}, "near": {"type": "boolean"}},
+    }.items()
+]
+ROOM = 400
+
+
+def ruled(slm, choices=("any", "any", "auto", "any", "auto")):
+    """A grammar for each of the prompts, just started; "auto" may say anything before it calls."""
+    words = vocabulary(slm.tokenizer, slm.vocab_size, sorted(slm.eos_ids))
+    compiled = {
+        choice: Request(tools=tuple(TOOLS), tool_choice=choice, parallel=False).compile(words)
+        for choice in set(choices)
+    }
+    return [compiled[choice].start(ROOM) for choice in choices]
+
+
+def under_rules(engine):
+    sampling = Sampling(max_tokens=ROOM)
+    pairs = zip(PROMPTS, ruled(engine.slm), strict=True)
+    return [[*engine.steps(prompt, sampling, grammar=grammar)] for prompt, grammar in pairs]
+
+
+def test_greedy_under_a_grammar(pair):
+    slm, _ = pair
+    live = under_rules(Engine(slm))
+    traces = generate(BatchPrefix(slm, PROMPTS), Greedy(), ROOM, ruled(slm))
+    assert [trace.ids for trace in traces] == ids(live)
+    assert len({step.picked_by for steps in live for step in steps}) == 2  # forced tokens are among them
+
+
+@pytest.mark.parametrize("picker", ["selector", "llm"])
+def test_a_second_look_under_a_grammar(pair, picker):
+    slm, llm = pair
+    selector = opinionated(slm, "head") if picker == "selector" else None
+    escalation = Escalation(LocalLLM(llm), margin=1.0) if picker == "llm" else None
+    engine = Engine(slm, k=4, trigger=entropy(above=0.5), selector=selector, escalation=escalation)
+    live = under_rules(engine)
+    meter = Meter(len(PROMPTS))
+    meter.turn(PROMPTS, list(range(len(PROMPTS))))
+    chosen = (
+        Local(scorer_for(selector, PROMPTS)) if selector else Selection(Line(lambda: BatchPrefix(llm, PROMPTS)), meter)
+    )
+    traces = generate(BatchPrefix(slm, PROMPTS), Corrected(entropy_above(0.5), chosen, 4), ROOM, ruled(slm))
+    assert [trace.ids for trace in traces] == ids(live)
+    assert [trace.triggered for trace in traces] == [[s.index for s in steps if s.triggered] for steps in live]
+    assert meter.calls.tolist() == [sum(s.escalation is not None for s in steps) for steps in live]
+    assert sum(len(trace.flipped) for trace in traces) > 5
+
+
+def test_draws_and_takeovers_stay_within_the_grammar(pair):
+    slm, llm = pair
+    meter = Meter(len(PROMPTS))
+    meter.turn(PROMPTS, list(range(len(PROMPTS))))
+    takeover = Corrected(entropy_above(0.0), Takeover(Line(lambda: BatchPrefix(llm, PROMPTS)), meter), 4)
+    for decider in (Sampled(1.5, [1, 2, 3, 4, 5], ROOM), takeover):
+        for trace in generate(BatchPrefix(slm, PROMPTS), decider, ROOM, ruled(slm, ["any"] * 5)):
+            reply = Speaker(slm).read(trace.ids)
+            assert [name for name, _ in reply.calls] in (["add"], ["find"])
+            validate(
+                reply.calls[0][1],
+                next(t for t in TOOLS if t["function"]["name"] == reply.calls[0][0])["function"]["parameters"],
+            )

@@ -100,9 +100,48 @@ class Collector:
         first = number * self._settings.shard_items
         items = self._task.items[first : first + self._settings.shard_items]
         answers = _answers(self._speaker, self._task, items, self._settings, self._policy)
-        shard = _labelled(self._slm, self._teacher, self._task, answers, first, self._settings.k)
+        shard = self._labelled(answers, first)
         write_shard(self._out, number, shard)
         return len(items)
+
+    def _labelled(self, answers: Sequence[Answer], first: int) -> Shard:
+        """The shard of these answers; ``first`` is the place of the shard's first item."""
+        place = {answer.item.id: first + at for at, answer in reversed(list(enumerate(answers)))}
+        trajectories = [
+            (prompt, trace.ids)
+            for answer in answers
+            for prompt, trace in zip(answer.prompts, answer.traces, strict=True)
+        ]
+        owners = [answer for answer in answers for _ in answer.traces]
+        grammars = [
+            self._speaker.grammar(answer.item, prompt, self._settings.max_tokens)
+            for answer in answers
+            for prompt in answer.prompts
+        ]
+        labels = label(self._slm, self._teacher, trajectories, self._settings.k, grammars)
+        _check_numbers(self._slm, self._teacher, labels)
+
+        def flat(name: str, dtype: torch.dtype) -> torch.Tensor:
+            return torch.cat([getattr(each, name) for each in labels]).to("cpu", dtype)
+
+        def ends(lists: Sequence[Sequence[int]]) -> torch.Tensor:
+            return torch.tensor([len(each) for each in lists]).cumsum(0)
+
+        prompts, completions = [prompt for prompt, _ in trajectories], [ids for _, ids in trajectories]
+        return Shard(
+            prompt_ids=torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int32),
+            prompt_ends=ends(prompts),
+            ids=torch.tensor([token for ids in completions for token in ids], dtype=torch.int32),
+            ends=ends(completions),
+            item=torch.tensor([place[answer.item.id] for answer in owners]),
+            right=torch.tensor([self._task.grade(answer.item, answer.text) for answer in owners], dtype=torch.uint8),
+            candidates=flat("candidates", torch.int32),
+            slm=flat("slm", torch.float32),
+            llm=flat("llm", torch.float32),
+            llm_best=flat("llm_best", torch.int32),
+            kl=flat("kl", torch.float32),
+            entropy=flat("entropy", torch.float32),
+        )
 
 
 def _open(config: CollectConfig) -> Collector:
@@ -210,36 +249,3 @@ def _check_numbers(slm: LanguageModel, teacher: Teacher, labels: Sequence[Labels
                 f"{name!r} gives log-probabilities that are no numbers (NaN); this shard was not written.",
                 hint="Shards before it are kept. Take another dtype: float16 overflows in some models.",
             )
-
-
-def _labelled(slm: LanguageModel, teacher: Teacher, task: Task, answers: Sequence[Answer], first: int, k: int) -> Shard:
-    """The shard of these answers; ``first`` is the place of the shard's first item."""
-    place = {answer.item.id: first + at for at, answer in reversed(list(enumerate(answers)))}
-    trajectories = [
-        (prompt, trace.ids) for answer in answers for prompt, trace in zip(answer.prompts, answer.traces, strict=True)
-    ]
-    owners = [answer for answer in answers for _ in answer.traces]
-    labels = label(slm, teacher, trajectories, k)
-    _check_numbers(slm, teacher, labels)
-
-    def flat(name: str, dtype: torch.dtype) -> torch.Tensor:
-        return torch.cat([getattr(each, name) for each in labels]).to("cpu", dtype)
-
-    def ends(lists: Sequence[Sequence[int]]) -> torch.Tensor:
-        return torch.tensor([len(each) for each in lists]).cumsum(0)
-
-    prompts, completions = [prompt for prompt, _ in trajectories], [ids for _, ids in trajectories]
-    return Shard(
-        prompt_ids=torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int32),
-        prompt_ends=ends(prompts),
-        ids=torch.tensor([token for ids in completions for token in ids], dtype=torch.int32),
-        ends=ends(completions),
-        item=torch.tensor([place[answer.item.id] for answer in owners]),
-        right=torch.tensor([task.grade(answer.item, answer.text) for answer in owners], dtype=torch.uint8),
-        candidates=flat("candidates", torch.int32),
-        slm=flat("slm", torch.float32),
-        llm=flat("llm", torch.float32),
-        llm_best=flat("llm_best", torch.int32),
-        kl=flat("kl", torch.float32),
-        entropy=flat("entropy", torch.float32),
-    )

@@ -70,9 +70,9 @@ class Sampled(Greedy):
 
     def choose(self, view: View) -> Choice:
         """The next column, by inverse of the cumulative distribution."""
-        mass = (view.prefix.logits / self._temperature).softmax(-1).double().cumsum(-1)
+        mass = (view.logits / self._temperature).softmax(-1).double().cumsum(-1)
         lots = self._lots[view.rows.cpu(), view.index].to(mass.device).double()[:, None] * mass[:, -1:]
-        tokens = torch.searchsorted(mass, lots, right=True)[:, 0].clamp_max(mass.shape[1] - 1)
+        tokens = view.taken(torch.searchsorted(mass, lots, right=True)[:, 0].clamp_max(mass.shape[1] - 1))
         nobody = torch.zeros_like(tokens, dtype=torch.bool)
         return Choice(tokens, nobody, nobody)
 
@@ -102,7 +102,7 @@ class Corrected:
 
     def choose(self, view: View) -> Choice:
         """The next column."""
-        triggered = self._condition(view)
+        triggered = self._condition(view) & view.open
         tokens, by_llm = view.best.clone(), torch.zeros_like(triggered)
         rows = triggered.nonzero()[:, 0]
         if len(rows):
@@ -139,10 +139,13 @@ class Selection:
         self.lines = [line]
 
     def pick(self, view: View, rows: Tensor, candidates: Tensor, slm: Tensor) -> tuple[Tensor, Tensor]:
-        """The candidate that the LLM holds most likely."""
-        self._meter.count(view, rows)
-        best = self._line.log_probs(rows).gather(1, candidates).argmax(-1, keepdim=True)
-        return candidates.gather(1, best)[:, 0], torch.ones_like(rows, dtype=torch.bool)
+        """The candidate that the LLM holds most likely; it is not asked about one alone."""
+        asked = several(slm)
+        self._meter.count(view, rows[asked])
+        best = torch.zeros_like(rows)
+        if asked.any():
+            best[asked] = among_legal(self._line.log_probs(rows[asked]), candidates[asked], slm[asked])
+        return candidates.gather(1, best[:, None])[:, 0], asked
 
 
 class Takeover:
@@ -155,7 +158,8 @@ class Takeover:
     def pick(self, view: View, rows: Tensor, candidates: Tensor, slm: Tensor) -> tuple[Tensor, Tensor]:
         """The LLM's best token."""
         self._meter.count(view, rows)
-        return self._line.log_probs(rows).argmax(-1), torch.ones_like(rows, dtype=torch.bool)
+        legal = view.logits[rows] > -torch.inf
+        return self._line.log_probs(rows).masked_fill(~legal, -torch.inf).argmax(-1), torch.ones_like(legal[:, 0])
 
 
 class Hybrid:
@@ -178,13 +182,23 @@ class Hybrid:
         """The selector's pick, or the LLM's."""
         scores = self._scorer.scores(view, rows, candidates, slm)
         best = scores.argmax(-1)
-        asked = (margins(scores) < self._margin) & (self._meter.used(view, rows) < self._limit)
+        unsure = margins(scores) < self._margin
+        asked = unsure & several(slm) & (self._meter.used(view, rows) < self._limit)
         going_up = asked.nonzero()[:, 0]
         if len(going_up):
             self._meter.count(view, rows[going_up])
-            llm = self._line.log_probs(rows[going_up]).gather(1, candidates[going_up])
-            best[going_up] = llm.argmax(-1)
+            best[going_up] = among_legal(self._line.log_probs(rows[going_up]), candidates[going_up], slm[going_up])
         return candidates.gather(1, best[:, None])[:, 0], asked
+
+
+def several(slm: Tensor) -> Tensor:
+    """``[N]`` bool: more than one of the candidates is legal, from their log-probabilities ``[N, K]``."""
+    return (slm > -torch.inf).sum(-1) > 1
+
+
+def among_legal(llm: Tensor, candidates: Tensor, slm: Tensor) -> Tensor:
+    """``[N]``: place of the legal candidate that the LLM, ``[N, V]``, holds most likely."""
+    return llm.gather(1, candidates).masked_fill(slm == -torch.inf, -torch.inf).argmax(-1)
 
 
 def margins(scores: Tensor) -> Tensor:

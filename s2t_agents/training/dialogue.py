@@ -1,6 +1,7 @@
 """Whole answers in bulk: the small loop of turns around one generation, for many items at once.
 
-A turn that calls tools gets what the task's tools return and goes on; a turn that does not is the answer.
+A turn that calls tools gets what the task's tools return and goes on; a turn that does not is the answer, and so are
+calls to which nothing comes back.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from langchain_core.messages import convert_to_messages
 
+from ..engine.grammar import CompiledGrammar, Grammar, tool_grammar, vocabulary
 from ..errors import ContextOverflow
 from ..messages import PromptEncoder
 from ..models.batch_prefix import BatchPrefix
@@ -20,6 +22,10 @@ from ..models.language_model import LanguageModel
 from ..tool_calls import ToolCallParser
 from .lockstep import Decider, Trace, generate
 from .tasks import Item, Message, Task
+from .tasks.items import calls_text
+
+GRAMMARS_KEPT = 256
+"""Compiled grammars per speaker: the rows of a table answer the same items one after the other."""
 
 MAX_TURNS = 3
 """Completions per item: two may call tools, the last must answer."""
@@ -54,6 +60,7 @@ class Speaker:
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self._encoder = PromptEncoder(model.tokenizer)
+        self._compiled: dict[str, CompiledGrammar] = {}
 
     def encode(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[int]:
         """Ids up to where the assistant speaks, as ``ChatS2T`` makes them.
@@ -63,6 +70,22 @@ class Speaker:
         """
         limit = self.model.context_window - 1
         return self._encoder.encode(convert_to_messages(list(messages)), list(tools), limit=limit)
+
+    def grammar(self, item: Item, prompt: Sequence[int], max_tokens: int) -> Grammar | None:
+        """What may answer this item's ``prompt``, about to begin; None where anything may.
+
+        Raises:
+            BadSchema, ConfigError: as ``ChatS2T`` for the same tools.
+        """
+        if item.calls is None:
+            return None
+        key = json.dumps([item.tools, item.calls.several])
+        if key not in self._compiled:
+            words = vocabulary(self.model.tokenizer, self.model.vocab_size, sorted(self.model.eos_ids))
+            if len(self._compiled) >= GRAMMARS_KEPT:
+                self._compiled.pop(next(iter(self._compiled)))
+            self._compiled[key] = tool_grammar(words, item.tools, "any", parallel=item.calls.several)
+        return self._compiled[key].start(min(max_tokens, self.model.context_window - len(prompt)))
 
     def read(self, ids: Sequence[int]) -> Reply:
         """Text and tool calls of a completion, its end token included or not."""
@@ -77,7 +100,10 @@ class Speaker:
 
 
 def next_turn(task: Task, item: Item, messages: Sequence[Message], reply: Reply) -> tuple[Message, ...] | None:
-    """The messages of the next turn: the calls made and what the tools return; None when the reply was the answer."""
+    """The messages of the next turn: the calls made and what the tools return; None when the reply was the answer.
+
+    Calls are the answer where a tool returns nothing.
+    """
     if not reply.calls:
         return None
     calls, results = [], []
@@ -85,6 +111,8 @@ def next_turn(task: Task, item: Item, messages: Sequence[Message], reply: Reply)
         function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
         calls.append({"id": f"call_{at}", "type": "function", "function": function})
         returned = task.call(item, name, arguments)
+        if returned is None:
+            return None
         results.append({"role": "tool", "tool_call_id": f"call_{at}", "name": name, "content": returned})
     return (*messages, {"role": "assistant", "content": reply.text, "tool_calls": calls}, *results)
 
@@ -121,14 +149,16 @@ def converse(
         if not rows:
             break
         wanted = [prompts[at] for at in rows]
-        traces = generate(read(wanted), make(wanted, rows), max_tokens)
+        grammars = [speaker.grammar(items[at], prompts[at], max_tokens) for at in rows]
+        ruled = grammars if any(each is not None for each in grammars) else None
+        traces = generate(read(wanted), make(wanted, rows), max_tokens, ruled)
         upcoming: dict[int, tuple[Message, ...]] = {}
         for at, prompt, trace in zip(rows, wanted, traces, strict=True):
             reply = speaker.read(trace.ids)
             answers[at].prompts.append(prompt)
             answers[at].traces.append(trace)
-            answers[at].text = reply.text
             following = next_turn(task, items[at], going[at], reply)
+            answers[at].text = calls_text(reply.calls) if reply.calls and following is None else reply.text
             if following is not None and turn + 1 < MAX_TURNS:
                 upcoming[at] = following
         going, prompts = _fitting(speaker, items, upcoming)

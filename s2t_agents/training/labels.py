@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,7 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..engine.grammar import Grammar
 from ..models.batch_prefix import left_padded
+from ..models.glance import FLOOR
 from ..models.language_model import LanguageModel
 from ..proposal import best_first, entropy_of
 from .shards import ModelIdentity
@@ -47,7 +50,10 @@ class Teacher(Protocol):
     def opinions(
         self, trajectories: Sequence[Trajectory], slm: Sequence[Tensor], candidates: Sequence[Tensor]
     ) -> list[Opinion]:
-        """One per trajectory, given the SLM's log-probabilities ``[n, V]`` and candidates ``[n, K]`` along each."""
+        """One per trajectory, given the SLM's log-probabilities ``[n, V]`` and candidates ``[n, K]`` along each.
+
+        What the SLM holds at ``FLOOR`` is illegal there, and is for the LLM too.
+        """
         ...
 
 
@@ -63,12 +69,32 @@ class Labels:
     entropy: Tensor
 
 
-def label(slm: LanguageModel, teacher: Teacher, trajectories: Sequence[Trajectory], k: int) -> list[Labels]:
-    """Label all steps of all trajectories, in their order."""
+def label(
+    slm: LanguageModel,
+    teacher: Teacher,
+    trajectories: Sequence[Trajectory],
+    k: int,
+    grammars: Sequence[Grammar | None] | None = None,
+) -> list[Labels]:
+    """Label all steps of all trajectories, in their order.
+
+    Args:
+        slm: proposes the candidates.
+        teacher: the LLM.
+        trajectories: prompts and completions.
+        k: candidates per step.
+        grammars: under which each completion was made, just started: both models are then seen through them, as
+            the engine sees the SLM. Illegal candidates are at ``FLOOR``; where a token is forced, the models agree.
+    """
     labels: list[Labels | None] = [None] * len(trajectories)
     for batch in batches_of_dialogues([prompt + ids for prompt, ids in trajectories]):
         part = [trajectories[at] for at in batch]
         ours = along(slm, part)
+        if grammars is not None:
+            ours = [
+                under(grammar, ids, log_probs)
+                for grammar, (_, ids), log_probs in zip((grammars[at] for at in batch), part, ours, strict=True)
+            ]
         tops = [best_first(log_probs, k) for log_probs in ours]
         opinions = teacher.opinions(part, ours, [candidates for _, candidates in tops])
         for at, log_probs, (values, candidates), opinion in zip(batch, ours, tops, opinions, strict=True):
@@ -92,10 +118,30 @@ class LocalTeacher:
         for theirs, ours, ids in zip(along(self._model, trajectories), slm, candidates, strict=True):
             theirs = theirs.to(ours.device)
             width = min(theirs.shape[1], ours.shape[1])
-            p = theirs[:, :width].exp()
-            kl = (p * (theirs[:, :width] - ours[:, :width])).sum(-1).clamp_min(0)
+            theirs, ours = theirs[:, :width], ours[:, :width]
+            theirs = theirs.masked_fill(ours <= FLOOR, -torch.inf).log_softmax(-1).clamp_min(FLOOR)
+            kl = (theirs.exp() * (theirs - ours)).sum(-1).clamp_min(0)
             found.append(Opinion(theirs.gather(1, ids.clamp_max(width - 1)), theirs.argmax(-1), kl))
         return found
+
+
+def under(grammar: Grammar | None, ids: Sequence[int], log_probs: Tensor) -> Tensor:
+    """Log-probabilities ``[n, V]`` along a completion of n tokens, over what was legal; the rest at ``FLOOR``."""
+    if grammar is None:
+        return log_probs
+    legal = torch.ones(log_probs.shape, dtype=torch.bool)
+    forced: deque[int] = deque()
+    for at, token in enumerate(ids):
+        forced = forced or deque(grammar.forced())
+        if forced:
+            legal[at] = False
+            legal[at, forced.popleft()] = True
+        elif (allowed := grammar.allowed(log_probs[at])) is not None:
+            legal[at] = allowed
+        if at + 1 < len(ids):
+            grammar.accept(token)
+    outside = ~legal.to(log_probs.device)
+    return log_probs.masked_fill(outside, -torch.inf).log_softmax(-1).clamp_min(FLOOR)
 
 
 @torch.inference_mode()

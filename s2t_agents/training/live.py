@@ -30,7 +30,9 @@ def answer_live(slm: Speaker, llm: Speaker, task: Task, item: Item, live: Live, 
     messages, completions = tuple(item.messages), []
     for turn in range(MAX_TURNS):
         prompt = speaker.encode(messages, item.tools)
-        ids = [step.token_id for step in engine.steps(prompt, Sampling(max_tokens=max_tokens), budget=budget)]
+        grammar = speaker.grammar(item, prompt, max_tokens)
+        sampling = Sampling(max_tokens=max_tokens)
+        ids = [step.token_id for step in engine.steps(prompt, sampling, grammar=grammar, budget=budget)]
         completions.append(ids)
         following = next_turn(task, item, messages, speaker.read(ids))
         if following is None or turn + 1 == MAX_TURNS:

@@ -1,11 +1,14 @@
 """Generation in bulk: many rows in lockstep, each taking the decisions that ``Engine.steps`` would take for it alone.
 
+Under a grammar, a row's illegal tokens cannot be chosen, and those that it forces are taken without asking anybody.
+
 The engine serves one conversation at a time; rollouts and evaluation need hundreds. A ``Decider`` chooses one token
 per row; ``deciders`` holds those that mirror the engine (tests/test_training_lockstep.py holds the two together).
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..engine.grammar import Grammar
 from ..models.batch_prefix import BatchPrefix
 from ..proposal import entropy_of
 
@@ -27,13 +31,41 @@ class View:
         index: position in the completion, from 0.
     """
 
-    def __init__(self, prefix: BatchPrefix, rows: Tensor, index: int) -> None:
+    def __init__(self, prefix: BatchPrefix, rows: Tensor, index: int, rules: Sequence[Rules] | None = None) -> None:
         self.prefix, self.rows, self.index = prefix, rows, index
+        self._rules = rules
+        self._settled = None if rules is None else [each.settled() for each in rules]
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """``[B, V]``, illegal tokens at -inf."""
+        logits = self.prefix.logits
+        if self._rules is None or self._settled is None:
+            return logits
+        legal = torch.ones(logits.shape, dtype=torch.bool)
+        for at, (rules, settled) in enumerate(zip(self._rules, self._settled, strict=True)):
+            if settled is None:
+                rules.allow(legal[at], logits[at])
+        return logits.masked_fill(~legal.to(logits.device), -torch.inf)
+
+    @cached_property
+    def open(self) -> Tensor:
+        """``[B]`` bool: rows with a choice, their next token is not forced."""
+        if self._settled is None:
+            return torch.ones_like(self.rows, dtype=torch.bool)
+        return torch.tensor([token is None for token in self._settled], device=self.rows.device)
+
+    def taken(self, chosen: Tensor) -> Tensor:
+        """``[B]``: what was chosen, and where a token is forced, that one."""
+        if self._settled is None:
+            return chosen
+        forced = torch.tensor([-1 if token is None else token for token in self._settled], device=chosen.device)
+        return torch.where(self.open.to(chosen.device), chosen, forced)
 
     @cached_property
     def log_probs(self) -> Tensor:
-        """``[B, V]``."""
-        return torch.log_softmax(self.prefix.logits, -1)
+        """``[B, V]``, over the legal tokens."""
+        return torch.log_softmax(self.logits, -1)
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -42,8 +74,8 @@ class View:
 
     @cached_property
     def best(self) -> Tensor:
-        """``[B]``: the tokens that the SLM wants most."""
-        return torch.argmax(self.prefix.logits, -1)
+        """``[B]``: the tokens that the SLM wants most, or has to take."""
+        return self.taken(torch.argmax(self.logits, -1))
 
 
 @dataclass(frozen=True)
@@ -77,9 +109,50 @@ class Trace:
     by_llm: list[int] = field(default_factory=list)
 
 
+class Rules:
+    """One row's grammar, and the tokens that it forces; without a grammar everything is legal."""
+
+    def __init__(self, grammar: Grammar | None) -> None:
+        self._grammar = grammar
+        self._forced = deque(grammar.forced() if grammar else ())
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more may come."""
+        return self._grammar is not None and not self._forced and self._grammar.finished
+
+    def settled(self) -> int | None:
+        """The token that must come next; None where there is a choice."""
+        return self._forced[0] if self._forced else None
+
+    def allow(self, legal: Tensor, logits: Tensor) -> None:
+        """Write what is legal now into ``legal`` ``[V]`` bool, given the model's logits ``[V]``."""
+        allowed = self._grammar.allowed(logits) if self._grammar else None
+        if allowed is not None:
+            legal.copy_(allowed)
+
+    def accept(self, token: int) -> None:
+        """The row took this token, not one that ends it."""
+        if self._grammar is None:
+            return
+        self._grammar.accept(token)
+        if self._forced:
+            self._forced.popleft()
+        if not self._forced:
+            self._forced.extend(self._grammar.forced())
+
+
 @torch.inference_mode()
-def generate(start: BatchPrefix, decider: Decider, max_tokens: int) -> list[Trace]:
+def generate(
+    start: BatchPrefix, decider: Decider, max_tokens: int, grammars: Sequence[Grammar | None] | None = None
+) -> list[Trace]:
     """Continue every row of ``start`` until its end token, ``max_tokens`` or a full context; ``start`` stays as it is.
+
+    Args:
+        start: the prompts.
+        decider: chooses.
+        max_tokens: for each row.
+        grammars: one for each row, just started; None permits every token.
 
     Returns:
         One trace per row. The end token is the last of ``ids``, as the engine emits it.
@@ -88,11 +161,15 @@ def generate(start: BatchPrefix, decider: Decider, max_tokens: int) -> list[Trac
     model = prefix.model
     room = (model.context_window - prefix.mask.sum(1)).tolist()
     traces = [Trace() for _ in room]
+    rules = None if grammars is None else [Rules(grammar) for grammar in grammars]
     alive = list(range(len(room)))
     for index in range(max_tokens):
-        view = View(prefix, torch.tensor(alive, device=model.device), index)
+        living = None if rules is None else [rules[row] for row in alive]
+        view = View(prefix, torch.tensor(alive, device=model.device), index, living)
         choice = decider.choose(view)
         going = _record(traces, alive, view, choice, model.eos_ids, room)
+        if living is not None:
+            going = _accepted(living, choice, going)
         if not going:
             break
         if len(going) < len(alive):
@@ -136,3 +213,11 @@ def _record(
         if token not in eos_ids and len(trace.ids) < room[row]:
             going.append(at)
     return going
+
+
+def _accepted(living: Sequence[Rules], choice: Choice, going: Sequence[int]) -> list[int]:
+    """Tell the grammars of the rows that go on what was taken; returns which still go on."""
+    tokens = choice.tokens.tolist()
+    for at in going:
+        living[at].accept(tokens[at])
+    return [at for at in going if not living[at].finished]

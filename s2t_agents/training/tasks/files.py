@@ -1,103 +1,21 @@
-"""Tasks: where prompts come from, what their tools return, and when an answer is right.
-
-A task is any object with ``Task``'s four members. Two are built in: the demo world, and a JSONL file of
-``{"prompt": ..., "answer": ...}`` lines.
-"""
+"""Prompts from a JSONL file of ``{"prompt": ..., "answer": ...}`` lines."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Literal
 
 from langchain_core.messages import convert_to_messages
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..errors import ConfigError, InputError
-from .grading import GRADERS, Grader, final_answer
+from ...errors import InputError
+from ..grading import GRADERS, Grader
+from .items import Item, Task
 
-Message = dict[str, Any]
-"""A message in OpenAI's format."""
-
-Split = Literal["train", "heldout", "longer", "larger", "unseen", "hard"]
 Grading = Literal["exact", "numeric", "math"]
-
-
-@dataclass(frozen=True)
-class Item:
-    """One prompt: its messages and tools, and whatever its task needs to grade it."""
-
-    id: str
-    messages: tuple[Message, ...]
-    tools: tuple[dict[str, Any], ...]
-    source: Any
-
-
-class Task(Protocol):
-    """Prompts and how to grade them.
-
-    Attributes:
-        name: for reports.
-    """
-
-    name: str
-
-    @property
-    def items(self) -> Sequence[Item]:
-        """In a fixed order, ids unique."""
-        ...
-
-    def call(self, item: Item, name: str, arguments: Mapping[str, Any]) -> str:
-        """What a tool of this item returns."""
-        ...
-
-    def grade(self, item: Item, text: str) -> bool:
-        """Whether the final text is right."""
-        ...
-
-    def vote(self, item: Item, text: str) -> str:
-        """The text's answer in a form in which equal answers are equal strings, for majority votes."""
-        ...
-
-
-class DemoTask:
-    """Problems of the demo world: the loop runs their tools as an agent would.
-
-    Args:
-        split: train, heldout or hard; the splits share no problem.
-        first: seed of the first problem; problems are those of ``first .. first + count - 1``.
-        count: how many.
-        kinds: taken in turn; empty for the world's own mix of word and tool problems.
-    """
-
-    def __init__(self, split: Split, first: int, count: int, kinds: Sequence[str]) -> None:
-        from ..demo import world
-
-        self.name = f"demo/{split}"
-        self._grade = world.grade
-        choices: list[Any] = list(kinds) or [None]
-        problems = [world.generate(first + at, split, choices[at % len(choices)]) for at in range(count)]
-        self.items: Sequence[Item] = [
-            Item(f"{split}-{problem.kind}-{problem.seed}", problem.prompt, problem.tools, problem)
-            for problem in problems
-        ]
-
-    def call(self, item: Item, name: str, arguments: Mapping[str, Any]) -> str:
-        """The problem's own tool result, or its error."""
-        result: str = item.source.call(name, arguments)
-        return result
-
-    def grade(self, item: Item, text: str) -> bool:
-        """As the world grades."""
-        return bool(self._grade(text, item.source))
-
-    def vote(self, item: Item, text: str) -> str:
-        """The last number for problems with a number; the text otherwise."""
-        return final_answer(text) if item.source.kind in ("word", "tool") else text.strip()
 
 
 class JsonlTask:
@@ -193,22 +111,6 @@ def _item(row: dict[str, Any]) -> Item:
     return Item(row["id"], messages, tuple(tools), str(row.get("answer", "")))
 
 
-class DemoTaskConfig(BaseModel):
-    """``[tasks.*]`` for the demo world; fields as in ``DemoTask``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    task: Literal["demo"] = "demo"
-    split: Split = "heldout"
-    first: int = Field(default=0, ge=0)
-    count: int = Field(default=500, ge=1)
-    kinds: tuple[Literal["word", "tool", "call", "talk", "sums", "copy"], ...] = ()
-
-    def open(self) -> Task:
-        """The task itself."""
-        return DemoTask(self.split, self.first, self.count, self.kinds)
-
-
 class JsonlTaskConfig(BaseModel):
     """``[tasks.*]`` for a JSONL file: ``first`` and ``count`` take a part of it."""
 
@@ -224,34 +126,3 @@ class JsonlTaskConfig(BaseModel):
     def open(self) -> Task:
         """The task itself."""
         return JsonlTask(self.path, self.grading, answers=self.answers, first=self.first, count=self.count)
-
-
-TaskConfig = Annotated[DemoTaskConfig | JsonlTaskConfig, Field(discriminator="task")]
-
-
-def prompts_hash(task: Task) -> str:
-    """Of everything that decides which prompts are sent: ids, messages, tools."""
-    digest = hashlib.sha256()
-    for item in task.items:
-        digest.update(json.dumps([item.id, item.messages, item.tools], ensure_ascii=True, default=str).encode())
-    return digest.hexdigest()[:16]
-
-
-def disjoint(train: Task, test: Task) -> None:
-    """Refuse two tasks that share an item: the same problem of the demo world, or the same messages elsewhere.
-
-    Raises:
-        ConfigError: naming the first shared id.
-    """
-    known = set(map(_identity, train.items))
-    shared = [item.id for item in test.items if _identity(item) in known]
-    if shared:
-        raise ConfigError(
-            f"{train.name} and {test.name} share {len(shared)} prompts, {shared[0]!r} first.",
-            hint="Thresholds and weights must never see test problems: take other seeds, or another part of the file.",
-        )
-
-
-def _identity(item: Item) -> str:
-    """What makes an item itself. Small talk repeats across seeds, so problems of the world count by their id."""
-    return json.dumps(item.messages, default=str) if isinstance(item.source, str) else item.id

@@ -1,0 +1,66 @@
+"""Problems of the demo world."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..grading import final_answer
+from .items import Item, Task
+
+Split = Literal["train", "heldout", "longer", "larger", "unseen", "hard"]
+
+
+class DemoTask:
+    """Problems of the demo world: the loop runs their tools as an agent would.
+
+    Args:
+        split: train, heldout or hard; the splits share no problem.
+        first: seed of the first problem; problems are those of ``first .. first + count - 1``.
+        count: how many.
+        kinds: taken in turn; empty for the world's own mix of word and tool problems.
+    """
+
+    def __init__(self, split: Split, first: int, count: int, kinds: Sequence[str]) -> None:
+        from ...demo import world
+
+        self.name = f"demo/{split}"
+        self._grade = world.grade
+        choices: list[Any] = list(kinds) or [None]
+        problems = [world.generate(first + at, split, choices[at % len(choices)]) for at in range(count)]
+        self.items: Sequence[Item] = [
+            Item(name, problem.prompt, problem.tools, problem, identity=name)  # small talk repeats across seeds
+            for problem in problems
+            for name in [f"{split}-{problem.kind}-{problem.seed}"]
+        ]
+
+    def call(self, item: Item, name: str, arguments: Mapping[str, Any]) -> str:
+        """The problem's own tool result, or its error."""
+        result: str = item.source.call(name, arguments)
+        return result
+
+    def grade(self, item: Item, text: str) -> bool:
+        """As the world grades."""
+        return bool(self._grade(text, item.source))
+
+    def vote(self, item: Item, text: str) -> str:
+        """The last number for problems with a number; the text otherwise."""
+        return final_answer(text) if item.source.kind in ("word", "tool") else text.strip()
+
+
+class DemoTaskConfig(BaseModel):
+    """``[tasks.*]`` for the demo world; fields as in ``DemoTask``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: Literal["demo"] = "demo"
+    split: Split = "heldout"
+    first: int = Field(default=0, ge=0)
+    count: int = Field(default=500, ge=1)
+    kinds: tuple[Literal["word", "tool", "call", "talk", "sums", "copy"], ...] = ()
+
+    def open(self) -> Task:
+        """The task itself."""
+        return DemoTask(self.split, self.first, self.count, self.kinds)
