@@ -2,10 +2,22 @@
 
 import io
 import queue
+import time
 
 from rich.console import Console
 
-from s2t_agents.training.progress import TELL_S, DrawnBar, Told, ToldBar, bar, draw, progress_on, tell
+from s2t_agents.training.progress import (
+    TELL_S,
+    DrawnBar,
+    LineBar,
+    Told,
+    ToldBar,
+    bar,
+    draw,
+    lines_of,
+    progress_on,
+    tell,
+)
 
 
 def test_rate_and_time_left_are_shown_when_a_piece_takes_minutes():
@@ -29,6 +41,48 @@ def test_a_bar_is_silent_where_nobody_looks():
     with progress_on(Console(file=shown, force_terminal=False)) as progress:
         DrawnBar(progress, "collect", 2).advance()
     assert shown.getvalue() == ""
+
+
+def test_a_log_has_a_line_a_minute_with_what_is_left():
+    now, lines = [0.0], []
+    bar = LineBar("collect", 1280, lines.append, lambda: now[0])
+    bar.line()
+    for _ in range(2):
+        now[0] += 256.0
+        bar.advance(128)
+    bar.line()
+    bar.say("collect more")
+    bar.line()
+    assert lines[0] == "collect  0/1,280  0:00:00 so far, time left unknown"
+    assert lines[1] == "collect  256/1,280  0:08:32 so far, 0:34:08 left"
+    assert lines[2].startswith("collect more  256/1,280")
+
+
+def test_what_an_earlier_run_did_does_not_count_as_speed():
+    now, lines = [0.0], []
+    bar = LineBar("train", 100, lines.append, lambda: now[0])
+    bar.advance(80)
+    bar.line()
+    now[0] += 60.0
+    bar.advance(10)
+    bar.line()
+    assert lines == ["train  80/100  0:00:00 so far, time left unknown", "train  90/100  0:01:00 so far, 0:01:00 left"]
+
+
+def test_lines_come_while_one_piece_takes_long_and_stop_with_the_work():
+    lines = queue.SimpleQueue()
+    with lines_of(LineBar("label", 1, lines.put), every=0.01):
+        assert [lines.get(timeout=10) for _ in range(3)]
+    while not lines.empty():
+        lines.get()
+    time.sleep(0.05)
+    assert lines.empty()
+
+
+def test_short_work_leaves_no_line_in_a_log(capsys):
+    with bar("read", 3) as line:
+        line.advance()
+    assert capsys.readouterr().err == ""
 
 
 def told(post: queue.SimpleQueue) -> list[Told]:

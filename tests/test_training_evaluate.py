@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from training_fixtures import QUICK, prompts, tiny_pair
+from training_fixtures import QUICK, prompts, tiny_pair, write_prompts
 
 from s2t_agents.errors import ConfigError, InputError
 from s2t_agents.selectors import SelectorConfig
@@ -28,7 +28,7 @@ from s2t_agents.training.plots import draw, draw_hits, draw_reliability
 from s2t_agents.training.probe import probe_with
 from s2t_agents.training.report import Tally
 from s2t_agents.training.shards import read_shards
-from s2t_agents.training.tasks import DemoTask, DemoTaskConfig
+from s2t_agents.training.tasks import DemoTask, DemoTaskConfig, JsonlTask
 
 ROWS = Rows(
     budgets=(1, 2, 4, 8), votes=3, max_tokens=16, batch=5, check=3, agreement=5, k=4, ks=(1, 4), rates=(0.1, 0.3)
@@ -235,9 +235,78 @@ def test_numbers_are_read_from_the_answer(text, answer, right):
 
 def test_a_prompt_that_does_not_fit_is_refused(pair, made, tmp_path):
     slm, llm, _ = pair
-    from s2t_agents.training.tasks import JsonlTask
 
     file = tmp_path / "long.jsonl"
     file.write_text('{"prompt": "' + "a" * 600 + '", "answer": "1"}\n')
     with pytest.raises(InputError, match="512|511|token"):
         evaluate_with(slm, llm, JsonlTask(file, "numeric"), settings(made))
+
+
+class Interrupted(JsonlTask):
+    """Counts what it grades, and is interrupted after so many."""
+
+    graded, limit = 0, float("inf")
+
+    def grade(self, item, text):
+        if self.graded >= self.limit:
+            raise KeyboardInterrupt
+        self.graded += 1
+        return super().grade(item, text)
+
+
+def figures(report) -> dict:
+    return {
+        name: row.model_dump(exclude={"seconds", "live_seconds"})
+        for name, row in {**report.rows, **report.sweeps.get("k", {})}.items()
+    }
+
+
+def test_a_killed_run_goes_on_where_it_was(pair, made, tmp_path):
+    slm, llm, _ = pair
+    file = write_prompts(tmp_path / "prompts.jsonl", 6)
+    rows = Rows(max_tokens=8, check=2, agreement=2, k=4, ks=(2,), budgets=(1,), votes=2, batch=4)
+    only = {"head": made / "head"}
+    config = settings(made, rows=rows, out=tmp_path / "out", selectors=only)
+    task = Interrupted(file, "numeric")
+    task.limit = 21
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_with(slm, llm, task, config)
+    again = Interrupted(file, "numeric")
+    report = evaluate_with(slm, llm, again, config)
+    whole = evaluate_with(slm, llm, JsonlTask(file, "numeric"), settings(made, rows=rows, selectors=only))
+    assert figures(report) == figures(whole)
+    per_row = len(again.items)
+    assert again.graded <= per_row * len(figures(whole)) - task.graded + rows.batch
+    last = Interrupted(file, "numeric")
+    assert figures(evaluate_with(slm, llm, last, config)) == figures(whole)
+    assert last.graded == 0
+
+
+def test_answers_are_there_to_be_looked_at(pair, made, tmp_path):
+    slm, llm, _ = pair
+    rows = Rows(max_tokens=6, check=0, agreement=0, k=4, budgets=(), votes=2, batch=2)
+    task = JsonlTask(write_prompts(tmp_path / "prompts.jsonl", 3), "numeric")
+    evaluate_with(slm, llm, task, settings(made, rows=rows, out=tmp_path / "out"))
+    kept = sorted(file.name for file in (tmp_path / "out" / "answers").iterdir())
+    assert {"manifest.json", "00000-slm.json", "00001-slm.json", "00000-llm_select.json"} <= set(kept)
+    first = json.loads((tmp_path / "out" / "answers" / "00000-slm.json").read_text())
+    assert [answer["item"] for answer in first["answers"]] == [item.id for item in task.items[:2]]
+    for answer in first["answers"]:
+        assert len(answer["turns"][0]["ids"]) <= 6
+        assert isinstance(answer["text"], str)
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"rows": Rows(max_tokens=7, check=0, agreement=0, k=4, budgets=())}])
+def test_answers_of_another_evaluation_are_not_taken(pair, made, tmp_path, changed):
+    slm, llm, _ = pair
+    rows = Rows(max_tokens=6, check=0, agreement=0, k=4, budgets=())
+    config = settings(made, rows=rows, out=tmp_path / "out", selectors={"head": made / "head"})
+    task = JsonlTask(write_prompts(tmp_path / "prompts.jsonl", 2), "numeric")
+    evaluate_with(slm, llm, task, config)
+    with pytest.raises(ConfigError, match="evaluation with other (seed|settings)"):
+        evaluate_with(slm, llm, task, config.model_copy(update=changed))
+    dearer = rows.model_copy(update={"llm_usd_per_million": 3.0})  # a price changes no answer
+    assert evaluate_with(slm, llm, task, config.model_copy(update={"rows": dearer})).rows["llm"].cost_usd
+    (tmp_path / "out" / "answers" / "00000-llm.json").write_text("{}")
+    with pytest.raises(InputError, match="holds no answers"):
+        evaluate_with(slm, llm, task, config)

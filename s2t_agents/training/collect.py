@@ -83,7 +83,7 @@ class Collector:
             prompts_hash=prompts_hash(self._task),
             items=items,
             shards=-(-items // size),
-            settings={**self._settings.model_dump(mode="json"), "selector": _digest(self._settings.selector)},
+            settings={**self._settings.model_dump(mode="json"), "selector": selector_digest(self._settings.selector)},
         )
         with sole_run(self._out):
             self._finish(each, manifest)
@@ -193,7 +193,7 @@ def row_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
 
 
-def _digest(selector: Path | None) -> str | None:
+def selector_digest(selector: Path | None) -> str | None:
     """Of a selector's files: another training under the same name makes other rollouts."""
     if selector is None:
         return None

@@ -1,7 +1,8 @@
 """One table: the same problems for every row, in chunks that run in lockstep.
 
 Chunks go outside, rows inside, so that prompts are read once per chunk for all rows. The decisions are the engine's
-(``deciders``), and the first problems of every row are run again through the engine itself (``live``).
+(``deciders``), and the first problems of every row are run again through the engine itself (``live``). With a folder to
+write to, every chunk of every row is kept as soon as it is done, and a run that was killed goes on there (``kept``).
 """
 
 from __future__ import annotations
@@ -11,30 +12,36 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..models.batch_prefix import BatchPrefix
 from ..models.language_model import LanguageModel
 from ..models.writing import write_whole
-from .collect import check_same_ids
+from .collect import check_same_ids, selector_digest
 from .config import EvaluateConfig, Rows
 from .crew import Crew
 from .dialogue import Answer, Speaker, converse
-from .labels import along
+from .kept import Kept
+from .labels import along, under
 from .lines import Meter
 from .live import check_live
+from .lockstep import Trace
 from .plots import draw
 from .progress import HIDDEN, Bar, bar
 from .report import EvalReport, RowReport, Tally
 from .rows import Ready, Row, RowMaker
 from .shards import ModelIdentity
-from .tasks import Item, Task
+from .tasks import Item, Task, prompts_hash
 
 
 def evaluate(config: EvaluateConfig, crew: Crew | None = None) -> EvalReport:
     """Answer all problems in every way and write ``report.json`` and plots where ``config.out`` says.
+
+    Run again after it was killed, it goes on behind the answers that it finds there.
 
     Args:
         config: see ``EvaluateConfig``.
@@ -42,7 +49,7 @@ def evaluate(config: EvaluateConfig, crew: Crew | None = None) -> EvalReport:
 
     Raises:
         ConfigError: no calibrated selector; a selector for another base; models that do not fit together; no folder
-            can be made where ``config.out`` says.
+            can be made where ``config.out`` says, or it holds the answers of another evaluation.
         InputError: prompts that cannot be used.
     """
     crew = crew or Crew()
@@ -57,7 +64,7 @@ def evaluate(config: EvaluateConfig, crew: Crew | None = None) -> EvalReport:
 
 
 def evaluate_with(slm: LanguageModel, llm: LanguageModel, task: Task, config: EvaluateConfig) -> EvalReport:
-    """``evaluate`` on models that are loaded already; writes nothing."""
+    """``evaluate`` on models that are loaded already; writes no report, but keeps answers where ``config.out`` says."""
     return Evaluation(slm, llm, task, config).report()
 
 
@@ -80,6 +87,20 @@ class Evaluation:
         maker = RowMaker(self._run.read_llm, config.rows, config.seed)
         self._rows = _rows(maker, ready, self._chosen, config.rows)
         self._sweeps = _sweeps(maker, slm, config, self._chosen)
+        self._kept = None if config.out is None else Kept(config.out / "answers", self._manifest())
+
+    def _manifest(self) -> dict[str, Any]:
+        """All that decides the answers."""
+        config = self._config
+        return {
+            "slm": ModelIdentity.of(self._slm).model_dump(),
+            "llm": ModelIdentity.of(self._llm).model_dump(),
+            "task": self._task.name,
+            "prompts_hash": prompts_hash(self._task),
+            "settings": config.rows.model_dump(mode="json", exclude={"llm_usd_per_million"}),
+            "selectors": {kind: selector_digest(folder) for kind, folder in config.selectors.items()},
+            "seed": config.seed,
+        }
 
     @property
     def _everything(self) -> list[Row]:
@@ -92,7 +113,13 @@ class Evaluation:
         tallies = {}
         for row in self._everything:
             progress.say(f"eval {row.name}")
-            tallies[row.name] = self._run.fill(row, self._task.items[number * size : (number + 1) * size], not number)
+            tally = self._kept.get(number, row.name) if self._kept else None
+            if tally is None:
+                chunk = self._task.items[number * size : (number + 1) * size]
+                tally, answers = self._run.fill(row, chunk, not number)
+                if self._kept:
+                    self._kept.put(number, row.name, tally, answers)
+            tallies[row.name] = tally
             progress.advance()
         return tallies
 
@@ -233,7 +260,7 @@ class _Run:
             self._read[key] = BatchPrefix(model, prompts)
         return self._read[key]
 
-    def fill(self, row: Row, chunk: Sequence[Item], first: bool) -> Tally:
+    def fill(self, row: Row, chunk: Sequence[Item], first: bool) -> tuple[Tally, list[Answer]]:
         """One chunk of one row; on the first one, its answers are looked at more closely."""
         tally = Tally(row.name)
         items = [item for item in chunk for _ in range(row.samples)]
@@ -252,7 +279,7 @@ class _Run:
             tally.live_seconds, tally.live_same = live
         if first and row.samples == 1 and self._settings.agreement:
             tally.agreed, tally.judged = self._agreement(answers[: self._settings.agreement], row)
-        return tally
+        return tally, answers
 
     def _right(self, answers: Sequence[Answer]) -> bool:
         """Whether the (most frequent) answer is right; among equals the first counts."""
@@ -271,12 +298,17 @@ class _Run:
                 if not trace.triggered:
                     continue
                 at = torch.tensor(trace.triggered)
-                candidates = along(self._slm.model, [(prompt, trace.ids)])[0].cpu()[at].topk(k).indices
-                llm = along(self._llm.model, [(prompt, trace.ids)])[0].cpu()[at].gather(1, candidates)
-                best = candidates.gather(1, llm.argmax(-1, keepdim=True))[:, 0]
+                slm, llm = (self._along(speaker, answer, prompt, trace)[at] for speaker in (self._slm, self._llm))
+                candidates = slm.topk(k).indices
+                best = candidates.gather(1, llm.gather(1, candidates).argmax(-1, keepdim=True))[:, 0]
                 agreed += int((best == torch.tensor(trace.ids)[at]).sum())
                 judged += len(at)
         return agreed, judged
+
+    def _along(self, speaker: Speaker, answer: Answer, prompt: list[int], trace: Trace) -> Tensor:
+        """``[n, V]``: what a model says at each step of a completion."""
+        said = along(speaker.model, [(prompt, trace.ids)])[0].cpu()
+        return under(speaker.grammar(answer.item, prompt, self._settings.max_tokens), trace.ids, said)
 
 
 def _count(count: Counter[str], row: Row, answers: Sequence[Answer], meter: Meter) -> None:

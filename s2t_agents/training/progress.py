@@ -1,13 +1,15 @@
 """Progress bars with rate and time left, on stderr, so that ``--json`` output stays clean.
 
 One terminal has one display. A crew's processes (see ``crew``) draw nothing: they tell how far they are, and the
-process that they work for draws it.
+process that they work for draws it. Where stderr is no terminal, long work writes a line a minute.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,9 @@ from rich.text import Text
 
 WINDOW_S = 3600.0
 """Seconds that a rate looks back: a shard or a batch of problems may take minutes."""
+
+LINE_S = 60.0
+"""Seconds between lines where no bar can be drawn."""
 
 TELL_S = 0.5
 """Seconds between what a crew's process tells of itself."""
@@ -136,9 +141,71 @@ class ToldBar:
         self._post.put(Told(os.getpid(), self._what, self._done, total))
 
 
+class LineBar:
+    """A bar as lines of text, for a log.
+
+    Args:
+        what: the work.
+        total: of it.
+        write: takes a line.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, what: str, total: float, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._write, self._clock = write, clock
+        self._what, self._done, self._total = what, 0.0, total
+        self._began, self._began_with = clock(), 0.0
+
+    def advance(self, by: float = 1) -> None:
+        """See ``Bar``."""
+        if not self._done:
+            self._began_with = by if self._clock() - self._began < 1 else 0.0  # done by an earlier run
+        self._done += by
+
+    def say(self, what: str) -> None:
+        """See ``Bar``."""
+        self._what = what
+
+    def line(self) -> None:
+        """Write how far it is: what was done, how long it took, and what the rest will take."""
+        took, made = self._clock() - self._began, self._done - self._began_with
+        left = f"{_clock_time((self._total - self._done) * took / made)} left" if made else "time left unknown"
+        self._write(f"{self._what}  {self._done:,g}/{self._total:,g}  {_clock_time(took)} so far, {left}")
+
+
+def _clock_time(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+@contextmanager
+def lines_of(bar: LineBar, every: float = LINE_S) -> Iterator[LineBar]:
+    """The bar's lines are written in this block, also while a piece of the work takes long."""
+    over = threading.Event()
+
+    def write() -> None:
+        while not over.wait(every):
+            bar.line()
+
+    writing = threading.Thread(target=write, daemon=True)
+    writing.start()
+    try:
+        yield bar
+    finally:
+        over.set()
+        writing.join()
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def bar(what: str, total: float) -> Iterator[Bar]:
-    """A bar for a block of work; silent where stderr is no terminal."""
+    """A bar for a block of work; a line a minute where stderr is no terminal."""
     if _post is not None:
         told = ToldBar(_post, what, total)
         try:
@@ -146,7 +213,12 @@ def bar(what: str, total: float) -> Iterator[Bar]:
         finally:
             told.close()
         return
-    with progress_on(Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        with lines_of(LineBar(what, total, _to_stderr)) as lines:
+            yield lines
+        return
+    with progress_on(console) as progress:
         yield DrawnBar(progress, what, total)
 
 
