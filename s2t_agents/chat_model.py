@@ -43,7 +43,9 @@ from .errors import ConfigError
 from .escalation import Escalation
 from .generation import Generation
 from .ledger import Ledger
+from .models.chat_template import chat_template_of
 from .models.language_model import LanguageModel
+from .models.origin import elsewhere
 from .offload import in_threads
 from .reasoning import thinking_limit
 from .request import Request, openai_tools
@@ -85,7 +87,10 @@ class ChatS2T(TakesConfig):
         concurrency: how many generations run at once and who waits behind them.
         cache_scope: KV of earlier turns is shared within one scope only; give tenants their own.
             A call's ``s2t_cache_scope``, or the enclosing node's ``configurable``, takes its place.
-        model_kwargs: passed to ``from_pretrained``, such as ``quantization_config``.
+        model_kwargs: passed to ``from_pretrained``, such as ``revision`` or ``quantization_config``; ``revision``,
+            ``subfolder`` and ``trust_remote_code`` are not meant for another model that a call names.
+        chat_template: in place of the tokenizer's: a Jinja template (a text with a brace or a line break in it), or a
+            file that holds one, which is read at once.
         template_args: variables of the chat template, such as ``{"enable_thinking": False}``; a call's own go first.
         on_step: called with the trace id and every step, for traces.
         streaming: True generates by streaming under ``invoke`` too, as LangChain's callbacks may want.
@@ -119,6 +124,7 @@ class ChatS2T(TakesConfig):
     cache_scope: str | None = None
     model_kwargs: dict[str, Any] = Field(default_factory=dict, repr=False)
     template_args: dict[str, Any] = Field(default_factory=dict)
+    chat_template: str | Path | None = None
     on_step: Callable[[str, Step], None] | None = Field(default=None, exclude=True)
     streaming: bool | None = None
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
@@ -135,6 +141,7 @@ class ChatS2T(TakesConfig):
                 super().__init__(**without_nones(settings, fields))
             except ValidationError as error:
                 raise refusal(error, fields) from None
+            self.chat_template = chat_template_of(self.chat_template)
             self._check()  # here, not in a validator: pydantic would wrap our errors in its own
             self.callbacks = listened(self.callbacks)
 
@@ -176,8 +183,9 @@ class ChatS2T(TakesConfig):
             trigger=self.trigger,
             device=self.device,
             dtype=self.dtype,
-            model_kwargs=self.model_kwargs,
+            model_kwargs=self.model_kwargs if own else elsewhere(self.model_kwargs),
             template_args=self.template_args,
+            chat_template=chat_template_of(self.chat_template) if own else None,
             concurrency=self.concurrency,
         )
 
@@ -231,7 +239,7 @@ class ChatS2T(TakesConfig):
 
     def _resolve_model_profile(self) -> ModelProfile:
         """What LangChain may ask of this model: text and tools, within the window of a config on this disk."""
-        return profile_of(model_of(self.model), self.max_tokens)
+        return profile_of(model_of(self.model), self.max_tokens, self.model_kwargs)
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)

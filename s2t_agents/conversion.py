@@ -16,7 +16,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel, PydanticUserError, TypeAdapter
 
 from .errors import BadSchema
-from .models.loading import first_line
+from .models.origin import first_line
 
 _FAILURES = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, PydanticUserError, RecursionError)
 _FUNCTIONS = ("name", "function", "input_schema", "toolSpec")

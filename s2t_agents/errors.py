@@ -3,7 +3,7 @@
 S2TError
 ├── ConfigError (ValueError)          a setting that cannot work, found before anything is loaded or spent
 │   ├── ModelNotFound                 no such model path, or the hub cannot be reached
-│   ├── UnsafeWeights                 pickled or corrupt weights; only safetensors are read
+│   ├── UnsafeWeights                 a model whose files are pickled, damaged, or need code of their own to be run
 │   ├── AdapterMismatch               a selector trained for another base model or tokenizer
 │   ├── TokenizerMismatch             SLM and LLM do not share one vocabulary
 │   ├── UnpricedModel                 a dollar limit over an LLM whose price nobody knows
@@ -72,7 +72,7 @@ class ModelNotFound(ConfigError):
 
 
 class UnsafeWeights(ConfigError):
-    """Weights that are not readable safetensors."""
+    """A model whose files are no sound safetensors, config and tokenizer, or need code that nobody consented to."""
 
 
 class AdapterMismatch(ConfigError):

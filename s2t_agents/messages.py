@@ -54,9 +54,6 @@ _SPOKEN = {
     "assistant": "assistant",
     "ai": "assistant",
 }
-_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What a template raises at a conversation that it was not written for."""
-
 _Calls = dict[str, list[tuple[str, str]]]
 """LangChain's id of a call, which some providers use again, to our ids and tool names: those not answered yet."""
 
@@ -163,18 +160,22 @@ class PromptEncoder:
         tokenizer: a fast Hugging Face tokenizer with a chat template.
         template_args: more variables for the template, such as ``{"enable_thinking": False}``. Text in them counts as
             the template's own: control tokens in it are control tokens.
+        chat_template: its source, in place of the tokenizer's own.
 
     Raises:
         ConfigError: no chat template, one that is no template, or no fast tokenizer.
     """
 
-    def __init__(self, tokenizer: Any, *, template_args: Mapping[str, Any] | None = None) -> None:
-        template = getattr(tokenizer, "chat_template", None)
+    def __init__(
+        self, tokenizer: Any, *, template_args: Mapping[str, Any] | None = None, chat_template: str | None = None
+    ) -> None:
+        template = chat_template or getattr(tokenizer, "chat_template", None)
         if not template:
             raise ConfigError(
                 "This tokenizer has no chat template.",
-                hint="Use a chat model, or set tokenizer.chat_template.",
+                hint="Use a chat model, or give its template as chat_template=...",
             )
+        self._chat_template = chat_template
         self._tokenizer = tokenizer
         self._template_args = dict(template_args or {})
         self._safe = SafeEncoder(tokenizer, str(template))
@@ -262,7 +263,7 @@ class PromptEncoder:
         for arranged, shown in self._forms(turns, given):
             try:
                 rendered = self._rendered(arranged, shown, generation_prompt)
-            except _REFUSALS as error:
+            except TemplateError as error:
                 refusal = refusal or error
                 continue
             left_out = sources.left_out(rendered)
@@ -302,7 +303,7 @@ class PromptEncoder:
 
     def _template(self, tools: Sequence[Any]) -> tuple[ChatTemplate, hermes.Frames]:
         """The tokenizer's template, and those of its frames that are letters."""
-        source = self._tokenizer.get_chat_template(tools=list(tools) or None)
+        source = self._chat_template or self._tokenizer.get_chat_template(tools=list(tools) or None)
         if source not in self._templates:
             frames = hermes.Frames([tag for tag in self._letters if f"</{tag}>" in source])
             self._templates[source] = ChatTemplate(source, as_json=frames.kept_inside), frames
@@ -323,7 +324,8 @@ class PromptEncoder:
 
     def with_template_args(self, more: Mapping[str, Any]) -> PromptEncoder:
         """An encoder of the same tokenizer with more variables for the template, which go before the known ones."""
-        return PromptEncoder(self._tokenizer, template_args={**self._template_args, **more})
+        together = {**self._template_args, **more}
+        return PromptEncoder(self._tokenizer, template_args=together, chat_template=self._chat_template)
 
     @cached_property
     def reasoning(self) -> ReasoningFormat | None:
@@ -371,7 +373,7 @@ class PromptEncoder:
         turns = [{"role": role, "content": f"s2t-{role}"} for role in order]
         try:
             rendered = self._rendered(arrangements.in_parts(turns, parts), ())
-        except _REFUSALS:
+        except TemplateError:
             return 0
         if "'type'" in rendered or '"type"' in rendered:  # the list itself was printed
             return 0
@@ -383,7 +385,7 @@ class PromptEncoder:
         turns = [{"role": "system", "content": "s2t-probe"}, {"role": "user", "content": "x"}]
         try:
             return "s2t-probe" in self._rendered(arrangements.in_parts(turns, self._reads_parts), ())
-        except _REFUSALS:
+        except TemplateError:
             return False
 
     @cached_property
@@ -401,7 +403,7 @@ class PromptEncoder:
             rendered = self._rendered(told, [{"type": "function", "function": function}])
             bodies = re.findall(f"{OPEN}\\s*(.*?)\\s*{CLOSE}", rendered, re.DOTALL)
             spoken = bool(bodies) and json.loads(bodies[-1]) == call
-        except _REFUSALS:
+        except (TemplateError, json.JSONDecodeError):
             return False
         return spoken and "probe_tool" in rendered and "probe_result" in rendered
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +11,6 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from langchain_core.language_models import ModelProfile
 from langchain_core.messages import BaseMessage
 
@@ -24,9 +21,11 @@ from .engine.thinking import ThinkingVocabulary, ThinkThenAnswer
 from .errors import ConfigError, ContextOverflow
 from .escalation import DEFAULT_MARGIN, Escalation
 from .messages import PromptEncoder
-from .models.bundled import model_path, selector_path
+from .models.bundled import selector_path
 from .models.language_model import LanguageModel
 from .models.loading import load_tokenizer
+from .models.origin import Origin, told
+from .models.vocabulary import fitted
 from .reasoning import ThoughtReader
 from .request import Checks, Request
 from .selectors import LLMSelector, LocalLLM, Selector, calibrated_trigger, load_selector
@@ -40,9 +39,6 @@ GRAMMARS_KEPT = 64
 
 ENGINES_KEPT = 4
 """Engines per chat model and its copies: their own settings, and a few that calls or copies override."""
-
-_SECRET = re.compile(r"token|.*(auth|access|hf)_token|.*api_key|.*secret|.*password", re.IGNORECASE)
-"""Names of ``model_kwargs`` that open doors and change no answer: neither traced nor in cache keys."""
 
 _lock = threading.Lock()
 _loaded: WeakValueDictionary[str, LanguageModel] = WeakValueDictionary()
@@ -64,6 +60,7 @@ class Settings:
     dtype: torch.dtype | str | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
     concurrency: Concurrency | None = None
 
     def check(self) -> None:
@@ -80,6 +77,7 @@ class Settings:
         if chosen is not None and not isinstance(chosen, (str, Path)) and not hasattr(chosen, "scores"):
             raise ConfigError(f"selector is a {type(chosen).__name__}.", hint="Give a directory or a Selector.")
         torch_dtype(self.dtype)
+        Origin.of(str(self.described()["model"]), self.model_kwargs)
         if self.device is not None:
             _check_device(self.device)
 
@@ -92,8 +90,9 @@ class Settings:
             "k": self.k,
             "trigger": repr(self.trigger),
             "dtype": str(self.dtype),
-            "model_kwargs": {name: value for name, value in self.model_kwargs.items() if not _SECRET.fullmatch(name)},
+            "model_kwargs": told(self.model_kwargs),
             "template_args": self.template_args,
+            "chat_template": self.chat_template,
         }
 
 
@@ -241,14 +240,17 @@ class Runtimes:
 
     def encoder(self, settings: Settings) -> PromptEncoder:
         """The encoder alone, for counting: it reads no weights."""
-        wanted = Settings(settings.model, template_args=settings.template_args)
+        wanted = Settings(
+            settings.model,
+            model_kwargs=settings.model_kwargs,
+            template_args=settings.template_args,
+            chat_template=settings.chat_template,
+        )
         with self._lock:
             for known, encoder in self._encoders:
                 if known == wanted:
                     return encoder
-            model = settings.model
-            tokenizer = load_tokenizer(model) if isinstance(model, str) else model.tokenizer
-            encoder = PromptEncoder(tokenizer, template_args=settings.template_args)
+            encoder = encoder_of(settings, _tokenizer_of(settings.model, settings.model_kwargs))
             self._encoders = [*self._encoders[1 - ENGINES_KEPT :], (wanted, encoder)]
             return encoder
 
@@ -257,6 +259,21 @@ class Runtimes:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Runtimes, ()
+
+
+def encoder_of(settings: Settings, tokenizer: Any) -> PromptEncoder:
+    """The encoder that these settings ask for."""
+    return PromptEncoder(tokenizer, template_args=settings.template_args, chat_template=settings.chat_template)
+
+
+def _tokenizer_of(model: str | LanguageModel, options: Mapping[str, Any]) -> Any:
+    """The tokenizer as the model's weights will have it, without reading these."""
+    if isinstance(model, LanguageModel):
+        return model.tokenizer
+    options = dict(options)
+    tokenizer = options.pop("tokenizer", None) or load_tokenizer(model, **options)
+    rows = _text_config(model, options).get("vocab_size")
+    return fitted(tokenizer, rows, model) if isinstance(rows, int) else tokenizer
 
 
 def shared_model(
@@ -270,7 +287,8 @@ def shared_model(
     """
     if isinstance(model, LanguageModel):
         return model
-    key = repr((model, device, dtype, sorted(options.items())))
+    mine = {name: id(value) if name == "tokenizer" else value for name, value in options.items()}
+    key = repr((model, device, dtype, sorted(mine.items())))
     with _lock:
         found = _loaded.get(key)
         if found is None:
@@ -325,7 +343,7 @@ def escalation_of(given: Any) -> Escalation | None:
     raise ConfigError(f"escalation is a {type(given).__name__}.", hint="Give an LLM (LocalLLM, ...) or Escalation.")
 
 
-def profile_of(model: str | LanguageModel, max_tokens: int) -> ModelProfile:
+def profile_of(model: str | LanguageModel, max_tokens: int, options: Mapping[str, Any]) -> ModelProfile:
     """What LangChain may ask of a model; its window is left out where no config lies on this disk. Reads no weights."""
     profile = ModelProfile(
         name=model if isinstance(model, str) else model.name,
@@ -340,24 +358,25 @@ def profile_of(model: str | LanguageModel, max_tokens: int) -> ModelProfile:
         tool_call_streaming=True,
         structured_output=True,
     )
-    window = _window_of(model)
+    window = _window_of(model, options)
     return profile if window is None else ModelProfile(**profile, max_input_tokens=window)
 
 
-def _window_of(model: str | LanguageModel) -> int | None:
+def _window_of(model: str | LanguageModel, options: Mapping[str, Any]) -> int | None:
     if isinstance(model, LanguageModel):
         return model.context_window
-    config: Any = Path(model_path(model)) / "config.json"
-    if not config.is_file():
-        try:
-            config = try_to_load_from_cache(model, "config.json")
-        except ValueError:  # no hub id either
-            return None
-        if not isinstance(config, str):
-            return None
-    read = json.loads(Path(config).read_text(encoding="utf-8"))
-    limit = {**read, **read.get("text_config", {})}.get("max_position_embeddings")
+    try:
+        limit = _text_config(model, options).get("max_position_embeddings")
+    except ConfigError:  # told when the model is loaded
+        return None
     return limit if isinstance(limit, int) else None
+
+
+def _text_config(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.json`` of the part that reads text, where it lies on this disk; empty where it does not."""
+    read = Origin.of(model, options).config(here=True) or {}
+    part = read.get("text_config")
+    return {**read, **part} if isinstance(part, dict) else read
 
 
 def build(settings: Settings) -> Runtime:
@@ -389,4 +408,4 @@ def build(settings: Settings) -> Runtime:
         concurrency=settings.concurrency,
         drift=drift,
     )
-    return Runtime(engine, PromptEncoder(slm.tokenizer, template_args=settings.template_args), config)
+    return Runtime(engine, encoder_of(settings, slm.tokenizer), config)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -262,7 +263,11 @@ def test_the_profile_of_a_checkpoint_on_disk_reads_its_config_alone(saved: str) 
     assert ChatS2T(model=saved).profile["max_input_tokens"] == 512
 
 
-def test_the_profile_of_a_hub_model_comes_from_the_local_cache(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cached = str(Path(saved) / "config.json")
-    monkeypatch.setattr("s2t_agents.runtime.try_to_load_from_cache", lambda name, file: cached)
-    assert ChatS2T(model="somebody/some-model").profile["max_input_tokens"] == 512
+def test_the_profile_of_a_hub_model_comes_from_the_local_cache(saved: str, tmp_path: Path) -> None:
+    repo, commit = tmp_path / "models--somebody--some-model", "0" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    shutil.copy(Path(saved) / "config.json", repo / "snapshots" / commit)
+    model = ChatS2T(model="somebody/some-model", model_kwargs={"cache_dir": str(tmp_path)})
+    assert model.profile["max_input_tokens"] == 512

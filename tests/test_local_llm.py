@@ -115,7 +115,8 @@ def test_another_vocabulary_is_refused_and_extra_tokens_are_not() -> None:
     wider = copy.deepcopy(llm.tokenizer)
     wider.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})
     LocalLLM(LanguageModel(llm.model, wider, name="wider")).check(slm)
-    narrow = LanguageModel(slm.model, wider, name="slm with more")
+    LocalLLM(llm).check(LanguageModel(slm.model, wider, name="slm whose extra token has no embedding"))
+    narrow = LanguageModel(tiny_model(vocab_size=264).model, wider, name="slm with more")
     with pytest.raises(TokenizerMismatch, match=r"disagree on 1 token ids, '<\|extra\|>'"):
         LocalLLM(llm).check(narrow)
 

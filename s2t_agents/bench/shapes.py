@@ -53,6 +53,7 @@ def measured_model(name: str, *, dtype: torch.dtype, device: str = "cpu", seed: 
             raw = AutoModelForCausalLM.from_config(tiny_config("qwen2", **SHAPES[name]))
         raw = raw.to(device=device, dtype=dtype).eval().requires_grad_(False)
         model = LanguageModel(raw, tiny_tokenizer(), name=name)
+        model.with_text = None  # random weights say nothing anyway
     model.eos_ids = frozenset()
     model.model.generation_config.eos_token_id = None
     return model

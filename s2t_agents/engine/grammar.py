@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import BadSchema, ConfigError
 from ..models.safe_encoding import SafeEncoder
+from ..models.vocabulary import filled
 from ..tool_calls import tag_ids
 from .closing import ClosingOrder, Work
 from .least import Least
@@ -74,15 +75,18 @@ class Vocabulary:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-        size: number of logits of the model, where that is more than the tokenizer has tokens.
+        size: number of logits of the model, the mask's width; by default what the tokenizer's ids need.
         eos_ids: tokens that end the answer; the tokenizer's own by default.
+
+    Raises:
+        ConfigError: a tokenizer of a kind that llguidance does not know.
     """
 
     def __init__(self, tokenizer: Any, size: int | None = None, eos_ids: Sequence[int] | None = None) -> None:
         self.tags = tag_ids(tokenizer)
         self.eos_ids = frozenset(eos_ids if eos_ids is not None else [tokenizer.eos_token_id])
-        self.size = max(size or 0, len(tokenizer))
-        self.core = self._core(tokenizer)
+        self.size = size or max(tokenizer.get_vocab().values()) + 1
+        self.core = self._core(filled(tokenizer))
         added = tokenizer.added_tokens_decoder
         texts = ["" if i in added else self.core.decode_str([i]) for i in range(self.size)]
         self.longest = max(len(text.encode()) for text in texts)
@@ -92,9 +96,14 @@ class Vocabulary:
         """llguidance's copy of the tokenizer; what spells a control token there is text."""
         ends = sorted(self.eos_ids)
         described = SafeEncoder(tokenizer, str(tokenizer.chat_template or "")).apart()
-        if described is not None:
-            return LLTokenizer(described, n_vocab=self.size, eos_token=ends)
-        core: LLTokenizer = from_tokenizer(tokenizer, n_vocab=self.size, eos_token=ends)
+        try:
+            if described is not None:
+                return LLTokenizer(described, n_vocab=self.size, eos_token=ends)
+            core: LLTokenizer = from_tokenizer(tokenizer, n_vocab=self.size, eos_token=ends)
+        except ValueError as error:
+            raise ConfigError(
+                f"A grammar cannot read this tokenizer: {error}.", hint="Take the tokenizer.json of the model's makers."
+            ) from error
         return core
 
     def spelt_out(self, answers: Sequence[Sequence[str | int]]) -> list[list[int]]:

@@ -227,7 +227,7 @@ class Engine:
         used, started = prefix.meter.seconds, time.perf_counter()
         prefix.extend(pending)
         computed = time.perf_counter()
-        allowed = grammar.allowed(prefix.logits) if grammar else None
+        allowed = grammar.allowed(prefix.logits) if grammar else self.slm.with_text
         masked = time.perf_counter()
         banned = draw.sampling.banned_first if index == 0 else ()
         proposal = Proposal(prefix, self.k, allowed=allowed, banned=banned)

@@ -1,28 +1,32 @@
 """Chat templates, rendered so that the origin of every character is known (``traced``).
 
-The environment is that of ``apply_chat_template``: same extensions, filters and functions, in Jinja's sandbox.
+The environment is that of ``apply_chat_template``: same extensions, filters and functions, in Jinja's sandbox, and in
+bounded time and memory (``bounded_jinja``).
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 from jinja2 import Environment, TemplateError, nodes, pass_environment
 from jinja2.compiler import CodeGenerator, Frame
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import make_attrgetter
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from ..errors import ConfigError
+from .bounded_jinja import BoundedEnvironment, TooCostly, refuse_widths
+from .origin import first_line
 from .traced import Traced, blurred, concat, followed, own
 
 _SELECTING = frozenset({
@@ -33,6 +37,12 @@ _SELECTING = frozenset({
 
 _EXACT = frozenset({"replace", "trim"})
 """Filters that call one method of ``Traced``."""
+
+
+LONGEST = 500_000
+"""Characters of a template's source; real ones have up to some 20,000."""
+
+_WAY_OUT = "Mend it, or give another one as chat_template=..."
 
 
 class ChatTemplate:
@@ -47,21 +57,67 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, *, as_json: Callable[[str], str] = lambda text: text) -> None:
-        environment = _Environment(as_json)
+        if not isinstance(source, str) or len(source) > LONGEST:
+            raise ConfigError(f"The chat template is no text of at most {LONGEST:,} characters.", hint=_WAY_OUT)
+        self._environment = _Environment(as_json)
         try:
-            self._template = environment.from_string(source)
-        except (TemplateError, SyntaxError, RecursionError) as error:
+            self._template = self._environment.from_string(source)
+        except TemplateSyntaxError as error:
             raise ConfigError(
-                f"The chat template cannot be compiled: {error}", hint="Correct tokenizer.chat_template."
+                f"The chat template cannot be compiled, line {error.lineno}: {error.message}.", hint=_WAY_OUT
             ) from error
+        except Exception as error:  # Python's own compiler has limits, too
+            raise ConfigError(f"The chat template cannot be compiled: {first_line(error)}.", hint=_WAY_OUT) from error
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The rendered text; strings from outside are known in it by what ``traced.Sources`` made of them.
 
         Raises:
-            Exception: whatever the template raises; ``jinja2.TemplateError`` where it refuses on purpose.
+            TemplateError: the template refuses these variables, fails on them, or writes nothing.
+            TooCostly: it takes more time or memory than any rendering needs.
         """
-        return self._template.render(**variables)
+        try:
+            with self._environment.rendering(variables):
+                rendered = self._template.render(**variables)
+        except (TooCostly, TemplateError):
+            raise
+        except Exception as error:  # Python's own, of whatever the template does
+            raise TemplateError(f"{type(error).__name__}: {first_line(error)}") from error
+        if not rendered.strip():
+            raise TemplateError("it writes nothing")
+        return rendered
+
+
+def chat_template_of(given: str | Path | None) -> str | None:
+    """A ``chat_template`` setting as a template's source.
+
+    Args:
+        given: the source itself, which has a brace or a line break in it, or a file that holds it.
+
+    Raises:
+        ConfigError: no such file; not UTF-8; a source that cannot be compiled.
+    """
+    if given is None:
+        return None
+    source = str(given)
+    if isinstance(given, Path) or not any(mark in source for mark in "{\n"):
+        try:
+            file = Path(given).expanduser()
+            if not file.is_file():
+                raise OSError("no such file")
+            source = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"chat_template is {str(given)!r}: {first_line(error)}.",
+                hint="Give a Jinja template as text, or a file that holds one.",
+            ) from error
+    _check(source)
+    return source
+
+
+@lru_cache(maxsize=32)
+def _check(source: str) -> None:
+    ChatTemplate(source)
 
 
 def json_text(value: Any, *, ensure_ascii: bool = False, **layout: Any) -> str:
@@ -73,11 +129,11 @@ class _Code(CodeGenerator):
     """Jinja's code, but for ``~``, which joins plain strings there."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.concat(map(str, (")
+        self.write("environment.filters['s2t_made'](environment.concat(map(str, (")
         for part in node.nodes:
             self.visit(part, frame)
             self.write(", ")
-        self.write(")))")
+        self.write("))))")
 
 
 class _Generation(Extension):
@@ -94,10 +150,8 @@ class _Generation(Extension):
         return caller()
 
 
-class _Environment(ImmutableSandboxedEnvironment):
+class _Environment(BoundedEnvironment):
     code_generator_class = _Code
-    concat = staticmethod(concat)
-    intercepted_binops = frozenset({"%"})
 
     def __init__(self, as_json: Callable[[str], str]) -> None:
         super().__init__(
@@ -108,13 +162,18 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters["join"] = _join
         self.globals |= {
             "raise_exception": _raise_exception,
-            "strftime_now": lambda layout: datetime.now().strftime(layout),
+            "strftime_now": _strftime_now,
             "dict": _Dict(),
             "namespace": _Namespace,
         }
+        self.bound()
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        return followed(self.binop_table[operator], left, right)
+    def concat(self, parts: Iterable[str]) -> str:
+        return concat(self.joined(parts))
+
+    def operated(self, operator: str, left: Any, right: Any) -> Any:
+        operation = self.binop_table[operator]
+        return followed(operation, left, right) if operator == "%" else operation(left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         method = getattr(__obj, "__wrapped__", __obj)  # str.format comes wrapped by the sandbox
@@ -155,6 +214,9 @@ class _Namespace(Namespace):
         _check_name(name)
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:
+        return "<namespace>"  # what it holds may hold it again
+
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
@@ -163,6 +225,11 @@ def _check_name(name: Any) -> None:
 
 def _raise_exception(message: str) -> None:
     raise TemplateError(message)
+
+
+def _strftime_now(layout: str) -> str:
+    refuse_widths(layout)
+    return datetime.now().strftime(layout)
 
 
 def _printable(value: Any) -> Any:

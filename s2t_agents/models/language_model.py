@@ -32,6 +32,7 @@ from .prepack import LIMIT
 from .static_kv import StaticCache
 from .static_step import StaticStep, static_step_of
 from .teams import release
+from .vocabulary import fitted, with_text
 
 T = TypeVar("T")
 
@@ -41,18 +42,20 @@ class LanguageModel:
 
     Args:
         model: a ``transformers`` causal LM in eval mode.
-        tokenizer: its fast tokenizer.
+        tokenizer: its fast tokenizer; added tokens without an embedding are read as ordinary text.
         name: how it is called in reports; a path or hub id.
         prepack: bytes of weights that a CPU may hold a second time, in the layout that it multiplies fastest.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, prepack: int = LIMIT) -> None:
         self._prepack = prepack
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.model, self.name = model, name
+        self.given_tokenizer = tokenizer  # what fingerprints and comparisons with other models read
+        self.tokenizer = fitted(tokenizer, model.get_input_embeddings().weight.shape[0], name)
         self.config = model.config.get_text_config()
         self.decoder: nn.Module = model.get_decoder()
         self.device: torch.device = model.device
-        self.eos_ids = end_ids(model, tokenizer)
+        self.eos_ids = end_ids(model, tokenizer, name)
         self.context_window = context_window(self.config, tokenizer)
         self.overlay_exact = overlay_is_exact(self.config) and keeps_a_cache(model)
         self.lock = threading.RLock()  # one forward at a time: hooks and caches are not thread-safe
@@ -81,8 +84,7 @@ class LanguageModel:
     ) -> LanguageModel:
         """Read a model from a directory or hub id; see ``loading.load_weights`` for errors and ``options``."""
         where = torch.device(device) if device is not None else default_device()
-        trust = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
-        tokenizer = tokenizer or load_tokenizer(path, **trust)
+        tokenizer = tokenizer or load_tokenizer(path, **options)
         with ONE_AT_A_TIME:
             return cls(load_weights(path, device=where, dtype=dtype, **options), tokenizer, name=path, prepack=prepack)
 
@@ -92,9 +94,15 @@ class LanguageModel:
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     @cached_property
+    def with_text(self) -> Tensor | None:
+        """``[V]`` bool: columns of the logits that are tokens; None when all are."""
+        known = with_text(self.tokenizer, self.vocab_size)
+        return None if known is None else known.to(self.device)
+
+    @cached_property
     def tokenizer_fingerprint(self) -> str:
         """Hash of the tokenizer's ids."""
-        return tokenizer_fingerprint(self.tokenizer)
+        return tokenizer_fingerprint(self.given_tokenizer)
 
     @cached_property
     def weights_fingerprint(self) -> str:

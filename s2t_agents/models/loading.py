@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import ModelNotFound, UnsafeWeights
-from .bundled import model_path
+from .origin import Origin
 from .processor import widens
 
 ONE_AT_A_TIME = threading.RLock()
@@ -24,6 +25,15 @@ SMALL_ON_CPU = 300_000_000
 
 WIDENED_ON_CPU = 2_000_000_000
 """And up to so many where the CPU has no instructions for the checkpoint's half precision, see ``processor``."""
+
+VALUES_PER_BYTE = 8
+"""Most weights that a byte holds in the tightest quantisation."""
+
+MOST_BUFFERED = 2**30
+"""Values of a buffer (rotary tables, masks) from which on it counts as weights do: it will be allocated."""
+
+CHECKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes whose values can be compared."""
 
 
 def default_device() -> torch.device:
@@ -38,56 +48,141 @@ def default_device() -> torch.device:
 def load_tokenizer(path: str, **options: Any) -> Any:
     """The fast tokenizer at a path or hub id.
 
+    Args:
+        path: a directory, bundled name or hub id.
+        options: of ``from_pretrained``; those of the weights alone are left out.
+
     Raises:
         ModelNotFound: nothing there.
+        UnsafeWeights: its files are damaged, or need code of their repository.
     """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(model_path(path), **options)
-    except (OSError, ValueError) as error:
-        raise ModelNotFound(f"no tokenizer at {path!r}: {first_line(error)}.", hint=_where(path)) from error
+    origin = Origin.of(path, options)
+    origin.check_files()
+    origin.config(here=True)
+    with origin.reading("tokenizer"):
+        return AutoTokenizer.from_pretrained(origin.path, **origin.hub)
 
 
 def load_weights(path: str, *, device: torch.device, dtype: torch.dtype | None, **options: Any) -> Any:
     """The causal language model at a path or hub id, in eval mode, on ``device``.
 
     Args:
-        path: a directory, or a hub id.
+        path: a directory, bundled name or hub id.
         device: where it runs; ignored when ``options`` carries a ``device_map``.
         dtype: None takes fp32 on a CPU for small models, and for larger ones where it has no instructions for the
             checkpoint's half precision; the checkpoint's own otherwise.
-        options: passed to ``from_pretrained`` (``quantization_config``, ``attn_implementation``, ...).
+        options: passed to ``from_pretrained`` (``revision``, ``quantization_config``, ``attn_implementation``, ...).
 
     Raises:
-        ModelNotFound: nothing there.
-        UnsafeWeights: there are weights, but pickled, corrupt or incomplete ones.
+        ConfigError: an option that is set otherwise, such as ``dtype``; a package that these weights need.
+        ModelNotFound: nothing there, or no causal LM.
+        UnsafeWeights: there are weights, but pickled, corrupt, incomplete or not finite ones, or they need code of
+            their repository that nobody consented to.
     """
     from transformers import AutoModelForCausalLM
 
-    where = model_path(path)
-    _refuse_pickles(where)
+    origin = Origin.of(path, options)
+    check_sizes(origin)
     placed = "device_map" in options or "quantization_config" in options
-    try:
-        with _without_bars():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
-            )
-    except OSError as error:
-        raise ModelNotFound(f"no model at {path!r}: {first_line(error)}.", hint=_where(path)) from error
-    except ValueError as error:
-        raise ModelNotFound(f"{path!r} is no causal language model: {first_line(error)}.", hint=_where(path)) from error
-    except Exception as error:
-        raise UnsafeWeights(f"the weights at {path!r} cannot be read: {first_line(error)}.") from error
-    if report.get("missing_keys") or report.get("mismatched_keys"):
-        lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        raise UnsafeWeights(f"the weights at {path!r} lack {len(lacking)} tensors of the config, {lacking[0]} first.")
+    with _without_bars(), origin.reading("weights"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            origin.path,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the report names them
+            **origin.hub,
+            **origin.weights,
+        )
+    _check_report(origin, model, report)
     model.eval().requires_grad_(False)
     if not placed:
         model.to(device)
+    refuse_infinite(origin.name, model)
     if dtype is None and device.type == "cpu" and not placed and model.num_parameters() <= _exact_up_to(model.dtype):
         model.float()
     return model
+
+
+def check_sizes(origin: Origin) -> None:
+    """Compare what the config asks for with what the weight files can hold, before anything is allocated.
+
+    Raises:
+        ModelNotFound, UnsafeWeights: see ``load_weights``.
+    """
+    origin.check_weights()
+    config = origin.config(here=True)
+    if config is None:
+        return
+    folder = origin.folder
+    files = [folder / shard for shard in origin.shards(folder)] if folder is not None else []
+    tensors, size = 0, sum(file.stat().st_size for file in files)
+    for file in files:
+        with origin.reading("weights"), safe_open(file, "pt") as opened:
+            tensors += len(opened.keys())
+    origin.check_counts(config, tensors)
+    if not files or origin.hub["trust_remote_code"]:
+        return  # nothing to compare with, or code that need not know of empty tensors
+    with origin.reading("config"):
+        needed = _values_of(origin)
+    most = size * (VALUES_PER_BYTE if "quantization_config" in config else 1)
+    if needed > most:
+        raise UnsafeWeights(
+            f"the config of {origin.name!r} asks for {needed:,} values; its files of {size:,} bytes cannot hold them."
+        )
+
+
+def _values_of(origin: Origin) -> int:
+    """Parameters and buffers of the model that the config describes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(origin.path, **origin.hub)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    sizes = [each.numel() for each in model.parameters()]
+    sizes += [each.numel() for each in model.buffers() if each.numel() > MOST_BUFFERED]
+    return int(sum(sizes))
+
+
+def _check_report(origin: Origin, model: Any, report: Mapping[str, Any]) -> None:
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelNotFound(f"{origin.name!r} is an adapter.", hint="Merge it into its base and give that.")
+    mismatched = sorted(str(each[0] if isinstance(each, tuple) else each) for each in report["mismatched_keys"])
+    if mismatched:
+        raise UnsafeWeights(
+            f"the weights at {origin.name!r} have other sizes than its config says: {mismatched[0]} first.",
+            hint="Take config and weights of one model.",
+        )
+    if lacking := sorted(map(str, report["missing_keys"])):
+        raise UnsafeWeights(
+            f"the weights at {origin.name!r} lack {len(lacking)} tensors of the config, {lacking[0]} first."
+        )
+
+
+@torch.inference_mode()
+def refuse_infinite(name: str, model: Any) -> None:
+    """Look at every weight once: a NaN or infinity in one makes every answer nonsense that looks like one.
+
+    Args:
+        name: of the model, for the error.
+        model: any module; packed integers and what lies offloaded are passed over.
+
+    Raises:
+        UnsafeWeights: naming the tensor.
+    """
+    finite: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for tensor_name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in CHECKED or tensor.is_meta or not tensor.numel():
+            continue
+        if tensor.data_ptr() not in seen:  # tied ones once
+            finite[tensor_name] = torch.stack(torch.aminmax(tensor)).isfinite().all()  # NaN comes through both
+        seen.add(tensor.data_ptr())
+    for tensor_name, sound in finite.items():
+        if not sound:
+            raise UnsafeWeights(f"{tensor_name} of {name!r} holds NaN or infinite values.", hint="Download it again.")
 
 
 @contextmanager
@@ -116,19 +211,6 @@ def _exact_up_to(dtype: torch.dtype) -> int:
     return WIDENED_ON_CPU if widens(dtype) else SMALL_ON_CPU
 
 
-def _refuse_pickles(path: str) -> None:
-    """A directory with a config and weights, none of them safetensors, is refused by name."""
-    folder = Path(path)
-    if not folder.is_dir() or not (folder / "config.json").is_file() or any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
-    found = f"only {pickles[0]}" if pickles else "no weights"
-    raise UnsafeWeights(
-        f"{path!r} holds {found}; only safetensors files are read.",
-        hint="Convert them with save_pretrained(safe_serialization=True) on a machine that trusts them.",
-    )
-
-
 def context_window(config: Any, tokenizer: Any) -> int:
     """Tokens that fit: the config's ``max_position_embeddings``, else the tokenizer's limit, else 4,096."""
     for limit in (
@@ -140,11 +222,23 @@ def context_window(config: Any, tokenizer: Any) -> int:
     return 4096
 
 
-def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends an answer: the generation config's and the tokenizer's."""
+def end_ids(model: Any, tokenizer: Any, name: str) -> frozenset[int]:
+    """Every token that ends an answer and has a logit: the generation config's and the tokenizer's.
+
+    Raises:
+        UnsafeWeights: a generation config that names something else than ids.
+    """
     listed = getattr(model.generation_config, "eos_token_id", None)
-    ids = listed if isinstance(listed, list) else [listed]
-    return frozenset(int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None)
+    ids = [*(listed if isinstance(listed, list | tuple) else [listed]), tokenizer.eos_token_id]
+    known = [each for each in ids if each is not None]
+    for each in known:
+        if not isinstance(each, int) or isinstance(each, bool):
+            raise UnsafeWeights(
+                f"eos_token_id in the generation config of {name!r} is {listed!r}, which is no token id.",
+                hint="Mend generation_config.json.",
+            )
+    rows = model.get_output_embeddings().weight.shape[0]
+    return frozenset(each for each in known if 0 <= each < rows)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -157,14 +251,3 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except Exception as error:
         raise UnsafeWeights(f"{file} is not readable safetensors: {error}.") from error
-
-
-def first_line(error: BaseException) -> str:
-    """An error's first line, for use inside another message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _where(path: str) -> str:
-    if Path(path).exists() or path.startswith((".", "/", "~")):
-        return "Check that the directory holds config.json, tokenizer.json and *.safetensors."
-    return "Give a local directory, or a hub id with the hub reachable (HF_HUB_OFFLINE unset); 's2t-demo' is bundled."

@@ -20,7 +20,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsafeWeights
+from .origin import first_line, panicked
 from .traced import own_stretches
 
 _SPACE = re.compile(r"[\s▁]*")
@@ -69,11 +70,14 @@ class SafeEncoder:
 
         Args:
             rendered: traced, where text from outside is in it; a plain string is all the template's own.
+
+        Raises:
+            UnsafeWeights: the tokenizer's own rules fail on it.
         """
         own = list(self._own(rendered))
         rendered = str.__str__(rendered)
         if [match.span() for match in self._structure.finditer(rendered)] == [match.span() for match in own]:
-            ids = list(self._backend.encode(rendered, add_special_tokens=False).ids)
+            ids = _ids(self._backend, rendered)
             # a normalizer or the model itself may find control tokens where nobody spelt one
             if [i for i in ids if i in self.control] == [self._id_of[match[0]] for match in own]:
                 return ids
@@ -82,7 +86,7 @@ class SafeEncoder:
         for match in own:
             parts += [rendered[last : match.start()], stand_ins[match[0]]]
             last = match.end()
-        ids = copy.encode("".join([*parts, rendered[last:]]), add_special_tokens=False).ids
+        ids = _ids(copy, "".join([*parts, rendered[last:]]))
         return [ids_back.get(i, i) for i in ids]
 
     def _own(self, rendered: str) -> Iterator[re.Match[str]]:
@@ -147,6 +151,23 @@ class SafeEncoder:
         if isinstance(vocabulary, dict):  # so that every added token keeps its id
             vocabulary.update({token["content"]: token["id"] for token in described["added_tokens"]})
         return described
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text.
+
+    Raises:
+        UnsafeWeights: the tokenizer's own rules (its regular expressions, say) fail on it.
+    """
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    except BaseException as error:
+        if not (isinstance(error, Exception) or panicked(error)):
+            raise
+        raise UnsafeWeights(
+            f"the model's tokenizer fails on a text of {len(text)} characters: {first_line(error)}.",
+            hint="Take the tokenizer.json of the model's makers.",
+        ) from error
 
 
 def _controls(token: AddedToken, template: str) -> bool:

@@ -28,7 +28,7 @@ from ..errors import (
     QuestionRefused,
 )
 from ..models.language_model import LanguageModel
-from ..models.loading import first_line
+from ..models.origin import first_line
 from ..types import Charge, Price
 from .breaker import CircuitBreaker
 from .endpoint import BUSY, refused, retry_after

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from ..errors import EscalationFailed, TokenizerMismatch
 from ..models.fingerprint import shared_ids
 from ..models.idle import IdlePrefixes
 from ..models.language_model import LanguageModel
-from ..models.loading import first_line, load_tokenizer
+from ..models.loading import load_tokenizer
+from ..models.origin import first_line, told
 from ..models.prefix import Prefix
 from ..types import Charge, Price
 from .question import Answer, Question, charge
@@ -54,7 +56,8 @@ class LocalLLM:
         self.idle = IdlePrefixes(IDLE_CACHES)
 
     def __repr__(self) -> str:
-        return f"LocalLLM({self.name!r})"
+        options = {key: value for key, value in told(self._options).items() if value is not None and key != "device"}
+        return f"LocalLLM({', '.join([repr(self.name), *(f'{key}={value!r}' for key, value in options.items())])})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles as its settings: weights, caches and locks stay behind and come back when needed."""
@@ -75,13 +78,16 @@ class LocalLLM:
             TokenizerMismatch: a token of the SLM's has another id, or none, in the LLM's vocabulary.
             ModelNotFound: no tokenizer there.
         """
-        tokenizer = self._model.tokenizer if self._model else load_tokenizer(self.name)
+        tokenizer = self._model.given_tokenizer if self._model else self._read_tokenizer()
         differing = shared_ids(slm.tokenizer, tokenizer)
         if differing:
             raise TokenizerMismatch(
                 f"{self.name!r} and {slm.name!r} disagree on {len(differing)} token ids, {differing[0]!r} first.",
                 hint="Take an LLM of the same family, or a chat model as judge, which needs no shared tokenizer.",
             )
+
+    def _read_tokenizer(self) -> Any:
+        return self._options.get("tokenizer") or load_tokenizer(self.name, **_from_pretrained(self._options))
 
     def open(self) -> LocalSession:
         """A session with its own KV."""
@@ -107,6 +113,10 @@ class LocalLLM:
             self._failure = f"the weights of {self.name!r} cannot be loaded: {first_line(error)}."
             self._again_at = time.monotonic() + RELOAD_S
             raise EscalationFailed(self._failure) from error
+
+
+def _from_pretrained(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in ("device", "dtype", "tokenizer", "prepack")}
 
 
 class LocalSession:
@@ -148,11 +158,15 @@ class LocalSession:
             raise EscalationFailed(
                 f"a prefix of {len(ids)} tokens does not fit the LLM's context of {model.context_window}."
             )
+        rows = model.vocab_size
+        if outside := next((token for token in ids if token >= rows), None):
+            raise EscalationFailed(f"the LLM has no embedding for token {outside} of the prefix: it has {rows}.")
         if self._prefix is None:
             self._prefix = self._llm.idle.take(ids, scope) or Prefix(model, scope)
         self._prefix.move_to(ids)
-        log_probs: list[float] = self._prefix.logits.log_softmax(0)[list(candidates)].tolist()
-        return log_probs
+        log_probs = self._prefix.logits.log_softmax(0)
+        within: list[float] = log_probs[[token if token < rows else 0 for token in candidates]].tolist()
+        return [value if token < rows else -inf for value, token in zip(within, candidates, strict=True)]
 
     def close(self) -> None:
         """Hand the KV back for the next turn."""
