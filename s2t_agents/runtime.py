@@ -17,7 +17,7 @@ from langchain_core.messages import BaseMessage
 from .engine.admission import Concurrency
 from .engine.grammar import CompiledGrammar, Grammar, Vocabulary, vocabulary
 from .engine.steps import MAX_K, Engine
-from .engine.thinking import ThinkingVocabulary, ThinkThenAnswer
+from .engine.thinking import ThinkingVocabulary, ThinkThenAnswer, thinking_vocabulary
 from .errors import ConfigError, ContextOverflow
 from .escalation import DEFAULT_MARGIN, Escalation
 from .messages import PromptEncoder
@@ -190,7 +190,7 @@ class Runtime:
     @cached_property
     def _thinking(self) -> ThinkingVocabulary | None:
         format = self.encoder.reasoning
-        return ThinkingVocabulary(self._words, self.engine.slm.tokenizer, format) if format is not None else None
+        return thinking_vocabulary(self._words, self.engine.slm.tokenizer, format) if format is not None else None
 
     def _encoder(self, template_args: Mapping[str, Any]) -> PromptEncoder:
         """The encoder with more variables for the template; a few are kept."""

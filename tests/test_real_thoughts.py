@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ class Trip(BaseModel):
     days: int = Field(ge=1, le=9)
 
 
+@cache
 def tokenizer_of(name: str, more: str) -> Any:
     tokenizer = copy.deepcopy(loaded_tokenizer(real(name)))
     tokenizer.chat_template += more
@@ -56,6 +58,7 @@ def ids(tokenizer: Any, texts: list[str]) -> list[int]:
     return told
 
 
+@cache
 def thinking(way: str) -> LanguageModel:
     name, more, opening = WAYS[way]
     tokenizer = tokenizer_of(name, more)

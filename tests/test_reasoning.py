@@ -182,8 +182,8 @@ def test_an_answer_in_a_form_is_whole_in_any_room_that_holds_it(name: str, place
     least = grammar.fewest_tokens + thinking.tokens_to_close
     with pytest.raises(ConfigError, match=r"max_tokens=\d+ cannot hold an answer"):
         ThinkThenAnswer(thinking, grammar, place=place, room=grammar.fewest_tokens - 1, forced=True)
-    for seed, room in enumerate((least, least + 1, least + 5, 2 * least, 6 * least)):
-        for limit in (None, 0, 3):
+    for seed, room in enumerate((least, least + 5, 3 * least)):
+        for limit in (None, 2):
             state = ThinkThenAnswer(thinking, grammar, place=place, room=room, limit=limit, forced=True)
             words = thinking.words
             ids = written(state, room, Dice(seed), words.eos_ids, words.size)

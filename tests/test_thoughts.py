@@ -12,12 +12,19 @@ from langchain_core.tools import tool
 from pydantic import BaseModel
 
 from s2t_agents import Budget, ChatS2T, Ledger
-from s2t_agents.errors import ConfigError
+from s2t_agents.engine.grammar import tool_grammar, vocabulary
+from s2t_agents.engine.thinking import ThinkThenAnswer, thinking_vocabulary
+from s2t_agents.errors import BudgetExceeded, ConfigError
 from s2t_agents.escalation import Escalation
 from s2t_agents.ledger import GenerationRecord, Totals
 from s2t_agents.messages import PromptEncoder
+from s2t_agents.models.detokenizer import Detokenizer
+from s2t_agents.models.prefix import Prefix
+from s2t_agents.reasoning import ThoughtReader
+from s2t_agents.selectors.previews import continuations
 from s2t_agents.testing import ScriptedLLM, markov_model, tiny_tokenizer
 from s2t_agents.triggers import always
+from s2t_agents.unfinished import Unfinished
 from tests.thinking_models import ANSWER, FORMATS, TAGS, THOUGHT, answer_of, format_of, model_of, token, tokenizer_of
 
 WAYS = [(format, opens) for format in FORMATS for opens in (False, True)]
@@ -362,3 +369,31 @@ def test_an_agent_thinks_before_each_turn() -> None:
     messages = agent.invoke({"messages": [HumanMessage("Q")]})["messages"]
     assert thought_of(messages[-1]) == THOUGHT
     assert messages[-1].content == ANSWER
+
+
+def test_an_answer_that_broke_off_in_its_thought_goes_on_there() -> None:
+    model = chat("special", False, trigger=always(), escalation=Escalation(ScriptedLLM(first_candidate), margin=1.0))
+    budget, unfinished = Budget(escalations=3, on_exhausted="raise"), Unfinished()
+    with pytest.raises(BudgetExceeded):
+        model.invoke("Q", s2t_budget=budget, s2t_unfinished=unfinished)
+    budget.extend(escalations=99)
+    check(model.invoke("Q", s2t_budget=budget, s2t_unfinished=unfinished), ANSWER)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_judge_sees_previews_that_go_on_in_and_behind_the_thought(format: str) -> None:
+    model, known = model_of(format, True), format_of(format, True)
+    words = vocabulary(model.tokenizer, model.vocab_size, sorted(model.eos_ids))
+    thinking = thinking_vocabulary(words, model.tokenizer, known)
+    grammar = ThinkThenAnswer(thinking, tool_grammar(words, []), place="thought", room=200)
+    turns = [{"role": "user", "content": "Q"}]
+    prompt = model.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    first = token(model.tokenizer, "hm" if format == "letters" else "h")
+    with Prefix.over(model, prompt, None) as prefix:
+        prefix.extend(prompt)
+        [told] = continuations(prefix, [first], 60, grammar)
+    reader, detokenizer = ThoughtReader(known, "thought"), Detokenizer(model.tokenizer)
+    said = [text for i in told for _, text in reader.push(i, detokenizer.push(i))[1]]
+    assert reader.reasoning == THOUGHT
+    assert answer_of(format).startswith("".join(said))
+    assert grammar.takes(first)

@@ -11,6 +11,7 @@ import itertools
 import re
 from functools import cached_property
 from typing import Literal, Self
+from weakref import WeakKeyDictionary, proxy
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ class ThinkingVocabulary:
     """
 
     def __init__(self, words: Vocabulary, tokenizer: object, format: ReasoningFormat) -> None:
-        self.words, self.format = words, format
+        self.words: Vocabulary = proxy(words)  # which keeps this, and must not be kept by it
+        self.format = format
         added = tokenizer.added_tokens_decoder  # type: ignore[attr-defined]
         self.controls = {i for i, token in added.items() if token.special or not _TEXT.fullmatch(token.content)}
         self.controls |= words.eos_ids
@@ -104,6 +106,17 @@ class ThinkingVocabulary:
         core = self.words.core
         ids = list(core.tokenize_bytes(text))
         return ids if bytes(core.decode_bytes(ids)) == text else list(core.greedy_tokenize(text))
+
+
+_KNOWN: WeakKeyDictionary[Vocabulary, dict[ReasoningFormat, ThinkingVocabulary]] = WeakKeyDictionary()
+
+
+def thinking_vocabulary(words: Vocabulary, tokenizer: object, format: ReasoningFormat) -> ThinkingVocabulary:
+    """The vocabulary's ``ThinkingVocabulary``, from the cache when it was made before."""
+    known = _KNOWN.setdefault(words, {})
+    if format not in known:
+        known[format] = ThinkingVocabulary(words, tokenizer, format)
+    return known[format]
 
 
 class ThinkThenAnswer:
