@@ -6,7 +6,7 @@ messages + tools -> PromptEncoder -> token ids -> Engine.run() -> Generation -> 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,12 @@ import torch
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
 from langchain_core.language_models import LanguageModelInput, ModelProfile
 from langchain_core.language_models.base import LangSmithParams
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.outputs import Generation as CachedGeneration
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
-from pydantic import ConfigDict, Field, SecretStr, SkipValidation, ValidationError
+from pydantic import ConfigDict, Field, SecretStr, SkipValidation, ValidationError, field_serializer
 
 from . import answers
 from .accounting import Account
@@ -46,16 +46,21 @@ from .ledger import Ledger
 from .models.chat_template import chat_template_of
 from .models.language_model import LanguageModel
 from .models.origin import elsewhere
+from .nesting import AsyncOnBehalf, Caller, calling, on_behalf
 from .offload import in_threads
 from .reasoning import thinking_limit
 from .request import Request, openai_tools
 from .runtime import Runtimes, Settings, escalation_of, model_of, profile_of
+from .secrecy import without_secrets
 from .selectors import LLMSelector, Selector
 from .structured_output import Method, structured
 from .token_count import tokens_of_messages
 from .triggers import Trigger
 from .types import Sampling, Step
 from .unfinished import NOTHING, conversation_key
+
+_DICTS = ("model_kwargs", "template_args", "metadata")
+"""Settings that hold anything, secrets too: those never leave the process."""
 
 
 class ChatS2T(TakesConfig):
@@ -195,9 +200,20 @@ class ChatS2T(TakesConfig):
         return self.runtimes.get(self._settings({})).engine
 
     def __getstate__(self) -> dict[Any, Any]:
-        """Pickles as its settings: engines come back, by name, when needed, and an unused key stays behind."""
+        """Pickles as its settings: engines come back, by name, when needed. Keys, tokens and passwords stay behind.
+
+        Where it is unpickled, a hub's token comes from that machine's environment or login.
+        """
         state = super().__getstate__()
-        return {**state, "__dict__": {**state["__dict__"], "model": self.model_name, "api_key": None}}
+        clean = {name: without_secrets(getattr(self, name)) for name in _DICTS}
+        return {**state, "__dict__": {**state["__dict__"], "model": self.model_name, "api_key": None, **clean}}
+
+    @field_serializer(*_DICTS)
+    def _dumped(self, value: Any) -> Any:
+        return without_secrets(value)
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        return [(name, without_secrets(value)) for name, value in super().__repr_args__()]
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> ChatS2T:
         """A model of its own over the same weights, budget and ledger: a copied agent must not double the money."""
@@ -244,7 +260,7 @@ class ChatS2T(TakesConfig):
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)
         params["ls_provider"] = answers.PROVIDER
-        params["ls_model_name"] = str(kwargs.get("model") or self.model_name)
+        params["ls_model_name"] = without_secrets(str(kwargs.get("model") or self.model_name))
         params["ls_temperature"] = _given(kwargs.get("temperature"), self.temperature)
         params["ls_max_tokens"] = _given(kwargs.get("max_tokens"), self.max_tokens)
         return params
@@ -315,7 +331,7 @@ class ChatS2T(TakesConfig):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        *_, answer = self._whole(messages, stop, kwargs)
+        *_, answer = on_behalf(Caller(), self._whole(messages, stop, kwargs))
         assert isinstance(answer, ChatResult)
         return answer
 
@@ -326,11 +342,8 @@ class ChatS2T(TakesConfig):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        async with aclosing(in_threads(self._whole(messages, stop, kwargs))) as steps:
-            async for result in steps:
-                answer = result
-        assert isinstance(answer, ChatResult)
-        return answer
+        async with aclosing(in_threads(on_behalf(Caller(), self._whole(messages, stop, kwargs)))) as steps:
+            return await anext(steps)
 
     def _stream(
         self,
@@ -339,25 +352,45 @@ class ChatS2T(TakesConfig):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        for chunk in self._chunks(messages, stop, kwargs):
+        caller = Caller()
+        for chunk in on_behalf(caller, self._chunks(messages, stop, kwargs)):
             if isinstance(chunk, ChatGenerationChunk):
                 if run_manager:
-                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    with calling(caller):
+                        run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
 
-    async def _astream(
+    def _astream(
         self,
         messages: list[BaseMessage],
         stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        async with aclosing(in_threads(self._chunks(messages, stop, kwargs))) as chunks:
-            async for chunk in chunks:
-                if chunk is not None:
-                    if run_manager:
-                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                    yield chunk
+        caller = Caller()
+
+        async def tell(chunk: ChatGenerationChunk) -> None:
+            assert run_manager is not None
+            with calling(caller):
+                await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+
+        return in_threads(on_behalf(caller, self._chunks(messages, stop, kwargs)), tell if run_manager else None)
+
+    def _generate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
+        with calling(Caller()):  # LangChain may stream inside, and tells callbacks of it
+            return super()._generate_with_cache(*args, **kwargs)
+
+    async def _agenerate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
+        with calling(Caller()):
+            return await super()._agenerate_with_cache(*args, **kwargs)
+
+    def stream(self, *args: Any, **kwargs: Any) -> Iterator[AIMessageChunk]:
+        """As LangChain's; what its callbacks call meanwhile shares this stream's slot."""
+        return on_behalf(Caller(), super().stream(*args, **kwargs))  # type: ignore[arg-type]
+
+    def astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[AIMessageChunk]:
+        """As LangChain's; what its callbacks call meanwhile shares this stream's slot."""
+        return AsyncOnBehalf(Caller(), super().astream(*args, **kwargs))  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ one call
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .engine.admission import Place
 
@@ -32,51 +33,103 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_threads)  # a child inherits the executor, but none of its threads
 
 
-async def in_threads(items: Generator[Place | T, None, None]) -> AsyncGenerator[T, None]:
+class in_threads(AsyncIterator[T], Generic[T]):
     """The items, each computed in a thread and in the caller's context.
 
-    A ``Place`` among them is not passed on: the event loop waits for its turn, and no thread does.
+    A ``Place`` among them is not passed on: the event loop waits for its turn, and no thread does. Nor is a None: it
+    marks a point at which the caller can leave.
 
     Whoever leaves early (``aclose``, a cancelled task) gets control back when the item under way is computed and the
     generator is closed, however often it is cancelled meanwhile: nothing runs on behind, holds are released and the
-    books are written.
+    books are written. Who only lets go of it, as by ``break``, has it closed at once, without the event loop, which
+    may be at its end: that is why this is no asynchronous generator. An item under way is computed first, behind.
+
+    Args:
+        items: computes them; closed at the end, however it comes.
+        told: awaited with every item before it is passed on.
     """
-    step: asyncio.Future[Any] | None = None
-    try:
+
+    def __init__(
+        self, items: Generator[Place | T | None, None, None], told: Callable[[T], Awaitable[None]] | None = None
+    ) -> None:
+        self._items, self._told = items, told
+        self._context = copy_context()
+        self._step: Future[Any] | None = None
+        self._over = False
+
+    async def __anext__(self) -> T:
+        if self._over:
+            raise StopAsyncIteration
+        try:
+            return await self._next()
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        """Close the generator once its last step is over; then be cancelled, if that was asked for meanwhile."""
+        if self._over:
+            return
+        self._over = True
+        cancelled = await _outlast(self._step) if self._step else None
+        closed = _start(self._items.close)
+        cancelled = await _outlast(closed) or cancelled
+        closed.result()
+        if cancelled:
+            raise cancelled
+
+    def __del__(self) -> None:
+        if getattr(self, "_over", True):
+            return
+        self._over, items, context = True, self._items, self._context
+        if self._step is None or self._step.done():
+            context.run(items.close)
+        else:  # its task was thrown away in the middle of a step
+            self._step.add_done_callback(lambda _: context.run(items.close))
+
+    async def _next(self) -> T:
         while True:
-            step = _start(next, items, _END)
-            await asyncio.wait([step])  # a thread cannot be cancelled, only waited for
-            item = step.result()
+            self._step = _start(next, self._items, _END)
+            await asyncio.wait([_end_of(self._step)])  # a thread cannot be cancelled, only waited for
+            item = self._step.result()
             if item is _END:
-                return
+                raise StopAsyncIteration
             if isinstance(item, Place):
-                await asyncio.wait([asyncio.wrap_future(item.turn)], timeout=item.left_s)
-            else:
-                yield item
-    finally:
-        await _close(items, step)
+                await asyncio.wait([_end_of(item.turn)], timeout=item.left_s)
+            elif item is not None:
+                if self._told:
+                    await self._told(item)
+                return item  # type: ignore[no-any-return]
 
 
-def _start(work: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
-    return asyncio.get_running_loop().run_in_executor(_threads, copy_context().run, work, *args)
+def _start(work: Callable[..., Any], *args: Any) -> Future[Any]:
+    return _threads.submit(copy_context().run, work, *args)
 
 
-async def _close(items: Generator[Any, None, None], step: asyncio.Future[Any] | None) -> None:
-    """Close the generator once its last step is over; then be cancelled, if that was asked for meanwhile."""
-    cancelled = await _outlast(step) if step else None
-    closed = _start(items.close)
-    cancelled = await _outlast(closed) or cancelled
-    closed.result()
-    if cancelled:
-        raise cancelled
+def _end_of(work: Future[Any]) -> asyncio.Future[None]:
+    """Done when the work is over, also when it failed; nobody hears of it where the loop is closed by then."""
+    loop = asyncio.get_running_loop()
+    end: asyncio.Future[None] = loop.create_future()
+
+    def tell(_: Future[Any]) -> None:
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(_set, end)
+
+    work.add_done_callback(tell)
+    return end
 
 
-async def _outlast(work: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+def _set(end: asyncio.Future[None]) -> None:
+    if not end.done():
+        end.set_result(None)
+
+
+async def _outlast(work: Future[Any]) -> asyncio.CancelledError | None:
     """Wait until the work is over, whatever comes; gives the cancellation that came."""
     cancelled = None
     while not work.done():
         try:
-            await asyncio.wait([work])
+            await asyncio.wait([_end_of(work)])
         except asyncio.CancelledError as asked:
             cancelled = asked
     work.exception()  # seen: the caller is leaving anyway

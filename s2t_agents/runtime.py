@@ -28,6 +28,7 @@ from .models.origin import Origin, told
 from .models.vocabulary import fitted
 from .reasoning import ThoughtReader
 from .request import Checks, Request
+from .secrecy import without_secrets
 from .selectors import LLMSelector, LocalLLM, Selector, calibrated_trigger, load_selector
 from .selectors.config import SelectorConfig
 from .selectors.drift import DriftWatch
@@ -84,14 +85,14 @@ class Settings:
     def described(self) -> dict[str, Any]:
         """All that changes an answer, as plain data; the device and the concurrency do not."""
         return {
-            "model": self.model if isinstance(self.model, str) else self.model.name,
+            "model": without_secrets(self.model if isinstance(self.model, str) else self.model.name),
             "selector": str(self.selector),
             "escalation": repr(escalation_of(self.escalation)),
             "k": self.k,
             "trigger": repr(self.trigger),
             "dtype": str(self.dtype),
-            "model_kwargs": told(self.model_kwargs),
-            "template_args": self.template_args,
+            "model_kwargs": without_secrets(told(self.model_kwargs)),
+            "template_args": without_secrets(self.template_args),
             "chat_template": self.chat_template,
         }
 

@@ -31,7 +31,7 @@ def test_many_writers_of_one_file_never_show_half_of_it(tmp_path: Path) -> None:
         try:
             for _ in range(40):
                 write_whole(path, letter * SIZE)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - told below
             failed.append(error)
 
     def watch() -> None:

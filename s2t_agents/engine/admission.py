@@ -2,6 +2,9 @@
 
 First come, first served. A slot is held from the first step to the last: a consumer that stops reading a stream holds
 it, and those behind it get a clear error when their patience is over, never a silent deadlock.
+
+What a generation calls while it computes (``on_step``, a token's callback, a judge and its tools) may call the same
+model again: that call shares the generation's slot, since to wait for it would be to wait for itself.
 """
 
 from __future__ import annotations
@@ -15,6 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..errors import ConfigError, Overloaded
+from ..nesting import callers
+
+DEEPEST = 8
+"""Generations that call one another; one that always calls another would go on until memory ends."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +54,14 @@ class Place:
     """One generation's place before an engine: in the queue at first, then a slot.
 
     Attributes:
+        gate: of the engine.
         turn: done when the slot is there. Only the gate ends it: it takes no cancellation.
     """
 
-    def __init__(self, limits: Concurrency) -> None:
+    def __init__(self, gate: Gate) -> None:
         self.turn: Future[None] = Future()
         self.turn.set_running_or_notify_cancel()
-        self._limits, self._since = limits, time.monotonic()
+        self.gate, self._limits, self._since = gate, gate.limits, time.monotonic()
 
     @property
     def left_s(self) -> float:
@@ -91,16 +99,34 @@ class Gate:
         """A place while the block lasts: it may run once ``Place.turn`` is done.
 
         Raises:
-            Overloaded: the queue is full. Nothing has run.
+            Overloaded: the queue is full, or too many generations call one another. Nothing has run.
         """
-        place = self._enter()
+        around = callers()
+        outer = {caller.place for caller in around if isinstance(caller.place, Place) and caller.place.gate is self}
+        if len(outer) >= DEEPEST:
+            raise Overloaded(
+                f"{len(outer)} generations of one model wait for one another, each called by the one before.",
+                hint="Let on_step, callbacks and judges not call their own model without end.",
+            )
+        place = self._shared() if outer else self._enter()
+        own = [caller for caller in around if caller.place is None]
+        for caller in own:
+            caller.place = place
         try:
             yield place
         finally:
-            self._leave(place)
+            for caller in own:
+                caller.place = None
+            if not outer:
+                self._leave(place)
+
+    def _shared(self) -> Place:
+        place = Place(self)
+        place.turn.set_result(None)
+        return place
 
     def _enter(self) -> Place:
-        place = Place(self.limits)
+        place = Place(self)
         with self._mutex:
             if self._running < self.limits.running and not self._queue:
                 self._running += 1

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, TypeGuard
 
 import httpx
@@ -29,6 +29,7 @@ from ..errors import (
 )
 from ..models.language_model import LanguageModel
 from ..models.origin import first_line
+from ..nesting import carried
 from ..types import Charge, Price
 from .breaker import CircuitBreaker
 from .endpoint import BUSY, refused, retry_after
@@ -182,7 +183,8 @@ class ChatJudge:
 
     def _invoke(self, question: Question, sheet: Sheet, seconds: float) -> object:
         reply: Future[object] = Future()
-        threading.Thread(target=self._fill, args=(reply, sheet), name="s2t-judge", daemon=True).start()
+        asking = carried(partial(self._fill, reply, sheet))
+        threading.Thread(target=asking, name="s2t-judge", daemon=True).start()
         try:
             return reply.result(seconds)
         except TimeoutError:

@@ -1,0 +1,76 @@
+"""However a stream is left, its record is there when the event loop has ended, and nobody complains."""
+
+from __future__ import annotations
+
+import textwrap
+
+import forked
+import pytest
+
+WAYS = {
+    "break": "async for _ in model.astream('hello'): break",
+    "events": """
+        async for event in model.astream_events('hello', version='v2'):
+            if event['event'].endswith('stream'): break
+    """,
+    "bound": "async for _ in model.bind(stop=['zzz']).astream('hello'): break",
+    "an error": """
+        try:
+            async for _ in model.astream('hello'): raise KeyError
+        except KeyError: pass
+    """,
+    "cancelled": """
+        task = asyncio.create_task(drain(model)); await asyncio.sleep(.05); task.cancel()
+        try: await task
+        except asyncio.CancelledError: pass
+    """,
+    "not awaited": "asyncio.create_task(drain(model)); await asyncio.sleep(.05)",
+    "timeout": """
+        try: await asyncio.wait_for(model.ainvoke('hello'), .05)
+        except TimeoutError: pass
+    """,
+    "task group": """
+        async def fail():
+            await asyncio.sleep(.05)
+            raise KeyError
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(model.ainvoke('hello')); group.create_task(fail())
+        except* KeyError: pass
+    """,
+    "kept": "kept.append(model.astream('hello')); await anext(kept[0])",
+    "in a cycle": "cycle = [model.astream('hello')]; cycle.append(cycle); await anext(cycle[0])",
+}
+PROGRAM = """
+import asyncio, gc, logging, sys
+from s2t_agents import ChatS2T, Ledger
+from s2t_agents.testing import tiny_model
+
+logging.basicConfig(level=logging.WARNING)
+sys.unraisablehook = lambda told: print("unraisable", told.exc_value, told.object, file=sys.stderr)
+model = ChatS2T(model=tiny_model(max_position_embeddings=4096, seed=8), max_tokens=500)
+kept = []
+
+async def drain(model):
+    async for _ in model.astream('hello'): pass
+
+async def leave(model):
+{way}
+
+for _ in range(3):
+    ledger = Ledger()
+    asyncio.run(leave(model.model_copy(update={{"ledger": ledger}})), debug={debug})
+    kept.clear()
+    gc.collect()
+    assert len(ledger.records()) == 1, len(ledger.records())
+"""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_record_is_there_and_nobody_complains(way: str) -> None:
+    body = textwrap.indent(textwrap.dedent(WAYS[way]).strip(), "    ")
+    done = forked.run("-c", PROGRAM.format(way=body, debug=way == "break"))
+    assert done.returncode == 0, done.stderr
+    assert not [line for line in done.stderr.splitlines() if "asyncgen" in line or "destroyed" in line], done.stderr
+    assert "unraisable" not in done.stderr
+    assert "never retrieved" not in done.stderr

@@ -1,0 +1,85 @@
+"""What opens doors stays in the process: no dump, pickle, repr, trace or cache key holds it, however deep it lies."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+from langchain_core.load import dumpd, dumps
+from pydantic import SecretStr
+
+from s2t_agents import ChatS2T
+from s2t_agents.secrecy import without_secrets
+
+KEY = "S3CRET"
+PLACES: list[dict[str, Any]] = [
+    {"token": KEY},
+    {"use_auth_token": KEY},
+    {"hf_token": KEY},
+    {"proxies": {"https": f"http://user:{KEY}@proxy:80"}},
+    {"proxies": {"https": f"http://{KEY}@proxy"}},
+    {"proxies": {"https": f"http://us@er:{KEY}@proxy"}},
+    {"headers": {"Authorization": f"Bearer {KEY}"}},
+    {"headers": [{"X-Api-Key": KEY}, {"Cookie": KEY}, {"Proxy-Authorization": KEY}]},
+    {"storage_options": {"key": "id", "secret": KEY, "account_key": KEY, "sas_token": KEY}},
+    {"a": ({"b": [{"password": KEY}]},)},
+    {"config": {"tokens": {"access_token": KEY}}},
+    {"endpoint": f"https://hub/?token={KEY}&x=1"},
+    {"credentials": {"user": "u", "pass": KEY}},
+    {"held": SecretStr(KEY)},
+    {"aws_secret_access_key": KEY, "client_secret": [KEY], "apikey": KEY, "private_key": KEY.encode()},
+]
+
+
+def written(model: ChatS2T) -> dict[str, str]:
+    """Everything that leaves the process."""
+    return {
+        "dump": repr(model.model_dump()),
+        "json dump": repr(model.model_dump(mode="json", warnings=False, fallback=repr)),
+        "json": model.model_dump_json(warnings=False, fallback=repr),
+        "repr": repr(model),
+        "str": str(model),
+        "pickle": repr(pickle.dumps(model)),
+        "copied": repr(pickle.dumps(copy.deepcopy(model))),
+        "params": repr(model._identifying_params),
+        "key": model._get_llm_string(),
+        "trace": repr(model._get_ls_params()),
+        "invocation": repr(model._get_invocation_params()),
+        "dumpd": repr(dumpd(model)),
+        "dumps": dumps(model),
+        "dict": repr(model.dict()),
+    }
+
+
+@pytest.mark.parametrize("field", ["model_kwargs", "template_args", "metadata"])
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: next(iter(place)))
+def test_no_writing_holds_a_secret(field: str, place: dict[str, Any]) -> None:
+    model = ChatS2T(**{field: place})
+    assert [name for name, text in written(model).items() if KEY in text] == []
+    assert KEY in repr(getattr(model.model_copy(), field)) or "held" in place  # here it is still of use
+
+
+def test_a_name_with_credentials_is_shown_without() -> None:
+    model = ChatS2T(model=f"https://user:{KEY}@hub/model")
+    said = written(model)
+    assert [name for name in ("repr", "str", "params", "key", "trace", "dumps") if KEY in said[name]] == []
+
+
+def test_what_is_no_secret_stays() -> None:
+    plain = {
+        "trust_remote_code": True,
+        "token": True,
+        "revision": "main",
+        "max_tokens": 5,
+        "tokenizer": "fast",
+        "attn_implementation": "sdpa",
+        "quantization_config": {"bits": 4, "tokenizer": "c4"},
+        "url": "https://hub/a@b?x=1",
+        "mail": "ann@example.org",
+        "keys": ("a", "b"),
+        "bos_token_id": 3,
+    }
+    assert without_secrets(plain) is plain
+    assert pickle.loads(pickle.dumps(ChatS2T(model_kwargs=plain))).model_kwargs == plain
