@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +21,12 @@ from .engine.steps import MAX_K, Engine
 from .engine.thinking import ThinkingVocabulary, ThinkThenAnswer, thinking_vocabulary
 from .errors import ConfigError, ContextOverflow
 from .escalation import DEFAULT_MARGIN, Escalation
+from .forks import LOADING, hold_while_forking
 from .messages import PromptEncoder
 from .models.bundled import selector_path
 from .models.language_model import LanguageModel
 from .models.loading import load_tokenizer
-from .models.origin import Origin, told
+from .models.origin import Origin
 from .models.vocabulary import fitted
 from .reasoning import ThoughtReader
 from .request import Checks, Request
@@ -41,8 +43,9 @@ GRAMMARS_KEPT = 64
 ENGINES_KEPT = 4
 """Engines per chat model and its copies: their own settings, and a few that calls or copies override."""
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _loaded: WeakValueDictionary[str, LanguageModel] = WeakValueDictionary()
+hold_while_forking(sys.modules[__name__], "_lock", LOADING)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Settings:
             "k": self.k,
             "trigger": repr(self.trigger),
             "dtype": str(self.dtype),
-            "model_kwargs": without_secrets(told(self.model_kwargs)),
+            "model_kwargs": without_secrets(self.model_kwargs),
             "template_args": without_secrets(self.template_args),
             "chat_template": self.chat_template,
         }
@@ -221,7 +224,8 @@ class Runtimes:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the same thread may fork while it loads
+        hold_while_forking(self, "_lock", LOADING)
         self._kept: list[tuple[Settings, Runtime]] = []
         self._encoders: list[tuple[Settings, PromptEncoder]] = []
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "s2t_agents"
 
 LAYERS = [  # imports go down this list only, or stay on their own line
     {"errors"},
-    {"types", "nesting", "secrecy"},
+    {"types", "nesting", "secrecy", "forks"},
     {"budget"},
     {"ledger"},
     {"models"},

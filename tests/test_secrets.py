@@ -10,7 +10,7 @@ import pytest
 from langchain_core.load import dumpd, dumps
 from pydantic import SecretStr
 
-from s2t_agents import ChatS2T
+from s2t_agents import ChatS2T, LocalLLM
 from s2t_agents.secrecy import without_secrets
 
 KEY = "S3CRET"
@@ -83,3 +83,11 @@ def test_what_is_no_secret_stays() -> None:
     }
     assert without_secrets(plain) is plain
     assert pickle.loads(pickle.dumps(ChatS2T(model_kwargs=plain))).model_kwargs == plain
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: next(iter(place)))
+def test_nor_does_a_local_llm(place: dict[str, Any]) -> None:
+    llm = LocalLLM("s2t-demo-llm", **place)
+    assert KEY not in repr(llm)
+    assert KEY.encode() not in pickle.dumps(llm)
+    assert [name for name, text in written(ChatS2T(escalation=llm)).items() if KEY in text] == []

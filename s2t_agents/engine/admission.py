@@ -9,6 +9,7 @@ model again: that call shares the generation's slot, since to wait for it would 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..errors import ConfigError, Overloaded
+from ..forks import hold_while_forking, renew_in_child
 from ..nesting import callers
 
 DEEPEST = 8
@@ -55,12 +57,14 @@ class Place:
 
     Attributes:
         gate: of the engine.
+        process: whose it is; a forked child inherits its parent's places, but none of them counts there.
         turn: done when the slot is there. Only the gate ends it: it takes no cancellation.
     """
 
     def __init__(self, gate: Gate) -> None:
         self.turn: Future[None] = Future()
         self.turn.set_running_or_notify_cancel()
+        self.process = os.getpid()
         self.gate, self._limits, self._since = gate, gate.limits, time.monotonic()
 
     @property
@@ -91,7 +95,9 @@ class Gate:
     def __init__(self, limits: Concurrency) -> None:
         self.limits = limits
         self._mutex = threading.RLock()  # the garbage collector may close a lost stream in the middle of a change
-        self._running = 0
+        hold_while_forking(self, "_mutex")
+        renew_in_child(self._empty)
+        self._running, self._process = 0, os.getpid()
         self._queue: deque[Place] = deque()
 
     @contextmanager
@@ -120,6 +126,10 @@ class Gate:
             if not outer:
                 self._leave(place)
 
+    def _empty(self) -> None:
+        """Whoever was inside or before the door did not come along into the child."""
+        self._running, self._queue, self._process = 0, deque(), os.getpid()
+
     def _shared(self) -> Place:
         place = Place(self)
         place.turn.set_result(None)
@@ -143,6 +153,8 @@ class Gate:
 
     def _leave(self, place: Place) -> None:
         with self._mutex:
+            if place.process != self._process:
+                return
             if not place.turn.done():
                 self._queue.remove(place)
             elif self._queue:

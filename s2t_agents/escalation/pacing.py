@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from ..budget import Amount, Budget
 from ..errors import ConfigError
+from ..forks import hold_while_forking
 
 OPENING = tuple((2 * i + 1) / 16 for i in range(8))
 """Before anything was seen, margins are taken to be spread evenly; every one seen takes the place of one of these."""
@@ -41,6 +42,7 @@ class Pace:
         self._seen = self._questions = 0
         self._paid = Amount(usd=None)
         self._lock = threading.Lock()
+        hold_while_forking(self, "_lock")
 
     def wants(self, margin: float, budget: Budget, *, at_most: float = 1.0) -> bool:
         """Whether a selection this sure goes up.
@@ -125,6 +127,7 @@ class Pacing:
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        hold_while_forking(self, "_lock")
         if self.selections < 1:
             raise ConfigError(f"pacing over {self.selections} selections; a run has at least 1.")
         if not all(0 <= margin <= 1 for margin in self.margins):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..errors import ConfigError, InputError
+from ..forks import hold_while_forking
 from ..models.fingerprint import same_weights
 from ..models.language_model import LanguageModel
 from ..selectors.config import BaseIdentity
@@ -28,6 +30,7 @@ except ImportError:  # Windows appends without the lock: one writing process the
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
+hold_while_forking(sys.modules[__name__], "_lock")
 
 
 class PaidGroup(BaseModel):

@@ -25,6 +25,7 @@ from typing import IO, Any
 from pydantic_core import from_json
 
 from s2t_agents.errors import LedgerError
+from s2t_agents.forks import hold_while_forking
 from s2t_agents.ledger.record import GenerationRecord, SummedRecord
 
 try:
@@ -52,6 +53,7 @@ class JsonlLedger:
     def __init__(self, path: Path, wait_s: float = 10.0) -> None:
         self.path, self._wait_s = path.absolute(), wait_s
         self._lock = threading.RLock()  # the garbage collector may end a lost stream in the middle of an append
+        hold_while_forking(self, "_lock")
         self._late: deque[bytes] | None = None
         try:
             if self.path.exists() and self.path.stat().st_size:

@@ -18,6 +18,7 @@ from typing import Any
 
 from s2t_agents.budget.sqlite_file import DAMAGED, connect, identity, recognise, verify
 from s2t_agents.errors import BadStore, LedgerError
+from s2t_agents.forks import hold_while_forking
 from s2t_agents.ledger.record import GenerationRecord, SummedRecord
 
 APPLICATION_ID = 0x5332_544C  # "S2TL"
@@ -49,6 +50,7 @@ class SQLiteLedger:
     def __init__(self, path: Path, wait_s: float = 10.0) -> None:
         self.path, self._wait_s = path.absolute(), wait_s
         self._lock = threading.RLock()  # the garbage collector may end a lost stream in the middle of an append
+        hold_while_forking(self, "_lock")
         try:
             verify(self.path, APPLICATION_ID, "ledger")
             self._connect()

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, computed_field
 
 from s2t_agents.budget import money
+from s2t_agents.forks import hold_while_forking
 from s2t_agents.ledger.record import DIGITS, Frozen, GenerationRecord, Latency
 
 PARTS = tuple(Latency.model_fields)
@@ -166,6 +167,7 @@ class RunningTotal:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        hold_while_forking(self, "_lock")
         self._sums: Sums = NOTHING
         self._new: deque[Sums] = deque()  # the garbage collector may add the record of a lost stream inside our block
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+from ..forks import hold_while_forking
 from .prefix import Prefix
 
 
@@ -19,6 +20,7 @@ class IdlePrefixes:
         self._limit = limit
         self._prefixes: list[Prefix] = []  # replaced, never changed: see PrefixCache
         self._lock = threading.RLock()
+        hold_while_forking(self, "_lock")
 
     def __len__(self) -> int:
         return len(self._prefixes)

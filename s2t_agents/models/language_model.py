@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..forks import FORWARD, hold_while_forking
 from .candidate_rows import CandidateRows
 from .continuing import goes_on_in_stretches, keeps_a_cache
 from .fingerprint import tokenizer_fingerprint, weights_fingerprint
@@ -59,6 +60,7 @@ class LanguageModel:
         self.context_window = context_window(self.config, tokenizer)
         self.overlay_exact = overlay_is_exact(self.config) and keeps_a_cache(model)
         self.lock = threading.RLock()  # one forward at a time: hooks and caches are not thread-safe
+        hold_while_forking(self, "lock", FORWARD)
         self.past = PrefixCache()
         self.kv_kind = StaticCache if self.device.type == "cuda" else KVCache
         self.live = LivePrefixes(self.past, self.kv_kind)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ..forks import hold_while_forking, renew_in_child
 from .kv import KVCache
 from .prefix_cache import WORTH, PrefixCache, common
 
@@ -100,6 +101,8 @@ class LivePrefixes:
         self._past, self._kind = past, kind
         self._entries: list[Live] = []
         self._lock = threading.RLock()  # garbage collection may end a generation inside a block of ours
+        hold_while_forking(self, "_lock")
+        renew_in_child(self._forget)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -133,8 +136,12 @@ class LivePrefixes:
     def leave(self, entry: Live) -> None:
         """Its generation has ended; who waited for it looks elsewhere."""
         with self._lock:
-            self._entries.remove(entry)
+            self._entries = [each for each in self._entries if each is not entry]  # gone already in a forked child
         entry.over.set()
+
+    def _forget(self) -> None:
+        """Nobody goes on reading here: those threads did not come along into the child."""
+        self._entries = []
 
     def _longest(self, wanted: NDArray[np.int64], scope: str | None) -> tuple[Live | None, int]:
         """Who shares most of a prompt; among equals who has read most of it."""

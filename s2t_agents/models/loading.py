@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import ModelNotFound, UnsafeWeights
+from ..forks import LOADING, hold_while_forking
 from .origin import Origin
 from .processor import widens
 
 ONE_AT_A_TIME = threading.RLock()
+hold_while_forking(sys.modules[__name__], "ONE_AT_A_TIME", LOADING)
 """Held by whoever reads weights: transformers changes torch's default dtype meanwhile, for all threads."""
 
 SMALL_ON_CPU = 300_000_000

@@ -28,9 +28,6 @@ OURS = frozenset(
 )
 """Options that this package sets itself."""
 
-SECRET = re.compile(r"token|.*(auth|access|hf)_token|.*api_key|.*secret|.*password|proxies", re.IGNORECASE)
-"""Names of options that open doors and change no answer: neither traced nor in cache keys."""
-
 MOST_JSON = 64_000_000
 """Bytes of the largest config that is read; real ones have a few thousand."""
 
@@ -271,11 +268,6 @@ class Origin:
 def panicked(error: BaseException) -> bool:
     """Whether it is a panic of Rust code, which pyo3 raises past ``except Exception``."""
     return type(error).__name__ == "PanicException"
-
-
-def told(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without those that open doors: for cache keys, traces and reprs."""
-    return {key: value for key, value in options.items() if not SECRET.fullmatch(key)}
 
 
 def elsewhere(options: Mapping[str, Any]) -> dict[str, Any]:

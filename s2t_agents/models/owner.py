@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..forks import hold_while_forking, renew_in_child
 from .meter import Meter
 from .packed import Look, Outcome, Part
 from .teams import Team, release
@@ -76,6 +77,8 @@ class Owner:
         self._single, self._packed, self._lock = single, packed, lock
         self._beside, self._alone_at_most = beside, alone
         self._mutex = threading.Lock()
+        hold_while_forking(self, "_mutex")
+        renew_in_child(self._forget)
         self._arrived = threading.Condition(self._mutex)
         self._waiting: deque[Ticket] = deque()
         self._led = False
@@ -98,6 +101,10 @@ class Owner:
         ticket = LookTicket(look, meter)
         self._settle(ticket)
         return ticket.result()
+
+    def _forget(self) -> None:
+        """Whoever led or waited did not come along into the child."""
+        self._waiting, self._led, self._last = deque(), False, frozenset()
 
     def pause(self) -> None:
         """A generation has ended. A hint: garbage collection may give it inside any block of this very thread."""

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..forks import hold_while_forking
 from .kv import KVCache
 
 LIMIT_BYTES = 512 * 2**20
@@ -52,6 +53,7 @@ class PrefixCache:
         self.limit_bytes = limit_bytes
         self._entries: list[Entry] = []  # least lately used first
         self._lock = threading.RLock()
+        hold_while_forking(self, "_lock")
 
     def __len__(self) -> int:
         return len(self._entries)

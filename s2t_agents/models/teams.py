@@ -129,7 +129,7 @@ def _forget_threads() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)
+    os.register_at_fork(before=release, after_in_child=_forget_threads)
 
 
 @cache

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from ..errors import ConfigError, EndpointBusy, EndpointDown, EscalationFailed, OutOfTime, QuestionRefused
+from ..forks import hold_while_forking
 
 State = Literal["closed", "open", "half-open"]
 
@@ -43,6 +44,7 @@ class CircuitBreaker:
         self._opens_at: float | None = None
         self._probing = False
         self._lock = threading.Lock()
+        hold_while_forking(self, "_lock")
 
     @property
     def state(self) -> State:

@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Iterator
 
+from ..forks import hold_while_forking
 from ..types import Step
 from .config import Calibration
 
@@ -86,6 +87,7 @@ class DriftWatch:
     def __init__(self, calibration: Calibration, *, escalations: bool = False, fewest: int = FEWEST) -> None:
         self._calibration, self._escalations, self._fewest = calibration, escalations, fewest
         self._lock = threading.RLock()  # garbage collection may end a generation inside a block of ours
+        hold_while_forking(self, "_lock")
         self._triggers, self._questions = LiveRate(), LiveRate()
         self._said = False
 

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from ..errors import EscalationFailed, TokenizerMismatch
+from ..forks import hold_while_forking
 from ..models.fingerprint import shared_ids
 from ..models.idle import IdlePrefixes
 from ..models.language_model import LanguageModel
 from ..models.loading import load_tokenizer
-from ..models.origin import first_line, told
+from ..models.origin import first_line
 from ..models.prefix import Prefix
+from ..secrecy import without_secrets
 from ..types import Charge, Price
 from .question import Answer, Question, charge
 
@@ -52,16 +54,18 @@ class LocalLLM:
         self._model = None if isinstance(model, str) else model
         self._options: dict[str, Any] = {"device": device, "dtype": dtype, **options}
         self._lock = threading.Lock()
+        hold_while_forking(self, "_lock")
         self._failure, self._again_at = "", 0.0
         self.idle = IdlePrefixes(IDLE_CACHES)
 
     def __repr__(self) -> str:
-        options = {key: value for key, value in told(self._options).items() if value is not None and key != "device"}
+        clean = without_secrets(self._options)
+        options = {key: value for key, value in clean.items() if value is not None and key != "device"}
         return f"LocalLLM({', '.join([repr(self.name), *(f'{key}={value!r}' for key, value in options.items())])})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles as its settings: weights, caches and locks stay behind and come back when needed."""
-        return {"name": self.name, "price": self.price, "options": self._options}
+        return {"name": self.name, "price": self.price, "options": without_secrets(self._options)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["name"], price=state["price"], **state["options"])  # type: ignore[misc]
