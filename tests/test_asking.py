@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from langchain.agents import create_agent
 from langchain.agents.middleware import ModelRetryMiddleware, dynamic_prompt
+from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command
 from s2t_agents.integrations.langgraph import BudgetMiddleware
@@ -21,6 +22,7 @@ from s2t_agents.integrations.langgraph import BudgetMiddleware
 from s2t_agents import Budget, ChatS2T, Escalation, Ledger, TokenPrice
 from s2t_agents.budget import SQLiteStore
 from s2t_agents.errors import BudgetExceeded, ConfigError, EscalationFailed
+from s2t_agents.selectors.question import Answer, Question
 from s2t_agents.testing import ScriptedLLM, last_candidate
 from s2t_agents.triggers import when
 from s2t_agents.unfinished import Unfinished
@@ -384,3 +386,79 @@ def test_nothing_of_an_unfinished_answer_is_logged(caplog: Any) -> None:
     Unfinished().resume({"secret": {"tokens": "hunter2"}})
     assert "hunter2" not in caplog.text
     assert "written anew" in caplog.text
+
+
+# ---------------------------------------------------------------- old checkpoints and other forms of answers
+
+
+@pytest.mark.parametrize(("kept", "restarted"), [("store", True), ("store", False), ("memory", False)])
+def test_rewinding_undoes_no_spending_while_the_budget_lives(tmp_path: Path, kept: str, restarted: bool) -> None:
+    llm, saver, limits = scripted(), InMemorySaver(), {"per_thread": {"escalations": 20}}
+
+    def budget() -> Budget:
+        return Budget(escalations=50, store=SQLiteStore(tmp_path / "b.db") if kept == "store" else None)
+
+    agent = agent_on(chat(llm), budget(), saver, **limits)
+    for n in range(3):
+        agent.invoke({"messages": f"Hi {n}"}, thread("1"))
+    spent = len(llm.asked)
+    old = [each for each in agent.get_state_history(thread("1")) if each.values.get("s2t_budget")][-1]
+    again = agent_on(chat(llm), budget(), saver, **limits) if restarted else agent
+    run = again.invoke({"messages": "again"}, old.config)
+    assert len(llm.asked) <= 20
+    assert run["s2t_budget"]["spent"]["escalations"] == len(llm.asked) >= spent
+
+
+def test_a_budget_in_memory_that_died_knows_what_the_old_checkpoint_says(tmp_path: Path) -> None:
+    llm, saver, limits = scripted(), InMemorySaver(), {"per_thread": {"escalations": 20}}
+    agent = agent_on(chat(llm), Budget(), saver, **limits)
+    for n in range(2):
+        agent.invoke({"messages": f"Hi {n}"}, thread("1"))
+    history = [each for each in agent.get_state_history(thread("1")) if not each.next]
+    known = history[-1].values["s2t_budget"]["spent"]["escalations"]
+    assert 0 < known < len(llm.asked)
+    llm.asked.clear()
+    run = agent_on(chat(llm), Budget(), saver, **limits).invoke({"messages": "again"}, history[-1].config)
+    assert run["s2t_budget"]["spent"]["escalations"] == known + len(llm.asked)
+
+
+def test_tool_calls_are_gone_on_with_too() -> None:
+    calls: list[str] = []
+
+    @tool
+    def get_stock(item: str) -> int:
+        """Look up the stock of an item."""
+        calls.append(item)
+        return 85
+
+    def run(start: int, grant: int) -> tuple[Any, ScriptedLLM]:
+        llm, budget = scripted(), Budget(escalations=start, on_exhausted="ask")
+        agent = create_agent(
+            chat(llm, max_tokens=80), [get_stock], middleware=[BudgetMiddleware(budget)], checkpointer=InMemorySaver()
+        )
+        done, _ = ask_until_done(agent, thread("1"), grant, "Look up the stock of lamps. How many are there?", 200)
+        return done, llm
+
+    free, llm = run(1000, 1)
+    bit_by_bit, paid = run(0, 3)
+    assert [m.type for m in bit_by_bit["messages"]] == [m.type for m in free["messages"]]
+    assert [m.text for m in bit_by_bit["messages"]] == [m.text for m in free["messages"]]
+    assert bit_by_bit["messages"][1].tool_calls[0]["args"] == free["messages"][1].tool_calls[0]["args"]
+    assert len(paid.asked) == len(set(questions(paid))) == len(llm.asked)
+    assert len(calls) == 2
+
+
+class Sentences(ScriptedLLM):
+    """Settles two tokens with every pick, as a judge does."""
+
+    def ask(self, question: Question) -> Answer:
+        answer = super().ask(question)
+        return Answer(answer.scores, then=tuple(question.candidates[:2]))
+
+
+def test_what_a_judge_settled_with_its_pick_is_gone_on_with() -> None:
+    whole = chat(Sentences(last_candidate)).invoke(QUESTION).text
+    llm, budget = Sentences(last_candidate), Budget(escalations=1, on_exhausted="ask")
+    run, asked = ask_until_done(agent_on(chat(llm), budget, InMemorySaver()), thread("1"), 1)
+    assert run["messages"][-1].text == whole
+    assert len(llm.asked) == len(set(questions(llm))) == asked + 1 < TOKENS
