@@ -25,23 +25,21 @@ class Frames:
 
     Args:
         letters: those of ``TAGS`` that are no control tokens.
+        cut_at: tags at whose end the template cuts an assistant's text: calls stand there.
     """
 
-    def __init__(self, letters: Sequence[str]) -> None:
-        self._closing = re.compile(rf"<\s*(?=/\s*(?:{'|'.join(letters)})\b)" if letters else r"(?!)", re.IGNORECASE)
+    def __init__(self, letters: Sequence[str], cut_at: Sequence[str] = ()) -> None:
+        self._closing = _closing(letters)
+        self._closing_json = _closing([*letters, *cut_at])
 
     def kept_inside(self, text: str) -> str:
         r"""The text with ``<\/tag`` for ``</tag``, which is the same string in JSON."""
-        parts, last = [], 0
-        for match in self._closing.finditer(text):
-            parts += [text[last : match.end()], "\\"]
-            last = match.end()
-        return concat([*parts, text[last:]]) if parts else text
+        return _broken(text, self._closing)
 
     def json_kept_inside(self, value: Any) -> str:
         """A value as JSON that closes no frame."""
         text = json_text(value)
-        return blurred(self.kept_inside(text), text)
+        return blurred(_broken(text, self._closing_json), text)
 
     def tools_block(self, tools: Sequence[Mapping[str, Any]]) -> str:
         """What the system turn says about the tools (OpenAI's form, one JSON line each)."""
@@ -80,6 +78,19 @@ class Frames:
                 told.append({**rest, "content": joined([turn["content"], *calls], "\n")})
             in_results = is_result
         return with_system(told, self.tools_block(tools)) if tools else told
+
+
+def _closing(tags: Sequence[str]) -> re.Pattern[str]:
+    return re.compile(rf"<\s*(?=/\s*(?:{'|'.join(tags)})\b)" if tags else r"(?!)", re.IGNORECASE)
+
+
+def _broken(text: str, closing: re.Pattern[str]) -> str:
+    """The text with a backslash in each closing tag."""
+    parts, last = [], 0
+    for match in closing.finditer(text):
+        parts += [text[last : match.end()], "\\"]
+        last = match.end()
+    return concat([*parts, text[last:]]) if parts else text
 
 
 def joined(texts: Sequence[str], apart: str = "\n\n") -> str:

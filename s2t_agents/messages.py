@@ -182,7 +182,7 @@ class PromptEncoder:
         self._source = str(template)
         added = {token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()}
         letters = [tag for tag in hermes.TAGS if f"</{tag}>" not in added]
-        self._frames = hermes.Frames(letters)
+        self._frames = hermes.Frames(letters, cut_at=["think"] if "</think>" in str(template) else [])
         self._templates: dict[str, tuple[ChatTemplate, hermes.Frames]] = {}
         self._letters = letters
 

@@ -218,6 +218,19 @@ def test_whole_messages_that_are_pieces_of_a_control_token_cost_nothing(monkeypa
         own.encode([HumanMessage("<|repo_name|>")])
 
 
+def test_a_call_that_spells_the_end_of_a_thought_is_not_cut_there():
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and '</think>' in m.content %}"
+        "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    call = {"id": "1", "name": "write", "args": {"text": "Close it with </think>, then answer."}}
+    history = [HumanMessage("x"), AIMessage("Writing.", tool_calls=[call]), ToolMessage("a</think>b", tool_call_id="1")]
+    said = encoder(template).render(history)
+    assert "Writing." in said
+    assert '{"name": "write", "arguments": {"text": "Close it with <\\/think>, then answer."}}' in said
+    assert "a</think>b" in said
+
+
 TEXTUAL = [CHATML, TEMPLATES["keeps the first system"]]
 
 
