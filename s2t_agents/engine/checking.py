@@ -19,7 +19,7 @@ from jsonschema.validators import extend
 
 from .canonical import Schema, place, shown
 
-SECONDS = 1.0
+SECONDS = 0.5
 """Time that one check may take, and its patterns together."""
 
 MOST_KEYWORDS = 200_000

@@ -125,6 +125,7 @@ class SafeEncoder:
             elif not (token["content"].startswith("<") and token["content"] in described["model"]["vocab"]):
                 kept.append(token)
         described["added_tokens"] = kept
+        described["decoder"] = _with_spaces(described["decoder"])
         text = json.dumps(described)
         copy = Tokenizer.from_str(text)
         same = all(copy.token_to_id(name) == self._id_of[content] for content, name in names.items())
@@ -174,6 +175,16 @@ def _controls(token: AddedToken, template: str) -> bool:
     if _SPACE.fullmatch(token.content):
         return token.special and bool(token.content)
     return token.special or token.content in template or not _HTML.fullmatch(token.content)
+
+
+def _with_spaces(decoder: Any) -> Any:
+    """A serialized decoder in which pieces' stand-ins for spaces are replaced in words that llguidance reads."""
+    if not isinstance(decoder, dict):
+        return decoder
+    if decoder.get("type") == "Metaspace":
+        return {"type": "Replace", "pattern": {"String": decoder["replacement"]}, "content": " "}
+    parts = decoder.get("decoders")
+    return {**decoder, "decoders": [_with_spaces(each) for each in parts]} if parts else decoder
 
 
 def _pattern(token: AddedToken) -> str:

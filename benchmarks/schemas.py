@@ -1,0 +1,96 @@
+"""How many schemas of a folder bind, how long that takes, what is given up: ``python -m benchmarks.schemas FOLDER``.
+
+A file is one JSON schema (``*.json``), or JSON lines whose ``function`` holds tools, as in BFCL. Each is made ready as
+``bind_tools`` does, and its grammar is started over the demo pair's tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from s2t_agents.engine.grammar import json_grammar, tool_grammar, vocabulary
+from s2t_agents.engine.relaxing import relaxed
+from s2t_agents.errors import S2TError
+from s2t_agents.models.bundled import model_path
+from s2t_agents.models.loading import load_tokenizer
+
+
+def cases(folder: Path) -> Iterator[tuple[str, Any, bool]]:
+    """Name, schema or list of tools, and whether it is the latter."""
+    for file in sorted(folder.rglob("*.json")):
+        text = file.read_text(encoding="utf-8")
+        try:
+            yield str(file.relative_to(folder)), json.loads(text), False
+            continue
+        except ValueError:
+            pass
+        for number, line in enumerate(text.splitlines(), 1):
+            given = json.loads(line).get("function") if line.startswith("{") and line.endswith("}") else None
+            if given:
+                functions = given if isinstance(given, list) else [given]
+                tools = [{"type": "function", "function": function} for function in functions]
+                yield f"{file.relative_to(folder)}:{number}", tools, True
+
+
+def main() -> int:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    logging.disable(logging.WARNING)
+    words = vocabulary(load_tokenizer(model_path("s2t-demo")))
+    seconds: list[float] = []
+    refused: dict[str, str] = {}
+    slow: dict[str, float] = {}
+    exact, notes = 0, Counter[str]()
+    for name, asked, is_tools in cases(given.folder):
+        begun = time.perf_counter()
+        try:
+            if is_tools:
+                tool_grammar(words, asked, "any").start()
+            else:
+                json_grammar(words, asked).start()
+                told = relaxed(asked, "the output schema").notes
+                exact += not told
+                notes.update({note.split(": ", 1)[-1].split(" ")[0] for note in told})
+        except S2TError as error:
+            refused[name] = str(error)[:300]
+        seconds.append(time.perf_counter() - begun)
+        if seconds[-1] > 1:
+            slow[name] = round(seconds[-1], 2)
+    if not seconds:
+        parser.error(f"no schemas in {given.folder}")
+    ordered = sorted(seconds)
+    result = {
+        "schemas": len(ordered),
+        "bound": len(ordered) - len(refused),
+        "bound_percent": round(100 * (1 - len(refused) / len(ordered)), 2),
+        "exact": exact,
+        "seconds": {
+            "p50": round(ordered[len(ordered) // 2], 4),
+            "p99": round(ordered[int(len(ordered) * 0.99)], 3),
+            "max": round(ordered[-1], 2),
+        },
+        "over_1_s": slow,
+        "relaxed": dict(notes.most_common()),
+        "refused": refused,
+    }
+    if given.json:
+        print(json.dumps(result, indent=1))
+        return 0
+    for key, value in result.items():
+        print(f"{key:14} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""No wrong object in silence: what the grammar gave up is checked when the answer is finished, streamed or not."""
+
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import pytest
+import torch
+from langchain_core.exceptions import OutputParserException
+from langchain_core.tools import tool
+from pydantic import BaseModel, RootModel
+from typing_extensions import TypedDict
+
+from s2t_agents import ChatS2T
+from s2t_agents.errors import BadSchema
+from s2t_agents.models.language_model import LanguageModel
+from s2t_agents.testing import tiny_model
+
+METHODS = ("function_calling", "json_schema", "json_mode")
+
+
+def longing_for(*texts: str) -> LanguageModel:
+    """A model that wants the first of these tokens always, then the second, whatever the prompt is."""
+    slm = tiny_model(max_position_embeddings=4096)
+    head = slm.model.get_output_embeddings()
+    wishes = torch.zeros(head.weight.shape[0])
+    for rank, text in enumerate(texts):
+        wishes[slm.tokenizer.convert_tokens_to_ids(text)] = 100.0 - rank
+    head.weight.zero_()
+    head.bias = torch.nn.Parameter(wishes, requires_grad=False)
+    return slm
+
+
+def chat(*wishes: str, **settings: Any) -> ChatS2T:
+    return ChatS2T(model=longing_for(*wishes), **{"max_tokens": 200, **settings})
+
+
+PICKY = {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 2, "uniqueItems": True}
+PICKED = {"title": "picked", "description": "d", "type": "object", "properties": {"x": PICKY}, "required": ["x"]}
+
+
+def test_a_call_that_does_not_fit_is_invalid_with_the_reason_and_streams_to_the_same() -> None:
+    bound = chat("a", '"').bind_tools([PICKED], tool_choice="any")
+    answer = bound.invoke("hello")
+    assert not answer.tool_calls
+    (wrong,) = answer.invalid_tool_calls
+    assert "x: " in wrong["error"]
+    assert "uniqueItems" in wrong["error"]
+    assert answer.response_metadata["s2t"]["relaxed"] == ["picked.x: uniqueItems"]
+    assert answer.response_metadata["s2t"]["invalid"] == [wrong["error"]]
+    streamed: Any = reduce(add, bound.stream("hello"))
+    assert not streamed.tool_calls
+    assert [call["args"] for call in streamed.invalid_tool_calls] == [wrong["args"]]
+    assert streamed.response_metadata["s2t"]["invalid"] == [wrong["error"]]
+
+
+def test_a_call_that_fits_says_nothing_of_faults() -> None:
+    answer = chat("b").bind_tools([{**PICKED, "properties": {"x": {"const": 1}}}], tool_choice="any").invoke("hello")
+    assert answer.tool_calls
+    assert not {"relaxed", "invalid"} & answer.response_metadata["s2t"].keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_structured_output_that_does_not_fit_is_langchains_parsing_error(method: Any) -> None:
+    model = chat("a", '"').with_structured_output(PICKED, method=method)
+    with pytest.raises(OutputParserException, match="uniqueItems"):
+        model.invoke("hello")
+    with pytest.raises(OutputParserException, match="uniqueItems"):
+        await model.ainvoke("hello")
+    with pytest.raises(OutputParserException, match="uniqueItems"):
+        list(model.stream("hello"))
+    told = chat("a", '"').with_structured_output(PICKED, method=method, include_raw=True).invoke("hello")
+    assert told["parsed"] is None
+    assert "uniqueItems" in str(told["parsing_error"])
+    assert told["raw"].response_metadata["s2t"]["invalid"]
+
+
+def test_a_plain_reply_that_does_not_fit_says_so_in_its_metadata() -> None:
+    reply = {"type": "json_schema", "json_schema": {"name": "picked", "schema": PICKED}}
+    told = chat("a", '"').invoke("hello", response_format=reply).response_metadata["s2t"]
+    assert "uniqueItems" in told["invalid"][0]
+    assert told["relaxed"] == ["x: uniqueItems"]
+
+
+# ---------------------------------------------------------------------- what LangChain's conversion loses
+
+
+class Node(BaseModel):
+    """A tree."""
+
+    name: str
+    children: list["Node"] = []
+
+
+class Numbers(RootModel[list[int]]):
+    """Numbers."""
+
+
+class Choice(RootModel[int | None]):
+    """One or none."""
+
+
+@dataclass
+class Point:
+    """A point."""
+
+    x: int
+
+
+class Linked(TypedDict):
+    """A list."""
+
+    v: int
+
+
+def graft(tree: Node, times: int) -> str:
+    """Graft a tree.
+
+    Args:
+        tree: the tree.
+        times: how often.
+    """
+    return f"{tree.name} {times}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [Node, Numbers, Choice])
+def test_recursive_classes_and_other_roots_give_their_own_objects(method: Any, kind: Any) -> None:
+    model = ChatS2T(model=tiny_model(max_position_embeddings=4096), max_tokens=300, temperature=1.0, seed=3)
+    assert isinstance(model.with_structured_output(kind, method=method).invoke("hello"), kind)
+    assert isinstance(list(model.with_structured_output(kind, method=method).stream("hello"))[-1], kind)
+
+
+ROOTS: dict[str, tuple[dict[str, Any], Any]] = {
+    "array": ({"type": "array", "items": {"type": "integer", "maximum": 9}, "minItems": 2, "maxItems": 3}, list),
+    "enum": ({"enum": ["yes", "no"]}, str),
+    "reference": ({"$ref": "#/$defs/N", "$defs": {"N": {"type": "object", "properties": {"a": {"const": 1}}}}}, dict),
+    "anyOf": ({"anyOf": [{"type": "null"}, {"type": "boolean"}]}, (type(None), bool)),
+    "recursive array": ({"type": "array", "items": {"$ref": "#"}, "maxItems": 1}, list),
+    "string": ({"type": "string", "maxLength": 4}, str),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ROOTS)
+def test_roots_that_are_no_objects_are_answered_with_their_values(method: Any, name: str) -> None:
+    asked, kind = ROOTS[name]
+    model = ChatS2T(model=tiny_model(max_position_embeddings=4096), max_tokens=120)
+    bound = model.with_structured_output({"title": "Root", "description": "d", **asked}, method=method)
+    assert isinstance(bound.invoke("hello"), kind)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dataclasses_and_typed_dicts_give_dicts(method: Any) -> None:
+    model = ChatS2T(model=tiny_model(max_position_embeddings=4096), max_tokens=80)
+    assert set(model.with_structured_output(Point, method=method).invoke("hello")) == {"x"}
+    assert set(model.with_structured_output(Linked, method=method).invoke("hello")) == {"v"}
+
+
+def test_tools_keep_their_recursion_and_the_prompt_shows_it() -> None:
+    for one in (graft, tool(graft)):
+        bound: Any = chat().bind_tools([one])
+        shown = bound.kwargs["tools"][0]["function"]["parameters"]
+        assert shown["$defs"]["Node"]["properties"]["children"]["items"] == {"$ref": "#/$defs/Node"}
+        assert shown["properties"]["tree"]["$ref"] == "#/$defs/Node"
+        assert list(shown["properties"]) == ["tree", "times"]
+
+
+@pytest.mark.parametrize("name", ["array", "enum", "string"])
+def test_a_tool_whose_arguments_are_no_object_is_refused_by_name(name: str) -> None:
+    with pytest.raises(BadSchema, match="tool 'Root'"):
+        chat().bind_tools([{"title": "Root", "description": "d", **ROOTS[name][0]}])
+
+
+# ---------------------------------------------------------------------- short answers
+
+
+@pytest.mark.parametrize("question", ["Good morning", "Thanks", "Ann has 37 shells and finds 48 more. How many now?"])
+def test_a_short_answer_is_the_beginning_of_the_long_one(question: str) -> None:
+    for model in (ChatS2T(), ChatS2T().bind_tools([PICKED])):
+        whole = model.invoke(question, max_tokens=40)
+        for room in (1, 2, 3, 4, 7):
+            short = model.invoke(question, max_tokens=room)
+            assert short.text
+            assert whole.text.startswith(short.text) or not whole.text  # a call that has no room is not begun
+            assert not short.invalid_tool_calls
+            assert short.response_metadata["finish_reason"] == "length" or short.text == whole.text
+
+
+def test_text_that_a_model_wants_is_not_withheld_at_the_limit() -> None:
+    assert chat("a", max_tokens=1).invoke("hello").text == "a"
+    assert chat("a", max_tokens=3).bind_tools([PICKED]).invoke("hello").text == "aaa"

@@ -1,0 +1,360 @@
+"""Schemas of the wild: what a grammar can it enforces, the rest is relaxed and told, and the whole is checked."""
+
+import copy
+import json
+import random
+import time
+from typing import Any
+
+import jsonschema
+import pytest
+from random_schemas import object_schema, schema
+from templates import family
+
+from s2t_agents.engine.canonical import canonical
+from s2t_agents.engine.checking import Check
+from s2t_agents.engine.grammar import json_grammar, vocabulary
+from s2t_agents.engine.least import Least, least
+from s2t_agents.engine.relaxing import relaxed
+from s2t_agents.errors import BadSchema, ConfigError
+
+TAGGED = "qwen2_5"
+STRING: dict[str, Any] = {"type": "string"}
+
+
+def of(field: Any, **more: Any) -> dict[str, Any]:
+    """An object whose one property is asked for."""
+    return {"type": "object", "properties": {"x": field}, "required": ["x"], **more}
+
+
+def takes(asked: dict[str, Any], value: Any) -> bool:
+    """Whether the grammar of a schema takes a value, as ``json.dumps`` writes it."""
+    grammar = json_grammar(vocabulary(family(TAGGED)), asked)
+    state = grammar.start()
+    for token in grammar.vocabulary.spelt_out([[json.dumps(value, ensure_ascii=False)]])[0]:
+        if not state.takes(token):
+            return False
+        state.accept(token)
+    return bool(state.finished or state.allowed()[list(grammar.vocabulary.eos_ids)].any())
+
+
+def fits(asked: dict[str, Any], value: Any) -> bool:
+    return not Check(canonical(asked).schema).complaint(value)
+
+
+RELAXED = {
+    "uniqueItems": ({"type": "array", "items": {"enum": ["a", "b"]}, "uniqueItems": True}, ["a", "b"], ["a", "a"]),
+    "not": ({**STRING, "not": {"const": ""}}, "a", ""),
+    "if": ({"type": "integer", "if": {"minimum": 5}, "then": {"multipleOf": 5}}, 10, 7),
+    "contains": ({"type": "array", "items": STRING, "contains": {"const": "a"}}, ["b", "a"], ["b"]),
+    "dependentRequired": (
+        {"type": "object", "properties": {"a": STRING, "b": STRING}, "dependentRequired": {"a": ["b"]}},
+        {"a": "", "b": ""},
+        {"a": ""},
+    ),
+    "dependentSchemas": (
+        {"type": "object", "properties": {"a": STRING, "b": STRING}, "dependencies": {"a": {"required": ["b"]}}},
+        {"a": "", "b": ""},
+        {"a": ""},
+    ),
+    "oneOf": ({"oneOf": [STRING, {"type": "string", "maxLength": 3}]}, "long enough", "ab"),
+    "propertyNames": (
+        {"type": "object", "propertyNames": {"maxLength": 2}, "additionalProperties": STRING},
+        {"ab": ""},
+        {"abc": ""},
+    ),
+    "patternProperties": (
+        {"type": "object", "patternProperties": {"a": STRING, "b": {"maxLength": 2}}, "additionalProperties": False},
+        {"ab": "xy"},
+        {"ab": "xyz"},
+    ),
+    "minProperties": ({"type": "object", "properties": {"a": STRING, "b": STRING}, "minProperties": 2},
+                      {"a": "", "b": ""}, {"a": ""}),
+    "unevaluatedProperties": (
+        {"type": "object", "allOf": [{"properties": {"a": STRING}}], "unevaluatedProperties": False},
+        {"a": ""},
+        {"a": "", "b": 1},
+    ),
+    "lookahead": ({**STRING, "pattern": r"^(?!.*\.\.)[\w./]+$"}, "a/b.txt", "a/../b"),
+    "backreference": ({**STRING, "pattern": r"^(a|b)\1$"}, "aa", "ab"),
+    "word boundary": ({**STRING, "pattern": r"\bcat\b"}, "a cat", "concat"),
+    "format": ({**STRING, "format": "path"}, "a/b", 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELAXED)
+def test_what_a_grammar_can_not_enforce_is_relaxed_told_and_checked(name: str) -> None:
+    field, good, bad = RELAXED[name]
+    ready = relaxed(of(field), "it")
+    assert takes(of(field), {"x": good})
+    assert fits(of(field), {"x": good})
+    assert not fits(of(field), {"x": bad})
+    assert takes(of(field), {"x": bad}) == (name != "format" and bool(ready.notes))
+    if ready.notes:
+        assert all(note.startswith("x") for note in ready.notes)
+
+
+@pytest.mark.parametrize(
+    ("field", "place"),
+    [
+        ({"type": "array", "items": {"type": "array", "uniqueItems": True}}, "x[]: uniqueItems"),
+        ({"type": "object", "properties": {"y": {"not": {"type": "null"}}}}, "x.y: not"),
+        ({"anyOf": [{"type": "null"}, {**STRING, "format": "color"}]}, 'x: format "color"'),
+        ({"$ref": "#/$defs/n"}, 'n.t: format "tag"'),
+        ({"$ref": "https://example.com/schema"}, 'x: $ref "https://example.com/schema"'),
+        ({"$ref": "#/$defs/nowhere"}, 'x: $ref "#/$defs/nowhere"'),
+        ({"type": "no-such-type"}, 'x: type "no-such-type"'),
+        ({**STRING, "pattern": "(?=a)b"}, 'x: pattern "(?=a)b" (look-around'),
+    ],
+)
+def test_notes_name_the_place_the_keyword_and_the_value(field: dict[str, Any], place: str) -> None:
+    defs = {"n": {"type": "object", "properties": {"t": {**STRING, "format": "tag"}}}}
+    assert any(place in note for note in relaxed(of(field, **{"$defs": defs}), "it").notes)
+
+
+def test_it_is_told_in_the_log_once_per_schema(caplog: pytest.LogCaptureFixture) -> None:
+    asked = of({"type": "array", "uniqueItems": True, "title": "of this test alone"})
+    for _ in range(3):
+        relaxed(asked, "the arguments of tool 'once'")
+    (told,) = [record.getMessage() for record in caplog.records if "'once'" in record.getMessage()]
+    assert "x: uniqueItems" in told
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"type": "array", "items": STRING, "uniqueItems": False},
+        {
+            "type": "number",
+            "default": float("inf"),
+            "minimum": float("-inf"),
+            "title": "t",
+            "examples": [1],
+            "x-own": 3,
+        },
+        {**STRING, "deprecated": True, "contentEncoding": "base64", "readOnly": True, "$comment": "c"},
+        {"type": "object", "propertyNames": {"enum": ["a", "b"]}, "additionalProperties": {"type": "integer"}},
+        {"type": "object", "propertyNames": {"pattern": "^[a-z]+$"}, "additionalProperties": {"type": "integer"}},
+        {"oneOf": [STRING, {"type": "integer"}]},
+        {"type": "array", "items": [STRING], "additionalItems": False},
+        {"type": "number", "minimum": 1, "exclusiveMinimum": True},
+        {**STRING, "nullable": True},
+        {"type": "dict", "properties": {"a": {"type": "float"}, "b": {"type": "tuple", "items": {"type": "any"}}}},
+        {"type": "OBJECT", "properties": {"a": {"type": "STRING"}}},
+        {"type": "object", "unevaluatedProperties": False, "properties": {"a": STRING}},
+    ],
+)
+def test_what_says_nothing_or_can_be_said_otherwise_is_no_relaxation(field: dict[str, Any]) -> None:
+    assert relaxed(of(field), "it").notes == ()
+
+
+def test_older_spellings_mean_what_they_mean() -> None:
+    asked = of({"type": "number", "minimum": 1, "exclusiveMinimum": True})
+    assert takes(asked, {"x": 2})
+    assert not takes(asked, {"x": 1})
+    asked = of({"type": "array", "items": [STRING, {"type": "integer"}], "additionalItems": False})
+    assert takes(asked, {"x": ["a", 1]})
+    assert not takes(asked, {"x": ["a", 1, 2]})
+    asked = of({**STRING, "nullable": True})
+    assert takes(asked, {"x": None})
+    asked = {"type": "object", "properties": {"a": {**STRING, "required": True}, "b": STRING}}  # draft 3
+    assert not takes(asked, {"b": "x"})
+    asked = of({"type": "dict", "properties": {"a": {"type": "float"}}, "required": ["a"]})
+    assert takes(asked, {"x": {"a": 1.5}})
+    assert not takes(asked, {"x": {"a": "1.5"}})
+
+
+@pytest.mark.parametrize("reference", ["#/$defs/n", "#n", "https://example.com/own.json#/$defs/n", "own.json#n"])
+def test_references_are_followed_however_they_are_written(reference: str) -> None:
+    node = {"$anchor": "n", "type": "object", "properties": {"next": {"$ref": reference}, "v": {"type": "integer"}}}
+    asked = of({"$ref": reference}, **{"$defs": {"n": node}, "$id": "https://example.com/own.json"})
+    assert relaxed(asked, "it").notes == ()
+    assert takes(asked, {"x": {"next": {"next": {}, "v": 1}}})
+    assert not takes(asked, {"x": {"next": {"next": 3}}})
+    assert not fits(asked, {"x": {"next": {"v": "3"}}})
+
+
+def test_a_circle_of_references_with_keywords_beside_them_binds() -> None:
+    node = {"type": "object", "properties": {"child": {"$ref": "#/$defs/node", "minProperties": 1}, "v": STRING}}
+    asked = of({"$ref": "#/$defs/node"}, **{"$defs": {"node": node}})
+    assert takes(asked, {"x": {"child": {"v": "a"}}})
+    assert not fits(asked, {"x": {"child": {}}})
+
+
+def test_objects_that_must_fit_several_schemas_are_not_closed_against_each_other() -> None:
+    base = {"type": "object", "properties": {"id": {"type": "integer"}}, "required": ["id"]}
+    asked = of({"allOf": [{"$ref": "#/$defs/base"}, {"properties": {"name": STRING}, "required": ["name"]}]})
+    asked["$defs"] = {"base": base}
+    assert takes(asked, {"x": {"id": 1, "name": "a"}})
+    assert not takes(asked, {"x": {"id": 1}})
+    asked = of({**base, "anyOf": [{"properties": {"b": STRING}, "required": ["b"]}, {"required": ["c"]}]})
+    assert takes(asked, {"x": {"id": 1, "b": "a"}})
+
+
+def test_a_required_name_without_a_property_takes_any_value() -> None:
+    asked = {"type": "object", "properties": {"a": STRING}, "required": ["a", "b"]}
+    assert takes(asked, {"a": "", "b": [1]})
+    assert not takes(asked, {"a": ""})
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_whatever_fits_the_original_fits_the_grammar(block: int) -> None:
+    """Values drawn from schemas, with keywords on top that a grammar cannot enforce."""
+    words = vocabulary(family(TAGGED))
+    for seed in range(25 * block, 25 * block + 25):
+        r = random.Random(f"superset {seed}")
+        asked = spoilt(r, schema(r) if r.random() < 0.5 else object_schema(r, 1))
+        try:
+            grammar = json_grammar(words, asked)
+        except BadSchema:
+            continue
+        plain = json_grammar(words, {key: asked[key] for key in asked if key not in SPOILERS})
+        text = words.core.decode_str(plain.shortest(400) or [])
+        if text and fits(asked, json.loads(text)):
+            state = grammar.start()
+            for token in words.spelt_out([[text]])[0]:
+                assert state.takes(token), (asked, text)
+                state.accept(token)
+
+
+SPOILERS: dict[str, Any] = {
+    "not": {"const": "never"},
+    "uniqueItems": True,
+    "if": {"type": "null"},
+    "then": {"enum": [None]},
+    "dependentRequired": {"name": ["city"]},
+    "propertyNames": {"maxLength": 60},
+    "contains": {},
+    "minProperties": 0,
+    "x-own": 1,
+}
+
+
+def spoilt(r: random.Random, asked: dict[str, Any]) -> dict[str, Any]:
+    return {**copy.deepcopy(asked), **{key: SPOILERS[key] for key in SPOILERS if r.random() < 0.3}}
+
+
+# ---------------------------------------------------------------------- checks
+
+
+def test_a_check_names_the_place_the_keyword_and_what_it_asks_for() -> None:
+    asked = of({"type": "array", "items": {"type": "object", "properties": {"n": {"maximum": 3}}}})
+    told = Check(canonical(asked).schema).complaint({"x": [{"n": 1}, {"n": 7}]})
+    assert told.startswith("x[1].n: ")
+    assert "(maximum: 3)" in told
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ({**STRING, "pattern": "^(x+x+)+y$"}, "x" * 4000),
+        ({**STRING, "pattern": r"^(([a-z])+.)+[A-Z]([a-z])+$"}, "a" * 4000),
+        ({"type": "object", "patternProperties": {"^(a|a)*$": STRING}}, {"a" * 60 + "!": 1}),
+    ],
+)
+def test_patterns_that_never_end_are_bounded(field: dict[str, Any], value: Any) -> None:
+    begun = time.monotonic()
+    Check(canonical(of(field)).schema).complaint({"x": value})
+    assert time.monotonic() - begun < 5
+
+
+def test_alternatives_that_multiply_and_references_without_end_are_no_valid_answer() -> None:
+    twice = {"properties": {"x": {"$ref": "#/$defs/a"}}, "required": ["z"]}
+    asked = {"$defs": {"a": {"anyOf": [twice, twice]}}, "$ref": "#/$defs/a"}
+    value = json.loads('{"x":' * 60 + "1" + "}" * 60)
+    begun = time.monotonic()
+    assert "could not be checked" in Check(canonical(asked).schema).complaint(value)
+    assert time.monotonic() - begun < 5
+    endless = {"$defs": {"a": {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}
+    assert "could not be checked" in Check(canonical(endless).schema).complaint("x")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_check_agrees_with_the_validator_that_nothing_was_changed_for(seed: int) -> None:
+    r = random.Random(f"check {seed}")
+    asked = spoilt(r, object_schema(r, 1))
+    check, other = Check(canonical(asked).schema), jsonschema.Draft202012Validator(asked)
+    for value in ({}, {"name": "a"}, {"x": 1, "n": None}, {"city": "red", "name": [1, 1]}, [1], "x", None):
+        assert bool(check.complaint(value)) == (not other.is_valid(value)), (asked, value)
+
+
+# ---------------------------------------------------------------------- the shortest answer
+
+
+@pytest.mark.parametrize(
+    ("field", "most"),
+    [
+        ({**STRING, "format": "email"}, 6),
+        ({**STRING, "format": "uri"}, 6),
+        ({**STRING, "format": "date"}, 12),
+        ({**STRING, "pattern": r"^[a-z\-\/]+\@x\!$"}, 6),
+        ({**STRING, "pattern": "foo$"}, 5),
+        ({**STRING, "pattern": "^[A-Z]{3}-[0-9]{4}$"}, 10),
+        ({**STRING, "pattern": "^(red|magenta|ox)+$"}, 4),
+        ({**STRING, "minLength": 7}, 9),
+        ({"type": "integer", "minimum": 95, "multipleOf": 10}, 3),
+        ({"enum": ["a long one", "short"]}, 7),
+        ({"type": "array", "items": {"type": "boolean"}, "minItems": 3}, 18),
+    ],
+)
+def test_the_shortest_answer_is_found(field: dict[str, Any], most: int) -> None:
+    found = least(relaxed(of(field), "it").schema)
+    assert isinstance(found, Least)
+    assert found.text is not None
+    assert len(json.dumps(json.loads(found.text)["x"])) <= most
+    assert fits(of(field), json.loads(found.text))
+    grammar = json_grammar(vocabulary(family(TAGGED)), of(field))
+    assert grammar.fewest_tokens <= len(found.text)
+    grammar.start(grammar.fewest_tokens)
+    with pytest.raises(ConfigError):
+        grammar.start(grammar.fewest_tokens - 1)
+
+
+HUGE = {
+    "minItems": ({"type": "array", "items": STRING, "minItems": 10**9}, "x: minItems 1000000000"),
+    "minItems that a window might hold": ({"type": "array", "items": STRING, "minItems": 20_000}, "x: minItems 20000"),
+    "minLength": ({**STRING, "minLength": 10**5}, "x: minLength 100000"),
+    "nested": ({"type": "array", "minItems": 3000, "items": {"type": "array", "minItems": 3000}}, "x: minItems 3000"),
+    "required": (
+        {"type": "object", "properties": {f"p{i}": STRING for i in range(3000)}, "required": [f"p{i}" for i in range(3000)]},
+        "x: required",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_what_no_limit_holds_is_refused_soon_and_the_culprit_named(name: str) -> None:
+    field, said = HUGE[name]
+    words = vocabulary(family(TAGGED))
+    begun = time.monotonic()
+    with pytest.raises((BadSchema, ConfigError), match=said):
+        json_grammar(words, of(field)).start(512)
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {**STRING, "maxLength": 10**9},
+        {"type": "array", "items": STRING, "maxItems": 10**9},
+        {"enum": [f"value {i}" for i in range(10**5)]},
+        {"type": "object", "properties": {f"p{i}": STRING for i in range(10**4)}},
+        {**STRING, "pattern": "^((a{1,100}){1,100}){1,100}$"},
+        {"type": "number", "minimum": -1e308, "maximum": 1e300, "multipleOf": 1e-300},
+        {"type": "integer", "minimum": -(2**63), "maximum": 2**64},
+    ],
+)
+def test_what_is_only_large_binds_soon(field: dict[str, Any]) -> None:
+    begun = time.monotonic()
+    json_grammar(vocabulary(family(TAGGED)), of(field)).start(512)
+    assert time.monotonic() - begun < 5
+
+
+def test_an_optional_part_that_no_window_holds_is_never_begun() -> None:
+    asked = {"type": "object", "properties": {"x": {"type": "array", "minItems": 10**9}, "y": STRING}}
+    assert takes(asked, {"y": ""})
+    state = json_grammar(vocabulary(family(TAGGED)), asked).start()
+    for token in state.forced():
+        state.accept(token)
+    (x,) = vocabulary(family(TAGGED)).spelt_out([["x"]])[0]
+    assert not state.takes(x)
