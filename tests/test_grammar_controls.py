@@ -52,7 +52,7 @@ def check_literals(tokenizer: Any, words: Vocabulary, literals: list[str]) -> No
             ids = written(words, tool("f", {"x": {"const": text}, text: {"enum": [1]}}))
             assert not own & set(ids), text
             (call,) = parsed(tokenizer, ids).tool_calls
-            assert call["args"] == {"x": text, **{text: 1}}
+            assert call["args"] == {"x": text, text: 1}
         ids = written(words, tool(literal, {}))
         assert not own & set(ids), literal
         assert [call["name"] for call in parsed(tokenizer, ids).tool_calls] == [literal]

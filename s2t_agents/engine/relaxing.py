@@ -171,6 +171,7 @@ class _Work:
             if key in out:
                 out[key] = [self.relax(each, path, joined=within or key == "allOf") for each in out[key]]
         self._alternatives(out, path)
+        self._once(out)
         if "prefixItems" in out:
             out["prefixItems"] = [self.relax(each, (*path, "[]")) for each in out["prefixItems"]]
         for key, step in (("items", "[]"), ("additionalProperties", ".*")):
@@ -289,6 +290,26 @@ class _Work:
             out["allOf"] = [*out.get("allOf", []), {"anyOf": options}]
         else:
             out["anyOf"] = options
+
+    def _once(self, out: Schema) -> None:
+        """Say once what several members of ``allOf`` say alike: llguidance would follow it in each of them."""
+        if "allOf" not in out:
+            return
+        kept: list[Any] = []
+        for each in out["allOf"]:
+            if isinstance(each, dict):
+                for other in kept:
+                    known = self._resolved(other)
+                    if isinstance(known, dict):
+                        each = {key: each[key] for key in each if not _says(known, each, key)}
+            if each not in ({}, True) and each not in kept:
+                kept.append(each)
+        out["allOf"] = kept
+        if not kept:
+            del out["allOf"]
+        elif len(kept) == 1 and isinstance(kept[0], dict) and not kept[0].keys() & out.keys():
+            del out["allOf"]
+            out.update(kept[0])
 
     def _apart(self, options: list[Any]) -> bool:
         known = [self._resolved(each) for each in options]
@@ -541,6 +562,24 @@ class _Work:
 
 def _counted(node: Schema, path: tuple[str, ...]) -> Schema:
     return {**node, "minLength": LONGEST} if node.get("minLength", 0) > LONGEST else node
+
+
+def _says(known: Schema, other: Schema, key: str) -> bool:
+    """Whether one schema says what another says by a keyword."""
+    if key not in known or key in ("$ref", "anyOf"):
+        return False
+    if key == "type":
+        return _type_list(known) <= _type_list(other)
+    if key == "additionalProperties" and not {"properties", "patternProperties"} & other.keys():
+        named = [*known.get("properties", {}).values(), *known.get("patternProperties", {}).values()]
+        return all(each == other[key] for each in [known[key], *named])
+    beside = ("properties", "patternProperties") if key == "additionalProperties" else ()
+    return all(known.get(each) == other.get(each) for each in (key, *beside))
+
+
+def _type_list(node: Schema) -> set[str]:
+    given = node["type"]
+    return set(given if isinstance(given, list) else [given])
 
 
 def _is_joined(node: Schema) -> bool:
