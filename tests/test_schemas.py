@@ -310,13 +310,14 @@ def test_the_shortest_answer_is_found(field: dict[str, Any], most: int) -> None:
         grammar.start(grammar.fewest_tokens - 1)
 
 
+NAMES = [f"p{i}" for i in range(3000)]
 HUGE = {
     "minItems": ({"type": "array", "items": STRING, "minItems": 10**9}, "x: minItems 1000000000"),
     "minItems that a window might hold": ({"type": "array", "items": STRING, "minItems": 20_000}, "x: minItems 20000"),
     "minLength": ({**STRING, "minLength": 10**5}, "x: minLength 100000"),
     "nested": ({"type": "array", "minItems": 3000, "items": {"type": "array", "minItems": 3000}}, "x: minItems 3000"),
     "required": (
-        {"type": "object", "properties": {f"p{i}": STRING for i in range(3000)}, "required": [f"p{i}" for i in range(3000)]},
+        {"type": "object", "properties": dict.fromkeys(NAMES, STRING), "required": NAMES},
         "x: required",
     ),
 }  # fmt: skip
