@@ -71,7 +71,7 @@ class ClosingOrder:
             matcher: the state to start from; it is left as it is.
             masks: gives the mask ``[V]`` (bool) of a matcher.
             limit: most tokens the path may have.
-            any_will_do: take the first path found instead of the shortest of all rollouts.
+            any_will_do: take the first path that a rollout finds; where none does, that is all.
             work: steps that the search may still take; some by default.
         """
         best: list[int] | None = None
@@ -84,7 +84,7 @@ class ClosingOrder:
                 best, limit = found, len(found) - 1
                 if any_will_do:
                     return best
-        if best is None or len(best) > _LONG:
+        if not any_will_do and (best is None or len(best) > _LONG):
             letters = self._beam(matcher, masks, limit, work)
             best = letters if letters is not None else best
         return best
@@ -118,11 +118,11 @@ class ClosingOrder:
             ahead: list[tuple[Any, list[int]]] = []
             seen: dict[bytes, int] = {}
             for state, path in front:
-                if not work.take():
-                    return None
                 for step in self._steps(state, masks):
                     if len(path) + len(step) > limit:
                         continue
+                    if not work.take():
+                        return None
                     twin = state.deep_copy()
                     if not twin.consume_tokens(step):
                         continue

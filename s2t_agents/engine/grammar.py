@@ -41,7 +41,7 @@ TRIED = 64
 TRIED_BLINDLY = 2048
 """As many of the first legal tokens when no logits say which are likely."""
 
-_WORK = 400  # steps of all searches for one mask, when the known completion does not fit behind a token
+_WORK = 200  # steps of all searches for one mask, when the known completion does not fit behind a token
 _BEYOND = 64  # tokens beyond a limit up to which the shortest answer is looked for, so that an error can name it
 _FAR = 4096
 _SIMPLER = "Simplify that part of the schema."
@@ -193,7 +193,9 @@ class CompiledGrammar:
             known = min((each for each in short if _completes(self._matcher, each)), key=len, default=None)
             if known is not None:
                 limit = min(limit, len(known) - 1)
-            found = self.vocabulary.order.path(self._matcher, self.vocabulary.mask, limit)
+            found = self.vocabulary.order.path(
+                self._matcher, self.vocabulary.mask, limit, any_will_do=known is not None
+            )
             self._shortest = found if found is not None else known
         return self._shortest
 

@@ -323,7 +323,7 @@ def _shortest_string(rules: str) -> str | None:
     spelt = json.dumps(_spelt(json.loads(rules).get("pattern", "")), ensure_ascii=False)
     if _takes(matcher, spelt):
         return spelt
-    found = order.path(matcher, _mask, 400, work=Work(3000))
+    found = order.path(matcher, _mask, 400, work=Work(20_000))
     text = bytes(found or b"").decode(errors="replace")
     return text if found is not None and _takes(matcher, text) else None
 
