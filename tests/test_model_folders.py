@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +14,10 @@ import pytest
 import torch
 from langchain_core.messages import HumanMessage
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from s2t_agents import ChatS2T, LocalLLM
+from s2t_agents.cli import app
 from s2t_agents.errors import ConfigError, EscalationFailed, ModelNotFound, UnsafeWeights
 from s2t_agents.models import LanguageModel
 from s2t_agents.models.loading import load_tokenizer
@@ -281,10 +281,10 @@ def with_code(folder: Path) -> Path:
 @pytest.mark.parametrize("said", ["y\nhello\n", "yes\n", ""])
 def test_nobody_is_asked_whether_to_run_code(folder: Path, said: str) -> None:
     ran = with_code(folder)
-    command = [sys.executable, "-m", "s2t_agents.cli", "chat", "--model", str(folder)]
-    done = subprocess.run(command, input=said, text=True, capture_output=True, timeout=120)
-    assert (done.returncode, done.stdout, ran.exists()) == (2, "", False)
-    assert "trust_remote_code" in done.stderr
+    result = CliRunner().invoke(app, ["chat", "--model", str(folder)], input=said)
+    assert isinstance(result.exception, UnsafeWeights)
+    assert "trust_remote_code" in str(result.exception)
+    assert (result.stdout, ran.exists()) == ("", False)
 
 
 @pytest.mark.parametrize("consent", [None, False, "no", 1])

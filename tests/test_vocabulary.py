@@ -58,10 +58,14 @@ def test_an_added_token_without_an_embedding_is_ordinary_text(tokenizer: Any, ti
     for text in ("hello", "[PAD]", "a<a>b<|im_end|>[PAD] <begin>", "".join(tokenizer.all_special_tokens)):
         assert chat.get_token_ids(text) == plain.get_token_ids(text)
         assert chat.invoke(text).content == plain.invoke(text).content
-    called = chat.bind_tools([TOOL], tool_choice="any").invoke("x", max_tokens=200)
-    assert called.tool_calls[0]["name"] == "f"
     assert max(model.eos_ids) < SIZE
     assert tokenizer.convert_tokens_to_ids(tokenizer.all_special_tokens[-1]) is not None  # the given one is as it was
+
+
+def test_tool_calls_work_beside_such_a_token() -> None:
+    model = LanguageModel(tiny_model().model, larger("<a>", pad_token="[PAD]"), name="larger")
+    called = ChatS2T(model=model, max_tokens=200).bind_tools([TOOL], tool_choice="any").invoke("[PAD]")
+    assert called.tool_calls[0]["name"] == "f"
 
 
 def test_a_template_that_writes_such_a_token_gets_its_text() -> None:

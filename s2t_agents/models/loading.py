@@ -84,13 +84,11 @@ def load_weights(path: str, *, device: torch.device, dtype: torch.dtype | None, 
         UnsafeWeights: there are weights, but pickled, corrupt, incomplete or not finite ones, or they need code of
             their repository that nobody consented to.
     """
-    from transformers import AutoModelForCausalLM
-
     origin = Origin.of(path, options)
     check_sizes(origin)
     placed = "device_map" in options or "quantization_config" in options
     with _without_bars(), origin.reading("weights"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = _kind_of(_config_of(origin), path).from_pretrained(
             origin.path,
             dtype=dtype or "auto",
             use_safetensors=True,
@@ -139,14 +137,46 @@ def check_sizes(origin: Origin) -> None:
 
 def _values_of(origin: Origin) -> int:
     """Parameters and buffers of the model that the config describes."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(origin.path, **origin.hub)
+    config = _config_of(origin)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = _kind_of(config, origin.name).from_config(config, trust_remote_code=False)
     sizes = [each.numel() for each in model.parameters()]
     sizes += [each.numel() for each in model.buffers() if each.numel() > MOST_BUFFERED]
     return int(sum(sizes))
+
+
+def _config_of(origin: Origin) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(origin.path, **origin.hub)
+
+
+def _kind_of(config: Any, name: str) -> Any:
+    """The auto class that makes a model of this config; models that see, too, are read for their text.
+
+    Raises:
+        ModelNotFound: no model of this kind writes text.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    code = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" in code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if "AutoModelForImageTextToText" in code or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise ModelNotFound(
+        f"{name!r} is no causal language model but {_article(type(config).__name__.removesuffix('Config'))}.",
+        hint="Give a chat model; of one that sees or hears, transformers must have a class that writes text.",
+    )
+
+
+def _article(word: str) -> str:
+    return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"
 
 
 def _check_report(origin: Origin, model: Any, report: Mapping[str, Any]) -> None:

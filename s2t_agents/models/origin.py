@@ -35,6 +35,7 @@ MOST_OF_A_KIND = 4096
 """Layers, heads and experts that a config may ask for where no weights tell better."""
 
 _COUNTS = re.compile(r".*(layer|block|expert|head|stage)s?|depth", re.IGNORECASE)
+_LAYERS = re.compile(r"(num|n)_(\w+_)?layers?")
 _READ = ("*.safetensors", "*.index.json", "*config.json", "tokenizer.*", "*token*.json", "chat_template.*", "vocab.*")
 
 
@@ -261,7 +262,7 @@ class Origin:
                 self.check_counts(value, most)
             elif _COUNTS.fullmatch(key) and isinstance(value, int) and value > max(most, MOST_OF_A_KIND):
                 raise UnsafeWeights(f"the config of {self.name!r} says {key}={value}; that is no model.")
-            elif key.endswith("layers") and isinstance(value, int) and value > most > 0:
+            elif _LAYERS.fullmatch(key) and isinstance(value, int) and value > most > 0:
                 raise UnsafeWeights(f"the config of {self.name!r} says {key}={value}; its files have {most} tensors.")
 
 
