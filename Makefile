@@ -39,7 +39,7 @@ fast: $(READY)  ## The tests that take seconds
 
 real: $(READY)  ## Real weights and tokenizers: fetch them once (210 MB), run their tests
 	$(BIN)/python -m benchmarks.assets
-	$(BIN)/python -m pytest -m real -rs -n $(WORKERS) --dist loadscope
+	$(BIN)/python -m pytest -m real -rs -n $(WORKERS) --dist worksteal
 
 lowest:  ## Tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
