@@ -43,7 +43,7 @@ EXACT = [
     "{% filter trim %}X{{ c }}{% endfilter %}",
 ]
 WHOLE = [
-    "{{ c | upper }}{{ c.upper() }}{{ c | title }}{{ c | indent(2) }}{{ c | wordwrap(3) }}{{ c.center(40) }}",
+    "{{ c | upper }}{{ c.upper() }}{{ c | title }}{{ c | indent(2) }}{{ c.center(40) }}",
     "{{ c | tojson }}{{ {c: [c, 1]} | tojson(indent=2) }}{{ [c] | tojson(ensure_ascii=True) }}",
     "{{ {'k': c} }}{{ [c] | string }}{{ (c,) }}",
     "{{ c | e }}{{ c | truncate(5) }}{{ '%5s' % c }}{{ c.zfill(9) }}{{ c | urlencode }}",
@@ -58,12 +58,13 @@ def rendered(template, text):
 @settings(max_examples=40, deadline=None)
 @given(text=st.text(alphabet=OUTSIDE, min_size=1, max_size=12))
 def test_the_text_is_jinjas_and_each_character_has_its_origin(template, text):
+    template += "-"  # a template that writes nothing is refused
     said = rendered(template, text)
     [[expected], _] = render_jinja_template(conversations=[[]], chat_template=template, c=text)
     assert said == expected
     own = {at for start, end in own_stretches(said) for at in range(start, end)}
     assert not any(char in OUTSIDE for at, char in enumerate(expected) if at in own and not char.isspace())
-    if template in EXACT:
+    if template.removesuffix("-") in EXACT:
         assert all(at in own for at, char in enumerate(expected) if char in "XYZ")
 
 
@@ -105,7 +106,7 @@ def test_what_the_sandbox_forbids_is_an_error(template):
 
 
 def test_text_does_not_become_the_templates_own_through_bytes():
-    with pytest.raises(TypeError, match="bytes"):
+    with pytest.raises(TemplateError, match="bytes"):
         rendered("{{ c.encode().decode() }}", "a")
 
 

@@ -7,6 +7,7 @@ bounded time and memory (``bounded_jinja``).
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
@@ -176,7 +177,7 @@ class _Environment(BoundedEnvironment):
         return followed(operation, left, right) if operator == "%" else operation(left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        method = getattr(__obj, "__wrapped__", __obj)  # str.format comes wrapped by the sandbox
+        method = inspect.unwrap(__obj) if callable(__obj) else __obj  # str.format comes wrapped by the sandbox
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         call = super().call
         if not isinstance(owner, str):
