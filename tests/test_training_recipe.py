@@ -16,10 +16,15 @@ from typer.testing import CliRunner
 
 from s2t_agents import ChatS2T
 from s2t_agents.bench.train import run as bench
+from s2t_agents.engine.grammar import tool_grammar, vocabulary
 from s2t_agents.errors import EscalationFailed
+from s2t_agents.models.batch_prefix import BatchPrefix
+from s2t_agents.models.glance import FLOOR
 from s2t_agents.testing import tiny_model
 from s2t_agents.training.commands import app
+from s2t_agents.training.deciders import Greedy
 from s2t_agents.training.labels import LocalTeacher, along, label
+from s2t_agents.training.lockstep import generate
 from s2t_agents.training.remote import TOP, RemoteTeacher
 
 RECIPE = Path(__file__).parent.parent / "examples" / "real_pair"
@@ -195,3 +200,23 @@ def test_the_training_benchmark_runs():
     result = bench(shape="tiny", prefix=100, groups=4, k=4, repeats=1)
     assert result["ratio"] > 1
     assert set(result["groups_per_s"]) == {"one_pass", "published"}
+
+
+def test_a_served_teacher_sees_what_is_legal(pair, folder, server):
+    slm, llm = pair
+    url, _ = server
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "boolean"}}}}}
+    words = vocabulary(slm.tokenizer, slm.vocab_size, sorted(slm.eos_ids))
+    compiled = tool_grammar(words, [tool], "any", parallel=False)
+    (trace,) = generate(BatchPrefix(slm, [list(b"f?")]), Greedy(), 150, [compiled.start(150)])
+    said = [(list(b"f?"), trace.ids)]
+    (ours,) = label(slm, RemoteTeacher(url, "llm", slm, tokenizer=str(folder / "llm")), said, 4, [compiled.start(150)])
+    (local,) = label(slm, LocalTeacher(llm), said, 4, [compiled.start(150)])
+    illegal = local.llm <= FLOOR
+    assert illegal.any()
+    assert torch.equal(ours.llm <= FLOOR, illegal)
+    forced = (local.slm > FLOOR).sum(-1) == 1
+    assert forced.any()
+    assert (ours.llm_best[forced] == ours.candidates[forced, 0]).all()
+    assert (ours.kl[forced] == 0).all()
+    assert (ours.kl < 100).all()

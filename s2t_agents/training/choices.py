@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, S2TError
@@ -36,8 +36,8 @@ def evaluation(
 
     Args:
         pipeline: the config.
-        task: see ``task_named``; None takes the config's own test task.
-        n: problems; None takes as many as the config's own task has, and ``PROBLEMS`` of a named one.
+        task: a name of the config's ``[tasks.named]``, or as in ``task_named``; None takes the config's own test task.
+        n: problems; None takes as many as the config's own task has, and ``PROBLEMS`` of one that it does not have.
         seed: of sampling, and of the problems of a demo task; None takes the config's own, and 0 for a named task.
         selectors: directories, one of a kind; the config's own where there is none.
         out: folder of the report.
@@ -51,12 +51,14 @@ def evaluation(
     rows = pipeline.evaluate
     if sweep:
         rows = Rows(**{**rows.model_dump(), "ks": KS, "rates": RATES})
-    own = pipeline.tasks.test
-    if task is None:
+    own = pipeline.tasks.test if task is None else pipeline.tasks.named.get(task)
+    if own is not None:
         chosen = _part_of(own, n, seed)
     else:
+        assert task is not None
+        own = pipeline.tasks.test
         graded: Grading = own.grading if isinstance(own, JsonlTaskConfig) else "numeric"
-        chosen = task_named(task, n or PROBLEMS, seed or 0, graded)
+        chosen = task_named(task, n or PROBLEMS, seed or 0, graded, pipeline.tasks.named)
     chosen = _graded(chosen, grading)
     check_unseen(pipeline, chosen)
     return EvaluateConfig(
@@ -78,8 +80,15 @@ PROBLEM_KINDS = ("talk", "call", "tool", "word")
 """Kinds of the demo world's problems that it takes too."""
 
 
-def task_named(name: str, n: int, seed: int, grading: Grading = "numeric") -> TaskConfig:
+def task_named(name: str, n: int, seed: int, grading: Grading = "numeric", others: Collection[str] = ()) -> TaskConfig:
     """A split of the demo world (``SPLITS``), one of its kinds (``PROBLEM_KINDS``), or a JSONL file.
+
+    Args:
+        name: of the task.
+        n: problems.
+        seed: of them.
+        grading: of a JSONL file.
+        others: names that the config has besides, for the error.
 
     Raises:
         ConfigError: it is none of these.
@@ -92,16 +101,19 @@ def task_named(name: str, n: int, seed: int, grading: Grading = "numeric") -> Ta
     if not Path(name).is_file():
         raise ConfigError(
             f"task is {name!r}, which is no task and no file.",
-            hint=f"Take {', '.join([*SPLITS, *PROBLEM_KINDS])}, or a JSONL file of prompts.",
+            hint=f"Take {', '.join([*others, *SPLITS, *PROBLEM_KINDS])}, or a JSONL file of prompts.",
         )
     return JsonlTaskConfig(task="jsonl", path=Path(name), grading=grading, count=n)
 
 
 def _part_of(own: TaskConfig, n: int | None, seed: int | None) -> TaskConfig:
-    """So many problems of the config's own task, for a demo task those of another seed."""
-    if isinstance(own, JsonlTaskConfig):
+    """So many problems of the config's own task: of a demo task those of another seed, of public data spaced out."""
+    if isinstance(own, DemoTaskConfig):
+        return own.model_copy(update={"count": n or own.count, "first": own.first + (seed or 0) * SEED_STRIDE})
+    if n is None or isinstance(own, JsonlTaskConfig):
         return own.model_copy(update={"count": n or own.count})
-    return own.model_copy(update={"count": n or own.count, "first": own.first + (seed or 0) * SEED_STRIDE})
+    apart = max(1, len(own.open().items) // n)
+    return own.model_copy(update={"count": n, "every": own.every * apart})
 
 
 def _graded(task: TaskConfig, grading: Grading | None) -> TaskConfig:
@@ -109,7 +121,8 @@ def _graded(task: TaskConfig, grading: Grading | None) -> TaskConfig:
         return task
     if not isinstance(task, JsonlTaskConfig):
         raise ConfigError(
-            f"grading is {grading!r}, but the demo world grades its own problems.",
+            f"grading is {grading!r}, but {'the demo world' if task.task == 'demo' else task.task} grades its own "
+            "problems.",
             hint="Leave it out, or name a JSONL file as the task.",
         )
     return task.model_copy(update={"grading": grading})

@@ -108,12 +108,14 @@ class Tasks(Settings):
         heldout: to calibrate on.
         test: for the table.
         again: for an on-policy round: answered with the first kind of ``[train.*]`` in charge, then learnt from too.
+        named: more to test on, by the names that ``s2t eval --task`` takes.
     """
 
     train: TaskConfig
     heldout: TaskConfig
     test: TaskConfig
     again: TaskConfig | None = None
+    named: dict[str, TaskConfig] = Field(default_factory=dict)
 
 
 class Pipeline(Settings):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import EscalationFailed, TokenizerMismatch
 from ..models.fingerprint import shared_ids, tokenizer_fingerprint
+from ..models.glance import FLOOR
 from ..models.language_model import LanguageModel
 from ..models.loading import load_tokenizer
 from ..selectors.endpoint import checked_url
@@ -108,12 +109,18 @@ class RemoteTeacher:
 
 
 def _opinion(rows: Sequence[dict[int, float]], slm: Tensor, candidates: Tensor) -> Opinion:
-    """From listed log-probabilities to what is kept of the LLM; ``slm`` ``[n, V]``, ``candidates`` ``[n, K]``."""
+    """From listed log-probabilities to what is kept of the LLM; ``slm`` ``[n, V]``, ``candidates`` ``[n, K]``.
+
+    Where some tokens are illegal (``FLOOR``), the legal ones that are listed stand for all that are legal.
+    """
     picked, best, divergence = [], [], []
     for at, (row, ids) in enumerate(zip(rows, candidates.tolist(), strict=True)):
         floor = sorted(row.values(), reverse=True)[:TOP][-1]  # the prompt's own token is listed too, however unlikely
-        picked.append([row.get(token, floor) for token in ids])
-        best.append(max(row, key=lambda token: row[token]))
+        legal = {token: p for token, p in row.items() if slm[at, token] > FLOOR}
+        outside = 0.0 if len(legal) == len(row) else math.log(sum(map(math.exp, legal.values())) or 1.0)
+        row = {token: p - outside for token, p in legal.items()}
+        picked.append([row.get(token, floor - outside) if slm[at, token] > FLOOR else FLOOR for token in ids])
+        best.append(max(row, key=lambda token: row[token], default=ids[0]))
         divergence.append(sum(math.exp(p) * (p - float(slm[at, token])) for token, p in row.items()))
     device = slm.device
     kl = torch.tensor(divergence, device=device).clamp_min(0)

@@ -43,7 +43,7 @@ class BfclTask:
         apart_from: questions that these categories ask too are left out.
         functions: as many are shown, at most: those that the answer calls, and the first of the others.
         parallel: whether one answer may hold several calls; None: where the category asks for several.
-        mixed: in an order by a hash of their ids.
+        mixed: in an order by a hash of their ids, each question once, so that its parts share nothing.
 
     Raises:
         InputError: no such data, or not in the leaderboard's form.
@@ -68,7 +68,8 @@ class BfclTask:
             if _asked(row) not in taken
         ]
         if mixed:
-            self.items = sorted(self.items, key=lambda item: hashlib.sha256(item.id.encode()).digest())
+            ordered = sorted(self.items, key=lambda item: hashlib.sha256(item.id.encode()).digest())
+            self.items = list({json.dumps(item.messages): item for item in reversed(ordered)}.values())[::-1]
 
     def call(self, item: Item, name: str, arguments: Mapping[str, Any]) -> None:
         """Nothing comes back: the call is the answer."""
