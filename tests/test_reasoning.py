@@ -189,8 +189,12 @@ def test_an_answer_in_a_form_is_whole_in_any_room_that_holds_it(name: str, place
             ids = written(state, room, Dice(seed), words.eos_ids, words.size)
             assert len(ids) <= room
             reader, detokenizer = ThoughtReader(thinking.format, place), Detokenizer(tokenizer)
-            pieces = [(i, "" if i in words.eos_ids else detokenizer.push(i)) for i in ids]
-            answer = [piece for i, text in pieces for piece in reader.push(i, text)[1]]
+            answer = []
+            for each in ids:
+                inside = reader.thinking
+                answer += reader.push(each, "" if each in words.eos_ids else detokenizer.push(each))[1]
+                if inside and not reader.thinking:
+                    detokenizer.flush()  # chance ends thoughts within a character
             parser = ToolCallParser.for_tokenizer(tokenizer) if kind == "call" else PlainText()
             for piece in answer:
                 parser.push(*piece)

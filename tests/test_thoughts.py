@@ -397,3 +397,13 @@ def test_a_judge_sees_previews_that_go_on_in_and_behind_the_thought(format: str)
     assert reader.reasoning == THOUGHT
     assert answer_of(format).startswith("".join(said))
     assert grammar.takes(first)
+
+
+@pytest.mark.parametrize("format", ["special", "added", "gemma4"])
+def test_half_a_character_at_the_thoughts_end_is_not_the_answers(format: str) -> None:
+    tokenizer = tokenizer_of(format, True)
+    closing = format_of(format).closing.ids[0]
+    half = tokenizer.encode("é")[0]
+    message = ChatS2T(model=markov_model(tokenizer, ["\n", "h", half, closing, "o", "k", "<|im_end|>"])).invoke("Q")
+    assert message.content == "ok"
+    assert thought_of(message).startswith("h")
