@@ -9,7 +9,7 @@ S2TError
 │   ├── UnpricedModel                 a dollar limit over an LLM whose price nobody knows
 │   ├── BadLimit                      a negative, NaN, infinite or absurd limit
 │   ├── BadStore (StoreUnavailable)   a budget store that is corrupt, foreign or of another version; left untouched
-│   └── BadSchema                     a tool or output schema that no grammar can express
+│   └── BadSchema                     a tool or output schema that no answer can fit, or that is no JSON
 ├── InputError (ValueError)           messages that cannot be rendered
 │   └── ContextOverflow               the prompt does not fit the context window
 ├── BudgetError
@@ -92,7 +92,7 @@ class BadLimit(ConfigError):
 
 
 class BadSchema(ConfigError):
-    """A JSON schema that the grammar cannot express."""
+    """A JSON schema that no answer can fit, or that is no JSON."""
 
 
 class InputError(S2TError, ValueError):

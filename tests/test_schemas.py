@@ -359,3 +359,35 @@ def test_an_optional_part_that_no_window_holds_is_never_begun() -> None:
         state.accept(token)
     (x,) = vocabulary(family(TAGGED)).spelt_out([["x"]])[0]
     assert not state.takes(x)
+
+
+def test_a_pattern_for_every_name_is_the_rule_for_all_properties() -> None:
+    content = {"type": "object", "properties": {"promo": {"$ref": "#/$defs/promo"}, "v": {"type": "integer"}}}
+    either = {"anyOf": [{"$ref": "#/$defs/content"}, {"type": "null"}]}
+    promo = {"type": "object", "properties": {"basic": either}, "patternProperties": {".*": either}}
+    asked = of({"$ref": "#/$defs/content"}, **{"$defs": {"content": content, "promo": promo}})
+    assert relaxed(asked, "it").notes == ()
+    assert takes(asked, {"x": {"promo": {"basic": {"v": 1}, "other": None}, "v": 1}})
+    assert not takes(asked, {"x": {"promo": {"basic": {"v": 1}, "other": 3}}})
+
+
+def test_a_definition_that_holds_itself_through_another_in_place_binds() -> None:
+    a = {"allOf": [{"$ref": "#/$defs/b"}, {"type": "object", "properties": {"next": {"$ref": "#/$defs/a"}}}]}
+    b = {"allOf": [{"$ref": "#/$defs/c"}, {"type": "object", "properties": {"v": STRING}}]}
+    c = {"type": "object", "properties": {"up": {"allOf": [{"$ref": "#/$defs/a"}, {"required": ["v"]}]}}}
+    asked = of({"$ref": "#/$defs/a"}, **{"$defs": {"a": a, "b": b, "c": c}})
+    assert takes(asked, {"x": {"up": {"v": "a"}, "v": "b", "next": {}}})
+    assert not fits(asked, {"x": {"up": {}}})
+
+
+def test_what_several_members_say_alike_is_followed_once() -> None:
+    names = [f"n{i}" for i in range(12)]
+    defs: dict[str, Any] = {"n12": STRING}
+    for at, name in enumerate(names):
+        below = {"$ref": f"#/$defs/n{at + 1}"}
+        two = {f"p{i}": {"allOf": [{"$ref": f"#/$defs/m{at}"}, {"additionalProperties": below}]} for i in range(3)}
+        defs[f"m{at}"] = {"type": "object", "patternProperties": {"^[a-z]+$": below}, "additionalProperties": below}
+        defs[name] = {"type": "object", "properties": two}
+    begun = time.monotonic()
+    assert takes(of({"$ref": "#/$defs/n0"}, **{"$defs": defs}), {"x": {"p0": {"a": {}}}})
+    assert time.monotonic() - begun < 5

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -42,6 +42,7 @@ MOST_TRIALS = 400
 UNTRIED = 2**16
 """Bytes of a shortest answer from which llguidance is not asked before a model is there."""
 
+_CATCH_ALL = ("", ".*", "^.*$", "^.*", ".*$", "^", "$")
 _GIVEN_UP = ("uniqueItems", "dependentRequired", "dependentSchemas")
 _IN_PLACE = ("allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas")
 _OF_OBJECTS = ("properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties")
@@ -330,6 +331,12 @@ class _Work:
         if not given:
             out.pop("patternProperties", None)
             return
+        every = next((name for name in given if name in _CATCH_ALL), None)
+        if every is not None and len(given) == 1:  # it is the rule for all names; llguidance would follow it twice
+            out["additionalProperties"] = out.pop("patternProperties")[every]
+            if any(each != given[every] for each in out.get("properties", {}).values()):
+                self.note(path, f"patternProperties {shown(every)} of named properties")
+            return
         loose = {name for name in given if complaint({"type": "object", "patternProperties": {name: True}})}
         kept = {name: inner for name, inner in given.items() if name not in loose}
         if loose:
@@ -507,21 +514,36 @@ class _Work:
         for _ in range(len(self.defs) + 1):
             if "circular references" not in error:
                 break
-            name = unquote(error.rpartition("#")[2])
-            root = dict(self._mapped(root, (), lambda node, path, target=f"#{name}": self._without(node, path, target)))
+            target = f"#{unquote(error.rpartition('#')[2])}"
+            before = root
+            for targets in ({target}, self._leading_to(target, root)):
+                root = dict(self._mapped(root, (), partial(self._without, targets=targets)))
+                if root != before:
+                    break
+            else:
+                break
             error = complaint(root)
         return root
 
-    def _without(self, node: Schema, path: tuple[str, ...], target: str) -> Schema:
+    def _leading_to(self, target: str, root: Schema) -> set[str]:
+        """References whose definitions come to this one without going into a property or an item."""
+        bodies = {f"#/$defs/{name}": inner for name, inner in root.get("$defs", {}).items()}
+        known, size = {target}, 0
+        while len(known) > size:
+            size = len(known)
+            known |= {name for name, inner in bodies.items() if known & _in_place(inner)}
+        return known
+
+    def _without(self, node: Schema, path: tuple[str, ...], *, targets: set[str]) -> Schema:
         """Keywords beside a reference without it; where there is little beside it, the reference alone."""
-        if node.get("$ref") == target and len(node) > 1:
+        if node.get("$ref") in targets and len(node.keys() - {"$defs"}) > 1:
             little = not node.keys() & {"properties", "required", "allOf", "anyOf", "items"}
             kept = {key: node[key] for key in node if (key == "$ref") == little or key == "$defs"}
             self.note(path, ", ".join(key for key in node if key not in kept))
             return kept
-        if "allOf" in node and any(isinstance(each, dict) and each.get("$ref") == target for each in node["allOf"]):
-            self.note(path, f"allOf with $ref {shown(target)}")
-            rest = [each for each in node["allOf"] if not (isinstance(each, dict) and each.get("$ref") == target)]
+        rest = [each for each in node.get("allOf", ()) if not (isinstance(each, dict) and each.get("$ref") in targets)]
+        if len(rest) < len(node.get("allOf", ())):
+            self.note(path, "allOf with a $ref that comes back to it")
             return {**{key: node[key] for key in node if key != "allOf"}, **({"allOf": rest} if rest else {})}
         return node
 
@@ -562,6 +584,15 @@ class _Work:
 
 def _counted(node: Schema, path: tuple[str, ...]) -> Schema:
     return {**node, "minLength": LONGEST} if node.get("minLength", 0) > LONGEST else node
+
+
+def _in_place(node: Any) -> set[str]:
+    """References that a schema applies in place."""
+    if not isinstance(node, dict):
+        return set()
+    inner = [each for key in ("allOf", "anyOf") for each in node.get(key, ())]
+    own = {node["$ref"]} if "$ref" in node else set[str]()
+    return own.union(*map(_in_place, inner))
 
 
 def _says(known: Schema, other: Schema, key: str) -> bool:
