@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..models.batch_prefix import BatchPrefix
 from ..models.language_model import LanguageModel
-from ..models.writing import write_whole
+from ..models.writing import sole_run, write_whole
 from .collect import check_same_ids, selector_digest
 from .config import EvaluateConfig, Rows
 from .crew import Crew
@@ -50,11 +50,18 @@ def evaluate(config: EvaluateConfig, crew: Crew | None = None) -> EvalReport:
     Raises:
         ConfigError: no calibrated selector; a selector for another base; models that do not fit together; no folder
             can be made where ``config.out`` says, or it holds the answers of another evaluation.
+        FolderInUse: another run is at work there.
         InputError: prompts that cannot be used.
     """
     crew = crew or Crew()
-    if config.out is not None:
-        _make(config.out)
+    if config.out is None:
+        return _evaluate(config, crew)
+    _make(config.out)
+    with sole_run(config.out):
+        return _evaluate(config, crew)
+
+
+def _evaluate(config: EvaluateConfig, crew: Crew) -> EvalReport:
     evaluation = _open(config)
     report = evaluation.report() if crew.count == 1 else evaluation.report(partial(crew.each, partial(_fill, config)))
     if config.out is not None:
