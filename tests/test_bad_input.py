@@ -53,10 +53,10 @@ ENDLESS["properties"] = {"again": ENDLESS}
         (3, "This is no tool: 3"),
         ({"type": "function"}, "This is no tool"),
         ({"name": "f", "parameters": 7}, "This is no tool"),
-        ({"name": "f", "description": "d", "parameters": {"type": "objekt"}}, "arguments of tool 'f'"),
+        ({"name": "f", "description": "d", "parameters": {"type": "array"}}, "arguments of tool 'f'"),
         ({"name": "f", "description": "d", "parameters": ENDLESS}, "nested without end"),
         (
-            {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"x": {"pattern": "("}}}},
+            {"name": "f", "description": "d", "parameters": {"properties": {"x": {"enum": []}}, "required": ["x"]}},
             "arguments of tool 'f'",
         ),
     ],
@@ -82,7 +82,7 @@ def test_choices_and_formats_that_fit_nothing_are_refused_when_they_are_bound() 
         model.with_structured_output({"no": "title"}, method="json_schema")
     with pytest.raises(BadSchema, match="the output schema"):
         model.with_structured_output(
-            {"title": "t", "type": "object", "properties": {"x": {"type": "objekt"}}}, method="json_schema"
+            {"title": "t", "type": "object", "properties": {"x": {"enum": []}}, "required": ["x"]}, method="json_schema"
         )
 
 
