@@ -18,7 +18,7 @@ from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.outputs import Generation as CachedGeneration
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, Field, SecretStr, SkipValidation, ValidationError, field_serializer
 
@@ -384,13 +384,27 @@ class ChatS2T(TakesConfig):
         with calling(Caller()):
             return await super()._agenerate_with_cache(*args, **kwargs)
 
-    def stream(self, *args: Any, **kwargs: Any) -> Iterator[AIMessageChunk]:
+    def stream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[AIMessageChunk]:
         """As LangChain's; what its callbacks call meanwhile shares this stream's slot."""
-        return on_behalf(Caller(), super().stream(*args, **kwargs))  # type: ignore[arg-type]
+        return on_behalf(Caller(), super().stream(input, config, stop=stop, **kwargs))  # type: ignore[arg-type]
 
-    def astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[AIMessageChunk]:
+    def astream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[AIMessageChunk]:
         """As LangChain's; what its callbacks call meanwhile shares this stream's slot."""
-        return AsyncOnBehalf(Caller(), super().astream(*args, **kwargs))  # type: ignore[arg-type]
+        return AsyncOnBehalf(Caller(), super().astream(input, config, stop=stop, **kwargs))  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ one call
 

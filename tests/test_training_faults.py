@@ -140,7 +140,7 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
 def test_a_folder_that_can_not_be_made_is_named(pair, tmp_path):
     slm, _, teacher = pair
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(S2TError, match=r"manifest.json could not be written"):
+    with pytest.raises(S2TError, match=r"rollouts cannot be written: Not a directory"):
         collect_with(slm, teacher, prompts(tmp_path), QUICK, tmp_path / "file" / "rollouts")
 
 

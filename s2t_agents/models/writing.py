@@ -104,8 +104,8 @@ def _own(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
         file = half.open("xb")
         try:
             if fcntl is not None:
-                with suppress(OSError):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)  # waits for a sweeper that has it: then the file is gone
                 if not _still_there(file, half):  # somebody swept it away before it was locked
                     continue
             yield half, file
