@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -22,8 +23,17 @@ LOADING, FORWARD, BRIEF = 0, 1, 2
 
 _locks: list[tuple[int, weakref.ref[Any], str]] = []
 _renewals: list[weakref.WeakMethod[Callable[[], None]]] = []
-_taken: list[Any] = []
-_stuck: list[Any] = []
+
+
+class _Held(threading.local):
+    """What the thread that forks holds meanwhile: several may fork at once, and each needs every lock itself."""
+
+    def __init__(self) -> None:
+        self.taken: list[Any] = []
+        self.stuck: list[Any] = []
+
+
+_held = _Held()
 
 
 def hold_while_forking(owner: Any, name: str, order: int = BRIEF) -> None:
@@ -51,19 +61,20 @@ def _before() -> None:
     until = time.monotonic() + PATIENCE_S
     for _, owner, name in tuple(_locks):
         lock = getattr(owner(), name, None)
-        if lock is None or any(lock is each for each in (*_taken, *_stuck)):
+        if lock is None or any(lock is each for each in (*_held.taken, *_held.stuck)):
             continue
-        (_taken if lock.acquire(timeout=max(0.0, until - time.monotonic())) else _stuck).append(lock)
+        taken = lock.acquire(timeout=max(0.0, until - time.monotonic()))
+        (_held.taken if taken else _held.stuck).append(lock)
 
 
 def _after() -> None:
-    while _taken:
-        _taken.pop().release()
-    _stuck.clear()
+    while _held.taken:
+        _held.taken.pop().release()
+    _held.stuck.clear()
 
 
 def _in_child() -> None:
-    for lock in _stuck:
+    for lock in _held.stuck:
         lock._at_fork_reinit()
     _after()
     _free_cached_properties()

@@ -175,6 +175,10 @@ class PromptEncoder:
                 "This tokenizer has no chat template.",
                 hint="Use a chat model, or give its template as chat_template=...",
             )
+        if not isinstance(template, str) and not (isinstance(template, dict) and all(map(_is_text, template.values()))):
+            raise ConfigError(
+                f"This tokenizer's chat template is no text but {template!r:.40}.", hint="Give one as chat_template=..."
+            )
         self._chat_template = chat_template
         self._tokenizer = tokenizer
         self._template_args = dict(template_args or {})
@@ -303,11 +307,20 @@ class PromptEncoder:
 
     def _template(self, tools: Sequence[Any]) -> tuple[ChatTemplate, hermes.Frames]:
         """The tokenizer's template, and those of its frames that are letters."""
-        source = self._chat_template or self._tokenizer.get_chat_template(tools=list(tools) or None)
+        source = self._chat_template or self._of_tokenizer(tools)
         if source not in self._templates:
             frames = hermes.Frames([tag for tag in self._letters if f"</{tag}>" in source])
             self._templates[source] = ChatTemplate(source, as_json=frames.kept_inside), frames
         return self._templates[source]
+
+    def _of_tokenizer(self, tools: Sequence[Any]) -> str:
+        try:
+            return str(self._tokenizer.get_chat_template(tools=list(tools) or None))
+        except ValueError:
+            names = ", ".join(self._tokenizer.chat_template)
+            raise ConfigError(
+                f"This tokenizer has no default chat template but {names}.", hint="Give one as chat_template=..."
+            ) from None
 
     def _rendered(self, turns: Sequence[Turn], tools: Sequence[Any], generation_prompt: bool = False) -> str:
         template, _ = self._template(tools)
@@ -450,3 +463,7 @@ def _said_by_a_tool(path: tuple[str, ...], is_key: bool) -> bool:
     if is_key:
         return path[-2:-1] in (("properties",), ("patternProperties",))
     return path[-1:] in (("name",), ("description",), ("enum",), ("const",), ("default",))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)

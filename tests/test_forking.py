@@ -116,7 +116,31 @@ right = model.invoke(QUESTION).text
 children.clear()
 assert model.invoke(QUESTION).text == right
 """
+TWO_FORKS_AT_ONCE = """
+model = ChatS2T(max_tokens=6)
+right = model.invoke(QUESTION).text
+over, threads = busily(lambda: model.invoke("Bob has 18 shells."), 2)
+wrong = []
+
+def forks():
+    try:
+        for number in range(4):
+            in_child(lambda: model.invoke(QUESTION).text == right)
+    except AssertionError as error:
+        wrong.append(error)
+
+forking = [threading.Thread(target=forks) for _ in range(3)]
+for thread in forking:
+    thread.start()
+for thread in forking:
+    thread.join()
+over.set()
+for thread in threads:
+    thread.join(30)
+assert not wrong, wrong
+"""
 PROGRAMS = {
+    "two forks at once": TWO_FORKS_AT_ONCE,
     "busy": BUSY,
     "asking": ASKING,
     "two threads": TWO_THREADS,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 
 import forked
 import pytest
+
+from s2t_agents import Ledger
 
 WAYS = {
     "break": "async for _ in model.astream('hello'): break",
@@ -74,3 +79,18 @@ def test_the_record_is_there_and_nobody_complains(way: str) -> None:
     assert not [line for line in done.stderr.splitlines() if "asyncgen" in line or "destroyed" in line], done.stderr
     assert "unraisable" not in done.stderr
     assert "never retrieved" not in done.stderr
+
+
+def test_a_stream_that_is_open_when_the_interpreter_ends_has_its_record_too(tmp_path: Path) -> None:
+    program = f"""
+from s2t_agents import ChatS2T, Ledger
+from s2t_agents.testing import tiny_model
+
+model = ChatS2T(model=tiny_model(), max_tokens=300, ledger=Ledger.open({str(tmp_path / "costs.jsonl")!r}))
+left = model.stream("hello")
+next(left)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr, done.stderr
+    assert len(Ledger.reading(tmp_path / "costs.jsonl").records()) == 1

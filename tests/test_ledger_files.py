@@ -60,6 +60,26 @@ def test_a_killed_writer_loses_at_most_the_record_in_flight(tmp_path: Path, name
     assert Ledger.open(path).records()[-1].agent == "after"
 
 
+EDITS = {
+    "line ends": lambda read: read.replace(b"\n", b"\r\n"),
+    "line ends and a last line without": lambda read: read.replace(b"\n", b"\r\n")[:-2],
+    "blank lines": lambda read: read.replace(b"\n", b"\n\r\n \t\n"),
+    "joined with an empty one": lambda read: read + read[: read.index(b"\n") + 1],
+    "joined with an edited one": lambda read: read + read[: read.index(b"\n")] + b"\r\n",
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_what_editors_and_cat_do_to_a_file_loses_no_record(tmp_path: Path, edit: Any) -> None:
+    path = tmp_path / "costs.jsonl"
+    for agent in ("ann", "bob"):
+        Ledger.open(path).record(GenerationRecord(agent=agent))
+    path.write_bytes(edit(path.read_bytes()))
+    assert [record.agent for record in Ledger.reading(path).records()] == ["ann", "bob"]
+    Ledger.open(path).record(GenerationRecord(agent="eve"))
+    assert [agent for agent, *_ in Ledger.reading(path).tally("agent")] == ["ann", "bob", "eve"]
+
+
 @pytest.mark.parametrize("cut", [1, 40, 200])
 def test_a_torn_line_is_stepped_over_and_sealed(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "costs.jsonl"

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,12 @@ def bytes_of_weights(change: Callable[[bytes], bytes]) -> Damage:
     return write
 
 
+def own_template(template: Any) -> Damage:
+    """In the tokenizer's config, as older checkpoints have it."""
+    there = edited("tokenizer_config.json", lambda read: {**read, "chat_template": template})
+    return together(without("chat_template.jinja"), there)
+
+
 def value(name: str, number: float) -> Damage:
     return weights(lambda tensors: tensors[name].view(-1)[-1:].fill_(number))
 
@@ -134,12 +141,17 @@ DAMAGED: dict[str, Damage] = {
     "config: other vocabulary": config(vocab_size=270),
     "config: unknown activation": config(hidden_act="nope"),
     "config: unknown dtype": config(dtype="float77"),
+    "config: no layers": config(num_hidden_layers=0),
+    "config: NaN": config(rms_norm_eps=float("nan")),
+    "config: tables of infinity": config(rope_parameters={"rope_type": "default", "rope_theta": 0.0}),
     "config: odd parts": config(text_config=7),
     "config: odd quantisation": config(quantization_config=[]),
     "config: odd code": config(auto_map=7),
     "generation config: a text for an id": text("generation_config.json", '{"eos_token_id": "x"}'),
     "generation config: texts for ids": text("generation_config.json", '{"eos_token_id": ["x"]}'),
     "generation config: a mapping": text("generation_config.json", '{"eos_token_id": {"a": 1}}'),
+    "generation config: broken": text("generation_config.json", "[["),
+    "generation config: a list": text("generation_config.json", "[]"),
     "generation config: a pipe": in_its_place("generation_config.json", os.mkfifo),
     "tokenizer: missing": without("tokenizer.json", "tokenizer_config.json"),
     "tokenizer: empty": text("tokenizer.json", ""),
@@ -155,6 +167,9 @@ DAMAGED: dict[str, Damage] = {
     "tokenizer config: broken": text("tokenizer_config.json", "{"),
     "tokenizer config: odd class": edited("tokenizer_config.json", lambda read: {**read, "tokenizer_class": 7}),
     "tokenizer config: odd tokens": edited("tokenizer_config.json", lambda read: {**read, "eos_token": ["x"]}),
+    "template: a number": own_template(7),
+    "template: numbers": own_template([{"name": "default", "template": 7}]),
+    "template: none for plain conversations": own_template([{"name": "tool_use", "template": "{{ messages }}"}]),
     "template: broken": text("chat_template.jinja", "{% if %}"),
     "template: not UTF-8": text("chat_template.jinja", b"\xff\xfe"),
     "template: a device": in_its_place("chat_template.jinja", lambda path: path.symlink_to("/dev/zero")),
@@ -176,6 +191,7 @@ DAMAGED: dict[str, Damage] = {
     "shards: missing": index(**{NORM: "model-00001-of-00002.safetensors"}),
     "shards: outside": index(**{NORM: "../elsewhere.safetensors"}),
     "shards: far outside": index(**{NORM: "/etc/passwd"}),
+    "shards: a name beyond the system's": index(**{NORM: "a" * 5000}),
     "shards: of no tensors": index(),
     "shards: no text": index(**{NORM: 7}),  # type: ignore[arg-type]
     "shards: a broken index": together(
@@ -227,6 +243,20 @@ def test_a_path_that_is_no_folder_says_so(folder: Path, name: str, message: str)
     (folder / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelNotFound, match=message):
         LanguageModel.load(str(folder / name))
+
+
+def test_a_config_that_asks_for_tuples_changes_nothing(folder: Path) -> None:
+    right = ChatS2T(model=str(folder), max_tokens=4).invoke("hello").content
+    other = Path(shutil.copytree(folder, folder.parent / "tuples"))
+    config(return_dict=False, output_hidden_states=True, output_attentions=True)(other)
+    assert ChatS2T(model=str(other), max_tokens=4).invoke("hello").content == right
+
+
+def test_a_url_is_refused_without_its_credentials() -> None:
+    secret = "S3CRET"
+    with pytest.raises(ModelNotFound, match="is a URL") as caught:
+        ChatS2T(model=f"https://user:{secret}@hub/acme/model").invoke("hello")
+    assert secret not in "".join(traceback.format_exception(caught.value))
 
 
 def test_nan_is_found_in_shards_of_half_precision_and_names_the_tensor(folder: Path) -> None:

@@ -3,7 +3,8 @@
 Line 1 names the format; every other line is a record. Each append is one ``write`` to a file opened for
 appending, under the file's lock where the system has one. A writer killed in the middle leaves at most the
 beginning of one line. The next writer closes it with a seal (``{"torn": bytes}``), and readers step over it, also
-where a seal was torn in its turn; any other line that is not a record is corruption, and said so. Nothing is synced
+where a seal was torn in its turn; blank lines, an editor's line ends and the headers of files that were joined are
+stepped over as well. Any other line that is not a record is corruption, and said so. Nothing is synced
 to the disk by force: a power cut may lose what the system had not written yet. The file may be rotated, moved or
 truncated at any time: the next record begins a new one.
 """
@@ -34,6 +35,7 @@ except ImportError:  # Windows appends without the lock: one writing process the
     fcntl = None  # type: ignore[assignment]
 
 HEADER = b'{"s2t_ledger": 1}\n'
+_HEADER_OF_AN_EDITOR = b'{"s2t_ledger": 1}\r'
 _SEAL = b'{"torn": %d}\n'
 _SEAL_OR_ITS_BEGINNING = re.compile(rb'\{("(t(o(r(n("(:( (\d+\}?)?)?)?)?)?)?)?)?)?')
 _LOOK_S = 0.005
@@ -156,6 +158,8 @@ def read(path: Path, kind: type[GenerationRecord] = GenerationRecord) -> Iterato
             size = os.fstat(file.fileno()).st_size
             header = file.readline(len(HEADER))
             _check(path, header)
+            if header == _HEADER_OF_AN_EDITOR:
+                header += file.readline(1)
             yield from _records(path, kind, _lines(file, size - len(header)))
     except OSError as error:
         raise LedgerError(f"{path}: {error.strerror or error}.") from None
@@ -177,7 +181,7 @@ def _records(path: Path, kind: type[GenerationRecord], lines: Iterator[bytes]) -
                 hint="The file was changed by something else; take that line out to read the rest.",
             )
         doubtful = None
-        if line is None or line == b"\n" or line.startswith(b'{"torn"'):
+        if line is None or not line.strip() or line.startswith(b'{"torn"') or line.rstrip() == HEADER.rstrip():
             continue
         try:
             record = kind.model_validate_json(line)
@@ -235,7 +239,7 @@ def _last_lines(file: IO[bytes]) -> tuple[bytes, bytes]:
 
 def _check(path: Path, header: bytes) -> None:
     """Nothing at all, and the beginning of a header, are a ledger that is empty."""
-    if not HEADER.startswith(header):
+    if not HEADER.startswith(header) and header != _HEADER_OF_AN_EDITOR:
         raise LedgerError(f"{path} is not a ledger of JSON lines.", hint="Choose another file; it was not changed.")
 
 

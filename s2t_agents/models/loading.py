@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def load_weights(path: str, *, device: torch.device, dtype: torch.dtype | None, 
             **origin.weights,
         )
     _check_report(origin, model, report)
+    model.config.return_dict = True  # models read their own parts' outputs by name
     model.eval().requires_grad_(False)
     if not placed:
         model.to(device)
@@ -196,22 +198,25 @@ def _check_report(origin: Origin, model: Any, report: Mapping[str, Any]) -> None
 
 @torch.inference_mode()
 def refuse_infinite(name: str, model: Any) -> None:
-    """Look at every weight once: a NaN or infinity in one makes every answer nonsense that looks like one.
+    """Look at every weight and table once: a NaN or infinity in one makes every answer nonsense that looks like one.
 
     Args:
         name: of the model, for the error.
-        model: any module; packed integers and what lies offloaded are passed over.
+        model: any module; packed integers and what lies offloaded are passed over. Buffers that are computed, not
+            read, may hold minus infinity: masks do.
 
     Raises:
         UnsafeWeights: naming the tensor.
     """
     finite: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for tensor_name, tensor in model.state_dict().items():
+    read = model.state_dict()
+    for tensor_name, tensor in {**dict(model.named_buffers()), **read}.items():
         if not isinstance(tensor, Tensor) or tensor.dtype not in CHECKED or tensor.is_meta or not tensor.numel():
             continue
         if tensor.data_ptr() not in seen:  # tied ones once
-            finite[tensor_name] = torch.stack(torch.aminmax(tensor)).isfinite().all()  # NaN comes through both
+            least, most = torch.aminmax(tensor)  # NaN comes through both
+            finite[tensor_name] = most < inf if tensor_name not in read else (-inf < least) & (most < inf)
         seen.add(tensor.data_ptr())
     for tensor_name, sound in finite.items():
         if not sound:

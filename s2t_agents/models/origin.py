@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ModelNotFound, S2TError, UnsafeWeights
+from ..secrecy import without_secrets
 from .bundled import model_path
 
 PLACE = frozenset({"token", "cache_dir", "local_files_only", "proxies", "force_download"})
@@ -30,6 +32,9 @@ OURS = frozenset(
 
 MOST_JSON = 64_000_000
 """Bytes of the largest config that is read; real ones have a few thousand."""
+
+MOST_OF_A_NAME = 255
+"""Characters of a file's name; systems refuse to look for longer ones."""
 
 MOST_OF_A_KIND = 4096
 """Layers, heads and experts that a config may ask for where no weights tell better."""
@@ -173,9 +178,14 @@ class Origin:
         """Refuse a path that is no folder, or holds something else where a file should be: reading that may never end.
 
         Raises:
-            ModelNotFound: a file, GGUF.
+            ModelNotFound: a URL, a file, GGUF.
             UnsafeWeights: a directory, pipe, device or broken link in a file's place.
         """
+        if "://" in self.path and not Path(self.path).exists():
+            raise ModelNotFound(
+                f"{without_secrets(self.name)!r} is a URL.",
+                hint="Give a directory or a hub id, such as 'Qwen/Qwen3-0.6B'.",
+            )
         if self.path.endswith(".gguf"):
             raise _gguf(self.name, Path(self.path).name)
         if self.folder is None:
@@ -203,6 +213,8 @@ class Origin:
             raise _adapter(self.name)
         if (folder / "modules.json").is_file():
             raise ModelNotFound(f"{self.name!r} is a sentence embedder: it writes no text.", hint="Give a chat model.")
+        if (generation := self.file("generation_config.json")) is not None:
+            self.json(generation)  # transformers passes over a broken one, and with it what ends an answer
         self._refuse_pickles(folder)
         self._check_shards(folder)
 
@@ -231,8 +243,8 @@ class Origin:
         for shard in self.shards(folder):
             if Path(shard).name != shard:
                 raise UnsafeWeights(f"{self.name!r} names weights outside its own folder: {shard!r}.")
-            if not (folder / shard).is_file():
-                raise UnsafeWeights(f"{self.name!r} lacks its weights file {shard}.", hint="Download it again.")
+            if len(shard) > MOST_OF_A_NAME or not (folder / shard).is_file():
+                raise UnsafeWeights(f"{self.name!r} lacks its weights file {shard!r:.80}.", hint="Download it again.")
 
     def shards(self, folder: Path) -> list[str]:
         """Names of the weight files that would be read, as the index gives them."""
@@ -248,7 +260,7 @@ class Origin:
         return sorted(set(files.values()))
 
     def check_counts(self, config: Mapping[str, Any], most: int) -> None:
-        """Refuse a config that asks for so many layers that making them, empty, takes for ever.
+        """Refuse a config that asks for no layers, for so many that making them, empty, takes for ever, or for NaN.
 
         Args:
             config: ``config.json``.
@@ -260,10 +272,18 @@ class Origin:
         for key, value in config.items():
             if isinstance(value, dict):
                 self.check_counts(value, most)
-            elif _COUNTS.fullmatch(key) and isinstance(value, int) and value > max(most, MOST_OF_A_KIND):
+            elif _is_no_model(key, value, max(most, MOST_OF_A_KIND)):
                 raise UnsafeWeights(f"the config of {self.name!r} says {key}={value}; that is no model.")
             elif _LAYERS.fullmatch(key) and isinstance(value, int) and value > most > 0:
                 raise UnsafeWeights(f"the config of {self.name!r} says {key}={value}; its files have {most} tensors.")
+
+
+def _is_no_model(key: str, value: Any, most: int) -> bool:
+    if isinstance(value, float):
+        return isnan(value)
+    if not isinstance(value, int):
+        return False
+    return (bool(_COUNTS.fullmatch(key)) and value > most) or (key == "num_hidden_layers" and value < 1)
 
 
 def panicked(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from weakref import WeakSet
@@ -109,7 +109,8 @@ class Team:
     def pause(self) -> None:
         """Nobody needs it for now: other people's operations get the cores to themselves."""
         if self._thread is not None:
-            self._thread.submit(release)
+            with suppress(RuntimeError):  # the interpreter is ending, and the thread with it
+                self._thread.submit(release)
 
     def rest(self) -> None:
         """The thread goes, until it is needed again."""
