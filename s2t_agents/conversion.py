@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from typing import Any
+from enum import Enum
+from typing import Any, get_origin
 
 from langchain_core.tools import BaseTool, StructuredTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel, PydanticUserError, TypeAdapter
+from typing_extensions import is_typeddict
 
 from .errors import BadSchema
 from .models.origin import first_line
@@ -37,6 +39,10 @@ def openai_tool(given: Any, *, strict: bool | None = None) -> dict[str, Any]:
             made = {"name": given["title"], "description": given.get("description", "")}
             rest = {key: value for key, value in given.items() if key not in ("title", "description")}
             return {"type": "function", "function": {**made, **({"parameters": rest} if rest else {})}}
+        if _is_type(given):
+            schema = json_schema(given)
+            made = {"name": schema.pop("title"), "description": schema.pop("description", "")}
+            return {"type": "function", "function": {**made, "parameters": schema}}
         one = convert_to_openai_tool(given, strict=strict)
         function = {key: value for key, value in one["function"].items() if key != "strict"}
         whole = _recursive(given)
@@ -57,13 +63,13 @@ def json_schema(given: Any, *, strict: bool | None = None) -> dict[str, Any]:
         BadSchema: something that is no schema.
     """
     try:
+        if is_dataclass(given) or _is_type(given):
+            return {"title": _name_of(given), **_schema_of(given)}
         whole = _recursive(given) or (_schema_of(given) if _has_other_root(given) else None)
         if whole is None and _is_plain(given) and not (strict and "properties" in given):
             whole = dict(given)
         if whole is not None:
             return {"title": getattr(given, "__name__", "reply"), **whole}
-        if is_dataclass(given):
-            return _schema_of(given)
         return convert_to_json_schema(given, strict=strict)
     except _FAILURES as error:
         raise BadSchema(
@@ -125,6 +131,29 @@ def _has_other_root(given: Any) -> bool:
         return False
     schema = _schema_of(given)
     return not is_object(schema) or "properties" not in schema
+
+
+def _is_type(given: Any) -> bool:
+    """A type that pydantic knows and LangChain's conversion would take for a function, or not take at all."""
+    if is_typeddict(given):
+        return not _converts(given)
+    if get_origin(given) is not None:
+        return True
+    plain = isinstance(given, type) and not is_basemodel_subclass(given) and not is_dataclass(given)
+    return plain and (issubclass(given, Enum) or given.__module__ == "builtins")
+
+
+def _converts(given: Any) -> bool:
+    try:
+        convert_to_json_schema(given)
+    except _FAILURES:  # it holds itself, or has Required
+        return False
+    return True
+
+
+def _name_of(given: Any) -> str:
+    name = getattr(given, "__name__", None)
+    return name if isinstance(name, str) else "reply"
 
 
 def _schema_of(given: Any) -> dict[str, Any]:

@@ -259,6 +259,17 @@ class PromptEncoder:
             InputError: messages that cannot be rendered, see ``to_template``; a template that refuses every form, or
                 shows none in full.
         """
+        try:
+            return self._arranged(messages, tools, generation_prompt)
+        except RecursionError as error:
+            raise InputError(
+                "A tool or the arguments of a call are nested too deep for the chat template.",
+                hint="Nest them some tens of levels deep at most.",
+            ) from error
+
+    def _arranged(
+        self, messages: Sequence[BaseMessage], tools: Sequence[Mapping[str, Any]], generation_prompt: bool
+    ) -> Arrangement:
         sources = Sources()
         told = [self._thought_apart(turn) for turn in to_template(messages)]
         turns = [_traced(turn, sources, _named(at, messages[at])) for at, turn in enumerate(told)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from operator import itemgetter
@@ -10,8 +11,9 @@ from typing import Any, Literal
 from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, BaseMessage
-from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
-from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
+from langchain_core.output_parsers import BaseCumulativeTransformOutputParser, BaseOutputParser, JsonOutputParser
+from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser
+from langchain_core.outputs import Generation
 from langchain_core.runnables import (
     Runnable,
     RunnableGenerator,
@@ -40,14 +42,16 @@ def structured(
 
     Args:
         model: must take ``bind_tools`` and ``response_format``.
-        schema: a pydantic class (of version 1 too), a TypedDict or a JSON schema; None is any object, for "json_mode".
+        schema: a pydantic class (of version 1 too), a TypedDict, another type that pydantic knows (``list[int]``, an
+            Enum, a Literal: the answer is its JSON value) or a JSON schema; None is any object, for "json_mode".
         method: "function_calling" shows the schema as a tool and forces one call of it; "json_schema" shows it in the
             system message; "json_mode" leaves it to the user's own words.
         include_raw: return ``{"raw", "parsed", "parsing_error"}`` and raise nothing.
         strict: make every property required, as OpenAI's strict mode does ("function_calling", "json_schema").
 
-    The finished answer is checked against the whole schema; where it does not fit, the parser raises LangChain's
-    ``OutputParserException`` with the reason. A value that is no object is the one argument of the tool.
+    The finished answer is checked against the whole schema; where it does not fit, or its class refuses it, the parser
+    raises LangChain's ``OutputParserException`` with the reason. A value that is no object is the one argument of the
+    tool.
 
     Raises:
         ConfigError: an unknown method, or no schema where one is needed.
@@ -99,21 +103,73 @@ def _by_call(
 
 def _inner(schema: dict[str, Any] | type, arguments: dict[str, Any] | None) -> Any:
     value = (arguments or {}).get(VALUE)
-    if isinstance(schema, type) and issubclass(schema, BaseModel):
-        return schema.model_validate(value)
-    return value
+    return _object(schema, value) if _is_class(schema) else value
+
+
+def _is_class(schema: Any) -> bool:
+    return isinstance(schema, type) and is_basemodel_subclass(schema)
+
+
+def _object(schema: Any, value: Any) -> Any:
+    """The object of a pydantic class that a JSON value is.
+
+    Read as JSON: a strict class takes dates, sets and enums from JSON, but not from Python's strings and lists.
+
+    Raises:
+        OutputParserException: the class refuses the value.
+    """
+    text = json.dumps(value)
+    try:
+        return schema.model_validate_json(text) if issubclass(schema, BaseModel) else schema.parse_raw(text)
+    except ValueError as error:
+        raise OutputParserException(f"{schema.__name__} refuses the answer {text}: {error}", llm_output=text) from error
+
+
+class _CallParser(JsonOutputKeyToolsParser):
+    """The arguments of the first call, as an object of the class; what is not whole yet is None."""
+
+    kind: Any
+
+    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
+        arguments = super().parse_result(result, partial=partial)
+        return None if arguments is None else _unless_partial(self.kind, arguments, partial)
+
+
+class _ReplyParser(BaseCumulativeTransformOutputParser[Any]):
+    """A reply of JSON, as an object of the class; what is not whole yet is None."""
+
+    kind: Any
+
+    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
+        try:
+            value = JsonOutputParser().parse_result(result)
+        except OutputParserException:
+            if partial:
+                return None
+            raise
+        return _unless_partial(self.kind, value, partial)
+
+    def parse(self, text: str) -> Any:
+        return self.parse_result([Generation(text=text)])
+
+
+def _unless_partial(kind: Any, value: Any, partial: bool) -> Any:
+    try:
+        return _object(kind, value)
+    except OutputParserException:
+        if partial:
+            return None
+        raise
 
 
 def _call_parser(schema: dict[str, Any] | type, name: str) -> Runnable[Any, Any]:
-    if isinstance(schema, type) and is_basemodel_subclass(schema):
-        return PydanticToolsParser(tools=[schema], first_tool_only=True)
+    if _is_class(schema):
+        return _CallParser(key_name=name, first_tool_only=True, kind=schema)
     return JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
 
 
 def _text_parser(schema: dict[str, Any] | type) -> BaseOutputParser[Any]:
-    if isinstance(schema, type) and is_basemodel_subclass(schema):
-        return PydanticOutputParser(pydantic_object=schema)
-    return JsonOutputParser()
+    return _ReplyParser(kind=schema) if _is_class(schema) else JsonOutputParser()
 
 
 def _parsed(bound: Runnable[Any, Any], parser: Runnable[Any, Any], include_raw: bool) -> Runnable[Any, Any]:

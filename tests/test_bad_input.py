@@ -1,5 +1,6 @@
 """Bad input: one clear error each, at once, before anything is spent."""
 
+import json
 import time
 from typing import Any
 
@@ -145,3 +146,12 @@ def test_room_too_small_for_a_call_is_refused_before_the_model_runs() -> None:
     with pytest.raises(ConfigError, match="max_tokens=4 cannot hold an answer: the shortest has"):
         model.bind_tools([add], tool_choice="any").invoke("hello")
     assert model.ledger.records() == []
+
+
+@pytest.mark.parametrize("room", [1, 2, 4])
+def test_the_room_that_a_refusal_names_is_enough(room: int) -> None:
+    model = chat().with_structured_output(Trip, method="json_schema").first
+    with pytest.raises(ConfigError, match=f"max_tokens={room} cannot") as refused:
+        model.invoke("hello", max_tokens=room)
+    enough = int(refused.value.hint.split()[3])
+    assert json.loads(model.invoke("hello", max_tokens=enough).content).keys() == {"city"}

@@ -1,15 +1,17 @@
 """No wrong object in silence: what the grammar gave up is checked when the answer is finished, streamed or not."""
 
 from dataclasses import dataclass
+from datetime import date
+from enum import Enum
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, Literal, NotRequired, Required
 
 import pytest
 import torch
 from langchain_core.exceptions import OutputParserException
 from langchain_core.tools import tool
-from pydantic import BaseModel, RootModel
+from pydantic import BaseModel, ConfigDict, RootModel, field_validator
 from typing_extensions import TypedDict
 
 from s2t_agents import ChatS2T
@@ -156,6 +158,99 @@ def test_dataclasses_and_typed_dicts_give_dicts(method: Any) -> None:
     model = ChatS2T(model=tiny_model(max_position_embeddings=4096), max_tokens=80)
     assert set(model.with_structured_output(Point, method=method).invoke("hello")) == {"x"}
     assert set(model.with_structured_output(Linked, method=method).invoke("hello")) == {"v"}
+
+
+class Kept(TypedDict, total=False):
+    """A record."""
+
+    v: Required[int]
+    note: str
+
+
+class Chained(TypedDict):
+    """A chain."""
+
+    v: int
+    rest: NotRequired[list["Chained"]]
+
+
+class Color(Enum):
+    """A color."""
+
+    RED = "red"
+    NONE = None
+
+
+TYPES: dict[str, tuple[Any, Any]] = {
+    "required key": (Kept, lambda answer: isinstance(answer["v"], int)),
+    "recursive TypedDict": (Chained, lambda answer: isinstance(answer["v"], int)),
+    "enum": (Color, lambda answer: answer in ("red", None)),
+    "list": (list[Literal["a", "b"]], lambda answer: isinstance(answer, list) and set(answer) <= {"a", "b"}),
+    "list of classes": (list[Chained], lambda answer: all("v" in each for each in answer)),
+    "union": (Node | Point, lambda answer: "x" in answer or "name" in answer),
+    "literal": (Literal[1, "b", None], lambda answer: answer in (1, "b", None)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", TYPES)
+def test_types_of_every_kind_are_answered_with_what_fits_them(method: Any, name: str) -> None:
+    kind, fits = TYPES[name]
+    model = ChatS2T(model=tiny_model(max_position_embeddings=4096), max_tokens=160)
+    assert fits(model.with_structured_output(kind, method=method).invoke("hello"))
+
+
+class Table(RootModel[dict[str, "Table"]]):
+    """A table of tables; an empty one is one too."""
+
+
+class Exact(BaseModel):
+    """Takes no string for a date from Python, but does from JSON."""
+
+    model_config = ConfigDict(strict=True)
+    day: date
+    both: tuple[bool, bool]
+
+
+class Refusing(BaseModel):
+    """Refuses for a reason that no schema tells."""
+
+    size: int
+
+    @field_validator("size")
+    @classmethod
+    def never(cls, value: int) -> int:
+        raise ValueError("out of stock")
+
+
+class RefusingWhole(RootModel[list[int]]):
+    """The same, of a root that is no object."""
+
+    @field_validator("root")
+    @classmethod
+    def never(cls, value: list[int]) -> list[int]:
+        raise ValueError("out of stock")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [Table, Exact])
+def test_a_class_is_given_the_json_that_fits_it(method: Any, kind: Any) -> None:
+    model = ChatS2T(model=tiny_model(max_position_embeddings=4096), max_tokens=160).with_structured_output(
+        kind, method=method
+    )
+    assert isinstance(model.invoke("hello"), kind)
+    assert isinstance(list(model.stream("hello"))[-1], kind)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [Refusing, RefusingWhole])
+def test_what_a_class_refuses_is_a_parsing_error_with_its_reason(method: Any, kind: Any) -> None:
+    model = ChatS2T(model=tiny_model(max_position_embeddings=4096), max_tokens=160)
+    with pytest.raises(OutputParserException, match="out of stock"):
+        model.with_structured_output(kind, method=method).invoke("hello")
+    answer = model.with_structured_output(kind, method=method, include_raw=True).invoke("hello")
+    assert answer["parsed"] is None
+    assert isinstance(answer["parsing_error"], OutputParserException)
 
 
 def test_tools_keep_their_recursion_and_the_prompt_shows_it() -> None:

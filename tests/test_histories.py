@@ -167,3 +167,15 @@ def test_a_reply_schema_joins_a_system_message_of_blocks():
     text = PromptEncoder(tiny_tokenizer()).render(told)
     assert text.count("<|im_start|>system") == 1
     assert text.index("RULES") < text.index('{"type": "object"}')
+
+
+@pytest.mark.parametrize("depth", [1000, 20_000])
+@pytest.mark.parametrize("where", ["arguments", "tool"])
+def test_what_is_nested_too_deep_to_be_rendered_is_refused_by_name(where, depth):
+    nested = {}
+    for _ in range(depth):
+        nested = {"a": nested}
+    calls = [{"name": "f", "args": nested if where == "arguments" else {}, "id": "1"}]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": nested}}] if where == "tool" else []
+    with pytest.raises(InputError, match="nested too deep"):
+        PromptEncoder(tiny_tokenizer()).render([HumanMessage("a"), AIMessage("", tool_calls=calls)], tools)

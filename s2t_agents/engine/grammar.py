@@ -213,12 +213,13 @@ class CompiledGrammar:
     def _check_room(self, max_tokens: int) -> None:
         if self.fits(max_tokens):
             return
-        known = self.shortest(max_tokens) if self.least_tokens <= max_tokens else None
+        known = self.shortest(max_tokens) if self.least_tokens <= max_tokens + _BEYOND else None
         fewest = len(known) if known is not None else self.least_tokens
+        has = "has" if known is not None else "has at least"
         asked = self._least.asked() if self._least is not None else ""
         who = f" (most of it for {asked} in {self.what})" if asked and fewest > _BEYOND else ""
         raise ConfigError(
-            f"max_tokens={max_tokens} cannot hold an answer: the shortest has {fewest} tokens{who}.",
+            f"max_tokens={max_tokens} cannot hold an answer: the shortest {has} {fewest} tokens{who}.",
             hint=f"Set max_tokens to {fewest} or more.",
         )
 
