@@ -31,9 +31,49 @@ class _Held(threading.local):
     def __init__(self) -> None:
         self.taken: list[Any] = []
         self.stuck: list[Any] = []
+        self.stopped = False
 
 
 _held = _Held()
+
+
+class _Uncut:
+    """``with uncut:`` a call into a library that runs without the GIL and takes locks of its own: a fork waits for it.
+
+    In a child cut out of such a call the library's lock would stay taken for ever.
+    """
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """No call is under way."""
+        self._state = threading.Condition(threading.Lock())
+        self._calls = 0
+
+    def __enter__(self) -> None:
+        with self._state:
+            self._calls += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._state:
+            self._calls -= 1
+            if not self._calls:
+                self._state.notify_all()
+
+    def stop(self, until: float) -> bool:
+        """Let no call begin until ``go``, and wait for those under way; False where they took too long."""
+        if not self._state.acquire(timeout=max(0.0, until - time.monotonic())):
+            return False
+        self._state.wait_for(lambda: not self._calls, max(0.0, until - time.monotonic()))
+        return True
+
+    def go(self) -> None:
+        """Calls may begin again."""
+        self._state.release()
+
+
+uncut = _Uncut()
 
 
 def hold_while_forking(owner: Any, name: str, order: int = BRIEF) -> None:
@@ -65,15 +105,21 @@ def _before() -> None:
             continue
         taken = lock.acquire(timeout=max(0.0, until - time.monotonic()))
         (_held.taken if taken else _held.stuck).append(lock)
+    _held.stopped = uncut.stop(until)  # last: whoever is within such a call waits for nobody
 
 
 def _after() -> None:
+    if _held.stopped:
+        _held.stopped = False
+        uncut.go()
     while _held.taken:
         _held.taken.pop().release()
     _held.stuck.clear()
 
 
 def _in_child() -> None:
+    _held.stopped = False
+    uncut.renew()
     for lock in _held.stuck:
         lock._at_fork_reinit()
     _after()

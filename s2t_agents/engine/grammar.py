@@ -20,16 +20,18 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLTokenizer
 from llguidance.hf import from_tokenizer
 from torch import Tensor
 
 from ..errors import BadSchema, ConfigError
+from ..forks import uncut
 from ..models.safe_encoding import SafeEncoder
 from ..models.vocabulary import filled
 from ..tool_calls import tag_ids
 from .closing import ClosingOrder, Work
 from .least import Least
+from .matcher import Matcher
 from .rules import CHOICES, arguments_of, auto_start, call_rules, call_texts, functions_of, reply_of, said
 from .schemas import heaviest, json_rule
 
@@ -109,7 +111,10 @@ class Vocabulary:
     def spelt_out(self, answers: Sequence[Sequence[str | int]]) -> list[list[int]]:
         """Answers given as texts and ids, as tokens."""
         encode = self.core.tokenize_str
-        return [[i for part in each for i in ([part] if isinstance(part, int) else encode(part))] for each in answers]
+        with uncut:
+            return [
+                [i for part in each for i in ([part] if isinstance(part, int) else encode(part))] for each in answers
+            ]
 
     def mask(self, matcher: Any) -> Mask:
         """``[V]``: what the matcher's state allows."""
@@ -158,7 +163,7 @@ class CompiledGrammar:
         self.what, self._least, self._hints = what, least, hints
         self._searched = 0
         self._shortest: list[int] | None = None
-        self._matcher = LLMatcher(words.core, source, log_level=0)
+        self._matcher = Matcher(words.core, source)
         if self._matcher.is_error():
             error = _reason(self._matcher.get_error())
             raise BadSchema(f"No grammar can express {what}: {error}.", hint=_SIMPLER)

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLTokenizer
 
 from .canonical import Schema, place, shown
 from .closing import ClosingOrder, Work
+from .matcher import Matcher
 from .schemas import LARGEST, json_rule
 
 _ROUNDS = 24
@@ -317,7 +318,7 @@ def _shortest_string(rules: str) -> str | None:
     """The shortest string that the grammar takes, by a search over bytes."""
     source = f"start: value\nvalue: {json_rule({'type': 'string', **json.loads(rules)})}\n"
     core, order = _bytes()
-    matcher = LLMatcher(core, source, log_level=0)
+    matcher = Matcher(core, source)
     if matcher.is_error():
         return None
     spelt = json.dumps(_spelt(json.loads(rules).get("pattern", "")), ensure_ascii=False)

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 from llguidance import LLMatcher
 
 from ..errors import BadSchema
+from ..forks import uncut
 from .canonical import Schema, canonical, check_json, place, shown, subschemas
 from .least import Least, Never, least, nevers
 from .schemas import LARGEST, json_rule
@@ -112,7 +113,8 @@ def _as_object(schema: Schema, what: str) -> None:
 
 @lru_cache(maxsize=4096)
 def _complaint(source: str) -> str:
-    return str(LLMatcher.validate_grammar(f"start: value\nvalue: {source}\n"))
+    with uncut:
+        return str(LLMatcher.validate_grammar(f"start: value\nvalue: {source}\n"))
 
 
 def complaint(schema: Mapping[str, Any]) -> str:

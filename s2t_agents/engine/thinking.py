@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..forks import uncut
 from ..reasoning import Place, ReasoningFormat, Tag
 from .grammar import CompiledGrammar, Generation, Vocabulary
 
@@ -104,8 +105,9 @@ class ThinkingVocabulary:
     def ids_of(self, text: bytes) -> list[int]:
         """Tokens of a text, none of which is a control token."""
         core = self.words.core
-        ids = list(core.tokenize_bytes(text))
-        return ids if bytes(core.decode_bytes(ids)) == text else list(core.greedy_tokenize(text))
+        with uncut:
+            ids = list(core.tokenize_bytes(text))
+            return ids if bytes(core.decode_bytes(ids)) == text else list(core.greedy_tokenize(text))
 
 
 _KNOWN: WeakKeyDictionary[Vocabulary, dict[ReasoningFormat, ThinkingVocabulary]] = WeakKeyDictionary()

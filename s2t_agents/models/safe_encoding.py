@@ -21,6 +21,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from ..errors import ConfigError, UnsafeWeights
+from ..forks import uncut
 from .origin import first_line, panicked
 from .traced import own_stretches
 
@@ -161,7 +162,8 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
         UnsafeWeights: the tokenizer's own rules (its regular expressions, say) fail on it.
     """
     try:
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        with uncut:
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
     except BaseException as error:
         if not (isinstance(error, Exception) or panicked(error)):
             raise
