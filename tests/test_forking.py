@@ -139,7 +139,27 @@ for thread in threads:
     thread.join(30)
 assert not wrong, wrong
 """
+LIBRARY = """
+from s2t_agents.forks import uncut
+
+def call():
+    with uncut:  # as every call into llguidance and tokenizers
+        inside.set()
+        time.sleep(.5)
+        done.append(1)
+
+inside, done = threading.Event(), []
+model = ChatS2T(max_tokens=6)
+right = model.invoke(QUESTION).text
+thread = threading.Thread(target=call)
+thread.start()
+inside.wait()
+in_child(lambda: done == [1] and model.invoke(QUESTION).text == right)
+thread.join()
+assert model.invoke(QUESTION).text == right
+"""
 PROGRAMS = {
+    "a library's call": LIBRARY,
     "two forks at once": TWO_FORKS_AT_ONCE,
     "busy": BUSY,
     "asking": ASKING,
