@@ -67,14 +67,6 @@ def test_malformed_tools_are_refused_when_they_are_bound(bad: Any, message: str)
         ChatS2T(model="/never/loaded").bind_tools([bad])
 
 
-def test_of_two_different_tools_with_one_name_none_wins_in_silence() -> None:
-    one = {"name": "search", "description": "web", "parameters": {"type": "object", "properties": {}}}
-    model = ChatS2T(model="/never/loaded")
-    with pytest.raises(BadSchema, match="Two different tools are called 'search'"):
-        model.bind_tools([one, {**one, "description": "mail"}])
-    model.bind_tools([one, one])
-
-
 def test_choices_and_formats_that_fit_nothing_are_refused_when_they_are_bound() -> None:
     model = ChatS2T(model="/never/loaded")
     with pytest.raises(ConfigError, match="tool_choice='subtract' fits no tool"):

@@ -22,10 +22,7 @@ _CALL_END = "}\n"
 
 def functions_of(tools: Sequence[Mapping[str, Any]], tool_choice: str) -> dict[str, dict[str, Any]]:
     """The tools' functions by name, once the choice fits them."""
-    functions: dict[str, dict[str, Any]] = {}
-    for function in map(_function, tools):
-        if functions.setdefault(function["name"], function) != function:
-            raise BadSchema(f"Two different tools are called {function['name']!r}.", hint="Rename one of them.")
+    functions = {function["name"]: function for function in map(_function, tools)}
     if tool_choice not in (*CHOICES, *functions) or (tool_choice == "any" and not functions):
         known = ", ".join(map(repr, functions)) or "none bound"
         raise ConfigError(
