@@ -46,7 +46,7 @@ from .ledger import Ledger
 from .models.chat_template import chat_template_of
 from .models.language_model import LanguageModel
 from .models.origin import elsewhere
-from .nesting import AsyncOnBehalf, Caller, calling, on_behalf
+from .nesting import AsyncOnBehalf, CallScope, calling, on_behalf
 from .offload import in_threads
 from .reasoning import thinking_limit
 from .request import Request, openai_tools
@@ -331,7 +331,7 @@ class ChatS2T(TakesConfig):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        *_, answer = on_behalf(Caller(), self._whole(messages, stop, kwargs))
+        *_, answer = on_behalf(CallScope(), self._whole(messages, stop, kwargs))
         assert isinstance(answer, ChatResult)
         return answer
 
@@ -342,7 +342,7 @@ class ChatS2T(TakesConfig):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        async with aclosing(in_threads(on_behalf(Caller(), self._whole(messages, stop, kwargs)))) as steps:
+        async with aclosing(in_threads(on_behalf(CallScope(), self._whole(messages, stop, kwargs)))) as steps:
             return await anext(steps)
 
     def _stream(
@@ -352,7 +352,7 @@ class ChatS2T(TakesConfig):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        caller = Caller()
+        caller = CallScope()
         for chunk in on_behalf(caller, self._chunks(messages, stop, kwargs)):
             if isinstance(chunk, ChatGenerationChunk):
                 if run_manager:
@@ -367,7 +367,7 @@ class ChatS2T(TakesConfig):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        caller = Caller()
+        caller = CallScope()
 
         async def tell(chunk: ChatGenerationChunk) -> None:
             assert run_manager is not None
@@ -377,11 +377,11 @@ class ChatS2T(TakesConfig):
         return in_threads(on_behalf(caller, self._chunks(messages, stop, kwargs)), tell if run_manager else None)
 
     def _generate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
-        with calling(Caller()):  # LangChain may stream inside, and tells callbacks of it
+        with calling(CallScope()):  # LangChain may stream inside, and tells callbacks of it
             return super()._generate_with_cache(*args, **kwargs)
 
     async def _agenerate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
-        with calling(Caller()):
+        with calling(CallScope()):
             return await super()._agenerate_with_cache(*args, **kwargs)
 
     def stream(
@@ -393,7 +393,7 @@ class ChatS2T(TakesConfig):
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:
         """As LangChain's; what its callbacks call meanwhile shares this stream's slot."""
-        return on_behalf(Caller(), super().stream(input, config, stop=stop, **kwargs))  # type: ignore[arg-type]
+        return on_behalf(CallScope(), super().stream(input, config, stop=stop, **kwargs))  # type: ignore[arg-type]
 
     def astream(
         self,
@@ -404,7 +404,7 @@ class ChatS2T(TakesConfig):
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:
         """As LangChain's; what its callbacks call meanwhile shares this stream's slot."""
-        return AsyncOnBehalf(Caller(), super().astream(input, config, stop=stop, **kwargs))  # type: ignore[arg-type]
+        return AsyncOnBehalf(CallScope(), super().astream(input, config, stop=stop, **kwargs))  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ one call
 

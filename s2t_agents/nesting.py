@@ -1,4 +1,4 @@
-"""Who calls a model while whose generation computes: kept in the context, which tasks and LangChain's threads take."""
+"""Nested calls: the generations on whose behalf code runs, in a context variable that tasks and threads copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 _END: Any = object()
 
 
-class Caller:
+class CallScope:
     """A generation, as what it calls meanwhile sees it.
 
     Attributes:
@@ -23,16 +23,16 @@ class Caller:
         self.place: object = None
 
 
-_callers: ContextVar[tuple[Caller, ...]] = ContextVar("s2t_callers", default=())
+_callers: ContextVar[tuple[CallScope, ...]] = ContextVar("s2t_callers", default=())
 
 
-def callers() -> tuple[Caller, ...]:
+def callers() -> tuple[CallScope, ...]:
     """The generations on whose behalf this is called, outermost first."""
     return _callers.get()
 
 
 @contextmanager
-def calling(*more: Caller) -> Iterator[None]:
+def calling(*more: CallScope) -> Iterator[None]:
     """Calls in this block are made on behalf of these, too."""
     token = _callers.set((*_callers.get(), *more))
     try:
@@ -52,7 +52,7 @@ def carried(work: Callable[[], T]) -> Callable[[], T]:
     return run
 
 
-def on_behalf(caller: Caller, items: Generator[T, None, None]) -> Generator[T, None, None]:
+def on_behalf(caller: CallScope, items: Generator[T, None, None]) -> Generator[T, None, None]:
     """The items of a generation: what computes them calls on its behalf, what consumes them does not."""
     with closing(items):
         while True:
@@ -66,7 +66,7 @@ def on_behalf(caller: Caller, items: Generator[T, None, None]) -> Generator[T, N
 class AsyncOnBehalf(AsyncIterator[T], Generic[T]):
     """As ``on_behalf``, of an asynchronous generator."""
 
-    def __init__(self, caller: Caller, items: AsyncGenerator[T, None]) -> None:
+    def __init__(self, caller: CallScope, items: AsyncGenerator[T, None]) -> None:
         self._caller, self._items = caller, items
 
     async def __anext__(self) -> T:
