@@ -60,7 +60,7 @@ real-demo: $(READY)  ## An agent on SmolLM2, and on a smaller copy of it correct
 	$(BIN)/python examples/real_pair/agent.py runs/smollm2
 
 kernels: $(TRITON)/.ready  ## The GPU's kernels on the CPU, by Triton's interpreter (a download of 190 MB)
-	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/test_kernels.py
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/test_triton_kernels.py
 
 bench: $(READY)  ## Measure speed beside the alternatives (15 to 30 minutes)
 	$(BIN)/s2t bench decode

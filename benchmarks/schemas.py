@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from s2t_agents.engine.grammar import json_grammar, tool_grammar, vocabulary
-from s2t_agents.engine.relaxing import relaxed
+from s2t_agents.backends.torch.loading import load_tokenizer
+from s2t_agents.bundled import model_path
 from s2t_agents.errors import S2TError
-from s2t_agents.models.bundled import model_path
-from s2t_agents.models.loading import load_tokenizer
+from s2t_agents.grammar.grammar import json_grammar, tool_grammar, vocabulary
+from s2t_agents.grammar.relaxation import relaxed
 
 
 def cases(folder: Path) -> Iterator[tuple[str, Any, bool]]:

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from s2t_agents import Budget, ChatS2T, LocalLLM
+from s2t_agents.backends.torch.kv_cache import KVCache
 from s2t_agents.demo.world import generate
 from s2t_agents.errors import BudgetExceeded
-from s2t_agents.models.kv import KVCache
 
 AGENTS = 8
 LASTING = 3

@@ -43,9 +43,9 @@ from s2t_agents.budget.answers import more_from
 from s2t_agents.budget.names import meter_name
 from s2t_agents.budget.refusals import question_of
 from s2t_agents.budget.terms import LimitsGiven
+from s2t_agents.chat.unfinished_answers import Unfinished
 from s2t_agents.errors import BadLimit, BudgetExceeded, StoreUnavailable
 from s2t_agents.ledger import Cost
-from s2t_agents.unfinished import Unfinished
 
 AGENTS_KEPT = 1024
 """Agents, each in its thread, whose unfinished answers this process remembers beyond what checkpoints hold."""

@@ -8,24 +8,26 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import _moved
+
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ChatJudge": "selectors",
-    "ChatS2T": "chat_model",
-    "Concurrency": "engine.admission",
+    "ChatJudge": "llms",
+    "ChatS2T": "chat.chat_model",
+    "Concurrency": "scheduling.admission",
     "Budget": "budget",
     "DevicePrice": "budget",
     "RedisStore": "budget",
     "SQLiteStore": "budget",
     "TokenPrice": "budget",
     "Ledger": "ledger",
-    "LocalLLM": "selectors",
-    "OpenAILLM": "selectors",
+    "LocalLLM": "llms",
+    "OpenAILLM": "llms",
     "Escalation": "escalation",
     "Pacing": "escalation",
-    "Engine": "engine.steps",
-    "LanguageModel": "models",
+    "Engine": "engine.engine",
+    "LanguageModel": "backends.torch",
     "Step": "types",
     "errors": "errors",
     "triggers": "triggers",
@@ -54,15 +56,18 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import errors, triggers
+    from .backends.torch import LanguageModel
     from .budget import Budget, DevicePrice, RedisStore, SQLiteStore, TokenPrice
-    from .chat_model import ChatS2T
-    from .engine.admission import Concurrency
-    from .engine.steps import Engine
+    from .chat.chat_model import ChatS2T
+    from .engine.engine import Engine
     from .escalation import Escalation, Pacing
     from .ledger import Ledger
-    from .models import LanguageModel
-    from .selectors import ChatJudge, LocalLLM, OpenAILLM
+    from .llms import ChatJudge, LocalLLM, OpenAILLM
+    from .scheduling.admission import Concurrency
     from .types import Step
+
+
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:

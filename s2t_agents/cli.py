@@ -87,7 +87,7 @@ def chat(
     from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 
     from .budget import Budget
-    from .chat_model import ChatS2T
+    from .chat.chat_model import ChatS2T
 
     chat_model = ChatS2T(model=model, selector=selector, escalation=llm, budget=Budget(escalations=escalations))
     _ = chat_model.engine  # loads the weights: a wrong name is told before anybody types

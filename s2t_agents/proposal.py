@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .models.glance import FLOOR, glance_at
-from .models.prefix import Prefix
+from .backends.torch.logit_statistics import FLOOR, glance_at
+from .scheduling.sequence import Prefix
 
 
 class Proposal:
@@ -102,5 +102,5 @@ def best_first(scores: Tensor, k: int, best: Tensor | None = None) -> tuple[Tens
 
 def entropy_of(log_probs: Tensor) -> Tensor:
     """Nats, from ``[..., V]`` to ``[...]``; what is illegal (-inf) adds nothing."""
-    # No second logarithm, and no exp() of its own: MKL's would start threads for it (see models/teams.py).
+    # No second logarithm, and no exp() of its own: MKL's would start threads for it (see torch/cpu_threads.py).
     return -(log_probs.softmax(-1) * log_probs.clamp_min(FLOOR)).sum(-1)

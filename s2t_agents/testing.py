@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .models.language_model import LanguageModel
-from .selectors.question import Answer, Question, charge
+from .backends.torch.language_model import LanguageModel
+from .llms.question import Answer, Question, charge
 from .types import Charge, Price
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "phi3", "gemma3")

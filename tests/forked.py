@@ -20,10 +20,10 @@ _CONTEXT.set_forkserver_preload(
     [
         "langchain.agents",
         "transformers.models.qwen3.modeling_qwen3",
-        "s2t_agents.chat_model",
+        "s2t_agents.chat.chat_model",
         "s2t_agents.cli",
         "s2t_agents.demo.agent",
-        "s2t_agents.runtime",
+        "s2t_agents.chat.runtime",
         "s2t_agents.training.pipeline",
     ]
 )

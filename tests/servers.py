@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from s2t_agents.models import LanguageModel, Prefix
+from s2t_agents.backends.torch import LanguageModel
+from s2t_agents.scheduling.sequence import Prefix
 
 Fault = Callable[["Handler", dict[str, Any]], None]
 

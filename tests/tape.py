@@ -8,11 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from s2t_agents.models.graphs import Body
+from s2t_agents.backends.torch.cuda.cuda_graph import Body
 
 
 class Tape(TorchDispatchMode):
-    """A recorder (``s2t_agents.models.graphs``). Lengths, rows and masks made in Python are frozen on it."""
+    """A recorder for ``cuda.cuda_graph``. Lengths, rows and masks made in Python are frozen on it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from s2t_agents import ChatS2T, Engine
-from s2t_agents.engine.admission import Concurrency, Gate, Place
 from s2t_agents.errors import ConfigError, Overloaded
+from s2t_agents.scheduling.admission import Concurrency, Gate, Place
 from s2t_agents.testing import tiny_model
 from s2t_agents.types import Sampling, Step
 

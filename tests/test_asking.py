@@ -21,11 +21,11 @@ from s2t_agents.integrations.langgraph import BudgetMiddleware
 
 from s2t_agents import Budget, ChatS2T, Escalation, Ledger, TokenPrice
 from s2t_agents.budget import SQLiteStore
+from s2t_agents.chat.unfinished_answers import Unfinished
 from s2t_agents.errors import BudgetExceeded, ConfigError, EscalationFailed
-from s2t_agents.selectors.question import Answer, Question
+from s2t_agents.llms.question import Answer, Question
 from s2t_agents.testing import ScriptedLLM, last_candidate
 from s2t_agents.triggers import when
-from s2t_agents.unfinished import Unfinished
 
 QUESTION = "Ann has 37 shells and finds 48 more. How many are there now?"
 TOKENS = 8

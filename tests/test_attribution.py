@@ -14,7 +14,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 
 from s2t_agents import ChatS2T, Ledger
-from s2t_agents.attribution import agent_of
+from s2t_agents.chat.attribution import agent_of
 from s2t_agents.testing import tiny_model
 
 SAY = {"messages": [HumanMessage("hi")]}

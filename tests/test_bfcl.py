@@ -11,8 +11,8 @@ from typing import get_args
 
 import pytest
 
+from s2t_agents.chat.request import Request
 from s2t_agents.errors import ConfigError, InputError
-from s2t_agents.request import Request
 from s2t_agents.training.tasks import BfclTask, BfclTaskConfig, disjoint, prompts_hash
 from s2t_agents.training.tasks.bfcl import Category, json_schema
 from s2t_agents.training.tasks.bfcl_grader import right_calls

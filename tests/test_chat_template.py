@@ -10,11 +10,11 @@ from jinja2 import TemplateError
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 
 from s2t_agents import ChatS2T
+from s2t_agents.backends.torch import LanguageModel
+from s2t_agents.chat.messages import PromptEncoder
 from s2t_agents.errors import ConfigError, InputError
-from s2t_agents.messages import PromptEncoder
-from s2t_agents.models import LanguageModel
-from s2t_agents.models.chat_template import ChatTemplate
 from s2t_agents.testing import CHATML, tiny_model, tiny_tokenizer
+from s2t_agents.tokenization.chat_template import ChatTemplate
 
 TEMPLATES = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 CALL = {"type": "function", "id": "call00001", "function": {"name": "get", "arguments": {"x": "<é>", "y": [1, None]}}}

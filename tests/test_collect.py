@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_fixtures import QUICK, prompts, save_model, tiny_pair, write_prompts
 
-from s2t_agents.engine.steps import Engine
+from s2t_agents.backends.torch.logit_statistics import FLOOR
+from s2t_agents.engine.engine import Engine
 from s2t_agents.errors import ConfigError, InputError, ModelNotFound, S2TError, TokenizerMismatch
-from s2t_agents.models.glance import FLOOR
-from s2t_agents.models.prefix import Prefix
+from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.testing import tiny_model
 from s2t_agents.training import shards as shard_files
 from s2t_agents.training.collect import check_same_ids, collect, collect_with

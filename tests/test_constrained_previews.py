@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from s2t_agents.engine.grammar import CompiledGrammar, Generation, json_grammar, tool_grammar, vocabulary
-from s2t_agents.engine.steps import Engine
+from s2t_agents.backends.torch import LanguageModel
+from s2t_agents.engine.engine import Engine
 from s2t_agents.escalation import Escalation
-from s2t_agents.models import LanguageModel, Prefix
+from s2t_agents.grammar.grammar import CompiledGrammar, Generation, json_grammar, tool_grammar, vocabulary
+from s2t_agents.llms import Answer, Question
+from s2t_agents.llms.previews import continuations, previews
 from s2t_agents.proposal import Proposal
-from s2t_agents.selectors import Answer, Question
-from s2t_agents.selectors.previews import continuations, previews
+from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.testing import ScriptedLLM, tiny_model
 from s2t_agents.triggers import always, when
 from s2t_agents.types import Sampling, Step

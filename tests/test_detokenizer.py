@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import BYTE_TOKENS, FAMILIES, family
 
-from s2t_agents.models.detokenizer import Detokenizer
+from s2t_agents.tokenization.detokenizer import Detokenizer
 
 BYTE_LEVEL = ("qwen2_5", "qwen3", "llama3")
 TEXTS = st.text(max_size=30) | st.text(alphabet="aé天👩‍🚀 \n▁<|tool_call>", max_size=30)

@@ -14,7 +14,7 @@ from servers import CompletionServer, Handler, serving
 
 from s2t_agents import Budget, ChatS2T, Escalation, Ledger, OpenAILLM
 from s2t_agents.errors import ConfigError, EscalationFailed, ModelNotFound
-from s2t_agents.selectors import Question
+from s2t_agents.llms import Question
 from s2t_agents.testing import tiny_model
 from s2t_agents.training.remote import RemoteTeacher
 from s2t_agents.triggers import always

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from s2t_agents.backends.torch import LanguageModel
 from s2t_agents.budget import Budget
-from s2t_agents.engine.steps import Engine, nucleus
+from s2t_agents.engine.engine import Engine, nucleus
 from s2t_agents.errors import BudgetExceeded, ConfigError, ContextOverflow, EscalationFailed, InputError
 from s2t_agents.escalation import Escalation
-from s2t_agents.models import LanguageModel
+from s2t_agents.llms import LocalLLM
 from s2t_agents.proposal import Proposal
-from s2t_agents.selectors import HeadSelector, LocalLLM
+from s2t_agents.selectors import HeadSelector
 from s2t_agents.selectors.drift import DriftWatch
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always, never
@@ -209,7 +210,7 @@ def test_banned_tokens_are_not_first_and_free_later() -> None:
 
 
 def _prefix(model: LanguageModel) -> Any:
-    from s2t_agents.models import Prefix
+    from s2t_agents.scheduling.sequence import Prefix
 
     prefix = Prefix(model)
     prefix.extend(PROMPT)

@@ -14,10 +14,10 @@ from budget_support import FakeClock
 from s2t_agents.budget import Amount, Budget, MemoryStore, SQLiteStore, TokenPrice
 from s2t_agents.budget.amount import Units
 from s2t_agents.budget.store import Closing
-from s2t_agents.engine.steps import Engine
+from s2t_agents.engine.engine import Engine
 from s2t_agents.errors import BudgetExceeded, ConfigError, EscalationFailed, ModelNotFound, S2TError, UnpricedModel
 from s2t_agents.escalation import Escalation, Pacing
-from s2t_agents.selectors.question import Answer, Question
+from s2t_agents.llms.question import Answer, Question
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
 from s2t_agents.types import Charge, RefusedBy, Sampling

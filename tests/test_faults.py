@@ -20,7 +20,7 @@ from servers import CompletionServer, Fault
 
 from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
 from s2t_agents.escalation import Escalation
-from s2t_agents.selectors import CircuitBreaker, OpenAILLM
+from s2t_agents.llms import CircuitBreaker, OpenAILLM
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always
 
@@ -391,7 +391,7 @@ def test_a_hung_server_does_not_keep_the_process_from_ending(server: CompletionS
     server.fault = servers.hangs
     code = f"""
 import threading
-from s2t_agents.selectors import OpenAILLM, Question
+from s2t_agents.llms import OpenAILLM, Question
 llm = OpenAILLM({server.url!r}, "m", timeout_s=60, attempt_s=60)
 threading.Thread(target=lambda: llm.open().ask(Question([1, 2], [3])), daemon=True).start()
 import time; time.sleep(0.3)

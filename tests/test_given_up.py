@@ -13,11 +13,11 @@ import pytest
 
 from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
 from s2t_agents.budget import Amount
-from s2t_agents.engine import steps as engine_steps
+from s2t_agents.engine import engine as engine_steps
 from s2t_agents.errors import BudgetExceeded
 from s2t_agents.escalation import Escalation
 from s2t_agents.ledger import GenerationRecord, Receipt
-from s2t_agents.selectors.question import Answer, Question
+from s2t_agents.llms.question import Answer, Question
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
 from s2t_agents.types import RefusedBy

@@ -9,11 +9,11 @@ import torch
 from random_schemas import object_schema, schema
 from templates import family
 
-from s2t_agents.engine.grammar import TRIED, json_grammar, tool_grammar, vocabulary
-from s2t_agents.engine.schemas import heaviest
 from s2t_agents.errors import BadSchema, ConfigError
-from s2t_agents.models.detokenizer import Detokenizer
-from s2t_agents.tool_calls import CLOSE, OPEN, ToolCallParser
+from s2t_agents.formats.tool_calls import CLOSE, OPEN, ToolCallParser
+from s2t_agents.grammar.grammar import TRIED, json_grammar, tool_grammar, vocabulary
+from s2t_agents.grammar.schema_rules import heaviest
+from s2t_agents.tokenization.detokenizer import Detokenizer
 
 TAGGED, SPELT = "qwen2_5", "llama3"  # vocabularies with <tool_call> as one token, and without
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

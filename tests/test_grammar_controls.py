@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from templates import FAMILIES, family
 
-from s2t_agents.engine.grammar import Vocabulary, json_grammar, tool_grammar, vocabulary
-from s2t_agents.models.detokenizer import Detokenizer
-from s2t_agents.models.safe_encoding import SafeEncoder
-from s2t_agents.tool_calls import ToolCallParser
+from s2t_agents.formats.tool_calls import ToolCallParser
+from s2t_agents.grammar.grammar import Vocabulary, json_grammar, tool_grammar, vocabulary
+from s2t_agents.tokenization.detokenizer import Detokenizer
+from s2t_agents.tokenization.safe_encoding import SafeEncoder
 
 
 def tool(name: str, properties: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from servers import CompletionServer
 from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
 from s2t_agents.errors import ConfigError, EscalationFailed
 from s2t_agents.escalation import Escalation
-from s2t_agents.selectors import CircuitBreaker, LocalLLM, OpenAILLM, Question, background
+from s2t_agents.llms import CircuitBreaker, LocalLLM, OpenAILLM, Question
+from s2t_agents.llms import event_loop as background
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always, when
 

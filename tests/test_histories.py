@@ -5,8 +5,8 @@ import logging
 import pytest
 from langchain_core.messages import AIMessage, ChatMessage, FunctionMessage, HumanMessage, SystemMessage, ToolMessage
 
+from s2t_agents.chat.messages import PromptEncoder, to_template
 from s2t_agents.errors import InputError
-from s2t_agents.messages import PromptEncoder, to_template
 from s2t_agents.testing import tiny_tokenizer
 
 READ = {
@@ -160,7 +160,7 @@ def test_words_beside_an_empty_content_are_read(extra):
 
 
 def test_a_reply_schema_joins_a_system_message_of_blocks():
-    from s2t_agents.request import Request
+    from s2t_agents.chat.request import Request
 
     request = Request.of({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}})
     told = request.prompt([SystemMessage([{"type": "text", "text": "RULES"}]), HumanMessage("x")])

@@ -18,13 +18,14 @@ from langchain_core.runnables import Runnable
 from pydantic import Field
 
 from s2t_agents import Budget, ChatS2T, Ledger, LocalLLM, TokenPrice
-from s2t_agents.engine.steps import Engine
+from s2t_agents.backends.torch import LanguageModel
+from s2t_agents.engine.engine import Engine
 from s2t_agents.errors import ConfigError
 from s2t_agents.escalation import Escalation
-from s2t_agents.models import LanguageModel, Prefix
+from s2t_agents.llms import ChatJudge, Question
+from s2t_agents.llms.previews import continuations, previews
 from s2t_agents.proposal import Proposal
-from s2t_agents.selectors import ChatJudge, Question
-from s2t_agents.selectors.previews import continuations, previews
+from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import Trigger, always, when
 from s2t_agents.types import Sampling, Step

@@ -30,8 +30,8 @@ from s2t_agents.errors import (
     OutOfTime,
     QuestionRefused,
 )
-from s2t_agents.selectors import CircuitBreaker, Question
-from s2t_agents.selectors import judge as module
+from s2t_agents.llms import CircuitBreaker, Question
+from s2t_agents.llms import judge as module
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always
 

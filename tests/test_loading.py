@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from s2t_agents.backends.torch import LanguageModel, loading
+from s2t_agents.bundled import LLM, SLM
 from s2t_agents.errors import ConfigError, ModelNotFound, UnsafeWeights
-from s2t_agents.models import LanguageModel, loading
-from s2t_agents.models.bundled import LLM, SLM
 from s2t_agents.selectors import load_selector
 from s2t_agents.testing import ARCHITECTURES, tiny_model
 

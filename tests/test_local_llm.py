@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2t_agents import Budget, ChatS2T, Ledger
-from s2t_agents.engine.steps import Engine
+from s2t_agents.backends.torch import LanguageModel
+from s2t_agents.engine.engine import Engine
 from s2t_agents.errors import EscalationFailed, TokenizerMismatch
 from s2t_agents.escalation import Escalation
-from s2t_agents.models import LanguageModel
-from s2t_agents.models.prefix import Prefix
-from s2t_agents.selectors import LocalLLM, Question, local_llm
+from s2t_agents.llms import LocalLLM, Question, local_llm
+from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 from s2t_agents.triggers import always
 from s2t_agents.types import Sampling

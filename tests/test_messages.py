@@ -16,9 +16,9 @@ from langchain_core.messages import (
 )
 from templates import FAMILIES, SPEAKS_HERMES, family
 
-from s2t_agents.arrangements import one_call_each
+from s2t_agents.chat.messages import PromptEncoder, to_template
+from s2t_agents.chat.template_fallbacks import one_call_each
 from s2t_agents.errors import ConfigError, ContextOverflow, InputError
-from s2t_agents.messages import PromptEncoder, to_template
 
 ENCODERS = {name: PromptEncoder(family(name)) for name in FAMILIES}
 WEATHER = {

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from s2t_agents import ChatS2T, LocalLLM
+from s2t_agents.backends.torch import LanguageModel
+from s2t_agents.backends.torch.loading import load_tokenizer
 from s2t_agents.cli import app
 from s2t_agents.errors import ConfigError, EscalationFailed, ModelNotFound, UnsafeWeights
-from s2t_agents.models import LanguageModel
-from s2t_agents.models.loading import load_tokenizer
 from s2t_agents.testing import tiny_model, tiny_tokenizer
 
 Damage = Callable[[Path], None]

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from servers import CompletionServer, serving
 
 from s2t_agents.budget import Budget, TokenPrice
-from s2t_agents.engine.steps import Engine
+from s2t_agents.engine.engine import Engine
 from s2t_agents.errors import (
     ConfigError,
     EscalationFailed,
@@ -23,7 +23,7 @@ from s2t_agents.errors import (
     TokenizerMismatch,
 )
 from s2t_agents.escalation import Escalation
-from s2t_agents.selectors import LocalLLM, OpenAILLM, Question
+from s2t_agents.llms import LocalLLM, OpenAILLM, Question
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always
 from s2t_agents.types import Sampling, Step

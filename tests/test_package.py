@@ -1,6 +1,8 @@
 """The package as it ships: light to import, layered one way, complete in its wheel."""
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -9,25 +11,27 @@ from pathlib import Path
 import pytest
 
 import s2t_agents
+from s2t_agents import _moved
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "s2t_agents"
 
 LAYERS = [  # imports go down this list only, or stay on their own line
     {"errors"},
-    {"types", "nesting", "secrecy", "forks"},
+    {"types", "call_scope", "redaction", "fork_safety", "atomic_write"},
     {"budget"},
     {"ledger"},
-    {"models"},
+    {"bundled"},
+    {"hub"},
+    {"tokenization"},
+    {"formats"},
+    {"grammar"},
+    {"backends", "scheduling"},
     {"proposal"},
-    {"triggers", "selectors"},
+    {"triggers", "selectors", "llms"},
     {"escalation"},
-    {"call_body", "tool_calls", "hermes", "arrangements", "blocks", "reasoning", "messages"},
     {"engine"},
-    {"attribution", "accounting", "conversion"},
-    {"generation", "request", "unfinished", "offload", "token_count", "arguments"},
-    {"runtime", "answers", "structured_output"},
-    {"chat_model"},
+    {"chat"},
     {"testing"},
     {"demo", "training"},
     {"bench", "integrations"},
@@ -40,7 +44,7 @@ def modules() -> list[tuple[str, Path]]:
     """Every file with the layer it stands on."""
     files = [(p.relative_to(PACKAGE).parts[0].removesuffix(".py"), p) for p in PACKAGE.rglob("*.py")]
     files += [("integrations", p) for p in (ROOT / "integrations").rglob("*.py")]
-    return [(layer, path) for layer, path in files if layer != "__init__"]
+    return [(layer, path) for layer, path in files if layer not in ("__init__", "_moved")]
 
 
 def imported_layers(path: Path) -> set[str]:
@@ -69,8 +73,8 @@ def test_imports_go_one_way(layer: str, path: Path) -> None:
     assert not sideways or len(same_shelf) > 1
 
 
-def test_training_uses_nothing_above_the_engine_but_the_demo_world() -> None:
-    above = {name for name in RANK if RANK[name] > RANK["engine"]} - {"training", "demo"}
+def test_training_uses_nothing_above_the_chat_model_but_the_demo_world() -> None:
+    above = {name for name in RANK if RANK[name] > RANK["chat"]} - {"training", "demo"}
     for layer, path in modules():
         if layer == "training":
             assert not imported_layers(path) & above, path.name
@@ -145,3 +149,14 @@ def test_the_error_tree_is_drawn_as_it_is() -> None:
 
 def test_weights_in_the_repository_stay_under_24_mb() -> None:
     assert sum(p.stat().st_size for p in (PACKAGE / "demo").rglob("*.safetensors")) <= 24 * 2**20
+
+
+@pytest.mark.parametrize("name", _moved.MOVED)
+def test_modules_that_the_documentation_named_before_still_import(name: str) -> None:
+    with pytest.warns(DeprecationWarning, match=re.escape(_moved.MOVED[name])):
+        old = importlib.import_module(f"s2t_agents.{name}")
+    new = importlib.import_module(f"s2t_agents.{_moved.MOVED[name]}")
+    public = [each for each in vars(new) if not each.startswith("_")]
+    assert public
+    assert all(getattr(old, each) is getattr(new, each) for each in public)
+    del sys.modules[f"s2t_agents.{name}"]

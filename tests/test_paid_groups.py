@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from s2t_agents import Budget, ChatS2T
-from s2t_agents.engine.steps import Engine
+from s2t_agents.engine.engine import Engine
 from s2t_agents.errors import ConfigError, EscalationFailed, InputError
 from s2t_agents.escalation import Escalation, PaidGroup, read_groups
 from s2t_agents.escalation.paid_groups import PaidGroups
-from s2t_agents.models import Prefix
-from s2t_agents.selectors import Answer, LocalLLM, Question
+from s2t_agents.llms import Answer, LocalLLM, Question
+from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
 from s2t_agents.types import Sampling

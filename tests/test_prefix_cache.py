@@ -17,12 +17,12 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMe
 from langchain_core.runnables import RunnableLambda
 
 from s2t_agents import ChatS2T, Engine
-from s2t_agents.models import prefix_cache
-from s2t_agents.models.kv import KVCache
-from s2t_agents.models.language_model import LanguageModel
-from s2t_agents.models.packed import Segment
-from s2t_agents.models.prefix import Prefix
-from s2t_agents.models.prefix_cache import PrefixCache, common
+from s2t_agents.backends.torch.kv_cache import KVCache
+from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.backends.torch.packed_batch import Segment
+from s2t_agents.scheduling import prefix_cache
+from s2t_agents.scheduling.prefix_cache import PrefixCache, common
+from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 from s2t_agents.types import Sampling
 

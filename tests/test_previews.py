@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from s2t_agents.engine.steps import settled
-from s2t_agents.models import LanguageModel, Prefix
+from s2t_agents.backends.torch import LanguageModel
+from s2t_agents.engine.engine import settled
+from s2t_agents.llms.previews import THE_END, continuations, previews
 from s2t_agents.proposal import Proposal
-from s2t_agents.selectors.previews import THE_END, continuations, previews
+from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 
 PROMPT = [10, 20, 30, 40, 50]

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 
-from s2t_agents.messages import PromptEncoder
+from s2t_agents.chat.messages import PromptEncoder
 
 pytestmark = pytest.mark.real
 

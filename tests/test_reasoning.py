@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2t_agents.engine.grammar import CompiledGrammar, json_grammar, tool_grammar, vocabulary
-from s2t_agents.engine.thinking import ThinkingVocabulary, ThinkThenAnswer
 from s2t_agents.errors import ConfigError
-from s2t_agents.models.detokenizer import Detokenizer
-from s2t_agents.reasoning import Place, ReasoningFormat, ThoughtReader, tag_pairs, thinking_limit
+from s2t_agents.formats.reasoning import Place, ReasoningFormat, ThoughtReader, tag_pairs, thinking_limit
+from s2t_agents.formats.tool_calls import PlainText, ToolCallParser
+from s2t_agents.grammar.grammar import CompiledGrammar, json_grammar, tool_grammar, vocabulary
+from s2t_agents.grammar.thinking import ThinkingVocabulary, ThinkThenAnswer
 from s2t_agents.testing import tiny_tokenizer
-from s2t_agents.tool_calls import PlainText, ToolCallParser
+from s2t_agents.tokenization.detokenizer import Detokenizer
 from tests.templates import FAMILIES, family
 from tests.thinking_models import FORMATS, TAGS, format_of, token, tokenizer_of
 

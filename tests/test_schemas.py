@@ -11,12 +11,12 @@ import pytest
 from random_schemas import object_schema, schema
 from templates import family
 
-from s2t_agents.engine.canonical import canonical
-from s2t_agents.engine.checking import Check
-from s2t_agents.engine.grammar import json_grammar, vocabulary
-from s2t_agents.engine.least import Least, least
-from s2t_agents.engine.relaxing import relaxed
 from s2t_agents.errors import BadSchema, ConfigError
+from s2t_agents.grammar.canonical_schema import canonical
+from s2t_agents.grammar.grammar import json_grammar, vocabulary
+from s2t_agents.grammar.relaxation import relaxed
+from s2t_agents.grammar.shortest_value import Least, least
+from s2t_agents.grammar.validation import Check
 
 TAGGED = "qwen2_5"
 STRING: dict[str, Any] = {"type": "string"}

@@ -11,7 +11,7 @@ from langchain_core.load import dumpd, dumps
 from pydantic import SecretStr
 
 from s2t_agents import ChatS2T, LocalLLM
-from s2t_agents.secrecy import without_secrets
+from s2t_agents.redaction import without_secrets
 
 KEY = "S3CRET"
 PLACES: list[dict[str, Any]] = [

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from s2t_agents.backends.torch import LanguageModel, Lora
 from s2t_agents.errors import AdapterMismatch, ConfigError, ModelNotFound, UnsafeWeights
-from s2t_agents.models import LanguageModel, Lora, Prefix
 from s2t_agents.proposal import Proposal
+from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.selectors import ActivatedSelector, HeadSelector, SelectorConfig, confidence_margin, load_selector
 from s2t_agents.selectors.config import BaseIdentity
 from s2t_agents.selectors.published import PublishedSelector

@@ -13,8 +13,8 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_core.tools import tool
 
 from s2t_agents import Budget, ChatS2T, Ledger
+from s2t_agents.chat.async_bridge import in_threads
 from s2t_agents.escalation import Escalation
-from s2t_agents.offload import in_threads
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
 from s2t_agents.types import Step

@@ -12,19 +12,19 @@ from langchain_core.tools import tool
 from pydantic import BaseModel
 
 from s2t_agents import Budget, ChatS2T, Ledger
-from s2t_agents.engine.grammar import tool_grammar, vocabulary
-from s2t_agents.engine.thinking import ThinkThenAnswer, thinking_vocabulary
+from s2t_agents.chat.messages import PromptEncoder
+from s2t_agents.chat.unfinished_answers import Unfinished
 from s2t_agents.errors import BudgetExceeded, ConfigError
 from s2t_agents.escalation import Escalation
+from s2t_agents.formats.reasoning import ThoughtReader
+from s2t_agents.grammar.grammar import tool_grammar, vocabulary
+from s2t_agents.grammar.thinking import ThinkThenAnswer, thinking_vocabulary
 from s2t_agents.ledger import GenerationRecord, Totals
-from s2t_agents.messages import PromptEncoder
-from s2t_agents.models.detokenizer import Detokenizer
-from s2t_agents.models.prefix import Prefix
-from s2t_agents.reasoning import ThoughtReader
-from s2t_agents.selectors.previews import continuations
+from s2t_agents.llms.previews import continuations
+from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.testing import ScriptedLLM, markov_model, tiny_tokenizer
+from s2t_agents.tokenization.detokenizer import Detokenizer
 from s2t_agents.triggers import always
-from s2t_agents.unfinished import Unfinished
 from tests.thinking_models import ANSWER, FORMATS, TAGS, THOUGHT, answer_of, format_of, model_of, token, tokenizer_of
 
 WAYS = [(format, opens) for format in FORMATS for opens in (False, True)]

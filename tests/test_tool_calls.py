@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from langchain_core.messages import AIMessageChunk
 from templates import family
 
-from s2t_agents.accounting import Account
-from s2t_agents.attribution import Caller
-from s2t_agents.generation import Generation
-from s2t_agents.request import Request
-from s2t_agents.tool_calls import CLOSE, OPEN, ToolCallParser, tag_ids
+from s2t_agents.chat.accounting import Account
+from s2t_agents.chat.attribution import Caller
+from s2t_agents.chat.generation import Generation
+from s2t_agents.chat.request import Request
+from s2t_agents.formats.tool_calls import CLOSE, OPEN, ToolCallParser, tag_ids
 from s2t_agents.types import Step
 
 JSON_VALUES = st.recursive(

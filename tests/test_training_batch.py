@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from s2t_agents.errors import ConfigError
-from s2t_agents.models.batch_prefix import BatchPrefix
-from s2t_agents.models.prefix import Prefix
+from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.testing import ARCHITECTURES, tiny_model
+from s2t_agents.training.batch_prefix import BatchPrefix
 
 PROMPTS = [[5, 6, 7], list(range(20, 50)), [9] * 11]
 

@@ -13,8 +13,8 @@ import torch
 from test_training_pipeline import TOML, made
 from training_fixtures import QUICK, prompts, save_model, tiny_pair, write_prompts
 
+from s2t_agents.atomic_write import write_whole
 from s2t_agents.errors import AdapterMismatch, ConfigError, InputError, S2TError
-from s2t_agents.models.writing import write_whole
 from s2t_agents.selectors import SelectorConfig
 from s2t_agents.selectors.config import BaseIdentity
 from s2t_agents.selectors.learned_trigger import save_probe

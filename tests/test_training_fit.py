@@ -22,8 +22,8 @@ from training_fixtures import (
 )
 
 from s2t_agents.errors import AdapterMismatch, ConfigError, InputError, S2TError
-from s2t_agents.models.prefix import Prefix
 from s2t_agents.proposal import Proposal
+from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.selectors import SelectorConfig, load_selector
 from s2t_agents.testing import ARCHITECTURES, tiny_model
 from s2t_agents.training import fit as fitting

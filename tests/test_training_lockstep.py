@@ -8,12 +8,12 @@ from jsonschema import validate
 from training_fixtures import tiny_pair
 
 from s2t_agents.budget import Budget
-from s2t_agents.engine.grammar import vocabulary
-from s2t_agents.engine.steps import Engine
+from s2t_agents.chat.request import Request
+from s2t_agents.engine.engine import Engine
 from s2t_agents.escalation import Escalation
-from s2t_agents.models.batch_prefix import BatchPrefix
-from s2t_agents.request import Request
-from s2t_agents.selectors import LocalLLM
+from s2t_agents.grammar.grammar import vocabulary
+from s2t_agents.llms import LocalLLM
+from s2t_agents.training.batch_prefix import BatchPrefix
 from s2t_agents.training.config import Adapter, Fit
 from s2t_agents.training.deciders import (
     Corrected,

@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 from training_fixtures import QUICK, prompts, tiny_pair
 from typer.testing import CliRunner
 
-from s2t_agents.engine.steps import Engine
+from s2t_agents.engine.engine import Engine
 from s2t_agents.errors import ConfigError, InputError
 from s2t_agents.escalation import Escalation, PaidGroup, read_groups
-from s2t_agents.models import Prefix
+from s2t_agents.llms import LocalLLM
 from s2t_agents.proposal import Proposal
-from s2t_agents.selectors import LocalLLM, load_selector
+from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.selectors import load_selector
 from s2t_agents.selectors.config import BaseIdentity
 from s2t_agents.testing import ScriptedLLM, tiny_model
 from s2t_agents.training.collect import collect_with

@@ -15,12 +15,12 @@ from training_fixtures import save_model
 from typer.testing import CliRunner
 
 from s2t_agents import ChatS2T
+from s2t_agents.backends.torch.logit_statistics import FLOOR
 from s2t_agents.bench.train import run as bench
-from s2t_agents.engine.grammar import tool_grammar, vocabulary
 from s2t_agents.errors import EscalationFailed
-from s2t_agents.models.batch_prefix import BatchPrefix
-from s2t_agents.models.glance import FLOOR
+from s2t_agents.grammar.grammar import tool_grammar, vocabulary
 from s2t_agents.testing import tiny_model
+from s2t_agents.training.batch_prefix import BatchPrefix
 from s2t_agents.training.commands import app
 from s2t_agents.training.deciders import Greedy
 from s2t_agents.training.labels import LocalTeacher, along, label

@@ -5,8 +5,8 @@ import re
 
 from langchain_core.messages import HumanMessage
 
-from s2t_agents.messages import PromptEncoder
-from s2t_agents.selectors.transcript import transcript
+from s2t_agents.chat.messages import PromptEncoder
+from s2t_agents.llms.transcript import transcript
 from s2t_agents.testing import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2t_agents.errors import ConfigError
-from s2t_agents.models.prefix import Prefix
 from s2t_agents.proposal import Proposal, entropy_of
+from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always, at_random, entropy, margin, never, probe
 

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from s2t_agents import Budget, ChatS2T, Engine, Escalation, LocalLLM
+from s2t_agents.backends.torch import LanguageModel
 from s2t_agents.errors import ModelNotFound
-from s2t_agents.models import LanguageModel
 from s2t_agents.testing import tiny_model, tiny_tokenizer
 from s2t_agents.triggers import always
 from s2t_agents.types import Sampling

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from langchain_core.messages import HumanMessage
 
 from s2t_agents import Engine, Escalation, LanguageModel, LocalLLM, OpenAILLM
+from s2t_agents.chat.messages import PromptEncoder
 from s2t_agents.demo.world import generate
-from s2t_agents.messages import PromptEncoder
-from s2t_agents.selectors import LLMSelector
+from s2t_agents.llms import LLMSelector
 from s2t_agents.triggers import entropy
 from s2t_agents.types import Sampling, Step
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from s2t_agents.engine.steps import Engine
-from s2t_agents.models.bundled import SLM
-from s2t_agents.models.graphs import played
-from s2t_agents.models.language_model import LanguageModel
-from s2t_agents.models.prefix import Prefix
-from s2t_agents.models.static_kv import StaticCache
-from s2t_agents.models.static_step import StaticStep
-from s2t_agents.models.static_stretches import OFTEN
+from s2t_agents.backends.torch.cuda.cuda_graph import played
+from s2t_agents.backends.torch.cuda.graph_runner import StaticStep
+from s2t_agents.backends.torch.cuda.pooled_kv_cache import StaticCache
+from s2t_agents.backends.torch.cuda.prefill_graphs import OFTEN
+from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.bundled import SLM
+from s2t_agents.engine.engine import Engine
 from s2t_agents.proposal import Proposal
+from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.selectors import Selector
 from s2t_agents.testing import tiny_model
 from s2t_agents.types import Sampling

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from s2t_agents.engine.steps import Engine
-from s2t_agents.models.language_model import LanguageModel
-from s2t_agents.models.lora import Lora
+from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.backends.torch.lora import Lora
+from s2t_agents.engine.engine import Engine
 from s2t_agents.proposal import Proposal
 from s2t_agents.selectors import Selector
 from s2t_agents.selectors.activated import ActivatedSelector

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from s2t_agents.models.language_model import LanguageModel
+from s2t_agents.backends.torch.language_model import LanguageModel
 
 NOMINAL_GB_S = {
     "H200": 4800.0,

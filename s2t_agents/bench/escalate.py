@@ -20,17 +20,17 @@ from rich.table import Table
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..backends.torch.compute_time import Meter
+from ..backends.torch.language_model import LanguageModel
+from ..bundled import LLM, SLM
+from ..chat.messages import PromptEncoder
 from ..demo.world import Split, generate
-from ..engine.steps import Engine
+from ..engine.engine import Engine
 from ..errors import ConfigError
 from ..escalation import Escalation
-from ..messages import PromptEncoder
-from ..models.bundled import LLM, SLM
-from ..models.language_model import LanguageModel
-from ..models.meter import Meter
+from ..llms import LocalLLM
+from ..llms.local_llm import LocalSession
 from ..proposal import Proposal
-from ..selectors import LocalLLM
-from ..selectors.local_llm import LocalSession
 from ..triggers import Trigger, entropy, when
 from ..types import Sampling
 from .deepened import REAL_RATIO, deepened, parameters

@@ -12,13 +12,13 @@ from langchain_core.messages import convert_to_messages
 from rich.table import Table
 
 from ..budget import Budget
-from ..chat_model import ChatS2T
+from ..bundled import LLM, SLM
+from ..chat.chat_model import ChatS2T
 from ..demo.world import generate
 from ..errors import ConfigError
 from ..escalation import Escalation, margins_of, simulate
 from ..ledger import GenerationRecord, Ledger
-from ..models.bundled import LLM, SLM
-from ..selectors import LocalLLM
+from ..llms import LocalLLM
 from ..triggers import entropy
 
 SHARES = (0.05, 0.1, 0.2, 0.4)

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
-from s2t_agents.engine.steps import Engine
-from s2t_agents.models.language_model import LanguageModel
+from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.engine.engine import Engine
 from s2t_agents.types import Sampling
 
 from .decode import MS

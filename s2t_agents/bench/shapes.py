@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from s2t_agents.models.language_model import LanguageModel
+from s2t_agents.backends.torch.language_model import LanguageModel
 from s2t_agents.testing import tiny_config, tiny_tokenizer
 
 QWEN_HALF_B: dict[str, Any] = {

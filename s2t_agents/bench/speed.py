@@ -13,9 +13,9 @@ import transformers
 from rich.console import Group
 from rich.table import Table
 
-from s2t_agents.models.bundled import SLM
-from s2t_agents.models.language_model import LanguageModel
-from s2t_agents.models.processor import widens
+from s2t_agents.backends.torch.cpu_features import widens
+from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.bundled import SLM
 
 from . import decode, growth, parallel, turns
 from .shapes import measured_model

@@ -22,8 +22,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from s2t_agents.models.language_model import LanguageModel
-from s2t_agents.models.lora import Lora
+from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.backends.torch.lora import Lora
 from s2t_agents.selectors.activated import ActivatedSelector
 from s2t_agents.selectors.published import PublishedSelector
 from s2t_agents.testing import tiny_config, tiny_tokenizer

@@ -6,9 +6,9 @@ import statistics
 import time
 from typing import Any
 
-from s2t_agents.engine.steps import Engine
-from s2t_agents.models.language_model import LanguageModel
-from s2t_agents.models.prefix import Prefix
+from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.engine.engine import Engine
+from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.types import Sampling
 
 from .decode import MS, finish

@@ -13,10 +13,10 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, conver
 from langchain_core.tools import BaseTool, StructuredTool
 
 from ..budget import Budget, DevicePrice, TokenPrice
-from ..chat_model import ChatS2T
+from ..bundled import LLM, SLM
+from ..chat.chat_model import ChatS2T
 from ..ledger import Ledger
-from ..models.bundled import LLM, SLM
-from ..selectors import LocalLLM
+from ..llms import LocalLLM
 from ..types import Step
 from .problem import Problem, grade
 

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""The step loop: propose, trigger, select, escalate, emit."""

@@ -21,8 +21,8 @@ from ..errors import (
     StoreUnavailable,
     UnpricedModel,
 )
-from ..selectors.llm import LLMSelector, LLMSession
-from ..selectors.question import Answer, Question, candidates_of
+from ..llms.base import LLMSelector, LLMSession
+from ..llms.question import Answer, Question, candidates_of
 from ..types import Asked, Charge, EscalationReport, Outcome, RefusedBy
 from .pacing import Pace
 from .paid_groups import PaidGroups

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from ..budget import Amount, Budget
 from ..errors import ConfigError
-from ..forks import hold_while_forking
+from ..fork_safety import hold_while_forking
 
 OPENING = tuple((2 * i + 1) / 16 for i in range(8))
 """Before anything was seen, margins are taken to be spread evenly; every one seen takes the place of one of these."""

@@ -16,12 +16,12 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from ..backends.torch.fingerprint import same_weights
+from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError, InputError
-from ..forks import hold_while_forking
-from ..models.fingerprint import same_weights
-from ..models.language_model import LanguageModel
+from ..fork_safety import hold_while_forking
+from ..llms.question import Answer, Question
 from ..selectors.config import BaseIdentity
-from ..selectors.question import Answer, Question
 
 try:
     import fcntl

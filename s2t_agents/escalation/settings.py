@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..budget import Budget
 from ..errors import ConfigError, UnpricedModel
-from ..selectors.llm import LLMSelector
+from ..llms.base import LLMSelector
 from ..types import Asked
 from .desk import EscalationDesk
 from .pacing import Pacing

@@ -26,7 +26,7 @@ from typing import IO, Any
 from pydantic_core import from_json
 
 from s2t_agents.errors import LedgerError
-from s2t_agents.forks import hold_while_forking
+from s2t_agents.fork_safety import hold_while_forking
 from s2t_agents.ledger.record import GenerationRecord, SummedRecord
 
 try:

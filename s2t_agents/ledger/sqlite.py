@@ -18,7 +18,7 @@ from typing import Any
 
 from s2t_agents.budget.sqlite_file import DAMAGED, connect, identity, recognise, verify
 from s2t_agents.errors import BadStore, LedgerError
-from s2t_agents.forks import hold_while_forking
+from s2t_agents.fork_safety import hold_while_forking
 from s2t_agents.ledger.record import GenerationRecord, SummedRecord
 
 APPLICATION_ID = 0x5332_544C  # "S2TL"

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, computed_field
 
 from s2t_agents.budget import money
-from s2t_agents.forks import hold_while_forking
+from s2t_agents.fork_safety import hold_while_forking
 from s2t_agents.ledger.record import DIGITS, Frozen, GenerationRecord, Latency
 
 PARTS = tuple(Latency.model_fields)

@@ -1,24 +1,18 @@
-"""Selectors: objects that answer which of K candidates comes next. See ``base.Selector`` for the protocol."""
+"""Local selectors: objects that rank the SLM's K candidates. See ``base.Selector`` for the protocol."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ..models.bundled import selector_path
-from ..models.language_model import LanguageModel
-from ..models.loading import ONE_AT_A_TIME
+from ..backends.torch.language_model import LanguageModel
+from ..backends.torch.loading import ONE_AT_A_TIME
+from ..bundled import selector_path
 from .activated import ActivatedSelector
 from .base import Selector, confidence_margin
-from .breaker import CircuitBreaker
 from .config import SelectorConfig
 from .head import HeadSelector
-from .judge import ChatJudge
 from .learned_trigger import calibrated_trigger
-from .llm import LLMSelector, LLMSession
-from .local_llm import LocalLLM
-from .openai_llm import OpenAILLM
 from .published import PublishedSelector
-from .question import Answer, Question
 
 LocalSelector = ActivatedSelector | HeadSelector | PublishedSelector
 
@@ -45,17 +39,9 @@ def load_selector(path: str | Path, base: LanguageModel) -> tuple[LocalSelector,
 __all__ = [
     "KINDS",
     "ActivatedSelector",
-    "Answer",
-    "ChatJudge",
-    "CircuitBreaker",
     "HeadSelector",
-    "LLMSelector",
-    "LLMSession",
-    "LocalLLM",
     "LocalSelector",
-    "OpenAILLM",
     "PublishedSelector",
-    "Question",
     "Selector",
     "SelectorConfig",
     "calibrated_trigger",

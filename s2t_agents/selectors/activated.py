@@ -4,8 +4,8 @@
                                ├─ ...                                ├─ log p_SLM + correction
                                └─ candidate K (adapter on) ─ hidden ─┘
 
-One forward of K tokens, shared with the steps and selections of other generations (``models/owner``). The correction
-starts at zero: an untrained selector is greedy decoding.
+One forward of K tokens, shared with the steps and selections of other generations (``scheduling.scheduler``). The
+correction starts at zero: an untrained selector is greedy decoding.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..atomic_write import write_whole
+from ..backends.torch.language_model import LanguageModel
+from ..backends.torch.loading import read_tensors
+from ..backends.torch.lora import Lora
 from ..errors import AdapterMismatch
-from ..models.language_model import LanguageModel
-from ..models.loading import read_tensors
-from ..models.lora import Lora
-from ..models.writing import write_whole
 from ..proposal import Proposal
 from .base import LearnedSelector
 from .config import SelectorConfig

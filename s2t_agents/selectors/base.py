@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..models.language_model import LanguageModel
+from ..backends.torch.language_model import LanguageModel
 from ..proposal import Proposal
 
 

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..atomic_write import write_whole
+from ..backends.torch.fingerprint import same_weights
+from ..backends.torch.language_model import LanguageModel
 from ..errors import AdapterMismatch, ConfigError, ModelNotFound
-from ..models.fingerprint import same_weights
-from ..models.language_model import LanguageModel
-from ..models.writing import write_whole
 
 CONFIG_FILE = "selector.json"
 

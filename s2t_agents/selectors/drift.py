@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Iterator
 
-from ..forks import hold_while_forking
+from ..fork_safety import hold_while_forking
 from ..types import Step
 from .config import Calibration
 

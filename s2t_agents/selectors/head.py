@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..atomic_write import write_whole
+from ..backends.torch.language_model import LanguageModel
+from ..backends.torch.loading import read_tensors
 from ..errors import AdapterMismatch
-from ..models.language_model import LanguageModel
-from ..models.loading import read_tensors
-from ..models.writing import write_whole
 from ..proposal import Proposal
 from .base import LearnedSelector
 from .config import SelectorConfig

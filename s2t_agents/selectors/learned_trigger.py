@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ..atomic_write import write_whole
+from ..backends.torch.loading import read_tensors
 from ..errors import AdapterMismatch, ConfigError
-from ..models.loading import read_tensors
-from ..models.writing import write_whole
 from ..triggers import Trigger, entropy, probe
 from .config import SelectorConfig
 

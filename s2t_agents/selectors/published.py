@@ -19,14 +19,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..atomic_write import write_whole
+from ..backends.torch.language_model import LanguageModel
+from ..backends.torch.loading import read_tensors
+from ..backends.torch.lora import Lora
 from ..errors import AdapterMismatch
-from ..models.idle import IdlePrefixes
-from ..models.language_model import LanguageModel
-from ..models.loading import read_tensors
-from ..models.lora import Lora
-from ..models.prefix import Prefix
-from ..models.writing import write_whole
 from ..proposal import Proposal
+from ..scheduling.idle_sequences import IdlePrefixes
+from ..scheduling.sequence import Prefix
 from .base import LearnedSelector
 from .config import SelectorConfig
 

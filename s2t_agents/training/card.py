@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..models.writing import write_whole
+from ..atomic_write import write_whole
 from ..selectors.config import Calibration, SelectorConfig
 
 

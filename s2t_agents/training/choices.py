@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from ..bundled import SELECTORS
 from ..errors import ConfigError, S2TError
-from ..models.bundled import SELECTORS
 from ..selectors.config import CONFIG_FILE, SelectorConfig
 from .config import KINDS, EvaluateConfig, Kind, Part, Pipeline, Rows
 from .tasks import DemoTaskConfig, Grading, JsonlTaskConfig, Split, TaskConfig, disjoint

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from ..atomic_write import sole_run
+from ..backends.torch.fingerprint import shared_ids
+from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError, S2TError, TokenizerMismatch
-from ..models.fingerprint import shared_ids
-from ..models.language_model import LanguageModel
-from ..models.writing import sole_run
 from ..selectors import LocalSelector, SelectorConfig, load_selector
 from ..selectors.config import CONFIG_FILE
 from .config import CollectConfig, Models, Rollouts

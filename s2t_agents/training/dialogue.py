@@ -13,13 +13,13 @@ from typing import Any
 
 from langchain_core.messages import convert_to_messages
 
-from ..engine.grammar import CompiledGrammar, Grammar, tool_grammar, vocabulary
+from ..backends.torch.language_model import LanguageModel
+from ..chat.messages import PromptEncoder
 from ..errors import ContextOverflow
-from ..messages import PromptEncoder
-from ..models.batch_prefix import BatchPrefix
-from ..models.detokenizer import Detokenizer
-from ..models.language_model import LanguageModel
-from ..tool_calls import ToolCallParser
+from ..formats.tool_calls import ToolCallParser
+from ..grammar.grammar import CompiledGrammar, Grammar, tool_grammar, vocabulary
+from ..tokenization.detokenizer import Detokenizer
+from .batch_prefix import BatchPrefix
 from .lockstep import Decider, Trace, generate
 from .tasks import Item, Message, Task
 from .tasks.items import calls_text

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..models.batch_prefix import left_padded
-from ..models.language_model import LanguageModel
+from ..backends.torch.language_model import LanguageModel
+from .batch_prefix import left_padded
 from .groups import Example
 from .labels import batches_of_dialogues, dialogues
 from .progress import bar

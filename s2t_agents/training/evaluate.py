@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..atomic_write import sole_run, write_whole
+from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError
-from ..models.batch_prefix import BatchPrefix
-from ..models.language_model import LanguageModel
-from ..models.writing import sole_run, write_whole
+from .batch_prefix import BatchPrefix
 from .collect import check_same_ids, selector_digest
 from .config import EvaluateConfig, Rows
 from .crew import Crew

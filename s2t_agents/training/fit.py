@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..atomic_write import write_whole
+from ..backends.torch.language_model import LanguageModel
 from ..errors import InputError, S2TError
-from ..models.language_model import LanguageModel
-from ..models.writing import write_whole
 from .config import Fit
 from .losses import agreements, selection_loss
 from .objectives import Objective, autocast

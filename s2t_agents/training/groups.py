@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..backends.torch.fingerprint import same_weights
+from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError, InputError
-from ..models.fingerprint import same_weights
-from ..models.language_model import LanguageModel
 from .shards import ModelIdentity, Shard, read_manifest, read_shards
 
 

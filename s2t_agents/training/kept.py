@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomic_write import write_whole
 from ..errors import ConfigError, InputError
-from ..models.writing import write_whole
 from .dialogue import Answer
 from .report import Tally
 from .shards import MANIFEST

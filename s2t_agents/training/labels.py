@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..engine.grammar import Grammar
-from ..models.batch_prefix import left_padded
-from ..models.glance import FLOOR
-from ..models.language_model import LanguageModel
+from ..backends.torch.language_model import LanguageModel
+from ..backends.torch.logit_statistics import FLOOR
+from ..grammar.grammar import Grammar
 from ..proposal import best_first, entropy_of
+from .batch_prefix import left_padded
 from .shards import ModelIdentity
 
 Trajectory = tuple[list[int], list[int]]

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ..models.batch_prefix import BatchPrefix
+from .batch_prefix import BatchPrefix
 from .lockstep import View
 
 

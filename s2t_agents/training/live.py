@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 
 from ..budget import Budget
-from ..engine.steps import Engine
+from ..engine.engine import Engine
 from ..escalation import Escalation
-from ..selectors.local_llm import LocalLLM
+from ..llms.local_llm import LocalLLM
 from ..types import Sampling
 from .dialogue import MAX_TURNS, Answer, Speaker, next_turn
 from .rows import Live

@@ -17,9 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..engine.grammar import Grammar
-from ..models.batch_prefix import BatchPrefix
+from ..grammar.grammar import Grammar
 from ..proposal import entropy_of
+from .batch_prefix import BatchPrefix
 
 
 class View:

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ..models.batch_prefix import left_padded
-from ..models.checkpointing import recomputed
-from ..models.language_model import LanguageModel
-from ..models.lora import Lora
+from ..backends.torch.language_model import LanguageModel
+from ..backends.torch.lora import Lora
 from ..selectors import LocalSelector
 from ..selectors.activated import ActivatedSelector
 from ..selectors.head import HeadSelector
 from ..selectors.published import PublishedSelector
+from .batch_prefix import left_padded
 from .config import Fit, Kind
+from .gradient_checkpointing import recomputed
 from .groups import Example
 from .labels import batches
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from itertools import combinations
 
-from ..models.language_model import LanguageModel
-from ..models.writing import sole_run
+from ..atomic_write import sole_run
+from ..backends.torch.language_model import LanguageModel
 from ..selectors.config import Calibration
 from .calibrate import calibrate_with
 from .collect import collect

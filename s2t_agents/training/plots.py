@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..models.writing import write_whole
+from ..atomic_write import write_whole
 from ..selectors.config import Calibration
 from .report import EvalReport, RowReport
 

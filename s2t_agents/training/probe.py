@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 from torch import Tensor
 
-from ..models.language_model import LanguageModel
-from ..models.writing import write_whole
+from ..atomic_write import write_whole
+from ..backends.torch.language_model import LanguageModel
 from ..selectors.config import SelectorConfig
 from ..selectors.learned_trigger import PROBE_FILE, load_probe
 from .config import ProbeConfig

@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError
-from ..models.batch_prefix import BatchPrefix
-from ..models.language_model import LanguageModel
 from ..selectors import LocalSelector, SelectorConfig, load_selector
 from ..selectors.config import Calibration
 from ..selectors.learned_trigger import load_probe
 from ..triggers import Trigger, entropy, probe
+from .batch_prefix import BatchPrefix
 from .collect import row_seed
 from .config import Kind, Rows
 from .deciders import (

@@ -8,11 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..models.batch_prefix import BatchPrefix
 from ..selectors import LocalSelector
 from ..selectors.activated import ActivatedSelector
 from ..selectors.head import HeadSelector
 from ..selectors.published import PublishedSelector
+from .batch_prefix import BatchPrefix
 from .lines import Line
 from .lockstep import View
 

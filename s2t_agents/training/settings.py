@@ -8,8 +8,8 @@ from typing import Annotated, Literal, TypeVar
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from ..models.bundled import model_path
-from ..models.language_model import LanguageModel
+from ..backends.torch.language_model import LanguageModel
+from ..bundled import model_path
 
 Kind = Literal["head", "activated", "published"]
 KINDS: tuple[Kind, ...] = ("head", "activated", "published")

@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ..atomic_write import write_whole
+from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError, InputError, ModelNotFound
-from ..models.language_model import LanguageModel
-from ..models.writing import write_whole
 
 MANIFEST = "manifest.json"
 

@@ -1,0 +1,1 @@
+"""Decoding on a GPU: a KV pool of fixed capacity, captured graphs, Triton kernels."""

@@ -1,0 +1,163 @@
+"""Rows of fixed capacity in which sequences sit while their steps are captured graphs.
+
+    arena of capacity C     row 0   | tokens of a | zeros                | spare |
+                            row 1   | tokens of b                | zeros | spare |
+                            row 2   | free                               | spare |
+
+One arena per bucket of capacities. It starts with one row and is replaced by one of twice the rows when it is full; the
+sequences move over at their next step. The last column is nobody's: rows that sit out a step write there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+from ..kv_cache import GrowingLayer
+from .pooled_kv_cache import Seat, StaticCache
+
+SMALLEST = 512
+"""Tokens of the smallest bucket; all are multiples of it."""
+
+LIMIT_BYTES = 4 * 2**30
+"""Memory for all arenas of one model; whoever finds no seat goes the eager way."""
+
+
+def bucket(tokens: int) -> int:
+    """Capacity for so many tokens and the spare column: 512, 1024, 1536, 2048, 3072, 4096, 6144, ..."""
+    needed, size = tokens + 1, SMALLEST
+    while size < needed:
+        if size >= 2 * SMALLEST and size * 3 // 2 >= needed:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+class Arena:
+    """KV of several sequences, ``[2, layers, rows, heads, capacity, d]``: keys and values.
+
+    Args:
+        like: a layer whose sizes, dtype and device are taken.
+        layers: how many there are.
+        rows: sequences that fit, a power of two.
+        capacity: tokens of each, the spare column included.
+    """
+
+    def __init__(self, like: GrowingLayer, layers: int, rows: int, capacity: int) -> None:
+        buffer = like._key_buffer
+        heads, d = buffer.shape[1], buffer.shape[-1]
+        self.rows, self.capacity = rows, capacity
+        self.kv = buffer.new_zeros(2, layers, rows, heads, capacity, d)
+        self._guests: list[weakref.ref[StaticCache] | None] = [None] * rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return int(self.kv.nbytes)
+
+    @property
+    def empty(self) -> bool:
+        """Nobody sits here."""
+        return len(self.free()) == self.rows
+
+    def sits(self, cache: StaticCache) -> bool:
+        """Whether a sequence is here with all its layers."""
+        return cache.arena is self
+
+    def free(self) -> list[int]:
+        """Rows that nobody sits in: those who did have moved, rest or are gone."""
+        return [row for row, guest in enumerate(self._guests) if guest is None or not self._in(row, guest())]
+
+    def guests(self) -> list[StaticCache]:
+        """Who sits here."""
+        guests = [(row, guest() if guest is not None else None) for row, guest in enumerate(self._guests)]
+        return [guest for row, guest in guests if guest is not None and self._in(row, guest)]
+
+    def seat(self, cache: StaticCache) -> None:
+        """Move a sequence to the first free row."""
+        row = self.free()[0]
+        self.kv[:, :, row].zero_()  # what is masked is multiplied by zero, which NaN would survive
+        cache.sit(Seat(self.kv[:, :, row : row + 1, :, : self.capacity - 1], self, row))
+        self._guests[row] = weakref.ref(cache)
+
+    def _in(self, row: int, guest: StaticCache | None) -> bool:
+        seat = guest.seat if guest is not None else None
+        return seat is not None and seat.arena is self and seat.row == row
+
+
+class Arenas:
+    """All arenas of one model. Not thread-safe: used under the model's lock.
+
+    Args:
+        limit_bytes: passed by all of them together only while sequences move from one to a larger one.
+    """
+
+    def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
+        self.limit_bytes = limit_bytes
+        self._by_capacity: dict[int, Arena] = {}
+        self._alive: weakref.WeakSet[Arena] = weakref.WeakSet()
+        """Those, and the replaced ones that somebody still sits in."""
+
+    def seat(self, caches: Sequence[StaticCache], lengths: Sequence[int]) -> list[Arena | None]:
+        """Seat sequences: all in one arena where there is memory for it, else by capacity, as many as it lasts for.
+
+        Args:
+            caches: with at least one token each.
+            lengths: tokens that each has to have room for.
+
+        Returns:
+            Where each sits; None for whom there is no memory.
+        """
+        wanted = [max(bucket(length), _capacity(cache)) for cache, length in zip(caches, lengths, strict=True)]
+        if not self._all_in(max(wanted), caches):
+            for capacity in sorted(set(wanted)):
+                alike = [cache for cache, each in zip(caches, wanted, strict=True) if each == capacity]
+                alike.sort(key=lambda cache: _capacity(cache) < capacity)  # first those who sit
+                while alike and not self._all_in(capacity, alike):
+                    alike.pop()
+        return [
+            cache.arena if _capacity(cache) > length else None for cache, length in zip(caches, lengths, strict=True)
+        ]
+
+    def guests(self) -> list[StaticCache]:
+        """Who sits in any of them."""
+        return [guest for arena in self._alive for guest in arena.guests()]
+
+    def _all_in(self, capacity: int, caches: Sequence[StaticCache]) -> bool:
+        """Move sequences to the arena of a capacity; False, and nobody has moved, where there is no memory for it."""
+        arena = self._by_capacity.get(capacity)
+        moving = [cache for cache in caches if arena is None or not arena.sits(cache)]
+        if arena is None or len(moving) > len(arena.free()):
+            arena, moving = self._larger(arena, capacity, caches), list(caches)
+        if arena is None:
+            return False
+        for cache in moving:
+            arena.seat(cache)
+        return True
+
+    def _larger(self, old: Arena | None, capacity: int, caches: Sequence[StaticCache]) -> Arena | None:
+        """A new arena with rows for these and for all who sit in the old one, which it replaces."""
+        staying = 0 if old is None else old.rows - len(old.free()) - sum(map(old.sits, caches))
+        rows = 1 << (staying + len(caches) - 1).bit_length()
+        like, layers = caches[0].layers[0], len(caches[0].layers)
+        size = 2 * layers * rows * capacity * like._key_buffer.shape[1] * like._key_buffer.shape[-1]
+        size *= like._key_buffer.element_size()
+        if not self._fits(size, beside=[each for each in self._alive if staying or each is not old]):
+            return None
+        arena = self._by_capacity[capacity] = Arena(like, layers, rows, capacity)
+        self._alive.add(arena)
+        return arena
+
+    def _fits(self, size: int, beside: Sequence[Arena]) -> bool:
+        """Whether there is memory for an arena of this size beside others, maybe after the empty ones are gone."""
+        if size + sum(arena.nbytes for arena in beside) <= self.limit_bytes:
+            return True
+        if size + sum(arena.nbytes for arena in beside if not arena.empty) > self.limit_bytes:
+            return False
+        self._by_capacity = {each: arena for each, arena in self._by_capacity.items() if not arena.empty}
+        return True
+
+
+def _capacity(cache: StaticCache) -> int:
+    """Of the row in which a sequence sits; 0 where it has none."""
+    return cache.arena.capacity if cache.arena is not None else 0

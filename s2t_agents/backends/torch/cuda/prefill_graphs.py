@@ -1,0 +1,118 @@
+"""Prompts, and what an agent's turn adds, read by captured graphs: of 16, 32, ... 1,024 tokens, filled up.
+
+A graph takes a while to capture, so a length has to come often. The first stretch of all is read both ways, and
+compared.
+What cannot be read like that, for good or for now, is left to the eager way; steps keep their graphs.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from time import monotonic
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ....scheduling.requests import roll_back
+from ..decoder_batch import CandidateRows
+from ..llama_decoder import close
+from ..packed_batch import Segment
+from .cuda_graph import RETRY_S, out_of_memory
+from .decode_graphs import Stretches, Way
+from .kv_pool import Arena
+from .pooled_kv_cache import Begun, StaticCache
+
+_log = logging.getLogger(__name__)
+
+SHORTEST, LONGEST = 16, 1024
+"""Tokens of a stretch that a graph reads."""
+
+OFTEN = 4
+"""Stretches of about one length, after which a graph of it is worth its capture."""
+
+LIMIT_BYTES = 256 * 2**20
+"""Of one layer's keys and values as all query heads see them: what a graph keeps for good."""
+
+
+def filled(ids: Sequence[int]) -> int:
+    """Tokens of the body that reads them, and columns of the row that are written."""
+    return 1 if len(ids) == 1 else max(SHORTEST, 1 << (len(ids) - 1).bit_length())
+
+
+class StretchReader:
+    """Reads stretches over arenas. Used under the model's lock.
+
+    Args:
+        rows: the eager way.
+        way: how bodies are made.
+        often: see ``OFTEN``.
+    """
+
+    def __init__(self, rows: CandidateRows, way: Way, often: float = OFTEN) -> None:
+        self._rows, self._way, self._often = rows, way, often
+        self._known: WeakKeyDictionary[Arena, dict[int, Stretches]] = WeakKeyDictionary()
+        self._wanted: Counter[int] = Counter()
+        """How often stretches of about each length were."""
+        self._tried, self._resumes = False, 0.0
+
+    def __len__(self) -> int:
+        """How many graphs there are."""
+        return sum(len(each) for each in self._known.values())
+
+    def clear(self) -> None:
+        """All graphs are made anew."""
+        self._known.clear()
+
+    def worth(self, tokens: int) -> bool:
+        """Whether a graph of so many tokens, at least 2, is used, or captured."""
+        if tokens > LONGEST or monotonic() < self._resumes:
+            return False
+        about = tokens.bit_length()
+        self._wanted[about] += 1
+        return self._wanted[about] > self._often
+
+    def read(self, arena: Arena, row: int, cache: StaticCache, ids: Sequence[int], length: int) -> Begun | None:
+        """Begin to read a stretch; None, and nothing has changed, where the eager way has to.
+
+        Args:
+            arena: where the sequence sits.
+            row: and in which row.
+            cache: the sequence.
+            ids: the tokens.
+            length: tokens before them.
+        """
+        if cache.begun is not None:  # nobody has wanted it; nor, maybe, what would be begun after this stretch
+            cache.begun, cache.hits = None, 0
+        if self._way.lean.seen_bytes(arena.capacity) > LIMIT_BYTES:
+            return None
+        known = self._known.setdefault(arena, {})
+        try:
+            if filled(ids) not in known:
+                known[filled(ids)] = Stretches(self._way, arena, filled(ids))
+            begun = known[filled(ids)].begin(row, ids, length)
+            if self._tried or self._agrees(begun, cache, ids, length):
+                self._tried = True
+                return begun
+            reason = "their logits are not those of the eager way"
+        except RuntimeError as error:
+            if out_of_memory(error):
+                self._resumes = monotonic() + RETRY_S
+                _log.warning("for %.0f s prompts go on without captured graphs: %s", RETRY_S, error)
+                return None
+            reason = str(error)
+        self._often = math.inf
+        self._known.clear()
+        _log.warning("prompts go on without captured graphs: %s", reason)
+        return None
+
+    def _agrees(self, begun: Begun, cache: StaticCache, ids: Sequence[int], length: int) -> bool:
+        """Whether the eager way says the same."""
+        logits = begun.play.logits[0]
+        try:
+            ((eager, _),) = self._rows([Segment(torch.tensor(ids, device=logits.device), cache, length)])
+        finally:
+            roll_back(cache, length)
+        return close(logits, eager, begun.play.hidden.dtype)

@@ -1,0 +1,176 @@
+"""Candidates, single tokens and stretches of several sequences in one lean forward; corrections touch candidates alone.
+
+    row        a7 | b3 b4 b5 | c9.0 c9.1 ... c9.7        one token of a, three of b, K candidates of c
+    linear     every row sees the same weights, read once; a LoRA is added to c's rows only
+    attention  a7 sees a0..a7; b4 sees b0..b4; each c9.i sees c0..c8 and itself
+
+The candidates' keys and values stand behind the end of c's KV, where no reader looks (``overlay``): nothing is copied
+and nothing has to be undone. All K candidates that share a key head are one block of queries, so each layer's attention
+is one call per sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, groupby
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .llama_decoder import Affine, Attention, LeanLayer, LeanStep, appending, following
+from .lora import Lora, LoraLayer
+from .next_token_prefetch import READ, Ahead, Reading
+from .packed_batch import Look, Outcome, Part, Segment, apart
+from .packed_linear import Joint
+
+
+class CandidateRows:
+    """The lean forward of one model for stretches of tokens and candidates together.
+
+    Args:
+        step: the model's lean step.
+        base: the model, whose linear layers the corrections name.
+
+    Attributes:
+        step: as given.
+        base: as given.
+    """
+
+    def __init__(self, step: LeanStep, base: nn.Module) -> None:
+        self.step, self.base = step, base
+        self._layers: WeakKeyDictionary[Lora, dict[nn.Module, LoraLayer]] = WeakKeyDictionary()
+
+    @torch.inference_mode()
+    def __call__(self, parts: Sequence[Part]) -> list[Outcome | Tensor]:
+        """What the model says after each part.
+
+        Args:
+            parts: tokens, over a KV of their own that grows by them, and looks, whose KV stays as it is.
+
+        Returns:
+            In the order of ``parts``: logits ``[V]`` (fp32) and last hidden state ``[H]`` after a segment's last
+            token, last hidden states ``[K, H]`` of a look.
+        """
+        order = sorted(range(len(parts)), key=lambda at: _place(parts[at]))
+        ordered = [parts[at] for at in order]
+        segments = [part for part in ordered if isinstance(part, Segment)]
+        looks = [part for part in ordered if isinstance(part, Look)]
+        ids = torch.cat([part.ids for part in ordered])
+        positions = [at for part in ordered for at in places(part)]
+        hidden = self.step.rows(ids, positions, _side_by_side(_blocks(segments, looks)), self._correcting(ordered))
+        ends = list(accumulate(len(segment.ids) for segment in segments))
+        said: list[Outcome | Tensor] = []
+        if segments:
+            last = hidden[[end - 1 for end in ends]]
+            said += zip(self.step.logits(last), (row.clone() for row in last), strict=True)
+        said += torch.split(hidden[ends[-1] if ends else 0 :], [len(look.ids) for look in looks]) if looks else []
+        return [said[order.index(at)] for at in range(len(parts))]
+
+    @torch.inference_mode()
+    def with_next(self, look: Look) -> Tensor:
+        """A look, and the step after it for its first candidates, which the KV keeps; see ``ahead``.
+
+        Returns:
+            Last hidden states ``[K, H]``.
+        """
+        first = Look(look.ids[:READ], look.cache, look.length)
+        m, ids = len(first.ids), torch.cat([first.ids, look.ids])
+        reading = Reading(look.cache)
+        over = _side_by_side([(m, reading), (len(look.ids), Beside(look))])
+        hidden = self.step.rows(ids, [look.length] * len(ids), over, self._correcting([first, look]))
+        look.cache.ahead = Ahead(look.length, first.ids.tolist(), hidden[:m], reading.layers)
+        return hidden[m:]
+
+    def _correcting(self, ordered: Sequence[Part]) -> Affine:
+        """The linear maps, with each adapter's corrections on the rows of its own looks, which stand together."""
+        stretches: list[tuple[slice, dict[nn.Module, LoraLayer]]] = []
+        start = 0
+        for lora, group in groupby(ordered, key=lambda part: part.lora if isinstance(part, Look) else None):
+            end = start + sum(len(part.ids) for part in group)
+            if lora is not None:
+                stretches.append((slice(start, end), self.corrections(lora)))
+            start = end
+
+        linear = self.step.linear
+
+        def affine(joint: Joint, x: Tensor) -> tuple[Tensor, ...]:
+            outputs = linear(joint, x)
+            for rows, layers in stretches:
+                for module, out in zip(joint.modules, outputs, strict=True):
+                    layer = layers.get(module)
+                    if layer is not None:
+                        layer.add_to(out[rows], x[rows])
+            return outputs
+
+        return affine
+
+    def corrections(self, lora: Lora) -> dict[nn.Module, LoraLayer]:
+        """An adapter's corrections by the module that they correct; looked up once per adapter."""
+        if lora not in self._layers:
+            self._layers[lora] = lora.by_module(self.base)
+        return self._layers[lora]
+
+
+def places(part: Part) -> range | list[int]:
+    """The positions of a part's tokens; candidates all stand at the same."""
+    if isinstance(part, Segment):
+        return range(part.length, part.length + len(part.ids))
+    return [part.length] * len(part.ids)
+
+
+def _place(part: Part) -> tuple[int, int]:
+    """Single tokens, stretches, then the looks of one adapter after another: each corrects one stretch of rows."""
+    if isinstance(part, Segment):
+        return int(len(part.ids) > 1), 0
+    return 2, 0 if part.lora is None else id(part.lora)
+
+
+def _blocks(segments: Sequence[Segment], looks: Sequence[Look]) -> list[tuple[int, Attention]]:
+    """Tokens over their own KV, which grows, then candidates over KV that stays: how many rows, and their attention."""
+    single = [segment.cache for segment in segments if len(segment.ids) == 1]
+    stretches = [segment for segment in segments if len(segment.ids) > 1]
+    return [
+        *([(len(single), appending(single))] if single else []),
+        *((len(each.ids), following(each.cache, each.length)) for each in stretches),
+        *((len(look.ids), Beside(look)) for look in looks),
+    ]
+
+
+def _side_by_side(blocks: Sequence[tuple[int, Attention]]) -> Attention:
+    """The attention of rows that stand in blocks, each with its own."""
+    if len(blocks) == 1:
+        return blocks[0][1]
+    widths = [rows for rows, _ in blocks]
+
+    def attend(layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(blocks, *(torch.split(each, widths) for each in (q, k, v)), strict=True)
+        return torch.cat([over(layer, index, *own) for (_, over), *own in parts])
+
+    return attend
+
+
+class Beside:
+    """Attention of K candidates over a prefix and each over itself; in one block per key head.
+
+    Args:
+        look: the candidates and the prefix's KV.
+    """
+
+    def __init__(self, look: Look) -> None:
+        self._look = look
+        self._masks: dict[int | None, Tensor] = {}
+
+    def __call__(self, layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """From queries ``[K, heads, d]``, keys and values ``[K, key heads, d]`` to ``[K, heads * d]``."""
+        n, heads, d = k.shape
+        keys, values = self._look.cache.layers[index].write(k.transpose(0, 1)[None], v.transpose(0, 1)[None])
+        shared = q.shape[1] // heads  # queries per key head
+        block = q.view(n, heads, shared, d).permute(1, 0, 2, 3).reshape(1, heads, n * shared, d)
+        if layer.window not in self._masks:
+            mask = apart(n, keys.shape[-2], layer.window, like=q)
+            self._masks[layer.window] = mask.repeat_interleave(shared, dim=2)
+        mask = self._masks[layer.window]
+        out = functional.scaled_dot_product_attention(block, keys, values, attn_mask=mask, scale=layer.scale)
+        return out.view(heads, n, shared, d).transpose(0, 1).reshape(n, -1)

@@ -1,0 +1,146 @@
+"""What stands between a model's products: norms, rotations, gates, softmax. As torch has it, or fused by its compiler.
+
+On a GPU a step of one token is a thousand small kernels that each do next to nothing. torch's compiler makes one of
+every function here; where it cannot (no Triton, no C compiler), the function itself runs, and the log says so once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .logit_statistics import glanced
+
+_log = logging.getLogger(__name__)
+
+SIZES = 64
+"""Kinds of inputs, in all models of a process, that a kernel is made for."""
+
+
+def added(x: Tensor, change: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """``x + change``, and its RMS norm; all ``[N, H]``."""
+    x = x + change
+    return x, functional.rms_norm(x, weight.shape, weight, epsilon)
+
+
+def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary positions on ``[N, heads, d]`` of both."""
+    return _rotated(q, cos, sin), _rotated(k, cos, sin)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU gate, ``[N, H]``."""
+    return functional.silu(gate) * up
+
+
+def placed(keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
+    """Write ``k`` and ``v`` ``[N, heads, d]`` into ``[N, heads, C, d]`` each, one token at every row's position."""
+    # Two buffers, not halves of one: of that, torch's compiler would copy all of it.
+    keys[rows, :, positions] = k
+    values[rows, :, positions] = v
+
+
+def weighed(scores: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention weights ``[..., C]`` of products of queries and keys."""
+    return (scores * scale + mask).softmax(-1, dtype=torch.float32).to(scores.dtype)
+
+
+def weighed_beside(before: Tensor, mask: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention weights of candidates that see a prefix and each itself.
+
+    Args:
+        before: ``[1, key heads, K * group, C]``, their products with the prefix's keys.
+        mask: ``[1, 1, 1, C]``.
+        q: ``[K, key heads, group, d]``.
+        k: ``[K, key heads, 1, d]``.
+        scale: of all products.
+
+    Returns:
+        Of the prefix, as ``before``, and of each itself, ``[1, key heads, K * group, 1]``.
+    """
+    own = ((q * k).sum(-1, dtype=torch.float32) * scale).transpose(0, 1).reshape(*before.shape[:-1], 1)
+    scores = (before * scale + mask).float()
+    top = torch.maximum(scores.amax(-1, keepdim=True), own)
+    past, itself = (scores - top).exp(), (own - top).exp()
+    total = past.sum(-1, keepdim=True) + itself
+    return (past / total).to(before.dtype), (itself / total).to(before.dtype)
+
+
+def seen_beside(parts: Tensor, itself: Tensor, v: Tensor) -> Tensor:
+    """What candidates see, ``[K, heads * d]``.
+
+    Args:
+        parts: ``[1, key heads, chunks, K * group, d]``, what they see of the prefix.
+        itself: ``[1, key heads, K * group, 1]``, the weight of each itself.
+        v: ``[K, key heads, 1, d]``.
+    """
+    count, heads, _, d = v.shape
+    past, own = parts.sum(2).view(heads, count, -1, d), itself.view(heads, count, -1, 1)
+    return (past + own * v.transpose(0, 1)).transpose(0, 1).reshape(count, -1)
+
+
+def summed(parts: Tensor) -> Tensor:
+    """``[N, heads, chunks, M, d]`` to ``[N, heads, M, d]``."""
+    return parts.sum(2)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """One way to compute all of them; see the functions of these names."""
+
+    added: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = added
+    turned: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = turned
+    gated: Callable[[Tensor, Tensor], Tensor] = gated
+    placed: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None] = placed
+    weighed: Callable[[Tensor, Tensor, float], Tensor] = weighed
+    weighed_beside: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = weighed_beside
+    seen_beside: Callable[[Tensor, Tensor, Tensor], Tensor] = seen_beside
+    summed: Callable[[Tensor], Tensor] = summed
+    glanced: Callable[[Tensor, Tensor, Tensor], Tensor] = glanced
+
+
+PLAIN = Pointwise()
+"""One torch call after another."""
+
+
+@cache
+def fused() -> Pointwise:
+    """Each as few kernels as torch's compiler makes of it, for all sizes; made when first called."""
+    return Pointwise(*(Kernel(each.default) for each in fields(Pointwise)))
+
+
+class Kernel:
+    """A function that runs compiled, or as it is from the first failure on.
+
+    Args:
+        function: tensors in, tensors out.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._plain = function
+        self._run: Callable[..., Any] = torch.compile(function, dynamic=True, fullgraph=True)
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function says."""
+        if self._run is self._plain:
+            return self._plain(*args)
+        try:
+            with torch._dynamo.config.patch(recompile_limit=SIZES):
+                return self._run(*args)
+        except Exception as error:  # noqa: BLE001 - whatever keeps a compiler from working, the function still does
+            first = f"{type(error).__name__}: {error}".splitlines()[0]
+            _log.warning("%s goes on without being compiled: %s", self._plain.__name__, first)
+            self._run = self._plain
+            return self._plain(*args)

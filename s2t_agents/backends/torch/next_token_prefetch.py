@@ -1,0 +1,72 @@
+"""The next step, read beside a selection's candidates: one forward for both.
+
+    row        c9.0 c9.1 | c9.0' c9.1' ... c9.7'       the two likeliest candidates as the base reads them,
+                                                       then all K as the adapter does
+    pick 1     the KV and the hidden state of c9.1 are at hand: the next step is the output layer alone
+
+The base's rows go through the same kernels as a step of their own, so that whoever continues gets bitwise the same
+logits and KV; where that does not hold (``Prepacked.rows_alike``), nothing is read ahead. A pick that is not among the
+tokens read costs a step as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .kv_cache import KVCache
+from .llama_decoder import LeanLayer, alone
+
+READ = 2
+"""Candidates whose next step is read: nearly every pick is one of the SLM's two likeliest, and each costs a row."""
+
+
+@dataclass
+class Ahead:
+    """What a model says one token past the end of a sequence, for some tokens.
+
+    Attributes:
+        length: tokens in the sequence.
+        ids: the tokens read, in the order of the rows below.
+        hidden: ``[m, H]``.
+        layers: keys and values ``[m, key heads, d]`` of each layer.
+    """
+
+    length: int
+    ids: Sequence[int]
+    hidden: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+
+    def take(self, token: int, cache: KVCache) -> Tensor | None:
+        """Append a token's KV to its sequence.
+
+        Returns:
+            The token's hidden state ``[1, H]``; None, and nothing has changed, if this token was not read.
+        """
+        if token not in self.ids or cache.get_seq_length() != self.length:
+            return None
+        row = self.ids.index(token)
+        for layer, (keys, values) in zip(cache.layers, self.layers, strict=True):
+            layer.update(keys[row : row + 1, :, None], values[row : row + 1, :, None])
+        return self.hidden[row : row + 1]
+
+
+@dataclass
+class Reading:
+    """Attention of rows that each follow the same sequence alone, as a step would; their KV is kept aside.
+
+    Attributes:
+        cache: the sequence's KV; left as it is.
+        layers: keys and values ``[m, key heads, d]`` of the layers gone through.
+    """
+
+    cache: KVCache
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __call__(self, layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See ``Attention``."""
+        self.layers.append((k.clone(), v.clone()))
+        write = self.cache.layers[index].write
+        return alone(layer, q, k, v, [write] * len(q))

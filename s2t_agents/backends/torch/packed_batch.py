@@ -1,0 +1,269 @@
+"""Several sequences in one forward: their new tokens stand in one row, each over the KV of its own sequence.
+
+    row        a7 | b3 b4 b5 | c9          one token of a, three of b, one of c
+    positions   7 |  3  4  5 |  9
+    attention  a7 sees a0..a7; b4 sees b0..b4; nobody sees another's
+
+No padding, and no cache is copied or moved: linear layers see one row of N tokens, which reads the weights once for all
+of them; attention runs per sequence, by the model's own function. Each sequence's logits equal those of its own step
+(tests/test_packed_batch.py holds it to 1e-4 in fp32, on every architecture). Candidates of a selection can stand in
+the row too, over KV that stays as it is; an adapter's corrections are added on their stretch alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .candidate_overlay import layer_kinds, overlay_of
+from .lora import Lora
+
+NAME = "s2t_packed"
+"""Under which name transformers finds our attention."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The new tokens of one sequence.
+
+    Attributes:
+        ids: ``[T]``.
+        cache: the sequence's own KV; grows by T.
+        length: tokens in it before.
+    """
+
+    ids: Tensor
+    cache: Cache
+    length: int
+
+
+@dataclass(frozen=True)
+class Look:
+    """Candidates after one sequence: each sees the prefix and itself, and nothing is kept.
+
+    Attributes:
+        ids: ``[K]``.
+        cache: the sequence's own KV; stays bitwise as it is.
+        length: tokens in it.
+        lora: corrections on the candidates' rows; None reads them with the base itself.
+    """
+
+    ids: Tensor
+    cache: Cache
+    length: int
+    lora: Lora | None = None
+
+
+Part = Segment | Look
+"""What one sequence wants of a forward."""
+
+Outcome = tuple[Tensor, Tensor]
+"""Logits ``[V]`` (fp32) and last hidden state ``[H]`` after a segment's last token."""
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Keys, or values, of several sequences.
+
+    Attributes:
+        parts: ``[1, heads, length_i + T_i, d]`` each.
+        widths: T of each.
+        beside: whether the new tokens of each see the prefix and themselves only, not each other.
+        attend: name of the model's own attention.
+        masks: made so far in this forward, by tokens, length and window; layers share them.
+    """
+
+    parts: Sequence[Tensor]
+    widths: list[int]
+    beside: list[bool]
+    attend: str
+    masks: dict[tuple[int, int, int | None, bool], Tensor]
+
+
+class PackedCache(Cache):  # type: ignore[misc]
+    """Writes each segment's keys and values to its own sequence; those of candidates nowhere that counts.
+
+    Args:
+        parts: in the order of the row.
+        attend: name of the model's own attention.
+    """
+
+    def __init__(self, parts: Sequence[Part], attend: str) -> None:
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self._widths, self._beside = [len(part.ids) for part in parts], [isinstance(part, Look) for part in parts]
+        self._caches = [overlay_of(part.cache) if isinstance(part, Look) else part.cache for part in parts]
+        self._attend = attend
+        self._masks: dict[tuple[int, int, int | None, bool], Tensor] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Ragged, Ragged]:
+        """From ``[1, heads, N, d]`` of the row to the whole of each sequence."""
+        keys, values = [], []
+        pieces = zip(
+            self._caches,
+            torch.split(key_states, self._widths, -2),
+            torch.split(value_states, self._widths, -2),
+            strict=True,
+        )
+        for cache, key, value in pieces:
+            all_keys, all_values = cache.update(key, value, layer_idx)
+            keys.append(all_keys)
+            values.append(all_values)
+        shared = (self._widths, self._beside, self._attend, self._masks)
+        return Ragged(keys, *shared), Ragged(values, *shared)
+
+
+def attend_packed(
+    module: nn.Module,
+    query: Tensor,
+    key: Ragged,
+    value: Ragged,
+    attention_mask: Tensor | None,
+    *,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The model's own attention, sequence by sequence; from queries ``[1, heads, N, d]`` to ``[1, N, heads, d]``."""
+    attend = own_attention(module, key.attend)
+    outputs = []
+    rows = zip(torch.split(query, key.widths, -2), key.parts, value.parts, key.beside, strict=True)
+    for q, k, v, beside in rows:
+        mask = None
+        if q.shape[-2] > 1:
+            size = (q.shape[-2], k.shape[-2], sliding_window, beside)
+            mask = key.masks.get(size)
+            if mask is None:
+                mask = key.masks[size] = (apart if beside else causal)(*size[:3], like=q)
+        elif sliding_window is not None and k.shape[-2] > sliding_window:
+            k, v = k[..., -sliding_window:, :], v[..., -sliding_window:, :]
+        outputs.append(attend(module, q, k, v, mask, sliding_window=sliding_window, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+@functools.cache
+def attention_functions() -> Any:
+    """transformers' table of attention functions by name, ours among them."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # seconds, which only a loaded model has to pay
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attend_packed)
+    return ALL_ATTENTION_FUNCTIONS
+
+
+def own_attention(module: nn.Module, name: str) -> Any:
+    """The attention function that this model uses by itself."""
+    return attention_functions().get(name) or sys.modules[type(module).__module__].eager_attention_forward
+
+
+def causal(tokens: int, length: int, window: int | None, *, like: Tensor) -> Tensor:
+    """Additive mask ``[1, 1, tokens, length]`` of the last ``tokens`` of ``length``, within a window if any."""
+    ends = torch.arange(length - tokens, length, device=like.device)[:, None]
+    columns = torch.arange(length, device=like.device)[None]
+    hidden = columns > ends
+    if window is not None:
+        hidden = hidden | (columns <= ends - window)
+    mask = torch.zeros(tokens, length, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(hidden, torch.finfo(like.dtype).min)[None, None]
+
+
+def apart(tokens: int, length: int, window: int | None, *, like: Tensor) -> Tensor:
+    """Additive mask ``[1, 1, tokens, length]`` of candidates: the prefix, within a window if any, and each itself."""
+    prefix = length - tokens
+    hidden = torch.ones(tokens, length, dtype=torch.bool, device=like.device)
+    hidden[:, 0 if window is None else max(0, prefix - window + 1) : prefix] = False
+    hidden[:, prefix:].fill_diagonal_(False)
+    mask = torch.zeros(tokens, length, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(hidden, torch.finfo(like.dtype).min)[None, None]
+
+
+def through_modules(model: Any, parts: Sequence[Part]) -> list[Outcome | Tensor]:
+    """One forward through a model's modules; its output layer runs over the last token of each segment only.
+
+    Args:
+        model: a causal LM.
+        parts: their tokens on its device.
+
+    Returns:
+        In the order of ``parts``: logits ``[V]`` (fp32) and last hidden state ``[H]`` after a segment's last token,
+        last hidden states ``[K, H]`` of a look.
+    """
+    config, decoder, device = model.config.get_text_config(), model.get_decoder(), model.device
+    ends = list(accumulate(len(part.ids) for part in parts))
+    last = [end - 1 for end, part in zip(ends, parts, strict=True) if isinstance(part, Segment)]
+    places = [
+        torch.arange(part.length, part.length + len(part.ids))
+        if isinstance(part, Segment)
+        else torch.full((len(part.ids),), part.length)
+        for part in parts
+    ]
+    with packed_attention(config) as own, corrected(model, parts), keeping(decoder) as kept:
+        inputs = {
+            "input_ids": torch.cat([part.ids for part in parts])[None],
+            "position_ids": torch.cat(places).to(device)[None],
+            "attention_mask": ready_mask(config, model.get_output_embeddings().weight),
+            "past_key_values": PackedCache(parts, own),
+            "use_cache": True,
+        }
+        if last:
+            out = model(**inputs, logits_to_keep=torch.tensor(last, device=device))
+        else:
+            decoder(**inputs)
+    hidden, at = kept[0], iter(range(len(last)))
+    return [
+        (out.logits[0, next(at)].float(), hidden[end - 1].clone())
+        if isinstance(part, Segment)
+        else hidden[end - len(part.ids) : end]
+        for end, part in zip(ends, parts, strict=True)
+    ]
+
+
+@contextmanager
+def packed_attention(config: Any) -> Iterator[str]:
+    """The model's attention replaced by ours; gives the name of its own. One thread at a time."""
+    own: str = config._attn_implementation or "eager"
+    attention_functions()
+    config._attn_implementation_internal = NAME
+    try:
+        yield own
+    finally:
+        config._attn_implementation_internal = own
+
+
+@contextmanager
+def corrected(base: nn.Module, parts: Sequence[Part]) -> Iterator[None]:
+    """The base with each look's corrections on its own stretch of the row."""
+    with ExitStack() as stack:
+        start = 0
+        for part in parts:
+            end = start + len(part.ids)
+            if isinstance(part, Look) and part.lora is not None:
+                stack.enter_context(part.lora.on(base, slice(start, end)))
+            start = end
+        yield
+
+
+@contextmanager
+def keeping(decoder: nn.Module) -> Iterator[list[Tensor]]:
+    """Gets the last hidden states ``[N, H]`` of the one row that the decoder reads inside the block."""
+    kept: list[Tensor] = []
+    handle = decoder.register_forward_hook(lambda module, args, out: kept.append(out.last_hidden_state[0]))
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+def ready_mask(config: Any, like: Tensor) -> Tensor | dict[str, Tensor]:
+    """A mask that keeps the model from making its own: ours are made per sequence."""
+    nothing = torch.zeros(1, 1, 1, 1, dtype=like.dtype, device=like.device)
+    kinds = dict.fromkeys(layer_kinds(config))
+    return dict.fromkeys(kinds, nothing) if len(kinds) > 1 else nothing

@@ -1,0 +1,197 @@
+"""Linear maps of the same rows as one product, on a CPU with weights that already lie as oneDNN multiplies them.
+
+    joint (q, k, v)    rows [N, in] ──> [q | k | v] ──> q, k, v      one product where the model has three
+
+Given weights as a module holds them, oneDNN lays them out anew (or takes a slower kernel) at every call. Here that is
+done once, as torch's own inductor does when it freezes a model, with the same two operators: a row is bound by reading
+the weights, and eight cost little more than one. The price is a second copy of the weights, hence the limit. On CUDA
+there is none: the modules' own weights come to lie one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .cpu_features import lays_out
+
+LIMIT = 4 * 1024**3
+"""Bytes of weights that a model may hold twice; larger models keep one copy and torch's own kernels."""
+
+ROWS = (2, 3, 4, 6, 10, 18, 34, 66)
+"""Row counts in which it is tried whether a row among others is the row alone."""
+
+LEAST = {torch.float32: 300_000, torch.bfloat16: 30_000}
+"""Elements that a model's weights have on average where the layout gains; below, the call costs more than it wins."""
+
+
+class Joint:
+    """Linear modules that map the same rows, and can do it in one product.
+
+    Args:
+        modules: with as many inputs each; all with a bias, or none.
+
+    Attributes:
+        widths: of their outputs.
+    """
+
+    def __init__(self, *modules: Any) -> None:
+        self.modules = modules
+        self._parameters = [module._parameters for module in modules]  # asked at every call: past nn.Module's lookups
+        self.widths = [module.out_features for module in modules]
+
+    def joined(self) -> tuple[Tensor, Tensor | None]:
+        """Copies of the weights ``[out, in]`` and biases ``[out]``, one after another."""
+        biases = [module.bias for module in self.modules]
+        weight = torch.cat([module.weight.detach() for module in self.modules])
+        return weight, None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def adjoin(self) -> tuple[Tensor, Tensor | None]:
+        """Lay the modules' own weights one after another: they stay what they are, and are one matrix besides.
+
+        Returns:
+            As ``joined``, in the memory of the modules' parameters.
+        """
+        weight, bias = self.joined()
+        for name, whole in (("weight", weight), ("bias", bias)):
+            for module, part in zip(
+                self.modules, torch.split(whole, self.widths) if whole is not None else (), strict=False
+            ):
+                getattr(module, name).data = part
+        return weight, bias
+
+    def split(self, out: Tensor) -> tuple[Tensor, ...]:
+        """``[N, out]`` of all modules to that of each."""
+        return (out,) if len(self.widths) == 1 else torch.split(out, self.widths, -1)
+
+    def state(self) -> tuple[tuple[int, int, int], ...]:
+        """What changes when a weight or bias is replaced or written to."""
+        return tuple(map(state_of, [t for p in self._parameters for t in p.values() if t is not None]))
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """From ``[N, in]`` to each module's ``[N, out]``, as the modules themselves say it."""
+        return tuple(functional.linear(x, module.weight, module.bias) for module in self.modules)
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A joint's weights as they lie here, and what the modules' own were like when they were copied."""
+
+    weight: Tensor
+    bias: Tensor | None
+    state: tuple[tuple[int, int, int], ...]
+
+
+class Prepacked:
+    """The affine maps of one model; see ``lean.Affine``.
+
+    Args:
+        joints: all are held here, or none.
+        limit: bytes; a model with more keeps all its weights as they are.
+    """
+
+    def __init__(self, joints: Sequence[Joint], limit: int = LIMIT) -> None:
+        weights = [module.weight for joint in joints for module in joint.modules]
+        fits = sum(weight.nbytes for weight in weights) <= limit
+        self.laid_out = fits and gains(weights)
+        """Whether copies lie here as oneDNN multiplies them."""
+        if self.laid_out or (fits and small(weights)):
+            self._copies = {joint: self._copy(joint) for joint in joints}
+        elif on("cuda", weights):
+            several = [joint for joint in joints if len(joint.modules) > 1]
+            self._copies = {joint: Copied(*joint.adjoin(), joint.state()) for joint in several}
+        else:
+            self._copies = {}
+
+    @torch.inference_mode()
+    def _copy(self, joint: Joint) -> Copied:
+        weight, bias = joint.joined()
+        return Copied(lay_out(weight) if self.laid_out else weight, bias, joint.state())
+
+    def __len__(self) -> int:
+        """How many joints are held here."""
+        return len(self._copies)
+
+    def __call__(self, joint: Joint, x: Tensor) -> tuple[Tensor, ...]:
+        """From inputs ``[N, in]`` to each module's ``[N, out]``."""
+        copy = self._current(joint)
+        return joint(x) if copy is None else joint.split(self._product(copy, x))
+
+    def matrix(self, joint: Joint) -> tuple[Tensor, Tensor | None] | None:
+        """Weight ``[out, in]`` and bias of all modules as one; None where they do not lie as one, row after row."""
+        copy = self._current(joint)
+        if copy is None and len(joint.modules) == 1:
+            (module,) = joint.modules
+            weight, bias = module.weight, module.bias
+        elif copy is not None and not self.laid_out:
+            weight, bias = copy.weight, copy.bias
+        else:
+            return None
+        return (weight, bias) if weight.is_contiguous() else None
+
+    def whole(self, joint: Joint, x: Tensor) -> Tensor:
+        """From inputs ``[N, in]`` to ``[N, out]`` of all modules in one tensor of its own."""
+        copy = self._current(joint)
+        return torch.cat(joint(x), -1) if copy is None else self._product(copy, x)
+
+    def _current(self, joint: Joint) -> Copied | None:
+        """What lies here of a joint, unless its modules have changed since."""
+        copy = self._copies.get(joint)
+        return None if copy is None or copy.state != joint.state() else copy
+
+    def _product(self, copy: Copied, x: Tensor) -> Tensor:
+        if not self.laid_out:
+            return functional.linear(x, copy.weight, copy.bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, copy.weight, copy.bias, "none", [], "")
+        return out
+
+    @cached_property
+    @torch.inference_mode()
+    def rows_alike(self) -> bool:
+        """Whether the weights lie here and a row among others is bitwise the row alone; tried once per shape."""
+        shapes = {(copy.weight.shape, copy.bias is None): joint for joint, copy in self._copies.items()}
+        return self.laid_out and all(self._alike(joint) for joint in shapes.values())
+
+    def _alike(self, joint: Joint) -> bool:
+        weight = joint.modules[0].weight
+        x = torch.randn(max(ROWS), weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+        first = self(joint, x[:1])
+        return all(
+            torch.equal(out[:1], one) for rows in ROWS for out, one in zip(self(joint, x[:rows]), first, strict=True)
+        )
+
+
+def gains(weights: Sequence[Tensor]) -> bool:
+    """Whether a model's weights are multiplied faster here when laid out beforehand."""
+    dtypes = {weight.dtype for weight in weights}
+    return on("cpu", weights) and len(dtypes) == 1 and lays_out(*dtypes) and not small(weights)
+
+
+def small(weights: Sequence[Tensor]) -> bool:
+    """Whether a model is so small that a product on the CPU costs its call more than its arithmetic."""
+    average = sum(weight.numel() for weight in weights) / max(1, len(weights))
+    return on("cpu", weights) and average < LEAST.get(weights[0].dtype, 0)
+
+
+def on(device: str, weights: Sequence[Tensor]) -> bool:
+    """Whether there are weights, all of them there."""
+    return {weight.device.type for weight in weights} == {device}
+
+
+def lay_out(weight: Tensor) -> Tensor:
+    """A copy of a weight ``[out, in]`` in the layout of its kernel."""
+    with torch.inference_mode():
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)  # type: ignore[no-any-return]
+
+
+def state_of(weight: Tensor) -> tuple[int, int, int]:
+    """What changes when a weight is replaced or written to."""
+    return id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version

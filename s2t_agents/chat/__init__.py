@@ -1,0 +1,1 @@
+"""``ChatS2T``, and everything between LangChain messages and token ids."""

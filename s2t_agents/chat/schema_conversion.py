@@ -1,0 +1,218 @@
+"""Classes, functions and schemas to OpenAI's form, by LangChain; what its conversion loses is kept here.
+
+LangChain copies definitions into the places that refer to them, which ends at a definition that holds itself, and
+takes a schema without ``properties`` for one without arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from enum import Enum
+from typing import Any, get_origin
+
+from langchain_core.tools import BaseTool, StructuredTool
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import BaseModel, PydanticUserError, TypeAdapter
+from typing_extensions import is_typeddict
+
+from ..errors import BadSchema
+from ..hub import first_line
+
+_FAILURES = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, PydanticUserError, RecursionError)
+_FUNCTIONS = ("name", "function", "input_schema", "toolSpec")
+"""Keys of what is a tool and no plain schema."""
+
+VALUE = "value"
+"""Name of the one argument of a tool whose answer is no object."""
+
+
+def openai_tool(given: Any, *, strict: bool | None = None) -> dict[str, Any]:
+    """A function, a tool, a class or a schema in OpenAI's form; no mark of ``strict`` stays.
+
+    Raises:
+        BadSchema: something that is no tool.
+    """
+    try:
+        if _is_plain(given) and "properties" not in given:
+            made = {"name": given["title"], "description": given.get("description", "")}
+            rest = {key: value for key, value in given.items() if key not in ("title", "description")}
+            return {"type": "function", "function": {**made, **({"parameters": rest} if rest else {})}}
+        if _is_type(given):
+            schema = json_schema(given)
+            made = {"name": schema.pop("title"), "description": schema.pop("description", "")}
+            return {"type": "function", "function": {**made, "parameters": schema}}
+        one = convert_to_openai_tool(given, strict=strict)
+        function = {key: value for key, value in one["function"].items() if key != "strict"}
+        whole = _recursive(given)
+        if whole is not None:
+            function["parameters"] = _untitled({k: v for k, v in whole.items() if k not in ("title", "description")})
+    except _FAILURES as error:
+        raise BadSchema(
+            f"This is no tool: {str(given)[:200]} ({first_line(error)}).",
+            hint="Pass functions with docstrings and types, tools, pydantic classes or OpenAI's mappings.",
+        ) from error
+    return {**one, "function": function}
+
+
+def json_schema(given: Any, *, strict: bool | None = None) -> dict[str, Any]:
+    """A class or a schema as a JSON schema with a ``title``.
+
+    Raises:
+        BadSchema: something that is no schema.
+    """
+    try:
+        if is_dataclass(given) or _is_type(given):
+            return {"title": _name_of(given), **_schema_of(given)}
+        whole = _recursive(given) or (_schema_of(given) if _has_other_root(given) else None)
+        if whole is None and _is_plain(given) and not (strict and "properties" in given):
+            whole = dict(given)
+        if whole is not None:
+            return {"title": getattr(given, "__name__", "reply"), **whole}
+        return convert_to_json_schema(given, strict=strict)
+    except _FAILURES as error:
+        raise BadSchema(
+            f"This is no output schema: {str(given)[:200]} ({first_line(error)}).",
+            hint='Give a pydantic class, a TypedDict or a JSON schema with a "title".',
+        ) from error
+
+
+def is_object(schema: Mapping[str, Any]) -> bool:
+    """Whether the values of a schema are objects, as far as its root says."""
+    seen: set[str] = set()
+    here: Any = schema
+    while isinstance(here, Mapping) and isinstance(here.get("$ref"), str) and here["$ref"] not in seen:
+        seen.add(here["$ref"])
+        target: Any = schema
+        for part in here["$ref"].removeprefix("#").strip("/").split("/"):
+            target = target.get(part) if part and isinstance(target, Mapping) else target
+        here = target
+    if not isinstance(here, Mapping):
+        return True
+    if "type" in here:
+        return bool(here["type"] == "object")
+    if "enum" in here or "const" in here:
+        return False
+    options = here.get("anyOf") or here.get("oneOf")
+    if isinstance(options, list):
+        defs = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        return all(isinstance(each, Mapping) and is_object({**each, **defs}) for each in options)
+    return "items" not in here
+
+
+def wrapped(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema as that of an object's one property, ``VALUE``; its references keep their meaning."""
+    defs = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    inner = {key: value for key, value in schema.items() if key not in (*defs, "title", "description", "$schema")}
+    moved = {key: _moved(value) for key, value in defs.items()}
+    return {"type": "object", "properties": {VALUE: _moved(inner)}, "required": [VALUE], **moved}
+
+
+def _moved(node: Any) -> Any:
+    """References to places that are now below the property."""
+    if isinstance(node, list):
+        return [_moved(each) for each in node]
+    if not isinstance(node, Mapping):
+        return node
+    out = {key: _moved(value) for key, value in node.items()}
+    given = node.get("$ref")
+    if isinstance(given, str) and given.startswith("#") and not given.startswith(("#/$defs/", "#/definitions/")):
+        out["$ref"] = f"#/properties/{VALUE}{given[1:]}"
+    return out
+
+
+def _is_plain(given: Any) -> bool:
+    return isinstance(given, dict) and "title" in given and not any(key in given for key in _FUNCTIONS)
+
+
+def _has_other_root(given: Any) -> bool:
+    if not (isinstance(given, type) and is_basemodel_subclass(given)):
+        return False
+    schema = _schema_of(given)
+    return not is_object(schema) or "properties" not in schema
+
+
+def _is_type(given: Any) -> bool:
+    """A type that pydantic knows and LangChain's conversion would take for a function, or not take at all."""
+    if is_typeddict(given):
+        return not _converts(given)
+    if get_origin(given) is not None:
+        return True
+    plain = isinstance(given, type) and not is_basemodel_subclass(given) and not is_dataclass(given)
+    return plain and (issubclass(given, Enum) or given.__module__ == "builtins")
+
+
+def _converts(given: Any) -> bool:
+    try:
+        convert_to_json_schema(given)
+    except _FAILURES:  # it holds itself, or has Required
+        return False
+    return True
+
+
+def _name_of(given: Any) -> str:
+    name = getattr(given, "__name__", None)
+    return name if isinstance(name, str) else "reply"
+
+
+def _schema_of(given: Any) -> dict[str, Any]:
+    if isinstance(given, type) and issubclass(given, BaseModel):
+        return given.model_json_schema()
+    if hasattr(given, "schema"):  # a class of pydantic 1
+        return dict(given.schema())
+    return TypeAdapter(given).json_schema()
+
+
+def _recursive(given: Any) -> dict[str, Any] | None:
+    """The schema of a class, tool or function, if it holds itself; None if not."""
+    source: Any = given
+    if isinstance(given, BaseTool):
+        source = given.tool_call_schema
+    elif callable(given) and not isinstance(given, type):
+        source = StructuredTool.from_function(given).tool_call_schema if given.__doc__ else None
+    if not (isinstance(source, type) and is_basemodel_subclass(source)):
+        return None
+    schema = _schema_of(source)
+    return schema if _holds_itself(schema) else None
+
+
+def _holds_itself(schema: Mapping[str, Any]) -> bool:
+    defs = {**schema.get("definitions", {}), **schema.get("$defs", {})}
+    referred = {name: set(_references(inner)) & defs.keys() for name, inner in defs.items()}
+    for start in referred:
+        seen: set[str] = set()
+        waiting = list(referred[start])
+        while waiting:
+            name = waiting.pop()
+            if name == start:
+                return True
+            if name not in seen:
+                seen.add(name)
+                waiting += referred[name]
+    return "#" in {each.get("$ref") for each in _dicts(schema)}
+
+
+def _references(node: Any) -> list[str]:
+    return [each["$ref"].split("/")[-1] for each in _dicts(node) if isinstance(each.get("$ref"), str)]
+
+
+def _dicts(node: Any) -> list[Mapping[str, Any]]:
+    found, waiting = [], [node]
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, Mapping):
+            found.append(here)
+            waiting += here.values()
+        elif isinstance(here, list):
+            waiting += here
+    return found
+
+
+def _untitled(node: Any) -> Any:
+    """A schema without the titles that pydantic makes of names, as LangChain shows schemas."""
+    if isinstance(node, list):
+        return [_untitled(each) for each in node]
+    if not isinstance(node, Mapping):
+        return node
+    return {key: _untitled(each) for key, each in node.items() if not (key == "title" and isinstance(each, str))}

@@ -1,0 +1,354 @@
+"""The engine: one generator of steps. Everything else drains it.
+
+propose   SLM logits, grammar mask, top-K candidates
+trigger   is this step critical?
+select    the local selector scores the candidates on the base's KV
+escalate  still unsure, and the budget holds it: the LLM picks among the same K
+emit      the step; the next token is computed only when the consumer asks for it
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from ..backends.torch.cpu_threads import serially
+from ..backends.torch.language_model import LanguageModel
+from ..budget import Budget
+from ..errors import ConfigError, ContextOverflow, InputError
+from ..escalation import DEFAULT_MARGIN, Escalation, EscalationDesk
+from ..grammar.grammar import Grammar
+from ..llms.question import Answer, Question, candidates_of
+from ..proposal import Proposal
+from ..scheduling.admission import Concurrency, Gate, Place
+from ..scheduling.sequence import Prefix
+from ..selectors.base import Selector, confidence_margin
+from ..selectors.drift import DriftWatch
+from ..triggers import Trigger, entropy
+from ..types import Asked, Candidate, EscalationReport, Picker, Sampling, Step, Timings
+
+MAX_K = 64
+DEFAULT_ENTROPY = 0.5
+"""Nats from which a step is critical where nothing was calibrated."""
+
+HEAD = 1024
+"""Tokens that top-p orders at first; the whole vocabulary only where these hold less than its mass."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A second look at one step: the scores that decide, who gave them, and what it took.
+
+    ``then`` follows the best candidate: tokens that the LLM settled with the same answer.
+    """
+
+    scores: Tensor
+    picked_by: Picker
+    candidates: tuple[Candidate, ...]
+    escalation: EscalationReport | None
+    select_s: float
+    escalate_s: float
+    then: tuple[int, ...] = ()
+
+
+class Engine:
+    """Generates with a small model, corrected at critical steps.
+
+    Args:
+        slm: proposes every token.
+        k: candidates per critical step, 1 to 64.
+        trigger: which steps are critical.
+        selector: ranks candidates locally; None leaves the SLM's own order.
+        escalation: whom to ask when the selector is unsure; None asks nobody.
+        threshold: the selector's calibrated escalation margin.
+        concurrency: how many generations run at once, and who waits.
+        drift: told of every answer's steps; warns when they are not what the selector was calibrated on.
+
+    Raises:
+        ConfigError: K out of range.
+    """
+
+    def __init__(
+        self,
+        slm: LanguageModel,
+        *,
+        k: int = 8,
+        trigger: Trigger | None = None,
+        selector: Selector | None = None,
+        escalation: Escalation | None = None,
+        threshold: float = DEFAULT_MARGIN,
+        concurrency: Concurrency | None = None,
+        drift: DriftWatch | None = None,
+    ) -> None:
+        if not 1 <= k <= MAX_K:
+            raise ConfigError(f"k is {k}; between 1 and {MAX_K} candidates can be scored at a step.")
+        self.slm, self.k = slm, k
+        self.trigger = trigger or entropy(above=DEFAULT_ENTROPY)
+        self.selector, self.escalation, self.threshold = selector, escalation, threshold
+        self.gate = Gate(concurrency or Concurrency())
+        self.drift = drift
+
+    def steps(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        grammar: Grammar | None = None,
+        budget: Budget | None = None,
+        cache_scope: str | None = None,
+    ) -> Iterator[Step]:
+        """Continue a prompt, one step at a time, until a stop token, the grammar's end or ``max_tokens``.
+
+        The stop token is emitted as the last step. Closing the generator stops the model and the LLM session.
+
+        Args:
+            prompt: token ids, at least one.
+            sampling: how tokens are drawn; greedy by default.
+            grammar: what is legal; masks apply before the top-K.
+            budget: what escalations may spend; None sets no limit.
+            cache_scope: KV of past turns is shared within one scope only.
+
+        Raises:
+            InputError: an empty prompt.
+            ContextOverflow: the prompt leaves no room in the context window.
+            BudgetExceeded: an escalation was refused and the budget says to raise.
+            Overloaded: too many generations at once.
+        """
+        run = self.run(prompt, sampling, grammar=grammar, budget=budget, cache_scope=cache_scope)
+        with closing(run):
+            for each in run:
+                if isinstance(each, Step):
+                    yield each
+
+    def run(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        grammar: Grammar | None = None,
+        budget: Budget | None = None,
+        cache_scope: str | None = None,
+        on_asked: Callable[[Asked], None] | None = None,
+        begun: Sequence[int] = (),
+    ) -> Generator[Place | Step, None, None]:
+        """As ``steps``, but where it has to wait for a slot, its place in the queue comes first.
+
+        The consumer may go on at once, and ``next`` blocks; or wait for ``Place.turn`` first, without a thread.
+
+        ``on_asked`` is told of every question to the LLM when it is over, before its step comes. Where the generation
+        ends with an error instead, as by an interruption, it was told of the question that has no step.
+
+        ``begun`` are tokens that the completion begins with, as far as they are legal: nobody chooses them again.
+        """
+        sampling = sampling or Sampling()
+        self._check_prompt(prompt)
+        with self.gate.place() as place:
+            if not place.turn.done():
+                yield place
+            queued_s = place.wait()
+            with Prefix.over(self.slm, prompt, cache_scope) as prefix:
+                reused = len(prefix)
+                desk = (
+                    self.escalation.open(budget, threshold=self.threshold, on_asked=on_asked)
+                    if self.escalation
+                    else nullcontext()
+                )
+                with desk as open_desk:
+                    steps = self._loop(prefix, prompt[reused:], sampling, grammar, open_desk, begun)
+                    if self.drift is not None:
+                        steps = self.drift.watching(steps)
+                    for first in islice(steps, 1):
+                        yield replace(first, timings=replace(first.timings, queue=queued_s), reused_tokens=reused)
+                    yield from steps
+
+    def _check_prompt(self, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise InputError("the prompt is empty: 0 tokens.", hint="Send at least one message.")
+        window = self.slm.context_window
+        if len(prompt) >= window:
+            raise ContextOverflow(
+                f"the prompt has {len(prompt)} tokens, the context window of {self.slm.name!r} {window}.",
+                hint="Shorten or summarise the conversation.",
+            )
+
+    def _loop(
+        self,
+        prefix: Prefix,
+        unread: Sequence[int],
+        sampling: Sampling,
+        grammar: Grammar | None,
+        desk: EscalationDesk | None,
+        begun: Sequence[int],
+    ) -> Iterator[Step]:
+        draw = Draw(sampling)
+        pending = list(unread)
+        kept = deque(begun)
+        length = len(prefix) + len(unread)
+        room = min(sampling.max_tokens, self.slm.context_window - length)
+        index = 0
+        while index < room:
+            for token, picker in settled(grammar, kept):
+                yield Step(index, length + index, token, token, picker)
+                if grammar and token not in self.slm.eos_ids:
+                    grammar.accept(token)
+                pending.append(token)
+                index += 1
+                if index >= room or token in self.slm.eos_ids:
+                    return
+            if grammar and grammar.finished:
+                return
+            with serially():
+                step = self._step(index, prefix, pending, draw, grammar, desk, kept)
+            yield step
+            if step.token_id in self.slm.eos_ids:
+                return
+            if grammar:
+                grammar.accept(step.token_id)
+            pending = [step.token_id]
+            index += 1
+
+    def _step(
+        self,
+        index: int,
+        prefix: Prefix,
+        pending: list[int],
+        draw: Draw,
+        grammar: Grammar | None,
+        desk: EscalationDesk | None,
+        kept: deque[int],
+    ) -> Step:
+        used, started = prefix.meter.seconds, time.perf_counter()
+        prefix.extend(pending)
+        computed = time.perf_counter()
+        allowed = grammar.allowed(prefix.logits) if grammar else self.slm.with_text
+        masked = time.perf_counter()
+        banned = draw.sampling.banned_first if index == 0 else ()
+        proposal = Proposal(prefix, self.k, allowed=allowed, banned=banned)
+        looks_twice = self.selector is not None or desk is not None
+        if looks_twice:
+            proposal.fetch()
+        wanted = draw.one_of_all(proposal.logits) if draw.random else proposal.best
+        triggered = looks_twice and self.trigger(proposal)
+        entropy_nats = proposal.entropy if looks_twice else None
+        propose_s = (computed - started) + (time.perf_counter() - masked)
+        if not triggered:
+            compute = prefix.meter.seconds - used
+            timings = Timings(propose=propose_s, grammar=masked - computed, compute=compute)
+            return Step(index, len(prefix), wanted, wanted, "slm", entropy=entropy_nats, timings=timings)
+        chosen = self._select(proposal, desk, grammar)
+        at = draw.one_of(chosen.scores) if draw.random else int(chosen.scores.argmax())
+        token = chosen.candidates[at].token_id
+        kept.extend(chosen.then)
+        return Step(
+            index,
+            len(prefix),
+            token,
+            wanted,
+            chosen.picked_by,
+            triggered=True,
+            entropy=entropy_nats,
+            candidates=chosen.candidates,
+            escalation=chosen.escalation,
+            timings=Timings(
+                propose=propose_s,
+                grammar=masked - computed,
+                select=chosen.select_s,
+                escalate=chosen.escalate_s,
+                compute=prefix.meter.seconds - used,
+            ),
+        )
+
+    def _select(self, proposal: Proposal, desk: EscalationDesk | None, grammar: Grammar | None) -> Selection:
+        """Rank the candidates locally; ask the LLM where that is not sure enough."""
+        started = time.perf_counter()
+        local = self.selector.scores(proposal) if self.selector else None
+        scores = (local if local is not None else proposal.candidate_log_probs).detach()
+        picked_by: Picker = "selector" if local is not None else "slm"
+        given, slm, found = fetched(scores, proposal.candidate_log_probs, proposal.candidates)
+        own, ids = (given if local is not None else None), [int(each) for each in found]
+        scores = torch.tensor(given, dtype=scores.dtype)
+        selected = time.perf_counter()
+        prefix = proposal.prefix
+        question = Question(prefix.ids, ids, prefix=prefix, slm=slm, selector=own, grammar=grammar)
+        answer, report = None, None
+        if desk is not None and len(ids) > 1 and desk.wants(confidence_margin(scores)):
+            answer, report = desk.ask(question)
+        if answer is not None:
+            scores, picked_by = decisive(answer), "llm"
+        candidates = candidates_of(question, answer)
+        done = time.perf_counter()
+        then = answer.then if answer else ()
+        return Selection(scores, picked_by, candidates, report, selected - started, done - selected, then)
+
+
+def fetched(*rows: Tensor) -> list[list[float]]:
+    """Several ``[K]`` as lists; from CUDA in one trip."""
+    return in_one_trip(*rows) if rows[0].device.type == "cuda" else [row.tolist() for row in rows]
+
+
+def in_one_trip(*rows: Tensor) -> list[list[float]]:
+    """Several ``[K]`` as lists, with a single wait for the device; float64 holds float32 scores and ids exactly."""
+    values: list[list[float]] = torch.stack([row.double().to(rows[0].device) for row in rows]).tolist()
+    return values
+
+
+def decisive(answer: Answer) -> Tensor:
+    """``[K]``: the LLM's scores; a candidate that it gave none cannot be chosen."""
+    return torch.tensor([-torch.inf if score is None else score for score in answer.scores])
+
+
+def settled(grammar: Grammar | None, kept: deque[int]) -> Iterator[tuple[int, Picker]]:
+    """Tokens that nobody has to choose any more: forced by the grammar, or kept with an earlier pick while legal.
+
+    The consumer lets the grammar accept each before it asks for the next.
+    """
+    while True:
+        for token in grammar.forced() if grammar else ():
+            if kept and kept.popleft() != token:
+                kept.clear()
+            yield token, "grammar"
+        if not kept or (grammar and not grammar.takes(kept[0])):
+            kept.clear()
+            return
+        yield kept.popleft(), "slm"
+
+
+class Draw:
+    """Draws tokens as a ``Sampling`` says; greedy never touches a random generator."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.random = sampling.temperature > 0
+        self._generator = torch.Generator()
+        if sampling.seed is not None:
+            self._generator.manual_seed(sampling.seed)
+        else:
+            self._generator.seed()
+
+    def one_of_all(self, logits: Tensor) -> int:
+        """A token from the whole distribution ``[V]``, with temperature and top-p."""
+        probs = (logits.cpu() / self.sampling.temperature).softmax(0)
+        if self.sampling.top_p < 1:
+            probs = nucleus(probs, self.sampling.top_p)
+        return int(torch.multinomial(probs, 1, generator=self._generator))
+
+    def one_of(self, scores: Tensor) -> int:
+        """A position among candidates' scores ``[K]``, with temperature."""
+        probs = (scores.float().cpu() / self.sampling.temperature).softmax(0)
+        return int(torch.multinomial(probs, 1, generator=self._generator))
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Probabilities ``[V]`` with 0 for all but the likeliest tokens that together reach ``top_p``."""
+    ordered, order = probs.topk(min(HEAD, len(probs)))
+    if ordered.sum() < top_p:
+        ordered, order = probs.sort(descending=True)
+    beyond = ordered.cumsum(0) - ordered >= top_p  # keeps the token that crosses the mass
+    return torch.zeros_like(probs).scatter(0, order, ordered.masked_fill(beyond, 0.0))

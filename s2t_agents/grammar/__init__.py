@@ -1,0 +1,1 @@
+"""Constrained decoding: tools and JSON schemas to llguidance grammars, and finished answers against their schemas."""

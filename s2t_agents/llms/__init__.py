@@ -1,0 +1,10 @@
+"""Large models that can be asked which of K candidates comes next: local weights, a server, a chat model as judge."""
+
+from .base import LLMSelector, LLMSession
+from .circuit_breaker import CircuitBreaker
+from .judge import ChatJudge
+from .local_llm import LocalLLM
+from .openai_llm import OpenAILLM
+from .question import Answer, Question
+
+__all__ = ["Answer", "ChatJudge", "CircuitBreaker", "LLMSelector", "LLMSession", "LocalLLM", "OpenAILLM", "Question"]

@@ -1,0 +1,184 @@
+"""A large model on this machine: loaded at the first escalation, its KV caught up only when it is asked."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from math import inf
+from typing import Any
+
+import torch
+
+from ..backends.torch.fingerprint import shared_ids
+from ..backends.torch.language_model import LanguageModel
+from ..backends.torch.loading import load_tokenizer
+from ..errors import EscalationFailed, TokenizerMismatch
+from ..fork_safety import hold_while_forking
+from ..hub import first_line
+from ..redaction import without_secrets
+from ..scheduling.idle_sequences import IdlePrefixes
+from ..scheduling.sequence import Prefix
+from ..types import Charge, Price
+from .question import Answer, Question, charge
+
+IDLE_CACHES = 4
+"""KV caches kept after their generations ended: the next turn of the same conversation continues one."""
+
+RELOAD_S = 300.0
+"""Seconds after which weights that could not be read are tried again: reading large ones takes minutes."""
+
+
+class LocalLLM:
+    """Another Hugging Face model with the SLM's tokenizer.
+
+    Args:
+        model: a directory or hub id, or a model that is loaded already.
+        price: of its tokens, for dollar budgets; None when you do not know it.
+        device: where it runs; may be another than the SLM's.
+        dtype: None chooses as for the SLM.
+        options: passed to ``from_pretrained``.
+    """
+
+    def __init__(
+        self,
+        model: str | LanguageModel,
+        *,
+        price: Price | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        self.name = model if isinstance(model, str) else model.name
+        self.price = price
+        self._model = None if isinstance(model, str) else model
+        self._options: dict[str, Any] = {"device": device, "dtype": dtype, **options}
+        self._lock = threading.Lock()
+        hold_while_forking(self, "_lock")
+        self._failure, self._again_at = "", 0.0
+        self.idle = IdlePrefixes(IDLE_CACHES)
+
+    def __repr__(self) -> str:
+        clean = without_secrets(self._options)
+        options = {key: value for key, value in clean.items() if value is not None and key != "device"}
+        return f"LocalLLM({', '.join([repr(self.name), *(f'{key}={value!r}' for key, value in options.items())])})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles as its settings: weights, caches and locks stay behind and come back when needed."""
+        return {"name": self.name, "price": self.price, "options": without_secrets(self._options)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["name"], price=state["price"], **state["options"])  # type: ignore[misc]
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._model is not None
+
+    def check(self, slm: LanguageModel) -> None:
+        """Compare tokenizers by content, reading no weights.
+
+        Raises:
+            TokenizerMismatch: a token of the SLM's has another id, or none, in the LLM's vocabulary.
+            ModelNotFound: no tokenizer there.
+        """
+        tokenizer = self._model.given_tokenizer if self._model else self._read_tokenizer()
+        differing = shared_ids(slm.tokenizer, tokenizer)
+        if differing:
+            raise TokenizerMismatch(
+                f"{self.name!r} and {slm.name!r} disagree on {len(differing)} token ids, {differing[0]!r} first.",
+                hint="Take an LLM of the same family, or a chat model as judge, which needs no shared tokenizer.",
+            )
+
+    def _read_tokenizer(self) -> Any:
+        return self._options.get("tokenizer") or load_tokenizer(self.name, **_from_pretrained(self._options))
+
+    def open(self) -> LocalSession:
+        """A session with its own KV."""
+        return LocalSession(self)
+
+    def load(self) -> LanguageModel:
+        """The weights; read on the first call.
+
+        Raises:
+            EscalationFailed: they cannot be read. For ``RELOAD_S`` seconds that is said again and nothing is tried.
+        """
+        with self._lock:
+            if self._model is None:
+                if time.monotonic() < self._again_at:
+                    raise EscalationFailed(self._failure)
+                self._model = self._read()
+            return self._model
+
+    def _read(self) -> LanguageModel:
+        try:
+            return LanguageModel.load(self.name, **self._options)
+        except Exception as error:  # a loader and its options raise anything
+            self._failure = f"the weights of {self.name!r} cannot be loaded: {first_line(error)}."
+            self._again_at = time.monotonic() + RELOAD_S
+            raise EscalationFailed(self._failure) from error
+
+
+def _from_pretrained(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in ("device", "dtype", "tokenizer", "prepack")}
+
+
+class LocalSession:
+    """One generation's KV in the LLM, synced lazily: common prefix kept, the rest read in one go."""
+
+    def __init__(self, llm: LocalLLM) -> None:
+        self._llm = llm
+        self._prefix: Prefix | None = None
+
+    def quote(self, question: Question) -> Charge:
+        """What the KV does not hold yet, and one token."""
+        return charge(self._llm.price, input_tokens=self.uncached(question.ids, scope_of(question)))
+
+    def ask(self, question: Question) -> Answer:
+        """Score every candidate.
+
+        Raises:
+            EscalationFailed: the prefix is too long, or the device gave up (out of memory, gone).
+        """
+        cost = self.quote(question)
+        try:
+            scores = self.scores(question.ids, question.candidates, scope_of(question))
+        except RuntimeError as error:
+            self._prefix = None  # its KV may be half-written
+            raise EscalationFailed(f"the LLM broke down on this machine: {first_line(error)}.") from error
+        question.owe(cost)
+        return Answer(tuple(scores))
+
+    def uncached(self, ids: Sequence[int], scope: str | None = None) -> int:
+        """Tokens of ``ids`` that are not in the KV yet."""
+        if self._prefix is None:
+            self._prefix = self._llm.idle.take(ids, scope)
+        return len(ids) - (self._prefix.shared(ids) if self._prefix else 0)
+
+    def scores(self, ids: Sequence[int], candidates: Sequence[int], scope: str | None = None) -> list[float]:
+        """Log-probabilities of the candidates after ``ids``; one forward over what is new."""
+        model = self._llm.load()
+        if len(ids) >= model.context_window:
+            raise EscalationFailed(
+                f"a prefix of {len(ids)} tokens does not fit the LLM's context of {model.context_window}."
+            )
+        rows = model.vocab_size
+        if outside := next((token for token in ids if token >= rows), None):
+            raise EscalationFailed(f"the LLM has no embedding for token {outside} of the prefix: it has {rows}.")
+        if self._prefix is None:
+            self._prefix = self._llm.idle.take(ids, scope) or Prefix(model, scope)
+        self._prefix.move_to(ids)
+        log_probs = self._prefix.logits.log_softmax(0)
+        within: list[float] = log_probs[[token if token < rows else 0 for token in candidates]].tolist()
+        return [value if token < rows else -inf for value, token in zip(within, candidates, strict=True)]
+
+    def close(self) -> None:
+        """Hand the KV back for the next turn."""
+        if self._prefix is not None:
+            self._llm.idle.keep(self._prefix)
+            self._prefix = None
+
+
+def scope_of(question: Question) -> str | None:
+    """Whose conversation a question is about; None where nobody said."""
+    return question.prefix.scope if question.prefix is not None else None

@@ -1,0 +1,1 @@
+"""One scheduler per model: admission, sequences, continuous batching, prefix cache."""

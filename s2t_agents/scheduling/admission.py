@@ -1,0 +1,163 @@
+"""How many generations run at once, who waits behind them, and when somebody is turned away.
+
+First come, first served. A slot is held from the first step to the last: a consumer that stops reading a stream holds
+it, and those behind it get a clear error when their patience is over, never a silent deadlock.
+
+What a generation calls while it computes (``on_step``, a token's callback, a judge and its tools) may call the same
+model again: that call shares the generation's slot, since to wait for it would be to wait for itself.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ..call_scope import callers
+from ..errors import ConfigError, Overloaded
+from ..fork_safety import hold_while_forking, renew_in_child
+
+DEEPEST = 8
+"""Generations that call one another; one that always calls another would go on until memory ends."""
+
+
+@dataclass(frozen=True)
+class Concurrency:
+    """Back-pressure of one engine.
+
+    Attributes:
+        running: generations that share the model's forwards, at most.
+        waiting: generations that may queue behind them; 0 turns them away at once.
+        wait_s: seconds that one waits for its turn; infinite is for ever.
+
+    Raises:
+        ConfigError: numbers that let nobody in.
+    """
+
+    running: int = 32
+    waiting: int = 256
+    wait_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.running < 1 or self.waiting < 0 or not self.wait_s >= 0:
+            raise ConfigError(
+                f"running is {self.running}, waiting {self.waiting}, wait_s {self.wait_s}.",
+                hint="At least 1 must run, and neither of the others may be negative.",
+            )
+
+
+class Place:
+    """One generation's place before an engine: in the queue at first, then a slot.
+
+    Attributes:
+        gate: of the engine.
+        process: whose it is; a forked child inherits its parent's places, but none of them counts there.
+        turn: done when the slot is there. Only the gate ends it: it takes no cancellation.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self.turn: Future[None] = Future()
+        self.turn.set_running_or_notify_cancel()
+        self.process = os.getpid()
+        self.gate, self._limits, self._since = gate, gate.limits, time.monotonic()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that it still waits, at most."""
+        left = self._since + self._limits.wait_s - time.monotonic()
+        return min(max(left, 0.0), threading.TIMEOUT_MAX)
+
+    def wait(self) -> float:
+        """Block until the turn has come; gives the seconds since the place was taken.
+
+        Raises:
+            Overloaded: the wait was too long. Nothing has run.
+        """
+        try:
+            self.turn.result(self.left_s)
+        except TimeoutError:
+            raise Overloaded(
+                f"no slot became free within {self._limits.wait_s:g} seconds; {self._limits.running} generations run.",
+                hint="Close streams that are no longer read, or raise Concurrency(running=..., wait_s=...).",
+            ) from None
+        return time.monotonic() - self._since
+
+
+class Gate:
+    """The door of one engine."""
+
+    def __init__(self, limits: Concurrency) -> None:
+        self.limits = limits
+        self._mutex = threading.RLock()  # the garbage collector may close a lost stream in the middle of a change
+        hold_while_forking(self, "_mutex")
+        renew_in_child(self._empty)
+        self._running, self._process = 0, os.getpid()
+        self._queue: deque[Place] = deque()
+
+    @contextmanager
+    def place(self) -> Iterator[Place]:
+        """A place while the block lasts: it may run once ``Place.turn`` is done.
+
+        Raises:
+            Overloaded: the queue is full, or too many generations call one another. Nothing has run.
+        """
+        around = callers()
+        outer = {caller.place for caller in around if isinstance(caller.place, Place) and caller.place.gate is self}
+        if len(outer) >= DEEPEST:
+            raise Overloaded(
+                f"{len(outer)} generations of one model wait for one another, each called by the one before.",
+                hint="Let on_step, callbacks and judges not call their own model without end.",
+            )
+        place = self._shared() if outer else self._enter()
+        own = [caller for caller in around if caller.place is None]
+        for caller in own:
+            caller.place = place
+        try:
+            yield place
+        finally:
+            for caller in own:
+                caller.place = None
+            if not outer:
+                self._leave(place)
+
+    def _empty(self) -> None:
+        """Whoever was inside or before the door did not come along into the child."""
+        self._running, self._queue, self._process = 0, deque(), os.getpid()
+
+    def _shared(self) -> Place:
+        place = Place(self)
+        place.turn.set_result(None)
+        return place
+
+    def _enter(self) -> Place:
+        place = Place(self)
+        with self._mutex:
+            if self._running < self.limits.running and not self._queue:
+                self._running += 1
+                place.turn.set_result(None)
+            elif len(self._queue) < self.limits.waiting:
+                self._queue.append(place)
+            else:
+                raise Overloaded(
+                    f"{self._running} generations run and {len(self._queue)} wait; the limits are "
+                    f"{self.limits.running} and {self.limits.waiting}.",
+                    hint="Try again later, or raise Concurrency(running=..., waiting=...).",
+                )
+        return place
+
+    def _leave(self, place: Place) -> None:
+        with self._mutex:
+            if place.process != self._process:
+                return
+            if not place.turn.done():
+                self._queue.remove(place)
+            elif self._queue:
+                self._queue.popleft().turn.set_result(None)  # the slot goes straight to whoever waits first
+            else:
+                self._running -= 1

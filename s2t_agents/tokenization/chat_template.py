@@ -1,0 +1,260 @@
+"""Chat templates, rendered so that the origin of every character is known (``traced``).
+
+The environment is that of ``apply_chat_template``: same extensions, filters and functions, in Jinja's sandbox, and in
+bounded time and memory (``bounded_jinja``).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+from jinja2 import Environment, TemplateError, nodes, pass_environment
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.exceptions import SecurityError, TemplateSyntaxError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import make_attrgetter
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.utils import Namespace
+
+from ..errors import ConfigError
+from ..hub import first_line
+from .bounded_jinja import BoundedEnvironment, TooCostly, refuse_widths
+from .traced_text import Traced, blurred, concat, followed, own
+
+_SELECTING = frozenset({
+    "attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list", "map",
+    "max", "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum", "unique",
+})  # fmt: skip
+"""Filters that give back pieces of what they were given."""
+
+_EXACT = frozenset({"replace", "trim"})
+"""Filters that call one method of ``Traced``."""
+
+
+LONGEST = 500_000
+"""Characters of a template's source; real ones have up to some 20,000."""
+
+_WAY_OUT = "Mend it, or give another one as chat_template=..."
+
+
+class ChatTemplate:
+    """A chat template's source, compiled.
+
+    Args:
+        source: Jinja, as in ``tokenizer.chat_template``.
+        as_json: last change to the JSON text of a value from outside, which must leave it the same value.
+
+    Raises:
+        ConfigError: a source that is no template.
+    """
+
+    def __init__(self, source: str, *, as_json: Callable[[str], str] = lambda text: text) -> None:
+        if not isinstance(source, str) or len(source) > LONGEST:
+            raise ConfigError(f"The chat template is no text of at most {LONGEST:,} characters.", hint=_WAY_OUT)
+        self._environment = _Environment(as_json)
+        try:
+            self._template = self._environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"The chat template cannot be compiled, line {error.lineno}: {error.message}.", hint=_WAY_OUT
+            ) from error
+        except Exception as error:  # Python's own compiler has limits, too
+            raise ConfigError(f"The chat template cannot be compiled: {first_line(error)}.", hint=_WAY_OUT) from error
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """The rendered text; strings from outside are known in it by what ``traced.Sources`` made of them.
+
+        Raises:
+            TemplateError: the template refuses these variables, fails on them, or writes nothing.
+            TooCostly: it takes more time or memory than any rendering needs.
+        """
+        try:
+            with self._environment.rendering(variables):
+                rendered = self._template.render(**variables)
+        except (TooCostly, TemplateError):
+            raise
+        except Exception as error:  # Python's own, of whatever the template does
+            raise TemplateError(f"{type(error).__name__}: {first_line(error)}") from error
+        if not rendered.strip():
+            raise TemplateError("it writes nothing")
+        return rendered
+
+
+def chat_template_of(given: str | Path | None) -> str | None:
+    """A ``chat_template`` setting as a template's source.
+
+    Args:
+        given: the source itself, which has a brace or a line break in it, or a file that holds it.
+
+    Raises:
+        ConfigError: no such file; not UTF-8; a source that cannot be compiled.
+    """
+    if given is None:
+        return None
+    source = str(given)
+    if isinstance(given, Path) or not any(mark in source for mark in "{\n"):
+        try:
+            file = Path(given).expanduser()
+            if not file.is_file():
+                raise OSError("no such file")
+            source = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"chat_template is {str(given)!r}: {first_line(error)}.",
+                hint="Give a Jinja template as text, or a file that holds one.",
+            ) from error
+    _check(source)
+    return source
+
+
+@lru_cache(maxsize=32)
+def _check(source: str) -> None:
+    ChatTemplate(source)
+
+
+def json_text(value: Any, *, ensure_ascii: bool = False, **layout: Any) -> str:
+    """A value as JSON; where it holds text from outside, all of it counts as such."""
+    return blurred(json.dumps(value, ensure_ascii=ensure_ascii, **layout), value)
+
+
+class _Code(CodeGenerator):
+    """Jinja's code, but for ``~``, which joins plain strings there."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write("environment.filters['s2t_made'](environment.concat(map(str, (")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))))")
+
+
+class _Generation(Extension):
+    """``{% generation %}``: marks the assistant's words in training; here they are printed as they are."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_printed"), [], [], body).set_lineno(line)
+
+    def _printed(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Environment(BoundedEnvironment):
+    code_generator_class = _Code
+
+    def __init__(self, as_json: Callable[[str], str]) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=_printable
+        )
+        self.filters = {name: _traced_filter(name, body) for name, body in self.filters.items()}
+        self.filters["tojson"] = functools.partial(_to_json, as_json)
+        self.filters["join"] = _join
+        self.globals |= {
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
+            "dict": _Dict(),
+            "namespace": _Namespace,
+        }
+        self.bound()
+
+    def concat(self, parts: Iterable[str]) -> str:
+        return concat(self.joined(parts))
+
+    def operated(self, operator: str, left: Any, right: Any) -> Any:
+        operation = self.binop_table[operator]
+        return followed(operation, left, right) if operator == "%" else operation(left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        method = inspect.unwrap(__obj) if callable(__obj) else __obj  # str.format comes wrapped by the sandbox
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        call = super().call
+        if not isinstance(owner, str):
+            return call(__context, __obj, *args, **kwargs)
+        if isinstance(vars(Traced).get(name), FunctionType):
+            return call(__context, getattr(own(owner), name), *args, **kwargs)
+
+        def plainly(text: str, *given: Any, **named: Any) -> Any:
+            return call(__context, __self.getattr(str.__str__(text), name), *given, **named)
+
+        return followed(plainly, owner, *args, **kwargs)
+
+
+class _Dict:
+    """``dict`` without its other attributes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        """As ``dict.fromkeys``."""
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """Jinja's, without names that begin with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        attributes = dict(*args[1:], **kwargs)
+        for name in attributes:
+            _check_name(name)
+        Namespace.__init__(args[0], attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        return "<namespace>"  # what it holds may hold it again
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"Chat templates cannot store {name!r} in a namespace.")
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(layout: str) -> str:
+    refuse_widths(layout)
+    return datetime.now().strftime(layout)
+
+
+def _printable(value: Any) -> Any:
+    """What ``{{ value }}`` prints."""
+    return followed(str, value) if isinstance(value, dict | list | tuple) else value
+
+
+def _traced_filter(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+    if name in _SELECTING | _EXACT:
+        return body
+
+    @functools.wraps(body)  # and with it Jinja's mark of filters that take the context
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        return followed(body, *args, **kwargs)
+
+    return traced
+
+
+@pass_environment
+def _join(environment: Environment, value: Any, d: str = "", attribute: str | int | None = None) -> str:
+    parts = value if attribute is None else map(make_attrgetter(environment, attribute), value)
+    return own(str(d)).join(map(str, parts))
+
+
+def _to_json(as_json: Callable[[str], str], x: Any, ensure_ascii: bool = False, **layout: Any) -> str:
+    text = json_text(x, ensure_ascii=ensure_ascii, **layout)
+    return blurred(as_json(str.__str__(text)), text) if isinstance(text, Traced) else text

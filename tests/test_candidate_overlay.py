@@ -1,0 +1,94 @@
+"""K candidates in one forward equal K full forwards, on every architecture, and leave the base alone."""
+
+import pytest
+import torch
+
+from s2t_agents.backends.torch import candidate_overlay as overlay
+from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
+
+CANDIDATES = torch.tensor([5, 9, 200, 33, 90, 91, 7, 128])
+
+
+@pytest.fixture(params=[*ARCHITECTURES, *RECURRENT])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def ids() -> list[int]:
+    return torch.randint(0, 250, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def reference(model: LanguageModel, ids: list[int]) -> torch.Tensor:
+    """Logits ``[K, V]`` of K full forwards of prefix + candidate."""
+    return torch.stack([model.model(torch.tensor([[*ids, c]])).logits[0, -1] for c in CANDIDATES.tolist()])
+
+
+def looked_ahead(model: LanguageModel, prefix: Prefix) -> torch.Tensor:
+    return model.model.get_output_embeddings()(prefix.look_ahead(CANDIDATES))
+
+
+def error(model: LanguageModel, ids: list[int]) -> float:
+    prefix = Prefix(model)
+    prefix.extend(ids)
+    return float((looked_ahead(model, prefix) - reference(model, ids)).abs().max())
+
+
+def test_look_ahead_equals_full_forwards(model: LanguageModel, ids: list[int]) -> None:
+    assert error(model, ids) < 1e-4
+
+
+def test_recurrent_models_take_cloned_rows_and_all_others_the_overlay() -> None:
+    assert all(tiny_model(name).overlay_exact for name in ARCHITECTURES)
+    assert not any(tiny_model(name).overlay_exact for name in RECURRENT)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_mask_that_lets_candidates_see_each_other_would_be_caught(
+    name: str, ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_mask(config: object, positions: torch.Tensor, prefix: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(1, 1, len(positions), prefix + len(positions), dtype=dtype)
+
+    def open_apart(tokens: int, length: int, window: int | None, *, like: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(1, 1, tokens, length, dtype=like.dtype)
+
+    monkeypatch.setattr("s2t_agents.backends.torch.language_model.row_mask", open_mask)
+    monkeypatch.setattr("s2t_agents.backends.torch.decoder_batch.apart", open_apart)
+    assert error(tiny_model(name), ids) > 1e-2
+
+
+def test_a_mask_that_forgets_the_sliding_window_would_be_caught(
+    ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlay, "layer_kinds", lambda config: ["full_attention"] * config.num_hidden_layers)
+    assert error(tiny_model("gemma3"), ids) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2"])
+def test_uniform_sliding_windows_are_exact_too(name: str, ids: list[int]) -> None:
+    more = {"use_sliding_window": True, "max_window_layers": 0} if name == "qwen2" else {}
+    assert error(tiny_model(name, sliding_window=16, **more), ids) < 1e-4
+
+
+def test_looking_ahead_leaves_logits_and_kv_bitwise_as_they_were(model: LanguageModel, ids: list[int]) -> None:
+    watched, alone = Prefix(model), Prefix(model)
+    for prefix in (watched, alone):
+        prefix.extend(ids)
+    watched.look_ahead(CANDIDATES)
+    for prefix in (watched, alone):
+        prefix.extend([17])
+    assert torch.equal(watched.logits, alone.logits)
+    for ours, theirs in zip(watched._cache.layers, alone._cache.layers, strict=True):
+        for name in ("keys", "values"):
+            if isinstance(getattr(ours, name, None), torch.Tensor):
+                assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_row_mask_shows_each_candidate_its_own_prefix_and_itself() -> None:
+    config = tiny_model("llama").config
+    mask = overlay.row_mask(config, torch.tensor([2, 3]), 3, torch.float32)
+    assert isinstance(mask, torch.Tensor)
+    assert (mask[0, 0] == 0).tolist() == [[True, True, False, True, False], [True, True, True, False, True]]

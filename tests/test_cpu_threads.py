@@ -1,0 +1,264 @@
+"""Long forwards run on one thread with one OpenMP team, the rest of a step alone; the consumer keeps its setting."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import dedent
+from threading import Thread, current_thread, main_thread
+
+import forked
+import pytest
+import torch
+
+from s2t_agents.backends.torch import cpu_threads
+from s2t_agents.backends.torch.cpu_threads import Team
+from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.engine.engine import Engine
+from s2t_agents.llms.previews import continuations
+from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.testing import tiny_model
+from s2t_agents.triggers import when
+from s2t_agents.types import Sampling
+
+TASKS = Path("/proc/self/task")
+pytestmark = pytest.mark.skipif(cpu_threads._libgomp() is None, reason="this torch brings no libgomp along")
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_only_forwards_have_a_team() -> None:
+    model, seen = tiny_model("qwen2"), []
+    run_alone = model.owner._single
+
+    def forward(part: object) -> object:
+        seen.append(("forward", torch.get_num_threads()))
+        return run_alone(part)  # type: ignore[arg-type]
+
+    model.owner._single = forward  # type: ignore[assignment]
+    trigger = when(lambda proposal: seen.append(("trigger", torch.get_num_threads())) is None)
+    engine = Engine(model, trigger=trigger, selector=None)
+    engine.selector = Flat()  # type: ignore[assignment]
+    seen.extend(("consumer", torch.get_num_threads()) for _ in engine.steps([5, 6, 7], Sampling(max_tokens=3)))
+    assert seen[:3] == [("forward", 2), ("trigger", 1), ("consumer", 2)]
+    assert set(seen) == {("forward", 2), ("trigger", 1), ("consumer", 2)}
+
+
+class Flat:
+    """Leaves the SLM's order."""
+
+    def scores(self, proposal: object) -> torch.Tensor:
+        return proposal.candidate_log_probs  # type: ignore[attr-defined, no-any-return]
+
+
+def test_previews_have_the_forwards_team_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = tiny_model("qwen2"), []
+    prefix = Prefix(model)
+    prefix.extend([5, 6, 7])
+    read = model.read_rows
+    monkeypatch.setattr(model, "read_rows", lambda *rest: seen.append(torch.get_num_threads()) or read(*rest))
+    with cpu_threads.serially():
+        continuations(prefix, [1, 2, 3], 4)
+        assert torch.get_num_threads() == 1
+    assert set(seen) == {2}
+
+
+def test_a_step_that_fails_leaves_the_setting_as_it_was() -> None:
+    def broken(proposal: object) -> bool:
+        raise RuntimeError("no")
+
+    engine = Engine(tiny_model("qwen2"), trigger=when(broken))
+    engine.selector = Flat()  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="no"):
+        next(engine.steps([5, 6, 7]))
+    assert torch.get_num_threads() == 2
+
+
+def test_a_consumer_that_chose_one_thread_gets_one() -> None:
+    seen: list[int] = []
+
+    def own() -> None:
+        torch.set_num_threads(1)
+        with cpu_threads.serially():
+            Team().apart(lambda: seen.append(torch.get_num_threads()))
+        seen.append(torch.get_num_threads())
+
+    thread = Thread(target=own)
+    thread.start()
+    thread.join()
+    assert seen == [1, 1]
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc")
+def test_a_team_is_given_back() -> None:
+    in_a_process_of_its_own("""
+        before = threads()
+        in_parallel()
+        assert threads() == before + 1
+        with cpu_threads.serially():
+            cpu_threads.release()
+            in_parallel()
+            assert threads() == before
+            cpu_threads.Team().here(in_parallel)
+            assert threads() == before + 1
+        cpu_threads.release()
+        assert threads() == before
+    """)
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc")
+def test_generations_at_once_have_one_team_among_them() -> None:
+    in_a_process_of_its_own("""
+        from concurrent.futures import ThreadPoolExecutor
+
+        from s2t_agents.engine.engine import Engine
+        from s2t_agents.testing import tiny_model
+        from s2t_agents.types import Sampling
+
+        model = tiny_model("qwen2", hidden_size=64)
+        model.owner._long_s = 0.0
+        engine = Engine(model)
+        before = threads()
+        with ThreadPoolExecutor(4) as pool:
+            prompts = [[5 + n, 6, 7] for n in range(4)]
+            answers = [pool.submit(lambda ids=ids: list(engine.steps(ids, Sampling(max_tokens=12)))) for ids in prompts]
+            assert all(answer.result() for answer in answers)
+            assert threads() <= before + 4 + 2, threads() - before  # theirs, and the forwards' own with its team
+    """)
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc")
+def test_a_callers_own_team_makes_way_and_the_models_goes_when_it_is_idle() -> None:
+    in_a_process_of_its_own("""
+        from s2t_agents.engine.engine import Engine
+        from s2t_agents.testing import tiny_model
+        from s2t_agents.types import Sampling
+
+        model = tiny_model("qwen2", hidden_size=64)
+        model.owner._long_s = 0.0
+        before = threads()
+        in_parallel()
+        steps = Engine(model).steps([5, 6, 7], Sampling(max_tokens=4))
+        next(steps)
+        assert threads() <= before + 2, threads() - before  # the forwards' thread and its team; the caller's has gone
+        steps.close()
+        model.owner._team._thread.submit(int).result()
+        assert threads() == before + 1, threads() - before  # its team has gone, too
+    """)
+
+
+def test_long_forwards_run_on_the_models_own_thread_and_say_the_same() -> None:
+    model, where = tiny_model("qwen2"), []
+    run_alone = model.owner._single
+
+    def forward(part: object) -> object:
+        where.append(current_thread().name.rsplit("_", 1)[0])
+        return run_alone(part)  # type: ignore[arg-type]
+
+    model.owner._single = forward  # type: ignore[assignment]
+    model.owner._long_s = 60.0
+    here = ids(model)
+    assert where[0] == "s2t-forward"  # nothing is known of the model yet
+    assert where[2:] == ["MainThread"] * 6
+    model.past.clear()
+    where.clear()
+    model.owner._long_s = 0.0
+    assert ids(model) == here
+    assert set(where) == {"s2t-forward"}
+
+
+def test_what_a_forward_raises_reaches_the_caller() -> None:
+    def broken() -> None:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        Team().apart(broken)
+
+
+def test_an_interrupted_caller_leaves_when_the_forward_is_done() -> None:
+    done: list[bool] = []
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)  # SIGINT may be ignored where tests run
+
+    def forward() -> None:
+        signal.pthread_kill(main_thread().ident or 0, signal.SIGUSR1)
+        time.sleep(0.2)
+        done.append(True)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Team().apart(forward)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert done == [True]
+
+
+def test_the_thread_ends_with_its_model() -> None:
+    model = tiny_model("qwen2", seed=7)
+    model.owner._long_s = 0.0
+    ids(model)
+    (thread,) = model.owner._team._thread._threads  # type: ignore[union-attr]
+    assert thread.is_alive()
+    del model
+    gc.collect()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_has_a_thread_of_its_own() -> None:
+    in_a_process_of_its_own("""
+        import signal
+        from s2t_agents.engine.engine import Engine
+        from s2t_agents.testing import tiny_model
+        from s2t_agents.types import Sampling
+        model = tiny_model("qwen2")
+        model.owner._long_s = 0.0
+        def ids(): return [step.token_id for step in Engine(model).steps([5, 6, 7], Sampling(max_tokens=8))]
+        before = ids()
+        assert model.owner._team._thread
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # in vain it would wait for ever
+            os._exit(0 if ids() == before else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    """)
+
+
+def ids(model: LanguageModel) -> list[int]:
+    return [step.token_id for step in Engine(model).steps([5, 6, 7], Sampling(max_tokens=8))]
+
+
+def in_a_process_of_its_own(body: str) -> None:
+    """Where nobody else begins or ends a thread."""
+    head = """
+        import os
+        import time
+        import torch
+        from s2t_agents.backends.torch import cpu_threads
+        torch.set_num_threads(2)
+        cpu_threads.release()
+        def threads():  # once those that are ending have ended
+            time.sleep(0.3)
+            return len(os.listdir("/proc/self/task"))
+        def in_parallel(): torch.zeros(400_000).add_(1)
+    """
+    code = dedent(head) + dedent(body)
+    done = forked.run("-c", code)
+    assert not done.returncode, done.stderr[-2000:]
+
+
+def test_without_such_a_runtime_everything_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_it = ids(tiny_model("qwen2"))
+    monkeypatch.setattr(cpu_threads, "_libgomp", lambda: None)
+    assert ids(tiny_model("qwen2")) == with_it
+    assert torch.get_num_threads() == 2

@@ -1,0 +1,218 @@
+"""Memory of arenas: bounded all together, given back at once, and for as many as it lasts."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_graph_runner import CANDIDATES, eager_model, is_seated, read, same, some_ids, some_lora, static_model
+
+from s2t_agents.backends.torch.cuda import graph_runner as static_step
+from s2t_agents.backends.torch.cuda.cuda_graph import played
+from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST, Arena, Arenas
+from s2t_agents.backends.torch.cuda.pooled_kv_cache import StaticCache
+from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.backends.torch.packed_batch import Segment
+from s2t_agents.scheduling.sequence import Prefix
+
+ROW = 4 * 2 * 2 * 8 * 4 * SMALLEST
+"""Bytes of a row of the smallest bucket of the tiny model."""
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def arena_of(prefix: Prefix) -> Arena:
+    assert isinstance(prefix._cache, StaticCache)
+    assert prefix._cache.seat is not None
+    return prefix._cache.seat.arena
+
+
+def together(model: LanguageModel, prefixes: list[Prefix], token: int) -> None:
+    """One token for each in one forward, as generations at once take it."""
+    parts = [Segment(torch.tensor([token]), prefix._cache, len(prefix)) for prefix in prefixes]
+    for prefix, said in zip(prefixes, model.run_packed(parts), strict=True):
+        prefix.logits, prefix.hidden = said  # type: ignore[misc]
+        prefix.ids.append(token)
+
+
+def test_an_arena_that_all_have_left_is_gone_at_once_with_all_that_was_made_for_it(no_collection: None) -> None:
+    model = static_model(record=played)
+    static: Any = model.static
+    one, other = (read(model, some_ids(9 + n, n)) for n in range(2))
+    one.extend([4])
+    one.look_ahead(CANDIDATES)
+    left = arena_of(one)
+    looks = [looks for of_one in static._looks[left].values() for looks in of_one.values()]
+    gone = [weakref.ref(each) for each in (left, *static._steps[left].values(), *looks)]
+    del looks
+    assert len(gone) == 3
+    del left
+    together(model, [one, other], 5)
+    assert arena_of(one) is arena_of(other)
+    assert [ref() for ref in gone] == [None] * 3
+
+
+def test_without_memory_for_a_row_the_eager_step_is_taken() -> None:
+    ours, theirs = static_model(arenas=Arenas(limit_bytes=1000)), eager_model()
+    one, other = read(ours, some_ids(9)), read(theirs, some_ids(9))
+    for prefix in (one, other):
+        prefix.extend([4])
+    assert not is_seated(one)
+    same(one, other)
+
+
+def test_an_empty_arena_makes_room_for_one_that_is_wanted() -> None:
+    arenas = Arenas(limit_bytes=2 * ROW)  # one row of the second bucket
+    model = static_model(arenas=arenas)
+    for length in (5, SMALLEST + 5):
+        prefix = read(model, some_ids(length))
+        prefix.extend([1])
+        assert is_seated(prefix)
+        del prefix
+        gc.collect()
+    assert list(arenas._by_capacity) == [2 * SMALLEST]
+
+
+def test_selections_are_kept_for_the_adapters_there_are_as_they_are_now(no_collection: None) -> None:
+    model = static_model(record=played)
+    static: Any = model.static
+    prefix = read(model, some_ids(9))
+    prefix.extend([4])
+
+    def made() -> list[Any]:
+        by_adapter = static._looks[arena_of(prefix)]
+        return [weakref.ref(looks) for of_one in by_adapter.values() for looks in of_one.values()]
+
+    lora = some_lora(model)
+    prefix.look_ahead(CANDIDATES, lora)
+    (first,) = made()
+    with torch.no_grad():
+        lora.layers[0].b.mul_(2)
+    expected = read(eager_model(), [*some_ids(9), 4]).look_ahead(CANDIDATES, lora)
+    assert torch.allclose(prefix.look_ahead(CANDIDATES, lora), expected, atol=1e-4)
+    (second,) = made()
+    assert first() is None
+    prefix.look_ahead(CANDIDATES)
+    assert len(made()) == 2
+    del lora
+    (bare,) = made()
+    assert second() is None
+    assert bare() is not None
+
+
+def test_a_replaced_arena_counts_while_somebody_who_pauses_sits_in_it() -> None:
+    ours, theirs = static_model(record=played, arenas=Arenas(limit_bytes=4 * ROW)), eager_model()
+    ones, others = ([read(model, some_ids(9 + n, n)) for n in range(3)] for model in (ours, theirs))
+    together(ours, ones[:2], 4)
+    ones[2].extend([4])  # room for it would take four rows, beside the two that the others do not leave now
+    for one, other in zip(ones, others, strict=True):
+        other.extend([4])
+        same(one, other)
+    assert [is_seated(one) for one in ones] == [True, True, False]
+    together(ours, ones, 5)  # now they all move, and nobody stays behind
+    for one, other in zip(ones, others, strict=True):
+        other.extend([5])
+        same(one, other)
+    assert {arena_of(one).rows for one in ones} == {4}
+
+
+def eagerly(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many parts go the eager way, in every forward where some do."""
+    counts: list[int] = []
+    real = model._eager
+
+    def counted(parts: Any) -> Any:
+        counts.append(len(parts))
+        return real(parts)
+
+    monkeypatch.setattr(model, "_eager", counted)
+    return counts
+
+
+def all_the_same(ones: list[Prefix], others: list[Prefix], token: int) -> None:
+    """After the others have taken the token, too."""
+    for one, other in zip(ones, others, strict=True):
+        other.extend([token])
+        same(one, other)
+
+
+def test_a_long_sequence_beside_short_ones_takes_no_more_than_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = static_model(record=played, arenas=Arenas(limit_bytes=8 * ROW)), eager_model()
+    ones, others = ([read(model, some_ids(n, n)) for n in (9, 10, 11, 3 * SMALLEST)] for model in (ours, theirs))
+    eager = eagerly(ours, monkeypatch)
+    for token in (4, 5):
+        together(ours, ones, token)
+        all_the_same(ones, others, token)
+    assert [arena_of(one).capacity for one in ones] == [SMALLEST] * 3 + [4 * SMALLEST]
+    assert eager == []
+
+
+def test_whom_there_is_no_memory_for_goes_the_eager_way_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = static_model(record=played, arenas=Arenas(limit_bytes=2 * ROW)), eager_model()
+    ones, others = ([read(model, some_ids(n, n)) for n in (9, 10, 11, 600)] for model in (ours, theirs))
+    eager = eagerly(ours, monkeypatch)
+    together(ours, ones, 4)
+    all_the_same(ones, others, 4)
+    assert [is_seated(one) for one in ones] == [True, True, False, False]
+    del ones[0], others[0]
+    gc.collect()
+    together(ours, ones, 5)
+    all_the_same(ones, others, 5)
+    assert [is_seated(one) for one in ones] == [True, True, False]
+    assert eager == [2, 1]
+
+
+def test_what_one_arena_has_said_stands_when_the_next_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = []
+
+    def first_only(body: Any) -> Any:
+        recorded.append(body)
+        if len(recorded) > 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return body
+
+    ours, theirs = static_model(record=first_only, arenas=Arenas(limit_bytes=6 * ROW)), eager_model()
+    ones, others = ([read(model, some_ids(n, n)) for n in (9, 10, 3 * SMALLEST)] for model in (ours, theirs))
+    eager = eagerly(ours, monkeypatch)
+    for token in (4, 5):
+        together(ours, ones, token)
+        all_the_same(ones, others, token)
+    assert eager == [1, 3]
+
+
+def test_when_memory_was_out_the_eager_way_is_taken_for_a_while_and_no_longer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now, tries = [1000.0], []
+
+    def out_at_first(body: Any) -> Any:
+        tries.append(now[0])
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return body
+
+    monkeypatch.setattr(static_step, "monotonic", lambda: now[0])
+    ours, theirs = static_model(record=out_at_first), eager_model()
+    one, other = read(ours, some_ids(9)), read(theirs, some_ids(9))
+    with caplog.at_level(logging.WARNING):
+        for seconds in (0, 1, static_step.RETRY_S):
+            now[0] += seconds
+            one.extend([4])
+            other.extend([4])
+            same(one, other)
+    assert tries == [1000.0, 1001.0 + static_step.RETRY_S]
+    assert ours.static is not None
+    assert not ours.static.failed
+    (record,) = caplog.records
+    assert record.message == "for 60 s steps and selections go on without captured graphs: CUDA out of memory."

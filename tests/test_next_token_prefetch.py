@@ -1,0 +1,183 @@
+"""A selection reads the next step of the likeliest candidates too: bitwise the step of its own, never a stale one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from s2t_agents.backends.torch.decoder_batch import CandidateRows
+from s2t_agents.backends.torch.kv_cache import KVCache
+from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.backends.torch.llama_decoder import LeanStep
+from s2t_agents.backends.torch.lora import Lora
+from s2t_agents.backends.torch.next_token_prefetch import READ
+from s2t_agents.engine.engine import Engine
+from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.selectors.activated import ActivatedSelector
+from s2t_agents.testing import tiny_config, tiny_tokenizer
+from s2t_agents.triggers import when
+from s2t_agents.types import Sampling
+
+IDS = torch.randint(0, 250, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+CANDIDATES = torch.tensor([5, 9, 200, 33, 90, 91, 7, 128])
+NAMES = ["qwen2", "llama", "mistral", "qwen3"]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def wide(name: str, dtype: torch.dtype) -> LanguageModel:
+    """Wide enough that its weights are laid out beforehand, where the processor multiplies such ones."""
+    from transformers import AutoModelForCausalLM
+
+    sizes = {"hidden_size": 512, "intermediate_size": 2560, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    raw = AutoModelForCausalLM.from_config(tiny_config(name, **sizes, head_dim=64)).to(dtype)
+    return LanguageModel(raw.eval().requires_grad_(False), tiny_tokenizer(), name=name)
+
+
+def adapter(model: LanguageModel) -> Lora:
+    lora = Lora.fresh(model.model, targets=["q_proj", "v_proj", "o_proj", "down_proj"], rank=4, alpha=8)
+    for layer in lora.layers:
+        torch.nn.init.normal_(layer.b, std=0.2)  # type: ignore[arg-type]
+    return lora.requires_grad_(False)
+
+
+@pytest.fixture(params=[(name, dtype) for name in NAMES for dtype in DTYPES], ids=str)
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    found = wide(*request.param)
+    assert found.lean is not None
+    if not found.lean.linear.rows_alike:
+        pytest.skip("here a row among others is not bitwise the row alone, and nothing is read ahead")
+    return found
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every lean forward."""
+    rows: list[int] = []
+    original = LeanStep.rows
+
+    def counted(self: LeanStep, ids: Tensor, *args: object) -> Tensor:
+        rows.append(len(ids))
+        return original(self, ids, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LeanStep, "rows", counted)
+    return rows
+
+
+def read(model: LanguageModel, ids: list[int]) -> Prefix:
+    prefix = Prefix(model)
+    prefix.extend(ids)
+    return prefix
+
+
+def kv(prefix: Prefix) -> Iterator[Tensor]:
+    for layer in prefix._cache.layers:
+        yield layer.keys
+        yield layer.values
+
+
+def same(one: Prefix, other: Prefix) -> bool:
+    """Bitwise: what is said, and the KV."""
+    said = torch.equal(one.logits, other.logits) and torch.equal(one.hidden, other.hidden)
+    return said and one.ids == other.ids and all(map(torch.equal, kv(one), kv(other)))
+
+
+def with_pick(model: LanguageModel, at: int, forwards: list[int]) -> tuple[Prefix, Prefix]:
+    """A candidate appended by a step, and after a selection; ``forwards`` holds those of the latter alone."""
+    token = [int(CANDIDATES[at])]
+    plain, ours = read(model, IDS), read(model, IDS)
+    plain.extend(token)
+    ours.look_ahead(CANDIDATES, adapter(model))
+    forwards.clear()
+    ours.extend(token)
+    assert same(ours, plain)
+    return plain, ours
+
+
+@pytest.mark.parametrize("at", range(READ))
+def test_the_step_after_a_selection_is_bitwise_the_step_of_its_own(
+    model: LanguageModel, at: int, forwards: list[int]
+) -> None:
+    plain, ours = with_pick(model, at, forwards)
+    assert forwards == []  # the layers were not gone through again
+    for prefix in (plain, ours):
+        prefix.extend([11])
+    assert same(ours, plain)
+
+
+def test_candidates_are_scored_as_without_it(model: LanguageModel) -> None:
+    lora, prefix = adapter(model), read(model, IDS)
+    assert model.lean_parts is not None
+    from s2t_agents.backends.torch.packed_batch import Look
+
+    (without,) = model.lean_parts([Look(CANDIDATES, prefix._cache, len(IDS), lora)])
+    assert isinstance(without, Tensor)
+    assert torch.equal(prefix.look_ahead(CANDIDATES, lora), without)
+
+
+def test_a_pick_that_was_not_read_costs_its_step(model: LanguageModel, forwards: list[int]) -> None:
+    with_pick(model, READ, forwards)
+    assert forwards == [1]
+
+
+def test_it_never_outlives_the_end_that_it_was_read_after(model: LanguageModel) -> None:
+    token = int(CANDIDATES[0])
+    other = [*IDS[:-1], IDS[-1] ^ 1]
+    plain, ours = read(model, IDS), read(model, IDS)
+    ours.look_ahead(CANDIDATES, adapter(model))
+    for prefix in (plain, ours):
+        prefix.move_to(other)  # as long as before, and another sequence
+        prefix.extend([token])
+    assert same(ours, plain)
+
+
+def test_several_tokens_after_a_selection_are_read_as_ever(model: LanguageModel) -> None:
+    tokens = CANDIDATES[:2].tolist()
+    plain, ours = read(model, IDS), read(model, IDS)
+    ours.look_ahead(CANDIDATES, adapter(model))
+    for prefix in (plain, ours):
+        prefix.extend(tokens)
+    assert same(ours, plain)
+
+
+def test_a_kept_conversation_holds_nothing_of_it() -> None:
+    cache = KVCache()
+    cache.ahead = object()  # type: ignore[assignment]
+    cache.rest()
+    assert cache.ahead is None
+    assert cache.clone(0).ahead is None
+
+
+def test_whole_answers_are_the_same_with_and_without(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    selector = ActivatedSelector(model, adapter(model)).eval().requires_grad_(False)
+    torch.nn.init.normal_(selector.head.weight, std=0.5, generator=torch.Generator().manual_seed(3))
+    engine = Engine(model, selector=selector, trigger=when(lambda proposal: len(proposal.prefix) % 3 > 0))
+
+    def answer() -> list[tuple[int, int]]:
+        model.past.clear()
+        return [(step.token_id, step.wanted_id) for step in engine.steps(IDS, Sampling(max_tokens=40))]
+
+    calls: list[int] = []
+    original = CandidateRows.with_next
+    monkeypatch.setattr(CandidateRows, "with_next", lambda self, look: calls.append(1) or original(self, look))
+    with_it = answer()
+    assert calls
+    assert any(token != wanted for token, wanted in with_it)  # some picks are not the SLM's own
+    monkeypatch.setattr(CandidateRows, "with_next", lambda self, look: self([look])[0])
+    assert answer() == with_it
+
+
+def test_where_rows_differ_by_company_nothing_is_read_ahead(forwards: list[int]) -> None:
+    """Where weights are not laid out beforehand, as those of small models are not, a selection stays what it was."""
+    from s2t_agents.testing import tiny_model
+
+    model = tiny_model("qwen2")
+    prefix = read(model, IDS)
+    assert model.lean is not None
+    forwards.clear()
+    prefix.look_ahead(CANDIDATES, adapter(model))
+    assert not model.lean.linear.rows_alike
+    assert forwards == [len(CANDIDATES)]

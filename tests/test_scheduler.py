@@ -1,0 +1,322 @@
+"""Concurrent steps share forwards: same results as alone, nobody hangs, nobody pays for another's mistake."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from s2t_agents import Engine
+from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.backends.torch.lora import Lora
+from s2t_agents.backends.torch.packed_batch import Look, Part
+from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.selectors import ActivatedSelector
+from s2t_agents.testing import RECURRENT, tiny_model
+from s2t_agents.triggers import Trigger, always, when
+from s2t_agents.types import Sampling, Step
+
+
+def together(*jobs: Callable[[], object]) -> list[object]:
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return [future.result(timeout=60) for future in [pool.submit(job) for job in jobs]]
+
+
+def greedy(model: LanguageModel, seed: int, count: int) -> list[int]:
+    prompt = torch.randint(0, 250, (3 + 11 * seed,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [step.token_id for step in Engine(model).steps(prompt, Sampling(max_tokens=count))]
+
+
+def widths(model: LanguageModel) -> list[list[int]]:
+    """Writes down, from now on, the tokens of each sequence in each forward."""
+    seen: list[list[int]] = []
+    single, packed = model.owner._single, model.owner._packed
+
+    def one(part: Part) -> object:
+        seen.append([len(part.ids)])
+        return single(part)
+
+    def many(parts: list[Part]) -> object:
+        seen.append([len(part.ids) for part in parts])
+        assert packed is not None
+        return packed(parts)
+
+    model.owner._single = one  # type: ignore[assignment]
+    if packed:
+        model.owner._packed = many  # type: ignore[assignment]
+    return seen
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", *RECURRENT])
+def test_eight_generations_at_once_say_what_each_says_alone(name: str) -> None:
+    model = tiny_model(name)
+    alone = [greedy(model, seed, 20) for seed in range(8)]
+    assert together(*[lambda seed=seed: greedy(model, seed, 20) for seed in range(8)]) == alone
+
+
+def test_generations_that_run_at_once_fall_into_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    patient(monkeypatch)
+    model = tiny_model("qwen3")
+    seen = widths(model)
+    together(*[lambda seed=seed: greedy(model, seed, 40) for seed in range(6)])
+    assert len(seen) < 0.6 * 6 * 40  # alone it would be a forward per token
+    assert max(map(len, seen)) > 3
+
+
+def test_a_long_prompt_goes_in_parts_beside_the_tokens_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    patient(monkeypatch)
+    model = tiny_model("qwen3")
+    seen = widths(model)
+    long = torch.randint(0, 250, (1200,), generator=torch.Generator().manual_seed(3)).tolist()
+    read = threading.Event()
+
+    def decode() -> int:
+        prefix = Prefix(model)
+        prefix.extend([1, 2, 3])
+        steps = 0
+        while not read.is_set():
+            prefix.extend([int(prefix.logits.argmax())])
+            steps += 1
+        return steps
+
+    def prefill() -> torch.Tensor:
+        time.sleep(0.05)
+        prefix = Prefix(model)
+        try:
+            prefix.extend(long)
+        finally:
+            read.set()
+        return prefix.logits
+
+    steps, logits = together(decode, prefill)
+    assert isinstance(logits, torch.Tensor)
+    assert torch.allclose(logits, model.model(torch.tensor([long])).logits[0, -1], atol=1e-4)
+    assert all(sum(width for width in forward if width > 1) <= 256 for forward in seen if len(forward) > 1)
+    assert sum(1 in forward and max(forward) > 1 for forward in seen) >= 2
+    assert isinstance(steps, int)
+
+
+def test_a_step_that_fails_tells_its_own_caller_alone() -> None:
+    model = tiny_model("qwen3")
+    outcomes: list[str] = []
+
+    def good(seed: int) -> list[int]:
+        return greedy(model, seed, 30)
+
+    def bad() -> None:
+        for _ in range(10):
+            prefix = Prefix(model)
+            prefix.extend([1, 2])
+            with pytest.raises(IndexError):
+                prefix.extend([10**6])
+            assert prefix._cache.get_seq_length() == len(prefix) == 2
+            outcomes.append("told")
+
+    alone = [good(seed) for seed in (0, 1)]
+    assert together(lambda: good(0), bad, lambda: good(1)) == [alone[0], None, alone[1]]
+    assert len(outcomes) == 10
+
+
+def test_random_pauses_and_early_closes_leave_the_others_as_they_are() -> None:
+    model = tiny_model("qwen3")
+    alone = [greedy(model, seed, 25) for seed in range(6)]
+
+    def wander(seed: int) -> list[int]:
+        rng = random.Random(seed)
+        prompt = torch.randint(0, 250, (3 + 11 * seed,), generator=torch.Generator().manual_seed(seed)).tolist()
+        got = []
+        steps = Engine(model).steps(prompt, Sampling(max_tokens=25))
+        for step in steps:
+            got.append(step.token_id)
+            if rng.random() < 0.1:
+                time.sleep(0.005)
+            if seed % 2 and rng.random() < 0.08:
+                break
+        steps.close()
+        return got
+
+    for seed, got in enumerate(together(*[lambda seed=seed: wander(seed) for seed in range(6)])):
+        assert isinstance(got, list)
+        assert got == alone[seed][: len(got)]
+        assert seed % 2 or len(got) == len(alone[seed])
+    assert not model.owner._waiting
+    assert not model.owner._led
+
+
+def test_an_exclusive_turn_steps_at_once_while_others_wait() -> None:
+    model = tiny_model("qwen3")
+    expected = greedy(model, 1, 15)
+
+    def exclusive() -> None:
+        for _ in range(20):
+            prefix = Prefix(model)
+            with model.lock:
+                prefix.extend([1, 2, 3])
+                prefix.extend([4])
+
+    assert together(exclusive, lambda: greedy(model, 1, 15))[1] == expected
+
+
+def selector(model: LanguageModel, seed: int = 0) -> ActivatedSelector:
+    torch.manual_seed(seed)
+    targets = ["qkv_proj", "o_proj"] if "phi3" in model.name else ["q_proj", "o_proj", "down_proj"]
+    made = ActivatedSelector(model, Lora.fresh(model.model, targets=targets, rank=4, alpha=8))
+    for layer in made.lora.layers:
+        torch.nn.init.normal_(layer.b, std=0.3)
+    torch.nn.init.normal_(made.head.weight, std=0.5)
+    return made.requires_grad_(False)
+
+
+def selected(engine: Engine, seed: int, count: int) -> list[Step]:
+    prompt = torch.randint(0, 250, (3 + 11 * seed,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return list(engine.steps(prompt, Sampling(max_tokens=count)))
+
+
+def now_and_then(seed: int) -> Trigger:
+    """Fires after some prefixes, at other places for every generation."""
+    return when(lambda proposal: (len(proposal.prefix) + seed) % 3 == 0, "now and then")
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3", "gemma3", *RECURRENT])
+def test_generations_with_selections_at_once_say_what_each_says_alone(name: str) -> None:
+    model = tiny_model(name)
+    looks = [selector(model, 1), selector(model, 2)]  # two adapters on one base
+    engines = [Engine(model, trigger=now_and_then(at), selector=looks[at % 2]) for at in range(6)]
+    alone = [selected(engine, at, 15) for at, engine in enumerate(engines)]
+    jobs = [lambda at=at, engine=engine: selected(engine, at, 15) for at, engine in enumerate(engines)]
+    for got, wanted in zip(together(*jobs), alone, strict=True):
+        assert isinstance(got, list)
+        assert [step.token_id for step in got] == [step.token_id for step in wanted]
+        for ours, theirs in zip(got, wanted, strict=True):
+            ours_said, theirs_said = ([c.selector for c in step.candidates] for step in (ours, theirs))
+            assert ours_said == pytest.approx(theirs_said, abs=1e-4)
+    assert any(step.flipped for steps in alone for step in steps)
+
+
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s2t_agents.scheduling.scheduler.PATIENCE", 1e6)
+    monkeypatch.setattr("s2t_agents.scheduling.scheduler.PATIENCE_S", 0.5)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_selections_share_forwards_with_each_other_and_with_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    patient(monkeypatch)
+    model = tiny_model(name)
+    seen = widths(model)
+    engines = [Engine(model, k=4, trigger=now_and_then(at), selector=selector(model)) for at in range(6)]
+    together(*[lambda at=at, engine=engine: selected(engine, at, 20) for at, engine in enumerate(engines)])
+    assert len(seen) < 0.6 * 6 * (20 + 6)  # alone: a forward per token, and one per selection
+    assert sum(1 in forward and 4 in forward for forward in seen) > 5
+    assert any(forward.count(4) > 1 for forward in seen)
+
+
+def test_an_exclusive_turn_leaves_the_thread_to_whoever_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short step lets it go; but another may be about to hand it a forward."""
+    model = tiny_model("qwen3")
+    rested: list[bool] = []
+    monkeypatch.setattr(model.owner._team, "rest", lambda: rested.append(True))
+    monkeypatch.setattr(model.owner, "_long_s", 60.0)  # every step is short
+    prefix = Prefix(model)
+    prefix.extend([1, 2])
+    with model.lock:
+        prefix.extend([3])
+    assert not rested
+    prefix.extend([4])
+    assert rested
+
+
+def test_a_forward_takes_no_more_candidates_than_it_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    patient(monkeypatch)
+    monkeypatch.setattr("s2t_agents.scheduling.scheduler.CANDIDATES", 10)
+    model = tiny_model("qwen3")
+    seen = widths(model)
+    engines = [Engine(model, k=4, trigger=always(), selector=selector(model)) for _ in range(6)]
+    together(*[lambda at=at, engine=engine: selected(engine, at, 10) for at, engine in enumerate(engines)])
+    assert max(forward.count(4) for forward in seen) == 2
+
+
+def test_a_look_that_fails_tells_its_own_caller_alone() -> None:
+    model = tiny_model("qwen3")
+    good = Engine(model, trigger=always(), selector=selector(model))
+    alone = [[step.token_id for step in selected(good, seed, 20)] for seed in (0, 1)]
+    told = []
+
+    def bad() -> None:
+        prefix = Prefix(model)
+        prefix.extend([1, 2])
+        for _ in range(10):
+            with pytest.raises(IndexError):
+                prefix.look_ahead(torch.tensor([10**6]))
+            told.append(len(prefix))
+        prefix.extend([3])
+
+    def ids(seed: int) -> list[int]:
+        return [step.token_id for step in selected(good, seed, 20)]
+
+    assert together(lambda: ids(0), bad, lambda: ids(1)) == [alone[0], None, alone[1]]
+    assert told == [2] * 10
+    assert not model.owner._waiting
+    assert not model.owner._led
+
+
+def test_an_interrupted_look_gives_the_lead_on() -> None:
+    model = tiny_model("qwen3")
+    prefix = Prefix(model)
+    prefix.extend([1, 2, 3])
+    own, hit = model.owner._single, threading.Event()
+
+    def interrupted(part: Part) -> object:
+        if isinstance(part, Look) and not hit.is_set():
+            hit.set()
+            time.sleep(0.05)
+            raise KeyboardInterrupt
+        return own(part)
+
+    expected = greedy(model, 1, 10)
+    model.owner._single = interrupted  # type: ignore[assignment]
+
+    def look() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            prefix.look_ahead(torch.tensor([5, 6]))
+
+    def others() -> list[int]:
+        assert hit.wait(10)
+        return greedy(model, 1, 10)
+
+    assert together(look, others)[1] == expected
+    assert not model.owner._waiting
+    assert not model.owner._led
+    prefix.extend([4])
+    assert len(prefix) == prefix._cache.get_seq_length() == 4
+
+
+@pytest.mark.parametrize("name", ["qwen3", *RECURRENT])
+def test_what_generations_at_once_are_billed_is_no_more_than_the_forwards_took(name: str) -> None:
+    model = tiny_model(name)
+    engines = [Engine(model, trigger=now_and_then(at), selector=selector(model)) for at in range(5)]
+    took: list[float] = []
+    for attribute in ("_single", "_packed"):
+        setattr(model.owner, attribute, timed(getattr(model.owner, attribute), took))
+    started = time.monotonic()
+    answers = together(*[lambda at=at, engine=engine: selected(engine, at, 12) for at, engine in enumerate(engines)])
+    elapsed = time.monotonic() - started
+    billed = [sum(step.timings.compute for step in steps) for steps in answers]  # type: ignore[attr-defined]
+    assert all(each > 0 for each in billed)
+    assert sum(took) <= sum(billed) <= elapsed  # one forward at a time, and none billed twice
+
+
+def timed(run: Callable[[object], object] | None, took: list[float]) -> Callable[[object], object] | None:
+    def measured(parts: object) -> object:
+        assert run is not None
+        started = time.monotonic()
+        try:
+            return run(parts)
+        finally:
+            took.append(time.monotonic() - started)
+
+    return measured if run else None
