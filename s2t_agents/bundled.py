@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-WEIGHTS = Path(__file__).parent.parent / "demo" / "weights"
+WEIGHTS = Path(__file__).parent / "demo" / "weights"
 
 SLM, LLM = "s2t-demo", "s2t-demo-llm"
 
