@@ -82,6 +82,12 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as it is published: one GGUF file of 4 bits."""
+    return real("smollm2-gguf") / assets.GGUF
+
+
+@pytest.fixture(scope="session")
 def bfcl() -> Path:
     """Data of the Berkeley Function Calling Leaderboard: ``BFCL_v4_*.json``, JSON lines, and ``possible_answer/``."""
     return real("bfcl")
