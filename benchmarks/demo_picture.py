@@ -1,4 +1,4 @@
-"""Draw what ``s2t demo`` prints, for the README: ``python benchmarks/demo_picture.py``."""
+"""Draw what ``s2t demo`` prints, for the README: ``python -m benchmarks.demo_picture``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """``s2t report`` on a large ledger: seconds and megabytes, each report in a process of its own.
 
-python benchmarks/ledger.py --megabytes 500 --out benchmarks/results/ledger.json
+python -m benchmarks.ledger --megabytes 500 --out benchmarks/results/ledger.json
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def record(number: int, receipts: int) -> GenerationRecord:
     return GenerationRecord(
         agent=f"agent{number % 7}",
         run_id="r",
-        cost_usd=Cost(local="0.1", llm="0.2"),  # type: ignore[arg-type]
+        cost_usd=Cost(local="0.1", llm="0.2"),
         latency_ms=Latency(queue=0, ttft=9, propose=500, select=40, escalate=300, grammar=5, total=900 + number),
         receipts=tuple(
             Receipt(step=step, prefix_tokens=9, outcome="picked", candidates=candidates) for step in range(receipts)

@@ -1,4 +1,4 @@
-"""Write the figures of README and docs from the results beside this file: ``python benchmarks/readme.py``.
+"""Write the figures of README and docs from the results beside this file: ``python -m benchmarks.readme``.
 
 Nothing between the markers of ``PAGES`` is typed by hand; ``tests/test_readme.py`` holds the two together.
 """
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from s2t_agents.bench.speed import targets
-from s2t_agents.bench.targets import Verdict, at_least, targets_of
+from .speed import targets
+from .targets import Verdict, at_least, targets_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -163,7 +163,7 @@ SPEED_NOTE = (
 
 
 def gpu(report: dict[str, Any], made: dict[str, Any]) -> str:
-    """The tables of ``benchmarks/gpu.py --json``: ms a token, targets met or missed, concurrency, what was checked."""
+    """The tables of ``s2t bench gpu --json``: ms a token, targets met or missed, concurrency, what was checked."""
     parts = _gpu_parts(report)
     lines = [*per_token(parts), "", *judged(_gpu_targets(report), ("tokens and scores as on the CPU, in fp32", report))]
     lines += ["", *first_tokens(parts), "", *concurrent(parts)]
@@ -173,13 +173,13 @@ def gpu(report: dict[str, Any], made: dict[str, Any]) -> str:
         f"weights have. Over several prefixes, a target's worst figure counts. The whole run took {seconds:.0f} s; the "
         "first token after the first prefix includes everything that is captured and compiled once."
     )
-    return "\n".join([*lines, "", note, "", _made_by(report, made, "python benchmarks/gpu.py --json")])
+    return "\n".join([*lines, "", note, "", _made_by(report, made, "s2t bench gpu --json")])
 
 
 def gpu_short(report: dict[str, Any], made: dict[str, Any]) -> str:
     """Of ``gpu``, what a token takes, and the targets."""
     lines = [*per_token(_gpu_parts(report), SHORT), "", *judged(_gpu_targets(report))]
-    return "\n".join([*lines, "", _made_by(report, made, "python benchmarks/gpu.py --json")])
+    return "\n".join([*lines, "", _made_by(report, made, "s2t bench gpu --json")])
 
 
 def _gpu_parts(report: dict[str, Any]) -> dict[str, Any]:
@@ -367,7 +367,8 @@ def filled(text: str) -> str:
     """A page with every section replaced by its present content."""
     for name, content in sections().items():
         pattern = rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)"
-        text = re.sub(pattern, lambda m, content=content: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
+        told = content.replace("\\", r"\\")
+        text = re.sub(pattern, rf"\g<1>{told}\n\g<2>", text, flags=re.DOTALL)
     return text
 
 

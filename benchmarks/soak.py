@@ -1,6 +1,6 @@
 """Eight agents for minutes, cancelled at random, on tight budgets: what is left behind at the end?
 
-``python benchmarks/soak.py --minutes 5`` prints one JSON line and fails if anything leaked.
+``python -m benchmarks.soak --minutes 5`` prints one JSON line and fails if anything leaked.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ async def agent(model: ChatS2T, budget: Budget, number: int, until: float, done:
     while time.monotonic() < until:
         problem = generate(rng.randrange(10**6), "heldout", rng.choice(("word", "tool", "call")))
         asked = model.bind_tools(list(problem.tools)) if problem.tools else model
-        call = {
+        call: dict[str, Any] = {
             "s2t_budget": budget.child(f"turn {rng.random()}", escalations=rng.randint(0, 2)),
             "s2t_agent": f"a{number}",
         }
@@ -69,7 +69,7 @@ async def agent(model: ChatS2T, budget: Budget, number: int, until: float, done:
                 async for _ in stream:
                     if rng.random() < 0.15:
                         break
-                await stream.aclose()
+                await stream.aclose()  # type: ignore[attr-defined]
                 done["left"] += 1
             else:
                 await asked.ainvoke(list(problem.prompt), **call)

@@ -1,9 +1,10 @@
-"""Draw results/decode.json: ``python benchmarks/speed_plot.py``."""
+"""Draw results/decode.json: ``python -m benchmarks.speed_plot``."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -13,7 +14,7 @@ import matplotlib.pyplot as plt
 RESULTS = Path(__file__).parent / "results"
 
 
-def draw(stored: dict, out: Path) -> None:
+def draw(stored: dict[str, Any], out: Path) -> None:
     """Three panels: ms against prefix and against K, speed-up against concurrent generations."""
     report, made = stored["report"], stored["made"]
     figure, (by_prefix, by_k, at_once) = plt.subplots(1, 3, figsize=(15, 5))

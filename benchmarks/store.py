@@ -1,6 +1,6 @@
 """Keep a result with the hardware, commit and date that made it.
 
-``s2t eval --json | python benchmarks/store.py demo_eval``
+``s2t eval --json | python -m benchmarks.store demo_eval``
 """
 
 from __future__ import annotations

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
-from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
@@ -23,18 +22,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A small local model, corrected where it is unsure.")
 app.add_typer(training)  # collect, train, calibrate, eval, probe, pipeline
-bench = typer.Typer(no_args_is_help=True, help="Run benchmarks against a baseline.")
-app.add_typer(bench, name="bench")
 console = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-
-
-class TrainShape(StrEnum):
-    """``bench.train.SHAPES`` by name, known without loading torch."""
-
-    HALF_BILLION = "0.5b"
-    TINY = "tiny"
 
 
 def _print_version(asked: bool) -> None:
@@ -118,70 +108,21 @@ def report(
         typer.echo(part, nl=False)
 
 
-@bench.command("budget")
-def bench_budget(
-    seconds: Annotated[float, typer.Option(min=0.1, help="Per store and thread count.")] = 1.0, as_json: AsJson = False
-) -> None:
-    """Reserve + settle pairs per second on every budget store."""
-    from .bench.budget import run, table
-
-    _show(run(seconds), as_json, table)
-
-
-@bench.command("escalate")
-def bench_escalate(
-    n: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first problem.")] = 0,
-    rate: Annotated[float, typer.Option(min=0.001, max=1, help="Share of tokens at which the LLM is asked.")] = 0.05,
-    as_json: AsJson = False,
-) -> None:
-    """LLM forwards, tokens and time per answer, beside an LLM that reads along on every token."""
-    from .bench.escalate import run, table
-
-    _show(run(n, seed, rate=rate), as_json, table)
-
-
-@bench.command("pacing")
-def bench_pacing(
-    n: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first problem.")] = 0,
-    as_json: AsJson = False,
-) -> None:
-    """What pacing a budget gains, beside first come, first served, and hindsight."""
-    from .bench.pacing import run, table
-
-    _show(run(n, seed), as_json, table)
-
-
-@bench.command("decode")
-def bench_decode(
-    quick: Annotated[bool, typer.Option("--quick", help="Show that it runs; measures nothing.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Time per token beside transformers and the published scheme, concurrent generations, turns. 15 to 30 minutes."""
-    from .bench.speed import run, table
-
-    _show(run(Console(stderr=True).print, quick=quick), as_json, table)
-
-
-@bench.command("train")
-def bench_train(
-    shape: Annotated[TrainShape, typer.Option(help="Of the model (random weights).")] = TrainShape.HALF_BILLION,
-    prefix: Annotated[int, typer.Option(min=8, help="Tokens before the first group.")] = 512,
-    repeats: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement; the median counts.")] = 3,
-    as_json: AsJson = False,
-) -> None:
-    """Labelled groups per second: one pass over a trajectory beside the published way."""
-    from .bench.train import run, table
-
-    _show(run(shape=shape.value, prefix=prefix, repeats=repeats), as_json, table)
-
-
-def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], RenderableType]) -> None:
-    if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        console.print(table(result))
+@app.command(
+    add_help_option=False,  # its help is that of the benchmarks
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Run benchmarks against a baseline: budget, decode, escalate, gpu, pacing, train. In a checkout only."""
+    checkout = Path(__file__).parent.parent
+    if not (checkout / "benchmarks" / "commands.py").is_file():
+        raise ConfigError(
+            f"s2t bench needs the folder benchmarks/ of the source repository, and {checkout} has none.",
+            hint="Get a checkout of s2t-agents and install that: pip install -e '.[test]'.",
+        )
+    sys.path.insert(0, str(checkout))
+    commands = import_module("benchmarks.commands")
+    commands.app(context.args, prog_name="s2t bench")
 
 
 def _ask() -> str:

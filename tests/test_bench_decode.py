@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from s2t_agents.bench import parallel, speed, turns
-from s2t_agents.bench.decode import RATES, Timed, at_rate, run
+from benchmarks import parallel, speed, turns
+from benchmarks.decode import RATES, Timed, at_rate, run
 from s2t_agents.engine.engine import Engine
 from s2t_agents.testing import tiny_model
 from s2t_agents.types import Sampling

@@ -7,8 +7,8 @@ import torch
 from rich.table import Table
 from transformers import DynamicCache
 
-from s2t_agents.bench.deepened import deepened, parameters
-from s2t_agents.bench.escalate import AsPublished, run, table
+from benchmarks.deepened import deepened, parameters
+from benchmarks.escalate import AsPublished, run, table
 from s2t_agents.errors import ConfigError
 from s2t_agents.testing import tiny_model
 

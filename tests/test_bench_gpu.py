@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import forked
 import pytest
 import torch
 
-from s2t_agents.bench import agreement, gpu
-from s2t_agents.bench.device import bytes_per_token, share_of_limit
-from s2t_agents.bench.shapes import measured_model
+from benchmarks import agreement, gpu
+from benchmarks.device import bytes_per_token, share_of_limit
+from benchmarks.shapes import measured_model
 from s2t_agents.errors import ConfigError
 from s2t_agents.testing import tiny_model
-
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +97,8 @@ def test_what_is_not_there_is_named(device: str, shape: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_cuda_the_script_says_so_in_one_line_and_fails() -> None:
-    done = forked.run(str(SCRIPT), "--json")
+def test_without_cuda_the_command_says_so_in_one_line_and_fails() -> None:
+    done = forked.run("-c", "from s2t_agents.cli import main; main()", "bench", "gpu", "--json")
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from s2t_agents.bench import pacing
+from benchmarks import pacing
 from s2t_agents.errors import ConfigError
 
 

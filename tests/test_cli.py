@@ -8,9 +8,10 @@ from pathlib import Path
 import forked
 import pytest
 
+import s2t_agents
+from benchmarks.commands import TrainShape
+from benchmarks.train import SHAPES
 from s2t_agents import Ledger, __version__
-from s2t_agents.bench.train import SHAPES
-from s2t_agents.cli import TrainShape
 from s2t_agents.ledger import GenerationRecord
 
 
@@ -53,6 +54,22 @@ def test_a_shape_that_the_training_benchmark_does_not_know_is_refused_with_those
     out = s2t("bench", "train", "--shape", "9b")
     assert out.returncode == 2
     assert all(shape in out.stderr for shape in ("9b", "0.5b", "tiny"))
+
+
+def test_without_a_checkout_the_benchmarks_are_said_to_be_missing_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "s2t_agents").symlink_to(Path(s2t_agents.__file__).parent)  # as if it were in site-packages
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from s2t_agents.cli import main; main()"
+    command = [sys.executable, "-c", code, "bench", "decode", "--quick"]
+    out = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (out.returncode, out.stdout, out.stderr.count("\n")) == (2, "", 1)
+    assert "needs the folder benchmarks/" in out.stderr
+    assert "checkout of s2t-agents" in out.stderr
+
+
+def test_the_benchmarks_have_a_help_of_their_own() -> None:
+    out = s2t("bench", "--help")
+    assert out.returncode == 0
+    assert all(name in out.stdout for name in ("budget", "decode", "escalate", "gpu", "pacing", "train"))
 
 
 def test_limits_are_checked_before_anything_runs() -> None:

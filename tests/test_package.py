@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ LAYERS = [  # imports go down this list only, or stay on their own line
     {"chat"},
     {"testing"},
     {"demo", "training"},
-    {"bench", "integrations"},
+    {"integrations"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -82,7 +83,7 @@ def test_training_uses_nothing_above_the_chat_model_but_the_demo_world() -> None
 
 def test_nothing_below_the_command_line_uses_training() -> None:
     for layer, path in modules():
-        if layer not in ("training", "cli", "bench"):
+        if layer not in ("training", "cli"):
             assert "training" not in imported_layers(path), path.name
 
 
@@ -127,13 +128,28 @@ def test_the_public_names_are_these() -> None:
         _ = s2t_agents.Nothing
 
 
+def wheel() -> Any:
+    """What pyproject.toml says is in the wheel."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+
+
 def test_the_wheel_lists_every_package_and_the_integrations() -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    settings = wheel()
     folders = {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("__init__.py")}
     assert set(settings["packages"]) == folders | {"s2t_agents.integrations"}
     import s2t_agents.integrations as shipped
 
     assert Path(str(shipped.__file__)).parent.name == "integrations"
+
+
+def test_the_wheel_has_no_benchmarks_and_imports_none() -> None:
+    assert {name.split(".")[0] for name in wheel()["packages"]} == {"s2t_agents"}
+    assert not [name for name in wheel()["packages"] if "bench" in name]
+    for _, path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not [name for name in names if name.split(".")[0] == "benchmarks"], path.name
 
 
 def test_the_error_tree_is_drawn_as_it_is() -> None:

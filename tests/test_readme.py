@@ -1,11 +1,12 @@
 """Everything that the README shows runs."""
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks import readme
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,16 +24,11 @@ def test_the_eight_line_quickstart_runs_calls_its_tool_and_answers_right() -> No
 
 
 def test_the_figures_shown_are_those_of_the_stored_results() -> None:
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.sections(), "no stored results"
-    for page in module.PAGES:
+    assert readme.sections(), "no stored results"
+    for page in readme.PAGES:
         text = page.read_text(encoding="utf-8")
         assert "begin -->" in text
-        assert module.filled(text) == text, page.name
+        assert readme.filled(text) == text, page.name
 
 
 def test_the_commands_it_names_exist() -> None:

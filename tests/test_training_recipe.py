@@ -14,9 +14,9 @@ import torch
 from training_fixtures import save_model
 from typer.testing import CliRunner
 
+from benchmarks.train import run as bench
 from s2t_agents import ChatS2T
 from s2t_agents.backends.torch.logit_statistics import FLOOR
-from s2t_agents.bench.train import run as bench
 from s2t_agents.errors import EscalationFailed
 from s2t_agents.grammar.grammar import tool_grammar, vocabulary
 from s2t_agents.testing import tiny_model

@@ -11,15 +11,15 @@ import torch
 from langchain_core.messages import convert_to_messages
 from rich.table import Table
 
-from ..budget import Budget
-from ..bundled import LLM, SLM
-from ..chat.chat_model import ChatS2T
-from ..demo.world import generate
-from ..errors import ConfigError
-from ..escalation import Escalation, margins_of, simulate
-from ..ledger import GenerationRecord, Ledger
-from ..llms import LocalLLM
-from ..triggers import entropy
+from s2t_agents.budget import Budget
+from s2t_agents.bundled import LLM, SLM
+from s2t_agents.chat.chat_model import ChatS2T
+from s2t_agents.demo.world import generate
+from s2t_agents.errors import ConfigError
+from s2t_agents.escalation import Escalation, margins_of, simulate
+from s2t_agents.ledger import GenerationRecord, Ledger
+from s2t_agents.llms import LocalLLM
+from s2t_agents.triggers import entropy
 
 SHARES = (0.05, 0.1, 0.2, 0.4)
 """Of the selections, how many the budget pays for."""

@@ -47,7 +47,7 @@ def run(say: Callable[[str], None] = lambda _: None, *, quick: bool = False) -> 
         "bench": "decode",
         **parts,
         "targets": targets(parts),
-        "not_measured": "the 1.5B shape and everything on a GPU (`python benchmarks/gpu.py` does that)",
+        "not_measured": "the 1.5B shape and everything on a GPU (`s2t bench gpu` does that)",
         "threads": {"bundled": 1, "0.5B": threads},
         "cores": os.cpu_count(),
         "machine": platform.machine(),

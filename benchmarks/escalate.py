@@ -20,19 +20,20 @@ from rich.table import Table
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..backends.torch.compute_time import Meter
-from ..backends.torch.language_model import LanguageModel
-from ..bundled import LLM, SLM
-from ..chat.messages import PromptEncoder
-from ..demo.world import Split, generate
-from ..engine.engine import Engine
-from ..errors import ConfigError
-from ..escalation import Escalation
-from ..llms import LocalLLM
-from ..llms.local_llm import LocalSession
-from ..proposal import Proposal
-from ..triggers import Trigger, entropy, when
-from ..types import Sampling
+from s2t_agents.backends.torch.compute_time import Meter
+from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.bundled import LLM, SLM
+from s2t_agents.chat.messages import PromptEncoder
+from s2t_agents.demo.world import Split, generate
+from s2t_agents.engine.engine import Engine
+from s2t_agents.errors import ConfigError
+from s2t_agents.escalation import Escalation
+from s2t_agents.llms import LocalLLM
+from s2t_agents.llms.local_llm import LocalSession
+from s2t_agents.proposal import Proposal
+from s2t_agents.triggers import Trigger, entropy, when
+from s2t_agents.types import Sampling
+
 from .deepened import REAL_RATIO, deepened, parameters
 
 RATE = 0.05

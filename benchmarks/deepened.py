@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..backends.torch.language_model import LanguageModel
-from ..errors import ConfigError
+from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.errors import ConfigError
 
 REAL_RATIO = 21.0
 """Parameters of Qwen2.5-32B over those of Qwen2.5-1.5B."""

@@ -1,0 +1,110 @@
+"""The command line of the benchmarks: ``s2t bench NAME`` in a checkout, ``python -m benchmarks NAME`` anywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run benchmarks against a baseline.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Show that it runs; measures nothing.")]
+
+
+class TrainShape(StrEnum):
+    """``train.SHAPES`` by name, known without loading torch."""
+
+    HALF_BILLION = "0.5b"
+    TINY = "tiny"
+
+
+@app.command()
+def budget(
+    seconds: Annotated[float, typer.Option(min=0.1, help="Per store and thread count.")] = 1.0, as_json: AsJson = False
+) -> None:
+    """Reserve + settle pairs per second on every budget store."""
+    from .budget import run, table
+
+    _show(run(seconds), as_json, table)
+
+
+@app.command()
+def escalate(
+    n: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first problem.")] = 0,
+    rate: Annotated[float, typer.Option(min=0.001, max=1, help="Share of tokens at which the LLM is asked.")] = 0.05,
+    as_json: AsJson = False,
+) -> None:
+    """LLM forwards, tokens and time per answer, beside an LLM that reads along on every token."""
+    from .escalate import run, table
+
+    _show(run(n, seed, rate=rate), as_json, table)
+
+
+@app.command()
+def pacing(
+    n: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first problem.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """What pacing a budget gains, beside first come, first served, and hindsight."""
+    from .pacing import run, table
+
+    _show(run(n, seed), as_json, table)
+
+
+@app.command()
+def decode(quick: Quick = False, as_json: AsJson = False) -> None:
+    """Time per token beside transformers and the published scheme, concurrent generations, turns. 15 to 30 minutes."""
+    from .speed import run, table
+
+    _show(run(Console(stderr=True).print, quick=quick), as_json, table)
+
+
+@app.command()
+def train(
+    shape: Annotated[TrainShape, typer.Option(help="Of the model (random weights).")] = TrainShape.HALF_BILLION,
+    prefix: Annotated[int, typer.Option(min=8, help="Tokens before the first group.")] = 512,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement; the median counts.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Labelled groups per second: one pass over a trajectory beside the published way."""
+    from .train import run, table
+
+    _show(run(shape=shape.value, prefix=prefix, repeats=repeats), as_json, table)
+
+
+@app.command()
+def gpu(
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, ... or cpu.")] = "cuda",
+    shape: Annotated[str, typer.Option(help="Of the model (random weights, bf16).")] = "qwen2.5-1.5b",
+    out: Annotated[Path | None, typer.Option(help="A file that has all findings so far at any time.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Correctness and speed on a GPU, within eight minutes."""
+    from .gpu import lines, run
+
+    def keep(result: dict[str, Any]) -> None:
+        if out is not None:
+            fresh = out.with_suffix(f"{out.suffix}.new")
+            fresh.write_text(json.dumps(result), encoding="utf-8")
+            fresh.replace(out)
+
+    result = run(device, shape, say=lambda text: typer.echo(text, err=True), keep=keep)
+    for line in [json.dumps(result)] if as_json else lines(result):
+        typer.echo(line)
+    if not result["correct"]:
+        raise typer.Exit(1)
+
+
+def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], RenderableType]) -> None:
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        Console().print(table(result))
