@@ -23,14 +23,14 @@ from typing import Any
 
 from rich.table import Table
 
-from s2t_agents.budget import Amount, Budget, BudgetStore, MemoryStore, RedisStore, SQLiteStore
+from s2t_agents.budget import Budget, BudgetStore, Charge, MemoryStore, RedisStore, SQLiteStore
 
 THREADS = (1, 16)
 SLICES = 4
 TARGETS = {"memory": 50_000.0, "sqlite": 2_000.0}
 """Pairs per second at either thread count; Redis has half the raw round trip's as its target."""
 
-_AMOUNT = Amount(Decimal("0.000142"), escalations=1, llm_tokens=940)
+_CHARGE = Charge(Decimal("0.000142"), llm_tokens=940)
 
 
 def run(seconds: float = 1.0, *, redis_url: str | None = None, folder: str | Path | None = None) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _spender(store: BudgetStore) -> Callable[[], None]:
     budget = Budget(usd=900_000, escalations=10**12, llm_tokens=10**14, name=f"bench-{time.time_ns()}", store=store)
 
     def pair() -> None:
-        budget.reserve(_AMOUNT).settle(_AMOUNT)
+        budget.reserve(_CHARGE).settle(_CHARGE)
 
     return pair
 

@@ -11,12 +11,13 @@ import torch
 from langchain_core.messages import convert_to_messages
 from rich.table import Table
 
+from benchmarks.pacing_simulation import simulate
 from s2t_agents.budget import Budget
 from s2t_agents.bundled import LLM, SLM
 from s2t_agents.chat.chat_model import ChatS2T
 from s2t_agents.demo.world import generate
 from s2t_agents.errors import ConfigError
-from s2t_agents.escalation import Escalation, margins_of, simulate
+from s2t_agents.escalation import Escalation, margins_of
 from s2t_agents.ledger import GenerationRecord, Ledger
 from s2t_agents.llms import LocalLLM
 from s2t_agents.triggers import entropy

@@ -38,10 +38,10 @@ from langchain_core.messages import AIMessage, SystemMessage
 from langgraph.config import get_config
 from langgraph.types import Command, interrupt
 
-from s2t_agents.budget import Amount, Budget, money
-from s2t_agents.budget.answers import more_from
+from s2t_agents.budget import Budget, Charge, money
+from s2t_agents.budget.extension import extension_from
 from s2t_agents.budget.names import meter_name
-from s2t_agents.budget.refusals import question_of
+from s2t_agents.budget.refusals import refusal_question
 from s2t_agents.budget.terms import LimitsGiven
 from s2t_agents.chat.unfinished_answers import Unfinished
 from s2t_agents.errors import BadLimit, BudgetExceeded, StoreUnavailable
@@ -257,7 +257,7 @@ def _question(
         raise refused
     told = ("unit", "limit", "spent", "held", "wanted", "budget")
     plain = _plain({name: value for name, value in vars(refused).items() if name in told})
-    question = {"type": "s2t_budget", "question": question_of(refused), **plain}
+    question = {"type": "s2t_budget", "question": refusal_question(refused), **plain}
     update = {
         "s2t_question": question,
         "s2t_unfinished": unfinished.as_dict() or None,
@@ -278,7 +278,7 @@ def _allowed_more(mine: Budget, question: dict[str, Any]) -> dict[str, Any] | No
     asked = question
     while True:
         try:
-            more = more_from(interrupt(asked), question["unit"])
+            more = extension_from(interrupt(asked), question["unit"])
             if not more:
                 return None
             counted = refused.extend(**more, once=once)
@@ -319,13 +319,13 @@ def _brought_back(mine: Budget, state: Mapping[str, Any]) -> dict[str, Any]:
                 with contextlib.suppress(BadLimit):  # it has no such limit any more
                     budget.extend(**grant["more"], once=grant["once"])
     try:
-        mine.reserve(Amount(spent.usd if spent.usd is None else Decimal(0))).settle(spent)
+        mine.reserve(Charge(spent.usd if spent.usd is None else Decimal(0), escalations=0)).settle(spent)
     except BudgetExceeded:
         return {**_snapshot(mine), "spent": before["spent"]}
     return _snapshot(mine)
 
 
-def _forgotten(mine: Budget, before: Mapping[str, Any] | None) -> Amount | None:
+def _forgotten(mine: Budget, before: Mapping[str, Any] | None) -> Charge | None:
     """What a checkpoint knows of and the meter does not; None where the meter knows of anything itself."""
     if not before or before.get("path") != mine.path or mine.windowed:
         return None
@@ -334,8 +334,8 @@ def _forgotten(mine: Budget, before: Mapping[str, Any] | None) -> Amount | None:
         return None
     usd, escalations, tokens = (before["spent"].get(unit, 0) for unit in _COUNTED)
     known = Decimal(0) if usd is None and mine.in_dollars else usd
-    spent = Amount(None if known is None else Decimal(known), int(escalations), int(tokens))
-    return None if spent == Amount(Decimal(0)) else spent
+    spent = Charge(None if known is None else Decimal(known), int(tokens), int(escalations))
+    return None if spent == Charge(Decimal(0), escalations=0) else spent
 
 
 def _used_up(mine: Budget) -> list[str]:

@@ -40,10 +40,17 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """What one escalation holds or costs: USD (None: unknown price) and LLM tokens (uncached prefix + 1)."""
+    """What a budget holds or settles, by default for one escalation. A budget checks it when it reserves or settles.
 
-    usd: Decimal | None
-    llm_tokens: int
+    Attributes:
+        usd: US dollars; None where the price is unknown, which a dollar limit refuses. Free is 0.
+        llm_tokens: tokens that the LLM reads, those it had cached left out, and writes.
+        escalations: questions to the LLM.
+    """
+
+    usd: Decimal | None = None
+    llm_tokens: int = 0
+    escalations: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Places to keep a budget, a clock that tests move, and a Redis server of one's own."""
+"""Budget stores of each kind, a clock that tests move, and a Redis server for the test session."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from s2t_agents.budget import Amount, Budget, BudgetStore, MemoryStore, RedisStore, SQLiteStore
+from s2t_agents.budget import Budget, BudgetStore, Charge, MemoryStore, RedisStore, SQLiteStore
 
-ONE = Amount(Decimal(0), escalations=1)
+ONE = Charge(Decimal(0))
 STORES = ("memory", "sqlite", "redis")
 SHARED = ("sqlite", "redis")
 _names = itertools.count()
@@ -101,11 +101,12 @@ class Place:
     clock: FakeClock
     spec: str
     """How another process opens the same store (``memory`` cannot be)."""
+    server_clock: FakeClock = field(default_factory=FakeClock)
+    """The Redis server's, which setting the calendar here does not change."""
 
     def advance(self, seconds: float) -> None:
         self.clock.advance(seconds)
-        if isinstance(self.store, RedisStore) and self.store._frozen_us is not None:
-            self.store._frozen_us += int(seconds * 1e6)
+        self.server_clock.advance(seconds)
 
     def budget(self, **settings: Any) -> Budget:
         return Budget(store=self.store, **settings)
@@ -119,10 +120,11 @@ def make_place(kind: str, folder: Path, redis_url: str = "", clock: Any = None) 
         path = folder / f"budget-{next(_names)}.db"
         return Place(kind, SQLiteStore(path, clock=moving), moving, f"sqlite:{path}")
     prefix = f"test-{next(_names)}-{time.monotonic_ns()}"
-    store = RedisStore(redis_url, prefix=prefix, timeout_s=10)
-    if isinstance(moving, FakeClock):
-        store._frozen_us = int(moving.date * 1e6)
-    return Place(kind, store, moving, f"redis:{prefix}:{redis_url}")
+    server_clock = FakeClock()
+    store = RedisStore(
+        redis_url, prefix=prefix, timeout_s=10, clock=server_clock if isinstance(moving, FakeClock) else None
+    )
+    return Place(kind, store, moving, f"redis:{prefix}:{redis_url}", server_clock)
 
 
 def open_store(spec: str) -> BudgetStore:

@@ -11,12 +11,12 @@ from decimal import Decimal
 import pytest
 from budget_support import ONE, Place, place, redis_server  # noqa: F401
 
-from s2t_agents.budget import PER_DAY, Amount, Budget
+from s2t_agents.budget import PER_DAY, Budget, Charge
 from s2t_agents.errors import BadLimit, BudgetExceeded, HoldClosed, UnpricedModel
 
 
-def cents(n: int, escalations: int = 0, tokens: int = 0) -> Amount:
-    return Amount(Decimal(n) / 100, escalations, tokens)
+def cents(n: int, escalations: int = 0, tokens: int = 0) -> Charge:
+    return Charge(Decimal(n) / 100, tokens, escalations=escalations)
 
 
 def test_a_reservation_is_held_then_replaced_by_what_was_used(place: Place) -> None:
@@ -69,13 +69,15 @@ def test_what_does_not_fit_is_refused_with_every_figure(place: Place) -> None:
 def test_a_limit_is_met_to_the_last_pico_dollar(place: Place) -> None:
     limit = Decimal("900000.000000000003")
     budget = place.budget(usd=limit)
-    budget.reserve(Amount(limit - Decimal("0.000000000002"))).settle(Amount(limit - Decimal("0.000000000002")))
+    budget.reserve(Charge(limit - Decimal("0.000000000002"), escalations=0)).settle(
+        Charge(limit - Decimal("0.000000000002"), escalations=0)
+    )
     with pytest.raises(BudgetExceeded):
-        budget.reserve(Amount(Decimal("0.000000000003")))
-    budget.reserve(Amount(Decimal("0.000000000001")))
-    budget.reserve(Amount(Decimal("0.000000000001")))
+        budget.reserve(Charge(Decimal("0.000000000003"), escalations=0))
+    budget.reserve(Charge(Decimal("0.000000000001"), escalations=0))
+    budget.reserve(Charge(Decimal("0.000000000001"), escalations=0))
     with pytest.raises(BudgetExceeded):
-        budget.reserve(Amount(Decimal("0.0000000000001")))  # a fraction counts as a whole one
+        budget.reserve(Charge(Decimal("0.0000000000001"), escalations=0))  # a fraction counts as a whole one
 
 
 def test_a_reservation_holds_on_the_whole_chain_or_nowhere(place: Place) -> None:
@@ -97,7 +99,7 @@ def test_a_reservation_holds_on_the_whole_chain_or_nowhere(place: Place) -> None
 
 def test_what_is_available_is_the_least_in_the_chain(place: Place) -> None:
     run = place.budget(escalations=10, usd=1, seconds=60)
-    agent = run.child("agent", escalations=4, reserve_for_final=Amount(Decimal(0), 1))
+    agent = run.child("agent", escalations=4, reserve_for_final=Charge(Decimal(0)))
     run.child("other").reserve(ONE).settle(cents(70, 1))
     assert agent.available()["escalations"] == 3
     assert agent.available()["usd"] == Decimal("0.3")
@@ -114,7 +116,7 @@ def test_a_child_of_one_name_is_one_meter(place: Place) -> None:
 
 
 def test_the_finalization_reserve_is_for_the_last_answer_only(place: Place) -> None:
-    run = place.budget(escalations=3, reserve_for_final=Amount(Decimal(0), 1))
+    run = place.budget(escalations=3, reserve_for_final=Charge(Decimal(0)))
     run.reserve(ONE)
     run.reserve(ONE)
     with pytest.raises(BudgetExceeded, match="kept for a last answer 1"):
@@ -125,7 +127,7 @@ def test_the_finalization_reserve_is_for_the_last_answer_only(place: Place) -> N
 
 
 def test_a_childs_last_answer_does_not_take_its_parents_reserve(place: Place) -> None:
-    run = place.budget(escalations=1, reserve_for_final=Amount(Decimal(0), 1))
+    run = place.budget(escalations=1, reserve_for_final=Charge(Decimal(0)))
     with pytest.raises(BudgetExceeded):
         run.child("agent").final().reserve(ONE)
 
@@ -254,7 +256,7 @@ def test_an_unknown_price_is_refused_anywhere_under_a_dollar_limit(place: Place)
     run = place.budget(usd=1)
     agent = run.child("agent", escalations=5)
     with pytest.raises(UnpricedModel, match="unknown"):
-        agent.reserve(Amount(escalations=1))
+        agent.reserve(Charge())
     assert run.state().holds == 0
     assert agent.in_dollars
 
@@ -263,21 +265,21 @@ def test_an_unknown_price_elsewhere_makes_the_sum_unknown_never_zero(place: Plac
     budget = place.budget(escalations=5)
     budget.reserve(cents(1, 1)).settle(cents(1, 1))
     assert budget.state().spent["usd"] == Decimal("0.01")
-    budget.reserve(Amount(escalations=1)).settle(Amount(escalations=1))
+    budget.reserve(Charge()).settle(Charge())
     assert budget.state().spent["usd"] is None
     assert budget.state().unpriced == 1
 
 
 def test_an_actual_cost_nobody_knows_is_booked_as_reserved(place: Place) -> None:
     budget = place.budget(usd=1)
-    budget.reserve(cents(30, 1)).settle(Amount(escalations=1))
+    budget.reserve(cents(30, 1)).settle(Charge())
     assert budget.state().spent["usd"] == Decimal("0.3")
 
 
 def test_nothing_may_be_spent_under_a_limit_of_zero(place: Place) -> None:
     budget = place.budget(usd=0, name="broke")
     with pytest.raises(BudgetExceeded):
-        budget.reserve(Amount(Decimal("0.000000000001")))
+        budget.reserve(Charge(Decimal("0.000000000001"), escalations=0))
     budget.reserve(ONE)  # free is free
 
 

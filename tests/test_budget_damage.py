@@ -14,22 +14,23 @@ from typing import Any
 import pytest
 
 from s2t_agents import ChatS2T, Escalation
-from s2t_agents.budget import PER_DAY, Amount, Budget, SQLiteStore
+from s2t_agents.budget import PER_DAY, Budget, Charge, SQLiteStore
 from s2t_agents.errors import BadStore, ConfigError, S2TError, StoreUnavailable
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
 
-ONE = Amount(Decimal("0.01"), 1, 5)
+ONE = Charge(Decimal("0.01"), 5)
 
 
-def open_tree(path: Path) -> Budget:
-    root = Budget(usd=1, escalations=50, name="fleet", store=SQLiteStore(path, wait_s=0.2))
+def tree_in(store: SQLiteStore) -> Budget:
+    root = Budget(usd=1, escalations=50, name="fleet", store=store)
     return root.child("day", usd="0.5", window=PER_DAY).child("agent", escalations=20, seconds=3600)
 
 
 def write_tree(path: Path) -> Path:
     """A file with everything in it: settled, held and lapsed, grants, windows, deadlines."""
-    agent = open_tree(path)
+    store = SQLiteStore(path, wait_s=0.2)
+    agent = tree_in(store)
     for _ in range(3):
         agent.reserve(ONE).settle(ONE)
     agent.reserve(ONE, ttl_s=0.001)
@@ -37,13 +38,14 @@ def write_tree(path: Path) -> Path:
     agent.extend(escalations=1, once="grant")
     time.sleep(0.002)
     agent.state()
-    agent._meter.store.close()
+    store.close()
     return path
 
 
 def use(path: Path) -> None:
     """Everything that a budget does."""
-    agent = open_tree(path)
+    store = SQLiteStore(path, wait_s=0.2)
+    agent = tree_in(store)
     steps: list[Callable[[], Any]] = [
         lambda: agent.reserve(ONE).settle(ONE),
         lambda: agent.reserve(ONE).release(),
@@ -60,7 +62,7 @@ def use(path: Path) -> None:
             step()
         except S2TError as error:
             problems.append(error)
-    agent._meter.store.close()
+    store.close()
     if problems:
         raise problems[0]
 
@@ -138,7 +140,8 @@ def test_damage_in_the_middle_is_no_bare_error(whole: bytes, tmp_path: Path) -> 
     for n in range(120):
         path = tmp_path / f"{n}.db"
         path.write_bytes(whole)
-        agent = open_tree(path)
+        store = SQLiteStore(path, wait_s=0.2)
+        agent = tree_in(store)
         hold = agent.reserve(ONE)
         for file in (path, Path(f"{path}-wal")):  # in place: it stays the same file
             content = file.read_bytes() if file.exists() else b""
@@ -150,7 +153,7 @@ def test_damage_in_the_middle_is_no_bare_error(whole: bytes, tmp_path: Path) -> 
                 step()
             except S2TError:
                 continue
-        agent._meter.store.close()
+        store.close()
 
 
 SQL = [
@@ -183,14 +186,15 @@ def test_other_contents_are_a_bad_store_in_the_middle_and_when_opened_again(
 ) -> None:
     path = tmp_path / "budget.db"
     path.write_bytes(whole)
-    agent = open_tree(path)
+    store = SQLiteStore(path, wait_s=0.2)
+    agent = tree_in(store)
     hold = agent.reserve(ONE)
     change(path, sql)
     for step in (lambda: agent.reserve(ONE), lambda: hold.settle(ONE)):
         with pytest.raises(BadStore, match="damaged") as caught:
             step()
         assert not caught.value.retryable
-    agent._meter.store.close()
+    store.close()
     with pytest.raises(S2TError) as again:
         use(path)
     assert isinstance(again.value, ConfigError)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from s2t_agents.budget import Amount, Budget, SQLiteStore
+from s2t_agents.budget import Budget, Charge, SQLiteStore
 from s2t_agents.errors import BadStore, StoreUnavailable
 
-CENT = Amount(Decimal("0.01"))
+CENT = Charge(Decimal("0.01"), escalations=0)
 
 
 def filled(path: Path, meters: int = 60) -> Path:

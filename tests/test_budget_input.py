@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from s2t_agents.budget import Amount, Budget, MemoryStore, SystemClock, Window
-from s2t_agents.budget.answers import more_from
+from s2t_agents.budget import Budget, Charge, MemoryStore, SystemClock, Window
+from s2t_agents.budget.extension import extension_from
 from s2t_agents.budget.names import meter_name
-from s2t_agents.budget.refusals import question_of
+from s2t_agents.budget.refusals import refusal_question
 from s2t_agents.errors import BadLimit, BudgetExceeded, ConfigError, S2TError
-from s2t_agents.types import Charge
+from s2t_agents.ledger import Receipt
 
 NAN, INF = float("nan"), float("inf")
 
@@ -49,9 +50,9 @@ NAN, INF = float("nan"), float("inf")
         ({"seconds": "soon"}, "not a number of seconds"),
         ({"seconds": 5, "window": Window(60)}, "cannot start afresh"),
         ({"window": "day"}, "not a Window"),
-        ({"reserve_for_final": 3}, "not an Amount"),
-        ({"reserve_for_final": Amount(Decimal(0), 1)}, "keeps back more escalations"),
-        ({"escalations": 1, "reserve_for_final": Amount(Decimal(0), 2)}, "keeps back more escalations"),
+        ({"reserve_for_final": 3}, "3 is not a Charge"),
+        ({"reserve_for_final": Charge(Decimal(0))}, "keeps back more escalations"),
+        ({"escalations": 1, "reserve_for_final": Charge(Decimal(0), escalations=2)}, "keeps back more escalations"),
     ],
 )
 def test_limits_that_can_not_be_meant(limits: dict[str, Any], says: str) -> None:
@@ -64,10 +65,10 @@ def test_limits_that_can_not_be_meant(limits: dict[str, Any], says: str) -> None
 def test_zero_is_a_limit() -> None:
     budget = Budget(usd=0, escalations=0, llm_tokens=0, seconds=0)
     with pytest.raises(BudgetExceeded):
-        budget.reserve(Amount(Decimal(0)))  # its time is over at once
+        budget.reserve(Charge(Decimal(0), escalations=0))  # its time is over at once
     for limit in ({"escalations": 0}, {"llm_tokens": 0}, {"usd": 0}):
         with pytest.raises(BudgetExceeded):
-            Budget(**limit).reserve(Amount(Decimal("0.1"), 1, 1))
+            Budget(**limit).reserve(Charge(Decimal("0.1"), 1))
 
 
 @pytest.mark.parametrize("usd", ["0.05", 0.05, Decimal("0.05"), "5e-2"])
@@ -75,35 +76,55 @@ def test_a_limit_means_what_it_prints_as(usd: Any) -> None:
     assert Budget(usd=usd).state().limit == {"usd": Decimal("0.05")}
 
 
-def test_a_charge_is_one_escalation_of_so_many_tokens_and_dollars() -> None:
-    assert Amount.of(Charge(Decimal("0.25"), 7)) == Amount(Decimal("0.25"), escalations=1, llm_tokens=7)
-    assert Amount.of(Charge(None, 7)) == Amount(None, escalations=1, llm_tokens=7)
+def test_a_charge_is_one_escalation_unless_it_says_otherwise() -> None:
+    budget = Budget(escalations=5)
+    budget.reserve(Charge(Decimal("0.25"), 7)).settle(Charge(Decimal("0.25"), 7))
+    budget.reserve(Charge(llm_tokens=1, escalations=2)).settle(Charge(0.5, 1, 2))  # type: ignore[arg-type]
+    assert budget.state().spent == {"usd": Decimal("0.75"), "escalations": 3, "llm_tokens": 8}
 
 
-@pytest.mark.parametrize("bad", [Charge(Decimal("-0.1"), 1), Charge(Decimal(10**12), 1), Charge(None, 10**16)])
-def test_a_charge_that_no_budget_can_count_is_no_amount(bad: Charge) -> None:
-    with pytest.raises(BadLimit):
-        Amount.of(bad)
+BAD_CHARGES: list[Any] = [
+    *(Charge(Decimal("-0.1")), Charge(NAN), Charge(INF), Charge("5 EUR"), Charge(True)),  # type: ignore[arg-type]
+    *(Charge(Decimal(10**12)), Charge(llm_tokens=-1), Charge(llm_tokens=10**16), Charge(llm_tokens=0.5)),  # type: ignore[arg-type]
+    *(Charge(escalations=-1), Charge(escalations=True), Charge(llm_tokens="7"), None, 3, {"usd": 1}),  # type: ignore[arg-type]
+]
 
 
-@pytest.mark.parametrize("bad", [{"usd": -1}, {"usd": NAN}, {"escalations": -1}, {"llm_tokens": 0.5}])
-def test_amounts_are_checked_too(bad: dict[str, Any]) -> None:
-    with pytest.raises(BadLimit):
-        Amount(**bad)
+@pytest.mark.parametrize("bad", BAD_CHARGES, ids=repr)
+def test_a_charge_that_no_budget_can_count_is_refused_and_nothing_is_held_or_spent(bad: Any) -> None:
+    budget = Budget()
+    with pytest.raises(BadLimit) as refused:
+        budget.reserve(bad)
+    assert refused.value.hint
+    with pytest.raises(BadLimit), budget.reserve(Charge(Decimal(1), 10)) as hold:
+        hold.settle(bad)
+    assert (budget.state().holds, budget.state().spent["escalations"]) == (0, 0)
+    if isinstance(bad, Charge):
+        with pytest.raises(ValidationError):
+            Receipt(step=0, prefix_tokens=1, outcome="failed", actual=bad)
 
 
-def test_amounts_add_exactly_and_unknown_stays_unknown() -> None:
-    dime = Amount(Decimal("0.1"), 1, 10)
-    assert sum([dime] * 10) == Amount(Decimal("1.0"), 10, 100)
-    assert (dime + Amount(None, 1)).usd is None
-    with pytest.raises(BadLimit, match="more than can be counted"):
-        Amount(Decimal("1e12")).units()
+def test_a_hold_that_was_given_no_charge_is_still_open() -> None:
+    budget = Budget(usd=1)
+    with budget.reserve(Charge(Decimal("0.5"))) as hold:
+        with pytest.raises(BadLimit):
+            hold.settle(Charge(Decimal(-1)))
+        hold.settle(Charge(Decimal("0.1")))
+    assert budget.state().spent["usd"] == Decimal("0.1")
+
+
+def test_charges_add_exactly_whatever_the_callers_decimal_context() -> None:
+    budget = Budget()
+    with localcontext(prec=2):
+        for _ in range(10):
+            budget.reserve(Charge(Decimal("0.1001"), 10)).settle(Charge(Decimal("0.1001"), 10))
+        assert budget.state().spent == {"usd": Decimal("1.001"), "escalations": 10, "llm_tokens": 100}
 
 
 @pytest.mark.parametrize("ttl", [0, -1, NAN, INF, True])
 def test_a_hold_needs_a_time_to_live(ttl: float) -> None:
     with pytest.raises(BadLimit, match="ttl_s"):
-        Budget().reserve(Amount(), ttl_s=ttl)
+        Budget().reserve(Charge(escalations=0), ttl_s=ttl)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "nul\0", "x" * 201, None, 3])
@@ -141,7 +162,7 @@ def test_children_inherit_what_happens_on_exhaustion() -> None:
     "answer", [False, None, 0, 0.0, "", " ", "0", "0.00", "no", "N", "Nope.", "none", "never", "No, 3 is it"]
 )
 def test_a_no_is_a_no(answer: Any) -> None:
-    assert more_from(answer, "usd") == {}
+    assert extension_from(answer, "usd") == {}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +184,7 @@ def test_a_no_is_a_no(answer: Any) -> None:
     ],
 )
 def test_a_yes_says_how_much(answer: Any, unit: str, more: Any) -> None:
-    assert more_from(answer, unit) == ({"escalations": 3} if more is None else {unit: more})
+    assert extension_from(answer, unit) == ({"escalations": 3} if more is None else {unit: more})
 
 
 @pytest.mark.parametrize(
@@ -198,11 +219,11 @@ def test_a_yes_says_how_much(answer: Any, unit: str, more: Any) -> None:
 def test_an_answer_that_may_mean_something_else_is_refused(answer: Any) -> None:
     for unit in ("escalations", "usd"):
         with pytest.raises(BadLimit, match="does not say how many more") as refused:
-            more_from(answer, unit)
+            extension_from(answer, unit)
         assert refused.value.hint
 
 
-def refusal(limits: dict[str, Any], wanted: Amount, on_exhausted: Any = "degrade") -> BudgetExceeded:
+def refusal(limits: dict[str, Any], wanted: Charge, on_exhausted: Any = "degrade") -> BudgetExceeded:
     with pytest.raises(BudgetExceeded) as caught:
         Budget(**limits, on_exhausted=on_exhausted).reserve(wanted)
     return caught.value
@@ -211,25 +232,30 @@ def refusal(limits: dict[str, Any], wanted: Amount, on_exhausted: Any = "degrade
 @pytest.mark.parametrize(
     ("limits", "wanted", "says", "asks"),
     [
-        ({"escalations": 0}, Amount(Decimal(0), 1), "cannot hold 1 escalation: limit 0,", "0 of 0 escalations. "),
-        ({"escalations": 1}, Amount(Decimal(0), 2), "hold 2 escalations:", "0 of 1 escalation and now wants 2. "),
+        ({"escalations": 0}, Charge(Decimal(0)), "cannot hold 1 escalation: limit 0,", "0 of 0 escalations. "),
+        (
+            {"escalations": 1},
+            Charge(Decimal(0), escalations=2),
+            "hold 2 escalations:",
+            "0 of 1 escalation and now wants 2. ",
+        ),
         (
             {"usd": "0.0000001"},
-            Amount(Decimal("0.0000002")),
+            Charge(Decimal("0.0000002"), escalations=0),
             "hold 0.0000002 USD: limit 0.0000001,",
             "wants 0.0000002. ",
         ),
-        ({"llm_tokens": 0}, Amount(Decimal(0), 0, 9), "hold 9 LLM tokens:", "0 of 0 LLM tokens. "),
-        ({"seconds": 0}, Amount(Decimal(0)), "its 0 seconds are over", "used up its 0 seconds. "),
+        ({"llm_tokens": 0}, Charge(Decimal(0), 9, escalations=0), "hold 9 LLM tokens:", "0 of 0 LLM tokens. "),
+        ({"seconds": 0}, Charge(Decimal(0), escalations=0), "its 0 seconds are over", "used up its 0 seconds. "),
     ],
 )
 def test_a_refusal_reads_like_a_sentence_and_so_does_its_question(
-    limits: dict[str, Any], wanted: Amount, says: str, asks: str
+    limits: dict[str, Any], wanted: Charge, says: str, asks: str
 ) -> None:
     refused = refusal(limits, wanted)
     assert says in str(refused)
-    assert question_of(refused).startswith("The budget 'run' has used ")
-    assert question_of(refused).endswith(f"{asks}Allow more?")
+    assert refusal_question(refused).startswith("The budget 'run' has used ")
+    assert refusal_question(refused).endswith(f"{asks}Allow more?")
 
 
 @pytest.mark.parametrize(
@@ -237,14 +263,14 @@ def test_a_refusal_reads_like_a_sentence_and_so_does_its_question(
     [("degrade", "extend(escalations=...)"), ("raise", 'on_exhausted="degrade"'), ("ask", "BudgetMiddleware")],
 )
 def test_a_refusal_names_the_way_out_of_its_own_setting(on_exhausted: Any, way_out: str) -> None:
-    refused = refusal({"escalations": 0}, Amount(Decimal(0), 1), on_exhausted)
+    refused = refusal({"escalations": 0}, Charge(Decimal(0)), on_exhausted)
     assert way_out in refused.hint
     assert refused.hint in str(refused)
 
 
 def test_a_refusal_pickles_and_copies_whole() -> None:
     with pytest.raises(BudgetExceeded) as caught:
-        Budget(escalations=0).reserve(Amount(Decimal(0), 1))
+        Budget(escalations=0).reserve(Charge(Decimal(0)))
     error = caught.value
     for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
         assert type(twin) is BudgetExceeded

@@ -16,12 +16,12 @@ import pytest
 from budget_support import ONE, FakeClock, Place, make_place, place, redis_server  # noqa: F401
 
 import s2t_agents.budget as package
-from s2t_agents.budget import PER_DAY, Amount, Budget, Hold, SQLiteStore
+from s2t_agents.budget import PER_DAY, Budget, Charge, Hold, SQLiteStore
 from s2t_agents.budget import sqlite_store as sqlite_module
 from s2t_agents.errors import BudgetExceeded
 
 OURS = str(Path(package.__file__).parent)
-COST = Amount(Decimal("0.3"), 1, 10)
+COST = Charge(Decimal("0.3"), 10)
 
 
 class Stop(KeyboardInterrupt):
@@ -80,7 +80,7 @@ def test_stopped_at_any_line_the_books_are_right(kind: str, tmp_path: Path) -> N
             assert state.holds == 0, f"a hold leaked at line {line}"
             assert state.held.get("usd", 0) == 0
             assert state.spent["usd"] == spent
-        run.reserve(Amount(Decimal(1) - (spent or 0))).release()  # and it still works
+        run.reserve(Charge(Decimal(1) - (spent or 0), escalations=0)).release()  # and it still works
         tops = line
         if not stopped:
             break
@@ -127,11 +127,11 @@ def test_setting_the_calendar_frees_no_hold_and_moves_no_deadline(tmp_path: Path
     for kind in ("memory", "sqlite"):
         place = make_place(kind, tmp_path)
         budget = place.budget(usd=1, seconds=100)
-        budget.reserve(Amount(Decimal(1)), ttl_s=50)
+        budget.reserve(Charge(Decimal(1), escalations=0), ttl_s=50)
         for jump in (10**8, -(10**8) * 2):
             place.clock.date += jump
             with pytest.raises(BudgetExceeded):
-                budget.reserve(Amount(Decimal("0.1")))
+                budget.reserve(Charge(Decimal("0.1"), escalations=0))
             assert budget.seconds_left() == 100
 
 
@@ -139,10 +139,10 @@ def test_a_calendar_set_forward_and_back_makes_no_money(place: Place) -> None:
     budget = place.budget(usd=1, window=PER_DAY)
     for _ in range(3):
         place.advance(86_400)
-        budget.reserve(Amount(Decimal(1))).settle(Amount(Decimal(1)))
+        budget.reserve(Charge(Decimal(1), escalations=0)).settle(Charge(Decimal(1), escalations=0))
         place.advance(-86_400)
         with pytest.raises(BudgetExceeded):
-            budget.reserve(Amount(Decimal("0.01")))
+            budget.reserve(Charge(Decimal("0.01"), escalations=0))
         place.advance(86_400)
 
 
@@ -150,8 +150,8 @@ def test_after_a_reboot_holds_are_free_and_deadlines_go_on(tmp_path: Path, monke
     clock = FakeClock(mono=5_000_000.0)
     store = SQLiteStore(tmp_path / "b.db", clock=clock)
     budget = Budget(usd=1, seconds=1_000, store=store)
-    late = budget.reserve(Amount(Decimal("0.4")), ttl_s=900)
-    budget.reserve(Amount(Decimal("0.2"))).settle(Amount(Decimal("0.2")))
+    late = budget.reserve(Charge(Decimal("0.4"), escalations=0), ttl_s=900)
+    budget.reserve(Charge(Decimal("0.2"), escalations=0)).settle(Charge(Decimal("0.2"), escalations=0))
     store.close()
 
     monkeypatch.setattr(sqlite_module, "boot_id", lambda: "another boot")

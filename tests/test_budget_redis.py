@@ -14,14 +14,14 @@ import pytest
 import redis
 from budget_support import RedisServer, need_redis, redis_server  # noqa: F401
 
-from s2t_agents.budget import Amount, Budget, RedisStore
+from s2t_agents.budget import Budget, Charge, RedisStore
 from s2t_agents.errors import ConfigError, StoreUnavailable
 
-CENT = Amount(Decimal("0.01"))
+CENT = Charge(Decimal("0.01"), escalations=0)
 
 
-def store_on(server: RedisServer) -> RedisStore:
-    return RedisStore(server.url, prefix=uuid.uuid4().hex, timeout_s=2)
+def store_on(server: RedisServer, prefix: str = "") -> RedisStore:
+    return RedisStore(server.url, prefix=prefix or uuid.uuid4().hex, timeout_s=2)
 
 
 def test_a_server_that_is_down_refuses_and_what_was_spent_is_booked_when_it_is_back(tmp_path: Path) -> None:
@@ -48,11 +48,10 @@ def test_a_server_that_is_down_refuses_and_what_was_spent_is_booked_when_it_is_b
 
 
 def test_a_server_that_forgot_refuses(redis_server: RedisServer) -> None:
-    store = store_on(redis_server)
-    budget = Budget(usd=1, store=store)
+    budget = Budget(usd=1, store=store_on(redis_server, prefix="forgotten"))
     agent = budget.child("agent", escalations=5)
     client = redis.Redis.from_url(redis_server.url)
-    for key in client.scan_iter(f"{store._prefix}*"):
+    for key in client.scan_iter("forgotten:*"):
         client.delete(key)
     client.close()
     views = (budget.final(), budget.view(on_exhausted="raise"), agent.final())
@@ -62,22 +61,23 @@ def test_a_server_that_forgot_refuses(redis_server: RedisServer) -> None:
             use()
 
 
-def test_an_answer_lost_on_the_way_is_not_booked_twice(redis_server: RedisServer, monkeypatch: Any) -> None:
-    store = store_on(redis_server)
-    budget = Budget(usd=1, store=store)
+def test_an_answer_lost_on_the_way_is_not_booked_twice(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = Budget(usd=1, store=store_on(redis_server))
     hold = budget.reserve(CENT)
-    through = store._script
+    through = redis.Redis.execute_command
 
-    def lost(*args: Any, **more: Any) -> None:
-        through(*args, **more)
+    def lost(*args: Any, **options: Any) -> None:
+        through(*args, **options)
         raise redis.TimeoutError("Timeout reading from socket")
 
-    monkeypatch.setattr(store, "_script", lost)
-    with pytest.raises(StoreUnavailable):
-        hold.settle(CENT)
-    with pytest.raises(StoreUnavailable):
-        budget.reserve(CENT)
-    monkeypatch.setattr(store, "_script", through)
+    with monkeypatch.context() as network:
+        network.setattr(redis.Redis, "execute_command", lost)
+        with pytest.raises(StoreUnavailable):
+            hold.settle(CENT)
+        with pytest.raises(StoreUnavailable):
+            budget.reserve(CENT)
     budget.reserve(CENT).release()
     assert budget.state().spent["usd"] == CENT.usd
 

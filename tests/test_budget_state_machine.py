@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
 
-from s2t_agents.budget import Amount, Budget, Hold
+from s2t_agents.budget import Budget, Charge, Hold
 from s2t_agents.errors import BudgetExceeded, HoldClosed
 
 PATHS = {
@@ -28,17 +28,17 @@ PATHS = {
 UNITS = ("usd", "escalations", "llm_tokens")
 PICO = Decimal("0.000000000001")
 
-amounts = st.builds(
-    Amount,
-    st.one_of(st.integers(0, 10**13).map(lambda n: n * PICO), st.sampled_from([Decimal(0), Decimal("2.5")])),
-    st.integers(0, 3),
-    st.integers(0, 400),
+charges = st.builds(
+    Charge,
+    usd=st.one_of(st.integers(0, 10**13).map(lambda n: n * PICO), st.sampled_from([Decimal(0), Decimal("2.5")])),
+    llm_tokens=st.integers(0, 400),
+    escalations=st.integers(0, 3),
 )
 
 
-def exact(amount: Amount) -> dict[str, Fraction]:
-    assert amount.usd is not None
-    return {unit: Fraction(getattr(amount, unit)) for unit in UNITS}
+def exact(charge: Charge) -> dict[str, Fraction]:
+    assert charge.usd is not None
+    return {unit: Fraction(getattr(charge, unit)) for unit in UNITS}
 
 
 @dataclass
@@ -83,14 +83,14 @@ class BudgetMachine(RuleBasedStateMachine):
         self.open: list[ModelHold] = []
         limits: dict[str, dict[str, Any]] = {
             "fleet": {"usd": 20, "escalations": 12, "llm_tokens": 2000},
-            "fleet/run": {"usd": "12.5", "escalations": 8, "reserve_for_final": Amount(Decimal(2), 1)},
+            "fleet/run": {"usd": "12.5", "escalations": 8, "reserve_for_final": Charge(Decimal(2))},
             "fleet/run/a": {"llm_tokens": 900, "seconds": 50.0},
             "fleet/run/b": {},
             "fleet/x": {"usd": "0.000000000003", "escalations": 1},
         }
         for path, parent in PATHS.items():
             given = limits[path]
-            keep = given.get("reserve_for_final") or Amount(Decimal(0))
+            keep = given.get("reserve_for_final") or Charge(Decimal(0), escalations=0)
             self.meters[path] = ModelMeter(
                 {unit: Fraction(given[unit]) for unit in UNITS if unit in given}, exact(keep), given.get("seconds")
             )
@@ -126,25 +126,25 @@ class BudgetMachine(RuleBasedStateMachine):
     @rule(
         target=holds,
         path=st.sampled_from(sorted(PATHS)),
-        amount=amounts,
+        charge=charges,
         final=st.booleans(),
         ttl=st.sampled_from([5.0, 30.0]),
     )
-    def reserve(self, path: str, amount: Amount, final: bool, ttl: float) -> tuple[Hold, ModelHold] | None:
+    def reserve(self, path: str, charge: Charge, final: bool, ttl: float) -> tuple[Hold, ModelHold] | None:
         budget = self.budgets[path].final() if final else self.budgets[path]
-        want = exact(amount)
+        want = exact(charge)
         if not self.fits(path, want, final):
             with pytest.raises(BudgetExceeded) as refused:
-                budget.reserve(amount, ttl_s=ttl)
+                budget.reserve(charge, ttl_s=ttl)
             assert refused.value.budget in self.chain(path)
             return None
         model = ModelHold(self.chain(path), want, self.now + ttl)
-        hold = budget.reserve(amount, ttl_s=ttl)
+        hold = budget.reserve(charge, ttl_s=ttl)
         self.open.append(model)
         return hold, model
 
-    @rule(pair=consumes(holds), actual=amounts, exactly=st.booleans())
-    def settle(self, pair: tuple[Hold, ModelHold] | None, actual: Amount, exactly: bool) -> None:
+    @rule(pair=consumes(holds), actual=charges, exactly=st.booleans())
+    def settle(self, pair: tuple[Hold, ModelHold] | None, actual: Charge, exactly: bool) -> None:
         if pair is None:
             return
         hold, model = pair

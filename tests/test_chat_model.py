@@ -11,7 +11,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, Sys
 from langchain_core.runnables import RunnableLambda
 
 from s2t_agents import Budget, ChatS2T, DevicePrice, Ledger, LocalLLM, TokenPrice
-from s2t_agents.budget import Amount, SQLiteStore
+from s2t_agents.budget import Charge, SQLiteStore
 from s2t_agents.errors import (
     BudgetExceeded,
     ConfigError,
@@ -211,7 +211,7 @@ def test_the_ledger_has_one_record_per_generation_and_a_receipt_per_escalation()
     assert first.pick == first.candidates[-1].token_id != first.wanted
     assert first.actual.usd == record.cost_usd.llm / 2 - Decimal("0.0000005")  # the second read one token more
     refused = record.receipts[2]
-    assert refused.reserved == Amount(first.reserved.usd + Decimal("0.000002"), 1, first.reserved.llm_tokens + 2)
+    assert refused.reserved == Charge(first.reserved.usd + Decimal("0.000002"), first.reserved.llm_tokens + 2)
     assert (refused.actual, refused.refused_by) == (None, RefusedBy("run", "escalations", 2))
 
 

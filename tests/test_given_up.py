@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
-from s2t_agents.budget import Amount
+from s2t_agents.budget import Charge
 from s2t_agents.engine import engine as engine_steps
 from s2t_agents.errors import BudgetExceeded
 from s2t_agents.escalation import Escalation
@@ -66,7 +66,8 @@ def test_an_interrupted_question_has_a_receipt_of_what_was_sent(kind: type[BaseE
     assert [receipt.outcome for receipt in record.receipts] == ["picked", "picked", "interrupted"]
     before, receipt = record.receipts[1:]
     assert (receipt.step, receipt.prefix_tokens) == (AT, before.prefix_tokens + 1)
-    assert receipt.actual == receipt.reserved == before.actual + Amount(Decimal("0.000001"), 0, 1)  # one token more
+    one_token_more = Charge(before.actual.usd + Decimal("0.000001"), before.actual.llm_tokens + 1)
+    assert receipt.actual == receipt.reserved == one_token_more
     assert (receipt.wanted, receipt.pick, receipt.refused_by) == (None, None, None)
     assert [(c.slm is None, c.llm) for c in receipt.candidates] == [(False, None)] * 8
     assert receipt.wait_ms > 0
@@ -95,7 +96,7 @@ def test_a_question_interrupted_before_the_llm_worked_says_what_was_held_and_no_
     record = given_up(model, KeyboardInterrupt)
     receipt = record.receipts[AT]
     assert (receipt.outcome, receipt.actual) == ("interrupted", None)
-    assert receipt.reserved == Amount(Decimal(receipt.prefix_tokens + 5).scaleb(-6), 1, receipt.prefix_tokens + 1)
+    assert receipt.reserved == Charge(Decimal(receipt.prefix_tokens + 5).scaleb(-6), receipt.prefix_tokens + 1)
     assert model.budget.state().spent["escalations"] == AT
 
 
@@ -177,7 +178,7 @@ async def test_a_question_whose_task_is_cancelled_has_its_receipt(use: Callable[
 @pytest.mark.parametrize("file", ["costs.jsonl", "costs.db"])
 def test_interrupted_questions_are_counted_and_replayed_at_what_they_cost(file: str, tmp_path: Path) -> None:
     ledger = Ledger.open(tmp_path / file)
-    cost = Amount(Decimal("0.1"), 1, 10)
+    cost = Charge(Decimal("0.1"), 10)
     sent = Receipt(step=0, prefix_tokens=9, outcome="interrupted", reserved=cost, actual=cost)
     unsent = sent.model_copy(update={"actual": None})
     ledger.record(GenerationRecord(receipts=(sent,)))

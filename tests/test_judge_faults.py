@@ -19,7 +19,6 @@ from langchain_core.runnables import Runnable, RunnableLambda
 from test_judge import PROMPT, answer, first_shown, judge, prefix_of, raises
 
 from s2t_agents import Budget, ChatJudge, TokenPrice
-from s2t_agents.budget import Amount
 from s2t_agents.errors import (
     ConfigError,
     ContextOverflow,
@@ -267,7 +266,7 @@ def test_a_usage_that_cannot_be_believed_is_billed_at_the_worst_or_its_own_sum(u
     assert asked.owed is not None
     assert worst is not None
     assert 0 < asked.owed.llm_tokens <= worst.llm_tokens
-    Amount.of(asked.owed)
+    Budget().reserve(asked.owed).settle(asked.owed)
 
 
 def test_a_providers_error_brings_no_chain_along() -> None:

@@ -20,10 +20,10 @@ from langgraph.types import Command
 from pydantic import BaseModel, Field
 from s2t_agents.integrations.langgraph import BudgetMiddleware
 
-from s2t_agents.budget import Amount, Budget, SQLiteStore
+from s2t_agents.budget import Budget, Charge, SQLiteStore
 from s2t_agents.errors import BadLimit, BudgetExceeded
 
-ASK_LLM = Amount(Decimal("0.01"), 1, 50)
+ASK_LLM = Charge(Decimal("0.01"), 50)
 
 
 class Spender(BaseChatModel):
@@ -156,7 +156,7 @@ def test_more_seconds_bring_the_spending_back_before_the_model_goes_on() -> None
 
 
 def test_dollars_that_nobody_knew_stay_unknown_after_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(globals(), "ASK_LLM", Amount(None, 1, 50))
+    monkeypatch.setitem(globals(), "ASK_LLM", Charge(None, 50))
     saver = InMemorySaver()
     agent_on(Spender(), BudgetMiddleware(Budget()), checkpointer=saver).invoke(HI, in_thread("a"))
     for _ in range(2):  # twice in one process: it is brought back once
@@ -258,7 +258,7 @@ def test_a_run_can_end_when_its_budget_is_spent() -> None:
 
 
 def test_what_was_kept_back_pays_for_a_last_answer_without_tools() -> None:
-    budget = Budget(escalations=3, reserve_for_final=Amount(Decimal(0), 1))
+    budget = Budget(escalations=3, reserve_for_final=Charge(Decimal(0)))
     model = Spender(script=[call_look(), call_look()])
     state = agent_on(model, BudgetMiddleware(budget, end_when_exhausted=True)).invoke(HI, in_thread("a"))
     assert state["messages"][-1].text == "asked 1"
@@ -291,9 +291,9 @@ def test_limits_that_can_not_be_meant_show_at_once() -> None:
 
 @pytest.mark.parametrize("answer", [True, "yes", {"euros": 3}, object()])
 def test_a_yes_must_say_how_much(answer: Any) -> None:
-    from s2t_agents.budget.answers import more_from
+    from s2t_agents.budget.extension import extension_from
 
     with pytest.raises(BadLimit):
-        more_from(answer, "escalations")
-    assert more_from("2.5", "usd") == {"usd": Decimal("2.5")}
-    assert more_from("30 s", "seconds") == {"seconds": 30.0}
+        extension_from(answer, "escalations")
+    assert extension_from("2.5", "usd") == {"usd": Decimal("2.5")}
+    assert extension_from("30 s", "seconds") == {"seconds": 30.0}

@@ -21,7 +21,7 @@ from langchain_core.messages import AIMessage
 
 from s2t_agents import ChatS2T, Ledger
 from s2t_agents.errors import LedgerError
-from s2t_agents.ledger import Cost, GenerationRecord, Latency
+from s2t_agents.ledger import Cost, GenerationRecord, Latency, sqlite
 from s2t_agents.ledger.report import report
 from s2t_agents.testing import tiny_model
 
@@ -260,21 +260,21 @@ def test_a_torn_header_is_completed(tmp_path: Path, length: int) -> None:
     assert [record.agent for record in Ledger.open(path).records()] == ["first"]
 
 
-def test_a_stream_that_the_garbage_collector_ends_inside_an_append_has_its_record(tmp_path: Path) -> None:
+def test_a_stream_that_the_garbage_collector_ends_inside_an_append_has_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
     ledger = Ledger.open(tmp_path / "costs.jsonl")
+    lock, inside = fcntl.flock, list[str]()
 
-    inside: list[int] = []
-
-    store = ledger._store
-    write = store._write  # type: ignore[attr-defined]
-
-    def meddled(file: Any, line: bytes) -> None:
+    def meddled(*args: Any) -> None:
+        lock(*args)
         if not inside:
-            inside.append(1)
+            inside.append("an append")
             ledger.record(GenerationRecord(agent="lost"))  # as a finalizer would, in this very thread
-        write(file, line)
 
-    store._write = meddled  # type: ignore[attr-defined]
+    monkeypatch.setattr(fcntl, "flock", meddled)
     done = threading.Thread(target=ledger.record, args=(GenerationRecord(agent="own"),), daemon=True)
     done.start()
     done.join(20)
@@ -368,7 +368,7 @@ def test_a_report_beside_a_living_writer(tmp_path: Path) -> None:
     before = set(state(tmp_path))
     assert Ledger.reading(tmp_path / "costs.db").total().generations == 3
     assert set(state(tmp_path)) == before
-    reading = iter(Ledger.reading(tmp_path / "costs.db")._store)
+    reading = sqlite.read(tmp_path / "costs.db")
     next(reading)
     ledger.record(GenerationRecord())  # a reader in the middle keeps nobody from writing
     assert len(list(reading)) == 2

@@ -168,10 +168,10 @@ def test_a_relative_path_means_the_place_where_it_was_opened(
     monkeypatch.chdir(tmp_path)
     ledger = Ledger.open(name)
     ledger.record(GenerationRecord(agent="before"))
-    pickled = pickle.dumps(ledger._store)
+    pickled = pickle.dumps(ledger)
     monkeypatch.chdir(tmp_path / "elsewhere")
     ledger.record(GenerationRecord(agent="after"))
-    Ledger(pickle.loads(pickled)).record(GenerationRecord(agent="copy"))
+    pickle.loads(pickled).record(GenerationRecord(agent="copy"))
     assert agents(Ledger.open(tmp_path / name)) == ["before", "after", "copy"]
     assert list((tmp_path / "elsewhere").iterdir()) == []
 

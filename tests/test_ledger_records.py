@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from s2t_agents.budget import Amount, Budget
+from s2t_agents.budget import Budget, Charge
 from s2t_agents.errors import LedgerError
 from s2t_agents.ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Totals, totals_of
 from s2t_agents.types import RefusedBy
@@ -62,15 +62,15 @@ FULL = GenerationRecord(
             wanted=1,
             pick=2,
             outcome="picked",
-            reserved=Amount(Decimal("0.2"), 1, 41),
-            actual=Amount(Decimal("0.1"), 1, 41),
+            reserved=Charge(Decimal("0.2"), 41),
+            actual=Charge(Decimal("0.1"), 41),
             wait_ms=3.5,
         ),
         Receipt(
             step=9,
             prefix_tokens=46,
             outcome="refused",
-            reserved=Amount(Decimal("0.2"), 1, 47),
+            reserved=Charge(Decimal("0.2"), 47),
             refused_by=RefusedBy("fleet/run", "usd", Decimal("0.30")),
             reason="budget",
         ),
@@ -288,7 +288,7 @@ def test_many_threads_record_at_once(ledger: Ledger) -> None:
 
 
 def picked(step: int, wanted: int, pick: int) -> Receipt:
-    cost = Amount(Decimal("0.1"), 1, 10)
+    cost = Charge(Decimal("0.1"), 10)
     return Receipt(step=step, prefix_tokens=9, wanted=wanted, pick=pick, outcome="picked", reserved=cost, actual=cost)
 
 
@@ -296,7 +296,7 @@ def test_what_if_replays_receipts_under_another_budget(ledger: Ledger) -> None:
     ledger.record(GenerationRecord(id="one", receipts=(picked(1, 5, 5), picked(2, 5, 5), picked(3, 5, 6))))
     enough = ledger.what_if(Budget(escalations=3))
     assert (enough.allowed, enough.refused, enough.exact) == (3, 0, True)
-    assert enough.spent == Amount(Decimal("0.3"), 3, 30)
+    assert enough.spent == Charge(Decimal("0.3"), 30, escalations=3)
     tighter = ledger.what_if(Budget(usd="0.25"))
     assert (tighter.allowed, tighter.newly_refused, tighter.changed_picks) == (2, 1, 1)
     assert tighter.first_change == ("one", 3)
@@ -308,7 +308,7 @@ def test_what_if_is_approximate_after_the_first_changed_pick(ledger: Ledger) -> 
     ledger.record(GenerationRecord(id="two", receipts=(picked(1, 5, 5),)))
     none = ledger.what_if(Budget(escalations=0))
     assert (none.refused, none.approximate, none.first_change) == (3, 2, ("one", 1))
-    assert none.spent == Amount(Decimal(0))
+    assert none.spent == Charge(Decimal(0), escalations=0)
 
 
 def test_what_if_allows_what_was_refused_and_does_not_know_the_pick(ledger: Ledger) -> None:

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
-from s2t_agents.budget import Amount
+from benchmarks.pacing_simulation import simulate
+from s2t_agents.budget import Charge
 from s2t_agents.errors import ConfigError, InputError
-from s2t_agents.escalation import Escalation, Pace, Pacing, margins_of, simulate
+from s2t_agents.escalation import Escalation, Pace, Pacing, margins_of
 from s2t_agents.ledger import GenerationRecord, Receipt, ReceiptCandidate
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always, entropy
@@ -93,7 +94,7 @@ def test_what_can_be_afforded_is_the_scarcest_unit_at_the_mean_cost_so_far() -> 
     budget = Budget(usd="1", escalations=50, llm_tokens=10_000)
     assert pace.affordable(budget) == 50
     for tokens in (300, 500):
-        pace.paid(Amount(usd=Decimal("0.01"), escalations=1, llm_tokens=tokens))
+        pace.add_charge(Charge(Decimal("0.01"), tokens))
     assert pace.affordable(budget) == 25  # 10,000 / 400
     assert pace.affordable(Budget(usd="0.05")) == pytest.approx(5)
     assert pace.affordable(Budget()) == math.inf

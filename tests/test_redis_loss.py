@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 import redis
-from budget_support import RedisServer, redis_server  # noqa: F401
+from budget_support import FakeClock, RedisServer, redis_server  # noqa: F401
 
 from s2t_agents import ChatS2T, Escalation
-from s2t_agents.budget import Amount, Budget, RedisStore
+from s2t_agents.budget import Budget, Charge, RedisStore
 from s2t_agents.errors import BadStore, BudgetExceeded, ConfigError, HoldClosed, S2TError, StoreUnavailable
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
 
-ONE = Amount(Decimal("0.01"), 1, 5)
+ONE = Charge(Decimal("0.01"), 5)
 LIMIT = 10
 KEYS = ("meters", "holds", "expiry")
 SUBSETS = [subset for n in (1, 2, 3) for subset in itertools.combinations(KEYS, n)]
@@ -33,20 +33,17 @@ class Tree:
     """One budget tree on the server, on a clock of its own, and a hand at the server's console."""
 
     def __init__(self, server: RedisServer) -> None:
-        self.prefix, self.url, self.now_us = uuid.uuid4().hex, server.url, 1_800_000_000_000_000
+        self.prefix, self.url, self.clock = uuid.uuid4().hex, server.url, FakeClock()
         self.console = redis.Redis.from_url(server.url)
         self.stores: list[RedisStore] = []
 
     def open(self) -> Budget:
-        store = RedisStore(self.url, prefix=self.prefix, timeout_s=5)
+        store = RedisStore(self.url, prefix=self.prefix, timeout_s=5, clock=self.clock)
         self.stores.append(store)
-        self.wait(0)
         return Budget(escalations=LIMIT, name="P", store=store).child("agent", escalations=LIMIT)
 
     def wait(self, seconds: float) -> None:
-        self.now_us += int(seconds * 1e6)
-        for store in self.stores:
-            store._frozen_us = self.now_us
+        self.clock.advance(seconds)
 
     def key(self, name: str) -> str:
         return f"{self.prefix}:{{P}}:{name}"

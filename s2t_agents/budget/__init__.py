@@ -4,7 +4,6 @@ Flow: ``Budget.reserve`` -> ``BudgetStore.reserve`` (one atomic step over the ch
 ``Hold.settle`` / ``release`` -> ``BudgetStore``. Stores: memory, SQLite (processes), Redis (machines).
 """
 
-from s2t_agents.budget.amount import Amount
 from s2t_agents.budget.budget import Budget
 from s2t_agents.budget.clock import Clock, SystemClock
 from s2t_agents.budget.hold import Hold
@@ -16,15 +15,16 @@ from s2t_agents.budget.state import BudgetState
 from s2t_agents.budget.store import BudgetStore
 from s2t_agents.budget.terms import OnExhausted
 from s2t_agents.budget.window import PER_DAY, PER_HOUR, PER_WEEK, Window
+from s2t_agents.types import Charge
 
 __all__ = [
     "PER_DAY",
     "PER_HOUR",
     "PER_WEEK",
-    "Amount",
     "Budget",
     "BudgetState",
     "BudgetStore",
+    "Charge",
     "Clock",
     "DevicePrice",
     "Hold",

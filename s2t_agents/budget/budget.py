@@ -10,17 +10,18 @@ from decimal import Decimal
 from typing import Any, Self, Unpack, get_args
 
 from s2t_agents.budget import money
-from s2t_agents.budget.amount import UNITS, Amount
 from s2t_agents.budget.clock import Clock
 from s2t_agents.budget.hold import Hold
 from s2t_agents.budget.memory_store import MemoryStore
-from s2t_agents.budget.open_meter import OpenMeter
-from s2t_agents.budget.refusals import exceeded
-from s2t_agents.budget.state import BudgetState, Number, state_of
+from s2t_agents.budget.meter_handle import MeterHandle
+from s2t_agents.budget.quantities import UNITS, Quantities, quantities_of
+from s2t_agents.budget.refusals import budget_exceeded
+from s2t_agents.budget.state import BudgetState, Number
 from s2t_agents.budget.store import BudgetStore, Link, Terms
 from s2t_agents.budget.terms import LimitsGiven, OnExhausted, micros_of, terms_of
 from s2t_agents.budget.window import Window
 from s2t_agents.errors import BadLimit, ConfigError, StoreUnavailable, UnpricedModel
+from s2t_agents.types import Charge
 
 _hold_numbers = itertools.count()
 _process_key = secrets.token_hex(8)
@@ -42,7 +43,7 @@ class Budget:
 
         run = Budget(usd="0.05", escalations=20, seconds=30)
         agent = run.child("researcher", escalations=5)
-        with agent.reserve(Amount(usd=Decimal("0.001"), escalations=1)) as hold:
+        with agent.reserve(Charge(Decimal("0.001"), llm_tokens=901)) as hold:
             ...
             hold.settle(actual)
 
@@ -57,7 +58,7 @@ class Budget:
     Args:
         on_exhausted: what a caller does when this budget refuses: ``"degrade"`` answers locally, ``"raise"``
             lets BudgetExceeded out, ``"ask"`` interrupts a LangGraph run for more (see :meth:`extend`).
-        reserve_for_final: kept back from everybody but :meth:`final`, so that a last answer is still paid for.
+        reserve_for_final: kept back for :meth:`final` alone, so that a last answer can still be paid for.
         window: spending starts afresh with every window, as ``PER_DAY``.
         name: the meter's name; in a shared store, budgets of one name are one budget.
         store: where the meter lives; by default this process's memory.
@@ -76,7 +77,7 @@ class Budget:
         llm_tokens: int | None = None,
         seconds: float | None = None,
         on_exhausted: OnExhausted = "degrade",
-        reserve_for_final: Amount | None = None,
+        reserve_for_final: Charge | None = None,
         window: Window | None = None,
         name: str = "run",
         store: BudgetStore | None = None,
@@ -95,9 +96,9 @@ class Budget:
             }
         )
         mode = _mode(on_exhausted)
-        self._look_at(OpenMeter.root(name, terms, store or MemoryStore(clock)), None, mode, final=False)
+        self._set_up(MeterHandle.open_root(name, terms, store or MemoryStore(clock)), None, mode, final=False)
 
-    def _look_at(self, meter: OpenMeter, parent: Budget | None, on_exhausted: OnExhausted, *, final: bool) -> Self:
+    def _set_up(self, meter: MeterHandle, parent: Budget | None, on_exhausted: OnExhausted, *, final: bool) -> Self:
         self.name, self.path, self.parent, self.on_exhausted = meter.name, meter.path, parent, on_exhausted
         self._meter, self._final = meter, final
         link = Link(meter.path, final)
@@ -119,7 +120,7 @@ class Budget:
         """
         mode = _mode(on_exhausted or self.on_exhausted)
         terms = terms_of(limits) if any(value is not None for value in limits.values()) else None
-        return Budget.__new__(Budget)._look_at(self._meter.child(name, terms), self, mode, final=False)
+        return Budget.__new__(Budget)._set_up(self._meter.open_child(name, terms), self, mode, final=False)
 
     def final(self) -> Budget:
         """This same meter, for the last answer: its finalization reserve may be used (its parents' may not)."""
@@ -129,7 +130,7 @@ class Budget:
         """This same meter, seen by a caller that should act otherwise when it is exhausted. The store is not asked."""
         mode = _mode(on_exhausted or self.on_exhausted)
         as_final = self._final if final is None else final
-        return Budget.__new__(Budget)._look_at(self._meter, self.parent, mode, final=as_final)
+        return Budget.__new__(Budget)._set_up(self._meter, self.parent, mode, final=as_final)
 
     def fresh(self, clock: Clock | None = None) -> Budget:
         """The same limits, from the root down to here, on new meters in memory: to rehearse, not to spend."""
@@ -147,7 +148,7 @@ class Budget:
     @property
     def run(self) -> object:
         """What the root, its views and all budgets below them share, and no others: tells runs apart."""
-        return self._meter.owed
+        return self._meter.unsettled
 
     @property
     def windowed(self) -> bool:
@@ -159,40 +160,41 @@ class Budget:
         """Whether this budget or one above it limits dollars, so that an unknown price is refused."""
         return self._meter.priced
 
-    def reserve(self, amount: Amount, *, ttl_s: float = 60.0) -> Hold:
-        """Set the amount aside, here and in every parent, or nowhere.
+    def reserve(self, charge: Charge, *, ttl_s: float = 60.0) -> Hold:
+        """Hold a charge, here and in every parent, or nowhere.
 
         Args:
-            amount: the most the call can cost.
+            charge: the most the call can cost.
             ttl_s: seconds after which the hold lapses, should its owner die. Choose it longer than the call.
 
         Raises:
+            BadLimit: no charge that can be counted.
             BudgetExceeded: it does not fit; says which unit of which budget.
-            UnpricedModel: ``amount.usd`` is None under a dollar limit.
+            UnpricedModel: ``charge.usd`` is None under a dollar limit.
             StoreUnavailable: the store cannot be reached, so nothing may be spent.
         """
         meter = self._meter
-        if meter.priced and amount.usd is None:
+        want = quantities_of(charge)
+        if meter.priced and want.unpriced:
             raise UnpricedModel(
-                f"Budget {self.path!r} is limited in dollars, and the price of {amount} is unknown.",
+                f"Budget {self.path!r} is limited in dollars, and the price of {charge} is unknown.",
                 hint="Give the model a TokenPrice, or DevicePrice(0) if it costs nothing.",
             )
-        if meter.owed:
-            meter.owed.pay(meter.store)
+        if meter.unsettled:
+            meter.unsettled.settle_all(meter.store)
         ttl_us = 60_000_000 if ttl_s == 60.0 else _ttl(ttl_s)
-        want = amount.units()
         hold_id = f"{self._chain[0].path}/{_process_key}-{next(_hold_numbers)}"
         try:
             refused = meter.store.reserve(self._chain, hold_id, want, ttl_us)
             if refused is None:
-                return Hold(meter.store, meter.owed, meter.path, hold_id, amount, want)
-        except BaseException as error:  # also Ctrl-C after the store said yes: nobody would ever settle it
+                return Hold(meter.store, meter.unsettled, meter.path, hold_id, charge, want)
+        except BaseException as error:  # also Ctrl-C after the store said yes: it would never be settled
             if isinstance(error, StoreUnavailable) and error.untouched:
                 raise
             with contextlib.suppress(StoreUnavailable):
                 meter.store.release(hold_id)
             raise
-        raise exceeded(refused, self.on_exhausted)
+        raise budget_exceeded(refused, self.on_exhausted)
 
     def extend(
         self,
@@ -218,32 +220,22 @@ class Budget:
         Raises:
             BadLimit: as for :class:`Budget`, or a unit that has no limit here.
         """
-        more = terms_of({"usd": usd, "escalations": escalations, "llm_tokens": llm_tokens})
-        micros = 0 if seconds is None else micros_of(seconds, "seconds")
-        asked = [
-            *(unit for unit, new in zip(UNITS, more.limits, strict=True) if new is not None),
-            *(["seconds"] if seconds is not None else []),
-        ]
-        has = {unit for unit, old in zip(UNITS, self._meter.terms.limits, strict=True) if old is not None}
-        if self._meter.terms.micros is not None:
-            has.add("seconds")
-        for unit in asked:
-            if unit not in has:
+        more = terms_of({"usd": usd, "escalations": escalations, "llm_tokens": llm_tokens, "seconds": seconds}).limits
+        for unit, limit, wanted in zip(UNITS, self._meter.terms.limits, more, strict=False):
+            if wanted is not None and limit is None:
                 raise BadLimit(
                     f"Budget {self.path!r} has no limit in {unit} to extend.", hint="Extend the one that refused."
                 )
-        allowed = (more.limits[0] or 0, more.limits[1] or 0, more.limits[2] or 0)
-        return self._meter.store.extend(self.path, allowed, micros, once)
+        return self._meter.store.extend(self.path, Quantities(*(wanted or 0 for wanted in more)), once)
 
     def seconds_left(self) -> float | None:
         """Seconds to the nearest deadline in the chain, never below 0; None without one."""
-        timed = (link for link in self.chain if link._meter.terms.micros is not None)
-        left = [self._meter.store.read(budget.path).micros_left for budget in timed]
-        return min((micros / 1e6 for micros in left if micros is not None), default=None)
+        timed = (budget for budget in self.chain if budget._meter.terms.limits.seconds is not None)
+        return min((float(budget.state().left["seconds"]) for budget in timed), default=None)
 
     def state(self) -> BudgetState:
         """This budget now: limits, held, spent, left. Parents may have less left: see :meth:`available`."""
-        return state_of(self.path, self._meter.store.read(self.path))
+        return self._meter.store.read_state(self.path)
 
     def available(self) -> dict[str, Number]:
         """What a reservation here could still get: the least left in the chain, finalization reserves kept back."""
@@ -285,8 +277,8 @@ def _opened(
     parent: Budget | None, name: str, terms: Terms, on_exhausted: OnExhausted, store: BudgetStore, final: bool
 ) -> Budget:
     """Under a parent the store is the parent's."""
-    meter = parent._meter.child(name, terms) if parent else OpenMeter.root(name, terms, store)
-    return Budget.__new__(Budget)._look_at(meter, parent, on_exhausted, final=final)
+    meter = parent._meter.open_child(name, terms) if parent else MeterHandle.open_root(name, terms, store)
+    return Budget.__new__(Budget)._set_up(meter, parent, on_exhausted, final=final)
 
 
 def _mode(on_exhausted: OnExhausted) -> OnExhausted:

@@ -6,34 +6,43 @@ import contextlib
 from types import TracebackType
 from typing import Self
 
-from s2t_agents.budget.amount import Amount, Units
-from s2t_agents.budget.owed import Owed
+from s2t_agents.budget.quantities import Counts, quantities_of
 from s2t_agents.budget.store import BudgetStore, Closing
-from s2t_agents.errors import HoldClosed, StoreUnavailable
+from s2t_agents.budget.unsettled import UnsettledCharges
+from s2t_agents.errors import BadLimit, HoldClosed, StoreUnavailable
+from s2t_agents.types import Charge
 
 
 class Hold:
-    """Money set aside for one call. As a context manager it is released if nobody settled it.
+    """What is reserved for one call. As a context manager it is released unless it was settled.
 
     ::
 
-        with budget.reserve(Amount(usd=Decimal("0.002"), escalations=1)) as hold:
+        with budget.reserve(Charge(Decimal("0.002"), llm_tokens=901)) as hold:
             pick = ask_the_llm()
-            hold.settle(Amount(usd=price.cost(input_tokens=900, output_tokens=1), escalations=1))
+            hold.settle(Charge(price.cost(input_tokens=900, output_tokens=1), llm_tokens=901))
 
-    A cost that was handed to :meth:`settle` is never forgotten: if settling is interrupted, leaving the block
-    finishes it; if the store is down, it is booked before the next reservation through this budget.
+    Attributes:
+        id: of the hold, in its store.
+        path: of the budget.
+        reserved: the most that the call can cost.
+        actual: what was handed to :meth:`settle`; None before.
+
+    A charge that was handed to :meth:`settle` is never forgotten: if settling is interrupted, leaving the block
+    finishes it; if the store is unavailable, it is settled before the next reservation through this budget.
     """
 
-    __slots__ = ("_closed", "_owed", "_store", "_units", "actual", "id", "path", "reserved")
+    __slots__ = ("_closed", "_store", "_unsettled", "_want", "actual", "id", "path", "reserved")
 
-    def __init__(self, store: BudgetStore, owed: Owed, path: str, hold_id: str, reserved: Amount, units: Units):
-        self._store, self._owed, self._units = store, owed, units
+    def __init__(
+        self, store: BudgetStore, unsettled: UnsettledCharges, path: str, hold_id: str, reserved: Charge, want: Counts
+    ) -> None:
+        self._store, self._unsettled, self._want = store, unsettled, want
         self._closed = ""
         self.id, self.path, self.reserved = hold_id, path, reserved
-        self.actual: Amount | None = None
+        self.actual: Charge | None = None
 
-    def settle(self, actual: Amount) -> None:
+    def settle(self, actual: Charge) -> None:
         """Book what was really used and give the rest back.
 
         More than was reserved is booked in full, counted as overrun on the whole chain. A cost of unknown
@@ -43,18 +52,23 @@ class Hold:
             actual: the real cost.
 
         Raises:
+            BadLimit: no charge that can be counted; the hold stays open.
             HoldClosed: settled or released before; or lapsed, and then the cost *was* booked, as overrun.
             StoreUnavailable: not booked yet; it will be before the next reservation through this budget.
         """
         self._check_open("settle")
         again, self.actual = self.actual is not None, actual
-        spent = actual.units()
-        if spent[3] and not self._units[3]:
-            spent = (self._units[0], spent[1], spent[2], 0)
+        try:
+            spent = quantities_of(actual)
+        except BadLimit:
+            self.actual = None
+            raise
+        if spent.unpriced and not self._want.unpriced:
+            spent = spent._replace(usd=self._want.usd, unpriced=0)
         try:
             closing = self._store.settle(self.id, spent)
         except StoreUnavailable:
-            self._owed.add(self.id, spent)
+            self._unsettled.add(self.id, spent)
             self._closed = "settled"
             raise
         self._closed = "settled"
@@ -92,7 +106,7 @@ class Hold:
     ) -> None:
         if self._closed:
             return
-        with contextlib.suppress(HoldClosed, StoreUnavailable):  # lapsed, or will; a cost is booked or owed
+        with contextlib.suppress(HoldClosed, StoreUnavailable):  # lapsed, or will; a charge is booked or unsettled
             if self.actual is not None:  # interrupted in the middle of settle: the money is gone, so book it
                 self.settle(self.actual)
             else:

@@ -7,11 +7,11 @@ import threading
 import time
 from typing import NamedTuple
 
-from s2t_agents.budget import meter as arithmetic
-from s2t_agents.budget.amount import Units
 from s2t_agents.budget.clock import Clock, SystemClock
 from s2t_agents.budget.meter import Meter
-from s2t_agents.budget.store import Chain, Closing, Reading, Refusal, Terms
+from s2t_agents.budget.quantities import Counts
+from s2t_agents.budget.state import BudgetState
+from s2t_agents.budget.store import Chain, Closing, Refusal, Terms
 from s2t_agents.errors import StoreUnavailable
 
 TOMBSTONES = 100_000
@@ -21,23 +21,23 @@ PATIENCE = 32
 """How often an operation lets other threads go first before it queues for the lock."""
 
 
-class _Held(NamedTuple):
+class _HoldRecord(NamedTuple):
     chain: Chain
-    want: Units
+    want: Counts
     expires_us: int
     expired: bool
 
 
 _Grant = tuple[str, str]
 """A meter's path and what names the grant; without a name it is not remembered."""
-_Change = tuple[dict[str, Meter], str, _Held | None, _Grant | None]
+_Change = tuple[dict[str, Meter], str, _HoldRecord | None, _Grant | None]
 
 
 class MemoryStore:
     """Meters of one process. A forked child is refused: two copies of a budget would be two budgets.
 
     An operation that is interrupted at any line (Ctrl-C, a killed task) has either not happened or happens
-    in full: the change is written down first and carried out by whoever comes next.
+    in full: the change is written down first and carried out by the next operation.
 
     Args:
         clock: the time; tests hand in their own.
@@ -50,29 +50,29 @@ class MemoryStore:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._meters: dict[str, Meter] = {}
-        self._holds: dict[str, _Held] = {}
+        self._holds: dict[str, _HoldRecord] = {}
         self._granted: set[_Grant] = set()
         self._expired: list[str] = []
         self._next_expiry_us = 2**63
         self._journal: _Change | None = None
 
-    def open(self, path: str, terms: Terms) -> Terms:
+    def open_meter(self, path: str, terms: Terms) -> Terms:
         """Make the meter unless it is there; the terms it has."""
-        self._come_in()
+        self._check_process()
         with self._lock:
             self._replay()
             if path not in self._meters:
-                self._meters[path] = arithmetic.opened(terms, self._now_us(), self._clock.wall())
+                self._meters[path] = Meter.fresh(terms, self._now_us(), self._clock.wall())
             return self._meters[path].terms
 
-    def known(self, path: str) -> Terms | None:
+    def find_terms(self, path: str) -> Terms | None:
         """The terms of a meter, if there is one."""
         found = self._meters.get(path)
         return found.terms if found else None
 
-    def reserve(self, chain: Chain, hold: str, want: Units, ttl_us: int) -> Refusal | None:
+    def reserve(self, chain: Chain, hold_id: str, want: Counts, ttl_us: int) -> Refusal | None:
         """Hold on the whole chain, or say why not."""
-        self._come_in()
+        self._check_process()
         with self._lock:
             now_us = self._tidy()
             changed: dict[str, Meter] = {}
@@ -80,70 +80,70 @@ class MemoryStore:
                 meter = self._meters[path]
                 if meter.terms.window is not None:
                     meter = self._current(path)
-                refused = arithmetic.refusal(meter, path, want, final, now_us)
+                refused = meter.refusal(path, want, final, now_us)
                 if refused is not None:
                     return refused
-                changed[path] = arithmetic.holding(meter, want)
+                changed[path] = meter.reserve(want)
             expires_us = now_us + ttl_us
             if expires_us < self._next_expiry_us:
                 self._next_expiry_us = expires_us
-            self._commit(changed, hold, _Held(chain, want, expires_us, False))
+            self._commit(changed, hold_id, _HoldRecord(chain, want, expires_us, False))
         return None
 
-    def settle(self, hold: str, actual: Units) -> Closing:
+    def settle(self, hold_id: str, actual: Counts) -> Closing:
         """Replace the hold by what was used."""
-        return self._end(hold, actual)
+        return self._end(hold_id, actual)
 
-    def release(self, hold: str) -> Closing:
+    def release(self, hold_id: str) -> Closing:
         """Give the hold back."""
-        return self._end(hold, None)
+        return self._end(hold_id, None)
 
-    def extend(self, path: str, more: tuple[int, int, int], micros: int, once: str = "") -> bool:
+    def extend(self, path: str, more: Counts, once: str = "") -> bool:
         """Raise the limits."""
-        self._come_in()
+        self._check_process()
         with self._lock:
             now_us = self._tidy()
             if once and (path, once) in self._granted:
                 return False
-            after = arithmetic.extended(self._current(path), more, micros, now_us)
+            after = self._current(path).extend(more, now_us)
             self._journal = ({path: after}, "", None, (path, once))
             self._replay()
             return True
 
-    def read(self, path: str) -> Reading:
+    def read_state(self, path: str) -> BudgetState:
         """The meter now."""
-        self._come_in()
+        self._check_process()
         with self._lock:
             now_us = self._tidy()
             holds = sum(
                 1 for held in self._holds.values() if not held.expired and any(link.path == path for link in held.chain)
             )
-            return arithmetic.reading(self._current(path), now_us, holds)
+            return self._current(path).state(path, now_us, holds)
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to close."""
 
-    def _end(self, hold: str, actual: Units | None) -> Closing:
-        self._come_in()
+    def _end(self, hold_id: str, actual: Counts | None) -> Closing:
+        self._check_process()
         with self._lock:
             if self._journal is not None or self._now_us() >= self._next_expiry_us:
                 self._tidy()
-            held = self._holds.get(hold)
+            held = self._holds.get(hold_id)
             if held is None:
                 return Closing.GONE
             changed: dict[str, Meter] = {}
             for path, _ in held.chain:
                 meter = self._current(path)
                 if held.expired:  # its reservation was given back when it expired: all of it is overrun
-                    changed[path] = arithmetic.booked(meter, actual) if actual else meter
+                    changed[path] = meter.overrun(actual) if actual else meter
                 elif actual is None:
-                    changed[path] = arithmetic.given_back(meter, held.want)
+                    changed[path] = meter.release(held.want)
                 else:
-                    changed[path] = arithmetic.settled(meter, held.want, actual)
-            self._commit(changed, hold, None)
+                    changed[path] = meter.settle(held.want, actual)
+            self._commit(changed, hold_id, None)
             return Closing.LATE if held.expired else Closing.DONE
 
-    def _come_in(self) -> None:
+    def _check_process(self) -> None:
         """Refuse a forked copy; then give a busy lock a moment.
 
         A thread that queues for the lock is handed it while its holder still has the GIL, and from then on every
@@ -164,7 +164,7 @@ class MemoryStore:
 
     def _current(self, path: str) -> Meter:
         meter = self._meters[path]
-        return meter if meter.terms.window is None else arithmetic.rolled(meter, self._clock.wall())
+        return meter if meter.terms.window is None else meter.in_window_at(self._clock.wall())
 
     def _tidy(self) -> int:
         """Finish an interrupted change, give lapsed holds back; the time now."""
@@ -173,36 +173,36 @@ class MemoryStore:
         now_us = self._now_us()
         if now_us < self._next_expiry_us:
             return now_us
-        for hold, held in [item for item in self._holds.items() if not item[1].expired]:
+        for hold_id, held in [item for item in self._holds.items() if not item[1].expired]:
             if held.expires_us <= now_us:
-                back = {path: arithmetic.given_back(self._current(path), held.want) for path, _ in held.chain}
-                self._commit(back, hold, held._replace(expired=True))
-                self._expired.append(hold)
+                back = {path: self._current(path).release(held.want) for path, _ in held.chain}
+                self._commit(back, hold_id, held._replace(expired=True))
+                self._expired.append(hold_id)
         while len(self._expired) > TOMBSTONES:
             self._holds.pop(self._expired.pop(0), None)
         waiting = (held.expires_us for held in self._holds.values() if not held.expired)
         self._next_expiry_us = min(waiting, default=2**63)
         return now_us
 
-    def _commit(self, meters: dict[str, Meter], hold: str, held: _Held | None) -> None:
-        self._journal = (meters, hold, held, None)
+    def _commit(self, meters: dict[str, Meter], hold_id: str, held: _HoldRecord | None) -> None:
+        self._journal = (meters, hold_id, held, None)
         self._meters.update(meters)  # as in _replay, which finishes it after an interrupt
         if held is None:
-            self._holds.pop(hold, None)
+            self._holds.pop(hold_id, None)
         else:
-            self._holds[hold] = held
+            self._holds[hold_id] = held
         self._journal = None
 
     def _replay(self) -> None:
         """Carry out what is written down. Doing it twice changes nothing: the values are absolute."""
         if self._journal is None:
             return
-        meters, hold, held, grant = self._journal
+        meters, hold_id, held, grant = self._journal
         self._meters.update(meters)
         if grant is not None and grant[1]:
             self._granted.add(grant)
         if held is None:
-            self._holds.pop(hold, None)
+            self._holds.pop(hold_id, None)
         else:
-            self._holds[hold] = held
+            self._holds[hold_id] = held
         self._journal = None

@@ -4,91 +4,93 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from s2t_agents.budget.amount import NOTHING, UNITS, Units, excess, minus, plus
-from s2t_agents.budget.store import Limits, Reading, Refusal, Terms
-
-
-class Meter(NamedTuple):
-    """Counters of one budget. Times are microseconds of the store's clock."""
-
-    terms: Terms
-    limits: Limits
-    deadline_us: int | None
-    micros: int | None
-    window: int
-    spent: Units
-    held: Units
-    over: Units
-
+from s2t_agents.budget.quantities import NOTHING, UNITS, Counts, Limits, excess, minus, plus, raised
+from s2t_agents.budget.state import BudgetState, state_of
+from s2t_agents.budget.store import Refusal, Terms
 
 _new = tuple.__new__  # a reservation makes several meters, and this takes half the time of Meter(...)
 
 
-def opened(terms: Terms, now_us: int, wall_s: float) -> Meter:
-    """A fresh meter; its deadline runs from now."""
-    deadline = None if terms.micros is None else now_us + terms.micros
-    window = terms.window.index(wall_s) if terms.window else 0
-    return Meter(terms, terms.limits, deadline, terms.micros, window, NOTHING, NOTHING, NOTHING)
+class Meter(NamedTuple):
+    """The counters of one budget; every operation gives a new one.
 
+    Attributes:
+        terms: what it was opened with.
+        limits: as they are now, extensions included.
+        deadline_us: microseconds of the store's clock; None without one.
+        window: the index of the window that ``spent`` and ``over`` belong to.
+        spent: settled, ``over`` included.
+        held: reserved at this moment.
+        over: the part of ``spent`` above what was reserved for it.
+    """
 
-def rolled(meter: Meter, wall_s: float) -> Meter:
-    """The meter in the window of this moment: a later one starts with nothing spent, an earlier never reopens."""
-    if meter.terms.window is None or (now := meter.terms.window.index(wall_s)) <= meter.window:
-        return meter
-    return meter._replace(window=now, spent=NOTHING, over=NOTHING)
+    terms: Terms
+    limits: Limits
+    deadline_us: int | None
+    window: int
+    spent: Counts
+    held: Counts
+    over: Counts
 
+    @classmethod
+    def fresh(cls, terms: Terms, now_us: int, wall_s: float) -> Meter:
+        """A meter with nothing spent; its deadline runs from now."""
+        deadline = None if terms.limits.seconds is None else now_us + terms.limits.seconds
+        window = terms.window.index(wall_s) if terms.window else 0
+        return cls(terms, terms.limits, deadline, window, NOTHING, NOTHING, NOTHING)
 
-def refusal(meter: Meter, path: str, want: Units, final: bool, now_us: int) -> Refusal | None:
-    """The first unit in which ``want`` does not fit, or None."""
-    if meter.deadline_us is not None and now_us >= meter.deadline_us:
-        micros = meter.micros or 0
-        return Refusal(path, "seconds", micros, micros + now_us - meter.deadline_us, 0, 0, 0)
-    spent, held, keep = meter.spent, meter.held, meter.terms.keep
-    for i, limit in enumerate(meter.limits):
-        if limit is None or not want[i]:  # a unit it does not touch never stands in its way, even when overrun
-            continue
-        kept = 0 if final else keep[i]
-        if spent[i] + held[i] + want[i] + kept > limit:
-            return Refusal(path, UNITS[i], limit, spent[i], held[i], want[i], kept)
-    return None
+    def in_window_at(self, wall_s: float) -> Meter:
+        """The meter in the window of this moment: a later one starts with nothing spent, an earlier never reopens."""
+        if self.terms.window is None or (now := self.terms.window.index(wall_s)) <= self.window:
+            return self
+        return self._replace(window=now, spent=NOTHING, over=NOTHING)
 
+    def refusal(self, path: str, want: Counts, final: bool, now_us: int) -> Refusal | None:
+        """The first unit in which ``want`` does not fit, or None."""
+        if self.deadline_us is not None and now_us >= self.deadline_us:
+            given = self.limits.seconds or 0
+            return Refusal(path, "seconds", given, given + now_us - self.deadline_us, 0, 0, 0)
+        spent, held, keep = self.spent, self.held, self.terms.keep
+        for i, limit in enumerate(self.limits):
+            if limit is None or not want[i]:  # a unit that is not wanted never refuses, even when overrun
+                continue
+            kept = 0 if final else keep[i]
+            if spent[i] + held[i] + want[i] + kept > limit:
+                return Refusal(path, UNITS[i], limit, spent[i], held[i], want[i], kept)
+        return None
 
-def holding(meter: Meter, want: Units) -> Meter:
-    """The meter with ``want`` held."""
-    terms, limits, deadline, micros, window, spent, held, over = meter
-    return _new(Meter, (terms, limits, deadline, micros, window, spent, plus(held, want), over))
+    def reserve(self, want: Counts) -> Meter:
+        """The meter with ``want`` held."""
+        terms, limits, deadline, window, spent, held, over = self
+        return _new(Meter, (terms, limits, deadline, window, spent, plus(held, want), over))
 
+    def release(self, reserved: Counts) -> Meter:
+        """The meter with a hold of ``reserved`` gone, unused."""
+        terms, limits, deadline, window, spent, held, over = self
+        return _new(Meter, (terms, limits, deadline, window, spent, minus(held, reserved), over))
 
-def given_back(meter: Meter, want: Units) -> Meter:
-    """The meter with a hold of ``want`` gone, unused."""
-    terms, limits, deadline, micros, window, spent, held, over = meter
-    return _new(Meter, (terms, limits, deadline, micros, window, spent, minus(held, want), over))
+    def settle(self, reserved: Counts, actual: Counts) -> Meter:
+        """The meter with a hold of ``reserved`` replaced by a charge of ``actual``."""
+        terms, limits, deadline, window, spent, held, over = self
+        if actual != reserved:
+            over = plus(over, excess(actual, reserved))
+        return _new(Meter, (terms, limits, deadline, window, plus(spent, actual), minus(held, reserved), over))
 
+    def overrun(self, actual: Counts) -> Meter:
+        """The meter with a charge that nothing was held for."""
+        return self.settle(NOTHING, actual)
 
-def settled(meter: Meter, reserved: Units, actual: Units) -> Meter:
-    """The meter with a hold of ``reserved`` replaced by a cost of ``actual``."""
-    terms, limits, deadline, micros, window, spent, held, over = meter
-    if actual != reserved:
-        over = plus(over, excess(actual, reserved))
-    return _new(Meter, (terms, limits, deadline, micros, window, plus(spent, actual), minus(held, reserved), over))
+    def extend(self, more: Counts, now_us: int) -> Meter:
+        """The meter with higher limits; more time counts from now if the deadline has passed."""
+        if self.deadline_us is None or not more.seconds:
+            return self._replace(limits=raised(self.limits, more))
+        passed = max(0, now_us - self.deadline_us)
+        limits = raised(self.limits, more._replace(seconds=more.seconds + passed))
+        return self._replace(limits=limits, deadline_us=self.deadline_us + passed + more.seconds)
 
-
-def booked(meter: Meter, actual: Units) -> Meter:
-    """The meter with a cost that nothing was held for: all of it is overrun."""
-    return settled(meter, NOTHING, actual)
-
-
-def extended(meter: Meter, more: tuple[int, int, int], micros: int, now_us: int) -> Meter:
-    """The meter with higher limits; more time counts from now if the deadline has passed."""
-    usd, escalations, tokens = (None if old is None else old + new for old, new in zip(meter.limits, more, strict=True))
-    deadline, total = meter.deadline_us, meter.micros
-    if micros and deadline is not None and total is not None:
-        total += micros + max(0, now_us - deadline)
-        deadline = max(deadline, now_us) + micros
-    return meter._replace(limits=(usd, escalations, tokens), deadline_us=deadline, micros=total)
-
-
-def reading(meter: Meter, now_us: int, holds: int) -> Reading:
-    """The meter as people ask about it."""
-    left = None if meter.deadline_us is None else max(0, meter.deadline_us - now_us)
-    return Reading(meter.limits, meter.terms.keep, meter.spent, meter.held, meter.over, meter.micros, left, holds)
+    def state(self, path: str, now_us: int, holds: int) -> BudgetState:
+        """The meter in public units."""
+        spent = self.spent
+        if self.deadline_us is not None and self.limits.seconds is not None:
+            spent = spent._replace(seconds=self.limits.seconds - max(0, self.deadline_us - now_us))
+        return state_of(path, self.limits, self.terms.keep, spent, self.held, self.over, holds)

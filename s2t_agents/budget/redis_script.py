@@ -6,7 +6,7 @@ whole micro-dollars and the pico-dollars below; every other number is small enou
 One tree of budgets is three keys: ``meters`` (hash of path to a packed meter), ``holds`` (hash of id to a packed
 hold) and ``expiry`` (sorted set of hold ids by microsecond; an id after a NUL is a lapsed hold, to be forgotten then).
 
-Any of them, or any field, may be lost: a server that evicts, a hand at the console. A meter that is gone refuses; one
+Any of them, or any field, may be lost: evicted by the server, deleted at its console. A meter that is gone refuses; one
 that was opened again has another birth, and holds from before it take nothing back from it. A hold that is gone stays
 held. An index that is gone is made again from the holds. What is no meter or hold is an error before anything is
 written. So less may be given out than the limit, and never more.
@@ -196,7 +196,7 @@ save(path, {
 return args[4]
 """
 
-_KNOWN = r"""
+_FIND_TERMS = r"""
 -- path
 local m = load(args[3])
 return m and m[TERMS]
@@ -271,7 +271,7 @@ if args[6] ~= '' then call('HSET', METERS, grant, 1) end
 return 'done'
 """
 
-_READ = r"""
+_READ_STATE = r"""
 -- path
 lapse()
 local m = load(args[3])
@@ -282,10 +282,10 @@ return {texts(m[LIMIT]), texts(m[SPENT]), texts(m[HELD]), texts(m[OVER]), texts(
 
 SCRIPTS = {
     "open": _CLOCK + _METER + _OPEN,
-    "known": _CLOCK + _METER + _KNOWN,
+    "find_terms": _CLOCK + _METER + _FIND_TERMS,
     "reserve": _CLOCK + _ADD + _MORE + _TEXT + _METER + _REFUSE + _LAPSE + _RESERVE,
     "finish": _CLOCK + _ADD + _MORE + _TEXT + _METER + _BOOK + _LAPSE + _FINISH,
     "extend": _CLOCK + _ADD + _METER + _EXTEND,
-    "read": _CLOCK + _ADD + _TEXT + _METER + _LAPSE + _READ,
+    "read_state": _CLOCK + _ADD + _TEXT + _METER + _LAPSE + _READ_STATE,
 }
 """By operation: only what it needs, since Redis defines every function anew at each call."""

@@ -13,10 +13,12 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from s2t_agents.budget.amount import UNITS, Units
+from s2t_agents.budget.clock import Clock
+from s2t_agents.budget.quantities import NOTHING, UNITS, Counts, Limits, Quantities, plus
 from s2t_agents.budget.redis_script import DAMAGED, PART, SCRIPTS
 from s2t_agents.budget.redis_url import FORM, PASSWORD_ENV, address_of, password_in
-from s2t_agents.budget.store import Chain, Closing, Reading, Refusal, Terms
+from s2t_agents.budget.state import BudgetState, state_of
+from s2t_agents.budget.store import Chain, Closing, Refusal, Terms
 from s2t_agents.budget.window import Window
 from s2t_agents.errors import BadLimit, BadStore, ConfigError, StoreUnavailable
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     import redis
 
 
-NONE = False
+NO_LIMIT = False
+"""How the scripts are told of a limit that is not there."""
 _SHA = {op: hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest() for op, script in SCRIPTS.items()}
 
 
@@ -41,6 +44,7 @@ class RedisStore:
             a store whose password was in the URL looks into ``S2T_REDIS_PASSWORD``.
         prefix: put before every key, to keep programs apart on one server.
         timeout_s: seconds to wait for the server, to connect and to answer, before refusing.
+        clock: instead of the server's own, which is one for all processes; tests hand in theirs.
 
     Raises:
         ConfigError: the redis package is not installed, the URL cannot be read or has unknown options (no part of it
@@ -56,6 +60,7 @@ class RedisStore:
         password_env: str | None = None,
         prefix: str = "s2t",
         timeout_s: float = 1.0,
+        clock: Clock | None = None,
     ) -> None:
         try:
             import redis
@@ -69,8 +74,8 @@ class RedisStore:
         self._protected, self._password_env = password is not None, password_env
         self._prefix, self._timeout_s = prefix, timeout_s
         self._error: type[Exception] = redis.RedisError
-        self._frozen_us: int | None = None  # instead of the server's time: tests move it
-        self._kept: dict[str, tuple[int, int, int]] = {}
+        self._clock = clock
+        self._keep: dict[str, Counts] = {}
         usable = False
         with contextlib.suppress(Exception):  # whatever it says may quote a part of the URL
             self._client: redis.Redis = redis.Redis.from_url(
@@ -89,27 +94,28 @@ class RedisStore:
         self._unknown: type[Exception] = redis.exceptions.NoScriptError
         self._keys: dict[str, tuple[str, str, str]] = {}
 
-    def open(self, path: str, terms: Terms) -> Terms:
+    def open_meter(self, path: str, terms: Terms) -> Terms:
         """Make the meter unless it is there; the terms it has."""
-        usd, escalations, tokens = terms.limits
-        limits = [*((NONE, NONE) if usd is None else divmod(usd, PART)), _or_none(escalations), _or_none(tokens)]
+        usd, escalations, tokens, micros, _ = terms.limits
+        dollars = (NO_LIMIT, NO_LIMIT) if usd is None else divmod(usd, PART)
+        limits = [*dollars, _or_no_limit(escalations), _or_no_limit(tokens)]
         window = terms.window
-        span = [NONE, NONE] if window is None else [window.seconds * 1_000_000, window.offset_s * 1_000_000]
-        found = self._run(path, "open", path, _written(terms), limits, _or_none(terms.micros), *span)
+        span = [NO_LIMIT, NO_LIMIT] if window is None else [window.seconds * 1_000_000, window.offset_s * 1_000_000]
+        found = self._run(path, "open", path, _terms_text(terms), limits, _or_no_limit(micros), *span)
         return self._noted(path, cast(str, found))
 
-    def known(self, path: str) -> Terms | None:
+    def find_terms(self, path: str) -> Terms | None:
         """The terms of a meter, if there is one."""
-        found = self._run(path, "known", path)
+        found = self._run(path, "find_terms", path)
         return None if found is None else self._noted(path, cast(str, found))
 
-    def reserve(self, chain: Chain, hold: str, want: Units, ttl_us: int) -> Refusal | None:
+    def reserve(self, chain: Chain, hold_id: str, want: Counts, ttl_us: int) -> Refusal | None:
         """Hold on the whole chain, or say why not."""
         links: list[Any] = []
         for path, final in chain:
-            keep = (0, 0, 0) if final else self._kept[path]
-            links += [path, [*divmod(want[0] + keep[0], PART), want[1] + keep[1], want[2] + keep[2]]]
-        answer = cast(list[Any], self._run(hold, "reserve", hold, ttl_us, _parts(want), *links))
+            need = want if final else plus(want, self._keep[path])
+            links += [path, _amount(need)[:4]]
+        answer = cast(list[Any], self._run(hold_id, "reserve", hold_id, ttl_us, _amount(want), *links))
         if answer[0] == "held":
             return None
         if answer[0] == "missing":
@@ -118,35 +124,35 @@ class RedisStore:
         if i < 0:
             limit, passed = (int(number) for number in answer[3])
             return Refusal(path, "seconds", limit, passed, 0, 0, 0)
-        limit, spent, held = (_whole(numbers)[i] or 0 for numbers in answer[3:])
-        kept = 0 if any(link.final for link in chain if link.path == path) else self._kept[path][i]
+        limit, spent, held = (_numbers(texts)[i] or 0 for texts in answer[3:])
+        kept = 0 if any(link.final for link in chain if link.path == path) else self._keep[path][i]
         return Refusal(path, UNITS[i], limit, spent, held, want[i], kept)
 
-    def settle(self, hold: str, actual: Units) -> Closing:
+    def settle(self, hold_id: str, actual: Counts) -> Closing:
         """Replace the hold by what was used."""
-        return self._finished(self._run(hold, "finish", hold, _parts(actual)))
+        return self._finished(self._run(hold_id, "finish", hold_id, _amount(actual)))
 
-    def release(self, hold: str) -> Closing:
+    def release(self, hold_id: str) -> Closing:
         """Give the hold back."""
-        return self._finished(self._run(hold, "finish", hold))
+        return self._finished(self._run(hold_id, "finish", hold_id))
 
-    def extend(self, path: str, more: tuple[int, int, int], micros: int, once: str = "") -> bool:
+    def extend(self, path: str, more: Counts, once: str = "") -> bool:
         """Raise the limits."""
-        said = self._run(path, "extend", path, _parts((*more, 0)), micros, once)
+        said = self._run(path, "extend", path, _amount(more), more.seconds, once)
         if said == "missing":
             raise self._missing(path)
         return said == "done"
 
-    def read(self, path: str) -> Reading:
+    def read_state(self, path: str) -> BudgetState:
         """The meter now."""
-        found = cast(list[list[str]], self._run(path, "read", path))
+        found = cast(list[list[str]], self._run(path, "read_state", path))
         if not found:
             raise self._missing(path)
-        limits, spent, held, over = (_whole(numbers) for numbers in found[:4])
         micros, left, holds = (int(number) if number else None for number in found[4])
-        keep = self._kept.get(path, (0, 0, 0))
-        counters = (cast(Units, spent), cast(Units, held), cast(Units, (*over[:3], 0)))
-        return Reading((limits[0], limits[1], limits[2]), keep, *counters, micros, left, holds or 0)
+        limits = _numbers(found[0])._replace(seconds=micros, unpriced=None)
+        spent, held, over = (cast(Counts, _numbers(texts)) for texts in found[1:4])
+        passed = spent._replace(seconds=(micros or 0) - (left or 0))
+        return state_of(path, limits, self._keep.get(path, NOTHING), passed, held, over, holds or 0)
 
     def close(self) -> None:
         """Close the connections; the next use opens new ones."""
@@ -167,12 +173,16 @@ class RedisStore:
             keys = self._keys[root] = (f"{tree}:meters", f"{tree}:holds", f"{tree}:expiry")
         fault: StoreUnavailable
         try:
-            return self._script(op, keys, json.dumps((op, _or_none(self._frozen_us), *args)))
+            return self._script(op, keys, json.dumps((op, self._now_us(), *args)))
         except self._error as error:
             fault = self._fault(root, str(error))
         except ValueError:  # a reply that is no text
             fault = self._damaged(root)
         raise fault  # out here it carries no chain: what a server says may have the password in it
+
+    def _now_us(self) -> int:
+        """False is the server's own time."""
+        return False if self._clock is None else int(self._clock.wall() * 1e6)
 
     def _fault(self, root: str, said: str) -> StoreUnavailable:
         if DAMAGED in said or said.startswith(("WRONGTYPE", "ERR user_script", "user_script")):
@@ -204,45 +214,46 @@ class RedisStore:
     def _noted(self, path: str, text: str) -> Terms:
         terms = None
         with contextlib.suppress(ValueError, TypeError, LookupError, BadLimit):
-            terms = _read(text)
+            terms = _terms_from(text)
         if terms is None:
             raise self._damaged(path.partition("/")[0])
-        self._kept[path] = terms.keep
+        self._keep[path] = terms.keep
         return terms
 
     def _missing(self, path: str) -> StoreUnavailable:
         return StoreUnavailable(f"Redis no longer has the budget {path!r}.", hint="Was it flushed? Open it again.")
 
 
-def _parts(units: Units) -> tuple[int, ...]:
-    """Dollars in two parts, as the script counts them."""
-    return (*divmod(units[0], PART), *units[1:])
+def _amount(counted: Counts) -> tuple[int, int, int, int, int]:
+    """As the scripts count: micro-dollars, the pico-dollars below, escalations, tokens, unpriced."""
+    return (*divmod(counted.usd, PART), counted.escalations, counted.llm_tokens, counted.unpriced)
 
 
-def _whole(parts: list[str]) -> tuple[int | None, ...]:
-    """The script's numbers as stored units; an empty text is no limit."""
-    high, low, *rest = (int(part) if part else None for part in parts)
-    return (None if high is None or low is None else high * PART + low, *rest)
+def _numbers(texts: list[str]) -> Limits:
+    """The inverse of :func:`_amount`; an empty text is no limit."""
+    high, low, escalations, llm_tokens, *unpriced = (int(text) if text else None for text in texts)
+    usd = None if high is None or low is None else high * PART + low
+    return Quantities(usd, escalations, llm_tokens, 0, *(unpriced or [None]))
 
 
-def _or_none(limit: int | None) -> int:
-    return NONE if limit is None else limit
+def _or_no_limit(limit: int | None) -> int:
+    return NO_LIMIT if limit is None else limit
 
 
 def _opened(url: str, prefix: str, timeout_s: float, password_env: str | None = None) -> RedisStore:
     return RedisStore(url, password_env=password_env, prefix=prefix, timeout_s=timeout_s)
 
 
-def _written(terms: Terms) -> str:
-    window = None if terms.window is None else [terms.window.seconds, terms.window.offset_s]
-    return json.dumps([terms.limits, terms.keep, terms.micros, window])
+def _terms_text(terms: Terms) -> str:
+    limits, keep, micros, window = terms.parts()
+    return json.dumps([limits, keep, micros, None if window is None else [window.seconds, window.offset_s]])
 
 
-def _read(text: str) -> Terms:
+def _terms_from(text: str) -> Terms:
     limits, keep, micros, window = json.loads(text)
     if not all(number is None or (type(number) is int and number >= 0) for number in (*limits, *keep, micros)):
         raise ValueError("terms are whole numbers")
     if len(limits) != 3 or len(keep) != 3 or None in keep:
         raise ValueError("terms are for three units")
     span = None if window is None else Window(*window)
-    return Terms((limits[0], limits[1], limits[2]), (keep[0], keep[1], keep[2]), micros, span)
+    return Terms.of(limits, keep, micros, span)

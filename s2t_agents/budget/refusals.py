@@ -1,10 +1,10 @@
-"""What a refusal says: to a program, in a receipt, and to the person who may allow more."""
+"""The text of a refusal: the error, and the question to a person who may allow more."""
 
 from __future__ import annotations
 
 from decimal import Decimal
 
-from s2t_agents.budget.amount import shown
+from s2t_agents.budget.quantities import public
 from s2t_agents.budget.store import Refusal
 from s2t_agents.budget.terms import OnExhausted
 from s2t_agents.errors import BudgetExceeded
@@ -18,7 +18,7 @@ _OR: dict[OnExhausted, str] = {
 }
 
 
-def exceeded(refused: Refusal, on_exhausted: OnExhausted) -> BudgetExceeded:
+def budget_exceeded(refused: Refusal, on_exhausted: OnExhausted) -> BudgetExceeded:
     """A store's refusal in public units.
 
     Args:
@@ -26,9 +26,7 @@ def exceeded(refused: Refusal, on_exhausted: OnExhausted) -> BudgetExceeded:
         on_exhausted: of the budget that was asked, for the way out.
     """
     unit = refused.unit
-    limit, spent, held, wanted, kept = (
-        value / 1e6 if unit == "seconds" else shown(unit, value) for value in refused[2:]
-    )
+    limit, spent, held, wanted, kept = (public(unit, value) for value in refused[2:])
     if unit == "seconds":
         message = f"Budget {refused.path!r}: its {_counted(limit, unit)} are over ({spent:.1f} s have passed)."
     else:
@@ -49,7 +47,7 @@ def exceeded(refused: Refusal, on_exhausted: OnExhausted) -> BudgetExceeded:
     )
 
 
-def question_of(refused: BudgetExceeded) -> str:
+def refusal_question(refused: BudgetExceeded) -> str:
     """The question to a person who may allow more."""
     limit = _counted(refused.limit, refused.unit)
     if refused.unit == "seconds":

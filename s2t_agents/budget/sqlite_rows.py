@@ -1,12 +1,14 @@
-"""How meters and holds lie in a SQLite file."""
+"""The rows of meters and holds in a SQLite file."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
 from s2t_agents.budget.meter import Meter
+from s2t_agents.budget.quantities import Counts, Quantities
 from s2t_agents.budget.store import Terms
 from s2t_agents.budget.window import Window
 
@@ -52,8 +54,12 @@ WHERE path = ?
 """
 
 
-def load(rows: sqlite3.Connection, path: str) -> Meter | None:
-    """One meter, or None."""
+def load_meter(rows: sqlite3.Connection, path: str) -> Meter | None:
+    """One meter, or None.
+
+    Raises:
+        ValueError: the row holds something else than a meter.
+    """
     row = rows.execute("SELECT * FROM meters WHERE path = ?", (path,)).fetchone()
     if row is None:
         return None
@@ -63,15 +69,28 @@ def load(rows: sqlite3.Connection, path: str) -> Meter | None:
     if any(number is not None and number < 0 for number in (*row[1:8], *row[10:13], *row[16:28])):
         raise ValueError("a meter holds less than nothing")
     window = None if row[8] is None else Window(row[8], row[9])
-    terms = Terms((row[1], row[2], row[3]), (row[4], row[5], row[6]), row[7], window)
-    return Meter(terms, row[10:13], row[13], row[14], row[15], row[16:20], row[20:24], row[24:28])
+    terms = Terms.of(row[1:4], row[4:7], row[7], window)
+    usd, escalations, llm_tokens, deadline_us, micros, index = row[10:16]
+    limits = Quantities(usd, escalations, llm_tokens, micros, None)
+    return Meter(terms, limits, deadline_us, index, counts(row[16:20]), counts(row[20:24]), counts(row[24:28]))
+
+
+def counts(row: Sequence[int]) -> Counts:
+    """From four columns: pico-dollars, escalations, tokens, charges of unknown price."""
+    usd, escalations, llm_tokens, unpriced = row
+    return Quantities(usd, escalations, llm_tokens, 0, unpriced)
+
+
+def columns(counted: Counts) -> tuple[int, int, int, int]:
+    """The inverse of :func:`counts`."""
+    return (counted.usd, counted.escalations, counted.llm_tokens, counted.unpriced)
 
 
 def _whole(number: object) -> bool:
     return number is None or isinstance(number, int)
 
 
-def links(chain: str) -> list[str]:
+def hold_paths(chain: str) -> list[str]:
     """The paths that a hold was made on.
 
     Raises:
@@ -83,24 +102,28 @@ def links(chain: str) -> list[str]:
     return paths
 
 
-def save(rows: sqlite3.Connection, path: str, meter: Meter, deadline_wall: float | None = None) -> None:
+def save_meter(rows: sqlite3.Connection, path: str, meter: Meter, deadline_wall: float | None = None) -> None:
     """Write a meter's counters; make it if it is new. ``deadline_wall`` goes with a new deadline only."""
-    terms, limits, deadline, micros, window, spent, held, over = meter
-    counters = (*limits, deadline, micros, window, *spent, *held, *over)
+    limits = meter.limits
+    counters = (
+        *(*limits[:3], meter.deadline_us, limits.seconds, meter.window),
+        *(*columns(meter.spent), *columns(meter.held), *columns(meter.over)),
+    )
     if rows.execute(_UPDATE, (*counters, path)).rowcount == 0:
-        span = (None, None) if terms.window is None else (terms.window.seconds, terms.window.offset_s)
-        rows.execute(_INSERT, (path, *terms.limits, *terms.keep, terms.micros, *span, *counters, None))
+        given, keep, micros, window = meter.terms.parts()
+        span = (None, None) if window is None else (window.seconds, window.offset_s)
+        rows.execute(_INSERT, (path, *given, *keep, micros, *span, *counters, None))
     if deadline_wall is not None:
         rows.execute("UPDATE meters SET deadline_wall = ? WHERE path = ?", (deadline_wall, path))
 
 
-def first_grant(rows: sqlite3.Connection, path: str, once: str) -> bool:
+def note_grant(rows: sqlite3.Connection, path: str, once: str) -> bool:
     """Note a grant; False if it was noted before. Files of earlier releases get the table with their first grant."""
     rows.execute(_GRANTS)
     return rows.execute("INSERT OR IGNORE INTO grants VALUES (?, ?)", (path, once)).rowcount == 1
 
 
-def cross_reboot(rows: sqlite3.Connection, boot: str, now_us: int, wall_s: float) -> None:
+def reset_after_reboot(rows: sqlite3.Connection, boot: str, now_us: int, wall_s: float) -> None:
     """If the machine was started again since: give every hold back, and put deadlines on the new clock."""
     before = rows.execute("SELECT boot, seen_us FROM machine").fetchone()
     if before is not None and before[0] == boot and now_us >= before[1]:
@@ -120,7 +143,7 @@ def cross_reboot(rows: sqlite3.Connection, boot: str, now_us: int, wall_s: float
 
 
 def boot_id() -> str:
-    """Which run of the machine this is; empty where the system does not say (then the clock going back tells)."""
+    """The id of this boot of the machine; empty where the system has none (then a clock that went back shows it)."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

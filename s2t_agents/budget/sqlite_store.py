@@ -20,13 +20,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from s2t_agents.budget import meter as arithmetic
-from s2t_agents.budget.amount import Units
 from s2t_agents.budget.clock import Clock, SystemClock
 from s2t_agents.budget.meter import Meter
+from s2t_agents.budget.quantities import Counts
 from s2t_agents.budget.sqlite_file import DAMAGED, busy, connect, damage_of, identity, verify
-from s2t_agents.budget.sqlite_rows import APPLICATION_ID, SCHEMA, boot_id, cross_reboot, first_grant, links, load, save
-from s2t_agents.budget.store import Chain, Closing, Reading, Refusal, Terms
+from s2t_agents.budget.sqlite_rows import (
+    APPLICATION_ID,
+    SCHEMA,
+    boot_id,
+    columns,
+    counts,
+    hold_paths,
+    load_meter,
+    note_grant,
+    reset_after_reboot,
+    save_meter,
+)
+from s2t_agents.budget.state import BudgetState
+from s2t_agents.budget.store import Chain, Closing, Refusal, Terms
 from s2t_agents.errors import BadStore, ConfigError, StoreUnavailable
 
 MAX_WAIT_S = 86_400
@@ -66,64 +77,64 @@ class SQLiteStore:
         self._pid, self._file = 0, (0, 0)
         verify(self.path, APPLICATION_ID, "budget store")
         with self._transaction() as rows:
-            cross_reboot(rows, boot_id(), self._now_us(), self._clock.wall())
+            reset_after_reboot(rows, boot_id(), self._now_us(), self._clock.wall())
 
-    def open(self, path: str, terms: Terms) -> Terms:
+    def open_meter(self, path: str, terms: Terms) -> Terms:
         """Make the meter unless it is there; the terms it has."""
         with self._transaction() as rows:
-            found = load(rows, path)
+            found = load_meter(rows, path)
             if found is None:
-                found = arithmetic.opened(terms, self._now_us(), self._clock.wall())
-                save(rows, path, found, deadline_wall=self._wall_at(found))
+                found = Meter.fresh(terms, self._now_us(), self._clock.wall())
+                save_meter(rows, path, found, deadline_wall=self._wall_at(found))
             return found.terms
 
-    def known(self, path: str) -> Terms | None:
+    def find_terms(self, path: str) -> Terms | None:
         """The terms of a meter, if there is one."""
         with self._transaction() as rows:
-            found = load(rows, path)
+            found = load_meter(rows, path)
             return found.terms if found else None
 
-    def reserve(self, chain: Chain, hold: str, want: Units, ttl_us: int) -> Refusal | None:
+    def reserve(self, chain: Chain, hold_id: str, want: Counts, ttl_us: int) -> Refusal | None:
         """Hold on the whole chain, or say why not."""
         with self._transaction() as rows:
             now_us = self._lapse(rows)
             meters = [(path, self._current(rows, path), final) for path, final in chain]
             for path, meter, final in meters:
-                refused = arithmetic.refusal(meter, path, want, final, now_us)
+                refused = meter.refusal(path, want, final, now_us)
                 if refused is not None:
                     return refused
             for path, meter, _ in meters:
-                save(rows, path, arithmetic.holding(meter, want))
+                save_meter(rows, path, meter.reserve(want))
             rows.execute(
                 "INSERT INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, 0)",
-                (hold, json.dumps([path for path, _ in chain]), *want, now_us + ttl_us),
+                (hold_id, json.dumps([path for path, _ in chain]), *columns(want), now_us + ttl_us),
             )
         return None
 
-    def settle(self, hold: str, actual: Units) -> Closing:
+    def settle(self, hold_id: str, actual: Counts) -> Closing:
         """Replace the hold by what was used."""
-        return self._end(hold, actual)
+        return self._end(hold_id, actual)
 
-    def release(self, hold: str) -> Closing:
+    def release(self, hold_id: str) -> Closing:
         """Give the hold back."""
-        return self._end(hold, None)
+        return self._end(hold_id, None)
 
-    def extend(self, path: str, more: tuple[int, int, int], micros: int, once: str = "") -> bool:
+    def extend(self, path: str, more: Counts, once: str = "") -> bool:
         """Raise the limits."""
         with self._transaction() as rows:
-            if once and not first_grant(rows, path, once):
+            if once and not note_grant(rows, path, once):
                 return False
-            meter = arithmetic.extended(self._current(rows, path), more, micros, self._now_us())
-            save(rows, path, meter, deadline_wall=self._wall_at(meter))
+            meter = self._current(rows, path).extend(more, self._now_us())
+            save_meter(rows, path, meter, deadline_wall=self._wall_at(meter))
             return True
 
-    def read(self, path: str) -> Reading:
+    def read_state(self, path: str) -> BudgetState:
         """The meter now."""
         with self._transaction() as rows:
             now_us = self._lapse(rows)
             chains = rows.execute("SELECT chain FROM holds WHERE lapsed = 0").fetchall()
-            holds = sum(path in links(chain) for (chain,) in chains)
-            return arithmetic.reading(self._current(rows, path), now_us, holds)
+            holds = sum(path in hold_paths(chain) for (chain,) in chains)
+            return self._current(rows, path).state(path, now_us, holds)
 
     def close(self) -> None:
         """Close the file; the next use opens it again."""
@@ -138,42 +149,40 @@ class SQLiteStore:
     def __repr__(self) -> str:
         return f"SQLiteStore({str(self.path)!r})"
 
-    def _end(self, hold: str, actual: Units | None) -> Closing:
+    def _end(self, hold_id: str, actual: Counts | None) -> Closing:
         with self._transaction() as rows:
             self._lapse(rows)
-            found = rows.execute("SELECT * FROM holds WHERE id = ?", (hold,)).fetchone()
+            found = rows.execute("SELECT * FROM holds WHERE id = ?", (hold_id,)).fetchone()
             if found is None:
                 return Closing.GONE
             _, chain, *reserved, _, lapsed = found
-            held: Units = (reserved[0], reserved[1], reserved[2], reserved[3])
-            for path in links(chain):
+            held = counts(reserved)
+            for path in hold_paths(chain):
                 meter = self._current(rows, path)
                 if not lapsed:
-                    after = arithmetic.settled(meter, held, actual) if actual else arithmetic.given_back(meter, held)
-                    save(rows, path, after)
+                    save_meter(rows, path, meter.settle(held, actual) if actual else meter.release(held))
                 elif actual:  # its reservation was given back when it lapsed: all of it is overrun
-                    save(rows, path, arithmetic.booked(meter, actual))
-            rows.execute("DELETE FROM holds WHERE id = ?", (hold,))
+                    save_meter(rows, path, meter.overrun(actual))
+            rows.execute("DELETE FROM holds WHERE id = ?", (hold_id,))
             return Closing.LATE if lapsed else Closing.DONE
 
     def _lapse(self, rows: sqlite3.Connection) -> int:
         """Give lapsed holds back; the time now."""
         now_us = self._now_us()
         over = rows.execute("SELECT * FROM holds WHERE lapsed = 0 AND expires_us <= ?", (now_us,)).fetchall()
-        for hold, chain, usd, escalations, tokens, unpriced, _, _ in over:
-            for path in links(chain):
-                meter = self._current(rows, path)
-                save(rows, path, arithmetic.given_back(meter, (usd, escalations, tokens, unpriced)))
-            rows.execute("UPDATE holds SET lapsed = 1 WHERE id = ?", (hold,))
+        for hold_id, chain, *reserved, _, _ in over:
+            for path in hold_paths(chain):
+                save_meter(rows, path, self._current(rows, path).release(counts(reserved)))
+            rows.execute("UPDATE holds SET lapsed = 1 WHERE id = ?", (hold_id,))
         if over:
             rows.execute("DELETE FROM holds WHERE lapsed = 1 AND expires_us < ?", (now_us - KEEP_LAPSED_US,))
         return now_us
 
     def _current(self, rows: sqlite3.Connection, path: str) -> Meter:
-        meter = load(rows, path)
+        meter = load_meter(rows, path)
         if meter is None:
             raise StoreUnavailable(f"{self.path} no longer has the budget {path!r}.", hint="Open the budget again.")
-        return arithmetic.rolled(meter, self._clock.wall()) if meter.terms.window else meter
+        return meter.in_window_at(self._clock.wall()) if meter.terms.window else meter
 
     def _now_us(self) -> int:
         return int(self._clock.monotonic() * 1e6)

@@ -1,12 +1,11 @@
-"""A budget at one moment, for people and for JSON."""
+"""A budget at one moment, in public units and as JSON."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
 
-from s2t_agents.budget.amount import UNITS, shown
-from s2t_agents.budget.store import Reading
+from s2t_agents.budget.quantities import UNITS, Counts, Limits, public
 
 Number = Decimal | int | float
 
@@ -18,7 +17,7 @@ class BudgetState:
     Args:
         path: where in the tree, as ``fleet/run/agent``.
         limit: limited units only.
-        held: reserved at this moment, by anybody; limited units only.
+        held: reserved at this moment; limited units only.
         spent: settled, in every unit, overrun included; ``usd`` is None once a cost of unknown price is among it.
         left: ``limit - held - spent``, never below 0; limited units only. Parents may have less.
         kept: the part of ``left`` that only a last answer may use (finalization reserve).
@@ -52,28 +51,24 @@ def _plain(value: Number | None) -> int | float | str | None:
     return f"{value:f}" if isinstance(value, Decimal) else value
 
 
-def state_of(path: str, now: Reading) -> BudgetState:
-    """A store's reading in public units."""
-    limited = [(i, unit, total) for i, unit in enumerate(UNITS) if (total := now.limits[i]) is not None]
-    limit: dict[str, Number] = {unit: shown(unit, total) for _, unit, total in limited}
-    held: dict[str, Number] = {unit: shown(unit, now.held[i]) for i, unit, _ in limited}
-    spent: dict[str, Number | None] = {unit: shown(unit, now.spent[i]) for i, unit in enumerate(UNITS)}
-    left: dict[str, Number] = {
-        unit: shown(unit, max(0, total - now.spent[i] - now.held[i])) for i, unit, total in limited
+def state_of(
+    path: str, limits: Limits, keep: Counts, spent: Counts, held: Counts, over: Counts, holds: int
+) -> BudgetState:
+    """A meter's stored numbers in public units; ``spent.seconds`` is the time that has passed of a deadline."""
+    limited = [(i, unit, total) for i, unit in enumerate(UNITS) if (total := limits[i]) is not None]
+    used: dict[str, Number | None] = {
+        unit: public(unit, spent[i]) for i, unit in enumerate(UNITS) if unit != "seconds" or limits.seconds is not None
     }
-    if now.spent[3]:
-        spent["usd"] = None
-    if now.micros is not None and now.micros_left is not None:
-        limit["seconds"], held["seconds"], left["seconds"] = now.micros / 1e6, 0.0, now.micros_left / 1e6
-        spent["seconds"] = (now.micros - now.micros_left) / 1e6
+    if spent.unpriced:
+        used["usd"] = None
     return BudgetState(
         path=path,
-        limit=limit,
-        held=held,
-        spent=spent,
-        left=left,
-        kept={unit: shown(unit, now.keep[i]) for i, unit, _ in limited if now.keep[i]},
-        overrun={unit: shown(unit, now.over[i]) for i, unit in enumerate(UNITS) if now.over[i]},
-        unpriced=now.spent[3],
-        holds=now.holds,
+        limit={unit: public(unit, total) for _, unit, total in limited},
+        held={unit: public(unit, held[i]) for i, unit, _ in limited},
+        spent=used,
+        left={unit: public(unit, max(0, total - spent[i] - held[i])) for i, unit, total in limited},
+        kept={unit: public(unit, keep[i]) for i, unit, _ in limited if keep[i]},
+        overrun={unit: public(unit, over[i]) for i, unit in enumerate(UNITS) if over[i]},
+        unpriced=spent.unpriced,
+        holds=holds,
     )

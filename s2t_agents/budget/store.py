@@ -12,15 +12,14 @@ limit, so the next reservation is refused where nothing is left.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from s2t_agents.budget.amount import Units
+from s2t_agents.budget.quantities import NOTHING, UNLIMITED, Counts, Limits, Quantities
+from s2t_agents.budget.state import BudgetState
 from s2t_agents.budget.window import Window
-
-Limits = tuple[int | None, int | None, int | None]
-"""(pico-dollars, escalations, LLM tokens); ``None`` is no limit."""
 
 
 class Link(NamedTuple):
@@ -34,14 +33,47 @@ Chain = tuple[Link, ...]
 """Root first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Terms:
-    """What a meter was opened with; equal for everybody who opens it."""
+    """What a meter was opened with; opening it again must give equal ones.
 
-    limits: Limits = (None, None, None)
-    keep: tuple[int, int, int] = (0, 0, 0)
-    micros: int | None = None
+    Attributes:
+        limits: what may be spent; ``seconds`` is the time until its deadline.
+        keep: the finalization reserve.
+        window: None where spending never starts afresh.
+    """
+
+    limits: Limits = UNLIMITED
+    keep: Counts = NOTHING
     window: Window | None = None
+
+    @classmethod
+    def of(
+        cls,
+        limits: Sequence[int | None],
+        keep: Sequence[int],
+        micros: int | None,
+        window: Window | None,
+    ) -> Terms:
+        """From the form that stores and pickles keep: (pico-dollars, escalations, LLM tokens), the same, time."""
+        usd, escalations, tokens = limits
+        kept_usd, kept_escalations, kept_tokens = keep
+        return cls(
+            Quantities(usd, escalations, tokens, micros, None),
+            Quantities(kept_usd, kept_escalations, kept_tokens, 0, 0),
+            window,
+        )
+
+    def parts(self) -> tuple[tuple[int | None, ...], tuple[int, ...], int | None, Window | None]:
+        """The arguments of :meth:`of`."""
+        return (tuple(self.limits[:3]), tuple(self.keep[:3]), self.limits.seconds, self.window)
+
+    def __getstate__(self) -> list[Any]:
+        return list(self.parts())
+
+    def __setstate__(self, parts: Sequence[Any]) -> None:
+        """Pickles keep :meth:`parts`, whatever this class is made of."""
+        self.__dict__.update(Terms.of(*parts).__dict__)
 
 
 class Refusal(NamedTuple):
@@ -60,21 +92,8 @@ class Closing(Enum):
     """What became of a hold that was settled or released."""
 
     DONE = "done"
-    LATE = "late"  # it had expired; a settled cost was booked as overrun
+    LATE = "late"  # it had expired; a settled charge was booked as overrun
     GONE = "gone"  # it had been closed before, or never was
-
-
-class Reading(NamedTuple):
-    """A meter at one moment. ``spent`` includes ``over``; ``micros_left`` is the time to the deadline."""
-
-    limits: Limits
-    keep: tuple[int, int, int]
-    spent: Units
-    held: Units
-    over: Units
-    micros: int | None
-    micros_left: int | None
-    holds: int
 
 
 class BudgetStore(Protocol):
@@ -83,32 +102,32 @@ class BudgetStore(Protocol):
     shared: bool
     """Whether another process can open the same meters (then a budget pickles)."""
 
-    def open(self, path: str, terms: Terms) -> Terms:
+    def open_meter(self, path: str, terms: Terms) -> Terms:
         """Make the meter unless it is there, and return the terms it has. Its deadline starts when it is made."""
 
-    def known(self, path: str) -> Terms | None:
+    def find_terms(self, path: str) -> Terms | None:
         """The terms of a meter, or None where there is none."""
 
-    def reserve(self, chain: Chain, hold: str, want: Units, ttl_us: int) -> Refusal | None:
+    def reserve(self, chain: Chain, hold_id: str, want: Counts, ttl_us: int) -> Refusal | None:
         """Hold ``want`` on every meter of the chain, or on none and say why.
 
-        ``hold`` is a new id that starts with the root's name and a slash, so that a store can tell trees apart.
+        ``hold_id`` is new and starts with the root's name and a slash, so that a store can tell trees apart.
         """
 
-    def settle(self, hold: str, actual: Units) -> Closing:
+    def settle(self, hold_id: str, actual: Counts) -> Closing:
         """Replace a hold by what was really used, on every meter of the chain it was made on."""
 
-    def release(self, hold: str) -> Closing:
+    def release(self, hold_id: str) -> Closing:
         """Give a hold back unused."""
 
-    def extend(self, path: str, more: tuple[int, int, int], micros: int, once: str = "") -> bool:
+    def extend(self, path: str, more: Counts, once: str = "") -> bool:
         """Raise the limits of a meter; more time counts from now if the deadline has passed.
 
         Of several calls that name the same grant in ``once``, the first alone counts: False says that this was not it.
         """
 
-    def read(self, path: str) -> Reading:
+    def read_state(self, path: str) -> BudgetState:
         """A meter as it is now, lapsed holds given back."""
 
     def close(self) -> None:
-        """Let go of files and connections. Nothing is lost."""
+        """Close files and connections. Nothing is lost."""

@@ -1,4 +1,4 @@
-"""From the limits a person writes to the terms a store keeps."""
+"""From the limits of :class:`~s2t_agents.budget.Budget` to the terms that a store keeps."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 from typing import Literal, TypedDict
 
 from s2t_agents.budget import money
-from s2t_agents.budget.amount import UNITS, Amount
-from s2t_agents.budget.store import Limits, Terms
+from s2t_agents.budget.quantities import NOTHING, UNITS, Counts, Limits, Quantities, quantities_of
+from s2t_agents.budget.store import Terms
 from s2t_agents.budget.window import Window
 from s2t_agents.errors import BadLimit
+from s2t_agents.types import Charge
 
 OnExhausted = Literal["degrade", "raise", "ask"]
 MAX_SECONDS = 10 * 365 * 86_400
@@ -22,7 +23,7 @@ class LimitsGiven(TypedDict, total=False):
     escalations: int | None
     llm_tokens: int | None
     seconds: float | None
-    reserve_for_final: Amount | None
+    reserve_for_final: Charge | None
     window: Window | None
 
 
@@ -40,10 +41,12 @@ def terms_of(given: LimitsGiven) -> Terms:
         )
     usd, escalations, tokens = given.get("usd"), given.get("escalations"), given.get("llm_tokens")
     seconds, window = given.get("seconds"), given.get("window")
-    limits: Limits = (
-        None if usd is None else money.limit_pico(usd, "usd"),
-        None if escalations is None else money.count(escalations, "escalations"),
-        None if tokens is None else money.count(tokens, "llm_tokens"),
+    limits: Limits = Quantities(
+        usd=None if usd is None else money.limit_pico(usd, "usd"),
+        escalations=None if escalations is None else money.count(escalations, "escalations"),
+        llm_tokens=None if tokens is None else money.count(tokens, "llm_tokens"),
+        seconds=None if seconds is None else micros_of(seconds, "seconds"),
+        unpriced=None,
     )
     if window is not None and not isinstance(window, Window):
         raise BadLimit(f"window={window!r} is not a Window.", hint="Use PER_HOUR, PER_DAY or PER_WEEK.")
@@ -52,8 +55,7 @@ def terms_of(given: LimitsGiven) -> Terms:
             f"seconds={seconds!r} is a deadline and cannot start afresh with a window.",
             hint="Put the deadline on a child budget.",
         )
-    micros = None if seconds is None else micros_of(seconds, "seconds")
-    return Terms(limits, _kept(given.get("reserve_for_final"), limits), micros, window)
+    return Terms(limits, _kept(given.get("reserve_for_final"), limits), window)
 
 
 def micros_of(seconds: float, what: str) -> int:
@@ -72,16 +74,14 @@ def micros_of(seconds: float, what: str) -> int:
     return round(seconds * 1e6)
 
 
-def _kept(reserve: Amount | None, limits: Limits) -> tuple[int, int, int]:
+def _kept(reserve: Charge | None, limits: Limits) -> Counts:
     if reserve is None:
-        return (0, 0, 0)
-    if not isinstance(reserve, Amount):
-        raise BadLimit(f"reserve_for_final={reserve!r} is not an Amount.", hint="Give Amount(escalations=1), for one.")
-    kept = reserve.units()
+        return NOTHING
+    kept = quantities_of(reserve)
     for unit, limit, back in zip(UNITS, limits, kept, strict=False):
         if back and (limit is None or back > limit):
             raise BadLimit(
                 f"reserve_for_final keeps back more {unit} than there is a limit for.",
                 hint=f"Give {unit}= a limit of at least that much, or keep back less.",
             )
-    return kept[:3]
+    return kept._replace(unpriced=0)

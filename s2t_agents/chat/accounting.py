@@ -15,10 +15,10 @@ from typing import Any
 
 from langchain_core.messages import AIMessage
 
-from ..budget import Amount, Budget, DevicePrice
+from ..budget import Budget, DevicePrice
 from ..errors import StoreUnavailable
 from ..ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Thought
-from ..types import Asked, EscalationReport, Step
+from ..types import Asked, Charge, EscalationReport, Step
 from .attribution import Caller, current_caller
 
 MS = 1000.0
@@ -249,8 +249,8 @@ def _receipt(
         wanted=wanted,
         pick=pick,
         outcome=report.outcome,
-        reserved=Amount.of(report.reserved) if report.reserved else None,
-        actual=Amount(Decimal(0)) if report.replayed else Amount.of(report.actual) if report.actual else None,
+        reserved=report.reserved,
+        actual=Charge(Decimal(0), escalations=0) if report.replayed else report.actual,
         refused_by=report.refused_by,
         wait_ms=report.wait_s * MS,
         reason=report.reason,

@@ -23,7 +23,7 @@ from ..backends.torch.cpu_threads import serially
 from ..backends.torch.language_model import LanguageModel
 from ..budget import Budget
 from ..errors import ConfigError, ContextOverflow, InputError
-from ..escalation import DEFAULT_MARGIN, Escalation, EscalationDesk
+from ..escalation import DEFAULT_MARGIN, Escalation, EscalationSession
 from ..grammar.grammar import Grammar
 from ..llms.question import Answer, Question, candidates_of
 from ..proposal import Proposal
@@ -155,13 +155,13 @@ class Engine:
             queued_s = place.wait()
             with Prefix.over(self.slm, prompt, cache_scope) as prefix:
                 reused = len(prefix)
-                desk = (
-                    self.escalation.open(budget, threshold=self.threshold, on_asked=on_asked)
+                escalations = (
+                    self.escalation.open_session(budget, threshold=self.threshold, on_asked=on_asked)
                     if self.escalation
                     else nullcontext()
                 )
-                with desk as open_desk:
-                    steps = self._loop(prefix, prompt[reused:], sampling, grammar, open_desk, begun)
+                with escalations as session:
+                    steps = self._loop(prefix, prompt[reused:], sampling, grammar, session, begun)
                     if self.drift is not None:
                         steps = self.drift.watching(steps)
                     for first in islice(steps, 1):
@@ -184,7 +184,7 @@ class Engine:
         unread: Sequence[int],
         sampling: Sampling,
         grammar: Grammar | None,
-        desk: EscalationDesk | None,
+        session: EscalationSession | None,
         begun: Sequence[int],
     ) -> Iterator[Step]:
         draw = Draw(sampling)
@@ -205,7 +205,7 @@ class Engine:
             if grammar and grammar.finished:
                 return
             with serially():
-                step = self._step(index, prefix, pending, draw, grammar, desk, kept)
+                step = self._step(index, prefix, pending, draw, grammar, session, kept)
             yield step
             if step.token_id in self.slm.eos_ids:
                 return
@@ -221,7 +221,7 @@ class Engine:
         pending: list[int],
         draw: Draw,
         grammar: Grammar | None,
-        desk: EscalationDesk | None,
+        session: EscalationSession | None,
         kept: deque[int],
     ) -> Step:
         used, started = prefix.meter.seconds, time.perf_counter()
@@ -231,7 +231,7 @@ class Engine:
         masked = time.perf_counter()
         banned = draw.sampling.banned_first if index == 0 else ()
         proposal = Proposal(prefix, self.k, allowed=allowed, banned=banned)
-        looks_twice = self.selector is not None or desk is not None
+        looks_twice = self.selector is not None or session is not None
         if looks_twice:
             proposal.fetch()
         wanted = draw.one_of_all(proposal.logits) if draw.random else proposal.best
@@ -242,7 +242,7 @@ class Engine:
             compute = prefix.meter.seconds - used
             timings = Timings(propose=propose_s, grammar=masked - computed, compute=compute)
             return Step(index, len(prefix), wanted, wanted, "slm", entropy=entropy_nats, timings=timings)
-        chosen = self._select(proposal, desk, grammar)
+        chosen = self._select(proposal, session, grammar)
         at = draw.one_of(chosen.scores) if draw.random else int(chosen.scores.argmax())
         token = chosen.candidates[at].token_id
         kept.extend(chosen.then)
@@ -265,7 +265,7 @@ class Engine:
             ),
         )
 
-    def _select(self, proposal: Proposal, desk: EscalationDesk | None, grammar: Grammar | None) -> Selection:
+    def _select(self, proposal: Proposal, session: EscalationSession | None, grammar: Grammar | None) -> Selection:
         """Rank the candidates locally; ask the LLM where that is not sure enough."""
         started = time.perf_counter()
         local = self.selector.scores(proposal) if self.selector else None
@@ -278,8 +278,8 @@ class Engine:
         prefix = proposal.prefix
         question = Question(prefix.ids, ids, prefix=prefix, slm=slm, selector=own, grammar=grammar)
         answer, report = None, None
-        if desk is not None and len(ids) > 1 and desk.wants(confidence_margin(scores)):
-            answer, report = desk.ask(question)
+        if session is not None and len(ids) > 1 and session.should_escalate(confidence_margin(scores)):
+            answer, report = session.escalate(question)
         if answer is not None:
             scores, picked_by = decisive(answer), "llm"
         candidates = candidates_of(question, answer)

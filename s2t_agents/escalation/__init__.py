@@ -1,4 +1,4 @@
-"""When a selection goes up to the LLM, and what it may cost: hold, ask, settle.
+"""When a selection is put to the LLM, and what that may cost: quote, reserve, ask, settle.
 
 selector unsure? ──no──> its pick stands
      │yes
@@ -13,21 +13,18 @@ LLM answers? ──no──> settle what is owed all the same, or release; faile
 settle what it really cost; the LLM's pick stands, and is recorded for training
 """
 
-from .desk import EscalationDesk
-from .pacing import Pace, Pacing
+from .pacing import Pace, Pacing, margins_of
 from .paid_groups import PaidGroup, read_groups
+from .session import EscalationSession
 from .settings import DEFAULT_MARGIN, Escalation
-from .simulate import Simulation, margins_of, simulate
 
 __all__ = [
     "DEFAULT_MARGIN",
     "Escalation",
-    "EscalationDesk",
+    "EscalationSession",
     "Pace",
     "Pacing",
     "PaidGroup",
-    "Simulation",
     "margins_of",
     "read_groups",
-    "simulate",
 ]

@@ -1,7 +1,7 @@
 """Pacing: what is left of a budget is spent where the selector is least sure, over the rest of the run.
 
 First come, first served spends a budget on the first doubts of a run. Here every selection asks anew: of the
-selections still to come, which share can be paid for? One goes up when its margin lies in that lowest share of the
+selections still to come, which share can be paid for? One is escalated when its margin lies in that lowest share of the
 margins seen. Where the budget runs ahead the bar falls, where it is left over the bar rises: the re-solving rule for
 online selection with a budget (Jasin & Kumar 2012, doi 10.1287/moor.1120.0537, there for network revenue).
 """
@@ -11,13 +11,18 @@ from __future__ import annotations
 import math
 import threading
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
-from ..budget import Amount, Budget
-from ..errors import ConfigError
+import torch
+
+from ..budget import Budget, Charge
+from ..budget.quantities import NOTHING, plus, public, quantities_of
+from ..errors import ConfigError, InputError
 from ..fork_safety import hold_while_forking
+from ..ledger import GenerationRecord, Receipt
+from ..selectors.base import confidence_margin
 
 OPENING = tuple((2 * i + 1) / 16 for i in range(8))
 """Before anything was seen, margins are taken to be spread evenly; every one seen takes the place of one of these."""
@@ -40,38 +45,38 @@ class Pace:
         self._assumed = [] if margins else list(OPENING)
         self._margins = sorted(margins) or list(OPENING)
         self._seen = self._questions = 0
-        self._paid = Amount(usd=None)
+        self._paid = NOTHING
         self._lock = threading.Lock()
         hold_while_forking(self, "_lock")
 
-    def wants(self, margin: float, budget: Budget, *, at_most: float = 1.0) -> bool:
-        """Whether a selection this sure goes up.
+    def should_escalate(self, margin: float, budget: Budget, *, at_most: float = 1.0) -> bool:
+        """Whether a selection with this confidence margin is put to the LLM.
 
         Where nothing is left the answer is as without pacing: the budget itself refuses, and the message says so.
 
         Args:
             margin: of this selection, in [0, 1].
             budget: what is left is read from it.
-            at_most: margins from here up never go up.
+            at_most: margins from here on are never escalated.
         """
         return self.decide(margin, self.affordable(budget), at_most=at_most)
 
     def decide(self, margin: float, affordable: float, *, at_most: float = 1.0) -> bool:
-        """``wants`` with so many escalations left to pay for."""
+        """As :meth:`should_escalate`, with so many escalations left to pay for."""
         with self._lock:
             bar = self._bar(affordable)
             self._remember(margin)
         return margin < min(bar, at_most)
 
     def bar(self, affordable: float) -> float:
-        """The margin under which a selection would go up now, with so many escalations left to pay for."""
+        """The margin under which a selection would be escalated now, with so many escalations left to pay for."""
         with self._lock:
             return self._bar(affordable)
 
-    def paid(self, amount: Amount) -> None:
-        """What an escalation took: what the next ones will cost is judged from it."""
+    def add_charge(self, charge: Charge) -> None:
+        """Count what an escalation cost: the next ones are expected to cost the mean."""
         with self._lock:
-            self._paid = amount if not self._questions else self._paid + amount
+            self._paid = plus(self._paid, quantities_of(charge))
             self._questions += 1
 
     def affordable(self, budget: Budget) -> float:
@@ -81,7 +86,7 @@ class Pace:
             paid, n = self._paid, self._questions
         per = {"escalations": 1.0}
         if n:
-            per |= {"usd": float(paid.usd or 0) / n, "llm_tokens": paid.llm_tokens / n}
+            per |= {"usd": float(public("usd", paid.usd)) / n, "llm_tokens": paid.llm_tokens / n}
         return min((float(left[unit]) / cost for unit, cost in per.items() if unit in left and cost), default=math.inf)
 
     def _remember(self, margin: float) -> None:
@@ -143,3 +148,19 @@ class Pacing:
     def __reduce__(self) -> tuple[type[Pacing], tuple[int, tuple[float, ...]]]:
         """Pickles as its settings; a run's pace stays in its process."""
         return Pacing, (self.selections, self.margins)
+
+
+def margins_of(records: Iterable[GenerationRecord]) -> list[float]:
+    """The confidence margins of every selection that was escalated or refused, as recorded, in order.
+
+    Raises:
+        InputError: a receipt without scores.
+    """
+    return [_margin(receipt) for record in records for receipt in record.receipts]
+
+
+def _margin(receipt: Receipt) -> float:
+    scores = [c.selector if c.selector is not None else c.slm for c in receipt.candidates]
+    if not scores or any(score is None for score in scores):
+        raise InputError("a receipt has no local scores, so its margin is unknown.")
+    return min(1.0, max(0.0, confidence_margin(torch.tensor(scores))))

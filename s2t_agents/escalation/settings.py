@@ -10,9 +10,9 @@ from ..budget import Budget
 from ..errors import ConfigError, UnpricedModel
 from ..llms.base import LLMSelector
 from ..types import Asked
-from .desk import EscalationDesk
 from .pacing import Pacing
 from .paid_groups import PaidGroups
+from .session import EscalationSession
 
 DEFAULT_MARGIN = 0.9
 """Where no selector was calibrated: the LLM is asked unless the best candidate stands this far above the second."""
@@ -23,8 +23,8 @@ class Escalation:
     """Which LLM is asked, and when.
 
     Attributes:
-        llm: who picks.
-        margin: selections with a confidence margin under it go up, in [0, 1]; None takes the selector's
+        llm: the LLM.
+        margin: selections with a confidence margin under it are escalated, in [0, 1]; None takes the selector's
             calibrated threshold, or ``DEFAULT_MARGIN`` where there is no calibrated selector.
         pacing: spreads a budget over a run, so that it is spent where the selector is least sure; None asks first
             come, first served.
@@ -47,7 +47,7 @@ class Escalation:
             raise ConfigError(f"record is {str(self.record)!r}, and there is no such folder.", hint="Make it first.")
 
     def check_price(self, budget: Budget | None) -> None:
-        """Refuse an LLM whose price nobody knows under a dollar limit.
+        """Refuse an LLM of unknown price under a dollar limit.
 
         Raises:
             UnpricedModel: naming both.
@@ -58,17 +58,17 @@ class Escalation:
                 hint="Give the LLM a price (TokenPrice), or limit escalations or llm_tokens instead.",
             )
 
-    def open(
+    def open_session(
         self, budget: Budget | None, *, threshold: float, on_asked: Callable[[Asked], None] | None = None
-    ) -> EscalationDesk:
-        """The desk for one generation.
+    ) -> EscalationSession:
+        """The escalations of one generation.
 
         Args:
-            budget: what it may cost; None sets no limit.
+            budget: what they may cost; None sets no limit.
             threshold: the selector's calibrated margin.
-            on_asked: told of every question when it is over.
+            on_asked: called after every question.
         """
-        return EscalationDesk(
+        return EscalationSession(
             self.llm,
             budget,
             self.margin if self.margin is not None else threshold,

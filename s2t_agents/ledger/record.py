@@ -23,15 +23,16 @@ from pydantic import (
 )
 from pydantic import model_validator as whole
 
-from s2t_agents.budget import Amount, money
-from s2t_agents.types import Outcome, RefusedBy
+from s2t_agents.budget import money
+from s2t_agents.budget.quantities import quantities_of
+from s2t_agents.types import Charge, Outcome, RefusedBy
 
 Count = Annotated[int, Field(ge=0, le=money.MAX_COUNT)]
 Millis = Annotated[float, Field(ge=0, le=money.MAX_COUNT, allow_inf_nan=False)]
 
 
 _AS_WRITTEN = re.compile(r"(0|[1-9]\d{0,5})(\.\d{0,11}[1-9])?", re.ASCII)
-"""Dollars as records hold them already; a report reads millions."""
+"""Dollars as records hold them already, read without further checks: a report reads millions."""
 
 
 def _exact_dollars(value: Any) -> Any:
@@ -56,10 +57,17 @@ def _digits(usd: Decimal | None) -> str | None:
     return None if usd is None else f"{usd:f}"
 
 
-def _amount_json(amount: Amount | None) -> dict[str, Any] | None:
-    if amount is None:
+def _countable(charge: Charge | None) -> Charge | None:
+    """The charge, which no record may hold unless a budget can count it."""
+    if charge is not None:
+        quantities_of(charge)
+    return charge
+
+
+def _charge_json(charge: Charge | None) -> dict[str, Any] | None:
+    if charge is None:
         return None
-    return {"usd": _digits(amount.usd), "escalations": amount.escalations, "llm_tokens": amount.llm_tokens}
+    return {"usd": _digits(charge.usd), "escalations": charge.escalations, "llm_tokens": charge.llm_tokens}
 
 
 def _limit_json(refused_by: RefusedBy | None) -> dict[str, Any] | None:
@@ -78,7 +86,7 @@ Text = Annotated[str, AfterValidator(_storable)]
 """Lone surrogates, which no file takes, as their escapes."""
 DIGITS = PlainSerializer(_digits, when_used="json")
 Usd = Annotated[Decimal | None, BeforeValidator(_exact_dollars), DIGITS]
-Booked = Annotated[Amount | None, PlainSerializer(_amount_json, when_used="json")]
+Booked = Annotated[Charge | None, AfterValidator(_countable), PlainSerializer(_charge_json, when_used="json")]
 Refuser = Annotated[RefusedBy | None, PlainSerializer(_limit_json, when_used="json")]
 Utc = Annotated[AwareDatetime, AfterValidator(_utc)]
 
@@ -118,8 +126,8 @@ class Receipt(Frozen):
         pick: the token that was taken; None if unknown, or if none was: the answer ended here.
         outcome: ``"picked"``, ``"refused"``, ``"failed"`` or ``"interrupted"``.
         reserved: what was (or, if refused, would have been) set aside.
-        actual: what it cost; None if nothing was spent or nobody knows.
-        refused_by: the limit that refused; None where none did, the budget could not be reached, or nobody noted it.
+        actual: what was settled; None if nothing was spent or it is unknown.
+        refused_by: the limit that refused; None where none did, the budget could not be reached, or it was not noted.
         wait_ms: time the answer stood still for it, in ms.
         reason: why it was refused, failed or was interrupted, or why it was asked. A pick that an earlier try of the
             answer had paid for says so here, and its ``actual`` is nothing, not even an escalation.

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from decimal import Decimal
 
-from s2t_agents.budget import Amount, Budget
+from s2t_agents.budget import Budget
+from s2t_agents.budget.quantities import charge_of, plus, quantities_of
 from s2t_agents.errors import BudgetExceeded, UnpricedModel
 from s2t_agents.ledger.record import Frozen, GenerationRecord, Receipt
+from s2t_agents.types import Charge
+
+FREE = Charge(Decimal(0), escalations=0)
 
 
 class WhatIf(Frozen):
     """What another budget would have done with the same questions.
 
-    A receipt refused now leaves the local pick standing, one allowed now gets a pick nobody knows. From the first
+    A receipt refused now leaves the local pick standing, one allowed now gets a pick that is unknown. From the first
     changed pick on the answers would have gone another way, so the rest is an approximation.
 
     Args:
@@ -40,7 +44,7 @@ class WhatIf(Frozen):
     changed_picks: int = 0
     approximate: int = 0
     first_change: tuple[str, int] | None = None
-    spent: Amount = Amount(Decimal(0))
+    spent: Charge = FREE
 
     @property
     def exact(self) -> bool:
@@ -79,7 +83,7 @@ def _one(seen: WhatIf, record: GenerationRecord, receipt: Receipt, budget: Budge
     refused_then = receipt.outcome == "refused"
     want = receipt.reserved or receipt.actual
     unpaid = receipt.outcome in ("failed", "interrupted")
-    cost = receipt.actual or (Amount(Decimal(0)) if unpaid else want)
+    cost = receipt.actual or (FREE if unpaid else want)
     allowed = want is not None and cost is not None and _fits(budget, want, cost)
     changed = _changed(receipt, allowed)
     happened = {
@@ -94,7 +98,9 @@ def _one(seen: WhatIf, record: GenerationRecord, receipt: Receipt, budget: Budge
     }
     counts = {name: getattr(seen, name) + 1 for name, so in happened.items() if so}
     first = seen.first_change or ((record.id, receipt.step) if changed else None)
-    spent = seen.spent + cost if allowed and cost is not None else seen.spent
+    spent = seen.spent
+    if allowed and cost is not None:
+        spent = charge_of(plus(quantities_of(spent), quantities_of(cost)))
     return seen.model_copy(update={**counts, "first_change": first, "spent": spent})
 
 
@@ -105,7 +111,7 @@ def _changed(receipt: Receipt, allowed: bool) -> bool:
     return receipt.outcome == "picked" and receipt.local_pick() != receipt.pick
 
 
-def _fits(budget: Budget, want: Amount, cost: Amount) -> bool:
+def _fits(budget: Budget, want: Charge, cost: Charge) -> bool:
     try:
         budget.reserve(want).settle(cost)
     except (BudgetExceeded, UnpricedModel):

@@ -1,4 +1,4 @@
-"""One generation's escalations: knows what each would cost, holds it, asks, settles."""
+"""One generation's escalations: quote, reserve, ask, settle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from ..budget import Amount, Budget, Hold
+from ..budget import Budget, Hold
+from ..budget.quantities import quantities_of
 from ..errors import (
     BadLimit,
     BudgetError,
@@ -35,16 +36,16 @@ HOLD_WITHOUT_DEADLINE_S = 3600.0
 """The same for an LLM without a deadline, as one on this machine: longer than it takes to load and answer."""
 
 
-class EscalationDesk:
+class EscalationSession:
     """One generation's escalations. A context manager.
 
     Args:
-        llm: who is asked.
-        budget: what it may cost; None sets no limit.
-        margin: selections less sure than this go up.
-        pace: decides how sure is sure enough while the budget shrinks.
-        groups: takes every paid selection.
-        on_asked: told of every question when it is over: also when its caller was interrupted, or the budget raises.
+        llm: the LLM.
+        budget: what escalations may cost; None sets no limit.
+        margin: selections with a confidence margin below it are escalated.
+        pace: lowers that margin as the budget is used up.
+        groups: records every paid selection.
+        on_asked: called after every question, also where the caller was interrupted or the budget raises.
     """
 
     def __init__(
@@ -60,63 +61,63 @@ class EscalationDesk:
         self._llm, self._budget, self.margin = llm, budget, margin
         self._pace, self._groups, self._on_asked = pace, groups, on_asked
         self._hold_s = _hold_s(llm)
-        self._session: LLMSession = llm.open()
+        self._llm_session: LLMSession = llm.open()
 
-    def __enter__(self) -> EscalationDesk:
+    def __enter__(self) -> EscalationSession:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._session.close()
+        self._llm_session.close()
 
-    def wants(self, margin: float) -> bool:
-        """Whether a selection this sure goes up."""
+    def should_escalate(self, margin: float) -> bool:
+        """Whether a selection with this confidence margin is put to the LLM."""
         if self._pace is None or self._budget is None:
             return margin < self.margin
         try:
-            return self._pace.wants(margin, self._budget, at_most=self.margin)
+            return self._pace.should_escalate(margin, self._budget, at_most=self.margin)
         except StoreUnavailable:  # what is left is unknown; the reservation is refused, and the report says why
             return margin < self.margin
 
-    def ask(self, question: Question) -> tuple[Answer | None, EscalationReport | None]:
-        """Put the question, if the budget holds it.
+    def escalate(self, question: Question) -> tuple[Answer | None, EscalationReport | None]:
+        """Put a question to the LLM, if the budget holds what it may cost.
 
         Returns:
-            The answer (None: keep the local pick) and what happened (None: nothing, there was nothing to ask).
+            The answer (None: the local pick stands) and the report (None: there was nothing to ask).
 
         Raises:
             BudgetExceeded: only where the budget's ``on_exhausted`` is not "degrade".
         """
         started = time.perf_counter()
         try:
-            quote = self._session.quote(question)
+            quote = self._llm_session.quote(question)
             if quote is None:
                 return None, None
-            wanted = Amount.of(quote)
-        except Exception as error:  # noqa: BLE001 - whatever it says, it failed
-            return None, self._told(question, None, _report("failed", None, None, started, _reason(error)))
+            quantities_of(quote)
+        except Exception as error:  # noqa: BLE001 - an LLM of the caller's own may raise anything
+            return None, self._reported(question, None, _report("failed", None, None, started, _reason(error)))
         try:
-            hold = self._budget.reserve(wanted, ttl_s=self._hold_s) if self._budget else None
+            hold = self._budget.reserve(quote, ttl_s=self._hold_s) if self._budget else None
         except (BudgetExceeded, StoreUnavailable, UnpricedModel) as error:
-            report = self._told(question, None, _refused(error, quote, started))
+            report = self._reported(question, None, _refused(error, quote, started))
             if isinstance(error, BudgetExceeded) and self._budget and self._budget.on_exhausted != "degrade":
                 raise
             return None, report
-        answer, report = self._put(question, hold, quote, started)
+        answer, report = self._ask(question, hold, quote, started)
         if self._pace is not None:
-            self._pace.paid(Amount.of(report.actual or quote))
+            self._pace.add_charge(report.actual or quote)
         return answer, report
 
-    def _put(
+    def _ask(
         self, question: Question, hold: Hold | None, quote: Charge, started: float
     ) -> tuple[Answer | None, EscalationReport]:
-        """The answer, if there is one, and the report; the hold is closed and the report told in any case."""
+        """The answer, if there is one, and the report; the hold is closed and the question reported in any case."""
         answer: Answer | None = None
         outcome: Outcome = "failed"
         reason = ""
         try:
             if self._budget is not None and question.seconds is None:
                 question.seconds = self._budget.seconds_left()
-            answer = usable(self._session.ask(question), question)
+            answer = usable(self._llm_session.ask(question), question)
             outcome, reason = "picked", answer.note
         except Exception as error:  # noqa: BLE001 - a dead or broken LLM never takes the answer down
             reason = _reason(error)
@@ -129,20 +130,20 @@ class EscalationDesk:
             try:
                 _close(hold, owed)
             finally:
-                report = self._told(question, answer, _report(outcome, quote, owed, started, reason))
+                report = self._reported(question, answer, _report(outcome, quote, owed, started, reason))
         if answer is not None and self._groups is not None and owed is not None:
             self._groups.add(question, answer)
         return answer, report
 
-    def _told(self, question: Question, answer: Answer | None, report: EscalationReport) -> EscalationReport:
-        """The report, once whoever listens has it too."""
+    def _reported(self, question: Question, answer: Answer | None, report: EscalationReport) -> EscalationReport:
+        """The report, after ``on_asked`` was called with it."""
         if self._on_asked is not None:
             self._on_asked(Asked(len(question.ids), candidates_of(question, answer), report))
         return report
 
 
 def _hold_s(llm: LLMSelector) -> float:
-    """Seconds that a hold lives: a question must be answered within them, or others may spend the same money."""
+    """Seconds until a hold lapses: longer than the question may take, since others could then spend the same money."""
     deadline = getattr(llm, "timeout_s", None)
     if not isinstance(deadline, int | float) or not math.isfinite(deadline):
         return HOLD_WITHOUT_DEADLINE_S
@@ -175,22 +176,22 @@ def _number(score: Any) -> float:
     try:
         if not isinstance(score, str | bytes | bool):
             return float(score)
-    except Exception:  # noqa: BLE001 - whatever a type of somebody else's says to float()
+    except Exception:  # noqa: BLE001 - float() of another library's type may raise anything
         pass
     raise EscalationFailed(f"the LLM gave a {type(score).__name__} for a score.")
 
 
 def _reason(error: BaseException) -> str:
-    """Our own errors in full; of others only the kind, since their text may hold anything."""
+    """This package's errors in full; of others only the type, since their text may hold secrets."""
     return str(error) if isinstance(error, S2TError) else f"{type(error).__name__} while the LLM was asked."
 
 
 def _close(hold: Hold | None, owed: Charge | None) -> None:
     if hold is None:
         return
-    # lapsed: booked as overrun; store down: booked later; interrupted: the hold finishes it
+    # lapsed: booked as overrun; store down: settled later; interrupted: the hold finishes it
     with contextlib.suppress(HoldClosed, StoreUnavailable), hold:
-        hold.settle(Amount.of(owed)) if owed is not None else hold.release()
+        hold.settle(owed) if owed is not None else hold.release()
 
 
 def _refused(error: BudgetError | UnpricedModel, quote: Charge, started: float) -> EscalationReport:
@@ -205,10 +206,11 @@ def _report(
 
 
 def _countable(owed: Charge | None, quote: Charge) -> Charge | None:
-    """What is owed; what was held where the LLM states a cost that no budget can count."""
+    """What is owed; what was held where the LLM states something that no budget can count."""
+    if owed is None:
+        return None
     try:
-        if owed is not None:
-            Amount.of(owed)
+        quantities_of(owed)
     except BadLimit:
         return quote
     return owed

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from ..errors import InputError
-from ..ledger import GenerationRecord, Receipt
-from ..selectors.base import confidence_margin
-from .pacing import Pace
+from s2t_agents.escalation import Pace
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ def simulate(
         margins: of the selections, in [0, 1].
         escalations: that can be paid for.
         gains: what an escalation there is worth; None takes 1 - margin.
-        at_most: margins from here up never go up.
+        at_most: margins from here on are never escalated.
         expected: selections that pacing was told to expect; None tells it the truth.
         known: margins that pacing knows from before.
     """
@@ -65,19 +60,3 @@ def simulate(
         if left and pace.decide(margin, left, at_most=at_most):
             paced, left = paced + gain, left - 1
     return Simulation(sum(unsure[:escalations]), paced, sum(sorted(unsure, reverse=True)[:escalations]))
-
-
-def margins_of(records: Iterable[GenerationRecord]) -> list[float]:
-    """The confidence margins of every selection that went up or was refused, as recorded, in order.
-
-    Raises:
-        InputError: a receipt without scores.
-    """
-    return [_margin(receipt) for record in records for receipt in record.receipts]
-
-
-def _margin(receipt: Receipt) -> float:
-    scores = [c.selector if c.selector is not None else c.slm for c in receipt.candidates]
-    if not scores or any(score is None for score in scores):
-        raise InputError("a receipt has no local scores, so its margin is unknown.")
-    return min(1.0, max(0.0, confidence_margin(torch.tensor(scores))))

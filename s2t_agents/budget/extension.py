@@ -1,4 +1,4 @@
-"""What a person may answer when a budget asks for more."""
+"""From a person's answer to the keywords of ``Budget.extend``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
+from s2t_agents.budget.quantities import UNITS
 from s2t_agents.errors import BadLimit
 
 _FIRST_WORD = re.compile(r"\W*([a-z]+)", re.IGNORECASE)
@@ -18,10 +19,9 @@ _SCALED = re.compile(
     r"[€£¥₹¢]|\b(?:cents?|dozens?|hundred|thousand|million|mins?|minutes?|hours?|days?|eur|euros?|gbp|pounds?)\b",
     re.IGNORECASE,
 )
-_UNITS = ("usd", "escalations", "llm_tokens", "seconds")
 
 
-def more_from(answer: Any, unit: str) -> dict[str, Any]:
+def extension_from(answer: Any, unit: str) -> dict[str, Any]:
     """The keywords for ``Budget.extend``; empty for a no.
 
     Args:
@@ -31,12 +31,12 @@ def more_from(answer: Any, unit: str) -> dict[str, Any]:
         unit: what ran out.
 
     Raises:
-        BadLimit: a yes that does not say how much, or may mean something else, or units nobody counts.
+        BadLimit: a yes that does not say how much, or may mean something else, or units that are not counted.
     """
     if isinstance(answer, Mapping):
-        unknown = [key for key in answer if key not in _UNITS]
+        unknown = [key for key in answer if key not in UNITS]
         if unknown:
-            raise BadLimit(f"{unknown}: no such limit.", hint=f"Answer with {', '.join(_UNITS)}.")
+            raise BadLimit(f"{unknown}: no such limit.", hint=f"Answer with {', '.join(UNITS)}.")
         return {key: value for key, value in answer.items() if value}
     number = _number_in(answer) if isinstance(answer, str) else answer or 0
     if isinstance(number, bool) or not isinstance(number, int | float | Decimal) or not math.isfinite(number):

@@ -1,0 +1,87 @@
+"""A meter that was opened in its store: what all budgets over it share, whatever their views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from s2t_agents.budget.names import checked_name
+from s2t_agents.budget.quantities import UNITS, public
+from s2t_agents.budget.store import BudgetStore, Terms
+from s2t_agents.budget.unsettled import UnsettledCharges
+from s2t_agents.errors import BadLimit
+
+
+@dataclass(frozen=True, slots=True)
+class MeterHandle:
+    """One meter, found or made in its store.
+
+    Args:
+        store: where it lives.
+        unsettled: charges of this process that could not be settled yet; one queue for a whole tree.
+        path: where in the tree, as ``fleet/run/agent``.
+        terms: what it was opened with.
+        priced: it or one above it limits dollars.
+    """
+
+    store: BudgetStore
+    unsettled: UnsettledCharges
+    path: str
+    terms: Terms
+    priced: bool
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
+
+    @classmethod
+    def open_root(cls, name: str, terms: Terms, store: BudgetStore) -> MeterHandle:
+        """Open the first meter of a tree.
+
+        Raises:
+            ConfigError: a name that cannot be part of a path.
+            BadLimit: it exists with other terms.
+            StoreUnavailable: the store cannot be reached.
+        """
+        agreed = _agreed(store, checked_name(name), terms)
+        return cls(store, UnsettledCharges(), name, agreed, agreed.limits.usd is not None)
+
+    def open_child(self, name: str, terms: Terms | None) -> MeterHandle:
+        """Open a meter under this one; without terms it is taken as it is, and made without limits if it is not there.
+
+        Raises:
+            As :meth:`open_root`.
+        """
+        path = f"{self.path}/{checked_name(name)}"
+        if terms is None:
+            agreed = self.store.find_terms(path) or self.store.open_meter(path, Terms())
+        else:
+            agreed = _agreed(self.store, path, terms)
+        return MeterHandle(self.store, self.unsettled, path, agreed, self.priced or agreed.limits.usd is not None)
+
+
+def _agreed(store: BudgetStore, path: str, terms: Terms) -> Terms:
+    """The terms of the meter, which must be those it is opened with."""
+    found = store.open_meter(path, terms)
+    if found != terms:
+        raise BadLimit(
+            f"Budget {path!r} exists with other limits: {_told(found)}, not {_told(terms)}.",
+            hint="Raise them with Budget.extend(), or take another name.",
+        )
+    return found
+
+
+def _told(terms: Terms) -> str:
+    parts = [
+        f"{unit}={_text(unit, value)}" for unit, value in zip(UNITS, terms.limits, strict=False) if value is not None
+    ]
+    kept = [f"{unit}={_text(unit, value)}" for unit, value in zip(UNITS, terms.keep, strict=False) if value]
+    if kept:
+        parts.append(f"reserve_for_final=Charge({', '.join(kept)})")
+    if terms.window:
+        parts.append(str(terms.window))
+    return ", ".join(parts) or "none"
+
+
+def _text(unit: str, value: int) -> str:
+    return f"{value / 1e6:g}" if unit == "seconds" else str(public(unit, value))

@@ -1,0 +1,92 @@
+"""The quantities that budgets count, as the whole numbers that stores add and compare."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Generic, NamedTuple, TypeVar
+
+from s2t_agents.budget import money
+from s2t_agents.errors import BadLimit
+from s2t_agents.types import Charge
+
+N = TypeVar("N", int, int | None)
+
+UNITS = ("usd", "escalations", "llm_tokens", "seconds")
+
+
+class Quantities(NamedTuple, Generic[N]):
+    """One number for each unit. Limits, holds, costs, overruns and finalization reserves all have this form.
+
+    Attributes:
+        usd: whole pico-dollars (1e-12 USD).
+        escalations: questions to the LLM.
+        llm_tokens: tokens that the LLM reads and writes.
+        seconds: whole microseconds; a limit is a deadline, holds and costs have none.
+        unpriced: charges of unknown price, whose dollars are not in ``usd``.
+    """
+
+    usd: N
+    escalations: N
+    llm_tokens: N
+    seconds: N
+    unpriced: N
+
+
+Counts = Quantities[int]
+Limits = Quantities[int | None]
+"""``None`` is no limit."""
+
+NOTHING: Counts = Quantities(0, 0, 0, 0, 0)
+UNLIMITED: Limits = Quantities(None, None, None, None, None)
+
+_new = tuple.__new__  # a reservation makes several, and this takes half the time of Quantities(...)
+
+
+def quantities_of(charge: Charge) -> Counts:
+    """A charge in whole numbers; a fraction of a pico-dollar counts as a whole one.
+
+    Raises:
+        BadLimit: no charge; or a part of it is negative, NaN, infinite, no whole number, or more than can be counted.
+    """
+    if not isinstance(charge, Charge):
+        raise BadLimit(f"{charge!r} is not a Charge.", hint="Give Charge(usd, llm_tokens), for one escalation.")
+    escalations = money.count(charge.escalations, "Charge.escalations")
+    llm_tokens = money.count(charge.llm_tokens, "Charge.llm_tokens")
+    if charge.usd is None:
+        return _new(Quantities, (0, escalations, llm_tokens, 0, 1))
+    usd = money.pico(money.dollars(charge.usd, "Charge.usd"))
+    return _new(Quantities, (usd, escalations, llm_tokens, 0, 0))
+
+
+def charge_of(total: Counts) -> Charge:
+    """Counts as a charge; its dollars are unknown if any part of them is."""
+    usd = None if total.unpriced else money.usd(total.usd)
+    return Charge(usd=usd, llm_tokens=total.llm_tokens, escalations=total.escalations)
+
+
+def plus(a: Counts, b: Counts) -> Counts:
+    """``a + b``, unit by unit."""
+    return _new(Quantities, (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4]))
+
+
+def minus(a: Counts, b: Counts) -> Counts:
+    """``a - b``, unit by unit."""
+    return _new(Quantities, (a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3], a[4] - b[4]))
+
+
+def excess(actual: Counts, reserved: Counts) -> Counts:
+    """How far each unit went over what was reserved, never below 0."""
+    usd, escalations, llm_tokens = (max(0, used - held) for used, held in zip(actual[:3], reserved[:3], strict=True))
+    return Quantities(usd, escalations, llm_tokens, 0, 0)
+
+
+def raised(limits: Limits, by: Counts) -> Limits:
+    """Limits with so much more; a unit without a limit stays without."""
+    return Quantities(*(None if limit is None else limit + more for limit, more in zip(limits, by, strict=True)))
+
+
+def public(unit: str, value: int) -> Decimal | int | float:
+    """A stored number in its public unit: USD as Decimal, seconds as float, counts as they are."""
+    if unit == "usd":
+        return money.usd(value)
+    return value / 1e6 if unit == "seconds" else value
