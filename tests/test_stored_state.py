@@ -1,6 +1,6 @@
-"""What earlier releases left on disk and on servers is read as they meant it.
+"""What earlier code left on disk and on servers is read as it was meant.
 
-The files in ``stored/`` were written by the code of commit 73f92eb: a budget tree fleet > day > agent with settled charges, one of
+The files in ``stored/`` were written by commit ac28c48: a budget tree fleet > day > agent with settled charges, one of
 them above its hold, an open and a lapsed hold and an extension; a budget that settled a charge of unknown price; and
 two records with four receipts.
 """
