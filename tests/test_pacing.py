@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
 from benchmarks.pacing_simulation import simulate
+from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
 from s2t_agents.budget import Charge
 from s2t_agents.errors import ConfigError, InputError
 from s2t_agents.escalation import Escalation, Pace, Pacing, margins_of

@@ -150,3 +150,10 @@ def test_a_stored_ledger_is_read_and_written_back_as_it_was(tmp_path: Path, name
     lines = (STORED / "ledger.jsonl").read_text().splitlines()[1:]
     assert [record.model_dump_json() for record in (first, second)] == lines
     assert Ledger.open(path).total().cost_usd.llm.known == Decimal("0.0102")
+
+
+def test_amounts_of_version_0_1_are_charges() -> None:
+    with pytest.warns(DeprecationWarning, match="Charge"):
+        from s2t_agents.budget import Amount
+    assert Amount(Decimal("0.1"), 2, 30) == Charge(Decimal("0.1"), llm_tokens=30, escalations=2)
+    assert Amount(llm_tokens=3) == Charge(llm_tokens=3, escalations=0)

@@ -4,6 +4,10 @@ Flow: ``Budget.reserve`` -> ``BudgetStore.reserve`` (one atomic step over the ch
 ``Hold.settle`` / ``release`` -> ``BudgetStore``. Stores: memory, SQLite (processes), Redis (machines).
 """
 
+import warnings
+from collections.abc import Callable
+from decimal import Decimal
+
 from s2t_agents.budget.budget import Budget
 from s2t_agents.budget.clock import Clock, SystemClock
 from s2t_agents.budget.hold import Hold
@@ -37,3 +41,15 @@ __all__ = [
     "Window",
     "known_price",
 ]
+
+
+def __getattr__(name: str) -> Callable[..., Charge]:
+    """``Amount``, which was version 0.1's name for a charge, with another order of arguments and no escalation."""
+    if name != "Amount":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("s2t_agents.budget.Amount is Charge now.", DeprecationWarning, stacklevel=2)
+    return _amount
+
+
+def _amount(usd: Decimal | None = None, escalations: int = 0, llm_tokens: int = 0) -> Charge:
+    return Charge(usd, llm_tokens, escalations)
