@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from s2t_agents.demo import WEIGHTS
-from s2t_agents.demo import tokenizer as tokenizers
-from s2t_agents.demo.corpus import SHARD, Corpus, cut
-from s2t_agents.demo.pretrain import Run, export, train
-from s2t_agents.demo.recipe import Recipe, Shape, Stage, read_recipe
+from benchmarks.demo_pair import tokenizer as tokenizers
+from benchmarks.demo_pair.corpus import SHARD, Corpus, cut
+from benchmarks.demo_pair.pretrain import Run, export, train
+from benchmarks.demo_pair.recipe import Recipe, Shape, Stage, read_recipe
+from s2t_agents.bundled import WEIGHTS
 
-RECIPES = Path(__file__).parents[1] / "s2t_agents" / "demo"
+RECIPES = Path(__file__).parents[1] / "benchmarks" / "demo_pair"
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def tokenizer():
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch):
-    monkeypatch.setattr("s2t_agents.demo.corpus.SHARD", 16)
+    monkeypatch.setattr("benchmarks.demo_pair.corpus.SHARD", 16)
 
 
 def tiny(**changes):

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2t_agents.demo import WEIGHTS
-from s2t_agents.demo import tokenizer as tokenizers
-from s2t_agents.demo.corpus import Encoder
+from benchmarks.demo_pair import tokenizer as tokenizers
+from benchmarks.demo_pair.corpus import Encoder
+from benchmarks.demo_pair.tokenizer import SPECIAL
+from s2t_agents.bundled import WEIGHTS
 from s2t_agents.demo.problem import tool_call_message, tool_result_message
-from s2t_agents.demo.tokenizer import SPECIAL
 from s2t_agents.demo.world import generate
 
 

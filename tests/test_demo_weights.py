@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from transformers import AutoModelForCausalLM
 
-from s2t_agents.demo import WEIGHTS
-from s2t_agents.demo import tokenizer as tokenizers
-from s2t_agents.demo.check import solve
+from benchmarks.demo_pair import tokenizer as tokenizers
+from benchmarks.demo_pair.check import solve
+from s2t_agents.bundled import WEIGHTS
 from s2t_agents.demo.world import generate
 
 

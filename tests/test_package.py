@@ -152,6 +152,23 @@ def test_the_wheel_has_no_benchmarks_and_imports_none() -> None:
             assert not [name for name in names if name.split(".")[0] == "benchmarks"], path.name
 
 
+def test_the_wheel_has_of_the_demo_what_commands_use_and_nothing_that_trained_the_pair() -> None:
+    demo = PACKAGE / "demo"
+    [patterns] = wheel()["package-data"].values()
+    data = {path for pattern in patterns for path in PACKAGE.glob(pattern) if path.is_file()}
+    assert {p for p in data if not p.is_relative_to(demo / "weights")} == {PACKAGE / "py.typed", demo / "selector.toml"}
+    names = {path.stem for path in demo.glob("*.py")} - {"__init__"}
+    used, read = {"agent", "show", "world"}, set[str]()  # what the command line and the demo task import
+    while fresh := used - read:
+        read |= fresh
+        for name in fresh:
+            tree = ast.parse((demo / f"{name}.py").read_text(encoding="utf-8"))
+            imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+            used |= names & {str(node.module).split(".")[-1] for node in imports}
+            used |= names & {alias.name for node in imports for alias in node.names}
+    assert names == used
+
+
 def test_the_error_tree_is_drawn_as_it_is() -> None:
     from s2t_agents import errors
 

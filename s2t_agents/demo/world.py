@@ -1,8 +1,7 @@
 """The demo world: conversations that the bundled pair was trained on, and fresh problems to try it on.
 
-    word   a word problem; the answer shows its working       talk   small talk, with or without tools around
-    tool   the same, but a number must be looked up first     sums   bare operations     (drills, for training)
-    call   one tool call, and an answer that reads it         copy   repeat what is said (drills, for training)
+    word   a word problem; the answer shows its working       call   one tool call, and an answer that reads it
+    tool   the same, but a number must be looked up first     talk   small talk, with or without tools around
 
 Everything is a pure function of (seed, split, kind). The split is part of what seeds the generator, so the streams of
 two splits share nothing. Beside "train" and "heldout", which are alike, there are three that go beyond them in one way
@@ -12,12 +11,11 @@ each: "longer" (5 to 7 lines of working instead of 2 to 4), "larger" (numbers up
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from random import Random
 
-from s2t_agents.demo import drills, errands, lookups, stories
-from s2t_agents.demo.arithmetic import NOISE, work
+from s2t_agents.demo import lookups, stories, tool_call_problems
+from s2t_agents.demo.arithmetic import work
 from s2t_agents.demo.problem import (
     Call,
     Kind,
@@ -41,11 +39,7 @@ __all__ = [
     "demo_question",
     "generate",
     "grade",
-    "write_like_the_slm_corpus",
 ]
-
-FAILING = 0.06
-"""Share of tool calls that fail in the training corpus."""
 
 
 @dataclass(frozen=True)
@@ -82,26 +76,8 @@ def demo_question(seed: int) -> Problem:
     return generate(seed, "heldout", "tool")
 
 
-def write_like_the_slm_corpus(problem: Problem, rng: Random, noise: float = NOISE) -> list[Message]:
-    """The gold conversation as the small model's corpus has it: carries forgotten at rate `noise`.
-
-    Now and then a tool fails, so that a failure is no surprise: the answer then says so and ends.
-    """
-    messages = [dict(message) for message in problem.gold]
-    if problem.expected_call is not None and rng.random() < FAILING:
-        error = rng.choice(("nothing found", f"no tool named {problem.expected_call.name}"))
-        messages[-2]["content"] = json.dumps({"error": error})
-        messages[-1]["content"] = f"The tool says {error}."
-        return messages
-    if problem.working is not None:
-        messages[-1]["content"] = _write(problem.working, rng, noise)[0]
-    elif problem.sums:
-        messages[-1]["content"] = drills.write_sums(problem.sums, rng, noise)
-    return messages
-
-
-def _write(working: Working, rng: Random | None = None, noise: float = 0.0) -> tuple[str, int]:
-    sentences, total = work(working.start, working.moves, rng, noise)
+def _write(working: Working) -> tuple[str, int]:
+    sentences, total = work(working.start, working.moves)
     before = [working.before] if working.before else []
     return " ".join([*before, *sentences, answer_line(total)]), total
 
@@ -158,17 +134,17 @@ def _tool(rng: Random, beyond: Beyond) -> Problem:
 
 
 def _call(rng: Random, beyond: Beyond) -> Problem:
-    errand = errands.draw_errand(rng)
-    tools = lookups.draw_tools(rng, errand.tool, unseen=beyond.unseen)
+    made = tool_call_problems.draw_tool_call_problem(rng)
+    tools = lookups.draw_tools(rng, made.tool, unseen=beyond.unseen)
     system = _draw_system(rng, beyond.unseen)
     return _finish(
         "call",
         system,
-        errand.question,
-        errand.answer,
+        made.question,
+        made.answer,
         tools=tools,
-        expected=errand.said,
-        expected_call=errand.call,
+        expected=made.said,
+        expected_call=made.call,
     )
 
 
@@ -176,20 +152,10 @@ def _talk(rng: Random, beyond: Beyond) -> Problem:
     said, reply = draw_talk(rng)
     if rng.random() < 0.3:
         return _finish("talk", _draw_system(rng, beyond.unseen), said, reply)
-    tool = errands.draw_errand(rng).tool
+    tool = tool_call_problems.draw_tool_call_problem(rng).tool
     return _finish(
         "talk", _draw_system(rng, beyond.unseen), said, reply, tools=lookups.draw_tools(rng, tool, unseen=beyond.unseen)
     )
 
 
-def _sums(rng: Random, beyond: Beyond) -> Problem:
-    sums = drills.draw_sums(rng)
-    return _finish("sums", None, drills.ask_sums(rng, sums), drills.write_sums(sums), sums=sums)
-
-
-def _copy(rng: Random, beyond: Beyond) -> Problem:
-    question, text = drills.draw_copy(rng, longest=24 if beyond.size.lines > stories.NORMAL.lines else 12)
-    return _finish("copy", None, question, text)
-
-
-_MAKERS = {"word": _word, "tool": _tool, "call": _call, "talk": _talk, "sums": _sums, "copy": _copy}
+_MAKERS = {"word": _word, "tool": _tool, "call": _call, "talk": _talk}

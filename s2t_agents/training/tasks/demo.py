@@ -59,7 +59,7 @@ class DemoTaskConfig(BaseModel):
     split: Split = "heldout"
     first: int = Field(default=0, ge=0)
     count: int = Field(default=500, ge=1)
-    kinds: tuple[Literal["word", "tool", "call", "talk", "sums", "copy"], ...] = ()
+    kinds: tuple[Literal["word", "tool", "call", "talk"], ...] = ()
 
     def open(self) -> Task:
         """The task itself."""

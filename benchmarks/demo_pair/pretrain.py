@@ -1,6 +1,6 @@
 """Train one model of the demo pair from scratch.
 
-    python -m s2t_agents.demo.pretrain s2t_agents/demo/slm.toml --resume --export s2t_agents/demo/weights/slm
+    python -m benchmarks.demo_pair.pretrain benchmarks/demo_pair/slm.toml --resume --export s2t_agents/demo/weights/slm
 
 A run's checkpoints (weights, both optimizers, place in the corpus, random state) are under ``runs/NAME``; `--resume`
 goes on from the last one and ends with the same weights as a run that never stopped. Matrices are trained with Muon,
@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from s2t_agents.demo import WEIGHTS
-from s2t_agents.demo import tokenizer as tokenizers
-from s2t_agents.demo.corpus import Batch, Corpus, Position
-from s2t_agents.demo.recipe import Recipe, read_recipe
+from s2t_agents.bundled import WEIGHTS
+
+from . import tokenizer as tokenizers
+from .corpus import Batch, Corpus, Position
+from .recipe import Recipe, read_recipe
 
 CONTEXT = 1024
 """Longest sequence, in tokens, that the models' configuration admits (training sees at most about 300)."""

@@ -1,4 +1,4 @@
-"""Errands that register somebody: a quoted name in any script, told in many ways, for tools documented in many ways."""
+"""Problems whose tool call creates a record: a quoted name in any script, asked and documented in many ways."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _NOTE_KEYS = ("description", "about", "note", "details", "info")
 _NAMED = ("named", "called", "with the name", "by the name of", "-")
 
 
-class Register:
-    """One such errand in its parts.
+class RecordProblem:
+    """One record to create, in its parts.
 
     Attributes:
         name: of the tool.

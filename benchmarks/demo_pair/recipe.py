@@ -5,11 +5,14 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from s2t_agents.demo.problem import Kind
 
-KINDS: tuple[Kind, ...] = ("word", "tool", "call", "talk", "sums", "copy")
+from .drills import DRILLS
+
+KINDS: tuple[str, ...] = (*get_args(Kind), *DRILLS)
+"""Of a mixture: problems of the demo world, and drills."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Stage:
 class Recipe:
     """A whole run. `tokens` are those of one step (padding included), `noise` the rate of forgotten carries.
 
-    `slips` is the rate of forgotten carries that are read but not learnt (see `slips`); a recipe has these or `noise`.
+    `masked_noise` is the rate of forgotten carries without loss (see `loss_mask`); a recipe has these or `noise`.
     `start` names the bundled model whose weights the run goes on from; empty begins from fresh ones.
     """
 
@@ -57,7 +60,7 @@ class Recipe:
     shape: Shape
     stages: tuple[Stage, ...]
     start: str = ""
-    slips: float = 0.0
+    masked_noise: float = 0.0
 
     def stage_at(self, step: int) -> Stage:
         """The stage which `step` falls into."""
@@ -76,13 +79,14 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
     data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     data.setdefault("name", path.stem)
     data.setdefault("start", "")
-    data.setdefault("slips", 0.0)
+    data.setdefault("masked_noise", 0.0)
     data |= {key: value for key, value in overrides.items() if value is not None}
     known = {field.name for field in fields(Recipe)}
     if wrong := sorted(set(data) ^ known):
         raise ValueError(f"{path}: unknown or missing keys: {', '.join(wrong)}")
-    if data["noise"] and data["slips"]:
-        raise ValueError(f"{path}: noise is {data['noise']} and slips {data['slips']}; one of them must be 0")
+    if data["noise"] and data["masked_noise"]:
+        both = f"noise is {data['noise']} and masked_noise {data['masked_noise']}"
+        raise ValueError(f"{path}: {both}; one of them must be 0")
     stages = tuple(Stage(**stage) for stage in data.pop("stages"))
     for stage in stages:
         if strange := sorted(set(stage.mixture) - set(KINDS)):

@@ -6,7 +6,7 @@ the weights is what counts, and a later change of the world does not change it.
 Three choices make a tiny model's life easy: every digit is a token of its own; an operator with its blanks is one token
 (``85 - 27 = 58.`` is 9 tokens); the boilerplate of tool schemas is a handful of tokens. Any text round-trips, as bytes.
 
-    python -m s2t_agents.demo.tokenizer s2t_agents/demo/weights/llm
+    python -m benchmarks.demo_pair.tokenizer s2t_agents/demo/weights/llm
 """
 
 from __future__ import annotations

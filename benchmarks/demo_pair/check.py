@@ -1,6 +1,6 @@
 """How well does a model of the pair do on problems that training never saw? Plain greedy decoding, no selector.
 
-python -m s2t_agents.demo.check s2t_agents/demo/weights/slm s2t_agents/demo/weights/llm --n 200 --json
+python -m benchmarks.demo_pair.check s2t_agents/demo/weights/slm s2t_agents/demo/weights/llm --n 200 --json
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from s2t_agents.demo import tokenizer as tokenizers
 from s2t_agents.demo.problem import (
     Kind,
     Message,
@@ -32,12 +31,14 @@ from s2t_agents.demo.problem import (
 )
 from s2t_agents.demo.world import generate
 
+from . import tokenizer as tokenizers
+
 CALL = re.compile(r"\s*<tool_call>\n(.*)\n</tool_call>\s*", re.DOTALL)
 NEW_TOKENS = 128
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Attempt:
     """What became of one problem: the final text, whether it is right, and whether the call was (None: none needed)."""
 
     text: str
@@ -92,7 +93,7 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[str], batch: int = 50
     return texts
 
 
-def solve(model: Any, tokenizer: Any, problems: Sequence[Problem]) -> list[Outcome]:
+def solve(model: Any, tokenizer: Any, problems: Sequence[Problem]) -> list[Attempt]:
     """Let the model answer, with the tool's result after a right call; a wrong call ends a problem, unsolved."""
 
     def render(problem: Problem, messages: Sequence[Message]) -> str:
@@ -102,18 +103,18 @@ def solve(model: Any, tokenizer: Any, problems: Sequence[Problem]) -> list[Outco
         )
 
     first = complete(model, tokenizer, [render(p, p.prompt) for p in problems])
-    outcomes: dict[int, Outcome] = {}
+    outcomes: dict[int, Attempt] = {}
     second: dict[int, str] = {}
     for at, (problem, text) in enumerate(zip(problems, first, strict=True)):
         if problem.expected_call is None:
-            outcomes[at] = Outcome(text, grade(text, problem), None)
+            outcomes[at] = Attempt(text, grade(text, problem), None)
         elif not _right_call(text, problem):
-            outcomes[at] = Outcome(text, False, False)
+            outcomes[at] = Attempt(text, False, False)
         else:
             call = problem.expected_call
             second[at] = render(problem, [*problem.prompt, tool_call_message(call), tool_result_message(call)])
     for at, text in zip(second, complete(model, tokenizer, list(second.values())), strict=True):
-        outcomes[at] = Outcome(text, grade(text, problems[at]), True)
+        outcomes[at] = Attempt(text, grade(text, problems[at]), True)
     return [outcomes[at] for at in range(len(problems))]
 
 

@@ -10,22 +10,28 @@ each, and the batches are shuffled. One document per row, padded on the right: c
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from s2t_agents.demo.problem import Kind, Message
-from s2t_agents.demo.recipe import Recipe, Stage
-from s2t_agents.demo.slips import without_slips
+from s2t_agents.demo.arithmetic import NOISE, work
+from s2t_agents.demo.problem import Kind, Message, Problem, answer_line
 from s2t_agents.demo.smalltalk import draw_talk
-from s2t_agents.demo.world import generate, write_like_the_slm_corpus
+from s2t_agents.demo.world import generate
+
+from .drills import DRILLS, draw_drill
+from .loss_mask import masked
+from .recipe import Recipe, Stage
 
 SHARD = 1024
 GRAIN = 16
 """Widths of batches are multiples of this, in tokens."""
+FAILING = 0.06
+"""Share of tool calls that fail."""
 CHATTY = 0.06
 """Share of conversations which open with an exchange of small talk, so that a later turn is no surprise."""
 
@@ -54,7 +60,7 @@ class Corpus:
 
     def __init__(self, recipe: Recipe, tokenizer: Any, position: Position | None = None) -> None:
         self._recipe = recipe
-        self._encode = Encoder(tokenizer, learns_slips=not recipe.slips)
+        self._encode = Encoder(tokenizer, mask_wrong_results=bool(recipe.masked_noise))
         self.position = position or Position()
         self._batches: list[Batch] | None = None
 
@@ -83,22 +89,43 @@ class Corpus:
 
     def _document(self, rng: Random, stage: Stage) -> tuple[list[Message], list[dict[str, Any]]]:
         kinds = list(stage.mixture)
-        kind: Kind = rng.choices(kinds, weights=[stage.mixture[k] for k in kinds])[0]  # type: ignore[assignment]
-        problem = generate(rng.getrandbits(48), "train", kind)
-        messages = write_like_the_slm_corpus(problem, rng, self._recipe.noise or self._recipe.slips)
-        if kind not in ("sums", "copy") and rng.random() < CHATTY:
+        kind = rng.choices(kinds, weights=[stage.mixture[k] for k in kinds])[0]
+        seed, noise = rng.getrandbits(48), self._recipe.noise or self._recipe.masked_noise
+        if kind in DRILLS:
+            return draw_drill(seed, kind).written(rng, noise), []
+        problem = generate(seed, "train", cast("Kind", kind))
+        messages = written(problem, rng, noise)
+        if rng.random() < CHATTY:
             said, reply = draw_talk(rng)
             at = len(problem.prompt) - 1
             messages[at:at] = [{"role": "user", "content": said}, {"role": "assistant", "content": reply}]
         return messages, list(problem.tools)
 
 
+def written(problem: Problem, rng: Random, noise: float = NOISE) -> list[Message]:
+    """A problem's gold conversation as the corpus has it: carries forgotten at rate `noise`.
+
+    At a rate of ``FAILING`` the tool call fails, so that a failure is no surprise: the answer then says so and ends.
+    """
+    messages = [dict(message) for message in problem.gold]
+    if problem.expected_call is not None and rng.random() < FAILING:
+        error = rng.choice(("nothing found", f"no tool named {problem.expected_call.name}"))
+        messages[-2]["content"] = json.dumps({"error": error})
+        messages[-1]["content"] = f"The tool says {error}."
+        return messages
+    if problem.working is not None:
+        sentences, total = work(problem.working.start, problem.working.moves, rng, noise)
+        before = [problem.working.before] if problem.working.before else []
+        messages[-1]["content"] = " ".join([*before, *sentences, answer_line(total)])
+    return messages
+
+
 class Encoder:
     """Messages to token ids and loss weights, through the chat template that users of the models go through."""
 
-    def __init__(self, tokenizer: Any, *, learns_slips: bool = True) -> None:
+    def __init__(self, tokenizer: Any, *, mask_wrong_results: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._learns_slips = learns_slips
+        self._mask_wrong_results = mask_wrong_results
         self.pad: int = tokenizer.pad_token_id
         self._end: int = tokenizer.eos_token_id
         self._opening: list[int] = tokenizer.encode("<|im_start|>assistant\n")
@@ -118,7 +145,7 @@ class Encoder:
                 weights[at:end] = [1.0] * (end - at)
                 at = end
             at += 1
-        return ids, weights if self._learns_slips else without_slips(weights, text, encoded["offset_mapping"])
+        return ids, masked(weights, text, encoded["offset_mapping"]) if self._mask_wrong_results else weights
 
 
 def cut(rows: Sequence[Row], tokens: int) -> list[tuple[int, int]]:

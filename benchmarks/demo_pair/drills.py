@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from random import Random
 
 from s2t_agents.demo.arithmetic import Move, Operation
 from s2t_agents.demo.lexicon import ITEMS, LANGUAGES, NAMES, PLACES, WORDS, foreign, letters, made_up
+from s2t_agents.demo.problem import Message
+
+DRILLS = ("sums", "copy")
+
+
+@dataclass(frozen=True)
+class Drill:
+    """A question and its answer; ``sums`` are the operations in it, none where something is copied."""
+
+    question: str
+    answer: str
+    sums: tuple[tuple[int, Move], ...] = ()
+
+    def written(self, rng: Random, noise: float) -> list[Message]:
+        """The conversation, carries forgotten at rate `noise`."""
+        answer = write_sums(self.sums, rng, noise) if self.sums else self.answer
+        return [{"role": "user", "content": self.question}, {"role": "assistant", "content": answer}]
+
+
+def draw_drill(seed: int, kind: str) -> Drill:
+    """The drill of this seed, of one of ``DRILLS``."""
+    rng = Random(f"train/{seed}/{kind}")
+    if kind == "copy":
+        return Drill(*draw_copy(rng))
+    sums = draw_sums(rng)
+    return Drill(ask_sums(rng, sums), write_sums(sums), sums)
 
 
 def draw_sums(rng: Random) -> tuple[tuple[int, Move], ...]:

@@ -10,14 +10,14 @@ from typing import Any
 from s2t_agents.demo.lexicon import ITEMS, LANGUAGES, NAMES, PLACES, district, foreign, made_up, span
 from s2t_agents.demo.lookups import TOPICS, draw_lookup
 from s2t_agents.demo.problem import Call
-from s2t_agents.demo.registers import Register, documented
+from s2t_agents.demo.record_problems import RecordProblem, documented
 from s2t_agents.demo.schemas import ParameterType, function_tool
 
 Value = str | int
 
 
 @dataclass(frozen=True)
-class Errand:
+class ToolCallProblem:
     """One call to be made: the tool, the question, the right call and the answer that reads its result."""
 
     tool: dict[str, Any]
@@ -91,7 +91,7 @@ def _value(rng: Random, kind: str) -> Value:
     return rng.choice({"name": NAMES, "item": ITEMS, "place": PLACES, "language": LANGUAGES}[kind])
 
 
-def _everyday(rng: Random) -> Errand:
+def _everyday(rng: Random) -> ToolCallProblem:
     names, description, kinds, asks = rng.choice(_FORMS)
     name = rng.choice(names.split())
     values = {key: _value(rng, kind) for key, kind in kinds.items()}
@@ -100,7 +100,9 @@ def _everyday(rng: Random) -> Errand:
     types: dict[str, ParameterType] = {key: "integer" if kinds[key] == "int" else "string" for key in values}
     said = rng.choice((rng.choice(("ok", "done", "saved", "yes")), span(rng))) if rng.random() < 0.6 else _number(rng)
     description = documented(rng, description, types)
-    return Errand(function_tool(name, description, types), question, Call(name, values, _result(rng, said)), said)
+    return ToolCallProblem(
+        function_tool(name, description, types), question, Call(name, values, _result(rng, said)), said
+    )
 
 
 def _number(rng: Random) -> str:
@@ -115,13 +117,13 @@ def _result(rng: Random, said: str) -> str:
     return json.dumps({rng.choice(("result", "value", "status")): value}, ensure_ascii=False)
 
 
-def _lookup(rng: Random) -> Errand:
+def _lookup(rng: Random) -> ToolCallProblem:
     lookup = draw_lookup(rng, rng.choice(TOPICS))
     said = _number(rng)
-    return Errand(lookup.tool, lookup.ask, Call(lookup.name, lookup.arguments, _result(rng, said)), said)
+    return ToolCallProblem(lookup.tool, lookup.ask, Call(lookup.name, lookup.arguments, _result(rng, said)), said)
 
 
-def _made_up(rng: Random) -> Errand:
+def _made_up(rng: Random) -> ToolCallProblem:
     """A function of made-up name on made-up arguments: nothing but copying helps here."""
     first, last = made_up(rng), rng.choice(("tool", "value", "function", "result", "helper", made_up(rng)))
     name = rng.choice((first, f"{first}_{last}", f"{rng.choice(('my', 'the', 'do', 'no'))}_{first}_{last}"))
@@ -136,24 +138,22 @@ def _made_up(rng: Random) -> Errand:
     said = _number(rng)
     call = Call(name, dict(zip(keys, values, strict=True)), _result(rng, said))
     tool = function_tool(name, rng.choice(_DESCRIPTIONS).format(name), types, told)
-    return Errand(tool, rng.choice(_CALLS).format(name, inside), call, said)
+    return ToolCallProblem(tool, rng.choice(_CALLS).format(name, inside), call, said)
 
 
-def _register(rng: Random) -> Errand:
+def _record(rng: Random) -> ToolCallProblem:
     """Somebody with a quoted name is to be registered."""
-    made = Register(rng)
+    made = RecordProblem(rng)
     types: dict[str, ParameterType] = dict.fromkeys(made.values, "string")
     said = rng.choice(("ok", "done", "saved", _number(rng)))
     tool = function_tool(made.name, documented(rng, made.description, types), types)
-    return Errand(tool, made.question, Call(made.name, made.values, _result(rng, said)), said)
+    return ToolCallProblem(tool, made.question, Call(made.name, made.values, _result(rng, said)), said)
 
 
 def _short_text(rng: Random) -> str:
     return rng.choice((span, made_up, foreign))(rng)
 
 
-def draw_errand(rng: Random) -> Errand:
+def draw_tool_call_problem(rng: Random) -> ToolCallProblem:
     """An everyday call, a lookup without arithmetic, a call of a function nobody has heard of, or a new name."""
-    return rng.choice((_everyday, _everyday, _everyday, _lookup, _lookup, _made_up, _made_up, _register, _register))(
-        rng
-    )
+    return rng.choice((_everyday, _everyday, _everyday, _lookup, _lookup, _made_up, _made_up, _record, _record))(rng)

@@ -1,10 +1,10 @@
-"""Slips that are read and not learnt: a forgotten carry stands in the text, but nothing rewards writing it.
+"""The loss mask of wrong results: read as context, never a target.
 
     134 + 616 = 740.     right: 750
                  ^       the first wrong digit has no weight; what follows it has
 
-The large model never slips itself, but it reads the small one's answers. Without this it has never seen a wrong result,
-and after the first digit of one it says anything at all.
+The large model's own corpus has no wrong results, but it reads the small one's answers. Without such context in
+training its distribution after the first digit of a wrong result is arbitrary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WORKED = re.compile(r"(\d+) ([+*-]) (\d+) = (\d+)")
 
 
 def first_wrong(text: str) -> list[int]:
-    """Where each wrong result in ``text`` leaves the right one: one character position per slip.
+    """Where each wrong result in ``text`` leaves the right one: one character position per wrong result.
 
     A result that ends too early leaves it at the character behind its end.
     """
@@ -32,16 +32,16 @@ def first_wrong(text: str) -> list[int]:
     return found
 
 
-def without_slips(weights: Sequence[float], text: str, offsets: Sequence[tuple[int, int]]) -> list[float]:
-    """The loss weights with those of the tokens at which a slip begins set to 0.
+def masked(weights: Sequence[float], text: str, offsets: Sequence[tuple[int, int]]) -> list[float]:
+    """The loss weights with those of the tokens at which a wrong result begins set to 0.
 
     Args:
         weights: one per token.
         text: what was tokenized.
         offsets: first and last character (exclusive) of every token.
     """
-    slips = first_wrong(text)
+    wrong = first_wrong(text)
     return [
-        0.0 if any(start <= at < end for at in slips) else weight
+        0.0 if any(start <= at < end for at in wrong) else weight
         for weight, (start, end) in zip(weights, offsets, strict=True)
     ]

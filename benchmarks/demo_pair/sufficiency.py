@@ -1,6 +1,6 @@
 """Local sufficiency: where the small model is unsure, is the large model's token among its first few?
 
-    python -m s2t_agents.demo.sufficiency s2t_agents/demo/weights/slm s2t_agents/demo/weights/llm --n 300 --json
+    python -m benchmarks.demo_pair.sufficiency s2t_agents/demo/weights/slm s2t_agents/demo/weights/llm --n 300 --json
 
 The small model answers greedily; the large one reads the whole trajectory in one forward. Of the steps in the small
 model's own turns, those with the highest entropy are looked at: Hit@k is the share of them at which the large model's
@@ -20,17 +20,18 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from s2t_agents.demo import tokenizer as tokenizers
-from s2t_agents.demo.check import Outcome, solve
-from s2t_agents.demo.corpus import Encoder, Row, cut, pad
 from s2t_agents.demo.problem import Message, Problem, tool_call_message, tool_result_message
 from s2t_agents.demo.world import generate
+
+from . import tokenizer as tokenizers
+from .check import Attempt, solve
+from .corpus import Encoder, Row, cut, pad
 
 KS = (1, 2, 4, 8)
 RATES = (0.01, 0.05, 0.1)
 
 
-def trajectory(problem: Problem, outcome: Outcome) -> list[Message]:
+def trajectory(problem: Problem, outcome: Attempt) -> list[Message]:
     """The conversation that the small model made of `problem`."""
     messages = list(problem.prompt)
     if outcome.call_right:
