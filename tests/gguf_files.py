@@ -10,6 +10,9 @@ import numpy as np
 
 from s2t_agents.testing import CHATML, tiny_tokenizer
 
+MERGED = "th"
+"""The one token that is no byte: llama.cpp wants a merge."""
+
 WIDTH, HEADS, KV_HEADS, INNER, WINDOW = 64, 4, 2, 128, 512
 
 
@@ -40,7 +43,7 @@ def write_gguf(
 
     writer = gguf.GGUFWriter(path, "llama")
     vocabulary = tiny_tokenizer().get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    tokens = [*sorted(vocabulary, key=vocabulary.__getitem__), MERGED]
     control = {"<|endoftext|>", "<|im_start|>", "<|im_end|>", *(t for t in tokens if t.startswith(("<tool", "</tool")))}
     numbers = {
         "context_length": WINDOW,
@@ -64,7 +67,7 @@ def write_gguf(
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in control else 1 for token in tokens])
-    writer.add_token_merges([])
+    writer.add_token_merges([" ".join(MERGED)])
     writer.add_eos_token_id(vocabulary["<|im_end|>"])
     writer.add_pad_token_id(vocabulary["<|endoftext|>"])
     writer.add_add_bos_token(False)

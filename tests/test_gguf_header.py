@@ -60,7 +60,7 @@ def test_a_sound_file_is_read_as_the_format_s_own_package_reads_it(tmp_path: Pat
         each.name: (tuple(each.shape.tolist()), each.tensor_type, each.data_offset, each.n_bytes)
         for each in theirs.tensors
     }
-    assert set(ours.tensors) == set(shapes(2, 263))
+    assert set(ours.tensors) == set(shapes(2, 264))
 
 
 @settings(max_examples=300, deadline=1000)
@@ -178,8 +178,8 @@ def test_sizes_that_no_model_has_are_refused(changes: dict[str, int | None], tmp
 
 def test_an_end_of_text_outside_the_vocabulary_is_refused(sound: bytes, tmp_path: Path) -> None:
     at = sound.index(b"tokenizer.ggml.eos_token_id") + len(b"tokenizer.ggml.eos_token_id") + 4
-    with pytest.raises(UnsafeWeights, match="end of text is the token 263 of 263"):
-        of(sound[:at] + U32.pack(263) + sound[at + 4 :], tmp_path)
+    with pytest.raises(UnsafeWeights, match="end of text is the token 264 of 264"):
+        of(sound[:at] + U32.pack(264) + sound[at + 4 :], tmp_path)
 
 
 def test_another_token_outside_the_vocabulary_is_none(sound: bytes, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_split_model_is_one_model_from_any_part(tmp_path: Path) -> None:
     for file in files:
         read = read_header(file)
         assert read.files == tuple(files)
-        assert set(read.tensors) == set(shapes(2, 263))
+        assert set(read.tensors) == set(shapes(2, 264))
         assert read.architecture == "llama"
 
 
