@@ -153,6 +153,15 @@ def test_parts_of_a_mixed_task_share_nothing_and_are_everything(tmp_path):
     assert [item.id for item in spaced.items] == ["parallel_0", "parallel_7", "parallel_14"]
 
 
+def test_long_questions_can_be_left_out(tmp_path):
+    write(tmp_path, "parallel", [("How big is it?" + " Please." * at, [AREA], [WANTED]) for at in range(30)])
+    whole = BfclTaskConfig(task="bfcl", path=tmp_path, categories=("parallel",))
+    size = {item.id: len(json.dumps([item.messages, item.tools])) for item in whole.open().items}
+    longest = sorted(size.values())[9]
+    short = whole.model_copy(update={"longest": longest}).open()
+    assert {item.id for item in short.items} == {at for at, long in size.items() if long <= longest}
+
+
 def test_what_may_answer_is_part_of_what_rollouts_are_made_from(tmp_path):
     write(tmp_path, "parallel", [("How big?", [AREA], [WANTED])])
     one, several = (BfclTask(tmp_path, ["parallel"], parallel=parallel) for parallel in (False, True))

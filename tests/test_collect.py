@@ -20,12 +20,13 @@ from s2t_agents.errors import ConfigError, InputError, ModelNotFound, S2TError, 
 from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.testing import tiny_model
 from s2t_agents.training import shards as shard_files
+from s2t_agents.training.batch_prefix import PromptReader
 from s2t_agents.training.collect import check_same_ids, collect, collect_with
 from s2t_agents.training.config import CollectConfig, Models, Rollouts
 from s2t_agents.training.crew import Crew
 from s2t_agents.training.dialogue import Speaker
 from s2t_agents.training.disagreement import hidden_along
-from s2t_agents.training.groups import Example, choose
+from s2t_agents.training.groups import Example, choose, read_for
 from s2t_agents.training.labels import LocalTeacher, along, dialogues, label
 from s2t_agents.training.losses import selection_loss
 from s2t_agents.training.shards import read_manifest, read_shards
@@ -76,11 +77,11 @@ def test_a_dialogue_is_read_once_and_its_turns_are_what_they_are_alone(pair, mon
         type(slm), "read_rows", lambda self, ids, *rest: rows.append(len(ids)) or read(self, ids, *rest)
     )
     turns = [FIRST, SECOND, OTHER]
-    together = along(slm, turns)
-    assert rows == [2]
+    together = along(PromptReader(slm), turns)
+    assert rows == [2, 2]  # the prompts, and what follows them
     for turn, found in zip(turns, together, strict=True):
         assert len(found) == len(turn[1])
-        torch.testing.assert_close(found, along(slm, [turn])[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, along(PromptReader(slm), [turn])[0], atol=1e-5, rtol=1e-5)
 
 
 def test_hidden_states_along_a_dialogue_are_those_of_its_turns_alone(pair):
@@ -123,6 +124,17 @@ def test_greedy_and_sampled_rollouts_of_every_item(pair, tmp_path):
     assert [shard.item.tolist() for shard in found] == [[*range(at, at + 4)] * 3 for at in (0, 4, 8)]
     rows = [ids for _, ids, _ in found[0].trajectories()]
     assert rows[0] != rows[4] != rows[8]
+
+
+def test_greedy_rollouts_are_the_same_beside_samples(pair, tmp_path):
+    slm, _, teacher = pair
+    task, found = prompts(tmp_path), {}
+    for samples in (0, 2):
+        settings = QUICK.model_copy(update={"samples": samples})
+        collect_with(slm, teacher, task, settings, tmp_path / str(samples))
+        shard = read_shards(tmp_path / str(samples))[0]
+        found[samples] = [ids for _, ids, _ in shard.trajectories()][:4]
+    assert found[0] == found[2]
 
 
 def test_a_run_that_was_stopped_after_any_shard_ends_the_same(pair, tmp_path, monkeypatch):
@@ -180,6 +192,20 @@ def test_kill_9_in_the_middle_and_again_ends_the_same(pair, tmp_path):
     for half in (tmp_path / "killed").glob(".*.part"):
         half.unlink()
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_a_collection_in_bfloat16_is_of_the_same_weights_and_not_the_same_collection(pair, tmp_path):
+    slm, llm, _ = pair
+    models = Models(
+        slm=str(save_model(slm, tmp_path / "slm")), llm=str(save_model(llm, tmp_path / "llm")), device="cpu"
+    )
+    task = JsonlTaskConfig(task="jsonl", path=write_prompts(tmp_path / "prompts.jsonl", 4))
+    config = CollectConfig(models=models, task=task, out=tmp_path / "rollouts", rollouts=QUICK)
+    half = config.model_copy(update={"rollouts": QUICK.model_copy(update={"dtype": "bfloat16"})})
+    collect(half)
+    choose(read_for(models.load_slm(), [tmp_path / "rollouts"], 4), k=4, rate=0.5, kl_rate=0.0)
+    with pytest.raises(ConfigError, match="other"):
+        collect(config)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import torch
 from s2t_agents.errors import ConfigError
 from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.testing import ARCHITECTURES, tiny_model
-from s2t_agents.training.batch_prefix import BatchPrefix
+from s2t_agents.training.batch_prefix import BatchPrefix, PromptReader, left_padded
 
 PROMPTS = [[5, 6, 7], list(range(20, 50)), [9] * 11]
 
@@ -64,3 +64,49 @@ def test_rows_can_leave_the_batch():
 def test_recurrent_models_are_refused_by_name():
     with pytest.raises(ConfigError, match="recurrent"):
         BatchPrefix(tiny_model("qwen3_next"), PROMPTS)
+
+
+def test_prompts_are_read_once_however_often_they_are_asked_for(monkeypatch):
+    model, read = tiny_model(), []
+    rows = type(model).read_rows
+    monkeypatch.setattr(
+        type(model), "read_rows", lambda self, ids, *rest: read.append(len(ids)) or rows(self, ids, *rest)
+    )
+    reader = PromptReader(model)
+    reader([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
+    reader([PROMPTS[1]])
+    assert read == [2]
+    reader(PROMPTS)  # one of them is new: a batch of its own
+    assert read == [2, 3]
+    reader.forget()
+    reader([PROMPTS[1]])
+    assert read == [2, 3, 1]
+
+
+def test_rows_of_one_prompt_grow_apart():
+    model = tiny_model()
+    reader = PromptReader(model)
+    wanted = [PROMPTS[2], PROMPTS[0], PROMPTS[2]]
+    for tokens in ((1, 2, 3), (4, 5, 6)):  # the second time nothing of the first is left in it
+        rows = reader(wanted)
+        rows.extend(torch.tensor(tokens)[:, None])
+        for row, (prompt, token) in enumerate(zip(wanted, tokens, strict=True)):
+            torch.testing.assert_close(rows.logits[row], alone(model, [*prompt, token]).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_along_completions_of_different_length(architecture):
+    model = tiny_model(architecture)
+    completions = [[1, 2, 3], [], [4]]
+    logits = BatchPrefix(model, PROMPTS).read_along(*left_padded(completions, model.device))
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):
+        torch.testing.assert_close(logits[row, 0], alone(model, prompt).logits, atol=1e-4, rtol=1e-4)
+        for at in range(len(completion)):
+            single = alone(model, [*prompt, *completion[: at + 1]]).logits
+            torch.testing.assert_close(logits[row, at - len(completion)], single, atol=1e-4, rtol=1e-4)
+
+
+def test_logits_along_nothing_are_those_at_the_end():
+    model = tiny_model()
+    logits = BatchPrefix(model, PROMPTS).read_along(*left_padded([[], [], []], model.device))
+    assert logits.shape[:2] == (3, 1)

@@ -1,6 +1,7 @@
 """The table: the same problems for all rows, decisions that are the engine's, figures that add up."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from s2t_agents.errors import ConfigError, InputError
 from s2t_agents.selectors import SelectorConfig
 from s2t_agents.selectors.config import BaseIdentity
 from s2t_agents.training.calibrate import calibrate_with
+from s2t_agents.training.choices import found_selectors, with_trigger
 from s2t_agents.training.collect import collect_with
 from s2t_agents.training.config import (
     Adapter,
@@ -17,9 +19,11 @@ from s2t_agents.training.config import (
     EvaluateConfig,
     Fit,
     Models,
+    Pipeline,
     ProbeConfig,
     Rows,
     Targets,
+    Tasks,
 )
 from s2t_agents.training.evaluate import evaluate_with
 from s2t_agents.training.grading import numeric
@@ -28,7 +32,7 @@ from s2t_agents.training.plots import draw, draw_hits, draw_reliability
 from s2t_agents.training.probe import probe_with
 from s2t_agents.training.report import Tally
 from s2t_agents.training.shards import read_shards
-from s2t_agents.training.tasks import DemoTask, DemoTaskConfig, JsonlTask
+from s2t_agents.training.tasks import DemoTask, DemoTaskConfig, JsonlTask, JsonlTaskConfig
 
 ROWS = Rows(
     budgets=(1, 2, 4, 8), votes=3, max_tokens=16, batch=5, check=3, agreement=5, k=4, ks=(1, 4), rates=(0.1, 0.3)
@@ -172,7 +176,7 @@ def test_plots_are_drawn(report, made, tmp_path):
 
 def test_an_uncalibrated_or_missing_selector_is_refused(pair, made, tmp_path):
     slm, llm, _ = pair
-    with pytest.raises(ConfigError, match="needs a calibrated selector"):
+    with pytest.raises(ConfigError, match="needs a calibrated selector, or to know when the LLM is asked"):
         evaluate_with(slm, llm, prompts(made, 2), settings(made, selectors={}))
     selector = fresh_selector(slm, "head", Fit(width=8))
     selector.save(tmp_path / "head", SelectorConfig(kind="head", base=BaseIdentity.of(slm), k=4))
@@ -180,6 +184,32 @@ def test_an_uncalibrated_or_missing_selector_is_refused(pair, made, tmp_path):
         evaluate_with(slm, llm, prompts(made, 2), settings(made, selectors={"head": tmp_path / "head"}))
     with pytest.raises(ConfigError, match="holds a head selector, not activated"):
         evaluate_with(slm, llm, prompts(made, 2), settings(made, selectors={"activated": made / "head"}))
+
+
+def test_without_a_selector_there_are_the_rows_that_need_none(pair, made, report):
+    slm, llm, _ = pair
+    nats = SelectorConfig.load(made / report.hybrid).calibration.entropy_for(ROWS.llm_trigger_rate)
+    rows = Rows(**{**ROWS.model_dump(), "llm_trigger_entropy": nats, "ks": (1, 4)})
+    found = evaluate_with(slm, llm, prompts(made, 6), settings(made, selectors={}, rows=rows))
+    assert list(found.rows) == ["slm", "maj3", "llm_select", "takeover", "llm"]
+    assert found.hybrid is None
+    for name in ("slm", "llm_select", "takeover", "llm"):
+        assert found.rows[name].trigger_rate == report.rows[name].trigger_rate, name
+    assert list(found.sweeps) == ["k"]
+
+
+def test_without_a_selector_the_trigger_is_read_off_the_held_out_rollouts(made, tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    shutil.copytree(made / "rollouts", tmp_path / "rollouts" / "heldout")
+    tasks = Tasks(**{part: JsonlTaskConfig(task="jsonl", path=made / part) for part in ("train", "heldout", "test")})
+    pipeline = Pipeline(out=tmp_path, models=Models(slm="another"), tasks=tasks, train={})
+    nats = with_trigger(pipeline, Rows(llm_trigger_rate=0.25)).llm_trigger_entropy
+    entropy = torch.cat([shard.entropy for shard in read_shards(made / "rollouts")])
+    assert float((entropy >= nats).float().mean()) == pytest.approx(0.25, abs=2 / len(entropy))
+    assert with_trigger(pipeline, Rows(llm_trigger_entropy=0.5)).llm_trigger_entropy == 0.5
+    assert found_selectors(pipeline, []) == {}  # the bundled ones are for another model
+    shutil.rmtree(tmp_path / "rollouts")
+    assert with_trigger(pipeline, Rows()).llm_trigger_entropy is None
 
 
 def test_what_a_row_breaks_and_mends_is_against_the_same_problems():

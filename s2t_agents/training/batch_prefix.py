@@ -66,9 +66,56 @@ class BatchPrefix:
         return self.model.look_ahead_rows(candidates, rows, self.mask, self._cache)
 
     @torch.inference_mode()
+    def read_along(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """``extend`` by ``[B, T]`` tokens; returns logits ``[B, 1 + T, V]``, of the end before and after each token."""
+        before = self.logits[:, None]
+        if not ids.shape[1]:
+            return before
+        self.mask = torch.cat([self.mask, mask], dim=1)
+        logits, hidden = self.model.read_rows(ids, self.mask, self._cache, ids.shape[1])
+        self.logits, self.hidden = logits[:, -1], hidden[:, -1]
+        return torch.cat([before, logits], 1)
+
+    @torch.inference_mode()
     def _read(self, ids: Tensor) -> None:
         logits, hidden = self.model.read_rows(ids, self.mask, self._cache, 1)
         self.logits, self.hidden = logits[:, -1], hidden[:, -1]
+
+
+class PromptReader:
+    """Reads prompts with one model, each distinct one once until ``forget``: passes over the same prompts share their
+    KV, and so do rows of one prompt.
+
+    Args:
+        model: see ``BatchPrefix``.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self._read: list[tuple[dict[tuple[int, ...], int], BatchPrefix]] = []
+
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> BatchPrefix:
+        """One row per prompt, in their order; the caller's own to grow."""
+        rows = [tuple(prompt) for prompt in prompts]
+        places, prefix = self._holding(rows)
+        own = prefix.fork()
+        wanted = [places[row] for row in rows]
+        if wanted != list(range(len(places))):
+            own.keep(torch.tensor(wanted, device=self.model.device))
+        return own
+
+    def _holding(self, rows: Sequence[tuple[int, ...]]) -> tuple[dict[tuple[int, ...], int], BatchPrefix]:
+        """A batch that holds all of these prompts, and the place of each in it."""
+        for places, prefix in self._read:
+            if all(row in places for row in rows):
+                return places, prefix
+        places = {row: at for at, row in enumerate(dict.fromkeys(rows))}
+        self._read.append((places, BatchPrefix(self.model, list(places))))
+        return self._read[-1]
+
+    def forget(self) -> None:
+        """Free the KV; other prompts come."""
+        self._read.clear()
 
 
 def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ..bundled import SELECTORS
+import torch
+
+from ..bundled import SELECTORS, SLM
 from ..errors import ConfigError, S2TError
 from ..selectors.config import CONFIG_FILE, SelectorConfig
 from .config import KINDS, EvaluateConfig, Kind, Part, Pipeline, Rows
+from .groups import threshold_for
+from .shards import MANIFEST, read_shards
 from .tasks import DemoTaskConfig, Grading, JsonlTaskConfig, Split, TaskConfig, disjoint
 
 SEED_STRIDE = 100_000
@@ -61,10 +65,13 @@ def evaluation(
         chosen = task_named(task, n or PROBLEMS, seed or 0, graded, pipeline.tasks.named)
     chosen = _graded(chosen, grading)
     check_unseen(pipeline, chosen)
+    found = found_selectors(pipeline, selectors)
+    if not found:
+        rows = with_trigger(pipeline, rows)
     return EvaluateConfig(
         models=pipeline.models,
         task=chosen,
-        selectors=found_selectors(pipeline, selectors),
+        selectors=found,
         out=out,
         rows=rows,
         seed=seed if seed is not None else pipeline.seed if task is None else 0,
@@ -154,7 +161,7 @@ def _far_apart(one: TaskConfig, other: TaskConfig) -> bool:
 
 
 def found_selectors(pipeline: Pipeline, given: Sequence[Path]) -> dict[Kind, Path]:
-    """Selectors by kind: those given, else those of the config's folder, else the bundled ones.
+    """Selectors by kind: those given, else those of the config's folder, else, for the bundled model, the bundled ones.
 
     Raises:
         ConfigError: two of one kind were given.
@@ -164,8 +171,20 @@ def found_selectors(pipeline: Pipeline, given: Sequence[Path]) -> dict[Kind, Pat
     own: dict[Kind, Path] = {
         kind: pipeline.selector(kind) for kind in KINDS if (pipeline.selector(kind) / CONFIG_FILE).exists()
     }
-    bundled = [folder for folder in dict.fromkeys(SELECTORS.values()) if (folder / CONFIG_FILE).exists()]
-    return own or _by_kind(bundled)
+    if own or pipeline.models.slm != SLM:
+        return own
+    return _by_kind([folder for folder in dict.fromkeys(SELECTORS.values()) if (folder / CONFIG_FILE).exists()])
+
+
+def with_trigger(pipeline: Pipeline, rows: Rows) -> Rows:
+    """Where no selector's calibration says when the LLM is asked: as the config says, or at the entropy that the wanted
+    share of the held-out rollouts' steps reaches, if there are any.
+    """
+    folder = pipeline.rollouts("heldout")
+    if rows.llm_trigger_entropy is not None or not (folder / MANIFEST).exists():
+        return rows
+    entropy = torch.cat([shard.entropy for shard in read_shards(folder)])
+    return rows.model_copy(update={"llm_trigger_entropy": max(0.0, threshold_for(entropy, rows.llm_trigger_rate))})
 
 
 def _by_kind(folders: Sequence[Path]) -> dict[Kind, Path]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,9 +20,10 @@ from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError, S2TError, TokenizerMismatch
 from ..selectors import LocalSelector, SelectorConfig, load_selector
 from ..selectors.config import CONFIG_FILE
+from .batch_prefix import PromptReader
 from .config import CollectConfig, Models, Rollouts
 from .crew import Crew
-from .deciders import Corrected, Greedy, Local, Sampled, entropy_above
+from .deciders import Corrected, Local, Sampled, entropy_above
 from .dialogue import Answer, MakeDecider, Speaker, converse
 from .labels import Labels, LocalTeacher, Teacher, batches, label
 from .progress import bar
@@ -83,7 +85,7 @@ class Collector:
             prompts_hash=prompts_hash(self._task),
             items=items,
             shards=-(-items // size),
-            settings={**self._settings.model_dump(mode="json"), "selector": selector_digest(self._settings.selector)},
+            settings=_settings_of(self._settings),
         )
         with sole_run(self._out):
             self._finish(each, manifest)
@@ -99,12 +101,13 @@ class Collector:
         """Make and write one shard; returns how many items it holds."""
         first = number * self._settings.shard_items
         items = self._task.items[first : first + self._settings.shard_items]
-        answers = _answers(self._speaker, self._task, items, self._settings, self._policy)
-        shard = self._labelled(answers, first)
+        reader = PromptReader(self._slm)
+        answers = _answers(self._speaker, self._task, items, self._settings, self._policy, reader)
+        shard = self._labelled(answers, first, reader)
         write_shard(self._out, number, shard)
         return len(items)
 
-    def _labelled(self, answers: Sequence[Answer], first: int) -> Shard:
+    def _labelled(self, answers: Sequence[Answer], first: int, reader: PromptReader) -> Shard:
         """The shard of these answers; ``first`` is the place of the shard's first item."""
         place = {answer.item.id: first + at for at, answer in reversed(list(enumerate(answers)))}
         trajectories = [
@@ -118,7 +121,7 @@ class Collector:
             for answer in answers
             for prompt in answer.prompts
         ]
-        labels = label(self._slm, self._teacher, trajectories, self._settings.k, grammars)
+        labels = label(self._slm, self._teacher, trajectories, self._settings.k, grammars, reader)
         _check_numbers(self._slm, self._teacher, labels)
 
         def flat(name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -146,8 +149,11 @@ class Collector:
 
 def _open(config: CollectConfig) -> Collector:
     task = config.task.open()
-    slm = config.models.load_slm()
-    return Collector(slm, open_teacher(config.models, slm), task, config.rollouts, config.out)
+    models = config.models
+    if config.rollouts.dtype is not None:
+        models = models.model_copy(update={"dtype": config.rollouts.dtype})
+    slm = models.load_slm()
+    return Collector(slm, open_teacher(models, slm), task, config.rollouts, config.out)
 
 
 _opened = lru_cache(maxsize=1)(_open)
@@ -193,6 +199,12 @@ def row_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
 
 
+def _settings_of(rollouts: Rollouts) -> dict[str, Any]:
+    """All of them that decide the rollouts; a dtype that nobody set is left out, as in older folders."""
+    plain = rollouts.model_dump(mode="json", exclude={"dtype"} if rollouts.dtype is None else None)
+    return {**plain, "selector": selector_digest(rollouts.selector)}
+
+
 def selector_digest(selector: Path | None) -> str | None:
     """Of a selector's files: another training under the same name makes other rollouts."""
     if selector is None:
@@ -209,21 +221,26 @@ def _answers(
     items: Sequence[Item],
     settings: Rollouts,
     policy: tuple[LocalSelector, SelectorConfig] | None,
+    reader: PromptReader,
 ) -> list[Answer]:
-    """Every pass over these items, one after the other."""
-    passes: list[dict[int, Answer]] = [{} for _ in range(settings.greedy + settings.samples)]
+    """Every pass over these items, all passes in lockstep; prompts are read once."""
+    settled = policy is None and settings.greedy
+    passes: list[int | None] = [None] * settled + list(range(settings.samples))
+    found: dict[tuple[int, int], Answer] = {}
     for places in batches([len(speaker.encode(item.messages, item.tools)) for item in items], math.inf):
-        part = [items[at] for at in places]
-        makers: list[MakeDecider] = [_corrected(policy)] if settings.greedy else []
-        makers += [_drawn(part, settings, at) for at in range(settings.samples)]
-        for found, make in zip(passes, makers, strict=True):
-            found.update(zip(places, converse(speaker, task, part, make, settings.max_tokens), strict=True))
-    return [found[at] for found in passes for at in range(len(items))]
+        if policy is not None and settings.greedy:
+            part = [items[at] for at in places]
+            answers = converse(speaker, task, part, _corrected(policy), settings.max_tokens, reader)
+            found.update(((-1, at), answer) for at, answer in zip(places, answers, strict=True))
+        rows = [(number, at) for number in range(len(passes)) for at in places]
+        if rows:
+            part = [items[at] for _, at in rows]
+            make = _drawn(part, settings, [passes[number] for number, _ in rows])
+            found.update(zip(rows, converse(speaker, task, part, make, settings.max_tokens, reader), strict=True))
+    return [found[key] for key in sorted(found)]
 
 
-def _corrected(policy: tuple[LocalSelector, SelectorConfig] | None) -> MakeDecider:
-    if policy is None:
-        return lambda prompts, rows: Greedy()
+def _corrected(policy: tuple[LocalSelector, SelectorConfig]) -> MakeDecider:
     selector, config = policy
     if config.calibration is None:
         raise ConfigError("the selector for an on-policy round has no thresholds.", hint="Run `s2t calibrate` first.")
@@ -231,10 +248,12 @@ def _corrected(policy: tuple[LocalSelector, SelectorConfig] | None) -> MakeDecid
     return lambda prompts, rows: Corrected(condition, Local(scorer_for(selector, prompts)), config.k)
 
 
-def _drawn(items: Sequence[Item], settings: Rollouts, sample: int) -> MakeDecider:
+def _drawn(items: Sequence[Item], settings: Rollouts, samples: Sequence[int | None]) -> MakeDecider:
+    """Rows that are drawn, each from a seed of its item and sample; greedy where the sample is None."""
+
     def make(prompts: list[list[int]], rows: list[int]) -> Sampled:
         seeds = [
-            row_seed(settings.seed, items[row].id, sample, len(prompt))
+            None if samples[row] is None else row_seed(settings.seed, items[row].id, samples[row], len(prompt))
             for row, prompt in zip(rows, prompts, strict=True)
         ]
         return Sampled(settings.temperature, seeds, settings.max_tokens)

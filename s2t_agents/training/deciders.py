@@ -62,17 +62,20 @@ class Greedy:
 
 
 class Sampled(Greedy):
-    """A draw from the SLM's distribution at a temperature, each row from its own seed."""
+    """A draw from the SLM's distribution at a temperature, each row from its own seed; greedy where that is None."""
 
-    def __init__(self, temperature: float, seeds: Sequence[int], max_tokens: int) -> None:
+    def __init__(self, temperature: float, seeds: Sequence[int | None], max_tokens: int) -> None:
         self._temperature = temperature
-        self._lots = uniforms(seeds, max_tokens)
+        self._greedy = torch.tensor([seed is None for seed in seeds])
+        self._lots = uniforms([seed or 0 for seed in seeds], max_tokens)
 
     def choose(self, view: View) -> Choice:
         """The next column, by inverse of the cumulative distribution."""
         mass = (view.logits / self._temperature).softmax(-1).double().cumsum(-1)
         lots = self._lots[view.rows.cpu(), view.index].to(mass.device).double()[:, None] * mass[:, -1:]
-        tokens = view.taken(torch.searchsorted(mass, lots, right=True)[:, 0].clamp_max(mass.shape[1] - 1))
+        drawn = torch.searchsorted(mass, lots, right=True)[:, 0].clamp_max(mass.shape[1] - 1)
+        greedy = self._greedy[view.rows.cpu()].to(drawn.device)
+        tokens = torch.where(greedy, view.best, view.taken(drawn))
         nobody = torch.zeros_like(tokens, dtype=torch.bool)
         return Choice(tokens, nobody, nobody)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..atomic_write import sole_run, write_whole
 from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError
-from .batch_prefix import BatchPrefix
+from .batch_prefix import PromptReader
 from .collect import check_same_ids, selector_digest
 from .config import EvaluateConfig, Rows
 from .crew import Crew
@@ -48,7 +48,8 @@ def evaluate(config: EvaluateConfig, crew: Crew | None = None) -> EvalReport:
         crew: processes that share the chunks; their number changes nothing but the seconds.
 
     Raises:
-        ConfigError: no calibrated selector; a selector for another base; models that do not fit together; no folder
+        ConfigError: a selector that is not calibrated, or for another base; neither a selector nor
+            ``llm_trigger_entropy``; models that do not fit together; no folder
             can be made where ``config.out`` says, or it holds the answers of another evaluation.
         FolderInUse: another run is at work there.
         InputError: prompts that cannot be used.
@@ -104,7 +105,7 @@ class Evaluation:
             "llm": ModelIdentity.of(self._llm).model_dump(),
             "task": self._task.name,
             "prompts_hash": prompts_hash(self._task),
-            "settings": config.rows.model_dump(mode="json", exclude={"llm_usd_per_million"}),
+            "settings": config.rows.model_dump(mode="json", exclude=_not_deciding(config.rows)),
             "selectors": {kind: selector_digest(folder) for kind, folder in config.selectors.items()},
             "seed": config.seed,
         }
@@ -158,12 +159,17 @@ class Evaluation:
             seed=self._config.seed,
             slm=ModelIdentity.of(self._slm).model_dump(),
             llm=ModelIdentity.of(self._llm).model_dump(),
-            hybrid=self._chosen.kind,
+            hybrid=self._chosen.kind if self._chosen else None,
             settings=settings.model_dump(mode="json"),
             rows={row.name: reports[row.name] for row in self._rows},
             sweeps={what: {row.name: reports[row.name] for row in part} for what, part in self._sweeps.items()},
             seconds=seconds,
         )
+
+
+def _not_deciding(rows: Rows) -> set[str]:
+    """Settings that change no answer; one that nobody set is left out, as in older folders."""
+    return {"llm_usd_per_million"} | ({"llm_trigger_entropy"} if rows.llm_trigger_entropy is None else set())
 
 
 def _make(folder: Path) -> None:
@@ -193,23 +199,24 @@ def _fill(config: EvaluateConfig, number: int) -> Tallies:
 
 
 def _ready(slm: LanguageModel, config: EvaluateConfig) -> list[Ready]:
-    if not config.selectors:
-        raise ConfigError("an evaluation needs a calibrated selector.", hint="Run `s2t train` and `s2t calibrate`.")
     return [Ready.load(kind, Path(folder), slm, config.rows.trigger_rate) for kind, folder in config.selectors.items()]
 
 
-def _chosen(ready: Sequence[Ready], settings: Rows) -> Ready:
-    """The selector of the hybrid and random rows: as asked, or the one with the best held-out agreement."""
+def _chosen(ready: Sequence[Ready], settings: Rows) -> Ready | None:
+    """The selector of the hybrid and random rows: as asked, or the one with the best held-out agreement; None where
+    there is no selector at all."""
     if settings.hybrid is None:
-        return max(ready, key=lambda each: each.calibration.agreement)
+        return max(ready, key=lambda each: each.calibration.agreement, default=None)
     found = [each for each in ready if each.kind == settings.hybrid]
     if not found:
         raise ConfigError(f"hybrid is {settings.hybrid!r}, but there is no such selector.")
     return found[0]
 
 
-def _rows(maker: RowMaker, ready: Sequence[Ready], chosen: Ready, settings: Rows) -> list[Row]:
-    """The main table."""
+def _rows(maker: RowMaker, ready: Sequence[Ready], chosen: Ready | None, settings: Rows) -> list[Row]:
+    """The main table; without a selector, those rows that need none."""
+    if chosen is None:
+        return [maker.alone(), maker.majority(), maker.selection(None), maker.takeover(None), maker.llm()]
     calibration = chosen.calibration
     return [
         maker.alone(),
@@ -223,8 +230,11 @@ def _rows(maker: RowMaker, ready: Sequence[Ready], chosen: Ready, settings: Rows
     ]
 
 
-def _sweeps(maker: RowMaker, slm: LanguageModel, config: EvaluateConfig, chosen: Ready) -> dict[str, list[Row]]:
+def _sweeps(maker: RowMaker, slm: LanguageModel, config: EvaluateConfig, chosen: Ready | None) -> dict[str, list[Row]]:
     """Rows over K and over the trigger rate, for the chosen selector and for LLM selection (K only)."""
+    if chosen is None:
+        selections = [maker.selection(None, name=f"llm_select, K = {k}", k=k) for k in config.rows.ks]
+        return {"k": selections} if selections else {}
     folder = Path(config.selectors[chosen.kind])
     by_rate = {rate: Ready.load(chosen.kind, folder, slm, rate) for rate in config.rows.rates}
     found = {
@@ -246,26 +256,13 @@ class _Run:
 
     def __init__(self, slm: Speaker, llm: Speaker, task: Task, settings: Rows) -> None:
         self._slm, self._llm, self._task, self._settings = slm, llm, task, settings
-        self._read: dict[tuple[str, tuple[tuple[int, ...], ...]], BatchPrefix] = {}
+        self.read_slm, self.read_llm = PromptReader(slm.model), PromptReader(llm.model)
         self._judged = 0
 
     def forget(self) -> None:
         """A new chunk begins."""
-        self._read = {}
-
-    def read_slm(self, prompts: list[list[int]]) -> BatchPrefix:
-        """The SLM's prefix over these prompts."""
-        return self._once("slm", self._slm.model, prompts)
-
-    def read_llm(self, prompts: list[list[int]]) -> BatchPrefix:
-        """The LLM's."""
-        return self._once("llm", self._llm.model, prompts)
-
-    def _once(self, who: str, model: LanguageModel, prompts: list[list[int]]) -> BatchPrefix:
-        key = (who, tuple(map(tuple, prompts)))
-        if key not in self._read:
-            self._read[key] = BatchPrefix(model, prompts)
-        return self._read[key]
+        self.read_slm.forget()
+        self.read_llm.forget()
 
     def fill(self, row: Row, chunk: Sequence[Item], first: bool) -> tuple[Tally, list[Answer]]:
         """One chunk of one row; on the first one, its answers are looked at more closely."""
@@ -305,16 +302,17 @@ class _Run:
                 if not trace.triggered:
                     continue
                 at = torch.tensor(trace.triggered)
-                slm, llm = (self._along(speaker, answer, prompt, trace)[at] for speaker in (self._slm, self._llm))
+                ours, theirs = (self._slm, self.read_slm), (self._llm, self.read_llm)
+                slm, llm = (self._along(*who, answer, prompt, trace)[at] for who in (ours, theirs))
                 candidates = slm.topk(k).indices
                 best = candidates.gather(1, llm.gather(1, candidates).argmax(-1, keepdim=True))[:, 0]
                 agreed += int((best == torch.tensor(trace.ids)[at]).sum())
                 judged += len(at)
         return agreed, judged
 
-    def _along(self, speaker: Speaker, answer: Answer, prompt: list[int], trace: Trace) -> Tensor:
+    def _along(self, speaker: Speaker, reader: PromptReader, answer: Answer, prompt: list[int], trace: Trace) -> Tensor:
         """``[n, V]``: what a model says at each step of a completion."""
-        said = along(speaker.model, [(prompt, trace.ids)])[0].cpu()
+        said = along(reader, [(prompt, trace.ids)])[0].cpu()
         return under(speaker.grammar(answer.item, prompt, self._settings.max_tokens), trace.ids, said)
 
 

@@ -1,4 +1,5 @@
-"""What SLM and LLM say along a trajectory: each model reads it once, and only the K candidates are kept."""
+"""What SLM and LLM say along a trajectory: each model reads it once (answers to one prompt share its reading), and only
+the K candidates are kept."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from ..backends.torch.language_model import LanguageModel
 from ..backends.torch.logit_statistics import FLOOR
 from ..grammar.grammar import Grammar
 from ..proposal import best_first, entropy_of
-from .batch_prefix import left_padded
+from .batch_prefix import PromptReader, left_padded
 from .shards import ModelIdentity
 
 Trajectory = tuple[list[int], list[int]]
@@ -75,6 +76,7 @@ def label(
     trajectories: Sequence[Trajectory],
     k: int,
     grammars: Sequence[Grammar | None] | None = None,
+    reader: PromptReader | None = None,
 ) -> list[Labels]:
     """Label all steps of all trajectories, in their order.
 
@@ -85,11 +87,13 @@ def label(
         k: candidates per step.
         grammars: under which each completion was made, just started: both models are then seen through them, as
             the engine sees the SLM. Illegal candidates are at ``FLOOR``; where a token is forced, the models agree.
+        reader: what the SLM has read already.
     """
     labels: list[Labels | None] = [None] * len(trajectories)
-    for batch in batches_of_dialogues([prompt + ids for prompt, ids in trajectories]):
+    rows, prompts = [prompt + ids for prompt, ids in trajectories], [prompt for prompt, _ in trajectories]
+    for batch in batches_of_dialogues(rows, prompts=prompts):
         part = [trajectories[at] for at in batch]
-        ours = along(slm, part)
+        ours = along(reader or PromptReader(slm), part)
         if grammars is not None:
             ours = [
                 under(grammar, ids, log_probs)
@@ -104,7 +108,7 @@ def label(
 
 
 class LocalTeacher:
-    """An LLM on this machine: one forward per batch of trajectories."""
+    """An LLM on this machine: per batch of trajectories one forward for the prompts, one for the completions."""
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
@@ -115,7 +119,7 @@ class LocalTeacher:
     ) -> list[Opinion]:
         """See ``Teacher``. Padding rows of either vocabulary are left out."""
         found = []
-        for theirs, ours, ids in zip(along(self._model, trajectories), slm, candidates, strict=True):
+        for theirs, ours, ids in zip(along(PromptReader(self._model), trajectories), slm, candidates, strict=True):
             theirs = theirs.to(ours.device)
             width = min(theirs.shape[1], ours.shape[1])
             theirs, ours = theirs[:, :width], ours[:, :width]
@@ -145,19 +149,30 @@ def under(grammar: Grammar | None, ids: Sequence[int], log_probs: Tensor) -> Ten
 
 
 @torch.inference_mode()
-def along(model: LanguageModel, trajectories: Sequence[Trajectory]) -> list[Tensor]:
-    """Log-probabilities ``[n, V]`` of every completion step, one forward for all trajectories."""
+def along(reader: PromptReader, trajectories: Sequence[Trajectory]) -> list[Tensor]:
+    """Log-probabilities ``[n, V]`` of every completion step: each prompt is read once, then one forward for all.
+
+    Args:
+        reader: of the model that is asked; what it has read already is not read again.
+        trajectories: turns of one dialogue are neighbours.
+    """
     rows = [prompt + ids[:-1] for prompt, ids in trajectories]
-    read = dialogues(rows)
-    ids, mask = left_padded([rows[places[-1]] for places in read], model.device)
-    back = [len(rows[places[-1]]) - len(trajectories[at][0]) + 1 for places in read for at in places]
-    logits, _ = model.read_rows(ids, mask, None, max(back))
-    of = [row for row, places in enumerate(read) for _ in places]
-    first = [max(back) - each for each in back]
-    return [
-        logits[row, at : at + len(completion)].log_softmax(-1)
-        for row, at, (_, completion) in zip(of, first, trajectories, strict=True)
-    ]
+    chains = dialogues(rows)
+    starts = [trajectories[chain[0]][0] for chain in chains]
+    prefix = reader(starts)
+    rest = [rows[chain[-1]][len(start) :] for chain, start in zip(chains, starts, strict=True)]
+    logits = prefix.read_along(*left_padded(rest, reader.model.device))
+    found = []
+    for row, chain in enumerate(chains):
+        before = logits.shape[1] - 1 - len(rest[row])  # the padding between a prompt and what follows
+        for at in chain:
+            prompt, ids = trajectories[at]
+            first = len(prompt) - len(starts[row])
+            said = logits[row, before + first : before + first + len(ids)]
+            if not first:
+                said = torch.cat([logits[row, :1], logits[row, before + 1 : before + len(ids)]])
+            found.append(said.log_softmax(-1))
+    return found
 
 
 def dialogues(rows: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -176,11 +191,28 @@ def dialogues(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     return chains
 
 
-def batches_of_dialogues(rows: Sequence[Sequence[int]], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
-    """``batches`` in which the rows of one dialogue stay neighbours and count once."""
+def batches_of_dialogues(
+    rows: Sequence[Sequence[int]], tokens: int = BATCH_TOKENS, prompts: Sequence[Sequence[int]] | None = None
+) -> Iterator[list[int]]:
+    """``batches`` in which the rows of one dialogue stay neighbours and count once.
+
+    Args:
+        rows: token ids.
+        tokens: per batch, padding included.
+        prompts: with which the rows begin: dialogues that begin with the same one stay together as far as
+            ``tokens`` allows.
+    """
     chains = dialogues(rows)
-    for batch in batches([len(rows[chain[-1]]) for chain in chains], tokens):
-        yield [at for chain in batch for at in chains[chain]]
+    order: Sequence[int] = range(len(chains))
+    if prompts is not None:
+        starts = [tuple(prompts[chain[0]]) for chain in chains]
+        longest: dict[tuple[int, ...], int] = {}
+        for start, chain in zip(starts, chains, strict=True):
+            longest[start] = max(longest.get(start, 0), len(rows[chain[-1]]))
+        order = sorted(order, key=lambda at: (longest[starts[at]], starts[at]))
+    lengths = [len(rows[chains[at][-1]]) if prompts is None else longest[starts[at]] for at in order]
+    for batch in batches(lengths, tokens):
+        yield [at for place in batch for at in chains[order[place]]]
 
 
 def batches(lengths: Sequence[int], tokens: float = BATCH_TOKENS) -> Iterator[list[int]]:

@@ -65,7 +65,7 @@ class EvalReport(BaseModel):
         n: problems.
         seed: of random triggers and votes.
         slm: name and fingerprint of the small model; llm likewise.
-        hybrid: kind of selector in the hybrid and random rows.
+        hybrid: kind of selector in the hybrid and random rows; None where there was no selector.
         settings: of the rows.
         rows: by name.
         sweeps: more rows, by what varies ("k", "rate") and then by name.
@@ -79,7 +79,7 @@ class EvalReport(BaseModel):
     seed: int
     slm: dict[str, str]
     llm: dict[str, str]
-    hybrid: str
+    hybrid: str | None
     settings: dict[str, Any]
     rows: dict[str, RowReport]
     sweeps: dict[str, dict[str, RowReport]] = {}

@@ -172,16 +172,16 @@ class RowMaker:
 
         return Row("random", make, forwards=scorer_for(ready.selector, [[0]]).forwards)
 
-    def selection(self, calibration: Calibration, *, name: str = "llm_select", k: int | None = None) -> Row:
+    def selection(self, calibration: Calibration | None, *, name: str = "llm_select", k: int | None = None) -> Row:
         """The LLM picks among the SLM's candidates."""
-        condition, trigger = _at_entropy(calibration, self._settings.llm_trigger_rate)
+        condition, trigger = self._for_llm(calibration)
         k = k or self._settings.k
         make = self._corrected(condition, k, lambda prompts, meter: Selection(self._line(prompts), meter))
         return Row(name, make, live=Live(k=k, trigger=trigger, escalates=True, margin=1.0))
 
-    def takeover(self, calibration: Calibration) -> Row:
+    def takeover(self, calibration: Calibration | None) -> Row:
         """The LLM writes the token."""
-        condition, _ = _at_entropy(calibration, self._settings.llm_trigger_rate)
+        condition, _ = self._for_llm(calibration)
         make = self._corrected(condition, self._settings.k, lambda prompts, meter: Takeover(self._line(prompts), meter))
         return Row("takeover", make)
 
@@ -196,6 +196,23 @@ class RowMaker:
         live = Live(k=k, trigger=ready.trigger, selector=ready.selector, escalates=True, margin=margin, limit=limit)
         forwards = scorer_for(ready.selector, [[0]]).forwards
         return Row(f"hybrid_{limit}", self._corrected(ready.condition, k, picker), forwards=forwards, live=live)
+
+    def _for_llm(self, calibration: Calibration | None) -> tuple[Condition, Trigger]:
+        """When the LLM is asked where no selector decides.
+
+        Raises:
+            ConfigError: neither a calibration nor the settings say.
+        """
+        nats = self._settings.llm_trigger_entropy
+        if nats is not None:
+            return entropy_above(nats), entropy(above=nats)
+        if calibration is None:
+            raise ConfigError(
+                "an evaluation needs a calibrated selector, or to know when the LLM is asked.",
+                hint="Run `s2t train` and `s2t calibrate`, or `s2t collect --part heldout`, or set "
+                "evaluate.llm_trigger_entropy (nats).",
+            )
+        return _at_entropy(calibration, self._settings.llm_trigger_rate)
 
     def _line(self, prompts: list[list[int]]) -> Line:
         return Line(lambda: self._read_llm(prompts).fork())

@@ -44,6 +44,7 @@ class BfclTask:
         functions: as many are shown, at most: those that the answer calls, and the first of the others.
         parallel: whether one answer may hold several calls; None: where the category asks for several.
         mixed: in an order by a hash of their ids, each question once, so that its parts share nothing.
+        longest: characters of a question and its functions, as JSON; longer ones are left out.
 
     Raises:
         InputError: no such data, or not in the leaderboard's form.
@@ -58,6 +59,7 @@ class BfclTask:
         functions: int | None = None,
         parallel: bool | None = None,
         mixed: bool = False,
+        longest: int | None = None,
     ) -> None:
         self.name = f"bfcl/{'+'.join(categories)}"
         taken = {_asked(row) for category in apart_from for row in _rows(path, category)}
@@ -67,6 +69,8 @@ class BfclTask:
             for row in _rows(path, category)
             if _asked(row) not in taken
         ]
+        if longest is not None:
+            self.items = [item for item in self.items if len(json.dumps([item.messages, item.tools])) <= longest]
         if mixed:
             ordered = sorted(self.items, key=lambda item: hashlib.sha256(item.id.encode()).digest())
             self.items = list({json.dumps(item.messages): item for item in reversed(ordered)}.values())[::-1]
@@ -174,6 +178,7 @@ class BfclTaskConfig(BaseModel):
     functions: int | None = Field(default=None, ge=1)
     parallel: bool | None = None
     mixed: bool = False
+    longest: int | None = Field(default=None, ge=1)
     first: int = Field(default=0, ge=0)
     every: int = Field(default=1, ge=1)
     count: int | None = Field(default=None, ge=1)
@@ -187,6 +192,7 @@ class BfclTaskConfig(BaseModel):
             functions=self.functions,
             parallel=self.parallel,
             mixed=self.mixed,
+            longest=self.longest,
         )
         task.items = part_of(task.items, self.path, self.first, self.every, self.count)
         return task
