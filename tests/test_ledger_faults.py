@@ -318,14 +318,14 @@ def test_a_line_that_is_no_record_is_told_by_its_number(tmp_path: Path, what: st
     path = tmp_path / "costs.jsonl"
     path.write_text('{"s2t_ledger": 1}\n' + GOOD + "\n" + BAD[what] + ending)
     with pytest.raises(LedgerError, match="line 3, is not a record"):
-        report(path)
+        report(Ledger.reading(path))
 
 
 def test_bytes_that_are_no_text_are_told_by_their_number(tmp_path: Path) -> None:
     path = tmp_path / "costs.jsonl"
     path.write_bytes(b'{"s2t_ledger": 1}\n' + GOOD.encode().replace(b"good", b"\xff\xfe") + b"\n")
     with pytest.raises(LedgerError, match="line 2, is not a record"):
-        report(path)
+        report(Ledger.reading(path))
 
 
 @pytest.mark.parametrize("value", [b"\xff\xfe", "[]", 3, BAD["1e999"], BAD["no utc"], ""])
@@ -338,7 +338,7 @@ def test_a_row_that_is_no_record_is_told_by_its_number(tmp_path: Path, value: An
         file.execute("INSERT INTO records (id, started_at, agent, record) VALUES ('x', '', '', ?)", (value,))
     file.close()
     with pytest.raises(LedgerError, match="record 2 cannot be read"):
-        report(path)
+        report(Ledger.reading(path))
 
 
 def state(folder: Path) -> dict[str, bytes]:
@@ -355,7 +355,7 @@ def test_a_report_changes_nothing(tmp_path: Path, name: str) -> None:
         ledger.close()
     before = state(tmp_path)
     for format in ("table", "json", "csv"):
-        assert report(tmp_path / name, format=format)  # type: ignore[arg-type]
+        assert report(Ledger.reading(tmp_path / name), format=format)  # type: ignore[arg-type]
     assert state(tmp_path) == before
     with pytest.raises(LedgerError, match="opened to be read"):
         Ledger.reading(tmp_path / name).record(GenerationRecord())
@@ -368,7 +368,7 @@ def test_a_report_beside_a_living_writer(tmp_path: Path) -> None:
     before = set(state(tmp_path))
     assert Ledger.reading(tmp_path / "costs.db").total().generations == 3
     assert set(state(tmp_path)) == before
-    reading = sqlite.read(tmp_path / "costs.db")
+    reading = sqlite.read_records(tmp_path / "costs.db")
     next(reading)
     ledger.record(GenerationRecord())  # a reader in the middle keeps nobody from writing
     assert len(list(reading)) == 2
@@ -412,7 +412,7 @@ def test_a_report_takes_no_memory_for_records(tmp_path: Path) -> None:
         path = tmp_path / f"{records}.jsonl"
         path.write_text('{"s2t_ledger": 1}\n' + (GOOD + "\n") * records)
         tracemalloc.start()
-        report(path, format="json")
+        report(Ledger.reading(path), format="json")
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most
@@ -422,13 +422,13 @@ def test_a_report_takes_no_memory_for_records(tmp_path: Path) -> None:
 
 
 def test_more_groups_than_memory_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from s2t_agents.ledger import tally
+    from s2t_agents.ledger import grouped_totals
 
     ledger = Ledger()
     for number in range(100):
         ledger.record(GenerationRecord(run_id=str(number)))
     assert len(ledger.totals("run")) == 100
-    monkeypatch.setattr(tally, "ROOM", 50 * tally.GROUP)
+    monkeypatch.setattr(grouped_totals, "GROUPS_BYTES", 50 * grouped_totals.GROUP_BYTES)
     with pytest.raises(LedgerError, match=r"by='run' makes more than 4\d groups.*Group by agent or day"):
         ledger.totals("run")
 
@@ -440,8 +440,8 @@ def test_a_table_of_many_groups_adds_the_rest_up(monkeypatch: pytest.MonkeyPatch
     ledger = Ledger()
     for number in range(8):
         ledger.record(GenerationRecord(run_id=f"run{number}", completion_tokens=1))
-    text = module.render(ledger, "run")
+    text = module.report(ledger, "run")
     assert "run2" in text
     assert "run3" not in text
     assert "(5 others: see --csv)" in text
-    assert module.render(ledger, "run", "csv").count("\n") == 9
+    assert module.report(ledger, "run", "csv").count("\n") == 9

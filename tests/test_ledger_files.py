@@ -20,7 +20,7 @@ import pytest
 
 from s2t_agents.errors import LedgerError
 from s2t_agents.ledger import Cost, GenerationRecord, Latency, Ledger
-from s2t_agents.ledger.report import render, report
+from s2t_agents.ledger.report import report
 
 WRITER = """
 import os, sys
@@ -77,7 +77,7 @@ def test_what_editors_and_cat_do_to_a_file_loses_no_record(tmp_path: Path, edit:
     path.write_bytes(edit(path.read_bytes()))
     assert [record.agent for record in Ledger.reading(path).records()] == ["ann", "bob"]
     Ledger.open(path).record(GenerationRecord(agent="eve"))
-    assert [agent for agent, *_ in Ledger.reading(path).tally("agent")] == ["ann", "bob", "eve"]
+    assert [agent for agent, *_ in Ledger.reading(path).grouped("agent")] == ["ann", "bob", "eve"]
 
 
 @pytest.mark.parametrize("cut", [1, 40, 200])
@@ -222,7 +222,7 @@ def filled(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_the_report_as_json(filled: Path) -> None:
-    said = json.loads(report(filled, "agent", "json"))
+    said = json.loads(report(Ledger.reading(filled), "agent", "json"))
     assert said["groups"]["planner"]["cost_usd"]["total"]["usd"] == "0.042"
     assert said["groups"]["planner"]["latency_ms"]["total"] == {"count": 2, "p50": 10.0, "p95": 30.0, "p99": 30.0}
     assert said["total"]["cost_usd"]["total"] == {"known": "0.042", "unknown": 1, "usd": None}
@@ -230,7 +230,7 @@ def test_the_report_as_json(filled: Path) -> None:
 
 
 def test_the_report_as_csv(filled: Path) -> None:
-    rows = list(csv.DictReader(io.StringIO(report(filled, "agent", "csv"))))
+    rows = list(csv.DictReader(io.StringIO(report(Ledger.reading(filled), "agent", "csv"))))
     assert rows[0]["agent"] == "planner"
     assert rows[0]["total_usd"] == "0.042"
     assert rows[0]["total_p95_ms"] == "30.0"
@@ -239,7 +239,7 @@ def test_the_report_as_csv(filled: Path) -> None:
 
 
 def test_the_report_as_a_table(filled: Path) -> None:
-    text = report(filled, "agent", width=220)
+    text = report(Ledger.reading(filled), "agent", width=220)
     assert "planner" in text
     assert "0.042000 + 1?" in text  # the sum says that it does not know everything
     assert "=[bold]" in text
@@ -254,35 +254,35 @@ def only(**fields: Any) -> Ledger:
 
 @pytest.mark.parametrize("name", ["\\[/x]", "[/x]", "[bold]", "\\\\[red]x", ":smile:", "a\\"])
 def test_a_name_in_the_report_is_text_whatever_it_looks_like(name: str) -> None:
-    assert name in render(only(agent=name), width=220)
+    assert name in report(only(agent=name), width=220)
 
 
 @pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r", "\n", "\t="])
 def test_a_name_in_the_csv_is_neither_a_formula_nor_the_end_of_a_row(first: str) -> None:
-    [row] = csv.DictReader(io.StringIO(render(only(agent=f"{first}1+1"), format="csv"), newline=""))
+    [row] = csv.DictReader(io.StringIO(report(only(agent=f"{first}1+1"), format="csv"), newline=""))
     assert row["agent"] == (f"'{first}1+1" if first in "=+-@" else "�" + first[1:] + "1+1")
 
 
 def test_the_table_explains_its_question_marks_and_counts_errors() -> None:
     free = Cost(local=Decimal(0), llm=Decimal(0))
-    plain = render(only(cost_usd=free))
+    plain = report(only(cost_usd=free))
     assert "unknown" not in plain
     assert "errors" not in plain
-    unknown = render(only(cost_usd=Cost(llm=Decimal(0))))
+    unknown = report(only(cost_usd=Cost(llm=Decimal(0))))
     assert "0 + 1?" in unknown
     assert "n?: the cost of n answers is unknown. Set device_price." in unknown
-    assert "Set device_price and the LLM's price." in render(only())
-    failed = render(only(cost_usd=free, error="StoreUnavailable: down"))
+    assert "Set device_price and the LLM's price." in report(only())
+    failed = report(only(cost_usd=free, error="StoreUnavailable: down"))
     assert "errors" in failed
     assert re.search(r"total .* 1 .* 0/0/0 .* 1 ", failed)
 
 
 def test_a_report_on_nothing(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="no such ledger"):
-        report(tmp_path / "none.jsonl")
+        report(Ledger.reading(tmp_path / "none.jsonl"))
     assert not (tmp_path / "none.jsonl").exists()
     empty = tmp_path / "empty.jsonl"
     Ledger.open(empty)
-    assert "total" in report(empty)
+    assert "total" in report(Ledger.reading(empty))
     with pytest.raises(LedgerError, match="xml"):
-        report(empty, format="xml")  # type: ignore[arg-type]
+        report(Ledger.reading(empty), format="xml")  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from s2t_agents.budget import Budget, Charge
 from s2t_agents.errors import LedgerError
-from s2t_agents.ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Totals, totals_of
+from s2t_agents.ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Totals
 from s2t_agents.types import RefusedBy
 
 usd = st.one_of(st.none(), st.integers(0, 10**15).map(lambda n: Decimal(n).scaleb(-12)))
@@ -160,6 +160,12 @@ def test_a_ledger_written_before_receipts_said_who_refused_is_read_and_rehearsed
     assert ledger.records(agent="planner") == [FULL]
 
 
+def total_of_one(record: GenerationRecord) -> Totals:
+    ledger = Ledger()
+    ledger.record(record)
+    return ledger.total()
+
+
 @given(st.lists(records, max_size=12), st.sampled_from(["agent", "thread", "run", "day"]), st.integers(1, 28))
 def test_any_grouping_adds_up_to_the_sum_of_the_records(made: list[GenerationRecord], by: Any, precision: int) -> None:
     ledger = Ledger()
@@ -168,7 +174,7 @@ def test_any_grouping_adds_up_to_the_sum_of_the_records(made: list[GenerationRec
     with decimal.localcontext() as context:  # somebody else's decimal settings change nothing
         context.prec = precision
         groups = ledger.totals(by)
-    assert reduce(add, groups.values(), Totals()) == ledger.total() == reduce(add, map(totals_of, made), Totals())
+    assert reduce(add, groups.values(), Totals()) == ledger.total() == reduce(add, map(total_of_one, made), Totals())
     total = ledger.total()
     known = [record.cost_usd.total for record in made if record.cost_usd.total is not None]
     with decimal.localcontext() as context:
@@ -181,7 +187,7 @@ def test_any_grouping_adds_up_to_the_sum_of_the_records(made: list[GenerationRec
 
 @given(records, records, records)
 def test_totals_add_in_any_order(a: GenerationRecord, b: GenerationRecord, c: GenerationRecord) -> None:
-    x, y, z = map(totals_of, (a, b, c))
+    x, y, z = map(total_of_one, (a, b, c))
     assert (x + y) + z == x + (y + z) == z + y + x
     assert sum([x, y]) == x + y
 

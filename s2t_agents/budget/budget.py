@@ -127,13 +127,13 @@ class Budget:
         return self.view(final=True)
 
     def view(self, *, on_exhausted: OnExhausted | None = None, final: bool | None = None) -> Budget:
-        """This same meter, seen by a caller that should act otherwise when it is exhausted. The store is not asked."""
+        """The same meter with another ``on_exhausted``, or with its finalization reserve. The store is not asked."""
         mode = _mode(on_exhausted or self.on_exhausted)
         as_final = self._final if final is None else final
         return Budget.__new__(Budget)._set_up(self._meter, self.parent, mode, final=as_final)
 
     def fresh(self, clock: Clock | None = None) -> Budget:
-        """The same limits, from the root down to here, on new meters in memory: to rehearse, not to spend."""
+        """The same limits, from the root down to here, on new meters in memory: for what-if replays."""
         store: BudgetStore = MemoryStore(clock)
         copy: Budget | None = None
         for budget in self.chain:
@@ -147,7 +147,7 @@ class Budget:
 
     @property
     def run(self) -> object:
-        """What the root, its views and all budgets below them share, and no others: tells runs apart."""
+        """An object that the root, its views and all budgets below them share, and no others: the identity of a run."""
         return self._meter.unsettled
 
     @property
@@ -165,7 +165,7 @@ class Budget:
 
         Args:
             charge: the most the call can cost.
-            ttl_s: seconds after which the hold lapses, should its owner die. Choose it longer than the call.
+            ttl_s: seconds after which the hold lapses if its process dies. Choose it longer than the call.
 
         Raises:
             BadLimit: no charge that can be counted.
@@ -188,7 +188,7 @@ class Budget:
             refused = meter.store.reserve(self._chain, hold_id, want, ttl_us)
             if refused is None:
                 return Hold(meter.store, meter.unsettled, meter.path, hold_id, charge, want)
-        except BaseException as error:  # also Ctrl-C after the store said yes: it would never be settled
+        except BaseException as error:  # also Ctrl-C after the store held it: it would never be settled
             if isinstance(error, StoreUnavailable) and error.untouched:
                 raise
             with contextlib.suppress(StoreUnavailable):

@@ -1,4 +1,4 @@
-"""Time as a budget sees it: one clock that never jumps, one that knows the date."""
+"""The time of a budget store: a monotonic clock, and the calendar."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """What a store asks for the time.
+    """The clocks that a store reads.
 
     Holds and deadlines run on :meth:`monotonic`, so setting the system clock changes neither; only
     :class:`~s2t_agents.budget.Window` reads :meth:`wall`.

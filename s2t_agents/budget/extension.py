@@ -52,7 +52,7 @@ def extension_from(answer: Any, unit: str) -> dict[str, Any]:
 
 
 def _number_in(text: str) -> Decimal | None:
-    """The only number of a text, 0 for a no; None where it says neither plainly."""
+    """The only number of a text, 0 for a no; None where it is neither."""
     word = _FIRST_WORD.match(text)
     if not text.strip() or (word and word[1].lower() in _NOES):
         return Decimal(0)

@@ -65,13 +65,13 @@ def _agreed(store: BudgetStore, path: str, terms: Terms) -> Terms:
     found = store.open_meter(path, terms)
     if found != terms:
         raise BadLimit(
-            f"Budget {path!r} exists with other limits: {_told(found)}, not {_told(terms)}.",
+            f"Budget {path!r} exists with other limits: {_described(found)}, not {_described(terms)}.",
             hint="Raise them with Budget.extend(), or take another name.",
         )
     return found
 
 
-def _told(terms: Terms) -> str:
+def _described(terms: Terms) -> str:
     parts = [
         f"{unit}={_text(unit, value)}" for unit, value in zip(UNITS, terms.limits, strict=False) if value is not None
     ]

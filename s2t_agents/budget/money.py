@@ -20,10 +20,11 @@ _EXACT = decimal.Context(prec=60, rounding=decimal.ROUND_HALF_EVEN)  # never the
 _ONE_PICO = Decimal(1).scaleb(-DECIMALS)
 
 Dollars = float | str | int | Decimal
+_DOLLARS = (float, str, int, Decimal)
 
 
 def dollars(value: Dollars, what: str) -> Decimal:
-    """Read a dollar figure given by a person; a float means what it prints as.
+    """Read a dollar figure; a float means what it prints as.
 
     Args:
         value: USD, as Decimal, int, float or a plain number in a string.
@@ -32,7 +33,7 @@ def dollars(value: Dollars, what: str) -> Decimal:
     Raises:
         BadLimit: not a number of dollars, negative, NaN or infinite.
     """
-    if isinstance(value, bool) or not isinstance(value, float | str | int | Decimal):
+    if isinstance(value, bool) or not isinstance(value, _DOLLARS):
         raise BadLimit(f"{what}={value!r} is not an amount of dollars.", hint="Give a number, such as 0.05.")
     try:
         amount = value if isinstance(value, Decimal) else Decimal(str(value).strip())
@@ -86,7 +87,7 @@ def usd(whole: int) -> Decimal:
 
 
 def written(whole: int, exponent: int) -> Decimal:
-    """Dollars from pico-dollars, with so many digits after the point as ``-exponent`` says."""
+    """Dollars from pico-dollars, with ``-exponent`` digits after the point."""
     return _EXACT.scaleb(Decimal(whole), -DECIMALS).quantize(Decimal(1).scaleb(exponent), context=_EXACT)
 
 

@@ -1,6 +1,6 @@
 """The scripts that Redis runs, one for every budget operation, each whole and undisturbed by others.
 
-Lua counts in doubles, exact up to 2**53. Pico-dollars do not fit, so dollars travel and lie there in two parts,
+Lua counts in doubles, exact up to 2**53. Pico-dollars do not fit, so dollars are sent and stored in two parts,
 whole micro-dollars and the pico-dollars below; every other number is small enough.
 
 One tree of budgets is three keys: ``meters`` (hash of path to a packed meter), ``holds`` (hash of id to a packed

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 NO_LIMIT = False
-"""How the scripts are told of a limit that is not there."""
+"""What the scripts take for no limit."""
 _SHA = {op: hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest() for op, script in SCRIPTS.items()}
 
 
@@ -40,8 +40,8 @@ class RedisStore:
     Args:
         url: as ``redis://localhost:6379/0`` or ``rediss://user:secret@host:6380/0``. A pickle holds it without the
             password.
-        password_env: the environment variable that holds the password instead. Its name travels in a pickle; one of
-            a store whose password was in the URL looks into ``S2T_REDIS_PASSWORD``.
+        password_env: the environment variable that holds the password instead. A pickle holds its
+            name; one of a store whose password was in the URL names ``S2T_REDIS_PASSWORD``.
         prefix: put before every key, to keep programs apart on one server.
         timeout_s: seconds to wait for the server, to connect and to answer, before refusing.
         clock: instead of the server's own, which is one for all processes; tests hand in theirs.
@@ -77,7 +77,7 @@ class RedisStore:
         self._clock = clock
         self._keep: dict[str, Counts] = {}
         usable = False
-        with contextlib.suppress(Exception):  # whatever it says may quote a part of the URL
+        with contextlib.suppress(Exception):  # its message may quote a part of the URL
             self._client: redis.Redis = redis.Redis.from_url(
                 self._address,
                 password=password,
@@ -87,7 +87,7 @@ class RedisStore:
                 retry=Retry(NoBackoff(), 0),  # a settle that got through must not be sent twice
             )
             pool = self._client.connection_pool
-            pool.connection_class(**pool.connection_kwargs)  # connects nowhere, and refuses options nobody knows
+            pool.connection_class(**pool.connection_kwargs)  # connects nowhere, and refuses unknown options
             usable = True
         if not usable:
             raise ConfigError("the Redis URL has an option that cannot be used.", hint=FORM)
@@ -102,12 +102,12 @@ class RedisStore:
         window = terms.window
         span = [NO_LIMIT, NO_LIMIT] if window is None else [window.seconds * 1_000_000, window.offset_s * 1_000_000]
         found = self._run(path, "open", path, _terms_text(terms), limits, _or_no_limit(micros), *span)
-        return self._noted(path, cast(str, found))
+        return self._noted_terms(path, cast(str, found))
 
     def find_terms(self, path: str) -> Terms | None:
         """The terms of a meter, if there is one."""
         found = self._run(path, "find_terms", path)
-        return None if found is None else self._noted(path, cast(str, found))
+        return None if found is None else self._noted_terms(path, cast(str, found))
 
     def reserve(self, chain: Chain, hold_id: str, want: Counts, ttl_us: int) -> Refusal | None:
         """Hold on the whole chain, or say why not."""
@@ -211,7 +211,7 @@ class RedisStore:
             raise self._missing(str(said[1]))
         return Closing(said)
 
-    def _noted(self, path: str, text: str) -> Terms:
+    def _noted_terms(self, path: str, text: str) -> Terms:
         terms = None
         with contextlib.suppress(ValueError, TypeError, LookupError, BadLimit):
             terms = _terms_from(text)

@@ -1,4 +1,4 @@
-"""Reading a Redis URL: nothing in it is quoted when it is refused, and its password goes its own way."""
+"""Reading a Redis URL: no error quotes it, and its password is kept apart from it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def password_in(variable: str, *, also: str | None) -> str:
     if not password:
         raise ConfigError(
             f"the environment variable {variable} holds no password for Redis.",
-            hint="A RedisStore travels without its password: set this variable in every process that uses it.",
+            hint="A RedisStore is pickled without its password: set this variable in every process that uses it.",
         )
     return password
 

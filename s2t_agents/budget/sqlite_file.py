@@ -65,7 +65,7 @@ def _check_pages(path: Path) -> None:
         with closing(sqlite3.connect(where, uri=True, timeout=0)) as connection:
             (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     except (sqlite3.Error, ValueError, TypeError) as error:
-        if (damage := damage_of(error)) is None:  # busy or not readable now: said by whoever opens it for work
+        if (damage := damage_of(error)) is None:  # busy or not readable now: opening it for work raises
             return
         raise BadStore(f"{path}: {damage}.", hint=DAMAGED) from None
     if found != "ok":
@@ -79,7 +79,7 @@ _NOT_THE_FILES = frozenset(
         *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOLFS, sqlite3.SQLITE_AUTH),
     }
 )
-"""What SQLite says of the disk, the rights and the others, not of what is in the file."""
+"""SQLite's errors about the disk, permissions and locks, not about the content of the file."""
 
 
 def busy(error: BaseException) -> bool:
@@ -89,7 +89,7 @@ def busy(error: BaseException) -> bool:
 
 
 def damage_of(error: Exception) -> str | None:
-    """What an error that came while a file was read or written says of its content; None where it says nothing.
+    """The damage that an error while reading or writing a file shows; None where it shows none.
 
     Any error that is not SQLite's own came from reading a row of another form than ours.
     """

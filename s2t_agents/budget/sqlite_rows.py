@@ -94,7 +94,7 @@ def hold_paths(chain: str) -> list[str]:
     """The paths that a hold was made on.
 
     Raises:
-        ValueError: it says something else.
+        ValueError: it is something else.
     """
     paths = json.loads(chain)
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):

@@ -4,7 +4,7 @@ Every operation is one ``BEGIN IMMEDIATE`` transaction in write-ahead mode, so a
 leaves a whole operation or none, and its open holds lapse. ``synchronous=NORMAL``: a power cut may lose the last
 moments of settled spending (the file stays whole); a killed process loses nothing.
 
-Time is the machine's monotonic clock, which all its processes share and nobody can set. It starts again at a
+Time is the machine's monotonic clock, which all its processes share and which cannot be set. It starts again at a
 reboot, and so do holds (their owners are gone); deadlines are carried over by the calendar clock.
 """
 
@@ -205,7 +205,7 @@ class SQLiteStore:
         until = time.monotonic() + self._wait_s
         pause_s = LATCH_S
         while True:
-            with self._lock:  # never for long: who waits for other processes lets the other threads try too
+            with self._lock:  # never for long: while one thread waits for other processes, the others may try
                 rows, state = None, "opening"
                 try:
                     rows = self._here()
@@ -228,7 +228,7 @@ class SQLiteStore:
             pause_s = min(2 * pause_s, PAUSE_S)
 
     def _problem(self, error: BaseException, *, untouched: bool) -> BaseException:
-        """What an error inside a transaction means; itself where it says so already, or is none of ours."""
+        """The error to raise for one inside a transaction; the same where SQLite and the content are not at fault."""
         if isinstance(error, StoreUnavailable) or not isinstance(error, Exception):
             return error
         if (damage := damage_of(error)) is not None:
@@ -249,7 +249,7 @@ class SQLiteStore:
             self._pid, self._file = os.getpid(), identity(self.path)
         elif identity(self.path) != self._file:
             raise StoreUnavailable(f"{self.path} was removed or replaced while in use.", hint="Put it back.")
-        if self._connection.in_transaction:  # a second Ctrl-C fell into the rollback of the first
+        if self._connection.in_transaction:  # a second Ctrl-C interrupted the rollback of the first
             self._connection.rollback()
         return self._connection
 

@@ -123,7 +123,7 @@ class BudgetStore(Protocol):
     def extend(self, path: str, more: Counts, once: str = "") -> bool:
         """Raise the limits of a meter; more time counts from now if the deadline has passed.
 
-        Of several calls that name the same grant in ``once``, the first alone counts: False says that this was not it.
+        Of several calls that name the same grant in ``once``, only the first counts; False: it was not this one.
         """
 
     def read_state(self, path: str) -> BudgetState:

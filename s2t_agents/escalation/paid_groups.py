@@ -1,4 +1,4 @@
-"""The flywheel: every selection that was paid for, kept as a group to train on, so that fewer are needed tomorrow.
+"""Every selection that was paid for, recorded as a group to train on: a selector that learns from it asks less.
 
 One JSON object a line; several threads and processes may append. The file holds what was asked about, as token ids,
 and is readable by its owner alone.
@@ -34,7 +34,7 @@ hold_while_forking(sys.modules[__name__], "_lock")
 
 
 class PaidGroup(BaseModel):
-    """One step, its K candidates, and what everybody thought of them.
+    """One step, its K candidates, and the scores that they were given.
 
     Attributes:
         slm_model: whose ids and scores these are.

@@ -1,4 +1,4 @@
-"""The ledger under the budgets: one record per generation, one receipt per escalation, sums that add up.
+"""The ledger beside the budgets: one record per generation, one receipt per escalation, sums that add up.
 
 Flow: ``GenerationRecord`` -> ``Ledger.record`` -> ``LedgerStore`` (memory, JSONL, SQLite) -> ``totals`` / ``latency``
 / ``what_if`` / ``report``.
@@ -8,7 +8,7 @@ from s2t_agents.ledger.latency import Quantiles
 from s2t_agents.ledger.ledger import Ledger
 from s2t_agents.ledger.record import Cost, GenerationRecord, Latency, Receipt, ReceiptCandidate, Thought
 from s2t_agents.ledger.store import LedgerStore, MemoryLedger
-from s2t_agents.ledger.totals import CostSum, RunningTotal, Totals, totals_of
+from s2t_agents.ledger.totals import CostSum, RunningTotal, Totals
 from s2t_agents.ledger.what_if import WhatIf
 
 __all__ = [
@@ -26,5 +26,4 @@ __all__ = [
     "Thought",
     "Totals",
     "WhatIf",
-    "totals_of",
 ]

@@ -4,7 +4,7 @@ Line 1 names the format; every other line is a record. Each append is one ``writ
 appending, under the file's lock where the system has one. A writer killed in the middle leaves at most the
 beginning of one line. The next writer closes it with a seal (``{"torn": bytes}``), and readers step over it, also
 where a seal was torn in its turn; blank lines, an editor's line ends and the headers of files that were joined are
-stepped over as well. Any other line that is not a record is corruption, and said so. Nothing is synced
+stepped over as well. Any other line that is not a record is corruption, and an error. Nothing is synced
 to the disk by force: a power cut may lose what the system had not written yet. The file may be rotated, moved or
 truncated at any time: the next record begins a new one.
 """
@@ -86,7 +86,7 @@ class JsonlLedger:
         if not self._lock.acquire(timeout=self._wait_s):
             raise LedgerError(f"{self.path}: other threads wrote for {self._wait_s:g} s.", hint=_NOT_KEPT)
         try:
-            if self._late is not None:  # inside an append of this very thread, whose lock on the file we would wait for
+            if self._late is not None:  # inside an append of this same thread, which holds the lock on the file
                 self._late.append(line)
                 return
             self._append([line], until)
@@ -94,11 +94,11 @@ class JsonlLedger:
             self._lock.release()
 
     def __iter__(self) -> Iterator[GenerationRecord]:
-        return read(self.path)
+        return read_records(self.path)
 
-    def summed(self) -> Iterator[GenerationRecord]:
-        """As ``store.summed``."""
-        return read(self.path, SummedRecord)
+    def records_to_sum(self) -> Iterator[GenerationRecord]:
+        """As ``store.records_to_sum``."""
+        return read_records(self.path, SummedRecord)
 
     def close(self) -> None:
         """Nothing is kept open between records."""
@@ -143,7 +143,7 @@ class JsonlLedger:
 _NOT_KEPT = "The record was not kept."
 
 
-def read(path: Path, kind: type[GenerationRecord] = GenerationRecord) -> Iterator[GenerationRecord]:
+def read_records(path: Path, kind: type[GenerationRecord] = GenerationRecord) -> Iterator[GenerationRecord]:
     """Every record of a file, one by one, as it was when this began. Changes nothing.
 
     Args:
@@ -185,7 +185,7 @@ def _records(path: Path, kind: type[GenerationRecord], lines: Iterator[bytes]) -
             continue
         try:
             record = kind.model_validate_json(line)
-        except Exception:  # noqa: BLE001 - whatever a validator says of it
+        except Exception:  # noqa: BLE001 - validators may raise anything
             doubtful = line
             continue
         yield record

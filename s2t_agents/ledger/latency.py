@@ -1,4 +1,4 @@
-"""Percentiles of where the time went."""
+"""Percentiles of the parts of the latency."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ class Quantiles(Frozen):
 SHARES = (50, 95, 99)
 
 
-def rank(count: int, share: int) -> int:
+def percentile_rank(count: int, share: int) -> int:
     """The position of a percentile among so many ordered values."""
     return math.ceil(share * count / 100) - 1

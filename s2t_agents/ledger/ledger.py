@@ -11,11 +11,11 @@ from typing import TypeVar
 
 from s2t_agents.budget import Budget
 from s2t_agents.errors import LedgerError
+from s2t_agents.ledger.grouped_totals import By, GroupedTotals
 from s2t_agents.ledger.latency import Quantiles
 from s2t_agents.ledger.record import GenerationRecord
-from s2t_agents.ledger.store import LedgerStore, MemoryLedger, ReadOnly, summed
-from s2t_agents.ledger.tally import By, Tally
-from s2t_agents.ledger.totals import NOTHING, RunningTotal, Totals, plus, sums_of, totals
+from s2t_agents.ledger.store import LedgerStore, MemoryLedger, ReadOnly, records_to_sum
+from s2t_agents.ledger.totals import NO_SUMS, RunningTotal, Totals, add_sums, sums_of, totals_from
 from s2t_agents.ledger.what_if import WhatIf, replay
 
 _scopes: ContextVar[tuple[tuple[Ledger, RunningTotal], ...]] = ContextVar("s2t_ledger_scopes", default=())
@@ -56,11 +56,11 @@ class Ledger:
         """A ledger's file that is only read: nothing is made or changed, and :meth:`record` refuses.
 
         Raises:
-            LedgerError: another ending, or no such file; what is wrong inside is said when it is read.
+            LedgerError: another ending, or no such file; damage inside raises when it is read.
         """
         from s2t_agents.ledger import jsonl, sqlite
 
-        read = _of_kind(path, {"jsonl": jsonl.read, "sqlite": sqlite.read})
+        read = _of_kind(path, {"jsonl": jsonl.read_records, "sqlite": sqlite.read_records})
         if not Path(path).is_file():
             raise LedgerError(f"{path}: there is no such ledger.", hint="Give the file that Ledger.open() writes.")
         return cls(ReadOnly(Path(path).absolute(), read))
@@ -73,7 +73,7 @@ class Ledger:
         """
         try:
             self._store.append(rec)
-        finally:  # kept or not, it happened: who goes by a running total would go on for ever else
+        finally:  # kept or not, it was spent, and a loop that stops at a running total must see it
             for ledger, running in _scopes.get():
                 if ledger is self:
                     running.add(rec)
@@ -92,23 +92,23 @@ class Ledger:
 
     def totals(self, by: By = "agent") -> dict[str, Totals]:
         """Sums per agent, thread, run or UTC day, in order of first appearance. They add up to :meth:`total`."""
-        return {key: sums for key, sums, _ in self.tally(by)}
+        return {key: sums for key, sums, _ in self.grouped(by)}
 
     def total(self) -> Totals:
         """The sum of every record."""
-        return totals(reduce(plus, map(sums_of, summed(self._store)), NOTHING))
+        return totals_from(reduce(add_sums, map(sums_of, records_to_sum(self._store)), NO_SUMS))
 
     def latency(self, by: By = "agent") -> dict[str, dict[str, Quantiles]]:
         """p50, p95, p99 in ms of every part of the latency, per agent, thread, run or UTC day."""
-        return {key: split for key, _, split in self.tally(by)}
+        return {key: split for key, _, split in self.grouped(by)}
 
-    def tally(self, by: By = "agent") -> Tally:
+    def grouped(self, by: By = "agent") -> GroupedTotals:
         """Totals and latency in one pass, which keeps no record.
 
         Raises:
             LedgerError: a grouping that is not known or has too many groups; a file that cannot be read.
         """
-        return Tally(summed(self._store), by)
+        return GroupedTotals(records_to_sum(self._store), by)
 
     @contextmanager
     def scope(self) -> Iterator[RunningTotal]:
@@ -133,7 +133,7 @@ class Ledger:
         return replay(sorted(self._store, key=lambda record: record.started_at), budget)
 
     def close(self) -> None:
-        """Let go of files."""
+        """Close files."""
         self._store.close()
 
 

@@ -27,7 +27,7 @@ from s2t_agents.budget import money
 from s2t_agents.budget.quantities import quantities_of
 from s2t_agents.types import Charge, Outcome, RefusedBy
 
-Count = Annotated[int, Field(ge=0, le=money.MAX_COUNT)]
+WholeNumber = Annotated[int, Field(ge=0, le=money.MAX_COUNT)]
 Millis = Annotated[float, Field(ge=0, le=money.MAX_COUNT, allow_inf_nan=False)]
 
 
@@ -133,8 +133,8 @@ class Receipt(Frozen):
             answer had paid for says so here, and its ``actual`` is nothing, not even an escalation.
     """
 
-    step: Count
-    prefix_tokens: Count
+    step: WholeNumber
+    prefix_tokens: WholeNumber
     candidates: tuple[ReceiptCandidate, ...] = ()
     wanted: int | None = None
     pick: int | None = None
@@ -216,10 +216,10 @@ class Thought(Frozen):
         llm_usd: what its questions to the LLM cost, part of ``cost_usd.llm``; None is unknown.
     """
 
-    tokens: Count = 0
-    triggers: Count = 0
-    selections: Count = 0
-    escalations: Count = 0
+    tokens: WholeNumber = 0
+    triggers: WholeNumber = 0
+    selections: WholeNumber = 0
+    escalations: WholeNumber = 0
     llm_usd: Usd = Decimal(0)
 
 
@@ -238,13 +238,13 @@ class GenerationRecord(Frozen):
     llm_model: Text | None = None
     started_at: Utc = Field(default_factory=lambda: datetime.now(UTC))
     finish_reason: Text = ""
-    prompt_tokens: Count = 0
-    completion_tokens: Count = 0
-    triggers: Count = 0
-    selections: Count = 0
-    flips: Count = 0
-    escalations: Count = 0
-    refused: Count = 0
+    prompt_tokens: WholeNumber = 0
+    completion_tokens: WholeNumber = 0
+    triggers: WholeNumber = 0
+    selections: WholeNumber = 0
+    flips: WholeNumber = 0
+    escalations: WholeNumber = 0
+    refused: WholeNumber = 0
     degraded: bool = False
     cached: bool = False
     cost_usd: Cost = Cost()

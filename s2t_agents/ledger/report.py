@@ -1,4 +1,4 @@
-"""What a ledger says, as a table for people or as JSON or CSV for programs: ``s2t report``."""
+"""A ledger's totals as a table, JSON or CSV: ``s2t report``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rich.console import Console
@@ -17,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from s2t_agents.errors import LedgerError
+from s2t_agents.ledger.grouped_totals import By, GroupedTotals
 from s2t_agents.ledger.latency import SHARES, Quantiles
 from s2t_agents.ledger.ledger import Ledger
-from s2t_agents.ledger.tally import By, Tally
 from s2t_agents.ledger.totals import PARTS, CostSum, Totals
 
 Format = Literal["table", "json", "csv"]
@@ -27,57 +26,51 @@ Format = Literal["table", "json", "csv"]
 TOTAL = "total"
 MIN_WIDTH = 120
 ROWS = 1000
-"""Groups that a table shows one by one; nobody reads more, and to lay them out takes longer than to add them up."""
+"""Groups that a table shows one by one: to lay out more takes longer than to add them up."""
 _COUNTS = ("generations", "prompt_tokens", "completion_tokens", "triggers", "selections", "flips", "escalations")
 _ALSO = ("refused", "failed", "interrupted", "degraded", "cached", "errors")
 _FORMULA = ("=", "+", "-", "@")
 
 
-def report(path: str | Path, by: By = "agent", format: Format = "table", *, width: int | None = None) -> str:
-    """The totals of a ledger file, its last row their sum. Reads the file in one pass and changes nothing.
+def report(ledger: Ledger, by: By = "agent", format: Format = "table", *, width: int | None = None) -> str:
+    """The totals of a ledger, its last row their sum, from one pass over the records.
 
     Args:
-        path: a ledger file (``.jsonl``, ``.db``); it must exist.
+        ledger: an open one, or ``Ledger.reading(path)``.
         by: ``"agent"``, ``"thread"``, ``"run"`` or ``"day"`` (UTC).
         format: ``"table"``, ``"json"`` (one object) or ``"csv"`` (one line a group). Unknown costs are
             ``?`` in the table (with what is known), null in JSON and empty in CSV, never 0.
         width: columns of the table; by default the terminal's, at least 120.
 
     Raises:
-        LedgerError: no such file, not a ledger, a line that is no record, or no such grouping or format.
+        LedgerError: not a ledger, a line that is no record, or no such grouping or format.
     """
-    return "".join(parts(path, by, format, width=width))
+    return "".join(report_parts(ledger, by, format, width=width))
 
 
-def parts(path: str | Path, by: By = "agent", format: Format = "table", *, width: int | None = None) -> Iterator[str]:
-    """As :func:`report`, piece by piece; the file is read before the first."""
+def report_parts(
+    ledger: Ledger, by: By = "agent", format: Format = "table", *, width: int | None = None
+) -> Iterator[str]:
+    """As :func:`report`, piece by piece; the records are read before the first."""
     if format not in get_args(Format):
         raise LedgerError(f"format={format!r}.", hint="Use table, json or csv.")
-    yield from _written(Ledger.reading(path), by, format, width)
-
-
-def render(ledger: Ledger, by: By = "agent", format: Format = "table", *, width: int | None = None) -> str:
-    """As :func:`report`, of a ledger that is open."""
-    return "".join(_written(ledger, by, format, width))
-
-
-def _written(ledger: Ledger, by: By, format: Format, width: int | None) -> Iterator[str]:
-    tally = ledger.tally(by)
+    grouped = ledger.grouped(by)
     if format == "json":
-        return _json(by, tally)
-    return _csv(by, tally) if format == "csv" else _table(by, tally, width)
+        yield from _json(by, grouped)
+    else:
+        yield from _csv(by, grouped) if format == "csv" else _table(by, grouped, width)
 
 
-def _json(by: str, tally: Tally) -> Iterator[str]:
+def _json(by: str, grouped: GroupedTotals) -> Iterator[str]:
     yield f'{{"by": {json.dumps(by)}, "groups": {{'
-    for number, (key, sums, latency) in enumerate(tally):
+    for number, (key, sums, latency) in enumerate(grouped):
         split = {part: quantiles.model_dump() for part, quantiles in latency.items()}
         group = {**sums.model_dump(mode="json"), "latency_ms": split}
         yield f"{', ' if number else ''}{json.dumps(key)}: {json.dumps(group)}"
-    yield f'}}, "{TOTAL}": {json.dumps(tally.total().model_dump(mode="json"))}}}'
+    yield f'}}, "{TOTAL}": {json.dumps(grouped.total().model_dump(mode="json"))}}}'
 
 
-def _csv(by: str, tally: Tally) -> Iterator[str]:
+def _csv(by: str, grouped: GroupedTotals) -> Iterator[str]:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
 
@@ -90,7 +83,7 @@ def _csv(by: str, tally: Tally) -> Iterator[str]:
     quantiles = [f"{part}_p{share}_ms" for part in PARTS for share in SHARES]
     costs = [f"{part}_usd" for part in ("local", "llm", "total")]
     yield row([by, *_COUNTS, *_ALSO, *costs, "unknown_costs", *quantiles])
-    for key, sums, found in tally:
+    for key, sums, found in grouped:
         cells = [getattr(found[part], f"p{share}") if part in found else "" for part in PARTS for share in SHARES]
         cost = sums.cost_usd
         usd = ["" if each.usd is None else f"{each.usd:f}" for each in (cost.local, cost.llm, cost.total)]
@@ -98,20 +91,20 @@ def _csv(by: str, tally: Tally) -> Iterator[str]:
         yield row([_safe(key), *counts, *usd, cost.total.unknown, *cells])
 
 
-def _table(by: str, tally: Tally, width: int | None) -> Iterator[str]:
-    whole = tally.total()
+def _table(by: str, grouped: GroupedTotals, width: int | None) -> Iterator[str]:
+    whole = grouped.total()
     table = Table(title=f"Costs by {by}", caption=_legend(whole))
     table.add_column(by, overflow="fold")
     columns = {head: cell for head, cell in _COLUMNS.items() if head != _ERRORS or whole.errors}
     for head in (*columns, "ms\np50/p95/p99"):
         table.add_column(head, justify="right", no_wrap=True)
-    groups = iter(tally)
+    groups = iter(grouped)
     for key, sums, latency in islice(groups, ROWS):
         cells = [cell(sums) for cell in columns.values()]
         table.add_row(Text(_printable(key)), *cells, _three(latency.get("total")))
-    if len(tally) > ROWS:
+    if len(grouped) > ROWS:
         others = sum((sums for _, sums, _ in groups), Totals())
-        name = f"({len(tally) - ROWS:,} others: see --csv)"
+        name = f"({len(grouped) - ROWS:,} others: see --csv)"
         table.add_row(name, *(cell(others) for cell in columns.values()), "")
     table.add_section()
     table.add_row(TOTAL, *(cell(whole) for cell in columns.values()), "", style="bold")
@@ -149,7 +142,7 @@ def _three(quantiles: Quantiles | None) -> str:
 
 
 def _printable(key: str) -> str:
-    """Names come from outside: no control characters in somebody's terminal or between a table's rows."""
+    """Names come from outside: no control characters in a terminal or between a table's rows."""
     return "".join(char if char.isprintable() else "�" for char in key)
 
 

@@ -1,8 +1,8 @@
-"""Records in one SQLite file: for long ledgers that several processes write and people query.
+"""Records in one SQLite file: for long ledgers that several processes write and that can be queried.
 
 Write-ahead log, one transaction a record. A killed process loses nothing that was recorded; after a power cut the
 last moments may be missing, the file stays whole (``synchronous=NORMAL``). A file that was moved or replaced while open
-refuses everything: SQLite would go on writing where nobody looks.
+refuses everything: SQLite would go on writing to the file that was moved.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CREATE INDEX records_by_agent ON records (agent, started_at);
 
 
 class SQLiteLedger:
-    """A ledger in a SQLite file. The columns repeat what people filter on; ``record`` is the whole, as JSON.
+    """A ledger in a SQLite file. The columns repeat what queries filter on; ``record`` is the whole, as JSON.
 
     Args:
         path: the file; made when it does not exist. A relative one means the directory that is current now.
@@ -87,14 +87,14 @@ class SQLiteLedger:
     def __iter__(self) -> Iterator[GenerationRecord]:
         return self._read(GenerationRecord)
 
-    def summed(self) -> Iterator[GenerationRecord]:
-        """As ``store.summed``."""
+    def records_to_sum(self) -> Iterator[GenerationRecord]:
+        """As ``store.records_to_sum``."""
         return self._read(SummedRecord)
 
     def _read(self, kind: type[GenerationRecord]) -> Iterator[GenerationRecord]:
         with self._turn():  # the file is still there
             pass
-        return read(self.path, kind)
+        return read_records(self.path, kind)
 
     def close(self) -> None:
         """Close the file."""
@@ -133,7 +133,7 @@ class SQLiteLedger:
         self._pid, self._file = os.getpid(), identity(self.path)
 
 
-def read(path: Path, kind: type[GenerationRecord] = GenerationRecord) -> Iterator[GenerationRecord]:
+def read_records(path: Path, kind: type[GenerationRecord] = GenerationRecord) -> Iterator[GenerationRecord]:
     """Every record of a file, one by one, as it was when this began. Changes nothing in it.
 
     Args:
@@ -152,7 +152,7 @@ def read(path: Path, kind: type[GenerationRecord] = GenerationRecord) -> Iterato
             for number, text in connection.execute("SELECT number, record FROM records ORDER BY number"):
                 try:
                     record = kind.model_validate_json(text)
-                except Exception:  # noqa: BLE001 - whatever a validator says of it
+                except Exception:  # noqa: BLE001 - validators may raise anything
                     raise LedgerError(f"{path}: record {number} cannot be read.", hint=DAMAGED) from None
                 yield record
         if alone and _state(path) != before:
@@ -164,7 +164,7 @@ def read(path: Path, kind: type[GenerationRecord] = GenerationRecord) -> Iterato
 
 
 def _opened_to_read(path: Path, alone: bool) -> sqlite3.Connection:
-    """Beside writers that live or were killed; where nobody has it open, without the files that SQLite would make."""
+    """Open to read beside writers, killed ones too; where it is not open elsewhere, without SQLite's extra files."""
     how = "mode=ro&immutable=1" if alone else "mode=ro"
     connection = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)
     connection.text_factory = bytes  # also what is no text at all gets its number

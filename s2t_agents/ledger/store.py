@@ -20,12 +20,12 @@ class LedgerStore(Protocol):
         """Every record, in the order they were kept."""
 
     def close(self) -> None:
-        """Let go of files."""
+        """Close files."""
 
 
-def summed(store: LedgerStore) -> Iterable[GenerationRecord]:
+def records_to_sum(store: LedgerStore) -> Iterable[GenerationRecord]:
     """Every record, for sums: a store may have a method of this name that leaves out what they do not need."""
-    quickly: Callable[[], Iterable[GenerationRecord]] | None = getattr(store, "summed", None)
+    quickly: Callable[[], Iterable[GenerationRecord]] | None = getattr(store, "records_to_sum", None)
     return store if quickly is None else quickly()
 
 
@@ -43,7 +43,7 @@ class MemoryLedger:
         return iter(self._records[:])
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to close."""
 
 
 class ReadOnly:
@@ -68,8 +68,8 @@ class ReadOnly:
     def __iter__(self) -> Iterator[GenerationRecord]:
         return self._read(self._path, GenerationRecord)
 
-    def summed(self) -> Iterator[GenerationRecord]:
-        """As ``store.summed``."""
+    def records_to_sum(self) -> Iterator[GenerationRecord]:
+        """As ``store.records_to_sum``."""
         return self._read(self._path, SummedRecord)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ PARTS = tuple(Latency.model_fields)
 
 
 class CostSum(Frozen):
-    """Dollars added up, and how many of the added costs nobody knew.
+    """Dollars added up, and how many of the added costs were unknown.
 
     Args:
         known: the sum of the known ones, in USD.
@@ -119,7 +119,7 @@ Sums = Sequence[int]
 """What ``Totals`` hold as whole numbers: counts; picodollars and unknown ones of each cost; microseconds and how many
 measured them of each part; and the exponents that the costs were written with, of which the least is kept."""
 
-NOTHING: Sums = (0,) * (_AT_EXPONENTS + len(_COSTS))
+NO_SUMS: Sums = (0,) * (_AT_EXPONENTS + len(_COSTS))
 
 
 def sums_of(record: GenerationRecord) -> Sums:
@@ -138,13 +138,13 @@ def sums_of(record: GenerationRecord) -> Sums:
     return sums + exponents
 
 
-def plus(a: Sums, b: Sums) -> list[int]:
+def add_sums(a: Sums, b: Sums) -> list[int]:
     """``a + b``."""
     return [*map(add, a[:_AT_EXPONENTS], b[:_AT_EXPONENTS]), *map(min, a[_AT_EXPONENTS:], b[_AT_EXPONENTS:])]
 
 
-def totals(sums: Sums) -> Totals:
-    """The same with names."""
+def totals_from(sums: Sums) -> Totals:
+    """Sums as :class:`Totals`."""
     costs = {
         name: CostSum(
             known=money.written(sums[_AT_COSTS + 2 * at], sums[_AT_EXPONENTS + at]),
@@ -157,18 +157,13 @@ def totals(sums: Sums) -> Totals:
     return Totals(**counts, cost_usd=CostSums(**costs), latency_us=parts)
 
 
-def totals_of(record: GenerationRecord) -> Totals:
-    """One record as a sum of one."""
-    return totals(sums_of(record))
-
-
 class RunningTotal:
     """A sum that grows while a ``with ledger.scope()`` block runs. Safe to read from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         hold_while_forking(self, "_lock")
-        self._sums: Sums = NOTHING
+        self._sums: Sums = NO_SUMS
         self._new: deque[Sums] = deque()  # the garbage collector may add the record of a lost stream inside our block
 
     def add(self, record: GenerationRecord) -> None:
@@ -180,13 +175,13 @@ class RunningTotal:
     @property
     def now(self) -> Totals:
         """The total at this moment."""
-        return totals(self._fold())
+        return totals_from(self._fold())
 
     def _fold(self) -> Sums:
         with self._lock:
             while self._new:
                 one = self._new.popleft()
-                self._sums = plus(self._sums, one)
+                self._sums = add_sums(self._sums, one)
             return self._sums
 
 

@@ -1,4 +1,4 @@
-"""One pass over records: sums and latencies by group, while the records themselves are let go of.
+"""One pass over records: sums and latencies by group; the records themselves are not kept.
 
 A group takes about half a kilobyte, a measured part of a record's latency 12 bytes.
 """
@@ -14,18 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from s2t_agents.errors import LedgerError
-from s2t_agents.ledger.latency import SHARES, Quantiles, rank
+from s2t_agents.ledger.latency import SHARES, Quantiles, percentile_rank
 from s2t_agents.ledger.record import GenerationRecord
-from s2t_agents.ledger.totals import NOTHING, PARTS, Sums, Totals, part_times, plus, sums_of, totals
+from s2t_agents.ledger.totals import NO_SUMS, PARTS, Sums, Totals, add_sums, part_times, sums_of, totals_from
 
 By = Literal["agent", "thread", "run", "day"]
 
 NO_KEY = "(none)"
 
-ROOM = 128 * 2**20
+GROUPS_BYTES = 128 * 2**20
 """Bytes for groups that are kept apart: a quarter of a million of them, if their names are short."""
 
-GROUP = 480
+GROUP_BYTES = 480
 """Bytes that a group takes, its name aside."""
 
 _KEYS: dict[str, Callable[[GenerationRecord], str]] = {
@@ -36,7 +36,7 @@ _KEYS: dict[str, Callable[[GenerationRecord], str]] = {
 }
 
 
-class Tally:
+class GroupedTotals:
     """Sums of records and percentiles of their latency, by group, in order of first appearance.
 
     Args:
@@ -50,7 +50,7 @@ class Tally:
     def __init__(self, records: Iterable[GenerationRecord], by: By) -> None:
         if by not in _KEYS:
             raise LedgerError(f"by={by!r}: no such grouping.", hint=f"Use one of {', '.join(_KEYS)}.")
-        self._by, self._room = by, ROOM
+        self._by, self._room = by, GROUPS_BYTES
         self._numbers: dict[str, int] = {}
         self._sums: list[Sums] = []
         self._times = {part: (array("I"), array("d")) for part in PARTS}
@@ -69,17 +69,17 @@ class Tally:
         Answers from the cache have no part in the latter.
         """
         for key, number in self._numbers.items():
-            yield key, totals(self._sums[number]), self._latency_of(number)
+            yield key, totals_from(self._sums[number]), self._latency_of(number)
 
     def total(self) -> Totals:
         """The sum of all groups."""
-        return totals(reduce(plus, self._sums, NOTHING))
+        return totals_from(reduce(add_sums, self._sums, NO_SUMS))
 
     def _add(self, key: str, record: GenerationRecord) -> None:
         number = self._numbers.get(key)
         if number is None:
             number = self._new(key)
-        self._sums[number] = _packed(plus(self._sums[number], sums_of(record)))
+        self._sums[number] = _packed(add_sums(self._sums[number], sums_of(record)))
         if record.cached:
             return
         for ms, (groups, values) in zip(part_times(record.latency_ms), self._times.values(), strict=True):
@@ -88,7 +88,7 @@ class Tally:
                 values.append(ms)
 
     def _new(self, key: str) -> int:
-        self._room -= GROUP + len(key.encode())
+        self._room -= GROUP_BYTES + len(key.encode())
         if self._room < 0:
             others = " or ".join(each for each in ("agent", "day") if each != self._by)
             raise LedgerError(
@@ -96,7 +96,7 @@ class Tally:
                 hint=f"Group by {others}, or split the file.",
             )
         self._numbers[key] = number = len(self._sums)
-        self._sums.append(NOTHING)
+        self._sums.append(NO_SUMS)
         return number
 
     def _latency_of(self, number: int) -> dict[str, Quantiles]:
@@ -125,7 +125,7 @@ def _percentiles(groups: array[int], values: array[float], many: int) -> list[ND
     for share in SHARES:
         at = np.zeros(many)
         has = counts > 0
-        ranks = np.array([rank(int(count), share) for count in counts[has]], dtype=np.int64)
+        ranks = np.array([percentile_rank(int(count), share) for count in counts[has]], dtype=np.int64)
         at[has] = ms[order[starts[has] + ranks]]
         out.append(at)
     return out
