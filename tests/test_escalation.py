@@ -189,6 +189,17 @@ def test_a_cost_that_no_budget_can_count_is_booked_as_what_was_held(owed: Any) -
     assert (state.spent["usd"], state.spent["escalations"], state.holds) == (Decimal("0.000016"), 1, 0)
 
 
+@pytest.mark.parametrize("usd", [0.25, "0.25", Decimal("0.250")])
+def test_a_cost_in_numbers_of_another_type_is_dollars(usd: Any) -> None:
+    class Careless(ScriptedLLM):
+        def quote(self, question: Question) -> Charge:
+            return Charge(usd, 4)
+
+    report = ask(Careless(last_candidate), Budget(usd="1"))[1]
+    assert report.reserved == report.actual == Charge(Decimal("0.25"), 4)
+    assert type(report.actual.usd) is Decimal
+
+
 @pytest.mark.parametrize(("timeout_s", "took_s"), [(None, 3000), (math.inf, 3000), (900.0, 901), (10.0, 299)])
 def test_a_hold_lives_until_the_llm_has_answered(timeout_s: float | None, took_s: float) -> None:
     clock = FakeClock()

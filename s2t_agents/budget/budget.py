@@ -95,7 +95,7 @@ class Budget:
                 "window": window,
             }
         )
-        mode = _mode(on_exhausted)
+        mode = _checked_mode(on_exhausted)
         self._set_up(MeterHandle.open_root(name, terms, store or MemoryStore(clock)), None, mode, final=False)
 
     def _set_up(self, meter: MeterHandle, parent: Budget | None, on_exhausted: OnExhausted, *, final: bool) -> Self:
@@ -118,7 +118,7 @@ class Budget:
         Raises:
             BadLimit: a limit that cannot be meant, or other limits than this child already has.
         """
-        mode = _mode(on_exhausted or self.on_exhausted)
+        mode = _checked_mode(on_exhausted or self.on_exhausted)
         terms = terms_of(limits) if any(value is not None for value in limits.values()) else None
         return Budget.__new__(Budget)._set_up(self._meter.open_child(name, terms), self, mode, final=False)
 
@@ -128,7 +128,7 @@ class Budget:
 
     def view(self, *, on_exhausted: OnExhausted | None = None, final: bool | None = None) -> Budget:
         """The same meter with another ``on_exhausted``, or with its finalization reserve. The store is not asked."""
-        mode = _mode(on_exhausted or self.on_exhausted)
+        mode = _checked_mode(on_exhausted or self.on_exhausted)
         as_final = self._final if final is None else final
         return Budget.__new__(Budget)._set_up(self._meter, self.parent, mode, final=as_final)
 
@@ -281,7 +281,7 @@ def _opened(
     return Budget.__new__(Budget)._set_up(meter, parent, on_exhausted, final=final)
 
 
-def _mode(on_exhausted: OnExhausted) -> OnExhausted:
+def _checked_mode(on_exhausted: OnExhausted) -> OnExhausted:
     if on_exhausted not in get_args(OnExhausted):
         raise ConfigError(f"on_exhausted={on_exhausted!r}.", hint='Use "degrade", "raise" or "ask".')
     return on_exhausted

@@ -74,12 +74,12 @@ class MemoryStore:
         """Hold on the whole chain, or say why not."""
         self._check_process()
         with self._lock:
-            now_us = self._tidy()
+            now_us = self._expire_holds()
             changed: dict[str, Meter] = {}
             for path, final in chain:
                 meter = self._meters[path]
                 if meter.terms.window is not None:
-                    meter = self._current(path)
+                    meter = self._current_meter(path)
                 refused = meter.refusal(path, want, final, now_us)
                 if refused is not None:
                     return refused
@@ -92,20 +92,20 @@ class MemoryStore:
 
     def settle(self, hold_id: str, actual: Counts) -> Closing:
         """Replace the hold by what was used."""
-        return self._end(hold_id, actual)
+        return self._close_hold(hold_id, actual)
 
     def release(self, hold_id: str) -> Closing:
         """Give the hold back."""
-        return self._end(hold_id, None)
+        return self._close_hold(hold_id, None)
 
     def extend(self, path: str, more: Counts, once: str = "") -> bool:
         """Raise the limits."""
         self._check_process()
         with self._lock:
-            now_us = self._tidy()
+            now_us = self._expire_holds()
             if once and (path, once) in self._granted:
                 return False
-            after = self._current(path).extend(more, now_us)
+            after = self._current_meter(path).extend(more, now_us)
             self._journal = ({path: after}, "", None, (path, once))
             self._replay()
             return True
@@ -114,26 +114,26 @@ class MemoryStore:
         """The meter now."""
         self._check_process()
         with self._lock:
-            now_us = self._tidy()
+            now_us = self._expire_holds()
             holds = sum(
                 1 for held in self._holds.values() if not held.expired and any(link.path == path for link in held.chain)
             )
-            return self._current(path).state(path, now_us, holds)
+            return self._current_meter(path).state(path, now_us, holds)
 
     def close(self) -> None:
         """Nothing to close."""
 
-    def _end(self, hold_id: str, actual: Counts | None) -> Closing:
+    def _close_hold(self, hold_id: str, actual: Counts | None) -> Closing:
         self._check_process()
         with self._lock:
             if self._journal is not None or self._now_us() >= self._next_expiry_us:
-                self._tidy()
+                self._expire_holds()
             held = self._holds.get(hold_id)
             if held is None:
                 return Closing.GONE
             changed: dict[str, Meter] = {}
             for path, _ in held.chain:
-                meter = self._current(path)
+                meter = self._current_meter(path)
                 if held.expired:  # its reservation was given back when it expired: all of it is overrun
                     changed[path] = meter.overrun(actual) if actual else meter
                 elif actual is None:
@@ -162,11 +162,11 @@ class MemoryStore:
     def _now_us(self) -> int:
         return int(self._clock.monotonic() * 1e6)
 
-    def _current(self, path: str) -> Meter:
+    def _current_meter(self, path: str) -> Meter:
         meter = self._meters[path]
         return meter if meter.terms.window is None else meter.in_window_at(self._clock.wall())
 
-    def _tidy(self) -> int:
+    def _expire_holds(self) -> int:
         """Finish an interrupted change, give lapsed holds back; the time now."""
         if self._journal is not None:
             self._replay()
@@ -175,7 +175,7 @@ class MemoryStore:
             return now_us
         for hold_id, held in [item for item in self._holds.items() if not item[1].expired]:
             if held.expires_us <= now_us:
-                back = {path: self._current(path).release(held.want) for path, _ in held.chain}
+                back = {path: self._current_meter(path).release(held.want) for path, _ in held.chain}
                 self._commit(back, hold_id, held._replace(expired=True))
                 self._expired.append(hold_id)
         while len(self._expired) > TOMBSTONES:

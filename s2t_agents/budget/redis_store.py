@@ -130,11 +130,11 @@ class RedisStore:
 
     def settle(self, hold_id: str, actual: Counts) -> Closing:
         """Replace the hold by what was used."""
-        return self._finished(self._run(hold_id, "finish", hold_id, _amount(actual)))
+        return self._closing(self._run(hold_id, "finish", hold_id, _amount(actual)))
 
     def release(self, hold_id: str) -> Closing:
         """Give the hold back."""
-        return self._finished(self._run(hold_id, "finish", hold_id))
+        return self._closing(self._run(hold_id, "finish", hold_id))
 
     def extend(self, path: str, more: Counts, once: str = "") -> bool:
         """Raise the limits."""
@@ -206,7 +206,7 @@ class RedisStore:
         except self._unknown:  # a new server, or one that was started again
             return send("EVAL", SCRIPTS[op], 3, *keys, args)
 
-    def _finished(self, said: object) -> Closing:
+    def _closing(self, said: object) -> Closing:
         if isinstance(said, list):
             raise self._missing(str(said[1]))
         return Closing(said)

@@ -97,8 +97,8 @@ class SQLiteStore:
     def reserve(self, chain: Chain, hold_id: str, want: Counts, ttl_us: int) -> Refusal | None:
         """Hold on the whole chain, or say why not."""
         with self._transaction() as rows:
-            now_us = self._lapse(rows)
-            meters = [(path, self._current(rows, path), final) for path, final in chain]
+            now_us = self._lapse_holds(rows)
+            meters = [(path, self._current_meter(rows, path), final) for path, final in chain]
             for path, meter, final in meters:
                 refused = meter.refusal(path, want, final, now_us)
                 if refused is not None:
@@ -113,28 +113,28 @@ class SQLiteStore:
 
     def settle(self, hold_id: str, actual: Counts) -> Closing:
         """Replace the hold by what was used."""
-        return self._end(hold_id, actual)
+        return self._close_hold(hold_id, actual)
 
     def release(self, hold_id: str) -> Closing:
         """Give the hold back."""
-        return self._end(hold_id, None)
+        return self._close_hold(hold_id, None)
 
     def extend(self, path: str, more: Counts, once: str = "") -> bool:
         """Raise the limits."""
         with self._transaction() as rows:
             if once and not note_grant(rows, path, once):
                 return False
-            meter = self._current(rows, path).extend(more, self._now_us())
+            meter = self._current_meter(rows, path).extend(more, self._now_us())
             save_meter(rows, path, meter, deadline_wall=self._wall_at(meter))
             return True
 
     def read_state(self, path: str) -> BudgetState:
         """The meter now."""
         with self._transaction() as rows:
-            now_us = self._lapse(rows)
+            now_us = self._lapse_holds(rows)
             chains = rows.execute("SELECT chain FROM holds WHERE lapsed = 0").fetchall()
             holds = sum(path in hold_paths(chain) for (chain,) in chains)
-            return self._current(rows, path).state(path, now_us, holds)
+            return self._current_meter(rows, path).state(path, now_us, holds)
 
     def close(self) -> None:
         """Close the file; the next use opens it again."""
@@ -149,16 +149,16 @@ class SQLiteStore:
     def __repr__(self) -> str:
         return f"SQLiteStore({str(self.path)!r})"
 
-    def _end(self, hold_id: str, actual: Counts | None) -> Closing:
+    def _close_hold(self, hold_id: str, actual: Counts | None) -> Closing:
         with self._transaction() as rows:
-            self._lapse(rows)
+            self._lapse_holds(rows)
             found = rows.execute("SELECT * FROM holds WHERE id = ?", (hold_id,)).fetchone()
             if found is None:
                 return Closing.GONE
             _, chain, *reserved, _, lapsed = found
             held = counts(reserved)
             for path in hold_paths(chain):
-                meter = self._current(rows, path)
+                meter = self._current_meter(rows, path)
                 if not lapsed:
                     save_meter(rows, path, meter.settle(held, actual) if actual else meter.release(held))
                 elif actual:  # its reservation was given back when it lapsed: all of it is overrun
@@ -166,19 +166,19 @@ class SQLiteStore:
             rows.execute("DELETE FROM holds WHERE id = ?", (hold_id,))
             return Closing.LATE if lapsed else Closing.DONE
 
-    def _lapse(self, rows: sqlite3.Connection) -> int:
+    def _lapse_holds(self, rows: sqlite3.Connection) -> int:
         """Give lapsed holds back; the time now."""
         now_us = self._now_us()
         over = rows.execute("SELECT * FROM holds WHERE lapsed = 0 AND expires_us <= ?", (now_us,)).fetchall()
         for hold_id, chain, *reserved, _, _ in over:
             for path in hold_paths(chain):
-                save_meter(rows, path, self._current(rows, path).release(counts(reserved)))
+                save_meter(rows, path, self._current_meter(rows, path).release(counts(reserved)))
             rows.execute("UPDATE holds SET lapsed = 1 WHERE id = ?", (hold_id,))
         if over:
             rows.execute("DELETE FROM holds WHERE lapsed = 1 AND expires_us < ?", (now_us - KEEP_LAPSED_US,))
         return now_us
 
-    def _current(self, rows: sqlite3.Connection, path: str) -> Meter:
+    def _current_meter(self, rows: sqlite3.Connection, path: str) -> Meter:
         meter = load_meter(rows, path)
         if meter is None:
             raise StoreUnavailable(f"{self.path} no longer has the budget {path!r}.", hint="Open the budget again.")
@@ -208,7 +208,7 @@ class SQLiteStore:
             with self._lock:  # never for long: while one thread waits for other processes, the others may try
                 rows, state = None, "opening"
                 try:
-                    rows = self._here()
+                    rows = self._connected()
                     rows.execute("BEGIN IMMEDIATE")
                     state = "open"
                     yield rows
@@ -239,7 +239,7 @@ class SQLiteStore:
             untouched=untouched,
         )
 
-    def _here(self) -> sqlite3.Connection:
+    def _connected(self) -> sqlite3.Connection:
         """This process's connection to the file that is at the path now."""
         if self._pid != os.getpid():
             _inherited.append(self._connection)

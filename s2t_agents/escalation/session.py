@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from ..budget import Budget, Hold
-from ..budget.quantities import quantities_of
+from ..budget.quantities import charge_of, quantities_of
 from ..errors import (
     BadLimit,
     BudgetError,
@@ -92,7 +92,7 @@ class EscalationSession:
             quote = self._llm_session.quote(question)
             if quote is None:
                 return None, None
-            quantities_of(quote)
+            quote = _counted(quote)
         except Exception as error:  # noqa: BLE001 - an LLM of the caller's own may raise anything
             return None, self._reported(question, None, _report("failed", None, None, started, _reason(error)))
         try:
@@ -117,7 +117,7 @@ class EscalationSession:
         try:
             if self._budget is not None and question.seconds is None:
                 question.seconds = self._budget.seconds_left()
-            answer = usable(self._llm_session.ask(question), question)
+            answer = checked_answer(self._llm_session.ask(question), question)
             outcome, reason = "picked", answer.note
         except Exception as error:  # noqa: BLE001 - a dead or broken LLM never takes the answer down
             reason = _reason(error)
@@ -126,9 +126,9 @@ class EscalationSession:
             reason = _reason(error)
             raise
         finally:
-            owed = question.owed = _countable(question.owed, quote)
+            owed = question.owed = _counted_or(quote, question.owed)
             try:
-                _close(hold, owed)
+                _close_hold(hold, owed)
             finally:
                 report = self._reported(question, answer, _report(outcome, quote, owed, started, reason))
         if answer is not None and self._groups is not None and owed is not None:
@@ -150,7 +150,7 @@ def _hold_s(llm: LLMSelector) -> float:
     return max(HOLD_S, deadline + HOLD_LONGER_S)
 
 
-def usable(answer: object, question: Question) -> Answer:
+def checked_answer(answer: object, question: Question) -> Answer:
     """An answer that can be followed, its scores as floats.
 
     Raises:
@@ -186,7 +186,7 @@ def _reason(error: BaseException) -> str:
     return str(error) if isinstance(error, S2TError) else f"{type(error).__name__} while the LLM was asked."
 
 
-def _close(hold: Hold | None, owed: Charge | None) -> None:
+def _close_hold(hold: Hold | None, owed: Charge | None) -> None:
     if hold is None:
         return
     # lapsed: booked as overrun; store down: settled later; interrupted: the hold finishes it
@@ -205,12 +205,18 @@ def _report(
     return EscalationReport(outcome, reserved, actual, time.perf_counter() - started, reason)
 
 
-def _countable(owed: Charge | None, quote: Charge) -> Charge | None:
+def _counted(charge: Charge) -> Charge:
+    """The charge of an LLM, exactly as a budget counts it.
+
+    Raises:
+        BadLimit: no budget can count it.
+    """
+    return charge_of(quantities_of(charge))
+
+
+def _counted_or(quote: Charge, owed: Charge | None) -> Charge | None:
     """What is owed; what was held where the LLM states something that no budget can count."""
-    if owed is None:
-        return None
     try:
-        quantities_of(owed)
+        return None if owed is None else _counted(owed)
     except BadLimit:
         return quote
-    return owed

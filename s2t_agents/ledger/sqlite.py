@@ -75,7 +75,7 @@ class SQLiteLedger:
             record.run_id,
             record.model_dump_json(),
         )
-        with self._turn() as connection:
+        with self._exclusive() as connection:
             try:
                 connection.execute(
                     "INSERT INTO records (id, started_at, agent, thread_id, run_id, record) VALUES (?, ?, ?, ?, ?, ?)",
@@ -92,7 +92,7 @@ class SQLiteLedger:
         return self._read(SummedRecord)
 
     def _read(self, kind: type[GenerationRecord]) -> Iterator[GenerationRecord]:
-        with self._turn():  # the file is still there
+        with self._exclusive():  # the file is still there
             pass
         return read_records(self.path, kind)
 
@@ -102,14 +102,14 @@ class SQLiteLedger:
             self._connection.close()
 
     @contextmanager
-    def _turn(self) -> Iterator[sqlite3.Connection]:
+    def _exclusive(self) -> Iterator[sqlite3.Connection]:
         """The connection, for this thread alone; other threads and other processes are waited for ``wait_s`` in all."""
         until = time.monotonic() + self._wait_s
         if not self._lock.acquire(timeout=self._wait_s):
             raise LedgerError(f"{self.path}: database is locked.", hint="The record was not kept.")
         try:
             try:
-                connection = self._here()
+                connection = self._connected()
                 connection.execute(f"PRAGMA busy_timeout={max(0, int(1000 * (until - time.monotonic())))}")
             except (sqlite3.Error, OSError) as error:
                 raise LedgerError(f"{self.path}: {error}.", hint="It was not touched.") from None
@@ -117,7 +117,7 @@ class SQLiteLedger:
         finally:
             self._lock.release()
 
-    def _here(self) -> sqlite3.Connection:
+    def _connected(self) -> sqlite3.Connection:
         """This process's connection (SQLite forbids using one across a fork) to the file that is at the path now."""
         if identity(self.path) != self._file:
             raise LedgerError(
