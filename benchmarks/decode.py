@@ -192,6 +192,11 @@ class Generate:
         self._model, self._prompt, self._tokens = model, prompt, tokens
         self._read: DynamicCache | None = None
 
+    @property
+    def read(self) -> bool:
+        """Whether the prompt's KV is at hand: the first run leaves it."""
+        return self._read is not None
+
     @torch.inference_mode()
     def __call__(self, warm: bool, *, rows: int = 1, **options: Any) -> Iterator[float]:
         """When each token of ``rows`` answers at once came; ``warm``: all but the prompt's last token is read."""

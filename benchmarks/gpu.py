@@ -20,7 +20,7 @@ import transformers
 
 from s2t_agents.errors import ConfigError
 
-from . import agreement, decode, growth, parallel, turns
+from . import agreement, decode, growth, loops, parallel, turns
 from .device import described, share_of_limit
 from .shapes import SHAPES, measured_model
 
@@ -106,7 +106,7 @@ def run(
         engine = found["rows"]["engine"]["ms_per_token"]
         result.setdefault("memory_limit", {})[str(found["prefix"])] = share_of_limit(model, engine, about)
     part("parallel", (parallel.run(model, at_once=n, tokens=max(8, sizes.tokens // 3)) for n in sizes.at_once))
-    part("loops", (parallel.loops(model, at_once=n, tokens=sizes.tokens // 2) for n in (sizes.agents,)))
+    part("loops", (loops.run(model, at_once=n, tokens=sizes.tokens // 2) for n in (sizes.agents,)))
     part("growth", (growth.run(model, prefixes=(n,), ks=sizes.ks, steps=sizes.tokens // 2) for n in sizes.prefixes))
     part("turns", (turns.run(model, turns=sizes.turns, repeats=each) for each in (sizes.repeats,)))
     result["graphs"] = model.static is not None and not model.static.failed

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .chat import CHAT
 from .speed import targets
 from .targets import Verdict, at_least, targets_of
 
@@ -144,7 +145,8 @@ def training(report: dict[str, Any], made: dict[str, Any]) -> str:
 
 def speed(report: dict[str, Any], made: dict[str, Any]) -> str:
     """The tables of ``s2t bench decode --json``: ms a token, first tokens and memory, targets met or missed."""
-    lines = [*per_token(report), "", *first_tokens(report), "", *concurrent(report), "", *judged(targets(report))]
+    lines = [*per_token(report), "", *through_chat(report), *first_tokens(report), "", *concurrent(report), ""]
+    lines += judged(targets(report))
     return "\n".join([*lines, "", SPEED_NOTE.format(**report), "", _made_by(report, made, "s2t bench decode")])
 
 
@@ -243,6 +245,18 @@ def per_token(report: dict[str, Any], names: tuple[str, ...] = ALL) -> list[str]
     return lines
 
 
+def through_chat(report: dict[str, Any]) -> list[str]:
+    """ms a token through the chat model, and over the bare engine; none in results stored before that was measured."""
+    if "chat" not in report:
+        return []
+    lines = ["| ms a token (over the bare engine) | " + " | ".join(CHAT) + " |", "|---" * (len(CHAT) + 1) + "|"]
+    for part in report["chat"]:
+        cells = [part["rows"][name] for name in CHAT]
+        told = " | ".join(f"{figure(row['ms_per_token'])} ({row['over_engine']:.2f}x)" for row in cells)
+        lines.append(f"| {part['model']}, after {part['prompt_tokens']['plain']} tokens | {told} |")
+    return [*lines, ""]
+
+
 def escalation(report: dict[str, Any], made: dict[str, Any]) -> str:
     """The tables of ``s2t bench escalate --json``: what the LLM has to do for the same picks, three ways."""
     heads = (
@@ -306,7 +320,9 @@ def first_tokens(report: dict[str, Any]) -> list[str]:
 
 def concurrent(report: dict[str, Any]) -> list[str]:
     """Concurrent generations over the same ones in sequence."""
-    heads = ("concurrent generations", "tokens/s", "speed-up", "without prompts", "ms between tokens: median / p99")
+    heads = ["concurrent generations", "tokens/s", "speed-up", "without prompts", "ms between tokens: median / p99"]
+    bound = any("bound" in each for each in report["loops"])
+    heads += ["share of the bound"] * bound
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     kinds = [("uncached prompts", each) for each in report["parallel"]]
     kinds += [("agent loops of {turns} turns, one system prompt".format(**each), each) for each in report["loops"]]
@@ -314,7 +330,8 @@ def concurrent(report: dict[str, Any]) -> list[str]:
         gaps = f"{figure(each['gap_ms_median'])} / {figure(each['gap_ms_p99'])}"
         ratios = f"{each['ratio']:.2f}x | {each['step_ratio']:.2f}x"
         per_second = figure(each["together_tokens_per_s"])
-        lines.append(f"| {each['model']}, {each['at_once']} {kind} | {per_second} | {ratios} | {gaps} |")
+        told = f" {each['bound']['share']:.0%} |" if "bound" in each else " - |" * bound
+        lines.append(f"| {each['model']}, {each['at_once']} {kind} | {per_second} | {ratios} | {gaps} |{told}")
     return lines
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from s2t_agents.backends.torch.language_model import LanguageModel
 from s2t_agents.testing import tiny_config, tiny_tokenizer
+
+from . import assets
 
 QWEN_HALF_B: dict[str, Any] = {
     "vocab_size": 151_936,
@@ -31,11 +36,20 @@ QWEN_ONE_AND_A_HALF_B: dict[str, Any] = {
 }
 """Qwen2.5-1.5B: for a GPU."""
 
-SHAPES = {"qwen2.5-0.5b": QWEN_HALF_B, "qwen2.5-1.5b": QWEN_ONE_AND_A_HALF_B, "tiny": {}}
+SHAPES = {
+    "qwen2.5-0.5b": QWEN_HALF_B,
+    "qwen2.5-1.5b": QWEN_ONE_AND_A_HALF_B,
+    "tiny": {"max_position_embeddings": 4096},
+}
+
+TEMPLATE = Path(__file__).parent / "demo_pair" / "chat_template.jinja"
 
 
 def measured_model(name: str, *, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> LanguageModel:
     """A model of ``SHAPES`` with random weights, or the bundled one; it never ends an answer by itself.
+
+    Shapes of Qwen's vocabulary have its tokenizer where the cache has that (`make real`), so that a grammar costs what
+    it does over as many tokens; else they have one of bytes.
 
     Args:
         name: a key of ``SHAPES``, or a path or bundled name.
@@ -52,11 +66,25 @@ def measured_model(name: str, *, dtype: torch.dtype, device: str = "cpu", seed: 
             torch.manual_seed(seed)
             raw = AutoModelForCausalLM.from_config(tiny_config("qwen2", **SHAPES[name]))
         raw = raw.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        model = LanguageModel(raw, tiny_tokenizer(), name=name)
+        tokenizer = _tokenizer(raw.config.vocab_size)
+        raw.get_input_embeddings().weight[tokenizer.pad_token_id] = 0  # never the largest logit
+        model = LanguageModel(raw, tokenizer, name=name)
         model.with_text = None  # random weights say nothing anyway
-    model.eos_ids = frozenset()
+    model.eos_ids = frozenset({model.tokenizer.pad_token_id})  # a grammar needs an end, and no model says this one
     model.model.generation_config.eos_token_id = None
     return model
+
+
+def _tokenizer(size: int) -> Any:
+    """One of a vocabulary of about that size, with a chat template that shows tools."""
+    if size > len(tiny_tokenizer()):
+        with suppress(assets.Unavailable):
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(assets.folder("qwen3"))
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
+    return tokenizer
 
 
 def random_prompt(model: LanguageModel, length: int, seed: int = 0) -> list[int]:

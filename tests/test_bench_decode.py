@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import parallel, speed, turns
+from benchmarks import chat, loops, parallel, speed, turns
 from benchmarks.decode import RATES, Timed, at_rate, run
+from benchmarks.shapes import measured_model
+from benchmarks.timed_chat import TimedChat
 from s2t_agents.engine.engine import Engine
 from s2t_agents.testing import tiny_model
 from s2t_agents.types import Sampling
@@ -35,7 +37,7 @@ def test_every_row_is_there_with_its_ratios(quick: dict[str, Any]) -> None:
 
 
 def test_targets_stand_beside_figures_missed_or_met(quick: dict[str, Any]) -> None:
-    assert len(quick["targets"]) == 8
+    assert len(quick["targets"]) == 11
     assert all(isinstance(each["met"], bool) for each in quick["targets"].values())
     assert speed.table(quick).renderables
 
@@ -64,9 +66,47 @@ def test_generations_at_once_are_equal_to_those_alone() -> None:
     model = tiny_model("qwen3")
     model.eos_ids = frozenset()
     assert parallel.run(model, at_once=4, prefix=16, tokens=8)["equal"]
-    found = parallel.loops(model, at_once=4, system=16, new=5, turns=2, tokens=6)
-    assert found["equal"]
-    assert found["ratio"] > 0
+
+
+def test_agent_loops_call_the_tool_and_are_equal_at_once_and_one_by_one(quick: dict[str, Any]) -> None:
+    for found in quick["loops"]:
+        assert found["equal"]
+        bound = found["bound"]
+        assert bound["seconds"] > 0
+        assert bound["share"] == pytest.approx(bound["seconds"] / found["together_s"])
+        assert bound["steps"] >= found["turns"] * found["tokens"] / 2  # the calls are as long as was asked for
+
+
+def test_the_bound_reads_every_token_of_a_prompt_once() -> None:
+    shared = [1, 2, 3]
+    first = [([*shared, 10], [20, 21]), ([*shared, 10, 20, 21, 11, 12], [22])]
+    second = [([*shared, 30, 31], [40, 41])]
+    # shared once; 10; the last token of the answer, which nobody has read, and 11, 12; 30, 31
+    assert loops.unread([first, second]) == 3 + 1 + 3 + 2
+    assert loops.unread([first]) == 4 + 3
+
+
+def test_the_chat_model_is_measured_beside_the_engine_at_the_same_prompt(quick: dict[str, Any]) -> None:
+    for part in quick["chat"]:
+        rows = part["rows"]
+        assert set(rows) == {"generate", *chat.CHAT, *chat.CHAT.values()}
+        assert all(row["ms_per_token"] > 0 for row in rows.values())
+        assert rows["engine"]["over_engine"] == rows["generate"]["over_generate"] == 1
+        assert part["prompt_tokens"]["with_tool"] > part["prompt_tokens"]["plain"] > 16
+        assert chat.slowest(part) == max(rows[name]["over_engine"] for name in chat.HELD)
+
+
+def test_the_chat_model_says_what_the_engine_says_and_every_token_has_its_time() -> None:
+    model = measured_model("tiny", dtype=torch.float32)
+    timed = TimedChat(model, 20)
+    messages = timed.conversation(8, 30)
+    _, ids, stamps = timed.answer(messages, scope="a")
+    assert len(ids) == len(stamps) == 20
+    assert stamps == sorted(stamps)
+    called, ids, stamps = timed.answer(messages, scope="a", tools="any")
+    assert len(called.tool_calls[0]["args"]["numbers"]) >= timed.least
+    assert 10 <= len(stamps) < len(ids)  # what the grammar chose took no step
+    assert len(timed.chat.get_token_ids(timed.text(50))) in range(50, 55)
 
 
 def test_a_turn_reuses_all_but_what_is_new() -> None:
