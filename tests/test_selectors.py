@@ -9,10 +9,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from s2t_agents.backends.torch import LanguageModel, Lora
+from s2t_agents.backends.torch.logit_statistics import FLOOR
 from s2t_agents.errors import AdapterMismatch, ConfigError, ModelNotFound, UnsafeWeights
 from s2t_agents.proposal import Proposal
 from s2t_agents.scheduling.sequence import Prefix
-from s2t_agents.selectors import ActivatedSelector, HeadSelector, SelectorConfig, confidence_margin, load_selector
+from s2t_agents.selectors import (
+    ActivatedSelector,
+    AdaptedSelector,
+    HeadSelector,
+    SelectorConfig,
+    confidence_margin,
+    load_selector,
+)
 from s2t_agents.selectors.config import BaseIdentity
 from s2t_agents.selectors.published import PublishedSelector
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
@@ -52,13 +60,24 @@ def published(model: LanguageModel, *, trained: bool) -> PublishedSelector:
     return selector.requires_grad_(False)
 
 
+def adapted(model: LanguageModel, *, trained: bool) -> AdaptedSelector:
+    torch.manual_seed(3)
+    selector = AdaptedSelector(model, Lora.fresh(model.model, targets=targets(model), rank=4, alpha=8))
+    for layer in selector.lora.layers:
+        for matrix in (layer.a, layer.b):
+            if trained:
+                torch.nn.init.normal_(matrix, std=0.3)
+            matrix.data = matrix.data.half().float()  # as its file has them
+    return selector.requires_grad_(False)
+
+
 def proposal(model: LanguageModel) -> Proposal:
     prefix = Prefix(model)
     prefix.extend(IDS)
     return Proposal(prefix, 8)
 
 
-KINDS = [activated, head, published]
+KINDS = [activated, adapted, head, published]
 
 
 def test_the_published_selectors_idle_kv_keeps_to_its_scope() -> None:
@@ -67,9 +86,9 @@ def test_the_published_selectors_idle_kv_keeps_to_its_scope() -> None:
     prefix = Prefix(model, "a")
     prefix.extend(IDS)
     selector.scores(Proposal(prefix, 8))
-    assert selector._idle.take(IDS, "b") is None
-    assert selector._idle.take(IDS, None) is None
-    kept = selector._idle.take(IDS, "a")
+    assert selector.prefixes.idle.take(IDS, "b") is None
+    assert selector.prefixes.idle.take(IDS, None) is None
+    kept = selector.prefixes.idle.take(IDS, "a")
     assert kept is not None
     assert kept.ids == IDS
 
@@ -78,7 +97,32 @@ def test_the_published_selectors_idle_kv_keeps_to_its_scope() -> None:
 def test_an_untrained_selector_scores_as_the_slm(kind: Any) -> None:
     model = tiny_model()
     look = proposal(model)
-    assert torch.equal(kind(model, trained=False).scores(look), look.candidate_log_probs)
+    scores = kind(model, trained=False).scores(look)
+    torch.testing.assert_close(scores, look.candidate_log_probs, atol=1e-6, rtol=1e-6)
+    assert kind is adapted or torch.equal(scores, look.candidate_log_probs)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
+def test_adapted_scores_are_the_log_probabilities_of_the_model_with_the_adapter_on(name: str) -> None:
+    model = tiny_model(name)
+    selector = adapted(model, trained=True)
+    watched = Prefix(model)
+    for ids in (IDS, [7], [8, 9]):  # caught up from selection to selection
+        watched.extend(ids)
+        look = Proposal(watched, 8)
+        with torch.inference_mode(), selector.lora.on(model.model):
+            logits = model.model(input_ids=torch.tensor([watched.ids])).logits[0, -1].float()
+        wanted = logits.log_softmax(-1)[look.candidates]
+        torch.testing.assert_close(selector.scores(look), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_grammar_forbids_stays_forbidden_whatever_the_adapter_says() -> None:
+    selector = adapted(tiny_model(), trained=True)
+    slm = torch.tensor([[-0.1, -2.0, -torch.inf, FLOOR]])
+    scores = slm + selector.correction(slm, torch.randn(1, 256) * 50, torch.tensor([[3, 4, 5, 6]]))
+    assert scores[0, 2] == -torch.inf
+    assert scores[0, 3] == FLOOR
+    assert scores[0, :2].isfinite().all()
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])

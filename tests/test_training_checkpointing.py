@@ -50,7 +50,7 @@ def kept_pieces(objective, keep):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kind", ["activated", "published"])
+@pytest.mark.parametrize("kind", ["activated", "adapted", "published"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_checkpointing_keeps_less_and_changes_nothing(architecture, kind, bf16):
     slm = tiny_model(architecture)

@@ -38,7 +38,7 @@ ROWS = Rows(
     budgets=(1, 2, 4, 8), votes=3, max_tokens=16, batch=5, check=3, agreement=5, k=4, ks=(1, 4), rates=(0.1, 0.3)
 )
 NAMES = [
-    "slm", "maj3", "random", "head", "activated", "published", "llm_select", "takeover",
+    "slm", "maj3", "random", "head", "activated", "adapted", "published", "llm_select", "takeover",
     "hybrid_1", "hybrid_2", "hybrid_4", "hybrid_8", "llm",
 ]  # fmt: skip
 
@@ -54,7 +54,7 @@ def made(pair, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     slm, _, teacher = pair
     collect_with(slm, teacher, prompts(folder, 12, first=300), QUICK, folder / "rollouts")
-    for kind in ("head", "activated", "published"):
+    for kind in ("head", "activated", "adapted", "published"):
         selector = fresh_selector(slm, kind, Fit(width=16, adapter=Adapter(rank=2)))
         with torch.random.fork_rng():
             torch.manual_seed(1)
@@ -70,7 +70,7 @@ def made(pair, tmp_path_factory):
 
 
 def settings(made, **changed) -> EvaluateConfig:
-    selectors = {kind: made / kind for kind in ("head", "activated", "published")}
+    selectors = {kind: made / kind for kind in ("head", "activated", "adapted", "published")}
     return EvaluateConfig(models=Models(), task=DemoTaskConfig(), **{"selectors": selectors, "rows": ROWS, **changed})
 
 
@@ -92,7 +92,7 @@ def test_the_table_as_json_has_the_rows_and_figures_of_the_method(pair, made):
     rows = Rows(max_tokens=6, check=0, agreement=0, k=4, budgets=(0, 1, 2, 4, 8))
     found = json.loads(evaluate_with(slm, llm, prompts(made, 3), settings(made, rows=rows)).model_dump_json())["rows"]
     assert set(found) == {
-        "slm", "maj8", "random", "head", "activated", "published", "llm_select", "takeover",
+        "slm", "maj8", "random", "head", "activated", "adapted", "published", "llm_select", "takeover",
         "hybrid_0", "hybrid_1", "hybrid_2", "hybrid_4", "hybrid_8", "llm",
     }  # fmt: skip
     for row in found.values():
@@ -103,7 +103,7 @@ def test_the_table_as_json_has_the_rows_and_figures_of_the_method(pair, made):
 
 def best_kind(made) -> str:
     """The kind that the hybrid rows take: the best held-out agreement."""
-    kinds = ("head", "activated", "published")
+    kinds = ("head", "activated", "adapted", "published")
     return max(kinds, key=lambda kind: SelectorConfig.load(made / kind).calibration.agreement)
 
 
@@ -115,7 +115,7 @@ def test_the_engine_gives_the_same_tokens_one_by_one(report):
 
 def test_no_row_asks_the_llm_more_often_than_it_may(report):
     rows = report.rows
-    for name in ("slm", "maj3", "random", "head", "activated", "published"):
+    for name in ("slm", "maj3", "random", "head", "activated", "adapted", "published"):
         assert rows[name].llm_calls == rows[name].llm_tokens == rows[name].escalation_rate == 0
     for limit in (1, 2, 4, 8):
         assert rows[f"hybrid_{limit}"].llm_calls <= limit

@@ -76,7 +76,7 @@ def test_greedy(pair):
     assert [trace.ids for trace in at_once(slm, Greedy())] == ids(one_by_one(Engine(slm)))
 
 
-@pytest.mark.parametrize("kind", ["head", "activated", "published"])
+@pytest.mark.parametrize("kind", ["head", "activated", "adapted", "published"])
 def test_a_local_selector(pair, kind):
     slm, _ = pair
     selector = opinionated(slm, kind)

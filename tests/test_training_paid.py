@@ -30,7 +30,7 @@ from s2t_agents.training.train import train_with
 from s2t_agents.triggers import always
 from s2t_agents.types import Sampling
 
-KINDS = ("head", "activated", "published")
+KINDS = ("head", "activated", "adapted", "published")
 SMALL = Fit(
     k=4, rate=0.5, epochs=2, batch=4, evaluate_every=3, warmup=2, validation=0.3, width=16, adapter=Adapter(rank=2)
 )

@@ -68,20 +68,24 @@ def training(kind, rollouts, out, fit=SMALL) -> TrainConfig:
 
 
 def some_examples(model, *, length=20, seed=0) -> list[Example]:
-    """Trajectories of random tokens with random candidates, three critical steps in each."""
+    """Trajectories of random tokens with random candidates, three critical steps in each; the SLM's are its own."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for at, extra in enumerate((0, 7, 3)):
         ids = torch.randint(0, 256, (length + extra,), generator=generator).tolist()
         before = torch.arange(5, length + extra + 1)
         positions = before[[1, 6, -1]]
+        candidates = torch.randint(0, 256, (3, 4), generator=generator)
+        row = torch.tensor([ids])
+        with torch.no_grad():
+            logits, _ = model.read_rows(row, torch.ones_like(row), None, len(ids))
         found.append(
             Example(
                 ids=ids,
                 item=str(at),
                 positions=positions,
-                candidates=torch.randint(0, 256, (3, 4), generator=generator),
-                slm=torch.randn(3, 4, generator=generator).log_softmax(-1),
+                candidates=candidates,
+                slm=logits[0, positions - 1].log_softmax(-1).gather(1, candidates),
                 llm=torch.randn(3, 4, generator=generator).log_softmax(-1),
                 all_positions=before,
                 differs=torch.zeros(len(before), dtype=torch.bool),

@@ -8,16 +8,18 @@ from ..backends.torch.language_model import LanguageModel
 from ..backends.torch.loading import ONE_AT_A_TIME
 from ..bundled import selector_path
 from .activated import ActivatedSelector
+from .adapted import AdaptedSelector
 from .base import Selector, confidence_margin
 from .config import SelectorConfig
 from .head import HeadSelector
 from .learned_trigger import calibrated_trigger
 from .published import PublishedSelector
 
-LocalSelector = ActivatedSelector | HeadSelector | PublishedSelector
+LocalSelector = ActivatedSelector | AdaptedSelector | HeadSelector | PublishedSelector
 
-KINDS: dict[str, type[ActivatedSelector] | type[HeadSelector] | type[PublishedSelector]] = {
+KINDS: dict[str, type[ActivatedSelector] | type[AdaptedSelector] | type[HeadSelector] | type[PublishedSelector]] = {
     "activated": ActivatedSelector,
+    "adapted": AdaptedSelector,
     "head": HeadSelector,
     "published": PublishedSelector,
 }
@@ -39,6 +41,7 @@ def load_selector(path: str | Path, base: LanguageModel) -> tuple[LocalSelector,
 __all__ = [
     "KINDS",
     "ActivatedSelector",
+    "AdaptedSelector",
     "HeadSelector",
     "LocalSelector",
     "PublishedSelector",

@@ -108,7 +108,7 @@ class SelectorConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     format: Literal[1] = 1
-    kind: Literal["head", "activated", "published"]
+    kind: Literal["head", "activated", "adapted", "published"]
     base: BaseIdentity
     k: int = Field(ge=1, le=64)
     temperature: float = Field(gt=0, default=1.0)

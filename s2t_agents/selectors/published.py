@@ -25,8 +25,7 @@ from ..backends.torch.loading import read_tensors
 from ..backends.torch.lora import Lora
 from ..errors import AdapterMismatch
 from ..proposal import Proposal
-from ..scheduling.idle_sequences import IdlePrefixes
-from ..scheduling.sequence import Prefix
+from .adapted_prefix import AdaptedPrefixes
 from .base import LearnedSelector
 from .config import SelectorConfig
 
@@ -34,8 +33,6 @@ ROWS_FILE = "score_rows.safetensors"
 BINS = 16
 SPAN = 24.0
 """Nats between the lowest and the highest bin: enough to overrule any order of the SLM's candidates."""
-IDLE = 4
-"""Adapted KV caches kept between selections, one per conversation going on."""
 
 
 class PublishedSelector(LearnedSelector):
@@ -55,19 +52,14 @@ class PublishedSelector(LearnedSelector):
         self.rows = nn.Linear(base.config.hidden_size, BINS, bias=False)
         nn.init.zeros_(self.rows.weight)
         self.register_buffer("bins", torch.linspace(0, 1, BINS), persistent=False)
-        self._idle = IdlePrefixes(IDLE)
+        self.prefixes = AdaptedPrefixes(base, lora)
         self.to(base.device)
 
     @torch.inference_mode()
     def scores(self, proposal: Proposal) -> Tensor:
         """``[K]``, see ``calibrated``."""
-        ids, scope = proposal.prefix.ids, proposal.prefix.scope
-        prefix = self._idle.take(ids, scope, sharing=len(ids) // 2) or Prefix(self.base, scope)
-        with self.base.lock, self.lora.on(self.base.model):
-            prefix.meter = proposal.prefix.meter  # its KV is another, its time is the generation's
-            prefix.move_to(ids)
+        with self.prefixes.caught_up(proposal) as prefix:
             hidden = prefix.look_ahead(proposal.candidates)
-        self._idle.keep(prefix)
         return self.calibrated(proposal.candidate_log_probs, self.correction(hidden))
 
     def correction(self, hidden: Tensor) -> Tensor:

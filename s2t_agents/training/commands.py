@@ -27,7 +27,7 @@ BUNDLED = Path(__file__).parent.parent / "demo" / "selector.toml"
 Config = Annotated[Path, typer.Argument(help="TOML file; the bundled demo's when left out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Kinds = Annotated[
-    list[str] | None, typer.Option("--kind", help="head, activated or published; all in the file by default.")
+    list[str] | None, typer.Option("--kind", help="head, activated, adapted or published; all in the file by default.")
 ]
 
 

@@ -92,7 +92,7 @@ class Evaluation:
         ready = _ready(slm, config)
         self._chosen = _chosen(ready, config.rows)
         self._run = _Run(Speaker(slm), Speaker(llm), task, config.rows)
-        maker = RowMaker(self._run.read_llm, config.rows, config.seed)
+        self._maker = maker = RowMaker(self._run.read_llm, config.rows, config.seed)
         self._rows = _rows(maker, ready, self._chosen, config.rows)
         self._sweeps = _sweeps(maker, slm, config, self._chosen)
         self._kept = None if config.out is None else Kept(config.out / "answers", self._manifest())
@@ -118,6 +118,7 @@ class Evaluation:
         """One chunk, in every way."""
         size = self._config.rows.batch
         self._run.forget()
+        self._maker.forget()
         tallies = {}
         for row in self._everything:
             progress.say(f"eval {row.name}")

@@ -2,13 +2,14 @@
 
 head        hidden states once, without gradient, then the MLP alone
 activated   the base once, without gradient ─ KV ─ then all M x K candidates of the trajectory in one row, adapter on
-published   the same, but the adapter is on for the prefix too, and gradients flow through its KV
+adapted     the trajectory once, adapter on, gradients throughout; the candidates' logits are read off it
+published   as activated, but the adapter is on for the prefix too, and gradients flow through its KV
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from ..backends.torch.language_model import LanguageModel
 from ..backends.torch.lora import Lora
 from ..selectors import LocalSelector
 from ..selectors.activated import ActivatedSelector
+from ..selectors.adapted import AdaptedSelector
 from ..selectors.head import HeadSelector
 from ..selectors.published import PublishedSelector
 from .batch_prefix import left_padded
@@ -146,13 +148,55 @@ class AdapterObjective:
                 rows = candidates.to(base.device), positions.to(base.device)
                 return base.candidate_rows(*rows, mask, cache)
 
-    @contextmanager
-    def _adapted(self) -> Iterator[None]:
-        """The adapter is on, and activations are kept or not."""
-        base, lora = self._selector.base, self._selector.lora
-        spared = recomputed(base.model, base.decoder, lora) if self._checkpointing else nullcontext()
-        with lora.on(base.model), spared:
-            yield
+    def _adapted(self) -> AbstractContextManager[None]:
+        return adapter_on(self._selector.base, self._selector.lora, checkpointing=self._checkpointing)
+
+
+class AdaptedObjective:
+    """Units are trajectories.
+
+    Args:
+        selector: the adapted one.
+        examples: those without groups are left out.
+        checkpointing: activations are computed again in the backward pass instead of kept.
+        tokens: per forward, padding included.
+    """
+
+    def __init__(
+        self, selector: AdaptedSelector, examples: Sequence[Example], *, checkpointing: bool = False, tokens: int = 4096
+    ) -> None:
+        self._selector, self._checkpointing, self._tokens = selector, checkpointing, tokens
+        self._examples = [example for example in examples if len(example.positions)]
+        self.sizes = [len(example.positions) for example in self._examples]
+
+    def pieces(self, units: Sequence[int]) -> Iterator[Scored]:
+        """Trajectories of like length together."""
+        chosen = [self._examples[unit] for unit in units]
+        for batch in batches([len(example.ids) for example in chosen], self._tokens):
+            yield self._scored([chosen[at] for at in batch])
+
+    def _scored(self, examples: Sequence[Example]) -> Scored:
+        base, selector = self._selector.base, self._selector
+        ids, mask = left_padded([example.ids for example in examples], base.device)
+        back = max(len(example.ids) - int(example.positions[0]) + 1 for example in examples)
+        with base.lock, adapter_on(base, selector.lora, checkpointing=self._checkpointing):
+            logits, _ = base.read_rows(ids, mask, None, back)
+        found = []
+        for row, example in enumerate(examples):
+            at = back - len(example.ids) + example.positions - 1  # the token before each step
+            found.append(logits[row, at.to(base.device)])
+        slm = torch.cat([example.slm for example in examples]).to(base.device)
+        llm = torch.cat([example.llm for example in examples]).to(base.device)
+        candidates = torch.cat([example.candidates for example in examples]).to(base.device)
+        return Scored(slm + selector.correction(slm, torch.cat(found), candidates), slm, llm)
+
+
+@contextmanager
+def adapter_on(base: LanguageModel, lora: Lora, *, checkpointing: bool) -> Iterator[None]:
+    """The adapter is on, and activations are kept or not."""
+    spared = recomputed(base.model, base.decoder, lora) if checkpointing else nullcontext()
+    with lora.on(base.model), spared:
+        yield
 
 
 def fresh_selector(base: LanguageModel, kind: Kind, fit: Fit) -> LocalSelector:
@@ -163,7 +207,9 @@ def fresh_selector(base: LanguageModel, kind: Kind, fit: Fit) -> LocalSelector:
             return HeadSelector(base, width=fit.width)
         adapter = fit.adapter
         lora = Lora.fresh(base.model, targets=list(adapter.targets), rank=adapter.rank, alpha=adapter.alpha)
-        return ActivatedSelector(base, lora) if kind == "activated" else PublishedSelector(base, lora)
+        if kind == "activated":
+            return ActivatedSelector(base, lora)
+        return AdaptedSelector(base, lora) if kind == "adapted" else PublishedSelector(base, lora)
 
 
 def objective_for(
@@ -172,6 +218,8 @@ def objective_for(
     """The objective of a selector over some examples."""
     if isinstance(selector, HeadSelector):
         return HeadObjective(selector, examples, hidden)
+    if isinstance(selector, AdaptedSelector):
+        return AdaptedObjective(selector, examples, checkpointing=fit.checkpointing)
     return AdapterObjective(selector, examples, max_row=fit.max_row, checkpointing=fit.checkpointing)
 
 

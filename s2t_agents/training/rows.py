@@ -3,7 +3,7 @@
 slm, llm                     one model alone, greedy
 maj8                         eight samples of the SLM, the most frequent answer
 random                       the selector at steps chosen by lot
-head, activated, published   a selector at critical steps, no LLM
+head, activated, adapted, published   a selector at critical steps, no LLM
 llm_select, takeover         the LLM picks among the candidates, or writes the token itself
 hybrid_n                     the selector, and the LLM at its least sure steps, n times per answer
 """
@@ -20,7 +20,7 @@ from ..selectors import LocalSelector, SelectorConfig, load_selector
 from ..selectors.config import Calibration
 from ..selectors.learned_trigger import load_probe
 from ..triggers import Trigger, entropy, probe
-from .batch_prefix import BatchPrefix
+from .batch_prefix import BatchPrefix, PromptReader
 from .collect import row_seed
 from .config import Kind, Rows
 from .deciders import (
@@ -39,7 +39,7 @@ from .deciders import (
 )
 from .dialogue import MakeDecider
 from .lines import Line, Meter
-from .scorers import scorer_for
+from .scorers import Scorer, scorer_for
 from .tasks import Item
 
 
@@ -125,6 +125,16 @@ class RowMaker:
 
     def __init__(self, read_llm: Callable[[list[list[int]]], BatchPrefix], settings: Rows, seed: int) -> None:
         self._read_llm, self._settings, self._seed = read_llm, settings, seed
+        self._readers: dict[int, PromptReader] = {}  # by selector: what it has read with its adapter on
+
+    def forget(self) -> None:
+        """Other prompts come."""
+        for reader in self._readers.values():
+            reader.forget()
+
+    def _scorer(self, ready: Ready, prompts: list[list[int]]) -> Scorer:
+        reader = self._readers.setdefault(id(ready.selector), PromptReader(ready.selector.base))
+        return scorer_for(ready.selector, prompts, reader)
 
     def alone(self) -> Row:
         """The SLM, greedy."""
@@ -154,7 +164,7 @@ class RowMaker:
         """A selector at critical steps."""
         k = k or ready.config.k
         live = Live(k=k, trigger=ready.trigger, selector=ready.selector)
-        make = self._corrected(ready.condition, k, lambda prompts, meter: Local(scorer_for(ready.selector, prompts)))
+        make = self._corrected(ready.condition, k, lambda prompts, meter: Local(self._scorer(ready, prompts)))
         return Row(name or ready.kind, make, forwards=scorer_for(ready.selector, [[0]]).forwards, live=live)
 
     def random(self, ready: Ready) -> Row:
@@ -166,7 +176,7 @@ class RowMaker:
             def decider(prompts: list[list[int]], rows: list[int]) -> Corrected:
                 seeds = [row_seed(self._seed, items[row].id, len(p)) for row, p in zip(rows, prompts, strict=True)]
                 condition = at_random(rate, seeds, settings.max_tokens)
-                return Corrected(condition, Local(scorer_for(ready.selector, prompts)), k)
+                return Corrected(condition, Local(self._scorer(ready, prompts)), k)
 
             return decider
 
@@ -190,7 +200,7 @@ class RowMaker:
         margin, k = ready.calibration.escalation_margin, ready.config.k
 
         def picker(prompts: list[list[int]], meter: Meter) -> Hybrid:
-            scorer = scorer_for(ready.selector, prompts)
+            scorer = self._scorer(ready, prompts)
             return Hybrid(scorer, self._line(prompts), meter, margin=margin, limit=limit)
 
         live = Live(k=k, trigger=ready.trigger, selector=ready.selector, escalates=True, margin=margin, limit=limit)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from ..selectors import LocalSelector
 from ..selectors.activated import ActivatedSelector
+from ..selectors.adapted import AdaptedSelector
 from ..selectors.head import HeadSelector
 from ..selectors.published import PublishedSelector
-from .batch_prefix import BatchPrefix
+from .batch_prefix import BatchPrefix, PromptReader
 from .lines import Line
 from .lockstep import View
 
@@ -70,15 +72,32 @@ class ActivatedScorer:
         return self._selector.calibrated(slm, self._selector.correction(hidden))
 
 
+class AdaptedScorer:
+    """A KV of its own, adapter on, which is caught up."""
+
+    forwards = 1
+
+    def __init__(self, selector: AdaptedSelector, start: Callable[[], BatchPrefix]) -> None:
+        self._selector = selector
+        self._line = Line(start, lambda: selector.lora.on(selector.base.model))
+        self.lines: Sequence[Line] = [self._line]
+
+    @torch.inference_mode()
+    def scores(self, view: View, rows: Tensor, candidates: Tensor, slm: Tensor) -> Tensor:
+        """As ``AdaptedSelector.scores``."""
+        with self._selector.base.lock:
+            logits = self._line.prefix().logits[rows]
+        return self._selector.calibrated(slm, self._selector.correction(slm, logits, candidates))
+
+
 class PublishedScorer:
     """One forward over a KV of its own, adapter on throughout; that KV is caught up first."""
 
     forwards = 2
 
-    def __init__(self, selector: PublishedSelector, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, selector: PublishedSelector, start: Callable[[], BatchPrefix]) -> None:
         self._selector = selector
-        base = selector.base
-        self._line = Line(lambda: BatchPrefix(base, prompts), lambda: selector.lora.on(base.model))
+        self._line = Line(start, lambda: selector.lora.on(selector.base.model))
         self.lines: Sequence[Line] = [self._line]
 
     @torch.inference_mode()
@@ -103,10 +122,17 @@ class OwnOrder:
         return slm
 
 
-def scorer_for(selector: LocalSelector, prompts: Sequence[Sequence[int]]) -> Scorer:
-    """The bulk form of a selector, for one batch of prompts."""
+def scorer_for(selector: LocalSelector, prompts: Sequence[Sequence[int]], reader: PromptReader | None = None) -> Scorer:
+    """The bulk form of a selector, for one batch of prompts.
+
+    Args:
+        selector: local.
+        prompts: of the batch.
+        reader: what this selector has read of them with its adapter on.
+    """
     if isinstance(selector, HeadSelector):
         return HeadScorer(selector)
     if isinstance(selector, ActivatedSelector):
         return ActivatedScorer(selector)
-    return PublishedScorer(selector, prompts)
+    start = partial(reader or PromptReader(selector.base), prompts)
+    return AdaptedScorer(selector, start) if isinstance(selector, AdaptedSelector) else PublishedScorer(selector, start)

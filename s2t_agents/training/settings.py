@@ -11,8 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from ..backends.torch.language_model import LanguageModel
 from ..bundled import model_path
 
-Kind = Literal["head", "activated", "published"]
-KINDS: tuple[Kind, ...] = ("head", "activated", "published")
+Kind = Literal["head", "activated", "adapted", "published"]
+KINDS: tuple[Kind, ...] = ("head", "activated", "adapted", "published")
 """From the cheapest to the dearest to train."""
 Value = TypeVar("Value")
 
@@ -95,7 +95,7 @@ class Rollouts(Settings):
 
 
 class Adapter(Settings):
-    """LoRA of the activated and the published kind."""
+    """LoRA of the activated, the adapted and the published kind."""
 
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16, gt=0)

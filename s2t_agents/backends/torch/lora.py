@@ -96,8 +96,8 @@ class Lora(nn.Module):
             for handle in handles:
                 handle.remove()
 
-    def save(self, path: Path, *, base_name: str) -> None:
-        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT reads them."""
+    def save(self, path: Path, *, base_name: str, dtype: torch.dtype | None = None) -> None:
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT reads them, as ``dtype`` if given."""
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -113,8 +113,8 @@ class Lora(nn.Module):
         tensors: dict[str, Tensor] = {}
         for name, layer in zip(self.names, self.layers, strict=True):
             assert isinstance(layer, LoraLayer)
-            tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.a.detach().cpu().contiguous()
-            tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.b.detach().cpu().contiguous()
+            tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.a.detach().to("cpu", dtype).contiguous()
+            tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.b.detach().to("cpu", dtype).contiguous()
         write_whole(path / "adapter_model.safetensors", save(tensors))
 
     @classmethod
