@@ -1,7 +1,12 @@
 """Budgets that hold: reserve before, settle after; held + settled never passes a limit.
 
-Flow: ``Budget.reserve`` -> ``BudgetStore.reserve`` (one atomic step over the chain) -> ``Hold`` ->
-``Hold.settle`` / ``release`` -> ``BudgetStore``. Stores: memory, SQLite (processes), Redis (machines).
+A ``Charge`` is reserved (``Budget.reserve``: one atomic step of a ``BudgetStore`` over the whole chain of budgets) and
+gives a ``Hold``, which is settled with what it really cost, released, or lapses. Stores count a charge as ``Quantities``,
+whole numbers; ``Budget.state`` shows a meter as a ``BudgetState``.
+
+budget, hold           what callers use                     store, meter             the protocol, and the arithmetic
+quantities, money      from charges to whole numbers        memory_, sqlite_, redis_ the stores
+terms, window, prices  limits and prices as they are given  state, refusals          what callers are shown
 """
 
 import warnings
