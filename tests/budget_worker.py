@@ -33,7 +33,7 @@ def spend(budget: Budget) -> None:
 
 
 def hold_until_killed(budget: Budget, log: str) -> None:
-    """Reserve and settle for ever, noting every settled unit; somebody kills us."""
+    """Reserve and settle until the process is killed, noting every settled unit."""
     notes = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     while True:
         hold = budget.reserve(ONE, ttl_s=1.5)

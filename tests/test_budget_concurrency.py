@@ -1,4 +1,4 @@
-"""Exactly the limit is spent, whoever spends it: threads, tasks, processes, killed processes."""
+"""Exactly the limit is spent, by threads, tasks, processes and killed processes."""
 
 # ruff: noqa: F811  (fixtures are imported by name)
 

@@ -222,7 +222,7 @@ def test_a_hold_lives_until_the_llm_has_answered(timeout_s: float | None, took_s
 
 
 class Own(ScriptedLLM):
-    """An LLM of somebody's own, which gives what it likes for an answer."""
+    """An LLM of the caller's own, which may answer with anything."""
 
     def __init__(self, gives: Callable[[int], Any]) -> None:
         super().__init__(last_candidate)

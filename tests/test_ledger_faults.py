@@ -29,7 +29,7 @@ TOKENS = 6
 
 
 class Broken(Ledger):
-    """Whoever writes their own may raise anything."""
+    """A ledger of the caller's own may raise anything."""
 
     def record(self, rec: GenerationRecord) -> None:
         raise KeyError("no such table")
@@ -370,7 +370,7 @@ def test_a_report_beside_a_living_writer(tmp_path: Path) -> None:
     assert set(state(tmp_path)) == before
     reading = sqlite.read_records(tmp_path / "costs.db")
     next(reading)
-    ledger.record(GenerationRecord())  # a reader in the middle keeps nobody from writing
+    ledger.record(GenerationRecord())  # a reader in the middle blocks no writer
     assert len(list(reading)) == 2
 
 

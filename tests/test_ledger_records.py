@@ -171,7 +171,7 @@ def test_any_grouping_adds_up_to_the_sum_of_the_records(made: list[GenerationRec
     ledger = Ledger()
     for record in made:
         ledger.record(record)
-    with decimal.localcontext() as context:  # somebody else's decimal settings change nothing
+    with decimal.localcontext() as context:  # the caller's decimal settings change nothing
         context.prec = precision
         groups = ledger.totals(by)
     assert reduce(add, groups.values(), Totals()) == ledger.total() == reduce(add, map(total_of_one, made), Totals())

@@ -1,8 +1,8 @@
 """Budgets that hold: reserve before, settle after; held + settled never passes a limit.
 
-A ``Charge`` is reserved (``Budget.reserve``: one atomic step of a ``BudgetStore`` over the whole chain of budgets) and
-gives a ``Hold``, which is settled with what it really cost, released, or lapses. Stores count a charge as ``Quantities``,
-whole numbers; ``Budget.state`` shows a meter as a ``BudgetState``.
+A ``Charge`` is reserved (``Budget.reserve``: one atomic step of a ``BudgetStore`` over the whole chain of budgets). The
+``Hold`` is settled with what the call really cost, released, or lapses. Stores count charges as ``Quantities``, whole
+numbers; ``Budget.state`` shows a meter as a ``BudgetState``.
 
 budget, hold           what callers use                     store, meter             the protocol, and the arithmetic
 quantities, money      from charges to whole numbers        memory_, sqlite_, redis_ the stores
