@@ -66,7 +66,7 @@ def measured_model(name: str, *, dtype: torch.dtype, device: str = "cpu", seed: 
             torch.manual_seed(seed)
             raw = AutoModelForCausalLM.from_config(tiny_config("qwen2", **SHAPES[name]))
         raw = raw.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        tokenizer = _tokenizer(raw.config.vocab_size)
+        tokenizer = tokenizer_of(name)
         raw.get_input_embeddings().weight[tokenizer.pad_token_id] = 0  # never the largest logit
         model = LanguageModel(raw, tokenizer, name=name)
         model.with_text = None  # random weights say nothing anyway
@@ -75,9 +75,9 @@ def measured_model(name: str, *, dtype: torch.dtype, device: str = "cpu", seed: 
     return model
 
 
-def _tokenizer(size: int) -> Any:
-    """One of a vocabulary of about that size, with a chat template that shows tools."""
-    if size > len(tiny_tokenizer()):
+def tokenizer_of(shape: str) -> Any:
+    """A tokenizer for a shape, with a chat template that shows tools; see ``measured_model``."""
+    if "vocab_size" in SHAPES[shape]:
         with suppress(assets.Unavailable):
             from transformers import AutoTokenizer
 

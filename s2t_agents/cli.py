@@ -115,7 +115,7 @@ def report(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def bench(context: typer.Context) -> None:
-    """Run benchmarks against a baseline: budget, decode, escalate, gpu, pacing, train. In a checkout only."""
+    """Run benchmarks against a baseline: against, budget, decode, escalate, gpu, pacing, train. In a checkout only."""
     checkout = Path(__file__).parent.parent
     if not (checkout / "benchmarks" / "commands.py").is_file():
         raise ConfigError(
