@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 READY := $(VENV)/.ready
 TRITON := $(VENV)/triton
+LLAMA_CPP := $(VENV)/.llama-cpp
 LOWEST := .venv-lowest
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo real-demo test fast real lowest kernels check format bench clean
+.PHONY: help install demo real-demo test fast real llamacpp lowest kernels check format bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,6 +41,14 @@ fast: $(READY)  ## The tests that take seconds
 real: $(READY)  ## Real weights and tokenizers: fetch them once (210 MB), run their tests
 	$(BIN)/python -m benchmarks.assets
 	$(BIN)/python -m pytest -m real -rs -n $(WORKERS) --dist worksteal
+
+$(LLAMA_CPP): $(READY)
+	CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF $$CMAKE_ARGS" \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llamacpp]'
+	touch $@
+
+llamacpp: $(LLAMA_CPP)  ## GGUF models: compile llama.cpp once (7 minutes on two cores, pip keeps it), run its tests
+	$(BIN)/python -m pytest -rs tests/test_gguf_*.py tests/test_llamacpp_*.py
 
 lowest:  ## Tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)

@@ -1,0 +1,371 @@
+"""One GGUF model and one llama.cpp context over it: batches of rows in, logits and last hidden states out.
+
+    cells    | a0 a1 a2 | b0 b1 | a3 | . . . |      one buffer of KV for all sequences
+    owners   | a,c  a,c a | b b | a  | . . . |      a fork owns the same cells: nothing is copied
+
+Nothing here knows of conversations; ``sequences`` does. One thread at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import ConfigError, ModelNotFound, S2TError, UnsafeWeights
+from .gguf_header import GGUFHeader
+from .library import complaints, library, stop_flag_reader
+
+BATCH = 512
+"""Tokens of a decode at most; also what llama.cpp computes at once."""
+
+OUTPUTS = 64
+"""Rows of a decode whose logits and hidden states are wanted, at most."""
+
+SEQUENCES = 64
+"""Sequences that a context tells apart, candidates under way included; llama.cpp allows 256."""
+
+KV_BYTES = 512 * 2**20
+"""Memory for KV, where ``n_ctx`` does not say otherwise; never for less than ``LEAST_CELLS`` tokens."""
+
+LEAST_CELLS, MOST_WINDOWS = 8192, 8
+
+KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
+"""Number of the ggml type, by name."""
+
+
+class NoRoom(Exception):
+    """No free cells, or no free number: forget sequences and try again. Nothing has changed."""
+
+
+class Interrupted(S2TError):
+    """Another thread has stopped a forward: nothing of it is kept."""
+
+    retryable = True
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is loaded. Names and meanings are llama.cpp's.
+
+    Attributes:
+        n_ctx: tokens whose KV there is room for, of all sequences together; None chooses.
+        n_gpu_layers: layers on the GPU; a negative number means all. Without a GPU it says nothing.
+        n_threads: of the CPU; None takes torch's number, in ``backend``.
+        type_k: of the keys, a name of ``KV_TYPES``.
+        type_v: of the values.
+    """
+
+    n_ctx: int | None = None
+    n_gpu_layers: int = -1
+    n_threads: int | None = None
+    type_k: str = "f16"
+    type_v: str = "f16"
+
+    def __post_init__(self) -> None:
+        for name in ("n_ctx", "n_threads", "n_gpu_layers"):
+            value = getattr(self, name)
+            least = -1 if name == "n_gpu_layers" else 1
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ConfigError(f"{name} is {value!r}.", hint=f"Give a whole number from {least} on.")
+        for name in ("type_k", "type_v"):
+            if getattr(self, name) not in KV_TYPES:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}.", hint=f"Say one of {', '.join(KV_TYPES)}.")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens of a decode.
+
+    Attributes:
+        ids: ``[N]``.
+        positions: ``[N]``, within the sequence of each.
+        sequences: ``[N]``, numbers of the sequences; those of one follow each other in order.
+    """
+
+    ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    sequences: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> Rows:
+        return Rows(self.ids[part], self.positions[part], self.sequences[part])
+
+    @classmethod
+    def of(cls, pieces: Sequence[tuple[Sequence[int] | NDArray[np.int32], int, int]]) -> Rows:
+        """Rows of (ids, first position, sequence) each."""
+        ids = [np.asarray(each, dtype=np.int32) for each, _, _ in pieces]
+        starts = [
+            np.arange(start, start + len(each), dtype=np.int32) for each, (_, start, _) in zip(ids, pieces, strict=True)
+        ]
+        numbers = [np.full(len(each), number, dtype=np.int32) for each, (_, _, number) in zip(ids, pieces, strict=True)]
+        return cls(np.concatenate(ids), np.concatenate(starts), np.concatenate(numbers))
+
+
+class Context:
+    """Weights and a context.
+
+    Args:
+        header: of the model's file.
+        options: see there.
+        sequences: how many there may be at once.
+        check: look at every weight, for a file that nobody has looked at yet.
+
+    Attributes:
+        vocab_size: columns of the logits.
+        width: of a hidden state.
+        window: tokens that the model was trained on, in one sequence.
+        cells: tokens that there is room for, in all.
+        rolls_back: whether a sequence can be cut anywhere; recurrent states cannot.
+
+    Raises:
+        ModelNotFound: an architecture that llama.cpp does not know, or none that writes text.
+        UnsafeWeights: llama.cpp refuses the file.
+        ConfigError: no memory for it, or the binding is missing.
+    """
+
+    def __init__(
+        self, header: GGUFHeader, options: Options = Options(), *, sequences: int = SEQUENCES, check: bool = False
+    ) -> None:
+        self._c, self._header = library(), header
+        self._model: Any = None
+        self._context: Any = None
+        self._stop = ctypes.create_string_buffer(2)
+        self._model = self._load(options, check)
+        self.window = int(self._c.llama_model_n_ctx_train(self._model))
+        try:
+            self._context = self._make(options, sequences)
+        except BaseException:
+            self.close()
+            raise
+        self._memory = self._c.llama_get_memory(self._context)
+        self.vocab_size = int(self._c.llama_vocab_n_tokens(self._vocab))
+        self.width = int(self._c.llama_model_n_embd_out(self._model))
+        self.cells = int(self._c.llama_n_ctx(self._context))
+        self.sequences = sequences
+        self.rolls_back = not (
+            self._c.llama_model_is_recurrent(self._model) or self._c.llama_model_is_hybrid(self._model)
+        )
+        self._embedding = True
+        self._batch = _Batch(self._c, BATCH)
+
+    @property
+    def _vocab(self) -> Any:
+        return self._c.llama_model_get_vocab(self._model)
+
+    def _load(self, options: Options, check: bool) -> Any:
+        wanted = self._c.llama_model_default_params()
+        wanted.n_gpu_layers = options.n_gpu_layers
+        wanted.check_tensors = check
+        wanted.use_extra_bufts = not check  # no second copy of the weights where they are only looked at
+        with complaints() as said:
+            model = self._c.llama_model_load_from_file(os.fsencode(self._header.path), wanted)
+        if not model:
+            raise self._refusal(said)
+        if self._c.llama_model_has_encoder(model) or not self._c.llama_model_has_decoder(model):
+            self._c.llama_model_free(model)
+            raise ModelNotFound(
+                f"{str(self._header.path)!r} ({self._header.architecture}) is no model that only writes.",
+                hint="Give a causal language model.",
+            )
+        return model
+
+    def _refusal(self, said: Sequence[str]) -> ConfigError:
+        what = next(
+            (line for line in said if "error loading model" in line), said[0] if said else "it does not say why"
+        )
+        what = what.partition("error loading model: ")[2] or what
+        path = str(self._header.path)
+        if "unknown model architecture" in what:
+            return ModelNotFound(
+                f"llama.cpp does not know the architecture {self._header.architecture!r} of {path!r}.",
+                hint="Upgrade llama-cpp-python, or give the safetensors checkpoint.",
+            )
+        return UnsafeWeights(f"llama.cpp refuses {path!r}: {what:.400}.", hint="Copy or download it again.")
+
+    def _make(self, options: Options, sequences: int) -> Any:
+        wanted = self._c.llama_context_default_params()
+        threads = options.n_threads or os.cpu_count() or 1
+        wanted.n_ctx = options.n_ctx or self._room()
+        if wanted.n_ctx > (most := SEQUENCES * max(self.window, LEAST_CELLS)):
+            raise ConfigError(
+                f"n_ctx is {options.n_ctx}; {SEQUENCES} sequences of {self.window:,} tokens have {most:,} at most.",
+                hint="Give a smaller number.",
+            )
+        wanted.n_batch = wanted.n_ubatch = BATCH
+        wanted.n_seq_max = sequences
+        wanted.n_outputs_max = OUTPUTS
+        wanted.n_threads = wanted.n_threads_batch = threads
+        wanted.type_k, wanted.type_v = KV_TYPES[options.type_k], KV_TYPES[options.type_v]
+        wanted.pooling_type = self._c.LLAMA_POOLING_TYPE_NONE
+        wanted.embeddings = True
+        wanted.swa_full = True  # else the KV before a sliding window is lost, and a sequence cannot be cut back
+        wanted.kv_unified = True  # a fork shares its cells
+        wanted.abort_callback = stop_flag_reader()
+        wanted.abort_callback_data = ctypes.addressof(self._stop)
+        with complaints() as said:
+            context = self._c.llama_init_from_model(self._model, wanted)
+        if not context:
+            raise ConfigError(
+                f"llama.cpp makes no context of {wanted.n_ctx:,} tokens for {str(self._header.path)!r}: "
+                f"{said[0] if said else 'it does not say why'}.",
+                hint='A smaller one takes less memory: model_kwargs={"n_ctx": 4096}.',
+            )
+        return context
+
+    def _room(self) -> int:
+        """Tokens that the default memory for KV holds."""
+        window = self.window
+        layers, heads = (int(ask(self._model)) for ask in (self._c.llama_model_n_layer, self._c.llama_model_n_head_kv))
+        width = int(self._c.llama_model_n_embd(self._model)) // max(1, int(self._c.llama_model_n_head(self._model)))
+        width = self._header.number(f"{self._header.architecture}.attention.key_length") or width
+        token = max(1, 2 * layers * heads * width * 2)
+        return min(max(KV_BYTES // token, min(LEAST_CELLS, window)), MOST_WINDOWS * window)
+
+    def read(self, rows: Rows) -> None:
+        """Read tokens into their sequences, at most ``BATCH``; errors as ``decode``."""
+        self._run(rows, outputs=False)
+        self._c.llama_synchronize(self._context)
+
+    def decode(self, rows: Rows) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Read tokens into their sequences, at most ``OUTPUTS``.
+
+        Returns:
+            Logits ``[N, V]`` and last hidden states ``[N, H]`` after each, fp32.
+
+        Raises:
+            NoRoom: nothing has changed.
+            Interrupted: see ``interrupt``; the caller takes back what was read.
+            RuntimeError: llama.cpp broke down.
+        """
+        self._run(rows, outputs=True)
+        logits = self._copied(self._c.llama_get_logits(self._context), len(rows), self.vocab_size)
+        return logits, self._copied(self._c.llama_get_embeddings(self._context), len(rows), self.width)
+
+    def _run(self, rows: Rows, *, outputs: bool) -> None:
+        if len(rows) > (OUTPUTS if outputs else BATCH):  # llama.cpp would end the process
+            raise ValueError(f"{len(rows)} rows in one decode")
+        if outputs != self._embedding:
+            self._c.llama_set_embeddings(self._context, outputs)  # with them on it computes the logits of every row
+            self._embedding = outputs
+        with complaints() as said:
+            status = self._c.llama_decode(self._context, self._batch.filled(rows, outputs))
+        if status == 1:
+            raise NoRoom(f"no room for {len(rows)} tokens among {self.cells:,}")
+        if status == 2:
+            raise Interrupted("a forward was stopped.")
+        if status:
+            raise RuntimeError(f"llama.cpp's decode failed ({status}): {'; '.join(said) or 'it does not say why'}")
+
+    def _copied(self, pointer: Any, rows: int, columns: int) -> NDArray[np.float32]:
+        """A copy of llama.cpp's buffer ``[rows, columns]``, which the next decode overwrites."""
+        flat = (ctypes.c_float * (rows * columns)).from_address(ctypes.addressof(pointer.contents))
+        return np.array(flat, dtype=np.float32).reshape(rows, columns)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """The first ``length`` tokens of one sequence become those of another, which is empty."""
+        self._c.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+    def cut(self, sequence: int, length: int) -> bool:
+        """Forget all tokens of a sequence after the first ``length``; False where that cannot be done."""
+        return bool(self._c.llama_memory_seq_rm(self._memory, sequence, length, -1))
+
+    def token_bytes(self, sequence: int) -> int:
+        """Bytes of the KV of one token, as an empty sequence shows when it reads one."""
+        before = self._size(sequence)
+        self.read(Rows.of([([0], 0, sequence)]))
+        try:
+            return max(1, self._size(sequence) - before)
+        finally:
+            self.cut(sequence, 0)
+
+    def _size(self, sequence: int) -> int:
+        return int(self._c.llama_state_seq_get_size(self._context, sequence))
+
+    def saved(self, sequence: int) -> bytes:
+        """A sequence's KV, for ``restore``."""
+        size = self._size(sequence)
+        buffer = (ctypes.c_uint8 * size)()
+        written = int(self._c.llama_state_seq_get_data(self._context, buffer, size, sequence))
+        if written != size:
+            raise RuntimeError(f"llama.cpp saved {written:,} of {size:,} bytes of a sequence")
+        return bytes(buffer)
+
+    def restore(self, sequence: int, saved: bytes) -> bool:
+        """Give an empty sequence the KV that was saved; False where there is no room for it."""
+        data = ctypes.cast(ctypes.c_char_p(saved), ctypes.POINTER(ctypes.c_uint8))  # a view: nothing is copied
+        with complaints():
+            read = int(self._c.llama_state_seq_set_data(self._context, data, len(saved), sequence))
+        if not read:
+            self.cut(sequence, 0)
+        return read == len(saved)
+
+    def interrupt(self) -> None:
+        """Stop the decode under way, and any other until ``resume``. From any thread."""
+        self._stop[0] = b"1"
+
+    def resume(self) -> None:
+        """Decodes run through again."""
+        self._stop[0] = b"\0"
+
+    def tokens(self, text: str) -> list[int]:
+        """Ids as llama.cpp's own tokenizer has them, control tokens read as such and none added."""
+        raw = text.encode()
+        most = len(raw) + 16
+        ids = (ctypes.c_int32 * most)()
+        count = int(self._c.llama_tokenize(self._vocab, raw, len(raw), ids, most, False, True))
+        return list(ids[: max(0, count)])
+
+    def ends(self, ids: Sequence[int]) -> frozenset[int]:
+        """Those of the tokens that end an answer."""
+        return frozenset(each for each in ids if self._c.llama_vocab_is_eog(self._vocab, each))
+
+    def close(self) -> None:
+        """Free context and weights; it cannot be used afterwards. Twice is once."""
+        context, self._context = self._context, None
+        model, self._model = self._model, None
+        if context:
+            self._c.llama_free(context)
+        if model:
+            self._c.llama_model_free(model)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_model"):
+            self.close()
+
+
+class _Batch:
+    """The arrays of a ``llama_batch``, made once."""
+
+    def __init__(self, c: Any, capacity: int) -> None:
+        self._ids, self._positions, self._sequences = (np.zeros(capacity, dtype=np.int32) for _ in range(3))
+        self._counts = np.ones(capacity, dtype=np.int32)
+        self._wanted = np.zeros(capacity, dtype=np.int8)
+        self._pointers = self._sequences.ctypes.data + 4 * np.arange(capacity, dtype=np.uintp)
+        self._batch = c.llama_batch(
+            n_tokens=0,
+            token=_pointer(self._ids, c.llama_token),
+            embd=None,
+            pos=_pointer(self._positions, c.llama_pos),
+            n_seq_id=_pointer(self._counts, ctypes.c_int32),
+            seq_id=_pointer(self._pointers, ctypes.POINTER(c.llama_seq_id)),
+            logits=_pointer(self._wanted, ctypes.c_int8),
+        )
+
+    def filled(self, rows: Rows, outputs: bool) -> Any:
+        n = len(rows)
+        self._ids[:n], self._positions[:n], self._sequences[:n] = rows.ids, rows.positions, rows.sequences
+        self._wanted[:n] = outputs
+        self._batch.n_tokens = n
+        return self._batch
+
+
+def _pointer(array: NDArray[Any], kind: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(kind))
