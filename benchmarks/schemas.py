@@ -19,8 +19,8 @@ from typing import Any
 from s2t_agents.backends.torch.loading import load_tokenizer
 from s2t_agents.bundled import model_path
 from s2t_agents.errors import S2TError
-from s2t_agents.grammar.grammar import json_grammar, tool_grammar, vocabulary
-from s2t_agents.grammar.relaxation import relaxed
+from s2t_agents.grammar.grammar import cached_vocabulary, json_grammar, tool_grammar
+from s2t_agents.grammar.relaxation import relax_schema
 
 
 def cases(folder: Path) -> Iterator[tuple[str, Any, bool]]:
@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     logging.disable(logging.WARNING)
-    words = vocabulary(load_tokenizer(model_path("s2t-demo")))
+    words = cached_vocabulary(load_tokenizer(model_path("s2t-demo")))
     seconds: list[float] = []
     refused: dict[str, str] = {}
     slow: dict[str, float] = {}
@@ -59,7 +59,7 @@ def main() -> int:
                 tool_grammar(words, asked, "any").start()
             else:
                 json_grammar(words, asked).start()
-                told = relaxed(asked, "the output schema").notes
+                told = relax_schema(asked, "the output schema").notes
                 exact += not told
                 notes.update({note.split(": ", 1)[-1].split(" ")[0] for note in told})
         except S2TError as error:

@@ -1,6 +1,6 @@
-"""s2t-agents: a small local model for LangChain agents, corrected where it is unsure, within a budget that holds.
+"""s2t-agents: a LangChain chat model with a small local LM, a trained top-K selector and an LLM within a budget.
 
-Names load on first use: importing the package takes milliseconds and no torch.
+Public names are imported on first use: importing the package takes milliseconds and does not import torch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name from its module."""
+    """Import a public name from its module."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(f".{_HOMES[name]}", __name__)

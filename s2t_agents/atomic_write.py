@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and folders that one run at a time fills."""
+"""Atomic file writes, and a lock for folders that only one run may write at a time."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from .errors import FolderInUse, S2TError
 
 try:
     import fcntl
-except ImportError:  # Windows: an open file cannot be taken away there, and runs are not kept apart
+except ImportError:  # Windows: open files cannot be deleted, and there is no lock between runs
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".run.lock"
-_PART = ".part"
+_PART_SUFFIX = ".part"
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Make or replace a file in one move, on disk before it counts; its folder is made where it is missing.
+    """Create or replace a file atomically: written to a temporary file, synced to disk, renamed.
 
-    Each writer has a file of its own until then, so several may write the same one: the last move counts. What writers
-    of this file left behind when they were killed goes.
+    The folder is created if missing. Several writers may write the same file; the last rename wins. Temporary files of
+    killed writers are removed.
 
     Raises:
-        S2TError: naming the file and what the system said; what stood there before stands.
+        S2TError: naming the file and the system's error; an existing file is unchanged.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        with _own(path) as (half, file):
+        _remove_stale_parts(path)
+        with _new_part_file(path) as (part_file, file):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            half.replace(path)
+            part_file.replace(path)
     except OSError as error:
         raise S2TError(
             f"{path} could not be written: {error.strerror}.", hint="What was written before is kept; run again."
@@ -45,11 +45,11 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextmanager
 def sole_run(folder: Path) -> Iterator[None]:
-    """One run at a time in this block, in all processes of this machine; the folder is made where it is missing.
+    """Exclusive lock on a folder, for all processes of this machine; the folder is created if missing.
 
     Raises:
-        FolderInUse: another run is at work there; nothing was touched.
-        S2TError: the folder cannot be made or written.
+        FolderInUse: another run holds the lock; nothing was changed.
+        S2TError: the folder cannot be created or written.
     """
     if fcntl is None:
         yield
@@ -57,7 +57,7 @@ def sole_run(folder: Path) -> Iterator[None]:
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = _locked(folder / LOCK)
+        file = _acquire_lock(folder / LOCK)
     except OSError as error:
         raise S2TError(
             f"{folder} cannot be written: {error.strerror}.", hint="Give a folder that can be made here."
@@ -73,8 +73,8 @@ def sole_run(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _locked(path: Path) -> IO[bytes]:
-    """The lock file, ours; whoever held it before may have taken it away just now."""
+def _acquire_lock(path: Path) -> IO[bytes]:
+    """Open and lock the lock file; retries if its last holder has just deleted it."""
     while True:
         file = path.open("ab+", buffering=0)
         try:
@@ -89,7 +89,7 @@ def _locked(path: Path) -> IO[bytes]:
             ) from None
         except OSError:  # a file system without locks
             return file
-        if _still_there(file, path):
+        if _is_same_file(file, path):
             file.truncate(0)
             file.write(f"{os.getpid()}\n".encode())
             return file
@@ -97,37 +97,37 @@ def _locked(path: Path) -> IO[bytes]:
 
 
 @contextmanager
-def _own(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """A new file beside ``path``, locked as a sign that its writer lives; gone at the end if it was not moved."""
+def _new_part_file(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+    """A temporary file next to ``path``, locked while its writer lives; deleted at the end unless it was renamed."""
     while True:
-        half = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART}")
-        file = half.open("xb")
+        part_file = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART_SUFFIX}")
+        file = part_file.open("xb")
         try:
             if fcntl is not None:
                 with suppress(OSError):  # a file system without locks
-                    fcntl.flock(file, fcntl.LOCK_EX)  # waits for a sweeper that has it: then the file is gone
-                if not _still_there(file, half):  # somebody swept it away before it was locked
+                    fcntl.flock(file, fcntl.LOCK_EX)  # waits for a cleaner that holds the lock: then the file is gone
+                if not _is_same_file(file, part_file):  # removed by a cleaner before it was locked
                     continue
-            yield half, file
+            yield part_file, file
             return
         finally:
             file.close()
-            half.unlink(missing_ok=True)
+            part_file.unlink(missing_ok=True)
 
 
-def _sweep(path: Path) -> None:
-    """Take away what killed writers of this file left."""
-    for half in path.parent.iterdir():
-        name = half.name
-        if not (name.startswith(f".{path.name}.") and name.endswith(_PART)):
+def _remove_stale_parts(path: Path) -> None:
+    """Remove temporary files of killed writers of this file."""
+    for part_file in path.parent.iterdir():
+        name = part_file.name
+        if not (name.startswith(f".{path.name}.") and name.endswith(_PART_SUFFIX)):
             continue
-        with suppress(OSError), half.open("rb") as file:
+        with suppress(OSError), part_file.open("rb") as file:
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer lives, if this fails
-            half.unlink()
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if its writer lives
+            part_file.unlink()
 
 
-def _still_there(file: IO[bytes], path: Path) -> bool:
+def _is_same_file(file: IO[bytes], path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

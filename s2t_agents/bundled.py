@@ -1,4 +1,4 @@
-"""Names of what ships in the wheel: the demo pair and its selectors."""
+"""Names and paths of the bundled models and selectors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SELECTORS = {
 
 
 def model_path(name: str) -> str:
-    """Where a bundled model lies; any other name is a path or hub id already."""
+    """The path of a bundled model; any other name is returned as it is."""
     return str(MODELS.get(name, name))
 
 
 def selector_path(name: str | Path) -> Path:
-    """Where a bundled selector lies; any other name is a path already."""
+    """The path of a bundled selector; any other name is a path."""
     return SELECTORS.get(str(name), Path(name))

@@ -1,4 +1,7 @@
-"""Nested calls: the generations on whose behalf code runs, in a context variable that tasks and threads copy."""
+"""Nested calls: the generations inside which code runs, in a context variable.
+
+A call that a generation's callbacks make while it holds an engine slot must not wait for another slot.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ _END: Any = object()
 
 
 class CallScope:
-    """A generation, as what it calls meanwhile sees it.
+    """A generation, as seen by calls made inside it.
 
     Attributes:
-        place: the engine's place that it holds; None while it holds none.
+        place: the ``Place`` that it holds in the engine; None while it holds none.
     """
 
     def __init__(self) -> None:
@@ -27,50 +30,50 @@ _callers: ContextVar[tuple[CallScope, ...]] = ContextVar("s2t_callers", default=
 
 
 def callers() -> tuple[CallScope, ...]:
-    """The generations on whose behalf this is called, outermost first."""
+    """The generations inside which this is called, outermost first."""
     return _callers.get()
 
 
 @contextmanager
-def calling(*more: CallScope) -> Iterator[None]:
-    """Calls in this block are made on behalf of these, too."""
-    token = _callers.set((*_callers.get(), *more))
+def in_scope(*scopes: CallScope) -> Iterator[None]:
+    """Calls in this block are inside these generations too."""
+    token = _callers.set((*_callers.get(), *scopes))
     try:
         yield
     finally:
         _callers.reset(token)
 
 
-def carried(work: Callable[[], T]) -> Callable[[], T]:
-    """``work`` for a thread that takes over nothing else of this context."""
-    around = callers()
+def with_current_scopes(work: Callable[[], T]) -> Callable[[], T]:
+    """``work`` with the current scopes, for a thread that does not copy the context."""
+    scopes = callers()
 
     def run() -> T:
-        with calling(*around):
+        with in_scope(*scopes):
             return work()
 
     return run
 
 
-def on_behalf(caller: CallScope, items: Generator[T, None, None]) -> Generator[T, None, None]:
-    """The items of a generation: what computes them calls on its behalf, what consumes them does not."""
+def scoped_items(caller: CallScope, items: Generator[T, None, None]) -> Generator[T, None, None]:
+    """The items of a generator, each computed inside the scope; the consumer's code runs outside of it."""
     with closing(items):
         while True:
-            with calling(caller):
+            with in_scope(caller):
                 item = next(items, _END)
             if item is _END:
                 return
             yield item
 
 
-class AsyncOnBehalf(AsyncIterator[T], Generic[T]):
-    """As ``on_behalf``, of an asynchronous generator."""
+class ScopedAsyncIterator(AsyncIterator[T], Generic[T]):
+    """``scoped_items`` for an async generator."""
 
     def __init__(self, caller: CallScope, items: AsyncGenerator[T, None]) -> None:
         self._caller, self._items = caller, items
 
     async def __anext__(self) -> T:
-        with calling(self._caller):
+        with in_scope(self._caller):
             return await anext(self._items)
 
     async def aclose(self) -> None:

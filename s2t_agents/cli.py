@@ -80,7 +80,7 @@ def chat(
     from .chat.chat_model import ChatS2T
 
     chat_model = ChatS2T(model=model, selector=selector, escalation=llm, budget=Budget(escalations=escalations))
-    _ = chat_model.engine  # loads the weights: a wrong name is told before anybody types
+    _ = chat_model.engine  # loads the weights: a wrong name fails before the first prompt
     history: list[BaseMessage] = [SystemMessage(system)] if system else []
     while line := _ask():
         history.append(HumanMessage(line))

@@ -6,10 +6,10 @@ S2TError
 │   ├── UnsafeWeights                 a model whose files are pickled, damaged, or need code of their own to be run
 │   ├── AdapterMismatch               a selector trained for another base model or tokenizer
 │   ├── TokenizerMismatch             SLM and LLM do not share one vocabulary
-│   ├── UnpricedModel                 a dollar limit over an LLM whose price nobody knows
+│   ├── UnpricedModel                 a dollar limit over an LLM whose price is unknown
 │   ├── BadLimit                      a negative, NaN, infinite or absurd limit
 │   ├── BadStore (StoreUnavailable)   a budget store that is corrupt, foreign or of another version; left untouched
-│   └── BadSchema                     a tool or output schema that no answer can fit, or that is no JSON
+│   └── BadSchema                     a tool or output schema that no answer can fit, or that is not JSON
 ├── InputError (ValueError)           messages that cannot be rendered
 │   └── ContextOverflow               the prompt does not fit the context window
 ├── BudgetError
@@ -17,14 +17,14 @@ S2TError
 │   ├── HoldClosed                    settle or release of a hold that was settled, released or expired before
 │   └── StoreUnavailable              the budget store cannot be reached; nothing may be spent (retryable)
 ├── Overloaded                        too many generations at once; nothing has run (retryable)
-├── FolderInUse                       another run is at work in the same folder; nothing was touched (retryable)
+├── FolderInUse                       another run holds the lock of the folder; nothing was changed (retryable)
 ├── LedgerError                       a ledger file that is corrupt, foreign or cannot be written
 └── EscalationFailed                  the LLM gave no usable answer; the caller keeps the local pick (retryable)
     ├── EndpointDown                  its server cannot be reached: no connection, no TLS, no such host
     ├── EndpointBusy                  its server declined for now: 429 or 5xx; nothing was spent
     ├── EndpointRefused               its server refused the request: any other status; nothing was spent
     │   └── QuestionRefused           it refused this question (too long, say) and may take another; nothing was spent
-    └── OutOfTime                     the caller had no more time to wait: that says nothing about the LLM
+    └── OutOfTime                     the caller's deadline passed before the LLM's; not a failure of the LLM
 
 Each message names the value, the limit and the way out; ``hint`` holds the way out alone, ``retryable`` says
 whether the same call may work later.
@@ -42,7 +42,7 @@ class S2TError(Exception):
     """Root of the tree.
 
     Args:
-        message: what was given and which limit it broke.
+        message: the value and the limit.
         hint: what to do about it; appended to the message.
     """
 
@@ -53,7 +53,7 @@ class S2TError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles and copies whole: Exception's own way would call ``__init__`` without the keywords."""
+        """Pickles and copies with all fields; Exception's default would call ``__init__`` without the keywords."""
         return _revived, (type(self), self.args, self.__dict__)
 
 
@@ -72,7 +72,7 @@ class ModelNotFound(ConfigError):
 
 
 class UnsafeWeights(ConfigError):
-    """A model whose files are no sound safetensors, config and tokenizer, or need code that nobody consented to."""
+    """A model whose files are not valid safetensors, config and tokenizer, or need code that was not permitted."""
 
 
 class AdapterMismatch(ConfigError):
@@ -92,7 +92,7 @@ class BadLimit(ConfigError):
 
 
 class BadSchema(ConfigError):
-    """A JSON schema that no answer can fit, or that is no JSON."""
+    """A JSON schema that no answer can fit, or that is not JSON."""
 
 
 class InputError(S2TError, ValueError):
@@ -116,7 +116,7 @@ class BudgetExceeded(BudgetError):
         limit: the limit that was met, in the unit.
         spent: settled so far, in the unit.
         held: reserved by others at this moment, in the unit.
-        wanted: what this reservation asked for, in the unit.
+        wanted: amount of this reservation, in the unit.
         budget: the path of the budget in the chain that refused, as ``fleet/run``.
         hint: the way out.
     """
@@ -148,7 +148,7 @@ class StoreUnavailable(BudgetError):
     Args:
         message: one line for people.
         hint: the way out.
-        untouched: the store is sure that nothing of the operation happened, so there is nothing to take back.
+        untouched: whether it is certain that the operation had no effect, so that there is nothing to undo.
     """
 
     retryable = True
@@ -159,9 +159,9 @@ class StoreUnavailable(BudgetError):
 
 
 class BadStore(ConfigError, StoreUnavailable):
-    """A budget store that is corrupt, no budget store, or written by another version. It was not changed.
+    """A budget store that is corrupt, not a budget store, or written by another version. It was not changed.
 
-    Also a ``StoreUnavailable``: nothing may be spent, and an answer under way goes on locally.
+    Also a ``StoreUnavailable``: nothing may be spent, and a running answer continues locally.
     """
 
     retryable = False
@@ -174,7 +174,7 @@ class Overloaded(S2TError):
 
 
 class FolderInUse(S2TError):
-    """Another run is at work in the same folder."""
+    """Another run holds the lock of the folder."""
 
     retryable = True
 
@@ -198,7 +198,7 @@ class EndpointBusy(EscalationFailed):
 
     Args:
         message: one line for people.
-        wait_s: seconds after which it wants to be asked again (Retry-After); None when it did not say.
+        wait_s: seconds until a retry, by the server's Retry-After; None if it gave none.
     """
 
     def __init__(self, message: str, *, wait_s: float | None = None) -> None:
@@ -213,8 +213,8 @@ class EndpointRefused(EscalationFailed):
 
 
 class QuestionRefused(EndpointRefused):
-    """The LLM refused this question, as one that is too long for it; another question may pass."""
+    """The LLM refused this question, for example because it is too long; another question may succeed."""
 
 
 class OutOfTime(EscalationFailed):
-    """The caller's own time was over before the LLM's was: nothing is known of the LLM."""
+    """The caller's deadline passed before the LLM's time limit; not a failure of the LLM."""

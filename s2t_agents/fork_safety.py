@@ -1,7 +1,7 @@
-"""``os.fork()`` while other threads work: the child gets every lock free and what it guards whole.
+"""``os.fork()`` in a process with running threads: in the child every lock is free and its data consistent.
 
-A fork waits until the forwards, loadings and changes under way in other threads are done, as Python's ``logging`` does
-it, and then lets them go on, in the parent. Their generations do not exist in the child.
+A fork takes all registered locks first, so it waits for forward passes, loading and updates in other threads (as
+Python's ``logging`` does), and releases them in the parent. Other threads' generations do not exist in the child.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-PATIENCE_S = 60.0
-"""How long a fork waits in all, for a model that is being loaded say; what is not free then is made anew, as it is."""
+MAX_WAIT_S = 60.0
+"""Seconds that a fork waits in all, for example for a model that is being loaded; locks still held are reset."""
 
 LOADING, FORWARD, BRIEF = 0, 1, 2
-"""In which order locks are taken: as those who hold several take them."""
+"""Lock order, the same as in code that takes several locks."""
 
 _locks: list[tuple[int, weakref.ref[Any], str]] = []
 _renewals: list[weakref.WeakMethod[Callable[[], None]]] = []
 
 
-class _Held(threading.local):
-    """What the thread that forks holds meanwhile: several may fork at once, and each needs every lock itself."""
+class _LocksHeld(threading.local):
+    """The locks that the forking thread holds; thread-local, since several threads may fork at once."""
 
     def __init__(self) -> None:
         self.taken: list[Any] = []
@@ -34,20 +34,20 @@ class _Held(threading.local):
         self.stopped = False
 
 
-_held = _Held()
+_held = _LocksHeld()
 
 
-class _Uncut:
-    """``with uncut:`` a call into a library that runs without the GIL and takes locks of its own: a fork waits for it.
+class _ForkDelay:
+    """``with delay_fork:`` a call into a library that releases the GIL and takes its own locks; a fork waits for it.
 
-    In a child cut out of such a call the library's lock would stay taken for ever.
+    A child forked in the middle of such a call would find the library's lock held for ever.
     """
 
     def __init__(self) -> None:
         self.renew()
 
     def renew(self) -> None:
-        """No call is under way."""
+        """Reset: no call is running."""
         self._state = threading.Condition(threading.Lock())
         self._calls = 0
 
@@ -62,26 +62,26 @@ class _Uncut:
                 self._state.notify_all()
 
     def stop(self, until: float) -> bool:
-        """Let no call begin until ``go``, and wait for those under way; False where they took too long."""
+        """Block new calls until ``go`` and wait for running ones; False if they took too long."""
         if not self._state.acquire(timeout=max(0.0, until - time.monotonic())):
             return False
         self._state.wait_for(lambda: not self._calls, max(0.0, until - time.monotonic()))
         return True
 
     def go(self) -> None:
-        """Calls may begin again."""
+        """Unblock calls."""
         self._state.release()
 
 
-uncut = _Uncut()
+delay_fork = _ForkDelay()
 
 
 def hold_while_forking(owner: Any, name: str, order: int = BRIEF) -> None:
-    """Take a lock of an object (or of a module) before every fork.
+    """Register a lock that is taken before every fork.
 
     Args:
-        owner: what has the lock; not kept alive.
-        name: of its attribute.
+        owner: object or module with the lock; held weakly.
+        name: attribute name of the lock.
         order: see ``LOADING``.
     """
     _locks.append((order, weakref.ref(owner), name))
@@ -91,27 +91,27 @@ def hold_while_forking(owner: Any, name: str, order: int = BRIEF) -> None:
 
 
 def renew_in_child(renew: Callable[[], None]) -> None:
-    """Call a method in every child; its object is not kept alive."""
+    """Register a method that is called in every child; its object is held weakly."""
     _renewals.append(weakref.WeakMethod(renew))
     if len(_renewals) % 256 == 0:
         _renewals[:] = [each for each in _renewals if each() is not None]
 
 
 def _before() -> None:
-    until = time.monotonic() + PATIENCE_S
+    until = time.monotonic() + MAX_WAIT_S
     for _, owner, name in tuple(_locks):
         lock = getattr(owner(), name, None)
         if lock is None or any(lock is each for each in (*_held.taken, *_held.stuck)):
             continue
         taken = lock.acquire(timeout=max(0.0, until - time.monotonic()))
         (_held.taken if taken else _held.stuck).append(lock)
-    _held.stopped = uncut.stop(until)  # last: whoever is within such a call waits for nobody
+    _held.stopped = delay_fork.stop(until)  # last: code inside such a call waits for no lock
 
 
 def _after() -> None:
     if _held.stopped:
         _held.stopped = False
-        uncut.go()
+        delay_fork.go()
     while _held.taken:
         _held.taken.pop().release()
     _held.stuck.clear()
@@ -119,7 +119,7 @@ def _after() -> None:
 
 def _in_child() -> None:
     _held.stopped = False
-    uncut.renew()
+    delay_fork.renew()
     for lock in _held.stuck:
         lock._at_fork_reinit()
     _after()
@@ -130,7 +130,7 @@ def _in_child() -> None:
 
 
 def _free_cached_properties() -> None:
-    """Up to Python 3.11 each has a lock for all objects, which another thread may have held: it computes anew here."""
+    """Reset the locks of cached properties (Python up to 3.11), which another thread may have held."""
     ours = [module for name, module in sys.modules.items() if name.partition(".")[0] == __package__]
     kinds = [kind for module in ours for kind in vars(module).values() if isinstance(kind, type)]
     for kind in kinds:

@@ -1,7 +1,7 @@
-"""Where a model comes from: a folder or hub id, with what names a part of it, and what its files say before any is run.
+"""The source of a model: a folder or hub id, its ``from_pretrained`` options, and checks of its files before loading.
 
-Options of ``from_pretrained`` are split here and nowhere else: those that say which files are meant go to config,
-tokenizer and weights alike; the rest are the weights' own.
+Options of ``from_pretrained`` are split here only: those that select files apply to config, tokenizer and weights; the
+rest apply to the weights.
 """
 
 from __future__ import annotations
@@ -19,39 +19,47 @@ from .bundled import model_path
 from .errors import ConfigError, ModelNotFound, S2TError, UnsafeWeights
 from .redaction import without_secrets
 
-PLACE = frozenset({"token", "cache_dir", "local_files_only", "proxies", "force_download"})
-"""How the hub is reached, whatever the model."""
+HUB_OPTIONS = frozenset({"token", "cache_dir", "local_files_only", "proxies", "force_download"})
+"""Options for reaching the hub, independent of the model."""
 
-PART = frozenset({"revision", "subfolder", "trust_remote_code", "code_revision"})
-"""Which files of one repository are meant, and consent to run its code: they say nothing of another repository."""
+REPOSITORY_OPTIONS = frozenset({"revision", "subfolder", "trust_remote_code", "code_revision"})
+"""Options that select files of one repository or permit its code; they do not apply to another repository."""
 
-OURS = frozenset(
+OWN_OPTIONS = frozenset(
     {"device", "dtype", "torch_dtype", "use_safetensors", "output_loading_info", "ignore_mismatched_sizes"}
 )
 """Options that this package sets itself."""
 
-MOST_JSON = 64_000_000
-"""Bytes of the largest config that is read; real ones have a few thousand."""
+MAX_JSON_BYTES = 64_000_000
+"""Largest JSON file that is read; real configs have a few thousand bytes."""
 
-MOST_OF_A_NAME = 255
-"""Characters of a file's name; systems refuse to look for longer ones."""
+MAX_NAME_CHARS = 255
+"""Longest file name; file systems refuse longer ones."""
 
-MOST_OF_A_KIND = 4096
-"""Layers, heads and experts that a config may ask for where no weights tell better."""
+MAX_MODULES = 4096
+"""Layers, heads and experts that a config may have if the weights do not give a lower limit."""
 
-_COUNTS = re.compile(r".*(layer|block|expert|head|stage)s?|depth", re.IGNORECASE)
-_LAYERS = re.compile(r"(num|n)_(\w+_)?layers?")
-_READ = ("*.safetensors", "*.index.json", "*config.json", "tokenizer.*", "*token*.json", "chat_template.*", "vocab.*")
+_COUNT_KEYS = re.compile(r".*(layer|block|expert|head|stage)s?|depth", re.IGNORECASE)
+_LAYER_COUNT_KEYS = re.compile(r"(num|n)_(\w+_)?layers?")
+_READ_PATTERNS = (
+    "*.safetensors",
+    "*.index.json",
+    "*config.json",
+    "tokenizer.*",
+    "*token*.json",
+    "chat_template.*",
+    "vocab.*",
+)
 
 
 @dataclass(frozen=True)
-class Origin:
-    """A model's name and the options of ``from_pretrained``, split by who reads them.
+class ModelSource:
+    """A model's name and its ``from_pretrained`` options.
 
     Attributes:
         name: directory, hub id or bundled name.
-        hub: for config, tokenizer, weights and generation config alike; no remote code unless it was asked for.
-        weights: for the weights alone, such as ``quantization_config``.
+        hub: options for config, tokenizer, weights and generation config; ``trust_remote_code`` is False by default.
+        weights: options for the weights only, such as ``quantization_config``.
     """
 
     name: str
@@ -59,35 +67,41 @@ class Origin:
     weights: Mapping[str, Any]
 
     @classmethod
-    def of(cls, name: str, options: Mapping[str, Any]) -> Origin:
+    def of(cls, name: str, options: Mapping[str, Any]) -> ModelSource:
         """Split ``options``.
 
         Raises:
-            ConfigError: an option that is this package's own to set.
+            ConfigError: an option that this package sets.
         """
-        if taken := sorted(OURS & options.keys()):
+        if reserved := sorted(OWN_OPTIONS & options.keys()):
             raise ConfigError(
-                f"{taken[0]} cannot be passed on to from_pretrained.", hint="dtype=... and device=... are settings."
+                f"{reserved[0]} cannot be passed on to from_pretrained.", hint="dtype=... and device=... are settings."
             )
-        asked = {key: value for key, value in options.items() if key in PLACE | PART and value is not None}
-        rest = {key: value for key, value in options.items() if key not in PLACE | PART}
-        return cls(name, {**asked, "trust_remote_code": asked.get("trust_remote_code") is True}, rest)
+        hub_options = {
+            key: value
+            for key, value in options.items()
+            if key in HUB_OPTIONS | REPOSITORY_OPTIONS and value is not None
+        }
+        weight_options = {key: value for key, value in options.items() if key not in HUB_OPTIONS | REPOSITORY_OPTIONS}
+        return cls(
+            name, {**hub_options, "trust_remote_code": hub_options.get("trust_remote_code") is True}, weight_options
+        )
 
     @property
     def path(self) -> str:
-        """What ``from_pretrained`` is given."""
+        """The path or hub id for ``from_pretrained``."""
         path = model_path(self.name)
         return str(Path(path).expanduser()) if path.startswith("~") else path
 
     @property
     def folder(self) -> Path | None:
-        """The folder on this disk that holds the files; None for a hub id."""
+        """The local folder with the files; None for a hub id."""
         root = Path(self.path)
         return root / str(self.hub.get("subfolder") or "") if root.is_dir() else None
 
     @property
     def hint(self) -> str:
-        """The way out when something is missing."""
+        """The hint of an error about missing files."""
         if Path(self.path).exists() or self.path.startswith((".", "/")):
             return "Check that the directory holds config.json, tokenizer.json and *.safetensors."
         return (
@@ -96,11 +110,11 @@ class Origin:
 
     @contextmanager
     def reading(self, what: str) -> Iterator[None]:
-        """Whatever a library raises over the files of ``what`` becomes one error that names the model.
+        """Context in which errors of a library about the files of ``what`` become one error that names the model.
 
         Raises:
-            ModelNotFound: nothing there, or no model of a known kind.
-            UnsafeWeights: something damaged, or code of the repository that nobody consented to.
+            ModelNotFound: no files, or an unknown kind of model.
+            UnsafeWeights: damaged files, or repository code that was not permitted.
             ConfigError: a package that these files need is missing.
         """
         try:
@@ -108,39 +122,41 @@ class Origin:
         except S2TError:
             raise
         except BaseException as error:
-            if not (isinstance(error, Exception) or panicked(error)):
+            if not (isinstance(error, Exception) or is_rust_panic(error)):
                 raise
-            raise self._refusal(what, error) from error
+            raise self._loading_error(what, error) from error
 
-    def _refusal(self, what: str, error: BaseException) -> ConfigError:
-        said = first_line(error)
+    def _loading_error(self, what: str, error: BaseException) -> ConfigError:
+        reason = first_line(error)
         if "trust_remote_code" in str(error):
             return UnsafeWeights(
                 f"{self.name!r} needs code of its own repository for its {what}; it is not run unless you say so.",
                 hint='Read it, pin it with "revision", and pass model_kwargs={"trust_remote_code": True}.',
             )
         if isinstance(error, ImportError):
-            return ConfigError(f"the {what} of {self.name!r} need a package: {said}.", hint="Install it.")
+            return ConfigError(f"the {what} of {self.name!r} need a package: {reason}.", hint="Install it.")
         if isinstance(error, OSError):
-            return ModelNotFound(f"no {what} at {self.name!r}: {said}.", hint=self.hint)
+            return ModelNotFound(f"no {what} at {self.name!r}: {reason}.", hint=self.hint)
         if type(error) is ValueError and what == "weights":
-            return ModelNotFound(f"{self.name!r} is no causal language model: {said}.", hint=self.hint)
+            return ModelNotFound(f"{self.name!r} is no causal language model: {reason}.", hint=self.hint)
         if type(error) is ValueError:
-            return ModelNotFound(f"no {what} at {self.name!r}: {said}.", hint=self.hint)
-        return UnsafeWeights(f"the {what} of {self.name!r} cannot be read: {said}.", hint="Copy or download it again.")
+            return ModelNotFound(f"no {what} at {self.name!r}: {reason}.", hint=self.hint)
+        return UnsafeWeights(
+            f"the {what} of {self.name!r} cannot be read: {reason}.", hint="Copy or download it again."
+        )
 
     def file(self, name: str, *, here: bool = False) -> Path | None:
-        """One of the model's files, fetched where it must be; None where there is none.
+        """The path of one of the model's files, downloaded if needed; None if it does not exist.
 
         Args:
             name: inside the folder or repository.
-            here: look on this disk only.
+            here: do not download.
         """
         from transformers.utils import cached_file
 
         if self.folder is not None:
             return self.folder / name if (self.folder / name).is_file() else None
-        options = {key: value for key, value in self.hub.items() if key in PLACE | {"revision", "subfolder"}}
+        options = {key: value for key, value in self.hub.items() if key in HUB_OPTIONS | {"revision", "subfolder"}}
         if here:
             options["local_files_only"] = True
         try:
@@ -150,23 +166,23 @@ class Origin:
         return Path(found) if found else None
 
     def config(self, *, here: bool = False) -> dict[str, Any] | None:
-        """``config.json`` as it is; None where there is none.
+        """The content of ``config.json``; None if there is none.
 
         Raises:
-            UnsafeWeights: it is no JSON object.
+            UnsafeWeights: it is not a JSON object.
         """
         found = self.file("config.json", here=here)
         return None if found is None else self.json(found)
 
     def json(self, file: Path) -> dict[str, Any]:
-        """One of the model's files, which must hold a JSON object.
+        """The content of a JSON file of the model.
 
         Raises:
-            UnsafeWeights: it does not.
+            UnsafeWeights: it is not a JSON object.
         """
         try:
-            if file.stat().st_size > MOST_JSON:
-                raise ValueError(f"it has more than {MOST_JSON:,} bytes")
+            if file.stat().st_size > MAX_JSON_BYTES:
+                raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes")
             read = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise UnsafeWeights(f"{file.name} of {self.name!r} is no JSON: {first_line(error)}.") from error
@@ -175,11 +191,11 @@ class Origin:
         return read
 
     def check_files(self) -> None:
-        """Refuse a path that is no folder, or holds something else where a file should be: reading that may never end.
+        """Refuse a path that is not a folder, and entries that are not regular files (reading a pipe may not end).
 
         Raises:
             ModelNotFound: a URL, a file, GGUF.
-            UnsafeWeights: a directory, pipe, device or broken link in a file's place.
+            UnsafeWeights: a directory, pipe, device or broken link instead of a file.
         """
         if "://" in self.path and not Path(self.path).exists():
             raise ModelNotFound(
@@ -187,21 +203,21 @@ class Origin:
                 hint="Give a directory or a hub id, such as 'Qwen/Qwen3-0.6B'.",
             )
         if self.path.endswith(".gguf"):
-            raise _gguf(self.name, Path(self.path).name)
+            raise _gguf_error(self.name, Path(self.path).name)
         if self.folder is None:
             if Path(self.path).is_file():
                 raise ModelNotFound(f"{self.name!r} is a file.", hint="Give the directory that it lies in.")
             return
-        for pattern in _READ:
+        for pattern in _READ_PATTERNS:
             if odd := sorted(each.name for each in self.folder.glob(pattern) if not each.is_file()):
                 raise UnsafeWeights(f"{odd[0]} in {self.name!r} is no regular file.", hint="Copy the model again.")
 
     def check_weights(self) -> None:
-        """Refuse by name a folder that holds something else than a causal LM's weights, before any is read.
+        """Refuse a folder without a causal LM's safetensors weights, judged by file names.
 
         Raises:
             ModelNotFound: an adapter, a sentence embedder, GGUF; no config.
-            UnsafeWeights: pickles only; shards that are missing or lie elsewhere; as ``check_files``.
+            UnsafeWeights: pickles only; shards that are missing or outside the folder; as ``check_files``.
         """
         self.check_files()
         folder = self.folder
@@ -210,29 +226,29 @@ class Origin:
         if not (folder / "config.json").is_file():
             self._refuse_without_config(folder)
         if (folder / "adapter_config.json").is_file():
-            raise _adapter(self.name)
+            raise _adapter_error(self.name)
         if (folder / "modules.json").is_file():
             raise ModelNotFound(f"{self.name!r} is a sentence embedder: it writes no text.", hint="Give a chat model.")
         if (generation := self.file("generation_config.json")) is not None:
-            self.json(generation)  # transformers passes over a broken one, and with it what ends an answer
+            self.json(generation)  # transformers ignores an invalid one, and the end tokens in it
         self._refuse_pickles(folder)
         self._check_shards(folder)
 
     def _refuse_without_config(self, folder: Path) -> None:
         if (folder / "adapter_config.json").is_file():
-            raise _adapter(self.name)
+            raise _adapter_error(self.name)
         if files := sorted(each.name for each in folder.glob("*.gguf")):
-            raise _gguf(self.name, files[0])
+            raise _gguf_error(self.name, files[0])
         raise ModelNotFound(f"no model at {self.name!r}: it holds no config.json.", hint=self.hint)
 
     def _refuse_pickles(self, folder: Path) -> None:
         if any(folder.glob("*.safetensors")) or "gguf_file" in self.weights:
             return
         if any(folder.glob("*.safetensors.index.json")):
-            return  # the missing shards are named
+            return  # _check_shards names the missing shards
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
         if not pickles and (files := sorted(each.name for each in folder.glob("*.gguf"))):
-            raise _gguf(self.name, files[0])
+            raise _gguf_error(self.name, files[0])
         found = f"only {pickles[0]}" if pickles else "no weights"
         raise UnsafeWeights(
             f"{self.name!r} holds {found}; only safetensors files are read.",
@@ -243,11 +259,11 @@ class Origin:
         for shard in self.shards(folder):
             if Path(shard).name != shard:
                 raise UnsafeWeights(f"{self.name!r} names weights outside its own folder: {shard!r}.")
-            if len(shard) > MOST_OF_A_NAME or not (folder / shard).is_file():
+            if len(shard) > MAX_NAME_CHARS or not (folder / shard).is_file():
                 raise UnsafeWeights(f"{self.name!r} lacks its weights file {shard!r:.80}.", hint="Download it again.")
 
     def shards(self, folder: Path) -> list[str]:
-        """Names of the weight files that would be read, as the index gives them."""
+        """Names of the weight files that would be read, by the index."""
         variant = f".{self.weights['variant']}" if self.weights.get("variant") else ""
         index = folder / f"model.safetensors.index{variant}.json"
         if (folder / f"model{variant}.safetensors").is_file():
@@ -259,58 +275,60 @@ class Origin:
             raise UnsafeWeights(f"{index.name} of {self.name!r} has no weight_map from tensors to files.")
         return sorted(set(files.values()))
 
-    def check_counts(self, config: Mapping[str, Any], most: int) -> None:
-        """Refuse a config that asks for no layers, for so many that making them, empty, takes for ever, or for NaN.
+    def check_counts(self, config: Mapping[str, Any], max_layers: int) -> None:
+        """Refuse a config with no layers, with so many that creating them does not end, or with NaN.
 
         Args:
             config: ``config.json``.
-            most: layers that there can be: tensors in the weight files.
+            max_layers: the number of tensors in the weight files, an upper bound of the layers.
 
         Raises:
             UnsafeWeights: naming the key.
         """
         for key, value in config.items():
             if isinstance(value, dict):
-                self.check_counts(value, most)
-            elif _is_no_model(key, value, max(most, MOST_OF_A_KIND)):
+                self.check_counts(value, max_layers)
+            elif _is_impossible(key, value, max(max_layers, MAX_MODULES)):
                 raise UnsafeWeights(f"the config of {self.name!r} says {key}={value}; that is no model.")
-            elif _LAYERS.fullmatch(key) and isinstance(value, int) and value > most > 0:
-                raise UnsafeWeights(f"the config of {self.name!r} says {key}={value}; its files have {most} tensors.")
+            elif _LAYER_COUNT_KEYS.fullmatch(key) and isinstance(value, int) and value > max_layers > 0:
+                raise UnsafeWeights(
+                    f"the config of {self.name!r} says {key}={value}; its files have {max_layers} tensors."
+                )
 
 
-def _is_no_model(key: str, value: Any, most: int) -> bool:
+def _is_impossible(key: str, value: Any, max_layers: int) -> bool:
     if isinstance(value, float):
         return isnan(value)
     if not isinstance(value, int):
         return False
-    return (bool(_COUNTS.fullmatch(key)) and value > most) or (key == "num_hidden_layers" and value < 1)
+    return (bool(_COUNT_KEYS.fullmatch(key)) and value > max_layers) or (key == "num_hidden_layers" and value < 1)
 
 
-def panicked(error: BaseException) -> bool:
-    """Whether it is a panic of Rust code, which pyo3 raises past ``except Exception``."""
+def is_rust_panic(error: BaseException) -> bool:
+    """Whether it is a panic of Rust code, which pyo3 raises as a ``BaseException``."""
     return type(error).__name__ == "PanicException"
 
 
-def elsewhere(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options for another repository: neither this one's revision nor the consent to its code."""
-    return {key: value for key, value in options.items() if key not in PART}
+def options_for_other_model(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without those that apply to this repository only."""
+    return {key: value for key, value in options.items() if key not in REPOSITORY_OPTIONS}
 
 
 def first_line(error: BaseException) -> str:
-    """An error's first line, for use inside another message."""
+    """The first line of an error's message, for use inside another message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    said = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
-    return said.rstrip(".")
+    reason = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
+    return reason.rstrip(".")
 
 
-def _adapter(name: str) -> ModelNotFound:
+def _adapter_error(name: str) -> ModelNotFound:
     return ModelNotFound(
         f"{name!r} holds an adapter, which is no model by itself.",
         hint="Merge it into its base (peft: merge_and_unload, save_pretrained) and give that.",
     )
 
 
-def _gguf(name: str, file: str) -> ModelNotFound:
+def _gguf_error(name: str, file: str) -> ModelNotFound:
     return ModelNotFound(
         f"{name!r} holds GGUF weights ({file}), which are not read.",
         hint="Give the safetensors checkpoint that the file was made from.",

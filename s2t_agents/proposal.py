@@ -1,4 +1,4 @@
-"""What the small model proposes at one step: the view that triggers and selectors read."""
+"""The SLM's proposal at one step, which triggers and selectors read: masked logits, top-K candidates, statistics."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .scheduling.sequence import Prefix
 
 
 class Proposal:
-    """The K best legal tokens after a prefix, and how sure the SLM is of them.
+    """The top-K legal tokens after a prefix, with entropy and margin.
 
     Args:
-        prefix: read-only here.
-        k: how many candidates; fewer when fewer are legal.
-        allowed: ``[V]`` bool, the tokens that the grammar permits; None permits all.
-        banned: token ids that cannot be chosen at this step.
+        prefix: the sequence; read-only here.
+        k: number of candidates; fewer if fewer are legal.
+        allowed: ``[V]`` bool, the grammar's token mask; None permits all.
+        banned: token ids that are illegal at this step.
 
     Attributes:
         logits: ``[V]`` fp32, illegal tokens at -inf.
@@ -37,7 +37,7 @@ class Proposal:
         self._seen = prefix.glance if self._all_legal else None
 
     def fetch(self) -> None:
-        """Bring best token, entropy and margin from CUDA in one trip; elsewhere each is made when it is read."""
+        """On CUDA, compute best token, entropy and margin in one transfer; elsewhere each is computed on access."""
         if self._seen is None and self.logits.device.type == "cuda":
             self._seen = glance_at(self.logits)
         if self._seen is not None:
@@ -45,14 +45,14 @@ class Proposal:
 
     @cached_property
     def best(self) -> int:
-        """The token that the SLM wants most."""
+        """The SLM's most likely legal token."""
         return self._seen.best if self._seen is not None else int(self.logits.argmax())
 
     @cached_property
     def candidates(self) -> Tensor:
         """``[K]`` token ids, best first."""
         values, indices = best_first(self.logits, self._k)
-        if self._all_legal and self.logits.device.type == "cuda":  # to compare is to wait for the device
+        if self._all_legal and self.logits.device.type == "cuda":  # the comparison would synchronize the device
             return indices
         return indices[values > -torch.inf]
 
@@ -73,34 +73,34 @@ class Proposal:
 
     @cached_property
     def entropy(self) -> float:
-        """Of the next-token distribution, in nats."""
+        """Entropy of the next-token distribution, in nats."""
         return float(entropy_of(self.log_probs))
 
     @cached_property
     def margin(self) -> float:
-        """Probability of the best token minus that of the second, in [0, 1]; 1 when only one is legal."""
+        """Probability of the best token minus that of the second, in [0, 1]; 1 if only one is legal."""
         best = self.candidate_log_probs[:2].exp().tolist()
         return best[0] - best[1] if len(best) > 1 else 1.0
 
 
 def best_first(scores: Tensor, k: int, best: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The K highest of ``[..., V]``, and the one that greedy decoding takes before all that equal it.
+    """Top-K of ``[..., V]`` in which the first of equal scores is the one that greedy decoding takes.
 
     Args:
         scores: logits, or log-probabilities.
-        k: at most V are given.
-        best: ``[...]``, what greedy decoding takes where it is known; the first of the highest by default.
+        k: number of tokens; at most V are returned.
+        best: ``[...]``, greedy decoding's token if known; the first of the highest by default.
 
     Returns:
-        Values and token ids, both ``[..., K]``. Never waits for the device.
+        Values and token ids, both ``[..., K]``. Never synchronizes the device.
     """
-    values, indices = scores.topk(min(k, scores.shape[-1]))  # which breaks ties in an order of its own
+    values, indices = scores.topk(min(k, scores.shape[-1]))  # its order of ties is arbitrary
     first = (scores.argmax(-1) if best is None else best)[..., None]
     rest = torch.where(indices == first, indices[..., :1], indices)[..., 1:]
     return values, torch.cat([first, rest], -1)
 
 
 def entropy_of(log_probs: Tensor) -> Tensor:
-    """Nats, from ``[..., V]`` to ``[...]``; what is illegal (-inf) adds nothing."""
+    """Entropy in nats, from log-probabilities ``[..., V]`` to ``[...]``; illegal tokens (-inf) add nothing."""
     # No second logarithm, and no exp() of its own: MKL's would start threads for it (see torch/cpu_threads.py).
     return -(log_probs.softmax(-1) * log_probs.clamp_min(FLOOR)).sum(-1)

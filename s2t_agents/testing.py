@@ -1,7 +1,4 @@
-"""Public fakes and tiny real models, for our tests and for those of anyone who builds on this package.
-
-Models here are real architectures with random weights: everything but what they say is real.
-"""
+"""Public test utilities: tiny models of real architectures with random weights, and a scripted LLM."""
 
 from __future__ import annotations
 
@@ -17,17 +14,17 @@ from .llms.question import Answer, Question, charge
 from .types import Charge, Price
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "phi3", "gemma3")
-"""Families on which the overlay is exact; ``tiny_model`` builds each."""
+"""Families for which candidate scoring on read-only KV is exact; ``tiny_model`` builds each."""
 
 RECURRENT = ("qwen3_next", "jamba", "bamba")
-"""Hybrids of attention and recurrent layers: these take the cloned-rows path."""
+"""Hybrids of attention and recurrent layers, whose candidates are scored on cloned rows."""
 
 CHATML = (
     "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{%- endfor -%}"
     "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
 )
 
-_SIZES: dict[str, Any] = {
+_TINY_SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 4,
@@ -37,7 +34,7 @@ _SIZES: dict[str, Any] = {
     "initializer_range": 0.2,
 }
 
-_OWN: Mapping[str, Mapping[str, Any]] = {
+_ARCHITECTURE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "mistral": {"sliding_window": None},
     "gemma3": {
         "head_dim": 8,
@@ -73,7 +70,7 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-_TYPES = {"gemma3": "gemma3_text"}
+_MODEL_TYPES = {"gemma3": "gemma3_text"}
 
 
 @cache
@@ -99,9 +96,9 @@ def tiny_config(architecture: str, **overrides: Any) -> Any:
     from transformers import AutoConfig
 
     tokenizer = tiny_tokenizer()
-    settings = {"vocab_size": len(tokenizer), **_SIZES, **_OWN.get(architecture, {}), **overrides}
+    settings = {"vocab_size": len(tokenizer), **_TINY_SIZES, **_ARCHITECTURE_OPTIONS.get(architecture, {}), **overrides}
     return AutoConfig.for_model(
-        _TYPES.get(architecture, architecture),
+        _MODEL_TYPES.get(architecture, architecture),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -121,12 +118,13 @@ def tiny_model(architecture: str = "qwen3", *, seed: int = 0, **overrides: Any) 
 
 
 def markov_model(tokenizer: Any, *chains: Sequence[str | int], name: str = "markov") -> LanguageModel:
-    """A real Qwen3 whose next token depends on the last alone: ``["a", "b", "c"]`` makes it write b after a, then c.
+    """A Qwen3 model whose next token depends on the last one only: ``["a", "b", "c"]`` makes it generate b after a, c
+    after b.
 
     Args:
         tokenizer: of any size; the hidden states have one dimension for each token of the chains.
-        chains: token ids, added tokens, or texts that stand for all their tokens. Where two disagree on what follows,
-            the earlier one counts, and the later where a grammar forbids that.
+        chains: token ids, added tokens, or texts, which stand for all their tokens. If two chains disagree on what
+            follows a token, the earlier one is more likely, so the later applies only if a grammar forbids that.
         name: of the model.
     """
     from transformers import AutoModelForCausalLM
@@ -138,8 +136,8 @@ def markov_model(tokenizer: Any, *chains: Sequence[str | int], name: str = "mark
             return [part]
         return [added[part]] if part in added else list(tokenizer.encode(part, add_special_tokens=False))
 
-    told = [[token for part in chain for token in ids_of(part)] for chain in chains]
-    known = sorted({token for chain in told for token in chain})
+    id_chains = [[token for part in chain for token in ids_of(part)] for chain in chains]
+    known = sorted({token for chain in id_chains for token in chain})
     width, place = len(known) + -len(known) % 8, {token: at for at, token in enumerate(known)}
     config = tiny_config(
         "qwen3",
@@ -157,7 +155,7 @@ def markov_model(tokenizer: Any, *chains: Sequence[str | int], name: str = "mark
     embeddings = model.model.embed_tokens.weight.zero_()
     for token, at in place.items():
         embeddings[token, at] = 1.0
-    for rank, chain in enumerate(told):
+    for rank, chain in enumerate(id_chains):
         for last, following in pairwise(chain):
             row = model.lm_head.weight[following]
             row[place[last]] = max(float(row[place[last]]), 2.0**-rank)
@@ -165,7 +163,7 @@ def markov_model(tokenizer: Any, *chains: Sequence[str | int], name: str = "mark
 
 
 class ScriptedLLM:
-    """An LLM that answers from a function: for faults, counting and order. Real models are better for all else.
+    """An LLM that answers from a function, for tests of faults, counts and order.
 
     Args:
         answer: from prefix ids and candidate ids to their log-probabilities; may raise ``EscalationFailed``.
@@ -182,19 +180,19 @@ class ScriptedLLM:
         self.opened = self.closed = 0
 
     def check(self, slm: LanguageModel) -> None:
-        """Serves any SLM."""
+        """Accepts any SLM."""
 
     def open(self) -> ScriptedLLM:
-        """It is its own session; every question reads the whole prefix."""
+        """Returns itself as the session; every question costs the whole prefix."""
         self.opened += 1
         return self
 
     def quote(self, question: Question) -> Charge:
-        """The whole prefix and one token."""
+        """The cost of the whole prefix and one output token."""
         return charge(self.price, input_tokens=len(question.ids))
 
     def ask(self, question: Question) -> Answer:
-        """What the script says; an answer is paid for, a raised error is not."""
+        """Call the function; an answer is charged, a raised error is not."""
         ids, candidates = list(question.ids), list(question.candidates)
         self.asked.append((ids, candidates))
         scores = self.answer(ids, candidates)
@@ -202,10 +200,10 @@ class ScriptedLLM:
         return Answer(tuple(scores))
 
     def close(self) -> None:
-        """Counted."""
+        """Count the call."""
         self.closed += 1
 
 
 def last_candidate(ids: Sequence[int], candidates: Sequence[int]) -> list[float]:
-    """An answer for ``ScriptedLLM``: always the candidate that the SLM likes least."""
+    """An answer for ``ScriptedLLM``: always the SLM's least likely candidate."""
     return [-float(len(candidates) - at) for at in range(len(candidates))]

@@ -1,9 +1,8 @@
-"""Triggers: is this step critical? Small callables on a ``Proposal``, composed with ``|`` and ``&``.
+"""Triggers decide at which steps candidates are re-ranked: callables on a ``Proposal``, composed by ``|`` and ``&``.
 
 >>> trigger = entropy(above=0.6) | margin(below=0.1)
 
-A trigger reads the SLM alone (no LLM runs for it). To add one, subclass ``Trigger`` or wrap a function in
-``when``.
+A trigger reads only the SLM's proposal. To add one, subclass ``Trigger`` or wrap a function in ``when``.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from .proposal import Proposal
 
 
 class Trigger(ABC):
-    """Base of all triggers: called with a proposal, says whether to look twice."""
+    """Base class of triggers."""
 
     @abstractmethod
     def __call__(self, proposal: Proposal) -> bool:
-        """Whether this step is critical."""
+        """Whether to re-rank the candidates at this step."""
 
     def __or__(self, other: Trigger) -> Trigger:
         return when(lambda proposal: self(proposal) or other(proposal), f"({self!r} | {other!r})")
@@ -49,10 +48,10 @@ class when(Trigger):
 
 
 class entropy(Trigger):
-    """The SLM's distribution is spread: entropy of at least ``above`` nats (the PPS trigger)."""
+    """Triggers if the entropy of the SLM's next-token distribution is at least ``above`` nats (the PPS trigger)."""
 
     def __init__(self, *, above: float) -> None:
-        self.above = _finite("entropy(above=)", above)
+        self.above = _check_finite("entropy(above=)", above)
 
     def __call__(self, proposal: Proposal) -> bool:
         """Whether the step's entropy reaches the threshold."""
@@ -63,10 +62,10 @@ class entropy(Trigger):
 
 
 class margin(Trigger):
-    """The SLM's two best tokens are close: probabilities less than ``below`` apart."""
+    """Triggers if the probabilities of the SLM's two best tokens differ by less than ``below``."""
 
     def __init__(self, *, below: float) -> None:
-        self.below = _finite("margin(below=)", below)
+        self.below = _check_finite("margin(below=)", below)
 
     def __call__(self, proposal: Proposal) -> bool:
         """Whether the two best tokens are closer than the threshold."""
@@ -77,25 +76,25 @@ class margin(Trigger):
 
 
 class probe(Trigger):
-    """A logistic probe on the SLM's last hidden state and entropy finds the steps where an LLM would disagree.
+    """Triggers by a logistic probe on the SLM's last hidden state and entropy, which predicts an LLM's disagreement.
 
     Args:
         weight: ``[H + 1]``: one per hidden unit, then the entropy's.
         bias: added before the sigmoid.
-        above: probability of disagreement from which a step is critical.
+        above: threshold of the probability of a disagreement.
     """
 
     def __init__(self, weight: Tensor, bias: float, *, above: float) -> None:
-        self.weight, self.bias, self.above = weight, bias, _finite("probe(above=)", above)
+        self.weight, self.bias, self.above = weight, bias, _check_finite("probe(above=)", above)
 
     def probability(self, proposal: Proposal) -> float:
-        """Of a disagreement between SLM and LLM at this step."""
+        """Predicted probability that the LLM disagrees with the SLM at this step."""
         hidden = proposal.hidden.float()
         weight = self.weight.to(hidden.device)
         return float(torch.sigmoid(hidden @ weight[:-1] + proposal.entropy * weight[-1] + self.bias))
 
     def __call__(self, proposal: Proposal) -> bool:
-        """Whether a disagreement is likely enough."""
+        """Whether the probability of a disagreement reaches the threshold."""
         return self.probability(proposal) >= self.above
 
     def __repr__(self) -> str:
@@ -103,10 +102,10 @@ class probe(Trigger):
 
 
 class at_random(Trigger):
-    """A share of all steps, whatever the SLM says: the baseline every trigger has to beat."""
+    """Triggers at a random share of all steps, the baseline for every trigger."""
 
     def __init__(self, rate: float, *, seed: int = 0) -> None:
-        self.rate, self._draw = _finite("at_random(rate)", rate), random.Random(seed)
+        self.rate, self._draw = _check_finite("at_random(rate)", rate), random.Random(seed)
 
     def __call__(self, proposal: Proposal) -> bool:
         """Whether this step was drawn."""
@@ -126,7 +125,7 @@ def never() -> Trigger:
     return when(lambda _: False, "never()")
 
 
-def _finite(what: str, value: float) -> float:
+def _check_finite(what: str, value: float) -> float:
     if not math.isfinite(value):
         raise ConfigError(f"{what} is {value}; it must be a finite number.")
     return float(value)

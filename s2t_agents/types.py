@@ -1,4 +1,4 @@
-"""The words the whole package speaks: candidate, step, what became of an escalation. Plain data, no torch."""
+"""Data types of the whole package: candidate, step, escalation report, sampling parameters. No torch."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import Literal, Protocol
 from .errors import ConfigError
 
 Picker = Literal["slm", "selector", "llm", "grammar"]
-"""Who chose a token. ``grammar``: it was the only legal one, so nobody had to. Tokens that were kept with an LLM's
-pick are the SLM's own continuation of it, and carry ``slm``."""
+"""What chose a token. ``grammar``: it was the only legal one. Tokens emitted together with an LLM's pick are the SLM's
+continuation of it, and have ``slm``."""
 
 Outcome = Literal["picked", "refused", "failed", "interrupted"]
-"""What became of an escalation: the LLM picked, the budget refused it, the LLM gave no usable answer, or the caller
-left (Ctrl-C, a cancelled task) before there was one."""
+"""Outcome of an escalation: the LLM picked; the budget refused it; the LLM gave no usable answer; or the caller was
+interrupted (Ctrl-C, a cancelled task)."""
 
 
 class Price(Protocol):
     """What tokens of one model cost."""
 
     def cost(self, *, input_tokens: int, cached_tokens: int = 0, output_tokens: int = 0) -> Decimal:
-        """USD for so many tokens; ``cached_tokens`` are those of the input that the server had already seen."""
+        """USD of a request; ``cached_tokens`` are those input tokens that were in the server's prefix cache."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One of the K tokens of a step, with every score it was given (log-probabilities; None: not asked)."""
+    """One of a step's K candidates with its scores (log-probabilities; None: not scored)."""
 
     token_id: int
     slm: float
@@ -55,10 +55,10 @@ class Charge:
 
 @dataclass(frozen=True, slots=True)
 class RefusedBy:
-    """The limit that a reservation did not fit in.
+    """The limit that a reservation exceeded.
 
     Attributes:
-        budget: the path of the budget that has it, as ``fleet/run``.
+        budget: the path of the budget with that limit, as ``fleet/run``.
         unit: ``"usd" | "escalations" | "llm_tokens" | "seconds"``.
         limit: in that unit; dollars as Decimal, counts as int, seconds as float.
     """
@@ -70,18 +70,16 @@ class RefusedBy:
 
 @dataclass(frozen=True, slots=True)
 class EscalationReport:
-    """One escalation, asked or refused, as the step carries it.
+    """The report of one escalation, part of its step.
 
     Attributes:
         outcome: picked, refused, failed or interrupted.
-        reserved: held before the LLM was asked, or, where the budget refused, what it was asked to hold; None when
-            that was not known yet.
-        actual: settled afterwards; None when nothing was spent.
-        wait_s: seconds from the question to the answer.
-        reason: why it was refused, failed or was interrupted; when the LLM picked, what else there is to know, mostly
-            nothing.
-        refused_by: the limit that refused; None where none did, also where the budget could not be reached.
-        replayed: the LLM picked in an earlier try of this answer, which paid for it; now it was free.
+        reserved: reserved before the LLM was asked; if the budget refused, what was to be reserved; None if unknown.
+        actual: settled afterwards; None if nothing was spent.
+        wait_s: seconds from question to answer.
+        reason: why it was refused, failed or was interrupted; a remark if the LLM picked, mostly "".
+        refused_by: the limit that refused; None if no limit did, for example because the budget store was unreachable.
+        replayed: the LLM picked in an earlier, interrupted try of this answer, which paid for it.
     """
 
     outcome: Outcome
@@ -94,13 +92,13 @@ class EscalationReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A question for the LLM, told as soon as it is over: its step may never come.
+class EscalationRecord:
+    """An escalation with its candidates, reported as soon as it ends: its step may never be emitted.
 
     Attributes:
         prefix_tokens: tokens before the step, prompt included.
-        candidates: the K candidates, best SLM first.
-        report: what became of it.
+        candidates: the K candidates, the SLM's best first.
+        report: its outcome.
     """
 
     prefix_tokens: int
@@ -110,10 +108,10 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds spent in each verb of one step.
+    """Seconds spent in each part of one step.
 
-    ``queue`` is the wait before a generation's first. ``compute`` is no verb: the step's share of the forwards of the
-    SLM that it took part in, divided by rows among all who did. It is what local compute is billed by.
+    ``queue`` is the wait before a generation's first step. ``compute`` is the step's share, by rows, of the SLM's
+    batched forward passes that it was part of; local compute is billed by it.
     """
 
     propose: float = 0.0
@@ -126,20 +124,20 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One emitted token and how it came about.
+    """One emitted token and how it was chosen.
 
     Attributes:
         index: position in the completion, from 0.
         prefix_tokens: tokens before it, prompt included.
-        token_id: the token that was chosen.
+        token_id: the chosen token.
         wanted_id: the token that the SLM alone would have chosen.
-        picked_by: who chose it.
-        triggered: the trigger called this step critical.
+        picked_by: what chose it.
+        triggered: whether the trigger fired at this step.
         entropy: of the SLM's (grammar-masked) next-token distribution, in nats; None for forced tokens.
-        candidates: the K candidates, best SLM first; empty where nobody looked twice.
-        escalation: set when the selection was to go up to the LLM.
-        timings: seconds by verb.
-        reused_tokens: of the prompt, whose KV an earlier turn had left; told with the first step, 0 later.
+        candidates: the K candidates, the SLM's best first; empty if they were not re-ranked.
+        escalation: set if the selection was to be escalated to the LLM.
+        timings: seconds by part.
+        reused_tokens: prompt tokens whose KV came from the prefix cache; set on the first step, 0 later.
     """
 
     index: int
@@ -156,20 +154,20 @@ class Step:
 
     @property
     def flipped(self) -> bool:
-        """The token is another than the SLM wanted."""
+        """Whether the token differs from the SLM's choice."""
         return self.token_id != self.wanted_id
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn.
+    """Sampling parameters.
 
     Attributes:
         temperature: 0 is greedy.
         top_p: nucleus mass, in (0, 1]; used when temperature is above 0.
-        seed: of the draw; None takes a fresh one.
-        max_tokens: upper limit of the completion, in tokens.
-        banned_first: token ids that cannot be the first (an empty answer helps nobody).
+        seed: of the random generator; None takes a random one.
+        max_tokens: limit of the completion, in tokens.
+        banned_first: token ids that cannot be the first, such as end tokens (no empty answers).
     """
 
     temperature: float = 0.0
@@ -179,7 +177,7 @@ class Sampling:
     banned_first: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what no draw can follow (ConfigError)."""
+        """Validate the parameters (ConfigError)."""
         if not (isinstance(self.temperature, Real) and math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(f"temperature is {self.temperature!r}; it must be 0 (greedy) or a positive number.")
         if not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):

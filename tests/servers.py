@@ -74,8 +74,8 @@ class CompletionServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, model: LanguageModel, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.model, self.by_id, self.usage = model, True, True
         self.tokenize: Callable[[str], list[int]] | None = lambda text: model.tokenizer.encode(
             text, add_special_tokens=False
@@ -108,9 +108,9 @@ class CompletionServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(model: LanguageModel) -> Iterator[CompletionServer]:
-    """A server for the length of a block."""
-    server = CompletionServer(model)
+def serving(model: LanguageModel, port: int = 0) -> Iterator[CompletionServer]:
+    """A server for the length of a block, on any free port by default."""
+    server = CompletionServer(model, port)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

@@ -11,6 +11,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.load import dumps
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableLambda
+from observers import cache_key, traced
 
 from s2t_agents import Budget, ChatS2T, Ledger
 from s2t_agents.errors import ConfigError
@@ -258,18 +259,18 @@ def test_none_is_the_default_and_a_path_is_a_path(tmp_path: Path) -> None:
     assert model.model_name == str(tmp_path)
     assert model.invoke("hello", max_tokens=2).response_metadata["model_name"] == str(tmp_path)
     assert model.invoke("hello", max_tokens=2, model=tmp_path).response_metadata["model_name"] == str(tmp_path)
-    assert len(model.runtimes._kept) == 1
+    assert len(model.runtimes) == 1
     assert pickle.loads(pickle.dumps(model)).model_name == str(tmp_path)
 
 
 def test_secrets_are_neither_shown_nor_traced_nor_pickled_nor_in_cache_keys() -> None:
     kwargs = {"token": "hf_SECRET", "use_auth_token": "hf_SECRET", "revision": "main", "eos_token_id": 7}
     model = ChatS2T(model="never/loaded", model_kwargs=kwargs, api_key="sk-SECRET")
-    traced = str(model._get_invocation_params())
-    for shown in (repr(model), str(model), dumps(model), traced, model._get_llm_string()):
+    trace = str(traced(model))
+    for shown in (repr(model), str(model), dumps(model), trace, cache_key(model)):
         assert "SECRET" not in shown
-    assert "'revision': 'main'" in traced
-    assert "'eos_token_id': 7" in traced
+    assert "'revision': 'main'" in trace
+    assert "'eos_token_id': 7" in trace
     assert b"SECRET" not in pickle.dumps(model)
     assert pickle.loads(pickle.dumps(model)).model_kwargs == {"revision": "main", "eos_token_id": 7}
     assert model.model_copy().api_key == model.api_key

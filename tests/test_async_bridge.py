@@ -18,7 +18,7 @@ from langchain_core.messages import AIMessage
 
 from s2t_agents import ChatS2T
 from s2t_agents.chat import async_bridge as offload
-from s2t_agents.chat.async_bridge import in_threads
+from s2t_agents.chat.async_bridge import ThreadedIterator
 from s2t_agents.errors import Overloaded
 from s2t_agents.scheduling.admission import Concurrency
 from s2t_agents.testing import tiny_model
@@ -36,7 +36,7 @@ async def test_more_generations_run_at_once_than_the_loops_own_executor_has_thre
         yield everybody.wait()
 
     async def one() -> int:
-        (number,) = [number async for number in in_threads(meet())]
+        (number,) = [number async for number in ThreadedIterator(meet())]
         return number
 
     assert sorted(await asyncio.gather(*[one() for _ in range(24)])) == list(range(24))
@@ -52,7 +52,7 @@ async def test_leaving_early_closes_the_generator_before_control_comes_back() ->
         finally:
             closed = True
 
-    async with aclosing(in_threads(count())) as items:
+    async with aclosing(ThreadedIterator(count())) as items:
         async for item in items:
             if item == 3:
                 break
@@ -73,7 +73,7 @@ async def test_however_often_it_is_cancelled_control_comes_back_when_the_generat
             closed = True
 
     async def drain() -> None:
-        async with aclosing(in_threads(slow())) as items:
+        async with aclosing(ThreadedIterator(slow())) as items:
             async for _ in items:
                 pass
 
@@ -104,7 +104,7 @@ async def test_a_cancellation_while_the_generator_closes_is_not_lost() -> None:
             closed = True
 
     async def take_one() -> None:
-        async with aclosing(in_threads(slow())) as items:
+        async with aclosing(ThreadedIterator(slow())) as items:
             await anext(items)
 
     task = asyncio.create_task(take_one())
@@ -124,7 +124,7 @@ async def test_an_error_comes_through() -> None:
         raise KeyError("gone")
 
     with pytest.raises(KeyError, match="gone"):
-        _ = [item async for item in in_threads(fail())]
+        _ = [item async for item in ThreadedIterator(fail())]
 
 
 async def test_async_answers_share_forwards_and_equal_those_alone() -> None:
@@ -155,7 +155,7 @@ async def test_async_answers_share_forwards_and_equal_those_alone() -> None:
 async def test_who_waits_for_a_turn_holds_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ChatS2T(model=tiny_model(), max_tokens=4, concurrency=Concurrency(running=2, wait_s=60))
     with ThreadPoolExecutor(4) as few:
-        monkeypatch.setattr(offload, "_threads", few)
+        monkeypatch.setattr(offload, "_executor", few)
         answers = await model.abatch(["hello"] * 24, return_exceptions=True)
     assert {type(answer) for answer in answers} == {AIMessage}
     assert max(answer.response_metadata["s2t"]["latency_ms"]["queue"] for answer in answers) > 0
@@ -213,10 +213,10 @@ async def test_streams_that_waited_show_nothing_of_it() -> None:
 def test_a_forked_process_has_threads_of_its_own() -> None:
     script = """
         import asyncio, os, signal
-        from s2t_agents.chat.async_bridge import in_threads
+        from s2t_agents.chat.async_bridge import ThreadedIterator
 
         async def count():
-            return [number async for number in in_threads(up_to(3))]
+            return [number async for number in ThreadedIterator(up_to(3))]
 
         def up_to(number):
             yield from range(number)

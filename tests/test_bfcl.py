@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 
-from s2t_agents.chat.request import Request
+from s2t_agents.chat.response_options import ResponseOptions
 from s2t_agents.errors import ConfigError, InputError
 from s2t_agents.training.tasks import BfclTask, BfclTaskConfig, disjoint, prompts_hash
 from s2t_agents.training.tasks.bfcl import Category, json_schema
@@ -94,7 +94,7 @@ def test_tools_are_shown_as_clients_show_them(tmp_path):
     assert shown["properties"]["type"] == {}  # anything; a parameter that is called "type" stays one
     assert shown["properties"]["options"]["type"] == "object"
     assert item.calls == Calls(several=False)
-    Request(tools=item.tools, tool_choice="any").check()
+    ResponseOptions(tools=item.tools, tool_choice="any").check()
 
 
 def test_values_in_a_schema_are_no_types():
@@ -305,4 +305,4 @@ def test_every_item_can_be_asked(category, bfcl):
     task = BfclTask(bfcl, [category])
     for item in task.items:
         assert item.calls is not None
-        Request(tools=item.tools, tool_choice="any", parallel=item.calls.several).check()
+        ResponseOptions(tools=item.tools, tool_choice="any", parallel=item.calls.several).check()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from jinja2 import TemplateError
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from observers import cache_key
 
 from s2t_agents import ChatS2T
 from s2t_agents.backends.torch import LanguageModel
@@ -198,7 +199,7 @@ def test_a_file_is_read_once_and_travels_as_text(tmp_path: Path) -> None:
 
 
 def test_another_template_is_another_model_to_a_cache() -> None:
-    keys = [ChatS2T(model="x", chat_template=source)._get_llm_string() for source in (None, CHATML, CHATML + "\n")]
+    keys = [cache_key(ChatS2T(model="x", chat_template=source)) for source in (None, CHATML, CHATML + "\n")]
     assert len(set(keys)) == 3
 
 

@@ -10,7 +10,7 @@ import torch
 from s2t_agents.backends.torch import LanguageModel
 from s2t_agents.engine.engine import Engine
 from s2t_agents.escalation import Escalation
-from s2t_agents.grammar.grammar import CompiledGrammar, Generation, json_grammar, tool_grammar, vocabulary
+from s2t_agents.grammar.grammar import CompiledGrammar, GrammarState, cached_vocabulary, json_grammar, tool_grammar
 from s2t_agents.llms import Answer, Question
 from s2t_agents.llms.previews import continuations, previews
 from s2t_agents.proposal import Proposal
@@ -34,13 +34,13 @@ LIMITS = (None, 90)  # no limit, and one near which every token must leave room 
 
 
 def grammar_of(model: LanguageModel, name: str) -> CompiledGrammar:
-    words = vocabulary(model.tokenizer, model.vocab_size, model.eos_ids)
+    words = cached_vocabulary(model.tokenizer, model.vocab_size, model.eos_ids)
     if name == "json":
         return json_grammar(words, CITY)
     return tool_grammar(words, TOOLS, "any" if name == "calls" else "auto")
 
 
-def after(model: LanguageModel, grammar: Generation, written: int) -> tuple[Prefix, list[int]]:
+def after(model: LanguageModel, grammar: GrammarState, written: int) -> tuple[Prefix, list[int]]:
     """So many greedy tokens into an answer: the prefix there, and what was written; the grammar comes along."""
     prefix, ids = Prefix(model), []
     pending = list(PROMPT)
@@ -150,7 +150,7 @@ def test_a_forced_line_break_ends_no_preview() -> None:
 
 def test_the_end_of_a_grammar_is_the_end_of_a_preview() -> None:
     model = tiny_model(seed=3)
-    words = vocabulary(model.tokenizer, model.vocab_size, model.eos_ids)
+    words = cached_vocabulary(model.tokenizer, model.vocab_size, model.eos_ids)
     grammar = json_grammar(words, {"enum": ["red", "green"]}).start()
     prefix, _ = after(model, grammar, 0)
     candidates = Proposal(prefix, 4, allowed=grammar.allowed(prefix.logits)).candidates.tolist()

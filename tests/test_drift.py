@@ -151,8 +151,8 @@ def test_a_model_on_prompts_like_those_of_its_calibration_is_silent(made, caplog
     with caplog.at_level(logging.WARNING):
         answers(model)
     assert model.engine.drift is not None
-    assert model.engine.drift._triggers.steps > FEWEST
-    assert model.engine.drift._questions.hits > 0
+    assert model.engine.drift.trigger_rate.steps > FEWEST
+    assert model.engine.drift.escalation_rate.hits > 0
     assert not warnings_of(caplog)
 
 
@@ -165,7 +165,7 @@ def test_a_trigger_of_ones_own_is_not_watched(made, tmp_path):
 def test_a_margin_of_ones_own_is_not_watched(made):
     slm, llm, folder = made
     by_hand = ChatS2T(model=slm, selector=folder, escalation=Escalation(LocalLLM(llm), margin=0.1))
-    assert by_hand.engine.drift._escalations is False
+    assert not by_hand.engine.drift.watches_escalations
 
 
 def test_an_answer_that_is_left_counts_too(made):
@@ -174,7 +174,7 @@ def test_an_answer_that_is_left_counts_too(made):
     stream = model.stream("1 + 1?")
     next(stream)
     stream.close()
-    assert 1 <= model.engine.drift._triggers.steps < 30
+    assert 1 <= model.engine.drift.trigger_rate.steps < 30
 
 
 def test_watching_changes_no_step(made):

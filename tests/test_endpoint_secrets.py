@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import traceback
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from observers import cache_key
 from servers import CompletionServer, Handler, serving
 
 from s2t_agents import Budget, ChatS2T, Escalation, Ledger, OpenAILLM
@@ -143,7 +143,7 @@ def test_nor_into_messages_receipts_and_the_ledger(server: CompletionServer, ech
         server.fault = None
         llm.close()
     assert answer.response_metadata["s2t"]["degraded"]
-    clean(key, repr(answer), (tmp_path / "costs.jsonl").read_text(), json.dumps(chat._identifying_params, default=str))
+    clean(key, repr(answer), (tmp_path / "costs.jsonl").read_text(), cache_key(chat))
     [record] = ledger.records()
     assert record.receipts[0].outcome == "failed"
     assert record.receipts[0].reason

@@ -354,9 +354,9 @@ def test_64_threads_share_one_pool_and_all_are_heard(server: CompletionServer) -
 def test_an_interrupted_question_is_billed_for_what_may_have_been_done(
     server: CompletionServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from s2t_agents.selectors import background
+    from s2t_agents.llms import event_loop
 
-    real = background.asyncio.run_coroutine_threadsafe
+    real = event_loop.asyncio.run_coroutine_threadsafe
 
     class Interrupted:
         def __init__(self, future: Any) -> None:
@@ -376,7 +376,7 @@ def test_an_interrupted_question_is_billed_for_what_may_have_been_done(
     model = chat(llm, budget=budget, ledger=ledger)
     model.engine  # noqa: B018 - its checks come before the interruption
     monkeypatch.setattr(
-        background.asyncio, "run_coroutine_threadsafe", lambda work, loop: Interrupted(real(work, loop))
+        event_loop.asyncio, "run_coroutine_threadsafe", lambda work, loop: Interrupted(real(work, loop))
     )
     with pytest.raises(KeyboardInterrupt):
         model.invoke("hello")

@@ -11,8 +11,8 @@ from templates import family
 
 from s2t_agents.errors import BadSchema, ConfigError
 from s2t_agents.formats.tool_calls import CLOSE, OPEN, ToolCallParser
-from s2t_agents.grammar.grammar import TRIED, json_grammar, tool_grammar, vocabulary
-from s2t_agents.grammar.schema_rules import heaviest
+from s2t_agents.grammar.grammar import MAX_TRIED, cached_vocabulary, json_grammar, tool_grammar
+from s2t_agents.grammar.schema_rules import longest_minimum_bytes
 from s2t_agents.tokenization.detokenizer import Detokenizer
 
 TAGGED, SPELT = "qwen2_5", "llama3"  # vocabularies with <tool_call> as one token, and without
@@ -72,7 +72,7 @@ def accepts(grammar, text):
     state = grammar.start()
     tags = {tag: i for tag, i in zip((OPEN, CLOSE), grammar.vocabulary.tags, strict=True) if i is not None}
     for piece in _pieces(text):
-        for token in grammar.vocabulary.spelt_out([[tags.get(piece, piece)]])[0]:
+        for token in grammar.vocabulary.encode_answers([[tags.get(piece, piece)]])[0]:
             if not state.allowed()[token]:
                 return False
             state.accept(token)
@@ -96,18 +96,20 @@ def call(name, args):
 @pytest.mark.parametrize("block", range(5))
 def test_500_random_schemas_come_out_whole_and_valid_within_any_limit(name, block):
     """50 schemas a block, two vocabularies: JSON and calls of a model that rolls dice, in a random token limit."""
-    words = vocabulary(family(name))
+    words = cached_vocabulary(family(name))
     for seed in range(50 * block, 50 * block + 50):
         r = random.Random(f"{name} {seed}")
         asked = schema(r)
         slack = r.randint(0, r.choice([0, 3, 20, 120]))
         answer = json_grammar(words, asked)
-        text = words.core.decode_str(generate(answer, max_tokens=answer.fewest_tokens + slack, seed=seed))
+        text = words.llguidance_tokenizer.decode_str(
+            generate(answer, max_tokens=answer.shortest_tokens + slack, seed=seed)
+        )
         jsonschema.validate(json.loads(text), asked)
 
         parameters = {"type": "object", "properties": {"value": {"type": "string"}}} | object_schema(r, 1)
         tools = tool_grammar(words, [tool("weather", parameters), NOW], r.choice(["any", "weather"]))
-        parser = calls_of(name, generate(tools, max_tokens=tools.fewest_tokens + slack, seed=seed))
+        parser = calls_of(name, generate(tools, max_tokens=tools.shortest_tokens + slack, seed=seed))
         assert not parser.invalid_tool_calls
         assert parser.tool_calls
         for made in parser.tool_calls:
@@ -117,7 +119,7 @@ def test_500_random_schemas_come_out_whole_and_valid_within_any_limit(name, bloc
 @pytest.mark.parametrize("name", [TAGGED, SPELT])
 @pytest.mark.parametrize("seed", range(12))
 def test_auto_says_something_and_its_calls_are_whole(name, seed):
-    grammar = tool_grammar(vocabulary(family(name)), [WEATHER, NOW])
+    grammar = tool_grammar(cached_vocabulary(family(name)), [WEATHER, NOW])
     parser = calls_of(name, generate(grammar, max_tokens=8 + 11 * seed, seed=seed))
     assert parser.text.strip() or parser.tool_calls
     assert not parser.invalid_tool_calls
@@ -125,7 +127,7 @@ def test_auto_says_something_and_its_calls_are_whole(name, seed):
 
 @pytest.mark.parametrize("name", [TAGGED, SPELT])
 def test_auto_takes_text_calls_and_both(name):
-    grammar = tool_grammar(vocabulary(family(name)), [WEATHER, NOW], "auto")
+    grammar = tool_grammar(cached_vocabulary(family(name)), [WEATHER, NOW], "auto")
     one, other = call("weather", {"city": "天"}), call("now", {})
     for text in ("Hi!", one, f"Let me see.\n{one}", f"{one}\n{other}", f"Hm {other}\n{one}\n{one}"):
         assert accepts(grammar, text), text
@@ -135,7 +137,7 @@ def test_auto_takes_text_calls_and_both(name):
 
 @pytest.mark.parametrize("name", [TAGGED, SPELT])
 def test_any_a_name_and_none(name):
-    words = vocabulary(family(name))
+    words = cached_vocabulary(family(name))
     one, other = call("weather", {"city": "x"}), call("now", {})
     required = tool_grammar(words, [WEATHER, NOW], "any")
     assert [accepts(required, text) for text in (one, other, f"{one}\n{other}", "Hi")] == [True, True, True, False]
@@ -148,7 +150,7 @@ def test_any_a_name_and_none(name):
 
 @pytest.mark.parametrize("choice", ["auto", "any"])
 def test_without_parallel_calls_there_is_one(choice):
-    grammar = tool_grammar(vocabulary(family(TAGGED)), [NOW], choice, parallel=False)
+    grammar = tool_grammar(cached_vocabulary(family(TAGGED)), [NOW], choice, parallel=False)
     assert accepts(grammar, call("now", {}))
     assert not accepts(grammar, f"{call('now', {})}\n{call('now', {})}")
 
@@ -157,13 +159,13 @@ def test_without_parallel_calls_there_is_one(choice):
     "parameters", [None, {}, {"type": "object"}, {"properties": {}}, {"type": "object", "properties": {}}]
 )
 def test_a_tool_without_parameters_is_called_without_arguments(parameters):
-    grammar = tool_grammar(vocabulary(family(TAGGED)), [tool("now", parameters)], "any", parallel=False)
+    grammar = tool_grammar(cached_vocabulary(family(TAGGED)), [tool("now", parameters)], "any", parallel=False)
     state = grammar.start()
     assert family(TAGGED).decode(state.forced()) == call("now", {})
 
 
 def test_what_has_no_choice_in_it_is_forced():
-    grammar = tool_grammar(vocabulary(family(TAGGED)), [WEATHER], "weather")
+    grammar = tool_grammar(cached_vocabulary(family(TAGGED)), [WEATHER], "weather")
     state = grammar.start()
     forced = state.forced()
     assert family(TAGGED).decode(forced) == f'{OPEN}\n{{"name": "weather", "arguments": {{"city":'
@@ -173,10 +175,10 @@ def test_what_has_no_choice_in_it_is_forced():
 
 
 def test_tools_take_no_arguments_that_they_do_not_name():
-    grammar = tool_grammar(vocabulary(family(TAGGED)), [WEATHER], "any")
+    grammar = tool_grammar(cached_vocabulary(family(TAGGED)), [WEATHER], "any")
     assert not accepts(grammar, call("weather", {"city": "x", "colour": "red"}))
     free = tool("free", {"type": "object", "additionalProperties": {"type": "integer"}})
-    assert accepts(tool_grammar(vocabulary(family(TAGGED)), [free], "any"), call("free", {"b": 1}))
+    assert accepts(tool_grammar(cached_vocabulary(family(TAGGED)), [free], "any"), call("free", {"b": 1}))
 
 
 def test_references_and_unions_as_pydantic_writes_them():
@@ -186,7 +188,7 @@ def test_references_and_unions_as_pydantic_writes_them():
     pet = {"oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}],
            "discriminator": {"propertyName": "kind", "mapping": {"cat": "#/$defs/Cat"}}}  # fmt: skip
     parameters = {"$defs": {"Cat": cat, "Dog": dog}, "type": "object", "properties": {"pet": pet}, "required": ["pet"]}
-    grammar = tool_grammar(vocabulary(family(TAGGED)), [tool("adopt", parameters)], "any")
+    grammar = tool_grammar(cached_vocabulary(family(TAGGED)), [tool("adopt", parameters)], "any")
     assert accepts(grammar, call("adopt", {"pet": {"kind": "cat", "lives": 9}}))
     assert accepts(grammar, call("adopt", {"pet": {"kind": "dog"}}))
     assert not accepts(grammar, call("adopt", {"pet": {"kind": "dog", "lives": 9}}))
@@ -209,7 +211,7 @@ def test_references_and_unions_as_pydantic_writes_them():
     ],
 )
 def test_a_schema_that_no_answer_fits_is_refused_when_it_is_bound_and_the_culprit_named(bad, said):
-    words = vocabulary(family(TAGGED))
+    words = cached_vocabulary(family(TAGGED))
     parameters = {"type": "object", "properties": {"x": bad}, "required": ["x"]}
     with pytest.raises(BadSchema, match=said):
         json_grammar(words, parameters)
@@ -222,85 +224,88 @@ def test_a_schema_that_no_answer_fits_is_refused_when_it_is_bound_and_the_culpri
 )
 def test_what_is_no_tool_is_refused(broken):
     with pytest.raises(BadSchema, match="This is no tool"):
-        tool_grammar(vocabulary(family(TAGGED)), [NOW, broken])
+        tool_grammar(cached_vocabulary(family(TAGGED)), [NOW, broken])
 
 
 def test_many_schemas_that_refer_to_each_other_are_measured_in_no_time():
     names = [f"n{i}" for i in range(14)]
     node = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in names]}
-    assert heaviest({"$defs": dict.fromkeys(names, node), "$ref": "#/$defs/n0"}) < 1000
+    assert longest_minimum_bytes({"$defs": dict.fromkeys(names, node), "$ref": "#/$defs/n0"}) < 1000
 
 
 def test_without_logits_every_legal_token_of_a_small_vocabulary_is_tried():
-    grammar = json_grammar(vocabulary(family(TAGGED)), CITY)
+    grammar = json_grammar(cached_vocabulary(family(TAGGED)), CITY)
     state = grammar.start(40)
-    for token in grammar.vocabulary.core.tokenize_str('{"city": "a'):
+    for token in grammar.vocabulary.llguidance_tokenizer.tokenize_str('{"city": "a'):
         state.accept(token)
-    assert int(state.allowed().sum()) > 3 * TRIED
+    assert int(state.allowed().sum()) > 3 * MAX_TRIED
 
 
 @pytest.mark.parametrize("tools", [[], [NOW]])
 def test_a_choice_that_names_no_tool_is_refused(tools):
     with pytest.raises(ConfigError, match="fits no tool"):
-        tool_grammar(vocabulary(family(TAGGED)), tools, "weather")
+        tool_grammar(cached_vocabulary(family(TAGGED)), tools, "weather")
 
 
 def test_a_limit_that_can_hold_no_answer_is_refused_before_anything_is_generated():
-    grammar = tool_grammar(vocabulary(family(TAGGED)), [WEATHER], "any")
-    with pytest.raises(ConfigError, match=f"shortest has {grammar.fewest_tokens} tokens"):
-        grammar.start(grammar.fewest_tokens - 1)
-    assert len(generate(grammar, max_tokens=grammar.fewest_tokens)) == grammar.fewest_tokens
+    grammar = tool_grammar(cached_vocabulary(family(TAGGED)), [WEATHER], "any")
+    with pytest.raises(ConfigError, match=f"shortest has {grammar.shortest_tokens} tokens"):
+        grammar.start(grammar.shortest_tokens - 1)
+    assert len(generate(grammar, max_tokens=grammar.shortest_tokens)) == grammar.shortest_tokens
 
 
 def test_a_model_that_never_stops_is_made_to_close_in_time():
-    grammar = json_grammar(vocabulary(family(TAGGED)), CITY)
-    endless = grammar.vocabulary.core.tokenize_str("{") + grammar.vocabulary.core.tokenize_str("a") * 500
-    for limit in (grammar.fewest_tokens, 30, 150):
+    grammar = json_grammar(cached_vocabulary(family(TAGGED)), CITY)
+    endless = (
+        grammar.vocabulary.llguidance_tokenizer.tokenize_str("{")
+        + grammar.vocabulary.llguidance_tokenizer.tokenize_str("a") * 500
+    )
+    for limit in (grammar.shortest_tokens, 30, 150):
         ids = generate(grammar, max_tokens=limit, wants=endless)
-        city = json.loads(grammar.vocabulary.core.decode_str(ids))["city"]
+        city = json.loads(grammar.vocabulary.llguidance_tokenizer.decode_str(ids))["city"]
         assert len(ids) <= limit
         assert limit < 50 or len(city) > 100  # and not long before it must
 
 
 def test_far_from_the_limit_nothing_is_withheld():
-    grammar = json_grammar(vocabulary(family(TAGGED)), CITY)
-    free, limited, near = grammar.start(), grammar.start(10_000), grammar.start(grammar.fewest_tokens + 2)
+    grammar = json_grammar(cached_vocabulary(family(TAGGED)), CITY)
+    free, limited, near = grammar.start(), grammar.start(10_000), grammar.start(grammar.shortest_tokens + 2)
     for state in (free, limited, near):
-        for token in grammar.vocabulary.core.tokenize_str('{"city": "'):
+        for token in grammar.vocabulary.llguidance_tokenizer.tokenize_str('{"city": "'):
             state.accept(token)
     assert torch.equal(free.allowed(), limited.allowed())
     near_mask = near.allowed(torch.zeros(grammar.vocabulary.size))
-    assert 0 < int(near_mask.sum()) <= TRIED + 1 < int(free.allowed().sum())
+    assert 0 < int(near_mask.sum()) <= MAX_TRIED + 1 < int(free.allowed().sum())
 
 
 def test_masks_cover_the_models_logits_and_hold_no_padding():
     tokenizer = family(TAGGED)
-    words = vocabulary(tokenizer, size=512)
+    words = cached_vocabulary(tokenizer, size=512)
     mask = tool_grammar(words, [WEATHER]).start().allowed()
     assert mask.shape == (512,)
     assert mask.dtype == torch.bool
     assert not mask[len(tokenizer) :].any()
-    assert words is vocabulary(tokenizer, size=512)
+    assert words is cached_vocabulary(tokenizer, size=512)
 
 
 def test_an_illegal_token_is_an_error_and_generations_do_not_share_state():
-    grammar = json_grammar(vocabulary(family(TAGGED)), {"enum": ["red", "green"]})
+    grammar = json_grammar(cached_vocabulary(family(TAGGED)), {"enum": ["red", "green"]})
     first, second = grammar.start(), grammar.start()
-    first.accept(grammar.vocabulary.core.tokenize_str('"red"')[0])
+    first.accept(grammar.vocabulary.llguidance_tokenizer.tokenize_str('"red"')[0])
     with pytest.raises(ValueError, match="not legal here"):
-        second.accept(grammar.vocabulary.core.tokenize_str("}")[0])
+        second.accept(grammar.vocabulary.llguidance_tokenizer.tokenize_str("}")[0])
     assert accepts(grammar, '"green"')
 
 
 def test_no_string_can_hold_half_a_surrogate_pair():
-    grammar = json_grammar(vocabulary(family(TAGGED)), {"type": "string"})
+    grammar = json_grammar(cached_vocabulary(family(TAGGED)), {"type": "string"})
     assert not accepts(grammar, '"\\ud800"')
     assert accepts(grammar, '"\\n天"')
 
 
 @pytest.mark.parametrize("limit", [None, 60, 34])
 def test_a_fork_comes_to_the_same_decisions_and_moves_nothing_of_its_origin(limit):
-    grammar = json_grammar(vocabulary(family(TAGGED)), CITY)
+    grammar = json_grammar(cached_vocabulary(family(TAGGED)), CITY)
     state, dice = grammar.start(limit), Dice(7)
     for _ in range(20):
         for token in state.forced():
@@ -322,12 +327,12 @@ def test_a_fork_comes_to_the_same_decisions_and_moves_nothing_of_its_origin(limi
 
 @pytest.mark.parametrize("limit", [None, 34])
 def test_what_a_mask_keeps_is_taken_and_what_is_illegal_is_not(limit):
-    grammar = json_grammar(vocabulary(family(TAGGED)), CITY)
+    grammar = json_grammar(cached_vocabulary(family(TAGGED)), CITY)
     state, dice = grammar.start(limit), Dice(3)
-    for token in grammar.vocabulary.core.tokenize_str('{"city": "'):
+    for token in grammar.vocabulary.llguidance_tokenizer.tokenize_str('{"city": "'):
         state.accept(token)
     legal = grammar.start()
-    for token in grammar.vocabulary.core.tokenize_str('{"city": "'):
+    for token in grammar.vocabulary.llguidance_tokenizer.tokenize_str('{"city": "'):
         legal.accept(token)
     kept = state.fork().allowed(dice.logits(grammar.vocabulary.size))
     everything = legal.allowed()

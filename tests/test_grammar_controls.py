@@ -7,7 +7,7 @@ import pytest
 from templates import FAMILIES, family
 
 from s2t_agents.formats.tool_calls import ToolCallParser
-from s2t_agents.grammar.grammar import Vocabulary, json_grammar, tool_grammar, vocabulary
+from s2t_agents.grammar.grammar import Vocabulary, cached_vocabulary, json_grammar, tool_grammar
 from s2t_agents.tokenization.detokenizer import Detokenizer
 from s2t_agents.tokenization.safe_encoding import SafeEncoder
 
@@ -64,12 +64,12 @@ def check_strings(tokenizer: Any, words: Vocabulary) -> None:
     """Inside a string no control token is legal, and neither is one in free text but tags that open calls."""
     grammar = json_grammar(words, {"type": "string"})
     state = grammar.start()
-    for token in words.spelt_out([['"a']])[0]:
+    for token in words.encode_answers([['"a']])[0]:
         state.accept(token)
     every = [i for i in controls(tokenizer) if i < words.size]
     assert not state.allowed()[every].any()
     said = tool_grammar(words, [], "none").start()
-    for token in words.spelt_out([["Hi"]])[0]:
+    for token in words.encode_answers([["Hi"]])[0]:
         said.accept(token)
     assert not said.allowed()[[i for i in every if i not in words.eos_ids]].any()
 
@@ -77,7 +77,7 @@ def check_strings(tokenizer: Any, words: Vocabulary) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_literals_that_spell_control_tokens_are_spelt_with_others(name: str) -> None:
     tokenizer = family(name)
-    words = vocabulary(tokenizer)
+    words = cached_vocabulary(tokenizer)
     check_literals(tokenizer, words, list(controls(tokenizer).values()))
     check_strings(tokenizer, words)
 
@@ -85,7 +85,7 @@ def test_literals_that_spell_control_tokens_are_spelt_with_others(name: str) -> 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_text_is_still_expressible_and_tokens_mean_what_the_tokenizer_says(name: str) -> None:
     tokenizer = family(name)
-    words = vocabulary(tokenizer)
+    words = cached_vocabulary(tokenizer)
     for text in ("plain", "<table> </s> <|im_end|>", "größe 天 🙂", "a\n\nb"):
         grammar = json_grammar(words, {"const": text})
         ids = grammar.shortest(200)
@@ -97,7 +97,7 @@ def test_any_text_is_still_expressible_and_tokens_mean_what_the_tokenizer_says(n
 
 @pytest.mark.real
 def test_on_real_tokenizers_no_literal_becomes_a_control_token(real_tokenizer: Any) -> None:
-    words = vocabulary(real_tokenizer)
+    words = cached_vocabulary(real_tokenizer)
     own = list(dict.fromkeys(token.content for token in real_tokenizer.added_tokens_decoder.values()))
     step = max(1, len(own) // 16)  # of tokens reserved by the thousand, some
     picked = [

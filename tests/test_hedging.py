@@ -15,8 +15,7 @@ from servers import CompletionServer
 from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
 from s2t_agents.errors import ConfigError, EscalationFailed
 from s2t_agents.escalation import Escalation
-from s2t_agents.llms import CircuitBreaker, LocalLLM, OpenAILLM, Question
-from s2t_agents.llms import event_loop as background
+from s2t_agents.llms import CircuitBreaker, LocalLLM, OpenAILLM, Question, event_loop
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always, when
 
@@ -288,7 +287,7 @@ def test_the_loser_is_hung_up_on_and_no_thread_stays(server: CompletionServer) -
     assert server.dropped == 10
     server_side = {t.name for t in threading.enumerate() if "process_request_thread" in t.name}
     assert {thread.name for thread in threading.enumerate()} - server_side <= before
-    tasks = asyncio.run_coroutine_threadsafe(_tasks(), background.running_loop()).result()
+    tasks = asyncio.run_coroutine_threadsafe(_tasks(), event_loop.shared_loop()).result()
     assert tasks == 1  # the one that counts
 
 
@@ -299,7 +298,7 @@ async def _tasks() -> int:
 def test_an_interrupted_pair_is_billed_and_hung_up_on(
     server: CompletionServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = background.asyncio.run_coroutine_threadsafe
+    real = event_loop.asyncio.run_coroutine_threadsafe
 
     class Interrupted:
         def __init__(self, future: Any) -> None:
@@ -319,7 +318,7 @@ def test_an_interrupted_pair_is_billed_and_hung_up_on(
     model = once(hedging(server), budget=budget)
     model.engine  # noqa: B018 - its checks come before the interruption
     monkeypatch.setattr(
-        background.asyncio, "run_coroutine_threadsafe", lambda work, loop: Interrupted(real(work, loop))
+        event_loop.asyncio, "run_coroutine_threadsafe", lambda work, loop: Interrupted(real(work, loop))
     )
     with pytest.raises(KeyboardInterrupt):
         model.invoke("hello")

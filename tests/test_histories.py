@@ -160,9 +160,11 @@ def test_words_beside_an_empty_content_are_read(extra):
 
 
 def test_a_reply_schema_joins_a_system_message_of_blocks():
-    from s2t_agents.chat.request import Request
+    from s2t_agents.chat.response_options import ResponseOptions
 
-    request = Request.of({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}})
+    request = ResponseOptions.of(
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}}
+    )
     told = request.prompt([SystemMessage([{"type": "text", "text": "RULES"}]), HumanMessage("x")])
     text = PromptEncoder(tiny_tokenizer()).render(told)
     assert text.count("<|im_start|>system") == 1

@@ -139,7 +139,7 @@ def test_positions_are_shuffled_and_the_seed_repeats_them() -> None:
     question = Question(PROMPT, Proposal(prefix, 8).candidates.tolist(), prefix=prefix)
 
     def order(seed: int) -> list[int]:
-        return [preview.at[0] for preview in judge(first_shown, seed=seed).sheet(question).previews]
+        return [preview.at[0] for preview in judge(first_shown, seed=seed).prompt_for(question).previews]
 
     orders = [order(seed) for seed in range(80)]
     assert order(1) == orders[1]
@@ -160,9 +160,9 @@ def test_a_judge_that_knows_better_than_the_slm_improves_it(at_start: Trigger) -
 
 
 def test_candidates_that_all_read_the_same_are_not_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    from s2t_agents.selectors import previews as module
+    from s2t_agents.llms import previews as module
 
-    monkeypatch.setattr(module, "spelled", lambda prefix, tokens: "the same")
+    monkeypatch.setattr(module, "preview_text", lambda prefix, tokens: "the same")
     llm, budget = judge(first_shown), Budget(usd="1", escalations=0)
     steps = answer(llm, always(), budget)
     assert llm.chat.asked == []  # type: ignore[attr-defined]
@@ -322,7 +322,7 @@ def test_a_late_answer_is_no_answer(at_start: Trigger, release: threading.Event)
 
 
 def test_a_judge_that_is_down_is_left_alone_and_nothing_is_previewed_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from s2t_agents.selectors import judge as module
+    from s2t_agents.llms import judge as module
 
     made: list[int] = []
     real = module.previews

@@ -51,12 +51,12 @@ def test_sessions_that_share_caches_stay_exact(walk: list[list[int]], data: st.D
 def test_only_what_is_new_is_read_and_announced_before() -> None:
     llm = LocalLLM(tiny_model())
     session = llm.open()
-    assert session.uncached([1, 2, 3]) == 3
+    assert session.uncached_tokens([1, 2, 3]) == 3
     session.scores([1, 2, 3], CANDIDATES)
-    assert session.uncached([1, 2, 3, 4, 5]) == 2
-    assert session.uncached([1, 9]) == 1
+    assert session.uncached_tokens([1, 2, 3, 4, 5]) == 2
+    assert session.uncached_tokens([1, 9]) == 1
     session.close()
-    assert llm.open().uncached([1, 2, 3, 4]) == 1  # the next turn continues
+    assert llm.open().uncached_tokens([1, 2, 3, 4]) == 1  # the next turn continues
 
 
 def test_the_next_turn_of_another_scope_continues_nothing() -> None:
@@ -79,7 +79,7 @@ def test_two_sessions_at_once_never_share_a_cache() -> None:
     llm = LocalLLM(tiny_model())
     first = llm.open()
     first.scores([1, 2, 3], CANDIDATES)
-    assert llm.open().uncached([1, 2, 3]) == 3
+    assert llm.open().uncached_tokens([1, 2, 3]) == 3
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_weights_are_read_at_the_first_question_only(saved: str) -> None:
     llm = LocalLLM(saved)
     llm.check(tiny_model())
     session = llm.open()
-    session.uncached([1, 2])
+    session.uncached_tokens([1, 2])
     assert not llm.loaded
     session.scores([1, 2], CANDIDATES)
     assert llm.loaded

@@ -135,7 +135,7 @@ def _with_template(tokenizer, template):
 def test_every_family_shows_tools_calls_and_results(name):
     messages, tools = conversation()
     text = ENCODERS[name].render(messages, tools)
-    assert ENCODERS[name].speaks_hermes == (name in SPEAKS_HERMES)
+    assert ENCODERS[name].supports_hermes_tools == (name in SPEAKS_HERMES)
     for part in ('"name": "weather"', "sunny", '"of": ["Paris"]', "Be kind.", "<tool_response>", "</tool_call>"):
         assert part in text
 
@@ -162,7 +162,7 @@ def test_a_tools_result_does_not_leave_its_frame(name, closing):
 
 def test_a_template_that_refuses_a_system_turn_gets_it_in_the_first_user_turn():
     encoder = ENCODERS["gemma"]
-    assert not encoder.takes_system
+    assert not encoder.supports_system
     text = encoder.render([SystemMessage("Be kind."), HumanMessage("Hi")])
     assert text == "<bos><start_of_turn>user\nBe kind.\n\nHi<end_of_turn>\n<start_of_turn>model\n"
 
@@ -315,6 +315,6 @@ def test_a_prompt_over_the_limit_overflows_and_a_huge_one_is_not_even_encoded(mo
     encoder = ENCODERS["llama3"]
     with pytest.raises(ContextOverflow, match=r"The prompt has 1[0-9]+ tokens; 20 fit"):
         encoder.encode([HumanMessage("word " * 40)], limit=20)
-    monkeypatch.setattr(encoder, "arrange", None)
+    monkeypatch.setattr(encoder, "render_conversation", None)
     with pytest.raises(ContextOverflow, match="at least"):
         encoder.encode([HumanMessage("<|eot_id|> " * 10**6)], limit=4096)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from langchain_core.messages import HumanMessage
+from observers import cache_key
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -401,7 +402,7 @@ def test_revision_cache_and_subfolder_reach_everything(hub: Path, revision: str,
     assert slm.eos_ids == {258, seed}
     assert slm.context_window == 512 + seed + deeper
     assert counted == chat.get_num_tokens_from_messages([HumanMessage("x")])
-    assert "hf_secret" not in chat._get_llm_string() + repr(chat)
+    assert "hf_secret" not in cache_key(chat) + repr(chat)
 
     llm = LocalLLM("acme/tiny", **options)
     llm.check(slm)
@@ -418,10 +419,10 @@ def test_two_revisions_are_two_models_to_every_cache(hub: Path) -> None:
     first, second, again = (model.engine.slm for model in models)
     assert first is again
     assert first is not second
-    keys = {model._get_llm_string() for model in models}
+    keys = {cache_key(model) for model in models}
     assert len(keys) == 2
     asking = [ChatS2T(model="x", escalation=LocalLLM("acme/tiny", revision=revision)) for revision in ("main", "v2")]
-    assert len({model._get_llm_string() for model in asking}) == 2
+    assert len({cache_key(model) for model in asking}) == 2
     counts = [model.get_num_tokens_from_messages([HumanMessage("hello")]) for model in models]
     assert counts[0] + 1 == counts[1]
     assert counts[0] == counts[2]

@@ -23,7 +23,7 @@ from s2t_agents.errors import (
     TokenizerMismatch,
 )
 from s2t_agents.escalation import Escalation
-from s2t_agents.llms import LocalLLM, OpenAILLM, Question
+from s2t_agents.llms import CircuitBreaker, LocalLLM, OpenAILLM, Question
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always
 from s2t_agents.types import Sampling, Step
@@ -184,18 +184,18 @@ def test_a_server_that_offers_no_such_pages_is_trusted(server: CompletionServer,
     assert llm.open().ask(Question(PROMPT, [1, 2])).scores
 
 
-def test_a_server_that_was_down_is_checked_before_its_first_question(server: CompletionServer) -> None:
-    llm = OpenAILLM(server.url, server.model.name, connect_s=0.2)
-    server.server_port, port = servers.free_port(), server.server_port
-    down = OpenAILLM(server.url, server.model.name, connect_s=0.2)
-    down.check(tiny_model())  # nobody there: no error
-    assert down.breaker.state == "open"
-    server.server_port = port
-    llm._unverified = down._unverified
-    server.tokenize = lambda text: [1, 2, 3]
-    with pytest.raises(TokenizerMismatch):
-        llm.open().ask(Question(PROMPT, [1, 2]))
-    assert server.asked == []
+def test_a_server_that_was_down_is_checked_before_its_first_question() -> None:
+    model, port = tiny_model(), servers.free_port()
+    breaker = CircuitBreaker(cooldown_s=0.0)
+    llm = OpenAILLM(f"http://127.0.0.1:{port}/v1", model.name, connect_s=0.2, breaker=breaker)
+    llm.check(model)  # no server: no error
+    assert breaker.state == "half-open"
+    with servers.serving(model, port) as server:
+        server.tokenize = lambda text: [1, 2, 3]
+        with pytest.raises(TokenizerMismatch):
+            llm.open().ask(Question(PROMPT, [1, 2]))
+        assert server.asked == []
+    llm.close()
 
 
 # ---------------------------------------------------------------------- secrets

@@ -8,7 +8,7 @@ import torch
 
 from s2t_agents.backends.torch import LanguageModel
 from s2t_agents.engine.engine import settled
-from s2t_agents.llms.previews import THE_END, continuations, previews
+from s2t_agents.llms.previews import END_MARK, continuations, previews
 from s2t_agents.proposal import Proposal
 from s2t_agents.scheduling.sequence import Prefix
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
@@ -64,9 +64,9 @@ class Parrot:
     ("text", "shown"),
     [
         ("ab.\tcd", "ab."),  # the sentence ends where a blank follows
-        ("ab.5 cd", "ab.5 cd" + THE_END),  # a decimal point is no end
+        ("ab.5 cd", "ab.5 cd" + END_MARK),  # a decimal point is no end
         ("abc\ndef", "abc\n"),
-        ("abc", "abc" + THE_END),
+        ("abc", "abc" + END_MARK),
         ("abc!", "abc!"),  # whether the answer ends there is for the next step to say
         ("abcdefghijklm", "abcdefgh"),  # the limit
     ],
@@ -90,10 +90,10 @@ def test_a_preview_ends_with_its_sentence_its_line_the_answer_or_the_limit(
 
 
 def test_previews_that_read_the_same_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from s2t_agents.selectors import previews as module
+    from s2t_agents.llms import previews as module
 
     monkeypatch.setattr(module, "continuations", lambda prefix, candidates, limit, grammar: [(1, 2), (3,), (4, 5)])
-    monkeypatch.setattr(module, "spelled", lambda prefix, tokens: {1: "x", 3: "y", 4: "x"}[tokens[0]])
+    monkeypatch.setattr(module, "preview_text", lambda prefix, tokens: {1: "x", 3: "y", 4: "x"}[tokens[0]])
     found = module.previews(prefix_of(tiny_model()), [1, 3, 4], 8)
     assert [(p.at, p.tokens, p.text) for p in found] == [((0, 2), (1, 2), "x"), ((1,), (3,), "y")]
 

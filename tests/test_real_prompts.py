@@ -33,7 +33,7 @@ class Real:
 
     def expected(self, messages: list, tools: Sequence = ()) -> list[int]:
         """What ``apply_chat_template`` makes of the arrangement that is used."""
-        used = self.encoder.arrange(messages, tools)
+        used = self.encoder.render_conversation(messages, tools)
         return self.tokenizer.apply_chat_template(
             used.turns, tools=used.tools or None, tokenize=True, add_generation_prompt=True
         )["input_ids"]

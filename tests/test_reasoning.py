@@ -10,9 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2t_agents.errors import ConfigError
-from s2t_agents.formats.reasoning import Place, ReasoningFormat, ThoughtReader, tag_pairs, thinking_limit
-from s2t_agents.formats.tool_calls import PlainText, ToolCallParser
-from s2t_agents.grammar.grammar import CompiledGrammar, json_grammar, tool_grammar, vocabulary
+from s2t_agents.formats.reasoning import (
+    ReasoningFormat,
+    ReasoningParser,
+    ReasoningPhase,
+    parse_max_thinking_tokens,
+    tag_pairs,
+)
+from s2t_agents.formats.tool_calls import PlainTextParser, ToolCallParser
+from s2t_agents.grammar.grammar import CompiledGrammar, cached_vocabulary, json_grammar, tool_grammar
 from s2t_agents.grammar.thinking import ThinkingVocabulary, ThinkThenAnswer
 from s2t_agents.testing import tiny_tokenizer
 from s2t_agents.tokenization.detokenizer import Detokenizer
@@ -71,18 +77,18 @@ def test_tags_that_are_tokens_go_before_tags_that_are_letters() -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("opens", "place"), [(False, "undecided"), (True, "thought")])
-def test_the_prompt_says_who_opens_the_thought(name: str, opens: bool, place: Place) -> None:
+def test_the_prompt_says_who_opens_the_thought(name: str, opens: bool, place: ReasoningPhase) -> None:
     tokenizer = tokenizer_of(name, opens)
     turns = [{"role": "user", "content": "Q"}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    assert format_of(name, opens).place(tokenizer, prompt) == place
+    assert format_of(name, opens).phase_after(tokenizer, prompt) == place
 
 
 @pytest.mark.parametrize("wrong", [-1, True, False, 2.5, float("nan"), float("inf"), "3", [1]])
 def test_a_limit_that_is_no_number_of_tokens_is_refused_by_name(wrong: Any) -> None:
     with pytest.raises(ConfigError, match="max_thinking_tokens is "):
-        thinking_limit(wrong)
-    assert (thinking_limit(None), thinking_limit(0), thinking_limit(7)) == (None, 0, 7)
+        parse_max_thinking_tokens(wrong)
+    assert (parse_max_thinking_tokens(None), parse_max_thinking_tokens(0), parse_max_thinking_tokens(7)) == (None, 0, 7)
 
 
 # ---------------------------------------------------------------------- the reader
@@ -90,7 +96,7 @@ def test_a_limit_that_is_no_number_of_tokens_is_refused_by_name(wrong: Any) -> N
 TEXTS = st.text(alphabet="ab<>/thinkTHINK \n{é", max_size=12)
 
 
-def read(reader: ThoughtReader, pieces: list[tuple[int, str]]) -> tuple[str, str, list[str]]:
+def read(reader: ReasoningParser, pieces: list[tuple[int, str]]) -> tuple[str, str, list[str]]:
     """All of the thought, all of the answer, and the thought as it streamed."""
     shown, said = [], []
     for token_id, text in pieces:
@@ -108,7 +114,7 @@ def test_letters_are_read_the_same_however_they_are_cut(thought: str, answer: st
     text = ("" if opened else "\n<think>") + thought + "</think>" + answer
     cuts = sorted(dice.sample(range(len(text) + 1), min(len(text), 6)))
     pieces = [(-1, text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    reader = ThoughtReader(format_of("letters"), "thought" if opened else "undecided")
+    reader = ReasoningParser(format_of("letters"), "thought" if opened else "undecided")
     reasoning, said, shown = read(reader, pieces)
     before, _, after = (thought + "</think>" + answer).partition("</think>")
     assert reasoning == "".join(shown) == before.strip()
@@ -120,7 +126,7 @@ def test_letters_are_read_the_same_however_they_are_cut(thought: str, answer: st
 def test_an_answer_without_a_thought_is_read_to_the_letter(answer: str, dice: Any) -> None:
     cuts = sorted(dice.sample(range(len(answer) + 1), min(len(answer), 4)))
     pieces = [(-1, answer[a:b]) for a, b in zip([0, *cuts], [*cuts, len(answer)], strict=True)]
-    reader = ThoughtReader(format_of("letters"), "undecided")
+    reader = ReasoningParser(format_of("letters"), "undecided")
     if not answer.lstrip().startswith("<think>"):
         assert read(reader, pieces)[:2] == ("", answer)
         assert reader.tokens == 0
@@ -141,7 +147,7 @@ class Dice:
 
 def grammars(name: str) -> tuple[ThinkingVocabulary, dict[str, CompiledGrammar]]:
     tokenizer = tokenizer_of(name)
-    words = vocabulary(tokenizer)
+    words = cached_vocabulary(tokenizer)
     compiled = {
         "json": json_grammar(words, CITY),
         "call": tool_grammar(words, [LOOK], "any", parallel=False),
@@ -176,26 +182,26 @@ def written(state: ThinkThenAnswer, room: int, dice: Dice, eos: frozenset[int], 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("place", ["undecided", "thought"])
 @pytest.mark.parametrize("kind", ["json", "call"])
-def test_an_answer_in_a_form_is_whole_in_any_room_that_holds_it(name: str, place: Place, kind: str) -> None:
+def test_an_answer_in_a_form_is_whole_in_any_room_that_holds_it(name: str, place: ReasoningPhase, kind: str) -> None:
     thinking, compiled = grammars(name)
     grammar, tokenizer = compiled[kind], tokenizer_of(name)
-    least = grammar.fewest_tokens + thinking.tokens_to_close
+    least = grammar.shortest_tokens + thinking.tokens_to_close
     with pytest.raises(ConfigError, match=r"max_tokens=\d+ cannot hold an answer"):
-        ThinkThenAnswer(thinking, grammar, place=place, room=grammar.fewest_tokens - 1, forced=True)
+        ThinkThenAnswer(thinking, grammar, phase=place, room=grammar.shortest_tokens - 1, forced=True)
     for seed, room in enumerate((least, least + 5, 3 * least)):
         for limit in (None, 2):
-            state = ThinkThenAnswer(thinking, grammar, place=place, room=room, limit=limit, forced=True)
-            words = thinking.words
+            state = ThinkThenAnswer(thinking, grammar, phase=place, room=room, limit=limit, forced=True)
+            words = thinking.vocabulary
             ids = written(state, room, Dice(seed), words.eos_ids, words.size)
             assert len(ids) <= room
-            reader, detokenizer = ThoughtReader(thinking.format, place), Detokenizer(tokenizer)
+            reader, detokenizer = ReasoningParser(thinking.format, place), Detokenizer(tokenizer)
             answer = []
             for each in ids:
                 inside = reader.thinking
                 answer += reader.push(each, "" if each in words.eos_ids else detokenizer.push(each))[1]
                 if inside and not reader.thinking:
                     detokenizer.flush()  # chance ends thoughts within a character
-            parser = ToolCallParser.for_tokenizer(tokenizer) if kind == "call" else PlainText()
+            parser = ToolCallParser.for_tokenizer(tokenizer) if kind == "call" else PlainTextParser()
             for piece in answer:
                 parser.push(*piece)
             parser.finish()
@@ -212,7 +218,7 @@ def test_an_answer_in_a_form_is_whole_in_any_room_that_holds_it(name: str, place
 def test_no_control_token_is_legal_inside_a_thought_but_the_closing_one(name: str) -> None:
     thinking, compiled = grammars(name)
     tokenizer = tokenizer_of(name)
-    state = ThinkThenAnswer(thinking, compiled["auto"], place="thought", room=200)
+    state = ThinkThenAnswer(thinking, compiled["auto"], phase="thought", room=200)
     added = {i: one.content for i, one in tokenizer.added_tokens_decoder.items()}
     legal = {added[i] for i in state.allowed().nonzero()[:, 0].tolist() if i in added}
     own = {thinking.format.opening.text, thinking.format.closing.text}
@@ -223,10 +229,12 @@ def test_no_control_token_is_legal_inside_a_thought_but_the_closing_one(name: st
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("place", ["undecided", "thought"])
 @pytest.mark.parametrize("kind", ["json", "call", "auto", "text"])
-def test_a_fork_comes_to_the_same_decisions_and_what_is_allowed_is_taken(name: str, place: Place, kind: str) -> None:
+def test_a_fork_comes_to_the_same_decisions_and_what_is_allowed_is_taken(
+    name: str, place: ReasoningPhase, kind: str
+) -> None:
     thinking, compiled = grammars(name)
-    words = thinking.words
-    state = ThinkThenAnswer(thinking, compiled[kind], place=place, room=150, limit=20, forced=kind in ("json", "call"))
+    words = thinking.vocabulary
+    state = ThinkThenAnswer(thinking, compiled[kind], phase=place, room=150, limit=20, forced=kind in ("json", "call"))
     dice = Dice(5)
     for _ in range(120):
         for each in state.forced():
@@ -255,21 +263,21 @@ def test_a_token_may_hold_the_tags_end_and_the_answers_begin_where_the_answer_ma
     thinking, compiled = grammars("letters")
     ids = {text: token(tokenizer, text) for text in ("</", "think", '>{"', ">ok", ">\n\n", ">")}
     for kind, legal in (("json", {'>{"', ">\n\n", ">"}), ("text", {'>{"', ">ok", ">\n\n", ">"})):
-        state = ThinkThenAnswer(thinking, compiled[kind], place="thought", room=500, forced=kind == "json")
+        state = ThinkThenAnswer(thinking, compiled[kind], phase="thought", room=500, forced=kind == "json")
         for text in ("</", "think"):
             state.accept(ids[text])
         mask = state.allowed()
         assert {text for text in ('>{"', ">ok", ">\n\n", ">") if mask[ids[text]]} == legal
-    state = ThinkThenAnswer(thinking, compiled["json"], place="thought", room=500, forced=True)
+    state = ThinkThenAnswer(thinking, compiled["json"], phase="thought", room=500, forced=True)
     for text in ("</", "think", '>{"'):
         state.accept(ids[text])
-    rest = thinking.words.core.decode_str(state.forced())
+    rest = thinking.vocabulary.llguidance_tokenizer.decode_str(state.forced())
     assert rest.startswith('city"')
 
 
 def test_a_model_that_would_end_its_turn_in_a_thought_closes_the_thought() -> None:
     thinking, compiled = grammars("special")
-    state = ThinkThenAnswer(thinking, compiled["text"], place="thought", room=50)
-    logits = torch.zeros(thinking.words.size)
-    logits[list(thinking.words.eos_ids)] = 9.0
+    state = ThinkThenAnswer(thinking, compiled["text"], phase="thought", room=50)
+    logits = torch.zeros(thinking.vocabulary.size)
+    logits[list(thinking.vocabulary.eos_ids)] = 9.0
     assert state.allowed(logits).nonzero()[:, 0].tolist() == list(thinking.format.closing.ids)

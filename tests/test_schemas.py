@@ -12,11 +12,11 @@ from random_schemas import object_schema, schema
 from templates import family
 
 from s2t_agents.errors import BadSchema, ConfigError
-from s2t_agents.grammar.canonical_schema import canonical
-from s2t_agents.grammar.grammar import json_grammar, vocabulary
-from s2t_agents.grammar.relaxation import relaxed
-from s2t_agents.grammar.shortest_value import Least, least
-from s2t_agents.grammar.validation import Check
+from s2t_agents.grammar.canonical_schema import canonicalize
+from s2t_agents.grammar.grammar import cached_vocabulary, json_grammar
+from s2t_agents.grammar.relaxation import relax_schema
+from s2t_agents.grammar.shortest_value import ShortestValue, shortest_value
+from s2t_agents.grammar.validation import SchemaValidator
 
 TAGGED = "qwen2_5"
 STRING: dict[str, Any] = {"type": "string"}
@@ -29,9 +29,9 @@ def of(field: Any, **more: Any) -> dict[str, Any]:
 
 def takes(asked: dict[str, Any], value: Any) -> bool:
     """Whether the grammar of a schema takes a value, as ``json.dumps`` writes it."""
-    grammar = json_grammar(vocabulary(family(TAGGED)), asked)
+    grammar = json_grammar(cached_vocabulary(family(TAGGED)), asked)
     state = grammar.start()
-    for token in grammar.vocabulary.spelt_out([[json.dumps(value, ensure_ascii=False)]])[0]:
+    for token in grammar.vocabulary.encode_answers([[json.dumps(value, ensure_ascii=False)]])[0]:
         if not state.takes(token):
             return False
         state.accept(token)
@@ -39,7 +39,7 @@ def takes(asked: dict[str, Any], value: Any) -> bool:
 
 
 def fits(asked: dict[str, Any], value: Any) -> bool:
-    return not Check(canonical(asked).schema).complaint(value)
+    return not SchemaValidator(canonicalize(asked).schema).error_of(value)
 
 
 RELAXED = {
@@ -85,7 +85,7 @@ RELAXED = {
 @pytest.mark.parametrize("name", RELAXED)
 def test_what_a_grammar_can_not_enforce_is_relaxed_told_and_checked(name: str) -> None:
     field, good, bad = RELAXED[name]
-    ready = relaxed(of(field), "it")
+    ready = relax_schema(of(field), "it")
     assert takes(of(field), {"x": good})
     assert fits(of(field), {"x": good})
     assert not fits(of(field), {"x": bad})
@@ -109,13 +109,13 @@ def test_what_a_grammar_can_not_enforce_is_relaxed_told_and_checked(name: str) -
 )
 def test_notes_name_the_place_the_keyword_and_the_value(field: dict[str, Any], place: str) -> None:
     defs = {"n": {"type": "object", "properties": {"t": {**STRING, "format": "tag"}}}}
-    assert any(place in note for note in relaxed(of(field, **{"$defs": defs}), "it").notes)
+    assert any(place in note for note in relax_schema(of(field, **{"$defs": defs}), "it").notes)
 
 
 def test_it_is_told_in_the_log_once_per_schema(caplog: pytest.LogCaptureFixture) -> None:
     asked = of({"type": "array", "uniqueItems": True, "title": "of this test alone"})
     for _ in range(3):
-        relaxed(asked, "the arguments of tool 'once'")
+        relax_schema(asked, "the arguments of tool 'once'")
     (told,) = [record.getMessage() for record in caplog.records if "'once'" in record.getMessage()]
     assert "x: uniqueItems" in told
 
@@ -145,7 +145,7 @@ def test_it_is_told_in_the_log_once_per_schema(caplog: pytest.LogCaptureFixture)
     ],
 )
 def test_what_says_nothing_or_can_be_said_otherwise_is_no_relaxation(field: dict[str, Any]) -> None:
-    assert relaxed(of(field), "it").notes == ()
+    assert relax_schema(of(field), "it").notes == ()
 
 
 def test_older_spellings_mean_what_they_mean() -> None:
@@ -168,7 +168,7 @@ def test_older_spellings_mean_what_they_mean() -> None:
 def test_references_are_followed_however_they_are_written(reference: str) -> None:
     node = {"$anchor": "n", "type": "object", "properties": {"next": {"$ref": reference}, "v": {"type": "integer"}}}
     asked = of({"$ref": reference}, **{"$defs": {"n": node}, "$id": "https://example.com/own.json"})
-    assert relaxed(asked, "it").notes == ()
+    assert relax_schema(asked, "it").notes == ()
     assert takes(asked, {"x": {"next": {"next": {}, "v": 1}}})
     assert not takes(asked, {"x": {"next": {"next": 3}}})
     assert not fits(asked, {"x": {"next": {"v": "3"}}})
@@ -200,7 +200,7 @@ def test_a_required_name_without_a_property_takes_any_value() -> None:
 @pytest.mark.parametrize("block", range(4))
 def test_whatever_fits_the_original_fits_the_grammar(block: int) -> None:
     """Values drawn from schemas, with keywords on top that a grammar cannot enforce."""
-    words = vocabulary(family(TAGGED))
+    words = cached_vocabulary(family(TAGGED))
     for seed in range(25 * block, 25 * block + 25):
         r = random.Random(f"superset {seed}")
         asked = spoilt(r, schema(r) if r.random() < 0.5 else object_schema(r, 1))
@@ -209,10 +209,10 @@ def test_whatever_fits_the_original_fits_the_grammar(block: int) -> None:
         except BadSchema:
             continue
         plain = json_grammar(words, {key: asked[key] for key in asked if key not in SPOILERS})
-        text = words.core.decode_str(plain.shortest(400) or [])
+        text = words.llguidance_tokenizer.decode_str(plain.shortest(400) or [])
         if text and fits(asked, json.loads(text)):
             state = grammar.start()
-            for token in words.spelt_out([[text]])[0]:
+            for token in words.encode_answers([[text]])[0]:
                 assert state.takes(token), (asked, text)
                 state.accept(token)
 
@@ -239,7 +239,7 @@ def spoilt(r: random.Random, asked: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_check_names_the_place_the_keyword_and_what_it_asks_for() -> None:
     asked = of({"type": "array", "items": {"type": "object", "properties": {"n": {"maximum": 3}}}})
-    told = Check(canonical(asked).schema).complaint({"x": [{"n": 1}, {"n": 7}]})
+    told = SchemaValidator(canonicalize(asked).schema).error_of({"x": [{"n": 1}, {"n": 7}]})
     assert told.startswith("x[1].n: ")
     assert "(maximum: 3)" in told
 
@@ -254,7 +254,7 @@ def test_a_check_names_the_place_the_keyword_and_what_it_asks_for() -> None:
 )
 def test_patterns_that_never_end_are_bounded(field: dict[str, Any], value: Any) -> None:
     begun = time.monotonic()
-    Check(canonical(of(field)).schema).complaint({"x": value})
+    SchemaValidator(canonicalize(of(field)).schema).error_of({"x": value})
     assert time.monotonic() - begun < 5
 
 
@@ -263,19 +263,19 @@ def test_alternatives_that_multiply_and_references_without_end_are_no_valid_answ
     asked = {"$defs": {"a": {"anyOf": [twice, twice]}}, "$ref": "#/$defs/a"}
     value = json.loads('{"x":' * 60 + "1" + "}" * 60)
     begun = time.monotonic()
-    assert "could not be checked" in Check(canonical(asked).schema).complaint(value)
+    assert "could not be checked" in SchemaValidator(canonicalize(asked).schema).error_of(value)
     assert time.monotonic() - begun < 5
     endless = {"$defs": {"a": {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}
-    assert "could not be checked" in Check(canonical(endless).schema).complaint("x")
+    assert "could not be checked" in SchemaValidator(canonicalize(endless).schema).error_of("x")
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_check_agrees_with_the_validator_that_nothing_was_changed_for(seed: int) -> None:
     r = random.Random(f"check {seed}")
     asked = spoilt(r, object_schema(r, 1))
-    check, other = Check(canonical(asked).schema), jsonschema.Draft202012Validator(asked)
+    check, other = SchemaValidator(canonicalize(asked).schema), jsonschema.Draft202012Validator(asked)
     for value in ({}, {"name": "a"}, {"x": 1, "n": None}, {"city": "red", "name": [1, 1]}, [1], "x", None):
-        assert bool(check.complaint(value)) == (not other.is_valid(value)), (asked, value)
+        assert bool(check.error_of(value)) == (not other.is_valid(value)), (asked, value)
 
 
 # ---------------------------------------------------------------------- the shortest answer
@@ -298,16 +298,16 @@ def test_the_check_agrees_with_the_validator_that_nothing_was_changed_for(seed: 
     ],
 )
 def test_the_shortest_answer_is_found(field: dict[str, Any], most: int) -> None:
-    found = least(relaxed(of(field), "it").schema)
-    assert isinstance(found, Least)
+    found = shortest_value(relax_schema(of(field), "it").schema)
+    assert isinstance(found, ShortestValue)
     assert found.text is not None
     assert len(json.dumps(json.loads(found.text)["x"])) <= most
     assert fits(of(field), json.loads(found.text))
-    grammar = json_grammar(vocabulary(family(TAGGED)), of(field))
-    assert grammar.fewest_tokens <= len(found.text)
-    grammar.start(grammar.fewest_tokens)
+    grammar = json_grammar(cached_vocabulary(family(TAGGED)), of(field))
+    assert grammar.shortest_tokens <= len(found.text)
+    grammar.start(grammar.shortest_tokens)
     with pytest.raises(ConfigError):
-        grammar.start(grammar.fewest_tokens - 1)
+        grammar.start(grammar.shortest_tokens - 1)
 
 
 NAMES = [f"p{i}" for i in range(3000)]
@@ -326,7 +326,7 @@ HUGE = {
 @pytest.mark.parametrize("name", HUGE)
 def test_what_no_limit_holds_is_refused_soon_and_the_culprit_named(name: str) -> None:
     field, said = HUGE[name]
-    words = vocabulary(family(TAGGED))
+    words = cached_vocabulary(family(TAGGED))
     begun = time.monotonic()
     with pytest.raises((BadSchema, ConfigError), match=said):
         json_grammar(words, of(field)).start(512)
@@ -347,17 +347,17 @@ def test_what_no_limit_holds_is_refused_soon_and_the_culprit_named(name: str) ->
 )
 def test_what_is_only_large_binds_soon(field: dict[str, Any]) -> None:
     begun = time.monotonic()
-    json_grammar(vocabulary(family(TAGGED)), of(field)).start(512)
+    json_grammar(cached_vocabulary(family(TAGGED)), of(field)).start(512)
     assert time.monotonic() - begun < 5
 
 
 def test_an_optional_part_that_no_window_holds_is_never_begun() -> None:
     asked = {"type": "object", "properties": {"x": {"type": "array", "minItems": 10**9}, "y": STRING}}
     assert takes(asked, {"y": ""})
-    state = json_grammar(vocabulary(family(TAGGED)), asked).start()
+    state = json_grammar(cached_vocabulary(family(TAGGED)), asked).start()
     for token in state.forced():
         state.accept(token)
-    (x,) = vocabulary(family(TAGGED)).spelt_out([["x"]])[0]
+    (x,) = cached_vocabulary(family(TAGGED)).encode_answers([["x"]])[0]
     assert not state.takes(x)
 
 
@@ -366,7 +366,7 @@ def test_a_pattern_for_every_name_is_the_rule_for_all_properties() -> None:
     either = {"anyOf": [{"$ref": "#/$defs/content"}, {"type": "null"}]}
     promo = {"type": "object", "properties": {"basic": either}, "patternProperties": {".*": either}}
     asked = of({"$ref": "#/$defs/content"}, **{"$defs": {"content": content, "promo": promo}})
-    assert relaxed(asked, "it").notes == ()
+    assert relax_schema(asked, "it").notes == ()
     assert takes(asked, {"x": {"promo": {"basic": {"v": 1}, "other": None}, "v": 1}})
     assert not takes(asked, {"x": {"promo": {"basic": {"v": 1}, "other": 3}}})
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from langchain_core.load import dumpd, dumps
+from observers import cache_key, traced
 from pydantic import SecretStr
 
 from s2t_agents import ChatS2T, LocalLLM
@@ -55,10 +56,8 @@ def written(model: ChatS2T) -> dict[str, str]:
         "str": str(model),
         "pickle": repr(pickle.dumps(model)),
         "copied": repr(pickle.dumps(copy.deepcopy(model))),
-        "params": repr(model._identifying_params),
-        "key": model._get_llm_string(),
-        "trace": repr(model._get_ls_params()),
-        "invocation": repr(model._get_invocation_params()),
+        "cache key": cache_key(model),
+        "trace": repr(traced(model)),
         "dumpd": repr(dumpd(model)),
         "dumps": dumps(model),
         "dict": repr(model.dict()),
@@ -76,7 +75,7 @@ def test_no_writing_holds_a_secret(field: str, place: dict[str, Any]) -> None:
 def test_a_name_with_credentials_is_shown_without() -> None:
     model = ChatS2T(model=f"https://user:{KEY}@hub/model")
     said = written(model)
-    assert [name for name in ("repr", "str", "params", "key", "trace", "dumps") if KEY in said[name]] == []
+    assert [name for name in ("repr", "str", "dict", "cache key", "trace", "dumps") if KEY in said[name]] == []
 
 
 def test_what_is_no_secret_stays() -> None:

@@ -13,7 +13,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_core.tools import tool
 
 from s2t_agents import Budget, ChatS2T, Ledger
-from s2t_agents.chat.async_bridge import in_threads
+from s2t_agents.chat.async_bridge import ThreadedIterator
 from s2t_agents.escalation import Escalation
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
@@ -320,7 +320,7 @@ async def test_items_are_computed_on_demand_in_threads_and_errors_come_through()
             yield i
         raise LookupError("no more")
 
-    numbers = in_threads(items())
+    numbers = ThreadedIterator(items())
     for i in range(3):
         assert await anext(numbers) == i
         assert len(threads) == i + 1
@@ -338,7 +338,7 @@ async def test_leaving_closes_the_generator_before_control_is_back() -> None:
         finally:
             closed.append(True)
 
-    async with contextlib.aclosing(in_threads(items())) as numbers:
+    async with contextlib.aclosing(ThreadedIterator(items())) as numbers:
         async for _ in numbers:
             break
     assert closed == [True]

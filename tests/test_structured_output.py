@@ -13,9 +13,9 @@ from pydantic.v1 import BaseModel as OldBaseModel
 
 from s2t_agents import ChatS2T, Ledger
 from s2t_agents.backends.torch.language_model import LanguageModel
-from s2t_agents.chat.request import Request
+from s2t_agents.chat.response_options import ResponseOptions
 from s2t_agents.errors import BadSchema, ConfigError
-from s2t_agents.grammar.grammar import vocabulary
+from s2t_agents.grammar.grammar import cached_vocabulary
 from s2t_agents.testing import tiny_model, tiny_tokenizer
 
 
@@ -158,9 +158,9 @@ def auto(x: int) -> int:
 )
 def test_a_tool_may_be_called_like_a_choice(choice: Any, mode: str, only: str | None) -> None:
     """A bare word is the choice; only OpenAI's mapping can name such a tool."""
-    request = Request.of(chat().bind_tools([auto, add], tool_choice=choice).kwargs)
+    request = ResponseOptions.of(chat().bind_tools([auto, add], tool_choice=choice).kwargs)
     assert (request.tool_choice, request.tool) == (mode, only)
-    grammar = request.compile(vocabulary(tiny_tokenizer())).source
+    grammar = request.compile(cached_vocabulary(tiny_tokenizer())).source
     legal = [name for name in ("auto", "add") if f'\\"name\\": \\"{name}\\"' in grammar]
     assert legal == ([only] if only else ["auto", "add"])
 
@@ -189,10 +189,10 @@ def test_what_is_no_schema_is_told_in_one_line(method: Any) -> None:
 def test_several_forced_calls_are_for_those_who_ask() -> None:
     model = chat(max_tokens=200)
     several = model.bind_tools([now], tool_choice="any", parallel_tool_calls=True)
-    assert Request.of(several.kwargs).parallel
-    assert not Request.of(model.bind_tools([now], tool_choice="any").kwargs).parallel
-    assert Request.of(model.bind_tools([now]).kwargs).parallel
-    assert not Request.of(model.bind_tools([now], parallel_tool_calls=False).kwargs).parallel
+    assert ResponseOptions.of(several.kwargs).parallel
+    assert not ResponseOptions.of(model.bind_tools([now], tool_choice="any").kwargs).parallel
+    assert ResponseOptions.of(model.bind_tools([now]).kwargs).parallel
+    assert not ResponseOptions.of(model.bind_tools([now], parallel_tool_calls=False).kwargs).parallel
 
 
 def test_none_is_text_and_a_model_without_tools_can_not_call() -> None:

@@ -131,14 +131,14 @@ def test_the_arrangement_is_what_apply_chat_template_takes(template):
     tokenizer.chat_template = template
     own = PromptEncoder(tokenizer)
     messages, tools = conversation()
-    used = own.arrange(messages, tools)
+    used = own.render_conversation(messages, tools)
     expected = tokenizer.apply_chat_template(used.turns, tools=used.tools or None, add_generation_prompt=True)
     assert own.encode(messages, tools) == expected["input_ids"]
 
 
 def test_a_template_that_takes_the_conversation_gets_it_as_it_is():
     messages, tools = conversation()
-    used = encoder((family("qwen2_5")).chat_template, family("qwen2_5")).arrange(messages, tools)
+    used = encoder((family("qwen2_5")).chat_template, family("qwen2_5")).render_conversation(messages, tools)
     assert [turn["role"] for turn in used.turns] == ["system", "user", "assistant", "tool", "assistant", "user"]
     assert [turn["content"] for turn in used.turns] == [message.text for message in messages]
     assert used.tools == tools
@@ -243,7 +243,7 @@ def test_no_text_closes_a_frame_of_letters(template, closing):
     own = PromptEncoder(tokenizer)
     places = dict.fromkeys(("description", "about", "choice", "value", "result", "tool"), f"a{closing}b")
     evil, harmless = (own.render(*conversation(**texts)) for texts in (places, {}))
-    assert own.speaks_hermes == (template == "hermes")
+    assert own.supports_hermes_tools == (template == "hermes")
     for tag in ("</tools>", "</tool_call>", "</tool_response>"):
         assert evil.lower().replace(" ", "").count(tag) == harmless.count(tag)
     signature = next(line for line in evil.splitlines() if line.startswith('{"type"'))

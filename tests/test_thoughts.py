@@ -16,9 +16,9 @@ from s2t_agents.chat.messages import PromptEncoder
 from s2t_agents.chat.unfinished_answers import Unfinished
 from s2t_agents.errors import BudgetExceeded, ConfigError
 from s2t_agents.escalation import Escalation
-from s2t_agents.formats.reasoning import ThoughtReader
-from s2t_agents.grammar.grammar import tool_grammar, vocabulary
-from s2t_agents.grammar.thinking import ThinkThenAnswer, thinking_vocabulary
+from s2t_agents.formats.reasoning import ReasoningParser
+from s2t_agents.grammar.grammar import cached_vocabulary, tool_grammar
+from s2t_agents.grammar.thinking import ThinkThenAnswer, cached_thinking_vocabulary
 from s2t_agents.ledger import GenerationRecord, Totals
 from s2t_agents.llms.previews import continuations
 from s2t_agents.scheduling.sequence import Prefix
@@ -383,16 +383,16 @@ def test_an_answer_that_broke_off_in_its_thought_goes_on_there() -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_judge_sees_previews_that_go_on_in_and_behind_the_thought(format: str) -> None:
     model, known = model_of(format, True), format_of(format, True)
-    words = vocabulary(model.tokenizer, model.vocab_size, sorted(model.eos_ids))
-    thinking = thinking_vocabulary(words, model.tokenizer, known)
-    grammar = ThinkThenAnswer(thinking, tool_grammar(words, []), place="thought", room=200)
+    words = cached_vocabulary(model.tokenizer, model.vocab_size, sorted(model.eos_ids))
+    thinking = cached_thinking_vocabulary(words, model.tokenizer, known)
+    grammar = ThinkThenAnswer(thinking, tool_grammar(words, []), phase="thought", room=200)
     turns = [{"role": "user", "content": "Q"}]
     prompt = model.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     first = token(model.tokenizer, "hm" if format == "letters" else "h")
     with Prefix.over(model, prompt, None) as prefix:
         prefix.extend(prompt)
         [told] = continuations(prefix, [first], 60, grammar)
-    reader, detokenizer = ThoughtReader(known, "thought"), Detokenizer(model.tokenizer)
+    reader, detokenizer = ReasoningParser(known, "thought"), Detokenizer(model.tokenizer)
     said = [text for i in told for _, text in reader.push(i, detokenizer.push(i))[1]]
     assert reader.reasoning == THOUGHT
     assert answer_of(format).startswith("".join(said))

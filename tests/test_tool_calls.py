@@ -12,7 +12,7 @@ from templates import family
 from s2t_agents.chat.accounting import Account
 from s2t_agents.chat.attribution import Caller
 from s2t_agents.chat.generation import Generation
-from s2t_agents.chat.request import Request
+from s2t_agents.chat.response_options import ResponseOptions
 from s2t_agents.formats.tool_calls import CLOSE, OPEN, ToolCallParser, tag_ids
 from s2t_agents.types import Step
 
@@ -233,20 +233,24 @@ def answered(request, text, name="llama3"):
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen2_5"])
-@pytest.mark.parametrize("request_", [Request(), Request(tools=(PAY,), tool_choice="none")], ids=["no tools", "none"])
+@pytest.mark.parametrize(
+    "request_", [ResponseOptions(), ResponseOptions(tools=(PAY,), tool_choice="none")], ids=["no tools", "none"]
+)
 def test_where_no_call_is_legal_a_spelt_one_is_text(request_, name):
     text = f"First.\n{call('pay', {})} \n{OPEN} and so on"
     generation = answered(request_, text, name)
     assert generation.parser.text == text
     assert (generation.parser.tool_calls, generation.parser.invalid_tool_calls) == ([], [])
     assert generation.finish_reason == "stop"
-    assert [c["name"] for c in answered(Request(tools=(PAY,)), text).parser.tool_calls] == ["pay"]
+    assert [c["name"] for c in answered(ResponseOptions(tools=(PAY,)), text).parser.tool_calls] == ["pay"]
 
 
 @pytest.mark.parametrize("tools", [(), (PAY,)], ids=["no tools", "tools"])
 def test_a_json_reply_may_speak_of_the_tags(tools):
     text = json.dumps({"text": f"wrap it in {OPEN}{body('pay', {})}{CLOSE}"})
-    request = Request(tools=tools, reply={"type": "object"})
+    request = ResponseOptions(tools=tools, reply={"type": "object"})
     assert answered(request, text).parser.text == text
-    calls = answered(Request(tools=(PAY,), reply={"type": "object"}), f"{call('pay', {})}\n{call('pay', {})}").parser
+    calls = answered(
+        ResponseOptions(tools=(PAY,), reply={"type": "object"}), f"{call('pay', {})}\n{call('pay', {})}"
+    ).parser
     assert [c["name"] for c in calls.tool_calls] == ["pay", "pay"]

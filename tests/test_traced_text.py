@@ -10,7 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from s2t_agents.errors import ConfigError
 from s2t_agents.tokenization.chat_template import ChatTemplate
-from s2t_agents.tokenization.traced_text import Sources, own_stretches
+from s2t_agents.tokenization.traced_text import Sources, template_spans
 
 OUTSIDE = "ab<>/ \n\"'\\{}%\u00e9"  # no letter of these is written by a template below: they write X, Y and Z
 
@@ -62,10 +62,10 @@ def test_the_text_is_jinjas_and_each_character_has_its_origin(template, text):
     said = rendered(template, text)
     [[expected], _] = render_jinja_template(conversations=[[]], chat_template=template, c=text)
     assert said == expected
-    own = {at for start, end in own_stretches(said) for at in range(start, end)}
-    assert not any(char in OUTSIDE for at, char in enumerate(expected) if at in own and not char.isspace())
+    as_traced = {at for start, end in template_spans(said) for at in range(start, end)}
+    assert not any(char in OUTSIDE for at, char in enumerate(expected) if at in as_traced and not char.isspace())
     if template.removesuffix("-") in EXACT:
-        assert all(at in own for at, char in enumerate(expected) if char in "XYZ")
+        assert all(at in as_traced for at, char in enumerate(expected) if char in "XYZ")
 
 
 @given(text=st.text(alphabet=OUTSIDE, min_size=1, max_size=12), low=st.integers(0, 12), high=st.integers(0, 12))

@@ -8,10 +8,10 @@ from jsonschema import validate
 from training_fixtures import tiny_pair
 
 from s2t_agents.budget import Budget
-from s2t_agents.chat.request import Request
+from s2t_agents.chat.response_options import ResponseOptions
 from s2t_agents.engine.engine import Engine
 from s2t_agents.escalation import Escalation
-from s2t_agents.grammar.grammar import vocabulary
+from s2t_agents.grammar.grammar import cached_vocabulary
 from s2t_agents.llms import LocalLLM
 from s2t_agents.training.batch_prefix import BatchPrefix
 from s2t_agents.training.config import Adapter, Fit
@@ -182,9 +182,9 @@ ROOM = 400
 
 def ruled(slm, choices=("any", "any", "auto", "any", "auto")):
     """A grammar for each of the prompts, just started; "auto" may say anything before it calls."""
-    words = vocabulary(slm.tokenizer, slm.vocab_size, sorted(slm.eos_ids))
+    words = cached_vocabulary(slm.tokenizer, slm.vocab_size, sorted(slm.eos_ids))
     compiled = {
-        choice: Request(tools=tuple(TOOLS), tool_choice=choice, parallel=False).compile(words)
+        choice: ResponseOptions(tools=tuple(TOOLS), tool_choice=choice, parallel=False).compile(words)
         for choice in set(choices)
     }
     return [compiled[choice].start(ROOM) for choice in choices]

@@ -18,7 +18,7 @@ from benchmarks.train import run as bench
 from s2t_agents import ChatS2T
 from s2t_agents.backends.torch.logit_statistics import FLOOR
 from s2t_agents.errors import EscalationFailed
-from s2t_agents.grammar.grammar import tool_grammar, vocabulary
+from s2t_agents.grammar.grammar import cached_vocabulary, tool_grammar
 from s2t_agents.testing import tiny_model
 from s2t_agents.training.batch_prefix import BatchPrefix
 from s2t_agents.training.commands import app
@@ -206,7 +206,7 @@ def test_a_served_teacher_sees_what_is_legal(pair, folder, server):
     slm, llm = pair
     url, _ = server
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "boolean"}}}}}
-    words = vocabulary(slm.tokenizer, slm.vocab_size, sorted(slm.eos_ids))
+    words = cached_vocabulary(slm.tokenizer, slm.vocab_size, sorted(slm.eos_ids))
     compiled = tool_grammar(words, [tool], "any", parallel=False)
     (trace,) = generate(BatchPrefix(slm, [list(b"f?")]), Greedy(), 150, [compiled.start(150)])
     said = [(list(b"f?"), trace.ids)]

@@ -1,4 +1,4 @@
-"""From steps to numbers: what one generation did, cost and took, for the message and for the ledger."""
+"""Counts, cost and latency of one generation, for the message's metadata and the ledger's record."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from langchain_core.messages import AIMessage
 from ..budget import Budget, DevicePrice
 from ..errors import StoreUnavailable
 from ..ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Thought
-from ..types import Asked, Charge, EscalationReport, Step
+from ..types import Charge, EscalationRecord, EscalationReport, Step
 from .attribution import Caller, current_caller
 
 MS = 1000.0
@@ -27,15 +27,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Summary:
-    """What one generation did, cost and took, for the message and for the ledger alike.
+    """Counts, cost and latency of one generation.
 
     Attributes:
-        refused: escalations that the budget refused, also where it raised.
-        degraded: an LLM was wanted for a token that came, and not heard.
+        refused: escalations that the budget refused, including one for which it raised.
+        degraded: at least one emitted token was to be escalated and got no LLM pick.
         cost: USD.
-        latency: milliseconds by part; ``total`` runs from the call to the moment this was taken.
-        budget: as ``BudgetState.as_dict()``; None without a budget, or when its store cannot be reached.
-        thought: the part of all this that went into the thought before the answer.
+        latency: milliseconds by part; ``total`` runs from the call to the moment this was computed.
+        budget: as ``BudgetState.as_dict()``; None without a budget, or if its store cannot be reached.
+        thought: the share of the reasoning in these numbers.
     """
 
     triggers: int
@@ -52,14 +52,14 @@ class Summary:
 
 @dataclass
 class Account:
-    """Adds up the steps of one generation as they come.
+    """Accumulates the steps of one generation.
 
     Attributes:
-        prompt_tokens: read before the first step.
+        prompt_tokens: number of prompt tokens.
         device_price: of the SLM's device; None leaves the local cost unknown.
-        ledger_error: why the ledger did not keep the record; None where it did, or there is no ledger.
-        thought_tokens: how many of the first steps are a thought, its tags included.
-        thinking: whether the next step belongs to it.
+        ledger_error: why the ledger did not keep the record; None if it did, or without a ledger.
+        thought_tokens: how many of the first steps are reasoning, its tags included.
+        thinking: whether the next step is reasoning.
     """
 
     model: str
@@ -75,7 +75,7 @@ class Account:
     thinking: bool = False
     _start: float = field(default_factory=time.perf_counter)
     _first: float | None = None
-    _last_asked: Asked | None = None
+    _last_escalation: EscalationRecord | None = None
     ledger_error: str | None = None
 
     def add(self, step: Step) -> None:
@@ -84,35 +84,35 @@ class Account:
             self._first = time.perf_counter()
         self.steps.append(step)
 
-    def asked(self, question: Asked) -> None:
-        """Keep what became of a question: its step may never come."""
-        self._last_asked = question
+    def record_escalation(self, question: EscalationRecord) -> None:
+        """Keep the outcome of an escalation; its step may never be emitted."""
+        self._last_escalation = question
 
     @property
-    def stepless(self) -> Asked | None:
-        """The question whose step never came: the generation ended while, or because, the LLM was to be asked."""
-        last = self._last_asked
+    def unemitted_escalation(self) -> EscalationRecord | None:
+        """The escalation whose step was never emitted, because the generation ended at it; None if all were."""
+        last = self._last_escalation
         came = last is None or any(step.escalation is last.report for step in self.steps)
         return None if came else last
 
     @property
     def reports(self) -> list[EscalationReport]:
-        """What became of every question, in their order."""
-        last = self.stepless
+        """The report of every escalation, in order."""
+        last = self.unemitted_escalation
         return [*(step.escalation for step in self.steps if step.escalation), *([last.report] if last else [])]
 
     @property
     def reused_tokens(self) -> int:
-        """Prompt tokens whose KV an earlier turn had left."""
+        """Prompt tokens whose KV came from the prefix cache."""
         return sum(step.reused_tokens for step in self.steps)
 
     def count(self, true_of: Callable[[Step], bool]) -> int:
-        """Steps of which something is true."""
+        """Number of steps that fulfil a predicate."""
         return sum(1 for step in self.steps if true_of(step))
 
     @cached_property
     def summary(self) -> Summary:
-        """Taken when first asked for, which must be after the last step, and the same from then on."""
+        """Computed at the first access, which must be after the last step."""
         became = Counter(report.outcome for report in self.reports if not report.replayed)
         return Summary(
             triggers=self.count(lambda step: step.triggered),
@@ -123,29 +123,29 @@ class Account:
             degraded=self.count(lambda step: step.escalation is not None and step.picked_by != "llm") > 0,
             cost=self._cost(),
             latency=self._latency(),
-            budget=_state(self.budget),
+            budget=_budget_state(self.budget),
             thought=self._thought(),
         )
 
     def metadata(self) -> dict[str, Any]:
-        """The ``response_metadata["s2t"]`` of the message. Counts in tokens, money in USD, times in ms."""
+        """The message's ``response_metadata["s2t"]``: counts in tokens, costs in USD, times in ms."""
         summary = self.summary
         return {
             "tokens": len(self.steps),
             "reused_tokens": self.reused_tokens,
             "trace_id": self.trace_id,
-            "cost_usd": {part: _number(getattr(summary.cost, part)) for part in ("local", "llm", "total")},
-            "latency_ms": {part: getattr(summary.latency, part) for part in _TOLD},
-            "thought": {**summary.thought.model_dump(), "llm_usd": _number(summary.thought.llm_usd)},
-            **{key: getattr(summary, key) for key in _SHARED},
-            **_mark(self.ledger_error),
+            "cost_usd": {part: _as_float(getattr(summary.cost, part)) for part in ("local", "llm", "total")},
+            "latency_ms": {part: getattr(summary.latency, part) for part in _LATENCY_PARTS},
+            "thought": {**summary.thought.model_dump(), "llm_usd": _as_float(summary.thought.llm_usd)},
+            **{key: getattr(summary, key) for key in _SUMMARY_FIELDS},
+            **_ledger_error_entry(self.ledger_error),
         }
 
-    def keep(
+    def write_record(
         self, ledger: Ledger, finish_reason: str, *, decode: Callable[[int], str], error: str | None = None
     ) -> None:
-        """Give the record to a ledger; where it cannot be kept, the answer says so and stands."""
-        self.ledger_error = keep(ledger, lambda: self.record(finish_reason, decode=decode, error=error))
+        """Write the record to a ledger; a failure is kept in ``ledger_error`` and does not raise."""
+        self.ledger_error = record_in_ledger(ledger, lambda: self.record(finish_reason, decode=decode, error=error))
 
     def record(self, finish_reason: str, *, decode: Callable[[int], str], error: str | None = None) -> GenerationRecord:
         """The ledger's record of the generation, with a receipt per escalation."""
@@ -165,34 +165,34 @@ class Account:
             error=error,
             trace_id=self.trace_id,
             thought=self.summary.thought,
-            **{key: getattr(self.summary, key) for key in _SHARED},
+            **{key: getattr(self.summary, key) for key in _SUMMARY_FIELDS},
         )
 
     def _receipts(self, decode: Callable[[int], str]) -> tuple[Receipt, ...]:
-        """One for every question, the last perhaps without a step."""
+        """One receipt per escalation, the last one perhaps without a step."""
         receipts = [receipt(step, decode) for step in self.steps if step.escalation]
-        if self.stepless is not None:
-            at = self.stepless.prefix_tokens - self.prompt_tokens
-            receipts.append(_receipt(self.stepless, decode, step=at))
+        if self.unemitted_escalation is not None:
+            at = self.unemitted_escalation.prefix_tokens - self.prompt_tokens
+            receipts.append(_receipt(self.unemitted_escalation, decode, step=at))
         return tuple(receipts)
 
     def _cost(self) -> Cost:
-        """The local part prices the answer's share of the forwards that it took part in, in device-seconds."""
+        """USD; the local part is the device price times this generation's share of its forward passes."""
         seconds = sum(step.timings.compute for step in self.steps)
         local = self.device_price.cost(seconds) if self.device_price else None
-        return Cost(local=local, llm=_spent(self.reports))
+        return Cost(local=local, llm=_total_usd(self.reports))
 
     def _thought(self) -> Thought:
         steps = self.steps[: self.thought_tokens]
         reports = [step.escalation for step in steps if step.escalation]
-        if self.stepless is not None and self.thinking:
-            reports.append(self.stepless.report)
+        if self.unemitted_escalation is not None and self.thinking:
+            reports.append(self.unemitted_escalation.report)
         return Thought(
             tokens=len(steps),
             triggers=sum(step.triggered for step in steps),
             selections=sum(step.picked_by in ("selector", "llm") for step in steps),
             escalations=sum(report.outcome == "picked" for report in reports),
-            llm_usd=_spent(reports),
+            llm_usd=_total_usd(reports),
         )
 
     def _latency(self) -> Latency:
@@ -200,25 +200,25 @@ class Account:
             verb: sum(getattr(step.timings, verb) for step in self.steps) * MS
             for verb in ("queue", "propose", "select", "escalate", "grammar")
         }
-        if self.stepless is not None:
-            by_verb["escalate"] += self.stepless.report.wait_s * MS
+        if self.unemitted_escalation is not None:
+            by_verb["escalate"] += self.unemitted_escalation.report.wait_s * MS
         ttft = (self._first - self._start) * MS if self._first is not None else None
         return Latency(ttft=ttft, total=(time.perf_counter() - self._start) * MS, **by_verb)
 
 
-_TOLD = ("queue", "ttft", "propose", "select", "escalate", "total")
-_SHARED = ("triggers", "selections", "flips", "escalations", "refused", "degraded", "budget")
+_LATENCY_PARTS = ("queue", "ttft", "propose", "select", "escalate", "total")
+_SUMMARY_FIELDS = ("triggers", "selections", "flips", "escalations", "refused", "degraded", "budget")
 
 
-def _spent(reports: Sequence[EscalationReport]) -> Decimal | None:
-    """USD of some questions to the LLM; None where one has an unknown cost."""
+def _total_usd(reports: Sequence[EscalationReport]) -> Decimal | None:
+    """USD of some escalations; None if the cost of one is unknown."""
     charges = [report.actual for report in reports if report.actual]
     known = [charge.usd for charge in charges if charge.usd is not None]
     return sum(known, Decimal(0)) if len(known) == len(charges) else None
 
 
-def _state(budget: Budget | None) -> dict[str, Any] | None:
-    """None when the store cannot be reached: the answer and its record are worth more than the figures."""
+def _budget_state(budget: Budget | None) -> dict[str, Any] | None:
+    """The budget's state; None, with a warning in the log, if its store cannot be reached."""
     if budget is None:
         return None
     try:
@@ -231,12 +231,17 @@ def _state(budget: Budget | None) -> dict[str, Any] | None:
 def receipt(step: Step, decode: Callable[[int], str]) -> Receipt:
     """The ledger's receipt of a step's escalation."""
     assert step.escalation is not None
-    question = Asked(step.prefix_tokens, step.candidates, step.escalation)
+    question = EscalationRecord(step.prefix_tokens, step.candidates, step.escalation)
     return _receipt(question, decode, step=step.index, wanted=step.wanted_id, pick=step.token_id)
 
 
 def _receipt(
-    question: Asked, decode: Callable[[int], str], *, step: int, wanted: int | None = None, pick: int | None = None
+    question: EscalationRecord,
+    decode: Callable[[int], str],
+    *,
+    step: int,
+    wanted: int | None = None,
+    pick: int | None = None,
 ) -> Receipt:
     report = question.report
     return Receipt(
@@ -257,72 +262,75 @@ def _receipt(
     )
 
 
-def keep(ledger: Ledger, record: Callable[[], GenerationRecord]) -> str | None:
-    """Give a ledger a record: what goes wrong is logged, once for each ledger and reason, and costs no answer.
+def record_in_ledger(ledger: Ledger, record: Callable[[], GenerationRecord]) -> str | None:
+    """Write a record to a ledger. An error does not raise; it is logged as a warning once per ledger and reason.
 
     Returns:
-        What went wrong; None where the record is kept.
+        The error as text; None if the record was written.
     """
     try:
         ledger.record(record())
-    except Exception as error:  # noqa: BLE001 - a ledger of the caller's own may raise anything
-        said = f"{type(error).__name__}: {error}"
-        told: set[str] = vars(ledger).setdefault("_told", set())
-        level = logging.DEBUG if said in told or len(told) >= REASONS_TOLD else logging.WARNING
-        if len(told) < REASONS_TOLD:
-            told.add(said)
-        _log.log(level, "the answer stands, but the ledger did not keep its record: %s", said)
-        return said
+    except Exception as error:  # noqa: BLE001 - a custom ledger may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        logged: set[str] = vars(ledger).setdefault("_logged_reasons", set())
+        level = logging.DEBUG if reason in logged or len(logged) >= MAX_LOGGED_REASONS else logging.WARNING
+        if len(logged) < MAX_LOGGED_REASONS:
+            logged.add(reason)
+        _log.log(level, "the answer stands, but the ledger did not keep its record: %s", reason)
+        return reason
     return None
 
 
-REASONS_TOLD = 100
-"""Different reasons that are logged for one ledger."""
+MAX_LOGGED_REASONS = 100
+"""Different reasons that are logged as warnings for one ledger."""
 
 
-def _mark(ledger_error: str | None) -> dict[str, str]:
+def _ledger_error_entry(ledger_error: str | None) -> dict[str, str]:
     return {} if ledger_error is None else {"ledger_error": ledger_error}
 
 
-def _number(usd: Decimal | None) -> float | None:
+def _as_float(usd: Decimal | None) -> float | None:
     return None if usd is None else float(usd)
 
 
-def from_cache(message: AIMessage, ledger: Ledger | None) -> AIMessage:
-    """An answer out of LangChain's cache: it cost nothing this time, and says so, in the ledger too.
+def cached_message(message: AIMessage, ledger: Ledger | None) -> AIMessage:
+    """A message from LangChain's cache, with zero cost and latency in its metadata.
 
-    It touched no budget: that of the call which made it is nobody else's business. ``degraded`` is true of its text.
+    The budget of the call that generated it is removed (another caller must not see it); ``degraded`` is kept.
 
     Args:
-        message: as the cache holds it; its metadata tell of the call that made it.
-        ledger: takes a record with ``cached=True``.
+        message: as cached; its metadata describe the call that generated it.
+        ledger: receives a record with ``cached=True``.
     """
-    told = message.response_metadata.get("s2t")
-    if told is None:
+    s2t = message.response_metadata.get("s2t")
+    if s2t is None:
         return message
     idle: dict[str, Any] = dict.fromkeys(("triggers", "selections", "flips", "escalations", "refused"), 0)
-    free = {key: dict.fromkeys(told[key], 0.0) for key in ("cost_usd", "latency_ms")}
-    failed = keep(ledger, lambda: _cached_record(message, current_caller())) if ledger is not None else None
-    told = {key: value for key, value in told.items() if key != "ledger_error"}  # of the call that made it
-    if "thought" in told:
-        idle["thought"] = {**dict.fromkeys(told["thought"], 0), "tokens": told["thought"]["tokens"], "llm_usd": 0.0}
-    metadata = {**message.response_metadata, "s2t": {**told, **idle, **free, "budget": None, **_mark(failed)}}
+    free = {key: dict.fromkeys(s2t[key], 0.0) for key in ("cost_usd", "latency_ms")}
+    failed = record_in_ledger(ledger, lambda: _cached_record(message, current_caller())) if ledger is not None else None
+    s2t = {key: value for key, value in s2t.items() if key != "ledger_error"}  # of the call that made it
+    if "thought" in s2t:
+        idle["thought"] = {**dict.fromkeys(s2t["thought"], 0), "tokens": s2t["thought"]["tokens"], "llm_usd": 0.0}
+    metadata = {
+        **message.response_metadata,
+        "s2t": {**s2t, **idle, **free, "budget": None, **_ledger_error_entry(failed)},
+    }
     return message.model_copy(update={"response_metadata": metadata})
 
 
 def _cached_record(message: AIMessage, caller: Caller) -> GenerationRecord:
-    usage, said = message.usage_metadata, message.response_metadata
+    usage, metadata = message.usage_metadata, message.response_metadata
     return GenerationRecord(
         agent=caller.agent,
         thread_id=caller.thread_id,
         run_id=caller.run_id,
-        model=str(said.get("model_name", "")),
-        finish_reason=str(said.get("finish_reason", "")),
+        model=str(metadata.get("model_name", "")),
+        finish_reason=str(metadata.get("finish_reason", "")),
         prompt_tokens=usage["input_tokens"] if usage else 0,
         completion_tokens=usage["output_tokens"] if usage else 0,
-        degraded=said["s2t"]["degraded"],
+        degraded=metadata["s2t"]["degraded"],
         cached=True,
         cost_usd=Cost(local=Decimal(0), llm=Decimal(0)),
-        thought=Thought(tokens=said["s2t"].get("thought", {}).get("tokens", 0)),
-        trace_id=said["s2t"]["trace_id"],
+        thought=Thought(tokens=metadata["s2t"].get("thought", {}).get("tokens", 0)),
+        trace_id=metadata["s2t"]["trace_id"],
     )

@@ -1,4 +1,4 @@
-"""Blocking generators under asyncio: every item is computed in a thread, and leaving early stops the work."""
+"""Blocking generators under asyncio: each item is computed in a worker thread, and cancellation stops the work."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from ..scheduling.admission import Place
 T = TypeVar("T")
 
 THREADS = 256
-"""Steps that can be computed at once in this process under asyncio; how many generations run is ``Concurrency``'s."""
+"""Worker threads, that is steps computed at once in this process; ``Concurrency`` limits running generations."""
 
 _END: Any = object()
 
 
-def _new_threads() -> None:
-    global _threads
-    _threads = ThreadPoolExecutor(THREADS, thread_name_prefix="s2t")
+def _new_executor() -> None:
+    global _executor
+    _executor = ThreadPoolExecutor(THREADS, thread_name_prefix="s2t")
 
 
-_threads: ThreadPoolExecutor
-"""Of its own: the event loop's has six threads on two cores, too few for steps to meet. They start when needed."""
+_executor: ThreadPoolExecutor
+"""Not the event loop's default executor: six threads on two cores are too few to batch steps. Started on demand."""
 
-_new_threads()
+_new_executor()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_threads)  # a child inherits the executor, but none of its threads
+    os.register_at_fork(after_in_child=_new_executor)  # a child inherits the executor, but none of its threads
 
 
-class in_threads(AsyncIterator[T], Generic[T]):
-    """The items, each computed in a thread and in the caller's context.
+class ThreadedIterator(AsyncIterator[T], Generic[T]):
+    """Async iterator over a blocking generator; each item is computed in a thread, in the caller's context.
 
-    A ``Place`` among them is not passed on: the event loop waits for its turn, and no thread does. Nor is a None: it
-    marks a point at which the caller can leave.
+    Two kinds of item are not passed on: for a ``Place`` the event loop waits until its turn comes, without blocking a
+    thread; None marks a point at which the caller can be cancelled.
 
-    Whoever leaves early (``aclose``, a cancelled task) gets control back when the item under way is computed and the
-    generator is closed, however often it is cancelled meanwhile: nothing runs on behind, holds are released and the
-    books are written. Who only lets go of it, as by ``break``, has it closed at once, without the event loop, which
-    may be at its end: that is why this is no asynchronous generator. An item under way is computed first, behind.
+    ``aclose`` and a cancelled task return once the current item is computed and the generator is closed, even if they
+    are cancelled again meanwhile: nothing keeps running, holds are released and the ledger record is written. If the
+    iterator is only dropped, as by ``break``, the generator is closed without the event loop, which may have ended
+    (an async generator could not do that), after the current item if one is being computed.
 
     Args:
-        items: computes them; closed at the end, however it comes.
-        told: awaited with every item before it is passed on.
+        items: the generator; closed at the end in every case.
+        on_item: awaited with every item before it is passed on.
     """
 
     def __init__(
-        self, items: Generator[Place | T | None, None, None], told: Callable[[T], Awaitable[None]] | None = None
+        self, items: Generator[Place | T | None, None, None], on_item: Callable[[T], Awaitable[None]] | None = None
     ) -> None:
-        self._items, self._told = items, told
+        self._items, self._on_item = items, on_item
         self._context = copy_context()
         self._step: Future[Any] | None = None
         self._over = False
@@ -67,13 +67,13 @@ class in_threads(AsyncIterator[T], Generic[T]):
             raise
 
     async def aclose(self) -> None:
-        """Close the generator once its last step is over; then be cancelled, if that was asked for meanwhile."""
+        """Close the generator once the current item is computed; re-raises a cancellation that came meanwhile."""
         if self._over:
             return
         self._over = True
-        cancelled = await _outlast(self._step) if self._step else None
+        cancelled = await _wait_uncancelled(self._step) if self._step else None
         closed = _start(self._items.close)
-        cancelled = await _outlast(closed) or cancelled
+        cancelled = await _wait_uncancelled(closed) or cancelled
         closed.result()
         if cancelled:
             raise cancelled
@@ -84,30 +84,30 @@ class in_threads(AsyncIterator[T], Generic[T]):
         self._over, items, context = True, self._items, self._context
         if self._step is None or self._step.done():
             context.run(items.close)
-        else:  # its task was thrown away in the middle of a step
+        else:  # its task was destroyed in the middle of a step
             self._step.add_done_callback(lambda _: context.run(items.close))
 
     async def _next(self) -> T:
         while True:
             self._step = _start(next, self._items, _END)
-            await asyncio.wait([_end_of(self._step)])  # a thread cannot be cancelled, only waited for
+            await asyncio.wait([_completion_future(self._step)])  # a thread cannot be cancelled
             item = self._step.result()
             if item is _END:
                 raise StopAsyncIteration
             if isinstance(item, Place):
-                await asyncio.wait([_end_of(item.turn)], timeout=item.left_s)
+                await asyncio.wait([_completion_future(item.turn)], timeout=item.left_s)
             elif item is not None:
-                if self._told:
-                    await self._told(item)
+                if self._on_item:
+                    await self._on_item(item)
                 return item  # type: ignore[no-any-return]
 
 
 def _start(work: Callable[..., Any], *args: Any) -> Future[Any]:
-    return _threads.submit(copy_context().run, work, *args)
+    return _executor.submit(copy_context().run, work, *args)
 
 
-def _end_of(work: Future[Any]) -> asyncio.Future[None]:
-    """Done when the work is over, also when it failed; nobody hears of it where the loop is closed by then."""
+def _completion_future(work: Future[Any]) -> asyncio.Future[None]:
+    """An asyncio future that is done when the work is, even if it failed; never done if the loop is closed first."""
     loop = asyncio.get_running_loop()
     end: asyncio.Future[None] = loop.create_future()
 
@@ -124,13 +124,13 @@ def _set(end: asyncio.Future[None]) -> None:
         end.set_result(None)
 
 
-async def _outlast(work: Future[Any]) -> asyncio.CancelledError | None:
-    """Wait until the work is over, whatever comes; gives the cancellation that came."""
+async def _wait_uncancelled(work: Future[Any]) -> asyncio.CancelledError | None:
+    """Wait until the work is done, through cancellations; returns the last one."""
     cancelled = None
     while not work.done():
         try:
-            await asyncio.wait([_end_of(work)])
+            await asyncio.wait([_completion_future(work)])
         except asyncio.CancelledError as asked:
             cancelled = asked
-    work.exception()  # seen: the caller is leaving anyway
+    work.exception()  # retrieved, so that it is not reported as never retrieved
     return cancelled

@@ -1,7 +1,7 @@
-"""Who is calling? The agent, thread and run behind a model call, in every way LangChain calls a model.
+"""The agent, thread and run behind a model call, for every way in which LangChain calls a model.
 
-``_stream`` gets no run manager under ``.stream``, ``.astream`` or ``stream_mode="messages"``; a handler that runs
-inline sees every start, so the caller is kept in a ContextVar from there.
+``_stream`` gets no run manager under ``.stream``, ``.astream`` or ``stream_mode="messages"``. A callback handler with
+``run_inline`` sees every start, so it keeps the call's metadata in a ContextVar.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _metadata: ContextVar[Mapping[str, Any]] = ContextVar("s2t_caller_metadata", def
 
 @dataclass(frozen=True)
 class Caller:
-    """The agent a call is charged to, and its thread and run where LangGraph names them."""
+    """The agent that a call is charged to, and its thread and run id if LangGraph gives them."""
 
     agent: str = DEFAULT_AGENT
     thread_id: str | None = None
@@ -32,7 +32,7 @@ class Caller:
 
 
 class CallerHandler(BaseCallbackHandler):
-    """Remembers the metadata of the call that starts in this context."""
+    """Stores the metadata of the call that starts in this context."""
 
     run_inline = True
 
@@ -47,12 +47,12 @@ class CallerHandler(BaseCallbackHandler):
         metadata: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Called by LangChain just before the model runs, in the same context."""
+        """Called by LangChain before the model runs, in the same context."""
         _metadata.set({**(metadata or {}), "run_id": str(parent_run_id or run_id)})
 
 
-def listened(callbacks: Callbacks) -> Callbacks:
-    """A model's own callbacks, with the handler that learns who is calling among them."""
+def with_caller_handler(callbacks: Callbacks) -> Callbacks:
+    """A model's callbacks with a ``CallerHandler`` added."""
     if isinstance(callbacks, BaseCallbackManager):
         manager = callbacks.copy()
         if not any(isinstance(handler, CallerHandler) for handler in manager.handlers):
@@ -78,9 +78,9 @@ def current_caller(agent: str | None = None) -> Caller:
 def agent_of(metadata: Mapping[str, Any]) -> str:
     """The agent's name in LangGraph's metadata.
 
-    An explicit ``s2t_agent`` wins. Then ``lc_agent_name``, which is what ``create_agent(name=...)`` sets; agents that
-    run inside an agent's tools inherit it when they have no name, so the path from there is added ("boss/tools").
-    Without any name it is the path of the nodes around the call: the agent's own nodes ("model") are no part of it.
+    ``s2t_agent`` comes first, then ``lc_agent_name``, which ``create_agent(name=...)`` sets. An unnamed agent inside
+    another agent's tools inherits that name, so the node path from there is appended ("boss/tools"). Without a name it
+    is the path of the enclosing nodes, without those that ``create_agent`` makes ("model").
     """
     if metadata.get("s2t_agent"):
         return str(metadata["s2t_agent"])
@@ -95,7 +95,7 @@ def agent_of(metadata: Mapping[str, Any]) -> str:
 
 
 def _of_an_agent(node: str) -> bool:
-    """Whether ``create_agent`` named this node: the user's own nodes tell more."""
+    """Whether ``create_agent`` made this node."""
     return node in ("model", "tools") or node.endswith(
         (".before_agent", ".before_model", ".after_model", ".after_agent")
     )

@@ -1,7 +1,7 @@
-"""What users say besides messages, to a model and to a call: where it may be said, and what is refused.
+"""Arguments of one call: which ones exist, which override settings, and how ``configurable`` reaches them.
 
-LangChain hands a model only the callbacks, tags and metadata of a call's config, so what ``configurable`` says is
-carried into the call's own arguments before LangChain takes over.
+LangChain passes a model only the callbacks, tags and metadata of a call's config, so the entries of ``configurable``
+are copied into the call's arguments first.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from ..errors import ConfigError
 from .attribution import configurable
 from .unfinished_answers import Unfinished
 
-OWN = ("s2t_agent", "s2t_budget", "s2t_cache_scope", "s2t_unfinished")
-"""Who asks, on which budget, beside whom and after which tries: no part of the question, so neither traced nor in
-cache keys."""
+OWN_ARGUMENTS = ("s2t_agent", "s2t_budget", "s2t_cache_scope", "s2t_unfinished")
+"""Agent, budget, cache scope and earlier tries: they do not change an answer, so they are in no trace or cache key."""
 
-QUESTION = (
+MODEL_ARGUMENTS = (
     "max_tokens",
     "max_thinking_tokens",
     "model",
@@ -39,9 +38,9 @@ QUESTION = (
     "tools",
     "top_p",
 )
-"""What changes an answer."""
+"""Arguments that change an answer."""
 
-LANGCHAINS = (
+LANGCHAIN_ARGUMENTS = (
     "ls_structured_output_format",
     "stream",
     "stream_options",
@@ -49,14 +48,14 @@ LANGCHAINS = (
     "strict",
     "structured_output_format",
 )
-"""What LangChain or its other models' users pass along; each holds here in any case, or is LangChain's to read."""
+"""Arguments of LangChain or of other chat models that are accepted: they hold here anyway, or LangChain reads them."""
 
-PER_CALL = {"budget": "s2t_budget", "cache_scope": "s2t_cache_scope"}
-"""Settings of the model that a call says under another name."""
+CALL_NAME_OF_SETTING = {"budget": "s2t_budget", "cache_scope": "s2t_cache_scope"}
+"""Settings of the model that have another name as arguments of a call."""
 
 
-class TakesConfig(BaseChatModel):
-    """A chat model for which ``configurable={"s2t_budget": ...}`` counts in every way LangChain calls a model."""
+class ConfigurableChatModel(BaseChatModel):
+    """A chat model that reads ``configurable={"s2t_budget": ...}`` in every way in which LangChain calls a model."""
 
     def invoke(
         self,
@@ -67,7 +66,7 @@ class TakesConfig(BaseChatModel):
         **call: Any,
     ) -> AIMessage:
         """One answer."""
-        return super().invoke(input, config, stop=stop, **carried(config, call))
+        return super().invoke(input, config, stop=stop, **with_configurable(config, call))
 
     async def ainvoke(
         self,
@@ -78,7 +77,7 @@ class TakesConfig(BaseChatModel):
         **call: Any,
     ) -> AIMessage:
         """One answer."""
-        return await super().ainvoke(input, config, stop=stop, **carried(config, call))
+        return await super().ainvoke(input, config, stop=stop, **with_configurable(config, call))
 
     def stream(
         self,
@@ -89,7 +88,7 @@ class TakesConfig(BaseChatModel):
         **call: Any,
     ) -> Iterator[AIMessageChunk]:
         """One answer, as it comes."""
-        return super().stream(input, config, stop=stop, **carried(config, call))
+        return super().stream(input, config, stop=stop, **with_configurable(config, call))
 
     def astream(
         self,
@@ -100,36 +99,36 @@ class TakesConfig(BaseChatModel):
         **call: Any,
     ) -> AsyncIterator[AIMessageChunk]:
         """One answer, as it comes."""
-        return super().astream(input, config, stop=stop, **carried(config, call))
+        return super().astream(input, config, stop=stop, **with_configurable(config, call))
 
     if not TYPE_CHECKING:  # LangChain's overloads stay what type checkers see
 
         def stream_events(self, input: Any, config: Any = None, **call: Any) -> Any:
             """The events of one answer."""
-            return super().stream_events(input, config, **carried(config, call))
+            return super().stream_events(input, config, **with_configurable(config, call))
 
         def astream_events(self, input: Any, config: Any = None, **call: Any) -> Any:
             """The events of one answer."""
-            return super().astream_events(input, config, **carried(config, call))
+            return super().astream_events(input, config, **with_configurable(config, call))
 
     def _get_invocation_params(self, stop: list[str] | None = None, **call: Any) -> dict[str, Any]:
-        return super()._get_invocation_params(stop=stop, **foreign(call))
+        return super()._get_invocation_params(stop=stop, **without_own_arguments(call))
 
 
-def carried(config: RunnableConfig | None, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The call's arguments, with those of ``OWN`` that only the config's ``configurable`` gives."""
+def with_configurable(config: RunnableConfig | None, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The call's arguments, with those ``OWN_ARGUMENTS`` added that are only in the config's ``configurable``."""
     found = ensure_config(config).get("configurable", {})
-    given = {key: found[key] for key in OWN if found.get(key) is not None and call.get(key) is None}
+    given = {key: found[key] for key in OWN_ARGUMENTS if found.get(key) is not None and call.get(key) is None}
     return {**call, **given}
 
 
-def foreign(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The call's arguments that are part of the question."""
-    return {key: value for key, value in call.items() if key not in OWN}
+def without_own_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The call's arguments without ``OWN_ARGUMENTS``."""
+    return {key: value for key, value in call.items() if key not in OWN_ARGUMENTS}
 
 
 def without_nones(settings: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
-    """A model's settings, but for each None where the default is another value: it means the default."""
+    """A model's settings without each None whose default is another value: None means the default there."""
     return {
         name: value
         for name, value in settings.items()
@@ -137,83 +136,87 @@ def without_nones(settings: Mapping[str, Any], fields: Mapping[str, FieldInfo]) 
     }
 
 
-def refusal(error: ValidationError, fields: Mapping[str, FieldInfo]) -> ConfigError:
-    """What pydantic says of a model's settings, in one line; what may be secret is not repeated."""
+def settings_error(error: ValidationError, fields: Mapping[str, FieldInfo]) -> ConfigError:
+    """A validation error of the model's settings in one line; values that may be secret are left out."""
     found = error.errors()[0]
     name = ".".join(map(str, found["loc"])) or "a setting"
     if found["type"] == "extra_forbidden":
-        near = get_close_matches(name, fields, n=1)
-        return ConfigError(f"ChatS2T takes no {name}.", hint=f"Did you mean {near[0]}?" if near else "")
+        close = get_close_matches(name, fields, n=1)
+        return ConfigError(f"ChatS2T takes no {name}.", hint=f"Did you mean {close[0]}?" if close else "")
     field = fields.get(str(found["loc"][0])) if found["loc"] else None
     shown = f"{found['input']!r:.200}" if field is not None and field.repr else "no such value"
     return ConfigError(f"{name} is {shown}: {found['msg']}.")
 
 
 def check_call(call: Collection[str], settings: Collection[str]) -> None:
-    """Refuse arguments that would do nothing.
+    """Refuse unknown arguments, which would have no effect.
 
     Args:
         call: names of the call's arguments.
         settings: names of the model's settings.
 
     Raises:
-        ConfigError: naming the argument and what may have been meant.
+        ConfigError: naming the argument and the closest known one.
     """
-    known = [*QUESTION, *OWN]
+    known = [*MODEL_ARGUMENTS, *OWN_ARGUMENTS]
     for name in call:
-        if name in known or name in LANGCHAINS:
+        if name in known or name in LANGCHAIN_ARGUMENTS:
             continue
         if name in settings:
-            way_out = f"Per call, use {PER_CALL[name]}." if name in PER_CALL else f"Say it in ChatS2T({name}=...)."
+            way_out = (
+                f"Per call, use {CALL_NAME_OF_SETTING[name]}."
+                if name in CALL_NAME_OF_SETTING
+                else f"Say it in ChatS2T({name}=...)."
+            )
             raise ConfigError(f"{name} is a setting of the model, not of a call.", hint=way_out)
-        near = get_close_matches(name, known, n=1)
+        close = get_close_matches(name, known, n=1)
         raise ConfigError(
             f"{name} is no argument of a call.",
-            hint=f"Did you mean {near[0]}?" if near else f"Calls take {', '.join(known)}.",
+            hint=f"Did you mean {close[0]}?" if close else f"Calls take {', '.join(known)}.",
         )
 
 
 def budget_of(call: Mapping[str, Any], default: Budget | None) -> Budget | None:
-    """The budget of one call: its own, or the enclosing node's, or the model's.
+    """The budget of one call: from its arguments, else the enclosing node's ``configurable``, else the model's.
 
     Raises:
-        ConfigError: something else in its place.
+        ConfigError: it is not a ``Budget``.
     """
-    budget = _said(call, "s2t_budget", default)
+    budget = _call_or_configurable(call, "s2t_budget", default)
     if budget is None or isinstance(budget, Budget):
         return budget
     raise ConfigError(f"s2t_budget is {budget!r}; it must be a Budget.", hint="Say Budget(usd=..., escalations=...).")
 
 
 def cache_scope_of(call: Mapping[str, Any], default: str | None) -> str | None:
-    """The cache scope of one call: its own, or the enclosing node's, or the model's.
+    """The cache scope of one call: from its arguments, else the enclosing node's ``configurable``, else the model's.
 
     Raises:
-        ConfigError: it is no text.
+        ConfigError: it is not a string.
     """
-    scope = _said(call, "s2t_cache_scope", default)
+    scope = _call_or_configurable(call, "s2t_cache_scope", default)
     if scope is None or isinstance(scope, str):
         return scope
     raise ConfigError(f"s2t_cache_scope is {scope!r}; it must be a text.", hint="Give each tenant a name.")
 
 
 def unfinished_of(call: Mapping[str, Any]) -> Unfinished | None:
-    """The earlier tries of one call, where they are to be gone on with.
+    """The interrupted answers that one call may resume; None if it resumes none.
 
     Raises:
-        ConfigError: something else in their place.
+        ConfigError: it is not an ``Unfinished``.
     """
-    found = _said(call, "s2t_unfinished", None)
+    found = _call_or_configurable(call, "s2t_unfinished", None)
     if found is None or isinstance(found, Unfinished):
         return found
     raise ConfigError(f"s2t_unfinished is a {type(found).__name__}.", hint="Give the Unfinished of the earlier try.")
 
 
 def template_args_of(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables of the chat template that a call gives beside the model's.
+    """Chat template variables of one call.
 
     Raises:
-        ConfigError: they are no mapping of names.
+        ConfigError: not a mapping with string keys.
     """
     given = call.get("template_args")
     if given is None:
@@ -223,5 +226,5 @@ def template_args_of(call: Mapping[str, Any]) -> dict[str, Any]:
     raise ConfigError(f"template_args is {given!r:.200}.", hint='Give a dict, such as {"enable_thinking": False}.')
 
 
-def _said(call: Mapping[str, Any], key: str, default: Any) -> Any:
+def _call_or_configurable(call: Mapping[str, Any], key: str, default: Any) -> Any:
     return next((value for value in (call.get(key), configurable(key)) if value is not None), default)

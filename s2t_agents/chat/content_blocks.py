@@ -1,8 +1,7 @@
-"""Content blocks of all providers to what this model reads: text, thoughts and tool calls.
+"""Content blocks of all providers to what this model reads: text, reasoning and tool calls.
 
-Text is read under each of its names. What a provider's own tools did is read where it is plain text (the output of
-code, the text that a search found); their calls, sources, signatures and encrypted parts say nothing to this model and
-are skipped, with a debug line in the log. Pictures, sound and files are refused.
+Of the provider's built-in tools, plain-text results are read (code output, search results); their calls, sources,
+signatures and encrypted parts are skipped with a debug line in the log. Images, audio and files are refused.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ _log = logging.getLogger(__name__)
 
 _TEXT_KEYS = {"refusal": "refusal", "guard_content": "text"}
 _TEXT = frozenset({"text", "text-plain", "input_text", "output_text", "summary_text", *_TEXT_KEYS})
-_HOLDERS = frozenset({"document", "search_result", "web_search_result"})
+_DOCUMENTS = frozenset({"document", "search_result", "web_search_result"})
 _MEDIA = frozenset({
     "audio", "container_upload", "file", "file_data", "image", "image_generation_call", "image_url", "inline_data",
     "inlineData", "input_audio", "input_file", "input_image", "media", "output_audio", "video", "video_url",
 })  # fmt: skip
 _CALLS = {"tool_use": "input", "tool_call": "args", "invalid_tool_call": "args", "function_call": "arguments"}
-_CALL_PIECES = frozenset({"tool_call_chunk", "input_json_delta"})
-_THOUGHTS = frozenset({"reasoning", "thinking", "reasoning_content", "redacted_thinking", "thought"})
-_EMPTY = frozenset({"cache_point", "cachePoint"})
-_FOUND = (
+_CALL_CHUNKS = frozenset({"tool_call_chunk", "input_json_delta"})
+_REASONING = frozenset({"reasoning", "thinking", "reasoning_content", "redacted_thinking", "thought"})
+_CACHE_POINTS = frozenset({"cache_point", "cachePoint"})
+_RESULT_KEYS = (
     *("text", "output", "outputs", "stdout", "stderr", "logs", "results", "result", "content"),
     "code_execution_result",
 )
-"""Where the results of a provider's own tools hold text."""
+"""Keys under which results of a provider's built-in tools hold text."""
 
 _Call = tuple[str | None, str, Any]
 
@@ -42,11 +41,11 @@ def text_of(message: BaseMessage, where: str) -> str:
     """The text of a message's content.
 
     Raises:
-        InputError: a block that holds something else, such as a picture.
+        InputError: a block that is not text, such as an image.
     """
     content: Any = message.content
     if content is None or isinstance(content, str):
-        return content or _said_elsewhere(message)
+        return content or _refusal_or_transcript(message)
     skipped: list[str] = []
     texts = [text for block in content for text in _texts(block, message, where, skipped)]
     if skipped:
@@ -54,30 +53,30 @@ def text_of(message: BaseMessage, where: str) -> str:
     return "".join(texts)
 
 
-def thought_of(message: AIMessage) -> str:
-    """The thoughts among a message's blocks."""
+def reasoning_of(message: AIMessage) -> str:
+    """The reasoning text in a message's content blocks."""
     return "".join(
         text
         for block in _mappings(message)
-        if block.get("type") in _THOUGHTS and block["type"] != "redacted_thinking"
-        for text in _thought_texts(block)
+        if block.get("type") in _REASONING and block["type"] != "redacted_thinking"
+        for text in _reasoning_texts(block)
     )
 
 
 def calls_of(message: AIMessage) -> list[_Call]:
-    """Id, name and arguments of each tool call; of those that were no JSON, the text under ``invalid_arguments``."""
-    made: list[_Call] = [(call["id"], call["name"], call["args"]) for call in message.tool_calls]
-    made += [_broken(call["id"], call["name"], call["args"]) for call in message.invalid_tool_calls]
-    known = {call_id for call_id, _, _ in made}
+    """Id, name and arguments of each tool call; arguments that are not JSON are ``{"invalid_arguments": text}``."""
+    calls: list[_Call] = [(call["id"], call["name"], call["args"]) for call in message.tool_calls]
+    calls += [_invalid_call(call["id"], call["name"], call["args"]) for call in message.invalid_tool_calls]
+    known = {call_id for call_id, _, _ in calls}
     for block in _mappings(message):
         kind = str(block.get("type"))
         call_id = block.get("call_id") or block.get("id")
-        if kind in _CALLS and call_id not in known and (not made or call_id is not None):
-            made.append(_read(call_id, block.get("name"), block.get(_CALLS[kind], block.get("args"))))
-    older = message.additional_kwargs.get("function_call")
-    if not made and isinstance(older, Mapping):
-        made.append(_read(None, older.get("name"), older.get("arguments")))
-    return made
+        if kind in _CALLS and call_id not in known and (not calls or call_id is not None):
+            calls.append(_parsed_call(call_id, block.get("name"), block.get(_CALLS[kind], block.get("args"))))
+    function_call = message.additional_kwargs.get("function_call")
+    if not calls and isinstance(function_call, Mapping):
+        calls.append(_parsed_call(None, function_call.get("name"), function_call.get("arguments")))
+    return calls
 
 
 def _texts(block: Any, message: BaseMessage, where: str, skipped: list[str]) -> Iterator[str]:
@@ -85,21 +84,21 @@ def _texts(block: Any, message: BaseMessage, where: str, skipped: list[str]) -> 
         yield block
         return
     kind = str(block.get("type") or next((key for key in block if key != "index"), "untyped"))
-    said = isinstance(message, AIMessage)
+    from_model = isinstance(message, AIMessage)
     if kind == "non_standard" and isinstance(block.get("value"), Mapping):
-        inner = {"type": kind, **block["value"]} if said else block["value"]
+        inner = {"type": kind, **block["value"]} if from_model else block["value"]
         yield from _texts(inner, message, where, skipped)
     elif kind in _TEXT:
         yield _text_in(block.get(_TEXT_KEYS.get(kind, "text")))
-    elif kind in _HOLDERS and not _is_media(block):
-        about = [block[key] for key in ("title", "context") if isinstance(block.get(key), str)]
-        yield "\n".join([*about, *_found(block.get("source") if kind == "document" else block)])
+    elif kind in _DOCUMENTS and not _is_media(block):
+        header = [block[key] for key in ("title", "context") if isinstance(block.get(key), str)]
+        yield "\n".join([*header, *_result_texts(block.get("source") if kind == "document" else block)])
     elif kind == "json" and isinstance(message, ToolMessage):
         yield json.dumps(block.get("json"), ensure_ascii=False)
-    elif kind in _EMPTY or (said and kind in _THOUGHTS | _CALLS.keys() | _CALL_PIECES):
+    elif kind in _CACHE_POINTS or (from_model and kind in _REASONING | _CALLS.keys() | _CALL_CHUNKS):
         return
-    elif said and kind not in _MEDIA and not _is_media(block):
-        found = [text for text in _found(block) if text]
+    elif from_model and kind not in _MEDIA and not _is_media(block):
+        found = [text for text in _result_texts(block) if text]
         if not found:
             skipped.append(kind)
         yield "\n".join(found)
@@ -109,20 +108,20 @@ def _texts(block: Any, message: BaseMessage, where: str, skipped: list[str]) -> 
         )
 
 
-def _found(value: Any) -> Iterator[str]:
-    """The plain text in a provider's block, depth first."""
+def _result_texts(value: Any) -> Iterator[str]:
+    """The plain text in a result block of a provider's built-in tool, depth first."""
     if isinstance(value, list):
         for item in value:
-            yield from _found(item) if not isinstance(item, str) else (item,)
+            yield from _result_texts(item) if not isinstance(item, str) else (item,)
     elif isinstance(value, Mapping):
         if value.get("type") == "text" and isinstance(value.get("data"), str):  # a document's source
             yield value["data"]
-        for key in _FOUND:
+        for key in _RESULT_KEYS:
             item = value.get(key)
             if isinstance(item, str):
                 yield item
             else:
-                yield from _found(item)
+                yield from _result_texts(item)
 
 
 def _is_media(block: Mapping[str, Any]) -> bool:
@@ -131,19 +130,19 @@ def _is_media(block: Mapping[str, Any]) -> bool:
 
 
 def _text_in(value: Any) -> str:
-    """A block's text, which some providers wrap once more."""
+    """A block's text, which some providers wrap in another mapping."""
     if isinstance(value, Mapping):
         return _text_in(value.get("value", value.get("text")))
     return "" if value is None else str(value)
 
 
-def _thought_texts(block: Mapping[str, Any]) -> Iterator[str]:
+def _reasoning_texts(block: Mapping[str, Any]) -> Iterator[str]:
     for key in ("reasoning", "thinking", "text", "thought", "reasoning_content"):
         value = block.get(key)
         if isinstance(value, str):
             yield value
         elif isinstance(value, Mapping):
-            yield from _thought_texts(value)
+            yield from _reasoning_texts(value)
     summary = block.get("summary")
     if isinstance(summary, list):
         yield "\n\n".join(_text_in(part.get("text")) for part in summary if isinstance(part, Mapping))
@@ -154,21 +153,21 @@ def _mappings(message: AIMessage) -> list[Mapping[str, Any]]:
     return [block for block in content or () if isinstance(block, Mapping)] if not isinstance(content, str) else []
 
 
-def _said_elsewhere(message: BaseMessage) -> str:
-    """Text of an answer without content: OpenAI's refusals and the words of its spoken answers."""
+def _refusal_or_transcript(message: BaseMessage) -> str:
+    """Text of an answer without content: OpenAI's refusal, or the transcript of its audio."""
     refusal, audio = message.additional_kwargs.get("refusal"), message.additional_kwargs.get("audio")
     spoken = audio.get("transcript") if isinstance(audio, Mapping) else None
     return next((text for text in (refusal, spoken) if isinstance(text, str)), "")
 
 
-def _read(call_id: Any, name: Any, arguments: Any) -> _Call:
+def _parsed_call(call_id: Any, name: Any, arguments: Any) -> _Call:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
         except ValueError:
-            return _broken(call_id, name, arguments)
+            return _invalid_call(call_id, name, arguments)
     return None if call_id is None else str(call_id), str(name or "unknown"), {} if arguments is None else arguments
 
 
-def _broken(call_id: Any, name: Any, arguments: Any) -> _Call:
+def _invalid_call(call_id: Any, name: Any, arguments: Any) -> _Call:
     return call_id, name or "unknown", {"invalid_arguments": arguments or ""}

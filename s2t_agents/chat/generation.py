@@ -1,7 +1,7 @@
-"""One answer: drains the engine's steps into text and tool calls, and keeps the account.
+"""One generation: drains the engine's steps into text and tool calls, and accounts for them.
 
-Engine.run() -> token -> Detokenizer -> ThoughtReader -> StopStrings -> parser -> Delta
-                  └──-> Account               └──-> thought ────────────────────────┘
+Engine.run() -> token -> Detokenizer -> ReasoningParser -> StopStrings -> parser -> MessageDelta
+                  └──-> Account               └──-> reasoning ───────────────────────┘
 """
 
 from __future__ import annotations
@@ -11,37 +11,38 @@ from contextlib import closing
 from typing import Any
 
 from ..engine.stop_strings import StopStrings
-from ..formats.reasoning import Pieces, ThoughtReader
-from ..formats.tool_calls import Delta, PlainText, ToolCallParser
+from ..formats.reasoning import ReasoningParser, TextPieces
+from ..formats.tool_calls import MessageDelta, PlainTextParser, ToolCallParser
 from ..ledger import Ledger
 from ..scheduling.admission import Place
 from ..tokenization.detokenizer import Detokenizer
 from ..types import Step
 from .accounting import Account
-from .request import Checks
+from .response_options import OutputSchemas
 
 
 class Generation:
-    """Iterate ``deltas`` once; then the attributes describe the whole answer.
+    """One streamed answer. Iterate ``deltas`` once; afterwards the attributes describe the whole answer.
 
-    Closing the iterator early stops the model within a step, and the ledger still bills what was done.
+    Closing the iterator early stops the model within a step; the ledger still records the work done.
 
     Args:
         steps: the engine's generator.
-        account: adds up the steps.
-        parser: reads the text, and the calls where they are legal.
+        account: accumulates the steps.
+        parser: streaming parser of text and tool calls.
         tokenizer: the SLM's.
         eos_ids: tokens that end an answer.
-        checks: what the finished answer is held to.
-        room: tokens that the answer may have; an answer that used them all was cut off.
-        thoughts: tells the thought from the answer; None where the model knows no thoughts.
-        stop: stop strings; they apply to the text, not inside thoughts and tool calls.
-        ledger: takes the record at the end, however it ends; if it cannot, the answer stands and is marked.
-        watch: called with every step as it comes.
+        schemas: validate the finished answer.
+        room: maximum number of completion tokens; an answer that used them all finishes with "length".
+        thoughts: splits reasoning from the answer; None for a model without a reasoning format.
+        stop: stop strings; they apply to the text, not inside reasoning and tool calls.
+        ledger: receives the record at the end, however the generation ends; a failure to record does not fail the
+            answer, which is marked with ``ledger_error``.
+        on_step: called with every step.
 
     Attributes:
-        finish_reason: "stop", "length", "tool_calls", or "aborted" while it is unfinished.
-        invalid: why calls, or the reply, do not fit their schemas.
+        finish_reason: "stop", "length", "tool_calls", or "aborted" while unfinished.
+        invalid: why tool calls, or the JSON reply, do not fit their schemas.
     """
 
     def __init__(
@@ -49,40 +50,40 @@ class Generation:
         steps: Generator[Place | Step, None, None],
         account: Account,
         *,
-        parser: ToolCallParser | PlainText,
+        parser: ToolCallParser | PlainTextParser,
         tokenizer: Any,
         eos_ids: frozenset[int],
         room: int,
-        checks: Checks | None = None,
-        thoughts: ThoughtReader | None = None,
+        schemas: OutputSchemas | None = None,
+        thoughts: ReasoningParser | None = None,
         stop: Sequence[str] = (),
         ledger: Ledger | None = None,
-        watch: Callable[[Step], None] | None = None,
+        on_step: Callable[[Step], None] | None = None,
     ) -> None:
         self._steps, self.account, self._tokenizer, self._eos_ids = steps, account, tokenizer, eos_ids
         self._room, self._stop = room, StopStrings(stop)
-        self._ledger, self._watch = ledger, watch
-        self.parser, self.thoughts, self.checks = parser, thoughts, checks or Checks()
+        self._ledger, self._on_step = ledger, on_step
+        self.parser, self.thoughts, self.schemas = parser, thoughts, schemas or OutputSchemas()
         self.invalid: list[str] = []
         self.finish_reason = "aborted"
 
-    def deltas(self) -> Generator[Place | Delta, None, None]:
-        """What each step adds to the message, also when it is nothing: the consumer may leave after any step.
+    def deltas(self) -> Generator[Place | MessageDelta, None, None]:
+        """One delta per step, empty ones included, so that the consumer can stop after any step.
 
-        Its place in the engine's queue comes first, if it has to wait there.
+        A ``Place`` comes first while the generation waits in the engine's queue.
         """
         error: str | None = None
         try:
             with closing(self._steps):
-                yield from self._read()
+                yield from self._read_steps()
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
             raise
         finally:
             if self._ledger is not None:
-                self.account.keep(self._ledger, self.finish_reason, decode=self._spell, error=error)
+                self.account.write_record(self._ledger, self.finish_reason, decode=self._decode, error=error)
 
-    def _read(self) -> Generator[Place | Delta, None, None]:
+    def _read_steps(self) -> Generator[Place | MessageDelta, None, None]:
         detokenizer = Detokenizer(self._tokenizer)
         ended = stopped = False
         for step in self._steps:
@@ -90,18 +91,18 @@ class Generation:
                 yield step
                 continue
             self.account.add(step)
-            if self._watch:
-                self._watch(step)
+            if self._on_step:
+                self._on_step(step)
             ended = step.token_id in self._eos_ids
             text = "" if ended else detokenizer.push(step.token_id)
-            reasoning, said = self._apart(step.token_id, text, detokenizer)
-            delta, stopped = self._answer(said)
+            reasoning, pieces = self._split_reasoning(step.token_id, text, detokenizer)
+            delta, stopped = self._parse_pieces(pieces)
             delta.reasoning = reasoning
             yield delta
             if ended or stopped:
                 break
-        reasoning, said = ("", []) if stopped else self._rest(detokenizer.flush())
-        delta, stopped_late = self._answer(said)
+        reasoning, pieces = ("", []) if stopped else self._split_rest(detokenizer.flush())
+        delta, stopped_late = self._parse_pieces(pieces)
         delta.reasoning = reasoning
         if not (stopped or stopped_late):
             delta.add(self.parser.push(None, self._stop.flush()))
@@ -109,46 +110,46 @@ class Generation:
             if last:
                 yield last
         self.invalid = [str(call["error"]) for call in self.parser.invalid_tool_calls]
-        if not self.parser.tool_calls and not self.invalid and (wrong := self.checks.of_reply(self.parser.text)):
+        if not self.parser.tool_calls and not self.invalid and (wrong := self.schemas.reply_error(self.parser.text)):
             self.invalid = [wrong]
-        self.finish_reason = self._reason(ended or stopped or stopped_late)
+        self.finish_reason = self._finish_reason(ended or stopped or stopped_late)
 
-    def _apart(self, token_id: int, text: str, detokenizer: Detokenizer) -> tuple[str, Pieces]:
-        """What a step adds to the thought, and the answer's tokens and texts."""
+    def _split_reasoning(self, token_id: int, text: str, detokenizer: Detokenizer) -> tuple[str, TextPieces]:
+        """The reasoning text that a step adds, and the tokens and texts that belong to the answer."""
         if self.thoughts is None:
             return "", [(token_id, text)]
         inside = self.thoughts.thinking
-        reasoning, said = self.thoughts.push(token_id, text)
+        reasoning, pieces = self.thoughts.push(token_id, text)
         if inside and not self.thoughts.thinking:
-            detokenizer.flush()  # half a character at the thought's end belongs to no answer
+            detokenizer.flush()  # an incomplete character at the end of the reasoning is not part of the answer
         self.account.thought_tokens, self.account.thinking = self.thoughts.tokens, self.thoughts.thinking
-        return reasoning, said
+        return reasoning, pieces
 
-    def _rest(self, text: str) -> tuple[str, Pieces]:
+    def _split_rest(self, text: str) -> tuple[str, TextPieces]:
         return self.thoughts.finish(text) if self.thoughts is not None else ("", [(None, text)])
 
-    def _answer(self, said: Pieces) -> tuple[Delta, bool]:
-        """Tokens and texts of the answer through the stop strings and the parser."""
-        delta, stopped = Delta(), False
-        for token_id, text in said:
+    def _parse_pieces(self, pieces: TextPieces) -> tuple[MessageDelta, bool]:
+        """Pass tokens and texts of the answer through stop strings and parser; also whether a stop string matched."""
+        delta, stopped = MessageDelta(), False
+        for token_id, text in pieces:
             if not stopped:
                 more, stopped = self._parse(token_id, text)
                 delta.add(more)
         return delta, stopped
 
-    def _parse(self, token_id: int | None, text: str) -> tuple[Delta, bool]:
-        """One step's text through the stop strings (outside tool calls) and the parser."""
+    def _parse(self, token_id: int | None, text: str) -> tuple[MessageDelta, bool]:
+        """Pass one step's text through stop strings (outside tool calls) and parser."""
         if self.parser.in_call:
             return self.parser.push(token_id, text), False
-        if token_id is not None and self.parser.is_tag(token_id):  # what was held back stood before the call
+        if token_id is not None and self.parser.is_tag(token_id):  # text held back precedes the call
             return self.parser.push(token_id, self._stop.flush()), False
         shown, stopped = self._stop.push(text)
         return self.parser.push(token_id, shown), stopped
 
-    def _reason(self, ended: bool) -> str:
+    def _finish_reason(self, ended: bool) -> str:
         if self.parser.tool_calls:
             return "tool_calls"
         return "stop" if ended or len(self.account.steps) < self._room else "length"
 
-    def _spell(self, token_id: int) -> str:
+    def _decode(self, token_id: int) -> str:
         return str(self._tokenizer.decode([token_id]))

@@ -1,11 +1,11 @@
-"""LangChain messages to template turns to token ids.
+"""LangChain messages to chat template turns to token ids.
 
-``to_template`` makes the turns; ``PromptEncoder`` renders them with the model's own chat template and encodes the
-result so that nothing from outside becomes a control token (``models.safe_encoding``). Templates that do not speak
-Hermes tool calls get tools, calls and results as text (``hermes``), so that one parser and one grammar serve all.
+``to_template`` makes the turns; ``PromptEncoder`` renders them with the model's chat template and encodes the result so
+that no text from outside becomes a control token (``tokenization.safe_encoding``). For templates without Hermes tool
+calls, tools, calls and results are put in as text (``hermes_tools``), so that one parser and one grammar serve all.
 
-Every text that was given is in the rendering. A template that leaves some of it out, or refuses the conversation, gets
-it in a stricter form (``template_fallbacks``); where none shows everything, the conversation is refused.
+All given text is in the rendered prompt: if the template drops some of it or refuses the conversation, stricter forms
+are tried (``template_fallbacks``); if none renders everything, the conversation is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from langchain_core.messages import (
 )
 
 from ..errors import ConfigError, ContextOverflow, InputError
-from ..formats.reasoning import ReasoningFormat, tag_pairs, thought_apart, variable_of
+from ..formats.reasoning import ReasoningFormat, reasoning_variable, split_reasoning, tag_pairs
 from ..formats.tool_calls import CLOSE, OPEN
 from ..tokenization.chat_template import ChatTemplate
 from ..tokenization.safe_encoding import SafeEncoder
@@ -46,7 +46,7 @@ _ROLES = (
     (ToolMessage, "tool"),
     (FunctionMessage, "tool"),
 )
-_SPOKEN = {
+_ROLE_ALIASES = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -55,19 +55,18 @@ _SPOKEN = {
     "ai": "assistant",
 }
 _Calls = dict[str, list[tuple[str, str]]]
-"""LangChain's id of a call, which some providers use again, to our ids and tool names: those not answered yet."""
+"""LangChain's id of a tool call (some providers reuse ids) to our ids and tool names of the calls without a result."""
 
 
 def to_template(messages: Sequence[BaseMessage]) -> list[Turn]:
     """Turns as Hugging Face chat templates read them: role, content (always text), tool_calls, tool_call_id, name.
 
-    Call ids are numbered anew in order (``call00001``: nine letters and digits, which some templates insist on),
-    so a prompt does not change with random ids. Arguments that were no JSON stay visible under
-    ``invalid_arguments``.
+    Call ids are renumbered in order (``call00001``: nine letters and digits, which some templates require), so that a
+    prompt does not change with random ids. Arguments that are not JSON are kept under ``invalid_arguments``.
 
     Raises:
-        InputError: no messages; a message or content block that cannot be rendered; a tool result for a call
-            that nobody made; text that is not Unicode.
+        InputError: no messages; a message or content block that cannot be rendered; a tool result without a
+            matching call; text that is not Unicode.
     """
     if not messages:
         raise InputError("There are no messages.", hint="Pass at least one HumanMessage.")
@@ -75,49 +74,49 @@ def to_template(messages: Sequence[BaseMessage]) -> list[Turn]:
     numbers = itertools.count(1)
     turns: list[Turn] = []
     for at, message in enumerate(messages):
-        where = _named(at, message)
+        where = _message_label(at, message)
         turn: Turn = {
             "role": _role_of(message, where),
             "content": check_text(content_blocks.text_of(message, where), where),
         }
         if isinstance(message, AIMessage):
-            turn |= _said_besides(message, calls, numbers)
+            turn |= _calls_and_reasoning(message, calls, numbers)
         elif isinstance(message, ToolMessage):
-            turn |= _answered(message, calls, where)
+            turn |= _tool_call_fields(message, calls, where)
         elif isinstance(message, FunctionMessage):
-            turn |= _answered_by_name(message, calls, where)
+            turn |= _function_call_fields(message, calls, where)
         turns.append(turn)
     return turns
 
 
-def _named(at: int, message: BaseMessage) -> str:
+def _message_label(at: int, message: BaseMessage) -> str:
     return f"Message {at} ({type(message).__name__})"
 
 
 def _role_of(message: BaseMessage, where: str) -> str:
     role = next((role for kind, role in _ROLES if isinstance(message, kind)), None)
     if isinstance(message, ChatMessage):
-        role = _SPOKEN.get(message.role.lower())
+        role = _ROLE_ALIASES.get(message.role.lower())
     if role is None:
         raise InputError(f"{where} cannot be rendered.", hint="Use System-, Human-, AI- and ToolMessages.")
     return role
 
 
-def _said_besides(message: AIMessage, calls: _Calls, numbers: Iterator[int]) -> Turn:
-    """Tool calls and reasoning of an assistant turn; the calls are entered under the ids they were made with."""
+def _calls_and_reasoning(message: AIMessage, calls: _Calls, numbers: Iterator[int]) -> Turn:
+    """Tool calls and reasoning of an assistant turn; records the calls in ``calls`` under their original ids."""
     entered: _Calls = {}
-    told = []
+    tool_calls = []
     for call_id, name, args in content_blocks.calls_of(message):
         own = f"call{next(numbers):05d}"
         entered.setdefault(own if call_id is None else call_id, []).append((own, name))
-        told.append({"type": "function", "id": own, "function": {"name": name, "arguments": args}})
-    calls |= entered  # an id of an earlier turn means this turn's call from here on
-    thought = content_blocks.thought_of(message) or message.additional_kwargs.get("reasoning_content") or ""
-    return ({"tool_calls": told} if told else {}) | ({"reasoning_content": thought} if thought else {})
+        tool_calls.append({"type": "function", "id": own, "function": {"name": name, "arguments": args}})
+    calls |= entered  # a reused id refers to this turn's call from here on
+    thought = content_blocks.reasoning_of(message) or message.additional_kwargs.get("reasoning_content") or ""
+    return ({"tool_calls": tool_calls} if tool_calls else {}) | ({"reasoning_content": thought} if thought else {})
 
 
-def _answered(message: ToolMessage, calls: _Calls, where: str) -> Turn:
-    """Whose result it is; calls of one id are answered in the order they were made."""
+def _tool_call_fields(message: ToolMessage, calls: _Calls, where: str) -> Turn:
+    """Id and tool name of a result; calls that share an id are matched in order."""
     if message.tool_call_id not in calls:
         known = ", ".join(map(repr, calls)) or "none at all"
         raise InputError(
@@ -129,8 +128,8 @@ def _answered(message: ToolMessage, calls: _Calls, where: str) -> Turn:
     return {"tool_call_id": own, "name": message.name or name}
 
 
-def _answered_by_name(message: FunctionMessage, calls: _Calls, where: str) -> Turn:
-    """The last call of the function, since functions were called without ids."""
+def _function_call_fields(message: FunctionMessage, calls: _Calls, where: str) -> Turn:
+    """Id and name of a legacy function result: it belongs to the last call of that function."""
     made = [(own, name) for same in calls.values() for own, name in same if name == message.name]
     if not made:
         raise InputError(
@@ -142,13 +141,13 @@ def _answered_by_name(message: FunctionMessage, calls: _Calls, where: str) -> Tu
 
 
 @dataclass(frozen=True)
-class Arrangement:
-    """A conversation in the form in which a template shows all of it.
+class RenderedConversation:
+    """A conversation in a form that the template renders completely.
 
     Attributes:
         turns: for ``apply_chat_template``: the given ones, or others with the same text.
-        tools: likewise; empty where the tools stand in the system turn's text.
-        rendered: what the template made of them; the origin of each character is known (``models.traced``).
+        tools: likewise; empty if the tools are text in the system turn.
+        rendered: the rendered prompt, a ``TracedStr``: the origin of each character is known.
     """
 
     turns: list[Turn]
@@ -157,16 +156,16 @@ class Arrangement:
 
 
 class PromptEncoder:
-    """Messages and tools to token ids, by a tokenizer's own chat template.
+    """Messages and tools to token ids, by a chat template.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer with a chat template.
-        template_args: more variables for the template, such as ``{"enable_thinking": False}``. Text in them counts as
-            the template's own: control tokens in it are control tokens.
-        chat_template: its source, in place of the tokenizer's own.
+        template_args: additional template variables, such as ``{"enable_thinking": False}``. Text in them is trusted:
+            control tokens in it are encoded as control tokens.
+        chat_template: source that replaces the tokenizer's template.
 
     Raises:
-        ConfigError: no chat template, one that is no template, or no fast tokenizer.
+        ConfigError: no chat template, an invalid one, or no fast tokenizer.
     """
 
     def __init__(
@@ -178,20 +177,20 @@ class PromptEncoder:
                 "This tokenizer has no chat template.",
                 hint="Use a chat model, or give its template as chat_template=...",
             )
-        if not isinstance(template, str) and not (isinstance(template, dict) and all(map(_is_text, template.values()))):
+        if not isinstance(template, str) and not (isinstance(template, dict) and all(map(_is_str, template.values()))):
             raise ConfigError(
                 f"This tokenizer's chat template is no text but {template!r:.40}.", hint="Give one as chat_template=..."
             )
         self._chat_template = chat_template
         self._tokenizer = tokenizer
         self._template_args = dict(template_args or {})
-        self._safe = SafeEncoder(tokenizer, str(template))
+        self._encoder = SafeEncoder(tokenizer, str(template))
         self._source = str(template)
         added = {token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()}
-        letters = [tag for tag in hermes_tools.TAGS if f"</{tag}>" not in added]
-        self._frames = hermes_tools.Frames(letters, cut_at=["think"] if "</think>" in str(template) else [])
-        self._templates: dict[str, tuple[ChatTemplate, hermes_tools.Frames]] = {}
-        self._letters = letters
+        plain_tags = [tag for tag in hermes_tools.TAGS if f"</{tag}>" not in added]
+        self._hermes_tags = hermes_tools.HermesTags(plain_tags, cut_at=["think"] if "</think>" in str(template) else [])
+        self._templates: dict[str, tuple[ChatTemplate, hermes_tools.HermesTags]] = {}
+        self._plain_tags = plain_tags
 
     def encode(
         self,
@@ -207,35 +206,35 @@ class PromptEncoder:
             messages: the conversation.
             tools: tools in OpenAI's form, as ``convert_to_openai_tool`` makes them.
             generation_prompt: end with the opening of the assistant's turn.
-            limit: most tokens allowed; a text that cannot fit is refused before it is encoded.
+            limit: maximum number of tokens; a text that cannot fit is refused before it is encoded.
 
         Raises:
-            InputError: messages that cannot be rendered, see ``arrange``.
+            InputError: messages that cannot be rendered, see ``render_conversation``.
             ContextOverflow: more than ``limit`` tokens.
         """
-        if limit is not None:  # before the work of rendering
-            told = [m.content for m in messages if isinstance(m, HumanMessage | ToolMessage)]
-            self._refuse_hopeless([text.strip() for text in told if isinstance(text, str)], limit)
-        rendered = self.arrange(messages, tools, generation_prompt=generation_prompt).rendered
+        if limit is not None:  # cheap check before rendering
+            contents = [m.content for m in messages if isinstance(m, HumanMessage | ToolMessage)]
+            self._refuse_too_long([text.strip() for text in contents if isinstance(text, str)], limit)
+        rendered = self.render_conversation(messages, tools, generation_prompt=generation_prompt).rendered
         if limit is not None:
-            self._refuse_hopeless([rendered], limit)
-        ids = self._safe.encode(rendered)
+            self._refuse_too_long([rendered], limit)
+        ids = self._encoder.encode(rendered)
         if limit is not None and len(ids) > limit:
             raise _overflow(str(len(ids)), limit)
         return ids
 
-    def _refuse_hopeless(self, texts: Sequence[str], limit: int) -> None:
-        fewest = sum(map(self._safe.fewest_tokens, texts))
+    def _refuse_too_long(self, texts: Sequence[str], limit: int) -> None:
+        fewest = sum(map(self._encoder.fewest_tokens, texts))
         if fewest > limit:
             raise _overflow(f"at least {fewest}", limit)
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of a text by itself, nothing of which is a control token.
+        """Token ids of a text, without control tokens.
 
         Raises:
             InputError: text that is not Unicode.
         """
-        return self._safe.encode(Sources().text(text, "The text"))
+        return self._encoder.encode(Sources().text(text, "The text"))
 
     def render(
         self,
@@ -244,90 +243,92 @@ class PromptEncoder:
         *,
         generation_prompt: bool = True,
     ) -> str:
-        """The prompt as text, for people; do not encode it, or text from outside may become control tokens."""
-        return str.__str__(self.arrange(messages, tools, generation_prompt=generation_prompt).rendered)
+        """The prompt as plain text, for display; encoding it could turn text from outside into control tokens."""
+        return str.__str__(self.render_conversation(messages, tools, generation_prompt=generation_prompt).rendered)
 
-    def arrange(
+    def render_conversation(
         self,
         messages: Sequence[BaseMessage],
         tools: Sequence[Mapping[str, Any]] = (),
         *,
         generation_prompt: bool = True,
-    ) -> Arrangement:
-        """The conversation in the first form that the template takes and of which it shows every text.
+    ) -> RenderedConversation:
+        """The conversation in the first form that the template accepts and renders completely.
 
-        What need not be shown: white space around a text, thoughts, and what stands before a ``</think>``.
+        White space around a text, reasoning, and text before a ``</think>`` may be missing.
 
         Raises:
             InputError: messages that cannot be rendered, see ``to_template``; a template that refuses every form, or
-                shows none in full.
+                renders none completely.
         """
         try:
-            return self._arranged(messages, tools, generation_prompt)
+            return self._render_first_complete(messages, tools, generation_prompt)
         except RecursionError as error:
             raise InputError(
                 "A tool or the arguments of a call are nested too deep for the chat template.",
                 hint="Nest them some tens of levels deep at most.",
             ) from error
 
-    def _arranged(
+    def _render_first_complete(
         self, messages: Sequence[BaseMessage], tools: Sequence[Mapping[str, Any]], generation_prompt: bool
-    ) -> Arrangement:
+    ) -> RenderedConversation:
         sources = Sources()
-        told = [self._thought_apart(turn) for turn in to_template(messages)]
-        turns = [_traced(turn, sources, _named(at, messages[at])) for at, turn in enumerate(told)]
-        given = [sources.value(tool, f"Tool {at}", _said_by_a_tool) for at, tool in enumerate(tools)]
-        refusal, hidden = None, list[str]()
-        for arranged, shown in self._forms(turns, given):
+        untraced = [self._split_reasoning(turn) for turn in to_template(messages)]
+        turns = [_traced_turn(turn, sources, _message_label(at, messages[at])) for at, turn in enumerate(untraced)]
+        traced_tools = [sources.value(tool, f"Tool {at}", _is_tool_text) for at, tool in enumerate(tools)]
+        template_error, missing = None, list[str]()
+        for form_turns, form_tools in self._candidate_forms(turns, traced_tools):
             try:
-                rendered = self._rendered(arranged, shown, generation_prompt)
+                rendered = self._rendered(form_turns, form_tools, generation_prompt)
             except TemplateError as error:
-                refusal = refusal or error
+                template_error = template_error or error
                 continue
             left_out = sources.left_out(rendered)
             if not left_out:
-                return Arrangement(arranged, shown, rendered)
-            hidden = hidden or left_out
-        if refusal is None or hidden:
+                return RenderedConversation(form_turns, form_tools, rendered)
+            missing = missing or left_out
+        if template_error is None or missing:
             raise InputError(
-                f"The chat template leaves out text of: {', '.join(hidden)}.",
+                f"The chat template leaves out text of: {', '.join(missing)}.",
                 hint="Leave it out yourself, or use another chat template.",
-            ) from refusal
-        raise InputError(f"The chat template refuses these messages: {refusal}") from refusal
+            ) from template_error
+        raise InputError(f"The chat template refuses these messages: {template_error}") from template_error
 
-    def _forms(self, turns: list[Turn], tools: list[Any]) -> Iterator[tuple[list[Turn], list[Any]]]:
-        """Turns and tools, from the form nearest to what was given to the one with most changed."""
-        for native in (True, False) if self.speaks_hermes else (False,):
-            told, shown = (turns, tools) if native else (self._frames.as_text(turns, tools), [])
-            first = told if self.takes_system else template_fallbacks.system_in_user(told)
-            for form in template_fallbacks.forms(first):
-                yield template_fallbacks.in_parts(self._kept_inside(form, shown), self._reads_parts), shown
+    def _candidate_forms(self, turns: list[Turn], tools: list[Any]) -> Iterator[tuple[list[Turn], list[Any]]]:
+        """Turns and tools, from the given form to the most changed one."""
+        for native in (True, False) if self.supports_hermes_tools else (False,):
+            base_turns, form_tools = (turns, tools) if native else (self._hermes_tags.to_text_turns(turns, tools), [])
+            first = base_turns if self.supports_system else template_fallbacks.system_in_user(base_turns)
+            for form in template_fallbacks.fallback_forms(first):
+                yield (
+                    template_fallbacks.in_parts(self._escaped_turns(form, form_tools), self._roles_read_as_parts),
+                    form_tools,
+                )
 
-    def _kept_inside(self, turns: list[Turn], tools: Sequence[Any]) -> list[Turn]:
-        """Results and names of calls that do not close the template's own frames of letters; thoughts where it reads
-        them."""
-        _, frames = self._template(tools)
-        told = []
+    def _escaped_turns(self, turns: list[Turn], tools: Sequence[Any]) -> list[Turn]:
+        """Turns with closing tags escaped in results and call names, and reasoning under the template's variable."""
+        _, tags = self._template(tools)
+        escaped = []
         for turn in turns:
             if "reasoning_content" in turn:
-                thought = {self._thought_variable: turn["reasoning_content"]} if self._thought_variable else {}
+                thought = {self._reasoning_variable: turn["reasoning_content"]} if self._reasoning_variable else {}
                 turn = {key: value for key, value in turn.items() if key != "reasoning_content"} | thought
             if turn["role"] == "tool":
-                turn = {**turn, "content": frames.kept_inside(turn["content"])}
+                turn = {**turn, "content": tags.escape_text(turn["content"])}
             if "tool_calls" in turn:
-                turn = {**turn, "tool_calls": [_call_kept_inside(call, frames) for call in turn["tool_calls"]]}
-            told.append(turn)
-        return told
+                turn = {**turn, "tool_calls": [_escaped_call(call, tags) for call in turn["tool_calls"]]}
+            escaped.append(turn)
+        return escaped
 
-    def _template(self, tools: Sequence[Any]) -> tuple[ChatTemplate, hermes_tools.Frames]:
-        """The tokenizer's template, and those of its frames that are letters."""
-        source = self._chat_template or self._of_tokenizer(tools)
+    def _template(self, tools: Sequence[Any]) -> tuple[ChatTemplate, hermes_tools.HermesTags]:
+        """The compiled template, and the escaping of its tags that are ordinary text to the tokenizer."""
+        source = self._chat_template or self._tokenizer_template(tools)
         if source not in self._templates:
-            frames = hermes_tools.Frames([tag for tag in self._letters if f"</{tag}>" in source])
-            self._templates[source] = ChatTemplate(source, as_json=frames.kept_inside), frames
+            tags = hermes_tools.HermesTags([tag for tag in self._plain_tags if f"</{tag}>" in source])
+            self._templates[source] = ChatTemplate(source, as_json=tags.escape_text), tags
         return self._templates[source]
 
-    def _of_tokenizer(self, tools: Sequence[Any]) -> str:
+    def _tokenizer_template(self, tools: Sequence[Any]) -> str:
         try:
             return str(self._tokenizer.get_chat_template(tools=list(tools) or None))
         except ValueError:
@@ -350,92 +351,94 @@ class PromptEncoder:
         )
 
     def with_template_args(self, more: Mapping[str, Any]) -> PromptEncoder:
-        """An encoder of the same tokenizer with more variables for the template, which go before the known ones."""
+        """An encoder of the same tokenizer with additional template variables, which override the known ones."""
         together = {**self._template_args, **more}
         return PromptEncoder(self._tokenizer, template_args=together, chat_template=self._chat_template)
 
     @cached_property
     def reasoning(self) -> ReasoningFormat | None:
-        """How the model thinks before it answers; None where neither vocabulary nor template knows of thoughts."""
+        """The model's reasoning format; None if neither vocabulary nor template has one."""
         return ReasoningFormat.of(self._tokenizer, self._source)
 
     @cached_property
-    def _thought_variable(self) -> str | None:
-        return variable_of(self._source)
+    def _reasoning_variable(self) -> str | None:
+        return reasoning_variable(self._source)
 
     @cached_property
-    def _thought_tags(self) -> list[tuple[str, str]]:
-        """Between which tags a content of unknown origin may begin with its thought."""
+    def _reasoning_tags(self) -> list[tuple[str, str]]:
+        """Pairs of tags between which a message of another model may begin with its reasoning."""
         own = [(self.reasoning.opening.text, self.reasoning.closing.text)] if self.reasoning else []
         return [*own, *tag_pairs(set(), "<think>[THINK]<thinking>")]
 
-    def _thought_apart(self, turn: Turn) -> Turn:
-        """An assistant's turn with its thought apart: templates leave old thoughts out.
+    def _split_reasoning(self, turn: Turn) -> Turn:
+        """An assistant turn with its reasoning split from its content, since templates drop earlier reasoning.
 
-        A content that begins with its thought, as other providers leave it there, is parted. Where the template reads
-        thoughts, an empty one keeps it from cutting a text at a tag that the text only speaks of.
+        Content that begins with reasoning between tags, as other providers leave it, is split. If the template reads
+        reasoning, an empty one keeps it from cutting the content at a tag that the text only mentions.
         """
         if turn["role"] != "assistant" or "reasoning_content" in turn:
             return turn
-        thought, answer = thought_apart(turn["content"], self._thought_tags) or ("", turn["content"])
+        thought, answer = split_reasoning(turn["content"], self._reasoning_tags) or ("", turn["content"])
         cuts = self.reasoning is not None and self.reasoning.closing.text in answer
-        kept = thought or (self._thought_variable and cuts)
+        kept = thought or (self._reasoning_variable and cuts)
         return {**turn, "content": answer} | ({"reasoning_content": thought} if kept else {})
 
     @cached_property
-    def _reads_parts(self) -> frozenset[str]:
-        """The roles whose content the template reads as a list of parts alone."""
+    def _roles_read_as_parts(self) -> frozenset[str]:
+        """The roles whose content the template reads only as a list of parts."""
         roles = ("user", "assistant", "system")
         best, shown_best = frozenset[str](), -1
         for count in range(len(roles) + 1):
             for chosen in map(frozenset, itertools.combinations(roles, count)):
-                shown = max(self._shows(chosen, roles), self._shows(chosen, roles[:2]))
-                if shown > shown_best:
-                    best, shown_best = chosen, shown
+                form_tools = max(
+                    self._count_rendered_roles(chosen, roles), self._count_rendered_roles(chosen, roles[:2])
+                )
+                if form_tools > shown_best:
+                    best, shown_best = chosen, form_tools
         return best | {"tool"} if "user" in best else best
 
-    def _shows(self, parts: frozenset[str], roles: Sequence[str]) -> int:
-        """How many of these roles' texts the template shows."""
+    def _count_rendered_roles(self, parts: frozenset[str], roles: Sequence[str]) -> int:
+        """For how many of these roles the template renders the text."""
         order = [role for role in ("system", "user", "assistant", "user") if role in roles]
         turns = [{"role": role, "content": f"s2t-{role}"} for role in order]
         try:
             rendered = self._rendered(template_fallbacks.in_parts(turns, parts), ())
         except TemplateError:
             return 0
-        if "'type'" in rendered or '"type"' in rendered:  # the list itself was printed
+        if "'type'" in rendered or '"type"' in rendered:  # the list itself was rendered
             return 0
         return sum(f"s2t-{role}" in rendered for role in roles)
 
     @cached_property
-    def takes_system(self) -> bool:
+    def supports_system(self) -> bool:
         """Whether the template renders a system turn."""
         turns = [{"role": "system", "content": "s2t-probe"}, {"role": "user", "content": "x"}]
         try:
-            return "s2t-probe" in self._rendered(template_fallbacks.in_parts(turns, self._reads_parts), ())
+            return "s2t-probe" in self._rendered(template_fallbacks.in_parts(turns, self._roles_read_as_parts), ())
         except TemplateError:
             return False
 
     @cached_property
-    def speaks_hermes(self) -> bool:
-        """Whether the template renders tools, and calls and their results in the Hermes way."""
+    def supports_hermes_tools(self) -> bool:
+        """Whether the template renders tools, and calls and results in the Hermes format."""
         function = {"name": "probe_tool", "description": "d", "parameters": {"type": "object", "properties": {}}}
         call = {"name": "probe_call", "arguments": {"x": 1}}
         turns: list[Turn] = [
             {"role": "user", "content": "x"},
-            {"role": "assistant", "content": "", "tool_calls": [_numbered(call)]},
+            {"role": "assistant", "content": "", "tool_calls": [_probe_call(call)]},
             {"role": "tool", "content": "probe_result", "name": "probe_call", "tool_call_id": "call00001"},
         ]
         try:
-            told = template_fallbacks.in_parts(turns, self._reads_parts)
-            rendered = self._rendered(told, [{"type": "function", "function": function}])
+            probe_turns = template_fallbacks.in_parts(turns, self._roles_read_as_parts)
+            rendered = self._rendered(probe_turns, [{"type": "function", "function": function}])
             bodies = re.findall(f"{OPEN}\\s*(.*?)\\s*{CLOSE}", rendered, re.DOTALL)
-            spoken = bool(bodies) and json.loads(bodies[-1]) == call
+            has_call = bool(bodies) and json.loads(bodies[-1]) == call
         except (TemplateError, json.JSONDecodeError):
             return False
-        return spoken and "probe_tool" in rendered and "probe_result" in rendered
+        return has_call and "probe_tool" in rendered and "probe_result" in rendered
 
 
-def _numbered(function: Turn) -> Turn:
+def _probe_call(function: Turn) -> Turn:
     return {"type": "function", "id": "call00001", "function": function}
 
 
@@ -445,39 +448,39 @@ def _overflow(tokens: str, limit: int) -> ContextOverflow:
     )
 
 
-def _traced(turn: Turn, sources: Sources, where: str) -> Turn:
-    """A turn whose strings from outside are traced; its thoughts and its name need not be shown."""
-    told = dict(turn)
-    content = told["content"]
+def _traced_turn(turn: Turn, sources: Sources, where: str) -> Turn:
+    """A turn with its strings traced; reasoning and name need not be rendered."""
+    traced = dict(turn)
+    content = traced["content"]
     cut = turn["role"] == "assistant" and "reasoning_content" not in turn
     closed = content.rfind("</think>") + 1 if cut else 0
-    told["content"] = sources.text(content, where, needed_from=closed and closed + len("/think>"))
+    traced["content"] = sources.text(content, where, needed_from=closed and closed + len("/think>"))
     for key in ("reasoning_content", "name"):
-        if key in told:
-            told[key] = sources.text(told[key], where, needed_from=len(told[key]))
+        if key in traced:
+            traced[key] = sources.text(traced[key], where, needed_from=len(traced[key]))
     if "tool_calls" in turn:
-        told["tool_calls"] = [
-            {**call, "function": _function(call["function"], sources, f"A tool call of {where}")}
+        traced["tool_calls"] = [
+            {**call, "function": _traced_function(call["function"], sources, f"A tool call of {where}")}
             for call in turn["tool_calls"]
         ]
-    return told
+    return traced
 
 
-def _function(function: Turn, sources: Sources, where: str) -> Turn:
+def _traced_function(function: Turn, sources: Sources, where: str) -> Turn:
     arguments = sources.value(function["arguments"], where, lambda path, is_key: True)
     return {"name": sources.text(function["name"], where), "arguments": arguments}
 
 
-def _call_kept_inside(call: Turn, frames: hermes_tools.Frames) -> Turn:
-    return {**call, "function": {**call["function"], "name": frames.kept_inside(call["function"]["name"])}}
+def _escaped_call(call: Turn, tags: hermes_tools.HermesTags) -> Turn:
+    return {**call, "function": {**call["function"], "name": tags.escape_text(call["function"]["name"])}}
 
 
-def _said_by_a_tool(path: tuple[str, ...], is_key: bool) -> bool:
-    """Whether a string of a tool's definition says what the tool is: other ones are the schema's own words."""
+def _is_tool_text(path: tuple[str, ...], is_key: bool) -> bool:
+    """Whether a string in a tool definition is text of the user's (name, description, enum), not a schema keyword."""
     if is_key:
         return path[-2:-1] in (("properties",), ("patternProperties",))
     return path[-1:] in (("name",), ("description",), ("enum",), ("const",), ("default",))
 
 
-def _is_text(value: Any) -> bool:
+def _is_str(value: Any) -> bool:
     return isinstance(value, str)

@@ -1,4 +1,4 @@
-"""From settings to a running engine: weights are loaded at the first call and shared by all who name the same ones."""
+"""From settings to an engine. Weights are loaded at the first call and shared by all chat models with the same ones."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from ..engine.engine import MAX_K, Engine
 from ..errors import ConfigError, ContextOverflow
 from ..escalation import DEFAULT_MARGIN, Escalation
 from ..fork_safety import LOADING, hold_while_forking
-from ..formats.reasoning import ThoughtReader
-from ..formats.tool_calls import PlainText, ToolCallParser
-from ..grammar.grammar import CompiledGrammar, Grammar, Vocabulary, vocabulary
-from ..grammar.thinking import ThinkingVocabulary, ThinkThenAnswer, thinking_vocabulary
-from ..hub import Origin
+from ..formats.reasoning import ReasoningParser
+from ..formats.tool_calls import PlainTextParser, ToolCallParser
+from ..grammar.grammar import CompiledGrammar, Grammar, Vocabulary, cached_vocabulary
+from ..grammar.thinking import ThinkingVocabulary, ThinkThenAnswer, cached_thinking_vocabulary
+from ..hub import ModelSource
 from ..llms import LLMSelector, LocalLLM
 from ..redaction import without_secrets
 from ..scheduling.admission import Concurrency
 from ..selectors import Selector, calibrated_trigger, load_selector
 from ..selectors.config import SelectorConfig
 from ..selectors.drift import DriftWatch
-from ..tokenization.vocabulary import fitted
+from ..tokenization.vocabulary import drop_tokens_without_embedding
 from ..triggers import Trigger
 from .messages import PromptEncoder
-from .request import Checks, Request
+from .response_options import OutputSchemas, ResponseOptions
 
-GRAMMARS_KEPT = 64
-"""Compiled grammars per engine: an agent sends the same tools every turn."""
+MAX_GRAMMARS = 64
+"""Compiled grammars cached per engine: an agent sends the same tools every turn."""
 
-ENGINES_KEPT = 4
-"""Engines per chat model and its copies: their own settings, and a few that calls or copies override."""
+MAX_ENGINES = 4
+"""Engines cached per chat model and its copies, for their own settings and a few that calls override."""
 
 _lock = threading.RLock()
 _loaded: WeakValueDictionary[str, LanguageModel] = WeakValueDictionary()
@@ -50,10 +50,10 @@ hold_while_forking(sys.modules[__name__], "_lock", LOADING)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything that an engine is made of; equal settings share one.
+class EngineSettings:
+    """What an engine is built from; equal settings share one engine.
 
-    Attributes are those of ``ChatS2T`` with the same names.
+    The attributes are those of ``ChatS2T`` with the same names.
     """
 
     model: str | LanguageModel
@@ -69,10 +69,10 @@ class Settings:
     concurrency: Concurrency | None = None
 
     def check(self) -> None:
-        """Find what cannot work, before any file is read.
+        """Validate the settings without reading any file.
 
         Raises:
-            ConfigError: naming the setting.
+            ConfigError: an invalid setting; the message names it.
         """
         if self.k is not None and not 1 <= self.k <= MAX_K:
             raise ConfigError(f"k is {self.k}; between 1 and {MAX_K} candidates can be scored at a step.")
@@ -82,12 +82,12 @@ class Settings:
         if chosen is not None and not isinstance(chosen, (str, Path)) and not hasattr(chosen, "scores"):
             raise ConfigError(f"selector is a {type(chosen).__name__}.", hint="Give a directory or a Selector.")
         torch_dtype(self.dtype)
-        Origin.of(str(self.described()["model"]), self.model_kwargs)
+        ModelSource.of(str(self.identifying_params()["model"]), self.model_kwargs)
         if self.device is not None:
             _check_device(self.device)
 
-    def described(self) -> dict[str, Any]:
-        """All that changes an answer, as plain data; the device and the concurrency do not."""
+    def identifying_params(self) -> dict[str, Any]:
+        """The settings that change an answer, as plain data: everything but device and concurrency."""
         return {
             "model": without_secrets(self.model if isinstance(self.model, str) else self.model.name),
             "selector": str(self.selector),
@@ -102,65 +102,63 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Task:
-    """What one answer is made from.
+class GenerationRequest:
+    """The input of one generation.
 
     Attributes:
         prompt: token ids.
-        grammar: what is legal.
-        room: tokens that it may have.
-        parser: reads it.
-        checks: what it is held to when it is finished.
-        thoughts: tells the thought from the answer; None where the model knows no thoughts.
+        grammar: state of the grammar that masks the logits.
+        room: maximum number of completion tokens.
+        parser: streaming parser of text and tool calls.
+        schemas: validate the finished answer.
+        thoughts: splits reasoning from the answer; None for a model without a reasoning format.
     """
 
     prompt: list[int]
     grammar: Grammar
     room: int
-    parser: ToolCallParser | PlainText
-    checks: Checks
-    thoughts: ThoughtReader | None = None
+    parser: ToolCallParser | PlainTextParser
+    schemas: OutputSchemas
+    thoughts: ReasoningParser | None = None
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What one ``ChatS2T`` runs on.
+    """The engine and prompt encoder of one ``ChatS2T``, with caches of compiled grammars and encoders.
 
     Attributes:
-        engine: the generator of steps.
+        engine: generates steps.
         encoder: messages to token ids.
-        selector_config: of a selector that was loaded from a directory.
     """
 
     engine: Engine
     encoder: PromptEncoder
-    selector_config: SelectorConfig | None
     _compiled: dict[str, CompiledGrammar] = field(default_factory=dict)
     _encoders: dict[str, PromptEncoder] = field(default_factory=dict)
 
-    def task(
+    def prepare(
         self,
-        request: Request,
+        request: ResponseOptions,
         messages: Sequence[BaseMessage],
         max_tokens: int,
         *,
         max_thinking_tokens: int | None = None,
         template_args: Mapping[str, Any] | None = None,
-    ) -> Task:
-        """Everything the engine needs for one answer; nothing has run yet.
+    ) -> GenerationRequest:
+        """Encode the prompt and start the grammar of one call; the model does not run yet.
 
         Args:
-            request: what may be answered with.
+            request: tools, tool choice and response format.
             messages: the conversation.
-            max_tokens: of the thought and the answer together.
-            max_thinking_tokens: of the thought, its tags not counted.
-            template_args: this call's own, beside and before the model's.
+            max_tokens: limit of reasoning and answer together.
+            max_thinking_tokens: limit of the reasoning, without its tags.
+            template_args: template variables of this call; they override the model's.
 
         Raises:
             InputError: messages that cannot be rendered.
-            ContextOverflow: they leave no room for the shortest legal answer.
+            ContextOverflow: the prompt leaves no room for the shortest legal answer.
             BadSchema: a schema that no grammar can express.
-            ConfigError: a tool choice that fits no tool, or ``max_tokens`` that hold no legal answer.
+            ConfigError: a tool choice that names no tool, or ``max_tokens`` below the shortest legal answer.
         """
         window = self.engine.slm.context_window
         tokenizer = self.engine.slm.tokenizer
@@ -169,84 +167,97 @@ class Runtime:
         room = min(max_tokens, window - len(prompt))
         compiled = self._grammar(request)
         thinking = self._thinking
-        place = thinking.format.place(tokenizer, prompt) if thinking is not None else "answer"
-        closing = thinking.tokens_to_close if thinking is not None and place == "thought" and request.formal else 0
-        if room < max_tokens and not compiled.fits(room - closing):
+        phase = thinking.format.phase_after(tokenizer, prompt) if thinking is not None else "answer"
+        tokens_to_close = (
+            thinking.tokens_to_close
+            if thinking is not None and phase == "thought" and request.requires_structure
+            else 0
+        )
+        if room < max_tokens and not compiled.fits(room - tokens_to_close):
             raise ContextOverflow(
                 f"the prompt has {len(prompt)} tokens and leaves {room} of the context window; the shortest legal "
-                f"answer has {compiled.fewest_tokens + closing}.",
+                f"answer has {compiled.shortest_tokens + tokens_to_close}.",
                 hint="Shorten the conversation or the tools.",
             )
-        parser, checks = request.parser(tokenizer), request.checks
+        parser, schemas = request.parser(tokenizer), request.schemas
         if thinking is None:
-            return Task(prompt, compiled.start(room), room, parser, checks)
-        reader = ThoughtReader(thinking.format, place)
-        if place == "answer":
-            return Task(prompt, compiled.start(room), room, parser, checks, reader)
-        limit, formal = max_thinking_tokens, request.formal
-        grammar = ThinkThenAnswer(thinking, compiled, place=place, room=room, limit=limit, forced=formal)
-        return Task(prompt, grammar, room, parser, checks, reader)
+            return GenerationRequest(prompt, compiled.start(room), room, parser, schemas)
+        reader = ReasoningParser(thinking.format, phase)
+        if phase == "answer":
+            return GenerationRequest(prompt, compiled.start(room), room, parser, schemas, reader)
+        limit, structured = max_thinking_tokens, request.requires_structure
+        grammar = ThinkThenAnswer(thinking, compiled, phase=phase, room=room, limit=limit, forced=structured)
+        return GenerationRequest(prompt, grammar, room, parser, schemas, reader)
 
     @cached_property
-    def _words(self) -> Vocabulary:
+    def _vocabulary(self) -> Vocabulary:
         slm = self.engine.slm
-        return vocabulary(slm.tokenizer, slm.vocab_size, sorted(slm.eos_ids))
+        return cached_vocabulary(slm.tokenizer, slm.vocab_size, sorted(slm.eos_ids))
 
     @cached_property
     def _thinking(self) -> ThinkingVocabulary | None:
         format = self.encoder.reasoning
-        return thinking_vocabulary(self._words, self.engine.slm.tokenizer, format) if format is not None else None
+        return (
+            cached_thinking_vocabulary(self._vocabulary, self.engine.slm.tokenizer, format)
+            if format is not None
+            else None
+        )
 
     def _encoder(self, template_args: Mapping[str, Any]) -> PromptEncoder:
-        """The encoder with more variables for the template; a few are kept."""
+        """The encoder with additional template variables; the last few are cached."""
         if not template_args:
             return self.encoder
         key = repr(sorted(template_args.items()))
         if key not in self._encoders:
-            while len(self._encoders) >= ENGINES_KEPT:
+            while len(self._encoders) >= MAX_ENGINES:
                 self._encoders.pop(next(iter(self._encoders)), None)
             self._encoders[key] = self.encoder.with_template_args(template_args)
         return self._encoders[key]
 
-    def _grammar(self, request: Request) -> CompiledGrammar:
-        key = request.key
+    def _grammar(self, request: ResponseOptions) -> CompiledGrammar:
+        key = request.cache_key
         if key not in self._compiled:
-            compiled = request.compile(self._words)
-            while len(self._compiled) >= GRAMMARS_KEPT:
+            compiled = request.compile(self._vocabulary)
+            while len(self._compiled) >= MAX_GRAMMARS:
                 self._compiled.pop(next(iter(self._compiled)), None)
             self._compiled[key] = compiled
         return self._compiled[key]
 
 
-class Runtimes:
-    """The engines of one chat model, of its copies and of what calls override. Copies and pickles as empty settings.
+class RuntimeCache:
+    """Engines by settings, for one chat model, its copies and per-call overrides. Deep copies are the same object.
 
-    A copy of the chat model holds the same object, so ``configurable_fields`` and ``model_copy`` load nothing anew.
+    Since a copy of the chat model shares it, ``configurable_fields`` and ``model_copy`` load nothing again. It pickles
+    as an empty cache.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # the same thread may fork while it loads
         hold_while_forking(self, "_lock", LOADING)
-        self._kept: list[tuple[Settings, Runtime]] = []
-        self._encoders: list[tuple[Settings, PromptEncoder]] = []
+        self._runtimes: list[tuple[EngineSettings, Runtime]] = []
+        self._encoders: list[tuple[EngineSettings, PromptEncoder]] = []
 
-    def get(self, settings: Settings) -> Runtime:
-        """The engine for these settings; made, and its weights loaded, on first use.
+    def __len__(self) -> int:
+        """Number of engines in the cache."""
+        return len(self._runtimes)
+
+    def get(self, settings: EngineSettings) -> Runtime:
+        """The runtime for these settings; built, with its weights loaded, on first use.
 
         Raises:
-            ConfigError, AdapterMismatch, TokenizerMismatch, ModelNotFound, UnsafeWeights: before anything is generated.
+            ConfigError, AdapterMismatch, TokenizerMismatch, ModelNotFound, UnsafeWeights: as ``build``.
         """
         with self._lock:
-            for known, runtime in self._kept:
+            for known, runtime in self._runtimes:
                 if known == settings:
                     return runtime
             runtime = build(settings)
-            self._kept = [*self._kept[1 - ENGINES_KEPT :], (settings, runtime)]
+            self._runtimes = [*self._runtimes[1 - MAX_ENGINES :], (settings, runtime)]
             return runtime
 
-    def encoder(self, settings: Settings) -> PromptEncoder:
-        """The encoder alone, for counting: it reads no weights."""
-        wanted = Settings(
+    def encoder(self, settings: EngineSettings) -> PromptEncoder:
+        """The prompt encoder alone, for counting tokens; reads no weights."""
+        wanted = EngineSettings(
             settings.model,
             model_kwargs=settings.model_kwargs,
             template_args=settings.template_args,
@@ -257,39 +268,39 @@ class Runtimes:
                 if known == wanted:
                     return encoder
             encoder = encoder_of(settings, _tokenizer_of(settings.model, settings.model_kwargs))
-            self._encoders = [*self._encoders[1 - ENGINES_KEPT :], (wanted, encoder)]
+            self._encoders = [*self._encoders[1 - MAX_ENGINES :], (wanted, encoder)]
             return encoder
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Runtimes:
+    def __deepcopy__(self, memo: dict[int, Any]) -> RuntimeCache:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Runtimes, ()
+        return RuntimeCache, ()
 
 
-def encoder_of(settings: Settings, tokenizer: Any) -> PromptEncoder:
-    """The encoder that these settings ask for."""
+def encoder_of(settings: EngineSettings, tokenizer: Any) -> PromptEncoder:
+    """A prompt encoder with the settings' chat template and template variables."""
     return PromptEncoder(tokenizer, template_args=settings.template_args, chat_template=settings.chat_template)
 
 
 def _tokenizer_of(model: str | LanguageModel, options: Mapping[str, Any]) -> Any:
-    """The tokenizer as the model's weights will have it, without reading these."""
+    """The tokenizer as ``LanguageModel`` will have it, without reading the weights."""
     if isinstance(model, LanguageModel):
         return model.tokenizer
     options = dict(options)
     tokenizer = options.pop("tokenizer", None) or load_tokenizer(model, **options)
     rows = _text_config(model, options).get("vocab_size")
-    return fitted(tokenizer, rows, model) if isinstance(rows, int) else tokenizer
+    return drop_tokens_without_embedding(tokenizer, rows, model) if isinstance(rows, int) else tokenizer
 
 
 def shared_model(
     model: str | LanguageModel, *, device: str | None, dtype: torch.dtype | str | None, options: Mapping[str, Any]
 ) -> LanguageModel:
-    """The model, loaded once per (path, device, dtype, options) in this process while anybody holds it.
+    """The model, loaded once per (path, device, dtype, options) in this process while a reference to it exists.
 
     Raises:
         ConfigError: no such dtype.
-        ModelNotFound, UnsafeWeights: see ``models.loading``.
+        ModelNotFound, UnsafeWeights: see ``backends.torch.loading``.
     """
     if isinstance(model, LanguageModel):
         return model
@@ -307,7 +318,7 @@ def model_of(given: Any) -> str | LanguageModel:
     """A ``model`` setting as a directory or hub id, or a loaded model.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: another type.
     """
     if isinstance(given, Path):
         return str(given)
@@ -334,10 +345,10 @@ def _check_device(name: str) -> None:
 
 
 def escalation_of(given: Any) -> Escalation | None:
-    """An ``escalation`` setting as an ``Escalation``: a path or an LLM alone takes the calibrated margin.
+    """An ``escalation`` setting as an ``Escalation``; a path or an LLM alone gets the calibrated margin.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: another type.
     """
     if given is None or isinstance(given, Escalation):
         return given
@@ -350,7 +361,7 @@ def escalation_of(given: Any) -> Escalation | None:
 
 
 def profile_of(model: str | LanguageModel, max_tokens: int, options: Mapping[str, Any]) -> ModelProfile:
-    """What LangChain may ask of a model; its window is left out where no config lies on this disk. Reads no weights."""
+    """LangChain's model profile; without ``max_input_tokens`` if ``config.json`` is not on disk. Reads no weights."""
     profile = ModelProfile(
         name=model if isinstance(model, str) else model.name,
         max_output_tokens=max_tokens,
@@ -373,20 +384,24 @@ def _window_of(model: str | LanguageModel, options: Mapping[str, Any]) -> int | 
         return model.context_window
     try:
         limit = _text_config(model, options).get("max_position_embeddings")
-    except ConfigError:  # told when the model is loaded
+    except ConfigError:  # raised again when the model is loaded
         return None
     return limit if isinstance(limit, int) else None
 
 
 def _text_config(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """``config.json`` of the part that reads text, where it lies on this disk; empty where it does not."""
-    read = Origin.of(model, options).config(here=True) or {}
+    """``config.json`` of the text model, if it is on disk; else empty."""
+    read = ModelSource.of(model, options).config(here=True) or {}
     part = read.get("text_config")
     return {**read, **part} if isinstance(part, dict) else read
 
 
-def build(settings: Settings) -> Runtime:
-    """Put an engine together: the selector's calibration fills in what was left open."""
+def build(settings: EngineSettings) -> Runtime:
+    """Load the models and build the engine; the selector's calibration gives default k, trigger and margin.
+
+    Raises:
+        ConfigError, AdapterMismatch, TokenizerMismatch, ModelNotFound, UnsafeWeights: naming the setting or file.
+    """
     slm = shared_model(
         settings.model, device=settings.device, dtype=settings.dtype, options=dict(settings.model_kwargs)
     )
@@ -414,4 +429,4 @@ def build(settings: Settings) -> Runtime:
         concurrency=settings.concurrency,
         drift=drift,
     )
-    return Runtime(engine, encoder_of(settings, slm.tokenizer), config)
+    return Runtime(engine, encoder_of(settings, slm.tokenizer))

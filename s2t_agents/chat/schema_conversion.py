@@ -1,7 +1,7 @@
-"""Classes, functions and schemas to OpenAI's form, by LangChain; what its conversion loses is kept here.
+"""Classes, functions and schemas to OpenAI's form, by LangChain's conversion where it is lossless.
 
-LangChain copies definitions into the places that refer to them, which ends at a definition that holds itself, and
-takes a schema without ``properties`` for one without arguments.
+LangChain inlines definitions, which fails for recursive ones, and treats a schema without ``properties`` as one
+without arguments; those cases are converted here.
 """
 
 from __future__ import annotations
@@ -21,33 +21,35 @@ from ..errors import BadSchema
 from ..hub import first_line
 
 _FAILURES = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, PydanticUserError, RecursionError)
-_FUNCTIONS = ("name", "function", "input_schema", "toolSpec")
-"""Keys of what is a tool and no plain schema."""
+_TOOL_KEYS = ("name", "function", "input_schema", "toolSpec")
+"""Keys that make a mapping a tool rather than a schema."""
 
-VALUE = "value"
-"""Name of the one argument of a tool whose answer is no object."""
+VALUE_ARGUMENT = "value"
+"""Name of the argument that wraps a value which is not an object."""
 
 
 def openai_tool(given: Any, *, strict: bool | None = None) -> dict[str, Any]:
-    """A function, a tool, a class or a schema in OpenAI's form; no mark of ``strict`` stays.
+    """A function, a tool, a class or a schema in OpenAI's form, without the ``strict`` key.
 
     Raises:
-        BadSchema: something that is no tool.
+        BadSchema: not a tool.
     """
     try:
-        if _is_plain(given) and "properties" not in given:
+        if _is_titled_schema(given) and "properties" not in given:
             made = {"name": given["title"], "description": given.get("description", "")}
             rest = {key: value for key, value in given.items() if key not in ("title", "description")}
             return {"type": "function", "function": {**made, **({"parameters": rest} if rest else {})}}
-        if _is_type(given):
+        if _is_pydantic_only_type(given):
             schema = json_schema(given)
             made = {"name": schema.pop("title"), "description": schema.pop("description", "")}
             return {"type": "function", "function": {**made, "parameters": schema}}
         one = convert_to_openai_tool(given, strict=strict)
         function = {key: value for key, value in one["function"].items() if key != "strict"}
-        whole = _recursive(given)
+        whole = _recursive_schema(given)
         if whole is not None:
-            function["parameters"] = _untitled({k: v for k, v in whole.items() if k not in ("title", "description")})
+            function["parameters"] = _without_titles(
+                {k: v for k, v in whole.items() if k not in ("title", "description")}
+            )
     except _FAILURES as error:
         raise BadSchema(
             f"This is no tool: {str(given)[:200]} ({first_line(error)}).",
@@ -60,13 +62,13 @@ def json_schema(given: Any, *, strict: bool | None = None) -> dict[str, Any]:
     """A class or a schema as a JSON schema with a ``title``.
 
     Raises:
-        BadSchema: something that is no schema.
+        BadSchema: not a schema.
     """
     try:
-        if is_dataclass(given) or _is_type(given):
+        if is_dataclass(given) or _is_pydantic_only_type(given):
             return {"title": _name_of(given), **_schema_of(given)}
-        whole = _recursive(given) or (_schema_of(given) if _has_other_root(given) else None)
-        if whole is None and _is_plain(given) and not (strict and "properties" in given):
+        whole = _recursive_schema(given) or (_schema_of(given) if _root_is_not_object(given) else None)
+        if whole is None and _is_titled_schema(given) and not (strict and "properties" in given):
             whole = dict(given)
         if whole is not None:
             return {"title": getattr(given, "__name__", "reply"), **whole}
@@ -79,7 +81,7 @@ def json_schema(given: Any, *, strict: bool | None = None) -> dict[str, Any]:
 
 
 def is_object(schema: Mapping[str, Any]) -> bool:
-    """Whether the values of a schema are objects, as far as its root says."""
+    """Whether the values of a schema are objects, judged by its root, references and alternatives."""
     seen: set[str] = set()
     here: Any = schema
     while isinstance(here, Mapping) and isinstance(here.get("$ref"), str) and here["$ref"] not in seen:
@@ -101,49 +103,54 @@ def is_object(schema: Mapping[str, Any]) -> bool:
     return "items" not in here
 
 
-def wrapped(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema as that of an object's one property, ``VALUE``; its references keep their meaning."""
+def wrap_in_object(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of an object with one property ``VALUE_ARGUMENT`` of the given schema; references are adjusted."""
     defs = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     inner = {key: value for key, value in schema.items() if key not in (*defs, "title", "description", "$schema")}
-    moved = {key: _moved(value) for key, value in defs.items()}
-    return {"type": "object", "properties": {VALUE: _moved(inner)}, "required": [VALUE], **moved}
+    moved = {key: _move_references(value) for key, value in defs.items()}
+    return {
+        "type": "object",
+        "properties": {VALUE_ARGUMENT: _move_references(inner)},
+        "required": [VALUE_ARGUMENT],
+        **moved,
+    }
 
 
-def _moved(node: Any) -> Any:
-    """References to places that are now below the property."""
+def _move_references(node: Any) -> Any:
+    """Rewrite references to the old root as references below the property."""
     if isinstance(node, list):
-        return [_moved(each) for each in node]
+        return [_move_references(each) for each in node]
     if not isinstance(node, Mapping):
         return node
-    out = {key: _moved(value) for key, value in node.items()}
+    out = {key: _move_references(value) for key, value in node.items()}
     given = node.get("$ref")
     if isinstance(given, str) and given.startswith("#") and not given.startswith(("#/$defs/", "#/definitions/")):
-        out["$ref"] = f"#/properties/{VALUE}{given[1:]}"
+        out["$ref"] = f"#/properties/{VALUE_ARGUMENT}{given[1:]}"
     return out
 
 
-def _is_plain(given: Any) -> bool:
-    return isinstance(given, dict) and "title" in given and not any(key in given for key in _FUNCTIONS)
+def _is_titled_schema(given: Any) -> bool:
+    return isinstance(given, dict) and "title" in given and not any(key in given for key in _TOOL_KEYS)
 
 
-def _has_other_root(given: Any) -> bool:
+def _root_is_not_object(given: Any) -> bool:
     if not (isinstance(given, type) and is_basemodel_subclass(given)):
         return False
     schema = _schema_of(given)
     return not is_object(schema) or "properties" not in schema
 
 
-def _is_type(given: Any) -> bool:
-    """A type that pydantic knows and LangChain's conversion would take for a function, or not take at all."""
+def _is_pydantic_only_type(given: Any) -> bool:
+    """A type that pydantic can describe and LangChain's conversion treats as a function or refuses."""
     if is_typeddict(given):
-        return not _converts(given)
+        return not _langchain_converts(given)
     if get_origin(given) is not None:
         return True
     plain = isinstance(given, type) and not is_basemodel_subclass(given) and not is_dataclass(given)
     return plain and (issubclass(given, Enum) or given.__module__ == "builtins")
 
 
-def _converts(given: Any) -> bool:
+def _langchain_converts(given: Any) -> bool:
     try:
         convert_to_json_schema(given)
     except _FAILURES:  # it holds itself, or has Required
@@ -164,8 +171,8 @@ def _schema_of(given: Any) -> dict[str, Any]:
     return TypeAdapter(given).json_schema()
 
 
-def _recursive(given: Any) -> dict[str, Any] | None:
-    """The schema of a class, tool or function, if it holds itself; None if not."""
+def _recursive_schema(given: Any) -> dict[str, Any] | None:
+    """The schema of a class, tool or function if it is recursive; else None."""
     source: Any = given
     if isinstance(given, BaseTool):
         source = given.tool_call_schema
@@ -174,10 +181,10 @@ def _recursive(given: Any) -> dict[str, Any] | None:
     if not (isinstance(source, type) and is_basemodel_subclass(source)):
         return None
     schema = _schema_of(source)
-    return schema if _holds_itself(schema) else None
+    return schema if _is_recursive(schema) else None
 
 
-def _holds_itself(schema: Mapping[str, Any]) -> bool:
+def _is_recursive(schema: Mapping[str, Any]) -> bool:
     defs = {**schema.get("definitions", {}), **schema.get("$defs", {})}
     referred = {name: set(_references(inner)) & defs.keys() for name, inner in defs.items()}
     for start in referred:
@@ -190,14 +197,14 @@ def _holds_itself(schema: Mapping[str, Any]) -> bool:
             if name not in seen:
                 seen.add(name)
                 waiting += referred[name]
-    return "#" in {each.get("$ref") for each in _dicts(schema)}
+    return "#" in {each.get("$ref") for each in _mappings_in(schema)}
 
 
 def _references(node: Any) -> list[str]:
-    return [each["$ref"].split("/")[-1] for each in _dicts(node) if isinstance(each.get("$ref"), str)]
+    return [each["$ref"].split("/")[-1] for each in _mappings_in(node) if isinstance(each.get("$ref"), str)]
 
 
-def _dicts(node: Any) -> list[Mapping[str, Any]]:
+def _mappings_in(node: Any) -> list[Mapping[str, Any]]:
     found, waiting = [], [node]
     while waiting:
         here = waiting.pop()
@@ -209,10 +216,10 @@ def _dicts(node: Any) -> list[Mapping[str, Any]]:
     return found
 
 
-def _untitled(node: Any) -> Any:
-    """A schema without the titles that pydantic makes of names, as LangChain shows schemas."""
+def _without_titles(node: Any) -> Any:
+    """A schema without the titles that pydantic generates from names, as LangChain does it."""
     if isinstance(node, list):
-        return [_untitled(each) for each in node]
+        return [_without_titles(each) for each in node]
     if not isinstance(node, Mapping):
         return node
-    return {key: _untitled(each) for key, each in node.items() if not (key == "title" and isinstance(each, str))}
+    return {key: _without_titles(each) for key, each in node.items() if not (key == "title" and isinstance(each, str))}

@@ -1,4 +1,4 @@
-"""``with_structured_output``: a model whose answers are objects, by a forced tool call or by a forced JSON reply."""
+"""``with_structured_output``: answers as objects, by a forced tool call or a forced JSON reply."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 
 from ..errors import ConfigError
-from .schema_conversion import VALUE, is_object, json_schema, openai_tool, wrapped
+from .schema_conversion import VALUE_ARGUMENT, is_object, json_schema, openai_tool, wrap_in_object
 
 Method = Literal["function_calling", "json_schema", "json_mode"]
 
@@ -38,53 +38,53 @@ def structured(
     include_raw: bool,
     strict: bool | None,
 ) -> Runnable[LanguageModelInput, Any]:
-    """The model followed by a parser; the grammar holds the answer to the schema with every method.
+    """The model followed by a parser; with every method the grammar constrains the answer to the schema.
 
     Args:
-        model: must take ``bind_tools`` and ``response_format``.
+        model: must support ``bind_tools`` and ``response_format``.
         schema: a pydantic class (of version 1 too), a TypedDict, another type that pydantic knows (``list[int]``, an
             Enum, a Literal: the answer is its JSON value) or a JSON schema; None is any object, for "json_mode".
-        method: "function_calling" shows the schema as a tool and forces one call of it; "json_schema" shows it in the
-            system message; "json_mode" leaves it to the user's own words.
+        method: "function_calling" gives the schema as a tool and forces one call of it; "json_schema" shows it in the
+            system message; "json_mode" does not show it.
         include_raw: return ``{"raw", "parsed", "parsing_error"}`` and raise nothing.
         strict: make every property required, as OpenAI's strict mode does ("function_calling", "json_schema").
 
-    The finished answer is checked against the whole schema; where it does not fit, or its class refuses it, the parser
-    raises LangChain's ``OutputParserException`` with the reason. A value that is no object is the one argument of the
-    tool.
+    The finished answer is validated against the whole schema; if it is invalid, or its class refuses it, the parser
+    raises LangChain's ``OutputParserException`` with the reason. A schema whose values are not objects becomes the one
+    argument of the tool.
 
     Raises:
         ConfigError: an unknown method, or no schema where one is needed.
-        BadSchema: something that is no schema, or that no answer can fit.
+        BadSchema: not a schema, or one that no answer can fit.
     """
     if method not in ("function_calling", "json_schema", "json_mode"):
         raise ConfigError(f"method={method!r} is unknown.", hint="Use function_calling, json_schema or json_mode.")
     if schema is None and method != "json_mode":
         raise ConfigError(f"method={method!r} needs a schema.", hint='Only "json_mode" takes none.')
     if schema is None:
-        return _parsed(model.bind(response_format={"type": "json_object"}), JsonOutputParser(), include_raw)
+        return _with_parser(model.bind(response_format={"type": "json_object"}), JsonOutputParser(), include_raw)
     wanted = json_schema(schema, strict=strict)
-    told = {"kwargs": {"method": method, "strict": strict}, "schema": json_schema(schema)}
+    ls_format = {"kwargs": {"method": method, "strict": strict}, "schema": json_schema(schema)}
     if method == "function_calling":
-        return _by_call(model, schema, wanted, include_raw, strict, told)
+        return _by_tool_call(model, schema, wanted, include_raw, strict, ls_format)
     response_format = (
         {"type": "json_object", "schema": wanted}
         if method == "json_mode"
         else {"type": "json_schema", "json_schema": {"name": wanted.get("title", "reply"), "schema": wanted}}
     )
-    bound = model.bind_tools([], response_format=response_format, ls_structured_output_format=told)
-    return _parsed(bound, _text_parser(schema), include_raw)
+    bound = model.bind_tools([], response_format=response_format, ls_structured_output_format=ls_format)
+    return _with_parser(bound, _text_parser(schema), include_raw)
 
 
-def _by_call(
+def _by_tool_call(
     model: BaseChatModel,
     schema: dict[str, Any] | type,
     wanted: dict[str, Any],
     include_raw: bool,
     strict: bool | None,
-    told: dict[str, Any],
+    ls_format: dict[str, Any],
 ) -> Runnable[LanguageModelInput, Any]:
-    """The answer as arguments of a tool; what is no object is the one argument of it."""
+    """The answer as the arguments of a forced tool call; a value that is not an object is wrapped in one argument."""
     tool: Any = schema
     parser: Runnable[Any, Any]
     if is_object(wanted):
@@ -94,26 +94,28 @@ def _by_call(
     else:
         name = wanted["title"]
         described = {"name": name, "description": wanted.get("description", "")}
-        tool = {"type": "function", "function": {**described, "parameters": wrapped(wanted)}}
-        parser = JsonOutputKeyToolsParser(key_name=name, first_tool_only=True) | RunnableLambda(partial(_inner, schema))
+        tool = {"type": "function", "function": {**described, "parameters": wrap_in_object(wanted)}}
+        parser = JsonOutputKeyToolsParser(key_name=name, first_tool_only=True) | RunnableLambda(
+            partial(_wrapped_value, schema)
+        )
     only: Any = {"type": "function", "function": {"name": name}}
-    bound = model.bind_tools([tool], tool_choice=only, ls_structured_output_format=told)
-    return _parsed(bound, parser, include_raw)
+    bound = model.bind_tools([tool], tool_choice=only, ls_structured_output_format=ls_format)
+    return _with_parser(bound, parser, include_raw)
 
 
-def _inner(schema: dict[str, Any] | type, arguments: dict[str, Any] | None) -> Any:
-    value = (arguments or {}).get(VALUE)
-    return _object(schema, value) if _is_class(schema) else value
+def _wrapped_value(schema: dict[str, Any] | type, arguments: dict[str, Any] | None) -> Any:
+    value = (arguments or {}).get(VALUE_ARGUMENT)
+    return _parse_json_value(schema, value) if _is_class(schema) else value
 
 
 def _is_class(schema: Any) -> bool:
     return isinstance(schema, type) and is_basemodel_subclass(schema)
 
 
-def _object(schema: Any, value: Any) -> Any:
-    """The object of a pydantic class that a JSON value is.
+def _parse_json_value(schema: Any, value: Any) -> Any:
+    """Parse a JSON value as an object of a pydantic class.
 
-    Read as JSON: a strict class takes dates, sets and enums from JSON, but not from Python's strings and lists.
+    It is validated as JSON text: a strict class accepts dates, sets and enums from JSON but not from Python values.
 
     Raises:
         OutputParserException: the class refuses the value.
@@ -126,19 +128,19 @@ def _object(schema: Any, value: Any) -> Any:
 
 
 class _CallParser(JsonOutputKeyToolsParser):
-    """The arguments of the first call, as an object of the class; what is not whole yet is None."""
+    """The arguments of the first call as an object of the class; None while they are incomplete."""
 
-    kind: Any
+    schema_class: Any
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
         arguments = super().parse_result(result, partial=partial)
-        return None if arguments is None else _unless_partial(self.kind, arguments, partial)
+        return None if arguments is None else _parse_or_none(self.schema_class, arguments, partial)
 
 
 class _ReplyParser(BaseCumulativeTransformOutputParser[Any]):
-    """A reply of JSON, as an object of the class; what is not whole yet is None."""
+    """A JSON reply as an object of the class; None while it is incomplete."""
 
-    kind: Any
+    schema_class: Any
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
         try:
@@ -147,15 +149,15 @@ class _ReplyParser(BaseCumulativeTransformOutputParser[Any]):
             if partial:
                 return None
             raise
-        return _unless_partial(self.kind, value, partial)
+        return _parse_or_none(self.schema_class, value, partial)
 
     def parse(self, text: str) -> Any:
         return self.parse_result([Generation(text=text)])
 
 
-def _unless_partial(kind: Any, value: Any, partial: bool) -> Any:
+def _parse_or_none(schema_class: Any, value: Any, partial: bool) -> Any:
     try:
-        return _object(kind, value)
+        return _parse_json_value(schema_class, value)
     except OutputParserException:
         if partial:
             return None
@@ -164,16 +166,16 @@ def _unless_partial(kind: Any, value: Any, partial: bool) -> Any:
 
 def _call_parser(schema: dict[str, Any] | type, name: str) -> Runnable[Any, Any]:
     if _is_class(schema):
-        return _CallParser(key_name=name, first_tool_only=True, kind=schema)
+        return _CallParser(key_name=name, first_tool_only=True, schema_class=schema)
     return JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
 
 
 def _text_parser(schema: dict[str, Any] | type) -> BaseOutputParser[Any]:
-    return _ReplyParser(kind=schema) if _is_class(schema) else JsonOutputParser()
+    return _ReplyParser(schema_class=schema) if _is_class(schema) else JsonOutputParser()
 
 
-def _parsed(bound: Runnable[Any, Any], parser: Runnable[Any, Any], include_raw: bool) -> Runnable[Any, Any]:
-    checked = RunnableGenerator(_sound, _asound) | parser
+def _with_parser(bound: Runnable[Any, Any], parser: Runnable[Any, Any], include_raw: bool) -> Runnable[Any, Any]:
+    checked = RunnableGenerator(_raise_if_invalid, _araise_if_invalid) | parser
     if not include_raw:
         return bound | checked
     read = RunnablePassthrough.assign(parsed=itemgetter("raw") | checked, parsing_error=lambda _: None)
@@ -181,24 +183,24 @@ def _parsed(bound: Runnable[Any, Any], parser: Runnable[Any, Any], include_raw: 
     return RunnableMap(raw=bound) | read.with_fallbacks([failed], exception_key="parsing_error")
 
 
-def _sound(pieces: Iterator[BaseMessage]) -> Iterator[BaseMessage]:
-    """The answer as it comes; at its end, an error if it does not fit the schema."""
+def _raise_if_invalid(pieces: Iterator[BaseMessage]) -> Iterator[BaseMessage]:
+    """Pass the answer on; at its end raise if it does not fit the schema."""
     whole: Any = None
     for piece in pieces:
         whole = piece if whole is None else whole + piece
         yield piece
-    _check(whole)
+    _check_message(whole)
 
 
-async def _asound(pieces: AsyncIterator[BaseMessage]) -> AsyncIterator[BaseMessage]:
+async def _araise_if_invalid(pieces: AsyncIterator[BaseMessage]) -> AsyncIterator[BaseMessage]:
     whole: Any = None
     async for piece in pieces:
         whole = piece if whole is None else whole + piece
         yield piece
-    _check(whole)
+    _check_message(whole)
 
 
-def _check(message: Any) -> None:
+def _check_message(message: Any) -> None:
     if not isinstance(message, AIMessage):
         return
     wrong = message.response_metadata.get("s2t", {}).get("invalid", ())

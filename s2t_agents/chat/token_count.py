@@ -1,4 +1,4 @@
-"""How many tokens a text or a conversation takes in the model's own tokenizer and template."""
+"""Number of tokens of a conversation under the model's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .messages import PromptEncoder
 def tokens_of_messages(
     encoder: PromptEncoder, messages: Sequence[BaseMessage], tools: Sequence[Mapping[str, Any]] = ()
 ) -> int:
-    """Tokens of a conversation as the template writes it, without the opening of the next turn.
+    """Number of tokens of the rendered conversation, without the generation prompt; 0 for no messages.
 
-    What no template takes (trimming counts parts: a tool's result without its call) is counted as text, one message
-    after the other. No messages take no tokens.
+    What the template cannot render (``trim_messages`` counts parts: a tool result without its call) is counted as
+    text, message by message.
     """
     if not messages:
         return 0

@@ -1,7 +1,7 @@
-"""Answers that broke off after some of their picks were paid for: the next try goes on where they stopped.
+"""Interrupted answers, resumed by the next try so that no escalation is paid for twice.
 
-A budget that raises or asks refuses in the middle of an answer. What stands by then is kept as token ids; the same
-conversation put again begins with them, so that no question to the LLM is put, or paid for, a second time.
+A budget with ``on_exhausted="raise"`` or ``"ask"`` refuses in the middle of an answer. The tokens generated so far are
+kept; the next call with the same conversation starts from them.
 """
 
 from __future__ import annotations
@@ -22,40 +22,42 @@ from ..scheduling.admission import Place
 from ..types import EscalationReport, Step
 from .accounting import Account
 
-KEPT = 4
-"""Answers kept at once; an agent has one, more come from tries with another model or other tools."""
-LONGEST = 1 << 16
-"""Tokens of an answer that are kept at most."""
-REPLAYED = EscalationReport("picked", None, None, 0.0, "paid for before this answer was interrupted", replayed=True)
+MAX_ANSWERS = 4
+"""Answers kept at once. An agent has one; more come from tries with another model or other tools."""
+MAX_ANSWER_TOKENS = 1 << 16
+"""Longest answer that is kept, in tokens."""
+REPLAYED_ESCALATION = EscalationReport(
+    "picked", None, None, 0.0, "paid for before this answer was interrupted", replayed=True
+)
 
 _log = logging.getLogger(__name__)
 
 
-class Begun(BaseModel):
-    """The beginning of an answer.
+class PartialAnswer(BaseModel):
+    """The tokens of an answer so far; stored in checkpoints as JSON.
 
     Attributes:
-        tokens: as far as it came.
-        paid: positions of those that the LLM picked.
-        broken: it ended with an error, and the next try goes on from here; else it was finished.
+        tokens: token ids.
+        paid: indices of the tokens that the LLM picked.
+        broken: the answer ended with an error and can be resumed; False if it was finished.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tokens: tuple[int, ...] = Field(default=(), max_length=LONGEST)
-    paid: tuple[int, ...] = Field(default=(), max_length=LONGEST)
+    tokens: tuple[int, ...] = Field(default=(), max_length=MAX_ANSWER_TOKENS)
+    paid: tuple[int, ...] = Field(default=(), max_length=MAX_ANSWER_TOKENS)
     broken: bool = True
 
     def fits(self, vocab_size: int) -> bool:
-        """Whether a model with so many tokens can go on from here."""
+        """Whether all token ids are in a vocabulary of this size."""
         return all(0 <= token < vocab_size for token in self.tokens)
 
 
-NOTHING = Begun()
+EMPTY_ANSWER = PartialAnswer()
 
 
 class Unfinished:
-    """Answers that broke off, by conversation. Give the same object to the next try, as ``s2t_unfinished``.
+    """Interrupted answers by conversation. Pass the same object to the next try, as ``s2t_unfinished``.
 
     ::
 
@@ -64,69 +66,75 @@ class Unfinished:
             llm.invoke(question, s2t_budget=budget, s2t_unfinished=unfinished)
         except BudgetExceeded:
             budget.extend(escalations=3)
-            llm.invoke(question, s2t_budget=budget, s2t_unfinished=unfinished)  # pays for the rest alone
+            llm.invoke(question, s2t_budget=budget, s2t_unfinished=unfinished)  # pays only for the rest
 
-    A try belongs to an earlier one if model, tools and messages are the same; system messages may differ, since they
-    often tell the time or what is left. An answer that was finished is not kept for the next.
+    A try resumes an earlier one if model, tools and messages are the same. System messages may differ, since they
+    often hold the time or the budget left. Finished answers are not resumed.
     """
 
     def __init__(self) -> None:
-        self._begun: dict[str, Begun] = {}
+        self._partial_answers: dict[str, PartialAnswer] = {}
         self._costs: list[Cost] = []
 
     def __repr__(self) -> str:
         return f"<Unfinished: {len(self.as_dict())} answers>"
 
     def as_dict(self) -> dict[str, Any]:
-        """What broke off, for JSON."""
-        return {key: begun.model_dump(mode="json") for key, begun in self._begun.items() if begun.broken}
+        """The interrupted answers as JSON values, by conversation key."""
+        return {
+            key: partial.model_dump(mode="json") for key, partial in self._partial_answers.items() if partial.broken
+        }
 
     def resume(self, stored: object) -> Self:
-        """Take up what a checkpoint holds, and forget all else that was finished.
+        """Load the answers of a checkpoint and drop finished ones.
 
-        What this process knows goes further than an old checkpoint; what is no ``as_dict()`` counts as nothing.
+        If this process has a longer version of an answer, that one is kept. Anything that is not an ``as_dict()`` is
+        ignored.
         """
-        known, self._begun = self._begun, {key: begun for key, begun in self._begun.items() if begun.broken}
-        for key, data in list(stored.items())[-KEPT:] if isinstance(stored, Mapping) else ():
+        known, self._partial_answers = (
+            self._partial_answers,
+            {key: partial for key, partial in self._partial_answers.items() if partial.broken},
+        )
+        for key, data in list(stored.items())[-MAX_ANSWERS:] if isinstance(stored, Mapping) else ():
             try:
-                begun = Begun.model_validate(data)
+                partial = PartialAnswer.model_validate(data)
             except ValidationError:
                 _log.debug("an unfinished answer in a checkpoint cannot be read: it is written anew")
                 continue
-            mine = known.get(key, NOTHING)
-            further = mine.tokens[: len(begun.tokens)] == begun.tokens
-            self._keep(str(key), mine.model_copy(update={"broken": True}) if further else begun)
+            known_answer = known.get(key, EMPTY_ANSWER)
+            extends = known_answer.tokens[: len(partial.tokens)] == partial.tokens
+            self._keep(str(key), known_answer.model_copy(update={"broken": True}) if extends else partial)
         return self
 
-    def begin(self, key: str, vocab_size: int) -> Begun:
-        """How the answer to a conversation begins; empty where none broke off."""
-        begun = self._begun.get(key, NOTHING)
-        return begun if begun.broken and begun.fits(vocab_size) else NOTHING
+    def begin(self, key: str, vocab_size: int) -> PartialAnswer:
+        """The interrupted answer of a conversation; empty if there is none."""
+        partial = self._partial_answers.get(key, EMPTY_ANSWER)
+        return partial if partial.broken and partial.fits(vocab_size) else EMPTY_ANSWER
 
-    def watching(
-        self, key: str, begun: Begun, steps: Generator[Place | Step, None, None], account: Account
+    def recording(
+        self, key: str, partial: PartialAnswer, steps: Generator[Place | Step, None, None], account: Account
     ) -> Generator[Place | Step, None, None]:
-        """The same steps, with those that were paid for before marked as free; they are kept, should an error come.
+        """Pass the steps on, mark those paid for in an earlier try as free, and keep the tokens if an error comes.
 
         Args:
             key: of the conversation.
-            begun: what the engine was given to begin with.
+            partial: the interrupted answer that the engine was given.
             steps: the engine's.
-            account: of this try; what it cost is kept too.
+            account: of this try; if it fails, its cost is kept for ``take_costs``.
         """
         tokens: list[int] = []
         paid: list[int] = []
-        wanted = True  # up to here nothing was refused: another try would write the same
+        resumable = True  # no refusal so far: another try would generate the same tokens
         broken = False
-        again = frozenset(begun.paid)
+        paid_before = frozenset(partial.paid)
         try:
             with closing(steps):
                 for each in steps:
                     if isinstance(each, Step):
-                        if each.index in again and each.picked_by == "slm" and each.entropy is None:
-                            each = replace(each, picked_by="llm", escalation=REPLAYED)
-                        wanted = wanted and (each.escalation is None or each.escalation.outcome != "refused")
-                        if wanted:
+                        if each.index in paid_before and each.picked_by == "slm" and each.entropy is None:
+                            each = replace(each, picked_by="llm", escalation=REPLAYED_ESCALATION)
+                        resumable = resumable and (each.escalation is None or each.escalation.outcome != "refused")
+                        if resumable:
                             tokens.append(each.token_id)
                             paid += [each.index] if each.picked_by == "llm" else []
                     yield each
@@ -135,31 +143,31 @@ class Unfinished:
             self._costs.append(account.summary.cost)
             raise
         finally:
-            if len(tokens) <= LONGEST:
-                self._keep(key, Begun(tokens=tuple(tokens), paid=tuple(paid), broken=broken))
+            if len(tokens) <= MAX_ANSWER_TOKENS:
+                self._keep(key, PartialAnswer(tokens=tuple(tokens), paid=tuple(paid), broken=broken))
 
     def take_costs(self) -> list[Cost]:
-        """What each try cost that broke off since this was last asked."""
+        """The cost of each try that was interrupted since the last call."""
         costs, self._costs = self._costs, []
         return costs
 
-    def _keep(self, key: str, begun: Begun) -> None:
-        others = {other: kept for other, kept in self._begun.items() if other != key}
-        self._begun = {**dict(list(others.items())[1 - KEPT :]), key: begun}
+    def _keep(self, key: str, partial: PartialAnswer) -> None:
+        others = {other: kept for other, kept in self._partial_answers.items() if other != key}
+        self._partial_answers = {**dict(list(others.items())[1 - MAX_ANSWERS :]), key: partial}
 
 
 def conversation_key(model: str, request: str, messages: Sequence[BaseMessage]) -> str:
-    """Equal for two tries at one answer.
+    """A hash that is equal for two tries at one answer.
 
     Args:
-        model: whose token ids they are.
-        request: what is legal, such as ``Request.key``.
-        messages: the conversation; system messages do not count.
+        model: name of the model.
+        request: ``ResponseOptions.cache_key``.
+        messages: the conversation; system messages are ignored.
     """
-    said: Iterable[Any] = (
+    turns: Iterable[Any] = (
         [m.type, m.content, m.name, getattr(m, "tool_calls", None), getattr(m, "tool_call_id", None)]
         for m in messages
         if not isinstance(m, SystemMessage)
     )
-    text = json.dumps([model, request, *said], sort_keys=True, default=str)
+    text = json.dumps([model, request, *turns], sort_keys=True, default=str)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

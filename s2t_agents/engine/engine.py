@@ -32,7 +32,7 @@ from ..scheduling.sequence import Prefix
 from ..selectors.base import Selector, confidence_margin
 from ..selectors.drift import DriftWatch
 from ..triggers import Trigger, entropy
-from ..types import Asked, Candidate, EscalationReport, Picker, Sampling, Step, Timings
+from ..types import Candidate, EscalationRecord, EscalationReport, Picker, Sampling, Step, Timings
 
 MAX_K = 64
 DEFAULT_ENTROPY = 0.5
@@ -135,7 +135,7 @@ class Engine:
         grammar: Grammar | None = None,
         budget: Budget | None = None,
         cache_scope: str | None = None,
-        on_asked: Callable[[Asked], None] | None = None,
+        on_asked: Callable[[EscalationRecord], None] | None = None,
         begun: Sequence[int] = (),
     ) -> Generator[Place | Step, None, None]:
         """As ``steps``, but where it has to wait for a slot, its place in the queue comes first.

@@ -24,7 +24,7 @@ from ..errors import (
 )
 from ..llms.base import LLMSelector, LLMSession
 from ..llms.question import Answer, Question, candidates_of
-from ..types import Asked, Charge, EscalationReport, Outcome, RefusedBy
+from ..types import Charge, EscalationRecord, EscalationReport, Outcome, RefusedBy
 from .pacing import Pace
 from .paid_groups import PaidGroups
 
@@ -56,7 +56,7 @@ class EscalationSession:
         *,
         pace: Pace | None = None,
         groups: PaidGroups | None = None,
-        on_asked: Callable[[Asked], None] | None = None,
+        on_asked: Callable[[EscalationRecord], None] | None = None,
     ) -> None:
         self._llm, self._budget, self.margin = llm, budget, margin
         self._pace, self._groups, self._on_asked = pace, groups, on_asked
@@ -138,7 +138,7 @@ class EscalationSession:
     def _reported(self, question: Question, answer: Answer | None, report: EscalationReport) -> EscalationReport:
         """The report, after ``on_asked`` was called with it."""
         if self._on_asked is not None:
-            self._on_asked(Asked(len(question.ids), candidates_of(question, answer), report))
+            self._on_asked(EscalationRecord(len(question.ids), candidates_of(question, answer), report))
         return report
 
 

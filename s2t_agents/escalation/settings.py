@@ -9,7 +9,7 @@ from pathlib import Path
 from ..budget import Budget
 from ..errors import ConfigError, UnpricedModel
 from ..llms.base import LLMSelector
-from ..types import Asked
+from ..types import EscalationRecord
 from .pacing import Pacing
 from .paid_groups import PaidGroups
 from .session import EscalationSession
@@ -59,7 +59,7 @@ class Escalation:
             )
 
     def open_session(
-        self, budget: Budget | None, *, threshold: float, on_asked: Callable[[Asked], None] | None = None
+        self, budget: Budget | None, *, threshold: float, on_asked: Callable[[EscalationRecord], None] | None = None
     ) -> EscalationSession:
         """The escalations of one generation.
 

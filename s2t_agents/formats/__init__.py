@@ -1,1 +1,1 @@
-"""How models write tool calls and reasoning: tags, and streaming parsers for them."""
+"""Formats in which models write tool calls and reasoning, with streaming parsers."""

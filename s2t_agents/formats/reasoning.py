@@ -1,8 +1,8 @@
-"""How a model thinks before it answers: the tags around its thought, and a reader that tells thought from answer.
+"""Reasoning formats: the tags around a model's reasoning, and a streaming parser that splits reasoning from answer.
 
-The tags are found in the vocabulary and in the chat template; no list of model names is needed. Where the vocabulary
-holds a tag as one token, that token alone is the tag, and the same letters spelt out are text; where it does not, the
-letters are the tag, wherever token borders fall.
+The tags are detected in the vocabulary and the chat template, without a list of model names. If a tag is one token of
+the vocabulary, only that token is the tag, and the same characters in other tokens are text; otherwise the characters
+are the tag, at any token boundaries.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 
-Place = Literal["undecided", "thought", "answer"]
-"""Where a prompt leaves the model: before either, so that the model decides; in a thought that the template has
-opened; in the answer, as where the template has closed the thought or the channel of the answer is open."""
+ReasoningPhase = Literal["undecided", "thought", "answer"]
+"""State at the end of a prompt: "undecided", the model may begin reasoning or answer; "thought", the template has
+opened the reasoning; "answer", the template has closed it, or opened the answer's channel."""
 
 _TAG = re.compile(
     r"(?P<left>[<\[◁])(?P<outer>/?)(?P<bar>\|?)(?P<inner>/?)"
@@ -27,7 +27,7 @@ _TAG = re.compile(
 )
 _ENDS = {"begin": "end", "start": "end", "BEGIN": "END", "START": "END"}
 
-_CHANNELS = (  # tokens that tell of a format, and what it writes: opening, closing, then the answer; the answer alone
+_CHANNEL_FORMATS = (  # its tokens; opening and closing tag; bridge to the answer; prefix of an answer without thought
     (
         ("<|channel|>", "<|message|>", "<|start|>", "<|end|>"),  # OpenAI's harmony
         "<|channel|>analysis<|message|>",
@@ -38,23 +38,23 @@ _CHANNELS = (  # tokens that tell of a format, and what it writes: opening, clos
     (("<|channel>", "<channel|>"), "<|channel>thought\n", "<channel|>", "", ""),  # Gemma 4
 )
 
-Pieces = list[tuple[int | None, str]]
-"""Tokens and the texts that they add; text whose token is told already has None."""
+TextPieces = list[tuple[int | None, str]]
+"""Tokens and the text that each adds; None as token for more text of a token that was given before."""
 
-_SPACE = " \t\n\r\v\f"
+_WHITESPACE = " \t\n\r\v\f"
 
-_VARIABLES = ("reasoning_content", "thinking", "reasoning", "thought")
-"""What templates call the thought of an assistant's turn; the first that a template reads is written."""
+_REASONING_VARIABLES = ("reasoning_content", "thinking", "reasoning", "thought")
+"""Keys under which templates read an assistant turn's reasoning; the first that a template names is used."""
 
 
 @dataclass(frozen=True)
 class Tag:
-    """A tag as its model writes it.
+    """A tag in one tokenizer.
 
     Attributes:
-        text: its letters.
-        ids: its tokens.
-        by_token: whether tokens of its own mark it; otherwise its letters are ordinary text to the tokenizer.
+        text: its characters.
+        ids: its token ids.
+        by_token: whether it contains an added token; otherwise it is ordinary text to the tokenizer.
     """
 
     text: str
@@ -63,7 +63,7 @@ class Tag:
 
     @classmethod
     def of(cls, text: str, tokenizer: Any) -> Tag:
-        """The tag in a tokenizer's tokens."""
+        """Encode a tag with a tokenizer."""
         ids = tuple(tokenizer.encode(text, add_special_tokens=False))
         added = tokenizer.added_tokens_decoder
         return cls(text, ids, any(i in added and added[i].content.strip() for i in ids))
@@ -71,13 +71,13 @@ class Tag:
 
 @dataclass(frozen=True)
 class ReasoningFormat:
-    """How a model writes its thoughts.
+    """The tags of a model's reasoning.
 
     Attributes:
-        opening: begins a thought; the model writes it, or the template does.
+        opening: begins the reasoning; generated, or part of the prompt.
         closing: ends it.
-        bridge: what the format dictates between the thought and the answer, such as the channel of the answer.
-        bare: what it dictates before an answer without a thought.
+        bridge: required between reasoning and answer, such as the header of the answer's channel; None for most.
+        bare: required before an answer without reasoning; None for most.
     """
 
     opening: Tag
@@ -87,14 +87,14 @@ class ReasoningFormat:
 
     @classmethod
     def of(cls, tokenizer: Any, template: str) -> ReasoningFormat | None:
-        """The format of a tokenizer's models, or None where neither vocabulary nor template knows of thoughts.
+        """Detect the format; None if neither vocabulary nor template has reasoning tags.
 
         Args:
             tokenizer: a fast Hugging Face tokenizer.
             template: the chat template's source.
         """
         added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-        for marks, opening, closing, bridge, bare in _CHANNELS:
+        for marks, opening, closing, bridge, bare in _CHANNEL_FORMATS:
             if added.issuperset(marks):
                 rest = [Tag.of(text, tokenizer) if text else None for text in (bridge, bare)]
                 return cls(Tag.of(opening, tokenizer), Tag.of(closing, tokenizer), *rest)
@@ -103,8 +103,8 @@ class ReasoningFormat:
             return None
         return cls(*(Tag.of(tag, tokenizer) for tag in pairs[0]))
 
-    def place(self, tokenizer: Any, prompt: Sequence[int]) -> Place:
-        """Where a prompt ends: the template may have opened the thought, or closed it."""
+    def phase_after(self, tokenizer: Any, prompt: Sequence[int]) -> ReasoningPhase:
+        """The phase at the end of a prompt: the template may have opened the reasoning, or closed it."""
         tail = list(prompt[-64:])
         text = str(tokenizer.decode(tail, skip_special_tokens=False)).rstrip()
 
@@ -119,10 +119,10 @@ class ReasoningFormat:
 
 
 def tag_pairs(added: set[str], template: str) -> list[tuple[str, str]]:
-    """Tags of thoughts in pairs, the likeliest first: those that are tokens and that the template names.
+    """Pairs of reasoning tags, best first: those that are added tokens and that the template names.
 
-    One that stands alone in the template, as where it only opens thoughts or only cuts old ones off, has its
-    counterpart by its form.
+    For a tag that the template names alone (it only opens reasoning, or only cuts off earlier reasoning), the other
+    tag is derived from its form.
     """
     ranked: dict[tuple[str, str], tuple[bool, bool]] = {}
     named = {match[0] for match in _TAG.finditer(template)}
@@ -138,7 +138,7 @@ def tag_pairs(added: set[str], template: str) -> list[tuple[str, str]]:
 
 
 def _pairs_with(word: str) -> list[tuple[str, str]]:
-    """The pairs of tags that a tag may belong to, the usual one first."""
+    """The pairs that a tag may belong to, the most common first."""
     match = _TAG.fullmatch(word)
     assert match is not None
     left, bar, name, right = (match[group] for group in ("left", "bar", "name", "right"))
@@ -154,11 +154,11 @@ def _pairs_with(word: str) -> list[tuple[str, str]]:
     return [(word, f"{left}{bar}/{name}{right}"), (word, f"{left}/{bar}{name}{right}")]
 
 
-def thinking_limit(given: Any) -> int | None:
-    """A ``max_thinking_tokens``, None for no limit.
+def parse_max_thinking_tokens(given: Any) -> int | None:
+    """Validate ``max_thinking_tokens``; None is no limit.
 
     Raises:
-        ConfigError: it is no whole number from 0 on.
+        ConfigError: not a whole number of at least 0.
     """
     if given is None:
         return None
@@ -170,14 +170,14 @@ def thinking_limit(given: Any) -> int | None:
     return int(given)
 
 
-def variable_of(template: str) -> str | None:
-    """What a chat template calls the thought of an assistant's turn; None where it reads none."""
+def reasoning_variable(template: str) -> str | None:
+    """The key under which a chat template reads an assistant turn's reasoning; None if it reads none."""
     read = set(re.findall(r"""(?:\.|\[\s*['"]|get\(\s*['"]|['"])(\w+)""", template))
-    return next((name for name in _VARIABLES if name in read), None)
+    return next((name for name in _REASONING_VARIABLES if name in read), None)
 
 
-def thought_apart(content: str, tags: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
-    """Thought and answer of a content that begins with its thought between tags; None where it does not."""
+def split_reasoning(content: str, tags: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
+    """Reasoning and answer of a content that begins with reasoning between tags; None for other content."""
     text = content.lstrip()
     for opening, closing in tags:
         if text.startswith(opening) and closing in text:
@@ -186,148 +186,149 @@ def thought_apart(content: str, tags: Sequence[tuple[str, str]]) -> tuple[str, s
     return None
 
 
-class ThoughtReader:
-    """Reads one generation: its thought and its answer apart, as they stream.
+class ReasoningParser:
+    """Streaming parser that splits one generation into reasoning and answer.
 
-    Tags are shown in neither; white space around the thought, and before an answer behind one, is dropped.
+    Tags are in neither. White space around the reasoning, and before an answer that follows it, is dropped.
 
     Args:
-        format: how the model thinks.
-        place: where its prompt ends.
+        format: the model's reasoning format.
+        phase: at the end of the prompt.
 
     Attributes:
-        reasoning: the thought as shown so far.
-        tokens: of the thought, with its tags and a token that holds both the closing tag's end and an answer's begin.
-        thinking: whether the next token stands in the thought.
+        reasoning: the reasoning text so far.
+        tokens: number of reasoning tokens, tags included; a token that ends the closing tag and begins the answer
+            counts.
+        thinking: whether the next token is reasoning.
     """
 
-    def __init__(self, format: ReasoningFormat, place: Place) -> None:
+    def __init__(self, format: ReasoningFormat, phase: ReasoningPhase) -> None:
         self._format = format
-        self._phase: Literal["undecided", "thought", "bridge", "answer"] = place
+        self._phase: Literal["undecided", "thought", "bridge", "answer"] = phase
         self.reasoning = ""
         self.tokens = 0
         self._count = 0
-        self._held: Pieces = []  # what may turn out to be the opening tag, or stand before it
-        self._spoken: list[int] = []  # tokens of a tag that is under way
-        self._text = ""  # of a thought: what may be the closing tag's begin, or space that only more text makes show
-        self._dropping = False  # space between the thought and the answer
+        self._held: TextPieces = []  # held back: may be the opening tag, or white space before it
+        self._tag_prefix: list[int] = []  # tokens of an incomplete tag
+        self._text = ""  # reasoning held back: a possible prefix of the closing tag, or trailing white space
+        self._stripping = False  # white space between reasoning and answer
 
     @property
     def thinking(self) -> bool:
-        """Whether the next token stands in the thought."""
+        """Whether the next token is reasoning."""
         return self._phase in ("thought", "bridge")
 
-    def push(self, token_id: int, text: str) -> tuple[str, Pieces]:
-        """Take one step: its token and the text it added, which may or may not spell a tag token out.
+    def push(self, token_id: int, text: str) -> tuple[str, TextPieces]:
+        """Parse one step: its token and the text it adds, which may contain the characters of a tag token or not.
 
         Returns:
-            What it adds to the thought; tokens and texts that are the answer's.
+            The reasoning text that it adds, and the tokens and texts of the answer.
         """
         self._count += 1
-        shown: str = ""
-        said: Pieces = []
+        reasoning: str = ""
+        pieces: TextPieces = []
         if self._phase == "undecided":
-            said = self._decide(token_id, text)
+            pieces = self._detect_opening(token_id, text)
             if self.thinking:
-                rest, said = said[0][1] if said else "", []
-                shown, said = self._think(None, rest)
+                rest, pieces = pieces[0][1] if pieces else "", []
+                reasoning, pieces = self._read_thought(None, rest)
         elif self._phase == "thought":
-            shown, said = self._think(token_id, text)
+            reasoning, pieces = self._read_thought(token_id, text)
         elif self._phase == "bridge":
-            self._cross()
+            self._skip_bridge()
         else:
-            said = [(token_id, text)]
-        return shown, self._after_space(said)
+            pieces = [(token_id, text)]
+        return reasoning, self._strip_leading_space(pieces)
 
-    def finish(self, text: str) -> tuple[str, Pieces]:
-        """The end of the generation: what was held back, and text that belongs to no token."""
+    def finish(self, text: str) -> tuple[str, TextPieces]:
+        """End of the generation: the text held back, and the detokenizer's remaining text."""
         held, self._held = self._held, []
         if self.thinking:
             return self._show((self._text + text).rstrip()), []
-        return "", self._after_space([*held, (None, text)])
+        return "", self._strip_leading_space([*held, (None, text)])
 
-    def _decide(self, token_id: int, text: str) -> Pieces:
-        """Thought or answer? Returns what the answer begins with, or the thought's first text."""
-        ways = [tag for tag in (self._format.opening, self._format.bare) if tag is not None and tag.by_token]
-        spoken = (*self._spoken, token_id)
-        begun = [tag for tag in ways if tag.ids[: len(spoken)] == spoken]
-        if begun:
-            self._spoken.append(token_id)
-            if begun[0].ids == spoken:
-                self._held, self._spoken = [], []
-                if begun[0] is self._format.opening:
-                    self._open()
+    def _detect_opening(self, token_id: int, text: str) -> TextPieces:
+        """Detect whether reasoning or the answer begins; returns the first pieces of either."""
+        tags = [tag for tag in (self._format.opening, self._format.bare) if tag is not None and tag.by_token]
+        tag_ids = (*self._tag_prefix, token_id)
+        matching = [tag for tag in tags if tag.ids[: len(tag_ids)] == tag_ids]
+        if matching:
+            self._tag_prefix.append(token_id)
+            if matching[0].ids == tag_ids:
+                self._held, self._tag_prefix = [], []
+                if matching[0] is self._format.opening:
+                    self._begin_thought()
                 else:
                     self._phase = "answer"
             return []
         self._held.append((token_id, text))
-        heard = "".join(each for _, each in self._held).lstrip(_SPACE)
+        text_so_far = "".join(each for _, each in self._held).lstrip(_WHITESPACE)
         opening = self._format.opening
-        if not opening.by_token and heard.startswith(opening.text):
+        if not opening.by_token and text_so_far.startswith(opening.text):
             self._held = []
-            self._open()
-            return [(None, heard[len(opening.text) :])]
-        if not heard or (not opening.by_token and opening.text.startswith(heard)):
+            self._begin_thought()
+            return [(None, text_so_far[len(opening.text) :])]
+        if not text_so_far or (not opening.by_token and opening.text.startswith(text_so_far)):
             return []
         self._phase = "answer"
         held, self._held = self._held, []
         return held
 
-    def _open(self) -> None:
+    def _begin_thought(self) -> None:
         self._phase, self.tokens = "thought", self._count
 
-    def _think(self, token_id: int | None, text: str) -> tuple[str, Pieces]:
+    def _read_thought(self, token_id: int | None, text: str) -> tuple[str, TextPieces]:
         self.tokens = self._count
         closing, opening = self._format.closing, self._format.opening
         if token_id is not None and not self.reasoning and (token_id,) == opening.ids:
-            return "", []  # opened again behind the template's own opening
+            return "", []  # the model repeats the opening tag that the template has rendered
         if closing.by_token:
-            spoken = (*self._spoken, token_id)
-            if closing.ids[: len(spoken)] == spoken:
-                self._spoken.append(spoken[-1] or 0)
-                if spoken == closing.ids:
-                    self._close()
+            tag_ids = (*self._tag_prefix, token_id)
+            if closing.ids[: len(tag_ids)] == tag_ids:
+                self._tag_prefix.append(tag_ids[-1] or 0)
+                if tag_ids == closing.ids:
+                    self._end_thought()
                 return "", []
-            self._spoken = []
-            return self._more(text, held=""), []
+            self._tag_prefix = []
+            return self._emit_thought_text(text, held=""), []
         before, found, rest = (self._text + text).partition(closing.text)
         if found:
-            self._close()
+            self._end_thought()
             return self._show(before.rstrip()), [(None, rest)] if rest else []
         begins = (closing.text[:size] for size in range(len(closing.text) - 1, 0, -1))
         held = next((begin for begin in begins if before.endswith(begin)), "")
         self._text = ""
-        return self._more(before.removesuffix(held), held), []
+        return self._emit_thought_text(before.removesuffix(held), held), []
 
-    def _more(self, text: str, held: str) -> str:
+    def _emit_thought_text(self, text: str, held: str) -> str:
         seen = self._text + text
-        solid = seen.rstrip()
-        self._text = seen[len(solid) :] + held
-        return self._show(solid)
+        stripped = seen.rstrip()
+        self._text = seen[len(stripped) :] + held
+        return self._show(stripped)
 
     def _show(self, text: str) -> str:
-        shown = text if self.reasoning else text.lstrip()
-        self.reasoning += shown
-        return shown
+        emitted = text if self.reasoning else text.lstrip()
+        self.reasoning += emitted
+        return emitted
 
-    def _close(self) -> None:
-        self._spoken, self._dropping = [], True
+    def _end_thought(self) -> None:
+        self._tag_prefix, self._stripping = [], True
         self._phase = "bridge" if self._format.bridge is not None else "answer"
 
-    def _cross(self) -> None:
+    def _skip_bridge(self) -> None:
         assert self._format.bridge is not None
         self.tokens = self._count
-        self._spoken.append(0)
-        if len(self._spoken) == len(self._format.bridge.ids):
+        self._tag_prefix.append(0)
+        if len(self._tag_prefix) == len(self._format.bridge.ids):
             self._phase = "answer"
 
-    def _after_space(self, said: Pieces) -> Pieces:
-        """The answer without the space between it and the thought."""
-        if not self._dropping:
-            return said
-        kept: Pieces = []
-        for token_id, text in said:
-            shown = text.lstrip() if self._dropping else text
-            self._dropping = self._dropping and not shown
-            kept.append((token_id, shown))
+    def _strip_leading_space(self, pieces: TextPieces) -> TextPieces:
+        """The answer's pieces without white space between reasoning and answer."""
+        if not self._stripping:
+            return pieces
+        kept: TextPieces = []
+        for token_id, text in pieces:
+            visible = text.lstrip() if self._stripping else text
+            self._stripping = self._stripping and not visible
+            kept.append((token_id, visible))
         return kept

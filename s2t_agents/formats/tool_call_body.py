@@ -1,4 +1,4 @@
-"""What stands between the tool-call tags, read one character at a time: ``{"name": ..., "arguments": {...}}``."""
+"""Incremental parser of the JSON between tool call tags: ``{"name": ..., "arguments": {...}}``."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ _SPACE = " \t\n\r"
 _OPEN, _CLOSE = "{[", "}]"
 
 
-class CallBody:
-    """Reads one call and hands out its arguments as they arrive.
+class ToolCallBodyParser:
+    """Parses one tool call character by character and gives its arguments as they stream.
 
-    Only the outline is followed here (strings, depth, the two keys); whether a value is JSON is for ``json.loads``
-    to say, once it is whole. Text that strays from the outline sets ``broken`` and is kept in ``raw``.
+    It tracks the structure only (strings, depth, the two keys); complete values are parsed by ``json.loads``. A
+    character that does not fit sets ``broken``; the text stays in ``raw``.
 
     Attributes:
         raw: everything fed since the opening tag.
-        rest: what was fed from the stray character on.
-        name: the tool's name, once read.
-        arguments: JSON text of the arguments so far, exactly as written.
-        closed: the call's last brace was read.
-        broken: this is no call; ``error`` says why.
-        in_string: the next character stands inside a JSON string.
+        rest: what was fed from the first unexpected character on.
+        name: the tool's name, once parsed.
+        arguments: JSON text of the arguments so far, verbatim.
+        closed: whether the call's last brace was read.
+        broken: whether this is not a valid call; ``error`` says why.
+        in_string: whether the next character is inside a JSON string.
     """
 
     def __init__(self) -> None:
@@ -42,33 +42,33 @@ class CallBody:
 
     @property
     def broken(self) -> bool:
-        """Whether the text strayed from the outline of a call."""
+        """Whether the text does not have the structure of a call."""
         return bool(self.error)
 
     @property
     def in_string(self) -> bool:
-        """Whether a closing tag met now would be a string's own text."""
+        """Whether the next character is inside a JSON string, where a closing tag is text."""
         return self._string and not self.broken
 
     def feed(self, char: str) -> None:
-        """Take one character."""
+        """Parse one character."""
         self.raw += char
         if self.broken:
             self.rest += char
             return
         if self.closed:
             if char not in _SPACE:
-                self._break("text after the call", char)
+                self._fail("text after the call", char)
         elif self._expect in ("value", "string"):
             self._in_value(char)
         elif char not in _SPACE:
-            self._between(char)
+            self._between_tokens(char)
 
     def parsed_arguments(self) -> dict[str, Any]:
-        """The arguments as a dict; a call that gives none has ``{}``.
+        """The arguments as a dict; ``{}`` for a call without arguments.
 
         Raises:
-            ValueError: they are not whole, not a JSON object, or not Unicode text.
+            ValueError: incomplete, not a JSON object, or not Unicode text.
         """
         if not self.closed and "arguments" not in self._seen:
             raise ValueError(self.error or "the call was cut off")
@@ -79,11 +79,11 @@ class CallBody:
         json.dumps(parsed, ensure_ascii=False).encode()  # refuses lone surrogates
         return parsed
 
-    def _break(self, why: str, char: str = "") -> None:
+    def _fail(self, why: str, char: str = "") -> None:
         self.error, self.rest = why, char
 
-    def _between(self, char: str) -> None:
-        """A character outside every key and value."""
+    def _between_tokens(self, char: str) -> None:
+        """A character outside keys and values."""
         if self._expect == "{" and char == "{":
             self._expect = "key"
         elif self._expect == "key" and char == '"':
@@ -95,21 +95,21 @@ class CallBody:
         elif char == "}" and (self._expect == "," or (self._expect == "key" and not self._seen)):
             self.closed = True
         else:
-            self._break(f"expected {self._expect}, found {char!r}", char)
+            self._fail(f"expected {self._expect}, found {char!r}", char)
 
     def _in_value(self, char: str) -> None:
-        """A character of a key or a value; a bare word (number, true) ends at the comma or brace after it."""
+        """A character of a key or a value; a number or literal ends at the comma or brace after it."""
         if not self._value and char in _SPACE:
             return
         bare = bool(self._value) and not self._depth and not self._string
         if bare and char in _SPACE + ",}":
             self._take_value()
             if not self.broken and char not in _SPACE:
-                self._between(char)
+                self._between_tokens(char)
             return
         self._value += char
         if self._string:
-            self._in_text(char)
+            self._in_string_char(char)
         elif char == '"':
             self._string = True
         elif char in _OPEN:
@@ -117,17 +117,17 @@ class CallBody:
         elif char in _CLOSE:
             self._depth -= 1
         if self._depth < 0:
-            self._break(f"expected value, found {char!r}", char)
+            self._fail(f"expected value, found {char!r}", char)
             return
         if self._expect == "value" and self._key == "arguments":
             self.arguments = self._value
         if not self._string and not self._depth and char in '"}]':
             self._take_value()
 
-    def _in_text(self, char: str) -> None:
-        """A character of a JSON string; a raw line break cannot stand in one, so the quote never closed."""
+    def _in_string_char(self, char: str) -> None:
+        """A character of a JSON string; a raw line break is invalid there: the string was not closed."""
         if char in "\n\r":
-            self._break("a string never closed")
+            self._fail("a string never closed")
         elif self._escaped:
             self._escaped = False
         elif char == "\\":
@@ -150,10 +150,10 @@ class CallBody:
         try:
             self._key = json.loads(text)
         except ValueError as error:
-            self._break(str(error))
+            self._fail(str(error))
             return
         if self._key in self._seen:
-            self._break(f"{self._key!r} stands twice", text)
+            self._fail(f"{self._key!r} stands twice", text)
 
     def _take_name(self, text: str) -> None:
         try:
@@ -162,5 +162,5 @@ class CallBody:
         except (ValueError, AttributeError):
             name = None
         if not name:
-            self._break(f"name must be a string, not {text}")
+            self._fail(f"name must be a string, not {text}")
         self.name = name or None

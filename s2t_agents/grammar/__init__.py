@@ -1,1 +1,1 @@
-"""Constrained decoding: tools and JSON schemas to llguidance grammars, and finished answers against their schemas."""
+"""Constrained decoding: tools and JSON schemas to llguidance grammars and token masks; validation of answers."""

@@ -1,8 +1,8 @@
-"""Any JSON schema in one spelling: draft 2020-12, with what older drafts and sloppy authors write put into its words.
+"""Any JSON schema as draft 2020-12: keywords of older drafts and common mistakes are translated.
 
-The canonical schema means what the original means. It holds assertions alone (no annotations), and its references
-are ``#`` or ``#/$defs/NAME``: identifiers, anchors and pointers into odd places are resolved here, once. What means
-nothing that anybody could check (a type that nobody knows, a reference into the net) is left out and noted.
+The canonical schema is equivalent to the original. It contains assertions only (no annotations), and its references are
+``#`` or ``#/$defs/NAME``: identifiers, anchors and other pointers are resolved. What cannot be checked (an unknown
+type, a reference to a remote schema) is left out and noted.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..errors import BadSchema
 
 Schema = dict[str, Any]
 
-DEEPEST = 50
-"""Levels of nesting that a schema may have; what lies deeper takes any value, and is noted."""
+MAX_DEPTH = 50
+"""Maximum nesting of a schema; deeper subschemas permit any value, and are noted."""
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 
@@ -32,7 +32,7 @@ _ALIASES = {
     "str": "string", "char": "string", "text": "string",
     "bool": "boolean", "none": "null", "nulltype": "null",
 }  # fmt: skip
-_ANYTHING = ("any", "object|array", "unknown", "mixed", "value")
+_ANY_TYPE_NAMES = ("any", "object|array", "unknown", "mixed", "value")
 
 _COUNTS = (
     "minLength",
@@ -45,50 +45,57 @@ _COUNTS = (
     "maxContains",
 )
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-_SINGLE = ("additionalProperties", "propertyNames", "unevaluatedProperties", "unevaluatedItems", "contains", "not")
-_MAPS = ("properties", "patternProperties", "dependentSchemas")
+_SCHEMA_KEYWORDS = (
+    "additionalProperties",
+    "propertyNames",
+    "unevaluatedProperties",
+    "unevaluatedItems",
+    "contains",
+    "not",
+)
+_SCHEMA_MAPS = ("properties", "patternProperties", "dependentSchemas")
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
-_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
-_STEPS = {"additionalProperties": ".*", "items": "[]", "prefixItems": "[]", "patternProperties": "."}
+_SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_PATH_STEPS = {"additionalProperties": ".*", "items": "[]", "prefixItems": "[]", "patternProperties": "."}
 
 
 @dataclass
-class Canonical:
+class CanonicalSchema:
     """A schema in draft 2020-12.
 
     Attributes:
         schema: the schema.
-        notes: what was left out, as ``place: keyword``.
+        notes: what was left out, as ``path: keyword``.
     """
 
     schema: Schema
     notes: list[str] = field(default_factory=list)
 
 
-def canonical(schema: Mapping[str, Any], what: str = "The schema") -> Canonical:
-    """The schema in one spelling.
+def canonicalize(schema: Mapping[str, Any], what: str = "The schema") -> CanonicalSchema:
+    """Translate a schema to its canonical form.
 
     Args:
-        schema: any draft, as plain JSON values.
+        schema: of any draft, as plain JSON values.
         what: what it is for, in errors.
 
     Raises:
-        BadSchema: it is no JSON, or holds itself.
+        BadSchema: it is not JSON, or contains itself.
     """
     check_json(schema, what)
-    reader = _Reader(schema)
+    reader = _SchemaReader(schema)
     root = reader.read(schema, (), 0)
-    bodies = reader.rest()
+    bodies = reader.read_definitions()
     if bodies:
         root["$defs"] = bodies
-    return Canonical(root, list(dict.fromkeys(reader.notes)))
+    return CanonicalSchema(root, list(dict.fromkeys(reader.notes)))
 
 
 def check_json(schema: Any, what: str) -> None:
-    """Refuse what is no JSON at all; infinite numbers pass, as Python writes and reads them.
+    """Refuse a schema that is not JSON; infinite numbers pass, since Python's ``json`` supports them.
 
     Raises:
-        BadSchema: naming what it is.
+        BadSchema: with the reason.
     """
     try:
         json.dumps(schema, ensure_ascii=False).encode()
@@ -103,41 +110,41 @@ def check_json(schema: Any, what: str) -> None:
         raise BadSchema(f"{what} is no JSON: {error}.", hint=hint) from None
 
 
-def place(path: tuple[str, ...]) -> str:
-    """A path as people read it: ``user.tags[]``; the whole is ``(root)``."""
+def format_path(path: tuple[str, ...]) -> str:
+    """A path for messages: ``user.tags[]``; ``(root)`` for the whole."""
     return "".join(path).lstrip(".") or "(root)"
 
 
 def subschemas(schema: Any) -> Iterator[tuple[tuple[str, ...], str, Any]]:
-    """Every schema directly inside a canonical one, with what it adds to the path and the keyword that holds it."""
+    """The direct subschemas of a canonical schema, each as (path suffix, keyword, subschema)."""
     if not isinstance(schema, dict):
         return
     for key in ("properties", "patternProperties", "dependentSchemas", "$defs"):
         for name, inner in schema.get(key, {}).items():
             yield (f".{name}",), key, inner
-    for key in (*_SINGLE, "items", "if", "then", "else"):
+    for key in (*_SCHEMA_KEYWORDS, "items", "if", "then", "else"):
         if key in schema:
-            yield ((_STEPS[key],) if key in _STEPS else ()), key, schema[key]
-    for key in _LISTS:
+            yield ((_PATH_STEPS[key],) if key in _PATH_STEPS else ()), key, schema[key]
+    for key in _SCHEMA_LISTS:
         for inner in schema.get(key, ()):
-            yield ((_STEPS[key],) if key in _STEPS else ()), key, inner
+            yield ((_PATH_STEPS[key],) if key in _PATH_STEPS else ()), key, inner
 
 
-class _Reader:
+class _SchemaReader:
     def __init__(self, root: Any) -> None:
         self.root = root
         self.notes: list[str] = []
         self._names: dict[int, str] = {}
-        self._waiting: list[tuple[str, Any]] = []
+        self._pending: list[tuple[str, Any]] = []
         self._ids: dict[str, Any] = {"": root}
         self._anchors: dict[str, list[Any]] = {}
         self._bases: dict[int, str] = {}
         draft = root.get("$schema") if isinstance(root, Mapping) else None
-        self._old = isinstance(draft, str) and any(f"draft-0{n}" in draft for n in (3, 4, 5, 6, 7))
+        self._before_2019 = isinstance(draft, str) and any(f"draft-0{n}" in draft for n in (3, 4, 5, 6, 7))
         self._index(root)
 
     def _index(self, root: Any) -> None:
-        """Identifiers, anchors and the base of every reference."""
+        """Collect identifiers, anchors and the base URI of every reference."""
         stack = [(root, "")]
         seen: set[int] = set()
         while stack:
@@ -149,7 +156,7 @@ class _Reader:
             seen.add(id(node))
             own = node.get("$id", node.get("id"))
             named = "$id" in node or node is root or (isinstance(own, str) and bool({"/", "#", "."} & set(own)))
-            if isinstance(own, str) and named and not (self._old and "$ref" in node):
+            if isinstance(own, str) and named and not (self._before_2019 and "$ref" in node):
                 base = _joined(base, own)
                 self._ids.setdefault(base.rstrip("#"), node)
                 if own.startswith("#"):
@@ -162,13 +169,13 @@ class _Reader:
             stack += [(each, base) for each in node.values()]
 
     def _note(self, path: tuple[str, ...], what: str) -> None:
-        self.notes.append(f"{place(path)}: {what}")
+        self.notes.append(f"{format_path(path)}: {what}")
 
-    def rest(self) -> Schema:
-        """What was referred to, by name."""
+    def read_definitions(self) -> Schema:
+        """The canonical forms of the referenced schemas, by name."""
         bodies: Schema = {}
-        while self._waiting:
-            name, target = self._waiting.pop(0)
+        while self._pending:
+            name, target = self._pending.pop(0)
             bodies[name] = self.read(target, (f"$defs.{name}",), 1)
         return bodies
 
@@ -177,13 +184,13 @@ class _Reader:
         if isinstance(node, bool):
             return node
         if not isinstance(node, Mapping):
-            self._note(path, f"{shown(node)} in a schema's place")
+            self._note(path, f"{format_value(node)} in a schema's place")
             return True
-        if depth > DEEPEST:
+        if depth > MAX_DEPTH:
             self._note(path, "nested too deep")
             return True
         out: Schema = {}
-        if self._reference(node, out, path, depth) and self._old:
+        if self._reference(node, out, path, depth) and self._before_2019:
             return out
         self._type(node, out, path)
         for key, value in node.items():
@@ -195,16 +202,16 @@ class _Reader:
                 if isinstance(value, str):
                     out[key] = value
                 else:
-                    self._note(path, f"{key} {shown(value)}")
+                    self._note(path, f"{key} {format_value(value)}")
             elif key == "uniqueItems":
                 if value is True:
                     out[key] = True
-            elif key in _MAPS:
+            elif key in _SCHEMA_MAPS:
                 self._map(key, value, out, path, depth)
-            elif key in _LISTS:
+            elif key in _SCHEMA_LISTS:
                 self._list(key, value, out, path, depth)
-            elif key in _SINGLE:
-                out[key] = self.read(value, (*path, *_step(key)), depth + 1)
+            elif key in _SCHEMA_KEYWORDS:
+                out[key] = self.read(value, (*path, *_path_step(key)), depth + 1)
         self._items(node, out, path, depth)
         self._objects(node, out, path, depth)
         if "if" in node:
@@ -222,18 +229,18 @@ class _Reader:
             given = node.get(key)
             if not isinstance(given, str):
                 continue
-            target = self._target(given, self._bases.get(id(node), ""), dynamic=key == "$dynamicRef")
+            target = self._resolve(given, self._bases.get(id(node), ""), dynamic=key == "$dynamicRef")
             if target is None:
-                self._note(path, f"{key} {shown(given)}")
+                self._note(path, f"{key} {format_value(given)}")
                 continue
             if target is self.root:
                 out["$ref"] = "#"
             else:
-                out["$ref"] = f"#/$defs/{self._named(target, given)}"
+                out["$ref"] = f"#/$defs/{self._definition_name(target, given)}"
             return True
         return False
 
-    def _named(self, target: Any, given: str) -> str:
+    def _definition_name(self, target: Any, given: str) -> str:
         if id(target) in self._names:
             return self._names[id(target)]
         wanted = given.rstrip("/#").split("/")[-1].split("#")[-1] or "ref"
@@ -241,11 +248,11 @@ class _Reader:
         taken = set(self._names.values())
         name = next(each for each in _numbered(wanted) if each not in taken)
         self._names[id(target)] = name
-        self._waiting.append((name, target))
+        self._pending.append((name, target))
         return name
 
-    def _target(self, given: str, base: str, *, dynamic: bool) -> Any:
-        """The schema that a reference means; None where there is none here."""
+    def _resolve(self, given: str, base: str, *, dynamic: bool) -> Any:
+        """The schema that a reference points to; None if it is not in this document."""
         url, fragment = urldefrag(given)
         here = self._ids.get(base.rstrip("#"), self.root) if not url else None
         if url:
@@ -260,7 +267,7 @@ class _Reader:
             found = self._anchors.get(fragment, [])
             return found[0] if len(found) == 1 or (found and not dynamic) else None
         for start in (here, self.root):
-            target = _pointed(start, fragment)
+            target = _follow_pointer(start, fragment)
             if isinstance(target, (Mapping, bool)):
                 return target
         return None
@@ -275,8 +282,8 @@ class _Reader:
             plain = name.lower() if isinstance(name, str) else None
             plain = _ALIASES.get(plain, plain) if plain else None
             if plain not in TYPES:
-                if plain not in _ANYTHING:
-                    self._note(path, f"type {shown(name)}")
+                if plain not in _ANY_TYPE_NAMES:
+                    self._note(path, f"type {format_value(name)}")
                 return
             found.append(plain)
         if found or isinstance(given, list):
@@ -292,7 +299,7 @@ class _Reader:
     def _literals(self, key: str, value: Any, out: Schema, path: tuple[str, ...]) -> None:
         values = value if key == "enum" else [value]
         if not isinstance(values, list):
-            self._note(path, f"enum {shown(value)}")
+            self._note(path, f"enum {format_value(value)}")
             return
         kept = [each for each in values if _finite(each)]
         if len(kept) < len(values):
@@ -301,35 +308,35 @@ class _Reader:
             out[key] = kept if key == "enum" else kept[0]
 
     def _number(self, node: Mapping[str, Any], key: str, value: Any, out: Schema, path: tuple[str, ...]) -> None:
-        if isinstance(value, bool):  # draft 4 writes exclusive bounds so
+        if isinstance(value, bool):  # draft 4's exclusive bounds
             plain = {"exclusiveMinimum": "minimum", "exclusiveMaximum": "maximum"}.get(key)
             if plain and value and isinstance(node.get(plain), int | float):
                 self._number(node, key, node[plain], out, path)
             elif plain is None:
-                self._note(path, f"{key} {shown(value)}")
+                self._note(path, f"{key} {format_value(value)}")
             return
         if isinstance(value, str):
-            value = _number_of(value, value)
+            value = _parse_number(value, value)
         if not isinstance(value, int | float) or math.isnan(value):
-            self._note(path, f"{key} {shown(value)}")
+            self._note(path, f"{key} {format_value(value)}")
         elif math.isinf(value):
             lower = key.lower().endswith("minimum")
             if key not in _BOUNDS or lower != (value < 0):
-                self._note(path, f"{key} {shown(value)}")
+                self._note(path, f"{key} {format_value(value)}")
         elif key in _COUNTS:
             if value != int(value):
-                self._note(path, f"{key} {shown(value)}")
+                self._note(path, f"{key} {format_value(value)}")
             elif value > 0 or key.startswith("max") or key == "minContains":
                 out[key] = int(value)
         elif key != "multipleOf" or value > 0:
             out[key] = value
         else:
-            self._note(path, f"{key} {shown(value)}")
+            self._note(path, f"{key} {format_value(value)}")
 
     def _map(self, key: str, value: Any, out: Schema, path: tuple[str, ...], depth: int) -> None:
         if not isinstance(value, Mapping):
             if value:
-                self._note(path, f"{key} {shown(value)}")
+                self._note(path, f"{key} {format_value(value)}")
             return
         out[key] = {
             str(name): self.read(inner, path if key == "dependentSchemas" else (*path, f".{name}"), depth + 1)
@@ -341,9 +348,9 @@ class _Reader:
             value = list(value.values()) if key != "allOf" else [value]
         if not isinstance(value, list) or not value:
             if value != []:
-                self._note(path, f"{key} {shown(value)}")
+                self._note(path, f"{key} {format_value(value)}")
             return
-        out[key] = [self.read(inner, (*path, *_step(key)), depth + 1) for inner in value]
+        out[key] = [self.read(inner, (*path, *_path_step(key)), depth + 1) for inner in value]
 
     def _items(self, node: Mapping[str, Any], out: Schema, path: tuple[str, ...], depth: int) -> None:
         items = node.get("items")
@@ -363,7 +370,7 @@ class _Reader:
         if names:
             out["required"] = list(dict.fromkeys(names))
         elif isinstance(required, str):
-            self._note(path, f"required {shown(required)}")
+            self._note(path, f"required {format_value(required)}")
         dependencies = node.get("dependencies")
         if isinstance(dependencies, Mapping):
             given = {k: v for k, v in dependencies.items() if isinstance(v, Mapping | bool)}
@@ -374,14 +381,14 @@ class _Reader:
             out["dependentRequired"] = wanted
 
 
-def shown(value: Any) -> str:
-    """A value as errors and notes show it: JSON, cut at 60 characters."""
+def format_value(value: Any) -> str:
+    """A value for messages: JSON, cut at 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _step(key: str) -> tuple[str, ...]:
-    return (_STEPS[key],) if key in _STEPS else ()
+def _path_step(key: str) -> tuple[str, ...]:
+    return (_PATH_STEPS[key],) if key in _PATH_STEPS else ()
 
 
 def _numbered(name: str) -> Iterator[str]:
@@ -399,7 +406,7 @@ def _joined(base: str, url: str) -> str:
         return url
 
 
-def _number_of(text: str, other: Any) -> Any:
+def _parse_number(text: str, other: Any) -> Any:
     try:
         return json.loads(text)
     except ValueError:
@@ -414,7 +421,7 @@ def _finite(value: Any) -> bool:
     return True
 
 
-def _pointed(here: Any, pointer: str) -> Any:
+def _follow_pointer(here: Any, pointer: str) -> Any:
     for part in pointer.split("/")[1:]:
         names = [part, unquote(part)]
         names = [name.replace("~1", "/").replace("~0", "~") for name in names]

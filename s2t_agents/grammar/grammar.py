@@ -1,12 +1,12 @@
-"""What may be generated: free text, tool calls or JSON, by llguidance.
+"""Grammars for constrained decoding with llguidance: free text, tool calls or JSON.
 
-A grammar is compiled once per request and started once per generation. Masks apply before the top-K, so every
-candidate is legal; tokens that are the only legal ones are forced and need no choice. With a token limit, what is
-legal is also what can still be finished within it.
+A grammar is compiled once per set of response options and started once per generation. Its token mask applies before
+the top-K, so every candidate is legal; forced tokens skip the choice. With a token limit, a token is legal only if the
+answer can still be completed within the limit.
 
-What is exact: every mask is llguidance's own; under a limit, each allowed token has a completion that was walked to
-its end and fits. What is not: near the limit only the likeliest tokens are tried, and the shortest completion is
-found by a search with a limit, so a longer than necessary one may end a value early.
+Exact: every mask is llguidance's; under a limit, each allowed token has a known completion that fits. Not exact: near
+the limit only the most likely tokens are tried, and the shortest completion comes from a bounded search, so that a
+value may be closed earlier than necessary.
 """
 
 from __future__ import annotations
@@ -25,99 +25,99 @@ from llguidance.hf import from_tokenizer
 from torch import Tensor
 
 from ..errors import BadSchema, ConfigError
-from ..fork_safety import uncut
+from ..fork_safety import delay_fork
 from ..formats.tool_calls import tag_ids
 from ..tokenization.safe_encoding import SafeEncoder
-from ..tokenization.vocabulary import filled
-from .closing import ClosingOrder, Work
-from .lark_rules import CHOICES, arguments_of, auto_start, call_rules, call_texts, functions_of, reply_of, said
+from ..tokenization.vocabulary import fill_unused_ids
+from .completion_search import CompletionSearch, SearchBudget
+from .lark_rules import CHOICES, arguments_of, auto_start, call_rules, call_texts, functions_of, reply_of, text_rule
 from .matcher import Matcher
-from .schema_rules import heaviest, json_rule
-from .shortest_value import Least
+from .schema_rules import json_rule, longest_minimum_bytes
+from .shortest_value import ShortestValue
 
 Mask = npt.NDArray[np.bool_]
 
-TRIED = 64
-"""Near the limit: this many of the likeliest legal tokens are tried for a completion that fits."""
+MAX_TRIED = 64
+"""Near the limit, how many of the most likely legal tokens are tried for a completion that fits."""
 
-TRIED_BLINDLY = 2048
-"""As many of the first legal tokens when no logits say which are likely."""
+MAX_TRIED_WITHOUT_LOGITS = 2048
+"""The same without logits: how many of the first legal tokens are tried."""
 
-_WORK = 200  # steps of all searches for one mask, when the known completion does not fit behind a token
-_BEYOND = 64  # tokens beyond a limit up to which the shortest answer is looked for, so that an error can name it
-_FAR = 4096
-_SIMPLER = "Simplify that part of the schema."
+_MASK_SEARCH_STEPS = 200  # steps of all searches for one mask, for tokens that the known completion does not follow
+_SEARCH_BEYOND_LIMIT = 64  # tokens beyond the limit to search for the shortest answer, so that an error can name it
+_MAX_SHORTEST_SEARCH = 4096
+_SIMPLIFY_HINT = "Simplify that part of the schema."
 
 
 class Grammar(Protocol):
-    """The state of one generation."""
+    """The grammar state of one generation."""
 
     def allowed(self, logits: Tensor | None = None) -> Tensor | None:
-        """``[V]`` bool on the CPU: tokens that are legal now; None permits all."""
+        """Token mask ``[V]`` (bool, CPU) of the next token; None permits all."""
 
     def forced(self) -> list[int]:
-        """Tokens that must come next, with no choice in them."""
+        """The next tokens, as far as there is only one legal continuation."""
 
     def takes(self, token_id: int) -> bool:
-        """Whether this token may come next."""
+        """Whether this token is legal next."""
 
     def accept(self, token_id: int) -> None:
-        """Take the next token, chosen or forced."""
+        """Advance by a token, chosen or forced."""
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more may come."""
+        """Whether no token is legal any more."""
 
     def fork(self) -> Self:
-        """A state of its own that begins here: what it takes, this one does not."""
+        """An independent copy of the state."""
 
 
 class Vocabulary:
-    """A tokenizer as llguidance reads it; made once per tokenizer.
+    """A tokenizer prepared for llguidance.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-        size: number of logits of the model, the mask's width; by default what the tokenizer's ids need.
-        eos_ids: tokens that end the answer; the tokenizer's own by default.
+        size: number of logits of the model, V; by default the highest token id + 1.
+        eos_ids: tokens that end the answer; the tokenizer's by default.
 
     Raises:
-        ConfigError: a tokenizer of a kind that llguidance does not know.
+        ConfigError: a tokenizer that llguidance does not support.
     """
 
     def __init__(self, tokenizer: Any, size: int | None = None, eos_ids: Sequence[int] | None = None) -> None:
         self.tags = tag_ids(tokenizer)
         self.eos_ids = frozenset(eos_ids if eos_ids is not None else [tokenizer.eos_token_id])
         self.size = size or max(tokenizer.get_vocab().values()) + 1
-        self.core = self._core(filled(tokenizer))
+        self.llguidance_tokenizer = self._llguidance_tokenizer(fill_unused_ids(tokenizer))
         added = tokenizer.added_tokens_decoder
-        texts = ["" if i in added else self.core.decode_str([i]) for i in range(self.size)]
+        texts = ["" if i in added else self.llguidance_tokenizer.decode_str([i]) for i in range(self.size)]
         self.longest = max(len(text.encode()) for text in texts)
-        self.order = ClosingOrder(texts, enders={self.tags[1]} if self.tags[1] is not None else set())
+        self.completion_search = CompletionSearch(texts, enders={self.tags[1]} if self.tags[1] is not None else set())
 
-    def _core(self, tokenizer: Any) -> LLTokenizer:
-        """llguidance's copy of the tokenizer; what spells a control token there is text."""
+    def _llguidance_tokenizer(self, tokenizer: Any) -> LLTokenizer:
+        """llguidance's tokenizer, in which no text is a control token."""
         ends = sorted(self.eos_ids)
-        described = SafeEncoder(tokenizer, str(tokenizer.chat_template or "")).apart()
+        described = SafeEncoder(tokenizer, str(tokenizer.chat_template or "")).grammar_tokenizer_json()
         try:
             if described is not None:
                 return LLTokenizer(described, n_vocab=self.size, eos_token=ends)
-            core: LLTokenizer = from_tokenizer(tokenizer, n_vocab=self.size, eos_token=ends)
+            llguidance_tokenizer: LLTokenizer = from_tokenizer(tokenizer, n_vocab=self.size, eos_token=ends)
         except ValueError as error:
             raise ConfigError(
                 f"A grammar cannot read this tokenizer: {error}.", hint="Take the tokenizer.json of the model's makers."
             ) from error
-        return core
+        return llguidance_tokenizer
 
-    def spelt_out(self, answers: Sequence[Sequence[str | int]]) -> list[list[int]]:
-        """Answers given as texts and ids, as tokens."""
-        encode = self.core.tokenize_str
-        with uncut:
+    def encode_answers(self, answers: Sequence[Sequence[str | int]]) -> list[list[int]]:
+        """Token ids of answers that are given as texts and token ids."""
+        encode = self.llguidance_tokenizer.tokenize_str
+        with delay_fork:
             return [
                 [i for part in each for i in ([part] if isinstance(part, int) else encode(part))] for each in answers
             ]
 
     def mask(self, matcher: Any) -> Mask:
-        """``[V]``: what the matcher's state allows."""
+        """Token mask ``[V]`` (bool) of a matcher's state."""
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         return np.unpackbits(bits, count=self.size, bitorder="little").view(np.bool_)
 
@@ -125,8 +125,8 @@ class Vocabulary:
 _VOCABULARIES: WeakKeyDictionary[Any, dict[Any, Vocabulary]] = WeakKeyDictionary()
 
 
-def vocabulary(tokenizer: Any, size: int | None = None, eos_ids: Sequence[int] | None = None) -> Vocabulary:
-    """The tokenizer's ``Vocabulary``, from the cache when it was made before."""
+def cached_vocabulary(tokenizer: Any, size: int | None = None, eos_ids: Sequence[int] | None = None) -> Vocabulary:
+    """The tokenizer's ``Vocabulary``, made once per tokenizer, size and end tokens."""
     known = _VOCABULARIES.setdefault(tokenizer, {})
     key = (size, tuple(sorted(eos_ids)) if eos_ids is not None else None)
     if key not in known:
@@ -135,15 +135,15 @@ def vocabulary(tokenizer: Any, size: int | None = None, eos_ids: Sequence[int] |
 
 
 class CompiledGrammar:
-    """A grammar over a vocabulary, ready to be started any number of times.
+    """A compiled grammar; can be started any number of times.
 
     Args:
-        words: the vocabulary.
-        source: llguidance's Lark dialect.
-        margin: tokens that one more token may oblige the model to write, estimated from above.
+        vocabulary: of the model's tokenizer.
+        source: in llguidance's Lark dialect.
+        margin: upper bound of the tokens that accepting one more token may make necessary.
         what: what the grammar is for, in errors.
-        least: shortest JSON that every answer holds, where it must hold some.
-        hints: short answers, perhaps, as texts and ids of control tokens.
+        shortest_value: the shortest JSON value that every answer contains; None if an answer need not contain any.
+        hints: answers that may be short, as texts and ids of control tokens.
 
     Raises:
         BadSchema: llguidance cannot express it.
@@ -151,96 +151,96 @@ class CompiledGrammar:
 
     def __init__(
         self,
-        words: Vocabulary,
+        vocabulary: Vocabulary,
         source: str,
         *,
         margin: int,
         what: str,
-        least: Least | None = None,
+        shortest_value: ShortestValue | None = None,
         hints: Sequence[Sequence[str | int]] = (),
     ) -> None:
-        self.vocabulary, self.source, self.margin = words, source, margin
-        self.what, self._least, self._hints = what, least, hints
+        self.vocabulary, self.source, self.margin = vocabulary, source, margin
+        self.what, self._shortest_value, self._hints = what, shortest_value, hints
         self._searched = 0
         self._shortest: list[int] | None = None
-        self._matcher = Matcher(words.core, source)
+        self._matcher = Matcher(vocabulary.llguidance_tokenizer, source)
         if self._matcher.is_error():
-            error = _reason(self._matcher.get_error())
-            raise BadSchema(f"No grammar can express {what}: {error}.", hint=_SIMPLER)
+            error = _llguidance_reason(self._matcher.get_error())
+            raise BadSchema(f"No grammar can express {what}: {error}.", hint=_SIMPLIFY_HINT)
 
-    def start(self, max_tokens: int | None = None) -> Generation:
-        """A new generation.
+    def start(self, max_tokens: int | None = None) -> GrammarState:
+        """The state of a new generation.
 
         Args:
-            max_tokens: tokens it may have; the answer will be whole within them. None: no limit.
+            max_tokens: token limit within which the answer will be complete; None sets no limit.
 
         Raises:
             ConfigError: the shortest answer found does not fit.
         """
         if max_tokens is not None:
             self._check_room(max_tokens)
-        return Generation(self, self._matcher.deep_copy(), max_tokens)
+        return GrammarState(self, self._matcher.deep_copy(), max_tokens)
 
     def fits(self, tokens: int) -> bool:
-        """Whether an answer may have as few tokens as this, as far as is known."""
-        return self.least_tokens <= tokens and (tokens >= self.margin or len(self.shortest(tokens) or ()) <= tokens)
+        """Whether an answer with at most this many tokens is known to exist."""
+        return self.min_tokens <= tokens and (tokens >= self.margin or len(self.shortest(tokens) or ()) <= tokens)
 
     def shortest(self, tokens: int) -> list[int] | None:
-        """Tokens of the shortest answer found, without the end token; None when none was found.
+        """Tokens of the shortest answer found, without the end token; None if none was found.
 
         Args:
-            tokens: how many matter: longer answers are looked for a little beyond these.
+            tokens: the limit of interest; the search goes a little beyond it.
         """
-        limit = tokens + max(tokens, _BEYOND)
+        limit = tokens + max(tokens, _SEARCH_BEYOND_LIMIT)
         if self._shortest is None and self._searched < limit:
             self._searched = limit
-            short = self.vocabulary.spelt_out(self._hints)
+            short = self.vocabulary.encode_answers(self._hints)
             known = min((each for each in short if _completes(self._matcher, each)), key=len, default=None)
             if known is not None:
                 limit = min(limit, len(known) - 1)
-            found = self.vocabulary.order.path(
-                self._matcher, self.vocabulary.mask, limit, any_will_do=known is not None
+            found = self.vocabulary.completion_search.find_completion(
+                self._matcher, self.vocabulary.mask, limit, first_found=known is not None
             )
             self._shortest = found if found is not None else known
         return self._shortest
 
     @property
-    def fewest_tokens(self) -> int:
-        """Number of tokens of the shortest answer found; where none was, a number that none is shorter than."""
-        found = self.shortest(min(4 * self.margin, _FAR))
-        return len(found) if found is not None else self.least_tokens
+    def shortest_tokens(self) -> int:
+        """Number of tokens of the shortest answer found; a lower bound if none was found."""
+        found = self.shortest(min(4 * self.margin, _MAX_SHORTEST_SEARCH))
+        return len(found) if found is not None else self.min_tokens
 
     @property
-    def least_tokens(self) -> int:
-        """A number of tokens that no answer has less of."""
-        return -(-self._least.size // self.vocabulary.longest) if self._least is not None else 0
+    def min_tokens(self) -> int:
+        """A lower bound of the tokens of an answer."""
+        return -(-self._shortest_value.size // self.vocabulary.longest) if self._shortest_value is not None else 0
 
     def _check_room(self, max_tokens: int) -> None:
         if self.fits(max_tokens):
             return
-        known = self.shortest(max_tokens) if self.least_tokens <= max_tokens + _BEYOND else None
-        fewest = len(known) if known is not None else self.least_tokens
+        known = self.shortest(max_tokens) if self.min_tokens <= max_tokens + _SEARCH_BEYOND_LIMIT else None
+        fewest = len(known) if known is not None else self.min_tokens
         has = "has" if known is not None else "has at least"
-        asked = self._least.asked() if self._least is not None else ""
-        who = f" (most of it for {asked} in {self.what})" if asked and fewest > _BEYOND else ""
+        asked = self._shortest_value.describe_blame() if self._shortest_value is not None else ""
+        who = f" (most of it for {asked} in {self.what})" if asked and fewest > _SEARCH_BEYOND_LIMIT else ""
         raise ConfigError(
             f"max_tokens={max_tokens} cannot hold an answer: the shortest {has} {fewest} tokens{who}.",
             hint=f"Set max_tokens to {fewest} or more.",
         )
 
 
-class Generation:
-    """One generation under a grammar; a ``Grammar``."""
+class GrammarState:
+    """The state of one generation under a compiled grammar; a ``Grammar``."""
 
     def __init__(self, compiled: CompiledGrammar, matcher: Any, max_tokens: int | None) -> None:
         self._vocabulary, self._margin = compiled.vocabulary, compiled.margin
         self._matcher = matcher
         self._left = max_tokens
-        # a known completion of the state, perhaps of an earlier one
+        # a known completion of this state or of an earlier one
         near = max_tokens is not None and max_tokens < compiled.margin
-        self._path = compiled.shortest(max_tokens) if near and max_tokens is not None else None
+        self._known_completion = compiled.shortest(max_tokens) if near and max_tokens is not None else None
         self._what = compiled.what
-        self._behind: dict[int, list[int]] = {}  # completions found behind tokens that are legal now
+        self._completions_after: dict[int, list[int]] = {}  # completions found for tokens that are legal now
         self._ended = False
 
     @property
@@ -257,8 +257,8 @@ class Generation:
         if self.finished:
             return []
         tokens = list(self._matcher.compute_ff_tokens())
-        if tokens and self._near_limit and not self._fits_after(tokens):
-            return []  # the same text in other tokens would not leave room: then the mask leads the way
+        if tokens and self._near_limit and not self._completion_after_forced(tokens):
+            return []  # this tokenization would not leave enough tokens: the mask chooses another one
         return tokens
 
     def accept(self, token_id: int) -> None:
@@ -274,22 +274,22 @@ class Generation:
             raise ValueError(f"token {token_id} is not legal here")
         if self._left is not None:
             self._left -= 1
-        if token_id in self._behind:
-            self._path = self._behind[token_id]
-        elif self._path and self._path[0] == token_id:
-            self._path = self._path[1:]
-        self._behind = {}
+        if token_id in self._completions_after:
+            self._known_completion = self._completions_after[token_id]
+        elif self._known_completion and self._known_completion[0] == token_id:
+            self._known_completion = self._known_completion[1:]
+        self._completions_after = {}
 
     def fork(self) -> Self:
-        """A state of its own that begins here; with the same tokens it comes to the same decisions."""
-        twin = copy.copy(self)
-        twin._matcher, twin._behind = self._matcher.deep_copy(), dict(self._behind)
-        return twin
+        """An independent copy of the state; given the same tokens it makes the same decisions."""
+        copied = copy.copy(self)
+        copied._matcher, copied._completions_after = self._matcher.deep_copy(), dict(self._completions_after)
+        return copied
 
     def takes(self, token_id: int) -> bool:
-        """Whether this token may come next; near the token limit, whether the answer can be finished behind it.
+        """Whether this token is legal next; near the token limit, whether the answer can be completed after it.
 
-        A token that ``allowed`` kept is taken, whatever logits it was given.
+        True for every token that ``allowed`` permits, for any logits.
         """
         if self.finished or not self._vocabulary.mask(self._matcher)[token_id]:
             return False
@@ -297,156 +297,172 @@ class Generation:
             return True
         left = self._left or 0
         path = self._completion(left)
-        if path is None or self._leaves_room(token_id, path, left):
+        if path is None or self._completion_follows(token_id, path, left):
             return True
-        return self._fits_somehow(token_id, left, Work(_WORK))
+        return self._search_completion_of(token_id, left, SearchBudget(_MASK_SEARCH_STEPS))
 
     def allowed(self, logits: Tensor | None = None) -> Tensor:
-        """``[V]`` bool on the CPU: legal tokens; near the token limit, those that leave room to finish.
+        """Token mask ``[V]`` (bool, CPU); near the token limit, only tokens after which the answer can be completed.
 
         Args:
-            logits: ``[V]``, the model's; they say which tokens are worth trying near the limit.
+            logits: ``[V]``, the model's; near the limit the most likely tokens are tried first.
         """
         mask = self._vocabulary.mask(self._matcher)
         if self._matcher.is_error():
-            error = _reason(self._matcher.get_error())
-            raise BadSchema(f"The grammar of {self._what} became too large to follow: {error}.", hint=_SIMPLER)
+            error = _llguidance_reason(self._matcher.get_error())
+            raise BadSchema(f"The grammar of {self._what} became too large to follow: {error}.", hint=_SIMPLIFY_HINT)
         if self._near_limit:
-            mask = self._finishable(mask, logits)
+            mask = self._mask_that_can_finish(mask, logits)
         return torch.from_numpy(mask)
 
-    def _finishable(self, mask: Mask, logits: Tensor | None) -> Mask:
+    def _mask_that_can_finish(self, mask: Mask, logits: Tensor | None) -> Mask:
         left = self._left or 0
         path = self._completion(left)
-        if path is None:  # no way out is known, so none can be kept open
+        if path is None:  # no completion is known
             return mask
         legal = np.flatnonzero(mask)
         if logits is not None:
             likely = logits.detach().float().cpu()[torch.from_numpy(legal)]
-            legal = legal[likely.topk(min(TRIED, len(legal))).indices.numpy()]
-        kept = np.zeros_like(mask)
-        work = Work(_WORK)
-        for token in legal[: TRIED if logits is not None else TRIED_BLINDLY].tolist():
-            kept[token] = self._leaves_room(token, path, left) or self._fits_somehow(token, left, work)
+            legal = legal[likely.topk(min(MAX_TRIED, len(legal))).indices.numpy()]
+        allowed = np.zeros_like(mask)
+        budget = SearchBudget(_MASK_SEARCH_STEPS)
+        for token in legal[: MAX_TRIED if logits is not None else MAX_TRIED_WITHOUT_LOGITS].tolist():
+            allowed[token] = self._completion_follows(token, path, left) or self._search_completion_of(
+                token, left, budget
+            )
         for token in path[:1] or [i for i in self._vocabulary.eos_ids if mask[i]]:
-            kept[token] = True
-        return kept
+            allowed[token] = True
+        return allowed
 
     def _completion(self, left: int) -> list[int] | None:
-        """A completion of the present state: the known one, if it still is one, or a new one."""
-        if self._path is None or len(self._path) > left or not _completes(self._matcher, self._path):
-            self._path = self._vocabulary.order.path(self._matcher, self._vocabulary.mask, left)
-        return self._path
+        """A completion of the current state: the known one if it is still valid, else a new one."""
+        if (
+            self._known_completion is None
+            or len(self._known_completion) > left
+            or not _completes(self._matcher, self._known_completion)
+        ):
+            self._known_completion = self._vocabulary.completion_search.find_completion(
+                self._matcher, self._vocabulary.mask, left
+            )
+        return self._known_completion
 
-    def _leaves_room(self, token: int, path: list[int], left: int) -> bool:
-        """Whether the known completion goes on behind the token, or begins with it."""
+    def _completion_follows(self, token: int, path: list[int], left: int) -> bool:
+        """Whether the known completion begins with the token, or is still valid after it."""
         if token in self._vocabulary.eos_ids or token in path[:1]:
             return True
         return 1 + len(path) <= left and _completes(self._matcher, [token, *path])
 
-    def _fits_somehow(self, token: int, left: int, work: Work) -> bool:
-        found = self._search_behind([token], left, work)
+    def _search_completion_of(self, token: int, left: int, budget: SearchBudget) -> bool:
+        found = self._search_after([token], left, budget)
         if found is not None:
-            self._behind[token] = found
+            self._completions_after[token] = found
         return found is not None
 
-    def _fits_after(self, tokens: list[int]) -> bool:
-        """Whether a completion is known, or found, behind tokens that are forced."""
-        path = self._path
+    def _completion_after_forced(self, tokens: list[int]) -> bool:
+        """Whether a completion after the forced tokens is known or found."""
+        path = self._known_completion
         if path is not None and path[: len(tokens)] == tokens:
             return True
-        found = self._search_behind(tokens, self._left or 0, Work(_WORK))
+        found = self._search_after(tokens, self._left or 0, SearchBudget(_MASK_SEARCH_STEPS))
         if found is not None:
-            self._path = tokens + found
+            self._known_completion = tokens + found
         return found is not None
 
-    def _search_behind(self, tokens: list[int], left: int, work: Work) -> list[int] | None:
-        ahead = self._matcher.deep_copy()
-        if left < len(tokens) or not ahead.consume_tokens(tokens):
+    def _search_after(self, tokens: list[int], left: int, budget: SearchBudget) -> list[int] | None:
+        state = self._matcher.deep_copy()
+        if left < len(tokens) or not state.consume_tokens(tokens):
             return None
-        if ahead.is_accepting():
+        if state.is_accepting():
             return []
         room = left - len(tokens)
-        return self._vocabulary.order.path(ahead, self._vocabulary.mask, room, any_will_do=True, work=work)
+        return self._vocabulary.completion_search.find_completion(
+            state, self._vocabulary.mask, room, first_found=True, budget=budget
+        )
 
 
 def _completes(matcher: Any, tokens: list[int]) -> bool:
     if matcher.validate_tokens(tokens) < len(tokens):
         return False
-    ahead = matcher.deep_copy()
-    return bool(ahead.consume_tokens(tokens) and ahead.is_accepting())
+    state = matcher.deep_copy()
+    return bool(state.consume_tokens(tokens) and state.is_accepting())
 
 
 def tool_grammar(
-    words: Vocabulary,
+    vocabulary: Vocabulary,
     tools: Sequence[Mapping[str, Any]],
     tool_choice: str = "auto",
     *,
     parallel: bool = True,
     reply: Mapping[str, Any] | None = None,
 ) -> CompiledGrammar:
-    """Text and Hermes tool calls.
+    """A grammar of text and Hermes tool calls.
 
     Args:
-        words: the vocabulary.
-        tools: in OpenAI's form; their schemas are always kept to, so ``strict`` adds nothing.
-        tool_choice: ``"auto"`` (text, calls or both), ``"any"`` (calls alone), ``"none"`` (text alone), or a
+        vocabulary: of the model's tokenizer.
+        tools: in OpenAI's form; their schemas are always enforced, so ``strict`` adds nothing.
+        tool_choice: ``"auto"`` (text, calls or both), ``"any"`` (calls only), ``"none"`` (text only), or a
             tool's name (one call of it).
-        parallel: whether there may be several calls.
-        reply: schema of an answer that is no call, in place of free text.
+        parallel: whether several calls are legal.
+        reply: schema of an answer that is not a tool call, instead of free text.
 
     Raises:
         BadSchema: a tool's schema that cannot be expressed; the message names the tool.
-        ConfigError: a ``tool_choice`` that is none of these.
+        ConfigError: an unknown ``tool_choice``.
     """
     functions = functions_of(tools, tool_choice)
     if tool_choice == "none" or not functions:
-        return CompiledGrammar(words, f"start: said\n{said()}", margin=4, what="text")
+        return CompiledGrammar(vocabulary, f"start: said\n{text_rule()}", margin=4, what="text")
     named = tool_choice not in CHOICES
     chosen = [functions[tool_choice]] if named else list(functions.values())
     schemas = [arguments_of(function) for function in chosen]
     rules = call_rules(
-        words,
+        vocabulary,
         [function["name"] for function in chosen],
         [each.schema for each in schemas],
         several=parallel and not named,
     )
     ready = reply_of(reply) if reply is not None and tool_choice == "auto" else None
     said_instead = ready.schema if ready is not None else None
-    rules.append(auto_start(words, said_instead) if tool_choice == "auto" else "start: calls")
+    rules.append(auto_start(vocabulary, said_instead) if tool_choice == "auto" else "start: calls")
     names = max(len(json.dumps(function["name"]).encode()) for function in chosen)
-    margin = 96 + names + 2 * max(heaviest(each.schema) for each in [*schemas, *([ready] if ready is not None else [])])
+    margin = (
+        96
+        + names
+        + 2 * max(longest_minimum_bytes(each.schema) for each in [*schemas, *([ready] if ready is not None else [])])
+    )
     hints = [
-        call_texts(words, function["name"], each.least.text)
+        call_texts(vocabulary, function["name"], each.shortest_value.text)
         for function, each in zip(chosen, schemas, strict=True)
-        if each.least.text is not None
+        if each.shortest_value.text is not None
     ]
-    shortest = min((each.least for each in schemas), key=lambda each: each.size)
+    shortest = min((each.shortest_value for each in schemas), key=lambda each: each.size)
     what = "these tools" if len(chosen) > 1 else f"the arguments of tool {chosen[0]['name']!r}"
     return CompiledGrammar(
-        words,
+        vocabulary,
         "\n".join(rules) + "\n",
         margin=margin,
         what=what,
-        least=shortest if tool_choice != "auto" else None,
+        shortest_value=shortest if tool_choice != "auto" else None,
         hints=hints if tool_choice != "auto" else (),
     )
 
 
-def json_grammar(words: Vocabulary, schema: Mapping[str, Any] | None = None) -> CompiledGrammar:
-    """An answer that is one JSON value of a schema; any JSON object when there is none.
+def json_grammar(vocabulary: Vocabulary, schema: Mapping[str, Any] | None = None) -> CompiledGrammar:
+    """A grammar of one JSON value of a schema; of any JSON object if there is no schema.
 
     Raises:
         BadSchema: no answer can fit the schema.
     """
     ready = reply_of(schema or {"type": "object"})
     source = f"start: value\nvalue: {json_rule(ready.schema)}\n"
-    hints = [[ready.least.text]] if ready.least.text is not None else []
-    margin = 64 + 2 * heaviest(ready.schema)
-    return CompiledGrammar(words, source, margin=margin, what="the output schema", least=ready.least, hints=hints)
+    hints = [[ready.shortest_value.text]] if ready.shortest_value.text is not None else []
+    margin = 64 + 2 * longest_minimum_bytes(ready.schema)
+    return CompiledGrammar(
+        vocabulary, source, margin=margin, what="the output schema", shortest_value=ready.shortest_value, hints=hints
+    )
 
 
-def _reason(error: str) -> str:
-    """llguidance's own words, without the grammar it quotes."""
+def _llguidance_reason(error: str) -> str:
+    """llguidance's error message without the quoted grammar."""
     first = error.strip().splitlines()[0]
     return first.split("failed to compile JSON schema: ")[-1].rstrip(".")

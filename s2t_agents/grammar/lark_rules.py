@@ -1,4 +1,4 @@
-"""Tools and schemas to rules in llguidance's Lark dialect: text, Hermes calls, JSON replies."""
+"""Tools and schemas to grammar rules in llguidance's Lark dialect: text, Hermes tool calls, JSON replies."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BadSchema, ConfigError
 from ..formats.tool_calls import CLOSE, OPEN
-from .relaxation import Relaxed, relaxed
+from .relaxation import RelaxedSchema, relax_schema
 from .schema_rules import json_rule, parameters_of
 
 if TYPE_CHECKING:
     from .grammar import Vocabulary
 
 CHOICES = ("auto", "any", "none")
-"""Tool choices that name no tool."""
+"""Tool choices that are modes, not names of tools."""
 
 _CALL_END = "}\n"
 
 
 def functions_of(tools: Sequence[Mapping[str, Any]], tool_choice: str) -> dict[str, dict[str, Any]]:
-    """The tools' functions by name, once the choice fits them."""
+    """The tools' functions by name.
+
+    Raises:
+        BadSchema: not a tool.
+        ConfigError: a tool choice that names no tool.
+    """
     functions = {function["name"]: function for function in map(_function, tools)}
     if tool_choice not in (*CHOICES, *functions) or (tool_choice == "any" and not functions):
         known = ", ".join(map(repr, functions)) or "none bound"
@@ -44,36 +49,36 @@ def _function(tool: Any) -> dict[str, Any]:
     )
 
 
-def arguments_of(function: Mapping[str, Any]) -> Relaxed:
-    """The schema of a tool's arguments, ready for the grammar.
+def arguments_of(function: Mapping[str, Any]) -> RelaxedSchema:
+    """The schema of a tool's arguments, relaxed for the grammar.
 
     Raises:
         BadSchema: no call can fit it; the message names the tool.
     """
-    return relaxed(parameters_of(function), f"the arguments of tool {function['name']!r}", only_objects=True)
+    return relax_schema(parameters_of(function), f"the arguments of tool {function['name']!r}", only_objects=True)
 
 
-def reply_of(schema: Mapping[str, Any]) -> Relaxed:
-    """A reply's schema, ready for the grammar.
+def reply_of(schema: Mapping[str, Any]) -> RelaxedSchema:
+    """The schema of a JSON reply, relaxed for the grammar.
 
     Raises:
         BadSchema: no answer can fit it.
     """
-    return relaxed(schema, "the output schema")
+    return relax_schema(schema, "the output schema")
 
 
-def call_texts(words: Vocabulary, name: str, arguments: str) -> list[str | int]:
-    """One whole call of a tool, as text and ids of tags."""
-    opening, closing = (tag if i is None else i for tag, i in zip((OPEN, CLOSE), words.tags, strict=True))
+def call_texts(vocabulary: Vocabulary, name: str, arguments: str) -> list[str | int]:
+    """One complete tool call, as text and token ids of the tags."""
+    opening, closing = (tag if i is None else i for tag, i in zip((OPEN, CLOSE), vocabulary.tags, strict=True))
     return [opening, f"{_call_head(name)}{arguments}{_CALL_END}", closing]
 
 
 def call_rules(
-    words: Vocabulary, names: Sequence[str], schemas: Sequence[Mapping[str, Any]], *, several: bool
+    vocabulary: Vocabulary, names: Sequence[str], schemas: Sequence[Mapping[str, Any]], *, several: bool
 ) -> list[str]:
-    """``calls``, and ``rest``: what follows the first opening tag. Calls are a line break apart."""
+    """The rules ``calls`` and ``rest`` (what follows the first opening tag); calls are separated by a line break."""
     opening, closing = (
-        json.dumps(tag) if i is None else f"<[{i}]>" for tag, i in zip((OPEN, CLOSE), words.tags, strict=True)
+        json.dumps(tag) if i is None else f"<[{i}]>" for tag, i in zip((OPEN, CLOSE), vocabulary.tags, strict=True)
     )
     more = f' ("\\n" {opening} body {closing})*' if several else ""
     rules = [f"calls: {opening} rest", f"rest: body {closing}{more}"]
@@ -90,18 +95,18 @@ def _call_head(name: str) -> str:
     return f'\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
 
 
-def auto_start(words: Vocabulary, reply: Mapping[str, Any] | None = None) -> str:
-    """Text, calls, or calls after text. A tag that is spelt out ends the text as soon as it is complete.
+def auto_start(vocabulary: Vocabulary, reply: Mapping[str, Any] | None = None) -> str:
+    """The start rule for text, calls, or calls after text; a complete tag in plain characters ends the text.
 
-    With a reply's schema: that JSON, or calls.
+    With a reply's schema it is that JSON, or calls.
     """
     if reply is not None:
         return f"start: reply | calls\nreply: {json_rule(reply)}"
-    if words.tags[0] is not None:
-        return f"start: said | calls | said calls\n{said()}"
-    return f"start: said | opened rest\nopened[lazy]: /(.|\\n)*{OPEN}/\n{said()}"
+    if vocabulary.tags[0] is not None:
+        return f"start: said | calls | said calls\n{text_rule()}"
+    return f"start: said | opened rest\nopened[lazy]: /(.|\\n)*{OPEN}/\n{text_rule()}"
 
 
-def said() -> str:
-    """Text that is not only white space."""
+def text_rule() -> str:
+    """The rule for text that is not only white space."""
     return "said: TEXT\nTEXT: /[ \\t\\n\\r]*[^ \\t\\n\\r](.|\\n)*/"

@@ -1,8 +1,8 @@
-"""From a schema to the one that a grammar keeps to: the same where llguidance can express it, looser elsewhere.
+"""From a schema to the one that the grammar enforces: equal where llguidance can express it, looser elsewhere.
 
-Whatever fits the original fits the relaxed schema, but for what ``closed`` objects do not take: an object that names
-its properties takes no others, unless it says that it does. What was given up is noted by place and keyword, and
-the whole original is for ``checking`` to hold the finished answer to.
+Every value that fits the original fits the relaxed schema, with one exception: an object schema that names properties
+permits no others unless it says so ("closed"). What is not enforced is noted by path and keyword; ``validation`` checks
+the finished answer against the whole schema.
 """
 
 from __future__ import annotations
@@ -18,85 +18,96 @@ from urllib.parse import unquote
 from llguidance import LLMatcher
 
 from ..errors import BadSchema
-from ..fork_safety import uncut
-from .canonical_schema import Schema, canonical, check_json, place, shown, subschemas
-from .schema_rules import LARGEST, json_rule
-from .shortest_value import Least, Never, least, nevers
+from ..fork_safety import delay_fork
+from .canonical_schema import Schema, canonicalize, check_json, format_path, format_value, subschemas
+from .schema_rules import MAX_VALUE_BYTES, json_rule
+from .shortest_value import ShortestValue, Unsatisfiable, shortest_value, unsatisfiable_definitions
 
 _log = logging.getLogger(__name__)
 
 FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
-"""Formats that the grammar keeps to."""
+"""Formats that the grammar enforces."""
 
-LONGEST = 20_000
-"""Characters up to which the grammar counts a string's length."""
+MAX_COUNTED_LENGTH = 20_000
+"""Longest string length that the grammar enforces, in characters."""
 
-ENUM_BYTES = 100_000
-"""A larger enum is held to its types alone."""
+MAX_ENUM_BYTES = 100_000
+"""Largest enum that the grammar enforces; of a larger one only the types."""
 
-MOST_PROPERTIES = 500
-"""Optional properties of one object that the grammar names, in the schema's order."""
+MAX_OPTIONAL_PROPERTIES = 500
+"""Optional properties of one object that the grammar names, the first ones."""
 
-MOST_TRIALS = 400
-"""Compilations that may be spent to find what llguidance refuses."""
+MAX_TRIALS = 400
+"""Compilations that may be tried to find what llguidance refuses."""
 
-UNTRIED = 2**16
-"""Bytes of a shortest answer from which llguidance is not asked before a model is there."""
+MAX_TRIED_BYTES = 2**16
+"""Shortest value, in bytes, beyond which a schema is not compiled by trial."""
 
-_CATCH_ALL = ("", ".*", "^.*$", "^.*", ".*$", "^", "$")
-_GIVEN_UP = ("uniqueItems", "dependentRequired", "dependentSchemas")
+_MATCH_ALL_PATTERNS = ("", ".*", "^.*$", "^.*", ".*$", "^", "$")
+_NOT_ENFORCED = ("uniqueItems", "dependentRequired", "dependentSchemas")
 _IN_PLACE = ("allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas")
-_OF_OBJECTS = ("properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties")
-_OF_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_OBJECT_KEYWORDS = (
+    "properties",
+    "required",
+    "additionalProperties",
+    "patternProperties",
+    "minProperties",
+    "maxProperties",
+)
+_NUMBER_KEYWORDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
 @dataclass(frozen=True)
-class Relaxed:
-    """A schema in two copies.
+class RelaxedSchema:
+    """A schema for the grammar and for validation.
 
     Attributes:
-        schema: what the grammar keeps to.
-        whole: the original in canonical form, for checking.
-        least: the shortest value.
-        notes: what the grammar gave up, as ``place: keyword``.
+        schema: what the grammar enforces.
+        whole: the original in canonical form, for validation.
+        shortest_value: the shortest value of ``schema``.
+        notes: what the grammar does not enforce, as ``path: keyword``.
     """
 
     schema: Schema
     whole: Schema
-    least: Least
+    shortest_value: ShortestValue
     notes: tuple[str, ...] = ()
 
 
-def relaxed(schema: Mapping[str, Any], what: str, *, only_objects: bool = False) -> Relaxed:
-    """A schema made ready for the grammar; told in the log once per schema.
+def relax_schema(schema: Mapping[str, Any], what: str, *, only_objects: bool = False) -> RelaxedSchema:
+    """Relax a schema for the grammar; what is not enforced is logged once per schema.
 
     Args:
-        schema: any draft.
+        schema: of any draft.
         what: what it is for, in errors and in the log.
-        only_objects: whether the value must be an object, as a tool's arguments are.
+        only_objects: whether the value must be an object, as tool arguments are.
 
     Raises:
-        BadSchema: it is no JSON, or no answer can fit it.
+        BadSchema: it is not JSON, or no answer can fit it.
     """
     check_json(schema, what)
-    return _relaxed(json.dumps(schema), what, only_objects)
+    return _relax_json(json.dumps(schema), what, only_objects)
 
 
 @lru_cache(maxsize=256)  # an agent binds the same tools before every call
-def _relaxed(text: str, what: str, only_objects: bool) -> Relaxed:
-    whole = canonical(json.loads(text), what)
+def _relax_json(text: str, what: str, only_objects: bool) -> RelaxedSchema:
+    whole = canonicalize(json.loads(text), what)
     if only_objects:
         _as_object(whole.schema, what)
-    work = _Work(whole.schema, list(whole.notes))
-    done, shortest = work.compiled(what)
-    notes = tuple(dict.fromkeys(work.notes))
+    budget = _SchemaRelaxer(whole.schema, list(whole.notes))
+    done, shortest = budget.compile(what)
+    notes = tuple(dict.fromkeys(budget.notes))
     if notes:
         _log.warning("%s: the grammar does not enforce %s; answers are checked.", what, "; ".join(notes))
-    return Relaxed(done, whole.schema, shortest, notes)
+    return RelaxedSchema(done, whole.schema, shortest, notes)
 
 
 def _as_object(schema: Schema, what: str) -> None:
-    """Rule out all values but objects, where the schema does not say so itself."""
+    """Restrict a schema to objects.
+
+    Raises:
+        BadSchema: it permits no objects.
+    """
     here, seen = schema, set[str]()
     while set(here) - {"$defs"} == {"$ref"} and here["$ref"] not in seen:
         seen.add(here["$ref"])
@@ -104,7 +115,7 @@ def _as_object(schema: Schema, what: str) -> None:
         here = target if isinstance(target, dict) else {}
     given = here.get("type", "object")
     if "object" not in (given if isinstance(given, list) else [given]):
-        raise BadSchema(f"No answer can fit {what}: arguments are objects, not type {shown(given)}.")
+        raise BadSchema(f"No answer can fit {what}: arguments are objects, not type {format_value(given)}.")
     if here is schema and "$ref" not in here:
         rest = {key: schema[key] for key in schema if key != "type"}
         schema.clear()
@@ -112,69 +123,69 @@ def _as_object(schema: Schema, what: str) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _complaint(source: str) -> str:
-    with uncut:
+def _validate_rule(source: str) -> str:
+    with delay_fork:
         return str(LLMatcher.validate_grammar(f"start: value\nvalue: {source}\n"))
 
 
-def complaint(schema: Mapping[str, Any]) -> str:
-    """What llguidance says against a schema, in its own words; "" for nothing."""
-    error = _complaint(json_rule(schema)).strip()
+def grammar_error(schema: Mapping[str, Any]) -> str:
+    """llguidance's error for a schema; "" if it compiles."""
+    error = _validate_rule(json_rule(schema)).strip()
     lines = error.split("failed to compile JSON schema: ")[-1].splitlines() or [""]
-    told = [line.strip() for line in lines if line.strip()]
-    if told and told[0] == "regex parse error:":  # the reason comes last, behind the quoted pattern
-        why = [line.removeprefix("error: ") for line in told if line.startswith("error: ")]
+    messages = [line.strip() for line in lines if line.strip()]
+    if messages and messages[0] == "regex parse error:":  # the reason follows the quoted pattern
+        why = [line.removeprefix("error: ") for line in messages if line.startswith("error: ")]
         return why[0].rstrip(".") if why else "no such expression"
-    return told[0].rstrip(".") if told else ""
+    return messages[0].rstrip(".") if messages else ""
 
 
-class _Work:
-    """One schema on its way."""
+class _SchemaRelaxer:
+    """Relaxes one schema: first by keyword, then by trial compilation."""
 
     def __init__(self, whole: Schema, notes: list[str]) -> None:
         self.whole, self.notes = whole, notes
         self.defs: Mapping[str, Any] = whole.get("$defs", {})
-        self.opened = self._opened()
-        self.trials = MOST_TRIALS
+        self.open_definitions = self._open_definitions()
+        self.trials = MAX_TRIALS
         self.long = False
 
     # ------------------------------------------------------------------ by keywords
 
     def root(self, *, close: bool) -> Schema:
-        """The whole schema, relaxed by what its keywords are known to need."""
+        """The whole schema, relaxed by keyword."""
         self.close = close
         body = {key: value for key, value in self.whole.items() if key != "$defs"}
-        done = self.relax(body, (), joined="#" in self.opened)
+        done = self.relax(body, (), joined="#" in self.open_definitions)
         root: Schema = done if isinstance(done, dict) else ({} if done else {"enum": []})
         if self.defs:
             root["$defs"] = {
-                name: self.relax(inner, (f"$defs.{name}",), joined=name in self.opened)
+                name: self.relax(inner, (f"$defs.{name}",), joined=name in self.open_definitions)
                 for name, inner in self.defs.items()
             }
         return root
 
     def note(self, path: tuple[str, ...], what: str) -> None:
-        """Remember what is given up."""
-        self.notes.append(f"{place(path)}: {what}")
+        """Note what is not enforced."""
+        self.notes.append(f"{format_path(path)}: {what}")
 
     def relax(self, node: Any, path: tuple[str, ...], *, joined: bool = False) -> Any:
-        """One schema; ``joined`` when its objects must fit other schemas too."""
+        """Relax one subschema; ``joined`` if its objects must fit other schemas too, so that they stay open."""
         if not isinstance(node, dict):
             return node
         out = dict(node)
-        within = joined or _is_joined(node)
+        within = joined or _is_conjunction(node)
         self._strings(out, path)
         self._numbers(out, path)
         self._enum(out, path)
         if not self._negations(out, path):
             return False
         self._conditions(out, path)
-        self._names(out, path)
+        self._property_names(out, path)
         for key in ("allOf", "anyOf", "oneOf"):
             if key in out:
                 out[key] = [self.relax(each, path, joined=within or key == "allOf") for each in out[key]]
-        self._alternatives(out, path)
-        self._once(out)
+        self._one_of(out, path)
+        self._deduplicate_all_of(out)
         if "prefixItems" in out:
             out["prefixItems"] = [self.relax(each, (*path, "[]")) for each in out["prefixItems"]]
         for key, step in (("items", "[]"), ("additionalProperties", ".*")):
@@ -189,34 +200,40 @@ class _Work:
 
     def _strings(self, out: Schema, path: tuple[str, ...]) -> None:
         if "format" in out and out["format"] not in FORMATS:
-            self.note(path, f"format {shown(out.pop('format'))}")
-        if "pattern" in out and (error := complaint({"type": "string", "pattern": out["pattern"]})):
-            self.note(path, f"pattern {shown(out.pop('pattern'))} ({error})")
-        if "pattern" in out and "format" in out and complaint({"type": "string", **_of(out, "pattern", "format")}):
-            self.note(path, f"format {shown(out.pop('format'))}")  # a pattern says more than an annotation
-        if out.get("maxLength", 0) > LONGEST:
+            self.note(path, f"format {format_value(out.pop('format'))}")
+        if "pattern" in out and (error := grammar_error({"type": "string", "pattern": out["pattern"]})):
+            self.note(path, f"pattern {format_value(out.pop('pattern'))} ({error})")
+        if (
+            "pattern" in out
+            and "format" in out
+            and grammar_error({"type": "string", **_only_keys(out, "pattern", "format")})
+        ):
+            self.note(
+                path, f"format {format_value(out.pop('format'))}"
+            )  # the pattern is an assertion, the format an annotation
+        if out.get("maxLength", 0) > MAX_COUNTED_LENGTH:
             self.note(path, f"maxLength {out.pop('maxLength')}")
-        for least_key, most_key in (("minLength", "maxLength"), ("minItems", "maxItems")):
-            if out.get(least_key, 0) > LARGEST:
-                out[most_key] = 0  # no window holds it: no value fits
+        for min_key, max_key in (("minLength", "maxLength"), ("minItems", "maxItems")):
+            if out.get(min_key, 0) > MAX_VALUE_BYTES:
+                out[max_key] = 0  # no context window holds it: no value fits
                 return
-        if out.get("minLength", 0) > LONGEST:
+        if out.get("minLength", 0) > MAX_COUNTED_LENGTH:
             self.note(path, f"minLength {out['minLength']}")
             self.long = True
 
     def _numbers(self, out: Schema, path: tuple[str, ...]) -> None:
-        keys = [key for key in _OF_NUMBERS if key in out]
+        keys = [key for key in _NUMBER_KEYWORDS if key in out]
         for kind in ("number", "integer"):
             while keys and _names_type(out, kind):
-                error = complaint({"type": kind, **{key: out[key] for key in keys}})
+                error = grammar_error({"type": kind, **{key: out[key] for key in keys}})
                 if not error or error.startswith("Unsatisfiable"):
                     break
                 worst = max(keys, key=lambda key: (key == "multipleOf", abs(out[key])))
                 keys.remove(worst)
-                self.note(path, f"{worst} {shown(out.pop(worst))}")
+                self.note(path, f"{worst} {format_value(out.pop(worst))}")
 
     def _enum(self, out: Schema, path: tuple[str, ...]) -> None:
-        if "enum" not in out or len(json.dumps(out["enum"])) <= ENUM_BYTES:
+        if "enum" not in out or len(json.dumps(out["enum"])) <= MAX_ENUM_BYTES:
             return
         values = out.pop("enum")
         self.note(path, f"enum of {len(values)} values")
@@ -224,7 +241,7 @@ class _Work:
             out["type"] = sorted({_kind(each) for each in values})
 
     def _negations(self, out: Schema, path: tuple[str, ...]) -> bool:
-        """Give up ``not``; False when it leaves nothing."""
+        """Drop ``not``; False if it excludes every value."""
         if "not" not in out:
             return True
         inner = out.pop("not")
@@ -238,7 +255,7 @@ class _Work:
         condition = [key for key in ("if", "then", "else") if out.pop(key, None) is not None]
         if len(condition) > 1:
             self.note(path, "if")
-        for key in _GIVEN_UP:
+        for key in _NOT_ENFORCED:
             if key in out:
                 del out[key]
                 self.note(path, key)
@@ -261,8 +278,8 @@ class _Work:
                 else:
                     out[plain] = inner
 
-    def _names(self, out: Schema, path: tuple[str, ...]) -> None:
-        """Rules for names, as properties or patterns where they can be said so."""
+    def _property_names(self, out: Schema, path: tuple[str, ...]) -> None:
+        """``propertyNames`` as properties or patterns where equivalent."""
         names = out.pop("propertyNames", True)
         if names is True or names in ({}, {"type": "string"}):
             return
@@ -282,20 +299,20 @@ class _Work:
         else:
             self.note(path, "propertyNames")
 
-    def _alternatives(self, out: Schema, path: tuple[str, ...]) -> None:
-        """``oneOf`` as ``anyOf``: the same where no value fits two of them."""
+    def _one_of(self, out: Schema, path: tuple[str, ...]) -> None:
+        """``oneOf`` as ``anyOf``, which is equivalent if no value fits two alternatives."""
         if "oneOf" not in out:
             return
         options = out.pop("oneOf")
-        if not self._apart(options):
+        if not self._are_disjoint(options):
             self.note(path, "oneOf")
         if "anyOf" in out:
             out["allOf"] = [*out.get("allOf", []), {"anyOf": options}]
         else:
             out["anyOf"] = options
 
-    def _once(self, out: Schema) -> None:
-        """Say once what several members of ``allOf`` say alike: llguidance would follow it in each of them."""
+    def _deduplicate_all_of(self, out: Schema) -> None:
+        """Remove assertions that members of ``allOf`` repeat, which llguidance would evaluate for each."""
         if "allOf" not in out:
             return
         kept: list[Any] = []
@@ -304,7 +321,7 @@ class _Work:
                 for other in kept:
                     known = self._resolved(other)
                     if isinstance(known, dict):
-                        each = {key: each[key] for key in each if not _says(known, each, key)}
+                        each = {key: each[key] for key in each if not _implied_by(known, each, key)}
             if each not in ({}, True) and each not in kept:
                 kept.append(each)
         out["allOf"] = kept
@@ -314,7 +331,7 @@ class _Work:
             del out["allOf"]
             out.update(kept[0])
 
-    def _apart(self, options: list[Any]) -> bool:
+    def _are_disjoint(self, options: list[Any]) -> bool:
         known = [self._resolved(each) for each in options]
         if len(known) > 40:
             return False
@@ -328,26 +345,26 @@ class _Work:
         return node
 
     def _patterns(self, out: Schema, path: tuple[str, ...]) -> None:
-        """Patterns of names that llguidance can tell apart; others join, or give up the names."""
+        """Keep ``patternProperties`` that llguidance supports; merge overlapping patterns, or drop them."""
         given = out.get("patternProperties")
         if not given:
             out.pop("patternProperties", None)
             return
-        every = next((name for name in given if name in _CATCH_ALL), None)
-        if every is not None and len(given) == 1:  # it is the rule for all names; llguidance would follow it twice
+        every = next((name for name in given if name in _MATCH_ALL_PATTERNS), None)
+        if every is not None and len(given) == 1:  # equivalent to additionalProperties
             out["additionalProperties"] = out.pop("patternProperties")[every]
             if any(each != given[every] for each in out.get("properties", {}).values()):
-                self.note(path, f"patternProperties {shown(every)} of named properties")
+                self.note(path, f"patternProperties {format_value(every)} of named properties")
             return
-        loose = {name for name in given if complaint({"type": "object", "patternProperties": {name: True}})}
+        loose = {name for name in given if grammar_error({"type": "object", "patternProperties": {name: True}})}
         kept = {name: inner for name, inner in given.items() if name not in loose}
         if loose:
-            self.note(path, f"patternProperties {shown(sorted(loose)[0])}")
-        if len(kept) > 1 and complaint({"type": "object", "patternProperties": dict.fromkeys(kept, True)}):
+            self.note(path, f"patternProperties {format_value(sorted(loose)[0])}")
+        if len(kept) > 1 and grammar_error({"type": "object", "patternProperties": dict.fromkeys(kept, True)}):
             self.note(path, "patternProperties that overlap")
             joined = "|".join(f"(?:{name})" for name in kept)
             kept = {joined: {"anyOf": list(kept.values())}}
-            if complaint({"type": "object", "patternProperties": {joined: True}}):
+            if grammar_error({"type": "object", "patternProperties": {joined: True}}):
                 loose, kept = {*given}, {}
         if loose:
             others = out.get("additionalProperties", True)
@@ -359,11 +376,11 @@ class _Work:
 
     def _objects(self, node: Schema, out: Schema, path: tuple[str, ...], joined: bool) -> None:
         properties, required = out.get("properties"), out.get("required", [])
-        if properties is not None and len(properties) - len(required) > MOST_PROPERTIES:
+        if properties is not None and len(properties) - len(required) > MAX_OPTIONAL_PROPERTIES:
             needed = set(required)
             optional = [name for name in properties if name not in needed]
-            gone = set(optional[MOST_PROPERTIES:])
-            self.note(path, f"properties beyond the first {MOST_PROPERTIES} of {len(properties)}")
+            gone = set(optional[MAX_OPTIONAL_PROPERTIES:])
+            self.note(path, f"properties beyond the first {MAX_OPTIONAL_PROPERTIES} of {len(properties)}")
             properties = out["properties"] = {name: each for name, each in properties.items() if name not in gone}
             out["additionalProperties"] = True
         alone = not joined and not any(key in node for key in (*_IN_PLACE, "patternProperties", "propertyNames"))
@@ -376,90 +393,92 @@ class _Work:
         self._property_counts(out, path)
 
     def _property_counts(self, out: Schema, path: tuple[str, ...]) -> None:
-        """llguidance counts properties only where none of the named ones is optional, or up to one."""
-        least, most = out.get("minProperties", 0), out.get("maxProperties")
+        """Drop property counts unless no named property is optional, or the count is at most one (llguidance)."""
+        shortest_value, most = out.get("minProperties", 0), out.get("maxProperties")
         optional = set(out.get("properties", ())) - set(out.get("required", ()))
-        if not optional or (not least and most is None):
+        if not optional or (not shortest_value and most is None):
             return
-        least -= len(out.get("required", ()))
-        few = least <= 1 and most in (None, 1) and len(optional) <= 40 and not out.get("required")
+        shortest_value -= len(out.get("required", ()))
+        few = shortest_value <= 1 and most in (None, 1) and len(optional) <= 40 and not out.get("required")
         if few and out.get("additionalProperties") is False and "patternProperties" not in out:
             return
         for key in ("minProperties", "maxProperties"):
             if key in out:
                 self.note(path, f"{key} {out.pop(key)}")
 
-    def _opened(self) -> set[str]:
-        """Names of definitions whose objects are joined with other schemas somewhere: these stay open."""
-        opened: set[str] = set()
+    def _open_definitions(self) -> set[str]:
+        """Definitions whose objects must fit other schemas too somewhere: these stay open."""
+        open_definitions: set[str] = set()
         waiting: list[tuple[Any, bool]] = [(self.whole, False)]
         while waiting:
             node, joined = waiting.pop()
             if not isinstance(node, dict):
                 continue
-            within = joined or _is_joined(node)
+            within = joined or _is_conjunction(node)
             name = node.get("$ref", "").removeprefix("#/$defs/")
-            if name and within and name not in opened:
-                opened.add(name)
+            if name and within and name not in open_definitions:
+                open_definitions.add(name)
                 waiting.append((self.whole if name == "#" else self.defs.get(name), True))
             for _, key, inner in subschemas(node):
                 waiting.append((inner, (within or key == "allOf") if key in (*_IN_PLACE, "then", "else") else False))
-        return opened
+        return open_definitions
 
     # ------------------------------------------------------------------ by trial
 
-    def compiled(self, what: str) -> tuple[Schema, Least]:
-        """A relaxed schema that llguidance takes, and its shortest value.
+    def compile(self, what: str) -> tuple[Schema, ShortestValue]:
+        """A relaxed schema that llguidance compiles, and its shortest value.
 
         Raises:
             BadSchema: no answer fits.
         """
         before = list(self.notes)
         root = self.root(close=True)
-        found, error = self._tried(root)
-        if isinstance(found, Never) or error.startswith("Unsatisfiable"):
+        found, error = self._try(root)
+        if isinstance(found, Unsatisfiable) or error.startswith("Unsatisfiable"):
             self.notes = before
             root = self.root(close=False)
-            found, error = self._tried(root)
-        if isinstance(found, Never):
-            raise BadSchema(f"No answer can fit {what}: {found.told()}.", hint="Correct that part of the schema.")
-        if found.size > LARGEST:
+            found, error = self._try(root)
+        if isinstance(found, Unsatisfiable):
+            raise BadSchema(f"No answer can fit {what}: {found.describe()}.", hint="Correct that part of the schema.")
+        if found.size > MAX_VALUE_BYTES:
             raise BadSchema(
                 f"No model's window holds an answer that fits {what}: it has {found.size} bytes or more"
-                f"{f', of which {found.asked()}' if found.blame else ''}.",
+                f"{f', of which {found.describe_blame()}' if found.blame else ''}.",
                 hint="Ask for less.",
             )
         if error.startswith("Unsatisfiable"):
             raise BadSchema(f"No answer can fit {what}: {error}.", hint="Correct that part of the schema.")
-        return (self._looser(root, what), found) if error else (root, found)
+        return (self._relax_by_trial(root, what), found) if error else (root, found)
 
-    def _tried(self, root: Schema) -> tuple[Least | Never, str]:
-        found = least(root)
-        if isinstance(found, Never):
+    def _try(self, root: Schema) -> tuple[ShortestValue | Unsatisfiable, str]:
+        found = shortest_value(root)
+        if isinstance(found, Unsatisfiable):
             return found, ""
-        for name in nevers(root):
+        for name in unsatisfiable_definitions(root):
             root["$defs"][name] = False
-        if self.long:  # only now, so that the shortest value is told as it is
-            root.update(self._mapped(root, (), _counted))
-        return found, complaint(root) if found.size <= UNTRIED else ""
+        if self.long:  # after the search, so that errors give the true shortest value
+            root.update(self._mapped(root, (), _cap_min_length))
+        return found, grammar_error(root) if found.size <= MAX_TRIED_BYTES else ""
 
-    def _looser(self, root: Schema, what: str) -> Schema:
-        """Find what llguidance refuses, in parts and then in the whole, and give that up."""
+    def _relax_by_trial(self, root: Schema, what: str) -> Schema:
+        """Find what llguidance refuses, in subschemas and then in the whole, and drop it."""
         stubs = dict.fromkeys(root.get("$defs", {}), True)
         body = {key: value for key, value in root.items() if key != "$defs"}
-        parts = {name: self._part(inner, (f"$defs.{name}",), stubs) for name, inner in root.get("$defs", {}).items()}
-        done = self._part(body, (), stubs)
+        parts = {
+            name: self._relax_part(inner, (f"$defs.{name}",), stubs) for name, inner in root.get("$defs", {}).items()
+        }
+        done = self._relax_part(body, (), stubs)
         root = done if isinstance(done, dict) else {}
         if parts:
             root["$defs"] = parts
-        for way in (self._circles, self._joins, self._depths):
-            error = complaint(root)
+        for relax_step in (self._cut_circular_refs, self._drop_alternatives, self._drop_definitions):
+            error = grammar_error(root)
             if not error:
                 return root
             if error.startswith("Unsatisfiable"):
                 break
-            root = way(root, error)
-        error = complaint(root)
+            root = relax_step(root, error)
+        error = grammar_error(root)
         if error.startswith("Unsatisfiable"):
             raise BadSchema(f"No answer can fit {what}: {error}.", hint="Correct that part of the schema.")
         if error:
@@ -469,11 +488,11 @@ class _Work:
 
     def _refused(self, node: Any, stubs: Mapping[str, Any]) -> str:
         self.trials -= 1
-        error = complaint({**node, "$defs": stubs} if stubs else node) if isinstance(node, dict) else ""
+        error = grammar_error({**node, "$defs": stubs} if stubs else node) if isinstance(node, dict) else ""
         return "" if error.startswith("Unsatisfiable") else error
 
-    def _part(self, node: Any, path: tuple[str, ...], stubs: Mapping[str, Any]) -> Any:
-        """A schema without what llguidance refuses in it, whatever its references mean."""
+    def _relax_part(self, node: Any, path: tuple[str, ...], stubs: Mapping[str, Any]) -> Any:
+        """A subschema without what llguidance refuses in it, with all references stubbed."""
         error = self._refused(node, stubs)
         if not error:
             return node
@@ -483,13 +502,13 @@ class _Work:
         out = dict(node)
         for key in ("properties", "patternProperties"):
             if key in out:
-                out[key] = {name: self._part(each, (*path, f".{name}"), stubs) for name, each in out[key].items()}
+                out[key] = {name: self._relax_part(each, (*path, f".{name}"), stubs) for name, each in out[key].items()}
         for key in ("allOf", "anyOf", "prefixItems"):
             if key in out:
-                out[key] = [self._part(each, path, stubs) for each in out[key]]
+                out[key] = [self._relax_part(each, path, stubs) for each in out[key]]
         for key, step in (("items", "[]"), ("additionalProperties", ".*")):
             if key in out:
-                out[key] = self._part(out[key], (*path, step), stubs)
+                out[key] = self._relax_part(out[key], (*path, step), stubs)
         for key in (
             "",
             "pattern",
@@ -511,24 +530,24 @@ class _Work:
                 return out
         return True
 
-    def _circles(self, root: Schema, error: str) -> Schema:
-        """References that hold themselves beside other keywords: the references go, one after the other."""
+    def _cut_circular_refs(self, root: Schema, error: str) -> Schema:
+        """Drop circular references that have sibling keywords, one after the other."""
         for _ in range(len(self.defs) + 1):
             if "circular references" not in error:
                 break
             target = f"#{unquote(error.rpartition('#')[2])}"
             before = root
-            for targets in ({target}, self._leading_to(target, root)):
-                root = dict(self._mapped(root, (), partial(self._without, targets=targets)))
+            for targets in ({target}, self._references_to(target, root)):
+                root = dict(self._mapped(root, (), partial(self._without_references, targets=targets)))
                 if root != before:
                     break
             else:
                 break
-            error = complaint(root)
+            error = grammar_error(root)
         return root
 
-    def _leading_to(self, target: str, root: Schema) -> set[str]:
-        """References whose definitions come to this one without going into a property or an item."""
+    def _references_to(self, target: str, root: Schema) -> set[str]:
+        """References whose definitions lead to this one in place, not through a property or an item."""
         bodies = {f"#/$defs/{name}": inner for name, inner in root.get("$defs", {}).items()}
         known, size = {target}, 0
         while len(known) > size:
@@ -536,8 +555,8 @@ class _Work:
             known |= {name for name, inner in bodies.items() if known & _in_place(inner)}
         return known
 
-    def _without(self, node: Schema, path: tuple[str, ...], *, targets: set[str]) -> Schema:
-        """Keywords beside a reference without it; where there is little beside it, the reference alone."""
+    def _without_references(self, node: Schema, path: tuple[str, ...], *, targets: set[str]) -> Schema:
+        """Drop a reference and keep its sibling keywords; keep the reference if these say little."""
         if node.get("$ref") in targets and len(node.keys() - {"$defs"}) > 1:
             little = not node.keys() & {"properties", "required", "allOf", "anyOf", "items"}
             kept = {key: node[key] for key in node if (key == "$ref") == little or key == "$defs"}
@@ -549,11 +568,11 @@ class _Work:
             return {**{key: node[key] for key in node if key != "allOf"}, **({"allOf": rest} if rest else {})}
         return node
 
-    def _joins(self, root: Schema, error: str) -> Schema:
-        """Schemas that must hold together, where that multiplies: the alternatives go."""
-        return dict(self._mapped(root, (), self._single))
+    def _drop_alternatives(self, root: Schema, error: str) -> Schema:
+        """Drop alternatives of conjunctions, whose combinations multiply."""
+        return dict(self._mapped(root, (), self._drop_alternatives_of))
 
-    def _single(self, node: Schema, path: tuple[str, ...]) -> Schema:
+    def _drop_alternatives_of(self, node: Schema, path: tuple[str, ...]) -> Schema:
         joined = [key for key in ("allOf", "anyOf", "$ref") if key in node]
         if "allOf" in node or (len(joined) and len(node) > 1):
             self.note(path, joined[0])
@@ -561,8 +580,8 @@ class _Work:
             return rest or {joined[0]: node[joined[0]]} if joined != ["allOf"] else rest
         return node
 
-    def _depths(self, root: Schema, error: str) -> Schema:
-        """A schema that is too large as a whole: definitions go, the deepest first."""
+    def _drop_definitions(self, root: Schema, error: str) -> Schema:
+        """Drop the definitions of a schema that is too large as a whole."""
         defs = root.pop("$defs", {})
         self.note((), f"$defs ({error})")
         return {**root, "$defs": dict.fromkeys(defs, True)} if defs else root
@@ -584,8 +603,8 @@ class _Work:
         return out
 
 
-def _counted(node: Schema, path: tuple[str, ...]) -> Schema:
-    return {**node, "minLength": LONGEST} if node.get("minLength", 0) > LONGEST else node
+def _cap_min_length(node: Schema, path: tuple[str, ...]) -> Schema:
+    return {**node, "minLength": MAX_COUNTED_LENGTH} if node.get("minLength", 0) > MAX_COUNTED_LENGTH else node
 
 
 def _in_place(node: Any) -> set[str]:
@@ -597,8 +616,8 @@ def _in_place(node: Any) -> set[str]:
     return own.union(*map(_in_place, inner))
 
 
-def _says(known: Schema, other: Schema, key: str) -> bool:
-    """Whether one schema says what another says by a keyword."""
+def _implied_by(known: Schema, other: Schema, key: str) -> bool:
+    """Whether one schema implies another's assertion for a keyword."""
     if key not in known or key in ("$ref", "anyOf"):
         return False
     if key == "type":
@@ -615,13 +634,13 @@ def _type_list(node: Schema) -> set[str]:
     return set(given if isinstance(given, list) else [given])
 
 
-def _is_joined(node: Schema) -> bool:
-    """Whether what this schema applies in place must fit together with more."""
+def _is_conjunction(node: Schema) -> bool:
+    """Whether a schema applies several subschemas in place, which must all fit."""
     in_place = [key for key in _IN_PLACE if key in node]
-    return len(in_place) > 1 or "if" in node or (bool(in_place) and any(key in node for key in _OF_OBJECTS))
+    return len(in_place) > 1 or "if" in node or (bool(in_place) and any(key in node for key in _OBJECT_KEYWORDS))
 
 
-def _of(node: Schema, *keys: str) -> Schema:
+def _only_keys(node: Schema, *keys: str) -> Schema:
     return {key: node[key] for key in keys if key in node}
 
 
@@ -638,7 +657,7 @@ def _kind(value: Any) -> str:
 
 
 def _types(node: Any) -> set[str] | None:
-    """Types that a schema says its values have; None where it does not say."""
+    """The types that a schema permits; None if it does not restrict them."""
     if not isinstance(node, dict):
         return None
     if "const" in node or "enum" in node:
@@ -656,23 +675,23 @@ def _values(node: Any) -> set[str] | None:
 
 
 def _disjoint(a: Any, b: Any) -> bool:
-    """Whether no value fits both schemas, as far as types and constants say."""
+    """Whether no value fits both schemas, judged by types and constants."""
     if a is False or b is False:
         return True
-    mine, other = _types(a), _types(b)
-    if mine and other:
+    first, second = _types(a), _types(b)
+    if first and second:
         alike = {"integer", "number"}
-        if not mine & other and not (mine & alike and other & alike):
+        if not first & second and not (first & alike and second & alike):
             return True
-    mine, other = _values(a), _values(b)
-    if mine is not None and other is not None:
-        return not mine & other
+    first, second = _values(a), _values(b)
+    if first is not None and second is not None:
+        return not first & second
     if not (isinstance(a, dict) and isinstance(b, dict) and _types(a) == _types(b) == {"object"}):
         return False
     shared = a.get("properties", {}).keys() & b.get("properties", {}).keys()
     needed = {*a.get("required", ()), *b.get("required", ())}
     for name in shared & needed:
-        mine, other = _values(a["properties"][name]), _values(b["properties"][name])
-        if mine is not None and other is not None and not mine & other:
+        first, second = _values(a["properties"][name]), _values(b["properties"][name])
+        if first is not None and second is not None and not first & second:
             return True
     return False

@@ -1,4 +1,4 @@
-"""The shortest JSON of a schema: how long it must be, where it is known, and whether there is any at all."""
+"""The shortest JSON value of a schema: its minimum length, its text where known, and whether any value exists."""
 
 from __future__ import annotations
 
@@ -14,62 +14,62 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLTokenizer
 
-from .canonical_schema import Schema, place, shown
-from .closing import ClosingOrder, Work
+from .canonical_schema import Schema, format_path, format_value
+from .completion_search import CompletionSearch, SearchBudget
 from .matcher import Matcher
-from .schema_rules import LARGEST, json_rule
+from .schema_rules import MAX_VALUE_BYTES, json_rule
 
-_ROUNDS = 24
-_KEPT = 20_000  # bytes up to which the text itself is kept
-_LOOKED_AT = 2000  # values of an enum
-_END = 256
+_MAX_ROUNDS = 24
+_MAX_TEXT_BYTES = 20_000  # longest value whose text is kept
+_MAX_ENUM_VALUES = 2000  # values of an enum that are examined
+_END_ID = 256
 
 
 @dataclass(frozen=True)
-class Least:
-    """What every value of a schema needs.
+class ShortestValue:
+    """The shortest value of a schema.
 
     Attributes:
-        size: no value has fewer bytes.
-        text: a shortest value, where it is known.
-        blame: who asks for most of it: bytes, place, keyword, value.
+        size: lower bound of its length in bytes.
+        text: a shortest value; None if unknown.
+        blame: the keyword that requires most of the length, as (bytes, path, keyword, value); None if there is none.
     """
 
     size: int
     text: str | None = None
     blame: tuple[int, str, str, Any] | None = None
 
-    def asked(self) -> str:
-        """Who asks for so much, as errors say it; "" where nobody does alone."""
-        return f"{self.blame[1]}: {self.blame[2]} {shown(self.blame[3])}" if self.blame else ""
+    def describe_blame(self) -> str:
+        """The keyword that requires most of the length, for errors; "" if there is none."""
+        return f"{self.blame[1]}: {self.blame[2]} {format_value(self.blame[3])}" if self.blame else ""
 
 
 @dataclass(frozen=True)
-class Never:
-    """No value fits: the place, the keyword and its value that rule all out."""
+class Unsatisfiable:
+    """No value fits: path, keyword and its value that exclude all values."""
 
     where: str
     keyword: str
     value: Any
 
-    def told(self) -> str:
-        """As errors say it."""
-        return f"{self.where}: {self.keyword} {shown(self.value)}"
+    def describe(self) -> str:
+        """Path, keyword and value, for errors."""
+        return f"{self.where}: {self.keyword} {format_value(self.value)}"
 
 
-Found = Least | Never
+Found = ShortestValue | Unsatisfiable
 
 
-def least(schema: Schema) -> Found:
+def shortest_value(schema: Schema) -> Found:
     """The shortest value of a relaxed schema."""
     return _Search(schema).root()
 
 
-def nevers(schema: Schema) -> list[str]:
-    """Definitions of a relaxed schema that no value fits."""
+def unsatisfiable_definitions(schema: Schema) -> list[str]:
+    """Names of the definitions of a relaxed schema that no value fits."""
     search = _Search(schema)
     search.root()
-    return search.never if "$defs" in schema else []
+    return search.unsatisfiable if "$defs" in schema else []
 
 
 class _Search:
@@ -79,28 +79,30 @@ class _Search:
 
     def root(self) -> Found:
         names = ["#", *(f"#/$defs/{name}" for name in self.schema.get("$defs", {}))]
-        self.known = {name: Never(place((name.removeprefix("#/"),)), "$ref", name) for name in names}
-        for _ in range(_ROUNDS):
+        self.known = {name: Unsatisfiable(format_path((name.removeprefix("#/"),)), "$ref", name) for name in names}
+        for _ in range(_MAX_ROUNDS):
             changed = False
             for name in reversed(names):
                 found = self.of(self._body(name), () if name == "#" else (name.removeprefix("#/").replace("/", "."),))
                 if _shorter(found, self.known[name]) or (
-                    _told_by_itself(self.known[name]) and found != self.known[name]
+                    _rests_on_itself(self.known[name]) and found != self.known[name]
                 ):
                     self.known[name], changed = found, True
             if not changed:
                 break
-        else:  # not settled, so nothing is ruled out
-            self.known = {name: Least(1) if isinstance(each, Never) else each for name, each in self.known.items()}
+        else:  # no fixed point reached: nothing is excluded
+            self.known = {
+                name: ShortestValue(1) if isinstance(each, Unsatisfiable) else each for name, each in self.known.items()
+            }
         return self.known["#"]
 
     @property
-    def never(self) -> list[str]:
+    def unsatisfiable(self) -> list[str]:
         """Definitions that no value fits."""
         return [
             name.removeprefix("#/$defs/")
             for name, each in self.known.items()
-            if isinstance(each, Never) and name != "#"
+            if isinstance(each, Unsatisfiable) and name != "#"
         ]
 
     def _body(self, name: str) -> Any:
@@ -108,14 +110,14 @@ class _Search:
 
     def of(self, node: Any, path: tuple[str, ...]) -> Found:
         if node is False:
-            return Never(place(path), "schema", False)
+            return Unsatisfiable(format_path(path), "schema", False)
         if not isinstance(node, dict):
-            return Least(1, "0")
+            return ShortestValue(1, "0")
         parts: list[Found] = []
         if "const" in node or "enum" in node:
             parts.append(self._literal(node, path))
         if "$ref" in node:
-            parts.append(self.known.get(node["$ref"], Least(1)))
+            parts.append(self.known.get(node["$ref"], ShortestValue(1)))
         parts += [self.of(each, path) for each in node.get("allOf", ())]
         if "anyOf" in node:
             parts.append(_best([self.of(each, path) for each in node["anyOf"]]))
@@ -123,18 +125,20 @@ class _Search:
         if rest and not ("const" in node or "enum" in node):
             parts.append(_best([self._typed(kind, node, path) for kind in _kinds(node)]))
         if not parts:
-            return Least(1, "0")
-        never = next((each for each in parts if isinstance(each, Never)), None)
-        if never is not None:
-            return never
+            return ShortestValue(1, "0")
+        unsatisfiable = next((each for each in parts if isinstance(each, Unsatisfiable)), None)
+        if unsatisfiable is not None:
+            return unsatisfiable
         kinds = [each for each in map(self._kinds_of, _in_place(node)) if each]
         if kinds and not set.intersection(*kinds):
-            return Never(place(path), "allOf" if "allOf" in node else "type", node.get("allOf", node.get("type")))
-        whole = max((each for each in parts if isinstance(each, Least)), key=lambda each: each.size)
-        return whole if len(parts) == 1 else Least(whole.size, None, whole.blame)
+            return Unsatisfiable(
+                format_path(path), "allOf" if "allOf" in node else "type", node.get("allOf", node.get("type"))
+            )
+        whole = max((each for each in parts if isinstance(each, ShortestValue)), key=lambda each: each.size)
+        return whole if len(parts) == 1 else ShortestValue(whole.size, None, whole.blame)
 
     def _kinds_of(self, node: Any) -> set[str]:
-        """Types that one schema leaves; empty where it does not say."""
+        """The types that a schema permits; empty if it does not restrict them."""
         if isinstance(node, dict) and set(node) == {"$ref"}:
             node = self._body(node["$ref"]) if node["$ref"] in self.known else None
         given = node.get("type") if isinstance(node, dict) else None
@@ -145,19 +149,23 @@ class _Search:
         values = node.get("enum", [node.get("const")])
         if "const" in node and "enum" in node:
             values = [each for each in values if _same(each, node["const"])]
-        fitting = [each for each in values[:_LOOKED_AT] if _fits(each, node)]
-        if not fitting and len(values) <= _LOOKED_AT:
-            return Never(place(path), "enum" if "enum" in node else "const", node.get("enum", node.get("const")))
+        fitting = [each for each in values[:_MAX_ENUM_VALUES] if _fits(each, node)]
+        if not fitting and len(values) <= _MAX_ENUM_VALUES:
+            return Unsatisfiable(
+                format_path(path), "enum" if "enum" in node else "const", node.get("enum", node.get("const"))
+            )
         texts = [json.dumps(each, ensure_ascii=False) for each in fitting] or ["0"]
         shortest = min(texts, key=lambda text: len(text.encode()))
         size = len(shortest.encode())
-        return Least(size, shortest, (size, place(path), "const" if "const" in node else "enum", shortest))
+        return ShortestValue(
+            size, shortest, (size, format_path(path), "const" if "const" in node else "enum", shortest)
+        )
 
     def _typed(self, kind: str, node: Schema, path: tuple[str, ...]) -> Found:
         if kind == "null":
-            return Least(4, "null")
+            return ShortestValue(4, "null")
         if kind == "boolean":
-            return Least(4, "true")
+            return ShortestValue(4, "true")
         if kind in ("integer", "number"):
             return _number(kind, node, path)
         if kind == "string":
@@ -167,8 +175,8 @@ class _Search:
     def _array(self, node: Schema, path: tuple[str, ...]) -> Found:
         count = node.get("minItems", 0)
         if count > node.get("maxItems", math.inf):
-            key = "minItems" if count > LARGEST else "maxItems"
-            return Never(place(path), key, node[key])
+            key = "minItems" if count > MAX_VALUE_BYTES else "maxItems"
+            return Unsatisfiable(format_path(path), key, node[key])
         sizes, texts, blames = 0, list[str | None](), list[tuple[int, str, str, Any]]()
         schemas = node.get("prefixItems", [])[:count]
         items = [self.of(each, (*path, "[]")) for each in schemas]
@@ -176,26 +184,26 @@ class _Search:
         if more:
             items.append(self.of(node.get("items", True), (*path, "[]")))
         for at, item in enumerate(items):
-            if isinstance(item, Never):
+            if isinstance(item, Unsatisfiable):
                 return item
             times = more if more and at == len(items) - 1 else 1
             sizes += times * item.size
-            few = times * len(item.text or "") <= _KEPT and times <= _KEPT
+            few = times * len(item.text or "") <= _MAX_TEXT_BYTES and times <= _MAX_TEXT_BYTES
             texts += [item.text] * times if few else [None]
             blames += [item.blame] if item.blame and times == 1 else []
         size = 2 + sizes + 2 * max(count - 1, 0)
         text = None if None in texts else f"[{', '.join(map(str, texts))}]"
         if count > 1:
-            blames.append((size, place(path), "minItems", count))
-        return Least(size, text, max(blames, key=lambda each: each[0], default=None))
+            blames.append((size, format_path(path), "minItems", count))
+        return ShortestValue(size, text, max(blames, key=lambda each: each[0], default=None))
 
     def _object(self, node: Schema, path: tuple[str, ...]) -> Found:
         properties, required = node.get("properties", {}), node.get("required", [])
         others = node.get("additionalProperties", True)
         if len(required) > node.get("maxProperties", math.inf):
-            return Never(place(path), "maxProperties", node["maxProperties"])
+            return Unsatisfiable(format_path(path), "maxProperties", node["maxProperties"])
         if others is False and not node.get("patternProperties") and node.get("minProperties", 0) > len(properties):
-            return Never(place(path), "minProperties", node["minProperties"])
+            return Unsatisfiable(format_path(path), "minProperties", node["minProperties"])
         wanted = set(required)
         names = [
             *(name for name in properties if name in wanted),
@@ -206,10 +214,10 @@ class _Search:
             if name in properties:
                 found = self.of(properties[name], (*path, f".{name}"))
             elif others is False and not node.get("patternProperties"):
-                return Never(place(path), "required", name)
+                return Unsatisfiable(format_path(path), "required", name)
             else:
-                found = Least(1, "0" if others is True and not node.get("patternProperties") else None)
-            if isinstance(found, Never):
+                found = ShortestValue(1, "0" if others is True and not node.get("patternProperties") else None)
+            if isinstance(found, Unsatisfiable):
                 return found
             key = json.dumps(name, ensure_ascii=False)
             size += len(key.encode()) + 2 + found.size
@@ -220,12 +228,12 @@ class _Search:
         if more > 0:
             size += 6 * more
             texts.append(None)
-            blames.append((6 * more, place(path), "minProperties", node["minProperties"]))
+            blames.append((6 * more, format_path(path), "minProperties", node["minProperties"]))
         if len(names) > 1:
             own = size - sum(each[0] for each in blames)
-            blames.append((own, place(path), "required", names))
-        text = None if None in texts or size > _KEPT else "{" + ", ".join(map(str, texts)) + "}"
-        return Least(size, text, max(blames, key=lambda each: each[0], default=None))
+            blames.append((own, format_path(path), "required", names))
+        text = None if None in texts or size > _MAX_TEXT_BYTES else "{" + ", ".join(map(str, texts)) + "}"
+        return ShortestValue(size, text, max(blames, key=lambda each: each[0], default=None))
 
 
 def _in_place(node: Schema) -> list[Any]:
@@ -233,24 +241,24 @@ def _in_place(node: Schema) -> list[Any]:
     return [own, *node.get("allOf", ()), *([{"$ref": node["$ref"]}] if "$ref" in node else [])]
 
 
-def _told_by_itself(found: Found) -> bool:
-    return isinstance(found, Never) and found.keyword == "$ref"
+def _rests_on_itself(found: Found) -> bool:
+    return isinstance(found, Unsatisfiable) and found.keyword == "$ref"
 
 
 def _shorter(one: Found, other: Found) -> bool:
-    if isinstance(one, Never):
+    if isinstance(one, Unsatisfiable):
         return False
-    return isinstance(other, Never) or one.size < other.size
+    return isinstance(other, Unsatisfiable) or one.size < other.size
 
 
 def _best(options: list[Found]) -> Found:
-    fitting = [each for each in options if isinstance(each, Least)]
+    fitting = [each for each in options if isinstance(each, ShortestValue)]
     if not fitting:
-        return options[0] if options else Never("(root)", "anyOf", [])
+        return options[0] if options else Unsatisfiable("(root)", "anyOf", [])
     known = [each for each in fitting if each.text is not None]
     size = min(each.size for each in fitting)
     shortest = min(known or fitting, key=lambda each: each.size)
-    return Least(size, shortest.text, min(fitting, key=lambda each: each.size).blame)
+    return ShortestValue(size, shortest.text, min(fitting, key=lambda each: each.size).blame)
 
 
 def _kinds(node: Schema) -> list[str]:
@@ -263,10 +271,10 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _fits(value: Any, node: Schema) -> bool:
-    from .validation import Check
+    from .validation import SchemaValidator
 
     rest = {key: node[key] for key in node if key not in ("$ref", "allOf", "anyOf", "enum", "const", "$defs")}
-    return not rest or not Check(rest).complaint(value)
+    return not rest or not SchemaValidator(rest).error_of(value)
 
 
 def _number(kind: str, node: Schema, path: tuple[str, ...]) -> Found:
@@ -275,9 +283,9 @@ def _number(kind: str, node: Schema, path: tuple[str, ...]) -> Found:
     lower = max(low, over)
     if lower > min(high, under) or (lower == min(high, under) and (over == lower or under == lower)):
         key = next(key for key in ("maximum", "exclusiveMaximum") if node.get(key, math.inf) == min(high, under))
-        return Never(place(path), key, node[key])
+        return Unsatisfiable(format_path(path), key, node[key])
     if low <= 0 <= high and over < 0 < under:
-        return Least(1, "0")
+        return ShortestValue(1, "0")
     first = math.floor(lower) if lower > -math.inf else 0
     step = node.get("multipleOf", 1)
     if lower >= 0:
@@ -290,59 +298,59 @@ def _number(kind: str, node: Schema, path: tuple[str, ...]) -> Found:
     whole = value == int(value) and low <= value <= high and over < value < under
     if whole:
         text = str(int(value))
-        return Least(1, text)
+        return ShortestValue(1, text)
     if kind == "integer" and "multipleOf" not in node:
         key = "maximum" if "maximum" in node else "exclusiveMaximum"
-        return Never(place(path), key, node.get(key))
-    return Least(1)
+        return Unsatisfiable(format_path(path), key, node.get(key))
+    return ShortestValue(1)
 
 
 def _string(node: Schema, path: tuple[str, ...]) -> Found:
     count = node.get("minLength", 0)
     if count > node.get("maxLength", math.inf):
-        key = "minLength" if count > LARGEST else "maxLength"
-        return Never(place(path), key, node[key])
-    blame = (count + 2, place(path), "minLength", count) if count else None
+        key = "minLength" if count > MAX_VALUE_BYTES else "maxLength"
+        return Unsatisfiable(format_path(path), key, node[key])
+    blame = (count + 2, format_path(path), "minLength", count) if count else None
     keys = ("pattern", "format", "minLength", "maxLength")
     rules: Schema = {key: node[key] for key in keys if key in node}
     if "pattern" not in rules and "format" not in rules:
-        return Least(count + 2, f'"{"a" * count}"' if count <= _KEPT else None, blame)
+        return ShortestValue(count + 2, f'"{"a" * count}"' if count <= _MAX_TEXT_BYTES else None, blame)
     text = _shortest_string(json.dumps(rules)) if count <= 200 else None
     key = "pattern" if "pattern" in rules else "format"
     size = len(text.encode()) if text is not None else count + 2
-    return Least(count + 2, text, blame or (size, place(path), key, rules[key]))
+    return ShortestValue(count + 2, text, blame or (size, format_path(path), key, rules[key]))
 
 
 @lru_cache(maxsize=2048)
 def _shortest_string(rules: str) -> str | None:
-    """The shortest string that the grammar takes, by a search over bytes."""
+    """The shortest string that fits, as JSON, found by a search over bytes; None if none is found."""
     source = f"start: value\nvalue: {json_rule({'type': 'string', **json.loads(rules)})}\n"
-    core, order = _bytes()
-    matcher = Matcher(core, source)
+    llguidance_tokenizer, order = _byte_vocabulary()
+    matcher = Matcher(llguidance_tokenizer, source)
     if matcher.is_error():
         return None
-    spelt = json.dumps(_spelt(json.loads(rules).get("pattern", "")), ensure_ascii=False)
-    if _takes(matcher, spelt):
+    spelt = json.dumps(_example_of_pattern(json.loads(rules).get("pattern", "")), ensure_ascii=False)
+    if _accepts(matcher, spelt):
         return spelt
-    found = order.path(matcher, _mask, 400, work=Work(20_000))
+    found = order.find_completion(matcher, _mask, 400, budget=SearchBudget(20_000))
     text = bytes(found or b"").decode(errors="replace")
-    return text if found is not None and _takes(matcher, text) else None
+    return text if found is not None and _accepts(matcher, text) else None
 
 
-def _takes(matcher: Any, text: str) -> bool:
-    ahead = matcher.deep_copy()
-    return bool(ahead.consume_tokens(list(text.encode())) and ahead.is_accepting())
+def _accepts(matcher: Any, text: str) -> bool:
+    state = matcher.deep_copy()
+    return bool(state.consume_tokens(list(text.encode())) and state.is_accepting())
 
 
-def _spelt(pattern: str) -> str:
-    """A short text that a pattern finds, by its parts; "" where Python does not read it."""
+def _example_of_pattern(pattern: str) -> str:
+    """A short text that matches a pattern, built from its parts; "" if Python cannot parse the pattern."""
     try:
-        return str(_spelt_parts(_parser.parse(pattern)))
+        return str(_example_of_parts(_parser.parse(pattern)))
     except (re.error, RecursionError, OverflowError):
         return ""
 
 
-def _spelt_parts(parts: Any) -> str:
+def _example_of_parts(parts: Any) -> str:
     out: str = ""
     for kind, value in parts:
         name = str(kind)
@@ -355,11 +363,11 @@ def _spelt_parts(parts: Any) -> str:
         elif name == "ANY":
             out += "a"
         elif name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
-            out += _spelt_parts(value[2]) * min(value[0], 400)
+            out += _example_of_parts(value[2]) * min(value[0], 400)
         elif name == "SUBPATTERN":
-            out += _spelt_parts(value[3])
+            out += _example_of_parts(value[3])
         elif name == "BRANCH":
-            out += min((_spelt_parts(each) for each in value[1]), key=len)
+            out += min((_example_of_parts(each) for each in value[1]), key=len)
     return out
 
 
@@ -386,25 +394,25 @@ def _holds(choice: Any, char: str) -> bool:
     return found.get(name, False)
 
 
-class _Bytes:
-    """A tokenizer whose tokens are bytes, and an end token."""
+class _ByteTokenizer:
+    """A tokenizer of single bytes and an end token, for llguidance."""
 
-    eos_token_id, bos_token_id = _END, None
-    tokens = [bytes([value]) for value in range(_END)] + [b"<end>"]
-    special_token_ids = [_END]  # noqa: RUF012
+    eos_token_id, bos_token_id = _END_ID, None
+    tokens = [bytes([value]) for value in range(_END_ID)] + [b"<end>"]
+    special_token_ids = [_END_ID]  # noqa: RUF012
 
     def __call__(self, text: bytes) -> list[int]:
         return list(text)
 
 
 @lru_cache(maxsize=1)
-def _bytes() -> tuple[LLTokenizer, ClosingOrder]:
+def _byte_vocabulary() -> tuple[LLTokenizer, CompletionSearch]:
     from llguidance._tokenizer import TokenizerWrapper
 
-    texts = [chr(value) if value < 128 else "\ufffd" for value in range(_END)]
-    return LLTokenizer(TokenizerWrapper(_Bytes())), ClosingOrder([*texts, ""], enders=set())
+    texts = [chr(value) if value < 128 else "\ufffd" for value in range(_END_ID)]
+    return LLTokenizer(TokenizerWrapper(_ByteTokenizer())), CompletionSearch([*texts, ""], enders=set())
 
 
 def _mask(matcher: Any) -> npt.NDArray[np.bool_]:
     bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-    return np.unpackbits(bits, count=_END + 1, bitorder="little").view(np.bool_)
+    return np.unpackbits(bits, count=_END_ID + 1, bitorder="little").view(np.bool_)

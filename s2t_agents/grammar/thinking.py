@@ -1,6 +1,6 @@
-"""Think first, then answer: a grammar that begins behind the thought, with the room that is left.
+"""Reasoning before an answer: a grammar for the reasoning and its tags, followed by the answer's grammar.
 
-undecided ──opening tag──> thought ──closing tag──> (bridge) ──> gap ──> the answer's own grammar
+undecided ──opening tag──> thought ──closing tag──> (bridge) ──> gap ──> the answer's grammar
     └───────────── any other token that the answer may begin with ────────────────────┘
 """
 
@@ -17,83 +17,85 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..fork_safety import uncut
-from ..formats.reasoning import Place, ReasoningFormat, Tag
-from .grammar import CompiledGrammar, Generation, Vocabulary
+from ..fork_safety import delay_fork
+from ..formats.reasoning import ReasoningFormat, ReasoningPhase, Tag
+from .grammar import CompiledGrammar, GrammarState, Vocabulary
 
-_TEXT = re.compile(r"[\s▁]+|</?[a-z]+[1-6]?>")
-"""Added tokens that are text all the same: runs of white space, HTML tags."""
+_TEXT_TOKENS = re.compile(r"[\s▁]+|</?[a-z]+[1-6]?>")
+"""Added tokens that count as text: runs of white space, HTML tags."""
 
-SOME = 16
-"""Tokens that a limited thought leaves to an answer in free text, where ``max_tokens`` has them."""
+MIN_ANSWER_TOKENS = 16
+"""Tokens that limited reasoning leaves for a free-text answer, if ``max_tokens`` permits."""
 
-GAP = 4
-"""Characters of white space that may stand between a thought and an answer whose grammar wants none."""
+MAX_GAP_BYTES = 4
+"""White space that is legal between reasoning and an answer whose grammar permits none."""
 
 
 class ThinkingVocabulary:
-    """What a vocabulary's tokens mean within and around a thought; made once per tokenizer and format.
+    """A vocabulary's token masks and tag tokens for one reasoning format.
 
     Args:
-        words: the vocabulary.
-        tokenizer: of the same tokens.
-        format: how its models think.
+        vocabulary: of the model's tokenizer.
+        tokenizer: the tokenizer.
+        format: the model's reasoning format.
     """
 
-    def __init__(self, words: Vocabulary, tokenizer: object, format: ReasoningFormat) -> None:
-        self.words: Vocabulary = proxy(words)  # which keeps this, and must not be kept by it
+    def __init__(self, vocabulary: Vocabulary, tokenizer: object, format: ReasoningFormat) -> None:
+        self.vocabulary: Vocabulary = proxy(vocabulary)  # a key of the cache that holds this object
         self.format = format
         added = tokenizer.added_tokens_decoder  # type: ignore[attr-defined]
-        self.controls = {i for i, token in added.items() if token.special or not _TEXT.fullmatch(token.content)}
-        self.controls |= words.eos_ids
-        self._size = min(words.size, len(tokenizer))  # type: ignore[arg-type]
+        self.controls = {i for i, token in added.items() if token.special or not _TEXT_TOKENS.fullmatch(token.content)}
+        self.controls |= vocabulary.eos_ids
+        self._size = min(vocabulary.size, len(tokenizer))  # type: ignore[arg-type]
         self._completing: dict[tuple[Tag, int], dict[int, bytes]] = {}
         self._beginning: dict[tuple[Tag, int], list[int]] = {}
 
     @cached_property
     def spelled(self) -> list[bytes]:
-        """The bytes of every token; none of control tokens."""
-        decode = self.words.core.decode_bytes
+        """The bytes of every token, by id; empty for control tokens."""
+        decode = self.vocabulary.llguidance_tokenizer.decode_bytes
         return [b"" if i in self.controls else bytes(decode([i])) for i in range(self._size)]
 
     @cached_property
     def text(self) -> Tensor:
-        """``[V]`` bool: tokens that a thought may hold; its closing tag's first token, where it has one, too."""
-        mask = torch.zeros(self.words.size, dtype=torch.bool)
+        """``[V]`` bool: tokens that are legal in reasoning: text, and the first token of a closing tag."""
+        mask = torch.zeros(self.vocabulary.size, dtype=torch.bool)
         mask[: self._size] = True
-        mask[[i for i in self.controls if i < self.words.size]] = False
-        for tag in (self.format.closing, self.format.opening):  # some models open a thought again within it
+        mask[[i for i in self.controls if i < self.vocabulary.size]] = False
+        for tag in (self.format.closing, self.format.opening):  # some models repeat the opening tag
             if tag.by_token and (tag is self.format.closing or len(tag.ids) == 1):
                 mask[tag.ids[0]] = True
         return mask
 
     @cached_property
-    def blank(self) -> Tensor:
-        """``[V]`` bool: tokens of a little white space."""
-        mask = torch.zeros(self.words.size, dtype=torch.bool)
-        mask[[i for i, each in enumerate(self.spelled) if each and not each.strip() and len(each) <= GAP]] = True
+    def whitespace(self) -> Tensor:
+        """``[V]`` bool: tokens of at most ``MAX_GAP_BYTES`` of white space."""
+        mask = torch.zeros(self.vocabulary.size, dtype=torch.bool)
+        mask[[i for i, each in enumerate(self.spelled) if each and not each.strip() and len(each) <= MAX_GAP_BYTES]] = (
+            True
+        )
         return mask
 
     @cached_property
     def tokens_to_close(self) -> int:
-        """Most tokens that end a thought, wherever in the closing tag it stands, and come before the answer."""
+        """Maximum number of tokens to close the reasoning, from any prefix of the closing tag, bridge included."""
         closing, bridge = self.format.closing, self.format.bridge
         letters = closing.text.encode()
         rests = [closing.ids] if closing.by_token else [self.ids_of(letters[at:]) for at in range(len(letters))]
         return max(map(len, rests)) + (len(bridge.ids) if bridge else 0)
 
     def completing(self, tag: Tag, matched: int) -> dict[int, bytes]:
-        """Tokens that complete a spelt-out tag of which so many bytes are there, with what they hold behind it."""
+        """Tokens that complete a plain-text tag of which ``matched`` bytes are there, with their bytes after it."""
         key = (tag, matched)
         if key not in self._completing:
             goal = tag.text.encode()
-            begun, last = goal[:matched], goal[-1:]
-            found = ((i, each, (begun + each).find(goal)) for i, each in enumerate(self.spelled) if last in each)
-            self._completing[key] = {i: (begun + each)[at + len(goal) :] for i, each, at in found if at >= 0}
+            prefix, last = goal[:matched], goal[-1:]
+            found = ((i, each, (prefix + each).find(goal)) for i, each in enumerate(self.spelled) if last in each)
+            self._completing[key] = {i: (prefix + each)[at + len(goal) :] for i, each, at in found if at >= 0}
         return self._completing[key]
 
     def beginning(self, tag: Tag, matched: int) -> list[int]:
-        """Tokens that go on with a spelt-out tag of which so many bytes are there; space may stand before it."""
+        """Tokens that continue a plain-text tag of which ``matched`` bytes are there; white space may precede it."""
         key = (tag, matched)
         if key not in self._beginning:
             rest = tag.text.encode()[matched:]
@@ -103,38 +105,44 @@ class ThinkingVocabulary:
         return self._beginning[key]
 
     def ids_of(self, text: bytes) -> list[int]:
-        """Tokens of a text, none of which is a control token."""
-        core = self.words.core
-        with uncut:
-            ids = list(core.tokenize_bytes(text))
-            return ids if bytes(core.decode_bytes(ids)) == text else list(core.greedy_tokenize(text))
+        """Token ids of a text, without control tokens."""
+        llguidance_tokenizer = self.vocabulary.llguidance_tokenizer
+        with delay_fork:
+            ids = list(llguidance_tokenizer.tokenize_bytes(text))
+            return (
+                ids
+                if bytes(llguidance_tokenizer.decode_bytes(ids)) == text
+                else list(llguidance_tokenizer.greedy_tokenize(text))
+            )
 
 
-_KNOWN: WeakKeyDictionary[Vocabulary, dict[ReasoningFormat, ThinkingVocabulary]] = WeakKeyDictionary()
+_THINKING_VOCABULARIES: WeakKeyDictionary[Vocabulary, dict[ReasoningFormat, ThinkingVocabulary]] = WeakKeyDictionary()
 
 
-def thinking_vocabulary(words: Vocabulary, tokenizer: object, format: ReasoningFormat) -> ThinkingVocabulary:
-    """The vocabulary's ``ThinkingVocabulary``, from the cache when it was made before."""
-    known = _KNOWN.setdefault(words, {})
+def cached_thinking_vocabulary(
+    vocabulary: Vocabulary, tokenizer: object, format: ReasoningFormat
+) -> ThinkingVocabulary:
+    """The vocabulary's ``ThinkingVocabulary``, made once per format."""
+    known = _THINKING_VOCABULARIES.setdefault(vocabulary, {})
     if format not in known:
-        known[format] = ThinkingVocabulary(words, tokenizer, format)
+        known[format] = ThinkingVocabulary(vocabulary, tokenizer, format)
     return known[format]
 
 
 class ThinkThenAnswer:
-    """One generation that may think before it answers; a ``Grammar``.
+    """The state of one generation that may reason before it answers; a ``Grammar``.
 
-    Inside the thought all text is legal and no control token is, but for the closing tag. A model that would rather
-    end its turn there, or begin a call, has the thought closed for it. The thought is closed, too, when it has
-    ``limit`` tokens, and when an answer that a grammar forces needs the room that is left.
+    In the reasoning all text is legal, and no control token except the closing tag. If the model's best token would
+    end the turn or begin a tool call there, the closing tag is forced. It is also forced when the reasoning has
+    ``limit`` tokens, and when a structured answer needs the remaining tokens.
 
     Args:
         thinking: the vocabulary.
         answer: the answer's grammar.
-        place: where the prompt ends, "undecided" or "thought".
-        room: tokens that the thought and the answer may have together.
-        limit: tokens that the thought may have, tags not counted; None leaves it all but the answer's.
-        forced: whether the answer has a form that must be whole; otherwise a thought may take all the room.
+        phase: at the end of the prompt, "undecided" or "thought".
+        room: maximum number of tokens of reasoning and answer together.
+        limit: maximum number of reasoning tokens without tags; None leaves all but the answer's.
+        forced: whether the answer must be a complete structure; otherwise the reasoning may use all tokens.
 
     Raises:
         ConfigError: the shortest answer does not fit.
@@ -145,41 +153,41 @@ class ThinkThenAnswer:
         thinking: ThinkingVocabulary,
         answer: CompiledGrammar,
         *,
-        place: Place,
+        phase: ReasoningPhase,
         room: int,
         limit: int | None = None,
         forced: bool = False,
     ) -> None:
-        self._thinking, self._format, self._compiled = thinking, thinking.format, answer
-        self._left, self._limit = room, limit
+        self._thinking, self._format, self._answer_grammar = thinking, thinking.format, answer
+        self._tokens_left, self._thought_limit = room, limit
         self._phase: Literal["undecided", "thought", "gap", "answer"] = "undecided"
-        self._due: list[int] = []  # tokens that the format dictates
-        self._spoken: list[int] = []  # of a tag that is under way
-        self._matched = 0  # bytes of a spelt-out tag
-        self._thought = 0  # tokens
-        self._space = 0  # bytes of white space in the gap
-        self._inner: Generation | None = None
-        self._tag_only = False  # the answer cannot begin as the tag does
-        self._follows: dict[bytes, bool] = {}
-        self._reserve = self._reserved(forced, place)
-        self._may_think = room >= self._reserve + len(self._format.opening.ids)
-        if place == "thought":
+        self._dictated_tokens: list[int] = []  # tokens that the format forces next
+        self._tag_prefix: list[int] = []  # tokens of an incomplete tag
+        self._tag_bytes_matched = 0  # bytes of an incomplete plain-text tag
+        self._thought_tokens = 0  # tokens
+        self._gap_bytes = 0  # bytes of white space in the gap
+        self._answer_state: GrammarState | None = None
+        self._tag_only = False  # the answer cannot begin with the prefix of the tag
+        self._can_follow: dict[bytes, bool] = {}
+        self._reserved_tokens = self._tokens_to_reserve(forced, phase)
+        self._may_think = room >= self._reserved_tokens + len(self._format.opening.ids)
+        if phase == "thought":
             self._begin_thought()
         elif not self._may_think and self._format.bare is None:
-            self._phase, self._space = "gap", GAP
+            self._phase, self._gap_bytes = "gap", MAX_GAP_BYTES
 
-    def _reserved(self, forced: bool, place: Place) -> int:
-        """Tokens that close the thought and are the answer's; 0 where the thought may take all."""
-        room, answer, bare = self._left, self._compiled, self._format.bare
+    def _tokens_to_reserve(self, forced: bool, phase: ReasoningPhase) -> int:
+        """Tokens reserved for closing the reasoning and for the answer; 0 if the reasoning may use all."""
+        room, answer, bare = self._tokens_left, self._answer_grammar, self._format.bare
         closing = self._thinking.tokens_to_close
         if not forced:
-            return closing + min(SOME, room // 2) if self._limit is not None else 0
+            return closing + min(MIN_ANSWER_TOKENS, room // 2) if self._thought_limit is not None else 0
         if room >= 2 * (answer.margin + closing):
             return closing + answer.margin
-        around = closing if place == "thought" else len(bare.ids) if bare else 0
+        around = closing if phase == "thought" else len(bare.ids) if bare else 0
         if not around:
             answer.start(room)
-        fewest = len(answer.shortest(room - around) or ()) or answer.least_tokens
+        fewest = len(answer.shortest(room - around) or ()) or answer.min_tokens
         if not answer.fits(room - around):
             raise ConfigError(
                 f"max_tokens={room} cannot hold an answer: the shortest has {fewest} tokens, "
@@ -193,63 +201,65 @@ class ThinkThenAnswer:
     @property
     def finished(self) -> bool:
         """Whether nothing more may come."""
-        if self._due:
+        if self._dictated_tokens:
             return False
-        return self._left <= 0 or (self._phase in ("gap", "answer") and self._answer().finished)
+        return self._tokens_left <= 0 or (self._phase in ("gap", "answer") and self._started_answer().finished)
 
     def forced(self) -> list[int]:
         """Tokens that must come next, with no choice in them."""
-        if self._due:
-            return list(self._due)
+        if self._dictated_tokens:
+            return list(self._dictated_tokens)
         if self.finished:
             return []
         if self._phase == "undecided":
-            return self._dictated() if self._bare_answer() is None else []
+            return self._common_continuation() if self._untagged_answer() is None else []
         if self._phase == "answer" or (self._phase == "gap" and not self._gap_is_open):
-            return self._answer().forced()
+            return self._started_answer().forced()
         return []
 
     def allowed(self, logits: Tensor | None = None) -> Tensor:
-        """``[V]`` bool on the CPU: tokens that are legal now.
+        """Token mask ``[V]`` (bool, CPU).
 
         Args:
-            logits: ``[V]``, the model's; they say what it would do if it were free to.
+            logits: ``[V]``, the model's, unmasked: show whether it would end the reasoning.
         """
-        if self._due:
-            return self._only(self._due[:1])
+        if self._dictated_tokens:
+            return self._mask_of(self._dictated_tokens[:1])
         if self._phase == "thought":
-            mask = self._in_thought
-            if logits is not None and self._would_leave(int(logits.argmax())):
-                return self._only(self._rest_of_closing(self._matched)[:1])
+            mask = self._mask_in_thought
+            if logits is not None and self._ends_thought(int(logits.argmax())):
+                return self._mask_of(self._rest_of_closing(self._tag_bytes_matched)[:1])
             return mask
         if self._phase == "undecided":
-            return self._undecided(logits)
-        mask = self._answer().allowed(logits)
-        return mask | self._thinking.blank if self._gap_is_open else mask
+            return self._mask_undecided(logits)
+        mask = self._started_answer().allowed(logits)
+        return mask | self._thinking.whitespace if self._gap_is_open else mask
 
-    def _would_leave(self, token_id: int) -> bool:
-        """Whether this token ends the turn, or begins what belongs behind the thought."""
+    def _ends_thought(self, token_id: int) -> bool:
+        """Whether this token would end the turn, or begin what must follow the reasoning."""
         return token_id in self._thinking.controls and not self._thinking.text[token_id]
 
     def takes(self, token_id: int) -> bool:
         """Whether this token may come next."""
         if self.finished:
             return False
-        if self._due:
-            return token_id == self._due[0]
+        if self._dictated_tokens:
+            return token_id == self._dictated_tokens[0]
         if self._phase == "thought":
-            return bool(self._in_thought[token_id])
+            return bool(self._mask_in_thought[token_id])
         if self._phase == "undecided":
-            inner = self._bare_answer()
-            return token_id in self._openings() or (inner is not None and inner.takes(token_id))
-        return self._answer().takes(token_id) or (self._gap_is_open and bool(self._thinking.blank[token_id]))
+            inner = self._untagged_answer()
+            return token_id in self._opening_tokens() or (inner is not None and inner.takes(token_id))
+        return self._started_answer().takes(token_id) or (
+            self._gap_is_open and bool(self._thinking.whitespace[token_id])
+        )
 
     def fork(self) -> Self:
-        """A state of its own that begins here."""
-        twin = copy.copy(self)
-        twin._due, twin._spoken = list(self._due), list(self._spoken)
-        twin._inner = self._inner.fork() if self._inner is not None else None
-        return twin
+        """An independent copy of the state."""
+        copied = copy.copy(self)
+        copied._dictated_tokens, copied._tag_prefix = list(self._dictated_tokens), list(self._tag_prefix)
+        copied._answer_state = self._answer_state.fork() if self._answer_state is not None else None
+        return copied
 
     # ------------------------------------------------------------------ what came
 
@@ -259,141 +269,145 @@ class ThinkThenAnswer:
         Raises:
             ValueError: a token that is not legal here.
         """
-        if self._due:
-            if token_id != self._due[0]:
+        if self._dictated_tokens:
+            if token_id != self._dictated_tokens[0]:
                 raise ValueError(f"token {token_id} is not legal here")
-            self._left -= 1
-            self._due.pop(0)
-            if not self._due:
+            self._tokens_left -= 1
+            self._dictated_tokens.pop(0)
+            if not self._dictated_tokens:
                 self._phase = "gap"
         elif self._phase == "thought":
-            if not self._in_thought[token_id]:
+            if not self._mask_in_thought[token_id]:
                 raise ValueError(f"token {token_id} is not legal here")
-            self._left -= 1
-            self._think(token_id)
+            self._tokens_left -= 1
+            self._accept_thought_token(token_id)
         elif self._phase == "undecided":
-            self._decide(token_id)
-        elif self._gap_is_open and self._thinking.blank[token_id]:
-            self._left -= 1
-            self._space += len(self._thinking.spelled[token_id])
-            self._inner = None  # begins anew, with less room
+            self._accept_undecided(token_id)
+        elif self._gap_is_open and self._thinking.whitespace[token_id]:
+            self._tokens_left -= 1
+            self._gap_bytes += len(self._thinking.spelled[token_id])
+            self._answer_state = None  # started again, with fewer tokens left
         else:
-            self._answer().accept(token_id)
-            self._left -= 1
+            self._started_answer().accept(token_id)
+            self._tokens_left -= 1
             self._phase = "answer"
 
     def _begin_thought(self) -> None:
-        self._phase, self._spoken, self._matched, self._inner = "thought", [], 0, None
+        self._phase, self._tag_prefix, self._tag_bytes_matched, self._answer_state = "thought", [], 0, None
         self._close_in_time()
 
     def _close_in_time(self) -> None:
-        full = self._limit is not None and self._thought >= self._limit
-        if not self._due and (full or (self._reserve and self._left <= self._reserve)):
-            self._due = self._rest_of_closing(self._matched) + self._bridge
+        full = self._thought_limit is not None and self._thought_tokens >= self._thought_limit
+        if not self._dictated_tokens and (
+            full or (self._reserved_tokens and self._tokens_left <= self._reserved_tokens)
+        ):
+            self._dictated_tokens = self._rest_of_closing(self._tag_bytes_matched) + self._bridge
 
-    def _think(self, token_id: int) -> None:
+    def _accept_thought_token(self, token_id: int) -> None:
         closing = self._format.closing
         if closing.by_token:
             if token_id == closing.ids[0]:
                 self._end_thought(list(closing.ids[1:]))
                 return
         else:
-            completing = self._thinking.completing(closing, self._matched)
+            completing = self._thinking.completing(closing, self._tag_bytes_matched)
             if token_id in completing:
                 self._end_thought([])
-                self._take_rest(completing[token_id])
+                self._begin_answer_with(completing[token_id])
                 return
-            self._matched = _overlap(closing.text.encode()[: self._matched] + self._thinking.spelled[token_id], closing)
-        self._thought += 1
+            self._tag_bytes_matched = _overlap(
+                closing.text.encode()[: self._tag_bytes_matched] + self._thinking.spelled[token_id], closing
+            )
+        self._thought_tokens += 1
         self._close_in_time()
 
     def _end_thought(self, rest: list[int]) -> None:
-        self._due = rest + self._bridge
-        if not self._due:
+        self._dictated_tokens = rest + self._bridge
+        if not self._dictated_tokens:
             self._phase = "gap"
 
-    def _take_rest(self, rest: bytes) -> None:
-        """What a token holds behind the closing tag is the answer's begin, once its space is off."""
+    def _begin_answer_with(self, rest: bytes) -> None:
+        """Bytes of a token after the closing tag begin the answer, without leading white space."""
         text = rest.lstrip()
-        self._space += len(rest) - len(text)
+        self._gap_bytes += len(rest) - len(text)
         if text:
-            inner = self._answer()
+            inner = self._started_answer()
             for token in self._thinking.ids_of(text):
                 inner.accept(token)
             self._phase = "answer"
 
-    def _decide(self, token_id: int) -> None:
-        if any(way[: len(self._spoken) + 1] == [*self._spoken, token_id] for way in self._ways()):
-            self._left -= 1
-            self._speak(token_id)
+    def _accept_undecided(self, token_id: int) -> None:
+        if any(ids[: len(self._tag_prefix) + 1] == [*self._tag_prefix, token_id] for ids in self._possible_tags()):
+            self._tokens_left -= 1
+            self._accept_tag_token(token_id)
             return
-        inner = self._bare_answer()
-        taken, opens = inner is not None and inner.takes(token_id), token_id in self._openings()
+        inner = self._untagged_answer()
+        taken, opens = inner is not None and inner.takes(token_id), token_id in self._opening_tokens()
         if not taken and not opens:
             raise ValueError(f"token {token_id} is not legal here")
-        self._left -= 1
+        self._tokens_left -= 1
         if inner is not None and taken:
             inner.accept(token_id)
         piece = self._thinking.spelled[token_id]
         if opens:
             self._tag_only = not taken
-            self._spell(piece if self._matched else piece.lstrip())
-        elif self._matched or not piece or piece.strip():
+            self._accept_tag_bytes(piece if self._tag_bytes_matched else piece.lstrip())
+        elif self._tag_bytes_matched or not piece or piece.strip():
             self._phase = "answer"
 
-    def _speak(self, token_id: int) -> None:
-        """A token of a tag of tokens."""
-        self._spoken.append(token_id)
-        if tuple(self._spoken) == self._format.opening.ids:
+    def _accept_tag_token(self, token_id: int) -> None:
+        """Advance an incomplete tag of added tokens."""
+        self._tag_prefix.append(token_id)
+        if tuple(self._tag_prefix) == self._format.opening.ids:
             self._begin_thought()
-        elif self._format.bare is not None and tuple(self._spoken) == self._format.bare.ids:
+        elif self._format.bare is not None and tuple(self._tag_prefix) == self._format.bare.ids:
             self._phase = "answer"
 
-    def _spell(self, piece: bytes) -> None:
-        """Some letters of a spelt-out opening tag, perhaps with the begin of the thought behind it."""
+    def _accept_tag_bytes(self, piece: bytes) -> None:
+        """Advance an incomplete opening tag in plain text; bytes after it are reasoning."""
         goal = self._format.opening.text.encode()
-        seen = goal[: self._matched] + piece
+        seen = goal[: self._tag_bytes_matched] + piece
         if seen.startswith(goal):
             self._begin_thought()
-            self._matched = 0 if self._due else _overlap(seen[len(goal) :], self._format.closing)
+            self._tag_bytes_matched = 0 if self._dictated_tokens else _overlap(seen[len(goal) :], self._format.closing)
         else:
-            self._matched = len(seen)
+            self._tag_bytes_matched = len(seen)
 
     # ------------------------------------------------------------------ parts
 
-    def _ways(self) -> list[list[int]]:
-        """Tags of tokens that may come, whole, of which what was spoken is the begin."""
+    def _possible_tags(self) -> list[list[int]]:
+        """Token ids of the tags that are legal here and begin with the tokens so far."""
         tags = [self._format.opening if self._may_think else None, self._format.bare]
-        ways = [list(tag.ids) for tag in tags if tag is not None and tag.by_token]
-        return [way for way in ways if way[: len(self._spoken)] == self._spoken]
+        tag_ids = [list(tag.ids) for tag in tags if tag is not None and tag.by_token]
+        return [ids for ids in tag_ids if ids[: len(self._tag_prefix)] == self._tag_prefix]
 
-    def _openings(self) -> set[int]:
-        """Tokens that begin a tag, or go on with it."""
-        found = {way[len(self._spoken)] for way in self._ways()}
+    def _opening_tokens(self) -> set[int]:
+        """Tokens that begin or continue a tag."""
+        found = {ids[len(self._tag_prefix)] for ids in self._possible_tags()}
         if self._may_think and not self._format.opening.by_token:
-            found |= set(self._thinking.beginning(self._format.opening, self._matched))
+            found |= set(self._thinking.beginning(self._format.opening, self._tag_bytes_matched))
         return found
 
-    def _dictated(self) -> list[int]:
-        """The tokens that all tags which may come go on with."""
-        ways = [way[len(self._spoken) :] for way in self._ways()]
-        common = itertools.takewhile(lambda each: len(set(each)) == 1, zip(*ways, strict=False))
+    def _common_continuation(self) -> list[int]:
+        """The next tokens that all possible tags have in common."""
+        tag_ids = [ids[len(self._tag_prefix) :] for ids in self._possible_tags()]
+        common = itertools.takewhile(lambda each: len(set(each)) == 1, zip(*tag_ids, strict=False))
         return [each[0] for each in common]
 
-    def _bare_answer(self) -> Generation | None:
-        """The answer's grammar, where the answer may begin without any tag."""
-        return None if self._format.bare is not None or self._spoken or self._tag_only else self._answer()
+    def _untagged_answer(self) -> GrammarState | None:
+        """The answer's state if the answer may begin without a tag; else None."""
+        return None if self._format.bare is not None or self._tag_prefix or self._tag_only else self._started_answer()
 
-    def _undecided(self, logits: Tensor | None) -> Tensor:
-        inner = self._bare_answer()
-        mask = inner.allowed(logits).clone() if inner is not None else self._only([])
-        mask[list(self._openings())] = True
+    def _mask_undecided(self, logits: Tensor | None) -> Tensor:
+        inner = self._untagged_answer()
+        mask = inner.allowed(logits).clone() if inner is not None else self._mask_of([])
+        mask[list(self._opening_tokens())] = True
         return mask
 
-    def _answer(self) -> Generation:
-        if self._inner is None:
-            self._inner = self._compiled.start(max(self._left, 1))
-        return self._inner
+    def _started_answer(self) -> GrammarState:
+        if self._answer_state is None:
+            self._answer_state = self._answer_grammar.start(max(self._tokens_left, 1))
+        return self._answer_state
 
     @property
     def _bridge(self) -> list[int]:
@@ -404,14 +418,14 @@ class ThinkThenAnswer:
         return list(closing.ids) if closing.by_token else self._thinking.ids_of(closing.text.encode()[matched:])
 
     @property
-    def _in_thought(self) -> Tensor:
-        """``[V]``: text, and of a spelt-out closing tag what the answer can go on from."""
+    def _mask_in_thought(self) -> Tensor:
+        """``[V]``: text; of tokens that complete a plain-text closing tag, those that the answer can continue."""
         closing, mask = self._format.closing, self._thinking.text
         if closing.by_token:
             return mask
         illegal = [
             i
-            for i, rest in self._thinking.completing(closing, self._matched).items()
+            for i, rest in self._thinking.completing(closing, self._tag_bytes_matched).items()
             if rest.strip() and not self._may_follow(rest.lstrip())
         ]
         if illegal:
@@ -420,30 +434,36 @@ class ThinkThenAnswer:
         return mask
 
     def _may_follow(self, text: bytes) -> bool:
-        """Whether the answer may begin with this text."""
-        if self._format.bridge is not None or (self._reserve and self._left <= self._reserve + len(text)):
+        """Whether the answer's grammar permits this text at the beginning."""
+        if self._format.bridge is not None or (
+            self._reserved_tokens and self._tokens_left <= self._reserved_tokens + len(text)
+        ):
             return False
-        if text not in self._follows:
-            state = self._compiled.start()
+        if text not in self._can_follow:
+            state = self._answer_grammar.start()
             try:
                 for token in self._thinking.ids_of(text):
                     state.accept(token)
-                self._follows[text] = True
+                self._can_follow[text] = True
             except ValueError:
-                self._follows[text] = False
-        return self._follows[text]
+                self._can_follow[text] = False
+        return self._can_follow[text]
 
     @property
     def _gap_is_open(self) -> bool:
-        return self._phase == "gap" and self._space < GAP and self._left > max(self._compiled.margin, 1)
+        return (
+            self._phase == "gap"
+            and self._gap_bytes < MAX_GAP_BYTES
+            and self._tokens_left > max(self._answer_grammar.margin, 1)
+        )
 
-    def _only(self, ids: list[int]) -> Tensor:
-        mask = torch.zeros(self._thinking.words.size, dtype=torch.bool)
+    def _mask_of(self, ids: list[int]) -> Tensor:
+        mask = torch.zeros(self._thinking.vocabulary.size, dtype=torch.bool)
         mask[ids] = True
         return mask
 
 
 def _overlap(seen: bytes, tag: Tag) -> int:
-    """How many bytes of the tag the end of what was seen may be the begin of."""
+    """Length of the longest suffix of ``seen`` that is a proper prefix of the tag, in bytes."""
     goal = tag.text.encode()
     return next((size for size in range(min(len(goal) - 1, len(seen)), 0, -1) if seen.endswith(goal[:size])), 0)

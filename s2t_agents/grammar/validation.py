@@ -1,8 +1,8 @@
-"""Finished JSON against the whole schema: what the grammar could not enforce is found here, by jsonschema.
+"""Validation of finished JSON against the whole schema with jsonschema, for what the grammar could not enforce.
 
-A check ends: patterns are searched with a time limit, the work is counted, and nothing is fetched (a canonical schema
-refers to itself alone). What could not be checked within the limits does not count as valid. ``format`` stays an
-annotation, as JSON schema says; the formats that the grammar knows are kept by the grammar.
+Validation is bounded: patterns have a time limit, keywords are counted, and nothing is fetched (a canonical schema has
+only local references). A value that cannot be checked within the limits is invalid. ``format`` is an annotation, as in
+JSON Schema; the grammar enforces the formats that it supports.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ import regex
 from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.validators import extend
 
-from .canonical_schema import Schema, place, shown
+from .canonical_schema import Schema, format_path, format_value
 
-SECONDS = 0.5
-"""Time that one check may take, and its patterns together."""
+MAX_SECONDS = 0.5
+"""Time limit of one validation, and of all its patterns together."""
 
-MOST_KEYWORDS = 200_000
-"""Keywords that one check may look at: alternatives within alternatives multiply."""
+MAX_KEYWORDS = 200_000
+"""Keywords that one validation may evaluate: nested alternatives multiply."""
 
 _Keyword = Callable[[Any, Any, Any, Any], Iterator[ValidationError] | None]
 
 
-class _TooMuch(Exception):
-    """The check takes too long."""
+class _LimitExceeded(Exception):
+    """A validation exceeds its limits."""
 
 
 class _Limits:
-    """What one check has left; of the thread that runs it, through the validator's ``format_checker``."""
+    """Remaining time and keywords of one validation; passed as the validator's ``format_checker``."""
 
     def __init__(self) -> None:
-        self.until = time.monotonic() + SECONDS
-        self.keywords = MOST_KEYWORDS
+        self.until = time.monotonic() + MAX_SECONDS
+        self.keywords = MAX_KEYWORDS
 
     def count(self) -> None:
         self.keywords -= 1
         if self.keywords < 0 or (self.keywords % 256 == 0 and time.monotonic() > self.until):
-            raise _TooMuch
+            raise _LimitExceeded
 
     def search(self, pattern: str, text: str) -> bool:
-        """Whether the pattern is found; one that Python cannot read is found anywhere."""
+        """Whether the pattern matches; True for one that Python cannot compile."""
         try:
             compiled = _compiled(pattern)
             left = self.until - time.monotonic()
             return compiled is None or (left > 0 and compiled.search(text, timeout=left) is not None)
         except TimeoutError:
-            raise _TooMuch from None
+            raise _LimitExceeded from None
 
 
 @lru_cache(maxsize=1024)
@@ -63,7 +63,7 @@ def _compiled(pattern: str) -> Any:
 
 
 def _as_python(pattern: str) -> str:
-    """ECMAScript's few own spellings: ``$`` does not match before a last line break, ``\\cX``, ``[^]``, ``\\/``."""
+    """Translate ECMAScript syntax that differs: ``$`` at the very end only, ``\\cX``, ``[^]``, ``\\/``."""
     out, at, in_class = [], 0, False
     while at < len(pattern):
         char = pattern[at]
@@ -90,7 +90,7 @@ def _as_python(pattern: str) -> str:
     return "".join(out)
 
 
-def _counted(keyword: _Keyword) -> _Keyword:
+def _with_limit(keyword: _Keyword) -> _Keyword:
     def check(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
         validator.format_checker.count()
         yield from keyword(validator, value, instance, schema) or ()
@@ -100,7 +100,7 @@ def _counted(keyword: _Keyword) -> _Keyword:
 
 def _pattern(validator: Any, pattern: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
     if isinstance(instance, str) and not validator.format_checker.search(pattern, instance):
-        yield ValidationError(f"{shown(instance)} does not match {pattern!r}")
+        yield ValidationError(f"{format_value(instance)} does not match {pattern!r}")
 
 
 def _pattern_properties(validator: Any, patterns: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
@@ -110,7 +110,7 @@ def _pattern_properties(validator: Any, patterns: Any, instance: Any, schema: An
                 yield from validator.descend(value, inner, path=name, schema_path=pattern)
 
 
-def _additional(validator: Any, inner: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
+def _additional_properties(validator: Any, inner: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
     if not isinstance(instance, dict):
         return
     search = validator.format_checker.search
@@ -119,21 +119,21 @@ def _additional(validator: Any, inner: Any, instance: Any, schema: Any) -> Itera
         if name in known or any(search(pattern, name) for pattern in patterns):
             continue
         if inner is False:
-            yield ValidationError(f"{shown(name)} is no property of it")
+            yield ValidationError(f"{format_value(name)} is no property of it")
         else:
             yield from validator.descend(value, inner, path=name)
 
 
-_OWN: dict[str, _Keyword] = {
+_OWN_KEYWORDS: dict[str, _Keyword] = {
     "pattern": _pattern,
     "patternProperties": _pattern_properties,
-    "additionalProperties": _additional,
+    "additionalProperties": _additional_properties,
 }
 _ANNOTATIONS = ("format", "$dynamicRef")
 _Validator: Any = extend(
     Draft202012Validator,
     {
-        name: _counted(_OWN.get(name, keyword))
+        name: _with_limit(_OWN_KEYWORDS.get(name, keyword))
         for name, keyword in Draft202012Validator.VALIDATORS.items()
         if name not in _ANNOTATIONS
     }
@@ -141,8 +141,8 @@ _Validator: Any = extend(
 )
 
 
-class Check:
-    """Checks values against one schema.
+class SchemaValidator:
+    """Validates values against one schema.
 
     Args:
         schema: in canonical form.
@@ -151,36 +151,36 @@ class Check:
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
 
-    def complaint(self, value: Any) -> str:
-        """Why a JSON value does not fit: the property's place, the keyword and what it asks for; "" where it fits."""
+    def error_of(self, value: Any) -> str:
+        """Why a JSON value is invalid: path, message and keyword; "" if it is valid."""
         try:
             errors = _Validator(self._schema, format_checker=_Limits()).iter_errors(value)
             error = next(iter(errors), None)
-        except _TooMuch:
-            return f"could not be checked against its schema within {SECONDS:g} s"
+        except _LimitExceeded:
+            return f"could not be checked against its schema within {MAX_SECONDS:g} s"
         except RecursionError:
             return "could not be checked against its schema: it refers to itself without end"
-        return _told(error) if error is not None else ""
+        return _format_error(error) if error is not None else ""
 
 
-def _told(error: ValidationError) -> str:
-    while error.context:  # the alternative that came closest says more than "none fits"
+def _format_error(error: ValidationError) -> str:
+    while error.context:  # the alternative that matched furthest gives the most useful error
         deepest = max(error.context, key=lambda each: len(each.absolute_path))
         if len(deepest.absolute_path) <= len(error.absolute_path):
             break
         error = deepest
-    where = place(tuple(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path))
+    where = format_path(tuple(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path))
     message = error.message if len(error.message) <= 200 else f"{error.message[:197]}..."
     if error.validator in (None, "additionalProperties", "patternProperties"):
         return f"{where}: {message}"
-    return f"{where}: {message} ({error.validator}: {shown(error.validator_value)})"
+    return f"{where}: {message} ({error.validator}: {format_value(error.validator_value)})"
 
 
-def checked(whole: Mapping[str, Any]) -> Check:
-    """The check of a canonical schema, from the cache when it was made before."""
-    return _made(json.dumps(whole))
+def cached_validator(whole: Mapping[str, Any]) -> SchemaValidator:
+    """The validator of a canonical schema, cached."""
+    return _validator_of(json.dumps(whole))
 
 
 @lru_cache(maxsize=256)
-def _made(text: str) -> Check:
-    return Check(json.loads(text))
+def _validator_of(text: str) -> SchemaValidator:
+    return SchemaValidator(json.loads(text))

@@ -1,4 +1,4 @@
-"""Large models that can be asked which of K candidates comes next: local weights, a server, a chat model as judge."""
+"""LLMs that pick among K candidates: local weights, an OpenAI-compatible server, a chat model as judge."""
 
 from .base import LLMSelector, LLMSession
 from .circuit_breaker import CircuitBreaker

@@ -1,4 +1,4 @@
-"""The question as put to a large model: paid for, perhaps far away, and allowed to fail."""
+"""Protocols of an LLM that picks among candidates: it costs money, may be remote, and may fail."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from .question import Answer, Question
 
 
 class LLMSession(Protocol):
-    """One generation's line to the LLM."""
+    """The LLM's side of one generation; may hold a KV cache."""
 
     def quote(self, question: Question) -> Charge | None:
-        """The most that asking it can cost: what the budget holds. None: nothing to choose, so nobody is asked.
+        """The maximum cost of the question, which the budget reserves; None if there is nothing to choose.
 
         Raises:
-            EscalationFailed: it need not be asked; no answer would come.
+            EscalationFailed: the LLM cannot answer, so it is not asked.
         """
         ...
 
     def ask(self, question: Question) -> Answer:
-        """Put it. What it costs, answered or not, is said to ``question.owe``; at most what was quoted.
+        """Ask the LLM. The cost, also of a failed question, is reported by ``question.owe``; at most the quote.
 
         Raises:
             EscalationFailed: no usable answer.
@@ -29,26 +29,26 @@ class LLMSession(Protocol):
         ...
 
     def close(self) -> None:
-        """The generation is over."""
+        """Release the session's resources at the end of the generation."""
         ...
 
 
 class LLMSelector(Protocol):
-    """A large model that picks among candidates.
+    """An LLM that picks among candidates.
 
-    One that gives a question up by itself says after how many seconds in an attribute ``timeout_s``: budgets hold what
-    a question may cost for longer than that, and for an hour where there is no such attribute.
+    If it has a time limit per question, it gives it in seconds as an attribute ``timeout_s``: a budget's hold lasts
+    longer than that, and an hour if there is no such attribute.
 
     Attributes:
         name: for reports.
-        price: of its tokens; None when unknown.
+        price: of its tokens; None if unknown.
     """
 
     name: str
     price: Price | None
 
     def check(self, slm: LanguageModel) -> None:
-        """Refuse an SLM that it cannot serve, before anything is spent.
+        """Refuse an SLM with another tokenizer, before anything is spent.
 
         Raises:
             TokenizerMismatch: their token ids differ.

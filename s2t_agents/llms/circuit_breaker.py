@@ -1,6 +1,6 @@
-"""A circuit breaker: an endpoint that is down is not asked until it has had time to come back.
+"""A circuit breaker: an endpoint that failed gets no questions during a cooldown, then one as a probe.
 
-closed ──failures in a row, or one that is certain──> open ──cooldown──> half-open ──one question──> closed
+closed ──failures in a row, or no connection ───────> open ──cooldown──> half-open ──one question──> closed
                                                         ^                    │ fails
                                                         └────────────────────┘
 """
@@ -18,20 +18,20 @@ from ..fork_safety import hold_while_forking
 
 State = Literal["closed", "open", "half-open"]
 
-NOT_ITS_FAULT = (OutOfTime, QuestionRefused)
-"""Failures that lie with the caller: they say nothing about the endpoint."""
+CALLER_FAULTS = (OutOfTime, QuestionRefused)
+"""Failures caused by the caller, which do not count against the endpoint."""
 
 
 class CircuitBreaker:
-    """One endpoint's breaker; may be shared by all who ask the same endpoint.
+    """The circuit breaker of one endpoint; may be shared by all LLMs behind the same endpoint.
 
     Args:
-        failures: failed questions in a row that open it; an endpoint that cannot be reached opens it at once.
-        cooldown_s: seconds before it is tried again, by one question alone.
-        clock: seconds that never jump back.
+        failures: consecutive failures that open it; an endpoint that cannot be reached opens it at once.
+        cooldown_s: seconds until one question is let through as a probe.
+        clock: monotonic seconds.
 
     Raises:
-        ConfigError: no failures at all, or a negative cooldown.
+        ConfigError: ``failures`` below 1, or a negative cooldown.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class CircuitBreaker:
     ) -> None:
         if failures < 1 or not cooldown_s >= 0:
             raise ConfigError(f"a breaker needs failures >= 1 and cooldown_s >= 0, not {failures} and {cooldown_s}.")
-        self._limit, self._cooldown, self._clock = failures, cooldown_s, clock
-        self._failed = 0
+        self._max_failures, self._cooldown, self._clock = failures, cooldown_s, clock
+        self._failures_in_row = 0
         self._opens_at: float | None = None
         self._probing = False
         self._lock = threading.Lock()
@@ -48,29 +48,29 @@ class CircuitBreaker:
 
     @property
     def state(self) -> State:
-        """Whether questions pass: all of them, none, or one to try."""
+        """ "closed": all questions pass; "open": none; "half-open": one, as a probe."""
         with self._lock:
             if self._opens_at is None:
                 return "closed"
             return "open" if self._clock() < self._opens_at or self._probing else "half-open"
 
     def check(self) -> None:
-        """Say at once what ``attempt`` would say.
+        """Raise now if ``attempt`` would.
 
         Raises:
-            EscalationFailed: it is open.
+            EscalationFailed: the breaker is open.
         """
         with self._lock:
             self._refuse_if_open()
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Around one question: lets it through or not, and learns from how it ends.
+        """Context of one question: records success or failure.
 
-        A caller that is interrupted or out of its own time, and a question that nobody could take, teach nothing.
+        An interrupted caller, the caller's own deadline, and a question that the server refuses do not count.
 
         Raises:
-            EscalationFailed: it is open.
+            EscalationFailed: the breaker is open.
         """
         with self._lock:
             self._refuse_if_open()
@@ -81,11 +81,11 @@ class CircuitBreaker:
         except BaseException as error:
             with self._lock:
                 self._probing = self._probing and not is_probe
-                if isinstance(error, EscalationFailed) and not isinstance(error, NOT_ITS_FAULT):
-                    self._learn(error, is_probe=is_probe)
+                if isinstance(error, EscalationFailed) and not isinstance(error, CALLER_FAULTS):
+                    self._record_failure(error, is_probe=is_probe)
             raise
         with self._lock:
-            self._failed, self._opens_at, self._probing = 0, None, False
+            self._failures_in_row, self._opens_at, self._probing = 0, None, False
 
     def _refuse_if_open(self) -> None:
         if self._opens_at is None:
@@ -96,8 +96,13 @@ class CircuitBreaker:
         if self._probing:
             raise EscalationFailed("its endpoint failed before and is being tried by another question.")
 
-    def _learn(self, error: EscalationFailed, *, is_probe: bool) -> None:
-        self._failed += 1
-        told = error.wait_s if isinstance(error, EndpointBusy) else None
-        if isinstance(error, EndpointDown) or told is not None or is_probe or self._failed >= self._limit:
-            self._opens_at = self._clock() + (self._cooldown if told is None else told)
+    def _record_failure(self, error: EscalationFailed, *, is_probe: bool) -> None:
+        self._failures_in_row += 1
+        retry_after_s = error.wait_s if isinstance(error, EndpointBusy) else None
+        if (
+            isinstance(error, EndpointDown)
+            or retry_after_s is not None
+            or is_probe
+            or self._failures_in_row >= self._max_failures
+        ):
+            self._opens_at = self._clock() + (self._cooldown if retry_after_s is None else retry_after_s)

@@ -1,4 +1,4 @@
-"""OpenAI's completions as a scorer: the request for one token's log-probabilities, and what a fit reply looks like."""
+"""Candidate scores from OpenAI's completions API: request body, response validation, log-probabilities."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..errors import EscalationFailed
 from .question import Answer
 
-TOP = 20
-"""Log-probabilities asked for where a server does not know ``logprob_token_ids``: vLLM's default limit."""
+TOP_LOGPROBS = 20
+"""``logprobs`` requested, for servers without ``logprob_token_ids``: vLLM's default limit."""
 ID_PREFIX = "token_id:"
-"""How a server spells a token under ``return_tokens_as_token_ids``."""
-ROUNDING = 0.01
-"""Nats by which a log-probability may lie above 0, and all of them together above 1."""
-SLACK = 64
-"""Tokens that a server may count beyond ours: those it adds by itself."""
+"""Prefix of a token under ``return_tokens_as_token_ids``."""
+LOGPROB_TOLERANCE = 0.01
+"""Tolerance: by how many nats a log-probability may exceed 0, and by how much the probabilities' sum may exceed 1."""
+MAX_EXTRA_TOKENS = 64
+"""Tokens that a server may count beyond the request's, for tokens that it adds."""
 
-LogProb = Annotated[float, Field(le=ROUNDING, allow_inf_nan=False, strict=True)]
+LogProb = Annotated[float, Field(le=LOGPROB_TOLERANCE, allow_inf_nan=False, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 
 
-class _Loose(BaseModel):
-    """Only what is read here is checked; servers add fields of their own."""
+class _PartialModel(BaseModel):
+    """Validates the fields that are read here and ignores others, which servers add."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class _Logprobs(_Loose):
+class _Logprobs(_PartialModel):
     top_logprobs: tuple[dict[str, LogProb], ...] = Field(min_length=1, max_length=1)
 
 
-class _Choice(_Loose):
+class _Choice(_PartialModel):
     logprobs: _Logprobs
 
 
-class _Details(_Loose):
+class _Details(_PartialModel):
     cached_tokens: Count | None = None
 
 
-class Usage(_Loose):
-    """Tokens as the server counted them."""
+class Usage(_PartialModel):
+    """The server's token counts."""
 
     prompt_tokens: Count
     completion_tokens: Count = 1
@@ -51,76 +51,80 @@ class Usage(_Loose):
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that the server had cached; 0 where it does not say."""
+        """Prompt tokens from the server's prefix cache; 0 if not reported."""
         details = self.prompt_tokens_details
         return min((details.cached_tokens or 0) if details else 0, self.prompt_tokens)
 
 
-class Reply(_Loose):
+class Completion(_PartialModel):
     """A completion of one token."""
 
     choices: tuple[_Choice, ...] = Field(min_length=1, max_length=1)
     usage: Usage | None = None
 
 
-_FIELDS = frozenset(name for form in (Reply, _Choice, _Logprobs, Usage, _Details) for name in form.model_fields)
-"""What an error may name; all else in a reply is the server's own text."""
+_KNOWN_FIELDS = frozenset(
+    name for form in (Completion, _Choice, _Logprobs, Usage, _Details) for name in form.model_fields
+)
+"""Field names that an error may show; other keys of a response are text of the server."""
 
 
-def request(model: str, ids: Sequence[int], candidates: Sequence[int], *, by_id: bool) -> dict[str, Any]:
-    """The body that asks for the candidates' log-probabilities after ``ids``.
+def request_body(model: str, ids: Sequence[int], candidates: Sequence[int], *, by_id: bool) -> dict[str, Any]:
+    """The request body for the candidates' log-probabilities after ``ids``.
 
-    One request serves both kinds of server: vLLM answers ``logprob_token_ids`` and lets ``logprobs`` be; one that does
-    not know the field answers with its own best.
+    It serves both kinds of server: vLLM honours ``logprob_token_ids`` and ignores ``logprobs``; one that does not know
+    the field returns its top tokens.
     """
     body = {
         "model": model,
         "prompt": list(ids),
         "max_tokens": 1,
         "temperature": 0,
-        "logprobs": TOP,
+        "logprobs": TOP_LOGPROBS,
         "return_tokens_as_token_ids": True,
     }
     return {**body, "logprob_token_ids": list(candidates)} if by_id else body
 
 
-def parse(content: bytes, prompt_tokens: int) -> Reply:
-    """A reply that can be believed.
+def parse_completion(content: bytes, prompt_tokens: int) -> Completion:
+    """Parse and validate a response.
 
     Raises:
-        EscalationFailed: no JSON, other fields, NaN, log-probabilities that are none, or an absurd token count.
+        EscalationFailed: not JSON, missing fields, NaN, invalid log-probabilities, or implausible token counts.
     """
     try:
-        reply = Reply.model_validate_json(content)
+        completion = Completion.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(at) if at in _FIELDS or isinstance(at, int) else "*" for at in first["loc"]) or "body"
+        where = (
+            ".".join(str(at) if at in _KNOWN_FIELDS or isinstance(at, int) else "*" for at in first["loc"]) or "body"
+        )
         fault = f"the server's reply cannot be used: {where}: {first['msg']}."
     else:
-        _check_usage(reply, prompt_tokens)
-        return reply
-    raise EscalationFailed(fault)  # out here it carries no chain, which would show the reply
+        _check_usage(completion, prompt_tokens)
+        return completion
+    raise EscalationFailed(fault)  # raised outside the handler: no exception chain, which would show the response
 
 
-def _check_usage(reply: Reply, prompt_tokens: int) -> None:
-    if reply.usage is not None:
-        prompt, completion = reply.usage.prompt_tokens, reply.usage.completion_tokens
-        if not prompt_tokens <= prompt <= 2 * prompt_tokens + SLACK:
+def _check_usage(completion: Completion, prompt_tokens: int) -> None:
+    if completion.usage is not None:
+        prompt, written = completion.usage.prompt_tokens, completion.usage.completion_tokens
+        if not prompt_tokens <= prompt <= 2 * prompt_tokens + MAX_EXTRA_TOKENS:
             raise EscalationFailed(f"the server says that {prompt_tokens} tokens were {prompt}.")
-        if completion > 1 + SLACK:
-            raise EscalationFailed(f"the server was asked for 1 token and says that it wrote {completion}.")
+        if written > 1 + MAX_EXTRA_TOKENS:
+            raise EscalationFailed(f"the server was asked for 1 token and says that it wrote {written}.")
 
 
-def answer(reply: Reply, candidates: Sequence[int]) -> Answer:
+def to_answer(completion: Completion, candidates: Sequence[int]) -> Answer:
     """The candidates' scores.
 
-    A candidate outside the server's best gets none. It could not have won: the best of those inside is likelier.
+    A candidate outside the server's top tokens gets None. It could not win, since every returned one is more likely.
 
     Raises:
-        EscalationFailed: tokens as text, ids that are none, more than all probability, or no candidate among them.
+        EscalationFailed: tokens given as text, invalid ids, probabilities above 1 in sum, or no candidate among them.
     """
-    found = _by_id(reply.choices[0].logprobs.top_logprobs[0])
-    if sum(map(math.exp, found.values())) > 1 + ROUNDING:
+    found = _logprobs_by_id(completion.choices[0].logprobs.top_logprobs[0])
+    if sum(map(math.exp, found.values())) > 1 + LOGPROB_TOLERANCE:
         raise EscalationFailed("the server's log-probabilities add up to more than 1.")
     scores = tuple(found.get(token) for token in candidates)
     missing = scores.count(None)
@@ -130,9 +134,9 @@ def answer(reply: Reply, candidates: Sequence[int]) -> Answer:
     return Answer(scores, note=note)
 
 
-def _by_id(top: dict[str, float]) -> dict[int, float]:
+def _logprobs_by_id(top: dict[str, float]) -> dict[int, float]:
     try:
-        return {int(_digits(token)): score for token, score in top.items()}
+        return {int(_token_id_digits(token)): score for token, score in top.items()}
     except ValueError:
         raise EscalationFailed(
             "the server names tokens by their text, not their ids.",
@@ -140,7 +144,7 @@ def _by_id(top: dict[str, float]) -> dict[int, float]:
         ) from None
 
 
-def _digits(token: str) -> str:
+def _token_id_digits(token: str) -> str:
     digits = token.removeprefix(ID_PREFIX)
     if digits == token or not (digits.isascii() and digits.isdecimal()) or len(digits) > 9:
         raise ValueError

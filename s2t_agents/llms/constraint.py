@@ -1,4 +1,4 @@
-"""What may come next, token by token: as much of a grammar as is needed to look ahead without leaving it."""
+"""The part of a grammar state's interface that previews need."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from torch import Tensor
 
 
 class Constraint(Protocol):
-    """The state of one generation under a grammar; the engine's grammars are such."""
+    """A grammar state, such as ``grammar.grammar.Grammar``."""
 
     def allowed(self, logits: Tensor | None = None) -> Tensor | None:
-        """``[V]`` bool on the CPU: tokens that are legal now; None permits all."""
+        """Token mask ``[V]`` (bool, CPU) of the next token; None permits all."""
 
     def forced(self) -> list[int]:
-        """Tokens that must come next, with no choice in them."""
+        """The next tokens, as far as there is only one legal continuation."""
 
     def accept(self, token_id: int) -> None:
-        """Take the next token, chosen or forced."""
+        """Advance by a token, chosen or forced."""
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more may come."""
+        """Whether no token is legal any more."""
 
     def fork(self) -> Self:
-        """A state of its own that begins here: what it takes, this one does not."""
+        """An independent copy of the state."""

@@ -1,4 +1,4 @@
-"""One candidate's continuation while it grows: what it takes next, and where it ends."""
+"""The greedy continuation of one candidate, and where it ends."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 from ..scheduling.sequence import Prefix
 from .constraint import Constraint
 
-STOPS = (".", "!", "?")
-"""A sentence ends with one of these where a blank follows; ``3.14`` goes on."""
-FULL_STOPS = ("\n", "\u3002", "\uff01", "\uff1f")
-"""It ends with a line, or with a CJK full stop, whatever follows."""
+SENTENCE_ENDS = (".", "!", "?")
+"""Ends of a sentence if white space follows, so not in ``3.14``."""
+HARD_ENDS = ("\n", "\u3002", "\uff01", "\uff1f")
+"""Ends of a sentence in any case: a line break, or a CJK full stop."""
 
 
-class Branch:
-    """A candidate and what follows it.
+class GreedyContinuation:
+    """A candidate and its greedy continuation.
 
-    It ends with its sentence, its line or the answer. What a grammar forces belongs to what it follows: the line break
-    inside a tool call ends nothing.
+    It ends with the sentence, the line or the answer. Tokens that a grammar forces do not end it, such as the line
+    break inside a tool call.
 
     Args:
-        prefix: what it continues; for the tokenizer and the end tokens.
+        prefix: the prefix, for its tokenizer and end tokens.
         candidate: the first token.
-        grammar: the state before it, left as it is; None permits all.
+        grammar: the state before the candidate, not modified; None permits all.
 
     Attributes:
-        tokens: so far.
-        over: nothing may follow.
+        tokens: token ids so far.
+        finished: whether it has ended.
     """
 
     def __init__(self, prefix: Prefix, candidate: int, grammar: Constraint | None) -> None:
@@ -38,55 +38,55 @@ class Branch:
         self._grammar = grammar.fork() if grammar is not None else None
         self._forced: deque[int] = deque()
         self.tokens: list[int] = []
-        self.over = False
-        self._choose(candidate)
+        self.finished = False
+        self._accept(candidate)
 
-    def follow(self, logits: Tensor) -> None:
-        """One token more, unless it ends here.
+    def advance(self, logits: Tensor) -> None:
+        """Append the next token, unless the continuation ends here.
 
         Args:
             logits: ``[V]``, the SLM's after the last token.
         """
         if self._forced:
-            self._take(self._forced.popleft())
+            self._append(self._forced.popleft())
             return
         if self._grammar is not None and (allowed := self._grammar.allowed(logits)) is not None:
             logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
         token = int(logits.argmax())
-        if self._sentence_over(token):
-            self.over = True
+        if self._ends_sentence_before(token):
+            self.finished = True
         else:
-            self._choose(token)
+            self._accept(token)
 
-    def _choose(self, token: int) -> None:
+    def _accept(self, token: int) -> None:
         grammar = self._grammar
         if grammar is not None and token not in self._prefix.model.eos_ids:
             grammar.accept(token)
             self._forced.extend(grammar.forced())
             for forced in self._forced:
                 grammar.accept(forced)
-        self._take(token)
+        self._append(token)
 
-    def _take(self, token: int) -> None:
+    def _append(self, token: int) -> None:
         self.tokens.append(token)
-        self.over = not self._forced and self._ends()
+        self.finished = not self._forced and self._is_at_end()
 
-    def _ends(self) -> bool:
-        """Nothing may follow: the answer is over, or the line is."""
+    def _is_at_end(self) -> bool:
+        """Whether the answer or the line has ended."""
         if self._grammar is not None and self._grammar.finished:
             return True
         prefix = self._prefix
-        return self.tokens[-1] in prefix.model.eos_ids or plain(prefix, self.tokens).endswith(FULL_STOPS)
+        return self.tokens[-1] in prefix.model.eos_ids or decode_without_eos(prefix, self.tokens).endswith(HARD_ENDS)
 
-    def _sentence_over(self, following: int) -> bool:
-        """It ends a sentence, and what follows begins another or ends the answer."""
+    def _ends_sentence_before(self, following: int) -> bool:
+        """Whether a sentence has ended, judged by the following token: white space, or the end of the answer."""
         prefix = self._prefix
-        if not plain(prefix, self.tokens).endswith(STOPS):
+        if not decode_without_eos(prefix, self.tokens).endswith(SENTENCE_ENDS):
             return False
-        return following in prefix.model.eos_ids or plain(prefix, [following])[:1].isspace()
+        return following in prefix.model.eos_ids or decode_without_eos(prefix, [following])[:1].isspace()
 
 
-def plain(prefix: Prefix, tokens: Sequence[int]) -> str:
-    """Tokens as text, end tokens left out."""
+def decode_without_eos(prefix: Prefix, tokens: Sequence[int]) -> str:
+    """Tokens as text, without end tokens."""
     eos = prefix.model.eos_ids
     return str(prefix.model.tokenizer.decode([token for token in tokens if token not in eos]))

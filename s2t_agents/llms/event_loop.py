@@ -1,7 +1,7 @@
-"""An event loop in a thread of its own: blocking callers get network work with a deadline that nothing outlasts.
+"""An event loop in a background thread, so that blocking callers get network I/O with a total deadline.
 
-Blocking sockets have a timeout per read, so a server that sends a byte now and then is never late. A coroutine under
-``asyncio.timeout`` is cancelled whatever it waits for: name resolution, handshake, headers or body.
+Blocking sockets have a timeout per read, which a server that sends single bytes never exceeds. A coroutine under
+``asyncio.timeout`` is cancelled in any state: name resolution, handshake, headers or body.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ..errors import EscalationFailed
 T = TypeVar("T")
 
 GRACE_S = 1.0
-"""Beyond the work's own deadline; only a loop that is stuck or starved is ever this late."""
+"""Seconds beyond the coroutine's deadline to wait for the loop, in case it is blocked or starved."""
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 
 
-def running_loop() -> asyncio.AbstractEventLoop:
-    """This process's loop; its thread starts with the first call."""
+def shared_loop() -> asyncio.AbstractEventLoop:
+    """This process's background loop; its thread starts at the first call."""
     global _loop
     with _lock:
         if _loop is None:
@@ -34,37 +34,39 @@ def running_loop() -> asyncio.AbstractEventLoop:
         return _loop
 
 
-def run(work: Coroutine[Any, Any, T], seconds: float, late: type[EscalationFailed] = EscalationFailed) -> T:
-    """Do the work there and wait for it. An interrupted wait cancels the work.
+def run_coroutine(
+    coroutine: Coroutine[Any, Any, T], seconds: float, timeout_error: type[EscalationFailed] = EscalationFailed
+) -> T:
+    """Run a coroutine on ``shared_loop`` and wait for it. An interrupted wait cancels it.
 
     Args:
-        work: awaited on ``running_loop``.
-        seconds: it may take.
-        late: the error where it takes longer.
+        coroutine: to run.
+        seconds: deadline.
+        timeout_error: class of the error at the deadline.
 
     Raises:
-        EscalationFailed: ``late``, and what the work raises.
+        EscalationFailed: ``timeout_error``, and what the coroutine raises.
     """
-    future = asyncio.run_coroutine_threadsafe(_within(work, seconds), running_loop())
+    future = asyncio.run_coroutine_threadsafe(_with_timeout(coroutine, seconds), shared_loop())
     try:
         return future.result(seconds + GRACE_S)
     except FutureTimeout:
         future.cancel()
-        raise late(f"no answer within {seconds:.3g} s.") from None
+        raise timeout_error(f"no answer within {seconds:.3g} s.") from None
     except BaseException:
         future.cancel()
         raise
 
 
-async def _within(work: Coroutine[Any, Any, T], seconds: float) -> T:
+async def _with_timeout(coroutine: Coroutine[Any, Any, T], seconds: float) -> T:
     async with asyncio.timeout(seconds):
-        return await work
+        return await coroutine
 
 
-def _forget_loop() -> None:
+def _reset_after_fork() -> None:
     global _loop, _lock
-    _loop, _lock = None, threading.Lock()  # the thread did not come along into the child
+    _loop, _lock = None, threading.Lock()  # the child has no such thread
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_loop)
+    os.register_at_fork(after_in_child=_reset_after_fork)

@@ -1,4 +1,4 @@
-"""Hedging: a request that is late gets a twin, and the first usable answer of the two counts.
+"""Hedged requests: a slow request is sent a second time, and the first usable answer is taken.
 
 first  ──sent──── after_s ────────────> cancelled, once the other answers
                      └─> second ──> answer
@@ -16,38 +16,38 @@ T = TypeVar("T")
 
 
 async def hedged(request: Callable[[Callable[[], None]], Coroutine[Any, Any, T]], after_s: float) -> T:
-    """The first usable answer of a request and, where it is late, of a second one like it.
+    """The first usable answer of a request and, if it is slow, of a second identical one.
 
-    The clock runs from where the first has left: a connection that cannot be made is not tried twice, and a queue on
-    this side grows no longer. A first request that fails before its time is up has failed; nothing is put again here.
-    Both have ended when this returns or raises, the one that lost by being cancelled.
+    The delay counts from when the first request was sent, so that a connection that cannot be made is not tried twice
+    and local queueing does not cause hedging. A first request that fails within the delay is not repeated here. Both
+    requests have ended when this returns or raises; the slower one is cancelled.
 
     Args:
-        request: begins one; calls what it is given when its body begins to leave.
+        request: sends one request; calls its argument when the body begins to be sent.
         after_s: seconds without an answer until the second is sent.
 
     Raises:
-        EscalationFailed: no usable answer; one that may have cost something outranks one that did not.
+        EscalationFailed: no usable answer; of two errors, the one that may have cost something.
     """
     sent = asyncio.Event()
     tasks = [asyncio.create_task(request(sent.set))]
     try:
-        if await _late(tasks[0], sent, after_s):
-            tasks.append(asyncio.create_task(request(_nothing)))
+        if await _is_late(tasks[0], sent, after_s):
+            tasks.append(asyncio.create_task(request(_ignore)))
         return await _first_usable(tasks)
-    finally:  # also when the caller is cancelled, or out of time
+    finally:  # also when the caller is cancelled or times out
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _late(task: asyncio.Task[T], sent: asyncio.Event, after_s: float) -> bool:
-    """Whether the request has neither answered nor failed so long after it was sent."""
-    leaving = asyncio.create_task(sent.wait())
+async def _is_late(task: asyncio.Task[T], sent: asyncio.Event, after_s: float) -> bool:
+    """Whether the request is still pending ``after_s`` seconds after it was sent."""
+    sent_task = asyncio.create_task(sent.wait())
     try:
-        await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([task, sent_task], return_when=asyncio.FIRST_COMPLETED)
     finally:
-        leaving.cancel()
+        sent_task.cancel()
     done, _ = await asyncio.wait([task], timeout=after_s)
     return not done
 
@@ -62,13 +62,13 @@ async def _first_usable(tasks: Sequence[asyncio.Task[T]]) -> T:
                 return task.result()
             except EscalationFailed as error:
                 failures.append(error)
-    raise max(failures, key=_weight)
+    raise max(failures, key=_severity)
 
 
-def _weight(error: EscalationFailed) -> tuple[bool, float]:
-    """Only where all were declined may the question be put again, and then after the longest wait."""
+def _severity(error: EscalationFailed) -> tuple[bool, float]:
+    """Sort key of errors: one that may have cost something counts most; of ``EndpointBusy`` ones, the longest wait."""
     return not isinstance(error, EndpointBusy), (error.wait_s or 0.0) if isinstance(error, EndpointBusy) else 0.0
 
 
-def _nothing() -> None:
-    """The second request has no twin that waits for it."""
+def _ignore() -> None:
+    """Callback of the second request, which is not hedged."""

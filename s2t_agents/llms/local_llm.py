@@ -1,4 +1,4 @@
-"""A large model on this machine: loaded at the first escalation, its KV caught up only when it is asked."""
+"""An LLM on this machine: loaded at the first escalation; its KV cache is extended only when it is asked."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from ..scheduling.sequence import Prefix
 from ..types import Charge, Price
 from .question import Answer, Question, charge
 
-IDLE_CACHES = 4
-"""KV caches kept after their generations ended: the next turn of the same conversation continues one."""
+MAX_IDLE_CACHES = 4
+"""KV caches kept after a generation, for the next turn of the same conversation."""
 
 RELOAD_S = 300.0
-"""Seconds after which weights that could not be read are tried again: reading large ones takes minutes."""
+"""Seconds until loading is tried again after a failure: loading large weights takes minutes."""
 
 
 class LocalLLM:
-    """Another Hugging Face model with the SLM's tokenizer.
+    """A Hugging Face model with the SLM's tokenizer.
 
     Args:
-        model: a directory or hub id, or a model that is loaded already.
-        price: of its tokens, for dollar budgets; None when you do not know it.
-        device: where it runs; may be another than the SLM's.
+        model: a directory or hub id, or a loaded model.
+        price: of its tokens, for dollar budgets; None if unknown.
+        device: where it runs; may differ from the SLM's.
         dtype: None chooses as for the SLM.
         options: passed to ``from_pretrained``.
     """
@@ -55,8 +55,8 @@ class LocalLLM:
         self._options: dict[str, Any] = {"device": device, "dtype": dtype, **options}
         self._lock = threading.Lock()
         hold_while_forking(self, "_lock")
-        self._failure, self._again_at = "", 0.0
-        self.idle = IdlePrefixes(IDLE_CACHES)
+        self._failure, self._retry_at = "", 0.0
+        self.idle = IdlePrefixes(MAX_IDLE_CACHES)
 
     def __repr__(self) -> str:
         clean = without_secrets(self._options)
@@ -64,7 +64,7 @@ class LocalLLM:
         return f"LocalLLM({', '.join([repr(self.name), *(f'{key}={value!r}' for key, value in options.items())])})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickles as its settings: weights, caches and locks stay behind and come back when needed."""
+        """Pickles as its settings; weights and caches are loaded again when needed."""
         return {"name": self.name, "price": self.price, "options": without_secrets(self._options)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -76,11 +76,11 @@ class LocalLLM:
         return self._model is not None
 
     def check(self, slm: LanguageModel) -> None:
-        """Compare tokenizers by content, reading no weights.
+        """Compare the vocabularies, without reading weights.
 
         Raises:
-            TokenizerMismatch: a token of the SLM's has another id, or none, in the LLM's vocabulary.
-            ModelNotFound: no tokenizer there.
+            TokenizerMismatch: a token of the SLM has another id, or none, in the LLM's vocabulary.
+            ModelNotFound: the LLM has no tokenizer.
         """
         tokenizer = self._model.given_tokenizer if self._model else self._read_tokenizer()
         differing = shared_ids(slm.tokenizer, tokenizer)
@@ -94,18 +94,18 @@ class LocalLLM:
         return self._options.get("tokenizer") or load_tokenizer(self.name, **_from_pretrained(self._options))
 
     def open(self) -> LocalSession:
-        """A session with its own KV."""
+        """A session with its own KV cache."""
         return LocalSession(self)
 
     def load(self) -> LanguageModel:
-        """The weights; read on the first call.
+        """The model; loaded at the first call.
 
         Raises:
-            EscalationFailed: they cannot be read. For ``RELOAD_S`` seconds that is said again and nothing is tried.
+            EscalationFailed: it cannot be loaded; raised again without a new try for ``RELOAD_S`` seconds.
         """
         with self._lock:
             if self._model is None:
-                if time.monotonic() < self._again_at:
+                if time.monotonic() < self._retry_at:
                     raise EscalationFailed(self._failure)
                 self._model = self._read()
             return self._model
@@ -113,9 +113,9 @@ class LocalLLM:
     def _read(self) -> LanguageModel:
         try:
             return LanguageModel.load(self.name, **self._options)
-        except Exception as error:  # a loader and its options raise anything
+        except Exception as error:  # loading may raise anything
             self._failure = f"the weights of {self.name!r} cannot be loaded: {first_line(error)}."
-            self._again_at = time.monotonic() + RELOAD_S
+            self._retry_at = time.monotonic() + RELOAD_S
             raise EscalationFailed(self._failure) from error
 
 
@@ -124,39 +124,39 @@ def _from_pretrained(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class LocalSession:
-    """One generation's KV in the LLM, synced lazily: common prefix kept, the rest read in one go."""
+    """One generation's KV cache in the LLM, extended lazily: the common prefix is kept, the rest is one prefill."""
 
     def __init__(self, llm: LocalLLM) -> None:
         self._llm = llm
         self._prefix: Prefix | None = None
 
     def quote(self, question: Question) -> Charge:
-        """What the KV does not hold yet, and one token."""
-        return charge(self._llm.price, input_tokens=self.uncached(question.ids, scope_of(question)))
+        """The cost of the tokens not in the KV cache, and of one output token."""
+        return charge(self._llm.price, input_tokens=self.uncached_tokens(question.ids, scope_of(question)))
 
     def ask(self, question: Question) -> Answer:
         """Score every candidate.
 
         Raises:
-            EscalationFailed: the prefix is too long, or the device gave up (out of memory, gone).
+            EscalationFailed: the prefix is too long, or the device failed (out of memory).
         """
         cost = self.quote(question)
         try:
             scores = self.scores(question.ids, question.candidates, scope_of(question))
         except RuntimeError as error:
-            self._prefix = None  # its KV may be half-written
+            self._prefix = None  # its KV cache may be inconsistent
             raise EscalationFailed(f"the LLM broke down on this machine: {first_line(error)}.") from error
         question.owe(cost)
         return Answer(tuple(scores))
 
-    def uncached(self, ids: Sequence[int], scope: str | None = None) -> int:
-        """Tokens of ``ids`` that are not in the KV yet."""
+    def uncached_tokens(self, ids: Sequence[int], scope: str | None = None) -> int:
+        """Number of tokens of ``ids`` that are not in the KV cache."""
         if self._prefix is None:
             self._prefix = self._llm.idle.take(ids, scope)
         return len(ids) - (self._prefix.shared(ids) if self._prefix else 0)
 
     def scores(self, ids: Sequence[int], candidates: Sequence[int], scope: str | None = None) -> list[float]:
-        """Log-probabilities of the candidates after ``ids``; one forward over what is new."""
+        """Log-probabilities of the candidates after ``ids``; one forward pass over the new tokens."""
         model = self._llm.load()
         if len(ids) >= model.context_window:
             raise EscalationFailed(
@@ -173,12 +173,12 @@ class LocalSession:
         return [value if token < rows else -inf for value, token in zip(within, candidates, strict=True)]
 
     def close(self) -> None:
-        """Hand the KV back for the next turn."""
+        """Keep the KV cache for the next turn."""
         if self._prefix is not None:
             self._llm.idle.keep(self._prefix)
             self._prefix = None
 
 
 def scope_of(question: Question) -> str | None:
-    """Whose conversation a question is about; None where nobody said."""
+    """The cache scope of a question; None for the default scope."""
     return question.prefix.scope if question.prefix is not None else None

@@ -1,4 +1,4 @@
-"""A large model behind an OpenAI-compatible server: token ids in, log-probabilities out, one request a question."""
+"""An LLM behind an OpenAI-compatible server: token ids in, log-probabilities out, one request per question."""
 
 from __future__ import annotations
 
@@ -25,46 +25,46 @@ from .circuit_breaker import CircuitBreaker
 from .endpoint import Endpoint
 from .hedging import hedged
 from .question import Answer, Question, charge
-from .request_costs import Owe, Tab, together
-from .same_tokenizer import Spelling, verify
+from .request_costs import ReportCharge, RequestCosts, total_charge
+from .tokenizer_check import TokenizerSample, verify_tokenizer
 
 JITTER = wait_random_exponential(multiplier=0.1, max=2.0)
-"""Seconds between attempts where the server does not say: up to 0.1, 0.2, 0.4, ... at random."""
-HEDGED = "asked twice: the first request was late"
+"""Random seconds between attempts, in addition to Retry-After: up to 0.1, 0.2, 0.4, ..."""
+HEDGED_NOTE = "asked twice: the first request was late"
 
 
 class OpenAILLM:
     """A model with the SLM's tokenizer behind ``/v1/completions``, as vLLM serves it.
 
-    The server must take token ids as a prompt and name tokens by id in its log-probabilities
-    (``return_tokens_as_token_ids``). Where it knows ``logprob_token_ids`` every candidate is scored; elsewhere its 20
-    best tokens are read, and the receipt says how many candidates lay outside. The tokenizer is compared on the
-    server's ``/tokenize`` where it has one; elsewhere that it is the SLM's is for you to know.
+    The server must accept token ids as prompt and return token ids in its log-probabilities
+    (``return_tokens_as_token_ids``). If it supports ``logprob_token_ids``, every candidate is scored; otherwise its top
+    20 tokens are read, and the receipt says how many candidates were not among them. The tokenizer is compared by the
+    server's ``/tokenize`` if it has one; otherwise you must make sure that it is the SLM's.
 
-    No fault of the server takes the answer down: within ``timeout_s``, and within what the budget's deadline leaves,
-    there is an answer or the local pick stands. Only a question that cost nothing (429, 5xx) is put again.
+    A failing server does not fail the answer: within ``timeout_s``, and within the budget's deadline, there is an LLM
+    pick or the local pick stands. Only requests that cost nothing (429, 5xx) are retried.
 
     Args:
         base_url: up to and including the version, as ``http://127.0.0.1:8000/v1``. Other machines need https.
-        model: as the server calls it.
-        api_key: bearer token. It is never shown and does not travel in a pickle.
-        api_key_env: environment variable to read it from instead; this does travel.
+        model: the server's name of the model.
+        api_key: bearer token. It is never shown and not pickled.
+        api_key_env: name of an environment variable with the key instead; is pickled.
         price: of its tokens, for dollar budgets; ``known_price(name)`` for a listed model, a ``TokenPrice`` for
-            your own server, None when you do not know it. Tokens that the server reports as cached are paid for as
-            such (vLLM: ``--enable-prompt-tokens-details``); a server that does not say is billed the whole prefix.
+            your own server, None if unknown. Tokens that the server reports as cached are charged as cached (vLLM:
+            ``--enable-prompt-tokens-details``); if it does not report them, the whole prefix is charged.
         timeout_s: seconds for one question, retries included.
         attempt_s: seconds for one request.
         connect_s: seconds for one connection.
-        attempts: requests per question at most, those of hedging not counted.
-        hedge_after_s: seconds without an answer after which a second request like it is sent, the first usable answer
-            taken and the other request cancelled. Both may be billed, so twice as much is held for every question.
-            None, the default, sends no second request.
-        breaker: shared with others who ask the same endpoint; its own by default.
+        attempts: maximum requests per question, hedged ones not counted.
+        hedge_after_s: seconds without an answer after which a second, hedged request is sent; the first usable answer
+            is taken and the other request cancelled. Both may be billed, so twice the cost is reserved for every
+            question. None, the default, never hedges.
+        breaker: circuit breaker, may be shared between LLMs behind one endpoint; its own by default.
         allow_http: permit plain HTTP to other machines.
-        verify: as httpx takes it: True, or an ``ssl.SSLContext``.
+        verify: as in httpx: True, or an ``ssl.SSLContext``.
 
     Raises:
-        ConfigError: a URL, key or time that cannot work.
+        ConfigError: an invalid URL, key or time limit.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class OpenAILLM:
         self.timeout_s, self.attempt_s, self.connect_s, self.attempts = timeout_s, attempt_s, connect_s, attempts
         self.hedge_after_s = hedge_after_s
         self.breaker = breaker or CircuitBreaker()
-        self._by_id = True
-        self._unverified: dict[str, Spelling] = {}
+        self._asks_by_id = True
+        self._unverified: dict[str, TokenizerSample] = {}
 
     def __repr__(self) -> str:
-        return f"OpenAILLM({self.endpoint.shown!r}, {self.name!r})"
+        return f"OpenAILLM({self.endpoint.display_url!r}, {self.name!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickles without its key and its breaker's memory."""
+        """Pickles without the key and the breaker's state."""
         return {**self.__dict__, "breaker": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -122,91 +122,91 @@ class OpenAILLM:
         self.breaker = CircuitBreaker()
 
     def check(self, slm: LanguageModel) -> None:
-        """Compare model name and tokenizer with the server's, where it can be reached and offers it.
+        """Compare model name and tokenizer with the server's, as far as it offers them.
 
-        A server that is down now is asked for this before its first question.
+        If the server is down now, this is done before its first question.
 
         Raises:
-            ModelNotFound: the server lists its models, and this is none of them.
-            TokenizerMismatch: it spells a sample text in other ids.
+            ModelNotFound: the server lists its models without this one.
+            TokenizerMismatch: it tokenizes a sample text differently.
         """
-        spelling = Spelling.of(slm)
+        spelling = TokenizerSample.of(slm)
         self._unverified[spelling.fingerprint] = spelling
         try:
             with self.breaker.attempt():
-                event_loop.run(self._verify(), 2 * self.connect_s)
+                event_loop.run_coroutine(self._verify(), 2 * self.connect_s)
         except EscalationFailed:
             return
 
     def open(self) -> OpenAISession:
-        """A session; the server keeps the prefix cache."""
+        """A session; the prefix cache is the server's."""
         return OpenAISession(self)
 
     def close(self) -> None:
-        """Close idle connections. It can be asked again afterwards."""
-        event_loop.run(self.endpoint.close(), self.connect_s)
+        """Close idle connections; the LLM can still be used."""
+        event_loop.run_coroutine(self.endpoint.close(), self.connect_s)
 
-    def worst(self, question: Question) -> Charge:
-        """The most that one request can cost: the whole prefix, as if nothing were cached, and one token."""
+    def max_charge(self, question: Question) -> Charge:
+        """The maximum cost of one request: the whole prefix, uncached, and one output token."""
         return charge(self.price, input_tokens=len(question.ids))
 
     def complete(self, question: Question) -> Answer:
-        """Put one question to the server.
+        """Ask the server one question.
 
         Raises:
             EscalationFailed: no usable answer in time.
-            TokenizerMismatch, ModelNotFound: as ``check``, where the server could not be reached before.
+            TokenizerMismatch, ModelNotFound: as ``check``, if the server could not be reached before.
         """
         seconds = self.timeout_s if question.seconds is None else min(self.timeout_s, question.seconds)
         if seconds <= 0:
             raise OutOfTime("the deadline has passed.")
         late = OutOfTime if seconds < min(self.timeout_s, self.attempt_s) else EscalationFailed
         with self.breaker.attempt():
-            return event_loop.run(self._complete(question, seconds), seconds, late)
+            return event_loop.run_coroutine(self._complete(question, seconds), seconds, late)
 
     async def _verify(self) -> None:
         for fingerprint, spelling in list(self._unverified.items()):
-            await verify(self.endpoint, self.name, spelling)
+            await verify_tokenizer(self.endpoint, self.name, spelling)
             self._unverified.pop(fingerprint, None)
 
     async def _complete(self, question: Question, seconds: float) -> Answer:
         if self._unverified:
             await self._verify()
-        tab = Tab(question)
+        costs = RequestCosts(question)
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(EndpointBusy),
             stop=stop_after_attempt(self.attempts) | stop_before_delay(seconds),
-            wait=_as_told,
+            wait=_retry_wait,
             reraise=True,
         )
         async for attempt in retrying:
             with attempt:
-                return await self._ask(question, tab)
+                return await self._ask(question, costs)
         raise EscalationFailed("no attempt was made.")  # not reached: reraise is set
 
-    async def _ask(self, question: Question, tab: Tab) -> Answer:
-        """One request; two where the first is late, unless the endpoint is on trial: then one alone tries it."""
+    async def _ask(self, question: Question, costs: RequestCosts) -> Answer:
+        """One request, hedged if configured; not hedged while the circuit breaker probes the endpoint."""
         if self.hedge_after_s is None or self.breaker.state != "closed":
-            return await self._once(question, tab.line(), lambda: None)
-        before = len(tab)
-        answer = await hedged(lambda sent: self._once(question, tab.line(), sent), self.hedge_after_s)
-        if len(tab) == before + 1:
+            return await self._attempt(question, costs.new_request(), lambda: None)
+        before = len(costs)
+        answer = await hedged(lambda sent: self._attempt(question, costs.new_request(), sent), self.hedge_after_s)
+        if len(costs) == before + 1:
             return answer
-        return replace(answer, note="; ".join(filter(None, (HEDGED, answer.note))))
+        return replace(answer, note="; ".join(filter(None, (HEDGED_NOTE, answer.note))))
 
-    async def _once(self, question: Question, owe: Owe, sent: Callable[[], None]) -> Answer:
-        def leaves() -> None:
-            owe(self.worst(question))
+    async def _attempt(self, question: Question, owe: ReportCharge, sent: Callable[[], None]) -> Answer:
+        def on_sent() -> None:
+            owe(self.max_charge(question))
             sent()
 
         try:
             async with asyncio.timeout(self.attempt_s):
-                content = await self._post(question, owe, leaves)
+                content = await self._post(question, owe, on_sent)
         except TimeoutError:
             raise EscalationFailed(f"no answer within {self.attempt_s:.3g} s.") from None
-        reply = completions.parse(content, len(question.ids))
-        if reply.usage is not None:
-            used = reply.usage
+        completion = completions.parse_completion(content, len(question.ids))
+        if completion.usage is not None:
+            used = completion.usage
             owe(
                 charge(
                     self.price,
@@ -215,12 +215,12 @@ class OpenAILLM:
                     output_tokens=used.completion_tokens,
                 )
             )
-        return completions.answer(reply, question.candidates)
+        return completions.to_answer(completion, question.candidates)
 
-    async def _post(self, question: Question, owe: Owe, sent: Callable[[], None]) -> bytes:
-        """The reply's body; a server that declines has done nothing, so nothing is owed."""
-        by_id = self._by_id
-        body = completions.request(self.name, question.ids, question.candidates, by_id=by_id)
+    async def _post(self, question: Question, owe: ReportCharge, sent: Callable[[], None]) -> bytes:
+        """The response body; an error status costs nothing, so nothing is owed."""
+        by_id = self._asks_by_id
+        body = completions.request_body(self.name, question.ids, question.candidates, by_id=by_id)
         try:
             return await self.endpoint.post("completions", body, sent=sent)
         except (EndpointBusy, EndpointRefused) as error:
@@ -228,31 +228,33 @@ class OpenAILLM:
             strict = isinstance(error, EndpointRefused) and "logprob_token_ids" in str(error)
             if not (by_id and strict):
                 raise
-        self._by_id = False  # a server that is strict about fields it does not know
+        self._asks_by_id = False  # the server refuses unknown fields
         return await self._post(question, owe, sent)
 
 
-def _as_told(state: RetryCallState) -> float:
-    """Seconds until the next attempt: what Retry-After says, and a random bit more."""
+def _retry_wait(state: RetryCallState) -> float:
+    """Seconds until the next attempt: Retry-After plus jitter."""
     error = state.outcome.exception() if state.outcome else None
-    told = error.wait_s if isinstance(error, EndpointBusy) else None
-    return JITTER(state) + (told or 0.0)
+    retry_after_s = error.wait_s if isinstance(error, EndpointBusy) else None
+    return JITTER(state) + (retry_after_s or 0.0)
 
 
 class OpenAISession:
-    """One generation's line to a server; every question stands alone."""
+    """One generation's session with a server; questions are independent."""
 
     def __init__(self, llm: OpenAILLM) -> None:
         self._llm = llm
 
     def quote(self, question: Question) -> Charge:
-        """What its requests can cost at worst: one, or two where the LLM hedges."""
-        worst = self._llm.worst(question)
-        return worst if self._llm.hedge_after_s is None else together([worst, worst]) or worst
+        """The maximum cost: of one request, or of two if the LLM hedges."""
+        one_request = self._llm.max_charge(question)
+        return (
+            one_request if self._llm.hedge_after_s is None else total_charge([one_request, one_request]) or one_request
+        )
 
     def ask(self, question: Question) -> Answer:
         """See ``OpenAILLM``."""
         return self._llm.complete(question)
 
     def close(self) -> None:
-        """Connections stay with the LLM."""
+        """Nothing to release: connections belong to the LLM."""

@@ -1,9 +1,9 @@
-"""How each candidate would go on: the SLM's own greedy continuations to the end of the sentence, in one batch.
+"""Previews of candidates: the SLM's greedy continuation of each to the end of its sentence, decoded in one batch.
 
 prefix KV ──cloned K rows──> candidate 1, then greedy ... to the end of its sentence
                              candidate 2, then greedy ...
 
-Under the call's grammar where there is one: each token is the likeliest legal one, as the engine itself would take it.
+If the call has a grammar, each token is the most likely legal one, as in the engine.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch
 
 from ..scheduling.sequence import Prefix
 from .constraint import Constraint
-from .continuation import Branch, plain
+from .continuation import GreedyContinuation, decode_without_eos
 
-THE_END = "(the answer ends here)"
+END_MARK = "(the answer ends here)"
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """One way to go on.
+    """The continuation of one candidate, or of several with the same text.
 
     Attributes:
-        at: places among the candidates of all that read like this, the best first.
-        tokens: the first of them and what follows.
-        text: as it reads.
+        at: indices of the candidates with this text, best first.
+        tokens: token ids of the first of these candidates and its continuation.
+        text: as shown to the judge.
     """
 
     at: tuple[int, ...]
@@ -36,17 +36,17 @@ class Preview:
 
 
 def previews(prefix: Prefix, candidates: Sequence[int], limit: int, grammar: Constraint | None = None) -> list[Preview]:
-    """The candidates' continuations, those that read the same merged, in the order of the candidates.
+    """The candidates' continuations in order, those with the same text merged.
 
     Args:
-        prefix: stays as it is.
+        prefix: not modified.
         candidates: ``[K]`` token ids.
         limit: tokens of one preview, the candidate included.
-        grammar: its state after the prefix, left as it is; None permits all.
+        grammar: the state after the prefix, not modified; None permits all.
     """
     merged: dict[str, Preview] = {}
     for place, tokens in enumerate(continuations(prefix, candidates, limit, grammar)):
-        text = spelled(prefix, tokens)
+        text = preview_text(prefix, tokens)
         known = merged.get(text)
         merged[text] = Preview((*known.at, place), known.tokens, text) if known else Preview((place,), tokens, text)
     return list(merged.values())
@@ -57,20 +57,20 @@ def continuations(
     prefix: Prefix, candidates: Sequence[int], limit: int, grammar: Constraint | None = None
 ) -> list[tuple[int, ...]]:
     """Each candidate and its greedy continuation to the end of the sentence, the answer or ``limit`` tokens."""
-    branches = [Branch(prefix, token, grammar) for token in candidates]
+    branches = [GreedyContinuation(prefix, token, grammar) for token in candidates]
     limit = min(limit, prefix.model.context_window - len(prefix))
     with prefix.branches(len(branches)) as copies:
         for _ in range(1, limit):
-            if all(branch.over for branch in branches):
+            if all(branch.finished for branch in branches):
                 break
             logits = copies.extend(torch.tensor([branch.tokens[-1] for branch in branches]))
             for branch, row in zip(branches, logits, strict=True):
-                if not branch.over:
-                    branch.follow(row)
+                if not branch.finished:
+                    branch.advance(row)
     return [tuple(branch.tokens) for branch in branches]
 
 
-def spelled(prefix: Prefix, tokens: Sequence[int]) -> str:
-    """Tokens as a reader sees them; the end of the answer is said in words."""
-    text = plain(prefix, tokens)
-    return text + THE_END if tokens and tokens[-1] in prefix.model.eos_ids else text
+def preview_text(prefix: Prefix, tokens: Sequence[int]) -> str:
+    """Tokens as text; the end of the answer is marked in words."""
+    text = decode_without_eos(prefix, tokens)
+    return text + END_MARK if tokens and tokens[-1] in prefix.model.eos_ids else text

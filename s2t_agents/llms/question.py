@@ -1,4 +1,4 @@
-"""What is put to a large model, and what comes back."""
+"""The question to an LLM, and its answer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Question:
     """Which of these candidates comes next? Asked once.
 
     Attributes:
-        ids: the prefix, as token ids.
+        ids: the prefix as token ids.
         candidates: ``[K]`` token ids, the SLM's best first.
-        prefix: the SLM's own view of the prefix, for those who need text or continuations; read-only.
+        prefix: the SLM's sequence, for LLMs that need text or continuations; read-only.
         slm: ``[K]`` log-probabilities of the SLM.
         selector: ``[K]`` scores of the local selector; None without one.
-        grammar: what may follow the prefix, for those who need continuations; forked, never moved. None permits all.
-        seconds: left until the answer is of no use; None sets no limit.
-        owed: what must be paid although there may be no answer; None while nothing is owed.
+        grammar: the state after the prefix, for continuations; forked, never advanced. None permits all.
+        seconds: deadline of the answer; None sets none.
+        owed: cost incurred so far, whether an answer comes or not; None while nothing is owed.
     """
 
     ids: Sequence[int]
@@ -35,22 +35,22 @@ class Question:
     owed: Charge | None = None
 
     def owe(self, charge: Charge | None) -> None:
-        """From here on this is owed, whether an answer comes or not: the budget is settled with the last word.
+        """Report the cost incurred so far, whether an answer comes or not; the budget is settled with the last report.
 
-        A session says it as soon as the LLM may have begun to work (the worst case), and again when it knows better.
+        A session reports the maximum once the LLM may have begun to work, and the actual cost when it is known.
         """
         self.owed = charge
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the LLM said.
+    """The LLM's scores of the candidates.
 
     Attributes:
-        scores: ``[K]`` log-probabilities of the candidates, None where it gave none; at least one is a number. A
-            judge gives 0 to the one it named.
-        then: tokens that follow the best candidate and are settled with it.
-        note: what a reader of the receipt should know; empty when there is nothing.
+        scores: ``[K]`` log-probabilities of the candidates, None if it gave none; at least one is a number. A judge
+            gives 0 to the one that it chose.
+        then: tokens that follow the best candidate and are emitted with it.
+        note: a remark for the receipt; "" for none.
     """
 
     scores: tuple[float | None, ...]
@@ -59,7 +59,7 @@ class Answer:
 
 
 def candidates_of(question: Question, answer: Answer | None) -> tuple[Candidate, ...]:
-    """``[K]``: the candidates with every score that they have got, the SLM's best first."""
+    """``[K]``: the candidates with all their scores, the SLM's best first."""
     nothing = [None] * len(question.candidates)
     llm = answer.scores if answer else nothing
     columns = zip(question.candidates, question.slm, question.selector or nothing, llm, strict=True)
@@ -67,13 +67,13 @@ def candidates_of(question: Question, answer: Answer | None) -> tuple[Candidate,
 
 
 def charge(price: Price | None, *, input_tokens: int, cached_tokens: int = 0, output_tokens: int = 1) -> Charge:
-    """What so many tokens cost; tokens that the LLM had in its cache are paid for at their own price, not counted.
+    """The cost of a request. Cached tokens have their own price and do not count as LLM tokens.
 
     Args:
         price: None leaves the dollars unknown.
-        input_tokens: the whole prompt, cached tokens included.
-        cached_tokens: how many of them were cached.
-        output_tokens: tokens written.
+        input_tokens: of the whole prompt, cached tokens included.
+        cached_tokens: how many of them were in the LLM's prefix cache.
+        output_tokens: tokens generated.
     """
     usd = (
         price.cost(input_tokens=input_tokens, cached_tokens=cached_tokens, output_tokens=output_tokens)

@@ -1,4 +1,4 @@
-"""What a question owes when more than one request may be put for it: each has its own line, the sum is owed."""
+"""The cost of a question for which several requests are sent (retries, hedging)."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from decimal import Decimal
 from ..types import Charge
 from .question import Question
 
-Owe = Callable[[Charge | None], None]
-"""Says what one request owes, as ``Question.owe`` does; the last word counts."""
+ReportCharge = Callable[[Charge | None], None]
+"""Reports the cost of one request so far; the last report counts."""
 
 
-class Tab:
-    """One question's requests and what each of them owes.
+class RequestCosts:
+    """Sums the costs of one question's requests.
 
     Args:
-        question: owes the sum of all lines, at any time.
+        question: its ``owe`` is called with the sum whenever a request reports.
     """
 
     def __init__(self, question: Question) -> None:
         self._question = question
-        self._lines: list[Charge | None] = []
+        self._charges: list[Charge | None] = []
 
     def __len__(self) -> int:
-        """Requests so far."""
-        return len(self._lines)
+        """Number of requests so far."""
+        return len(self._charges)
 
-    def line(self) -> Owe:
-        """A line for one more request, which owes nothing yet."""
-        at = len(self._lines)
-        self._lines.append(None)
+    def new_request(self) -> ReportCharge:
+        """Register a request; returns the callback with which it reports its cost."""
+        at = len(self._charges)
+        self._charges.append(None)
 
         def owe(charge: Charge | None) -> None:
-            self._lines[at] = charge
-            self._question.owe(together([line for line in self._lines if line is not None]))
+            self._charges[at] = charge
+            self._question.owe(total_charge([new_request for new_request in self._charges if new_request is not None]))
 
         return owe
 
 
-def together(charges: Sequence[Charge]) -> Charge | None:
-    """The sum; None where nothing is owed, dollars None where one of them is unknown."""
+def total_charge(charges: Sequence[Charge]) -> Charge | None:
+    """The sum; None for no charges; dollars None if one of them is unknown."""
     if not charges:
         return None
     known = [charge.usd for charge in charges if charge.usd is not None]

@@ -1,4 +1,4 @@
-"""Local selectors: objects that rank the SLM's K candidates. See ``base.Selector`` for the protocol."""
+"""Local selectors, which rank the SLM's K candidates. ``base.Selector`` is the protocol."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS: dict[str, type[ActivatedSelector] | type[AdaptedSelector] | type[HeadSele
 
 
 def load_selector(path: str | Path, base: LanguageModel) -> tuple[LocalSelector, SelectorConfig]:
-    """The selector in a directory (or the name of a bundled one), and its config.
+    """Load the selector in a directory, or a bundled one by name, and its config.
 
     Raises:
         ModelNotFound, ConfigError, AdapterMismatch, UnsafeWeights: see ``SelectorConfig.load`` and the kinds.

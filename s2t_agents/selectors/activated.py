@@ -1,10 +1,10 @@
-"""The activated selector: a LoRA that is on only at the K candidate positions, over the base's own KV.
+"""The activated selector: a LoRA that is active only at the K candidate positions, over the base's KV cache.
 
     prefix (adapter off) ─ KV ─┬─ candidate 1 (adapter on) ─ hidden ─┐
                                ├─ ...                                ├─ log p_SLM + correction
                                └─ candidate K (adapter on) ─ hidden ─┘
 
-One forward of K tokens, shared with the steps and selections of other generations (``scheduling.scheduler``). The
+One forward pass of K tokens, batched with steps and selections of other generations (``scheduling.scheduler``). The
 correction starts at zero: an untrained selector is greedy decoding.
 """
 
@@ -29,11 +29,11 @@ HEAD_FILE = "score_head.safetensors"
 
 
 class ActivatedSelector(LearnedSelector):
-    """Scores candidates with an adapter that the rest of the generation never sees.
+    """Scores candidates with an adapter that does not change logits or KV of the base.
 
     Args:
         base: the SLM.
-        lora: corrections on its linear layers, on at candidates only.
+        lora: adapter on its linear layers, active at the candidates only.
         temperature, caution: see ``LearnedSelector``.
     """
 

@@ -1,4 +1,4 @@
-"""The question every selector answers: which of these K candidates, given this prefix?"""
+"""The selector protocol: score K candidates given a prefix."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Selector(Protocol):
 
 
 class LearnedSelector(nn.Module):
-    """What the trainable kinds share: how a correction becomes a score.
+    """Base of the trainable selectors: from a correction to a score.
 
     Args:
         base: the SLM.
-        temperature: divides the scores; calibrated, so that their softmax means a probability.
-        caution: nats by which another candidate must beat the SLM's own token; calibrated, so that answers with
-            nothing to fix stay as they are.
+        temperature: divides the scores; calibrated, so that their softmax is a probability.
+        caution: nats by which another candidate must exceed the SLM's best token; calibrated, so that answers without
+            mistakes do not change.
     """
 
     def __init__(self, base: LanguageModel, *, temperature: float = 1.0, caution: float = 0.0) -> None:
@@ -35,7 +35,7 @@ class LearnedSelector(nn.Module):
         self.temperature, self.caution = temperature, caution
 
     def calibrated(self, slm: Tensor, correction: Tensor) -> Tensor:
-        """``[..., K]`` scores from the candidates' log-probabilities, best first, and their corrections."""
+        """Scores from the candidates' log-probabilities, best first, and corrections, all ``[..., K]``."""
         raw = slm + correction
         if self.caution:
             raw = torch.cat([raw[..., :1] + self.caution, raw[..., 1:]], -1)
@@ -43,6 +43,6 @@ class LearnedSelector(nn.Module):
 
 
 def confidence_margin(scores: Tensor) -> float:
-    """How far the best stands above the second after a softmax, in [0, 1]; 1 for a single candidate."""
+    """Probability of the best score minus that of the second after a softmax, in [0, 1]; 1 for a single candidate."""
     best = scores.softmax(0).topk(min(2, scores.shape[0])).values.tolist()
     return float(best[0] - best[1]) if len(best) > 1 else 1.0

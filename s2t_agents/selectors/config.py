@@ -1,4 +1,4 @@
-"""What stands beside a selector's weights: for whom it was trained, and where its thresholds lie."""
+"""``selector.json``: a selector's base model, settings and calibrated thresholds."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ class BaseIdentity(BaseModel):
 
 
 class Calibration(BaseModel):
-    """Thresholds read off held-out rollouts, with the rates they gave there.
+    """Thresholds calibrated on held-out rollouts, and the rates measured there.
 
     Attributes:
-        trigger_entropy: nats from which a step is critical, where the probe does not say.
-        trigger_rate: share of steps that are critical (by the probe, where it is in use), with its 95% interval.
-        escalation_margin: selector's margin under which an LLM is asked.
-        escalation_rate: share of *triggered* steps under it, with its 95% interval.
+        trigger_entropy: threshold of the entropy trigger in nats, used if there is no probe.
+        trigger_rate: share of steps that are triggered (by the probe if there is one), with its 95% interval.
+        escalation_margin: the selector's margin below which an LLM is asked.
+        escalation_rate: share of *triggered* steps below it, with its 95% interval.
         agreement: share of triggered steps where the selector's pick is the LLM's, with its 95% interval.
-        agreement_greedy: the same for the SLM's own top token.
-        false_alarms: share of answers in which the LLM would change nothing and the selector does, with its 95%
-            interval; None where there was no such answer.
-        problems: held-out problems this was read from.
+        agreement_greedy: the same for the SLM's top token.
+        false_alarms: share of answers that the selector changes among those that the LLM would not change, with its
+            95% interval; None without such answers.
+        problems: number of held-out problems.
         seed: of those problems.
         trigger_recall: share of the steps where the LLM disagrees that the entropy trigger finds.
-        probe_above: probability from which the learned probe calls a step critical, at the same trigger rate; None
-            where the entropy finds as many disagreements.
+        probe_above: threshold of the learned probe, a probability, at the same trigger rate; None if the probe finds
+            no more disagreements than the entropy.
         probe_recall: share of the steps where the LLM disagrees that the probe finds.
         entropy_at: (trigger rate, nats): the entropy threshold of other trigger rates.
         reliability: (mean confidence, agreement with the LLM, triggered steps) in bins of the selector's confidence.
@@ -83,10 +83,10 @@ class Calibration(BaseModel):
     reliability: tuple[tuple[float, float, int], ...] = ()
 
     def entropy_for(self, rate: float) -> float:
-        """The entropy threshold of a trigger rate, interpolated between those that were read off.
+        """The entropy threshold of a trigger rate, interpolated in ``entropy_at``.
 
         Raises:
-            ConfigError: this calibration has no such table, or the rate is outside of it.
+            ConfigError: there is no such table, or the rate is outside of it.
         """
         if not self.entropy_at:
             raise ConfigError("this calibration has no thresholds by rate.", hint="Run `s2t calibrate` again.")
@@ -140,7 +140,7 @@ class SelectorConfig(BaseModel):
             raise ConfigError(f"{file} is not a selector config: {wrong}.") from error
 
     def check_base(self, model: LanguageModel) -> None:
-        """Refuse another base model or tokenizer than the selector was trained for.
+        """Refuse a base model or tokenizer that the selector was not trained for.
 
         Raises:
             AdapterMismatch: naming what differs.

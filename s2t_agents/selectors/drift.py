@@ -1,4 +1,4 @@
-"""Are the rates that a selector was calibrated to still the rates that it meets?"""
+"""Drift detection: whether trigger and escalation rates in use are still those of the calibration."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ _log = logging.getLogger(__name__)
 
 Z95 = 1.959964
 Z_LIVE = 3.0
-"""Standard errors around a live rate: it is looked at again after every answer, and must not cry wolf."""
+"""Standard errors of a live rate's interval: wide, because the test is repeated after every answer."""
 FEWEST = 1000
-"""Steps before anything is said (triggered steps, for the escalation rate: a tenth of it)."""
+"""Minimum number of steps for a warning (for the escalation rate, a tenth of it in triggered steps)."""
 SLACK = 0.25
-"""Share by which a rate may differ besides: calibration reads the SLM's own answers, use follows corrected ones."""
+"""Relative tolerance of a rate: calibration follows the SLM's own answers, use follows corrected ones."""
 FEWEST_ANSWERS = 20
-"""Answers before anything is said: the steps of one answer are alike, so few answers say little."""
+"""Minimum number of answers for a warning, since the steps of one answer are correlated."""
 
 
 def wilson(hits: float, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson score interval of a share, 95% by default, the share itself in it; (0, 1) when nothing was seen."""
+    """Wilson score interval of a share, 95% by default, which contains the share; (0, 1) for n = 0."""
     if n == 0:
         return 0.0, 1.0
     p, z2 = hits / n, z**2
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # rounding may part 0 and 1 from theirs
+    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # against rounding at 0 and 1
 
 
 class LiveRate:
-    """A share of steps that come answer by answer; nothing but sums is kept."""
+    """A running share of steps, clustered by answer; keeps only sums."""
 
     def __init__(self) -> None:
         self.answers = self.hits = self.steps = 0
         self._hits2 = self._hits_steps = self._steps2 = 0
 
     def add(self, hits: int, steps: int) -> None:
-        """One answer."""
+        """Add one answer."""
         if steps:
             self.answers += 1
             self.hits += hits
@@ -58,7 +58,7 @@ class LiveRate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Where the true rate lies, answers (not steps) being independent; never narrower than for single steps."""
+        """Confidence interval, clustered by answer; never narrower than for independent steps."""
         low, high = wilson(self.hits, self.steps, Z_LIVE)
         if self.answers < 2:
             return 0.0, 1.0
@@ -67,8 +67,8 @@ class LiveRate:
         half = Z_LIVE * math.sqrt(spread * self.answers / (self.answers - 1)) / self.steps
         return max(0.0, min(low, p - half)), min(1.0, max(high, p + half))
 
-    def left(self, expected: tuple[float, float], fewest: int) -> bool:
-        """Whether enough was seen, and it shares nothing with the expected interval and the slack around it."""
+    def has_left(self, expected: tuple[float, float], fewest: int) -> bool:
+        """Whether there are enough steps, and the interval is disjoint from the expected one plus ``SLACK``."""
         if self.answers < FEWEST_ANSWERS or self.steps < fewest:
             return False
         low, high = self.interval
@@ -76,63 +76,70 @@ class LiveRate:
 
 
 class DriftWatch:
-    """Counts live steps and says once when a rate has left its calibrated interval. Thread-safe.
+    """Counts steps in use and warns once when a rate has left its calibrated interval. Thread-safe.
 
     Args:
-        calibration: what the selector expects.
-        escalations: whether LLM questions follow the calibrated margin alone, so that their rate can be compared.
-        fewest: steps before anything is said.
+        calibration: the selector's calibration.
+        escalations: whether escalations follow the calibrated margin alone, so that their rate is comparable.
+        fewest: minimum number of steps for a warning.
+
+    Attributes:
+        trigger_rate: triggered steps per step so far.
+        escalation_rate: steps to be escalated per triggered step so far.
+        watches_escalations: whether the escalation rate is compared.
     """
 
     def __init__(self, calibration: Calibration, *, escalations: bool = False, fewest: int = FEWEST) -> None:
-        self._calibration, self._escalations, self._fewest = calibration, escalations, fewest
-        self._lock = threading.RLock()  # garbage collection may end a generation inside a block of ours
+        self._calibration, self.watches_escalations, self._fewest = calibration, escalations, fewest
+        self._lock = threading.RLock()  # garbage collection may close a generation while this thread holds it
         hold_while_forking(self, "_lock")
-        self._triggers, self._questions = LiveRate(), LiveRate()
-        self._said = False
+        self.trigger_rate, self.escalation_rate = LiveRate(), LiveRate()
+        self._warned = False
 
     def watching(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """The same steps; at their end, or where they are left, they are counted, and a warning is logged if due."""
-        asked = triggered = going_up = 0
+        """Pass the steps on; when they end or are closed, count them, and log a warning if due."""
+        steps_counted = triggered = escalated = 0
         try:
             for step in steps:
-                asked += step.entropy is not None  # tokens that nobody had to choose say nothing
+                steps_counted += step.entropy is not None  # forced tokens do not count
                 triggered += step.triggered
-                going_up += step.escalation is not None
+                escalated += step.escalation is not None
                 yield step
         finally:
-            said = self.see(asked, triggered, going_up)
-            if said is not None:
-                _log.warning(said)
+            warning = self.see(steps_counted, triggered, escalated)
+            if warning is not None:
+                _log.warning(warning)
 
-    def see(self, steps: int, triggered: int, going_up: int = 0) -> str | None:
-        """Take the counts of one answer: steps, critical ones, and those of them that were to go up to the LLM.
+    def see(self, steps: int, triggered: int, escalated: int = 0) -> str | None:
+        """Add the counts of one answer: steps, triggered ones, and those to be escalated.
 
         Returns:
-            A warning, the first time that a live rate's interval and the calibrated one share nothing.
+            A warning, the first time that a live rate's interval is disjoint from the calibrated one.
         """
         expected = self._calibration
         with self._lock:
-            if self._said:
+            if self._warned:
                 return None
-            self._triggers.add(triggered, steps)
-            self._questions.add(going_up, triggered)
-            told = []
-            if self._triggers.left(expected.trigger_rate_ci95, self._fewest):
-                told.append(_told("steps were critical", self._triggers, expected.trigger_rate_ci95))
-            if self._escalations and self._questions.left(expected.escalation_rate_ci95, self._fewest // 10):
+            self.trigger_rate.add(triggered, steps)
+            self.escalation_rate.add(escalated, triggered)
+            warnings = []
+            if self.trigger_rate.has_left(expected.trigger_rate_ci95, self._fewest):
+                warnings.append(_rate_text("steps were critical", self.trigger_rate, expected.trigger_rate_ci95))
+            if self.watches_escalations and self.escalation_rate.has_left(
+                expected.escalation_rate_ci95, self._fewest // 10
+            ):
                 what = "critical steps were for the LLM"
-                told.append(_told(what, self._questions, expected.escalation_rate_ci95))
-            if not told:
+                warnings.append(_rate_text(what, self.escalation_rate, expected.escalation_rate_ci95))
+            if not warnings:
                 return None
-            self._said = True
+            self._warned = True
         return (
-            f"{' '.join(told)} These prompts are unlike those that the selector was calibrated on: run `s2t calibrate` "
-            "on rollouts of prompts like them, or give a trigger of your own."
+            f"{' '.join(warnings)} These prompts are unlike those that the selector was calibrated on: "
+            "run `s2t calibrate` on rollouts of prompts like them, or give a trigger of your own."
         )
 
 
-def _told(what: str, live: LiveRate, expected: tuple[float, float]) -> str:
+def _rate_text(what: str, live: LiveRate, expected: tuple[float, float]) -> str:
     low, high = live.interval
     return (
         f"{live.rate:.1%} of {live.steps} {what} ({low:.1%} to {high:.1%}); "

@@ -1,6 +1,6 @@
 """The head selector: a small MLP on the SLM's last hidden state and each candidate's output embedding.
 
-No extra forward of the base at all: score = log p_SLM + mlp([hidden, embedding(c)]), zero at the start.
+No extra forward pass of the base: score = log p_SLM + mlp([hidden, embedding(c)]), with the MLP zero at the start.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WEIGHTS_FILE = "head.safetensors"
 
 
 class HeadSelector(LearnedSelector):
-    """Scores candidates from what the SLM has already computed.
+    """Scores candidates from the SLM's hidden state.
 
     Args:
         base: the SLM.

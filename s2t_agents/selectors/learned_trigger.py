@@ -1,4 +1,4 @@
-"""The trigger that a selector directory was calibrated with: an entropy threshold, or a probe that lies beside it."""
+"""The calibrated trigger of a selector directory: an entropy threshold, or a learned probe."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load_probe(path: Path, config: SelectorConfig) -> tuple[Tensor, float]:
 
 
 def calibrated_trigger(path: Path, config: SelectorConfig) -> Trigger:
-    """The trigger with the calibrated threshold: the one that found more disagreements at the same rate.
+    """The trigger with the calibrated threshold: probe or entropy, whichever finds more disagreements at the same rate.
 
     Raises:
         ConfigError: the selector was never calibrated.

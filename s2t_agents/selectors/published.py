@@ -6,9 +6,9 @@
 
 The correction is span * (v . softmax(z) - 1/2), z being R rows of scores and v evenly spaced bins.
 
-Kept for comparison, and for servers without activated LoRA. The paper re-encodes the prefix for every candidate;
-here its adapted KV is kept and caught up (Ye et al. 2026, section 4; arXiv 2604.26940). Zero-initialised rows give
-every bin the same weight, so it too starts as greedy decoding.
+For comparison, and for servers without activated LoRA. The paper re-encodes the prefix for every candidate; here the
+adapted KV cache is kept and extended (Ye et al. 2026, section 4; arXiv 2604.26940). Zero-initialised rows give every
+bin the same weight, so it starts as greedy decoding too.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ SPAN = 24.0
 
 
 class PublishedSelector(LearnedSelector):
-    """Scores candidates with an adapter that has read the prefix as well.
+    """Scores candidates with an adapter that is active on the prefix as well.
 
     Args:
         base: the SLM.
-        lora: on for prefix and candidates.
+        lora: active on prefix and candidates.
         temperature, caution: see ``LearnedSelector``.
     """
 

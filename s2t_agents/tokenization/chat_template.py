@@ -1,7 +1,7 @@
-"""Chat templates, rendered so that the origin of every character is known (``traced``).
+"""Chat templates, rendered with taint tracking: the origin of every character is known (``traced_text``).
 
-The environment is that of ``apply_chat_template``: same extensions, filters and functions, in Jinja's sandbox, and in
-bounded time and memory (``bounded_jinja``).
+The Jinja environment is that of ``apply_chat_template`` (extensions, filters, functions, sandbox), with limits of time
+and memory (``bounded_jinja``).
 """
 
 from __future__ import annotations
@@ -27,62 +27,62 @@ from jinja2.utils import Namespace
 
 from ..errors import ConfigError
 from ..hub import first_line
-from .bounded_jinja import BoundedEnvironment, TooCostly, refuse_widths
-from .traced_text import Traced, blurred, concat, followed, own
+from .bounded_jinja import BoundedEnvironment, TemplateTooCostly, refuse_wide_format
+from .traced_text import TracedStr, as_traced, concat, tainted, traced_call
 
-_SELECTING = frozenset({
+_SELECTING_FILTERS = frozenset({
     "attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list", "map",
     "max", "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum", "unique",
 })  # fmt: skip
-"""Filters that give back pieces of what they were given."""
+"""Filters that return parts of their input, which keep their origins."""
 
-_EXACT = frozenset({"replace", "trim"})
-"""Filters that call one method of ``Traced``."""
+_TRACED_FILTERS = frozenset({"replace", "trim"})
+"""Filters that call a method of ``TracedStr``, which tracks origins."""
 
 
-LONGEST = 500_000
-"""Characters of a template's source; real ones have up to some 20,000."""
+MAX_TEMPLATE_CHARS = 500_000
+"""Maximum length of a template's source; real ones have up to about 20,000 characters."""
 
-_WAY_OUT = "Mend it, or give another one as chat_template=..."
+_HINT = "Mend it, or give another one as chat_template=..."
 
 
 class ChatTemplate:
-    """A chat template's source, compiled.
+    """A compiled chat template.
 
     Args:
         source: Jinja, as in ``tokenizer.chat_template``.
-        as_json: last change to the JSON text of a value from outside, which must leave it the same value.
+        as_json: applied to the JSON text of values from outside, to escape it; must not change the value.
 
     Raises:
-        ConfigError: a source that is no template.
+        ConfigError: an invalid template.
     """
 
     def __init__(self, source: str, *, as_json: Callable[[str], str] = lambda text: text) -> None:
-        if not isinstance(source, str) or len(source) > LONGEST:
-            raise ConfigError(f"The chat template is no text of at most {LONGEST:,} characters.", hint=_WAY_OUT)
-        self._environment = _Environment(as_json)
+        if not isinstance(source, str) or len(source) > MAX_TEMPLATE_CHARS:
+            raise ConfigError(f"The chat template is no text of at most {MAX_TEMPLATE_CHARS:,} characters.", hint=_HINT)
+        self._environment = _TracingEnvironment(as_json)
         try:
             self._template = self._environment.from_string(source)
         except TemplateSyntaxError as error:
             raise ConfigError(
-                f"The chat template cannot be compiled, line {error.lineno}: {error.message}.", hint=_WAY_OUT
+                f"The chat template cannot be compiled, line {error.lineno}: {error.message}.", hint=_HINT
             ) from error
-        except Exception as error:  # Python's own compiler has limits, too
-            raise ConfigError(f"The chat template cannot be compiled: {first_line(error)}.", hint=_WAY_OUT) from error
+        except Exception as error:  # Python's compiler has limits too
+            raise ConfigError(f"The chat template cannot be compiled: {first_line(error)}.", hint=_HINT) from error
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """The rendered text; strings from outside are known in it by what ``traced.Sources`` made of them.
+        """The rendered text, with the origins of the strings that ``traced_text.Sources`` made.
 
         Raises:
-            TemplateError: the template refuses these variables, fails on them, or writes nothing.
-            TooCostly: it takes more time or memory than any rendering needs.
+            TemplateError: the template refuses these variables, fails on them, or renders nothing.
+            TemplateTooCostly: it exceeds the limits of time or memory.
         """
         try:
             with self._environment.rendering(variables):
                 rendered = self._template.render(**variables)
-        except (TooCostly, TemplateError):
+        except (TemplateTooCostly, TemplateError):
             raise
-        except Exception as error:  # Python's own, of whatever the template does
+        except Exception as error:  # any Python error of the template's operations
             raise TemplateError(f"{type(error).__name__}: {first_line(error)}") from error
         if not rendered.strip():
             raise TemplateError("it writes nothing")
@@ -93,7 +93,7 @@ def chat_template_of(given: str | Path | None) -> str | None:
     """A ``chat_template`` setting as a template's source.
 
     Args:
-        given: the source itself, which has a brace or a line break in it, or a file that holds it.
+        given: the source itself, recognized by a brace or a line break, or the path of a file that holds it.
 
     Raises:
         ConfigError: no such file; not UTF-8; a source that cannot be compiled.
@@ -112,22 +112,22 @@ def chat_template_of(given: str | Path | None) -> str | None:
                 f"chat_template is {str(given)!r}: {first_line(error)}.",
                 hint="Give a Jinja template as text, or a file that holds one.",
             ) from error
-    _check(source)
+    _check_compiles(source)
     return source
 
 
 @lru_cache(maxsize=32)
-def _check(source: str) -> None:
+def _check_compiles(source: str) -> None:
     ChatTemplate(source)
 
 
 def json_text(value: Any, *, ensure_ascii: bool = False, **layout: Any) -> str:
-    """A value as JSON; where it holds text from outside, all of it counts as such."""
-    return blurred(json.dumps(value, ensure_ascii=ensure_ascii, **layout), value)
+    """A value as JSON; if it contains text from outside, the whole result is tainted."""
+    return tainted(json.dumps(value, ensure_ascii=ensure_ascii, **layout), value)
 
 
-class _Code(CodeGenerator):
-    """Jinja's code, but for ``~``, which joins plain strings there."""
+class _TracingCodeGenerator(CodeGenerator):
+    """Jinja's code generator with a traced ``~`` operator."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.filters['s2t_made'](environment.concat(map(str, (")
@@ -137,8 +137,8 @@ class _Code(CodeGenerator):
         self.write("))))")
 
 
-class _Generation(Extension):
-    """``{% generation %}``: marks the assistant's words in training; here they are printed as they are."""
+class _GenerationTag(Extension):
+    """``{% generation %}``, which marks assistant text for training; its body is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -151,12 +151,12 @@ class _Generation(Extension):
         return caller()
 
 
-class _Environment(BoundedEnvironment):
-    code_generator_class = _Code
+class _TracingEnvironment(BoundedEnvironment):
+    code_generator_class = _TracingCodeGenerator
 
     def __init__(self, as_json: Callable[[str], str]) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=_printable
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols], finalize=_to_printable
         )
         self.filters = {name: _traced_filter(name, body) for name, body in self.filters.items()}
         self.filters["tojson"] = functools.partial(_to_json, as_json)
@@ -164,17 +164,17 @@ class _Environment(BoundedEnvironment):
         self.globals |= {
             "raise_exception": _raise_exception,
             "strftime_now": _strftime_now,
-            "dict": _Dict(),
-            "namespace": _Namespace,
+            "dict": _PlainDict(),
+            "namespace": _SafeNamespace,
         }
-        self.bound()
+        self.wrap_filters()
 
     def concat(self, parts: Iterable[str]) -> str:
-        return concat(self.joined(parts))
+        return concat(self.check_joined(parts))
 
-    def operated(self, operator: str, left: Any, right: Any) -> Any:
+    def apply_operator(self, operator: str, left: Any, right: Any) -> Any:
         operation = self.binop_table[operator]
-        return followed(operation, left, right) if operator == "%" else operation(left, right)
+        return traced_call(operation, left, right) if operator == "%" else operation(left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         method = inspect.unwrap(__obj) if callable(__obj) else __obj  # str.format comes wrapped by the sandbox
@@ -182,17 +182,17 @@ class _Environment(BoundedEnvironment):
         call = super().call
         if not isinstance(owner, str):
             return call(__context, __obj, *args, **kwargs)
-        if isinstance(vars(Traced).get(name), FunctionType):
-            return call(__context, getattr(own(owner), name), *args, **kwargs)
+        if isinstance(vars(TracedStr).get(name), FunctionType):
+            return call(__context, getattr(as_traced(owner), name), *args, **kwargs)
 
         def plainly(text: str, *given: Any, **named: Any) -> Any:
             return call(__context, __self.getattr(str.__str__(text), name), *given, **named)
 
-        return followed(plainly, owner, *args, **kwargs)
+        return traced_call(plainly, owner, *args, **kwargs)
 
 
-class _Dict:
-    """``dict`` without its other attributes."""
+class _PlainDict:
+    """``dict`` for templates, with ``fromkeys`` as its only attribute."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -202,8 +202,8 @@ class _Dict:
         return dict.fromkeys(*args)
 
 
-class _Namespace(Namespace):
-    """Jinja's, without names that begin with an underscore."""
+class _SafeNamespace(Namespace):
+    """Jinja's ``namespace`` without names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         attributes = dict(*args[1:], **kwargs)
@@ -216,7 +216,7 @@ class _Namespace(Namespace):
         super().__setitem__(name, value)
 
     def __repr__(self) -> str:
-        return "<namespace>"  # what it holds may hold it again
+        return "<namespace>"  # its values may be recursive
 
 
 def _check_name(name: Any) -> None:
@@ -229,22 +229,22 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(layout: str) -> str:
-    refuse_widths(layout)
+    refuse_wide_format(layout)
     return datetime.now().strftime(layout)
 
 
-def _printable(value: Any) -> Any:
-    """What ``{{ value }}`` prints."""
-    return followed(str, value) if isinstance(value, dict | list | tuple) else value
+def _to_printable(value: Any) -> Any:
+    """The value that ``{{ value }}`` renders."""
+    return traced_call(str, value) if isinstance(value, dict | list | tuple) else value
 
 
 def _traced_filter(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
-    if name in _SELECTING | _EXACT:
+    if name in _SELECTING_FILTERS | _TRACED_FILTERS:
         return body
 
     @functools.wraps(body)  # and with it Jinja's mark of filters that take the context
     def traced(*args: Any, **kwargs: Any) -> Any:
-        return followed(body, *args, **kwargs)
+        return traced_call(body, *args, **kwargs)
 
     return traced
 
@@ -252,9 +252,9 @@ def _traced_filter(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
 @pass_environment
 def _join(environment: Environment, value: Any, d: str = "", attribute: str | int | None = None) -> str:
     parts = value if attribute is None else map(make_attrgetter(environment, attribute), value)
-    return own(str(d)).join(map(str, parts))
+    return as_traced(str(d)).join(map(str, parts))
 
 
 def _to_json(as_json: Callable[[str], str], x: Any, ensure_ascii: bool = False, **layout: Any) -> str:
     text = json_text(x, ensure_ascii=ensure_ascii, **layout)
-    return blurred(as_json(str.__str__(text)), text) if isinstance(text, Traced) else text
+    return tainted(as_json(str.__str__(text)), text) if isinstance(text, TracedStr) else text

@@ -1,10 +1,10 @@
-"""Token ids to text, one at a time: never half a character, never a decode of everything so far.
+"""Incremental detokenizer: token ids to text one at a time, whole characters only, in constant time per token.
 
-Two ways, by the tokenizer's decoder:
+By the tokenizer's decoder:
 
-* *byte-level* (GPT-2, Llama 3, Qwen): each token is a run of bytes, and an incremental UTF-8 decoder joins them;
-* *pieces* (SentencePiece, WordPiece, ...): a token's text is what it adds after the token before it, so the space
-  rules are the decoder's own; ``<0xE4>`` byte tokens go through the incremental UTF-8 decoder.
+* *byte-level* (GPT-2, Llama 3, Qwen): a token's bytes go through an incremental UTF-8 decoder;
+* *pieces* (SentencePiece, WordPiece, ...): a token's text is what it adds to the decoding of the token before it, so
+  the decoder's rules for spaces apply; ``<0xE4>`` byte tokens go through the incremental UTF-8 decoder.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>\Z")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table).
+    """Characters of byte-level vocabularies and the byte that each stands for (GPT-2's table).
 
-    Printable Latin-1 stands for itself; the other bytes take the code points from 256 on, in order.
+    Printable Latin-1 characters stand for themselves; the other bytes are the code points from 256 on, in order.
     """
     letters = sorted(ByteLevel.alphabet())
     own = {letter: ord(letter) for letter in letters if ord(letter) < 256}
@@ -37,8 +37,8 @@ class Detokenizer:
     """Incremental text of one generation.
 
     The pieces joined equal ``tokenizer.decode(ids, skip_special_tokens=True)`` without clean-up of spaces. One
-    exception: where a SentencePiece vocabulary's byte tokens do not form valid UTF-8, each bad byte becomes U+FFFD
-    by itself, and the valid characters beside it, shown before, stay.
+    exception: if byte tokens of a SentencePiece vocabulary do not form valid UTF-8, each invalid byte becomes one
+    U+FFFD, and valid characters beside it, which were emitted before, are kept.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
@@ -47,14 +47,14 @@ class Detokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
         self._special = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
-        decoder = _description(self._tokenizer.decoder)
+        decoder = _decoder_config(self._tokenizer.decoder)
         self._byte_level = decoder.get("type") == "ByteLevel"
         self._byte_fallback = "ByteFallback" in json.dumps(decoder)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._last: int | None = None
+        self._previous: int | None = None
 
     def push(self, token_id: int) -> str:
-        """Text that this token completes; ``""`` for special tokens and unfinished characters."""
+        """Text that this token completes; ``""`` for special tokens and incomplete characters."""
         token = self._tokenizer.id_to_token(token_id)
         if token is None or token_id in self._special:
             return ""
@@ -63,32 +63,32 @@ class Detokenizer:
         if self._byte_fallback and (match := _BYTE_TOKEN.match(token)):
             text = self._utf8.decode(bytes([int(match[1], 16)]))
         else:
-            text = self.flush() + self._added_by(token_id)
-        self._last = token_id
+            text = self.flush() + self._text_added_by(token_id)
+        self._previous = token_id
         return text
 
     def flush(self) -> str:
-        """The rest at the end: U+FFFD for a character that was never finished, else ``""``."""
+        """The remaining text at the end: U+FFFD for an incomplete character, else ``""``."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
 
-    def _added_by(self, token_id: int) -> str:
-        if self._last is None:
+    def _text_added_by(self, token_id: int) -> str:
+        if self._previous is None:
             return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
-        before = self._tokenizer.decode([self._last], skip_special_tokens=False)
-        both = self._tokenizer.decode([self._last, token_id], skip_special_tokens=False)
+        before = self._tokenizer.decode([self._previous], skip_special_tokens=False)
+        both = self._tokenizer.decode([self._previous, token_id], skip_special_tokens=False)
         return str(both[len(before) :])
 
 
 def _bytes_of(token: str) -> bytes:
-    """Bytes of a byte-level token; an added token with letters outside the alphabet is its own UTF-8."""
+    """Bytes of a byte-level token; UTF-8 for an added token with characters outside the alphabet."""
     try:
         return bytes([_BYTE_OF_LETTER[letter] for letter in token])
     except KeyError:
         return token.encode()
 
 
-def _description(decoder: Any) -> dict[str, Any]:
-    """The decoder as JSON; its pickled state is just that, and holds no vocabulary."""
+def _decoder_config(decoder: Any) -> dict[str, Any]:
+    """The decoder's config; its pickled state is JSON without the vocabulary."""
     return dict(json.loads(decoder.__getstate__())) if decoder is not None else {}

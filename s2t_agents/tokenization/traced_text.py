@@ -1,11 +1,11 @@
-"""Strings that know where each of their characters came from.
+"""Taint tracking for strings: the origin of every character of a rendered template.
 
-A chat template mixes its own control tokens with strings from outside, and afterwards a tokenizer cannot tell them
-apart. So strings from outside go into the template as ``Traced``: to every test, comparison and lookup they are the
-plain strings they are, and every string made of them says which characters are the template's own and which text from
-outside was printed, or left out (``Sources.left_out``).
+A chat template mixes its own control tokens with text from outside (messages, tools, documents), and a tokenizer cannot
+tell them apart afterwards. So text from outside is passed to the template as ``TracedStr``, which behaves like the
+plain string; every string made from it records which characters are the template's own and which come from which text.
+This also shows text that was not rendered (``Sources.left_out``).
 
-What an operation cannot follow character by character counts as text from outside as a whole.
+If an operation cannot be tracked by character, its whole result counts as text from outside.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, NamedTuple, SupportsIndex, cast
 from ..errors import InputError
 
 
-class Run(NamedTuple):
-    """Characters of one origin.
+class Span(NamedTuple):
+    """Consecutive characters of one origin.
 
     Attributes:
         length: in characters.
-        sources: numbers of the texts from outside that they come from; none where they are the template's own.
-        start: where in its one source they begin; None where they cannot be matched one by one.
+        sources: numbers of the texts from outside that they come from; empty for the template's own.
+        start: offset in the source; None if the characters cannot be matched one by one.
     """
 
     length: int
@@ -30,20 +30,20 @@ class Run(NamedTuple):
     start: int | None = None
 
 
-class Traced(str):
+class TracedStr(str):
     """A string with the origin of its characters. Equal to, and hashed like, the plain string."""
 
-    __slots__ = ("_runs",)
-    _runs: tuple[Run, ...]
+    __slots__ = ("_spans",)
+    _spans: tuple[Span, ...]
 
-    def __new__(cls, text: str, runs: Iterable[Run]) -> Traced:
-        """The string, and the origins of its characters in order."""
+    def __new__(cls, text: str, spans: Iterable[Span]) -> TracedStr:
+        """A string with the origins of its characters, in order."""
         made = super().__new__(cls, text)
-        made._runs = tuple(runs)
+        made._spans = tuple(spans)
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Traced, (_plain(self), self._runs)
+        return TracedStr, (_plain(self), self._spans)
 
     def __str__(self) -> str:
         return self
@@ -52,13 +52,13 @@ class Traced(str):
         if isinstance(key, slice):
             start, stop, step = key.indices(len(self))
             if step == 1:
-                return self._cut(start, stop)
-            return concat(self._cut(at, at + 1) for at in range(start, stop, step))
+                return self._slice(start, stop)
+            return concat(self._slice(at, at + 1) for at in range(start, stop, step))
         at = range(len(self))[key]
-        return self._cut(at, at + 1)
+        return self._slice(at, at + 1)
 
     def __iter__(self) -> Iterator[str]:
-        return (self._cut(at, at + 1) for at in range(len(self)))
+        return (self._slice(at, at + 1) for at in range(len(self)))
 
     def __add__(self, other: str) -> str:
         return concat((self, other)) if isinstance(other, str) else NotImplemented
@@ -77,191 +77,191 @@ class Traced(str):
 
     def lstrip(self, chars: str | None = None) -> str:
         """As ``str.lstrip``."""
-        return self._cut(len(self) - len(_plain(self).lstrip(chars)), len(self))
+        return self._slice(len(self) - len(_plain(self).lstrip(chars)), len(self))
 
     def rstrip(self, chars: str | None = None) -> str:
         """As ``str.rstrip``."""
-        return self._cut(0, len(_plain(self).rstrip(chars)))
+        return self._slice(0, len(_plain(self).rstrip(chars)))
 
     def removeprefix(self, prefix: str, /) -> str:
         """As ``str.removeprefix``."""
-        return self._cut(len(prefix) if self.startswith(prefix) else 0, len(self))
+        return self._slice(len(prefix) if self.startswith(prefix) else 0, len(self))
 
     def removesuffix(self, suffix: str, /) -> str:
         """As ``str.removesuffix``."""
-        return self._cut(0, len(_plain(self).removesuffix(suffix)))
+        return self._slice(0, len(_plain(self).removesuffix(suffix)))
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """As ``str.split``."""
-        return self._located(_plain(self).split(sep, maxsplit), len(sep or ""))
+        return self._locate_pieces(_plain(self).split(sep, maxsplit), len(sep or ""))
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """As ``str.rsplit``."""
-        return self._located(_plain(self).rsplit(sep, maxsplit), len(sep or ""))
+        return self._locate_pieces(_plain(self).rsplit(sep, maxsplit), len(sep or ""))
 
     def splitlines(self, keepends: bool = False) -> list[str]:
         """As ``str.splitlines``."""
-        whole = self._located(_plain(self).splitlines(True), 0)
+        whole = self._locate_pieces(_plain(self).splitlines(True), 0)
         plain = _plain(self).splitlines(keepends)
         return [line[: len(kept)] for line, kept in zip(whole, plain, strict=True)]
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
         """As ``str.partition``."""
-        return cast("tuple[str, str, str]", tuple(self._located(_plain(self).partition(sep), 0)))
+        return cast("tuple[str, str, str]", tuple(self._locate_pieces(_plain(self).partition(sep), 0)))
 
     def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         """As ``str.rpartition``."""
-        return cast("tuple[str, str, str]", tuple(self._located(_plain(self).rpartition(sep), 0)))
+        return cast("tuple[str, str, str]", tuple(self._locate_pieces(_plain(self).rpartition(sep), 0)))
 
     def join(self, parts: Iterable[str], /) -> str:
         """As ``str.join``."""
-        told: list[str] = []
+        traced: list[str] = []
         for part in parts:
-            told += [self, part] if told else [part]
-        return concat(told)
+            traced += [self, part] if traced else [part]
+        return concat(traced)
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:  # type: ignore[override, unused-ignore]
         """As ``str.replace``."""
         if not old:
-            return str(followed(lambda text, by: text.replace("", by, count), self, new))
-        return own(new).join(self.split(old, count))
+            return str(traced_call(lambda text, by: text.replace("", by, count), self, new))
+        return as_traced(new).join(self.split(old, count))
 
-    def _cut(self, start: int, stop: int) -> Traced:
+    def _slice(self, start: int, stop: int) -> TracedStr:
         """The characters from ``start`` to ``stop``, with their origins."""
-        runs, at = [], 0
-        for run in self._runs:
-            low, high = max(start, at), min(stop, at + run.length)
+        spans, at = [], 0
+        for span in self._spans:
+            low, high = max(start, at), min(stop, at + span.length)
             if low < high:
-                runs.append(Run(high - low, run.sources, None if run.start is None else run.start + low - at))
-            at += run.length
-        return Traced(_plain(self)[start:stop], runs)
+                spans.append(Span(high - low, span.sources, None if span.start is None else span.start + low - at))
+            at += span.length
+        return TracedStr(_plain(self)[start:stop], spans)
 
-    def _located(self, pieces: Iterable[str], apart: int) -> list[str]:
-        """Pieces of this string in the order in which they stand in it, ``apart`` or more characters between them."""
-        told: list[str] = []
+    def _locate_pieces(self, pieces: Iterable[str], apart: int) -> list[str]:
+        """Substrings of this string, given in order and at least ``apart`` characters apart, with their origins."""
+        traced: list[str] = []
         at = 0
         for piece in pieces:
             at = _plain(self).find(piece, at)
-            told.append(self._cut(at, at + len(piece)))
+            traced.append(self._slice(at, at + len(piece)))
             at += len(piece) + apart
-        return told
+        return traced
 
 
-def own(text: str) -> Traced:
-    """The template's own text, in the same clothes."""
-    return text if isinstance(text, Traced) else Traced(text, [Run(len(text))] if text else ())
+def as_traced(text: str) -> TracedStr:
+    """The string as a ``TracedStr``; a plain one is the template's own."""
+    return text if isinstance(text, TracedStr) else TracedStr(text, [Span(len(text))] if text else ())
 
 
 def concat(parts: Iterable[str]) -> str:
-    """The parts in one string; a plain one if nothing in it comes from outside."""
+    """The parts joined; a plain string if nothing comes from outside."""
     parts = list(parts)
-    if not any(isinstance(part, Traced) for part in parts):
+    if not any(isinstance(part, TracedStr) for part in parts):
         return "".join(parts)
-    runs: list[Run] = []
+    spans: list[Span] = []
     for part in parts:
-        for run in own(part)._runs:
-            last = runs[-1] if runs else None
-            if last and last.sources == run.sources and _follows(last, run):
-                runs[-1] = last._replace(length=last.length + run.length)
+        for span in as_traced(part)._spans:
+            last = spans[-1] if spans else None
+            if last and last.sources == span.sources and _follows(last, span):
+                spans[-1] = last._replace(length=last.length + span.length)
             else:
-                runs.append(run)
-    return Traced("".join(map(_plain, parts)), runs)
+                spans.append(span)
+    return TracedStr("".join(map(_plain, parts)), spans)
 
 
-def blurred(text: str, *inputs: Any) -> str:
-    """A string made of these inputs: text from outside as a whole, if anything in them is."""
+def tainted(text: str, *inputs: Any) -> str:
+    """The text, tainted as a whole if any of the inputs contains text from outside."""
     sources = _sources(inputs)
-    return Traced(_plain(text), [Run(len(text), sources)]) if sources and text else text
+    return TracedStr(_plain(text), [Span(len(text), sources)]) if sources and text else text
 
 
-def followed(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The result of an operation that knows only plain strings, traced.
+def traced_call(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The traced result of an operation on plain strings.
 
-    It is run on plain strings, and then with stand-ins for those from outside. Where they can be put back, each
-    character keeps its origin; elsewhere the result counts as text from outside. A result that is neither a string nor
-    a list of strings is passed on.
+    It is run twice: on the plain strings, and on placeholders for those from outside. If replacing the placeholders
+    gives the same result, each character keeps its origin; otherwise the result is tainted as a whole. A result that is
+    neither a string nor a list of strings is passed on.
 
     Raises:
-        TypeError: bytes, which no origin is known of.
+        TypeError: the result is bytes, whose origin cannot be tracked.
     """
     if not _sources((args, kwargs)):
         return operation(*args, **kwargs)
-    result = operation(*_mapped(args, _plain), **_mapped(kwargs, _plain))
+    result = operation(*_map_traced(args, _plain), **_map_traced(kwargs, _plain))
     if isinstance(result, bytes):
         raise TypeError("text from outside cannot be followed through bytes")
     pieces = result if isinstance(result, list | tuple) else (result,)
-    texts: list[Traced] = []
+    texts: list[TracedStr] = []
 
-    def stand_in(text: Traced) -> str:
+    def placeholder_of(text: TracedStr) -> str:
         texts.append(text)
         return f"\ue000{len(texts) - 1}\ue001"
 
     try:
-        again = operation(*_mapped(args, stand_in), **_mapped(kwargs, stand_in))
+        again = operation(*_map_traced(args, placeholder_of), **_map_traced(kwargs, placeholder_of))
     except (TypeError, ValueError, LookupError):
         again = None
     others = again if isinstance(again, list | tuple) else (again,)
     fit = len(others) == len(pieces)
-    told = [_restored(piece, others[at] if fit else None, texts) for at, piece in enumerate(pieces)]
-    told = [blurred(piece, args, kwargs) if type(piece) is str else piece for piece in told]
-    return told[0] if pieces is not result else told
+    traced = [_restore_origins(piece, others[at] if fit else None, texts) for at, piece in enumerate(pieces)]
+    traced = [tainted(piece, args, kwargs) if type(piece) is str else piece for piece in traced]
+    return traced[0] if pieces is not result else traced
 
 
-def own_stretches(text: str) -> Iterator[tuple[int, int]]:
-    """Start and end of each stretch of characters that are the template's own, in order."""
+def template_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Start and end of each span of the template's own characters, in order."""
     at = 0
-    for run in own(text)._runs:
-        if not run.sources:
-            yield at, at + run.length
-        at += run.length
+    for span in as_traced(text)._spans:
+        if not span.sources:
+            yield at, at + span.length
+        at += span.length
 
 
 class Sources:
-    """The texts from outside of one rendering, by number."""
+    """Registers the texts from outside of one rendering, by number."""
 
     def __init__(self) -> None:
         self._texts: list[tuple[str, str, int]] = []
-        """Text, where it was given, and from which character on it has to be printed."""
+        """Text, its label for messages, and the first character that must be rendered."""
 
-    def text(self, text: str, where: str, *, needed_from: int = 0) -> Traced:
-        """A string from outside.
+    def text(self, text: str, where: str, *, needed_from: int = 0) -> TracedStr:
+        """Register a string from outside.
 
         Args:
             text: the string.
             where: what it belongs to, for messages.
-            needed_from: the first character that has to be printed.
+            needed_from: the first character that must be rendered.
 
         Raises:
-            InputError: text that no tokenizer can read, see ``check_text``.
+            InputError: not valid text, see ``check_text``.
         """
-        if isinstance(text, Traced):
+        if isinstance(text, TracedStr):
             return text
         check_text(text, where)
         self._texts.append((text, where, needed_from))
-        return Traced(text, [Run(len(text), frozenset({len(self._texts) - 1}), 0)] if text else ())
+        return TracedStr(text, [Span(len(text), frozenset({len(self._texts) - 1}), 0)] if text else ())
 
     def value(self, value: Any, where: str, needed: Callable[[tuple[str, ...], bool], bool], *path: str) -> Any:
-        """A JSON value with every string in it, keys too, traced.
+        """A JSON value with all strings in it, including keys, registered.
 
         Args:
             value: the value.
             where: what it belongs to, for messages.
-            needed: whether the key at the end of a path (True), or a string that stands there (False), has to be
-                printed.
+            needed: from a path of keys, and whether its key (True) or its string value (False) is meant, to whether
+                that must be rendered.
             path: the keys that lead to the value.
 
         Raises:
-            InputError: text that no tokenizer can read, see ``check_text``; a value that is no JSON.
+            InputError: not valid text, see ``check_text``; a value that is not JSON.
         """
         if isinstance(value, str):
             return self.text(value, where, needed_from=0 if needed(path, False) else len(value))
         if isinstance(value, Mapping):
-            told = {}
+            traced = {}
             for key, item in value.items():
                 below = (*path, str(key))
                 name = self.text(str(key), where, needed_from=0 if needed(below, True) else len(str(key)))
-                told[name] = self.value(item, where, needed, *below)
-            return told
+                traced[name] = self.value(item, where, needed, *below)
+            return traced
         if isinstance(value, list | tuple):
             return [self.value(item, where, needed, *path) for item in value]
         if value is None or isinstance(value, bool | int | float):
@@ -269,29 +269,29 @@ class Sources:
         raise InputError(f"{where} holds a {type(value).__name__}, which is no JSON.", hint="Convert it to text.")
 
     def left_out(self, rendered: str) -> list[str]:
-        """Where texts were given that a rendering does not show in full, white space apart."""
+        """Labels of the texts that are not completely in a rendering, apart from white space."""
         whole: set[int] = set()
-        shown: dict[int, list[tuple[int, int]]] = {}
-        for run in own(rendered)._runs:
-            if run.start is None:
-                whole |= run.sources
+        rendered_parts: dict[int, list[tuple[int, int]]] = {}
+        for span in as_traced(rendered)._spans:
+            if span.start is None:
+                whole |= span.sources
             else:
-                for source in run.sources:
-                    shown.setdefault(source, []).append((run.start, run.start + run.length))
+                for source in span.sources:
+                    rendered_parts.setdefault(source, []).append((span.start, span.start + span.length))
         return list(
             dict.fromkeys(
                 where
                 for number, (text, where, needed_from) in enumerate(self._texts)
-                if number not in whole and _hides(text, needed_from, shown.get(number, ()))
+                if number not in whole and _hides_text(text, needed_from, rendered_parts.get(number, ()))
             )
         )
 
 
 def check_text(text: str, where: str) -> str:
-    """The text itself, if a tokenizer can read it.
+    """The text itself, if it is valid.
 
     Raises:
-        InputError: a lone surrogate or a NUL character in it.
+        InputError: it contains a lone surrogate or a NUL character.
     """
     try:
         text.encode()
@@ -311,14 +311,16 @@ def _plain(text: str) -> str:
     return str.__str__(text)
 
 
-def _follows(last: Run, run: Run) -> bool:
-    return last.start is None if run.start is None else last.start is not None and last.start + last.length == run.start
+def _follows(last: Span, span: Span) -> bool:
+    return (
+        last.start is None if span.start is None else last.start is not None and last.start + last.length == span.start
+    )
 
 
 def _sources(value: Any) -> frozenset[int]:
-    """All that is from outside in a value, to any depth."""
-    if isinstance(value, Traced):
-        return frozenset().union(*(run.sources for run in value._runs))
+    """Numbers of all sources in a value, at any depth."""
+    if isinstance(value, TracedStr):
+        return frozenset().union(*(span.sources for span in value._spans))
     if isinstance(value, dict):
         return _sources([*value.keys(), *value.values()])
     if isinstance(value, list | tuple):
@@ -326,31 +328,31 @@ def _sources(value: Any) -> frozenset[int]:
     return frozenset()
 
 
-def _mapped(value: Any, change: Callable[[Traced], str]) -> Any:
-    """A value with its traced strings changed, to any depth."""
-    if isinstance(value, Traced):
+def _map_traced(value: Any, change: Callable[[TracedStr], str]) -> Any:
+    """A value with its traced strings replaced, at any depth."""
+    if isinstance(value, TracedStr):
         return change(value)
     if isinstance(value, dict):
-        return {_mapped(key, change): _mapped(item, change) for key, item in value.items()}
+        return {_map_traced(key, change): _map_traced(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return (
-            [_mapped(item, change) for item in value]
+            [_map_traced(item, change) for item in value]
             if isinstance(value, list)
-            else tuple(_mapped(item, change) for item in value)
+            else tuple(_map_traced(item, change) for item in value)
         )
     return value
 
 
-def _restored(piece: Any, other: Any, texts: list[Traced]) -> Any:
-    """A string with the origins that the same string with stand-ins shows; itself where they do not fit."""
+def _restore_origins(piece: Any, other: Any, texts: list[TracedStr]) -> Any:
+    """A string with the origins that its version with placeholders gives; the plain string if they do not match."""
     if not isinstance(piece, str):
         return piece
-    whole = concat(_put_back(other, texts)) if isinstance(other, str) else None
-    return own(whole) if whole is not None and whole == piece else _plain(piece)
+    whole = concat(_split_placeholders(other, texts)) if isinstance(other, str) else None
+    return as_traced(whole) if whole is not None and whole == piece else _plain(piece)
 
 
-def _put_back(text: str, texts: list[Traced]) -> Iterator[str]:
-    """Pieces of a text with stand-ins, and the strings that they stand for."""
+def _split_placeholders(text: str, texts: list[TracedStr]) -> Iterator[str]:
+    """The parts of a text with placeholders, and the strings that the placeholders stand for."""
     for number, piece in enumerate(text.split("\ue000")):
         name, closed, rest = piece.partition("\ue001")
         if number and closed and name.isdecimal() and int(name) < len(texts):
@@ -359,8 +361,8 @@ def _put_back(text: str, texts: list[Traced]) -> Iterator[str]:
             yield ("\ue000" if number else "") + piece
 
 
-def _hides(text: str, start: int, shown: Iterable[tuple[int, int]]) -> bool:
-    for low, high in sorted(shown):
+def _hides_text(text: str, start: int, rendered_parts: Iterable[tuple[int, int]]) -> bool:
+    for low, high in sorted(rendered_parts):
         if text[start:low].strip():
             return True
         start = max(start, high)

@@ -17,7 +17,7 @@ from ..backends.torch.language_model import LanguageModel
 from ..chat.messages import PromptEncoder
 from ..errors import ContextOverflow
 from ..formats.tool_calls import ToolCallParser
-from ..grammar.grammar import CompiledGrammar, Grammar, tool_grammar, vocabulary
+from ..grammar.grammar import CompiledGrammar, Grammar, cached_vocabulary, tool_grammar
 from ..tokenization.detokenizer import Detokenizer
 from .batch_prefix import BatchPrefix
 from .lockstep import Decider, Trace, generate
@@ -81,7 +81,7 @@ class Speaker:
             return None
         key = json.dumps([item.tools, item.calls.several])
         if key not in self._compiled:
-            words = vocabulary(self.model.tokenizer, self.model.vocab_size, sorted(self.model.eos_ids))
+            words = cached_vocabulary(self.model.tokenizer, self.model.vocab_size, sorted(self.model.eos_ids))
             if len(self._compiled) >= GRAMMARS_KEPT:
                 self._compiled.pop(next(iter(self._compiled)))
             self._compiled[key] = tool_grammar(words, item.tools, "any", parallel=item.calls.several)

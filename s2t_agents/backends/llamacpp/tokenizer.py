@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ...errors import ConfigError, S2TError, UnsafeWeights
-from ...hub import first_line, panicked
+from ...hub import first_line, is_rust_panic
 from .gguf_header import GGUFHeader
 
 _NUMBERS = r"\p{N}{1,3}"
@@ -100,7 +100,7 @@ def read_tokenizer(header: GGUFHeader) -> Any:
     except S2TError:
         raise
     except BaseException as error:
-        if not (isinstance(error, Exception) or panicked(error)):
+        if not (isinstance(error, Exception) or is_rust_panic(error)):
             raise
         raise UnsafeWeights(
             f"the tokenizer of {str(header.path)!r} cannot be read: {first_line(error):.300}.",

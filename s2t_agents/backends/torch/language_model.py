@@ -18,7 +18,7 @@ from ...fork_safety import FORWARD, hold_while_forking
 from ...scheduling.prefix_cache import PrefixCache
 from ...scheduling.running_prefixes import LivePrefixes
 from ...scheduling.scheduler import ALONE, BESIDE, LONG_S, Owner
-from ...tokenization.vocabulary import fitted, with_text
+from ...tokenization.vocabulary import decodable_ids, drop_tokens_without_embedding
 from .candidate_overlay import cloned_rows, overlay_is_exact, overlay_of, row_mask, rows_mask, rows_of
 from .compute_time import Meter
 from .cpu_threads import release
@@ -52,7 +52,7 @@ class LanguageModel:
         self._prepack = prepack
         self.model, self.name = model, name
         self.given_tokenizer = tokenizer  # what fingerprints and comparisons with other models read
-        self.tokenizer = fitted(tokenizer, model.get_input_embeddings().weight.shape[0], name)
+        self.tokenizer = drop_tokens_without_embedding(tokenizer, model.get_input_embeddings().weight.shape[0], name)
         self.config = model.config.get_text_config()
         self.decoder: nn.Module = model.get_decoder()
         self.device: torch.device = model.device
@@ -98,7 +98,7 @@ class LanguageModel:
     @cached_property
     def with_text(self) -> Tensor | None:
         """``[V]`` bool: columns of the logits that are tokens; None when all are."""
-        known = with_text(self.tokenizer, self.vocab_size)
+        known = decodable_ids(self.tokenizer, self.vocab_size)
         return None if known is None else known.to(self.device)
 
     @cached_property

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import ModelNotFound, UnsafeWeights
 from ...fork_safety import LOADING, hold_while_forking
-from ...hub import Origin
+from ...hub import ModelSource
 from .cpu_features import widens
 
 ONE_AT_A_TIME = threading.RLock()
@@ -62,7 +62,7 @@ def load_tokenizer(path: str, **options: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    origin = Origin.of(path, options)
+    origin = ModelSource.of(path, options)
     origin.check_files()
     origin.config(here=True)
     with origin.reading("tokenizer"):
@@ -85,7 +85,7 @@ def load_weights(path: str, *, device: torch.device, dtype: torch.dtype | None, 
         UnsafeWeights: there are weights, but pickled, corrupt, incomplete or not finite ones, or they need code of
             their repository that nobody consented to.
     """
-    origin = Origin.of(path, options)
+    origin = ModelSource.of(path, options)
     check_sizes(origin)
     placed = "device_map" in options or "quantization_config" in options
     with _without_bars(), origin.reading("weights"):
@@ -109,7 +109,7 @@ def load_weights(path: str, *, device: torch.device, dtype: torch.dtype | None, 
     return model
 
 
-def check_sizes(origin: Origin) -> None:
+def check_sizes(origin: ModelSource) -> None:
     """Compare what the config asks for with what the weight files can hold, before anything is allocated.
 
     Raises:
@@ -137,7 +137,7 @@ def check_sizes(origin: Origin) -> None:
         )
 
 
-def _values_of(origin: Origin) -> int:
+def _values_of(origin: ModelSource) -> int:
     """Parameters and buffers of the model that the config describes."""
     config = _config_of(origin)
     with torch.device("meta"):
@@ -147,7 +147,7 @@ def _values_of(origin: Origin) -> int:
     return int(sum(sizes))
 
 
-def _config_of(origin: Origin) -> Any:
+def _config_of(origin: ModelSource) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(origin.path, **origin.hub)
@@ -181,7 +181,7 @@ def _article(word: str) -> str:
     return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"
 
 
-def _check_report(origin: Origin, model: Any, report: Mapping[str, Any]) -> None:
+def _check_report(origin: ModelSource, model: Any, report: Mapping[str, Any]) -> None:
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelNotFound(f"{origin.name!r} is an adapter.", hint="Merge it into its base and give that.")
     mismatched = sorted(str(each[0] if isinstance(each, tuple) else each) for each in report["mismatched_keys"])

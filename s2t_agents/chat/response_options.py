@@ -1,4 +1,4 @@
-"""What one call may answer with: tools, a tool choice, a JSON reply; read in all of OpenAI's spellings."""
+"""Response options of one call: tools, tool choice and response format, in all of OpenAI's spellings."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any
 from langchain_core.messages import BaseMessage, SystemMessage
 
 from ..errors import ConfigError
-from ..formats.tool_calls import PlainText, ToolCallParser
+from ..formats.tool_calls import PlainTextParser, ToolCallParser
 from ..grammar.grammar import CompiledGrammar, Vocabulary, json_grammar, tool_grammar
 from ..grammar.lark_rules import CHOICES, arguments_of, functions_of, reply_of
-from ..grammar.validation import Check, checked
+from ..grammar.validation import SchemaValidator, cached_validator
 from .schema_conversion import json_schema, openai_tool
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
 @dataclass(frozen=True)
-class Request:
-    """The arguments of one call that say what is legal.
+class ResponseOptions:
+    """The arguments of one call that constrain its output.
 
     Attributes:
         tools: in OpenAI's form.
         tool_choice: "auto", "any" or "none".
-        tool: name of the one tool to call, which goes before ``tool_choice``; None leaves it open.
-        parallel: whether there may be several calls in one answer.
-        reply: JSON schema of an answer that is no call; None permits any text.
-        told: whether the prompt shows ``reply``: with "json_object" the user's own words describe it.
+        tool: name of the one tool to call; overrides ``tool_choice``. None names no tool.
+        parallel: whether one answer may hold several tool calls.
+        reply: JSON schema of an answer that is not a tool call; None permits any text.
+        schema_in_prompt: whether the prompt shows ``reply``; not with "json_object", which the user describes.
     """
 
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -38,64 +38,64 @@ class Request:
     tool: str | None = None
     parallel: bool = True
     reply: Mapping[str, Any] | None = None
-    told: bool = False
+    schema_in_prompt: bool = False
 
     @classmethod
-    def of(cls, call: Mapping[str, Any]) -> Request:
+    def of(cls, call: Mapping[str, Any]) -> ResponseOptions:
         """Read ``tools``, ``tool_choice``, ``parallel_tool_calls`` and ``response_format``.
 
-        A forced answer is one call unless ``parallel_tool_calls=True`` asks for more: small models do not know
-        where to stop when only calls are legal.
+        A forced tool choice permits one call unless ``parallel_tool_calls=True``: where only calls are legal, small
+        models do not stop.
 
         Raises:
             ConfigError: an unknown response format.
         """
-        choice, tool = chosen_tool(call.get("tool_choice"))
+        choice, tool = parse_tool_choice(call.get("tool_choice"))
         parallel = call.get("parallel_tool_calls")
-        reply, told = _wanted_reply(call.get("response_format"))
+        reply, schema_in_prompt = _parse_response_format(call.get("response_format"))
         return cls(
             tools=tuple(call.get("tools") or ()),
             tool_choice=choice,
             tool=tool,
             parallel=choice == "auto" if parallel is None else bool(parallel),
             reply=reply,
-            told=told,
+            schema_in_prompt=schema_in_prompt,
         )
 
     @property
-    def key(self) -> str:
-        """Equal for requests with the same grammar."""
+    def cache_key(self) -> str:
+        """Equal for options with the same grammar."""
         return json.dumps(
             [self.tools, self.tool_choice, self.tool, self.parallel, self.reply], sort_keys=True, default=str
         )
 
     def check(self) -> None:
-        """Find what cannot work without any model.
+        """Validate tools and schemas without a model.
 
         Raises:
             BadSchema: a malformed tool, or a schema that no grammar can express.
-            ConfigError: a tool choice that fits no tool.
+            ConfigError: a tool choice that names no tool.
         """
         for function in functions_of(self.tools, "auto").values():
             arguments_of(function)
-        functions_of(self._callable, self.tool_choice)
+        functions_of(self._callable_tools, self.tool_choice)
         if self.reply is not None:
             reply_of(self.reply)
 
-    def compile(self, words: Vocabulary) -> CompiledGrammar:
-        """The grammar; without tools and a reply's schema, of text that is not blank.
+    def compile(self, vocabulary: Vocabulary) -> CompiledGrammar:
+        """Compile the grammar; without tools and response schema it permits any text that is not blank.
 
         Raises:
             BadSchema, ConfigError: as ``check``.
         """
         if self.reply is not None and not self.may_call:
-            return json_grammar(words, self.reply)
+            return json_grammar(vocabulary, self.reply)
         several = self.parallel and self.tool is None
-        return tool_grammar(words, self._callable, self.tool_choice, parallel=several, reply=self.reply)
+        return tool_grammar(vocabulary, self._callable_tools, self.tool_choice, parallel=several, reply=self.reply)
 
     @property
-    def _callable(self) -> Sequence[Mapping[str, Any]]:
-        """The tools that may be called: all, or the one that was named."""
+    def _callable_tools(self) -> Sequence[Mapping[str, Any]]:
+        """The tools that may be called: all, or the one that the tool choice names."""
         if self.tool is None:
             return self.tools
         named = functions_of(self.tools, "auto")
@@ -107,8 +107,8 @@ class Request:
         )
 
     @property
-    def formal(self) -> bool:
-        """Whether the answer has a form that must be whole: a call, or JSON."""
+    def requires_structure(self) -> bool:
+        """Whether the answer must be a complete structure: a tool call, or JSON."""
         return self.reply is not None or (self.may_call and (self.tool is not None or self.tool_choice == "any"))
 
     @property
@@ -117,72 +117,74 @@ class Request:
         return bool(self.tools) and self.tool_choice != "none"
 
     @cached_property
-    def checks(self) -> Checks:
-        """What the finished answer is held to.
+    def schemas(self) -> OutputSchemas:
+        """Validators of the finished answer.
 
         Raises:
             BadSchema: as ``check``.
         """
-        functions = functions_of(self._callable, "auto") if self.may_call else {}
+        functions = functions_of(self._callable_tools, "auto") if self.may_call else {}
         calls = {name: arguments_of(function) for name, function in functions.items()}
         reply = reply_of(self.reply) if self.reply is not None else None
-        notes = [_note(name, note) for name, each in calls.items() for note in each.notes]
-        return Checks(
-            {name: checked(each.whole) for name, each in calls.items()},
-            checked(reply.whole) if reply is not None else None,
+        notes = [_tool_note(name, note) for name, each in calls.items() for note in each.notes]
+        return OutputSchemas(
+            {name: cached_validator(each.whole) for name, each in calls.items()},
+            cached_validator(reply.whole) if reply is not None else None,
             (*notes, *(reply.notes if reply is not None else ())),
         )
 
-    def parser(self, tokenizer: Any) -> ToolCallParser | PlainText:
-        """Reads an answer as the grammar means it: a JSON reply holds no calls, whatever its strings say."""
+    def parser(self, tokenizer: Any) -> ToolCallParser | PlainTextParser:
+        """A streaming parser; it looks for tool calls only where the grammar permits them."""
         if not self.may_call:
-            return PlainText()
-        return ToolCallParser.for_tokenizer(tokenizer, after_text=self.reply is None, complaint=self.checks.of_call)
+            return PlainTextParser()
+        return ToolCallParser.for_tokenizer(tokenizer, after_text=self.reply is None, validate=self.schemas.call_error)
 
     def prompt(self, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
-        """The conversation, with the reply's schema at the end of its system message."""
-        if not self.told:
+        """The conversation, with the response schema at the end of its system message if it is to be shown."""
+        if not self.schema_in_prompt:
             return list(messages)
         note = f"Give your answer as JSON that fits this schema: {json.dumps(self.reply, ensure_ascii=False)}"
         if messages and isinstance(messages[0], SystemMessage):
-            said: Any = messages[0].content
-            content = f"{said}\n\n{note}" if isinstance(said, str) else [*said, {"type": "text", "text": f"\n\n{note}"}]
+            system: Any = messages[0].content
+            content = (
+                f"{system}\n\n{note}" if isinstance(system, str) else [*system, {"type": "text", "text": f"\n\n{note}"}]
+            )
             return [SystemMessage(content), *messages[1:]]
         return [SystemMessage(note), *messages] if messages else []
 
 
 @dataclass(frozen=True)
-class Checks:
-    """The schemas that a finished answer is held to.
+class OutputSchemas:
+    """Validators of a finished answer.
 
     Attributes:
-        calls: of arguments, by the tool's name.
-        reply: of an answer that is no call.
-        relaxed: what the grammar does not enforce, as ``place: keyword``.
+        calls: of tool arguments, by tool name.
+        reply: of an answer that is not a tool call.
+        relaxed: what the grammar does not enforce, as ``path: keyword``.
     """
 
-    calls: Mapping[str, Check] = field(default_factory=dict)
-    reply: Check | None = None
+    calls: Mapping[str, SchemaValidator] = field(default_factory=dict)
+    reply: SchemaValidator | None = None
     relaxed: tuple[str, ...] = ()
 
-    def of_call(self, name: str, arguments: Mapping[str, Any]) -> str:
-        """Why the arguments of a call do not fit; "" where they do."""
+    def call_error(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """Why the arguments of a call are invalid; "" if they are valid."""
         if name not in self.calls:
             return f"{name!r} is no tool that may be called"
-        return self.calls[name].complaint(arguments)
+        return self.calls[name].error_of(arguments)
 
-    def of_reply(self, text: str) -> str:
-        """Why a reply's text does not fit; "" where it does, or where any text does."""
+    def reply_error(self, text: str) -> str:
+        """Why the text of an answer is invalid; "" if it is valid, or if there is no schema."""
         if self.reply is None:
             return ""
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
             return f"the answer is no JSON: {error}"
-        return self.reply.complaint(value)
+        return self.reply.error_of(value)
 
 
-def _note(tool: str, note: str) -> str:
+def _tool_note(tool: str, note: str) -> str:
     return f"{tool}{note.removeprefix('(root)')}" if note.startswith("(root)") else f"{tool}.{note}"
 
 
@@ -191,31 +193,31 @@ def openai_tools(tools: Sequence[Any], *, strict: bool | None) -> list[dict[str,
 
     Args:
         tools: whatever ``convert_to_openai_tool`` takes.
-        strict: make every argument required. No mark of it stays: the prompt shows the tool alone.
+        strict: make every argument required; the ``strict`` key itself is removed, so the prompt does not show it.
 
     Raises:
-        BadSchema: something that is no tool.
+        BadSchema: not a tool.
     """
     return [openai_tool(tool, strict=strict) for tool in tools]
 
 
-def chosen_tool(choice: Any) -> tuple[str, str | None]:
+def parse_tool_choice(choice: Any) -> tuple[str, str | None]:
     """A tool choice as "auto", "any" or "none", and the name of the one tool to call.
 
-    A bare word is the mode where it is one; OpenAI's mapping names any tool, also one that is called "auto".
+    A plain string that is a mode is the mode; OpenAI's mapping form can name any tool, even one called "auto".
     """
     if isinstance(choice, Mapping):
         named = choice.get("function", choice)
         name = named.get("name") if isinstance(named, Mapping) else None
-        return ("any", str(name)) if name is not None else chosen_tool(choice.get("type"))
+        return ("any", str(name)) if name is not None else parse_tool_choice(choice.get("type"))
     if choice is None or isinstance(choice, bool):
         return "any" if choice else "auto", None
     word = "any" if choice == "required" else str(choice)
     return (word, None) if word in CHOICES else ("any", word)
 
 
-def _wanted_reply(wanted: Any) -> tuple[Mapping[str, Any] | None, bool]:
-    """The schema in an OpenAI ``response_format`` (or a class in its place), and whether the prompt shows it."""
+def _parse_response_format(wanted: Any) -> tuple[Mapping[str, Any] | None, bool]:
+    """The schema in an OpenAI ``response_format`` (or of a class), and whether the prompt shows it."""
     if wanted is None:
         return None, False
     if isinstance(wanted, type):
@@ -223,7 +225,7 @@ def _wanted_reply(wanted: Any) -> tuple[Mapping[str, Any] | None, bool]:
     kind = wanted.get("type") if isinstance(wanted, Mapping) else None
     if kind == "text":
         return None, False
-    if kind == "json_object":  # a schema beside it is llama.cpp's and vLLM's way
+    if kind == "json_object":  # llama.cpp and vLLM accept a schema with it
         return wanted.get("schema") or ANY_OBJECT, False
     inner = wanted.get("json_schema") if kind == "json_schema" else None
     if isinstance(inner, Mapping) and isinstance(inner.get("schema"), Mapping):

@@ -9,20 +9,20 @@ from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
-from ..formats.tool_calls import Delta
+from ..formats.tool_calls import MessageDelta
 from ..ledger import Ledger
-from .accounting import from_cache
+from .accounting import cached_message
 from .generation import Generation
 
 PROVIDER = "s2t"
 
 
-def whole(generation: Generation) -> ChatResult:
-    """The answer of a generation that was read to its end."""
+def chat_result(generation: Generation) -> ChatResult:
+    """The result of a generation whose deltas were all read."""
     parser = generation.parser
     message = AIMessage(
         content=parser.text,
-        additional_kwargs=_besides(generation.thoughts.reasoning if generation.thoughts else ""),
+        additional_kwargs=_reasoning_kwargs(generation.thoughts.reasoning if generation.thoughts else ""),
         tool_calls=parser.tool_calls,
         invalid_tool_calls=parser.invalid_tool_calls,
         usage_metadata=_usage(generation),
@@ -31,20 +31,20 @@ def whole(generation: Generation) -> ChatResult:
     return ChatResult(generations=[ChatGeneration(message=message)])
 
 
-def piece(delta: Delta) -> ChatGenerationChunk | None:
-    """What one step adds; None where it shows nothing."""
+def message_chunk(delta: MessageDelta) -> ChatGenerationChunk | None:
+    """A step's delta as a chunk; None if it is empty."""
     if not delta:
         return None
     message = AIMessageChunk(
         content=delta.text,
-        additional_kwargs=_besides(delta.reasoning),
+        additional_kwargs=_reasoning_kwargs(delta.reasoning),
         tool_call_chunks=delta.tool_call_chunks,
     )
     return ChatGenerationChunk(message=message)
 
 
-def last(generation: Generation) -> ChatGenerationChunk:
-    """The end of a stream: all numbers, which LangChain would add up or join if they came more than once."""
+def final_chunk(generation: Generation) -> ChatGenerationChunk:
+    """The last chunk, with usage and metadata; LangChain adds these up, so they come once."""
     message = AIMessageChunk(
         content="",
         usage_metadata=_usage(generation),
@@ -54,27 +54,27 @@ def last(generation: Generation) -> ChatGenerationChunk:
     return ChatGenerationChunk(message=message)
 
 
-def cached(found: Sequence[ChatGeneration], ledger: Ledger | None) -> list[ChatGeneration]:
-    """Answers out of a cache: free, and their metadata and the ledger say so."""
+def cached_generations(found: Sequence[ChatGeneration], ledger: Ledger | None) -> list[ChatGeneration]:
+    """Generations from LangChain's cache, with zero cost in metadata and ledger."""
     return [
-        one.model_copy(update={"message": from_cache(one.message, ledger)})
+        one.model_copy(update={"message": cached_message(one.message, ledger)})
         if isinstance(one.message, AIMessage)
         else one
         for one in found
     ]
 
 
-def _besides(reasoning: str) -> dict[str, Any]:
-    """The thought, where LangChain makes the reasoning block of ``content_blocks`` from, and adds chunks up."""
+def _reasoning_kwargs(reasoning: str) -> dict[str, Any]:
+    """Reasoning where LangChain reads it for ``content_blocks``, and concatenates it over chunks."""
     return {"reasoning_content": reasoning} if reasoning else {}
 
 
 def _usage(generation: Generation) -> UsageMetadata:
-    read, written = generation.account.prompt_tokens, len(generation.account.steps)
+    input_tokens, output_tokens = generation.account.prompt_tokens, len(generation.account.steps)
     usage = UsageMetadata(
-        input_tokens=read,
-        output_tokens=written,
-        total_tokens=read + written,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        total_tokens=input_tokens + output_tokens,
         input_token_details={"cache_read": generation.account.reused_tokens},
     )
     if generation.thoughts is not None:
@@ -87,11 +87,11 @@ def _metadata(generation: Generation) -> dict[str, Any]:
         "model_name": generation.account.model,
         "model_provider": PROVIDER,
         "finish_reason": generation.finish_reason,
-        "s2t": {**generation.account.metadata(), **_held(generation)},
+        "s2t": {**generation.account.metadata(), **_validation_notes(generation)},
     }
 
 
-def _held(generation: Generation) -> dict[str, Any]:
-    """What the grammar did not enforce, and what the finished answer got wrong; keys only where there is something."""
-    told = {"relaxed": list(generation.checks.relaxed), "invalid": generation.invalid}
-    return {key: value for key, value in told.items() if value}
+def _validation_notes(generation: Generation) -> dict[str, Any]:
+    """What the grammar did not enforce and why the answer is invalid; empty keys are left out."""
+    notes = {"relaxed": list(generation.schemas.relaxed), "invalid": generation.invalid}
+    return {key: value for key, value in notes.items() if value}

@@ -1,4 +1,4 @@
-"""Does a server read token ids as we mean them? Asked of the server itself, where it can say."""
+"""Check that a server serves the model with the SLM's tokenizer, by its ``/models`` and ``/tokenize`` endpoints."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..backends.torch.language_model import LanguageModel
 from ..errors import EndpointBusy, EndpointDown, EscalationFailed, ModelNotFound, TokenizerMismatch
 from .endpoint import Endpoint
 
-SAMPLE = "The 37 shells cost $4.05; naïve façades, 東京 and наука.\n\tdef f(x): return x**2  # {'a': [1, 2]}\n"
-SPREAD = 64
-"""Tokens from all over the vocabulary that are spelled out beside the sample."""
+SAMPLE_TEXT = "The 37 shells cost $4.05; naïve façades, 東京 and наука.\n\tdef f(x): return x**2  # {'a': [1, 2]}\n"
+SAMPLED_TOKENS = 64
+"""Tokens, evenly spread over the vocabulary, that are added to the sample text."""
 
 
 @dataclass(frozen=True)
-class Spelling:
-    """A text and the ids that the SLM's tokenizer gives it."""
+class TokenizerSample:
+    """A sample text and its token ids in the SLM's tokenizer."""
 
     slm: str
     fingerprint: str
@@ -27,12 +27,12 @@ class Spelling:
     ids: tuple[int, ...]
 
     @classmethod
-    def of(cls, slm: LanguageModel) -> Spelling:
-        """A sample, and words from all over the vocabulary."""
+    def of(cls, slm: LanguageModel) -> TokenizerSample:
+        """The sample text, and tokens from all over the vocabulary."""
         tokenizer = slm.tokenizer
-        step = max(1, len(tokenizer) // SPREAD)
+        step = max(1, len(tokenizer) // SAMPLED_TOKENS)
         words = [tokenizer.decode([token], skip_special_tokens=True) for token in range(0, len(tokenizer), step)]
-        text = SAMPLE + " ".join(word for word in words if "\ufffd" not in word)
+        text = SAMPLE_TEXT + " ".join(word for word in words if "\ufffd" not in word)
         ids = tuple(tokenizer.encode(text, add_special_tokens=False))
         return cls(slm.name, slm.tokenizer_fingerprint, text, ids)
 
@@ -49,23 +49,23 @@ class _Tokens(BaseModel):
     tokens: tuple[int, ...]
 
 
-async def verify(endpoint: Endpoint, model: str, spelling: Spelling) -> None:
-    """Compare with what the server lists and spells; what it does not offer is taken on trust.
+async def verify_tokenizer(endpoint: Endpoint, model: str, spelling: TokenizerSample) -> None:
+    """Compare model name and tokenizer with the server's; skips what the server does not offer.
 
     Raises:
-        ModelNotFound: it lists its models, and this is none of them.
-        TokenizerMismatch: it spells the sample in other ids.
+        ModelNotFound: the server lists its models without this one.
+        TokenizerMismatch: it tokenizes the sample text differently.
         EndpointDown, EndpointBusy: it could not be asked.
     """
-    with _if_offered():
+    with _skip_if_missing():
         served = _Models.model_validate_json(await endpoint.get("models")).data
         if served and model not in (each.id for each in served):
-            names = endpoint.hidden(", ".join(each.id for each in served[:5]))
+            names = endpoint.redacted(", ".join(each.id for each in served[:5]))
             raise ModelNotFound(
                 f"{endpoint.url.host} does not serve {model!r} but {names}.",
                 hint="Name one of these.",
             )
-    with _if_offered():
+    with _skip_if_missing():
         body = {"model": model, "prompt": spelling.text, "add_special_tokens": False}
         theirs = _Tokens.model_validate_json(await endpoint.post(endpoint.root.join("tokenize"), body)).tokens
         if theirs != spelling.ids:
@@ -76,8 +76,8 @@ async def verify(endpoint: Endpoint, model: str, spelling: Spelling) -> None:
 
 
 @contextlib.contextmanager
-def _if_offered() -> Iterator[None]:
-    """Pass over a page that is not there, or is something else."""
+def _skip_if_missing() -> Iterator[None]:
+    """Ignore an endpoint that does not exist or returns something else."""
     try:
         yield
     except (EndpointDown, EndpointBusy):
