@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from ..budget import Budget
+from ..call_scope import CallScope, ScopedAsyncIterator, scoped_items
 from ..errors import ConfigError
 from .attribution import configurable
 from .unfinished_answers import Unfinished
@@ -55,7 +56,10 @@ CALL_NAME_OF_SETTING = {"budget": "s2t_budget", "cache_scope": "s2t_cache_scope"
 
 
 class ConfigurableChatModel(BaseChatModel):
-    """A chat model that reads ``configurable={"s2t_budget": ...}`` in every way in which LangChain calls a model."""
+    """A chat model that reads ``configurable={"s2t_budget": ...}`` in every way in which LangChain calls a model.
+
+    Calls made by the callbacks of a stream share the stream's slot in the engine.
+    """
 
     def invoke(
         self,
@@ -88,7 +92,8 @@ class ConfigurableChatModel(BaseChatModel):
         **call: Any,
     ) -> Iterator[AIMessageChunk]:
         """One answer, as it comes."""
-        return super().stream(input, config, stop=stop, **with_configurable(config, call))
+        chunks = super().stream(input, config, stop=stop, **with_configurable(config, call))
+        return scoped_items(CallScope(), chunks)  # type: ignore[arg-type]
 
     def astream(
         self,
@@ -99,7 +104,8 @@ class ConfigurableChatModel(BaseChatModel):
         **call: Any,
     ) -> AsyncIterator[AIMessageChunk]:
         """One answer, as it comes."""
-        return super().astream(input, config, stop=stop, **with_configurable(config, call))
+        chunks = super().astream(input, config, stop=stop, **with_configurable(config, call))
+        return ScopedAsyncIterator(CallScope(), chunks)  # type: ignore[arg-type]
 
     if not TYPE_CHECKING:  # LangChain's overloads stay what type checkers see
 

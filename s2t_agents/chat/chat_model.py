@@ -15,16 +15,16 @@ import torch
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
 from langchain_core.language_models import LanguageModelInput, ModelProfile
 from langchain_core.language_models.base import LangSmithParams
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.outputs import Generation as CachedGeneration
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, Field, SecretStr, SkipValidation, ValidationError, field_serializer
 
 from ..backends.torch.language_model import LanguageModel
 from ..budget import Budget, DevicePrice
-from ..call_scope import CallScope, ScopedAsyncIterator, in_scope, scoped_items
+from ..call_scope import CallScope, in_scope, scoped_items
 from ..engine.engine import Engine
 from ..errors import ConfigError
 from ..escalation import Escalation
@@ -389,28 +389,6 @@ class ChatS2T(ConfigurableChatModel):
     async def _agenerate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
         with in_scope(CallScope()):
             return await super()._agenerate_with_cache(*args, **kwargs)
-
-    def stream(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> Iterator[AIMessageChunk]:
-        """As LangChain's; what its callbacks call meanwhile shares this stream's slot."""
-        return scoped_items(CallScope(), super().stream(input, config, stop=stop, **kwargs))  # type: ignore[arg-type]
-
-    def astream(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> AsyncIterator[AIMessageChunk]:
-        """As LangChain's; what its callbacks call meanwhile shares this stream's slot."""
-        return ScopedAsyncIterator(CallScope(), super().astream(input, config, stop=stop, **kwargs))  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ one call
 
