@@ -24,7 +24,7 @@ from .batch_prefix import PromptReader
 from .config import CollectConfig, Models, Rollouts
 from .crew import Crew
 from .deciders import Corrected, Local, Sampled, entropy_above
-from .dialogue import Answer, MakeDecider, Speaker, converse
+from .dialogue import AnsweredItem, MakeDecider, Speaker, converse
 from .labels import Labels, LocalTeacher, Teacher, batches, label
 from .progress import bar
 from .scorers import scorer_for
@@ -107,7 +107,7 @@ class Collector:
         write_shard(self._out, number, shard)
         return len(items)
 
-    def _labelled(self, answers: Sequence[Answer], first: int, reader: PromptReader) -> Shard:
+    def _labelled(self, answers: Sequence[AnsweredItem], first: int, reader: PromptReader) -> Shard:
         """The shard of these answers; ``first`` is the place of the shard's first item."""
         place = {answer.item.id: first + at for at, answer in reversed(list(enumerate(answers)))}
         trajectories = [
@@ -222,11 +222,11 @@ def _answers(
     settings: Rollouts,
     policy: tuple[LocalSelector, SelectorConfig] | None,
     reader: PromptReader,
-) -> list[Answer]:
+) -> list[AnsweredItem]:
     """Every pass over these items, all passes in lockstep; prompts are read once."""
     settled = policy is None and settings.greedy
     passes: list[int | None] = [None] * settled + list(range(settings.samples))
-    found: dict[tuple[int, int], Answer] = {}
+    found: dict[tuple[int, int], AnsweredItem] = {}
     for places in batches([len(speaker.encode(item.messages, item.tools)) for item in items], math.inf):
         if policy is not None and settings.greedy:
             part = [items[at] for at in places]

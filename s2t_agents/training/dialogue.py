@@ -40,7 +40,7 @@ class Reply:
 
 
 @dataclass
-class Answer:
+class AnsweredItem:
     """One item answered: the prompts and completions of its turns, and the text of the last."""
 
     item: Item
@@ -126,7 +126,7 @@ MakeDecider = Callable[[list[list[int]], list[int]], Decider]
 
 def converse(
     speaker: Speaker, task: Task, items: Sequence[Item], make: MakeDecider, max_tokens: int, start: Start | None = None
-) -> list[Answer]:
+) -> list[AnsweredItem]:
     """Answer all items at once, turn by turn.
 
     Args:
@@ -141,7 +141,7 @@ def converse(
         ContextOverflow: a first prompt that does not fit. (A later one that does not fit ends its answer.)
     """
     read = start or (lambda prompts: BatchPrefix(speaker.model, prompts))
-    answers = [Answer(item) for item in items]
+    answers = [AnsweredItem(item) for item in items]
     going = {at: tuple(item.messages) for at, item in enumerate(items)}
     prompts = {at: speaker.encode(messages, items[at].tools) for at, messages in going.items()}
     for turn in range(MAX_TURNS):

@@ -24,7 +24,7 @@ from .batch_prefix import PromptReader
 from .collect import check_same_ids, selector_digest
 from .config import EvaluateConfig, Rows
 from .crew import Crew
-from .dialogue import Answer, Speaker, converse
+from .dialogue import AnsweredItem, Speaker, converse
 from .kept import Kept
 from .labels import along, under
 from .lines import Meter
@@ -265,7 +265,7 @@ class _Run:
         self.read_slm.forget()
         self.read_llm.forget()
 
-    def fill(self, row: Row, chunk: Sequence[Item], first: bool) -> tuple[Tally, list[Answer]]:
+    def fill(self, row: Row, chunk: Sequence[Item], first: bool) -> tuple[Tally, list[AnsweredItem]]:
         """One chunk of one row; on the first one, its answers are looked at more closely."""
         tally = Tally(row.name)
         items = [item for item in chunk for _ in range(row.samples)]
@@ -286,7 +286,7 @@ class _Run:
             tally.agreed, tally.judged = self._agreement(answers[: self._settings.agreement], row)
         return tally, answers
 
-    def _right(self, answers: Sequence[Answer]) -> bool:
+    def _right(self, answers: Sequence[AnsweredItem]) -> bool:
         """Whether the (most frequent) answer is right; among equals the first counts."""
         votes = Counter(self._task.vote(answer.item, answer.text) for answer in answers)
         elected = votes.most_common(1)[0][0]
@@ -294,7 +294,7 @@ class _Run:
         return self._task.grade(winner.item, winner.text)
 
     @torch.inference_mode()
-    def _agreement(self, answers: Sequence[Answer], row: Row) -> tuple[int, int]:
+    def _agreement(self, answers: Sequence[AnsweredItem], row: Row) -> tuple[int, int]:
         """Triggered steps whose token is the LLM's best candidate, and how many there are."""
         agreed = judged = 0
         k = row.live.k if row.live else self._settings.k
@@ -311,13 +311,15 @@ class _Run:
                 judged += len(at)
         return agreed, judged
 
-    def _along(self, speaker: Speaker, reader: PromptReader, answer: Answer, prompt: list[int], trace: Trace) -> Tensor:
+    def _along(
+        self, speaker: Speaker, reader: PromptReader, answer: AnsweredItem, prompt: list[int], trace: Trace
+    ) -> Tensor:
         """``[n, V]``: what a model says at each step of a completion."""
         said = along(reader, [(prompt, trace.ids)])[0].cpu()
         return under(speaker.grammar(answer.item, prompt, self._settings.max_tokens), trace.ids, said)
 
 
-def _count(count: Counter[str], row: Row, answers: Sequence[Answer], meter: Meter) -> None:
+def _count(count: Counter[str], row: Row, answers: Sequence[AnsweredItem], meter: Meter) -> None:
     """What the answers took."""
     for answer in answers:
         triggered = sum(len(trace.triggered) for trace in answer.traces)

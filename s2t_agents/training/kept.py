@@ -16,7 +16,7 @@ from typing import Any
 
 from ..atomic_write import write_whole
 from ..errors import ConfigError, InputError
-from .dialogue import Answer
+from .dialogue import AnsweredItem
 from .report import Tally
 from .shards import MANIFEST
 
@@ -62,7 +62,7 @@ class Kept:
         except (KeyError, TypeError) as error:
             raise InputError(f"{file} holds no answers: {error!r}.", hint="Delete it to make them again.") from error
 
-    def put(self, chunk: int, row: str, tally: Tally, answers: Sequence[Answer]) -> None:
+    def put(self, chunk: int, row: str, tally: Tally, answers: Sequence[AnsweredItem]) -> None:
         """Keep a chunk of a row, with its answers for whoever looks at them.
 
         Raises:
@@ -75,7 +75,7 @@ class Kept:
         return self._folder / f"{chunk:05d}-{re.sub(r'[^a-zA-Z0-9.]+', '_', row)}.json"
 
 
-def _shown(answer: Answer) -> dict[str, Any]:
+def _shown(answer: AnsweredItem) -> dict[str, Any]:
     """An answer for people and programs; places of tokens are those in ``ids``, turn by turn."""
     turns = [
         {"ids": trace.ids, "triggered": trace.triggered, "flipped": trace.flipped, "by_llm": trace.by_llm}

@@ -10,7 +10,7 @@ from ..engine.engine import Engine
 from ..escalation import Escalation
 from ..llms.local_llm import LocalLLM
 from ..types import Sampling
-from .dialogue import MAX_TURNS, Answer, Speaker, next_turn
+from .dialogue import MAX_TURNS, AnsweredItem, Speaker, next_turn
 from .rows import Live
 from .tasks import Item, Task
 
@@ -42,7 +42,7 @@ def answer_live(slm: Speaker, llm: Speaker, task: Task, item: Item, live: Live, 
 
 
 def check_live(
-    slm: Speaker, llm: Speaker, task: Task, answers: Sequence[Answer], live: Live, max_tokens: int
+    slm: Speaker, llm: Speaker, task: Task, answers: Sequence[AnsweredItem], live: Live, max_tokens: int
 ) -> tuple[list[float], list[bool]]:
     """Seconds per answer, and whether its tokens are those of the bulk run."""
     seconds, same = [], []
