@@ -1,4 +1,4 @@
-"""Conversations in which every text from outside can be set, and texts that try to become control tokens."""
+"""Conversations with settable texts from outside, and texts that imitate control tokens."""
 
 from __future__ import annotations
 

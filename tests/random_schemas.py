@@ -1,4 +1,4 @@
-"""Random JSON schemas out of what tools and structured output use."""
+"""Random JSON schemas of the keywords that tools and structured output use."""
 
 TRICKY = ["name", "city", "n", "weather station", "größe", 'a"b', "x"]
 

@@ -1,4 +1,4 @@
-"""What a call may say besides its messages: where it may be said, and what is refused."""
+"""Arguments of a call and settings of the model: which are accepted, and which refused."""
 
 import asyncio
 import pickle

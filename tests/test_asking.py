@@ -1,4 +1,4 @@
-"""A budget that asks in the middle of an answer: what was paid for is never paid for again, and a grant counts once."""
+"""Budgets that interrupt for more: nothing is paid twice, and a grant counts once."""
 
 from __future__ import annotations
 

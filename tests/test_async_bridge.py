@@ -1,4 +1,4 @@
-"""Blocking generators under asyncio: as many at once as there are, and nothing runs on behind who leaves."""
+"""Blocking generators under asyncio: concurrency, queueing, and cancellation without leftover work."""
 
 from __future__ import annotations
 

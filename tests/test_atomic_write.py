@@ -1,4 +1,4 @@
-"""Files are there whole or not at all, whoever writes them at once; a folder has one run at a time."""
+"""Atomic writes with concurrent writers and killed ones; one run per folder."""
 
 from __future__ import annotations
 

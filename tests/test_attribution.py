@@ -1,4 +1,4 @@
-"""Whose call was it? The ledger splits by agent in every way that LangChain and LangGraph call a model."""
+"""Attribution: the ledger splits by agent in every way that LangChain and LangGraph call a model."""
 
 import asyncio
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Bad input: one clear error each, at once, before anything is spent."""
+"""Bad input: one clear error each, before anything is spent."""
 
 import json
 import time

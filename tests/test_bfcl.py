@@ -1,4 +1,4 @@
-"""Function calls of the Berkeley Function Calling Leaderboard: what is asked, what counts as right."""
+"""The Berkeley Function Calling Leaderboard: prompts, tools and grading."""
 
 import enum
 import importlib.util

@@ -1,4 +1,4 @@
-"""What a generation calls while it computes shares its slot: nobody waits for itself."""
+"""Nested calls: a call made inside a generation shares its slot, so there is no deadlock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ChatS2T: an ordinary LangChain chat model that says what it did, what it cost and who chose."""
+"""ChatS2T as a LangChain chat model: answers, and metadata of steps, costs and picks."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""Chat templates: what transformers renders, in bounded time; and one of one's own in place of the tokenizer's."""
+"""Chat templates: rendered as by transformers, within limits of time and memory; templates given by the user."""
 
 import pickle
 import time

@@ -1,4 +1,4 @@
-"""No wrong object in silence: what the grammar gave up is checked when the answer is finished, streamed or not."""
+"""Validation of finished answers: what the grammar does not enforce is reported, streamed or not."""
 
 from dataclasses import dataclass
 from datetime import date

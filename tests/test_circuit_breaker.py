@@ -1,4 +1,4 @@
-"""A circuit breaker: closed while all is well, open after failures, half-open for one question at a time."""
+"""The circuit breaker: closed, open after failures, half-open for one question at a time."""
 
 from contextlib import ExitStack
 

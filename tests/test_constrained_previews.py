@@ -1,4 +1,4 @@
-"""Previews under a grammar: legal token by token, what the engine itself would write, and kept whole."""
+"""Previews under a grammar: legal token by token, as the engine would generate, and emitted whole."""
 
 import json
 import random

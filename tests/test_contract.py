@@ -1,4 +1,4 @@
-"""The rest of LangChain's contract: what a chat model must be besides answering."""
+"""LangChain's interface beyond answering: copies, pickles, caches, profiles, token counts."""
 
 import copy
 import pickle

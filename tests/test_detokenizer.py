@@ -1,4 +1,4 @@
-"""Streaming text is the text: pieces join to what decoding all at once gives, and no piece ends in half a character."""
+"""The incremental detokenizer: pieces join to the text of decoding at once, in whole characters."""
 
 import pytest
 from hypothesis import given, settings

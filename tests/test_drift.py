@@ -1,4 +1,4 @@
-"""Drift: a selector says once when the steps it meets are not those it was calibrated on."""
+"""Drift: one warning when trigger or escalation rates leave their calibrated intervals."""
 
 import logging
 import random

@@ -1,4 +1,4 @@
-"""Whatever a server does with the key that it was sent, it comes back to nobody: not in errors, records or logs."""
+"""The API key in a server's responses: redacted in errors, records and logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever the network does, the answer comes: the local pick, inside the deadline, the hold closed, and said so."""
+"""Network faults of the LLM: the local pick stands within the deadline, and the hold is closed."""
 
 import asyncio
 import shutil

@@ -1,4 +1,4 @@
-"""``os.fork()`` while other threads generate, load and write: the child works, and the parent goes on."""
+"""``os.fork()`` while other threads generate, load and write: child and parent both continue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A question that was put has a receipt, also where the answer it was put for was never finished."""
+"""Receipts of escalations whose answer was never finished."""
 
 from __future__ import annotations
 

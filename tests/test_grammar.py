@@ -1,4 +1,4 @@
-"""Constrained decoding: whatever the model wants, what comes out is legal, and whole within the token limit."""
+"""Constrained decoding: every output is legal, and complete within the token limit."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Text is text in grammars too: what spells a control token is spelt with ordinary tokens, and stays expressible."""
+"""Grammars and control tokens: text that spells a control token is encoded as ordinary tokens."""
 
 import json
 from typing import Any

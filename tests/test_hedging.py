@@ -1,4 +1,4 @@
-"""Hedging: off unless asked for; a late request gets one twin, both held for beforehand, both settled as they went."""
+"""Hedged requests: off by default; a slow request gets one copy; both reserved before and settled after."""
 
 import asyncio
 import pickle

@@ -1,4 +1,4 @@
-"""Histories written by other providers: text is read, what says nothing here is skipped, pictures are refused."""
+"""Histories of other providers: text is read, provider-specific blocks are skipped, images are refused."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Any chat model as the selector: it reads short continuations, names one, and the whole of it is kept."""
+"""ChatJudge: a chat model reads previews and chooses one, which is emitted whole."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""A judge that is late, busy or refuses: whose fault it was decides whether others may still ask it."""
+"""Faults of a judge: which count against its circuit breaker, and which against the question."""
 
 import threading
 import traceback

@@ -1,4 +1,4 @@
-"""LangChain's own suite for chat models, inherited whole: nothing is left out or marked."""
+"""LangChain's standard tests for chat models, inherited completely."""
 
 from typing import Any, Literal
 

@@ -1,4 +1,4 @@
-"""A ledger that cannot be written costs a warning and a mark, not the answer; one that is read is never changed."""
+"""Ledger faults: a failed write is a warning and a mark, not a failed answer; reading changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The local LLM: loaded at the first question, caught up lazily, exact on every branch."""
+"""LocalLLM: loaded at the first question, its KV extended lazily, exact after every fork of a conversation."""
 
 import pickle
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Prompts: the model's own template, and no text from outside ever becomes a control token."""
+"""Prompts: rendered by the model's chat template, and no text from outside becomes a control token."""
 
 import copy
 import json

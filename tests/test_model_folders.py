@@ -1,4 +1,4 @@
-"""Whatever lies in a model's folder: it loads, or one error of ours says what is wrong; nothing of it is run."""
+"""Damaged and hostile model folders: loaded, or one clear error; no code of them runs."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""An LLM behind an OpenAI-compatible server: the same picks as in this process, one request each, the key kept."""
+"""OpenAILLM: the picks of the same model in this process, one request per question, and the key stays secret."""
 
 import logging
 import pickle

@@ -1,4 +1,4 @@
-"""The package as it ships: light to import, layered one way, complete in its wheel."""
+"""The package: fast to import, layered one way, complete in its wheel."""
 
 import ast
 import importlib

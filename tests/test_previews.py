@@ -1,4 +1,4 @@
-"""Previews: how each candidate would go on, by the SLM's own greedy continuation, in one batch on copies of its KV."""
+"""Previews: the SLM's greedy continuation of each candidate, in one batch on copies of its KV."""
 
 from collections import deque
 from typing import Any

@@ -1,4 +1,4 @@
-"""Prompts with real tokenizers and chat templates: the template's own ids, and no control token from outside."""
+"""Prompts with real tokenizers and chat templates: the template's ids, and no control token from outside."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Thoughts with real vocabularies and templates: tags as tokens (Qwen3), tags as letters (the others)."""
+"""Reasoning with real vocabularies and templates: tags as tokens (Qwen3), tags as text (the others)."""
 
 import asyncio
 import copy

@@ -1,4 +1,4 @@
-"""How a model thinks is read off its tokenizer and template; a reader tells thought from answer, however it streams."""
+"""Reasoning formats are detected in tokenizer and template; the streaming parser splits reasoning from answer."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Schemas of the wild: what a grammar can it enforces, the rest is relaxed and told, and the whole is checked."""
+"""JSON schemas of all drafts: enforced as far as a grammar can, relaxed and noted beyond, validated as a whole."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""What opens doors stays in the process: no dump, pickle, repr, trace or cache key holds it, however deep it lies."""
+"""Secrets: no dump, pickle, repr, trace or cache key contains one, at any depth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selectors rank what the SLM proposes, start as greedy decoding, and never touch the base."""
+"""Selectors rank the SLM's candidates, start as greedy decoding, and never change the base."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Stop strings: cut at the first completed, and nothing of one is ever shown."""
+"""Stop strings: the text ends before the first complete one, and no part of it is emitted."""
 
 import itertools
 

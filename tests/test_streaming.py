@@ -1,4 +1,4 @@
-"""Streams: early, whole, honest about what they cost, and over as soon as nobody listens."""
+"""Streams: early first chunk, complete sums, right costs, and the model stops when the stream is closed."""
 
 import asyncio
 import contextlib

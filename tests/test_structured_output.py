@@ -1,4 +1,4 @@
-"""Answers that are objects, and calls that are forced: held to the schema whatever the model would say."""
+"""Structured output and forced tool calls: always valid against the schema."""
 
 from typing import Any, TypedDict
 

@@ -1,4 +1,4 @@
-"""Every text that was given is in the prompt: in another form where the template wants one, or the call is refused."""
+"""Template fallbacks: every given text is in the prompt, in another form if needed, or the call is refused."""
 
 import copy
 import json

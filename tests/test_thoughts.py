@@ -1,4 +1,4 @@
-"""Models that think before they answer: the thought is a block of its own, the answer is the answer alone."""
+"""Reasoning models: reasoning is a content block of its own, and the answer is the answer only."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Streamed steps to text and tool calls: the stream's pieces join to the result, and nothing is ever lost."""
+"""The streaming parser of tool calls: chunks join to the result, malformed calls are invalid calls, no text is lost."""
 
 import itertools
 import json

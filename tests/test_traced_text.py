@@ -1,4 +1,4 @@
-"""Templates followed character by character: the text is Jinja's own, and the origin of each character is right."""
+"""Taint tracking of templates: the text equals Jinja's, and the origin of each character is right."""
 
 import contextlib
 

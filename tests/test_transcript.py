@@ -1,4 +1,4 @@
-"""What a judge is shown of a conversation: whatever was typed into it stays inside its quotes."""
+"""The judge's transcript: message text stays inside its quotes."""
 
 import json
 import re

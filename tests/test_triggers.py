@@ -1,4 +1,4 @@
-"""Triggers read one step of the SLM and compose."""
+"""Triggers decide on one step's proposal, and compose."""
 
 import math
 

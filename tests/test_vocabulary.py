@@ -1,4 +1,4 @@
-"""Tokenizers larger or smaller than the model: ids without a row are never fed, ids without text never said."""
+"""Tokenizers larger or smaller than the model: ids without a row are not fed, ids without a token not generated."""
 
 import copy
 import json

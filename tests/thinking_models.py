@@ -1,4 +1,4 @@
-"""Tokenizers and templates of models that think, in every way that tags are made; small, after public conventions."""
+"""Tokenizers, templates and models with reasoning, one for every kind of tag."""
 
 import copy
 from functools import cache

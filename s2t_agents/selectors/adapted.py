@@ -1,9 +1,9 @@
-"""The adapted selector: the SLM reads along with a LoRA on, and its own log-probabilities then rank the candidates.
+"""The adapted selector: the SLM with a LoRA active on the prefix, whose log-probabilities rank the candidates.
 
     prefix (adapter on, a KV of its own) ─ log-probabilities of the K candidates: their scores
 
-No forward for the candidates: at a selection only the tokens since the last one are read. The base goes on proposing,
-so nothing but its K candidates can be chosen. A fresh adapter changes nothing: untrained, this is greedy decoding.
+No forward pass for the candidates: a selection prefills only the tokens since the last one. Candidates are the base's,
+so only its top K can be chosen. A new adapter changes nothing: untrained, this is greedy decoding.
 
 Its file is in half precision; it computes in fp32.
 """
@@ -25,11 +25,11 @@ from .config import SelectorConfig
 
 
 class AdaptedSelector(LearnedSelector):
-    """Scores candidates by what the adapted SLM would say.
+    """Scores candidates by the adapted SLM's log-probabilities.
 
     Args:
         base: the SLM.
-        lora: on for the prefix.
+        lora: active on the prefix.
         temperature, caution: see ``LearnedSelector``.
     """
 
@@ -48,7 +48,7 @@ class AdaptedSelector(LearnedSelector):
         return self.calibrated(slm, self.correction(slm, logits, proposal.candidates))
 
     def correction(self, slm: Tensor, logits: Tensor, candidates: Tensor) -> Tensor:
-        """What the adapter changes: 0 for illegal candidates, which stay so.
+        """Difference of the log-probabilities with and without the adapter, ``[..., K]``; 0 for illegal candidates.
 
         Args:
             slm: ``[..., K]``, the candidates' log-probabilities without it.
