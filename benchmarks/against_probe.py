@@ -56,7 +56,8 @@ def loaded(folder: str | None, dtype: str) -> LanguageModel:
         raw = raw.to(getattr(torch, dtype)).eval().requires_grad_(False)
         raw.get_input_embeddings().weight[tokenizer.pad_token_id] = 0  # never the largest logit
         model = LanguageModel(raw, tokenizer, name="random")
-    model.eos_ids = frozenset({model.tokenizer.pad_token_id})
+    of: Any = getattr(model, "backend", model)  # older commits have no backend
+    of.eos_ids = frozenset({model.tokenizer.pad_token_id})
     return model
 
 

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from s2t_agents.backends.torch.cuda.cuda_graph import played
-from s2t_agents.backends.torch.cuda.graph_runner import StaticStep
-from s2t_agents.backends.torch.cuda.pooled_kv_cache import StaticCache
+from s2t_agents.backends.torch.cuda.graph_runner import GraphRunner
 from s2t_agents.backends.torch.cuda.prefill_graphs import OFTEN
-from s2t_agents.backends.torch.language_model import LanguageModel
 from s2t_agents.bundled import SLM
 from s2t_agents.engine.engine import Engine
 from s2t_agents.proposal import Proposal
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.selectors import Selector
 from s2t_agents.testing import tiny_model
 from s2t_agents.types import Sampling
@@ -44,7 +43,7 @@ def run(name: str, device: torch.device, *, prompt: int = 40, tokens: int = 24) 
     """
     reference, graphed, eager = (_model(name, where) for where in (torch.device("cpu"), device, device))
     over_arenas(graphed)
-    vars(eager)["static"] = None
+    vars(eager.torch_backend.runner)["graph_runner"] = None
     ids = random_prompt(reference, prompt)
     answers = [_greedy(model, ids, tokens) for model in (reference, graphed, eager)]
     others = [random_prompt(reference, prompt, seed) for seed in range(1, AT_ONCE + 1)]
@@ -61,14 +60,18 @@ def run(name: str, device: torch.device, *, prompt: int = 40, tokens: int = 24) 
     equal = answers[0] == answers[1] == answers[2]
     equal_in_turns = talks[0] == talks[1] == talks[2]
     equal_at_once = at_once == [_greedy(reference, each, tokens) for each in others]
-    graphs = graphed.static is not None and not graphed.static.failed
+    graphs = (
+        graphed.torch_backend.runner.graph_runner is not None and not graphed.torch_backend.runner.graph_runner.failed
+    )
     return {
         "model": name,
         "tokens_equal": equal,
         "tokens_equal_at_once": equal_at_once,
         "tokens_equal_in_turns": equal_in_turns,
         "graphs": graphs,
-        "captured": graphed.static.captured if graphed.static is not None else {},
+        "captured": graphed.torch_backend.runner.graph_runner.captured
+        if graphed.torch_backend.runner.graph_runner is not None
+        else {},
         "largest_difference": differences,
         "passed": equal and equal_at_once and equal_in_turns and graphs and max(differences.values()) <= TOLERANCE,
     }
@@ -76,9 +79,9 @@ def run(name: str, device: torch.device, *, prompt: int = 40, tokens: int = 24) 
 
 def over_arenas(model: LanguageModel) -> None:
     """On the CPU, too, steps go over KV of fixed capacity, without capture; on CUDA they do so by themselves."""
-    if model.device.type == "cpu" and model.lean_parts is not None:
-        model.kv_kind = StaticCache
-        vars(model)["static"] = StaticStep(model.lean_parts, played)
+    backend = model.torch_backend
+    if model.device.type == "cpu" and backend.runner.decoder_batch is not None:
+        backend.use_graphs(GraphRunner(backend.runner.decoder_batch, played))
 
 
 def models() -> list[str]:
@@ -92,7 +95,7 @@ def _model(name: str, device: torch.device) -> LanguageModel:
         model = LanguageModel(tiny.model.to(device), tiny.tokenizer, name=name)
     else:
         model = LanguageModel.load(name, device=device, dtype=torch.float32)
-    model.eos_ids = frozenset()
+    model.backend.eos_ids = frozenset()
     return model
 
 
@@ -112,11 +115,11 @@ def _conversation(model: LanguageModel, ids: list[int], *, new: int = 20, tokens
 
 def _path(model: LanguageModel, ids: list[int], answer: list[int]) -> list[dict[str, torch.Tensor]]:
     """Logits and scores at every token of an answer, with the same random selectors on every device."""
-    prefix, found = Prefix(model), []
-    prefix.extend(ids)
+    prefix, found = TokenSequence(model), []
+    prefix.append(ids)
     looks = _trained(model)
     for token in answer:
-        prefix.extend([token])
+        prefix.append([token])
         proposal = Proposal(prefix, 8)
         scores = {kind: selector.scores(proposal).cpu() for kind, selector in looks.items()}
         found.append({"logits": prefix.logits.cpu(), **scores})

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from s2t_agents.backends.torch.language_model import LanguageModel
 from s2t_agents.backends.torch.lora import Lora
 from s2t_agents.engine.engine import Engine
 from s2t_agents.proposal import Proposal
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.selectors import Selector
 from s2t_agents.selectors.activated import ActivatedSelector
 from s2t_agents.selectors.head import HeadSelector
@@ -173,7 +173,7 @@ def at_rate(rate: float) -> Trigger:
 def stepped(engine: Engine, prompt: list[int], tokens: int, *, warm: bool = False) -> Iterator[float]:
     """When each token of an answer of ours came; KV of an earlier run is reused where it is to be warm."""
     if not warm:
-        engine.slm.past.clear()
+        engine.slm.prefix_cache.clear()
     steps: Iterator[Step] = engine.steps(prompt, Sampling(max_tokens=tokens))
     for _ in steps:
         yield time.perf_counter()
@@ -230,12 +230,12 @@ def _published_selection(model: LanguageModel, prompt: list[int]) -> tuple[float
     """Seconds to read K times prefix and candidate without KV, and whether one reading was multiplied."""
     rows = K if K * len(prompt) <= WHOLE_ROWS else 1
     ids = torch.tensor([[*prompt, 5 + at] for at in range(rows)], device=model.device)
-    model.decoder(input_ids=ids[:, -2:], use_cache=False)
+    model.torch_backend.decoder(input_ids=ids[:, -2:], use_cache=False)
     finish(model)
     seconds = []
     for _ in range(2):
         started = time.perf_counter()
-        model.decoder(input_ids=ids, use_cache=False)
+        model.torch_backend.decoder(input_ids=ids, use_cache=False)
         finish(model)
         seconds.append(time.perf_counter() - started)
     return min(seconds) * K / rows, rows < K

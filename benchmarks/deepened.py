@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from s2t_agents.backends.torch.language_model import LanguageModel
 from s2t_agents.errors import ConfigError
+from s2t_agents.scheduling.language_model import LanguageModel
 
 REAL_RATIO = 21.0
 """Parameters of Qwen2.5-32B over those of Qwen2.5-1.5B."""
@@ -31,7 +31,7 @@ def deepened(model: LanguageModel, wanted: int) -> LanguageModel:
     Raises:
         ConfigError: it has more than that already, or its layers are not of the Llama pattern.
     """
-    layers: Any = model.decoder.layers
+    layers: Any = model.torch_backend.decoder.layers
     last = layers[-1]
     size = sum(p.numel() for p in last.parameters())
     extra = round((wanted - parameters(model)) / size)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.scheduling.language_model import LanguageModel
 
 NOMINAL_GB_S = {
     "H200": 4800.0,
@@ -61,7 +61,7 @@ def copy_gb_s(device: torch.device, megabytes: int) -> float:
 def bytes_per_token(model: LanguageModel) -> int:
     """Bytes of all weights that a step reads: layers, last norm and output layer."""
     embedding = model.model.get_input_embeddings().weight
-    layers = sum(weight.nbytes for weight in model.decoder.parameters() if weight is not embedding)
+    layers = sum(weight.nbytes for weight in model.torch_backend.decoder.parameters() if weight is not embedding)
     return int(layers + model.output_embedding.nbytes)
 
 

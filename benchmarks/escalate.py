@@ -11,17 +11,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from langchain_core.messages import convert_to_messages
 from rich.console import Group
 from rich.table import Table
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from s2t_agents.backends.torch.compute_time import Meter
-from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.backends.base import SequenceCache, StepOutput
+from s2t_agents.backends.torch.backend import TorchBackend
 from s2t_agents.bundled import LLM, SLM
 from s2t_agents.chat.messages import PromptEncoder
 from s2t_agents.demo.world import Split, generate
@@ -31,6 +30,8 @@ from s2t_agents.escalation import Escalation
 from s2t_agents.llms import LocalLLM
 from s2t_agents.llms.local_llm import LocalSession
 from s2t_agents.proposal import Proposal
+from s2t_agents.scheduling.compute_time import ComputeTime
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.triggers import Trigger, entropy, when
 from s2t_agents.types import Sampling
 
@@ -81,23 +82,34 @@ class Counted(LanguageModel):
 
     work: Work
 
-    def step(self, ids: Tensor, cache: Cache, meter: Meter | None = None) -> tuple[Tensor, Tensor]:
+    def append(self, ids: Tensor, cache: SequenceCache, compute: ComputeTime | None = None) -> StepOutput:
         """Append tokens to a cache, and count them."""
         started = time.perf_counter()
-        out = super().step(ids, cache, meter)
+        out = super().append(ids, cache, compute)
         self.work.llm_s += time.perf_counter() - started
         self.work.llm_calls += 1
         self.work.llm_tokens += len(ids)
         return out
 
 
+class PlainTransformers(TorchBackend):
+    """transformers' modules and its own cache: no written-out decoder, no batching, no prefix cache."""
+
+    @staticmethod
+    def attention_only(model: Any) -> bool:
+        """Treated as a model whose cache cannot be cut."""
+        return False
+
+
 class AsPublished(Counted):
     """A model as the published code reads it: through transformers' modules and cache, every prompt anew."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.work = Work()
-        self.overlay_exact = False  # no written-out step, no KV of ours
+    @classmethod
+    def load(cls, path: str, **options: Any) -> Self:
+        """See ``LanguageModel.load``."""
+        model = cls.on(PlainTransformers.load(path, **options))
+        model.work = Work()
+        return model
 
 
 def run(n: int = 100, seed: int = 0, *, slm: str = SLM, llm: str = LLM, rate: float = RATE) -> dict[str, Any]:
@@ -215,7 +227,7 @@ class Scheme:
     def answer(self, prompt: list[int]) -> None:
         """One prompt answered; nothing of another answer is reused."""
         self.large.work = self.work
-        self.small.past.clear()
+        self.small.prefix_cache.clear()
         engine = Engine(self.small, trigger=self.trigger, escalation=Escalation(self.llm, margin=1.0))
         started = time.perf_counter()
         steps = list(engine.steps(prompt, Sampling(max_tokens=MAX_TOKENS)))

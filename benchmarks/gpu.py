@@ -109,7 +109,9 @@ def run(
     part("loops", (loops.run(model, at_once=n, tokens=sizes.tokens // 2) for n in (sizes.agents,)))
     part("growth", (growth.run(model, prefixes=(n,), ks=sizes.ks, steps=sizes.tokens // 2) for n in sizes.prefixes))
     part("turns", (turns.run(model, turns=sizes.turns, repeats=each) for each in (sizes.repeats,)))
-    result["graphs"] = model.static is not None and not model.static.failed
+    result["graphs"] = (
+        model.torch_backend.runner.graph_runner is not None and not model.torch_backend.runner.graph_runner.failed
+    )
     result["correct"] = _correct(result["parts"]["correctness"])
     keep(result)
     return result

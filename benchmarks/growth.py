@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from s2t_agents.backends.torch.language_model import LanguageModel
 from s2t_agents.engine.engine import Engine
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.types import Sampling
 
 from .decode import MS, at_rate, selectors

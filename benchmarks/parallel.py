@@ -9,8 +9,8 @@ from itertools import pairwise
 from typing import Any
 from uuid import uuid4
 
-from s2t_agents.backends.torch.language_model import LanguageModel
 from s2t_agents.engine.engine import Engine
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.types import Sampling
 
 from .decode import MS

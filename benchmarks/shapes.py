@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import tiny_config, tiny_tokenizer
 
 from . import assets
@@ -70,7 +70,9 @@ def measured_model(name: str, *, dtype: torch.dtype, device: str = "cpu", seed: 
         raw.get_input_embeddings().weight[tokenizer.pad_token_id] = 0  # never the largest logit
         model = LanguageModel(raw, tokenizer, name=name)
         model.with_text = None  # random weights say nothing anyway
-    model.eos_ids = frozenset({model.tokenizer.pad_token_id})  # a grammar needs an end, and no model says this one
+    model.backend.eos_ids = frozenset(
+        {model.tokenizer.pad_token_id}
+    )  # a grammar needs an end, and no model says this one
     model.model.generation_config.eos_token_id = None
     return model
 

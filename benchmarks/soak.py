@@ -83,7 +83,7 @@ async def soak(minutes: float) -> dict[str, Any]:
     budget = Budget(escalations=100_000, llm_tokens=100_000_000)
     model = ChatS2T(selector="s2t-demo", escalation=LocalLLM("s2t-demo-llm"), budget=budget, max_tokens=96)
     slm = model.engine.slm
-    slm.past.limit_bytes = 64 * 2**20
+    slm.prefix_cache.limit_bytes = 64 * 2**20
     done = dict.fromkeys(("answered", "cancelled", "left", "refused"), 0)
     until = time.monotonic() + 60 * minutes
     memory: list[float] = []
@@ -96,8 +96,8 @@ async def soak(minutes: float) -> dict[str, Any]:
 
     await asyncio.gather(watch(), *(agent(model, budget, n, until, done) for n in range(AGENTS)))
     threads = sorted({thread.name.rsplit("_", 1)[0] for thread in threading.enumerate()})
-    kept_bytes, kept = slm.past.nbytes, len(slm.past)
-    slm.past.clear()
+    kept_bytes, kept = slm.prefix_cache.nbytes, len(slm.prefix_cache)
+    slm.prefix_cache.clear()
     gc.collect()
     state = budget.state().as_dict()
     live = sum(isinstance(each, KVCache) for each in gc.get_objects())
@@ -107,7 +107,7 @@ async def soak(minutes: float) -> dict[str, Any]:
         **done,
         "held_at_the_end": state["held"],
         "spent": state["spent"],
-        "waiting_at_the_model": len(slm.owner._waiting),
+        "waiting_at_the_model": len(slm.scheduler._waiting),
         "running_at_the_gate": model.engine.gate._running,
         "kept_kv": {"entries": kept, "mb": kept_bytes / 2**20, "limit_mb": 64},
         "live_kv_caches_after_clearing": live,

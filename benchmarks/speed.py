@@ -14,8 +14,8 @@ from rich.console import Group
 from rich.table import Table
 
 from s2t_agents.backends.torch.cpu_features import widens
-from s2t_agents.backends.torch.language_model import LanguageModel
 from s2t_agents.bundled import SLM
+from s2t_agents.scheduling.language_model import LanguageModel
 
 from . import chat, decode, growth, loops, parallel, turns
 from .shapes import measured_model

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from s2t_agents.backends.torch.language_model import LanguageModel
 from s2t_agents.backends.torch.lora import Lora
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.selectors.activated import ActivatedSelector
 from s2t_agents.selectors.published import PublishedSelector
 from s2t_agents.testing import tiny_config, tiny_tokenizer
@@ -129,10 +129,10 @@ def _one_candidate(model: LanguageModel, example: Example, prefix: int) -> None:
     selector = PublishedSelector(model, _lora(model))
     row = torch.tensor([[*example.ids[: prefix - 1], int(example.candidates[0, 0])]])
     with selector.lora.on(model.model):
-        hidden = model.decoder(input_ids=row, use_cache=False).last_hidden_state[:, -1]
+        hidden = model.torch_backend.decoder(input_ids=row, use_cache=False).last_hidden_state[:, -1]
     selector.correction(hidden).sum().backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        model.decoder(input_ids=row, use_cache=False)
+        model.torch_backend.decoder(input_ids=row, use_cache=False)
 
 
 def _lora(model: LanguageModel) -> Lora:

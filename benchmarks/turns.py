@@ -6,9 +6,9 @@ import statistics
 import time
 from typing import Any
 
-from s2t_agents.backends.torch.language_model import LanguageModel
 from s2t_agents.engine.engine import Engine
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.types import Sampling
 
 from .decode import MS, finish
@@ -31,7 +31,7 @@ def run(model: LanguageModel, *, system: int = 128, new: int = 40, turns: int = 
     """
     kept, bare, anew, reused = [], [], [], 0
     for repeat in range(repeats):
-        model.past.clear()
+        model.prefix_cache.clear()
         prompt = random_prompt(model, system, seed=repeat)
         for turn in range(turns):
             prompt = [*prompt, *random_prompt(model, new, seed=1000 * repeat + turn)]
@@ -42,18 +42,18 @@ def run(model: LanguageModel, *, system: int = 128, new: int = 40, turns: int = 
             before = len(prompt)
             prompt = [*prompt, first.token_id, *(step.token_id for step in steps)]
         kept.append(took)
-        prefix = Prefix(model)
-        prefix.extend(prompt[:reused])
+        prefix = TokenSequence(model)
+        prefix.append(prompt[:reused])
         finish(model)
         started = time.perf_counter()
-        prefix.extend(prompt[reused:before])
+        prefix.append(prompt[reused:before])
         finish(model)
         bare.append(time.perf_counter() - started)
-        model.past.clear()
+        model.prefix_cache.clear()
         started = time.perf_counter()
         next(Engine(model).steps(prompt[:before]))
         anew.append(time.perf_counter() - started)
-    model.past.clear()
+    model.prefix_cache.clear()
     ms = {name: statistics.median(s) * MS for name, s in (("kept", kept), ("new_alone", bare), ("anew", anew))}
     return {
         "model": model.name,

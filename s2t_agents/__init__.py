@@ -27,7 +27,7 @@ _HOMES = {
     "Escalation": "escalation",
     "Pacing": "escalation",
     "Engine": "engine.engine",
-    "LanguageModel": "backends.torch",
+    "LanguageModel": "scheduling.language_model",
     "Step": "types",
     "errors": "errors",
     "triggers": "triggers",
@@ -56,7 +56,6 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import errors, triggers
-    from .backends.torch import LanguageModel
     from .budget import Budget, DevicePrice, RedisStore, SQLiteStore, TokenPrice
     from .chat.chat_model import ChatS2T
     from .engine.engine import Engine
@@ -64,6 +63,7 @@ if TYPE_CHECKING:
     from .ledger import Ledger
     from .llms import ChatJudge, LocalLLM, OpenAILLM
     from .scheduling.admission import Concurrency
+    from .scheduling.language_model import LanguageModel
     from .types import Step
 
 

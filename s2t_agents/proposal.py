@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .backends.torch.logit_statistics import FLOOR, glance_at
-from .scheduling.sequence import Prefix
+from .backends.statistics import FLOOR, statistics_at
+from .scheduling.sequence import TokenSequence
 
 
 class Proposal:
@@ -26,7 +26,9 @@ class Proposal:
         candidates: ``[K]`` token ids, best first.
     """
 
-    def __init__(self, prefix: Prefix, k: int, *, allowed: Tensor | None = None, banned: Sequence[int] = ()) -> None:
+    def __init__(
+        self, prefix: TokenSequence, k: int, *, allowed: Tensor | None = None, banned: Sequence[int] = ()
+    ) -> None:
         self.prefix = prefix
         self.logits = prefix.logits
         if allowed is not None:
@@ -34,12 +36,12 @@ class Proposal:
         if banned:
             self.logits = self.logits.index_fill(0, torch.tensor(banned, device=self.logits.device), -torch.inf)
         self._k, self._all_legal = k, allowed is None and not banned
-        self._seen = prefix.glance if self._all_legal else None
+        self._seen = prefix.statistics if self._all_legal else None
 
     def fetch(self) -> None:
         """On CUDA, compute best token, entropy and margin in one transfer; elsewhere each is computed on access."""
         if self._seen is None and self.logits.device.type == "cuda":
-            self._seen = glance_at(self.logits)
+            self._seen = statistics_at(self.logits)
         if self._seen is not None:
             self.__dict__.update(vars(self._seen))
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .backends.torch.language_model import LanguageModel
 from .llms.question import Answer, Question, charge
+from .scheduling.language_model import LanguageModel
 from .types import Charge, Price
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "phi3", "gemma3")

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from s2t_agents.backends.torch import LanguageModel
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import TokenSequence
 
 Fault = Callable[["Handler", dict[str, Any]], None]
 
@@ -92,8 +92,8 @@ class CompletionServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/v1"
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        prefix = Prefix(self.model)
-        prefix.extend(body["prompt"])
+        prefix = TokenSequence(self.model)
+        prefix.append(body["prompt"])
         scores = prefix.logits.log_softmax(0)
         best = scores.topk(body["logprobs"]).indices.tolist()
         shown = body["logprob_token_ids"] + best[:1] if self.by_id and "logprob_token_ids" in body else best

@@ -15,6 +15,7 @@ from typing import Any
 import forked
 import pytest
 from langchain_core.messages import AIMessage
+from torch_models import watched_forwards
 
 from s2t_agents import ChatS2T
 from s2t_agents.chat import async_bridge as offload
@@ -131,22 +132,10 @@ async def test_async_answers_share_forwards_and_equal_those_alone() -> None:
     model = ChatS2T(max_tokens=24)
     questions = [f"Ann has {number} shells and finds 48 more. How many are there now?" for number in range(30, 42)]
     alone = [model.invoke(question).content for question in questions]
-    owner = model.engine.slm.owner
-    most, packed = 0, owner._packed
-    assert packed is not None
-
-    def watched(segments: object) -> object:
-        nonlocal most
-        most = max(most, len(segments))  # type: ignore[arg-type]
-        return packed(segments)  # type: ignore[arg-type]
-
-    owner._packed = watched  # type: ignore[assignment]
-    try:
-        together = [answer.content for answer in await model.abatch(questions)]
-    finally:
-        owner._packed = packed
-    assert together == alone
-    assert most > 6  # the event loop's own six threads would not do
+    sizes: list[int] = []
+    watched_forwards(model.engine.slm, lambda batch: sizes.append(len(batch)))
+    assert [answer.content for answer in await model.abatch(questions)] == alone
+    assert max(sizes) > 6  # the event loop's own six threads would not do
 
 
 # ---------------------------------------------------------------------- the queue before the model

@@ -51,7 +51,7 @@ def test_rows_are_compared_within_each_turn_so_that_a_machine_that_slows_down_ca
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.2, 1.0])
 def test_a_forced_rate_is_kept_to(rate: float) -> None:
     model = tiny_model("qwen3")
-    model.eos_ids = frozenset()
+    model.backend.eos_ids = frozenset()
     steps = list(Engine(model, trigger=at_rate(rate), selector=_Greedy()).steps([1, 2, 3], Sampling(max_tokens=100)))
     assert abs(sum(step.triggered for step in steps) - 100 * rate) <= 1
 
@@ -64,7 +64,7 @@ class _Greedy:
 
 def test_generations_at_once_are_equal_to_those_alone() -> None:
     model = tiny_model("qwen3")
-    model.eos_ids = frozenset()
+    model.backend.eos_ids = frozenset()
     assert parallel.run(model, at_once=4, prefix=16, tokens=8)["equal"]
 
 
@@ -111,7 +111,7 @@ def test_the_chat_model_says_what_the_engine_says_and_every_token_has_its_time()
 
 def test_a_turn_reuses_all_but_what_is_new() -> None:
     model = tiny_model("qwen3")
-    model.eos_ids = frozenset()
+    model.backend.eos_ids = frozenset()
     found = turns.run(model, system=30, new=10, turns=4, repeats=1)
     assert found["prompt_tokens"] == 30 + 4 * 10 + 3 * 8
     assert found["prompt_tokens"] - found["reused_tokens"] == 10 + 1  # the last answer's end was never read
@@ -119,7 +119,7 @@ def test_a_turn_reuses_all_but_what_is_new() -> None:
 
 def test_all_rows_make_as_many_tokens_as_asked() -> None:
     model = tiny_model("qwen3")
-    model.eos_ids = frozenset()
+    model.backend.eos_ids = frozenset()
     model.model.generation_config.eos_token_id = None
     found = run(model, prefix=16, tokens=12, repeats=1, rates=(0.0, 0.2))
     assert found["rows"]["head@0.05"]["composed"]

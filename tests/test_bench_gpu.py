@@ -108,7 +108,7 @@ def test_without_cuda_the_command_says_so_in_one_line_and_fails() -> None:
 def test_the_weights_of_a_step_count_a_tied_output_layer_once() -> None:
     model = measured_model("tiny", dtype=torch.bfloat16)
     embedding = model.model.get_input_embeddings().weight
-    rest = sum(weight.nbytes for weight in model.decoder.parameters()) - embedding.nbytes
+    rest = sum(weight.nbytes for weight in model.torch_backend.decoder.parameters()) - embedding.nbytes
     assert bytes_per_token(model) == rest + model.output_embedding.nbytes
     tied = tiny_model("qwen2", tie_word_embeddings=True)
     assert bytes_per_token(tied) == sum(weight.nbytes for weight in tied.model.parameters())

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from s2t_agents.backends.torch import candidate_overlay as overlay
-from s2t_agents.backends.torch.language_model import LanguageModel
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 
 CANDIDATES = torch.tensor([5, 9, 200, 33, 90, 91, 7, 128])
@@ -26,13 +26,13 @@ def reference(model: LanguageModel, ids: list[int]) -> torch.Tensor:
     return torch.stack([model.model(torch.tensor([[*ids, c]])).logits[0, -1] for c in CANDIDATES.tolist()])
 
 
-def looked_ahead(model: LanguageModel, prefix: Prefix) -> torch.Tensor:
-    return model.model.get_output_embeddings()(prefix.look_ahead(CANDIDATES))
+def looked_ahead(model: LanguageModel, prefix: TokenSequence) -> torch.Tensor:
+    return model.model.get_output_embeddings()(prefix.score_candidates(CANDIDATES))
 
 
 def error(model: LanguageModel, ids: list[int]) -> float:
-    prefix = Prefix(model)
-    prefix.extend(ids)
+    prefix = TokenSequence(model)
+    prefix.append(ids)
     return float((looked_ahead(model, prefix) - reference(model, ids)).abs().max())
 
 
@@ -41,8 +41,8 @@ def test_look_ahead_equals_full_forwards(model: LanguageModel, ids: list[int]) -
 
 
 def test_recurrent_models_take_cloned_rows_and_all_others_the_overlay() -> None:
-    assert all(tiny_model(name).overlay_exact for name in ARCHITECTURES)
-    assert not any(tiny_model(name).overlay_exact for name in RECURRENT)
+    assert all(tiny_model(name).capabilities.truncation for name in ARCHITECTURES)
+    assert not any(tiny_model(name).capabilities.truncation for name in RECURRENT)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -55,7 +55,7 @@ def test_a_mask_that_lets_candidates_see_each_other_would_be_caught(
     def open_apart(tokens: int, length: int, window: int | None, *, like: torch.Tensor) -> torch.Tensor:
         return torch.zeros(1, 1, tokens, length, dtype=like.dtype)
 
-    monkeypatch.setattr("s2t_agents.backends.torch.language_model.row_mask", open_mask)
+    monkeypatch.setattr("s2t_agents.backends.torch.model_runner.row_mask", open_mask)
     monkeypatch.setattr("s2t_agents.backends.torch.decoder_batch.apart", open_apart)
     assert error(tiny_model(name), ids) > 1e-2
 
@@ -74,12 +74,12 @@ def test_uniform_sliding_windows_are_exact_too(name: str, ids: list[int]) -> Non
 
 
 def test_looking_ahead_leaves_logits_and_kv_bitwise_as_they_were(model: LanguageModel, ids: list[int]) -> None:
-    watched, alone = Prefix(model), Prefix(model)
+    watched, alone = TokenSequence(model), TokenSequence(model)
     for prefix in (watched, alone):
-        prefix.extend(ids)
-    watched.look_ahead(CANDIDATES)
+        prefix.append(ids)
+    watched.score_candidates(CANDIDATES)
     for prefix in (watched, alone):
-        prefix.extend([17])
+        prefix.append([17])
     assert torch.equal(watched.logits, alone.logits)
     for ours, theirs in zip(watched._cache.layers, alone._cache.layers, strict=True):
         for name in ("keys", "values"):
@@ -88,7 +88,7 @@ def test_looking_ahead_leaves_logits_and_kv_bitwise_as_they_were(model: Language
 
 
 def test_row_mask_shows_each_candidate_its_own_prefix_and_itself() -> None:
-    config = tiny_model("llama").config
+    config = tiny_model("llama").torch_backend.config
     mask = overlay.row_mask(config, torch.tensor([2, 3]), 3, torch.float32)
     assert isinstance(mask, torch.Tensor)
     assert (mask[0, 0] == 0).tolist() == [[True, True, False, True, False], [True, True, True, False, True]]

@@ -311,8 +311,8 @@ def test_an_llm_with_another_tokenizer_is_refused_before_the_first_token(tmp_pat
     slm_tokenizer = copy.deepcopy(llm.tokenizer)
     slm_tokenizer.add_tokens(["surprise"])
     slm = tiny_model()
-    slm.tokenizer = slm_tokenizer
-    llm.tokenizer = other
+    slm.backend.tokenizer = slm_tokenizer
+    llm.backend.tokenizer = other
     with pytest.raises(TokenizerMismatch, match="disagree on 1 token ids"):
         ChatS2T(model=slm, escalation=LocalLLM(llm)).invoke("hello")
 

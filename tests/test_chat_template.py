@@ -11,9 +11,9 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from observers import cache_key
 
 from s2t_agents import ChatS2T
-from s2t_agents.backends.torch import LanguageModel
 from s2t_agents.chat.messages import PromptEncoder
 from s2t_agents.errors import ConfigError, InputError
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import CHATML, tiny_model, tiny_tokenizer
 from s2t_agents.tokenization.chat_template import ChatTemplate
 

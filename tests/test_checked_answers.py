@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, RootModel, field_validator
 from typing_extensions import TypedDict
 
 from s2t_agents import ChatS2T
-from s2t_agents.backends.torch.language_model import LanguageModel
 from s2t_agents.errors import BadSchema
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import tiny_model
 
 METHODS = ("function_calling", "json_schema", "json_mode")

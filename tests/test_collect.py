@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_fixtures import QUICK, prompts, save_model, tiny_pair, write_prompts
 
-from s2t_agents.backends.torch.logit_statistics import FLOOR
+from s2t_agents.backends.statistics import FLOOR
+from s2t_agents.backends.torch.backend import TorchBackend
 from s2t_agents.engine.engine import Engine
 from s2t_agents.errors import ConfigError, InputError, ModelNotFound, S2TError, TokenizerMismatch
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import tiny_model
 from s2t_agents.training import shards as shard_files
 from s2t_agents.training.batch_prefix import PromptReader
@@ -49,11 +50,11 @@ def test_labels_are_what_both_models_say_at_each_step(pair, tmp_path):
     collect_with(slm, teacher, prompts(tmp_path), QUICK, tmp_path / "rollouts")
     shard = read_shards(tmp_path / "rollouts")[1]
     for prompt, ids, steps in list(shard.trajectories())[:2]:
-        ours, theirs = Prefix(slm), Prefix(llm)
+        ours, theirs = TokenSequence(slm), TokenSequence(llm)
         for at, row in enumerate(range(steps.start, steps.stop)):
             new = prompt if not at else [ids[at - 1]]
-            ours.extend(new)
-            theirs.extend(new)
+            ours.append(new)
+            theirs.append(new)
             p, q = ours.logits.log_softmax(0), theirs.logits.log_softmax(0)
             candidates = shard.candidates[row].long()
             assert candidates.tolist() == p.topk(8).indices.tolist()
@@ -72,9 +73,9 @@ OTHER = ([5, 6, 9], [8])
 
 def test_a_dialogue_is_read_once_and_its_turns_are_what_they_are_alone(pair, monkeypatch):
     slm, rows = pair[0], []
-    read = type(slm).read_rows
+    read = TorchBackend.read_rows
     monkeypatch.setattr(
-        type(slm), "read_rows", lambda self, ids, *rest: rows.append(len(ids)) or read(self, ids, *rest)
+        TorchBackend, "read_rows", lambda self, ids, *rest: rows.append(len(ids)) or read(self, ids, *rest)
     )
     turns = [FIRST, SECOND, OTHER]
     together = along(PromptReader(slm), turns)

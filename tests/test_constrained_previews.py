@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from s2t_agents.backends.torch import LanguageModel
 from s2t_agents.engine.engine import Engine
 from s2t_agents.escalation import Escalation
 from s2t_agents.grammar.grammar import CompiledGrammar, GrammarState, cached_vocabulary, json_grammar, tool_grammar
 from s2t_agents.llms import Answer, Question
 from s2t_agents.llms.previews import continuations, previews
 from s2t_agents.proposal import Proposal
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ScriptedLLM, tiny_model
 from s2t_agents.triggers import always, when
 from s2t_agents.types import Sampling, Step
@@ -40,16 +40,16 @@ def grammar_of(model: LanguageModel, name: str) -> CompiledGrammar:
     return tool_grammar(words, TOOLS, "any" if name == "calls" else "auto")
 
 
-def after(model: LanguageModel, grammar: GrammarState, written: int) -> tuple[Prefix, list[int]]:
+def after(model: LanguageModel, grammar: GrammarState, written: int) -> tuple[TokenSequence, list[int]]:
     """So many greedy tokens into an answer: the prefix there, and what was written; the grammar comes along."""
-    prefix, ids = Prefix(model), []
+    prefix, ids = TokenSequence(model), []
     pending = list(PROMPT)
     while len(ids) < written or pending:
         for token in grammar.forced():
             grammar.accept(token)
             ids.append(token)
             pending.append(token)
-        prefix.extend(pending)
+        prefix.append(pending)
         pending = []
         if len(ids) < written:
             token = Proposal(prefix, 1, allowed=grammar.allowed(prefix.logits)).best

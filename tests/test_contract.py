@@ -22,9 +22,9 @@ from langchain_core.tools import tool
 from observers import cache_key
 
 from s2t_agents import Budget, ChatS2T, Ledger, LocalLLM
-from s2t_agents.backends.torch.language_model import LanguageModel
 from s2t_agents.budget import SQLiteStore
 from s2t_agents.escalation import Escalation
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
 

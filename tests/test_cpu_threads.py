@@ -7,20 +7,22 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 from threading import Thread, current_thread, main_thread
+from threading import enumerate as enumerate_threads
 
 import forked
 import pytest
 import torch
+from torch_models import watched_forwards
 
 from s2t_agents.backends.torch import cpu_threads
-from s2t_agents.backends.torch.cpu_threads import Team
-from s2t_agents.backends.torch.language_model import LanguageModel
 from s2t_agents.engine.engine import Engine
 from s2t_agents.llms.previews import continuations
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import when
 from s2t_agents.types import Sampling
@@ -39,13 +41,7 @@ def two_threads() -> Iterator[None]:
 
 def test_only_forwards_have_a_team() -> None:
     model, seen = tiny_model("qwen2"), []
-    run_alone = model.owner._single
-
-    def forward(part: object) -> object:
-        seen.append(("forward", torch.get_num_threads()))
-        return run_alone(part)  # type: ignore[arg-type]
-
-    model.owner._single = forward  # type: ignore[assignment]
+    watched_forwards(model, lambda batch: seen.append(("forward", torch.get_num_threads())))
     trigger = when(lambda proposal: seen.append(("trigger", torch.get_num_threads())) is None)
     engine = Engine(model, trigger=trigger, selector=None)
     engine.selector = Flat()  # type: ignore[assignment]
@@ -61,13 +57,12 @@ class Flat:
         return proposal.candidate_log_probs  # type: ignore[attr-defined, no-any-return]
 
 
-def test_previews_have_the_forwards_team_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_previews_have_the_forwards_team_too() -> None:
     model, seen = tiny_model("qwen2"), []
-    prefix = Prefix(model)
-    prefix.extend([5, 6, 7])
-    read = model.read_rows
-    monkeypatch.setattr(model, "read_rows", lambda *rest: seen.append(torch.get_num_threads()) or read(*rest))
-    with cpu_threads.serially():
+    prefix = TokenSequence(model)
+    prefix.append([5, 6, 7])
+    watched_forwards(model, lambda batch: seen.append(torch.get_num_threads()))
+    with cpu_threads.single_threaded():
         continuations(prefix, [1, 2, 3], 4)
         assert torch.get_num_threads() == 1
     assert set(seen) == {2}
@@ -85,18 +80,18 @@ def test_a_step_that_fails_leaves_the_setting_as_it_was() -> None:
 
 
 def test_a_consumer_that_chose_one_thread_gets_one() -> None:
-    seen: list[int] = []
+    model, seen = long_steps(tiny_model("qwen2")), []
+    watched_forwards(model, lambda batch: seen.append(torch.get_num_threads()))
 
     def own() -> None:
         torch.set_num_threads(1)
-        with cpu_threads.serially():
-            Team().apart(lambda: seen.append(torch.get_num_threads()))
+        ids(model)
         seen.append(torch.get_num_threads())
 
     thread = Thread(target=own)
     thread.start()
     thread.join()
-    assert seen == [1, 1]
+    assert set(seen) == {1}
 
 
 @pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc")
@@ -105,13 +100,14 @@ def test_a_team_is_given_back() -> None:
         before = threads()
         in_parallel()
         assert threads() == before + 1
-        with cpu_threads.serially():
-            cpu_threads.release()
+        with cpu_threads.single_threaded():
+            cpu_threads.release_threads()
             in_parallel()
             assert threads() == before
-            cpu_threads.Team().here(in_parallel)
+            with cpu_threads.with_threads(cpu_threads.wanted_threads()):
+                in_parallel()
             assert threads() == before + 1
-        cpu_threads.release()
+        cpu_threads.release_threads()
         assert threads() == before
     """)
 
@@ -126,7 +122,7 @@ def test_generations_at_once_have_one_team_among_them() -> None:
         from s2t_agents.types import Sampling
 
         model = tiny_model("qwen2", hidden_size=64)
-        model.owner._long_s = 0.0
+        long_steps(model)
         engine = Engine(model)
         before = threads()
         with ThreadPoolExecutor(4) as pool:
@@ -145,68 +141,58 @@ def test_a_callers_own_team_makes_way_and_the_models_goes_when_it_is_idle() -> N
         from s2t_agents.types import Sampling
 
         model = tiny_model("qwen2", hidden_size=64)
-        model.owner._long_s = 0.0
+        long_steps(model)
         before = threads()
         in_parallel()
         steps = Engine(model).steps([5, 6, 7], Sampling(max_tokens=4))
         next(steps)
         assert threads() <= before + 2, threads() - before  # the forwards' thread and its team; the caller's has gone
         steps.close()
-        model.owner._team._thread.submit(int).result()
         assert threads() == before + 1, threads() - before  # its team has gone, too
+        time.sleep(3)
+        assert threads() == before, threads() - before  # and itself
     """)
 
 
-def test_long_forwards_run_on_the_models_own_thread_and_say_the_same() -> None:
+def test_long_forwards_run_in_the_schedulers_thread_and_say_the_same() -> None:
     model, where = tiny_model("qwen2"), []
-    run_alone = model.owner._single
-
-    def forward(part: object) -> object:
-        where.append(current_thread().name.rsplit("_", 1)[0])
-        return run_alone(part)  # type: ignore[arg-type]
-
-    model.owner._single = forward  # type: ignore[assignment]
-    model.owner._long_s = 60.0
+    watched_forwards(model, lambda batch: where.append(current_thread().name))
+    short = replace(model.backend.limits, hand_over_s=60.0)
+    model.backend.limits = short
     here = ids(model)
-    assert where[0] == "s2t-forward"  # nothing is known of the model yet
+    assert where[0] == "s2t-scheduler"  # nothing is known of the model yet
     assert where[2:] == ["MainThread"] * 6
-    model.past.clear()
+    model.prefix_cache.clear()
     where.clear()
-    model.owner._long_s = 0.0
-    assert ids(model) == here
-    assert set(where) == {"s2t-forward"}
-
-
-def test_what_a_forward_raises_reaches_the_caller() -> None:
-    def broken() -> None:
-        raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError, match="no"):
-        Team().apart(broken)
+    assert ids(long_steps(model)) == here
+    assert set(where) == {"s2t-scheduler"}
 
 
 def test_an_interrupted_caller_leaves_when_the_forward_is_done() -> None:
-    done: list[bool] = []
+    model, done = long_steps(tiny_model("qwen2")), []
     before = signal.signal(signal.SIGUSR1, signal.default_int_handler)  # SIGINT may be ignored where tests run
 
-    def forward() -> None:
+    def watch(batch: object) -> None:
         signal.pthread_kill(main_thread().ident or 0, signal.SIGUSR1)
         time.sleep(0.2)
         done.append(True)
 
+    watched_forwards(model, watch)
+    prefix = TokenSequence(model)
     try:
         with pytest.raises(KeyboardInterrupt):
-            Team().apart(forward)
+            prefix.append([5, 6, 7])
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert done == [True]
+    assert not len(prefix)
 
 
 def test_the_thread_ends_with_its_model() -> None:
-    model = tiny_model("qwen2", seed=7)
-    model.owner._long_s = 0.0
+    others = set(enumerate_threads())
+    model = long_steps(tiny_model("qwen2", seed=7))
     ids(model)
-    (thread,) = model.owner._team._thread._threads  # type: ignore[union-attr]
+    (thread,) = [each for each in enumerate_threads() if each not in others]
     assert thread.is_alive()
     del model
     gc.collect()
@@ -218,20 +204,27 @@ def test_the_thread_ends_with_its_model() -> None:
 def test_a_forked_process_has_a_thread_of_its_own() -> None:
     in_a_process_of_its_own("""
         import signal
+        import threading
         from s2t_agents.engine.engine import Engine
         from s2t_agents.testing import tiny_model
         from s2t_agents.types import Sampling
         model = tiny_model("qwen2")
-        model.owner._long_s = 0.0
+        long_steps(model)
         def ids(): return [step.token_id for step in Engine(model).steps([5, 6, 7], Sampling(max_tokens=8))]
         before = ids()
-        assert model.owner._team._thread
+        assert [thread for thread in threading.enumerate() if thread.name == 's2t-scheduler']
         child = os.fork()
         if child == 0:
             signal.alarm(60)  # in vain it would wait for ever
             os._exit(0 if ids() == before else 1)
         assert os.waitpid(child, 0)[1] == 0
     """)
+
+
+def long_steps(model: LanguageModel) -> LanguageModel:
+    """Every step counts as long: it is handed to the scheduler's thread."""
+    model.backend.limits = replace(model.backend.limits, hand_over_s=-1.0)
+    return model
 
 
 def ids(model: LanguageModel) -> list[int]:
@@ -246,11 +239,14 @@ def in_a_process_of_its_own(body: str) -> None:
         import torch
         from s2t_agents.backends.torch import cpu_threads
         torch.set_num_threads(2)
-        cpu_threads.release()
+        cpu_threads.release_threads()
         def threads():  # once those that are ending have ended
             time.sleep(0.3)
             return len(os.listdir("/proc/self/task"))
         def in_parallel(): torch.zeros(400_000).add_(1)
+        def long_steps(model):
+            from dataclasses import replace
+            model.backend.limits = replace(model.backend.limits, hand_over_s=-1.0)
     """
     code = dedent(head) + dedent(body)
     done = forked.run("-c", code)

@@ -11,12 +11,12 @@ import torch
 from langchain_core.messages import convert_to_messages
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
-from s2t_agents.backends.torch import LanguageModel
 from s2t_agents.bundled import LLM, SLM
 from s2t_agents.chat.messages import PromptEncoder
 from s2t_agents.demo.agent import run_demo, tools_of
 from s2t_agents.demo.world import demo_question, generate
 from s2t_agents.engine.engine import Engine
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.selectors import load_selector
 from s2t_agents.types import Sampling
 

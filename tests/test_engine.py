@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from s2t_agents.backends.torch import LanguageModel
 from s2t_agents.budget import Budget
 from s2t_agents.engine.engine import Engine, nucleus
 from s2t_agents.errors import BudgetExceeded, ConfigError, ContextOverflow, EscalationFailed, InputError
 from s2t_agents.escalation import Escalation
 from s2t_agents.llms import LocalLLM
 from s2t_agents.proposal import Proposal
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.selectors import HeadSelector
 from s2t_agents.selectors.drift import DriftWatch
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, ScriptedLLM, last_candidate, tiny_model
@@ -56,7 +56,7 @@ def test_greedy_equals_transformers_generate(name: str) -> None:
 def test_a_selector_that_agrees_with_the_slm_changes_nothing(name: str) -> None:
     class Agreeing:
         def scores(self, proposal: Proposal) -> Tensor:
-            proposal.prefix.look_ahead(proposal.candidates)
+            proposal.prefix.score_candidates(proposal.candidates)
             return proposal.candidate_log_probs
 
     model = tiny_model(name)
@@ -148,13 +148,13 @@ def test_the_budget_may_say_raise_in_mid_answer() -> None:
 def test_nothing_is_computed_before_it_is_asked_for_and_closing_stops_the_model(monkeypatch: Any) -> None:
     model, llm = tiny_model(), ScriptedLLM(last_candidate)
     forwards: list[int] = []
-    real = model.step
+    real = model.append
 
     def counted(ids: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         forwards.append(len(ids))
         return real(ids, *rest)
 
-    monkeypatch.setattr(model, "step", counted)
+    monkeypatch.setattr(model, "append", counted)
     steps = Engine(model, escalation=Escalation(llm)).steps(PROMPT, Sampling(max_tokens=50))
     assert forwards == []
     next(steps)
@@ -165,7 +165,14 @@ def test_nothing_is_computed_before_it_is_asked_for_and_closing_stops_the_model(
     assert (forwards, llm.closed) == ([5, 1], 1)
 
 
-LOCKS = ["slm.owner._mutex", "slm.past._lock", "slm.live._lock", "gate._mutex", "drift._lock", "llm.idle._lock"]
+LOCKS = [
+    "slm.scheduler._mutex",
+    "slm.prefix_cache._lock",
+    "slm.running._lock",
+    "gate._mutex",
+    "drift._lock",
+    "llm.idle._lock",
+]
 
 
 @pytest.mark.parametrize("name", LOCKS)
@@ -190,13 +197,13 @@ def test_an_abandoned_generation_may_be_collected_in_any_block_of_ours(name: str
     thread.start()
     thread.join(10)
     assert not thread.is_alive()
-    assert (engine.gate._running, len(model.live), len(llm.idle)) == (0, 0, 1)
+    assert (engine.gate._running, len(model.running), len(llm.idle)) == (0, 0, 1)
 
 
 def test_the_stop_token_is_the_last_step() -> None:
     model = tiny_model()
     stop = reference(model, PROMPT, 10)[4]
-    model.eos_ids = frozenset({stop})
+    model.backend.eos_ids = frozenset({stop})
     steps = list(Engine(model).steps(PROMPT, Sampling(max_tokens=50)))
     assert tokens(steps).index(stop) == len(steps) - 1
 
@@ -210,10 +217,10 @@ def test_banned_tokens_are_not_first_and_free_later() -> None:
 
 
 def _prefix(model: LanguageModel) -> Any:
-    from s2t_agents.scheduling.sequence import Prefix
+    from s2t_agents.scheduling.sequence import TokenSequence
 
-    prefix = Prefix(model)
-    prefix.extend(PROMPT)
+    prefix = TokenSequence(model)
+    prefix.append(PROMPT)
     return prefix
 
 

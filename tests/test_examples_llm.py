@@ -10,8 +10,8 @@ import pytest
 import servers
 from servers import CompletionServer, serving
 
-from s2t_agents.backends.torch import LanguageModel
 from s2t_agents.bundled import LLM
+from s2t_agents.scheduling.language_model import LanguageModel
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -37,7 +37,7 @@ def inputs(rows: int, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "weighed_beside": (some(1, KEY_HEADS, rows * group, CAPACITY), mask, *beside, 0.3),
         "seen_beside": (some(1, KEY_HEADS, 3, rows * group, D), some(1, KEY_HEADS, rows * group, 1), beside[1]),
         "summed": (some(rows, KEY_HEADS, 3, group, D),),
-        "glanced": (logits, best, logits.gather(-1, best)),
+        "logit_statistics": (logits, best, logits.gather(-1, best)),
     }
 
 

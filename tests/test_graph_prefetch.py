@@ -8,28 +8,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_graph_runner import eager_model, greedy, read, same, some_ids, static_model
+from test_graph_runner import eager_model, greedy, pooled_model, read, same, some_ids
 
 from s2t_agents import Engine
+from s2t_agents.backends.base import Append, ScoreCandidates, Work
+from s2t_agents.backends.statistics import statistics_at
 from s2t_agents.backends.torch.cuda import decode_graphs as static_bodies
 from s2t_agents.backends.torch.cuda import graph_runner as static_step
 from s2t_agents.backends.torch.cuda.cuda_graph import Body, played
-from s2t_agents.backends.torch.cuda.decode_graphs import Steps
+from s2t_agents.backends.torch.cuda.decode_graphs import DecodeGraph
 from s2t_agents.backends.torch.cuda.graph_runner import SURE
 from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST
-from s2t_agents.backends.torch.cuda.pooled_kv_cache import Begun, Play, StaticCache
-from s2t_agents.backends.torch.language_model import LanguageModel
-from s2t_agents.backends.torch.logit_statistics import glance_at
-from s2t_agents.backends.torch.packed_batch import Look, Part, Segment
+from s2t_agents.backends.torch.cuda.pooled_kv_cache import InFlightRow, InFlightStep, PooledKVCache
 from s2t_agents.proposal import Proposal
-from s2t_agents.scheduling.requests import StepTicket, roll_back
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.requests import AppendRequest
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.types import Sampling
 
 
 @pytest.fixture(scope="module")
 def ours() -> LanguageModel:
-    return static_model(record=played, often=0)
+    return pooled_model(record=played, often=0)
 
 
 @pytest.fixture(scope="module")
@@ -42,34 +42,34 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """How each step came about: by "begin", or "after" another that was still under way."""
     said: list[str] = []
     for name in ("begin", "after"):
-        real = getattr(Steps, name)
+        real = getattr(DecodeGraph, name)
 
-        def watched(self: Steps, *args: Any, name: str = name, real: Any = real) -> list[Begun]:
+        def watched(self: DecodeGraph, *args: Any, name: str = name, real: Any = real) -> list[InFlightRow]:
             said.append(name)
             return real(self, *args)  # type: ignore[no-any-return]
 
-        monkeypatch.setattr(Steps, name, watched)
+        monkeypatch.setattr(DecodeGraph, name, watched)
     return said
 
 
-def cache_of(prefix: Prefix) -> StaticCache:
-    assert isinstance(prefix._cache, StaticCache)
+def cache_of(prefix: TokenSequence) -> PooledKVCache:
+    assert isinstance(prefix._cache, PooledKVCache)
     return prefix._cache
 
 
-def follow(prefix: Prefix, count: int) -> list[int]:
+def follow(prefix: TokenSequence, count: int) -> list[int]:
     """Extend a prefix by the model's own choice, so many times."""
     said = []
     for _ in range(count):
         said.append(int(prefix.logits.argmax()))
-        prefix.extend(said[-1:])
+        prefix.append(said[-1:])
     return said
 
 
 def test_greedy_answers_are_the_eager_ones_and_all_steps_but_the_first_are_begun_before_they_are_asked_for(
     taken: list[str],
 ) -> None:
-    assert greedy(static_model(record=played), 2, 20) == greedy(eager_model(), 2, 20)
+    assert greedy(pooled_model(record=played), 2, 20) == greedy(eager_model(), 2, 20)
     assert taken == ["begin"] + ["after"] * 19
 
 
@@ -83,24 +83,24 @@ def test_whatever_is_done_to_a_sequence_it_says_what_the_eager_one_says(
         match data.draw(st.sampled_from(["follow", "another", "stretch", "cut", "rest", "look"])):
             case "follow":
                 for token in follow(other, data.draw(st.integers(1, SURE + 3))):
-                    one.extend([token])
+                    one.append([token])
             case "another":
                 token = int(other.logits.topk(2).indices[1])
-                one.extend([token])
-                other.extend([token])
+                one.append([token])
+                other.append([token])
             case "stretch":
                 ids = some_ids(3, data.draw(st.integers(0, 9)))
-                one.extend(ids)
-                other.extend(ids)
+                one.append(ids)
+                other.append(ids)
             case "cut":
                 ids = [*other.ids[: -data.draw(st.integers(1, 4))], data.draw(st.integers(0, 250))]
                 one.move_to(ids)
                 other.move_to(ids)
             case "rest":
-                cache_of(one).rest()
+                cache_of(one).park()
             case "look":
                 candidates = torch.tensor([5, 9, 200])
-                assert torch.allclose(one.look_ahead(candidates), other.look_ahead(candidates), atol=1e-4)
+                assert torch.allclose(one.score_candidates(candidates), other.score_candidates(candidates), atol=1e-4)
         same(one, other)
 
 
@@ -109,13 +109,13 @@ def test_a_row_that_is_left_with_a_step_under_way_serves_its_next_guest(
 ) -> None:
     one = read(ours, some_ids(9))
     follow(one, SURE + 3)
-    assert cache_of(one).begun is not None
-    cache_of(one).rest()
-    assert cache_of(one).begun is None
+    assert cache_of(one).in_flight is not None
+    cache_of(one).park()
+    assert cache_of(one).in_flight is None
     # Of the same length and about to be asked for the same token: what was begun for the first is not the second's.
     guest, same_as = read(ours, some_ids(len(one), 5)), read(theirs, some_ids(len(one), 5))
     for _ in range(4):
-        guest.extend(follow(same_as, 1))
+        guest.append(follow(same_as, 1))
         same(guest, same_as)
 
 
@@ -123,11 +123,11 @@ def test_nobody_runs_ahead_of_the_end_of_its_row(ours: LanguageModel, theirs: La
     start = SMALLEST - SURE - 8
     one, other = read(ours, some_ids(start)), read(theirs, some_ids(start))
     for _ in range(SURE + 12):
-        one.extend(follow(other, 1))
+        one.append(follow(other, 1))
         same(one, other)
-        seat, begun = cache_of(one).seat, cache_of(one).begun
-        assert seat is not None
-        assert begun is None or begun.position <= seat.arena.capacity - 2
+        slot, in_flight = cache_of(one).slot, cache_of(one).in_flight
+        assert slot is not None
+        assert in_flight is None or in_flight.position <= slot.pool.capacity - 2
 
 
 def test_a_token_that_was_not_expected_ends_the_running_ahead_until_the_model_is_followed_again(
@@ -135,29 +135,29 @@ def test_a_token_that_was_not_expected_ends_the_running_ahead_until_the_model_is
 ) -> None:
     prefix = read(ours, some_ids(9))
     follow(prefix, SURE + 3)
-    assert cache_of(prefix).begun is not None
-    prefix.extend([int(prefix.logits.topk(2).indices[1])])
-    assert cache_of(prefix).begun is None
+    assert cache_of(prefix).in_flight is not None
+    prefix.append([int(prefix.logits.topk(2).indices[1])])
+    assert cache_of(prefix).in_flight is None
     assert taken[-1] == "begin"
     follow(prefix, SURE - 1)
-    assert cache_of(prefix).begun is None
+    assert cache_of(prefix).in_flight is None
     follow(prefix, 1)
-    assert cache_of(prefix).begun is not None
+    assert cache_of(prefix).in_flight is not None
 
 
-def together(model: LanguageModel, prefixes: list[Prefix], tokens: list[int]) -> None:
+def together(model: LanguageModel, prefixes: list[TokenSequence], tokens: list[int]) -> None:
     """One step of several sequences in one forward, as generations at once take it."""
     parts = [
-        Segment(torch.tensor([token]), prefix._cache, len(prefix))
+        Append(torch.tensor([token]), prefix._cache, len(prefix))
         for token, prefix in zip(tokens, prefixes, strict=True)
     ]
-    for prefix, token, said in zip(prefixes, tokens, model.run_packed(parts), strict=True):
+    for prefix, token, said in zip(prefixes, tokens, model.backend.forward(parts), strict=True):
         prefix.logits, prefix.hidden = said  # type: ignore[misc]
         prefix.ids.append(token)
 
 
 def test_several_that_follow_the_model_are_a_step_ahead_together(taken: list[str]) -> None:
-    ours, theirs = static_model(record=played), eager_model()
+    ours, theirs = pooled_model(record=played), eager_model()
     ones, others = ([read(model, some_ids(9 + n, n)) for n in range(3)] for model in (ours, theirs))
     for _ in range(SURE + 6):
         together(ours, ones, [follow(other, 1)[0] for other in others])
@@ -167,7 +167,7 @@ def test_several_that_follow_the_model_are_a_step_ahead_together(taken: list[str
 
 
 def test_whoever_joins_is_a_step_ahead_with_the_others_from_its_first_token_on(taken: list[str]) -> None:
-    ours, theirs = static_model(record=played), eager_model()
+    ours, theirs = pooled_model(record=played), eager_model()
     ones, others = ([read(model, some_ids(9 + n, n)) for n in range(3)] for model in (ours, theirs))
     for part in [(0, 1)] * 3 + [(0, 1, 2)] * 3:
         together(ours, [ones[n] for n in part], [follow(others[n], 1)[0] for n in part])
@@ -180,24 +180,24 @@ def test_whoever_joins_is_a_step_ahead_with_the_others_from_its_first_token_on(t
 def test_a_few_that_do_not_follow_the_model_do_not_keep_the_others_from_being_ahead(
     strays: int, goes_on: bool, taken: list[str]
 ) -> None:
-    ours, theirs = static_model(record=played), eager_model()
+    ours, theirs = pooled_model(record=played), eager_model()
     ones, others = ([read(model, some_ids(9 + n, n)) for n in range(4)] for model in (ours, theirs))
     together(ours, ones, [follow(other, 1)[0] for other in others])
     taken.clear()
     tokens = [int(other.logits.topk(2).indices[int(n < strays)]) for n, other in enumerate(others)]
     together(ours, ones, tokens)
     for token, one, other in zip(tokens, ones, others, strict=True):
-        other.extend([token])
+        other.append([token])
         same(one, other)
     assert taken == ["begin", *(["after"] * goes_on)]
 
 
 def test_one_that_moves_to_a_larger_arena_leaves_behind_what_was_begun() -> None:
-    ours, theirs = static_model(record=played), eager_model()
+    ours, theirs = pooled_model(record=played), eager_model()
     ones, others = ([read(model, some_ids(9 + n, n)) for n in range(2)] for model in (ours, theirs))
     for _ in range(SURE + 3):
-        ones[0].extend(follow(others[0], 1))
-    assert cache_of(ones[0]).begun is not None
+        ones[0].append(follow(others[0], 1))
+    assert cache_of(ones[0]).in_flight is not None
     for _ in range(3):
         together(ours, ones, [follow(other, 1)[0] for other in others])
         for one, other in zip(ones, others, strict=True):
@@ -205,7 +205,7 @@ def test_one_that_moves_to_a_larger_arena_leaves_behind_what_was_begun() -> None
 
 
 def test_those_whose_steps_were_begun_apart_go_on_together() -> None:
-    ours, theirs = static_model(record=played), eager_model()
+    ours, theirs = pooled_model(record=played), eager_model()
     ones, others = ([read(model, some_ids(9 + n, n)) for n in range(2)] for model in (ours, theirs))
     for part in [(0, 1)] * (SURE + 3) + [(0,)] + [(0, 1)] * 4:
         together(ours, [ones[n] for n in part], [follow(others[n], 1)[0] for n in part])
@@ -226,7 +226,7 @@ def test_whoever_joins_leaves_or_goes_its_own_way_all_say_what_they_say_alone(
             tokens = [int(others[n].logits.topk(2).indices[int(n in astray)]) for n in sorted(part)]
             together(ours, [ones[n] for n in sorted(part)], tokens)
             for n, token in zip(sorted(part), tokens, strict=True):
-                others[n].extend([token])
+                others[n].append([token])
         for one, other in zip(ones, others, strict=True):
             same(one, other)
 
@@ -234,38 +234,39 @@ def test_whoever_joins_leaves_or_goes_its_own_way_all_say_what_they_say_alone(
 def test_sampled_answers_are_the_eager_ones() -> None:
     said = [
         [step.token_id for step in Engine(model).steps(some_ids(9), Sampling(max_tokens=24, temperature=0.7, seed=3))]
-        for model in (static_model(record=played), eager_model())
+        for model in (pooled_model(record=played), eager_model())
     ]
     assert said[0] == said[1]
 
 
 def test_a_step_brings_its_glance_along_and_a_cut_forgets_it(ours: LanguageModel) -> None:
-    assert read(static_model(), some_ids(9)).glance is None  # read the eager way
+    assert read(pooled_model(), some_ids(9)).statistics is None  # read the eager way
     prefix = read(ours, some_ids(9))
-    prefix.extend([4])
-    expected = glance_at(prefix.logits)
-    assert prefix.glance is not None
-    assert prefix.glance.best == expected.best
-    assert prefix.glance.entropy == pytest.approx(expected.entropy, abs=1e-5)
-    assert prefix.glance.margin == pytest.approx(expected.margin, abs=1e-5)
+    prefix.append([4])
+    expected = statistics_at(prefix.logits)
+    assert prefix.statistics is not None
+    assert prefix.statistics.best == expected.best
+    assert prefix.statistics.entropy == pytest.approx(expected.entropy, abs=1e-5)
+    assert prefix.statistics.margin == pytest.approx(expected.margin, abs=1e-5)
     assert Proposal(prefix, 8).best == expected.best
-    prefix._roll_back(len(prefix) - 1)
-    assert prefix.glance is None
-    prefix.extend([7, 8])
-    assert prefix.glance is not None
-    assert prefix.glance.best == int(prefix.logits.argmax())
+    cache_of(prefix).truncate(len(prefix) - 1)
+    assert prefix.statistics is None
+    del prefix.ids[-1]
+    prefix.append([7, 8])
+    assert prefix.statistics is not None
+    assert prefix.statistics.best == int(prefix.logits.argmax())
 
 
 def test_what_a_grammar_forbids_is_not_what_the_step_has_brought_along(ours: LanguageModel) -> None:
     prefix = read(ours, some_ids(9))
-    prefix.extend([4])
+    prefix.append([4])
     best = int(prefix.logits.argmax())
     allowed = torch.ones(ours.vocab_size, dtype=torch.bool)
     allowed[best] = False
     for proposal in (Proposal(prefix, 8, allowed=allowed), Proposal(prefix, 8, banned=[best])):
         proposal.fetch()
         assert proposal.best == int(proposal.logits.argmax()) != best
-        assert proposal.entropy != prefix.glance.entropy  # type: ignore[union-attr]
+        assert proposal.entropy != prefix.statistics.entropy  # type: ignore[union-attr]
 
 
 class Clock:
@@ -276,24 +277,24 @@ class Clock:
         monkeypatch.setattr(static_step, "monotonic", lambda: self.now)
 
 
-def unseen(model: LanguageModel, prefixes: list[Prefix]) -> list[float]:
+def unbilled_s(model: LanguageModel, prefixes: list[TokenSequence]) -> list[float]:
     """Seconds billed for a step of them all, beyond those that somebody has waited: its forward's own."""
-    before = [prefix.meter.seconds for prefix in prefixes]
-    tickets = [
-        StepTicket(torch.tensor([int(prefix.logits.argmax())]), prefix._cache, prefix.meter) for prefix in prefixes
+    before = [prefix.compute.seconds for prefix in prefixes]
+    requests = [
+        AppendRequest(torch.tensor([int(prefix.logits.argmax())]), prefix._cache, prefix.compute) for prefix in prefixes
     ]
-    parts = [ticket.part(1) for ticket in tickets]
-    for ticket, part, said in zip(tickets, parts, model.run_packed(parts), strict=True):
-        ticket.went(part, said)
-    assert [cache_of(prefix).unseen() for prefix in prefixes] == [0.0] * len(prefixes)
-    return [prefix.meter.seconds - seconds for prefix, seconds in zip(prefixes, before, strict=True)]
+    parts = [request.work(1) for request in requests]
+    for request, part, said in zip(requests, parts, model.backend.forward(parts), strict=True):
+        request.complete(part, said)
+    assert [cache_of(prefix).unbilled_s() for prefix in prefixes] == [0.0] * len(prefixes)
+    return [prefix.compute.seconds - seconds for prefix, seconds in zip(prefixes, before, strict=True)]
 
 
-def a_step_ahead(model: LanguageModel, count: int) -> list[Prefix]:
+def a_step_ahead(model: LanguageModel, count: int) -> list[TokenSequence]:
     prefixes = [read(model, some_ids(9 + n, n)) for n in range(count)]
     for _ in range(SURE + 2):
         together(model, prefixes, [int(prefix.logits.argmax()) for prefix in prefixes])
-    assert all(cache_of(prefix).begun is not None for prefix in prefixes)
+    assert all(cache_of(prefix).in_flight is not None for prefix in prefixes)
     return prefixes
 
 
@@ -304,50 +305,51 @@ def a_step_ahead(model: LanguageModel, count: int) -> list[Prefix]:
 def test_device_time_that_nobody_waited_for_is_billed_to_those_whose_step_it_was(
     count: int, device_s: float, elsewhere_s: float, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, model = Clock(monkeypatch), static_model(record=played)
-    monkeypatch.setattr(Play, "device_s", device_s)
+    clock, model = Clock(monkeypatch), pooled_model(record=played)
+    monkeypatch.setattr(InFlightStep, "device_s", device_s)
     prefixes = a_step_ahead(model, count)
     clock.now += elsewhere_s
-    assert unseen(model, prefixes) == pytest.approx([expected / count] * count)
-    assert unseen(model, prefixes) == [0.0] * count
+    assert unbilled_s(model, prefixes) == pytest.approx([expected / count] * count)
+    assert unbilled_s(model, prefixes) == [0.0] * count
 
 
 def test_what_a_selection_has_waited_for_is_not_billed_again_with_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, model = Clock(monkeypatch), static_model(record=played)
-    monkeypatch.setattr(Play, "device_s", 100.0)
+    clock, model = Clock(monkeypatch), pooled_model(record=played)
+    monkeypatch.setattr(InFlightStep, "device_s", 100.0)
     (prefix,) = a_step_ahead(model, 1)
     clock.now += 1.0
-    model.run_alone(Look(torch.tensor([5, 9]), prefix._cache, len(prefix)))  # ... waits for all the device has begun
+    scoring = ScoreCandidates(torch.tensor([5, 9]), prefix._cache, len(prefix))
+    model.backend.forward([scoring])  # ... waits for all the device has begun
     clock.now += 5.0
-    assert unseen(model, [prefix]) == [1.0]
+    assert unbilled_s(model, [prefix]) == [1.0]
 
 
-@pytest.mark.parametrize("kind", [Look, Segment])
+@pytest.mark.parametrize("kind", [ScoreCandidates, Append])
 def test_what_others_in_the_same_forward_have_waited_for_is_not_billed_again(
-    kind: type[Part], monkeypatch: pytest.MonkeyPatch
+    kind: type[Work], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, model = Clock(monkeypatch), static_model(record=played)
-    monkeypatch.setattr(Play, "device_s", 100.0)
+    clock, model = Clock(monkeypatch), pooled_model(record=played)
+    monkeypatch.setattr(InFlightStep, "device_s", 100.0)
     other, (prefix,) = read(model, some_ids(5)), a_step_ahead(model, 1)
     token = int(prefix.logits.argmax())
-    step = Segment(torch.tensor([token]), prefix._cache, len(prefix))
-    said, _ = model.run_packed([step, kind(torch.tensor([4, 5, 6]), other._cache, len(other))])
+    step = Append(torch.tensor([token]), prefix._cache, len(prefix))
+    said, _ = model.backend.forward([step, kind(torch.tensor([4, 5, 6]), other._cache, len(other))])
     prefix.logits, prefix.hidden = said  # type: ignore[misc]
     prefix.ids.append(token)
-    assert cache_of(prefix).begun is not None
+    assert cache_of(prefix).in_flight is not None
     clock.now += 5.0
-    assert unseen(model, [prefix]) == [0.0]
+    assert unbilled_s(model, [prefix]) == [0.0]
 
 
 def test_steps_that_were_begun_apart_are_billed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, model = Clock(monkeypatch), static_model(record=played)
-    monkeypatch.setattr(Play, "device_s", 4.0)
+    clock, model = Clock(monkeypatch), pooled_model(record=played)
+    monkeypatch.setattr(InFlightStep, "device_s", 4.0)
     prefixes = a_step_ahead(model, 2)
     for prefix in prefixes:
         together(model, [prefix], [int(prefix.logits.argmax())])
-        cache_of(prefix).unseen()
+        cache_of(prefix).unbilled_s()
         clock.now += 10.0
-    assert unseen(model, prefixes) == [4.0, 4.0]
+    assert unbilled_s(model, prefixes) == [4.0, 4.0]
 
 
 def test_the_time_of_a_capture_is_none_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,8 +360,8 @@ def test_the_time_of_a_capture_is_none_of_the_step(monkeypatch: pytest.MonkeyPat
         return body
 
     monkeypatch.setattr(static_bodies, "mark", lambda like: happened.append("marked"))
-    prefix = read(static_model(record=record), some_ids(9))
-    prefix.extend([4])
+    prefix = read(pooled_model(record=record), some_ids(9))
+    prefix.append([4])
     assert happened == ["marked", "recorded", "marked", "marked"]  # the last is that of the step begun after it
 
 
@@ -367,8 +369,8 @@ def test_what_a_failed_forward_has_left_ahead_is_forgotten(ours: LanguageModel) 
     prefix = read(ours, some_ids(9))
     follow(prefix, 2)
     cache = cache_of(prefix)
-    assert cache.begun is not None
-    roll_back(cache, len(prefix) - 1)
-    assert cache.begun is None
-    assert cache.glance(len(prefix)) is None
+    assert cache.in_flight is not None
+    cache.truncate(len(prefix) - 1)
+    assert cache.in_flight is None
+    assert cache.statistics() is None
     assert cache.get_seq_length() == len(prefix) - 1

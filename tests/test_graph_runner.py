@@ -16,23 +16,24 @@ from typing import Any
 import pytest
 import torch
 from tape import Tape
+from torch_models import runner
 
 from s2t_agents import Engine
-from s2t_agents.backends.torch import language_model
+from s2t_agents.backends.base import Append
+from s2t_agents.backends.statistics import statistics_at
+from s2t_agents.backends.torch import model_runner
 from s2t_agents.backends.torch.cuda import attention as static_attention
 from s2t_agents.backends.torch.cuda.cuda_graph import Recorder, played
-from s2t_agents.backends.torch.cuda.graph_runner import StaticStep, agrees
-from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST, Arenas, bucket
-from s2t_agents.backends.torch.cuda.pooled_kv_cache import StaticCache
+from s2t_agents.backends.torch.cuda.graph_runner import GraphRunner, agrees
+from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST, KVPools, bucket
+from s2t_agents.backends.torch.cuda.pooled_kv_cache import PooledKVCache
 from s2t_agents.backends.torch.fused_ops import PLAIN, Pointwise
 from s2t_agents.backends.torch.kv_cache import KVCache
-from s2t_agents.backends.torch.language_model import LanguageModel
-from s2t_agents.backends.torch.logit_statistics import glance_at
 from s2t_agents.backends.torch.lora import Lora
-from s2t_agents.backends.torch.packed_batch import Segment
 from s2t_agents.engine.engine import fetched, in_one_trip
 from s2t_agents.proposal import Proposal
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.selectors.activated import ActivatedSelector
 from s2t_agents.selectors.head import HeadSelector
 from s2t_agents.testing import tiny_model
@@ -49,20 +50,20 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 CANDIDATES = torch.tensor([5, 9, 200, 33, 90])
 
 
-def static_model(
+def pooled_model(
     name: str = "qwen3",
     record: Recorder | None = None,
-    arenas: Arenas | None = None,
+    pools: KVPools | None = None,
     ops: Pointwise | None = None,
     often: int = 99,
     **overrides: Any,
 ) -> LanguageModel:
     """A tiny model whose steps go over arenas, as on a GPU."""
     model = tiny_model(name, max_position_embeddings=4096, **overrides)
-    assert model.lean_parts is not None
-    model.kv_kind = StaticCache
-    vars(model)["static"] = StaticStep(model.lean_parts, record or Tape(), arenas, ops or PLAIN, often=often)
-    return model
+    rows = runner(model).decoder_batch
+    assert rows is not None
+    model.torch_backend.use_graphs(GraphRunner(rows, record or Tape(), pools, ops or PLAIN, often=often))
+    return LanguageModel.on(model.backend)
 
 
 def eager_model(name: str = "qwen3", **overrides: Any) -> LanguageModel:
@@ -73,19 +74,19 @@ def some_ids(length: int, seed: int = 0) -> list[int]:
     return torch.randint(0, 250, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def read(model: LanguageModel, ids: list[int]) -> Prefix:
-    prefix = Prefix(model)
-    prefix.extend(ids)
+def read(model: LanguageModel, ids: list[int]) -> TokenSequence:
+    prefix = TokenSequence(model)
+    prefix.append(ids)
     return prefix
 
 
-def same(one: Prefix, other: Prefix) -> None:
+def same(one: TokenSequence, other: TokenSequence) -> None:
     assert torch.allclose(one.logits, other.logits, atol=1e-4)
     assert torch.allclose(one.hidden, other.hidden, atol=1e-4)
 
 
-def is_seated(prefix: Prefix) -> bool:
-    return isinstance(prefix._cache, StaticCache) and prefix._cache.arena is not None
+def is_seated(prefix: TokenSequence) -> bool:
+    return isinstance(prefix._cache, PooledKVCache) and prefix._cache.pool is not None
 
 
 def some_lora(model: LanguageModel, seed: int = 0) -> Lora:
@@ -103,11 +104,11 @@ def greedy(model: LanguageModel, seed: int, count: int, engine: Engine | None = 
 
 @pytest.mark.parametrize(("name", "more"), FAMILIES)
 def test_a_played_step_says_what_the_eager_one_says(name: str, more: dict[str, Any]) -> None:
-    ours, theirs = static_model(name, **more), eager_model(name, **more)
+    ours, theirs = pooled_model(name, **more), eager_model(name, **more)
     one, other = read(ours, some_ids(30)), read(theirs, some_ids(30))
     for token in some_ids(12, 1):
-        one.extend([token])
-        other.extend([token])
+        one.append([token])
+        other.append([token])
         same(one, other)
     assert is_seated(one)
 
@@ -115,13 +116,14 @@ def test_a_played_step_says_what_the_eager_one_says(name: str, more: dict[str, A
 @pytest.mark.parametrize(("name", "more"), FAMILIES)
 @pytest.mark.parametrize("with_lora", [False, True])
 def test_a_played_selection_says_what_the_overlay_says(name: str, more: dict[str, Any], with_lora: bool) -> None:
-    ours, theirs = static_model(name, **more), eager_model(name, **more)
+    ours, theirs = pooled_model(name, **more), eager_model(name, **more)
     one, other = read(ours, some_ids(30)), read(theirs, some_ids(30))
     for token in some_ids(5, 1):
-        one.extend([token])
-        other.extend([token])
+        one.append([token])
+        other.append([token])
         looked = [
-            prefix.look_ahead(CANDIDATES, some_lora(prefix.model) if with_lora else None) for prefix in (one, other)
+            prefix.score_candidates(CANDIDATES, some_lora(prefix.model) if with_lora else None)
+            for prefix in (one, other)
         ]
         assert torch.allclose(*looked, atol=1e-4)
         same(one, other)
@@ -129,38 +131,38 @@ def test_a_played_selection_says_what_the_overlay_says(name: str, more: dict[str
 
 def test_graphs_are_made_once_and_played_for_every_token_and_sequence() -> None:
     tape = Tape()
-    model = static_model(record=tape)
+    model = pooled_model(record=tape)
     lora = some_lora(model)
     for seed in range(3):
         prefix = read(model, some_ids(9, seed))
         for token in some_ids(6, seed):
-            prefix.extend([token])
-            prefix.look_ahead(CANDIDATES, lora)
+            prefix.append([token])
+            prefix.score_candidates(CANDIDATES, lora)
         del prefix
         gc.collect()
     assert tape.recorded == 2
 
 
 def test_a_sequence_grows_past_its_capacity() -> None:
-    ours, theirs = static_model(), eager_model()
+    ours, theirs = pooled_model(), eager_model()
     one, other = read(ours, some_ids(SMALLEST - 4)), read(theirs, some_ids(SMALLEST - 4))
     seen = set()
     for token in some_ids(8, 1):
-        one.extend([token])
-        other.extend([token])
+        one.append([token])
+        other.append([token])
         same(one, other)
-        assert isinstance(one._cache, StaticCache)
-        assert one._cache.seat is not None
-        seen.add(one._cache.seat.arena.capacity)
+        assert isinstance(one._cache, PooledKVCache)
+        assert one._cache.slot is not None
+        seen.add(one._cache.slot.pool.capacity)
     assert seen == {SMALLEST, 2 * SMALLEST}
 
 
 def test_a_prompt_that_outgrows_its_row_finds_another() -> None:
-    ours, theirs = static_model(), eager_model()
+    ours, theirs = pooled_model(), eager_model()
     one, other = read(ours, some_ids(20)), read(theirs, some_ids(20))
     for ids in ([7], some_ids(600, 1), [8], [9]):
-        one.extend(ids)
-        other.extend(ids)
+        one.append(ids)
+        other.append(ids)
         same(one, other)
     assert is_seated(one)
 
@@ -173,43 +175,45 @@ def test_capacities_come_in_few_sizes_that_are_never_too_small() -> None:
 
 
 def test_a_cut_sequence_goes_on_from_the_cut() -> None:
-    ours, theirs = static_model(), eager_model()
+    ours, theirs = pooled_model(), eager_model()
     one, other = read(ours, some_ids(20)), read(theirs, some_ids(20))
     for prefix in (one, other):
-        prefix.extend([7])
-        prefix.extend([8])
+        prefix.append([7])
+        prefix.append([8])
         assert prefix.move_to([*some_ids(20)[:15], 3, 4]) == 2
-        prefix.extend([5])
+        prefix.append([5])
     same(one, other)
 
 
 def test_what_is_kept_of_a_generation_leaves_its_row_and_serves_the_next() -> None:
-    ours, theirs = static_model(), eager_model()
+    ours, theirs = pooled_model(), eager_model()
     for model in (ours, theirs):
-        model.eos_ids = frozenset()
+        model.backend.eos_ids = frozenset()
         prompt = some_ids(40)
         answer = [step.token_id for step in Engine(model).steps(prompt, Sampling(max_tokens=10))]
         again = list(Engine(model).steps([*prompt, *answer, *some_ids(5, 1)], Sampling(max_tokens=10)))
         assert again[0].reused_tokens == 49
         model.answers = (answer, [step.token_id for step in again])  # type: ignore[attr-defined]
-        (entry,) = model.past._entries
-        assert entry.cache.nbytes <= model.past.nbytes < 2 * 4 * 2 * 8 * 4 * 512
+        (entry,) = model.prefix_cache._entries
+        assert entry.cache.nbytes <= model.prefix_cache.nbytes < 2 * 4 * 2 * 8 * 4 * 512
     assert ours.answers == theirs.answers  # type: ignore[attr-defined]
-    assert all(isinstance(entry.cache, StaticCache) and entry.cache.arena is None for entry in ours.past._entries)
-    (arena,) = ours.static.arenas._by_capacity.values()  # type: ignore[union-attr]
-    assert (arena.rows, arena.free()) == (1, [0])
+    assert all(
+        isinstance(entry.cache, PooledKVCache) and entry.cache.pool is None for entry in ours.prefix_cache._entries
+    )
+    (pool,) = runner(ours).graph_runner.pools._by_capacity.values()  # type: ignore[union-attr]
+    assert (pool.rows, pool.free()) == (1, [0])
 
 
 def test_several_sequences_take_a_step_together_whoever_sits_out() -> None:
-    ours, theirs = static_model(), eager_model()
+    ours, theirs = pooled_model(), eager_model()
     lengths = (2, 30, 9, 17)
     ones, others = ([read(model, some_ids(n, n)) for n in lengths] for model in (ours, theirs))
     for turn, taking_part in enumerate([(0, 1), (0, 1, 2, 3), (1, 3), (2,), (0, 2, 3), (0, 1, 2, 3)]):
         for model, prefixes in ((ours, ones), (theirs, others)):
             segments = [
-                Segment(torch.tensor([40 + turn + at]), prefixes[at]._cache, len(prefixes[at])) for at in taking_part
+                Append(torch.tensor([40 + turn + at]), prefixes[at]._cache, len(prefixes[at])) for at in taking_part
             ]
-            for at, said in zip(taking_part, model.run_packed(segments), strict=True):
+            for at, said in zip(taking_part, model.backend.forward(segments), strict=True):
                 prefixes[at].ids.append(40 + turn + at)
                 prefixes[at].logits, prefixes[at].hidden = said
         for at in taking_part:
@@ -222,7 +226,7 @@ def test_several_sequences_take_a_step_together_whoever_sits_out() -> None:
 
 def test_generations_at_once_say_what_each_says_alone() -> None:
     expected = [greedy(eager_model(), seed, 15) for seed in range(6)]
-    model = static_model(record=played)
+    model = pooled_model(record=played)
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(lambda seed: greedy(model, seed, 15), range(6))) == expected
 
@@ -230,7 +234,7 @@ def test_generations_at_once_say_what_each_says_alone() -> None:
 @pytest.mark.parametrize("kind", ["head", "activated"])
 def test_selectors_pick_the_same_tokens(kind: str) -> None:
     picked = []
-    for model in (static_model(), eager_model()):
+    for model in (pooled_model(), eager_model()):
         torch.manual_seed(3)
         if kind == "head":
             selector: Any = HeadSelector(model)
@@ -245,10 +249,10 @@ def test_selectors_pick_the_same_tokens(kind: str) -> None:
     assert picked[0] == picked[1]
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("prefetched", [False, True])
 @pytest.mark.parametrize("name", ["o_proj", "post_attention_layernorm", "embed_tokens"])
-def test_weights_that_were_replaced_are_not_played_from_where_they_lay(name: str, ahead: bool) -> None:
-    ours, theirs = static_model(), eager_model()
+def test_weights_that_were_replaced_are_not_played_from_where_they_lay(name: str, prefetched: bool) -> None:
+    ours, theirs = pooled_model(), eager_model()
     one, other = read(ours, some_ids(9)), read(theirs, some_ids(9))
     for turn in range(7):
         if turn == 6:
@@ -256,55 +260,55 @@ def test_weights_that_were_replaced_are_not_played_from_where_they_lay(name: str
                 (module, *_) = (each for path, each in model.model.named_modules() if path.endswith(name))
                 changed = torch.linspace(-1, 1, module.weight.numel()).view_as(module.weight)  # type: ignore[operator,union-attr]
                 module.weight = torch.nn.Parameter(changed, requires_grad=False)
-        token = int(other.logits.argmax()) if ahead else 4 + turn
-        one.extend([token])
-        other.extend([token])
-        looked = [prefix.look_ahead(CANDIDATES) for prefix in (one, other)]
+        token = int(other.logits.argmax()) if prefetched else 4 + turn
+        one.append([token])
+        other.append([token])
+        looked = [prefix.score_candidates(CANDIDATES) for prefix in (one, other)]
         assert torch.allclose(*looked, atol=1e-4)
         same(one, other)
 
 
 def test_nothing_is_compiled_before_the_first_single_token_or_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    monkeypatch.setattr(language_model, "static_step_of", lambda *of: made.append(of))
+    monkeypatch.setattr(model_runner, "graph_runner_of", lambda *of: made.append(of))
     model = eager_model()
-    model.kv_kind = StaticCache
+    model.torch_backend.use_graphs()
     prefix = read(model, some_ids(9))
-    prefix.extend(some_ids(5))
+    prefix.append(some_ids(5))
     assert made == []
-    prefix.extend([4])
-    prefix.extend(some_ids(5))
+    prefix.append([4])
+    prefix.append(some_ids(5))
     assert len(made) == 1
 
 
 def test_looking_ahead_never_writes_to_the_row() -> None:
-    model = static_model()
+    model = pooled_model()
     prefix = read(model, some_ids(12))
-    prefix.extend([3])
-    assert isinstance(prefix._cache, StaticCache)
-    assert prefix._cache.seat is not None
-    before = prefix._cache.seat.arena.kv.clone()
-    prefix.look_ahead(CANDIDATES)
-    assert torch.equal(prefix._cache.seat.arena.kv, before)
+    prefix.append([3])
+    assert isinstance(prefix._cache, PooledKVCache)
+    assert prefix._cache.slot is not None
+    before = prefix._cache.slot.pool.kv.clone()
+    prefix.score_candidates(CANDIDATES)
+    assert torch.equal(prefix._cache.slot.pool.kv, before)
 
 
 def test_what_a_row_held_before_does_not_reach_its_next_guest() -> None:
-    ours = static_model()
+    ours = pooled_model()
     first = read(ours, some_ids(12))
-    first.extend([3])
-    assert isinstance(first._cache, StaticCache)
-    assert first._cache.seat is not None
-    arena = first._cache.seat.arena
+    first.append([3])
+    assert isinstance(first._cache, PooledKVCache)
+    assert first._cache.slot is not None
+    pool = first._cache.slot.pool
     del first
     gc.collect()
     with torch.inference_mode():
-        arena.kv.fill_(torch.nan)
+        pool.kv.fill_(torch.nan)
     second, other = read(ours, some_ids(5)), read(eager_model(), some_ids(5))
     for prefix in (second, other):
-        prefix.extend([4])
-    assert isinstance(second._cache, StaticCache)
-    assert second._cache.seat is not None
-    assert second._cache.seat.arena is arena
+        prefix.append([4])
+    assert isinstance(second._cache, PooledKVCache)
+    assert second._cache.slot is not None
+    assert second._cache.slot.pool is pool
     same(second, other)
 
 
@@ -314,27 +318,27 @@ def test_after_a_failed_capture_all_goes_the_eager_way_and_the_log_says_it_once(
     def fails(body: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    ours, theirs = static_model(record=fails), eager_model()
+    ours, theirs = pooled_model(record=fails), eager_model()
     one, other = read(ours, some_ids(9)), read(theirs, some_ids(9))
     with caplog.at_level(logging.WARNING):
         for token in (4, 5, 6):
             for prefix in (one, other):
-                prefix.extend([token])
+                prefix.append([token])
             same(one, other)
-            assert torch.allclose(one.look_ahead(CANDIDATES), other.look_ahead(CANDIDATES), atol=1e-4)
+            assert torch.allclose(one.score_candidates(CANDIDATES), other.score_candidates(CANDIDATES), atol=1e-4)
     assert [record.message for record in caplog.records] == [
         "steps and selections go on without captured graphs: operation not permitted when stream is capturing"
     ]
 
 
 def test_with_somebodys_hook_on_the_decoder_a_selection_goes_through_the_modules() -> None:
-    model = static_model()
+    model = pooled_model()
     prefix = read(model, some_ids(9))
-    prefix.extend([4])
+    prefix.append([4])
     seen = []
-    handle = model.decoder.layers[0].mlp.register_forward_hook(lambda *_: seen.append("look"))  # type: ignore[index,union-attr]
+    handle = model.torch_backend.decoder.layers[0].mlp.register_forward_hook(lambda *_: seen.append("look"))  # type: ignore[index,union-attr]
     try:
-        prefix.look_ahead(CANDIDATES)
+        prefix.score_candidates(CANDIDATES)
     finally:
         handle.remove()
     assert seen == ["look"]
@@ -342,23 +346,31 @@ def test_with_somebodys_hook_on_the_decoder_a_selection_goes_through_the_modules
 
 def test_a_static_step_that_says_something_else_is_found_out() -> None:
     model = eager_model()
-    assert model.lean is not None
-    assert model.lean_parts is not None
-    assert agrees(model.model, model.lean_parts, StaticStep(model.lean_parts, Tape()))
+    assert runner(model).llama_decoder is not None
+    assert runner(model).decoder_batch is not None
+    assert agrees(
+        model.model,
+        runner(model).decoder_batch,
+        GraphRunner(runner(model).decoder_batch, Tape()),
+    )
 
     def stuck(body: Any) -> Any:
         outputs = body()
         return lambda: outputs
 
-    assert not agrees(model.model, model.lean_parts, StaticStep(model.lean_parts, stuck))
+    assert not agrees(
+        model.model,
+        runner(model).decoder_batch,
+        GraphRunner(runner(model).decoder_batch, stuck),
+    )
 
 
 def test_on_the_cpu_nothing_of_this_is_used() -> None:
     model = tiny_model("qwen3")
     prefix = read(model, [1, 2, 3])
-    prefix.extend([4])
-    assert model.static is None
-    assert not isinstance(prefix._cache, StaticCache)
+    prefix.append([4])
+    assert runner(model).graph_runner is None
+    assert not isinstance(prefix._cache, PooledKVCache)
 
 
 @pytest.mark.parametrize("legal", [1, 2, 300])
@@ -367,7 +379,7 @@ def test_what_is_fetched_in_one_trip_is_what_is_read_one_by_one(legal: int) -> N
     allowed = torch.zeros(model.vocab_size, dtype=torch.bool)
     allowed[20 : 20 + legal] = True
     proposal = Proposal(read(model, some_ids(9)), 8, allowed=allowed)
-    found = glance_at(proposal.logits)
+    found = statistics_at(proposal.logits)
     assert found.best == proposal.best
     assert found.entropy == pytest.approx(proposal.entropy, abs=1e-6)
     assert found.margin == pytest.approx(proposal.margin, abs=1e-6)
@@ -378,7 +390,7 @@ def test_what_is_fetched_in_one_trip_is_what_is_read_one_by_one(legal: int) -> N
 def test_the_path_is_type_checked_and_its_import_touches_no_gpu() -> None:
     root = Path(__file__).parent.parent
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["mypy"]
-    assert (settings["strict"], settings["packages"]) == (True, ["s2t_agents"])
+    assert (settings["strict"], settings["packages"]) == (True, ["s2t_agents", "benchmarks"])
     names = ["pooled_kv_cache", "kv_pool", "attention", "graph_runner", "cuda_graph"]
     text = "".join((root / "s2t_agents" / "backends" / "torch" / "cuda" / f"{name}.py").read_text() for name in names)
     assert "mypy: ignore" not in text
@@ -389,22 +401,22 @@ def test_the_path_is_type_checked_and_its_import_touches_no_gpu() -> None:
 
 
 def test_a_copy_of_a_kept_sequence_lies_in_one_block_and_has_room_for_the_next_turn() -> None:
-    model, ids = static_model(), some_ids(20)
+    model, ids = pooled_model(), some_ids(20)
     steps = list(Engine(model).steps(ids, Sampling(max_tokens=6)))
     kept = [*ids, *(step.token_id for step in steps[:-1])]
-    copy, length = model.past.take([*kept, 7])
-    (entry,) = model.past._entries
-    assert isinstance(copy, StaticCache)
-    assert isinstance(entry.cache, StaticCache)
+    copy, length = model.prefix_cache.match([*kept, 7])
+    (entry,) = model.prefix_cache._entries
+    assert isinstance(copy, PooledKVCache)
+    assert isinstance(entry.cache, PooledKVCache)
     assert (length, copy.read) == (len(kept), len(kept))
     assert entry.cache.nbytes == 2 * sum(layer.keys.nbytes for layer in entry.cache.layers)  # and no more than it needs
     before = [layer.keys.clone() for layer in entry.cache.layers]
     addresses = {layer._key_buffer.data_ptr() for layer in copy.layers}
-    model.step(torch.tensor(some_ids(100, 1)), copy)
+    model.append(torch.tensor(some_ids(100, 1)), copy)
     assert {layer._key_buffer.data_ptr() for layer in copy.layers} == addresses
-    model.step(torch.tensor(some_ids(1000, 1)), copy)  # more than there is room for
-    assert copy.seat is not None
-    assert copy.seat.outgrown
+    model.append(torch.tensor(some_ids(1000, 1)), copy)  # more than there is room for
+    assert copy.slot is not None
+    assert copy.slot.outgrown
     reference = read(eager_model(), [*kept, *some_ids(100, 1), *some_ids(1000, 1)])
     assert isinstance(reference._cache, KVCache)
     for ours, theirs in zip(copy.layers, reference._cache.layers, strict=True):
@@ -413,70 +425,70 @@ def test_a_copy_of_a_kept_sequence_lies_in_one_block_and_has_room_for_the_next_t
 
 
 def test_a_sequence_that_was_reset_has_no_seat() -> None:
-    model = static_model()
+    model = pooled_model()
     prefix = read(model, some_ids(5))
-    prefix.extend([3])
+    prefix.append([3])
     cache = prefix._cache
-    assert isinstance(cache, StaticCache)
+    assert isinstance(cache, PooledKVCache)
     cache.reset()
-    assert cache.seat is None
-    assert model.static is not None
-    model.static._stretches._often = 0
-    logits, _ = model.step(torch.tensor([1, 2, 3]), cache)
-    assert not model.static.failed
+    assert cache.slot is None
+    assert runner(model).graph_runner is not None
+    runner(model).graph_runner._stretches._often = 0
+    logits, _ = model.append(torch.tensor([1, 2, 3]), cache)
+    assert not runner(model).graph_runner.failed
     assert torch.allclose(logits, read(eager_model(), [1, 2, 3]).logits, atol=1e-4)
 
 
 def test_a_selection_that_goes_the_eager_way_spoils_no_step_that_is_under_way() -> None:
-    ours, theirs = static_model(record=played), eager_model()
+    ours, theirs = pooled_model(record=played), eager_model()
     one, other = read(ours, some_ids(9)), read(theirs, some_ids(9))
     for _ in range(4):
         token = int(other.logits.argmax())
-        one.extend([token])
-        other.extend([token])
+        one.append([token])
+        other.append([token])
     hook = ours.model.get_decoder().register_forward_hook(lambda *given: None)  # nothing is played while it is there
     try:
-        assert torch.allclose(one.look_ahead(CANDIDATES), other.look_ahead(CANDIDATES), atol=1e-4)
+        assert torch.allclose(one.score_candidates(CANDIDATES), other.score_candidates(CANDIDATES), atol=1e-4)
     finally:
         hook.remove()
     for _ in range(3):
         token = int(other.logits.argmax())
         assert token not in CANDIDATES
-        one.extend([token])
-        other.extend([token])
+        one.append([token])
+        other.append([token])
         same(one, other)
 
 
 def test_what_a_sequence_has_outgrown_is_not_kept() -> None:
-    model = static_model()
+    model = pooled_model()
     prefix = read(model, some_ids(SMALLEST - 4))
-    prefix.extend([3])
+    prefix.append([3])
     cache = prefix._cache
-    assert isinstance(cache, StaticCache)
-    assert cache.seat is not None
-    prefix.extend(some_ids(10))
-    assert cache.seat.outgrown
-    assert cache.seat.kv.numel() == 0
+    assert isinstance(cache, PooledKVCache)
+    assert cache.slot is not None
+    prefix.append(some_ids(10))
+    assert cache.slot.outgrown
+    assert cache.slot.kv.numel() == 0
 
 
 def test_a_sequence_whose_row_is_taken_from_it_meanwhile_takes_no_step_in_anothers() -> None:
-    ours, theirs = static_model(), eager_model()
+    ours, theirs = pooled_model(), eager_model()
     ones, others = ([read(model, some_ids(9 + n, n)) for n in range(2)] for model in (ours, theirs))
     for prefix in (*ones, *others):
-        prefix.extend([4])
+        prefix.append([4])
     leaves = ones[1]._cache
-    assert isinstance(leaves, StaticCache)
-    assert ours.static is not None
-    real = ours.static.arenas.seat
+    assert isinstance(leaves, PooledKVCache)
+    assert runner(ours).graph_runner is not None
+    real = runner(ours).graph_runner.pools.slot
 
     def interrupted(*given: Any) -> Any:
         seated = real(*given)
-        leaves.rest()  # its generation was interrupted, and does not wait for the forward
+        leaves.park()  # its generation was interrupted, and does not wait for the forward
         return seated
 
-    ours.static.arenas.seat = interrupted  # type: ignore[method-assign]
-    parts = [Segment(torch.tensor([5]), each._cache, len(each)) for each in ones]
-    said = ours.static.serve(parts)
+    runner(ours).graph_runner.pools.slot = interrupted  # type: ignore[method-assign]
+    parts = [Append(torch.tensor([5]), each._cache, len(each)) for each in ones]
+    said = runner(ours).graph_runner.serve(parts)
     assert set(said) == {0}
-    others[0].extend([5])
+    others[0].append([5])
     assert torch.allclose(said[0][0], others[0].logits, atol=1e-4)

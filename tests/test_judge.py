@@ -18,14 +18,14 @@ from langchain_core.runnables import Runnable
 from pydantic import Field
 
 from s2t_agents import Budget, ChatS2T, Ledger, LocalLLM, TokenPrice
-from s2t_agents.backends.torch import LanguageModel
 from s2t_agents.engine.engine import Engine
 from s2t_agents.errors import ConfigError
 from s2t_agents.escalation import Escalation
 from s2t_agents.llms import ChatJudge, Question
 from s2t_agents.llms.previews import continuations, previews
 from s2t_agents.proposal import Proposal
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import Trigger, always, when
 from s2t_agents.types import Sampling, Step
@@ -66,9 +66,9 @@ def first_shown(text: str) -> int:
     return 1
 
 
-def prefix_of(model: LanguageModel, ids: Sequence[int] = PROMPT) -> Prefix:
-    prefix = Prefix(model)
-    prefix.extend(ids)
+def prefix_of(model: LanguageModel, ids: Sequence[int] = PROMPT) -> TokenSequence:
+    prefix = TokenSequence(model)
+    prefix.append(ids)
     return prefix
 
 
@@ -107,8 +107,8 @@ def test_kept_tokens_cost_no_decision_and_are_read_in_one_forward(monkeypatch: p
     model = tiny_model()
     llm = judge(first_shown, preview_tokens=6)
     forwards: list[int] = []
-    real = model.step
-    monkeypatch.setattr(model, "step", lambda ids, *rest: (forwards.append(len(ids)), real(ids, *rest))[1])
+    real = model.append
+    monkeypatch.setattr(model, "append", lambda ids, *rest: (forwards.append(len(ids)), real(ids, *rest))[1])
     steps = answer(llm, always(), model=model)
     assert len(steps) == 20
     assert len(llm.chat.asked) == sum(step.triggered for step in steps) == len(forwards)  # type: ignore[attr-defined]

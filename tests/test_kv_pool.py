@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_graph_runner import CANDIDATES, eager_model, is_seated, read, same, some_ids, some_lora, static_model
+from test_graph_runner import CANDIDATES, eager_model, is_seated, pooled_model, read, same, some_ids, some_lora
+from torch_models import runner
 
+from s2t_agents.backends.base import Append
 from s2t_agents.backends.torch.cuda import graph_runner as static_step
 from s2t_agents.backends.torch.cuda.cuda_graph import played
-from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST, Arena, Arenas
-from s2t_agents.backends.torch.cuda.pooled_kv_cache import StaticCache
-from s2t_agents.backends.torch.language_model import LanguageModel
-from s2t_agents.backends.torch.packed_batch import Segment
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST, KVPool, KVPools
+from s2t_agents.backends.torch.cuda.pooled_kv_cache import PooledKVCache
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import TokenSequence
 
 ROW = 4 * 2 * 2 * 8 * 4 * SMALLEST
 """Bytes of a row of the smallest bucket of the tiny model."""
@@ -32,29 +33,29 @@ def no_collection() -> Iterator[None]:
     gc.enable()
 
 
-def arena_of(prefix: Prefix) -> Arena:
-    assert isinstance(prefix._cache, StaticCache)
-    assert prefix._cache.seat is not None
-    return prefix._cache.seat.arena
+def arena_of(prefix: TokenSequence) -> KVPool:
+    assert isinstance(prefix._cache, PooledKVCache)
+    assert prefix._cache.slot is not None
+    return prefix._cache.slot.pool
 
 
-def together(model: LanguageModel, prefixes: list[Prefix], token: int) -> None:
+def together(model: LanguageModel, prefixes: list[TokenSequence], token: int) -> None:
     """One token for each in one forward, as generations at once take it."""
-    parts = [Segment(torch.tensor([token]), prefix._cache, len(prefix)) for prefix in prefixes]
-    for prefix, said in zip(prefixes, model.run_packed(parts), strict=True):
+    parts = [Append(torch.tensor([token]), prefix._cache, len(prefix)) for prefix in prefixes]
+    for prefix, said in zip(prefixes, model.backend.forward(parts), strict=True):
         prefix.logits, prefix.hidden = said  # type: ignore[misc]
         prefix.ids.append(token)
 
 
 def test_an_arena_that_all_have_left_is_gone_at_once_with_all_that_was_made_for_it(no_collection: None) -> None:
-    model = static_model(record=played)
-    static: Any = model.static
+    model = pooled_model(record=played)
+    graph_runner: Any = runner(model).graph_runner
     one, other = (read(model, some_ids(9 + n, n)) for n in range(2))
-    one.extend([4])
-    one.look_ahead(CANDIDATES)
+    one.append([4])
+    one.score_candidates(CANDIDATES)
     left = arena_of(one)
-    looks = [looks for of_one in static._looks[left].values() for looks in of_one.values()]
-    gone = [weakref.ref(each) for each in (left, *static._steps[left].values(), *looks)]
+    looks = [looks for of_one in graph_runner._looks[left].values() for looks in of_one.values()]
+    gone = [weakref.ref(each) for each in (left, *graph_runner._steps[left].values(), *looks)]
     del looks
     assert len(gone) == 3
     del left
@@ -64,46 +65,46 @@ def test_an_arena_that_all_have_left_is_gone_at_once_with_all_that_was_made_for_
 
 
 def test_without_memory_for_a_row_the_eager_step_is_taken() -> None:
-    ours, theirs = static_model(arenas=Arenas(limit_bytes=1000)), eager_model()
+    ours, theirs = pooled_model(pools=KVPools(limit_bytes=1000)), eager_model()
     one, other = read(ours, some_ids(9)), read(theirs, some_ids(9))
     for prefix in (one, other):
-        prefix.extend([4])
+        prefix.append([4])
     assert not is_seated(one)
     same(one, other)
 
 
 def test_an_empty_arena_makes_room_for_one_that_is_wanted() -> None:
-    arenas = Arenas(limit_bytes=2 * ROW)  # one row of the second bucket
-    model = static_model(arenas=arenas)
+    pools = KVPools(limit_bytes=2 * ROW)  # one row of the second bucket
+    model = pooled_model(pools=pools)
     for length in (5, SMALLEST + 5):
         prefix = read(model, some_ids(length))
-        prefix.extend([1])
+        prefix.append([1])
         assert is_seated(prefix)
         del prefix
         gc.collect()
-    assert list(arenas._by_capacity) == [2 * SMALLEST]
+    assert list(pools._by_capacity) == [2 * SMALLEST]
 
 
 def test_selections_are_kept_for_the_adapters_there_are_as_they_are_now(no_collection: None) -> None:
-    model = static_model(record=played)
-    static: Any = model.static
+    model = pooled_model(record=played)
+    graph_runner: Any = runner(model).graph_runner
     prefix = read(model, some_ids(9))
-    prefix.extend([4])
+    prefix.append([4])
 
     def made() -> list[Any]:
-        by_adapter = static._looks[arena_of(prefix)]
+        by_adapter = graph_runner._looks[arena_of(prefix)]
         return [weakref.ref(looks) for of_one in by_adapter.values() for looks in of_one.values()]
 
     lora = some_lora(model)
-    prefix.look_ahead(CANDIDATES, lora)
+    prefix.score_candidates(CANDIDATES, lora)
     (first,) = made()
     with torch.no_grad():
         lora.layers[0].b.mul_(2)
-    expected = read(eager_model(), [*some_ids(9), 4]).look_ahead(CANDIDATES, lora)
-    assert torch.allclose(prefix.look_ahead(CANDIDATES, lora), expected, atol=1e-4)
+    expected = read(eager_model(), [*some_ids(9), 4]).score_candidates(CANDIDATES, lora)
+    assert torch.allclose(prefix.score_candidates(CANDIDATES, lora), expected, atol=1e-4)
     (second,) = made()
     assert first() is None
-    prefix.look_ahead(CANDIDATES)
+    prefix.score_candidates(CANDIDATES)
     assert len(made()) == 2
     del lora
     (bare,) = made()
@@ -112,17 +113,17 @@ def test_selections_are_kept_for_the_adapters_there_are_as_they_are_now(no_colle
 
 
 def test_a_replaced_arena_counts_while_somebody_who_pauses_sits_in_it() -> None:
-    ours, theirs = static_model(record=played, arenas=Arenas(limit_bytes=4 * ROW)), eager_model()
+    ours, theirs = pooled_model(record=played, pools=KVPools(limit_bytes=4 * ROW)), eager_model()
     ones, others = ([read(model, some_ids(9 + n, n)) for n in range(3)] for model in (ours, theirs))
     together(ours, ones[:2], 4)
-    ones[2].extend([4])  # room for it would take four rows, beside the two that the others do not leave now
+    ones[2].append([4])  # room for it would take four rows, beside the two that the others do not leave now
     for one, other in zip(ones, others, strict=True):
-        other.extend([4])
+        other.append([4])
         same(one, other)
     assert [is_seated(one) for one in ones] == [True, True, False]
     together(ours, ones, 5)  # now they all move, and nobody stays behind
     for one, other in zip(ones, others, strict=True):
-        other.extend([5])
+        other.append([5])
         same(one, other)
     assert {arena_of(one).rows for one in ones} == {4}
 
@@ -130,25 +131,27 @@ def test_a_replaced_arena_counts_while_somebody_who_pauses_sits_in_it() -> None:
 def eagerly(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many parts go the eager way, in every forward where some do."""
     counts: list[int] = []
-    real = model._eager
+    graphs = runner(model).graph_runner
+    assert graphs is not None
+    real = graphs.pass_over
 
-    def counted(parts: Any) -> Any:
+    def counted(parts: Any) -> None:
         counts.append(len(parts))
-        return real(parts)
+        real(parts)
 
-    monkeypatch.setattr(model, "_eager", counted)
+    monkeypatch.setattr(graphs, "pass_over", counted)
     return counts
 
 
-def all_the_same(ones: list[Prefix], others: list[Prefix], token: int) -> None:
+def all_the_same(ones: list[TokenSequence], others: list[TokenSequence], token: int) -> None:
     """After the others have taken the token, too."""
     for one, other in zip(ones, others, strict=True):
-        other.extend([token])
+        other.append([token])
         same(one, other)
 
 
 def test_a_long_sequence_beside_short_ones_takes_no_more_than_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = static_model(record=played, arenas=Arenas(limit_bytes=8 * ROW)), eager_model()
+    ours, theirs = pooled_model(record=played, pools=KVPools(limit_bytes=8 * ROW)), eager_model()
     ones, others = ([read(model, some_ids(n, n)) for n in (9, 10, 11, 3 * SMALLEST)] for model in (ours, theirs))
     eager = eagerly(ours, monkeypatch)
     for token in (4, 5):
@@ -159,7 +162,7 @@ def test_a_long_sequence_beside_short_ones_takes_no_more_than_its_own_memory(mon
 
 
 def test_whom_there_is_no_memory_for_goes_the_eager_way_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = static_model(record=played, arenas=Arenas(limit_bytes=2 * ROW)), eager_model()
+    ours, theirs = pooled_model(record=played, pools=KVPools(limit_bytes=2 * ROW)), eager_model()
     ones, others = ([read(model, some_ids(n, n)) for n in (9, 10, 11, 600)] for model in (ours, theirs))
     eager = eagerly(ours, monkeypatch)
     together(ours, ones, 4)
@@ -182,7 +185,7 @@ def test_what_one_arena_has_said_stands_when_the_next_fails(monkeypatch: pytest.
             raise RuntimeError("operation not permitted when stream is capturing")
         return body
 
-    ours, theirs = static_model(record=first_only, arenas=Arenas(limit_bytes=6 * ROW)), eager_model()
+    ours, theirs = pooled_model(record=first_only, pools=KVPools(limit_bytes=6 * ROW)), eager_model()
     ones, others = ([read(model, some_ids(n, n)) for n in (9, 10, 3 * SMALLEST)] for model in (ours, theirs))
     eager = eagerly(ours, monkeypatch)
     for token in (4, 5):
@@ -203,16 +206,16 @@ def test_when_memory_was_out_the_eager_way_is_taken_for_a_while_and_no_longer(
         return body
 
     monkeypatch.setattr(static_step, "monotonic", lambda: now[0])
-    ours, theirs = static_model(record=out_at_first), eager_model()
+    ours, theirs = pooled_model(record=out_at_first), eager_model()
     one, other = read(ours, some_ids(9)), read(theirs, some_ids(9))
     with caplog.at_level(logging.WARNING):
         for seconds in (0, 1, static_step.RETRY_S):
             now[0] += seconds
-            one.extend([4])
-            other.extend([4])
+            one.append([4])
+            other.append([4])
             same(one, other)
     assert tries == [1000.0, 1001.0 + static_step.RETRY_S]
-    assert ours.static is not None
-    assert not ours.static.failed
+    assert runner(ours).graph_runner is not None
+    assert not runner(ours).graph_runner.failed
     (record,) = caplog.records
     assert record.message == "for 60 s steps and selections go on without captured graphs: CUDA out of memory."

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch_models import runner
 from transformers import DynamicCache
 
-from s2t_agents.backends.torch import language_model
-from s2t_agents.backends.torch.language_model import LanguageModel
-from s2t_agents.backends.torch.llama_decoder import lean_step_of
-from s2t_agents.backends.torch.packed_batch import Segment
+from s2t_agents.backends.base import Append
+from s2t_agents.backends.torch import model_runner
+from s2t_agents.backends.torch.llama_decoder import llama_decoder_of
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 
-KNOWN = [name for name in ARCHITECTURES if tiny_model(name).lean is not None]
+KNOWN = [name for name in ARCHITECTURES if runner(tiny_model(name)).llama_decoder is not None]
 
 
 def full(model: LanguageModel, ids: list[int]) -> torch.Tensor:
@@ -21,19 +22,21 @@ def full(model: LanguageModel, ids: list[int]) -> torch.Tensor:
 
 def test_the_common_families_have_one_and_the_others_do_not() -> None:
     assert {"qwen2", "qwen3", "llama", "mistral"} <= set(KNOWN)
-    assert not any(tiny_model(name).lean for name in (*RECURRENT, "gemma2", "gemma3", "phi3"))
+    assert not any(runner(tiny_model(name)).llama_decoder for name in (*RECURRENT, "gemma2", "gemma3", "phi3"))
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_it_equals_the_model_for_one_and_for_several_sequences(name: str) -> None:
     model = tiny_model(name)
-    assert model.lean is not None
+    assert runner(model).llama_decoder is not None
     prompts = [list(range(3, 3 + length)) for length in (2, 30, 9)]  # one of them past the sliding window
     caches = [model.new_cache() for _ in prompts]
     for prompt, cache in zip(prompts, caches, strict=True):
-        model.step(torch.tensor(prompt), cache)
+        model.append(torch.tensor(prompt), cache)
     for token in (7, 8, 9):
-        logits, hidden = model.lean(torch.tensor([token] * 3), [len(prompt) for prompt in prompts], caches)
+        logits, hidden = runner(model).llama_decoder(
+            torch.tensor([token] * 3), [len(prompt) for prompt in prompts], caches
+        )
         for at, prompt in enumerate(prompts):
             prompt.append(token)
             assert torch.allclose(logits[at], full(model, prompt), atol=1e-4)
@@ -44,12 +47,12 @@ def test_it_equals_the_model_for_one_and_for_several_sequences(name: str) -> Non
 def test_a_prompt_in_stretches_is_the_prompt(name: str) -> None:
     """One of the stretches, and all of them together, reach past the sliding window."""
     model = tiny_model(name)
-    assert model.lean_parts is not None
+    assert runner(model).decoder_batch is not None
     ids = torch.randint(0, 250, (60,), generator=torch.Generator().manual_seed(0))
     cache, own, length = model.new_cache(), DynamicCache(), 0
     for width in (2, 33, 1, 24):
         stretch = ids[length : length + width]
-        ((logits, hidden),) = model.lean_parts([Segment(stretch, cache, length)])
+        ((logits, hidden),) = runner(model).decoder_batch([Append(stretch, cache, length)])
         length += width
         assert torch.allclose(logits, full(model, ids[:length].tolist()), atol=1e-4)
         assert torch.allclose(model.model.get_output_embeddings()(hidden).float(), logits, atol=1e-5)
@@ -62,28 +65,28 @@ def test_a_prompt_in_stretches_is_the_prompt(name: str) -> None:
 @pytest.mark.parametrize("name", KNOWN)
 def test_stretches_and_tokens_of_several_sequences_go_in_one_forward(name: str) -> None:
     model = tiny_model(name)
-    assert model.lean_parts is not None
+    assert runner(model).decoder_batch is not None
     said = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14]]
     before = [[], [1, 2], [3] * 20, [4]]
     caches = [model.new_cache() for _ in said]
     for ids, cache in zip(before, caches, strict=True):
         if ids:
-            model.step_alone(Segment(torch.tensor(ids), cache, 0))
-    parts = [Segment(torch.tensor(new), cache, len(old)) for new, cache, old in zip(said, caches, before, strict=True)]
-    for new, old, cache, outcome in zip(said, before, caches, model.lean_parts(parts), strict=True):
+            model.backend.forward([Append(torch.tensor(ids), cache, 0)])[0]
+    parts = [Append(torch.tensor(new), cache, len(old)) for new, cache, old in zip(said, caches, before, strict=True)]
+    for new, old, cache, outcome in zip(said, before, caches, runner(model).decoder_batch(parts), strict=True):
         assert torch.allclose(outcome[0], full(model, [*old, *new]), atol=1e-4)
         assert cache.get_seq_length() == len(old) + len(new)
 
 
 def test_long_prompts_and_a_first_token_go_the_models_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = tiny_model("qwen2"), []
-    assert model.lean is not None
-    monkeypatch.setattr(language_model, "STRETCH", 8)
+    assert runner(model).llama_decoder is not None
+    monkeypatch.setattr(model_runner, "CHUNK", 8)
     own = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
     for tokens, wanted in ((8, 0), (9, 1), (1, 1)):
         calls.clear()
-        model.step(torch.arange(tokens), model.new_cache())
+        model.append(torch.arange(tokens), model.new_cache())
         assert len(calls) == wanted
 
 
@@ -91,12 +94,12 @@ def test_long_prompts_and_a_first_token_go_the_models_own_way(monkeypatch: pytes
 def test_with_a_hook_on_the_decoder_the_model_goes_its_own_way(name: str) -> None:
     model = tiny_model(name)
     cache = model.new_cache()
-    model.step(torch.tensor([1, 2, 3]), cache)
-    assert model.lean is not None  # tried before the hook is there
+    model.append(torch.tensor([1, 2, 3]), cache)
+    assert runner(model).llama_decoder is not None  # tried before the hook is there
     seen = []
-    handle = model.decoder.layers[0].register_forward_hook(lambda *_: seen.append("step"))  # type: ignore[index]
+    handle = model.torch_backend.decoder.layers[0].register_forward_hook(lambda *_: seen.append("step"))  # type: ignore[index]
     try:
-        model.step_alone(Segment(torch.tensor([4]), cache, 3))
+        model.backend.forward([Append(torch.tensor([4]), cache, 3)])[0]
     finally:
         handle.remove()
     assert seen == ["step"]
@@ -110,11 +113,11 @@ def test_hooks_at_the_first_step_cost_nothing_once_they_are_gone() -> None:
         seen.append(out.shape[1])
         return out * 1.5
 
-    with model.decoder.layers[1].register_forward_hook(amplified):  # type: ignore[index,union-attr]
-        model.step(torch.arange(50), cache)
+    with model.torch_backend.decoder.layers[1].register_forward_hook(amplified):  # type: ignore[index,union-attr]
+        model.append(torch.arange(50), cache)
         assert seen == [50]  # no trial of ours went through it
-    model.step(torch.tensor([7]), cache)
-    assert model.lean is not None
+    model.append(torch.tensor([7]), cache)
+    assert runner(model).llama_decoder is not None
 
 
 def test_a_model_that_says_something_else_than_its_layers_is_left_alone() -> None:
@@ -122,10 +125,10 @@ def test_a_model_that_says_something_else_than_its_layers_is_left_alone() -> Non
     own = model.forward
     try:
         model.forward = lambda *args, **kwargs: _doubled(own(*args, **kwargs))
-        assert lean_step_of(model) is None
+        assert llama_decoder_of(model) is None
     finally:
         del model.forward
-    assert lean_step_of(model) is not None
+    assert llama_decoder_of(model) is not None
 
 
 def _doubled(out: object) -> object:
@@ -135,9 +138,9 @@ def _doubled(out: object) -> object:
 
 def test_positions_far_behind_the_first_table_are_right_too() -> None:
     model = tiny_model("llama")
-    assert model.lean is not None
+    assert runner(model).llama_decoder is not None
     ids = torch.randint(0, 250, (1500,), generator=torch.Generator().manual_seed(0)).tolist()
     cache = model.new_cache()
-    model.step(torch.tensor(ids[:-1]), cache)
-    logits, _ = model.lean(torch.tensor(ids[-1:]), [1499], [cache])
+    model.append(torch.tensor(ids[:-1]), cache)
+    logits, _ = runner(model).llama_decoder(torch.tensor(ids[-1:]), [1499], [cache])
     assert torch.allclose(logits[0], full(model, ids), atol=1e-4)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from s2t_agents.backends.torch import LanguageModel, loading
+from s2t_agents.backends.torch import loading
 from s2t_agents.bundled import LLM, SLM
 from s2t_agents.errors import ConfigError, ModelNotFound, UnsafeWeights
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.selectors import load_selector
 from s2t_agents.testing import ARCHITECTURES, tiny_model
 
@@ -33,7 +34,7 @@ def test_every_architecture_comes_back_from_disk_the_same(name: str, tmp_path: P
     ours, theirs = model.model.state_dict(), again.model.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     # Not to the bit: where the file's bytes lie in memory decides which kernel multiplies a single row.
-    assert torch.allclose(again.step(ids, again.new_cache())[0], model.step(ids, model.new_cache())[0], atol=1e-5)
+    assert torch.allclose(again.append(ids, again.new_cache())[0], model.append(ids, model.new_cache())[0], atol=1e-5)
     assert (again.eos_ids, again.context_window) == (model.eos_ids, 512)
 
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2t_agents import Budget, ChatS2T, Ledger
-from s2t_agents.backends.torch import LanguageModel
 from s2t_agents.engine.engine import Engine
 from s2t_agents.errors import EscalationFailed, TokenizerMismatch
 from s2t_agents.escalation import Escalation
 from s2t_agents.llms import LocalLLM, Question, local_llm
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 from s2t_agents.triggers import always
 from s2t_agents.types import Sampling
@@ -63,8 +63,8 @@ def test_the_next_turn_of_another_scope_continues_nothing() -> None:
     slm, llm = tiny_model(), LocalLLM(tiny_model())
 
     def asked(scope: str | None) -> Question:
-        prefix = Prefix(slm, scope)
-        prefix.extend([1, 2, 3, 4])
+        prefix = TokenSequence(slm, scope)
+        prefix.append([1, 2, 3, 4])
         return Question(prefix.ids, CANDIDATES, prefix=prefix)
 
     session = llm.open()
@@ -128,7 +128,7 @@ def test_a_prefix_beyond_the_llms_context_is_a_failed_escalation() -> None:
 
 def test_a_local_llm_that_runs_out_of_memory_costs_nothing_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     large, left = tiny_model(seed=5), [2]
-    real = large.step
+    real = large.append
 
     def starved(ids: Any, *rest: Any) -> Any:
         if left[0]:
@@ -136,7 +136,7 @@ def test_a_local_llm_that_runs_out_of_memory_costs_nothing_and_comes_back(monkey
             raise RuntimeError("out of memory: tried to allocate 20 GiB")
         return real(ids, *rest)
 
-    monkeypatch.setattr(large, "step", starved)
+    monkeypatch.setattr(large, "append", starved)
     budget, ledger = Budget(escalations=50), Ledger()
     model = ChatS2T(
         model=tiny_model(),

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from s2t_agents.backends.torch import Lora
+from s2t_agents.backends.torch.lora import Lora
 from s2t_agents.errors import AdapterMismatch, UnsafeWeights
 from s2t_agents.testing import ARCHITECTURES, tiny_model
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from s2t_agents import ChatS2T, LocalLLM
-from s2t_agents.backends.torch import LanguageModel
 from s2t_agents.backends.torch.loading import load_tokenizer
 from s2t_agents.cli import app
 from s2t_agents.errors import ConfigError, EscalationFailed, ModelNotFound, UnsafeWeights
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import tiny_model, tiny_tokenizer
 
 Damage = Callable[[Path], None]
@@ -443,7 +443,7 @@ def test_options_of_the_weights_do_not_reach_the_tokenizer(folder: Path) -> None
     options = {"attn_implementation": "eager", "device_map": {"": "cpu"}, "max_memory": {"cpu": "1GB"}}
     chat = ChatS2T(model=str(folder), model_kwargs=options)
     assert chat.get_num_tokens("abc") == 3
-    assert chat.engine.slm.config._attn_implementation == "eager"
+    assert chat.engine.slm.torch_backend.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype", "use_safetensors", "output_loading_info"])

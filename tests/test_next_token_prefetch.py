@@ -7,15 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch_models import runner
 
-from s2t_agents.backends.torch.decoder_batch import CandidateRows
+from s2t_agents.backends.torch.decoder_batch import DecoderBatch
 from s2t_agents.backends.torch.kv_cache import KVCache
-from s2t_agents.backends.torch.language_model import LanguageModel
-from s2t_agents.backends.torch.llama_decoder import LeanStep
+from s2t_agents.backends.torch.llama_decoder import LlamaDecoder
 from s2t_agents.backends.torch.lora import Lora
-from s2t_agents.backends.torch.next_token_prefetch import READ
+from s2t_agents.backends.torch.next_token_prefetch import PREFETCHED
 from s2t_agents.engine.engine import Engine
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.selectors.activated import ActivatedSelector
 from s2t_agents.testing import tiny_config, tiny_tokenizer
 from s2t_agents.triggers import when
@@ -47,8 +48,8 @@ def adapter(model: LanguageModel) -> Lora:
 @pytest.fixture(params=[(name, dtype) for name in NAMES for dtype in DTYPES], ids=str)
 def model(request: pytest.FixtureRequest) -> LanguageModel:
     found = wide(*request.param)
-    assert found.lean is not None
-    if not found.lean.linear.rows_alike:
+    assert runner(found).llama_decoder is not None
+    if not runner(found).llama_decoder.linear.rows_alike:
         pytest.skip("here a row among others is not bitwise the row alone, and nothing is read ahead")
     return found
 
@@ -57,69 +58,69 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every lean forward."""
     rows: list[int] = []
-    original = LeanStep.rows
+    original = LlamaDecoder.rows
 
-    def counted(self: LeanStep, ids: Tensor, *args: object) -> Tensor:
+    def counted(self: LlamaDecoder, ids: Tensor, *args: object) -> Tensor:
         rows.append(len(ids))
         return original(self, ids, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(LeanStep, "rows", counted)
+    monkeypatch.setattr(LlamaDecoder, "rows", counted)
     return rows
 
 
-def read(model: LanguageModel, ids: list[int]) -> Prefix:
-    prefix = Prefix(model)
-    prefix.extend(ids)
+def read(model: LanguageModel, ids: list[int]) -> TokenSequence:
+    prefix = TokenSequence(model)
+    prefix.append(ids)
     return prefix
 
 
-def kv(prefix: Prefix) -> Iterator[Tensor]:
+def kv(prefix: TokenSequence) -> Iterator[Tensor]:
     for layer in prefix._cache.layers:
         yield layer.keys
         yield layer.values
 
 
-def same(one: Prefix, other: Prefix) -> bool:
+def same(one: TokenSequence, other: TokenSequence) -> bool:
     """Bitwise: what is said, and the KV."""
     said = torch.equal(one.logits, other.logits) and torch.equal(one.hidden, other.hidden)
     return said and one.ids == other.ids and all(map(torch.equal, kv(one), kv(other)))
 
 
-def with_pick(model: LanguageModel, at: int, forwards: list[int]) -> tuple[Prefix, Prefix]:
+def with_pick(model: LanguageModel, at: int, forwards: list[int]) -> tuple[TokenSequence, TokenSequence]:
     """A candidate appended by a step, and after a selection; ``forwards`` holds those of the latter alone."""
     token = [int(CANDIDATES[at])]
     plain, ours = read(model, IDS), read(model, IDS)
-    plain.extend(token)
-    ours.look_ahead(CANDIDATES, adapter(model))
+    plain.append(token)
+    ours.score_candidates(CANDIDATES, adapter(model))
     forwards.clear()
-    ours.extend(token)
+    ours.append(token)
     assert same(ours, plain)
     return plain, ours
 
 
-@pytest.mark.parametrize("at", range(READ))
+@pytest.mark.parametrize("at", range(PREFETCHED))
 def test_the_step_after_a_selection_is_bitwise_the_step_of_its_own(
     model: LanguageModel, at: int, forwards: list[int]
 ) -> None:
     plain, ours = with_pick(model, at, forwards)
     assert forwards == []  # the layers were not gone through again
     for prefix in (plain, ours):
-        prefix.extend([11])
+        prefix.append([11])
     assert same(ours, plain)
 
 
 def test_candidates_are_scored_as_without_it(model: LanguageModel) -> None:
     lora, prefix = adapter(model), read(model, IDS)
-    assert model.lean_parts is not None
-    from s2t_agents.backends.torch.packed_batch import Look
+    assert runner(model).decoder_batch is not None
+    from s2t_agents.backends.base import ScoreCandidates
 
-    (without,) = model.lean_parts([Look(CANDIDATES, prefix._cache, len(IDS), lora)])
+    (without,) = runner(model).decoder_batch([ScoreCandidates(CANDIDATES, prefix._cache, len(IDS), lora)])
     assert isinstance(without, Tensor)
-    assert torch.equal(prefix.look_ahead(CANDIDATES, lora), without)
+    assert torch.equal(prefix.score_candidates(CANDIDATES, lora), without)
 
 
 def test_a_pick_that_was_not_read_costs_its_step(model: LanguageModel, forwards: list[int]) -> None:
-    with_pick(model, READ, forwards)
+    with_pick(model, PREFETCHED, forwards)
     assert forwards == [1]
 
 
@@ -127,28 +128,28 @@ def test_it_never_outlives_the_end_that_it_was_read_after(model: LanguageModel) 
     token = int(CANDIDATES[0])
     other = [*IDS[:-1], IDS[-1] ^ 1]
     plain, ours = read(model, IDS), read(model, IDS)
-    ours.look_ahead(CANDIDATES, adapter(model))
+    ours.score_candidates(CANDIDATES, adapter(model))
     for prefix in (plain, ours):
         prefix.move_to(other)  # as long as before, and another sequence
-        prefix.extend([token])
+        prefix.append([token])
     assert same(ours, plain)
 
 
 def test_several_tokens_after_a_selection_are_read_as_ever(model: LanguageModel) -> None:
     tokens = CANDIDATES[:2].tolist()
     plain, ours = read(model, IDS), read(model, IDS)
-    ours.look_ahead(CANDIDATES, adapter(model))
+    ours.score_candidates(CANDIDATES, adapter(model))
     for prefix in (plain, ours):
-        prefix.extend(tokens)
+        prefix.append(tokens)
     assert same(ours, plain)
 
 
 def test_a_kept_conversation_holds_nothing_of_it() -> None:
     cache = KVCache()
-    cache.ahead = object()  # type: ignore[assignment]
-    cache.rest()
-    assert cache.ahead is None
-    assert cache.clone(0).ahead is None
+    cache.prefetched = object()  # type: ignore[assignment]
+    cache.park()
+    assert cache.prefetched is None
+    assert cache.fork(0).prefetched is None
 
 
 def test_whole_answers_are_the_same_with_and_without(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,16 +158,16 @@ def test_whole_answers_are_the_same_with_and_without(model: LanguageModel, monke
     engine = Engine(model, selector=selector, trigger=when(lambda proposal: len(proposal.prefix) % 3 > 0))
 
     def answer() -> list[tuple[int, int]]:
-        model.past.clear()
+        model.prefix_cache.clear()
         return [(step.token_id, step.wanted_id) for step in engine.steps(IDS, Sampling(max_tokens=40))]
 
     calls: list[int] = []
-    original = CandidateRows.with_next
-    monkeypatch.setattr(CandidateRows, "with_next", lambda self, look: calls.append(1) or original(self, look))
+    original = DecoderBatch.with_prefetch
+    monkeypatch.setattr(DecoderBatch, "with_prefetch", lambda self, scoring: calls.append(1) or original(self, scoring))
     with_it = answer()
     assert calls
     assert any(token != wanted for token, wanted in with_it)  # some picks are not the SLM's own
-    monkeypatch.setattr(CandidateRows, "with_next", lambda self, look: self([look])[0])
+    monkeypatch.setattr(DecoderBatch, "with_prefetch", lambda self, scoring: self([scoring])[0])
     assert answer() == with_it
 
 
@@ -176,8 +177,8 @@ def test_where_rows_differ_by_company_nothing_is_read_ahead(forwards: list[int])
 
     model = tiny_model("qwen2")
     prefix = read(model, IDS)
-    assert model.lean is not None
+    assert runner(model).llama_decoder is not None
     forwards.clear()
-    prefix.look_ahead(CANDIDATES, adapter(model))
-    assert not model.lean.linear.rows_alike
+    prefix.score_candidates(CANDIDATES, adapter(model))
+    assert not runner(model).llama_decoder.linear.rows_alike
     assert forwards == [len(CANDIDATES)]

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.backends.base import Append, ScoreCandidates
 from s2t_agents.backends.torch.lora import Lora
-from s2t_agents.backends.torch.packed_batch import Look, Segment, apart, causal
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.backends.torch.packed_batch import apart, causal
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ARCHITECTURES, tiny_model
 
 
@@ -36,17 +37,17 @@ def test_packed_rounds_equal_reading_every_sequence_in_full(model: LanguageModel
     for number, widths in enumerate(rounds):
         new = [tokens(10 * number + at, width) for at, width in enumerate(widths)]
         segments = [
-            Segment(torch.tensor(ids), cache, len(before))
+            Append(torch.tensor(ids), cache, len(before))
             for ids, cache, before in zip(new, caches, so_far, strict=True)
         ]
-        said = model.run_packed(segments)
+        said = model.backend.forward(segments)
         assert len(said) == 3
         for at, (logits, hidden) in enumerate(said):
             so_far[at] += new[at]
-            assert hidden.shape == (model.config.hidden_size,)
+            assert hidden.shape == (model.torch_backend.config.hidden_size,)
             assert torch.allclose(logits, full(model, so_far[at]), atol=1e-4)
             assert torch.allclose(model.model.get_output_embeddings()(hidden).float(), logits, atol=1e-4) or (
-                getattr(model.config, "final_logit_softcapping", None)
+                getattr(model.torch_backend.config, "final_logit_softcapping", None)
             )
             assert caches[at].get_seq_length() == len(so_far[at])
 
@@ -54,18 +55,18 @@ def test_packed_rounds_equal_reading_every_sequence_in_full(model: LanguageModel
 def test_packed_and_single_steps_mix(model: LanguageModel) -> None:
     one, other = model.new_cache(), model.new_cache()
     first, second = tokens(1, 25), tokens(2, 9)
-    model.step(torch.tensor(first), one)
-    model.step(torch.tensor(second), other)
-    model.run_packed([Segment(torch.tensor([7]), one, 25), Segment(torch.tensor([8]), other, 9)])
-    logits, _ = model.step(torch.tensor([9]), one)
+    model.append(torch.tensor(first), one)
+    model.append(torch.tensor(second), other)
+    model.backend.forward([Append(torch.tensor([7]), one, 25), Append(torch.tensor([8]), other, 9)])
+    logits, _ = model.append(torch.tensor([9]), one)
     assert torch.allclose(logits, full(model, [*first, 7, 9]), atol=1e-4)
 
 
 def test_the_models_own_attention_is_back_afterwards_even_after_a_failure(model: LanguageModel) -> None:
-    own = model.config._attn_implementation
+    own = model.torch_backend.config._attn_implementation
     with pytest.raises(IndexError):
-        model.run_packed([Segment(torch.tensor([10**6]), model.new_cache(), 0)])
-    assert model.config._attn_implementation == own
+        model.backend.forward([Append(torch.tensor([10**6]), model.new_cache(), 0)])
+    assert model.torch_backend.config._attn_implementation == own
 
 
 def test_the_mask_of_a_window_hides_what_is_too_far() -> None:
@@ -74,7 +75,11 @@ def test_the_mask_of_a_window_hides_what_is_too_far() -> None:
 
 
 def adapter(model: LanguageModel, seed: int) -> Lora:
-    names = {name.rsplit(".", 1)[-1] for name, module in model.decoder.named_modules() if type(module) is nn.Linear}
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.torch_backend.decoder.named_modules()
+        if type(module) is nn.Linear
+    }
     torch.manual_seed(seed)
     lora = Lora.fresh(model.model, targets=sorted(names), rank=4, alpha=8)
     for layer in lora.layers:
@@ -82,19 +87,23 @@ def adapter(model: LanguageModel, seed: int) -> Lora:
     return lora.requires_grad_(False)
 
 
-def read(model: LanguageModel, seed: int, count: int) -> Prefix:
-    prefix = Prefix(model)
-    prefix.extend(tokens(seed, count))
+def read(model: LanguageModel, seed: int, count: int) -> TokenSequence:
+    prefix = TokenSequence(model)
+    prefix.append(tokens(seed, count))
     return prefix
 
 
-def alone(model: LanguageModel, look: Look) -> torch.Tensor:
+def alone(model: LanguageModel, scoring: ScoreCandidates) -> torch.Tensor:
     """The candidates one by one over a copy of the KV, by the model's own modules, the adapter hooked on."""
     rows = []
-    with torch.inference_mode(), look.lora.on(model.model) if look.lora else nullcontext():
-        for candidate in look.ids:
-            cache = look.cache.clone(look.length)  # type: ignore[attr-defined]
-            rows.append(model.decoder(input_ids=candidate.view(1, 1), past_key_values=cache).last_hidden_state[0, 0])
+    with torch.inference_mode(), scoring.lora.on(model.model) if scoring.lora else nullcontext():
+        for candidate in scoring.ids:
+            cache = scoring.cache.fork(scoring.length)  # type: ignore[attr-defined]
+            rows.append(
+                model.torch_backend.decoder(input_ids=candidate.view(1, 1), past_key_values=cache).last_hidden_state[
+                    0, 0
+                ]
+            )
     return torch.stack(rows)
 
 
@@ -103,25 +112,25 @@ def test_looks_with_several_adapters_beside_tokens_and_prompts_are_each_as_alone
     prefixes = [read(model, at, length) for at, length in enumerate((20, 3, 33, 9, 12))]
     ids = [torch.tensor(tokens(50 + at, width)) for at, width in enumerate((8, 1, 3, 5, 4))]
     parts = [
-        Look(ids[0], prefixes[0]._cache, 20, first),
-        Segment(ids[1], prefixes[1]._cache, 3),
-        Look(ids[2], prefixes[2]._cache, 33, second),
-        Look(ids[3], prefixes[3]._cache, 9),
-        Look(ids[4], prefixes[4]._cache, 12, first),
+        ScoreCandidates(ids[0], prefixes[0]._cache, 20, first),
+        Append(ids[1], prefixes[1]._cache, 3),
+        ScoreCandidates(ids[2], prefixes[2]._cache, 33, second),
+        ScoreCandidates(ids[3], prefixes[3]._cache, 9),
+        ScoreCandidates(ids[4], prefixes[4]._cache, 12, first),
     ]
-    wanted = {id(part): alone(model, part) for part in parts if isinstance(part, Look)}
+    wanted = {id(part): alone(model, part) for part in parts if isinstance(part, ScoreCandidates)}
     step = full(model, [*prefixes[1].ids, *ids[1].tolist()])
-    prompt = Segment(torch.tensor(tokens(70, 30)), model.new_cache(), 0)
+    prompt = Append(torch.tensor(tokens(70, 30)), model.new_cache(), 0)
     for given in (parts, [*parts[:1], prompt, *parts[2:]], parts[2:]):
-        said = model.run_packed(given)
+        said = model.backend.forward(given)
         for part, each in zip(given, said, strict=True):
-            if isinstance(part, Look):
+            if isinstance(part, ScoreCandidates):
                 assert torch.allclose(each, wanted[id(part)], atol=1e-5)  # type: ignore[arg-type]
         if given is parts:
             assert torch.allclose(said[1][0], step, atol=1e-4)
 
     assert (
-        wanted[id(parts[0])] - alone(model, Look(ids[0], prefixes[0]._cache, 20))
+        wanted[id(parts[0])] - alone(model, ScoreCandidates(ids[0], prefixes[0]._cache, 20))
     ).abs().max() > 1e-2  # the adapter matters
 
 
@@ -129,28 +138,34 @@ def test_a_look_leaves_the_kv_and_a_token_beside_it_as_they_are(model: LanguageM
     lora = adapter(model, 1)
     looked, stepped = read(model, 1, 20), read(model, 2, 7)
     kept = [(layer.keys.clone(), layer.values.clone()) for layer in looked._cache.layers]
-    outcomes = model.run_packed(
-        [Look(torch.arange(8), looked._cache, 20, lora), Segment(torch.tensor([9]), stepped._cache, 7)]
+    outcomes = model.backend.forward(
+        [ScoreCandidates(torch.arange(8), looked._cache, 20, lora), Append(torch.tensor([9]), stepped._cache, 7)]
     )
     for layer, (keys, values) in zip(looked._cache.layers, kept, strict=True):
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.values, values)
     assert torch.allclose(outcomes[1][0], full(model, [*stepped.ids, 9]), atol=1e-4)
     assert model.model.training is False
-    assert not any(module._forward_hooks for module in model.decoder.modules())
+    assert not any(module._forward_hooks for module in model.torch_backend.decoder.modules())
 
 
 def test_corrections_of_another_precision_than_the_base_are_added_too() -> None:
     model = tiny_model("qwen3")
     lora = adapter(model, 1)
     prefix = read(model, 1, 20)
-    look = Look(torch.arange(8), prefix._cache, 20, lora)
-    wide = model.run_alone(look)
-    narrow = Look(look.ids, look.cache, 20, copy.deepcopy(lora).to(torch.bfloat16))
-    assert torch.allclose(model.run_alone(narrow), wide, atol=0.1)  # type: ignore[arg-type]
-    assert not torch.equal(model.run_alone(narrow), model.run_alone(Look(look.ids, look.cache, 20)))  # type: ignore[arg-type]
+    scoring = ScoreCandidates(torch.arange(8), prefix._cache, 20, lora)
+    narrow = ScoreCandidates(scoring.ids, scoring.cache, 20, copy.deepcopy(lora).to(torch.bfloat16))
+    without = ScoreCandidates(scoring.ids, scoring.cache, 20)
+
+    def hidden(work: ScoreCandidates) -> torch.Tensor:
+        (found,) = model.backend.forward([work])
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    assert torch.allclose(hidden(narrow), hidden(scoring), atol=0.1)
+    assert not torch.equal(hidden(narrow), hidden(without))
     lora.to(torch.bfloat16)
-    assert torch.equal(model.run_alone(narrow), model.run_alone(look))  # type: ignore[arg-type]
+    assert torch.equal(hidden(narrow), hidden(scoring))
 
 
 def test_the_mask_of_candidates_shows_each_the_prefix_within_a_window_and_itself() -> None:

@@ -12,7 +12,7 @@ from s2t_agents.errors import ConfigError, EscalationFailed, InputError
 from s2t_agents.escalation import Escalation, PaidGroup, read_groups
 from s2t_agents.escalation.paid_groups import PaidGroups
 from s2t_agents.llms import Answer, LocalLLM, Question
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
 from s2t_agents.types import Sampling
@@ -117,8 +117,8 @@ def test_what_follows_a_torn_line_is_read(tmp_path: Path, tear: str) -> None:
 
 
 def asked() -> Question:
-    prefix = Prefix(tiny_model())
-    prefix.extend(PROMPT)
+    prefix = TokenSequence(tiny_model())
+    prefix.append(PROMPT)
     return Question(PROMPT, [1, 2], prefix=prefix, slm=(-1.0, -2.0))
 
 

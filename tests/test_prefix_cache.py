@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
 from langchain_core.runnables import RunnableLambda
+from torch_models import watched_forwards
 
 from s2t_agents import ChatS2T, Engine
 from s2t_agents.backends.torch.kv_cache import KVCache
-from s2t_agents.backends.torch.language_model import LanguageModel
-from s2t_agents.backends.torch.packed_batch import Segment
 from s2t_agents.scheduling import prefix_cache
-from s2t_agents.scheduling.prefix_cache import PrefixCache, common
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.prefix_cache import PrefixCache, common_prefix
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 from s2t_agents.types import Sampling
 
@@ -30,8 +30,8 @@ tokens = st.lists(st.integers(0, 3), min_size=1, max_size=40)
 
 
 def filled(model: LanguageModel, ids: list[int]) -> KVCache:
-    prefix = Prefix(model)
-    prefix.extend(ids)
+    prefix = TokenSequence(model)
+    prefix.append(ids)
     assert isinstance(prefix._cache, KVCache)
     return prefix._cache
 
@@ -43,13 +43,13 @@ def answer(model: LanguageModel, prompt: list[int], scope: str | None = None, co
 @pytest.fixture
 def model() -> LanguageModel:
     model = tiny_model("qwen3")
-    model.past.clear()
+    model.prefix_cache.clear()
     return model
 
 
 @given(tokens, tokens)
 def test_the_common_prefix_is_the_longest_there_is(one: list[int], other: list[int]) -> None:
-    length = common(np.asarray(one), np.asarray(other))
+    length = common_prefix(np.asarray(one), np.asarray(other))
     assert one[:length] == other[:length]
     assert length == min(len(one), len(other)) or one[length] != other[length]
 
@@ -57,7 +57,7 @@ def test_the_common_prefix_is_the_longest_there_is(one: list[int], other: list[i
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
 def test_forks_and_early_closes_answer_as_without_a_past(name: str) -> None:
     model, rng = tiny_model(name), random.Random(4)
-    model.past.clear()
+    model.prefix_cache.clear()
     conversations = [[rng.randrange(250) for _ in range(20)] for _ in range(3)]
     for turn in range(9):
         prompt = conversations[rng.randrange(3)]
@@ -69,7 +69,7 @@ def test_forks_and_early_closes_answer_as_without_a_past(name: str) -> None:
         conversations[rng.randrange(3)] = [*prompt, *said, *(rng.randrange(250) for _ in range(10))]
     for prompt in conversations:
         with_past = answer(model, prompt)
-        model.past.clear()
+        model.prefix_cache.clear()
         assert with_past == answer(model, prompt)
 
 
@@ -80,17 +80,8 @@ def test_only_what_is_new_is_read(model: LanguageModel) -> None:
     gc.collect()
     again = [*prompt, first.token_id, *range(70, 80)]
     read: list[int] = []
-    own = model.owner._single
-
-    def counted(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
-        read.append(len(segment.ids))
-        return own(segment)
-
-    model.owner._single = counted
-    try:
-        second = next(Engine(model).steps(again))
-    finally:
-        model.owner._single = own
+    watched_forwards(model, lambda batch: read.extend(len(item.ids) for item in batch))
+    second = next(Engine(model).steps(again))
     assert (second.reused_tokens, read) == (50, [11])
 
 
@@ -109,9 +100,9 @@ def test_bytes_never_pass_the_limit_and_what_is_found_is_right(kept: list[tuple[
     size = filled(model, [1, 2, 3]).nbytes
     past = PrefixCache(limit_bytes=3 * size)
     for ids, scope in kept:
-        past.keep(ids, filled(model, ids), scope)
+        past.insert(ids, filled(model, ids), scope)
         assert past.nbytes <= 3 * size
-        cache, length = past.take([*ids, 9], scope)
+        cache, length = past.match([*ids, 9], scope)
         assert length == len(ids)  # the newest is there
         assert cache is not None
         assert cache.get_seq_length() == length
@@ -119,14 +110,14 @@ def test_bytes_never_pass_the_limit_and_what_is_found_is_right(kept: list[tuple[
 
 def test_nothing_is_kept_at_a_limit_of_nothing_and_the_oldest_goes_first(model: LanguageModel) -> None:
     none = PrefixCache(limit_bytes=0)
-    none.keep(list(range(20)), filled(model, list(range(20))))
+    none.insert(list(range(20)), filled(model, list(range(20))))
     assert len(none) == 0
     past = PrefixCache(limit_bytes=2 * filled(model, [1]).nbytes)
     for start in (0, 50, 100):
         ids = list(range(start, start + 20))
-        past.keep(ids, filled(model, ids))
-    assert past.take(list(range(21)))[1] == 0
-    assert past.take(list(range(50, 71)))[1] == 20
+        past.insert(ids, filled(model, ids))
+    assert past.match(list(range(21)))[1] == 0
+    assert past.match(list(range(50, 71)))[1] == 20
 
 
 def test_what_a_collected_generation_keeps_in_mid_search_does_no_harm(
@@ -134,34 +125,34 @@ def test_what_a_collected_generation_keeps_in_mid_search_does_no_harm(
 ) -> None:
     ids, other = list(range(20)), list(range(50, 70))
     past = PrefixCache(limit_bytes=filled(model, [1]).nbytes)
-    past.keep(ids, filled(model, ids))
-    common, collected = prefix_cache.common, [filled(model, other)]
+    past.insert(ids, filled(model, ids))
+    own, collected = prefix_cache._common, [filled(model, other)]
 
     def collecting(one: Any, two: Any) -> int:
         if collected:
-            past.keep(other, collected.pop())  # there is room for one of them only
-        return common(one, two)
+            past.insert(other, collected.pop())  # there is room for one of them only
+        return own(one, two)
 
-    monkeypatch.setattr(prefix_cache, "common", collecting)
-    assert past.take([*ids, 1])[1] == 20
+    monkeypatch.setattr(prefix_cache, "_common", collecting)
+    assert past.match([*ids, 1])[1] == 20
     assert len(past) == 1
 
 
 def test_the_beginning_of_a_longer_entry_is_not_kept_twice(model: LanguageModel) -> None:
     past = PrefixCache()
     for length in (10, 20, 15):
-        past.keep(list(range(length)), filled(model, list(range(length))))
+        past.insert(list(range(length)), filled(model, list(range(length))))
     assert len(past) == 1
-    assert past.take(list(range(40)))[1] == 20
+    assert past.match(list(range(40)))[1] == 20
 
 
 def test_a_copy_is_the_takers_own(model: LanguageModel) -> None:
     past, ids = PrefixCache(), list(range(20))
-    past.keep(ids, filled(model, ids))
-    mine, _ = past.take([*ids, 1])
+    past.insert(ids, filled(model, ids))
+    mine, _ = past.match([*ids, 1])
     assert mine is not None
-    model.step(torch.tensor([7, 8]), mine)
-    again, length = past.take([*ids, 1])
+    model.append(torch.tensor([7, 8]), mine)
+    again, length = past.match([*ids, 1])
     assert again is not None
     assert (length, again.get_seq_length()) == (20, 20)
     assert torch.equal(again.layers[0].keys, filled(model, ids).layers[0].keys)
@@ -169,9 +160,9 @@ def test_a_copy_is_the_takers_own(model: LanguageModel) -> None:
 
 def test_nothing_stays_after_clear(model: LanguageModel) -> None:
     answer(model, list(range(10, 60)))
-    seen = [weakref.ref(entry.cache) for entry in model.past._entries]
+    seen = [weakref.ref(entry.cache) for entry in model.prefix_cache._entries]
     assert seen
-    model.past.clear()
+    model.prefix_cache.clear()
     gc.collect()
     assert not any(ref() for ref in seen)
 
@@ -182,7 +173,7 @@ def test_threads_that_share_a_past_answer_as_alone(model: LanguageModel) -> None
     prompts = [[*system, *(rng.randrange(250) for _ in range(rng.randint(1, 20)))] for _ in range(16)]
     alone = []
     for prompt in prompts:
-        model.past.clear()
+        model.prefix_cache.clear()
         alone.append(answer(model, prompt))
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda prompt: answer(model, prompt), prompts * 2)) == alone * 2
@@ -209,9 +200,9 @@ def test_a_tool_loop_reads_its_conversation_once_and_says_so() -> None:
 
 def test_without_memory_to_keep_it_a_sequence_goes_and_nobody_is_told() -> None:
     class Full(KVCache):
-        def rest(self) -> None:
+        def park(self) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     past = PrefixCache()
-    past.keep(list(range(20)), Full())
+    past.insert(list(range(20)), Full())
     assert len(past) == 0

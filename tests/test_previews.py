@@ -1,24 +1,25 @@
 """Previews: the SLM's greedy continuation of each candidate, in one batch on copies of its KV."""
 
 from collections import deque
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from s2t_agents.backends.torch import LanguageModel
+from s2t_agents.backends.base import StepOutput, Work
 from s2t_agents.engine.engine import settled
 from s2t_agents.llms.previews import END_MARK, continuations, previews
 from s2t_agents.proposal import Proposal
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 
 PROMPT = [10, 20, 30, 40, 50]
 
 
-def prefix_of(model: LanguageModel, ids: list[int] = PROMPT) -> Prefix:
-    prefix = Prefix(model)
-    prefix.extend(ids)
+def prefix_of(model: LanguageModel, ids: list[int] = PROMPT) -> TokenSequence:
+    prefix = TokenSequence(model)
+    prefix.append(ids)
     return prefix
 
 
@@ -35,15 +36,15 @@ def test_previews_are_the_slms_own_greedy_continuations(name: str) -> None:
         assert list(row) == greedy[: len(row)].tolist()
     assert prefix.ids == PROMPT
     assert torch.equal(prefix.logits, before)
-    prefix.extend([7])  # the prefix goes on as if nobody had looked ahead
+    prefix.append([7])  # the prefix goes on as if nobody had looked ahead
     assert torch.allclose(prefix.logits, prefix_of(model, [*PROMPT, 7]).logits, atol=1e-4)
 
 
 def test_their_time_is_on_the_prefixs_meter() -> None:
     prefix = prefix_of(tiny_model())
-    used = prefix.meter.seconds
+    used = prefix.compute.seconds
     continuations(prefix, [1, 2, 3], 8)
-    assert prefix.meter.seconds > used
+    assert prefix.compute.seconds > used
 
 
 class Parrot:
@@ -77,13 +78,13 @@ def test_a_preview_ends_with_its_sentence_its_line_the_answer_or_the_limit(
     model, parrot = tiny_model(), Parrot(text)
     prefix = prefix_of(model)
 
-    def read_rows(ids: torch.Tensor, mask: torch.Tensor, cache: Any, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = torch.zeros(len(ids), 1, model.vocab_size)
-        for row, token in enumerate(ids[:, 0].tolist()):
-            logits[row, 0, parrot.next_of(token)] = 1
-        return logits, logits
+    def forward(batch: Sequence[Work]) -> list[StepOutput]:
+        rows = [torch.zeros(model.vocab_size) for _ in batch]
+        for row, item in zip(rows, batch, strict=True):
+            row[parrot.next_of(int(item.ids[-1]))] = 1
+        return [StepOutput(row, row) for row in rows]
 
-    monkeypatch.setattr(model, "read_rows", read_rows)
+    monkeypatch.setattr(model.backend, "forward", forward)
     start = model.tokenizer.encode("a")
     [preview] = previews(prefix, start, 8)
     assert preview.text == shown

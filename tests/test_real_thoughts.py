@@ -13,9 +13,9 @@ from pydantic import BaseModel, Field
 from transformers import AutoModelForCausalLM
 
 from s2t_agents import ChatS2T
-from s2t_agents.backends.torch.language_model import LanguageModel
 from s2t_agents.chat.messages import PromptEncoder
 from s2t_agents.formats.reasoning import ReasoningFormat
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import markov_model, tiny_config
 
 pytestmark = pytest.mark.real

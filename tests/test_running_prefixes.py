@@ -9,16 +9,15 @@ from time import sleep
 
 import pytest
 import torch
+from torch_models import watched_forwards
 
-from s2t_agents.backends.torch.cuda.pooled_kv_cache import StaticCache
-from s2t_agents.backends.torch.kv_cache import KVCache
-from s2t_agents.backends.torch.language_model import LanguageModel
-from s2t_agents.backends.torch.packed_batch import Part, Segment
+from s2t_agents.backends.base import Work
 from s2t_agents.engine.engine import Engine
-from s2t_agents.scheduling import running_prefixes as live_prefixes
+from s2t_agents.scheduling import running_prefixes
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.prefix_cache import PrefixCache
-from s2t_agents.scheduling.running_prefixes import LivePrefixes
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.running_prefixes import RunningPrefixes
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 from s2t_agents.types import Sampling
 
@@ -29,9 +28,9 @@ PROMPTS = [[*SYSTEM, *range(10 * n, 10 * n + 9)] for n in range(1, 7)]
 @pytest.fixture
 def model() -> Iterator[LanguageModel]:
     model = tiny_model("qwen3")
-    model.past.clear()
+    model.prefix_cache.clear()
     yield model
-    assert not len(model.live)
+    assert not len(model.running)
 
 
 def answer(model: LanguageModel, prompt: list[int], scope: str | None = None) -> tuple[list[int], int]:
@@ -41,13 +40,13 @@ def answer(model: LanguageModel, prompt: list[int], scope: str | None = None) ->
 
 
 def alone(model: LanguageModel, prompt: list[int]) -> list[int]:
-    model.past.clear()
+    model.prefix_cache.clear()
     return answer(model, prompt)[0]
 
 
 def at_once(model: LanguageModel, prompts: list[list[int]], scopes: list[str | None]) -> list[tuple[list[int], int]]:
     """Answers that begin together, with nothing of the past."""
-    model.past.clear()
+    model.prefix_cache.clear()
     together = Barrier(len(prompts))
 
     def one(prompt: list[int], scope: str | None) -> tuple[list[int], int]:
@@ -65,13 +64,13 @@ def test_agents_that_start_together_read_their_system_prompt_once(name: str) -> 
     found = at_once(model, PROMPTS, [None] * len(PROMPTS))
     assert [ids for ids, _ in found] == expected
     reused = sorted(reused for _, reused in found)
-    shared = len(SYSTEM) if model.overlay_exact else 0  # recurrent states cannot be cut
+    shared = len(SYSTEM) if model.capabilities.truncation else 0  # recurrent states cannot be cut
     assert reused == [0, *[shared] * (len(PROMPTS) - 1)]
 
 
 def test_who_comes_while_an_answer_goes_on_needs_not_wait_for_its_end(model: LanguageModel) -> None:
     expected = alone(model, PROMPTS[1])
-    model.past.clear()
+    model.prefix_cache.clear()
     first = Engine(model).steps(PROMPTS[0], Sampling(max_tokens=12))
     next(first)
     assert answer(model, PROMPTS[1]) == (expected, len(SYSTEM))
@@ -94,18 +93,16 @@ def test_the_longest_is_taken_whether_past_or_present(model: LanguageModel) -> N
 
 def test_a_reader_that_fails_holds_nobody_up(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = alone(model, PROMPTS[1])
-    model.past.clear()
+    model.prefix_cache.clear()
     reading, waited = Event(), Event()
-    run_alone = model.owner._single
 
-    def failing(part: Part) -> object:
-        if isinstance(part, Segment) and int(part.ids[-1]) == PROMPTS[0][-1]:
+    def failing(batch: list[Work]) -> None:
+        if int(batch[0].ids[-1]) == PROMPTS[0][-1]:
             reading.set()
             waited.wait(5)
             raise RuntimeError("no memory")
-        return run_alone(part)
 
-    monkeypatch.setattr(model.owner, "_single", failing)
+    watched_forwards(model, failing)
     errors: list[BaseException] = []
 
     def first() -> None:
@@ -130,15 +127,15 @@ def test_a_reader_that_fails_holds_nobody_up(model: LanguageModel, monkeypatch: 
 def test_who_waits_leaves_the_readers_time_to_the_reader(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are compared once on the way in and once when the shared part is there, not over and over."""
     compared: list[int] = []
-    common = live_prefixes.common
-    monkeypatch.setattr(live_prefixes, "common", lambda *both: compared.append(1) or common(*both))
-    live = model.live
+    common = running_prefixes.common_prefix
+    monkeypatch.setattr(running_prefixes, "common_prefix", lambda *both: compared.append(1) or common(*both))
+    live = model.running
     first, _, _ = live.enter([*SYSTEM, 7], None)
     first.cache = model.new_cache()
     with ThreadPoolExecutor(1) as pool, first:
         second = pool.submit(live.enter, [*SYSTEM, 8], None)
         sleep(0.5)
-        model.step(torch.tensor(SYSTEM), first.cache)  # type: ignore[arg-type]
+        model.append(torch.tensor(SYSTEM), first.cache)  # type: ignore[arg-type]
         entry, _, length = second.result(timeout=10)
     assert length == len(SYSTEM)
     assert len(compared) <= 4
@@ -149,14 +146,13 @@ def test_who_waits_leaves_the_readers_time_to_the_reader(model: LanguageModel, m
 def test_a_consumer_that_pauses_before_its_prompt_is_read_holds_nobody_up(model: LanguageModel) -> None:
     """As one whose grammar forces the first tokens: they come before any forward."""
     expected = alone(model, PROMPTS[1])
-    model.past.clear()
-    with Prefix.over(model, PROMPTS[0]), ThreadPoolExecutor(1) as pool:
+    model.prefix_cache.clear()
+    with TokenSequence.from_prefix_cache(model, PROMPTS[0]), ThreadPoolExecutor(1) as pool:
         assert pool.submit(answer, model, PROMPTS[1]).result(timeout=20) == (expected, 0)
 
 
 def test_a_limit_of_nothing_and_kv_that_moves_share_nothing() -> None:
-    for past, kind in ((PrefixCache(0), KVCache), (PrefixCache(), StaticCache)):
-        live = LivePrefixes(past, kind)
+    for live in (RunningPrefixes(PrefixCache(0), shares=True), RunningPrefixes(PrefixCache(), shares=False)):
         first, _, _ = live.enter(SYSTEM, None)
         second, cache, length = live.enter(SYSTEM, None)  # at once, though nothing of the first is read
         assert (cache, length) == (None, 0)
@@ -167,7 +163,7 @@ def test_a_limit_of_nothing_and_kv_that_moves_share_nothing() -> None:
 
 def test_a_copy_is_the_takers_own(model: LanguageModel) -> None:
     steps = Engine(model).steps(PROMPTS[0], Sampling(max_tokens=12))
-    begun = [next(steps).token_id]
+    in_flight = [next(steps).token_id]
     answer(model, PROMPTS[1])
-    begun += [step.token_id for step in steps]
-    assert begun == alone(model, PROMPTS[0])
+    in_flight += [step.token_id for step in steps]
+    assert in_flight == alone(model, PROMPTS[0])

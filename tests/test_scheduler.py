@@ -7,15 +7,17 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
+from torch_models import watched_forwards
 
 from s2t_agents import Engine
-from s2t_agents.backends.torch.language_model import LanguageModel
+from s2t_agents.backends.base import ScoreCandidates, Work
 from s2t_agents.backends.torch.lora import Lora
-from s2t_agents.backends.torch.packed_batch import Look, Part
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.selectors import ActivatedSelector
 from s2t_agents.testing import RECURRENT, tiny_model
 from s2t_agents.triggers import Trigger, always, when
@@ -35,20 +37,7 @@ def greedy(model: LanguageModel, seed: int, count: int) -> list[int]:
 def widths(model: LanguageModel) -> list[list[int]]:
     """Writes down, from now on, the tokens of each sequence in each forward."""
     seen: list[list[int]] = []
-    single, packed = model.owner._single, model.owner._packed
-
-    def one(part: Part) -> object:
-        seen.append([len(part.ids)])
-        return single(part)
-
-    def many(parts: list[Part]) -> object:
-        seen.append([len(part.ids) for part in parts])
-        assert packed is not None
-        return packed(parts)
-
-    model.owner._single = one  # type: ignore[assignment]
-    if packed:
-        model.owner._packed = many  # type: ignore[assignment]
+    watched_forwards(model, lambda batch: seen.append([len(item.ids) for item in batch]))
     return seen
 
 
@@ -76,19 +65,19 @@ def test_a_long_prompt_goes_in_parts_beside_the_tokens_of_others(monkeypatch: py
     read = threading.Event()
 
     def decode() -> int:
-        prefix = Prefix(model)
-        prefix.extend([1, 2, 3])
+        prefix = TokenSequence(model)
+        prefix.append([1, 2, 3])
         steps = 0
         while not read.is_set():
-            prefix.extend([int(prefix.logits.argmax())])
+            prefix.append([int(prefix.logits.argmax())])
             steps += 1
         return steps
 
     def prefill() -> torch.Tensor:
         time.sleep(0.05)
-        prefix = Prefix(model)
+        prefix = TokenSequence(model)
         try:
-            prefix.extend(long)
+            prefix.append(long)
         finally:
             read.set()
         return prefix.logits
@@ -110,10 +99,10 @@ def test_a_step_that_fails_tells_its_own_caller_alone() -> None:
 
     def bad() -> None:
         for _ in range(10):
-            prefix = Prefix(model)
-            prefix.extend([1, 2])
+            prefix = TokenSequence(model)
+            prefix.append([1, 2])
             with pytest.raises(IndexError):
-                prefix.extend([10**6])
+                prefix.append([10**6])
             assert prefix._cache.get_seq_length() == len(prefix) == 2
             outcomes.append("told")
 
@@ -144,8 +133,7 @@ def test_random_pauses_and_early_closes_leave_the_others_as_they_are() -> None:
         assert isinstance(got, list)
         assert got == alone[seed][: len(got)]
         assert seed % 2 or len(got) == len(alone[seed])
-    assert not model.owner._waiting
-    assert not model.owner._led
+    assert model.scheduler.idle
 
 
 def test_an_exclusive_turn_steps_at_once_while_others_wait() -> None:
@@ -154,10 +142,10 @@ def test_an_exclusive_turn_steps_at_once_while_others_wait() -> None:
 
     def exclusive() -> None:
         for _ in range(20):
-            prefix = Prefix(model)
+            prefix = TokenSequence(model)
             with model.lock:
-                prefix.extend([1, 2, 3])
-                prefix.extend([4])
+                prefix.append([1, 2, 3])
+                prefix.append([4])
 
     assert together(exclusive, lambda: greedy(model, 1, 15))[1] == expected
 
@@ -179,7 +167,7 @@ def selected(engine: Engine, seed: int, count: int) -> list[Step]:
 
 def now_and_then(seed: int) -> Trigger:
     """Fires after some prefixes, at other places for every generation."""
-    return when(lambda proposal: (len(proposal.prefix) + seed) % 3 == 0, "now and then")
+    return when(lambda proposal: (len(proposal.prefix) + 2 * seed) % 3 == 0, "now and then")
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3", "gemma3", *RECURRENT])
@@ -215,25 +203,10 @@ def test_selections_share_forwards_with_each_other_and_with_steps(name: str, mon
     assert any(forward.count(4) > 1 for forward in seen)
 
 
-def test_an_exclusive_turn_leaves_the_thread_to_whoever_leads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A short step lets it go; but another may be about to hand it a forward."""
-    model = tiny_model("qwen3")
-    rested: list[bool] = []
-    monkeypatch.setattr(model.owner._team, "rest", lambda: rested.append(True))
-    monkeypatch.setattr(model.owner, "_long_s", 60.0)  # every step is short
-    prefix = Prefix(model)
-    prefix.extend([1, 2])
-    with model.lock:
-        prefix.extend([3])
-    assert not rested
-    prefix.extend([4])
-    assert rested
-
-
 def test_a_forward_takes_no_more_candidates_than_it_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     patient(monkeypatch)
-    monkeypatch.setattr("s2t_agents.scheduling.scheduler.CANDIDATES", 10)
     model = tiny_model("qwen3")
+    model.backend.limits = replace(model.backend.limits, candidates=10)
     seen = widths(model)
     engines = [Engine(model, k=4, trigger=always(), selector=selector(model)) for _ in range(6)]
     together(*[lambda at=at, engine=engine: selected(engine, at, 10) for at, engine in enumerate(engines)])
@@ -247,61 +220,59 @@ def test_a_look_that_fails_tells_its_own_caller_alone() -> None:
     told = []
 
     def bad() -> None:
-        prefix = Prefix(model)
-        prefix.extend([1, 2])
+        prefix = TokenSequence(model)
+        prefix.append([1, 2])
         for _ in range(10):
             with pytest.raises(IndexError):
-                prefix.look_ahead(torch.tensor([10**6]))
+                prefix.score_candidates(torch.tensor([10**6]))
             told.append(len(prefix))
-        prefix.extend([3])
+        prefix.append([3])
 
     def ids(seed: int) -> list[int]:
         return [step.token_id for step in selected(good, seed, 20)]
 
     assert together(lambda: ids(0), bad, lambda: ids(1)) == [alone[0], None, alone[1]]
     assert told == [2] * 10
-    assert not model.owner._waiting
-    assert not model.owner._led
+    assert model.scheduler.idle
 
 
-def test_an_interrupted_look_gives_the_lead_on() -> None:
+def test_a_forward_that_is_broken_off_tells_its_caller_and_the_others_go_on() -> None:
     model = tiny_model("qwen3")
-    prefix = Prefix(model)
-    prefix.extend([1, 2, 3])
-    own, hit = model.owner._single, threading.Event()
+    prefix = TokenSequence(model)
+    prefix.append([1, 2, 3])
+    hit = threading.Event()
 
-    def interrupted(part: Part) -> object:
-        if isinstance(part, Look) and not hit.is_set():
+    def broken_off(batch: list[Work]) -> None:
+        if any(isinstance(item, ScoreCandidates) for item in batch):
             hit.set()
             time.sleep(0.05)
             raise KeyboardInterrupt
-        return own(part)
 
     expected = greedy(model, 1, 10)
-    model.owner._single = interrupted  # type: ignore[assignment]
+    watched_forwards(model, broken_off)
 
-    def look() -> None:
+    def scoring() -> None:
         with pytest.raises(KeyboardInterrupt):
-            prefix.look_ahead(torch.tensor([5, 6]))
+            prefix.score_candidates(torch.tensor([5, 6]))
 
     def others() -> list[int]:
         assert hit.wait(10)
         return greedy(model, 1, 10)
 
-    assert together(look, others)[1] == expected
-    assert not model.owner._waiting
-    assert not model.owner._led
-    prefix.extend([4])
-    assert len(prefix) == prefix._cache.get_seq_length() == 4
+    assert together(scoring, others)[1] == expected
+    assert model.scheduler.idle
+    prefix.append([4])
+    assert len(prefix) == 4
 
 
 @pytest.mark.parametrize("name", ["qwen3", *RECURRENT])
-def test_what_generations_at_once_are_billed_is_no_more_than_the_forwards_took(name: str) -> None:
+def test_what_generations_at_once_are_billed_is_no_more_than_the_forwards_took(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model(name)
     engines = [Engine(model, trigger=now_and_then(at), selector=selector(model)) for at in range(5)]
     took: list[float] = []
-    for attribute in ("_single", "_packed"):
-        setattr(model.owner, attribute, timed(getattr(model.owner, attribute), took))
+    monkeypatch.setattr(model.backend, "forward", timed(model.backend.forward, took))
     started = time.monotonic()
     answers = together(*[lambda at=at, engine=engine: selected(engine, at, 12) for at, engine in enumerate(engines)])
     elapsed = time.monotonic() - started

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from s2t_agents.backends.torch import LanguageModel, Lora
-from s2t_agents.backends.torch.logit_statistics import FLOOR
+from s2t_agents.backends.statistics import FLOOR
+from s2t_agents.backends.torch.lora import Lora
 from s2t_agents.errors import AdapterMismatch, ConfigError, ModelNotFound, UnsafeWeights
 from s2t_agents.proposal import Proposal
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.selectors import (
     ActivatedSelector,
     AdaptedSelector,
@@ -72,8 +73,8 @@ def adapted(model: LanguageModel, *, trained: bool) -> AdaptedSelector:
 
 
 def proposal(model: LanguageModel) -> Proposal:
-    prefix = Prefix(model)
-    prefix.extend(IDS)
+    prefix = TokenSequence(model)
+    prefix.append(IDS)
     return Proposal(prefix, 8)
 
 
@@ -83,8 +84,8 @@ KINDS = [activated, adapted, head, published]
 def test_the_published_selectors_idle_kv_keeps_to_its_scope() -> None:
     model = tiny_model()
     selector = published(model, trained=True)
-    prefix = Prefix(model, "a")
-    prefix.extend(IDS)
+    prefix = TokenSequence(model, "a")
+    prefix.append(IDS)
     selector.scores(Proposal(prefix, 8))
     assert selector.prefixes.idle.take(IDS, "b") is None
     assert selector.prefixes.idle.take(IDS, None) is None
@@ -106,9 +107,9 @@ def test_an_untrained_selector_scores_as_the_slm(kind: Any) -> None:
 def test_adapted_scores_are_the_log_probabilities_of_the_model_with_the_adapter_on(name: str) -> None:
     model = tiny_model(name)
     selector = adapted(model, trained=True)
-    watched = Prefix(model)
+    watched = TokenSequence(model)
     for ids in (IDS, [7], [8, 9]):  # caught up from selection to selection
-        watched.extend(ids)
+        watched.append(ids)
         look = Proposal(watched, 8)
         with torch.inference_mode(), selector.lora.on(model.model):
             logits = model.model(input_ids=torch.tensor([watched.ids])).logits[0, -1].float()
@@ -133,10 +134,10 @@ def test_activated_scores_equal_full_forwards_with_the_adapter_on_at_the_candida
     expected = []
     for candidate in look.candidates.tolist():
         cache = model.new_cache()
-        model.step(torch.tensor(IDS), cache)  # the prefix, adapter off
+        model.append(torch.tensor(IDS), cache)  # the prefix, adapter off
         with torch.inference_mode(), selector.lora.on(model.model):
             at = {"position_ids": torch.tensor([[len(IDS)]]), "past_key_values": cache}
-            hidden = model.decoder(input_ids=torch.tensor([[candidate]]), **at).last_hidden_state
+            hidden = model.torch_backend.decoder(input_ids=torch.tensor([[candidate]]), **at).last_hidden_state
         expected.append(float(selector.head(hidden[0, -1])))
     wanted = look.candidate_log_probs + torch.tensor(expected)
     assert torch.allclose(selector.scores(look), wanted, atol=1e-4)
@@ -147,13 +148,13 @@ def test_activated_scores_equal_full_forwards_with_the_adapter_on_at_the_candida
 def test_with_a_selector_at_work_the_base_stays_bitwise_itself(name: str, kind: Any) -> None:
     model = tiny_model(name)
     selector = kind(model, trained=True)
-    watched, alone = Prefix(model), Prefix(model)
+    watched, alone = TokenSequence(model), TokenSequence(model)
     for prefix in (watched, alone):
-        prefix.extend(IDS)
+        prefix.append(IDS)
     for token in (7, 8, 9):
         selector.scores(Proposal(watched, 8))
-        watched.extend([token])
-        alone.extend([token])
+        watched.append([token])
+        alone.append([token])
         assert torch.equal(watched.logits, alone.logits)
     for ours, theirs in zip(watched._cache.layers, alone._cache.layers, strict=True):
         if isinstance(getattr(ours, "keys", None), torch.Tensor):

@@ -1,5 +1,6 @@
 """A prefix that is extended, rolled back and moved says the same as one read in full."""
 
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2t_agents.backends.torch.packed_batch import Segment
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.backends.base import Append
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 
 tokens = st.lists(st.integers(0, 250), min_size=1, max_size=30)
@@ -20,8 +21,8 @@ def full(name: str, ids: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
 def test_moving_to_another_branch_equals_reading_it_in_full(name: str) -> None:
-    prefix = Prefix(tiny_model(name))
-    prefix.extend(list(range(30)))
+    prefix = TokenSequence(tiny_model(name))
+    prefix.append(list(range(30)))
     branch = [*range(20), 99, 98, 97]
     computed = prefix.move_to(branch)
     assert torch.allclose(prefix.logits, full(name, branch), atol=1e-4)
@@ -31,7 +32,7 @@ def test_moving_to_another_branch_equals_reading_it_in_full(name: str) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(tokens, min_size=1, max_size=5))
 def test_any_walk_over_branches_ends_where_a_fresh_read_ends(branches: list[list[int]]) -> None:
-    prefix = Prefix(tiny_model("qwen3"))
+    prefix = TokenSequence(tiny_model("qwen3"))
     for branch in branches:
         prefix.move_to(branch)
     assert prefix.ids == branches[-1]
@@ -39,17 +40,17 @@ def test_any_walk_over_branches_ends_where_a_fresh_read_ends(branches: list[list
 
 
 def test_moving_to_where_it_is_computes_nothing() -> None:
-    prefix = Prefix(tiny_model("qwen3"))
-    prefix.extend([1, 2, 3])
+    prefix = TokenSequence(tiny_model("qwen3"))
+    prefix.append([1, 2, 3])
     assert prefix.move_to([1, 2, 3]) == 0
 
 
 @pytest.mark.parametrize("name", ["gemma3", "bamba"])
-def test_a_long_prefix_is_read_in_chunks_to_the_same_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prefix_is_read_in_chunks_to_the_same_end(name: str) -> None:
     model = tiny_model(name)
-    monkeypatch.setattr(model.owner, "_alone_at_most", 7)
-    prefix = Prefix(model)
-    prefix.extend(list(range(50)))
+    model.backend.limits = replace(model.backend.limits, prefill_alone=7)
+    prefix = TokenSequence(model)
+    prefix.append(list(range(50)))
     assert torch.allclose(prefix.logits, full(name, list(range(50))), atol=1e-4)
 
 
@@ -58,9 +59,9 @@ def test_recurrent_state_survives_stretches_and_long_prompts(name: str) -> None:
     ids = torch.randint(0, 250, (1100,), generator=torch.Generator().manual_seed(1)).tolist()
     model = tiny_model(name, max_position_embeddings=2048)
     for parts in ([1100], [30, 10], [30, 1, 9]):
-        prefix = Prefix(model)
+        prefix = TokenSequence(model)
         for end, part in zip(accumulate(parts), parts, strict=True):
-            prefix.extend(ids[end - part : end])
+            prefix.append(ids[end - part : end])
         whole = model.model(torch.tensor([prefix.ids])).logits[0, -1]
         assert torch.allclose(prefix.logits, whole, atol=1e-4), parts
 
@@ -69,10 +70,10 @@ def test_recurrent_state_survives_stretches_and_long_prompts(name: str) -> None:
 def test_of_a_prompt_only_the_last_hidden_state_is_kept(name: str) -> None:
     model = tiny_model(name)
     one, other = model.new_cache(), model.new_cache()
-    _, hidden = model.step_alone(Segment(torch.arange(50), one, 0))
-    (_, packed), (_, beside) = model.run_packed(
-        [Segment(torch.arange(50), other, 0), Segment(torch.arange(9), model.new_cache(), 0)]
+    _, hidden = model.backend.forward([Append(torch.arange(50), one, 0)])[0]
+    (_, packed), (_, beside) = model.backend.forward(
+        [Append(torch.arange(50), other, 0), Append(torch.arange(9), model.new_cache(), 0)]
     )
     for each in (hidden, packed, beside):
-        assert each.untyped_storage().nbytes() == model.config.hidden_size * each.element_size()
+        assert each.untyped_storage().nbytes() == model.torch_backend.config.hidden_size * each.element_size()
     assert torch.allclose(hidden, packed, atol=1e-4)

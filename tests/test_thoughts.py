@@ -21,7 +21,7 @@ from s2t_agents.grammar.grammar import cached_vocabulary, tool_grammar
 from s2t_agents.grammar.thinking import ThinkThenAnswer, cached_thinking_vocabulary
 from s2t_agents.ledger import GenerationRecord, Totals
 from s2t_agents.llms.previews import continuations
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ScriptedLLM, markov_model, tiny_tokenizer
 from s2t_agents.tokenization.detokenizer import Detokenizer
 from s2t_agents.triggers import always
@@ -389,8 +389,8 @@ def test_a_judge_sees_previews_that_go_on_in_and_behind_the_thought(format: str)
     turns = [{"role": "user", "content": "Q"}]
     prompt = model.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     first = token(model.tokenizer, "hm" if format == "letters" else "h")
-    with Prefix.over(model, prompt, None) as prefix:
-        prefix.extend(prompt)
+    with TokenSequence.from_prefix_cache(model, prompt, None) as prefix:
+        prefix.append(prompt)
         [told] = continuations(prefix, [first], 60, grammar)
     reader, detokenizer = ReasoningParser(known, "thought"), Detokenizer(model.tokenizer)
     said = [text for i in told for _, text in reader.push(i, detokenizer.push(i))[1]]

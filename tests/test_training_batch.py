@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from s2t_agents.backends.torch.backend import TorchBackend
 from s2t_agents.errors import ConfigError
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ARCHITECTURES, tiny_model
 from s2t_agents.training.batch_prefix import BatchPrefix, PromptReader, left_padded
 
@@ -12,8 +13,8 @@ PROMPTS = [[5, 6, 7], list(range(20, 50)), [9] * 11]
 
 
 def alone(model, ids):
-    prefix = Prefix(model)
-    prefix.extend(ids)
+    prefix = TokenSequence(model)
+    prefix.append(ids)
     return prefix
 
 
@@ -33,9 +34,9 @@ def test_looking_ahead_from_some_rows_equals_looking_ahead_alone(architecture):
     model = tiny_model(architecture)
     batch = BatchPrefix(model, PROMPTS)
     candidates = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
-    ahead = batch.look_ahead(torch.tensor([2, 0]), candidates)
+    ahead = batch.score_candidates(torch.tensor([2, 0]), candidates)
     for line, row in enumerate((2, 0)):
-        single = alone(model, PROMPTS[row]).look_ahead(candidates[line])
+        single = alone(model, PROMPTS[row]).score_candidates(candidates[line])
         torch.testing.assert_close(ahead[line], single, atol=1e-4, rtol=1e-4)
 
 
@@ -68,9 +69,9 @@ def test_recurrent_models_are_refused_by_name():
 
 def test_prompts_are_read_once_however_often_they_are_asked_for(monkeypatch):
     model, read = tiny_model(), []
-    rows = type(model).read_rows
+    rows = TorchBackend.read_rows
     monkeypatch.setattr(
-        type(model), "read_rows", lambda self, ids, *rest: read.append(len(ids)) or rows(self, ids, *rest)
+        TorchBackend, "read_rows", lambda self, ids, *rest: read.append(len(ids)) or rows(self, ids, *rest)
     )
     reader = PromptReader(model)
     reader([PROMPTS[0], PROMPTS[1], PROMPTS[0]])

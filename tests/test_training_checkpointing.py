@@ -65,7 +65,7 @@ def test_checkpointing_keeps_less_and_changes_nothing(architecture, kind, bf16):
         assert gradient.abs().sum() > 0
         torch.testing.assert_close(found[name], gradient, atol=0, rtol=0, msg=name)
     assert less < kept / 3
-    assert all("forward" not in vars(layer) for layer in slm.decoder.layers)
+    assert all("forward" not in vars(layer) for layer in slm.torch_backend.decoder.layers)
     assert not any(module._forward_hooks for module in slm.model.modules())
 
 

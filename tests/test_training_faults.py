@@ -181,7 +181,7 @@ def foreign(pair, tmp_path):
     other = tiny_model(seed=9)
     selector = fresh_selector(other, "head", Fit(width=8))
     selector.save(tmp_path / "head", SelectorConfig(kind="head", base=BaseIdentity.of(other), k=4))
-    save_probe(tmp_path / "head", torch.zeros(slm.config.hidden_size + 1), 0.0)
+    save_probe(tmp_path / "head", torch.zeros(slm.torch_backend.config.hidden_size + 1), 0.0)
     collect_with(slm, teacher, prompts(tmp_path), QUICK, tmp_path / "rollouts")
     return tmp_path
 

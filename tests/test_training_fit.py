@@ -23,7 +23,7 @@ from training_fixtures import (
 
 from s2t_agents.errors import AdapterMismatch, ConfigError, InputError, S2TError
 from s2t_agents.proposal import Proposal
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.selectors import SelectorConfig, load_selector
 from s2t_agents.testing import ARCHITECTURES, tiny_model
 from s2t_agents.training import fit as fitting
@@ -75,8 +75,8 @@ def test_one_pass_scores_what_the_selector_scores_in_use(architecture, kind):
     live = []
     for example in examples:
         for position, candidates in zip(example.positions.tolist(), example.candidates, strict=True):
-            prefix = Prefix(slm)
-            prefix.extend(example.ids[:position])
+            prefix = TokenSequence(slm)
+            prefix.append(example.ids[:position])
             proposal = Proposal(prefix, 4)
             proposal.__dict__["candidates"] = candidates
             live.append(selector.scores(proposal) - proposal.candidate_log_probs)
@@ -184,8 +184,8 @@ def test_what_was_trained_loads_and_scores_the_same(pair, rollouts, kind, tmp_pa
     train_with(slm, training(kind, rollouts, tmp_path / kind))
     selector, config = load_selector(tmp_path / kind, slm)
     assert (config.kind, config.k) == (kind, 4)
-    prefix = Prefix(slm)
-    prefix.extend([65, 66, 67])
+    prefix = TokenSequence(slm)
+    prefix.append([65, 66, 67])
     proposal = Proposal(prefix, 4)
     again, _ = load_selector(tmp_path / kind, slm)
     assert torch.equal(selector.scores(proposal), again.scores(proposal))
@@ -253,8 +253,8 @@ def test_hidden_states_are_those_that_a_prefix_has(pair):
     slm, _, _ = pair
     examples = some_examples(slm)
     for example, hidden in zip(examples, hidden_along(slm, examples), strict=True):
-        prefix = Prefix(slm)
-        prefix.extend(example.ids[: int(example.all_positions[4])])
+        prefix = TokenSequence(slm)
+        prefix.append(example.ids[: int(example.all_positions[4])])
         torch.testing.assert_close(hidden[4], prefix.hidden, atol=1e-4, rtol=1e-4)
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from benchmarks.train import run as bench
 from s2t_agents import ChatS2T
-from s2t_agents.backends.torch.logit_statistics import FLOOR
+from s2t_agents.backends.statistics import FLOOR
 from s2t_agents.errors import EscalationFailed
 from s2t_agents.grammar.grammar import cached_vocabulary, tool_grammar
 from s2t_agents.testing import tiny_model

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from s2t_agents.errors import ConfigError
 from s2t_agents.proposal import Proposal, entropy_of
-from s2t_agents.scheduling.sequence import Prefix
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always, at_random, entropy, margin, never, probe
 
 
 def proposal(logits: list[float], k: int = 8, **options: object) -> Proposal:
-    prefix = Prefix(tiny_model())
+    prefix = TokenSequence(tiny_model())
     prefix.logits = torch.tensor(logits)
     prefix.hidden = torch.tensor([1.0, -2.0])
     return Proposal(prefix, k, **options)  # type: ignore[arg-type]

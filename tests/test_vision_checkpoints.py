@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from s2t_agents import Budget, ChatS2T, Engine, Escalation, LocalLLM
-from s2t_agents.backends.torch import LanguageModel
 from s2t_agents.errors import ModelNotFound
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import tiny_model, tiny_tokenizer
 from s2t_agents.triggers import always
 from s2t_agents.types import Sampling
@@ -92,12 +92,12 @@ def test_candidates_and_stretches_are_read_exactly(checkpoint: tuple[Any, Path])
     model = LanguageModel.load(str(folder), dtype=torch.float32)
     ids, candidates = torch.arange(3, 40), torch.tensor([50, 7, 200])
     cache = model.new_cache()
-    model.step(ids[:20], cache)
-    logits, _ = model.step(ids[20:], cache)
-    assert torch.allclose(logits, model.step(ids, model.new_cache())[0], atol=1e-4)
-    seen = model.look_ahead(candidates, cache, len(ids))
+    model.append(ids[:20], cache)
+    logits, _ = model.append(ids[20:], cache)
+    assert torch.allclose(logits, model.append(ids, model.new_cache())[0], atol=1e-4)
+    seen = model.score_candidates(candidates, cache, len(ids))
     for token, hidden in zip(candidates, seen, strict=True):
-        _, alone = model.step(torch.cat([ids, token[None]]), model.new_cache())
+        _, alone = model.append(torch.cat([ids, token[None]]), model.new_cache())
         assert torch.allclose(hidden, alone, atol=1e-4)
 
 

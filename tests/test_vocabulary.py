@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from s2t_agents import Budget, ChatS2T, Engine, Escalation, LocalLLM
-from s2t_agents.backends.torch import LanguageModel
 from s2t_agents.errors import ConfigError, EscalationFailed, TokenizerMismatch
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import CHATML, tiny_model, tiny_tokenizer
 from s2t_agents.triggers import always
 from s2t_agents.types import Sampling

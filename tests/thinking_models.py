@@ -7,8 +7,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from s2t_agents.backends.torch.language_model import LanguageModel
 from s2t_agents.formats.reasoning import ReasoningFormat
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import markov_model, tiny_tokenizer
 
 THOUGHT, ANSWER = "hm x", "ok!"

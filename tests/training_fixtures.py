@@ -78,7 +78,7 @@ def some_examples(model, *, length=20, seed=0) -> list[Example]:
         candidates = torch.randint(0, 256, (3, 4), generator=generator)
         row = torch.tensor([ids])
         with torch.no_grad():
-            logits, _ = model.read_rows(row, torch.ones_like(row), None, len(ids))
+            logits, _ = model.torch_backend.read_rows(row, torch.ones_like(row), None, len(ids))
         found.append(
             Example(
                 ids=ids,

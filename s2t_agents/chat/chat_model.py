@@ -22,7 +22,6 @@ from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, Field, SecretStr, SkipValidation, ValidationError, field_serializer
 
-from ..backends.torch.language_model import LanguageModel
 from ..budget import Budget, DevicePrice
 from ..call_scope import CallScope, in_scope, scoped_items
 from ..engine.engine import Engine
@@ -34,6 +33,7 @@ from ..ledger import Ledger
 from ..llms import LLMSelector
 from ..redaction import without_secrets
 from ..scheduling.admission import Concurrency, Place
+from ..scheduling.language_model import LanguageModel
 from ..selectors import Selector
 from ..tokenization.chat_template import chat_template_of
 from ..triggers import Trigger

@@ -15,7 +15,6 @@ import torch
 from langchain_core.language_models import ModelProfile
 from langchain_core.messages import BaseMessage
 
-from ..backends.torch.language_model import LanguageModel
 from ..backends.torch.loading import load_tokenizer
 from ..bundled import selector_path
 from ..engine.engine import MAX_K, Engine
@@ -30,6 +29,7 @@ from ..hub import ModelSource
 from ..llms import LLMSelector, LocalLLM
 from ..redaction import without_secrets
 from ..scheduling.admission import Concurrency
+from ..scheduling.language_model import LanguageModel
 from ..selectors import Selector, calibrated_trigger, load_selector
 from ..selectors.config import SelectorConfig
 from ..selectors.drift import DriftWatch

@@ -19,8 +19,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ..backends.torch.cpu_threads import serially
-from ..backends.torch.language_model import LanguageModel
+from ..backends.torch.cpu_threads import single_threaded
 from ..budget import Budget
 from ..errors import ConfigError, ContextOverflow, InputError
 from ..escalation import DEFAULT_MARGIN, Escalation, EscalationSession
@@ -28,7 +27,8 @@ from ..grammar.grammar import Grammar
 from ..llms.question import Answer, Question, candidates_of
 from ..proposal import Proposal
 from ..scheduling.admission import Concurrency, Gate, Place
-from ..scheduling.sequence import Prefix
+from ..scheduling.language_model import LanguageModel
+from ..scheduling.sequence import TokenSequence
 from ..selectors.base import Selector, confidence_margin
 from ..selectors.drift import DriftWatch
 from ..triggers import Trigger, entropy
@@ -153,7 +153,7 @@ class Engine:
             if not place.turn.done():
                 yield place
             queued_s = place.wait()
-            with Prefix.over(self.slm, prompt, cache_scope) as prefix:
+            with TokenSequence.from_prefix_cache(self.slm, prompt, cache_scope) as prefix:
                 reused = len(prefix)
                 escalations = (
                     self.escalation.open_session(budget, threshold=self.threshold, on_asked=on_asked)
@@ -180,7 +180,7 @@ class Engine:
 
     def _loop(
         self,
-        prefix: Prefix,
+        prefix: TokenSequence,
         unread: Sequence[int],
         sampling: Sampling,
         grammar: Grammar | None,
@@ -204,7 +204,7 @@ class Engine:
                     return
             if grammar and grammar.finished:
                 return
-            with serially():
+            with single_threaded():
                 step = self._step(index, prefix, pending, draw, grammar, session, kept)
             yield step
             if step.token_id in self.slm.eos_ids:
@@ -217,15 +217,15 @@ class Engine:
     def _step(
         self,
         index: int,
-        prefix: Prefix,
+        prefix: TokenSequence,
         pending: list[int],
         draw: Draw,
         grammar: Grammar | None,
         session: EscalationSession | None,
         kept: deque[int],
     ) -> Step:
-        used, started = prefix.meter.seconds, time.perf_counter()
-        prefix.extend(pending)
+        used, started = prefix.compute.seconds, time.perf_counter()
+        prefix.append(pending)
         computed = time.perf_counter()
         allowed = grammar.allowed(prefix.logits) if grammar else self.slm.with_text
         masked = time.perf_counter()
@@ -239,7 +239,7 @@ class Engine:
         entropy_nats = proposal.entropy if looks_twice else None
         propose_s = (computed - started) + (time.perf_counter() - masked)
         if not triggered:
-            compute = prefix.meter.seconds - used
+            compute = prefix.compute.seconds - used
             timings = Timings(propose=propose_s, grammar=masked - computed, compute=compute)
             return Step(index, len(prefix), wanted, wanted, "slm", entropy=entropy_nats, timings=timings)
         chosen = self._select(proposal, session, grammar)
@@ -261,7 +261,7 @@ class Engine:
                 grammar=masked - computed,
                 select=chosen.select_s,
                 escalate=chosen.escalate_s,
-                compute=prefix.meter.seconds - used,
+                compute=prefix.compute.seconds - used,
             ),
         )
 

@@ -17,10 +17,10 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..backends.torch.fingerprint import same_weights
-from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError, InputError
 from ..fork_safety import hold_while_forking
 from ..llms.question import Answer, Question
+from ..scheduling.language_model import LanguageModel
 from ..selectors.config import BaseIdentity
 
 try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..backends.torch.language_model import LanguageModel
+from ..scheduling.language_model import LanguageModel
 from ..types import Charge, Price
 from .question import Answer, Question
 

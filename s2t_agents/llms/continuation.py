@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..scheduling.sequence import Prefix
+from ..scheduling.sequence import TokenSequence
 from .constraint import Constraint
 
 SENTENCE_ENDS = (".", "!", "?")
@@ -33,7 +33,7 @@ class GreedyContinuation:
         finished: whether it has ended.
     """
 
-    def __init__(self, prefix: Prefix, candidate: int, grammar: Constraint | None) -> None:
+    def __init__(self, prefix: TokenSequence, candidate: int, grammar: Constraint | None) -> None:
         self._prefix = prefix
         self._grammar = grammar.fork() if grammar is not None else None
         self._forced: deque[int] = deque()
@@ -86,7 +86,7 @@ class GreedyContinuation:
         return following in prefix.model.eos_ids or decode_without_eos(prefix, [following])[:1].isspace()
 
 
-def decode_without_eos(prefix: Prefix, tokens: Sequence[int]) -> str:
+def decode_without_eos(prefix: TokenSequence, tokens: Sequence[int]) -> str:
     """Tokens as text, without end tokens."""
     eos = prefix.model.eos_ids
     return str(prefix.model.tokenizer.decode([token for token in tokens if token not in eos]))

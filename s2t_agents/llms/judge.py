@@ -16,7 +16,6 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 from pydantic import BaseModel, Field, create_model
 
-from ..backends.torch.language_model import LanguageModel
 from ..budget import known_price
 from ..call_scope import with_current_scopes
 from ..errors import (
@@ -30,6 +29,7 @@ from ..errors import (
     QuestionRefused,
 )
 from ..hub import first_line
+from ..scheduling.language_model import LanguageModel
 from ..types import Charge, Price
 from .circuit_breaker import CircuitBreaker
 from .endpoint import BUSY_STATUSES, retry_after, status_error

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from ..backends.torch.fingerprint import shared_ids
-from ..backends.torch.language_model import LanguageModel
 from ..backends.torch.loading import load_tokenizer
 from ..errors import EscalationFailed, TokenizerMismatch
 from ..fork_safety import hold_while_forking
 from ..hub import first_line
 from ..redaction import without_secrets
-from ..scheduling.idle_sequences import IdlePrefixes
-from ..scheduling.sequence import Prefix
+from ..scheduling.idle_sequences import IdleSequences
+from ..scheduling.language_model import LanguageModel
+from ..scheduling.sequence import TokenSequence
 from ..types import Charge, Price
 from .question import Answer, Question, charge
 
@@ -56,7 +56,7 @@ class LocalLLM:
         self._lock = threading.Lock()
         hold_while_forking(self, "_lock")
         self._failure, self._retry_at = "", 0.0
-        self.idle = IdlePrefixes(MAX_IDLE_CACHES)
+        self.idle = IdleSequences(MAX_IDLE_CACHES)
 
     def __repr__(self) -> str:
         clean = without_secrets(self._options)
@@ -128,7 +128,7 @@ class LocalSession:
 
     def __init__(self, llm: LocalLLM) -> None:
         self._llm = llm
-        self._prefix: Prefix | None = None
+        self._prefix: TokenSequence | None = None
 
     def quote(self, question: Question) -> Charge:
         """The cost of the tokens not in the KV cache, and of one output token."""
@@ -153,7 +153,7 @@ class LocalSession:
         """Number of tokens of ``ids`` that are not in the KV cache."""
         if self._prefix is None:
             self._prefix = self._llm.idle.take(ids, scope)
-        return len(ids) - (self._prefix.shared(ids) if self._prefix else 0)
+        return len(ids) - (self._prefix.common_prefix(ids) if self._prefix else 0)
 
     def scores(self, ids: Sequence[int], candidates: Sequence[int], scope: str | None = None) -> list[float]:
         """Log-probabilities of the candidates after ``ids``; one forward pass over the new tokens."""
@@ -166,7 +166,7 @@ class LocalSession:
         if outside := next((token for token in ids if token >= rows), None):
             raise EscalationFailed(f"the LLM has no embedding for token {outside} of the prefix: it has {rows}.")
         if self._prefix is None:
-            self._prefix = self._llm.idle.take(ids, scope) or Prefix(model, scope)
+            self._prefix = self._llm.idle.take(ids, scope) or TokenSequence(model, scope)
         self._prefix.move_to(ids)
         log_probs = self._prefix.logits.log_softmax(0)
         within: list[float] = log_probs[[token if token < rows else 0 for token in candidates]].tolist()
@@ -175,7 +175,7 @@ class LocalSession:
     def close(self) -> None:
         """Keep the KV cache for the next turn."""
         if self._prefix is not None:
-            self._llm.idle.keep(self._prefix)
+            self._llm.idle.put(self._prefix)
             self._prefix = None
 
 

@@ -17,8 +17,8 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError, EndpointBusy, EndpointRefused, EscalationFailed, OutOfTime
+from ..scheduling.language_model import LanguageModel
 from ..types import Charge, Price
 from . import completions, event_loop
 from .circuit_breaker import CircuitBreaker

@@ -1,6 +1,6 @@
 """Previews of candidates: the SLM's greedy continuation of each to the end of its sentence, decoded in one batch.
 
-prefix KV ──cloned K rows──> candidate 1, then greedy ... to the end of its sentence
+KV cache ──forked K times──> candidate 1, then greedy ... to the end of its sentence
                              candidate 2, then greedy ...
 
 If the call has a grammar, each token is the most likely legal one, as in the engine.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..scheduling.sequence import Prefix
+from ..scheduling.sequence import TokenSequence
 from .constraint import Constraint
 from .continuation import GreedyContinuation, decode_without_eos
 
@@ -35,7 +35,9 @@ class Preview:
     text: str
 
 
-def previews(prefix: Prefix, candidates: Sequence[int], limit: int, grammar: Constraint | None = None) -> list[Preview]:
+def previews(
+    prefix: TokenSequence, candidates: Sequence[int], limit: int, grammar: Constraint | None = None
+) -> list[Preview]:
     """The candidates' continuations in order, those with the same text merged.
 
     Args:
@@ -54,23 +56,23 @@ def previews(prefix: Prefix, candidates: Sequence[int], limit: int, grammar: Con
 
 @torch.inference_mode()
 def continuations(
-    prefix: Prefix, candidates: Sequence[int], limit: int, grammar: Constraint | None = None
+    prefix: TokenSequence, candidates: Sequence[int], limit: int, grammar: Constraint | None = None
 ) -> list[tuple[int, ...]]:
     """Each candidate and its greedy continuation to the end of the sentence, the answer or ``limit`` tokens."""
     branches = [GreedyContinuation(prefix, token, grammar) for token in candidates]
     limit = min(limit, prefix.model.context_window - len(prefix))
-    with prefix.branches(len(branches)) as copies:
+    with prefix.forks(len(branches)) as forks:
         for _ in range(1, limit):
             if all(branch.finished for branch in branches):
                 break
-            logits = copies.extend(torch.tensor([branch.tokens[-1] for branch in branches]))
-            for branch, row in zip(branches, logits, strict=True):
-                if not branch.finished:
-                    branch.advance(row)
+            rows = forks.append([None if branch.finished else branch.tokens[-1] for branch in branches])
+            for branch, logits in zip(branches, rows, strict=True):
+                if logits is not None:
+                    branch.advance(logits)
     return [tuple(branch.tokens) for branch in branches]
 
 
-def preview_text(prefix: Prefix, tokens: Sequence[int]) -> str:
+def preview_text(prefix: TokenSequence, tokens: Sequence[int]) -> str:
     """Tokens as text; the end of the answer is marked in words."""
     text = decode_without_eos(prefix, tokens)
     return text + END_MARK if tokens and tokens[-1] in prefix.model.eos_ids else text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..scheduling.sequence import Prefix
+from ..scheduling.sequence import TokenSequence
 from ..types import Candidate, Charge, Price
 from .constraint import Constraint
 
@@ -27,7 +27,7 @@ class Question:
 
     ids: Sequence[int]
     candidates: Sequence[int]
-    prefix: Prefix | None = None
+    prefix: TokenSequence | None = None
     slm: Sequence[float] = ()
     selector: Sequence[float] | None = None
     grammar: Constraint | None = None

@@ -1,4 +1,4 @@
-"""KV that nobody uses just now: the next generation of the same conversation goes on with it."""
+"""Sequences of a second model whose generations have ended: the next turn of the same conversation continues one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import threading
 from collections.abc import Sequence
 
 from ..fork_safety import hold_while_forking
-from .sequence import Prefix
+from .sequence import TokenSequence
 
 
-class IdlePrefixes:
-    """A few prefixes whose generations ended, found again by what they share. Safe under threads.
+class IdleSequences:
+    """A few sequences, found again by their common prefix. Safe under threads.
 
     Args:
         limit: how many are kept, at least 1; the oldest goes.
@@ -18,30 +18,33 @@ class IdlePrefixes:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._prefixes: list[Prefix] = []  # replaced, never changed: see PrefixCache
+        self._sequences: list[TokenSequence] = []  # replaced, never changed: see PrefixCache
         self._lock = threading.RLock()
         hold_while_forking(self, "_lock")
 
     def __len__(self) -> int:
-        return len(self._prefixes)
+        return len(self._sequences)
 
-    def take(self, ids: Sequence[int], scope: str | None, *, sharing: int = 0) -> Prefix | None:
-        """The prefix that shares most with ``ids``, now the caller's own; None where there is none.
+    def take(self, ids: Sequence[int], scope: str | None, *, sharing: int = 0) -> TokenSequence | None:
+        """The sequence that shares most with ``ids``, now the caller's own; None where there is none.
 
         Args:
             ids: what it will be moved to.
-            scope: whose prefixes may be taken; no other scope's are looked at, so that not even timing tells of them.
+            scope: whose sequences may be taken; no other scope's are looked at, so that not even timing tells of them.
             sharing: tokens that it must share at least.
         """
         with self._lock:
-            mine = [prefix for prefix in self._prefixes if prefix.scope == scope]
-            best = max(mine, key=lambda prefix: prefix.shared(ids), default=None)
-            if best is None or best.shared(ids) < sharing:
+            mine = [each for each in self._sequences if each.scope == scope]
+            best = max(mine, key=lambda each: each.common_prefix(ids), default=None)
+            if best is None or best.common_prefix(ids) < sharing:
                 return None
-            self._prefixes = [prefix for prefix in self._prefixes if prefix is not best]
+            self._sequences = [each for each in self._sequences if each is not best]
             return best
 
-    def keep(self, prefix: Prefix) -> None:
-        """Take a prefix over; nobody else uses it any more."""
+    def put(self, sequence: TokenSequence) -> None:
+        """Take a sequence over; nothing else uses it any more."""
         with self._lock:
-            self._prefixes = [*self._prefixes, prefix][-self._limit :]
+            kept = [*self._sequences, sequence]
+            self._sequences, dropped = kept[-self._limit :], kept[: -self._limit]
+        for each in dropped:
+            each.close()

@@ -1,4 +1,4 @@
-"""What is wanted of the model by one caller: a step that moves a sequence on, or a look at candidates after it."""
+"""What a caller asks of the scheduler: tokens appended to a sequence, or candidates scored after it."""
 
 from __future__ import annotations
 
@@ -6,36 +6,32 @@ import threading
 from abc import ABC, abstractmethod
 
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from ..backends.torch.compute_time import Meter
-from ..backends.torch.kv_cache import KVCache
-from ..backends.torch.packed_batch import Look, Outcome, Part, Segment
+from ..backends.base import Append, Output, ScoreCandidates, SequenceCache, StepOutput, Work
+from .compute_time import ComputeTime
 
 
-class Ticket(ABC):
-    """One caller's wish.
+class ForwardRequest(ABC):
+    """One caller's request.
 
     Args:
         cache: of the sequence that it is about.
-        meter: takes its share of the time of every forward it takes part in.
+        compute: takes its share of the time of every forward it takes part in.
 
     Attributes:
         error: what its own forward raised.
-        turn: set when the caller can go on, or has to lead.
-        leads: the lead is its caller's.
+        finished: set when the caller can go on.
     """
 
-    def __init__(self, cache: Cache, meter: Meter | None) -> None:
-        self.cache, self.meter = cache, meter or Meter()
-        self.error: Exception | None = None
-        self.turn = threading.Event()
-        self.leads = False
+    def __init__(self, cache: SequenceCache, compute: ComputeTime | None) -> None:
+        self.cache, self.compute = cache, compute or ComputeTime()
+        self.error: BaseException | None = None
+        self.finished = threading.Event()
 
     @property
     @abstractmethod
     def brief(self) -> bool:
-        """Whether one forward beside others settles it: a single token, or a look."""
+        """One forward beside others completes it: a single token, or candidates."""
 
     @property
     @abstractmethod
@@ -45,29 +41,35 @@ class Ticket(ABC):
     @property
     @abstractmethod
     def done(self) -> bool:
-        """Whether the caller can go on."""
+        """All is read, or it failed."""
 
     @abstractmethod
-    def part(self, tokens: int) -> Part:
-        """At most so many of them, for the next forward; a look is never cut."""
+    def work(self, tokens: int) -> Work:
+        """At most so many tokens of it, for the next forward; candidates are never split."""
 
     @abstractmethod
-    def went(self, part: Part, said: Outcome | Tensor) -> None:
-        """A part was read."""
+    def complete(self, work: Work, output: Output) -> None:
+        """Take the output of some of its work."""
 
     @abstractmethod
     def undo(self) -> None:
         """After a failed forward: the cache is again as it was before."""
 
 
-class StepTicket(Ticket):
-    """Tokens to append to a cache, in parts if they are many."""
+class AppendRequest(ForwardRequest):
+    """Tokens to append to a cache, in chunks if they are many.
 
-    def __init__(self, ids: Tensor, cache: Cache, meter: Meter | None = None) -> None:
-        super().__init__(cache, meter)
+    Args:
+        ids: ``[T]``.
+        cache: grows by T.
+        compute: see ``ForwardRequest``.
+    """
+
+    def __init__(self, ids: Tensor, cache: SequenceCache, compute: ComputeTime | None = None) -> None:
+        super().__init__(cache, compute)
         self._ids = ids
-        self._start = self._length = int(cache.get_seq_length())
-        self._outcome: Outcome | None = None
+        self._start = self._length = cache.length
+        self._output: StepOutput | None = None
 
     @property
     def brief(self) -> bool:
@@ -84,78 +86,79 @@ class StepTicket(Ticket):
         """All tokens are read, or it failed."""
         return not len(self._ids) or self.error is not None
 
-    def part(self, tokens: int) -> Segment:
+    def work(self, tokens: int) -> Append[SequenceCache]:
         """The next so many tokens."""
-        return Segment(self._ids[:tokens], self.cache, self._length)
+        return Append(self._ids[:tokens], self.cache, self._length)
 
-    def went(self, part: Part, said: Outcome | Tensor) -> None:
+    def complete(self, work: Work, output: Output) -> None:
         """So many tokens were read."""
-        assert isinstance(said, tuple)
-        self._ids, self._outcome = self._ids[len(part.ids) :], said
-        self._length += len(part.ids)
-        if isinstance(self.cache, KVCache):
-            self.cache.read = self._length
-            self.meter.add(self.cache.unseen())
+        assert isinstance(output, StepOutput)
+        self._ids, self._output = self._ids[len(work.ids) :], output
+        self._length += len(work.ids)
+        self.cache.mark_read(self._length)
+        self.compute.add(self.cache.unbilled_s())
 
     def undo(self) -> None:
-        """Forget what was written since the last part that went."""
-        roll_back(self.cache, self._length)
+        """Forget what was written since the last chunk that was read."""
+        self.cache.truncate(self._length)
 
-    def result(self) -> Outcome:
-        """What the step said; after a failure the cache is as it was before the first part."""
+    def result(self) -> StepOutput:
+        """The output after the last token.
+
+        Raises:
+            BaseException: what the forward raised; the cache is as it was before the first chunk.
+        """
         if self.error is not None:
-            roll_back(self.cache, self._start)
+            self.cache.truncate(self._start)
             raise self.error
-        assert self._outcome is not None
-        return self._outcome
+        assert self._output is not None
+        return self._output
 
 
-class LookTicket(Ticket):
-    """Candidates to be read after a prefix; its cache stays as it is."""
+class ScoreRequest(ForwardRequest):
+    """Candidates to be scored after a sequence, whose cache stays as it is.
+
+    Args:
+        work: the candidates.
+        compute: see ``ForwardRequest``.
+    """
 
     brief = True
 
-    def __init__(self, look: Look, meter: Meter | None = None) -> None:
-        super().__init__(look.cache, meter)
-        self._look = look
+    def __init__(self, work: ScoreCandidates[SequenceCache], compute: ComputeTime | None = None) -> None:
+        super().__init__(work.cache, compute)
+        self._work = work
         self._hidden: Tensor | None = None
 
     @property
     def rows(self) -> int:
         """Candidates."""
-        return len(self._look.ids)
+        return len(self._work.ids)
 
     @property
     def done(self) -> bool:
-        """They are read, or it failed."""
+        """They are scored, or it failed."""
         return self._hidden is not None or self.error is not None
 
-    def part(self, tokens: int) -> Look:
+    def work(self, tokens: int) -> ScoreCandidates[SequenceCache]:
         """All of it."""
-        return self._look
+        return self._work
 
-    def went(self, part: Part, said: Outcome | Tensor) -> None:
+    def complete(self, work: Work, output: Output) -> None:
         """Keep the hidden states."""
-        assert isinstance(said, Tensor)
-        self._hidden = said
+        assert isinstance(output, Tensor)
+        self._hidden = output
 
     def undo(self) -> None:
-        """Nothing to do: a look leaves nothing behind."""
+        """Nothing to do: scoring leaves nothing behind."""
 
     def result(self) -> Tensor:
-        """Last hidden states ``[K, H]``."""
+        """Last hidden states ``[K, H]``.
+
+        Raises:
+            BaseException: what the forward raised.
+        """
         if self.error is not None:
             raise self.error
         assert self._hidden is not None
         return self._hidden
-
-
-def roll_back(cache: Cache, length: int) -> None:
-    """Forget what a failed forward may have written behind a sequence's end."""
-    if isinstance(cache, KVCache):
-        cache.read = min(cache.read, length)
-        cache.forget_ahead()
-    for layer in cache.layers:
-        extra = layer.get_seq_length() - length
-        if extra > 0 and layer.is_croppable:
-            layer.crop(-extra)

@@ -1,11 +1,11 @@
-"""Prompts that are being read, or answered, right now: who begins alike takes a copy of the part they share.
+"""Prompts that are being read, or answered, right now: the part that a new prompt shares with one of them is forked.
 
     agent 1   system tools | question 1           reads all of it
-    agent 2   system tools | question 2           waits for "system tools", copies it, reads question 2
+    agent 2   system tools | question 2           waits for "system tools", forks it, reads question 2
 
-Past turns are kept when their generation ends (``prefix_cache``); without this, agents that start together would each
-read the same system prompt. To wait costs nothing: reading the same tokens beside the reader would take as long. The
-tokens of a KV never change while its generation goes on, so a copy of its front can be taken at any time.
+Past turns are cached when their generation ends (``prefix_cache``); without this, agents that start together would each
+read the same system prompt. Waiting costs nothing: reading the same tokens beside the reader would take as long. The
+tokens of a KV cache never change while its generation goes on, so its front can be forked at any time.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.torch.kv_cache import KVCache
+from ..backends.base import SequenceCache
 from ..fork_safety import hold_while_forking, renew_in_child
-from .prefix_cache import WORTH, PrefixCache, common
+from .prefix_cache import SHORTEST, PrefixCache, common_prefix
 
-LOOK_S = 0.002
+POLL_S = 0.002
 """Seconds between looks at how far a reader has come, at first."""
 
-LATE = 0.05
+POLL_SHARE = 0.05
 """And later, as a share of the time that was waited: more looks would take the reader's own time."""
 
 START_S = 0.1
@@ -33,23 +33,23 @@ START_S = 0.1
 
 
 @dataclass(eq=False)
-class Live:
-    """One prompt and the KV that it is read into.
+class RunningPrefix:
+    """One prompt and the KV cache that it is read into.
 
     Attributes:
         scope: as in ``PrefixCache``.
         ids: ``[n]``, all of the prompt.
         cache: None until its generation has one.
-        reading: a forward over its tokens is under way or wanted.
-        begun: when it was entered, as ``time.monotonic`` says.
+        reading: a forward over its tokens is under way or queued.
+        entered: when its generation began, as ``time.monotonic`` says.
         over: its generation has ended.
     """
 
     scope: str | None
     ids: NDArray[np.int64]
-    cache: KVCache | None = None
+    cache: SequenceCache | None = None
     reading: bool = False
-    begun: float = field(default_factory=time.monotonic)
+    entered: float = field(default_factory=time.monotonic)
     over: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> None:
@@ -61,45 +61,45 @@ class Live:
 
     @property
     def read(self) -> int:
-        """Tokens that every layer holds."""
+        """Tokens whose forward is done."""
         return self.cache.read if self.cache is not None else 0
 
     def offers(self, wanted: NDArray[np.int64]) -> int:
         """Leading tokens of ``wanted`` that it holds, or will soon."""
-        length = common(self.ids, wanted)
+        length = common_prefix(self.ids, wanted)
         return length if self.coming else min(length, self.read)
 
     @property
     def coming(self) -> bool:
         """Whether more tokens are being read, or will be in a moment."""
-        return self.reading or time.monotonic() < self.begun + START_S
+        return self.reading or time.monotonic() < self.entered + START_S
 
     def wait_for(self, length: int) -> None:
-        """Returns when so many tokens are read, or are not to be expected for now."""
+        """Return when so many tokens are read, or are not to be expected for now."""
         started = time.monotonic()
         while self.coming and self.read < length:
-            if self.over.wait(max(LOOK_S, LATE * (time.monotonic() - started))):
+            if self.over.wait(max(POLL_S, POLL_SHARE * (time.monotonic() - started))):
                 return
 
-    def copy(self, length: int) -> KVCache | None:
-        """The KV of the first ``length`` tokens; None where they are not all read, or forgotten after a failure."""
+    def fork(self, length: int) -> SequenceCache | None:
+        """The KV cache of the first ``length`` tokens; None where they are not all read, or dropped after a failure."""
         if self.cache is None or self.cache.read < length:
             return None
-        copy = self.cache.clone(length)
-        return copy if copy.read == length else None
+        fork = self.cache.fork(length)
+        return fork if fork.read == length else None
 
 
-class LivePrefixes:
-    """The prompts of all generations that go on over one model. Safe under threads.
+class RunningPrefixes:
+    """The prompts of all generations that run on one model. Safe under threads.
 
     Args:
-        past: what is kept of generations that have ended; a limit of 0 bytes shares nothing here either.
-        kind: of the model's KV.
+        cache: of generations that have ended; with a limit of 0 bytes nothing is shared here either.
+        shares: see ``Capabilities.fork_while_running``.
     """
 
-    def __init__(self, past: PrefixCache, kind: type[KVCache]) -> None:
-        self._past, self._kind = past, kind
-        self._entries: list[Live] = []
+    def __init__(self, cache: PrefixCache, *, shares: bool) -> None:
+        self._cache, self._shares = cache, shares
+        self._entries: list[RunningPrefix] = []
         self._lock = threading.RLock()  # garbage collection may end a generation inside a block of ours
         hold_while_forking(self, "_lock")
         renew_in_child(self._forget)
@@ -107,46 +107,46 @@ class LivePrefixes:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def enter(self, ids: Sequence[int], scope: str | None) -> tuple[Live, KVCache | None, int]:
-        """A generation begins; waits for whoever is reading a longer part of its prompt than the past holds.
+    def enter(self, ids: Sequence[int], scope: str | None) -> tuple[RunningPrefix, SequenceCache | None, int]:
+        """A generation begins; waits while another reads a longer part of its prompt than the prefix cache holds.
 
         Args:
             ids: the prompt; at least its last token is left to be read.
-            scope: whose generations may be looked at.
+            scope: whose generations may be shared with.
 
         Returns:
-            What ``leave`` wants at its end, and a copy of the KV of the longest common prefix with its tokens; None
-            and 0 where nothing fits.
+            What ``leave`` wants at its end, and a fork of the longest common prefix with its tokens; None and 0 where
+            nothing fits.
         """
         prompt = np.asarray(ids, dtype=np.int64)
-        entry = Live(scope, prompt)
+        entry = RunningPrefix(scope, prompt)
         while True:
             with self._lock:
                 best, length = self._longest(prompt[:-1], scope)
-                if best is None or length < self._past.longest(prompt, scope) + WORTH:
+                if best is None or length < self._cache.longest(prompt, scope) + SHORTEST:
                     self._entries.append(entry)
                     break
-                copy = best.copy(length)
-                if copy is not None:
+                fork = best.fork(length)
+                if fork is not None:
                     self._entries.append(entry)
-                    return entry, copy, length
+                    return entry, fork, length
             best.wait_for(length)
-        return entry, *self._past.take(prompt, scope)
+        return entry, *self._cache.match(prompt, scope)
 
-    def leave(self, entry: Live) -> None:
-        """Its generation has ended; who waited for it looks elsewhere."""
+    def leave(self, entry: RunningPrefix) -> None:
+        """Its generation has ended; prompts that waited for it look elsewhere."""
         with self._lock:
             self._entries = [each for each in self._entries if each is not entry]  # gone already in a forked child
         entry.over.set()
 
     def _forget(self) -> None:
-        """Nobody goes on reading here: those threads did not come along into the child."""
+        """In a forked child: the threads of these generations did not come along."""
         self._entries = []
 
-    def _longest(self, wanted: NDArray[np.int64], scope: str | None) -> tuple[Live | None, int]:
-        """Who shares most of a prompt; among equals who has read most of it."""
+    def _longest(self, wanted: NDArray[np.int64], scope: str | None) -> tuple[RunningPrefix | None, int]:
+        """The entry that shares most of a prompt; among equals the one that has read most of it."""
         mine = [(entry.offers(wanted), entry.read, entry) for entry in tuple(self._entries) if entry.scope == scope]
-        if not (mine and self._kind.front_stays and self._past.limit_bytes):
+        if not (mine and self._shares and self._cache.limit_bytes):
             return None, 0
         length, _, entry = max(mine, key=lambda each: each[:2])
         return entry, length

@@ -1,250 +1,341 @@
-"""One owner of the model at a time: steps that are wanted at once go through in one forward.
+"""Continuous batching: one scheduler per model runs the work of all concurrent callers in shared forwards.
 
-Every generation runs in its own thread and calls ``Owner.step`` and ``Owner.look``. Whoever finds nobody leading leads:
-gathers what waits, runs it as one packed forward, hands out the results, and gives the lead on as soon as its own wish
-is done.
+    caller a    append ──> wait ─────────────────> engine ── append ──> wait
+    caller b    append ──> wait ─────────────────> engine ── score ───> wait
+    scheduler   schedule [a b] ─ forward ─ postprocess ── schedule [a b] ─ forward ─ postprocess
 
-    thread a   step ──> lead: [a b c] ────────────> engine ... step ──> wait
-    thread b   step ──> wait ─────────> engine ... step ──> lead: [b a c] ──>
-    thread c   look ──> wait ─────────> engine ... step ──> wait
+``schedule`` takes single tokens and candidates of all callers first, then chunks of prompts (chunked prefill beside
+decoding). ``postprocess`` hands outputs out and divides the forward's time by rows. A sequence advances only when its
+caller asks for the next token: nothing is computed for a stream that nobody reads.
 
-Before a forward the leader waits a little for those who were in the last one, so that lockstep comes about by itself;
-somebody whose consumer pauses, or who waits for an LLM, is waited for once and not again. The time of a forward is
-divided among those who took part, by their rows.
+The loop runs in a thread of its own. A caller that is alone, on a model with short steps, runs the same loop in its own
+thread instead: there the hand-over would cost more than it gives.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import inf
-from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from ..backends.torch.compute_time import Meter
-from ..backends.torch.cpu_threads import Team, release
-from ..backends.torch.packed_batch import Look, Outcome, Part
+from ..backends.base import Backend, Output, ScoreCandidates, SequenceCache, StepOutput, Work
+from ..backends.torch.cpu_threads import release_threads, wanted_threads, with_threads
 from ..fork_safety import hold_while_forking, renew_in_child
-from .requests import LookTicket, StepTicket, Ticket
-
-ALONE = 1024
-"""Tokens of a prompt per forward when nobody else waits; bounds the memory of a forward."""
-
-BESIDE = 256
-"""Tokens of prompts per forward when others wait, so that a long prompt holds nobody up."""
-
-ROWS = 64
-"""Sequences per forward, at most."""
-
-CANDIDATES = 256
-"""Candidates per forward, of all selections together; the first selection is always taken whole."""
+from .compute_time import ComputeTime
+from .requests import AppendRequest, ForwardRequest, ScoreRequest
 
 PATIENCE = 0.25
-"""How long a leader waits for the others of the last forward, as a share of what that took."""
+"""How long a forward is held back for the callers of the last one, as a share of what that took."""
 
 PATIENCE_S = 0.05
 """And at most so long, in seconds."""
 
-LONG_S = 0.01
-"""Seconds of a step from which a model's forwards go to a thread of their own, which costs 0.1 ms."""
+IDLE_S = 2.0
+"""Seconds without work after which the scheduler's thread ends; the next request starts another."""
 
 
-class Owner:
-    """Lets concurrent callers share forwards.
+class Scheduler:
+    """Runs the requests of concurrent callers on one backend. Safe under threads.
+
+    A thread that holds the backend's lock (an exclusive turn) runs its requests at once, alone.
 
     Args:
-        single: runs one part; the plain way, for whoever is alone.
-        packed: runs several; None where the model cannot, and callers take turns.
-        lock: held during forwards; a thread that holds it already runs its steps at once, alone.
-        long_s: see ``LONG_S``.
-        beside: see ``BESIDE``.
-        alone: see ``ALONE``.
+        backend: whose batches these are.
     """
 
-    def __init__(
-        self,
-        single: Callable[[Part], Outcome | Tensor],
-        packed: Callable[[Sequence[Part]], Sequence[Outcome | Tensor]] | None,
-        lock: Any,
-        long_s: float = LONG_S,
-        beside: int = BESIDE,
-        alone: int = ALONE,
-    ) -> None:
-        self._single, self._packed, self._lock = single, packed, lock
-        self._beside, self._alone_at_most = beside, alone
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
         self._mutex = threading.Lock()
         hold_while_forking(self, "_mutex")
-        renew_in_child(self._forget)
-        self._arrived = threading.Condition(self._mutex)
-        self._waiting: deque[Ticket] = deque()
-        self._led = False
+        renew_in_child(self._reset)
+        self._changed = threading.Condition(self._mutex)
+        self._waiting: deque[ForwardRequest] = deque()
+        self._running: Sequence[ForwardRequest] = ()
+        self._driven = False
+        """Some thread runs the loop now."""
+        self._thread: threading.Thread | None = None
         self._last: frozenset[int] = frozenset()
-        self._took = 0.0
-        self._team, self._long_s, self._step_s = Team(), long_s, inf
+        """Caches of the last forward: their callers will probably be back in a moment."""
+        self._took_s, self._step_s = 0.0, inf
+        self._threads = 1
+        """OpenMP threads that the latest caller's operations run on."""
+        self._release_wanted = False
 
-    def step(self, ids: Tensor, cache: Cache, meter: Meter | None = None) -> Outcome:
-        """Append ``ids`` ``[T]`` to ``cache``, together with whatever else is wanted now.
+    def append(self, ids: Tensor, cache: SequenceCache, compute: ComputeTime | None = None) -> StepOutput:
+        """Append ``ids`` ``[T]`` to ``cache``.
+
+        Returns:
+            Logits ``[V]`` (fp32) and last hidden state ``[H]`` after the last token.
 
         Raises:
-            Exception: what this step's own forward raised; the others' are run all the same.
+            Exception: what this request's own forward raised; the cache is as it was, the others' requests run on.
         """
-        ticket = StepTicket(ids, cache, meter)
-        self._settle(ticket)
-        return ticket.result()
+        request = AppendRequest(ids, cache, compute)
+        self.run([request])
+        return request.result()
 
-    def look(self, look: Look, meter: Meter | None = None) -> Tensor:
-        """Hidden states ``[K, H]`` of candidates, together with whatever else is wanted now; errors as ``step``."""
-        ticket = LookTicket(look, meter)
-        self._settle(ticket)
-        return ticket.result()
+    def score(self, work: ScoreCandidates[SequenceCache], compute: ComputeTime | None = None) -> Tensor:
+        """Last hidden states ``[K, H]`` of candidates; errors as ``append``."""
+        request = ScoreRequest(work, compute)
+        self.run([request])
+        return request.result()
 
-    def _forget(self) -> None:
-        """Whoever led or waited did not come along into the child."""
-        self._waiting, self._led, self._last = deque(), False, frozenset()
+    def run(self, requests: Sequence[ForwardRequest]) -> None:
+        """Return when all requests are done; each of them knows its output or its error.
+
+        Raises:
+            BaseException: the wait was interrupted; what was not begun is dropped, a forward under way is waited for.
+        """
+        if self._backend.lock._is_owned():
+            self._run_exclusively(requests)
+            return
+        threads = wanted_threads()
+        with self._mutex:
+            self._waiting.extend(requests)
+            here = self._may_drive(requests)
+            if here:
+                self._driven = True
+            else:
+                self._threads = threads
+                self._ensure_thread()
+                self._changed.notify_all()
+        if here:
+            self._drive(requests, threads)
+            return
+        if self._step_s > self._backend.limits.hand_over_s:
+            release_threads()  # the caller's own OpenMP threads, if it has computed something itself
+        try:
+            for request in requests:
+                request.finished.wait()
+        except BaseException:
+            self._drop(requests)
+            raise
 
     def pause(self) -> None:
-        """A generation has ended. A hint: garbage collection may give it inside any block of this very thread."""
+        """A generation has ended; without others, give the cores to somebody else's operations.
+
+        A hint that never blocks: garbage collection may end a generation inside any block of this very thread.
+        """
         if self._mutex.acquire(blocking=False):
             try:
-                if not self._led:
-                    self._team.pause()
+                if not self._waiting and self._thread is not None:
+                    self._release_wanted = True
+                    self._changed.notify_all()
             finally:
                 self._mutex.release()
 
-    def _settle(self, ticket: Ticket) -> None:
-        """Returns when the ticket is done, by this thread's lead or by another's."""
-        if self._lock._is_owned():  # an exclusive turn, such as a selector's; to wait for others would be for ever
-            while not ticket.done:
-                self._run([ticket], [ticket.part(self._alone_at_most)])
-            return
-        with self._mutex:
-            self._waiting.append(ticket)
-            self._arrived.notify()
-            ticket.leads, self._led = not self._led, True
-        try:
-            if not ticket.leads:
-                ticket.turn.wait()
-            while not ticket.done:
-                tickets, parts = self._gather()
-                self._run(tickets, parts)
-                self._hand_out(tickets)
-        finally:
-            self._leave(ticket)
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self._waiting and not self._driven
 
-    def _gather(self) -> tuple[list[Ticket], list[Part]]:
-        """Who takes part in the next forward: single tokens and looks first, then parts of prompts."""
+    def _reset(self) -> None:
+        """Also in a forked child: neither the thread nor the callers came along."""
+        self._changed = threading.Condition(self._mutex)
+        self._waiting, self._running, self._last = deque(), (), frozenset()
+        self._driven, self._thread = False, None
+
+    def _may_drive(self, requests: Sequence[ForwardRequest]) -> bool:
+        """Whether the caller is alone and steps are short, so that it runs the loop in its own thread."""
+        short = self._step_s <= self._backend.limits.hand_over_s
+        alone = not self._driven and len(self._waiting) == len(requests)
+        return short and alone and self._last <= {id(request.cache) for request in requests}
+
+    def _ensure_thread(self) -> None:
+        if self._thread is None:
+            arguments = weakref.ref(self), self._changed  # weak: an idle thread does not keep its model alive
+            self._thread = threading.Thread(target=_serve, args=arguments, name="s2t-scheduler", daemon=True)
+            self._thread.start()
+
+    def _drive(self, requests: Sequence[ForwardRequest], threads: int) -> None:
+        """The loop in the caller's thread, until its requests are done."""
+        self._threads = threads
+        try:
+            while not all(request.done for request in requests):
+                batched = self._compute(threads)
+                self._postprocess(batched, driven=not all(request.done for request in requests))
+        except BaseException:
+            with self._mutex:
+                self._waiting = deque(request for request in self._waiting if request not in requests)
+            self._postprocess((), driven=False)
+            raise
+
+    def _drop(self, requests: Sequence[ForwardRequest]) -> None:
+        """The caller leaves: forget its requests, but wait for a forward that writes to their caches."""
         with self._mutex:
-            until = time.monotonic() + min(PATIENCE * self._took, PATIENCE_S)
-            while not self._last <= {id(ticket.cache) for ticket in self._waiting}:
+            for request in requests:
+                if request in self._waiting:
+                    self._waiting.remove(request)
+            while any(request in self._running for request in requests):
+                self._changed.wait()
+
+    def _compute(self, threads: int) -> Sequence[ForwardRequest]:
+        """One forward; returns the requests that took part."""
+        requests, batch = self._schedule()
+        if requests:
+            with with_threads(threads), self._backend.lock:
+                self._forward(requests, batch)
+        return requests
+
+    def _schedule(self) -> tuple[list[ForwardRequest], list[Work]]:
+        """What goes into the next forward: single tokens and candidates first, then chunks of prompts."""
+        with self._mutex:
+            until = time.monotonic() + min(PATIENCE * self._took_s, PATIENCE_S)
+            while not self._last <= {id(request.cache) for request in self._waiting}:
                 left = until - time.monotonic()
-                if left <= 0 or not self._arrived.wait(left):
+                if left <= 0 or not self._changed.wait(left):
                     break
             waiting = list(self._waiting)
-        if self._packed is None:
-            return waiting[:1], [waiting[0].part(self._beside if len(waiting) > 1 else self._alone_at_most)]
-        tickets = brief(waiting)
-        parts = [ticket.part(ticket.rows) for ticket in tickets]
-        room = self._beside if tickets else self._alone_at_most
-        for ticket in waiting:
-            tokens = min(room, ticket.rows)
-            if not ticket.brief and tokens:
-                tickets.append(ticket)
-                parts.append(ticket.part(tokens))
+            if not waiting:
+                return [], []
+            if not self._backend.capabilities.batching:
+                tokens = self._backend.limits.prefill_beside if len(waiting) > 1 else self._backend.limits.prefill_alone
+                requests = waiting[:1]
+                batch = [waiting[0].work(tokens)]
+            else:
+                requests, batch = self._batch(waiting)
+            self._running = requests
+            return requests, batch
+
+    def _batch(self, waiting: Sequence[ForwardRequest]) -> tuple[list[ForwardRequest], list[Work]]:
+        requests = self._brief(waiting)
+        batch = [request.work(request.rows) for request in requests]
+        room = self._backend.limits.prefill_beside if requests else self._backend.limits.prefill_alone
+        for request in waiting:
+            tokens = min(room, request.rows)
+            if not request.brief and tokens:
+                requests.append(request)
+                batch.append(request.work(tokens))
                 room -= tokens
-        return tickets, parts
+        return requests, batch
 
-    def _run(self, tickets: Sequence[Ticket], parts: Sequence[Part]) -> None:
-        """One forward; if it fails, one by one, so that only the guilty learns of it."""
-        brief = all(ticket.brief for ticket in tickets)
-        leading = not self._lock._is_owned()  # else it is an exclusive turn, and somebody else may lead
+    def _brief(self, waiting: Sequence[ForwardRequest]) -> list[ForwardRequest]:
+        """Requests that one forward completes, first come, first served, within the limits of a forward."""
+        taken: list[ForwardRequest] = []
+        candidates = 0
+        for request in waiting:
+            if not request.brief or len(taken) == self._backend.limits.sequences:
+                continue
+            if isinstance(request, ScoreRequest):
+                if candidates and candidates + request.rows > self._backend.limits.candidates:
+                    continue
+                candidates += request.rows
+            taken.append(request)
+        return taken
 
-        def forward() -> None:
-            with self._lock:
-                started = time.monotonic()
-                if len(parts) == 1 or not self._together(tickets, parts):
-                    for ticket, part in zip(tickets, parts, strict=True):
-                        self._alone(ticket, part)
-                self._took = time.monotonic() - started
+    def _forward(self, requests: Sequence[ForwardRequest], batch: Sequence[Work]) -> None:
+        """One forward; if it fails, one by one, so that only the failing request learns of it."""
+        started, brief = time.monotonic(), all(request.brief for request in requests)
+        if len(batch) == 1 or not self._together(requests, batch):
+            for request, work in zip(requests, batch, strict=True):
+                self._alone(request, work)
+        self._took_s = time.monotonic() - started
+        if brief:
+            # a step that candidate scoring has prefetched says little of the next one: hence the memory
+            self._step_s = max(self._took_s, 0.8 * self._step_s) if self._step_s < inf else self._took_s
 
-        long = self._step_s > self._long_s
-        if long and leading:
-            self._team.apart(forward)
-        else:
-            self._team.here(forward)
-            if long:
-                release()
-        if brief:  # a step that a selection has read already says little of the next one: hence the memory
-            self._step_s = max(self._took, 0.8 * self._step_s) if self._step_s < inf else self._took
-        if leading and self._step_s <= self._long_s:
-            self._team.rest()
-
-    def _together(self, tickets: Sequence[Ticket], parts: Sequence[Part]) -> bool:
+    def _together(self, requests: Sequence[ForwardRequest], batch: Sequence[Work]) -> bool:
         """All in one forward; False if that failed and nothing has changed."""
-        assert self._packed is not None
         started = time.monotonic()
         try:
-            said = self._packed(parts)
+            outputs = self._backend.forward(batch)
         except BaseException as error:
-            for ticket in tickets:
-                ticket.undo()
-            if not isinstance(error, Exception):
+            for request in requests:
+                request.undo()
+            if self._interrupts(error):
                 raise
             return False
-        per_row = (time.monotonic() - started) / sum(len(part.ids) for part in parts)
-        for ticket, part, each in zip(tickets, parts, said, strict=True):
-            ticket.went(part, each)
-            ticket.meter.add(per_row * len(part.ids))
+        per_row = (time.monotonic() - started) / sum(len(work.ids) for work in batch)
+        for request, work, output in zip(requests, batch, outputs, strict=True):
+            request.complete(work, output)
+            request.compute.add(per_row * len(work.ids))
         return True
 
-    def _alone(self, ticket: Ticket, part: Part) -> None:
+    def _alone(self, request: ForwardRequest, work: Work) -> None:
         started = time.monotonic()
         try:
-            ticket.went(part, self._single(part))
-        except Exception as error:  # noqa: BLE001 - the caller's own thread raises it
-            ticket.error = error
-        except BaseException:
-            ticket.undo()
-            raise
-        ticket.meter.add(time.monotonic() - started)
+            output: Output
+            (output,) = self._backend.forward([work])
+            request.complete(work, output)
+        except BaseException as error:
+            if self._interrupts(error):
+                request.undo()
+                raise
+            request.error = error
+        request.compute.add(time.monotonic() - started)
 
-    def _hand_out(self, tickets: Sequence[Ticket]) -> None:
-        """Wake those whose step is done."""
-        done = [ticket for ticket in tickets if ticket.done]
-        with self._mutex:
-            self._last = frozenset(id(ticket.cache) for ticket in tickets)
-            self._waiting = deque(ticket for ticket in self._waiting if ticket not in done)
-        for ticket in done:
-            ticket.turn.set()
+    def _interrupts(self, error: BaseException) -> bool:
+        """Whether this is an interrupt of the driving caller, and no failure of a request."""
+        return not isinstance(error, Exception) and threading.current_thread() is not self._thread
 
-    def _leave(self, ticket: Ticket) -> None:
-        """The caller goes on, or was interrupted: whoever waits first takes the lead, if it was the caller's."""
+    def _postprocess(self, requests: Sequence[ForwardRequest], *, driven: bool) -> None:
+        """Hand out what is done.
+
+        Args:
+            requests: that took part in the forward.
+            driven: the same thread goes on with the loop.
+        """
+        done = [request for request in requests if request.done]
         with self._mutex:
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
-            if not ticket.leads:
+            self._running, self._driven = (), driven
+            self._last = frozenset(id(request.cache) for request in requests)
+            self._waiting = deque(request for request in self._waiting if request not in done)
+            if self._waiting and not driven:
+                self._ensure_thread()
+            self._changed.notify_all()
+        for request in done:
+            request.finished.set()
+
+    def _fail(self, error: BaseException) -> None:
+        """The loop itself was broken off: every request under way learns why."""
+        with self._mutex:
+            running, self._running, self._driven = self._running, (), False
+            self._waiting = deque(request for request in self._waiting if request not in running)
+            self._changed.notify_all()
+        for request in running:
+            request.error = error
+            request.finished.set()
+
+    def _run_exclusively(self, requests: Sequence[ForwardRequest]) -> None:
+        """In a thread that holds the backend's lock: to wait for others would be for ever."""
+        long = self._step_s > self._backend.limits.hand_over_s
+        with with_threads(wanted_threads()):
+            for request in requests:
+                while not request.done:
+                    self._forward([request], [request.work(self._backend.limits.prefill_alone)])
+        if long:
+            release_threads()
+
+
+def _serve(found: weakref.ref[Scheduler], changed: threading.Condition) -> None:
+    """The scheduler's thread: iterates while there is work, releases its OpenMP threads when there is none."""
+    idle_since = time.monotonic()
+    while True:
+        with changed:
+            scheduler = found()
+            if scheduler is None or scheduler._thread is not threading.current_thread():
                 return
-            ticket.leads = False
-            if self._waiting:
-                self._waiting[0].leads = True
-                self._waiting[0].turn.set()
+            work = bool(scheduler._waiting) and not scheduler._driven
+            if work:
+                scheduler._driven, threads = True, scheduler._threads
             else:
-                self._led = False
-
-
-def brief(waiting: Sequence[Ticket]) -> list[Ticket]:
-    """Those that one forward settles, first come first served, within what a forward may hold."""
-    taken: list[Ticket] = []
-    candidates = 0
-    for ticket in waiting:
-        if not ticket.brief or len(taken) == ROWS:
-            continue
-        if isinstance(ticket, LookTicket):
-            if candidates and candidates + ticket.rows > CANDIDATES:
+                if time.monotonic() - idle_since > IDLE_S and not scheduler._waiting:
+                    scheduler._thread = None
+                    return
+                if scheduler._release_wanted:
+                    scheduler._release_wanted = False
+                    release_threads()
+                del scheduler
+                changed.wait(IDLE_S / 4)
                 continue
-            candidates += ticket.rows
-        taken.append(ticket)
-    return taken
+        try:
+            scheduler._postprocess(scheduler._compute(threads), driven=False)
+        except BaseException as error:  # noqa: BLE001 - its callers raise it
+            scheduler._fail(error)
+        del scheduler
+        idle_since = time.monotonic()

@@ -1,35 +1,36 @@
-"""A prefix: token ids, their KV, and what the model says after them."""
+"""One sequence: token ids, their KV cache, and the model's output after the last token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends.torch.candidate_overlay import cloned_rows
-from ..backends.torch.compute_time import Meter
-from ..backends.torch.continuations import Branches
-from ..backends.torch.cpu_threads import release
-from ..backends.torch.kv_cache import KVCache
-from ..backends.torch.language_model import LanguageModel
-from ..backends.torch.logit_statistics import Glance
-from ..backends.torch.lora import Lora
-from .running_prefixes import Live
+from ..backends.statistics import LogitStatistics
+from .compute_time import ComputeTime
+from .language_model import LanguageModel
+from .prefix_cache import common_prefix
+from .requests import AppendRequest
+from .running_prefixes import RunningPrefix
 
 
-class Prefix:
+class TokenSequence:
     """Grows token by token; ``logits`` and ``hidden`` are those after its last token.
 
     Not thread-safe: one generation owns it.
 
     Args:
         model: reads the tokens.
-        scope: whose conversation it is: KV is reused within one scope only.
+        scope: whose conversation it is: KV caches are shared within one scope only.
 
     Attributes:
-        meter: the share of the model's time that went into this prefix and into looks past its end.
+        ids: its tokens.
+        logits: ``[V]``, fp32.
+        hidden: ``[H]``.
+        compute: the share of the model's compute time that went into this sequence and its candidates.
     """
 
     def __init__(self, model: LanguageModel, scope: str | None = None) -> None:
@@ -37,97 +38,135 @@ class Prefix:
         self.ids: list[int] = []
         self.logits: Tensor = torch.empty(0)
         self.hidden: Tensor = torch.empty(0)
-        self.meter = Meter()
+        self.compute = ComputeTime()
         self._cache = model.new_cache()
-        self._live: Live | None = None
+        self._running: RunningPrefix | None = None
 
     @classmethod
     @contextmanager
-    def over(cls, model: LanguageModel, prompt: Sequence[int], scope: str | None = None) -> Iterator[Prefix]:
-        """A prefix that begins with what earlier turns have read of ``prompt``, and is kept for later ones at the end.
+    def from_prefix_cache(
+        cls, model: LanguageModel, prompt: Sequence[int], scope: str | None = None
+    ) -> Iterator[TokenSequence]:
+        """A sequence that starts with the longest cached prefix of ``prompt``, and is cached itself at the end.
 
         Args:
-            model: whose KV of past turns is looked through.
+            model: whose prefix cache is used.
             prompt: token ids; at least the last of them is left to be read.
             scope: see ``PrefixCache``.
         """
-        prefix = cls(model, scope)
-        if not model.overlay_exact:  # recurrent states cannot be cut to a common prefix
-            yield prefix
+        sequence = cls(model, scope)
+        if not model.capabilities.truncation:  # recurrent states cannot be cut to a common prefix
+            yield sequence
+            sequence.close()
             return
-        live, cache, length = model.live.enter(prompt, scope)
+        running, cache, length = model.running.enter(prompt, scope)
         if cache is not None:
-            prefix._cache, prefix.ids = cache, list(prompt[:length])
-        live.cache, prefix._live = prefix._cache, live
+            sequence._cache, sequence.ids = cache, list(prompt[:length])
+        running.cache, sequence._running = sequence._cache, running
         try:
-            yield prefix
+            yield sequence
         finally:
             try:
-                model.owner.pause()
-                if prefix._cache.get_seq_length() == len(prefix):
-                    model.past.keep(prefix.ids, prefix._cache, scope)
+                model.scheduler.pause()
+                if sequence._cache.length == len(sequence):
+                    model.prefix_cache.insert(sequence.ids, sequence._cache, scope)
+                else:  # interrupted within a forward
+                    sequence._cache.close()
             finally:
-                model.live.leave(live)
+                model.running.leave(running)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def extend(self, ids: Sequence[int]) -> None:
-        """Append tokens (at least one); ``logits`` ``[V]`` and ``hidden`` ``[H]`` move to the new end."""
-        with self._live or nullcontext():
-            self.logits, self.hidden = self.model.step(torch.tensor(ids), self._cache, self.meter)
+    def append(self, ids: Sequence[int]) -> None:
+        """Append tokens (at least one); ``logits`` and ``hidden`` move to the new end."""
+        with self._running or nullcontext():
+            self.logits, self.hidden = self.model.append(torch.tensor(ids), self._cache, self.compute)
         self.ids += ids
 
     @property
-    def glance(self) -> Glance | None:
-        """The logits in three numbers, where the step has brought them along."""
-        return self._cache.glance(len(self)) if isinstance(self._cache, KVCache) else None
+    def statistics(self) -> LogitStatistics | None:
+        """Of the logits, where the forward has computed them on the way."""
+        return self._cache.statistics()
 
-    def shared(self, ids: Sequence[int]) -> int:
-        """How many leading tokens this prefix and ``ids`` have in common."""
-        n = 0
-        for ours, theirs in zip(self.ids, ids, strict=False):
-            if ours != theirs:
-                break
-            n += 1
-        return n
+    def common_prefix(self, ids: Sequence[int]) -> int:
+        """How many leading tokens this sequence and ``ids`` share."""
+        return common_prefix(self.ids, ids)
 
     def move_to(self, ids: Sequence[int]) -> int:
-        """Become the prefix ``ids``: roll back to what is shared, read only the rest.
+        """Become the sequence ``ids``: cut back to the common prefix, read only the rest.
 
         Returns:
             Tokens that were computed; at least one, since the logits at the end are wanted.
         """
         if self.ids == list(ids):
             return 0
-        keep = self._roll_back(min(self.shared(ids), len(ids) - 1))
-        self.extend(ids[keep:])
+        keep = self._truncate(min(self.common_prefix(ids), len(ids) - 1))
+        self.append(ids[keep:])
         return len(ids) - keep
 
-    def look_ahead(self, candidates: Tensor, lora: Lora | None = None) -> Tensor:
-        """Last hidden state ``[K, H]`` after each of the candidates ``[K]``; the prefix stays as it is.
+    def score_candidates(self, candidates: Tensor, lora: Any | None = None) -> Tensor:
+        """Last hidden state ``[K, H]`` after each of the candidates ``[K]``; the sequence stays as it is.
 
         Args:
             candidates: token ids.
-            lora: corrections that are on at the candidates only.
+            lora: adapter that is on at the candidates only.
         """
-        return self.model.look_ahead(candidates, self._cache, len(self), lora, self.meter)
+        return self.model.score_candidates(candidates, self._cache, len(self), lora, self.compute)
 
     @contextmanager
-    def branches(self, rows: int) -> Iterator[Branches]:
-        """So many copies, one row each, to be continued apart from this prefix; their time is on its meter."""
+    def forks(self, count: int) -> Iterator[Forks]:
+        """So many copies, to be continued apart from this sequence; their compute time is on its account."""
+        forks = Forks(self, count)
         try:
-            yield Branches(self.model, cloned_rows(self._cache, rows), len(self), self.meter)
+            yield forks
         finally:
-            release()  # the threads that their forwards had
+            forks.close()
+            self.model.scheduler.pause()
 
-    def _roll_back(self, length: int) -> int:
+    def close(self) -> None:
+        """Give the KV cache back."""
+        self._cache.close()
+
+    def _truncate(self, length: int) -> int:
         """Forget everything after ``length`` tokens; returns how many are really kept."""
         dropped = len(self) - length
-        if dropped and not self.model.overlay_exact:  # recurrent states cannot be rolled back
+        if dropped and not self.model.capabilities.truncation:
+            self._cache.close()
             self._cache, self.ids = self.model.new_cache(), []
             return 0
         if dropped:
-            self._cache.crop(-dropped)
+            self._cache.truncate(length)
             del self.ids[length:]
         return length
+
+
+class Forks:
+    """Several continuations of one sequence, each on a KV cache of its own.
+
+        cache ──forked K times──> a1 | a2 ...     one forward appends a token to each
+                                  b1 | b2 ...
+
+    Args:
+        sequence: stays as it is.
+        count: K.
+    """
+
+    def __init__(self, sequence: TokenSequence, count: int) -> None:
+        self._model, self._compute = sequence.model, sequence.compute
+        self._caches = [sequence._cache.fork(len(sequence)) for _ in range(count)]
+
+    @torch.inference_mode()
+    def append(self, ids: Sequence[int | None]) -> list[Tensor | None]:
+        """Append a token to each, ``[K]``; logits ``[V]`` (fp32) after it. None leaves a continuation as it is."""
+        requests = [
+            AppendRequest(torch.tensor([token]), cache, self._compute) if token is not None else None
+            for token, cache in zip(ids, self._caches, strict=True)
+        ]
+        self._model.scheduler.run([request for request in requests if request is not None])
+        return [request.result().logits if request is not None else None for request in requests]
+
+    def close(self) -> None:
+        """Give the KV caches back."""
+        for cache in self._caches:
+            cache.close()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..backends.torch.language_model import LanguageModel
 from ..backends.torch.loading import ONE_AT_A_TIME
 from ..bundled import selector_path
+from ..scheduling.language_model import LanguageModel
 from .activated import ActivatedSelector
 from .adapted import AdaptedSelector
 from .base import Selector, confidence_margin

@@ -17,11 +17,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..atomic_write import write_whole
-from ..backends.torch.language_model import LanguageModel
 from ..backends.torch.loading import read_tensors
 from ..backends.torch.lora import Lora
 from ..errors import AdapterMismatch
 from ..proposal import Proposal
+from ..scheduling.language_model import LanguageModel
 from .base import LearnedSelector
 from .config import SelectorConfig
 
@@ -40,14 +40,14 @@ class ActivatedSelector(LearnedSelector):
     def __init__(self, base: LanguageModel, lora: Lora, *, temperature: float = 1.0, caution: float = 0.0) -> None:
         super().__init__(base, temperature=temperature, caution=caution)
         self.lora = lora
-        self.head = nn.Linear(base.config.hidden_size, 1, bias=False)
+        self.head = nn.Linear(base.hidden_size, 1, bias=False)
         nn.init.zeros_(self.head.weight)
         self.to(base.device)
 
     @torch.inference_mode()
     def scores(self, proposal: Proposal) -> Tensor:
         """``[K]``, see ``calibrated``."""
-        hidden = proposal.prefix.look_ahead(proposal.candidates, self.lora)
+        hidden = proposal.prefix.score_candidates(proposal.candidates, self.lora)
         return self.calibrated(proposal.candidate_log_probs, self.correction(hidden))
 
     def correction(self, hidden: Tensor) -> Tensor:

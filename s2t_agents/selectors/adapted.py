@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..backends.torch.language_model import LanguageModel
-from ..backends.torch.logit_statistics import FLOOR
+from ..backends.statistics import FLOOR
 from ..backends.torch.lora import Lora
 from ..proposal import Proposal
+from ..scheduling.language_model import LanguageModel
 from .adapted_prefix import AdaptedPrefixes
 from .base import LearnedSelector
 from .config import SelectorConfig

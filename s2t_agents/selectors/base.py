@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..backends.torch.language_model import LanguageModel
 from ..proposal import Proposal
+from ..scheduling.language_model import LanguageModel
 
 
 class Selector(Protocol):

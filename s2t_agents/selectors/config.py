@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..atomic_write import write_whole
 from ..backends.torch.fingerprint import same_weights
-from ..backends.torch.language_model import LanguageModel
 from ..errors import AdapterMismatch, ConfigError, ModelNotFound
+from ..scheduling.language_model import LanguageModel
 
 CONFIG_FILE = "selector.json"
 
@@ -32,8 +32,8 @@ class BaseIdentity(BaseModel):
         """The identity of a loaded model."""
         return cls(
             name=model.name,
-            model_type=model.config.model_type,
-            hidden_size=model.config.hidden_size,
+            model_type=model.architecture,
+            hidden_size=model.hidden_size,
             tokenizer_fingerprint=model.tokenizer_fingerprint,
             weights_fingerprint=model.weights_fingerprint,
         )

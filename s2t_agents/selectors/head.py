@@ -12,10 +12,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..atomic_write import write_whole
-from ..backends.torch.language_model import LanguageModel
 from ..backends.torch.loading import read_tensors
 from ..errors import AdapterMismatch
 from ..proposal import Proposal
+from ..scheduling.language_model import LanguageModel
 from .base import LearnedSelector
 from .config import SelectorConfig
 
@@ -35,7 +35,7 @@ class HeadSelector(LearnedSelector):
         self, base: LanguageModel, *, width: int = 256, temperature: float = 1.0, caution: float = 0.0
     ) -> None:
         super().__init__(base, temperature=temperature, caution=caution)
-        size = base.config.hidden_size
+        size = base.hidden_size
         self.from_hidden = nn.Linear(size, width)
         self.from_candidate = nn.Linear(size, width, bias=False)
         self.interaction = nn.Linear(width, width)

@@ -20,11 +20,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..atomic_write import write_whole
-from ..backends.torch.language_model import LanguageModel
 from ..backends.torch.loading import read_tensors
 from ..backends.torch.lora import Lora
 from ..errors import AdapterMismatch
 from ..proposal import Proposal
+from ..scheduling.language_model import LanguageModel
 from .adapted_prefix import AdaptedPrefixes
 from .base import LearnedSelector
 from .config import SelectorConfig
@@ -49,7 +49,7 @@ class PublishedSelector(LearnedSelector):
     def __init__(self, base: LanguageModel, lora: Lora, *, temperature: float = 1.0, caution: float = 0.0) -> None:
         super().__init__(base, temperature=temperature, caution=caution)
         self.lora = lora
-        self.rows = nn.Linear(base.config.hidden_size, BINS, bias=False)
+        self.rows = nn.Linear(base.hidden_size, BINS, bias=False)
         nn.init.zeros_(self.rows.weight)
         self.register_buffer("bins", torch.linspace(0, 1, BINS), persistent=False)
         self.prefixes = AdaptedPrefixes(base, lora)
@@ -59,7 +59,7 @@ class PublishedSelector(LearnedSelector):
     def scores(self, proposal: Proposal) -> Tensor:
         """``[K]``, see ``calibrated``."""
         with self.prefixes.caught_up(proposal) as prefix:
-            hidden = prefix.look_ahead(proposal.candidates)
+            hidden = prefix.score_candidates(proposal.candidates)
         return self.calibrated(proposal.candidate_log_probs, self.correction(hidden))
 
     def correction(self, hidden: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Rows are padded on the left, so that every row ends in the same column:
 
     row 0   . . . a b c d | e f     row 1   a b c d e f g | h i     (| the prompts' end, common to all)
 
-Each row's logits equal those of its own ``Prefix`` (tests/test_training_batch.py holds it to 1e-4 in fp32).
+Each row's logits equal those of its own ``TokenSequence`` (tests/test_training_batch.py holds it to 1e-4 in fp32).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError
+from ..scheduling.language_model import LanguageModel
 
 
 class BatchPrefix:
@@ -32,7 +32,7 @@ class BatchPrefix:
     """
 
     def __init__(self, model: LanguageModel, prompts: Sequence[Sequence[int]]) -> None:
-        if not model.overlay_exact:
+        if not model.capabilities.truncation:
             raise ConfigError(
                 f"{model.name!r} has recurrent layers and cannot run in bulk.", hint="Use Engine.steps one by one."
             )
@@ -61,9 +61,9 @@ class BatchPrefix:
         other._cache = Cache(layers=[copy.copy(layer) for layer in self._cache.layers])
         return other
 
-    def look_ahead(self, rows: Tensor, candidates: Tensor) -> Tensor:
+    def score_candidates(self, rows: Tensor, candidates: Tensor) -> Tensor:
         """Last hidden state ``[N, K, H]`` after each of the candidates ``[N, K]`` of ``rows`` ``[N]``."""
-        return self.model.look_ahead_rows(candidates, rows, self.mask, self._cache)
+        return self.model.torch_backend.score_candidate_rows(candidates, rows, self.mask, self._cache)
 
     @torch.inference_mode()
     def read_along(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -72,13 +72,13 @@ class BatchPrefix:
         if not ids.shape[1]:
             return before
         self.mask = torch.cat([self.mask, mask], dim=1)
-        logits, hidden = self.model.read_rows(ids, self.mask, self._cache, ids.shape[1])
+        logits, hidden = self.model.torch_backend.read_rows(ids, self.mask, self._cache, ids.shape[1])
         self.logits, self.hidden = logits[:, -1], hidden[:, -1]
         return torch.cat([before, logits], 1)
 
     @torch.inference_mode()
     def _read(self, ids: Tensor) -> None:
-        logits, hidden = self.model.read_rows(ids, self.mask, self._cache, 1)
+        logits, hidden = self.model.torch_backend.read_rows(ids, self.mask, self._cache, 1)
         self.logits, self.hidden = logits[:, -1], hidden[:, -1]
 
 

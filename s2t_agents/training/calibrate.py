@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..atomic_write import sole_run
-from ..backends.torch.language_model import LanguageModel
 from ..errors import InputError
+from ..scheduling.language_model import LanguageModel
 from ..selectors import LocalSelector, SelectorConfig, load_selector
 from ..selectors.config import Calibration
 from ..selectors.learned_trigger import PROBE_FILE, load_probe

@@ -16,8 +16,8 @@ import torch
 
 from ..atomic_write import sole_run
 from ..backends.torch.fingerprint import shared_ids
-from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError, S2TError, TokenizerMismatch
+from ..scheduling.language_model import LanguageModel
 from ..selectors import LocalSelector, SelectorConfig, load_selector
 from ..selectors.config import CONFIG_FILE
 from .batch_prefix import PromptReader

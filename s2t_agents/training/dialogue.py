@@ -13,11 +13,11 @@ from typing import Any
 
 from langchain_core.messages import convert_to_messages
 
-from ..backends.torch.language_model import LanguageModel
 from ..chat.messages import PromptEncoder
 from ..errors import ContextOverflow
 from ..formats.tool_calls import ToolCallParser
 from ..grammar.grammar import CompiledGrammar, Grammar, cached_vocabulary, tool_grammar
+from ..scheduling.language_model import LanguageModel
 from ..tokenization.detokenizer import Detokenizer
 from .batch_prefix import BatchPrefix
 from .lockstep import Decider, Trace, generate

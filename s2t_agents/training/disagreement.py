@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..backends.torch.language_model import LanguageModel
+from ..scheduling.language_model import LanguageModel
 from .batch_prefix import left_padded
 from .groups import Example
 from .labels import batches_of_dialogues, dialogues
@@ -41,7 +41,9 @@ def hidden_along(model: LanguageModel, examples: Sequence[Example]) -> list[Tens
             read = dialogues(rows)
             ids, mask = left_padded([rows[places[-1]] for places in read], model.device)
             positions = (mask.cumsum(1) - 1).clamp_min(0)
-            out = model.decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+            out = model.torch_backend.decoder(
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+            )
             for row, places in enumerate(read):
                 for at in places:
                     end = ids.shape[1] - len(rows[places[-1]]) + len(rows[at])

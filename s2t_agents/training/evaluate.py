@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..atomic_write import sole_run, write_whole
-from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError
+from ..scheduling.language_model import LanguageModel
 from .batch_prefix import PromptReader
 from .collect import check_same_ids, selector_digest
 from .config import EvaluateConfig, Rows

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic_write import write_whole
-from ..backends.torch.language_model import LanguageModel
 from ..errors import InputError, S2TError
+from ..scheduling.language_model import LanguageModel
 from .config import Fit
 from .losses import agreements, selection_loss
 from .objectives import Objective, autocast

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..backends.torch.fingerprint import same_weights
-from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError, InputError
+from ..scheduling.language_model import LanguageModel
 from .shards import ModelIdentity, Shard, read_manifest, read_shards
 
 

@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..backends.torch.language_model import LanguageModel
-from ..backends.torch.logit_statistics import FLOOR
+from ..backends.statistics import FLOOR
 from ..grammar.grammar import Grammar
 from ..proposal import best_first, entropy_of
+from ..scheduling.language_model import LanguageModel
 from .batch_prefix import PromptReader, left_padded
 from .shards import ModelIdentity
 

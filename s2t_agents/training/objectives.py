@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ..backends.torch.language_model import LanguageModel
 from ..backends.torch.lora import Lora
+from ..scheduling.language_model import LanguageModel
 from ..selectors import LocalSelector
 from ..selectors.activated import ActivatedSelector
 from ..selectors.adapted import AdaptedSelector
@@ -143,10 +143,10 @@ class AdapterObjective:
         cache = DynamicCache()
         with base.lock:
             with self._adapted() if on_prefix else torch.no_grad():
-                base.read_rows(ids, mask, cache, 1)
+                base.torch_backend.read_rows(ids, mask, cache, 1)
             with self._adapted():
                 rows = candidates.to(base.device), positions.to(base.device)
-                return base.candidate_rows(*rows, mask, cache)
+                return base.torch_backend.candidate_rows(*rows, mask, cache)
 
     def _adapted(self) -> AbstractContextManager[None]:
         return adapter_on(self._selector.base, self._selector.lora, checkpointing=self._checkpointing)
@@ -180,7 +180,7 @@ class AdaptedObjective:
         ids, mask = left_padded([example.ids for example in examples], base.device)
         back = max(len(example.ids) - int(example.positions[0]) + 1 for example in examples)
         with base.lock, adapter_on(base, selector.lora, checkpointing=self._checkpointing):
-            logits, _ = base.read_rows(ids, mask, None, back)
+            logits, _ = base.torch_backend.read_rows(ids, mask, None, back)
         found = []
         for row, example in enumerate(examples):
             at = back - len(example.ids) + example.positions - 1  # the token before each step
@@ -194,7 +194,7 @@ class AdaptedObjective:
 @contextmanager
 def adapter_on(base: LanguageModel, lora: Lora, *, checkpointing: bool) -> Iterator[None]:
     """The adapter is on, and activations are kept or not."""
-    spared = recomputed(base.model, base.decoder, lora) if checkpointing else nullcontext()
+    spared = recomputed(base.model, base.torch_backend.decoder, lora) if checkpointing else nullcontext()
     with lora.on(base.model), spared:
         yield
 

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import torch
 
-from ..backends.torch.language_model import LanguageModel
 from ..escalation import PaidGroup, read_groups
+from ..scheduling.language_model import LanguageModel
 from .groups import Example
 
 T = TypeVar("T")

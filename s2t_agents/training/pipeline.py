@@ -7,7 +7,7 @@ from functools import partial
 from itertools import combinations
 
 from ..atomic_write import sole_run
-from ..backends.torch.language_model import LanguageModel
+from ..scheduling.language_model import LanguageModel
 from ..selectors.config import Calibration
 from .calibrate import calibrate_with
 from .collect import collect

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..atomic_write import write_whole
-from ..backends.torch.language_model import LanguageModel
+from ..scheduling.language_model import LanguageModel
 from ..selectors.config import SelectorConfig
 from ..selectors.learned_trigger import PROBE_FILE, load_probe
 from .config import ProbeConfig

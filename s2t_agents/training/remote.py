@@ -16,12 +16,12 @@ import torch
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_exponential
 from torch import Tensor
 
+from ..backends.statistics import FLOOR
 from ..backends.torch.fingerprint import shared_ids, tokenizer_fingerprint
-from ..backends.torch.language_model import LanguageModel
 from ..backends.torch.loading import load_tokenizer
-from ..backends.torch.logit_statistics import FLOOR
 from ..errors import EscalationFailed, TokenizerMismatch
 from ..llms.endpoint import checked_url
+from ..scheduling.language_model import LanguageModel
 from .labels import Opinion, Trajectory
 from .shards import ModelIdentity
 

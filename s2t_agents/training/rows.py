@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError
+from ..scheduling.language_model import LanguageModel
 from ..selectors import LocalSelector, SelectorConfig, load_selector
 from ..selectors.config import Calibration
 from ..selectors.learned_trigger import load_probe

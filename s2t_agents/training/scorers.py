@@ -68,7 +68,7 @@ class ActivatedScorer:
         """As ``ActivatedSelector.scores``."""
         base = self._selector.base
         with base.lock, self._selector.lora.on(base.model):
-            hidden = view.prefix.look_ahead(rows, candidates)
+            hidden = view.prefix.score_candidates(rows, candidates)
         return self._selector.calibrated(slm, self._selector.correction(hidden))
 
 
@@ -107,7 +107,7 @@ class PublishedScorer:
         with base.lock:
             prefix = self._line.prefix()
             with self._selector.lora.on(base.model):
-                hidden = prefix.look_ahead(rows, candidates)
+                hidden = prefix.score_candidates(rows, candidates)
         return self._selector.calibrated(slm, self._selector.correction(hidden))
 
 

@@ -8,8 +8,8 @@ from typing import Annotated, Literal, TypeVar
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from ..backends.torch.language_model import LanguageModel
 from ..bundled import model_path
+from ..scheduling.language_model import LanguageModel
 
 Kind = Literal["head", "activated", "adapted", "published"]
 KINDS: tuple[Kind, ...] = ("head", "activated", "adapted", "published")
@@ -63,7 +63,7 @@ class Models(Settings):
     def _load(self, name: str) -> LanguageModel:
         dtype = getattr(torch, self.dtype) if self.dtype else None
         model = LanguageModel.load(model_path(name), device=self.device, dtype=dtype)
-        model.name = name
+        model.backend.name = name
         return model
 
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..atomic_write import write_whole
-from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError, InputError, ModelNotFound
+from ..scheduling.language_model import LanguageModel
 
 MANIFEST = "manifest.json"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_write import sole_run, write_whole
-from ..backends.torch.language_model import LanguageModel
 from ..errors import ConfigError, InputError
+from ..scheduling.language_model import LanguageModel
 from ..selectors.config import BaseIdentity, SelectorConfig
 from ..selectors.learned_trigger import save_probe
 from .card import write_card

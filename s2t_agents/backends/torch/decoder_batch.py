@@ -13,20 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, groupby
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .llama_decoder import Affine, Attention, LeanLayer, LeanStep, appending, following
+from ..base import Append, Output, ScoreCandidates, StepOutput, Work
+from .llama_decoder import Attention, DecoderLayer, LinearMap, LlamaDecoder, appending, following
 from .lora import Lora, LoraLayer
-from .next_token_prefetch import READ, Ahead, Reading
-from .packed_batch import Look, Outcome, Part, Segment, apart
-from .packed_linear import Joint
+from .next_token_prefetch import PREFETCHED, PrefetchAttention, PrefetchedToken
+from .packed_batch import apart
+from .packed_linear import FusedLinear
 
 
-class CandidateRows:
+class DecoderBatch:
     """The lean forward of one model for stretches of tokens and candidates together.
 
     Args:
@@ -38,12 +40,12 @@ class CandidateRows:
         base: as given.
     """
 
-    def __init__(self, step: LeanStep, base: nn.Module) -> None:
+    def __init__(self, step: LlamaDecoder, base: nn.Module) -> None:
         self.step, self.base = step, base
         self._layers: WeakKeyDictionary[Lora, dict[nn.Module, LoraLayer]] = WeakKeyDictionary()
 
     @torch.inference_mode()
-    def __call__(self, parts: Sequence[Part]) -> list[Outcome | Tensor]:
+    def __call__(self, parts: Sequence[Work]) -> list[Output]:
         """What the model says after each part.
 
         Args:
@@ -55,39 +57,41 @@ class CandidateRows:
         """
         order = sorted(range(len(parts)), key=lambda at: _place(parts[at]))
         ordered = [parts[at] for at in order]
-        segments = [part for part in ordered if isinstance(part, Segment)]
-        looks = [part for part in ordered if isinstance(part, Look)]
+        segments = [part for part in ordered if isinstance(part, Append)]
+        looks = [part for part in ordered if isinstance(part, ScoreCandidates)]
         ids = torch.cat([part.ids for part in ordered])
         positions = [at for part in ordered for at in places(part)]
         hidden = self.step.rows(ids, positions, _side_by_side(_blocks(segments, looks)), self._correcting(ordered))
         ends = list(accumulate(len(segment.ids) for segment in segments))
-        said: list[Outcome | Tensor] = []
+        said: list[Output] = []
         if segments:
             last = hidden[[end - 1 for end in ends]]
-            said += zip(self.step.logits(last), (row.clone() for row in last), strict=True)
-        said += torch.split(hidden[ends[-1] if ends else 0 :], [len(look.ids) for look in looks]) if looks else []
+            said += [
+                StepOutput(*row) for row in zip(self.step.logits(last), (row.clone() for row in last), strict=True)
+            ]
+        said += torch.split(hidden[ends[-1] if ends else 0 :], [len(scoring.ids) for scoring in looks]) if looks else []
         return [said[order.index(at)] for at in range(len(parts))]
 
     @torch.inference_mode()
-    def with_next(self, look: Look) -> Tensor:
-        """A look, and the step after it for its first candidates, which the KV keeps; see ``ahead``.
+    def with_prefetch(self, scoring: ScoreCandidates[Any]) -> Tensor:
+        """A look, and the step after it for its first candidates, which the KV keeps; see ``prefetched``.
 
         Returns:
             Last hidden states ``[K, H]``.
         """
-        first = Look(look.ids[:READ], look.cache, look.length)
-        m, ids = len(first.ids), torch.cat([first.ids, look.ids])
-        reading = Reading(look.cache)
-        over = _side_by_side([(m, reading), (len(look.ids), Beside(look))])
-        hidden = self.step.rows(ids, [look.length] * len(ids), over, self._correcting([first, look]))
-        look.cache.ahead = Ahead(look.length, first.ids.tolist(), hidden[:m], reading.layers)
+        first = ScoreCandidates(scoring.ids[:PREFETCHED], scoring.cache, scoring.length)
+        m, ids = len(first.ids), torch.cat([first.ids, scoring.ids])
+        reading = PrefetchAttention(scoring.cache)
+        over = _side_by_side([(m, reading), (len(scoring.ids), OverlayAttention(scoring))])
+        hidden = self.step.rows(ids, [scoring.length] * len(ids), over, self._correcting([first, scoring]))
+        scoring.cache.prefetched = PrefetchedToken(scoring.length, first.ids.tolist(), hidden[:m], reading.layers)
         return hidden[m:]
 
-    def _correcting(self, ordered: Sequence[Part]) -> Affine:
+    def _correcting(self, ordered: Sequence[Work]) -> LinearMap:
         """The linear maps, with each adapter's corrections on the rows of its own looks, which stand together."""
         stretches: list[tuple[slice, dict[nn.Module, LoraLayer]]] = []
         start = 0
-        for lora, group in groupby(ordered, key=lambda part: part.lora if isinstance(part, Look) else None):
+        for lora, group in groupby(ordered, key=lambda part: part.lora if isinstance(part, ScoreCandidates) else None):
             end = start + sum(len(part.ids) for part in group)
             if lora is not None:
                 stretches.append((slice(start, end), self.corrections(lora)))
@@ -95,10 +99,10 @@ class CandidateRows:
 
         linear = self.step.linear
 
-        def affine(joint: Joint, x: Tensor) -> tuple[Tensor, ...]:
-            outputs = linear(joint, x)
+        def affine(fused: FusedLinear, x: Tensor) -> tuple[Tensor, ...]:
+            outputs = linear(fused, x)
             for rows, layers in stretches:
-                for module, out in zip(joint.modules, outputs, strict=True):
+                for module, out in zip(fused.modules, outputs, strict=True):
                     layer = layers.get(module)
                     if layer is not None:
                         layer.add_to(out[rows], x[rows])
@@ -113,28 +117,28 @@ class CandidateRows:
         return self._layers[lora]
 
 
-def places(part: Part) -> range | list[int]:
+def places(part: Work) -> range | list[int]:
     """The positions of a part's tokens; candidates all stand at the same."""
-    if isinstance(part, Segment):
+    if isinstance(part, Append):
         return range(part.length, part.length + len(part.ids))
     return [part.length] * len(part.ids)
 
 
-def _place(part: Part) -> tuple[int, int]:
+def _place(part: Work) -> tuple[int, int]:
     """Single tokens, stretches, then the looks of one adapter after another: each corrects one stretch of rows."""
-    if isinstance(part, Segment):
+    if isinstance(part, Append):
         return int(len(part.ids) > 1), 0
     return 2, 0 if part.lora is None else id(part.lora)
 
 
-def _blocks(segments: Sequence[Segment], looks: Sequence[Look]) -> list[tuple[int, Attention]]:
+def _blocks(segments: Sequence[Append[Any]], looks: Sequence[ScoreCandidates[Any]]) -> list[tuple[int, Attention]]:
     """Tokens over their own KV, which grows, then candidates over KV that stays: how many rows, and their attention."""
     single = [segment.cache for segment in segments if len(segment.ids) == 1]
     stretches = [segment for segment in segments if len(segment.ids) > 1]
     return [
         *([(len(single), appending(single))] if single else []),
         *((len(each.ids), following(each.cache, each.length)) for each in stretches),
-        *((len(look.ids), Beside(look)) for look in looks),
+        *((len(scoring.ids), OverlayAttention(scoring)) for scoring in looks),
     ]
 
 
@@ -144,25 +148,25 @@ def _side_by_side(blocks: Sequence[tuple[int, Attention]]) -> Attention:
         return blocks[0][1]
     widths = [rows for rows, _ in blocks]
 
-    def attend(layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = zip(blocks, *(torch.split(each, widths) for each in (q, k, v)), strict=True)
         return torch.cat([over(layer, index, *own) for (_, over), *own in parts])
 
     return attend
 
 
-class Beside:
+class OverlayAttention:
     """Attention of K candidates over a prefix and each over itself; in one block per key head.
 
     Args:
         look: the candidates and the prefix's KV.
     """
 
-    def __init__(self, look: Look) -> None:
-        self._look = look
+    def __init__(self, scoring: ScoreCandidates[Any]) -> None:
+        self._look = scoring
         self._masks: dict[int | None, Tensor] = {}
 
-    def __call__(self, layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """From queries ``[K, heads, d]``, keys and values ``[K, key heads, d]`` to ``[K, heads * d]``."""
         n, heads, d = k.shape
         keys, values = self._look.cache.layers[index].write(k.transpose(0, 1)[None], v.transpose(0, 1)[None])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .logit_statistics import glanced
+from ..statistics import logit_statistics
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Pointwise:
     weighed_beside: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = weighed_beside
     seen_beside: Callable[[Tensor, Tensor, Tensor], Tensor] = seen_beside
     summed: Callable[[Tensor], Tensor] = summed
-    glanced: Callable[[Tensor, Tensor, Tensor], Tensor] = glanced
+    logit_statistics: Callable[[Tensor, Tensor, Tensor], Tensor] = logit_statistics
 
 
 PLAIN = Pointwise()

@@ -9,6 +9,7 @@ stands behind ``length`` is nobody's.
 
 from __future__ import annotations
 
+import copy
 import math
 import mmap
 from collections.abc import Sequence
@@ -17,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 if TYPE_CHECKING:
-    from .logit_statistics import Glance
-    from .next_token_prefetch import Ahead
+    from ..statistics import LogitStatistics
+    from .next_token_prefetch import PrefetchedToken
 
 GRAIN = 256
 """Tokens by which a buffer grows at least."""
@@ -125,57 +126,136 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class KVCache(Cache):  # type: ignore[misc]
-    """The KV of one sequence, all of it kept, for models whose every layer is attention."""
+    """The KV cache of one sequence, all of it kept, for models whose every layer is attention; see ``SequenceCache``.
+
+    Attributes:
+        read: tokens whose forward is done in every layer.
+        prefetched: the next step for some tokens, where candidate scoring has computed it on the way.
+    """
 
     layer_class = GrowingLayer
-    front_stays = True
-    """What has been written is at nobody else's disposal while its sequence goes on; see ``live_prefixes``."""
 
     def __init__(self, layers: Sequence[GrowingLayer] | None = None) -> None:
         super().__init__(layer_class_to_replicate=self.layer_class)
         self.layers = list(layers or ())
-        self.ahead: Ahead | None = None
-        """The next step, for some tokens, where a selection has read it; see ``ahead``."""
+        self.prefetched: PrefetchedToken | None = None
         self.read = 0
-        """Tokens whose forward is done: every layer holds them; see ``live_prefixes``."""
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens, and what was read past the end."""
-        self.forget_ahead()
-        self.read = 0
-        super().crop(tokens_to_remove)
-        self.read = self.get_seq_length()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.forget_ahead()
-        self.read = 0
-        super().reset()
-
-    @torch.inference_mode()
-    def clone(self, length: int) -> KVCache:
-        """A cache of its own with the first ``length`` tokens: copying them costs far less than reading them again."""
-        other = type(self)([layer.clone(length) for layer in self.layers])
-        other.read = min((layer.get_seq_length() for layer in other.layers), default=0)
-        return other
-
-    def rest(self) -> None:
-        """Its generation has ended: give back what only running ones need. The tokens stay."""
-        self.ahead = None
-
-    def forget_ahead(self) -> None:
-        """Nothing that was read past its end holds any more."""
-        self.ahead = None
-
-    def glance(self, length: int) -> Glance | None:
-        """What the step that made it so many tokens long has fetched along with it, where it has."""
-        return None
-
-    def unseen(self) -> float:
-        """Seconds of its last step that the device has worked while nobody was waiting for it; asked once."""
-        return 0.0
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        return int(self.get_seq_length())
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(layer.nbytes for layer in self.layers)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens, as ``transformers`` spells ``truncate``."""
+        self.drop_prefetched()
+        self.read = 0
+        super().crop(tokens_to_remove)
+        self.read = self.length
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens after the first ``length``, also where a failed forward has written some layers only."""
+        self.drop_prefetched()
+        self.read = min(self.read, length)  # first: another thread may copy the front
+        for layer in self.layers:
+            extra = layer.get_seq_length() - length
+            if extra > 0:
+                layer.crop(-extra)
+
+    def mark_read(self, length: int) -> None:
+        """A forward over the first ``length`` tokens is done."""
+        self.read = length
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.drop_prefetched()
+        self.read = 0
+        super().reset()
+
+    @torch.inference_mode()
+    def fork(self, length: int) -> KVCache:
+        """An independent cache with the first ``length`` tokens: a copy costs far less than reading them again."""
+        other = type(self)([layer.clone(length) for layer in self.layers])
+        other.read = min((layer.get_seq_length() for layer in other.layers), default=0)
+        return other
+
+    def park(self) -> None:
+        """Its generation has ended: give back what only running sequences need. The tokens stay."""
+        self.prefetched = None
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.drop_prefetched()
+        self.read, self.layers = 0, []
+
+    def drop_prefetched(self) -> None:
+        """What was computed past its end does not hold any more."""
+        self.prefetched = None
+
+    def statistics(self) -> LogitStatistics | None:
+        """Of the logits after the last token, where the forward has computed them on the way."""
+        return None
+
+    def unbilled_s(self) -> float:
+        """Seconds of its last step that the device worked while no caller waited; reset by the call."""
+        return 0.0
+
+
+class RecurrentCache(DynamicCache):  # type: ignore[misc]
+    """The state of one sequence in a model with recurrent layers: it cannot be cut, only forked whole."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        return int(self.get_seq_length())
+
+    @property
+    def read(self) -> int:
+        """As ``length``."""
+        return self.length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of attention layers' keys and values; recurrent states are not counted."""
+        tensors = [getattr(layer, name, None) for layer in self.layers for name in ("keys", "values")]
+        return sum(each.nbytes for each in tensors if each is not None)
+
+    def fork(self, length: int) -> RecurrentCache:
+        """An independent copy; ``length`` must be all of it.
+
+        Raises:
+            ValueError: another length.
+        """
+        if length != self.length:
+            raise ValueError(f"a recurrent state of {self.length} tokens cannot be cut to {length}.")
+        return copy.deepcopy(self)
+
+    def truncate(self, length: int) -> None:
+        """Cut the attention layers; recurrent states stay as they are, so the sequence has to be read again."""
+        for layer in self.layers:
+            extra = layer.get_seq_length() - length
+            if extra > 0 and layer.is_croppable:
+                layer.crop(-extra)
+
+    def mark_read(self, length: int) -> None:
+        """Nothing to remember."""
+
+    def park(self) -> None:
+        """Nothing to give back."""
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.layers: list[Any] = []
+
+    def statistics(self) -> LogitStatistics | None:
+        """None."""
+        return None
+
+    def unbilled_s(self) -> float:
+        """Nothing."""
+        return 0.0

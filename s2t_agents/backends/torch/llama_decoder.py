@@ -2,7 +2,7 @@
 
 The same arithmetic on the same weights as transformers' modules, without the modules: on a small model most of a step
 is their overhead, and on a CPU the weights are laid out beforehand. Used for single tokens, and on a CPU for stretches
-of up to ``STRETCH`` tokens (longer ones are bound by arithmetic alone), only for architectures known here, and only
+of up to ``CHUNK`` tokens (longer ones are bound by arithmetic alone), only for architectures known here, and only
 after it has given the same logits as the model itself; everything else goes the model's own way.
 """
 
@@ -21,7 +21,7 @@ from .candidate_overlay import layer_kinds
 from .fused_ops import PLAIN, Pointwise
 from .kv_cache import KVCache
 from .packed_batch import causal
-from .packed_linear import LIMIT, Joint, Prepacked
+from .packed_linear import LIMIT, FusedLinear, PackedLinears
 
 PATTERN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 """Architectures: RMS norm before attention and MLP, rotary positions, gated SiLU, no other twist."""
@@ -29,30 +29,33 @@ PATTERN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3F
 FIXED_ROTATIONS = {"default", "linear", "llama3"}
 """Rotary embeddings whose angles depend on the position alone."""
 
-STRETCH = 256
+CHUNK = 256
 """Tokens of a prompt up to which it is read here: an agent's next turn, a tool's result."""
 
 CLOSE = 1e-3
 """Largest difference to the model's own logits, as a share of their range, at the first use."""
 
 
-class LeanLayer:
+class DecoderLayer:
     """One decoder layer's weights."""
 
     def __init__(self, layer: Any, window: int | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
-        self.qkv, self.o = Joint(attention.q_proj, attention.k_proj, attention.v_proj), Joint(attention.o_proj)
+        self.qkv, self.o = (
+            FusedLinear(attention.q_proj, attention.k_proj, attention.v_proj),
+            FusedLinear(attention.o_proj),
+        )
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        self.gate_up, self.down = Joint(mlp.gate_proj, mlp.up_proj), Joint(mlp.down_proj)
+        self.gate_up, self.down = FusedLinear(mlp.gate_proj, mlp.up_proj), FusedLinear(mlp.down_proj)
         self.head_dim, self.scale, self.window = attention.head_dim, attention.scaling, window
 
     @property
-    def joints(self) -> list[Joint]:
+    def fused_linears(self) -> list[FusedLinear]:
         """Its linear maps."""
         return [self.qkv, self.o, self.gate_up, self.down]
 
-    def __call__(self, index: int, x: Tensor, h: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def __call__(self, index: int, x: Tensor, h: Tensor, rows: BatchMetadata) -> tuple[Tensor, Tensor]:
         """``[N, H]`` to ``[N, H]``.
 
         Args:
@@ -74,18 +77,18 @@ class LeanLayer:
         return x, out
 
 
-Attention = Callable[[LeanLayer, int, Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[[DecoderLayer, int, Tensor, Tensor, Tensor], Tensor]
 """From a layer, its index, queries ``[N, heads, d]``, keys and values ``[N, key heads, d]`` to ``[N, heads * d]``."""
 
-Affine = Callable[[Joint, Tensor], tuple[Tensor, ...]]
+LinearMap = Callable[[FusedLinear, Tensor], tuple[Tensor, ...]]
 """From a joint of linear modules and inputs ``[N, in]`` to the ``[N, out]`` of each module."""
 
-Gate = Callable[[Joint, Tensor], Tensor]
+Gate = Callable[[FusedLinear, Tensor], Tensor]
 """From the joint of gate and up and inputs ``[N, in]`` to what the gate lets through, ``[N, out]``."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchMetadata:
     """What all layers are told about the rows that go through.
 
     Attributes:
@@ -100,11 +103,11 @@ class Rows:
     cos: Tensor
     sin: Tensor
     over: Attention
-    affine: Affine
+    affine: LinearMap
     ops: Pointwise = PLAIN
     gate: Gate | None = None
 
-    def gated(self, gate_up: Joint, h: Tensor) -> Tensor:
+    def gated(self, gate_up: FusedLinear, h: Tensor) -> Tensor:
         """The inner activations of an MLP, from ``[N, H]``."""
         return self.ops.gated(*self.affine(gate_up, h)) if self.gate is None else self.gate(gate_up, h)
 
@@ -112,7 +115,7 @@ class Rows:
 def appending(caches: Sequence[KVCache]) -> Attention:
     """One token per sequence over its own KV, which its key and value join."""
 
-    def attend(layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return alone(layer, q, k, v, [cache.layers[index].update for cache in caches])
 
     return attend
@@ -122,7 +125,7 @@ def following(cache: Cache, length: int) -> Attention:
     """A stretch of one sequence's tokens over the ``length`` before it and itself; its KV joins the sequence's."""
     masks: dict[int | None, Tensor] = {}
 
-    def attend(layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n, heads = q.shape[:2]
         own = (each.transpose(0, 1)[None] for each in (k, v))
         keys, values = (for_each(heads, all_of) for all_of in cache.update(*own, index))
@@ -146,7 +149,7 @@ Placing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Puts a key and a value ``[1, key heads, 1, d]`` behind a sequence's own and gives all ``[1, key heads, n, d]``."""
 
 
-def alone(layer: LeanLayer, q: Tensor, k: Tensor, v: Tensor, places: Sequence[Placing]) -> Tensor:
+def alone(layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor, places: Sequence[Placing]) -> Tensor:
     """Attention row by row, each over what its place gives; shapes as in ``Attention``."""
     n, heads, d = k.shape
     # Queries that share a key stand in one block: attention then runs on the key heads, nothing is repeated.
@@ -161,28 +164,28 @@ def alone(layer: LeanLayer, q: Tensor, k: Tensor, v: Tensor, places: Sequence[Pl
     return together.reshape(n, -1)
 
 
-class LeanStep:
+class LlamaDecoder:
     """The decoder and output layer of one model.
 
     Args:
-        model: a causal LM of a known architecture; see ``lean_step_of``.
+        model: a causal LM of a known architecture; see ``llama_decoder_of``.
         prepack: bytes of weights that may be held twice, see ``prepack``.
     """
 
     def __init__(self, model: Any, prepack: int = LIMIT) -> None:
         decoder, config = model.get_decoder(), model.config
         self._embed = decoder.embed_tokens
-        self._head = Joint(model.get_output_embeddings())
+        self._head = FusedLinear(model.get_output_embeddings())
         self._rotary = decoder.rotary_emb
         window = getattr(config, "sliding_window", None)
         kinds = layer_kinds(config)
         self._layers = [
-            LeanLayer(layer, window if kind == "sliding_attention" else None)
+            DecoderLayer(layer, window if kind == "sliding_attention" else None)
             for layer, kind in zip(decoder.layers, kinds, strict=True)
         ]
         self._norms = [*(layer.before for layer in self._layers[1:]), decoder.norm]  # the one after each layer
-        self.joints = [joint for layer in self._layers for joint in layer.joints]
-        self.linear = Prepacked([*self.joints, self._head], prepack)
+        self.fused_linears = [fused for layer in self._layers for fused in layer.fused_linears]
+        self.linear = PackedLinears([*self.fused_linears, self._head], prepack)
         """How a joint of this model's linear modules maps rows."""
         self._angles: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
@@ -219,18 +222,18 @@ class LeanStep:
         hidden = self.rows(ids, positions, appending(caches))
         return self.logits(hidden), hidden
 
-    def rows(self, ids: Tensor, positions: Sequence[int], over: Attention, affine: Affine | None = None) -> Tensor:
+    def rows(self, ids: Tensor, positions: Sequence[int], over: Attention, affine: LinearMap | None = None) -> Tensor:
         """Last hidden states ``[N, H]`` of tokens ``[N]`` at their positions.
 
         Args:
             ids: tokens.
             positions: theirs.
-            over: see ``LeanLayer``.
+            over: see ``DecoderLayer``.
             affine: in place of ``linear``; for corrections on some of the rows.
         """
-        return self.through(ids, Rows(*self._rotations(positions), over, affine or self.linear))
+        return self.through(ids, BatchMetadata(*self._rotations(positions), over, affine or self.linear))
 
-    def through(self, ids: Tensor, rows: Rows) -> Tensor:
+    def through(self, ids: Tensor, rows: BatchMetadata) -> Tensor:
         """``rows`` where the rotations are at hand."""
         x = functional.embedding(ids, self._embed.weight)
         h = normed(self._layers[0].before, x)
@@ -238,7 +241,7 @@ class LeanStep:
             x, h = rows.ops.added(*layer(index, x, h, rows), *norm_of(norm))
         return h
 
-    def logits(self, hidden: Tensor, affine: Affine | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, affine: LinearMap | None = None) -> Tensor:
         """``[N, V]`` in fp32, of last hidden states ``[N, H]``; by ``linear`` where nothing else is given."""
         (logits,) = (affine or self.linear)(self._head, hidden)
         return logits.float()
@@ -276,11 +279,11 @@ def hooks_of(decoder: nn.Module) -> list[Any]:
     return [hooks for module in decoder.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
 
-def lean_step_of(model: Any, prepack: int = LIMIT) -> LeanStep | None:
+def llama_decoder_of(model: Any, prepack: int = LIMIT) -> LlamaDecoder | None:
     """The lean step of a model, if it has one: a known architecture, plain layers, and the same logits in a trial."""
     if type(model).__name__ not in PATTERN or not _plain(model):
         return None
-    step = LeanStep(model, prepack)
+    step = LlamaDecoder(model, prepack)
     return step if _agrees(model, step) else None
 
 
@@ -299,7 +302,7 @@ def _plain(model: Any) -> bool:
 
 
 @torch.inference_mode()
-def _agrees(model: Any, step: LeanStep) -> bool:
+def _agrees(model: Any, step: LlamaDecoder) -> bool:
     """Three tokens, and one after them, both ways."""
     ids = torch.tensor([[1, 2, 3, 4]], device=model.device) % model.get_input_embeddings().weight.shape[0]
     cache = KVCache()

@@ -4,9 +4,9 @@
                                                        then all K as the adapter does
     pick 1     the KV and the hidden state of c9.1 are at hand: the next step is the output layer alone
 
-The base's rows go through the same kernels as a step of their own, so that whoever continues gets bitwise the same
-logits and KV; where that does not hold (``Prepacked.rows_alike``), nothing is read ahead. A pick that is not among the
-tokens read costs a step as before.
+The base's rows go through the same kernels as a step of their own, so logits and KV are bitwise those of a separate
+step; where that does not hold (``PackedLinears.rows_alike``), nothing is prefetched. A pick that is not among the
+prefetched tokens costs a step as before.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .kv_cache import KVCache
-from .llama_decoder import LeanLayer, alone
+from .llama_decoder import DecoderLayer, alone
 
-READ = 2
+PREFETCHED = 2
 """Candidates whose next step is read: nearly every pick is one of the SLM's two likeliest, and each costs a row."""
 
 
 @dataclass
-class Ahead:
+class PrefetchedToken:
     """What a model says one token past the end of a sequence, for some tokens.
 
     Attributes:
@@ -54,7 +54,7 @@ class Ahead:
 
 
 @dataclass
-class Reading:
+class PrefetchAttention:
     """Attention of rows that each follow the same sequence alone, as a step would; their KV is kept aside.
 
     Attributes:
@@ -65,7 +65,7 @@ class Reading:
     cache: KVCache
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def __call__(self, layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See ``Attention``."""
         self.layers.append((k.clone(), v.clone()))
         write = self.cache.layers[index].write

@@ -24,54 +24,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..base import Append, Output, ScoreCandidates, StepOutput, Work
 from .candidate_overlay import layer_kinds, overlay_of
-from .lora import Lora
 
 NAME = "s2t_packed"
 """Under which name transformers finds our attention."""
 
 
 @dataclass(frozen=True)
-class Segment:
-    """The new tokens of one sequence.
-
-    Attributes:
-        ids: ``[T]``.
-        cache: the sequence's own KV; grows by T.
-        length: tokens in it before.
-    """
-
-    ids: Tensor
-    cache: Cache
-    length: int
-
-
-@dataclass(frozen=True)
-class Look:
-    """Candidates after one sequence: each sees the prefix and itself, and nothing is kept.
-
-    Attributes:
-        ids: ``[K]``.
-        cache: the sequence's own KV; stays bitwise as it is.
-        length: tokens in it.
-        lora: corrections on the candidates' rows; None reads them with the base itself.
-    """
-
-    ids: Tensor
-    cache: Cache
-    length: int
-    lora: Lora | None = None
-
-
-Part = Segment | Look
-"""What one sequence wants of a forward."""
-
-Outcome = tuple[Tensor, Tensor]
-"""Logits ``[V]`` (fp32) and last hidden state ``[H]`` after a segment's last token."""
-
-
-@dataclass(frozen=True)
-class Ragged:
+class RaggedKV:
     """Keys, or values, of several sequences.
 
     Attributes:
@@ -89,7 +50,7 @@ class Ragged:
     masks: dict[tuple[int, int, int | None, bool], Tensor]
 
 
-class PackedCache(Cache):  # type: ignore[misc]
+class PackedKV(Cache):  # type: ignore[misc]
     """Writes each segment's keys and values to its own sequence; those of candidates nowhere that counts.
 
     Args:
@@ -97,16 +58,19 @@ class PackedCache(Cache):  # type: ignore[misc]
         attend: name of the model's own attention.
     """
 
-    def __init__(self, parts: Sequence[Part], attend: str) -> None:
+    def __init__(self, parts: Sequence[Work], attend: str) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
-        self._widths, self._beside = [len(part.ids) for part in parts], [isinstance(part, Look) for part in parts]
-        self._caches = [overlay_of(part.cache) if isinstance(part, Look) else part.cache for part in parts]
+        self._widths, self._beside = (
+            [len(part.ids) for part in parts],
+            [isinstance(part, ScoreCandidates) for part in parts],
+        )
+        self._caches = [overlay_of(part.cache) if isinstance(part, ScoreCandidates) else part.cache for part in parts]
         self._attend = attend
         self._masks: dict[tuple[int, int, int | None, bool], Tensor] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Ragged, Ragged]:
+    ) -> tuple[RaggedKV, RaggedKV]:
         """From ``[1, heads, N, d]`` of the row to the whole of each sequence."""
         keys, values = [], []
         pieces = zip(
@@ -120,14 +84,14 @@ class PackedCache(Cache):  # type: ignore[misc]
             keys.append(all_keys)
             values.append(all_values)
         shared = (self._widths, self._beside, self._attend, self._masks)
-        return Ragged(keys, *shared), Ragged(values, *shared)
+        return RaggedKV(keys, *shared), RaggedKV(values, *shared)
 
 
 def attend_packed(
     module: nn.Module,
     query: Tensor,
-    key: Ragged,
-    value: Ragged,
+    key: RaggedKV,
+    value: RaggedKV,
     attention_mask: Tensor | None,
     *,
     sliding_window: int | None = None,
@@ -185,7 +149,7 @@ def apart(tokens: int, length: int, window: int | None, *, like: Tensor) -> Tens
     return mask.masked_fill_(hidden, torch.finfo(like.dtype).min)[None, None]
 
 
-def through_modules(model: Any, parts: Sequence[Part]) -> list[Outcome | Tensor]:
+def through_modules(model: Any, parts: Sequence[Work]) -> list[Output]:
     """One forward through a model's modules; its output layer runs over the last token of each segment only.
 
     Args:
@@ -198,10 +162,10 @@ def through_modules(model: Any, parts: Sequence[Part]) -> list[Outcome | Tensor]
     """
     config, decoder, device = model.config.get_text_config(), model.get_decoder(), model.device
     ends = list(accumulate(len(part.ids) for part in parts))
-    last = [end - 1 for end, part in zip(ends, parts, strict=True) if isinstance(part, Segment)]
+    last = [end - 1 for end, part in zip(ends, parts, strict=True) if isinstance(part, Append)]
     places = [
         torch.arange(part.length, part.length + len(part.ids))
-        if isinstance(part, Segment)
+        if isinstance(part, Append)
         else torch.full((len(part.ids),), part.length)
         for part in parts
     ]
@@ -210,7 +174,7 @@ def through_modules(model: Any, parts: Sequence[Part]) -> list[Outcome | Tensor]
             "input_ids": torch.cat([part.ids for part in parts])[None],
             "position_ids": torch.cat(places).to(device)[None],
             "attention_mask": ready_mask(config, model.get_output_embeddings().weight),
-            "past_key_values": PackedCache(parts, own),
+            "past_key_values": PackedKV(parts, own),
             "use_cache": True,
         }
         if last:
@@ -219,8 +183,8 @@ def through_modules(model: Any, parts: Sequence[Part]) -> list[Outcome | Tensor]
             decoder(**inputs)
     hidden, at = kept[0], iter(range(len(last)))
     return [
-        (out.logits[0, next(at)].float(), hidden[end - 1].clone())
-        if isinstance(part, Segment)
+        StepOutput(out.logits[0, next(at)].float(), hidden[end - 1].clone())
+        if isinstance(part, Append)
         else hidden[end - len(part.ids) : end]
         for end, part in zip(ends, parts, strict=True)
     ]
@@ -239,13 +203,13 @@ def packed_attention(config: Any) -> Iterator[str]:
 
 
 @contextmanager
-def corrected(base: nn.Module, parts: Sequence[Part]) -> Iterator[None]:
+def corrected(base: nn.Module, parts: Sequence[Work]) -> Iterator[None]:
     """The base with each look's corrections on its own stretch of the row."""
     with ExitStack() as stack:
         start = 0
         for part in parts:
             end = start + len(part.ids)
-            if isinstance(part, Look) and part.lora is not None:
+            if isinstance(part, ScoreCandidates) and part.lora is not None:
                 stack.enter_context(part.lora.on(base, slice(start, end)))
             start = end
         yield

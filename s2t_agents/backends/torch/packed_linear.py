@@ -31,7 +31,7 @@ LEAST = {torch.float32: 300_000, torch.bfloat16: 30_000}
 """Elements that a model's weights have on average where the layout gains; below, the call costs more than it wins."""
 
 
-class Joint:
+class FusedLinear:
     """Linear modules that map the same rows, and can do it in one product.
 
     Args:
@@ -90,46 +90,46 @@ class Copied:
     state: tuple[tuple[int, int, int], ...]
 
 
-class Prepacked:
-    """The affine maps of one model; see ``lean.Affine``.
+class PackedLinears:
+    """The affine maps of one model; see ``llama_decoder.LinearMap``.
 
     Args:
         joints: all are held here, or none.
         limit: bytes; a model with more keeps all its weights as they are.
     """
 
-    def __init__(self, joints: Sequence[Joint], limit: int = LIMIT) -> None:
-        weights = [module.weight for joint in joints for module in joint.modules]
+    def __init__(self, fused_linears: Sequence[FusedLinear], limit: int = LIMIT) -> None:
+        weights = [module.weight for fused in fused_linears for module in fused.modules]
         fits = sum(weight.nbytes for weight in weights) <= limit
         self.laid_out = fits and gains(weights)
         """Whether copies lie here as oneDNN multiplies them."""
         if self.laid_out or (fits and small(weights)):
-            self._copies = {joint: self._copy(joint) for joint in joints}
+            self._copies = {fused: self._copy(fused) for fused in fused_linears}
         elif on("cuda", weights):
-            several = [joint for joint in joints if len(joint.modules) > 1]
-            self._copies = {joint: Copied(*joint.adjoin(), joint.state()) for joint in several}
+            several = [fused for fused in fused_linears if len(fused.modules) > 1]
+            self._copies = {fused: Copied(*fused.adjoin(), fused.state()) for fused in several}
         else:
             self._copies = {}
 
     @torch.inference_mode()
-    def _copy(self, joint: Joint) -> Copied:
-        weight, bias = joint.joined()
-        return Copied(lay_out(weight) if self.laid_out else weight, bias, joint.state())
+    def _copy(self, fused: FusedLinear) -> Copied:
+        weight, bias = fused.joined()
+        return Copied(lay_out(weight) if self.laid_out else weight, bias, fused.state())
 
     def __len__(self) -> int:
         """How many joints are held here."""
         return len(self._copies)
 
-    def __call__(self, joint: Joint, x: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, fused: FusedLinear, x: Tensor) -> tuple[Tensor, ...]:
         """From inputs ``[N, in]`` to each module's ``[N, out]``."""
-        copy = self._current(joint)
-        return joint(x) if copy is None else joint.split(self._product(copy, x))
+        copy = self._current(fused)
+        return fused(x) if copy is None else fused.split(self._product(copy, x))
 
-    def matrix(self, joint: Joint) -> tuple[Tensor, Tensor | None] | None:
+    def matrix(self, fused: FusedLinear) -> tuple[Tensor, Tensor | None] | None:
         """Weight ``[out, in]`` and bias of all modules as one; None where they do not lie as one, row after row."""
-        copy = self._current(joint)
-        if copy is None and len(joint.modules) == 1:
-            (module,) = joint.modules
+        copy = self._current(fused)
+        if copy is None and len(fused.modules) == 1:
+            (module,) = fused.modules
             weight, bias = module.weight, module.bias
         elif copy is not None and not self.laid_out:
             weight, bias = copy.weight, copy.bias
@@ -137,15 +137,15 @@ class Prepacked:
             return None
         return (weight, bias) if weight.is_contiguous() else None
 
-    def whole(self, joint: Joint, x: Tensor) -> Tensor:
+    def whole(self, fused: FusedLinear, x: Tensor) -> Tensor:
         """From inputs ``[N, in]`` to ``[N, out]`` of all modules in one tensor of its own."""
-        copy = self._current(joint)
-        return torch.cat(joint(x), -1) if copy is None else self._product(copy, x)
+        copy = self._current(fused)
+        return torch.cat(fused(x), -1) if copy is None else self._product(copy, x)
 
-    def _current(self, joint: Joint) -> Copied | None:
+    def _current(self, fused: FusedLinear) -> Copied | None:
         """What lies here of a joint, unless its modules have changed since."""
-        copy = self._copies.get(joint)
-        return None if copy is None or copy.state != joint.state() else copy
+        copy = self._copies.get(fused)
+        return None if copy is None or copy.state != fused.state() else copy
 
     def _product(self, copy: Copied, x: Tensor) -> Tensor:
         if not self.laid_out:
@@ -157,15 +157,15 @@ class Prepacked:
     @torch.inference_mode()
     def rows_alike(self) -> bool:
         """Whether the weights lie here and a row among others is bitwise the row alone; tried once per shape."""
-        shapes = {(copy.weight.shape, copy.bias is None): joint for joint, copy in self._copies.items()}
-        return self.laid_out and all(self._alike(joint) for joint in shapes.values())
+        shapes = {(copy.weight.shape, copy.bias is None): fused for fused, copy in self._copies.items()}
+        return self.laid_out and all(self._alike(fused) for fused in shapes.values())
 
-    def _alike(self, joint: Joint) -> bool:
-        weight = joint.modules[0].weight
+    def _alike(self, fused: FusedLinear) -> bool:
+        weight = fused.modules[0].weight
         x = torch.randn(max(ROWS), weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-        first = self(joint, x[:1])
+        first = self(fused, x[:1])
         return all(
-            torch.equal(out[:1], one) for rows in ROWS for out, one in zip(self(joint, x[:rows]), first, strict=True)
+            torch.equal(out[:1], one) for rows in ROWS for out, one in zip(self(fused, x[:rows]), first, strict=True)
         )
 
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from ...errors import ConfigError
 
-TOKENS, STRETCH = 32, 2
+TOKENS, CHUNK = 32, 2
 """Of the trial, and how many of them are its second part."""
 
 CLOSE = {torch.float32: 1e-4}
@@ -47,7 +47,7 @@ def goes_on_in_stretches(model: Any, new_cache: Callable[[], Cache], name: str) 
     ids = ids % model.get_input_embeddings().weight.shape[0]
     try:
         whole, _ = _read(model, [ids], new_cache())
-        parts, length = _read(model, [ids[:, :-STRETCH], ids[:, -STRETCH:]], new_cache())
+        parts, length = _read(model, [ids[:, :-CHUNK], ids[:, -CHUNK:]], new_cache())
     except (AttributeError, TypeError, ValueError) as error:
         raise _refused(model, name) from error
     if length != TOKENS:

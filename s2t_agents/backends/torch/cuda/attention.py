@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..fused_ops import PLAIN, Pointwise
-from ..llama_decoder import LeanLayer, for_each
+from ..llama_decoder import DecoderLayer, for_each
 
 CHUNK = 512
 """Tokens of values that one core of a GPU reads; capacities are multiples of it."""
 
 
-class StepAttention:
+class DecodeAttention:
     """One new token for each row; its keys and values are written at its position.
 
     Args:
@@ -32,8 +32,8 @@ class StepAttention:
         self._rows = torch.arange(len(positions), device=positions.device)
         self._masks: dict[int | None, Tensor] = {}
 
-    def __call__(self, layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See ``lean.Attention``."""
+    def __call__(self, layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See ``llama_decoder.Attention``."""
         seen = self._seen(index, q.view(len(q), k.shape[1], -1, k.shape[-1]), k, v, layer.scale, layer.window)
         return seen.reshape(len(q), -1)
 
@@ -49,7 +49,7 @@ class StepAttention:
         return parts[:, :, 0] if parts.shape[2] == 1 else self._ops.summed(parts)
 
 
-class StretchAttention:
+class PrefillAttention:
     """New tokens of one row, one after another; their keys and values are written at their positions.
 
     Args:
@@ -63,8 +63,8 @@ class StretchAttention:
         self._kv, self._row, self._positions, self._ops = kv, row, positions, ops
         self._masks: dict[int | None, Tensor] = {}
 
-    def __call__(self, layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See ``lean.Attention``."""
+    def __call__(self, layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See ``llama_decoder.Attention``."""
         (n, heads, _), (keys, values) = q.shape, self._kv[index]
         self._ops.placed(keys, values, self._row.expand(n), self._positions, k, v)
         if layer.window not in self._masks:
@@ -79,7 +79,7 @@ class StretchAttention:
         return seen[0].transpose(0, 1).reshape(n, -1)
 
 
-class LookAttention:
+class CandidateAttention:
     """K candidates after one row, each as if it alone had followed; the row is read and never written.
 
     Args:
@@ -92,8 +92,8 @@ class LookAttention:
         self._kv, self._length, self._ops = kv, length, ops
         self._masks: dict[int | None, Tensor] = {}
 
-    def __call__(self, layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See ``lean.Attention``: the prefix's scores and the candidate's own share one softmax."""
+    def __call__(self, layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See ``llama_decoder.Attention``: the prefix's scores and the candidate's own share one softmax."""
         keys, values = self._kv[index]
         (count, heads, d), window = k.shape, layer.window
         if window not in self._masks:  # the candidate itself takes one place of the window

@@ -1,13 +1,13 @@
-"""What is recorded once and played again: a step of rows of an arena, and a look at candidates after one row.
+"""Captured graphs of a decode step over rows of a KV pool, of a prompt's chunk, and of candidates after one row.
 
-A step ends with what the engine asks of it first (``glance``). The device is a step ahead: while the host looks at one
-token of each sequence, it reads the next, if that is the token the model itself wants.
+A decode step also computes its rows' ``LogitStatistics``. The device runs one step ahead: while the host handles the
+tokens of step 8, the device computes step 9 for the tokens that the model itself prefers.
 
-    device   step 8 ───────> step 9 ───────> step 10 ──────>
-    host            glance 8 ... "token 8"  glance 9 ... "token 9"
+    device   step 8 ───────────> step 9 ───────────> step 10 ──────>
+    host            statistics 8 ... token 8  statistics 9 ... token 9
 
-Whoever wants another token reads that one as ever: it is written where the wrong one was. A step leaves behind what the
-next one reads, so that nothing has to be sent to the device while all go on.
+On a misprediction the actual token is computed normally and overwrites the speculated slot. The input ids of the next
+step stay on the device, so that nothing is uploaded while all rows follow the model.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ..fused_ops import Pointwise
-from ..llama_decoder import Affine, LeanStep, Rows
+from ..llama_decoder import BatchMetadata, LinearMap, LlamaDecoder
 from ..lora import LoraLayer
-from ..packed_linear import Joint, state_of
-from .attention import LookAttention, StepAttention, StretchAttention
+from ..packed_linear import FusedLinear, state_of
+from .attention import CandidateAttention, DecodeAttention, PrefillAttention
 from .cuda_graph import Body, Recorder
-from .kv_pool import Arena
-from .pooled_kv_cache import Begun, Play, mark
+from .kv_pool import KVPool
+from .pooled_kv_cache import InFlightRow, InFlightStep, mark
 
 
 class Recorded:
@@ -75,60 +75,64 @@ class Marked:
 
 
 @dataclass(frozen=True)
-class Way:
+class GraphBuilder:
     """How bodies are made of torch's operations: the layers, what is no product in them, and how they are recorded."""
 
-    lean: LeanStep
+    llama_decoder: LlamaDecoder
     ops: Pointwise
     record: Recorder
 
-    def said(self, hidden: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def said(self, hidden: Tensor, rows: BatchMetadata) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``[N, V]``, best tokens ``[N, 1]`` and glances ``[N, 3]`` after hidden states ``[N, H]``."""
-        logits = self.lean.logits(hidden, rows.affine)
+        logits = self.llama_decoder.logits(hidden, rows.affine)
         best = logits.argmax(-1, keepdim=True)
-        return logits, best, self.ops.glanced(logits, best, logits.gather(-1, best))
+        return logits, best, self.ops.logit_statistics(logits, best, logits.gather(-1, best))
 
-    def stepping(self, kv: Sequence[Tensor], positions: Tensor, cos: Tensor, sin: Tensor) -> Rows:
-        """One token for each row, see ``StepAttention``; rotations ``[N, 1, d]``."""
-        return Rows(cos, sin, StepAttention(kv, positions, self.ops), self.lean.linear, self.ops)
+    def tokens_over(self, kv: Sequence[Tensor], positions: Tensor, cos: Tensor, sin: Tensor) -> BatchMetadata:
+        """One token for each row, see ``DecodeAttention``; rotations ``[N, 1, d]``."""
+        return BatchMetadata(cos, sin, DecodeAttention(kv, positions, self.ops), self.llama_decoder.linear, self.ops)
 
-    def reading(self, kv: Sequence[Tensor], row: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Rows:
-        """Several tokens of one row, see ``StretchAttention``; rotations ``[N, 1, d]``."""
-        return Rows(cos, sin, StretchAttention(kv, row, positions, self.ops), self.lean.linear, self.ops)
+    def reading(self, kv: Sequence[Tensor], row: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> BatchMetadata:
+        """Several tokens of one row, see ``PrefillAttention``; rotations ``[N, 1, d]``."""
+        return BatchMetadata(
+            cos, sin, PrefillAttention(kv, row, positions, self.ops), self.llama_decoder.linear, self.ops
+        )
 
-    def looking(self, kv: Sequence[Tensor], length: Tensor, cos: Tensor, sin: Tensor, affine: Affine) -> Rows:
-        """Candidates after one row, see ``LookAttention``; rotations ``[1, 1, d]``."""
-        return Rows(cos, sin, LookAttention(kv, length, self.ops), affine, self.ops)
+    def candidates_over(
+        self, kv: Sequence[Tensor], length: Tensor, cos: Tensor, sin: Tensor, affine: LinearMap
+    ) -> BatchMetadata:
+        """Candidates after one row, see ``CandidateAttention``; rotations ``[1, 1, d]``."""
+        return BatchMetadata(cos, sin, CandidateAttention(kv, length, self.ops), affine, self.ops)
 
 
-class Steps:
+class DecodeGraph:
     """One token for each of ``count`` rows of an arena, from ``first`` on.
 
     Attributes:
         count: of rows.
-        last: the last position that a token can take; what comes after it is nobody's, see ``arena``.
+        last: the last position that a token can take; what comes after it is nobody's, see ``pool``.
     """
 
-    def __init__(self, way: Way, arena: Arena, first: int, count: int) -> None:
-        kv, spare = arena.kv[:, :, first : first + count].unbind(1), arena.capacity - 1
+    def __init__(self, way: GraphBuilder, pool: KVPool, first: int, count: int) -> None:
+        kv, spare = pool.kv[:, :, first : first + count].unbind(1), pool.capacity - 1
         self.count, self.last, self._spare = count, spare - 1, spare
-        cos, sin = way.lean.rotation_table(arena.capacity)
-        self._ids = ids = torch.zeros(count, dtype=torch.long, device=arena.kv.device)
+        cos, sin = way.llama_decoder.rotation_table(pool.capacity)
+        self._ids = ids = torch.zeros(count, dtype=torch.long, device=pool.kv.device)
         self._positions = positions = torch.full_like(ids, self._spare)
 
         def body() -> tuple[Tensor, ...]:  # holds no self: a cycle would keep the KV
-            rows = way.stepping(kv, positions, cos[positions], sin[positions])
-            hidden = way.lean.through(ids, rows)
+            rows = way.tokens_over(kv, positions, cos[positions], sin[positions])
+            hidden = way.llama_decoder.through(ids, rows)
             logits, best, seen = way.said(hidden, rows)
             ids.copy_(best[:, 0])
             positions.add_(positions < spare)
             return logits, hidden, seen
 
         self._play = Recorded(body, way.record)
-        self._latest: tuple[Play, list[int]] | None = None
+        self._latest: tuple[InFlightStep, list[int]] | None = None
         """The last one, and the rows that took part in it: what the buffers hold is what follows."""
 
-    def begin(self, rows: Sequence[int], ids: Sequence[int], positions: Sequence[int]) -> list[Begun]:
+    def begin(self, rows: Sequence[int], ids: Sequence[int], positions: Sequence[int]) -> list[InFlightRow]:
         """Begin the step of some rows, counted from ``first``, and do not wait for it; the others sit out.
 
         Args:
@@ -146,37 +150,37 @@ class Steps:
                 self._ids[at] = tokens
                 self._positions.fill_(self._spare)[at] = places
 
-        begun = self._begun(rows, positions, prepare)
-        return [replace(each, token=token) for each, token in zip(begun, ids, strict=True)]
+        in_flight = self._begun(rows, positions, prepare)
+        return [replace(each, token=token) for each, token in zip(in_flight, ids, strict=True)]
 
-    def after(self, begun: Sequence[Begun], rows: Sequence[int]) -> list[Begun]:
+    def after(self, in_flight: Sequence[InFlightRow], rows: Sequence[int]) -> list[InFlightRow]:
         """Begin the step after those that are under way, with the tokens that they will want.
 
         Args:
             begun: the parts of one play, or of several.
             rows: where their sequences sit, counted from ``first``.
         """
-        sources, positions = [each.row for each in begun], [each.position + 1 for each in begun]
-        plays = list(dict.fromkeys(each.play for each in begun))
+        sources, positions = [each.row for each in in_flight], [each.position + 1 for each in in_flight]
+        plays = list(dict.fromkeys(each.play for each in in_flight))
         last, its_rows = self._latest or (None, [])
         goes_on = plays == [last] and its_rows == rows == sources
 
         def prepare() -> None:
             if goes_on:
                 return
-            at, source, places, of = self._uploaded(rows, sources, positions, [plays.index(b.play) for b in begun])
+            at, source, places, of = self._uploaded(rows, sources, positions, [plays.index(b.play) for b in in_flight])
             best = torch.stack([play.seen[source.clamp(max=len(play.seen) - 1), 0] for play in plays])
             self._ids[at] = best.gather(0, of[None])[0].long()
             self._positions.fill_(self._spare)[at] = places
 
         return self._begun(rows, positions, prepare)
 
-    def _begun(self, rows: Sequence[int], positions: Sequence[int], prepare: Callable[[], None]) -> list[Begun]:
+    def _begun(self, rows: Sequence[int], positions: Sequence[int], prepare: Callable[[], None]) -> list[InFlightRow]:
         marked = Marked(prepare, self._ids)
         logits, hidden, seen = (each.clone() for each in self._play(marked))
-        play = Play(logits, hidden, seen, marked.at, len(rows))
+        play = InFlightStep(logits, hidden, seen, marked.at, len(rows))
         self._latest = play, list(rows)
-        return [Begun(play, row, position) for row, position in zip(rows, positions, strict=True)]
+        return [InFlightRow(play, row, position) for row, position in zip(rows, positions, strict=True)]
 
     def _uploaded(self, *rows: Sequence[int]) -> Tensor:
         """Lists of integers on the device, without waiting for what it is at."""
@@ -184,31 +188,31 @@ class Steps:
         return torch.tensor(rows, pin_memory=cuda).to(self._ids.device, non_blocking=cuda)
 
 
-class Stretches:
+class PrefillGraph:
     """Up to ``tokens`` tokens of one row of an arena, whichever it is; what is missing is read and nobody's.
 
     Attributes:
         tokens: at most, and so many columns of the row are written.
     """
 
-    def __init__(self, way: Way, arena: Arena, tokens: int) -> None:
-        kv, self.tokens = arena.kv.unbind(1), tokens
-        cos, sin = way.lean.rotation_table(arena.capacity)
-        self._ids = ids = torch.zeros(tokens, dtype=torch.long, device=arena.kv.device)
-        self._places = places = torch.zeros(3, dtype=torch.long, device=arena.kv.device)
+    def __init__(self, way: GraphBuilder, pool: KVPool, tokens: int) -> None:
+        kv, self.tokens = pool.kv.unbind(1), tokens
+        cos, sin = way.llama_decoder.rotation_table(pool.capacity)
+        self._ids = ids = torch.zeros(tokens, dtype=torch.long, device=pool.kv.device)
+        self._places = places = torch.zeros(3, dtype=torch.long, device=pool.kv.device)
         """The row, the tokens in it, and which of the new ones is the last."""
 
         def body() -> tuple[Tensor, ...]:
             row, length, last = places[:1], places[1:2], places[2:]
             positions = length + torch.arange(tokens, device=ids.device)
             rows = way.reading(kv, row, positions, cos[positions], sin[positions])
-            hidden = way.lean.through(ids, rows).index_select(0, last)
+            hidden = way.llama_decoder.through(ids, rows).index_select(0, last)
             logits, _, seen = way.said(hidden, rows)
             return logits, hidden, seen
 
         self._play = Recorded(body, way.record)
 
-    def begin(self, row: int, ids: Sequence[int], length: int) -> Begun:
+    def begin(self, row: int, ids: Sequence[int], length: int) -> InFlightRow:
         """Begin to read ``ids`` after the first ``length`` tokens of a row, and do not wait for it."""
 
         def prepare() -> None:
@@ -218,10 +222,10 @@ class Stretches:
 
         marked = Marked(prepare, self._ids)
         logits, hidden, seen = (each.clone() for each in self._play(marked))
-        return Begun(Play(logits, hidden, seen, marked.at, 1), 0, length + len(ids) - 1, ids[-1])
+        return InFlightRow(InFlightStep(logits, hidden, seen, marked.at, 1), 0, length + len(ids) - 1, ids[-1])
 
 
-class Looks:
+class CandidateGraph:
     """K candidates after one row of an arena.
 
     Args:
@@ -236,17 +240,17 @@ class Looks:
     """
 
     def __init__(
-        self, way: Way, arena: Arena, row: int, candidates: int, corrections: Mapping[nn.Module, LoraLayer]
+        self, way: GraphBuilder, pool: KVPool, row: int, candidates: int, corrections: Mapping[nn.Module, LoraLayer]
     ) -> None:
         self.state = state_of_all(corrections)
-        kv = arena.kv[:, :, row : row + 1].unbind(1)
-        cos, sin = way.lean.rotation_table(arena.capacity)
-        self._ids = ids = torch.zeros(candidates, dtype=torch.long, device=arena.kv.device)
-        self._length = length = torch.zeros(1, dtype=torch.long, device=arena.kv.device)
-        affine = corrected(way.lean, corrections)
+        kv = pool.kv[:, :, row : row + 1].unbind(1)
+        cos, sin = way.llama_decoder.rotation_table(pool.capacity)
+        self._ids = ids = torch.zeros(candidates, dtype=torch.long, device=pool.kv.device)
+        self._length = length = torch.zeros(1, dtype=torch.long, device=pool.kv.device)
+        affine = corrected(way.llama_decoder, corrections)
 
         def body() -> tuple[Tensor, ...]:
-            return (way.lean.through(ids, way.looking(kv, length, cos[length], sin[length], affine)),)
+            return (way.llama_decoder.through(ids, way.candidates_over(kv, length, cos[length], sin[length], affine)),)
 
         self._play = Recorded(body, way.record)
 
@@ -267,7 +271,7 @@ def state_of_all(corrections: Mapping[nn.Module, LoraLayer]) -> list[tuple[int, 
     return [state_of(weight) for layer in corrections.values() for weight in (layer.a, layer.b)]
 
 
-class JointCorrection:
+class FusedCorrection:
     """Corrections of all modules of a joint as two products, in the dtype of the base.
 
     Args:
@@ -275,13 +279,13 @@ class JointCorrection:
         corrections: of some of them, at least one.
     """
 
-    def __init__(self, joint: Joint, corrections: Mapping[nn.Module, LoraLayer]) -> None:
-        layers = [corrections.get(module) for module in joint.modules]
+    def __init__(self, fused: FusedLinear, corrections: Mapping[nn.Module, LoraLayer]) -> None:
+        layers = [corrections.get(module) for module in fused.modules]
         there = [layer for layer in layers if layer is not None]
-        weight = joint.modules[0].weight
+        weight = fused.modules[0].weight
         self._down = torch.cat([layer.a.detach() for layer in there]).to(weight.dtype).t()
-        up, start, row = weight.new_zeros(self._down.shape[1], sum(joint.widths)), 0, 0
-        for layer, width in zip(layers, joint.widths, strict=True):
+        up, start, row = weight.new_zeros(self._down.shape[1], sum(fused.widths)), 0, 0
+        for layer, width in zip(layers, fused.widths, strict=True):
             if layer is not None:
                 rank = len(layer.a)
                 up[row : row + rank, start : start + width] = layer.b.detach().t() * layer.scale
@@ -294,16 +298,18 @@ class JointCorrection:
         out.addmm_(x @ self._down, self._up)
 
 
-def corrected(lean: LeanStep, corrections: Mapping[nn.Module, LoraLayer]) -> Affine:
+def corrected(llama_decoder: LlamaDecoder, corrections: Mapping[nn.Module, LoraLayer]) -> LinearMap:
     """The affine map and what the corrections add to it."""
-    joints = {joint for joint in lean.joints if any(module in corrections for module in joint.modules)}
-    added = {joint: JointCorrection(joint, corrections) for joint in joints}
+    fused_linears = {
+        fused for fused in llama_decoder.fused_linears if any(module in corrections for module in fused.modules)
+    }
+    added = {fused: FusedCorrection(fused, corrections) for fused in fused_linears}
 
-    def affine(joint: Joint, x: Tensor) -> tuple[Tensor, ...]:
-        if joint not in added:
-            return lean.linear(joint, x)
-        out = lean.linear.whole(joint, x)
-        added[joint].add_to(out, x)
-        return joint.split(out)
+    def affine(fused: FusedLinear, x: Tensor) -> tuple[Tensor, ...]:
+        if fused not in added:
+            return llama_decoder.linear(fused, x)
+        out = llama_decoder.linear.whole(fused, x)
+        added[fused].add_to(out, x)
+        return fused.split(out)
 
     return affine

@@ -24,19 +24,19 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..decoder_batch import CandidateRows
+from ...base import Append, Output, ScoreCandidates, StepOutput, Work
+from ..decoder_batch import DecoderBatch
 from ..fused_ops import PLAIN, Pointwise, fused
 from ..llama_decoder import close
-from ..packed_batch import Look, Outcome, Part, Segment
 from .cuda_graph import RETRY_S, CudaGraphs, Recorder, out_of_memory
-from .decode_graphs import Looks, Steps, Way, state_of_all
-from .kv_pool import Arena, Arenas
-from .pooled_kv_cache import SURE, Begun, Play, StaticCache
-from .prefill_graphs import OFTEN, StretchReader, filled
+from .decode_graphs import CandidateGraph, DecodeGraph, GraphBuilder, state_of_all
+from .kv_pool import KVPool, KVPools
+from .pooled_kv_cache import SURE, InFlightRow, InFlightStep, PooledKVCache
+from .prefill_graphs import OFTEN, PrefillGraphs, filled
 
 _log = logging.getLogger(__name__)
 
-LooksBy = WeakKeyDictionary[nn.Module, dict[tuple[int, int], Looks]]
+LooksBy = WeakKeyDictionary[nn.Module, dict[tuple[int, int], CandidateGraph]]
 """By adapter (the base itself where there is none), then by row and number of candidates."""
 
 GRAIN = 8
@@ -44,12 +44,12 @@ GRAIN = 8
 
 _WITHOUT = "steps and selections go on without captured graphs of this kind"
 
-LONE = 16
+ALONE_STEPS = 16
 """Steps in a row that a sequence takes alone, after which it is worth a graph of its own."""
 
 
 @dataclass(frozen=True, eq=False)
-class Turn:
+class TokenAppend:
     """One token that a sequence takes, or several.
 
     Attributes:
@@ -58,16 +58,16 @@ class Turn:
         length: tokens before them.
     """
 
-    cache: StaticCache
+    cache: PooledKVCache
     ids: Sequence[int]
     length: int
 
-    def begun(self) -> Begun | None:
+    def in_flight(self) -> InFlightRow | None:
         """The step of one token, if it is under way already."""
         return self.cache.follow(self.ids[0], self.length)
 
 
-class StaticStep:
+class GraphRunner:
     """The step and the selection of one model over arenas. Not thread-safe: used under the model's lock.
 
     Args:
@@ -84,23 +84,23 @@ class StaticStep:
 
     def __init__(
         self,
-        rows: CandidateRows,
+        rows: DecoderBatch,
         record: Recorder,
-        arenas: Arenas | None = None,
+        pools: KVPools | None = None,
         ops: Pointwise = PLAIN,
-        way: type[Way] = Way,
+        way: type[GraphBuilder] = GraphBuilder,
         often: float = OFTEN,
     ) -> None:
         self._rows, self._way = rows, way(rows.step, ops, record)
-        self.arenas = arenas or Arenas()
-        self._steps: WeakKeyDictionary[Arena, dict[tuple[int, int], Steps]] = WeakKeyDictionary()
-        self._looks: WeakKeyDictionary[Arena, LooksBy] = WeakKeyDictionary()
-        self._stretches = StretchReader(rows, self._way, often)
+        self.pools = pools or KVPools()
+        self._steps: WeakKeyDictionary[KVPool, dict[tuple[int, int], DecodeGraph]] = WeakKeyDictionary()
+        self._looks: WeakKeyDictionary[KVPool, LooksBy] = WeakKeyDictionary()
+        self._stretches = PrefillGraphs(rows, self._way, often)
         self._parameters = [module._parameters for module in rows.base.modules() if module._parameters]
         self._addresses = self._weights_lie()
         self.failed = False
         self._resumes = 0.0
-        self._ahead: list[Play] = []
+        self._ahead: list[InFlightStep] = []
         """Begun by the last call, and waited for by nobody so far."""
         self._left = 0.0
         """When the last call ended."""
@@ -114,7 +114,7 @@ class StaticStep:
             "looks": sum(len(each) for by in self._looks.values() for each in by.values()),
         }
 
-    def serve(self, parts: Sequence[Part]) -> dict[int, Outcome | Tensor]:
+    def serve(self, parts: Sequence[Work]) -> dict[int, Output]:
         """Steps of one token each in one graph, stretches and looks in one each.
 
         Args:
@@ -128,27 +128,27 @@ class StaticStep:
             play.alone_s = monotonic() - self._left
         self._ahead = []
         said = self._served(parts)
-        if any(isinstance(part, Look) for part in parts):
+        if any(isinstance(part, ScoreCandidates) for part in parts):
             self._ahead = []  # this call goes on until the device has done all that it has begun
         self._left = monotonic()
         return said
 
-    def pass_over(self, parts: Sequence[Part]) -> None:
+    def pass_over(self, parts: Sequence[Work]) -> None:
         """Some parts go the eager way: it waits for all that was begun, and writes where its steps have written."""
         self._ahead = []
         for part in parts:
-            if isinstance(part.cache, StaticCache):
-                part.cache.begun = None
+            if isinstance(part.cache, PooledKVCache):
+                part.cache.in_flight = None
 
-    def _served(self, parts: Sequence[Part]) -> dict[int, Outcome | Tensor]:
-        said: dict[int, Outcome | Tensor] = {}
+    def _served(self, parts: Sequence[Work]) -> dict[int, Output]:
+        said: dict[int, Output] = {}
         self._renew()
-        turns = self._turns(parts)
-        if turns:
-            found = zip(turns, self.step(list(turns.values())), strict=True)
+        appends = self._turns(parts)
+        if appends:
+            found = zip(appends, self.step(list(appends.values())), strict=True)
             said.update((at, outcome) for at, outcome in found if outcome is not None)
         for at, part in enumerate(parts):
-            looked = self.look_ahead(part) if isinstance(part, Look) else None
+            looked = self.score_candidates(part) if isinstance(part, ScoreCandidates) else None
             if looked is not None:
                 said[at] = looked
         return said
@@ -162,106 +162,106 @@ class StaticStep:
         self._steps.clear()
         self._stretches.clear()
         self._looks.clear()
-        for cache in self.arenas.guests():
-            cache.begun = None
+        for cache in self.pools.occupants():
+            cache.in_flight = None
 
     def _weights_lie(self) -> list[int]:
         """The addresses of the base's weights."""
         return [each.data_ptr() for module in self._parameters for each in module.values() if each is not None]
 
-    def _turns(self, parts: Sequence[Part]) -> dict[int, Turn]:
+    def _turns(self, parts: Sequence[Work]) -> dict[int, TokenAppend]:
         """Those parts that are tokens, by their place."""
         return {
-            at: Turn(part.cache, part.ids.tolist(), part.length)
+            at: TokenAppend(part.cache, part.ids.tolist(), part.length)
             for at, part in enumerate(parts)
-            if isinstance(part, Segment)
+            if isinstance(part, Append)
             and self._takes(part.cache)
             and (len(part.ids) == 1 or self._stretches.worth(len(part.ids)))
         }
 
     @torch.inference_mode()
-    def step(self, turns: Sequence[Turn]) -> list[Outcome | None]:
+    def step(self, appends: Sequence[TokenAppend]) -> list[StepOutput | None]:
         """Append tokens to each sequence. The next step may be under way at the end, see ``static_bodies``.
 
         Returns:
             Logits ``[V]`` (fp32) and last hidden state ``[H]`` of each; None, and nothing has changed, for those to
             whom only the eager way is left.
         """
-        said: dict[Turn, Outcome] = {}
+        said: dict[TokenAppend, StepOutput] = {}
         with self._eager_after_failure():
-            needed = [turn.length + filled(turn.ids) for turn in turns]
-            arenas = self.arenas.seat([turn.cache for turn in turns], needed)
+            needed = [turn.length + filled(turn.ids) for turn in appends]
+            pools = self.pools.slot([turn.cache for turn in appends], needed)
             # Asked once: whoever is interrupted while others lead takes his KV out of its row at any time.
-            seats = [turn.cache.seat for turn in turns]
-            for arena in dict.fromkeys(each for each in arenas if each is not None):
-                here = zip(turns, arenas, seats, strict=True)
-                rows = {t: seat.row for t, each, seat in here if each is arena and seat and seat.arena is arena}
-                said.update(self._together(arena, rows))
-        return [said.get(turn) for turn in turns]
+            slots = [turn.cache.slot for turn in appends]
+            for pool in dict.fromkeys(each for each in pools if each is not None):
+                here = zip(appends, pools, slots, strict=True)
+                rows = {t: slot.row for t, each, slot in here if each is pool and slot and slot.pool is pool}
+                said.update(self._together(pool, rows))
+        return [said.get(turn) for turn in appends]
 
-    def _together(self, arena: Arena, rows: Mapping[Turn, int]) -> dict[Turn, Outcome]:
+    def _together(self, pool: KVPool, rows: Mapping[TokenAppend, int]) -> dict[TokenAppend, StepOutput]:
         """Steps and stretches of sequences in rows of one arena; stretches that could not be read are missing."""
         read = {
-            turn: self._stretches.read(arena, row, turn.cache, turn.ids, turn.length)
+            turn: self._stretches.read(pool, row, turn.cache, turn.ids, turn.length)
             for turn, row in rows.items()
             if len(turn.ids) > 1
         }
-        turns = [turn for turn in rows if read.get(turn, turn) is not None]
-        if not turns:
+        appends = [turn for turn in rows if read.get(turn, turn) is not None]
+        if not appends:
             return {}
-        begun = [read.get(turn) or turn.begun() for turn in turns]
-        for turn in turns:
-            turn.cache.lone = turn.cache.lone + 1 if len(turns) == 1 else 0
-        first, steps = self._steps_of(arena, [rows[turn] for turn in turns], lone=turns[0].cache.lone)
-        places = [rows[turn] - first for turn in turns]
-        now = _all_begun(steps, begun, places, turns)
-        following = steps.after(now, places) if _goes_on(steps, turns, now) else []
+        in_flight = [read.get(turn) or turn.in_flight() for turn in appends]
+        for turn in appends:
+            turn.cache.alone_steps = turn.cache.alone_steps + 1 if len(appends) == 1 else 0
+        first, steps = self._steps_of(pool, [rows[turn] for turn in appends], alone_steps=appends[0].cache.alone_steps)
+        places = [rows[turn] - first for turn in appends]
+        now = _all_begun(steps, in_flight, places, appends)
+        following = steps.after(now, places) if _goes_on(steps, appends, now) else []
         self._ahead += [each.play for each in following[:1]]
-        for turn, each in zip(turns, now, strict=True):
-            turn.cache.advance(each.position + 1, each.play.glances[each.row])
-            turn.cache.unseen_s = each.play.unseen_s
-        for turn, each, ahead in zip(turns, now, following, strict=False):
-            ahead.token, turn.cache.begun = each.play.glances[each.row].best, ahead
-        return {turn: each.outcome for turn, each in zip(turns, now, strict=True)}
+        for turn, each in zip(appends, now, strict=True):
+            turn.cache.advance(each.position + 1, each.play.statistics_of_rows[each.row])
+            turn.cache.device_alone_s = each.play.device_alone_s
+        for turn, each, prefetched in zip(appends, now, following, strict=False):
+            prefetched.token, turn.cache.in_flight = each.play.statistics_of_rows[each.row].best, prefetched
+        return {turn: StepOutput(*each.output) for turn, each in zip(appends, now, strict=True)}
 
-    def _steps_of(self, arena: Arena, rows: Sequence[int], lone: int) -> tuple[int, Steps]:
+    def _steps_of(self, pool: KVPool, rows: Sequence[int], alone_steps: int) -> tuple[int, DecodeGraph]:
         """The graph for some rows, and the first row of it."""
-        known = self._steps.setdefault(arena, {})
+        known = self._steps.setdefault(pool, {})
         # Rows are numbered from the first, so that a few sizes serve every set of them. One that is alone for a while
         # is worth a graph of its own, which takes longer to capture than many steps.
         key = (0, 1 << max(rows).bit_length())
-        if len(rows) == 1 and (key not in known or lone >= LONE):
+        if len(rows) == 1 and (key not in known or alone_steps >= ALONE_STEPS):
             key = (rows[0], 1)
         if key not in known:
-            known[key] = Steps(self._way, arena, *key)
+            known[key] = DecodeGraph(self._way, pool, *key)
         return key[0], known[key]
 
     @torch.inference_mode()
-    def look_ahead(self, look: Look) -> Tensor | None:
+    def score_candidates(self, scoring: ScoreCandidates[Any]) -> Tensor | None:
         """Last hidden state after each candidate, ``[K, H]``; None where only the eager way is left."""
-        cache, length = look.cache, look.length
+        cache, length = scoring.cache, scoring.length
         if not length or not self._takes(cache):
             return None
         with self._eager_after_failure():
-            (arena,) = self.arenas.seat([cache], [length + 1])
-            if arena is None or cache.seat is None:
+            (pool,) = self.pools.slot([cache], [length + 1])
+            if pool is None or cache.slot is None:
                 return None
-            candidates = -(-len(look.ids) // GRAIN) * GRAIN
-            corrections = self._rows.corrections(look.lora) if look.lora is not None else {}
-            known = self._looks.setdefault(arena, WeakKeyDictionary()).setdefault(look.lora or self._rows.base, {})
-            key = (cache.seat.row, candidates)
+            candidates = -(-len(scoring.ids) // GRAIN) * GRAIN
+            corrections = self._rows.corrections(scoring.lora) if scoring.lora is not None else {}
+            known = self._looks.setdefault(pool, WeakKeyDictionary()).setdefault(scoring.lora or self._rows.base, {})
+            key = (cache.slot.row, candidates)
             if key not in known or known[key].state != state_of_all(corrections):
-                known[key] = Looks(self._way, arena, cache.seat.row, candidates, corrections)
-            return known[key](look.ids, length)
+                known[key] = CandidateGraph(self._way, pool, cache.slot.row, candidates, corrections)
+            return known[key](scoring.ids, length)
         return None
 
-    def _takes(self, cache: Cache) -> TypeGuard[StaticCache]:
+    def _takes(self, cache: Cache) -> TypeGuard[PooledKVCache]:
         """Whether a sequence can sit: nothing has failed so far, and memory was not out just now."""
-        if self.failed or monotonic() < self._resumes or not isinstance(cache, StaticCache):
+        if self.failed or monotonic() < self._resumes or not isinstance(cache, PooledKVCache):
             return False
         if not cache.layers:
-            cache.start(self._way.lean.no_kv())
-        return len(cache.layers) == self._way.lean.layers
+            cache.start(self._way.llama_decoder.no_kv())
+        return len(cache.layers) == self._way.llama_decoder.layers
 
     @contextmanager
     def _eager_after_failure(self) -> Iterator[None]:
@@ -277,51 +277,53 @@ class StaticStep:
                 _log.warning("steps and selections go on without captured graphs: %s", error)
 
 
-def _all_begun(steps: Steps, begun: Sequence[Begun | None], rows: Sequence[int], turns: Sequence[Turn]) -> list[Begun]:
+def _all_begun(
+    steps: DecodeGraph, in_flight: Sequence[InFlightRow | None], rows: Sequence[int], appends: Sequence[TokenAppend]
+) -> list[InFlightRow]:
     """The steps of all sequences: those under way, and those that nobody has foreseen."""
-    missing = [(row, turn) for row, turn, each in zip(rows, turns, begun, strict=True) if each is None]
-    fresh: Iterator[Begun] = iter(())
+    missing = [(row, turn) for row, turn, each in zip(rows, appends, in_flight, strict=True) if each is None]
+    fresh: Iterator[InFlightRow] = iter(())
     if missing:
         tokens, lengths = [turn.ids[0] for _, turn in missing], [turn.length for _, turn in missing]
         fresh = iter(steps.begin([row for row, _ in missing], tokens, lengths))
-    return [next(fresh) if each is None else each for each in begun]
+    return [next(fresh) if each is None else each for each in in_flight]
 
 
-def _goes_on(steps: Steps, turns: Sequence[Turn], now: Sequence[Begun]) -> bool:
+def _goes_on(steps: DecodeGraph, appends: Sequence[TokenAppend], now: Sequence[InFlightRow]) -> bool:
     """Whether the next step is worth beginning: half of them at least have followed the model for a while."""
-    sure = sum(turn.cache.hits >= SURE for turn in turns)
-    return 2 * sure >= len(turns) and all(each.position < steps.last for each in now)
+    sure = sum(turn.cache.hits >= SURE for turn in appends)
+    return 2 * sure >= len(appends) and all(each.position < steps.last for each in now)
 
 
-def static_step_of(model: Any, rows: CandidateRows) -> StaticStep | None:
+def graph_runner_of(model: Any, rows: DecoderBatch) -> GraphRunner | None:
     """The static step of a model on CUDA, if its graphs can be captured and say what the lean step says."""
     if model.device.type != "cuda":
         return None
     for way in ways():
-        static = StaticStep(rows, CudaGraphs(model.device), ops=fused(), way=way)
-        if agrees(model, rows, static):
-            return static
+        graph_runner = GraphRunner(rows, CudaGraphs(model.device), ops=fused(), way=way)
+        if agrees(model, rows, graph_runner):
+            return graph_runner
     return None
 
 
-def ways() -> list[type[Way]]:
+def ways() -> list[type[GraphBuilder]]:
     """How a step can be made on this machine, the fastest first."""
     try:
-        from .triton_decode import KernelWay
+        from .triton_decode import TritonGraphBuilder
     except ImportError as error:
         _log.info("steps go without kernels of their own: %s", error)
-        return [Way]
-    return [KernelWay, Way]
+        return [GraphBuilder]
+    return [TritonGraphBuilder, GraphBuilder]
 
 
 @torch.inference_mode()
-def agrees(model: Any, rows: CandidateRows, static: StaticStep) -> bool:
+def agrees(model: Any, rows: DecoderBatch, graph_runner: GraphRunner) -> bool:
     """Two tokens after three, both ways: the second is a replay at another position; and candidates after them."""
     ids = torch.tensor([1, 2, 3, 4, 5], device=model.device) % model.get_input_embeddings().weight.shape[0]
-    cache = StaticCache()
+    cache = PooledKVCache()
     model(input_ids=ids[None, :3], past_key_values=cache, use_cache=True, logits_to_keep=1)
     for at in (3, 4):
-        (said,) = static.step([Turn(cache, [int(ids[at])], at)])
+        (said,) = graph_runner.step([TokenAppend(cache, [int(ids[at])], at)])
         if said is None:
             return False
         ours, _ = said
@@ -330,8 +332,8 @@ def agrees(model: Any, rows: CandidateRows, static: StaticStep) -> bool:
         if not close(ours, theirs[0], model.dtype):
             _log.warning("%s: the logits are not those of the eager step", _WITHOUT)
             return False
-    look = Look(ids, cache, 5)
-    looked, (eager,) = static.look_ahead(look), rows([look])
+    scoring = ScoreCandidates(ids, cache, 5)
+    looked, (eager,) = graph_runner.score_candidates(scoring), rows([scoring])
     if looked is None:
         return False
     assert isinstance(eager, Tensor)

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Sequence
 
 from ..kv_cache import GrowingLayer
-from .pooled_kv_cache import Seat, StaticCache
+from .pooled_kv_cache import PooledKVCache, Slot
 
 SMALLEST = 512
 """Tokens of the smallest bucket; all are multiples of it."""
@@ -33,7 +33,7 @@ def bucket(tokens: int) -> int:
     return size
 
 
-class Arena:
+class KVPool:
     """KV of several sequences, ``[2, layers, rows, heads, capacity, d]``: keys and values.
 
     Args:
@@ -48,7 +48,7 @@ class Arena:
         heads, d = buffer.shape[1], buffer.shape[-1]
         self.rows, self.capacity = rows, capacity
         self.kv = buffer.new_zeros(2, layers, rows, heads, capacity, d)
-        self._guests: list[weakref.ref[StaticCache] | None] = [None] * rows
+        self._occupants: list[weakref.ref[PooledKVCache] | None] = [None] * rows
 
     @property
     def nbytes(self) -> int:
@@ -60,32 +60,32 @@ class Arena:
         """Nobody sits here."""
         return len(self.free()) == self.rows
 
-    def sits(self, cache: StaticCache) -> bool:
+    def holds(self, cache: PooledKVCache) -> bool:
         """Whether a sequence is here with all its layers."""
-        return cache.arena is self
+        return cache.pool is self
 
     def free(self) -> list[int]:
         """Rows that nobody sits in: those who did have moved, rest or are gone."""
-        return [row for row, guest in enumerate(self._guests) if guest is None or not self._in(row, guest())]
+        return [row for row, guest in enumerate(self._occupants) if guest is None or not self._in(row, guest())]
 
-    def guests(self) -> list[StaticCache]:
+    def occupants(self) -> list[PooledKVCache]:
         """Who sits here."""
-        guests = [(row, guest() if guest is not None else None) for row, guest in enumerate(self._guests)]
-        return [guest for row, guest in guests if guest is not None and self._in(row, guest)]
+        occupants = [(row, guest() if guest is not None else None) for row, guest in enumerate(self._occupants)]
+        return [guest for row, guest in occupants if guest is not None and self._in(row, guest)]
 
-    def seat(self, cache: StaticCache) -> None:
+    def slot(self, cache: PooledKVCache) -> None:
         """Move a sequence to the first free row."""
         row = self.free()[0]
         self.kv[:, :, row].zero_()  # what is masked is multiplied by zero, which NaN would survive
-        cache.sit(Seat(self.kv[:, :, row : row + 1, :, : self.capacity - 1], self, row))
-        self._guests[row] = weakref.ref(cache)
+        cache.occupy(Slot(self.kv[:, :, row : row + 1, :, : self.capacity - 1], self, row))
+        self._occupants[row] = weakref.ref(cache)
 
-    def _in(self, row: int, guest: StaticCache | None) -> bool:
-        seat = guest.seat if guest is not None else None
-        return seat is not None and seat.arena is self and seat.row == row
+    def _in(self, row: int, guest: PooledKVCache | None) -> bool:
+        slot = guest.slot if guest is not None else None
+        return slot is not None and slot.pool is self and slot.row == row
 
 
-class Arenas:
+class KVPools:
     """All arenas of one model. Not thread-safe: used under the model's lock.
 
     Args:
@@ -94,11 +94,11 @@ class Arenas:
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
         self.limit_bytes = limit_bytes
-        self._by_capacity: dict[int, Arena] = {}
-        self._alive: weakref.WeakSet[Arena] = weakref.WeakSet()
+        self._by_capacity: dict[int, KVPool] = {}
+        self._alive: weakref.WeakSet[KVPool] = weakref.WeakSet()
         """Those, and the replaced ones that somebody still sits in."""
 
-    def seat(self, caches: Sequence[StaticCache], lengths: Sequence[int]) -> list[Arena | None]:
+    def slot(self, caches: Sequence[PooledKVCache], lengths: Sequence[int]) -> list[KVPool | None]:
         """Seat sequences: all in one arena where there is memory for it, else by capacity, as many as it lasts for.
 
         Args:
@@ -116,48 +116,48 @@ class Arenas:
                 while alike and not self._all_in(capacity, alike):
                     alike.pop()
         return [
-            cache.arena if _capacity(cache) > length else None for cache, length in zip(caches, lengths, strict=True)
+            cache.pool if _capacity(cache) > length else None for cache, length in zip(caches, lengths, strict=True)
         ]
 
-    def guests(self) -> list[StaticCache]:
+    def occupants(self) -> list[PooledKVCache]:
         """Who sits in any of them."""
-        return [guest for arena in self._alive for guest in arena.guests()]
+        return [guest for pool in self._alive for guest in pool.occupants()]
 
-    def _all_in(self, capacity: int, caches: Sequence[StaticCache]) -> bool:
+    def _all_in(self, capacity: int, caches: Sequence[PooledKVCache]) -> bool:
         """Move sequences to the arena of a capacity; False, and nobody has moved, where there is no memory for it."""
-        arena = self._by_capacity.get(capacity)
-        moving = [cache for cache in caches if arena is None or not arena.sits(cache)]
-        if arena is None or len(moving) > len(arena.free()):
-            arena, moving = self._larger(arena, capacity, caches), list(caches)
-        if arena is None:
+        pool = self._by_capacity.get(capacity)
+        moving = [cache for cache in caches if pool is None or not pool.holds(cache)]
+        if pool is None or len(moving) > len(pool.free()):
+            pool, moving = self._larger(pool, capacity, caches), list(caches)
+        if pool is None:
             return False
         for cache in moving:
-            arena.seat(cache)
+            pool.slot(cache)
         return True
 
-    def _larger(self, old: Arena | None, capacity: int, caches: Sequence[StaticCache]) -> Arena | None:
+    def _larger(self, old: KVPool | None, capacity: int, caches: Sequence[PooledKVCache]) -> KVPool | None:
         """A new arena with rows for these and for all who sit in the old one, which it replaces."""
-        staying = 0 if old is None else old.rows - len(old.free()) - sum(map(old.sits, caches))
+        staying = 0 if old is None else old.rows - len(old.free()) - sum(map(old.holds, caches))
         rows = 1 << (staying + len(caches) - 1).bit_length()
         like, layers = caches[0].layers[0], len(caches[0].layers)
         size = 2 * layers * rows * capacity * like._key_buffer.shape[1] * like._key_buffer.shape[-1]
         size *= like._key_buffer.element_size()
         if not self._fits(size, beside=[each for each in self._alive if staying or each is not old]):
             return None
-        arena = self._by_capacity[capacity] = Arena(like, layers, rows, capacity)
-        self._alive.add(arena)
-        return arena
+        pool = self._by_capacity[capacity] = KVPool(like, layers, rows, capacity)
+        self._alive.add(pool)
+        return pool
 
-    def _fits(self, size: int, beside: Sequence[Arena]) -> bool:
+    def _fits(self, size: int, beside: Sequence[KVPool]) -> bool:
         """Whether there is memory for an arena of this size beside others, maybe after the empty ones are gone."""
-        if size + sum(arena.nbytes for arena in beside) <= self.limit_bytes:
+        if size + sum(pool.nbytes for pool in beside) <= self.limit_bytes:
             return True
-        if size + sum(arena.nbytes for arena in beside if not arena.empty) > self.limit_bytes:
+        if size + sum(pool.nbytes for pool in beside if not pool.empty) > self.limit_bytes:
             return False
-        self._by_capacity = {each: arena for each, arena in self._by_capacity.items() if not arena.empty}
+        self._by_capacity = {each: pool for each, pool in self._by_capacity.items() if not pool.empty}
         return True
 
 
-def _capacity(cache: StaticCache) -> int:
+def _capacity(cache: PooledKVCache) -> int:
     """Of the row in which a sequence sits; 0 where it has none."""
-    return cache.arena.capacity if cache.arena is not None else 0
+    return cache.pool.capacity if cache.pool is not None else 0

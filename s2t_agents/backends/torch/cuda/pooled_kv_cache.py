@@ -1,4 +1,4 @@
-"""KV at addresses that stay: a sequence sits in one row of an arena (``arena``) while single tokens are added to it.
+"""KV at addresses that stay: a sequence sits in one row of an arena (``pool``) while single tokens are added to it.
 
     seat    kv [2, layers, 1, heads, C, d]      a row of an arena, or a block of the sequence's own
     layer   keys, values [1, heads, C, d]       views of it
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from ...statistics import LogitStatistics, statistics_of_rows
 from ..kv_cache import GrowingLayer, KVCache
-from ..logit_statistics import Glance, glances
 
 if TYPE_CHECKING:
-    from .kv_pool import Arena
+    from .kv_pool import KVPool
 
 
 SURE = 3
@@ -33,7 +33,7 @@ ROOM = 512
 
 
 @dataclass(eq=False)
-class Seat:
+class Slot:
     """Where all layers of one sequence lie together.
 
     Attributes:
@@ -44,18 +44,18 @@ class Seat:
     """
 
     kv: Tensor
-    arena: Arena | None = None
+    pool: KVPool | None = None
     row: int = 0
     outgrown: bool = False
 
 
-class Play:
+class InFlightStep:
     """A step of some rows that the device works at.
 
     Args:
         logits: ``[n, V]``, fp32.
         hidden: ``[n, H]``.
-        seen: ``[n, 3]``, see ``glance``; on its way to the host at once.
+        seen: ``[n, 3]``, see ``statistics``; on its way to the host at once.
         start: what ``mark`` gave just before; None where there is no device beside the host.
         sequences: how many have a part in it.
 
@@ -74,11 +74,11 @@ class Play:
         self._start, self._end = start, mark(seen)
 
     @cached_property
-    def glances(self) -> list[Glance]:
+    def statistics_of_rows(self) -> list[LogitStatistics]:
         """Of each row; waits for this step, and not for what was begun after it."""
         if self._end is not None:
             self._end.synchronize()
-        return glances(self._host)
+        return statistics_of_rows(self._host)
 
     @property
     def device_s(self) -> float:
@@ -88,7 +88,7 @@ class Play:
         return float(self._start.elapsed_time(self._end)) / 1000
 
     @property
-    def unseen_s(self) -> float:
+    def device_alone_s(self) -> float:
         """Each sequence's share of the seconds that the device was at it while nobody waited, once it has arrived."""
         return min(self.device_s, self.alone_s) / self._sequences
 
@@ -103,7 +103,7 @@ def mark(like: Tensor) -> torch.cuda.Event | None:
 
 
 @dataclass(eq=False)
-class Begun:
+class InFlightRow:
     """One sequence's part of a play.
 
     Attributes:
@@ -113,22 +113,22 @@ class Begun:
         token: which it is; None until that is known.
     """
 
-    play: Play
+    play: InFlightStep
     row: int
     position: int
     token: int | None = None
 
     @property
-    def outcome(self) -> tuple[Tensor, Tensor]:
+    def output(self) -> tuple[Tensor, Tensor]:
         """Logits ``[V]`` and last hidden state ``[H]``, on the device, maybe still to come."""
         return self.play.logits[self.row], self.play.hidden[self.row]
 
 
-class StaticLayer(GrowingLayer):
+class PooledLayer(GrowingLayer):
     """One layer of a sequence that may sit in an arena. Views are made when asked for: a step sets an integer."""
 
     length = 0
-    seat: Seat | None = None
+    slot: Slot | None = None
 
     @property
     def keys(self) -> Any:
@@ -162,127 +162,129 @@ class StaticLayer(GrowingLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.length, self.seat = 0, None
+        self.length, self.slot = 0, None
 
     @property
     def front(self) -> tuple[Tensor, Tensor]:
         """Keys and values, as views."""
         return self.keys, self.values
 
-    def lie(self, keys: Tensor, values: Tensor, seat: Seat) -> None:
+    def lie(self, keys: Tensor, values: Tensor, slot: Slot) -> None:
         """From now on these are the buffers, ``[1, heads, C, d]``; the tokens are there already."""
-        self._key_buffer, self._value_buffer, self.seat = keys, values, seat
+        self._key_buffer, self._value_buffer, self.slot = keys, values, slot
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def _set_length(self, length: int) -> None:
         self.length = length
 
     def _grow(self, needed: int) -> None:
-        if self.seat is not None and not self.seat.outgrown:
-            self.seat.outgrown = True
-            self.seat.kv = _block(self.seat.kv, 0)  # what is left behind goes with the last layer
+        if self.slot is not None and not self.slot.outgrown:
+            self.slot.outgrown = True
+            self.slot.kv = _block(self.slot.kv, 0)  # what is left behind goes with the last layer
         super()._grow(needed)
 
 
-class StaticCache(KVCache):
+class PooledKVCache(KVCache):
     """The KV of one sequence, which can take a seat in an arena."""
 
-    layer_class = StaticLayer
-    front_stays = False  # a row that is left is another's at once
-    seat: Seat | None = None
-    begun: Begun | None = None
+    layer_class = PooledLayer
+    slot: Slot | None = None
+    in_flight: InFlightRow | None = None
     """The step of the token that the model wants next, where it is under way."""
     hits = SURE
     """Tokens in a row that were those that the model wanted; at first it is trusted to be followed."""
-    lone = 0
+    alone_steps = 0
     """Steps in a row that nobody else took part in."""
-    unseen_s = 0.0
-    """What ``unseen`` says next."""
-    _seen: tuple[int, Glance] | None = None
+    device_alone_s = 0.0
+    """What ``unbilled_s`` says next."""
+    _seen: tuple[int, LogitStatistics] | None = None
 
     @property
-    def arena(self) -> Arena | None:
+    def pool(self) -> KVPool | None:
         """Where it sits with all its layers; None where it has to be seated, for the first time or anew."""
-        return self.seat.arena if self.seat is not None and not self.seat.outgrown else None
+        return self.slot.pool if self.slot is not None and not self.slot.outgrown else None
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.seat, self.layers = None, []
+        self.slot, self.layers = None, []
 
     @torch.inference_mode()
-    def clone(self, length: int) -> KVCache:
+    def fork(self, length: int) -> KVCache:
         """See ``KVCache``; in one copy where all layers lie together, with room for an agent's next turn."""
-        if self.seat is None or self.seat.outgrown:
-            return super().clone(length)
-        other = StaticCache([StaticLayer() for _ in self.layers])
-        kv = _block(self.seat.kv, length + ROOM)
-        kv[..., :length, :] = self.seat.kv[..., :length, :]
-        other._lie_in(Seat(kv))
+        if self.slot is None or self.slot.outgrown:
+            return super().fork(length)
+        other = PooledKVCache([PooledLayer() for _ in self.layers])
+        kv = _block(self.slot.kv, length + ROOM)
+        kv[..., :length, :] = self.slot.kv[..., :length, :]
+        other._lie_in(Slot(kv))
         for layer in other.layers:
             layer.length = length
         other.read = length
         return other
 
-    def forget_ahead(self) -> None:
+    def drop_prefetched(self) -> None:
         """See ``KVCache``."""
-        super().forget_ahead()
-        self.begun = self._seen = None
+        super().drop_prefetched()
+        self.in_flight = self._seen = None
 
-    def unseen(self) -> float:
+    def unbilled_s(self) -> float:
         """See ``KVCache``."""
-        seconds, self.unseen_s = self.unseen_s, 0.0
+        seconds, self.device_alone_s = self.device_alone_s, 0.0
         return seconds
 
-    def glance(self, length: int) -> Glance | None:
+    def statistics(self) -> LogitStatistics | None:
         """See ``KVCache``."""
+        return self._statistics_at(self.length)
+
+    def _statistics_at(self, length: int) -> LogitStatistics | None:
         return self._seen[1] if self._seen is not None and self._seen[0] == length else None
 
     def start(self, kv: Tensor) -> None:
         """Sit down without a token, ``[2, layers, 1, heads, 0, d]``."""
-        self.layers = [StaticLayer() for _ in kv[0]]
-        self._lie_in(Seat(kv))
+        self.layers = [PooledLayer() for _ in kv[0]]
+        self._lie_in(Slot(kv))
 
-    def sit(self, seat: Seat) -> None:
+    def occupy(self, slot: Slot) -> None:
         """Move to a seat that has room for all tokens."""
-        self.begun = None  # it writes where the sequence has sat
+        self.in_flight = None  # it writes where the sequence has sat
         lengths = {layer.length for layer in self.layers}
-        if self.seat is not None and not self.seat.outgrown and len(lengths) == 1:
+        if self.slot is not None and not self.slot.outgrown and len(lengths) == 1:
             (length,) = lengths
-            seat.kv[..., :length, :] = self.seat.kv[..., :length, :]
+            slot.kv[..., :length, :] = self.slot.kv[..., :length, :]
         else:
             for index, layer in enumerate(self.layers):
-                for buffer, tokens in zip(seat.kv[:, index], layer.front, strict=True):
+                for buffer, tokens in zip(slot.kv[:, index], layer.front, strict=True):
                     buffer[..., : layer.length, :] = tokens
-        self._lie_in(seat)
+        self._lie_in(slot)
 
-    def _lie_in(self, seat: Seat) -> None:
-        keys, values = (half.unbind(0) for half in seat.kv)
+    def _lie_in(self, slot: Slot) -> None:
+        keys, values = (half.unbind(0) for half in slot.kv)
         for layer, *buffers in zip(self.layers, keys, values, strict=True):
-            layer.lie(*buffers, seat)
-        self.seat = seat  # last: from here on a row that was left is anybody's
+            layer.lie(*buffers, slot)
+        self.slot = slot  # last: from here on a row that was left is anybody's
 
-    def follow(self, token: int, length: int) -> Begun | None:
+    def follow(self, token: int, length: int) -> InFlightRow | None:
         """This token comes next, after so many: its step, if it is under way."""
-        before, begun = self.glance(length), self.begun
+        before, in_flight = self._statistics_at(length), self.in_flight
         if before is not None:
             self.hits = self.hits + 1 if before.best == token else 0
-        self.begun = None
-        return begun if begun is not None and (begun.token, begun.position) == (token, length) else None
+        self.in_flight = None
+        return in_flight if in_flight is not None and (in_flight.token, in_flight.position) == (token, length) else None
 
-    def advance(self, length: int, glance: Glance) -> None:
+    def advance(self, length: int, statistics: LogitStatistics) -> None:
         """So many tokens are in the row now, and this is what the last one says."""
         for layer in self.layers:
             layer.length = length
-        self._seen = length, glance
+        self._seen = length, statistics
 
     @torch.inference_mode()
-    def rest(self) -> None:
+    def park(self) -> None:
         """Leave the seat for buffers of the sequence's own, no larger than it."""
-        super().rest()
-        self.begun = None
-        if self.seat is not None:
-            self.sit(Seat(_block(self.seat.kv, max(layer.length for layer in self.layers))))
+        super().park()
+        self.in_flight = None
+        if self.slot is not None:
+            self.occupy(Slot(_block(self.slot.kv, max(layer.length for layer in self.layers))))
 
 
 def _block(like: Tensor, capacity: int) -> Tensor:

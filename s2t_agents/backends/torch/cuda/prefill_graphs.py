@@ -16,14 +16,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ....scheduling.requests import roll_back
-from ..decoder_batch import CandidateRows
+from ...base import Append
+from ..decoder_batch import DecoderBatch
 from ..llama_decoder import close
-from ..packed_batch import Segment
 from .cuda_graph import RETRY_S, out_of_memory
-from .decode_graphs import Stretches, Way
-from .kv_pool import Arena
-from .pooled_kv_cache import Begun, StaticCache
+from .decode_graphs import GraphBuilder, PrefillGraph
+from .kv_pool import KVPool
+from .pooled_kv_cache import InFlightRow, PooledKVCache
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def filled(ids: Sequence[int]) -> int:
     return 1 if len(ids) == 1 else max(SHORTEST, 1 << (len(ids) - 1).bit_length())
 
 
-class StretchReader:
+class PrefillGraphs:
     """Reads stretches over arenas. Used under the model's lock.
 
     Args:
@@ -51,9 +50,9 @@ class StretchReader:
         often: see ``OFTEN``.
     """
 
-    def __init__(self, rows: CandidateRows, way: Way, often: float = OFTEN) -> None:
+    def __init__(self, rows: DecoderBatch, way: GraphBuilder, often: float = OFTEN) -> None:
         self._rows, self._way, self._often = rows, way, often
-        self._known: WeakKeyDictionary[Arena, dict[int, Stretches]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[KVPool, dict[int, PrefillGraph]] = WeakKeyDictionary()
         self._wanted: Counter[int] = Counter()
         """How often stretches of about each length were."""
         self._tried, self._resumes = False, 0.0
@@ -74,7 +73,7 @@ class StretchReader:
         self._wanted[about] += 1
         return self._wanted[about] > self._often
 
-    def read(self, arena: Arena, row: int, cache: StaticCache, ids: Sequence[int], length: int) -> Begun | None:
+    def read(self, pool: KVPool, row: int, cache: PooledKVCache, ids: Sequence[int], length: int) -> InFlightRow | None:
         """Begin to read a stretch; None, and nothing has changed, where the eager way has to.
 
         Args:
@@ -84,18 +83,18 @@ class StretchReader:
             ids: the tokens.
             length: tokens before them.
         """
-        if cache.begun is not None:  # nobody has wanted it; nor, maybe, what would be begun after this stretch
-            cache.begun, cache.hits = None, 0
-        if self._way.lean.seen_bytes(arena.capacity) > LIMIT_BYTES:
+        if cache.in_flight is not None:  # nobody has wanted it; nor, maybe, what would be begun after this stretch
+            cache.in_flight, cache.hits = None, 0
+        if self._way.llama_decoder.seen_bytes(pool.capacity) > LIMIT_BYTES:
             return None
-        known = self._known.setdefault(arena, {})
+        known = self._known.setdefault(pool, {})
         try:
             if filled(ids) not in known:
-                known[filled(ids)] = Stretches(self._way, arena, filled(ids))
-            begun = known[filled(ids)].begin(row, ids, length)
-            if self._tried or self._agrees(begun, cache, ids, length):
+                known[filled(ids)] = PrefillGraph(self._way, pool, filled(ids))
+            in_flight = known[filled(ids)].begin(row, ids, length)
+            if self._tried or self._agrees(in_flight, cache, ids, length):
                 self._tried = True
-                return begun
+                return in_flight
             reason = "their logits are not those of the eager way"
         except RuntimeError as error:
             if out_of_memory(error):
@@ -108,11 +107,11 @@ class StretchReader:
         _log.warning("prompts go on without captured graphs: %s", reason)
         return None
 
-    def _agrees(self, begun: Begun, cache: StaticCache, ids: Sequence[int], length: int) -> bool:
+    def _agrees(self, in_flight: InFlightRow, cache: PooledKVCache, ids: Sequence[int], length: int) -> bool:
         """Whether the eager way says the same."""
-        logits = begun.play.logits[0]
+        logits = in_flight.play.logits[0]
         try:
-            ((eager, _),) = self._rows([Segment(torch.tensor(ids, device=logits.device), cache, length)])
+            ((eager, _),) = self._rows([Append(torch.tensor(ids, device=logits.device), cache, length)])
         finally:
-            roll_back(cache, length)
-        return close(logits, eager, begun.play.hidden.dtype)
+            cache.truncate(length)
+        return close(logits, eager, in_flight.play.hidden.dtype)

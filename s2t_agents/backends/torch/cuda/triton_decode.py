@@ -22,10 +22,10 @@ import triton
 from torch import Tensor
 
 from ..fused_ops import Pointwise
-from ..llama_decoder import Affine, LeanLayer, Rows
-from ..packed_linear import Joint
+from ..llama_decoder import BatchMetadata, DecoderLayer, LinearMap
+from ..packed_linear import FusedLinear
 from . import triton_kernels
-from .decode_graphs import Way
+from .decode_graphs import GraphBuilder
 
 OUTPUTS = 2
 """Of a product, for each program."""
@@ -49,32 +49,34 @@ NARROWEST = 16
 """Rows and columns of the smallest matrices that Triton multiplies."""
 
 
-class KernelWay(Way):
+class TritonGraphBuilder(GraphBuilder):
     """Bodies in which attention, and products of a single row, are kernels of their own."""
 
-    def stepping(self, kv: Sequence[Tensor], positions: Tensor, cos: Tensor, sin: Tensor) -> Rows:
-        """See ``Way``."""
+    def tokens_over(self, kv: Sequence[Tensor], positions: Tensor, cos: Tensor, sin: Tensor) -> BatchMetadata:
+        """See ``GraphBuilder``."""
         over = PartedAttention(kv, positions, cos, sin, writes=True)
         if len(positions) > 1:
-            return Rows(cos, sin, over, self.lean.linear, self._ops)
-        return Rows(cos, sin, over, self._affine, self._ops, self._gate)
+            return BatchMetadata(cos, sin, over, self.llama_decoder.linear, self._ops)
+        return BatchMetadata(cos, sin, over, self._affine, self._ops, self._gate)
 
-    def looking(self, kv: Sequence[Tensor], length: Tensor, cos: Tensor, sin: Tensor, affine: Affine) -> Rows:
-        """See ``Way``."""
-        return Rows(cos, sin, PartedAttention(kv, length, cos, sin, writes=False), affine, self._ops)
+    def candidates_over(
+        self, kv: Sequence[Tensor], length: Tensor, cos: Tensor, sin: Tensor, affine: LinearMap
+    ) -> BatchMetadata:
+        """See ``GraphBuilder``."""
+        return BatchMetadata(cos, sin, PartedAttention(kv, length, cos, sin, writes=False), affine, self._ops)
 
     @cached_property
     def _ops(self) -> Pointwise:
         return replace(self.ops, turned=unturned)
 
-    def _affine(self, joint: Joint, x: Tensor) -> tuple[Tensor, ...]:
-        matrix = self.lean.linear.matrix(joint)
-        return self.lean.linear(joint, x) if matrix is None else joint.split(product(x, *matrix))
+    def _affine(self, fused: FusedLinear, x: Tensor) -> tuple[Tensor, ...]:
+        matrix = self.llama_decoder.linear.matrix(fused)
+        return self.llama_decoder.linear(fused, x) if matrix is None else fused.split(product(x, *matrix))
 
-    def _gate(self, joint: Joint, x: Tensor) -> Tensor:
-        matrix = self.lean.linear.matrix(joint)
+    def _gate(self, fused: FusedLinear, x: Tensor) -> Tensor:
+        matrix = self.llama_decoder.linear.matrix(fused)
         if matrix is None or matrix[1] is not None:
-            return self.ops.gated(*self._affine(joint, x))
+            return self.ops.gated(*self._affine(fused, x))
         return gated(x, matrix[0])
 
 
@@ -84,7 +86,7 @@ def unturned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Te
 
 
 class PartedAttention:
-    """Rows of fixed capacity in parts; see ``lean.Attention``, but that queries and keys are not turned yet.
+    """Rows of fixed capacity in parts; see ``llama_decoder.Attention``, but that queries and keys are not turned yet.
 
     Args:
         kv: ``[2, N, key heads, C, d]`` of each layer: keys and values.
@@ -98,7 +100,7 @@ class PartedAttention:
     def __init__(self, kv: Sequence[Tensor], ends: Tensor, cos: Tensor, sin: Tensor, *, writes: bool) -> None:
         self._kv, self._ends, self._cos, self._sin, self._writes = kv, ends, cos, sin, writes
 
-    def __call__(self, layer: LeanLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """From ``[n, heads, d]`` and ``[n, key heads, d]`` to ``[n, heads * d]``."""
         keys, values = self._kv[index]
         (n, heads, d), (rows, key_heads, capacity, _) = q.shape, keys.shape

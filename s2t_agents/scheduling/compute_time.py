@@ -1,10 +1,10 @@
-"""What a generation has used of the model: its share of every forward that it took part in."""
+"""Compute time of one generation: its share of every forward that it took part in."""
 
 from __future__ import annotations
 
 
-class Meter:
-    """Seconds, counted up. Whoever waits for the result of a step is the only one who reads it.
+class ComputeTime:
+    """Seconds, counted up. Only the caller that waits for a step reads it.
 
     Attributes:
         seconds: so far.

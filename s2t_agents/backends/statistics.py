@@ -12,7 +12,7 @@ FLOOR = -1e4
 
 
 @dataclass(frozen=True)
-class Glance:
+class LogitStatistics:
     """One step's distribution in three numbers.
 
     Attributes:
@@ -26,7 +26,7 @@ class Glance:
     margin: float
 
 
-def glanced(logits: Tensor, best: Tensor, top: Tensor) -> Tensor:
+def logit_statistics(logits: Tensor, best: Tensor, top: Tensor) -> Tensor:
     """Best token, entropy and margin ``[N, 3]``; float64 holds every token id exactly.
 
     Args:
@@ -43,12 +43,12 @@ def glanced(logits: Tensor, best: Tensor, top: Tensor) -> Tensor:
     return torch.cat([best.double(), entropy.double(), ((1 - second.exp()) / total).double()], -1)
 
 
-def glances(rows: Tensor) -> list[Glance]:
-    """From ``[N, 3]`` of ``glanced``; waits for the device."""
-    return [Glance(int(best), entropy, margin) for best, entropy, margin in rows.tolist()]
+def statistics_of_rows(rows: Tensor) -> list[LogitStatistics]:
+    """From ``[N, 3]`` of ``logit_statistics``; waits for the device."""
+    return [LogitStatistics(int(best), entropy, margin) for best, entropy, margin in rows.tolist()]
 
 
-def glance_at(logits: Tensor) -> Glance:
+def statistics_at(logits: Tensor) -> LogitStatistics:
     """Of one step's ``[V]``."""
     best = logits.argmax()[None, None]
-    return glances(glanced(logits[None], best, logits[best]))[0]
+    return statistics_of_rows(logit_statistics(logits[None], best, logits[best]))[0]

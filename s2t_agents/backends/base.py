@@ -1,0 +1,223 @@
+"""The backend protocol: what an inference engine offers so that one scheduler can run any of them.
+
+    scheduler ── batch of work items ──> Backend.forward ──> one output per item
+                 Append(cache, ids)                            StepOutput: logits [V], hidden [H]
+                 ScoreCandidates(cache, ids [K])               hidden states [K, H]; the cache stays as it is
+
+A backend owns weights, tokenizer and the KV caches of its sequences, and runs one forward at a time. It knows nothing
+of requests, queues, grammars or budgets. ``tests/test_backend_conformance.py`` holds for every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from .statistics import LogitStatistics
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do with this model, as data: callers read it and never ask for a class.
+
+    Attributes:
+        batching: several work items in one forward.
+        candidate_scoring: hidden states after K candidates equal those of K separate sequences.
+        candidate_lora: an adapter can be on at the candidates of a ``ScoreCandidates`` alone.
+        hidden_states: outputs carry the last hidden state, which heads and probes read.
+        truncation: a cache can be cut back to any length; False for recurrent states.
+        fork_while_running: the front of a cache may be copied while its sequence goes on.
+    """
+
+    batching: bool
+    candidate_scoring: bool
+    candidate_lora: bool
+    hidden_states: bool
+    truncation: bool
+    fork_while_running: bool
+
+
+class SequenceCache(Protocol):
+    """The KV cache of one sequence. Not thread-safe; the scheduler serialises what touches it."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        ...
+
+    @property
+    def read(self) -> int:
+        """Tokens whose forward is done in every layer; at most ``length``."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device or host memory."""
+        ...
+
+    def fork(self, length: int) -> SequenceCache:
+        """An independent cache with the first ``length`` tokens.
+
+        Without ``Capabilities.truncation`` only the whole length can be forked.
+        """
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens after the first ``length``; also undoes a forward that failed half-way."""
+        ...
+
+    def mark_read(self, length: int) -> None:
+        """A forward over the first ``length`` tokens is done: ``read`` says so from now on."""
+        ...
+
+    def park(self) -> None:
+        """Its generation has ended: give back what only running sequences need. The tokens stay."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back at once; a cache that is dropped gives it back when it is collected. Its length is 0."""
+        ...
+
+    def statistics(self) -> LogitStatistics | None:
+        """Of the logits after the last token, where the forward has computed them on the way; None elsewhere."""
+        ...
+
+    def unbilled_s(self) -> float:
+        """Seconds of device time that its last forward took while no caller waited; reset by the call."""
+        ...
+
+
+Cache = TypeVar("Cache", bound=SequenceCache)
+
+
+@dataclass(frozen=True)
+class Append(Generic[Cache]):
+    """Tokens to append to one sequence; a prompt may come in several of these (chunked prefill).
+
+    Attributes:
+        ids: ``[T]``.
+        cache: the sequence's own; grows by T.
+        length: tokens in it before.
+    """
+
+    ids: Tensor
+    cache: Cache
+    length: int
+
+
+@dataclass(frozen=True)
+class ScoreCandidates(Generic[Cache]):
+    """Candidates after one sequence: each attends to the sequence and itself, and nothing is kept.
+
+    Attributes:
+        ids: ``[K]``.
+        cache: the sequence's own; stays bitwise as it is.
+        length: tokens in it.
+        lora: adapter that is on at the candidates; None scores them with the base model.
+    """
+
+    ids: Tensor
+    cache: Cache
+    length: int
+    lora: Any | None = None
+
+
+class StepOutput(NamedTuple):
+    """After the last token of an ``Append``: logits ``[V]`` (fp32) and last hidden state ``[H]``."""
+
+    logits: Tensor
+    hidden: Tensor
+
+
+Work = Append[Any] | ScoreCandidates[Any]
+"""What one sequence wants of a forward."""
+
+Output = StepOutput | Tensor
+"""``StepOutput`` of an ``Append``; last hidden states ``[K, H]`` of a ``ScoreCandidates``."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a backend wants its batches.
+
+    Attributes:
+        prefill_alone: tokens of a prompt per forward while nothing else waits; bounds the memory of a forward.
+        prefill_beside: tokens of prompts per forward beside decoding sequences, so that a long prompt delays none.
+        sequences: per forward, at most.
+        candidates: per forward, of all ``ScoreCandidates`` together; the first is always taken whole.
+        hand_over_s: seconds of a step from which forwards run in the scheduler's thread even for a single caller;
+            infinite runs them in the caller's thread.
+    """
+
+    prefill_alone: int = 1024
+    prefill_beside: int = 256
+    sequences: int = 64
+    candidates: int = 256
+    hand_over_s: float = 0.01
+
+
+class Backend(Protocol):
+    """An inference engine with one model loaded.
+
+    Attributes:
+        name: path or hub id of the model, as reports show it.
+        tokenizer: fast tokenizer of ``transformers``, limited to ids that have an embedding.
+        given_tokenizer: the tokenizer as it came; fingerprints and comparisons between models read this one.
+        architecture: ``model_type`` of the config.
+        hidden_size: H.
+        vocab_size: V, columns of the logits, padding rows included.
+        context_window: tokens.
+        eos_ids: tokens that end an answer.
+        device: where logits and hidden states arrive.
+        capabilities: see there.
+        limits: see there.
+        lock: a ``threading.RLock``, held during forwards. A thread that holds it has the model to itself.
+    """
+
+    name: str
+    tokenizer: Any
+    given_tokenizer: Any
+    architecture: str
+    hidden_size: int
+    context_window: int
+    eos_ids: frozenset[int]
+    device: torch.device
+    capabilities: Capabilities
+    limits: Limits
+    lock: Any
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        ...
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Hash of the tokenizer's ids."""
+        ...
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """Hash of the weights."""
+        ...
+
+    @property
+    def output_embedding(self) -> Tensor:
+        """``[V, H]``: rows of the output layer."""
+        ...
+
+    def new_cache(self) -> SequenceCache:
+        """An empty one."""
+        ...
+
+    def forward(self, batch: Sequence[Work]) -> list[Output]:
+        """Run all items in one forward, or one by one without ``Capabilities.batching``; outputs in their order.
+
+        Raises:
+            Exception: of the engine; caches may be left with tokens beyond what was read, ``truncate`` undoes that.
+        """
+        ...

@@ -1,0 +1,214 @@
+"""The PyTorch backend: a transformers checkpoint, its KV caches, and what training needs besides."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ...fork_safety import FORWARD, hold_while_forking
+from ...tokenization.vocabulary import drop_tokens_without_embedding
+from ..base import Capabilities, Limits, Output, SequenceCache, Work
+from .candidate_overlay import overlay_is_exact, overlay_of, rows_mask, rows_of
+from .cpu_threads import release_threads
+from .cuda.graph_runner import GraphRunner
+from .cuda.pooled_kv_cache import PooledKVCache
+from .fingerprint import tokenizer_fingerprint, weights_fingerprint
+from .kv_cache import KVCache, RecurrentCache
+from .loading import ONE_AT_A_TIME, context_window, default_device, end_ids, load_tokenizer, load_weights
+from .model_runner import ModelRunner
+from .packed_linear import LIMIT
+from .recurrent_state import goes_on_in_stretches, keeps_a_cache
+
+PREFILL = 1024
+"""Tokens of a prompt per forward; bounds the memory of a forward."""
+
+PREFILL_BESIDE = 256
+"""The same beside decoding sequences, on a CPU: a chunk of this size costs about as much as a batch of decode steps."""
+
+HAND_OVER_S = 0.01
+"""Seconds of a step on a CPU from which the hand-over to the scheduler's thread (0.1 ms) is worth its OpenMP team."""
+
+
+class TorchBackend:
+    """A causal LM of ``transformers`` and its tokenizer; see ``base.Backend``.
+
+    Args:
+        model: in eval mode.
+        tokenizer: its fast tokenizer; added tokens without an embedding are read as ordinary text.
+        name: how it is called in reports; a path or hub id.
+        prepack: bytes of weights that a CPU may hold a second time, in the layout that it multiplies fastest.
+
+    Attributes:
+        model: as given.
+        decoder: its stack of layers.
+        config: of the text model.
+        runner: chooses the path of each forward.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, prepack: int = LIMIT) -> None:
+        self.model, self.name, self.given_tokenizer = model, name, tokenizer
+        self.tokenizer = drop_tokens_without_embedding(tokenizer, model.get_input_embeddings().weight.shape[0], name)
+        self.config = model.config.get_text_config()
+        self.architecture: str = self.config.model_type
+        self.hidden_size: int = self.config.hidden_size
+        self.decoder: nn.Module = model.get_decoder()
+        self.device: torch.device = model.device
+        self.eos_ids = end_ids(model, tokenizer, name)
+        self.context_window = context_window(self.config, tokenizer)
+        self.lock = threading.RLock()  # one forward at a time: hooks and caches are not thread-safe
+        hold_while_forking(self, "lock", FORWARD)
+        attention_only = self.attention_only(model)
+        graphs, cpu = self.device.type == "cuda", self.device.type == "cpu"
+        self._cache_class: type[KVCache] = PooledKVCache if graphs else KVCache
+        self.capabilities = Capabilities(
+            batching=attention_only,
+            candidate_scoring=True,
+            candidate_lora=True,
+            hidden_states=True,
+            truncation=attention_only,
+            fork_while_running=attention_only and not graphs,
+        )
+        chunks = attention_only or goes_on_in_stretches(model, self.new_cache, name)
+        self.limits = Limits(
+            prefill_alone=PREFILL if chunks else self.context_window,
+            prefill_beside=self.context_window if not chunks else PREFILL_BESIDE if cpu else PREFILL,
+            hand_over_s=HAND_OVER_S if cpu else inf,
+        )
+        self.runner = ModelRunner(
+            model, packs=attention_only, resumes_in_chunks=chunks, graphs=attention_only and graphs, prepack=prepack
+        )
+        release_threads()  # OpenMP threads that loading the weights has started
+
+    @staticmethod
+    def attention_only(model: Any) -> bool:
+        """Whether every layer is attention over a KV cache: then sequences can be packed, cut and forked anywhere."""
+        return overlay_is_exact(model.config.get_text_config()) and keeps_a_cache(model)
+
+    def use_graphs(self, graph_runner: GraphRunner | None = None) -> None:
+        """Run single tokens over a KV pool, on any device; on CUDA that is the default.
+
+        Args:
+            graph_runner: None makes one at the first single token. Caches that exist already keep their kind.
+        """
+        self._cache_class = PooledKVCache
+        self.capabilities = replace(self.capabilities, fork_while_running=False)
+        self.runner.use_graphs(graph_runner)
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        tokenizer: Any = None,
+        prepack: int = LIMIT,
+        **options: Any,
+    ) -> TorchBackend:
+        """Read a model from a directory or hub id; see ``loading.load_weights`` for errors and ``options``."""
+        where = torch.device(device) if device is not None else default_device()
+        tokenizer = tokenizer or load_tokenizer(path, **options)
+        with ONE_AT_A_TIME:
+            return cls(load_weights(path, device=where, dtype=dtype, **options), tokenizer, name=path, prepack=prepack)
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits, padding rows included."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Hash of the tokenizer's ids."""
+        return tokenizer_fingerprint(self.given_tokenizer)
+
+    @cached_property
+    def weights_fingerprint(self) -> str:
+        """Hashes of the weights; compare with ``fingerprint.same_weights``."""
+        return weights_fingerprint(self.model)
+
+    @property
+    def output_embedding(self) -> Tensor:
+        """``[V, H]``: the row of every token in the output layer."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    def new_cache(self) -> SequenceCache:
+        """An empty one. Attention-only models keep all KV, so that any length can be returned to."""
+        return self._cache_class() if self.capabilities.truncation else RecurrentCache(config=self.config)
+
+    def forward(self, batch: Sequence[Work]) -> list[Output]:
+        """See ``base.Backend``."""
+        with self.lock:
+            if self.capabilities.batching:
+                return self.runner.forward(batch)
+            return [output for item in batch for output in self.runner.forward([item])]
+
+    def read_rows(self, ids: Tensor, mask: Tensor, cache: Cache | None, keep: int) -> tuple[Tensor, Tensor]:
+        """Read or continue B left-padded sequences at once, for training; gradients flow where the caller lets them.
+
+        Args:
+            ids: ``[B, T]``, padding on the left.
+            mask: ``[B, C + T]``, 1 for tokens and 0 for padding, the C cached columns included.
+            cache: of ``transformers``; grows by T; None keeps nothing.
+            keep: how many of the last columns to return.
+
+        Returns:
+            Logits ``[B, keep, V]`` (fp32) and last hidden states ``[B, keep, H]``.
+        """
+        with self.lock:
+            logits, hidden = self.runner.through_modules(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :],
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=keep,
+            )
+        return logits.float(), hidden
+
+    def candidate_rows(self, candidates: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """Last hidden state after each candidate over its own part of a prefix; gradients flow where let.
+
+        Args:
+            candidates: ``[B, N]`` token ids, one row per prefix; no candidate sees another.
+            positions: ``[B, N]``; a candidate sees its prefix's first ``positions`` tokens.
+            mask: ``[B, C]``, 1 for the prefixes' tokens and 0 for the padding before them.
+            cache: the prefixes' KV, all of it kept; left as it is.
+
+        Returns:
+            ``[B, N, H]``. One forward; the output layer is not run.
+        """
+        out = self.decoder(
+            input_ids=candidates,
+            position_ids=positions,
+            attention_mask=rows_mask(self.config, mask.bool(), positions, self.model.dtype),
+            past_key_values=overlay_of(cache),
+            use_cache=True,
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    @torch.inference_mode()
+    def score_candidate_rows(self, candidates: Tensor, rows: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """Candidates after several rows of a left-padded batch.
+
+        Args:
+            candidates: ``[N, K]`` token ids.
+            rows: ``[N]``, which row of the batch each line belongs to.
+            mask: ``[B, C]``, 1 for tokens and 0 for padding.
+            cache: the batch's KV; left as it is.
+
+        Returns:
+            ``[N, K, H]``.
+        """
+        with self.lock:
+            positions = mask[rows].sum(1, keepdim=True).expand_as(candidates)
+            return self.candidate_rows(candidates, positions, mask[rows], rows_of(cache, rows))
