@@ -24,15 +24,15 @@ def _head(config: SelectorConfig) -> str:
 
 Ranks the {config.k} best candidates of `{base.name}` ({base.model_type}, hidden size {base.hidden_size}) at its
 critical steps, as a larger model would. It only ranks: the base's own logits and KV stay as they are.
-Made by `s2t train`; load it with `s2t_agents.selectors.load_selector`. It fits these weights only
-(fingerprint `{base.weights_fingerprint}`, tokenizer `{base.tokenizer_fingerprint}`). Its scores are divided by
+Made by `{config.training.get("made_by", "s2t train")}`; load it with `s2t_agents.selectors.load_selector`.
+It fits these weights only (fingerprint `{base.weights_fingerprint}`, tokenizer `{base.tokenizer_fingerprint}`). Its scores are divided by
 {config.temperature:.4g}, so that their softmax means a probability; another candidate must beat the base's own
 token by {config.caution:.4g} nats.
 """
 
 
 def _training(config: SelectorConfig) -> str:
-    rows = {name: value for name, value in config.training.items() if name != "settings"}
+    rows = {name: value for name, value in config.training.items() if name not in ("settings", "made_by")}
     settings = config.training.get("settings", {})
     lines = [f"| {name.replace('_', ' ')} | {value} |" for name, value in rows.items()]
     lines += [f"| `{name}` | {value} |" for name, value in settings.items()]
