@@ -17,7 +17,11 @@ from .targets import Verdict, at_least, targets_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("selectors", "escalation", "performance")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("selectors", "escalation", "performance")),
+    ROOT / "examples" / "real_pair" / "README.md",
+)
 HARM = {
     "demo_large": ("demo", "all kinds"),
     "demo_seed7": ("demo", "all kinds"),
@@ -42,6 +46,7 @@ NAMES = {
     "random": "selector at random steps",
     "head": "**selector (head)**, no LLM",
     "activated": "**selector (activated)**, no LLM",
+    "adapted": "**selector (adapted)**, no LLM",
     "published": "selector (LoRA on the prefix too), no LLM",
     "llm_select": "LLM selects at every trigger",
     "takeover": "LLM writes at every trigger",
@@ -49,9 +54,19 @@ NAMES = {
 }
 
 
+TASKS = {
+    "demo/heldout": ("demo", "held-out problems"),
+    "demo/hard": ("hard", "hard problems"),
+    "bfcl/simple_python": ("bfcl", "function calls, `simple_python` of the Berkeley Function Calling Leaderboard"),
+    "bfcl/multiple": ("multiple", "function calls, `multiple` of the Berkeley Function Calling Leaderboard"),
+    "svamp": ("svamp", "word problems of SVAMP"),
+}
+"""Stored evaluations by their task: its name at the command line, and what was asked."""
+
+
 def evaluation(report: dict[str, Any], made: dict[str, Any]) -> str:
     """The table of ``s2t eval --json``, with where and when it was made."""
-    split = {"heldout": ("demo", "held-out"), "hard": ("hard", "hard")}[report["task"].split("/")[1]]
+    task, problems = TASKS[report["task"]]
     heads = ("", "accuracy", "95% interval", "gap closed", "LLM calls", "LLM tokens", "tokens", "triggers", "harm")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, row in report["rows"].items():
@@ -62,14 +77,30 @@ def evaluation(report: dict[str, Any], made: dict[str, Any]) -> str:
             f"| {row['llm_calls']:.1f} | {row['llm_tokens']:.0f} | {row['tokens']:.0f} | {row['trigger_rate']:.1%} "
             f"| {share(row['broken'])} |"
         )
-    what = f"{report['n']} {split[1]} problems, seed {report['seed']}"
+    what = f"{report['n']} {problems}, seed {report['seed']}"
     where = f"{made['hardware']}, commit {made['commit']}, {made['date']}"
-    command = made.get("command", f"s2t eval --task {split[0]} --n {report['n']} --seed {report['seed']}")
+    command = made.get("command", f"s2t eval --task {task} --n {report['n']} --seed {report['seed']}")
     legend = (
         "Gap closed: share of the accuracy gap between the small and the large model that is recovered. "
         "Harm: share of the small model's right answers that become wrong."
     )
     return "\n".join([*lines, "", legend, f"Per answer; {what}; {where}. Made by `{command}`."])
+
+
+def real(report: dict[str, Any], made: dict[str, Any]) -> str:
+    """``evaluation`` of the real pair, with what its rows take of time, and how often the LLM is asked."""
+    lines = evaluation(report, made).split("\n")
+    rows = list(report["rows"].values())
+    lines[0] += " LLM asked at | agreement | s |"
+    lines[1] += "---|---|---|"
+    for at, row in enumerate(rows, 2):
+        asked = "-" if row["name"] == "llm" else f"{row['llm_calls'] / max(1e-9, row['tokens']):.1%}"
+        lines[at] += f" {asked} | {share(row['agreement'])} | {row['seconds'] / report['n']:.2f} |"
+    lines[-2] += (
+        " LLM asked at: share of the tokens. Agreement: with the LLM's pick, at triggered steps. s: seconds an answer, "
+        "in bulk."
+    )
+    return "\n".join(lines)
 
 
 def harm(stored: dict[str, dict[str, Any]]) -> str:
@@ -349,6 +380,9 @@ def sections() -> dict[str, str]:
     """What stands between each pair of markers, from the results that are there."""
     of_one: dict[str, tuple[str, Callable[[Any, dict[str, Any]], str]]] = {
         "eval": ("demo_eval", evaluation),
+        "real": ("real_eval", real),
+        "real_multiple": ("real_multiple", real),
+        "real_svamp": ("real_svamp", real),
         "hard": ("demo_hard", evaluation),
         "again": ("demo_again", evaluation),
         "trainings": ("demo_trainings", trainings),

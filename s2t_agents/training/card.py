@@ -19,13 +19,13 @@ def write_card(folder: Path) -> None:
 
 
 def _head(config: SelectorConfig) -> str:
-    base = config.base
+    base, made_by = config.base, config.training.get("made_by", "s2t train")
     return f"""# {config.kind} selector for {base.name}
 
 Ranks the {config.k} best candidates of `{base.name}` ({base.model_type}, hidden size {base.hidden_size}) at its
 critical steps, as a larger model would. It only ranks: the base's own logits and KV stay as they are.
-Made by `{config.training.get("made_by", "s2t train")}`; load it with `s2t_agents.selectors.load_selector`.
-It fits these weights only (fingerprint `{base.weights_fingerprint}`, tokenizer `{base.tokenizer_fingerprint}`). Its scores are divided by
+Made by `{made_by}`; load it with `s2t_agents.selectors.load_selector`. It fits these weights only
+(fingerprint `{base.weights_fingerprint}`, tokenizer `{base.tokenizer_fingerprint}`). Its scores are divided by
 {config.temperature:.4g}, so that their softmax means a probability; another candidate must beat the base's own
 token by {config.caution:.4g} nats.
 """
