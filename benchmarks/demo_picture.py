@@ -1,9 +1,14 @@
-"""Draw what ``s2t demo`` prints, for the README: ``python -m benchmarks.demo_picture``."""
+"""Draw what ``s2t demo`` prints, for the README: ``python -m benchmarks.demo_picture``.
+
+With a folder, ``python -m benchmarks.demo_picture runs/smollm2``, what ``make real-demo`` prints.
+"""
 
 from __future__ import annotations
 
 import io
 import re
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -14,18 +19,41 @@ from s2t_agents.demo.agent import run_demo
 from s2t_agents.demo.show import show
 from s2t_agents.demo.world import demo_question
 
-PICTURE = Path(__file__).parent / "results" / "demo.svg"
+RESULTS = Path(__file__).parent / "results"
 SEED = 35
 
 
 def draw() -> str:
-    """The demo's output as SVG, in whatever monospaced font the reader has: nothing is fetched to look at it."""
+    """The demo's output as SVG."""
     torch.set_num_threads(1)
-    console = Console(record=True, width=100, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console = _console()
     show(run_demo(demo_question(SEED)), console)
-    svg = console.export_svg(title="s2t demo", theme=MONOKAI, unique_id="demo")
+    return _picture(console, "s2t demo")
+
+
+def draw_real(home: Path) -> str:
+    """The output of the agents on the real pair in this folder, as SVG."""
+    from examples.real_pair.agent import main
+
+    said, console = io.StringIO(), _console()
+    with redirect_stdout(said):
+        main(home)
+    console.print(said.getvalue().rstrip(), highlight=False, markup=False)
+    return _picture(console, "make real-demo")
+
+
+def _console() -> Console:
+    return Console(record=True, width=100, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+
+
+def _picture(console: Console, title: str) -> str:
+    """In whatever monospaced font the reader has: nothing is fetched to look at it."""
+    svg = console.export_svg(title=title, theme=MONOKAI, unique_id=title.replace(" ", "-").removeprefix("s2t-"))
     return re.sub(r"@font-face \{.*?\}\s*|<!-- .*? -->\s*", "", svg, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    PICTURE.write_text(draw(), encoding="utf-8")
+    if sys.argv[1:]:
+        (RESULTS / "real_demo.svg").write_text(draw_real(Path(sys.argv[1])), encoding="utf-8")
+    else:
+        (RESULTS / "demo.svg").write_text(draw(), encoding="utf-8")

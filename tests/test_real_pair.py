@@ -8,8 +8,8 @@ import pytest
 import torch
 from training_fixtures import save_model, tiny_pair, write_prompts
 
-from s2t_agents.errors import ConfigError
-from s2t_agents.selectors import load_selector
+from s2t_agents.errors import AdapterMismatch, ConfigError
+from s2t_agents.selectors import SelectorConfig, load_selector
 from s2t_agents.testing import tiny_model
 from s2t_agents.training.choices import evaluation
 from s2t_agents.training.collect import collect
@@ -70,7 +70,7 @@ def test_distillation_makes_an_adapted_selector_that_is_nearer_to_the_llm(tmp_pa
     (tmp_path / "pair.toml").write_text(TINY.format(out=tmp_path))
     pipeline = read_config(tmp_path / "pair.toml")
     collect(pipeline.collecting("train"))
-    args = Namespace(config=tmp_path / "pair.toml", rank=4, epochs=12, batch=2, lr=2e-2, processes=1)
+    args = Namespace(config=tmp_path / "pair.toml", rank=4, epochs=12, batch=2, lr=2e-2, stop=None, processes=1)
     distil.distil(0, args, 0)
     selector, config = load_selector(pipeline.selector("adapted"), slm := pipeline.models.load_slm())
     assert (config.kind, config.training["steps"]) == ("adapted", 48)
@@ -138,3 +138,14 @@ def test_the_agent_on_real_weights(smollm2):
     run = ask(models(str(smollm2), str(smollm2))["full weights"])
     assert run["call"]["args"] == {"base": 14, "height": 9}
     assert "63" in run["answer"]
+
+
+@pytest.mark.parametrize("kind", ["head", "adapted"])
+def test_a_kept_selector_is_small_calibrated_and_for_the_pairs_small_model(kind):
+    folder = RECIPE / "selectors" / kind
+    config = SelectorConfig.load(folder)
+    assert (config.kind, config.base.name) == (kind, "runs/smollm2/slm")
+    assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 4e6
+    assert config.calibration.agreement_ci95[0] > config.calibration.agreement_greedy
+    with pytest.raises(AdapterMismatch, match="trained for 'runs/smollm2/slm'"):
+        load_selector(folder, tiny_model("llama", hidden_size=576, num_attention_heads=9, num_key_value_heads=3))

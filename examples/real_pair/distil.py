@@ -9,7 +9,8 @@ vocabulary. The adapter then mends what quantisation did to the reading of tools
            unsure steps count in full, the others by a fifth
 
 Reads the rollouts of ``[tasks.train]`` (``s2t collect``) and writes the selector's directory, which
-``s2t calibrate --kind adapted`` finishes. Processes share the sequences of a step; gradients are summed over loopback.
+``s2t calibrate --kind adapted`` finishes; the trigger's probe is the head's (``s2t train --kind head``), if there is
+one: it reads the small model alone. Processes share the sequences of a step; gradients are summed over loopback.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import math
 import os
 import random
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +33,7 @@ from s2t_agents.backends.torch import LanguageModel
 from s2t_agents.backends.torch.logit_statistics import FLOOR
 from s2t_agents.selectors import AdaptedSelector, SelectorConfig
 from s2t_agents.selectors.config import BaseIdentity
+from s2t_agents.selectors.learned_trigger import PROBE_FILE
 from s2t_agents.training.card import write_card
 from s2t_agents.training.config import Adapter, Fit, Pipeline, read_config
 from s2t_agents.training.groups import Example, choose, read_for, threshold_for
@@ -154,8 +157,11 @@ def distil(rank: int, args: argparse.Namespace, port: int) -> None:
         if not rank and step % 5 == 0:
             took = time.monotonic() - started
             print(f"step {step + 1} of {steps}  loss {total * args.processes:.3f}  {took:.0f} s", flush=True)
-        if not rank and (step % 20 == 19 or step + 1 == steps):
+        last = step + 1 == min(steps, args.stop or steps)
+        if not rank and (step % 20 == 19 or last):
             save(pipeline, slm, selector, args, step + 1, len(examples))
+        if last:
+            break
 
 
 def save(
@@ -172,6 +178,9 @@ def save(
     out.mkdir(parents=True, exist_ok=True)
     selector.save(out, SelectorConfig(kind="adapted", base=BaseIdentity.of(slm), k=K, training=figures))
     write_card(out)
+    probe = pipeline.selector("head") / PROBE_FILE
+    if probe.exists():
+        shutil.copy(probe, out)
 
 
 def main() -> None:
@@ -182,6 +191,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--stop", type=int, help="end after so many steps of the schedule")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     if args.processes == 1:

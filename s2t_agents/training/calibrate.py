@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..scheduling.language_model import LanguageModel
 from ..selectors import LocalSelector, SelectorConfig, load_selector
 from ..selectors.config import Calibration
+from ..selectors.head import HeadSelector
 from ..selectors.learned_trigger import PROBE_FILE, load_probe
 from .card import write_card
 from .config import CalibrateConfig, Fit
@@ -206,7 +207,7 @@ def scored(selector: LocalSelector, examples: list[Example]) -> tuple[Tensor, Te
     The selector's temperature is not applied.
     """
     with_groups = [example for example in examples if len(example.positions)]
-    hidden = hidden_along(selector.base, with_groups)
+    hidden = hidden_along(selector.base, with_groups) if isinstance(selector, HeadSelector) else []
     objective = objective_for(selector, with_groups, hidden, Fit())
     pieces = list(objective.pieces(list(range(len(objective.sizes)))))
     return (
