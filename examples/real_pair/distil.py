@@ -26,11 +26,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from s2t_agents.backends.torch.logit_statistics import FLOOR
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional
 
 from s2t_agents.backends.torch import LanguageModel
-from s2t_agents.backends.torch.logit_statistics import FLOOR
 from s2t_agents.selectors import AdaptedSelector, SelectorConfig
 from s2t_agents.selectors.config import BaseIdentity
 from s2t_agents.selectors.learned_trigger import PROBE_FILE
