@@ -17,11 +17,11 @@ from s2t_agents.training.config import (
     Adapter,
     CalibrateConfig,
     EvaluateConfig,
+    EvaluationRows,
     Fit,
     Models,
     Pipeline,
     ProbeConfig,
-    Rows,
     Targets,
     Tasks,
 )
@@ -34,7 +34,7 @@ from s2t_agents.training.report import Tally
 from s2t_agents.training.shards import read_shards
 from s2t_agents.training.tasks import DemoTask, DemoTaskConfig, JsonlTask, JsonlTaskConfig
 
-ROWS = Rows(
+ROWS = EvaluationRows(
     budgets=(1, 2, 4, 8), votes=3, max_tokens=16, batch=5, check=3, agreement=5, k=4, ks=(1, 4), rates=(0.1, 0.3)
 )
 NAMES = [
@@ -89,7 +89,7 @@ def test_every_row_is_there_over_the_same_problems(report):
 
 def test_the_table_as_json_has_the_rows_and_figures_of_the_method(pair, made):
     slm, llm, _ = pair
-    rows = Rows(max_tokens=6, check=0, agreement=0, k=4, budgets=(0, 1, 2, 4, 8))
+    rows = EvaluationRows(max_tokens=6, check=0, agreement=0, k=4, budgets=(0, 1, 2, 4, 8))
     found = json.loads(evaluate_with(slm, llm, prompts(made, 3), settings(made, rows=rows)).model_dump_json())["rows"]
     assert set(found) == {
         "slm", "maj8", "random", "head", "activated", "adapted", "published", "llm_select", "takeover",
@@ -189,7 +189,7 @@ def test_an_uncalibrated_or_missing_selector_is_refused(pair, made, tmp_path):
 def test_without_a_selector_there_are_the_rows_that_need_none(pair, made, report):
     slm, llm, _ = pair
     nats = SelectorConfig.load(made / report.hybrid).calibration.entropy_for(ROWS.llm_trigger_rate)
-    rows = Rows(**{**ROWS.model_dump(), "llm_trigger_entropy": nats, "ks": (1, 4)})
+    rows = EvaluationRows(**{**ROWS.model_dump(), "llm_trigger_entropy": nats, "ks": (1, 4)})
     found = evaluate_with(slm, llm, prompts(made, 6), settings(made, selectors={}, rows=rows))
     assert list(found.rows) == ["slm", "maj3", "llm_select", "takeover", "llm"]
     assert found.hybrid is None
@@ -203,13 +203,13 @@ def test_without_a_selector_the_trigger_is_read_off_the_held_out_rollouts(made, 
     shutil.copytree(made / "rollouts", tmp_path / "rollouts" / "heldout")
     tasks = Tasks(**{part: JsonlTaskConfig(task="jsonl", path=made / part) for part in ("train", "heldout", "test")})
     pipeline = Pipeline(out=tmp_path, models=Models(slm="another"), tasks=tasks, train={})
-    nats = with_trigger(pipeline, Rows(llm_trigger_rate=0.25)).llm_trigger_entropy
+    nats = with_trigger(pipeline, EvaluationRows(llm_trigger_rate=0.25)).llm_trigger_entropy
     entropy = torch.cat([shard.entropy for shard in read_shards(made / "rollouts")])
     assert float((entropy >= nats).float().mean()) == pytest.approx(0.25, abs=2 / len(entropy))
-    assert with_trigger(pipeline, Rows(llm_trigger_entropy=0.5)).llm_trigger_entropy == 0.5
+    assert with_trigger(pipeline, EvaluationRows(llm_trigger_entropy=0.5)).llm_trigger_entropy == 0.5
     assert found_selectors(pipeline, []) == {}  # the bundled ones are for another model
     shutil.rmtree(tmp_path / "rollouts")
-    assert with_trigger(pipeline, Rows()).llm_trigger_entropy is None
+    assert with_trigger(pipeline, EvaluationRows()).llm_trigger_entropy is None
 
 
 def test_what_a_row_breaks_and_mends_is_against_the_same_problems():
@@ -294,7 +294,7 @@ def figures(report) -> dict:
 def test_a_killed_run_goes_on_where_it_was(pair, made, tmp_path):
     slm, llm, _ = pair
     file = write_prompts(tmp_path / "prompts.jsonl", 6)
-    rows = Rows(max_tokens=8, check=2, agreement=2, k=4, ks=(2,), budgets=(1,), votes=2, batch=4)
+    rows = EvaluationRows(max_tokens=8, check=2, agreement=2, k=4, ks=(2,), budgets=(1,), votes=2, batch=4)
     only = {"head": made / "head"}
     config = settings(made, rows=rows, out=tmp_path / "out", selectors=only)
     task = Interrupted(file, "numeric")
@@ -314,7 +314,7 @@ def test_a_killed_run_goes_on_where_it_was(pair, made, tmp_path):
 
 def test_answers_are_there_to_be_looked_at(pair, made, tmp_path):
     slm, llm, _ = pair
-    rows = Rows(max_tokens=6, check=0, agreement=0, k=4, budgets=(), votes=2, batch=2)
+    rows = EvaluationRows(max_tokens=6, check=0, agreement=0, k=4, budgets=(), votes=2, batch=2)
     task = JsonlTask(write_prompts(tmp_path / "prompts.jsonl", 3), "numeric")
     evaluate_with(slm, llm, task, settings(made, rows=rows, out=tmp_path / "out"))
     kept = sorted(file.name for file in (tmp_path / "out" / "answers").iterdir())
@@ -326,10 +326,12 @@ def test_answers_are_there_to_be_looked_at(pair, made, tmp_path):
         assert isinstance(answer["text"], str)
 
 
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"rows": Rows(max_tokens=7, check=0, agreement=0, k=4, budgets=())}])
+@pytest.mark.parametrize(
+    "changed", [{"seed": 1}, {"rows": EvaluationRows(max_tokens=7, check=0, agreement=0, k=4, budgets=())}]
+)
 def test_answers_of_another_evaluation_are_not_taken(pair, made, tmp_path, changed):
     slm, llm, _ = pair
-    rows = Rows(max_tokens=6, check=0, agreement=0, k=4, budgets=())
+    rows = EvaluationRows(max_tokens=6, check=0, agreement=0, k=4, budgets=())
     config = settings(made, rows=rows, out=tmp_path / "out", selectors={"head": made / "head"})
     task = JsonlTask(write_prompts(tmp_path / "prompts.jsonl", 2), "numeric")
     evaluate_with(slm, llm, task, config)

@@ -24,10 +24,10 @@ from s2t_agents.training.collect import collect_with
 from s2t_agents.training.config import (
     CalibrateConfig,
     EvaluateConfig,
+    EvaluationRows,
     Fit,
     Models,
     ProbeConfig,
-    Rows,
     TrainConfig,
     read_config,
 )
@@ -196,7 +196,7 @@ def test_a_selector_of_another_base_is_refused_at_every_stage(pair, foreign):
             slm,
             llm,
             prompts(foreign, 2),
-            EvaluateConfig(models=Models(), task=DemoTaskConfig(), selectors={"head": head}, rows=Rows()),
+            EvaluateConfig(models=Models(), task=DemoTaskConfig(), selectors={"head": head}, rows=EvaluationRows()),
         ),
         lambda: collect_with(
             slm, teacher, prompts(foreign), QUICK.model_copy(update={"selector": head}), foreign / "again"

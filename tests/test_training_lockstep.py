@@ -19,15 +19,15 @@ from s2t_agents.training.deciders import (
     Corrected,
     Greedy,
     Hybrid,
+    LLMSelection,
     Local,
     Sampled,
-    Selection,
     Takeover,
     entropy_above,
     probe_above,
 )
 from s2t_agents.training.dialogue import Speaker
-from s2t_agents.training.lines import Line, Meter
+from s2t_agents.training.lines import Line, LLMCallCounter
 from s2t_agents.training.lockstep import generate
 from s2t_agents.training.objectives import fresh_selector
 from s2t_agents.training.scorers import scorer_for
@@ -91,10 +91,10 @@ def test_a_local_selector(pair, kind):
 def test_the_llm_selects_and_is_charged_the_same(pair):
     slm, llm = pair
     live = one_by_one(Engine(slm, k=4, trigger=entropy(above=NATS), escalation=Escalation(LocalLLM(llm), margin=1.0)))
-    meter = Meter(len(PROMPTS))
+    meter = LLMCallCounter(len(PROMPTS))
     meter.turn(PROMPTS, list(range(len(PROMPTS))))
     line = Line(lambda: BatchPrefix(llm, PROMPTS))
-    traces = at_once(slm, Corrected(entropy_above(NATS), Selection(line, meter), 4))
+    traces = at_once(slm, Corrected(entropy_above(NATS), LLMSelection(line, meter), 4))
     assert [trace.ids for trace in traces] == ids(live)
     reports = [[s.escalation for s in steps if s.escalation] for steps in live]
     assert meter.calls.tolist() == [len(each) for each in reports]
@@ -110,7 +110,7 @@ def test_a_selector_with_a_few_escalations(pair, limit):
     live = one_by_one(
         Engine(slm, k=4, trigger=entropy(above=NATS), selector=selector, escalation=escalation), escalations=limit
     )
-    meter = Meter(len(PROMPTS))
+    meter = LLMCallCounter(len(PROMPTS))
     meter.turn(PROMPTS, list(range(len(PROMPTS))))
     picker = Hybrid(
         scorer_for(selector, PROMPTS), Line(lambda: BatchPrefix(llm, PROMPTS)), meter, margin=0.5, limit=limit
@@ -123,7 +123,7 @@ def test_a_selector_with_a_few_escalations(pair, limit):
 
 def test_takeover_writes_tokens_that_are_no_candidates(pair):
     slm, llm = pair
-    meter = Meter(len(PROMPTS))
+    meter = LLMCallCounter(len(PROMPTS))
     meter.turn(PROMPTS, list(range(len(PROMPTS))))
     line = Line(lambda: BatchPrefix(llm, PROMPTS))
     everywhere = at_once(slm, Corrected(entropy_above(0.0), Takeover(line, meter), 1))
@@ -211,10 +211,12 @@ def test_a_second_look_under_a_grammar(pair, picker):
     escalation = Escalation(LocalLLM(llm), margin=1.0) if picker == "llm" else None
     engine = Engine(slm, k=4, trigger=entropy(above=0.5), selector=selector, escalation=escalation)
     live = under_rules(engine)
-    meter = Meter(len(PROMPTS))
+    meter = LLMCallCounter(len(PROMPTS))
     meter.turn(PROMPTS, list(range(len(PROMPTS))))
     chosen = (
-        Local(scorer_for(selector, PROMPTS)) if selector else Selection(Line(lambda: BatchPrefix(llm, PROMPTS)), meter)
+        Local(scorer_for(selector, PROMPTS))
+        if selector
+        else LLMSelection(Line(lambda: BatchPrefix(llm, PROMPTS)), meter)
     )
     traces = generate(BatchPrefix(slm, PROMPTS), Corrected(entropy_above(0.5), chosen, 4), ROOM, ruled(slm))
     assert [trace.ids for trace in traces] == ids(live)
@@ -225,7 +227,7 @@ def test_a_second_look_under_a_grammar(pair, picker):
 
 def test_draws_and_takeovers_stay_within_the_grammar(pair):
     slm, llm = pair
-    meter = Meter(len(PROMPTS))
+    meter = LLMCallCounter(len(PROMPTS))
     meter.turn(PROMPTS, list(range(len(PROMPTS))))
     takeover = Corrected(entropy_above(0.0), Takeover(Line(lambda: BatchPrefix(llm, PROMPTS)), meter), 4)
     for decider in (Sampled(1.5, [1, 2, 3, 4, 5], ROOM), takeover):

@@ -16,7 +16,7 @@ UNSEEN_VERBS = ("request", "tell", "search")
 
 
 @dataclass(frozen=True)
-class Slot:
+class ArgumentKind:
     """One argument: names it may have in a schema, its JSON type, and what fills it."""
 
     names: tuple[str, ...]
@@ -31,10 +31,10 @@ class Slot:
         return str(rng.choice(self.values))
 
 
-ITEM = Slot(("item", "product", "thing", "name"), "string", ITEMS)
-PLACE = Slot(("city", "place", "town", "shop"), "string", PLACES)
-PERSON = Slot(("person", "name", "user", "player"), "string", NAMES)
-NUMBER = Slot(("number", "id", "code", "index"), "integer", (2, 999))
+ITEM = ArgumentKind(("item", "product", "thing", "name"), "string", ITEMS)
+PLACE = ArgumentKind(("city", "place", "town", "shop"), "string", PLACES)
+PERSON = ArgumentKind(("person", "name", "user", "player"), "string", NAMES)
+NUMBER = ArgumentKind(("number", "id", "code", "index"), "integer", (2, 999))
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Topic:
 
     nouns: tuple[str, ...]
     description: str
-    slots: tuple[Slot, ...]
+    slots: tuple[ArgumentKind, ...]
     asks: tuple[str, ...]
     unit: str
 

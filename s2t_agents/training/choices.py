@@ -10,7 +10,7 @@ import torch
 from ..bundled import SELECTORS, SLM
 from ..errors import ConfigError, S2TError
 from ..selectors.config import CONFIG_FILE, SelectorConfig
-from .config import KINDS, EvaluateConfig, Kind, Part, Pipeline, Rows
+from .config import KINDS, EvaluateConfig, EvaluationRows, Kind, Part, Pipeline
 from .groups import threshold_for
 from .shards import MANIFEST, read_shards
 from .tasks import DemoTaskConfig, Grading, JsonlTaskConfig, Split, TaskConfig, disjoint
@@ -54,7 +54,7 @@ def evaluation(
     """
     rows = pipeline.evaluate
     if sweep:
-        rows = Rows(**{**rows.model_dump(), "ks": KS, "rates": RATES})
+        rows = EvaluationRows(**{**rows.model_dump(), "ks": KS, "rates": RATES})
     own = pipeline.tasks.test if task is None else pipeline.tasks.named.get(task)
     if own is not None:
         chosen = _part_of(own, n, seed)
@@ -176,7 +176,7 @@ def found_selectors(pipeline: Pipeline, given: Sequence[Path]) -> dict[Kind, Pat
     return _by_kind([folder for folder in dict.fromkeys(SELECTORS.values()) if (folder / CONFIG_FILE).exists()])
 
 
-def with_trigger(pipeline: Pipeline, rows: Rows) -> Rows:
+def with_trigger(pipeline: Pipeline, rows: EvaluationRows) -> EvaluationRows:
     """Where no selector's calibration says when the LLM is asked: as the config says, or at the entropy that the wanted
     share of the held-out rollouts' steps reaches, if there are any.
     """

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import ConfigError
-from .settings import KINDS, Adapter, Fit, Kind, Models, Rollouts, Rows, Settings, Targets
+from .settings import KINDS, Adapter, EvaluationRows, Fit, Kind, Models, Rollouts, Settings, Targets
 from .tasks import TaskConfig
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "CalibrateConfig",
     "CollectConfig",
     "EvaluateConfig",
+    "EvaluationRows",
     "Fit",
     "Kind",
     "Models",
@@ -26,7 +27,6 @@ __all__ = [
     "Pipeline",
     "ProbeConfig",
     "Rollouts",
-    "Rows",
     "Targets",
     "Tasks",
     "TrainConfig",
@@ -84,7 +84,7 @@ class EvaluateConfig(Settings):
     task: TaskConfig
     selectors: dict[Kind, Path] = Field(default_factory=dict)
     out: Path | None = None
-    rows: Rows = Rows()
+    rows: EvaluationRows = EvaluationRows()
     seed: int = 0
 
     def __hash__(self) -> int:
@@ -143,7 +143,7 @@ class Pipeline(Settings):
     paid: tuple[Path, ...] = ()
     train: dict[Kind, Fit]
     calibrate: Targets = Targets()
-    evaluate: Rows = Rows()
+    evaluate: EvaluationRows = EvaluationRows()
     seed: int = 0
     processes: int = Field(default=1, ge=1, le=64)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..proposal import best_first
-from .lines import Line, Meter
+from .lines import Line, LLMCallCounter
 from .lockstep import Choice, View
 from .scorers import Scorer
 
@@ -134,10 +134,10 @@ class Local:
         return candidates.gather(1, best)[:, 0], torch.zeros_like(rows, dtype=torch.bool)
 
 
-class Selection:
+class LLMSelection:
     """The LLM decides among the candidates."""
 
-    def __init__(self, line: Line, meter: Meter) -> None:
+    def __init__(self, line: Line, meter: LLMCallCounter) -> None:
         self._line, self._meter = line, meter
         self.lines = [line]
 
@@ -154,7 +154,7 @@ class Selection:
 class Takeover:
     """The LLM writes the token itself, among all of the vocabulary."""
 
-    def __init__(self, line: Line, meter: Meter) -> None:
+    def __init__(self, line: Line, meter: LLMCallCounter) -> None:
         self._line, self._meter = line, meter
         self.lines = [line]
 
@@ -176,7 +176,7 @@ class Hybrid:
         limit: escalations per answer.
     """
 
-    def __init__(self, scorer: Scorer, line: Line, meter: Meter, *, margin: float, limit: int) -> None:
+    def __init__(self, scorer: Scorer, line: Line, meter: LLMCallCounter, *, margin: float, limit: int) -> None:
         self._scorer, self._line, self._meter = scorer, line, meter
         self._margin, self._limit = margin, limit
         self.lines = [*scorer.lines, line]

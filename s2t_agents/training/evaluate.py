@@ -22,12 +22,12 @@ from ..errors import ConfigError
 from ..scheduling.language_model import LanguageModel
 from .batch_prefix import PromptReader
 from .collect import check_same_ids, selector_digest
-from .config import EvaluateConfig, Rows
+from .config import EvaluateConfig, EvaluationRows
 from .crew import Crew
 from .dialogue import AnsweredItem, Speaker, converse
 from .kept import Kept
 from .labels import along, under
-from .lines import Meter
+from .lines import LLMCallCounter
 from .live import check_live
 from .lockstep import Trace
 from .plots import draw
@@ -168,7 +168,7 @@ class Evaluation:
         )
 
 
-def _not_deciding(rows: Rows) -> set[str]:
+def _not_deciding(rows: EvaluationRows) -> set[str]:
     """Settings that change no answer; one that nobody set is left out, as in older folders."""
     return {"llm_usd_per_million"} | ({"llm_trigger_entropy"} if rows.llm_trigger_entropy is None else set())
 
@@ -203,7 +203,7 @@ def _ready(slm: LanguageModel, config: EvaluateConfig) -> list[Ready]:
     return [Ready.load(kind, Path(folder), slm, config.rows.trigger_rate) for kind, folder in config.selectors.items()]
 
 
-def _chosen(ready: Sequence[Ready], settings: Rows) -> Ready | None:
+def _chosen(ready: Sequence[Ready], settings: EvaluationRows) -> Ready | None:
     """The selector of the hybrid and random rows: as asked, or the one with the best held-out agreement; None where
     there is no selector at all."""
     if settings.hybrid is None:
@@ -214,7 +214,7 @@ def _chosen(ready: Sequence[Ready], settings: Rows) -> Ready | None:
     return found[0]
 
 
-def _rows(maker: RowMaker, ready: Sequence[Ready], chosen: Ready | None, settings: Rows) -> list[Row]:
+def _rows(maker: RowMaker, ready: Sequence[Ready], chosen: Ready | None, settings: EvaluationRows) -> list[Row]:
     """The main table; without a selector, those rows that need none."""
     if chosen is None:
         return [maker.alone(), maker.majority(), maker.selection(None), maker.takeover(None), maker.llm()]
@@ -255,7 +255,7 @@ def _sweeps(maker: RowMaker, slm: LanguageModel, config: EvaluateConfig, chosen:
 class _Run:
     """Runs rows over chunks; remembers the prompts that several rows read."""
 
-    def __init__(self, slm: Speaker, llm: Speaker, task: Task, settings: Rows) -> None:
+    def __init__(self, slm: Speaker, llm: Speaker, task: Task, settings: EvaluationRows) -> None:
         self._slm, self._llm, self._task, self._settings = slm, llm, task, settings
         self.read_slm, self.read_llm = PromptReader(slm.model), PromptReader(llm.model)
         self._judged = 0
@@ -269,7 +269,7 @@ class _Run:
         """One chunk of one row; on the first one, its answers are looked at more closely."""
         tally = Tally(row.name)
         items = [item for item in chunk for _ in range(row.samples)]
-        meter = Meter(len(items))
+        meter = LLMCallCounter(len(items))
         speaker = self._llm if row.llm_generates else self._slm
         read = self.read_llm if row.llm_generates else self.read_slm
         started = time.perf_counter()
@@ -319,7 +319,7 @@ class _Run:
         return under(speaker.grammar(answer.item, prompt, self._settings.max_tokens), trace.ids, said)
 
 
-def _count(count: Counter[str], row: Row, answers: Sequence[AnsweredItem], meter: Meter) -> None:
+def _count(count: Counter[str], row: Row, answers: Sequence[AnsweredItem], meter: LLMCallCounter) -> None:
     """What the answers took."""
     for answer in answers:
         triggered = sum(len(trace.triggered) for trace in answer.traces)

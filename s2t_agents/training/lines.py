@@ -58,7 +58,7 @@ class Line:
         return torch.log_softmax(logits[rows.to(logits.device)], -1).to(rows.device)
 
 
-class Meter:
+class LLMCallCounter:
     """LLM calls and tokens per item, charged as ``LocalLLM`` charges: what its KV does not hold yet, plus one.
 
     Args:

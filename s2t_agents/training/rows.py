@@ -22,23 +22,23 @@ from ..selectors.learned_trigger import load_probe
 from ..triggers import Trigger, entropy, probe
 from .batch_prefix import BatchPrefix, PromptReader
 from .collect import row_seed
-from .config import Kind, Rows
+from .config import EvaluationRows, Kind
 from .deciders import (
     Condition,
     Corrected,
     Greedy,
     Hybrid,
+    LLMSelection,
     Local,
     Picker,
     Sampled,
-    Selection,
     Takeover,
     at_random,
     entropy_above,
     probe_above,
 )
 from .dialogue import MakeDecider
-from .lines import Line, Meter
+from .lines import Line, LLMCallCounter
 from .scorers import Scorer, scorer_for
 from .tasks import Item
 
@@ -107,7 +107,7 @@ class Row:
     """
 
     name: str
-    make: Callable[[Sequence[Item], Meter], MakeDecider]
+    make: Callable[[Sequence[Item], LLMCallCounter], MakeDecider]
     forwards: int = 0
     samples: int = 1
     llm_generates: bool = False
@@ -119,11 +119,11 @@ class RowMaker:
 
     Args:
         read_llm: reads prompts with the LLM; memoised by the caller.
-        settings: see ``Rows``.
+        settings: see ``EvaluationRows``.
         seed: of lots and votes.
     """
 
-    def __init__(self, read_llm: Callable[[list[list[int]]], BatchPrefix], settings: Rows, seed: int) -> None:
+    def __init__(self, read_llm: Callable[[list[list[int]]], BatchPrefix], settings: EvaluationRows, seed: int) -> None:
         self._read_llm, self._settings, self._seed = read_llm, settings, seed
         self._readers: dict[int, PromptReader] = {}  # by selector: what it has read with its adapter on
 
@@ -148,7 +148,7 @@ class RowMaker:
         """The most frequent of several sampled answers."""
         settings = self._settings
 
-        def make(items: Sequence[Item], meter: Meter) -> MakeDecider:
+        def make(items: Sequence[Item], meter: LLMCallCounter) -> MakeDecider:
             def decider(prompts: list[list[int]], rows: list[int]) -> Sampled:
                 seeds = [
                     row_seed(self._seed, items[row].id, row % settings.votes, len(prompt))
@@ -172,7 +172,7 @@ class RowMaker:
         settings, k = self._settings, ready.config.k
         rate = settings.trigger_rate or ready.calibration.trigger_rate
 
-        def make(items: Sequence[Item], meter: Meter) -> MakeDecider:
+        def make(items: Sequence[Item], meter: LLMCallCounter) -> MakeDecider:
             def decider(prompts: list[list[int]], rows: list[int]) -> Corrected:
                 seeds = [row_seed(self._seed, items[row].id, len(p)) for row, p in zip(rows, prompts, strict=True)]
                 condition = at_random(rate, seeds, settings.max_tokens)
@@ -186,7 +186,7 @@ class RowMaker:
         """The LLM picks among the SLM's candidates."""
         condition, trigger = self._for_llm(calibration)
         k = k or self._settings.k
-        make = self._corrected(condition, k, lambda prompts, meter: Selection(self._line(prompts), meter))
+        make = self._corrected(condition, k, lambda prompts, meter: LLMSelection(self._line(prompts), meter))
         return Row(name, make, live=Live(k=k, trigger=trigger, escalates=True, margin=1.0))
 
     def takeover(self, calibration: Calibration | None) -> Row:
@@ -199,7 +199,7 @@ class RowMaker:
         """The selector, with ``limit`` escalations per answer."""
         margin, k = ready.calibration.escalation_margin, ready.config.k
 
-        def picker(prompts: list[list[int]], meter: Meter) -> Hybrid:
+        def picker(prompts: list[list[int]], meter: LLMCallCounter) -> Hybrid:
             scorer = self._scorer(ready, prompts)
             return Hybrid(scorer, self._line(prompts), meter, margin=margin, limit=limit)
 
@@ -228,9 +228,9 @@ class RowMaker:
         return Line(lambda: self._read_llm(prompts).fork())
 
     def _corrected(
-        self, condition: Condition, k: int, picker: Callable[[list[list[int]], Meter], Picker]
-    ) -> Callable[[Sequence[Item], Meter], MakeDecider]:
-        def make(items: Sequence[Item], meter: Meter) -> MakeDecider:
+        self, condition: Condition, k: int, picker: Callable[[list[list[int]], LLMCallCounter], Picker]
+    ) -> Callable[[Sequence[Item], LLMCallCounter], MakeDecider]:
+        def make(items: Sequence[Item], meter: LLMCallCounter) -> MakeDecider:
             def decider(prompts: list[list[int]], rows: list[int]) -> Corrected:
                 meter.turn(prompts, rows)
                 return Corrected(condition, picker(prompts, meter), k)
@@ -240,5 +240,5 @@ class RowMaker:
         return make
 
 
-def _greedy(items: Sequence[Item], meter: Meter) -> MakeDecider:
+def _greedy(items: Sequence[Item], meter: LLMCallCounter) -> MakeDecider:
     return lambda prompts, rows: Greedy()

@@ -166,7 +166,7 @@ class Targets(Settings):
     false_alarms: float | None = Field(default=None, gt=0, lt=1)
 
 
-class Rows(Settings):
+class EvaluationRows(Settings):
     """``[evaluate]``: which rows, at which settings.
 
     Attributes:

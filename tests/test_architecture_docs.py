@@ -1,0 +1,46 @@
+"""The architecture page and the contributors' map name files and classes that are there, and all folders."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "s2t_agents"
+PAGES = ["docs/architecture.md", "CONTRIBUTING.md"]
+FILE = re.compile(r"(?<![\w/.])((?:[a-z_0-9]+/)*[a-z_0-9]+\.py)")
+PLACES = [PACKAGE, ROOT, ROOT / "benchmarks"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_is_named_is_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(FILE.findall(text))
+    folders = [PACKAGE, *(each for each in PACKAGE.rglob("*") if each.is_dir()), *PLACES]
+    missing = {name for name in named if not any((place / name).exists() for place in folders)}
+    assert named
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_class_that_is_named_with_its_file_is_in_it(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for file, names in re.findall(r"`((?:[a-z_0-9]+/)*[a-z_0-9]+\.py): ([A-Za-z_, ]+)`", text):
+        source = (PACKAGE / file).read_text(encoding="utf-8")
+        for name in names.split(", "):
+            assert re.search(rf"^(class|def) {name}\b|^    def {name}\b", source, re.M), f"{name} in {file}"
+
+
+def test_the_map_shows_every_folder_of_the_package() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for folder in PACKAGE.iterdir():
+        if folder.is_dir() and folder.name != "__pycache__":
+            assert f"  {folder.name}/" in text, folder.name
+
+
+def test_no_two_classes_of_the_package_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for name in re.findall(r"^class (\w+)", path.read_text(encoding="utf-8"), re.M):
+            places.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
