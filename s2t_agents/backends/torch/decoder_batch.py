@@ -1,12 +1,12 @@
-"""Candidates, single tokens and stretches of several sequences in one lean forward; corrections touch candidates alone.
+"""Candidates, single tokens and chunks of several sequences in one forward of ``llama_decoder``.
 
     row        a7 | b3 b4 b5 | c9.0 c9.1 ... c9.7        one token of a, three of b, K candidates of c
     linear     every row sees the same weights, read once; a LoRA is added to c's rows only
     attention  a7 sees a0..a7; b4 sees b0..b4; each c9.i sees c0..c8 and itself
 
-The candidates' keys and values stand behind the end of c's KV, where no reader looks (``overlay``): nothing is copied
-and nothing has to be undone. All K candidates that share a key head are one block of queries, so each layer's attention
-is one call per sequence.
+The candidates' keys and values stand behind the end of c's KV, where no reader looks (``candidate_overlay``): no copy,
+no undo. All K candidates that share a key head are one block of queries, so each layer's
+attention is one call per sequence.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .packed_linear import FusedLinear
 
 
 class DecoderBatch:
-    """The lean forward of one model for stretches of tokens and candidates together.
+    """The written-out forward of one model for chunks of tokens and candidates together.
 
     Args:
-        step: the model's lean step.
+        step: the model's written-out decoder.
         base: the model, whose linear layers the corrections name.
 
     Attributes:
@@ -49,11 +49,11 @@ class DecoderBatch:
         """What the model says after each part.
 
         Args:
-            parts: tokens, over a KV of their own that grows by them, and looks, whose KV stays as it is.
+            parts: tokens, over a KV of their own that grows by them, and candidate scorings, whose KV stays as it is.
 
         Returns:
             In the order of ``parts``: logits ``[V]`` (fp32) and last hidden state ``[H]`` after a segment's last
-            token, last hidden states ``[K, H]`` of a look.
+            token, last hidden states ``[K, H]`` of candidate scoring.
         """
         order = sorted(range(len(parts)), key=lambda at: _place(parts[at]))
         ordered = [parts[at] for at in order]
@@ -74,7 +74,7 @@ class DecoderBatch:
 
     @torch.inference_mode()
     def with_prefetch(self, scoring: ScoreCandidates[Any]) -> Tensor:
-        """A look, and the step after it for its first candidates, which the KV keeps; see ``prefetched``.
+        """Candidate scoring, and the next step of the first candidates, kept with the cache (``next_token_prefetch``).
 
         Returns:
             Last hidden states ``[K, H]``.
@@ -88,7 +88,7 @@ class DecoderBatch:
         return hidden[m:]
 
     def _correcting(self, ordered: Sequence[Work]) -> LinearMap:
-        """The linear maps, with each adapter's corrections on the rows of its own looks, which stand together."""
+        """The linear maps, with each adapter's corrections on the rows of its own candidates, which are adjacent."""
         stretches: list[tuple[slice, dict[nn.Module, LoraLayer]]] = []
         start = 0
         for lora, group in groupby(ordered, key=lambda part: part.lora if isinstance(part, ScoreCandidates) else None):
@@ -125,7 +125,7 @@ def places(part: Work) -> range | list[int]:
 
 
 def _place(part: Work) -> tuple[int, int]:
-    """Single tokens, stretches, then the looks of one adapter after another: each corrects one stretch of rows."""
+    """Single tokens, chunks, then candidates, those of one adapter adjacent: it corrects one block of rows."""
     if isinstance(part, Append):
         return int(len(part.ids) > 1), 0
     return 2, 0 if part.lora is None else id(part.lora)

@@ -35,7 +35,7 @@ def room(like: Tensor, capacity: int) -> Tensor:
     """An unwritten buffer ``[..., capacity, d]`` for tensors ``[..., T, d]``.
 
     On a CPU it is a mapping of its own. KV stays for long among much that does not: in the C library's heap it would
-    keep whole stretches of freed memory from the system.
+    keep whole chunks of freed memory from the system.
     """
     shape = (*like.shape[:-2], capacity, like.shape[-1])
     size = math.prod(shape) * like.element_size()

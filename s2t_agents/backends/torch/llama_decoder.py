@@ -1,7 +1,7 @@
 """New tokens of several sequences, written out for models of the Llama pattern.
 
 The same arithmetic on the same weights as transformers' modules, without the modules: on a small model most of a step
-is their overhead, and on a CPU the weights are laid out beforehand. Used for single tokens, and on a CPU for stretches
+is their overhead, and on a CPU the weights are laid out beforehand. Used for single tokens, and on a CPU for chunks
 of up to ``CHUNK`` tokens (longer ones are bound by arithmetic alone), only for architectures known here, and only
 after it has given the same logits as the model itself; everything else goes the model's own way.
 """
@@ -81,10 +81,10 @@ Attention = Callable[[DecoderLayer, int, Tensor, Tensor, Tensor], Tensor]
 """From a layer, its index, queries ``[N, heads, d]``, keys and values ``[N, key heads, d]`` to ``[N, heads * d]``."""
 
 LinearMap = Callable[[FusedLinear, Tensor], tuple[Tensor, ...]]
-"""From a joint of linear modules and inputs ``[N, in]`` to the ``[N, out]`` of each module."""
+"""From a fused linear of linear modules and inputs ``[N, in]`` to the ``[N, out]`` of each module."""
 
 Gate = Callable[[FusedLinear, Tensor], Tensor]
-"""From the joint of gate and up and inputs ``[N, in]`` to what the gate lets through, ``[N, out]``."""
+"""From the fused linear of gate and up and inputs ``[N, in]`` to what the gate lets through, ``[N, out]``."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class BatchMetadata:
         cos: ``[N, 1, d]``, of each row's position; ``[1, 1, d]`` where all stand at one.
         sin: as ``cos``.
         over: what the rows attend to, and where their keys and values go.
-        affine: how a joint of linear modules maps them.
+        affine: how a fused linear of linear modules maps them.
         ops: how all else is computed.
         gate: in place of ``affine`` and ``ops`` in an MLP.
     """
@@ -122,7 +122,7 @@ def appending(caches: Sequence[KVCache]) -> Attention:
 
 
 def following(cache: Cache, length: int) -> Attention:
-    """A stretch of one sequence's tokens over the ``length`` before it and itself; its KV joins the sequence's."""
+    """A chunk of one sequence's tokens over the ``length`` before it and itself; its KV joins the sequence's."""
     masks: dict[int | None, Tensor] = {}
 
     def attend(layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class LlamaDecoder:
         self._norms = [*(layer.before for layer in self._layers[1:]), decoder.norm]  # the one after each layer
         self.fused_linears = [fused for layer in self._layers for fused in layer.fused_linears]
         self.linear = PackedLinears([*self.fused_linears, self._head], prepack)
-        """How a joint of this model's linear modules maps rows."""
+        """How a fused linear of this model's linear modules maps rows."""
         self._angles: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
     @property
@@ -280,7 +280,7 @@ def hooks_of(decoder: nn.Module) -> list[Any]:
 
 
 def llama_decoder_of(model: Any, prepack: int = LIMIT) -> LlamaDecoder | None:
-    """The lean step of a model, if it has one: a known architecture, plain layers, and the same logits in a trial."""
+    """The written-out decoder: for known architectures with plain layers, if a trial gives the same logits."""
     if type(model).__name__ not in PATTERN or not _plain(model):
         return None
     step = LlamaDecoder(model, prepack)

@@ -7,7 +7,7 @@
 No padding, and no cache is copied or moved: linear layers see one row of N tokens, which reads the weights once for all
 of them; attention runs per sequence, by the model's own function. Each sequence's logits equal those of its own step
 (tests/test_packed_batch.py holds it to 1e-4 in fp32, on every architecture). Candidates of a selection can stand in
-the row too, over KV that stays as it is; an adapter's corrections are added on their stretch alone.
+the row too, over KV that stays as it is; an adapter's corrections are added on their chunk alone.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def through_modules(model: Any, parts: Sequence[Work]) -> list[Output]:
 
     Returns:
         In the order of ``parts``: logits ``[V]`` (fp32) and last hidden state ``[H]`` after a segment's last token,
-        last hidden states ``[K, H]`` of a look.
+        last hidden states ``[K, H]`` of candidate scoring.
     """
     config, decoder, device = model.config.get_text_config(), model.get_decoder(), model.device
     ends = list(accumulate(len(part.ids) for part in parts))
@@ -204,7 +204,7 @@ def packed_attention(config: Any) -> Iterator[str]:
 
 @contextmanager
 def corrected(base: nn.Module, parts: Sequence[Work]) -> Iterator[None]:
-    """The base with each look's corrections on its own stretch of the row."""
+    """The base with each look's corrections on its own chunk of the row."""
     with ExitStack() as stack:
         start = 0
         for part in parts:

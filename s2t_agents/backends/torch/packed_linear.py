@@ -1,6 +1,6 @@
 """Linear maps of the same rows as one product, on a CPU with weights that already lie as oneDNN multiplies them.
 
-    joint (q, k, v)    rows [N, in] ──> [q | k | v] ──> q, k, v      one product where the model has three
+    fused linear (q, k, v)    rows [N, in] ──> [q | k | v] ──> q, k, v      one product where the model has three
 
 Given weights as a module holds them, oneDNN lays them out anew (or takes a slower kernel) at every call. Here that is
 done once, as torch's own inductor does when it freezes a model, with the same two operators: a row is bound by reading
@@ -83,7 +83,7 @@ class FusedLinear:
 
 @dataclass(frozen=True)
 class Copied:
-    """A joint's weights as they lie here, and what the modules' own were like when they were copied."""
+    """A fused linear's weights as they lie here, and what the modules' own were like when they were copied."""
 
     weight: Tensor
     bias: Tensor | None
@@ -94,7 +94,7 @@ class PackedLinears:
     """The affine maps of one model; see ``llama_decoder.LinearMap``.
 
     Args:
-        joints: all are held here, or none.
+        fused_linears: all are held here, or none.
         limit: bytes; a model with more keeps all its weights as they are.
     """
 
@@ -117,7 +117,7 @@ class PackedLinears:
         return Copied(lay_out(weight) if self.laid_out else weight, bias, fused.state())
 
     def __len__(self) -> int:
-        """How many joints are held here."""
+        """How many fused linears are held here."""
         return len(self._copies)
 
     def __call__(self, fused: FusedLinear, x: Tensor) -> tuple[Tensor, ...]:
@@ -143,7 +143,7 @@ class PackedLinears:
         return torch.cat(fused(x), -1) if copy is None else self._product(copy, x)
 
     def _current(self, fused: FusedLinear) -> Copied | None:
-        """What lies here of a joint, unless its modules have changed since."""
+        """What lies here of a fused linear, unless its modules have changed since."""
         copy = self._copies.get(fused)
         return None if copy is None or copy.state != fused.state() else copy
 

@@ -1,7 +1,7 @@
-"""How a model with recurrent state goes on from its cache: some restart their state where a stretch meets it.
+"""How a model with recurrent state goes on from its cache: some restart their state where a chunk meets it.
 
 whole     1 .................... 32
-in two    1 ............. 30 | 31 32      the same logits at the end, or stretches are not to be had
+in two    1 ............. 30 | 31 32      the same logits at the end, or chunks are not to be had
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class GraphBuilder:
     record: Recorder
 
     def said(self, hidden: Tensor, rows: BatchMetadata) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits ``[N, V]``, best tokens ``[N, 1]`` and glances ``[N, 3]`` after hidden states ``[N, H]``."""
+        """Logits ``[N, V]``, best tokens ``[N, 1]`` and statistics ``[N, 3]`` after hidden states ``[N, H]``."""
         logits = self.llama_decoder.logits(hidden, rows.affine)
         best = logits.argmax(-1, keepdim=True)
         return logits, best, self.ops.logit_statistics(logits, best, logits.gather(-1, best))
@@ -106,7 +106,7 @@ class GraphBuilder:
 
 
 class DecodeGraph:
-    """One token for each of ``count`` rows of an arena, from ``first`` on.
+    """One token for each of ``count`` rows of a KV pool, from ``first`` on.
 
     Attributes:
         count: of rows.
@@ -158,7 +158,7 @@ class DecodeGraph:
 
         Args:
             begun: the parts of one play, or of several.
-            rows: where their sequences sit, counted from ``first``.
+            rows: where their sequences lie, counted from ``first``.
         """
         sources, positions = [each.row for each in in_flight], [each.position + 1 for each in in_flight]
         plays = list(dict.fromkeys(each.play for each in in_flight))
@@ -189,7 +189,7 @@ class DecodeGraph:
 
 
 class PrefillGraph:
-    """Up to ``tokens`` tokens of one row of an arena, whichever it is; what is missing is read and nobody's.
+    """Up to ``tokens`` tokens of one row of a KV pool, whichever it is; what is missing is padding.
 
     Attributes:
         tokens: at most, and so many columns of the row are written.
@@ -226,11 +226,11 @@ class PrefillGraph:
 
 
 class CandidateGraph:
-    """K candidates after one row of an arena.
+    """K candidates after one row of a KV pool.
 
     Args:
         way: how it is made.
-        arena: which is read.
+        pool: which is read.
         row: which row.
         candidates: how many, after filling up.
         corrections: added to linear layers while the candidates go through.
@@ -272,10 +272,10 @@ def state_of_all(corrections: Mapping[nn.Module, LoraLayer]) -> list[tuple[int, 
 
 
 class FusedCorrection:
-    """Corrections of all modules of a joint as two products, in the dtype of the base.
+    """Corrections of all modules of a fused linear as two products, in the dtype of the base.
 
     Args:
-        joint: the modules.
+        fused: the modules.
         corrections: of some of them, at least one.
     """
 

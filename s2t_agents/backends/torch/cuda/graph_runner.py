@@ -1,13 +1,13 @@
-"""The lean step and the selection with shapes that never change, so that each can be one captured graph.
+"""The graph runner: decode steps, chunks of prompts and candidate scoring as captured graphs of fixed shapes.
 
-    step      ids [n], positions [n]   over n rows of an arena      logits [n, V], hidden [n, H], glance
-    stretch   ids [N], length          over one row                 logits [V], hidden [H], glance
-    look      candidates [K], length   over one row, read only      hidden [K, H]
+    decode       ids [n], positions [n]   over n rows of a KV pool   logits [n, V], hidden [n, H], statistics
+    chunk        ids [N], length          over one row               logits [V], hidden [H], statistics
+    candidates   ids [K], length          over one row, read only    hidden [K, H]
 
-The arithmetic is the lean step's own; attention reads rows of fixed capacity (``static_attention``), and what stands
-between the products is fused (``pointwise``). The default on CUDA for models that have a lean step. Whatever does not
-fit (memory, other people's hooks, an empty prefix) goes the eager way, and so does everything after a capture that
-failed, or for a while where memory was out.
+The arithmetic is that of ``llama_decoder``; attention reads rows of fixed capacity (``cuda.attention``), and operations
+between the products are fused (``fused_ops``). The default on CUDA for architectures that ``llama_decoder`` knows. What
+does not fit (memory, hooks on modules, an empty prefix) takes the eager path, and so does everything after a capture
+that failed, or for a while after memory was out.
 """
 
 from __future__ import annotations
@@ -68,18 +68,18 @@ class TokenAppend:
 
 
 class GraphRunner:
-    """The step and the selection of one model over arenas. Not thread-safe: used under the model's lock.
+    """The step and the selection of one model over KV pools. Not thread-safe: used under the model's lock.
 
     Args:
-        rows: the model's lean step, and where adapters correct it.
+        rows: the model's written-out decoder, and where adapters correct it.
         record: how bodies are recorded.
-        arenas: where sequences sit.
+        pools: where sequences lie.
         ops: how what is no product is computed.
         way: of which kind bodies are.
         often: see ``static_stretches.OFTEN``.
 
     Attributes:
-        failed: something could not be captured, and the eager way is taken ever since.
+        failed: something could not be captured, and the eager path is taken ever since.
     """
 
     def __init__(
@@ -115,14 +115,14 @@ class GraphRunner:
         }
 
     def serve(self, parts: Sequence[Work]) -> dict[int, Output]:
-        """Steps of one token each in one graph, stretches and looks in one each.
+        """Steps of one token each in one graph, chunks and candidate scorings in one each.
 
         Args:
-            parts: any; stretches that are long or rare are left to others.
+            parts: any; chunks that are long or rare are left to others.
 
         Returns:
             For the parts that were served, by their place: logits ``[V]`` (fp32) and last hidden state ``[H]`` of a
-            step, last hidden states ``[K, H]`` of a look. Nothing has changed for the others.
+            step, last hidden states ``[K, H]`` of candidate scoring. Nothing has changed for the others.
         """
         for play in self._ahead:  # whoever asks now waits for what is left of it
             play.alone_s = monotonic() - self._left
@@ -134,7 +134,7 @@ class GraphRunner:
         return said
 
     def pass_over(self, parts: Sequence[Work]) -> None:
-        """Some parts go the eager way: it waits for all that was begun, and writes where its steps have written."""
+        """Some parts go the eager path: it waits for all that was begun, and writes where its steps have written."""
         self._ahead = []
         for part in parts:
             if isinstance(part.cache, PooledKVCache):
@@ -185,7 +185,7 @@ class GraphRunner:
 
         Returns:
             Logits ``[V]`` (fp32) and last hidden state ``[H]`` of each; None, and nothing has changed, for those to
-            whom only the eager way is left.
+            whom only the eager path is left.
         """
         said: dict[TokenAppend, StepOutput] = {}
         with self._eager_after_failure():
@@ -200,7 +200,7 @@ class GraphRunner:
         return [said.get(turn) for turn in appends]
 
     def _together(self, pool: KVPool, rows: Mapping[TokenAppend, int]) -> dict[TokenAppend, StepOutput]:
-        """Steps and stretches of sequences in rows of one arena; stretches that could not be read are missing."""
+        """Steps and chunks of sequences in rows of one KV pool; chunks that could not be read are missing."""
         read = {
             turn: self._stretches.read(pool, row, turn.cache, turn.ids, turn.length)
             for turn, row in rows.items()
@@ -238,7 +238,7 @@ class GraphRunner:
 
     @torch.inference_mode()
     def score_candidates(self, scoring: ScoreCandidates[Any]) -> Tensor | None:
-        """Last hidden state after each candidate, ``[K, H]``; None where only the eager way is left."""
+        """Last hidden state after each candidate, ``[K, H]``; None where only the eager path is left."""
         cache, length = scoring.cache, scoring.length
         if not length or not self._takes(cache):
             return None
@@ -256,7 +256,7 @@ class GraphRunner:
         return None
 
     def _takes(self, cache: Cache) -> TypeGuard[PooledKVCache]:
-        """Whether a sequence can sit: nothing has failed so far, and memory was not out just now."""
+        """Whether a sequence can take a slot: nothing has failed so far, and memory was not out just now."""
         if self.failed or monotonic() < self._resumes or not isinstance(cache, PooledKVCache):
             return False
         if not cache.layers:
@@ -296,7 +296,7 @@ def _goes_on(steps: DecodeGraph, appends: Sequence[TokenAppend], now: Sequence[I
 
 
 def graph_runner_of(model: Any, rows: DecoderBatch) -> GraphRunner | None:
-    """The static step of a model on CUDA, if its graphs can be captured and say what the lean step says."""
+    """The graph runner of a model on CUDA, if its graphs can be captured and say what the written-out decoder says."""
     if model.device.type != "cuda":
         return None
     for way in ways():

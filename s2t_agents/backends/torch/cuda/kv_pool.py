@@ -1,11 +1,11 @@
-"""Rows of fixed capacity in which sequences sit while their steps are captured graphs.
+"""KV pools: rows of fixed capacity that hold sequences while their steps are captured graphs.
 
-    arena of capacity C     row 0   | tokens of a | zeros                | spare |
+    KV pool of capacity C   row 0   | tokens of a | zeros                | spare |
                             row 1   | tokens of b                | zeros | spare |
                             row 2   | free                               | spare |
 
-One arena per bucket of capacities. It starts with one row and is replaced by one of twice the rows when it is full; the
-sequences move over at their next step. The last column is nobody's: rows that sit out a step write there.
+One KV pool per bucket of capacities. It starts with one row and is replaced by one of twice the rows when it is full;
+the sequences move over at their next step. The last column is spare: rows that sit out a step write there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SMALLEST = 512
 """Tokens of the smallest bucket; all are multiples of it."""
 
 LIMIT_BYTES = 4 * 2**30
-"""Memory for all arenas of one model; whoever finds no seat goes the eager way."""
+"""Memory for all KV pools of one model; a sequence without a slot takes the eager path."""
 
 
 def bucket(tokens: int) -> int:
@@ -57,7 +57,7 @@ class KVPool:
 
     @property
     def empty(self) -> bool:
-        """Nobody sits here."""
+        """Whether all rows are free."""
         return len(self.free()) == self.rows
 
     def holds(self, cache: PooledKVCache) -> bool:
@@ -65,11 +65,11 @@ class KVPool:
         return cache.pool is self
 
     def free(self) -> list[int]:
-        """Rows that nobody sits in: those who did have moved, rest or are gone."""
+        """Rows that are free: their sequences have moved, are parked or gone."""
         return [row for row, guest in enumerate(self._occupants) if guest is None or not self._in(row, guest())]
 
     def occupants(self) -> list[PooledKVCache]:
-        """Who sits here."""
+        """The sequences in it."""
         occupants = [(row, guest() if guest is not None else None) for row, guest in enumerate(self._occupants)]
         return [guest for row, guest in occupants if guest is not None and self._in(row, guest)]
 
@@ -86,7 +86,7 @@ class KVPool:
 
 
 class KVPools:
-    """All arenas of one model. Not thread-safe: used under the model's lock.
+    """All KV pools of one model. Not thread-safe: used under the model's lock.
 
     Args:
         limit_bytes: passed by all of them together only while sequences move from one to a larger one.
@@ -96,23 +96,23 @@ class KVPools:
         self.limit_bytes = limit_bytes
         self._by_capacity: dict[int, KVPool] = {}
         self._alive: weakref.WeakSet[KVPool] = weakref.WeakSet()
-        """Those, and the replaced ones that somebody still sits in."""
+        """Those, and the replaced ones that somebody still lies in."""
 
     def slot(self, caches: Sequence[PooledKVCache], lengths: Sequence[int]) -> list[KVPool | None]:
-        """Seat sequences: all in one arena where there is memory for it, else by capacity, as many as it lasts for.
+        """Allocate slots: all in one KV pool where there is memory for it, else by capacity, as many as possible.
 
         Args:
             caches: with at least one token each.
             lengths: tokens that each has to have room for.
 
         Returns:
-            Where each sits; None for whom there is no memory.
+            Where each lies; None for whom there is no memory.
         """
         wanted = [max(bucket(length), _capacity(cache)) for cache, length in zip(caches, lengths, strict=True)]
         if not self._all_in(max(wanted), caches):
             for capacity in sorted(set(wanted)):
                 alike = [cache for cache, each in zip(caches, wanted, strict=True) if each == capacity]
-                alike.sort(key=lambda cache: _capacity(cache) < capacity)  # first those who sit
+                alike.sort(key=lambda cache: _capacity(cache) < capacity)  # first those who lie
                 while alike and not self._all_in(capacity, alike):
                     alike.pop()
         return [
@@ -120,11 +120,11 @@ class KVPools:
         ]
 
     def occupants(self) -> list[PooledKVCache]:
-        """Who sits in any of them."""
+        """The sequences in all of them."""
         return [guest for pool in self._alive for guest in pool.occupants()]
 
     def _all_in(self, capacity: int, caches: Sequence[PooledKVCache]) -> bool:
-        """Move sequences to the arena of a capacity; False, and nobody has moved, where there is no memory for it."""
+        """Move sequences to the KV pool of a capacity; False, and nobody has moved, where there is no memory for it."""
         pool = self._by_capacity.get(capacity)
         moving = [cache for cache in caches if pool is None or not pool.holds(cache)]
         if pool is None or len(moving) > len(pool.free()):
@@ -136,7 +136,7 @@ class KVPools:
         return True
 
     def _larger(self, old: KVPool | None, capacity: int, caches: Sequence[PooledKVCache]) -> KVPool | None:
-        """A new arena with rows for these and for all who sit in the old one, which it replaces."""
+        """A new KV pool with rows for these and for all who lie in the old one, which it replaces."""
         staying = 0 if old is None else old.rows - len(old.free()) - sum(map(old.holds, caches))
         rows = 1 << (staying + len(caches) - 1).bit_length()
         like, layers = caches[0].layers[0], len(caches[0].layers)
@@ -149,7 +149,7 @@ class KVPools:
         return pool
 
     def _fits(self, size: int, beside: Sequence[KVPool]) -> bool:
-        """Whether there is memory for an arena of this size beside others, maybe after the empty ones are gone."""
+        """Whether there is memory for a KV pool of this size beside others, maybe after the empty ones are gone."""
         if size + sum(pool.nbytes for pool in beside) <= self.limit_bytes:
             return True
         if size + sum(pool.nbytes for pool in beside if not pool.empty) > self.limit_bytes:
@@ -159,5 +159,5 @@ class KVPools:
 
 
 def _capacity(cache: PooledKVCache) -> int:
-    """Of the row in which a sequence sits; 0 where it has none."""
+    """Of the row in which a sequence lies; 0 where it has none."""
     return cache.pool.capacity if cache.pool is not None else 0

@@ -1,11 +1,11 @@
-"""KV at addresses that stay: a sequence sits in one row of an arena (``pool``) while single tokens are added to it.
+"""KV at addresses that stay: a sequence lies in one row of a KV pool (``pool``) while single tokens are added to it.
 
-    seat    kv [2, layers, 1, heads, C, d]      a row of an arena, or a block of the sequence's own
+    slot    kv [2, layers, 1, heads, C, d]      a row of a KV pool, or a block of the sequence's own
     layer   keys, values [1, heads, C, d]       views of it
 
 A captured graph reads and writes the same memory every time, so the buffers of a layer become views of the row. All
-else (prompts, packed rows, overlays, cuts) uses them as it uses any growing buffers; what outgrows the seat leaves it.
-All layers move from seat to seat in one copy.
+else (prompts, packed rows, overlays, cuts) uses them as it uses any growing buffers; what outgrows the slot leaves it.
+All layers move from slot to slot in one copy.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Slot:
 
     Attributes:
         kv: ``[2, layers, 1, heads, C, d]``: keys and values.
-        arena: whose row it is; None for a block of the sequence's own.
+        pool: whose row it is; None for a block of the sequence's own.
         row: its index.
-        outgrown: some layer has moved to buffers of its own; the sequence has to be seated anew.
+        outgrown: some layer has moved to buffers of its own; the sequence has to be allocated anew.
     """
 
     kv: Tensor
@@ -125,7 +125,7 @@ class InFlightRow:
 
 
 class PooledLayer(GrowingLayer):
-    """One layer of a sequence that may sit in an arena. Views are made when asked for: a step sets an integer."""
+    """One layer of a sequence that may lie in a KV pool. Views are made when asked for: a step sets an integer."""
 
     length = 0
     slot: Slot | None = None
@@ -185,7 +185,7 @@ class PooledLayer(GrowingLayer):
 
 
 class PooledKVCache(KVCache):
-    """The KV of one sequence, which can take a seat in an arena."""
+    """The KV of one sequence, which can take a slot in a KV pool."""
 
     layer_class = PooledLayer
     slot: Slot | None = None
@@ -201,7 +201,7 @@ class PooledKVCache(KVCache):
 
     @property
     def pool(self) -> KVPool | None:
-        """Where it sits with all its layers; None where it has to be seated, for the first time or anew."""
+        """Where it lies with all its layers; None where it has to be allocated, for the first time or anew."""
         return self.slot.pool if self.slot is not None and not self.slot.outgrown else None
 
     def reset(self) -> None:
@@ -246,7 +246,7 @@ class PooledKVCache(KVCache):
         self._lie_in(Slot(kv))
 
     def occupy(self, slot: Slot) -> None:
-        """Move to a seat that has room for all tokens."""
+        """Move to a slot that has room for all tokens."""
         self.in_flight = None  # it writes where the sequence has sat
         lengths = {layer.length for layer in self.layers}
         if self.slot is not None and not self.slot.outgrown and len(lengths) == 1:
@@ -280,7 +280,7 @@ class PooledKVCache(KVCache):
 
     @torch.inference_mode()
     def park(self) -> None:
-        """Leave the seat for buffers of the sequence's own, no larger than it."""
+        """Leave the slot for buffers of the sequence's own, no larger than it."""
         super().park()
         self.in_flight = None
         if self.slot is not None:

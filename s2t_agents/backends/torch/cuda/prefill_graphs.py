@@ -1,8 +1,8 @@
 """Prompts, and what an agent's turn adds, read by captured graphs: of 16, 32, ... 1,024 tokens, filled up.
 
-A graph takes a while to capture, so a length has to come often. The first stretch of all is read both ways, and
+A graph takes a while to capture, so a length has to come often. The first chunk of all is read both ways, and
 compared.
-What cannot be read like that, for good or for now, is left to the eager way; steps keep their graphs.
+What cannot be read like that, for good or for now, is left to the eager path; steps keep their graphs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .pooled_kv_cache import InFlightRow, PooledKVCache
 _log = logging.getLogger(__name__)
 
 SHORTEST, LONGEST = 16, 1024
-"""Tokens of a stretch that a graph reads."""
+"""Tokens of a chunk that a graph reads."""
 
 OFTEN = 4
 """Stretches of about one length, after which a graph of it is worth its capture."""
@@ -42,10 +42,10 @@ def filled(ids: Sequence[int]) -> int:
 
 
 class PrefillGraphs:
-    """Reads stretches over arenas. Used under the model's lock.
+    """Reads chunks over KV pools. Used under the model's lock.
 
     Args:
-        rows: the eager way.
+        rows: the eager path.
         way: how bodies are made.
         often: see ``OFTEN``.
     """
@@ -54,7 +54,7 @@ class PrefillGraphs:
         self._rows, self._way, self._often = rows, way, often
         self._known: WeakKeyDictionary[KVPool, dict[int, PrefillGraph]] = WeakKeyDictionary()
         self._wanted: Counter[int] = Counter()
-        """How often stretches of about each length were."""
+        """How often chunks of about each length were."""
         self._tried, self._resumes = False, 0.0
 
     def __len__(self) -> int:
@@ -74,16 +74,16 @@ class PrefillGraphs:
         return self._wanted[about] > self._often
 
     def read(self, pool: KVPool, row: int, cache: PooledKVCache, ids: Sequence[int], length: int) -> InFlightRow | None:
-        """Begin to read a stretch; None, and nothing has changed, where the eager way has to.
+        """Begin to read a chunk; None, and nothing has changed, where the eager path has to.
 
         Args:
-            arena: where the sequence sits.
+            pool: where the sequence lies.
             row: and in which row.
             cache: the sequence.
             ids: the tokens.
             length: tokens before them.
         """
-        if cache.in_flight is not None:  # nobody has wanted it; nor, maybe, what would be begun after this stretch
+        if cache.in_flight is not None:  # nobody has wanted it; nor, maybe, what would be begun after this chunk
             cache.in_flight, cache.hits = None, 0
         if self._way.llama_decoder.seen_bytes(pool.capacity) > LIMIT_BYTES:
             return None
@@ -108,7 +108,7 @@ class PrefillGraphs:
         return None
 
     def _agrees(self, in_flight: InFlightRow, cache: PooledKVCache, ids: Sequence[int], length: int) -> bool:
-        """Whether the eager way says the same."""
+        """Whether the eager path says the same."""
         logits = in_flight.play.logits[0]
         try:
             ((eager, _),) = self._rows([Append(torch.tensor(ids, device=logits.device), cache, length)])
