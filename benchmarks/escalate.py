@@ -105,11 +105,11 @@ class AsPublished(Counted):
     """A model as the published code reads it: through transformers' modules and cache, every prompt anew."""
 
     @classmethod
-    def load(cls, path: str, **options: Any) -> Self:
-        """See ``LanguageModel.load``."""
-        model = cls.on(PlainTransformers.load(path, **options))
-        model.work = Work()
-        return model
+    def of(cls, model: LanguageModel) -> Self:
+        """The same weights, read the published way."""
+        other = cls.on(PlainTransformers(model.model, model.tokenizer, name=model.name))
+        other.work = Work()
+        return other
 
 
 def run(n: int = 100, seed: int = 0, *, slm: str = SLM, llm: str = LLM, rate: float = RATE) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _at_real_ratio(small: LanguageModel, large: LanguageModel, n: int, seed: int
 def _run(small: LanguageModel, large: LanguageModel, n: int, seed: int, critical: Trigger) -> dict[str, Any]:
     assert isinstance(large, Counted)
     prompts = _prompts(small, range(seed, seed + n), "heldout")
-    their_small, their_large = (AsPublished(each.model, each.tokenizer, name=each.name) for each in (small, large))
+    their_small, their_large = map(AsPublished.of, (small, large))
     schemes = {
         "ours": Scheme(small, large, LocalLLM(large), critical),
         "published": read_along(small, large, critical),

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from rich.table import Table
+from torch_models import runner
 from transformers import DynamicCache
 
 from benchmarks.deepened import deepened, parameters
@@ -53,9 +54,10 @@ def test_a_deepened_model_says_the_same_to_the_bit() -> None:
 
 def test_as_published_neither_model_goes_our_way(result: dict[str, Any]) -> None:
     model = tiny_model("qwen2")
-    theirs = AsPublished(model.model, model.tokenizer, name="theirs")
-    assert theirs.lean is None
-    assert type(theirs.new_cache()) is DynamicCache
+    theirs = AsPublished.of(model)
+    assert runner(theirs).llama_decoder is None
+    assert isinstance(theirs.new_cache(), DynamicCache)
+    assert not theirs.capabilities.batching
     assert result["as_published"]["llm_calls"] == result["published"]["llm_calls"]
 
 

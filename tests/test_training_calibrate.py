@@ -147,7 +147,7 @@ def test_a_rate_without_a_known_threshold_is_refused(pair, selector, heldout, ra
 
 def test_a_probe_that_finds_more_becomes_the_trigger(pair, selector, heldout):
     slm = pair[0]
-    save_probe(selector, torch.zeros(slm.config.hidden_size + 1), 0.0)
+    save_probe(selector, torch.zeros(slm.hidden_size + 1), 0.0)
     useless = calibrated(pair, selector, heldout)
     assert useless.probe_above == 0.5 or useless.probe_above is None
     config = SelectorConfig.load(selector)
