@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from s2t_agents.bundled import SLM, model_path
 from s2t_agents.errors import ConfigError
 from s2t_agents.testing import tiny_config
 
@@ -31,18 +34,24 @@ ROOT = Path(__file__).parent.parent
 PROBE = Path(__file__).with_name("against_probe.py")
 ROWS = ("engine", "chat", "chat, tool bound", "eight at once")
 TIMES = ("ms_per_token", "first_cold_ms", "first_warm_ms")
-MODELS = {"s2t-demo": None, "qwen2.5-0.5b": "qwen2.5-0.5b"}
-QUICK = {"tiny": "tiny"}
+MODELS = (SLM, "qwen2.5-0.5b")
+QUICK = ("tiny",)
 
 
 def run(
-    commit: str, *, repeats: int = 5, quick: bool = False, say: Callable[[str], None] = lambda _: None
+    commit: str,
+    *,
+    repeats: int = 5,
+    model: str | None = None,
+    quick: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Both versions on the bundled model (one thread) and the 0.5B shape (all threads).
 
     Args:
         commit: any name git knows it by.
         repeats: turns of each row, after one that is thrown away.
+        model: one of ``MODELS``, measured alone; None takes all.
         quick: a tiny shape alone and few tokens: shows that it runs, measures nothing.
         say: told what is measured next.
 
@@ -51,14 +60,17 @@ def run(
         ...}``; times in ms, load averages over one minute.
 
     Raises:
-        ConfigError: git knows no such commit, or a version cannot be measured.
+        ConfigError: git knows no such commit, there is no such model, or a version cannot be measured.
     """
+    if model not in (None, *MODELS):
+        raise ConfigError(f"--model is {model!r}, which is none of {', '.join(MODELS)}.")
+    chosen = QUICK if quick else MODELS if model is None else (model,)
     load, repeats = [os.getloadavg()[0]], 1 if quick else repeats
     models: dict[str, Any] = {}
     with checkout(commit) as old:
-        for name, shape in (QUICK if quick else MODELS).items():
+        for name in chosen:
             say(name)
-            models[name] = _measured({"old": old, "new": ROOT}, shape, repeats, quick)
+            models[name] = _measured({"old": old, "new": ROOT}, name, repeats, quick)
     load.append(os.getloadavg()[0])
     return {
         "bench": "against",
@@ -96,27 +108,39 @@ def _git(*words: str) -> str:
     return done.stdout.strip()
 
 
-def _measured(trees: dict[str, Path], shape: str | None, repeats: int, quick: bool) -> dict[str, Any]:
+def _measured(trees: dict[str, Path], name: str, repeats: int, quick: bool) -> dict[str, Any]:
     """One model in both versions."""
     with ExitStack() as stack:
-        folder = None if shape is None else stack.enter_context(TemporaryDirectory(prefix="s2t-against-"))
-        if shape is not None:
-            tokenizer_of(shape).save_pretrained(folder)
-            tiny_config("qwen2", **SHAPES[shape]).save_pretrained(folder)
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="s2t-against-")), name)
+        prepare(name, folder)
         setup = {
-            "threads": 1 if shape is None or quick else torch.get_num_threads(),
-            "tokens": 6 if quick else 101 if shape is None else 33,
-            "folder": folder,
+            "threads": 1 if name == SLM or quick else torch.get_num_threads(),
+            "tokens": 6 if quick else 101 if name == SLM else 33,
+            "folder": str(folder),
             "dtype": str(usual_dtype()).removeprefix("torch."),
         }
-        probes = {name: stack.enter_context(Probe(tree, setup)) for name, tree in trees.items()}
+        probes = {which: stack.enter_context(Probe(tree, setup)) for which, tree in trees.items()}
         rows = {row: _turns(probes, row, repeats) for row in ROWS}
-        memory = {name: probe.ask("memory") for name, probe in probes.items()}
-    kinds = {kind: [memory[name].get(kind) for name in ("old", "new")] for kind in ("rss_mb", "peak_rss_mb")}
+        memory = {which: probe.ask("memory") for which, probe in probes.items()}
+    kinds = {kind: [memory[which].get(kind) for which in ("old", "new")] for kind in ("rss_mb", "peak_rss_mb")}
     return {
         "rows": rows,
         "memory": {kind: _compared([old], [new]) for kind, (old, new) in kinds.items() if old and new},
     }
+
+
+def prepare(name: str, folder: Path) -> None:
+    """Write the bundled model, or a shape's tokenizer and config; what ends an answer is a token that no model says."""
+    if name == SLM:
+        shutil.copytree(model_path(SLM), folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+    else:
+        tokenizer, config = tokenizer_of(name), tiny_config("qwen2", **SHAPES[name])
+    tokenizer.eos_token = tokenizer.pad_token
+    config.eos_token_id = tokenizer.pad_token_id
+    for each in (tokenizer, config, GenerationConfig(eos_token_id=tokenizer.pad_token_id)):
+        each.save_pretrained(folder)
 
 
 def _turns(probes: dict[str, Probe], row: str, repeats: int) -> dict[str, Any]:

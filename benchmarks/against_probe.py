@@ -38,27 +38,23 @@ TOOL = {
 }
 
 
-def loaded(folder: str | None, dtype: str) -> LanguageModel:
-    """The bundled model, or one of random weights; no answer ends by itself.
+def loaded(folder: Path, dtype: str) -> LanguageModel:
+    """The model of a folder, of random weights where it has none.
 
     Args:
-        folder: has the tokenizer and the config; None takes the bundled model.
+        folder: has the tokenizer and the config.
         dtype: of random weights.
     """
-    if folder is None:
-        model = LanguageModel.load("s2t-demo", device="cpu")
-    else:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    if (folder / "model.safetensors").exists():
+        return LanguageModel.load(str(folder), device="cpu")
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        torch.manual_seed(0)
-        raw = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-        raw = raw.to(getattr(torch, dtype)).eval().requires_grad_(False)
-        raw.get_input_embeddings().weight[tokenizer.pad_token_id] = 0  # never the largest logit
-        model = LanguageModel(raw, tokenizer, name="random")
-    of: Any = getattr(model, "backend", model)  # older commits have no backend
-    of.eos_ids = frozenset({model.tokenizer.pad_token_id})
-    return model
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    raw = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    raw = raw.to(getattr(torch, dtype)).eval().requires_grad_(False)
+    raw.get_input_embeddings().weight[tokenizer.eos_token_id] = 0  # never the largest logit: no answer ends by itself
+    return LanguageModel(raw, tokenizer, name=folder.name)
 
 
 class Rows:
@@ -127,7 +123,7 @@ def main() -> None:
     """The first line says what is loaded; every further one names a row and a cache scope, or asks for the memory."""
     asked = json.loads(sys.stdin.readline())
     torch.set_num_threads(asked["threads"])
-    rows = Rows(loaded(asked["folder"], asked["dtype"]), asked["tokens"])
+    rows = Rows(loaded(Path(asked["folder"]), asked["dtype"]), asked["tokens"])
     print(json.dumps({"package": str(Path(s2t_agents.__file__).parent)}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)

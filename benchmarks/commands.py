@@ -107,13 +107,14 @@ def gpu(
 def against(
     commit: Annotated[str, typer.Argument(help="Of this repository, beside the working tree.")],
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each row; the median counts.")] = 5,
+    model: Annotated[str | None, typer.Option(help="Only s2t-demo, or only qwen2.5-0.5b.")] = None,
     quick: Quick = False,
     as_json: AsJson = False,
 ) -> None:
     """Time per token, first token and memory of another commit beside the working tree's, interleaved."""
     from .against import run, table
 
-    _show(run(commit, repeats=repeats, quick=quick, say=Console(stderr=True).print), as_json, table)
+    _show(run(commit, repeats=repeats, model=model, quick=quick, say=Console(stderr=True).print), as_json, table)
 
 
 def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], RenderableType]) -> None:

@@ -58,22 +58,21 @@ def measured_model(name: str, *, dtype: torch.dtype, device: str = "cpu", seed: 
         seed: of the weights.
     """
     if name not in SHAPES:
-        model = LanguageModel.load(name, device=device)
+        loaded = LanguageModel.load(name, device=device)
+        raw, tokenizer = loaded.model, copy.deepcopy(loaded.tokenizer)
     else:
         from transformers import AutoModelForCausalLM
 
         with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(seed)
             raw = AutoModelForCausalLM.from_config(tiny_config("qwen2", **SHAPES[name]))
-        raw = raw.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        tokenizer = tokenizer_of(name)
+        raw, tokenizer = raw.to(device=device, dtype=dtype).eval().requires_grad_(False), tokenizer_of(name)
         raw.get_input_embeddings().weight[tokenizer.pad_token_id] = 0  # never the largest logit
-        model = LanguageModel(raw, tokenizer, name=name)
+    tokenizer.eos_token = tokenizer.pad_token  # a grammar needs an end, and no model says this one
+    raw.generation_config.eos_token_id = None
+    model = LanguageModel(raw, tokenizer, name=name)
+    if name in SHAPES:
         model.with_text = None  # random weights say nothing anyway
-    model.backend.eos_ids = frozenset(
-        {model.tokenizer.pad_token_id}
-    )  # a grammar needs an end, and no model says this one
-    model.model.generation_config.eos_token_id = None
     return model
 
 

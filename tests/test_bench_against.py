@@ -27,6 +27,11 @@ def test_a_commit_that_is_not_there_is_refused_and_leaves_nothing() -> None:
     assert not left_behind()
 
 
+def test_a_model_that_is_not_measured_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'9b'.*s2t-demo, qwen2.5-0.5b"):
+        against.run("HEAD", model="9b")
+
+
 def test_a_version_that_cannot_be_measured_is_named(tmp_path: Path) -> None:
     (tmp_path / "s2t_agents").mkdir()
     (tmp_path / "s2t_agents" / "__init__.py").touch()  # has no public names

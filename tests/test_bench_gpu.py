@@ -48,15 +48,15 @@ def test_the_parts_fit_into_eight_minutes() -> None:
 
 def test_a_device_that_says_something_else_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     assert agreement.run("qwen3", torch.device("cpu"))["passed"]
-    trained = agreement._trained
-    seeds = iter(range(3))
+    selectors, shifts = agreement.selectors, iter(range(3))
 
     def unlike(model: Any) -> Any:
-        made = trained(model)
-        made["head"].out.weight.add_(next(seeds))  # type: ignore[attr-defined]
+        made = selectors(model)
+        shift, scores = next(shifts), made["head"].scores
+        made["head"].scores = lambda proposal: scores(proposal) + shift  # type: ignore[method-assign]
         return made
 
-    monkeypatch.setattr(agreement, "_trained", unlike)
+    monkeypatch.setattr(agreement, "selectors", unlike)
     found = agreement.run("qwen3", torch.device("cpu"))
     assert found["tokens_equal"]
     assert found["tokens_equal_in_turns"]
