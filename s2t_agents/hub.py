@@ -39,6 +39,10 @@ MAX_NAME_CHARS = 255
 MAX_MODULES = 4096
 """Layers, heads and experts that a config may have if the weights do not give a lower limit."""
 
+_CHECKPOINTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.pkl")
+_NOT_A_MODEL = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$|mmproj", re.IGNORECASE)
+"""GGUF files that are later parts of a split model, or an image encoder."""
+
 _COUNT_KEYS = re.compile(r".*(layer|block|expert|head|stage)s?|depth", re.IGNORECASE)
 _LAYER_COUNT_KEYS = re.compile(r"(num|n)_(\w+_)?layers?")
 _READ_PATTERNS = (
@@ -98,6 +102,38 @@ class ModelSource:
         """The local folder with the files; None for a hub id."""
         root = Path(self.path)
         return root / str(self.hub.get("subfolder") or "") if root.is_dir() else None
+
+    def gguf(self, *, here: bool = False) -> Path | None:
+        """The GGUF file that is meant; None if a ``transformers`` checkpoint is.
+
+        A hub id names its file by the option ``gguf_file``. With a ``quantization_config`` beside it, transformers
+        reads the file itself.
+
+        Args:
+            here: look on this disk only.
+
+        Raises:
+            ModelNotFound: the file is not there, or a folder holds several and none is named.
+        """
+        named = self.weights.get("gguf_file")
+        if named is not None:
+            if "quantization_config" in self.weights:
+                return None
+            found = self.file(str(named), here=here)
+            if found is None:
+                raise ModelNotFound(f"{self.name!r} holds no file {str(named)!r}.", hint="Check gguf_file.")
+            return found
+        if self.path.lower().endswith(".gguf"):
+            return Path(self.path)
+        if self.folder is None or any(any(self.folder.glob(each)) for each in _CHECKPOINTS):
+            return None
+        files = sorted(each for each in self.folder.glob("*.gguf") if _NOT_A_MODEL.search(each.name) is None)
+        if len(files) > 1:
+            names = ", ".join(each.name for each in files[:5])
+            raise ModelNotFound(
+                f"{self.name!r} holds several models: {names}.", hint='Name one: model_kwargs={"gguf_file": ...}.'
+            )
+        return files[0] if files else None
 
     @property
     def hint(self) -> str:
@@ -202,8 +238,6 @@ class ModelSource:
                 f"{without_secrets(self.name)!r} is a URL.",
                 hint="Give a directory or a hub id, such as 'Qwen/Qwen3-0.6B'.",
             )
-        if self.path.endswith(".gguf"):
-            raise _gguf_error(self.name, Path(self.path).name)
         if self.folder is None:
             if Path(self.path).is_file():
                 raise ModelNotFound(f"{self.name!r} is a file.", hint="Give the directory that it lies in.")
@@ -237,8 +271,6 @@ class ModelSource:
     def _refuse_without_config(self, folder: Path) -> None:
         if (folder / "adapter_config.json").is_file():
             raise _adapter_error(self.name)
-        if files := sorted(each.name for each in folder.glob("*.gguf")):
-            raise _gguf_error(self.name, files[0])
         raise ModelNotFound(f"no model at {self.name!r}: it holds no config.json.", hint=self.hint)
 
     def _refuse_pickles(self, folder: Path) -> None:
@@ -247,8 +279,6 @@ class ModelSource:
         if any(folder.glob("*.safetensors.index.json")):
             return  # _check_shards names the missing shards
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
-        if not pickles and (files := sorted(each.name for each in folder.glob("*.gguf"))):
-            raise _gguf_error(self.name, files[0])
         found = f"only {pickles[0]}" if pickles else "no weights"
         raise UnsafeWeights(
             f"{self.name!r} holds {found}; only safetensors files are read.",
@@ -325,11 +355,4 @@ def _adapter_error(name: str) -> ModelNotFound:
     return ModelNotFound(
         f"{name!r} holds an adapter, which is no model by itself.",
         hint="Merge it into its base (peft: merge_and_unload, save_pretrained) and give that.",
-    )
-
-
-def _gguf_error(name: str, file: str) -> ModelNotFound:
-    return ModelNotFound(
-        f"{name!r} holds GGUF weights ({file}), which are not read.",
-        hint="Give the safetensors checkpoint that the file was made from.",
     )

@@ -235,13 +235,11 @@ def test_all_else_in_a_folder_is_passed_over(folder: Path) -> None:
     ("name", "message"),
     [
         ("model.safetensors", "is a file"),
-        ("model.gguf", "GGUF"),
         ("config.json", "is a file"),
         ("nothing/there", "no tokenizer"),
     ],
 )
 def test_a_path_that_is_no_folder_says_so(folder: Path, name: str, message: str) -> None:
-    (folder / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelNotFound, match=message):
         LanguageModel.load(str(folder / name))
 

@@ -15,7 +15,7 @@ import torch
 from langchain_core.language_models import ModelProfile
 from langchain_core.messages import BaseMessage
 
-from ..backends.torch.loading import load_tokenizer
+from ..backends.loading import described, fitted_tokenizer
 from ..bundled import selector_path
 from ..engine.engine import MAX_K, Engine
 from ..errors import ConfigError, ContextOverflow
@@ -33,7 +33,6 @@ from ..scheduling.language_model import LanguageModel
 from ..selectors import Selector, calibrated_trigger, load_selector
 from ..selectors.config import SelectorConfig
 from ..selectors.drift import DriftWatch
-from ..tokenization.vocabulary import drop_tokens_without_embedding
 from ..triggers import Trigger
 from .messages import PromptEncoder
 from .response_options import OutputSchemas, ResponseOptions
@@ -287,10 +286,7 @@ def _tokenizer_of(model: str | LanguageModel, options: Mapping[str, Any]) -> Any
     """The tokenizer as ``LanguageModel`` will have it, without reading the weights."""
     if isinstance(model, LanguageModel):
         return model.tokenizer
-    options = dict(options)
-    tokenizer = options.pop("tokenizer", None) or load_tokenizer(model, **options)
-    rows = _text_config(model, options).get("vocab_size")
-    return drop_tokens_without_embedding(tokenizer, rows, model) if isinstance(rows, int) else tokenizer
+    return fitted_tokenizer(model, **options)
 
 
 def shared_model(
@@ -383,17 +379,10 @@ def _window_of(model: str | LanguageModel, options: Mapping[str, Any]) -> int | 
     if isinstance(model, LanguageModel):
         return model.context_window
     try:
-        limit = _text_config(model, options).get("max_position_embeddings")
+        limit = described(model, options).get("max_position_embeddings")
     except ConfigError:  # raised again when the model is loaded
         return None
     return limit if isinstance(limit, int) else None
-
-
-def _text_config(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """``config.json`` of the text model, if it is on disk; else empty."""
-    read = ModelSource.of(model, options).config(here=True) or {}
-    part = read.get("text_config")
-    return {**read, **part} if isinstance(part, dict) else read
 
 
 def build(settings: EngineSettings) -> Runtime:

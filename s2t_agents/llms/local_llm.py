@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..backends.loading import load_tokenizer
 from ..backends.torch.fingerprint import shared_ids
-from ..backends.torch.loading import load_tokenizer
 from ..errors import EscalationFailed, TokenizerMismatch
 from ..fork_safety import hold_while_forking
 from ..hub import first_line

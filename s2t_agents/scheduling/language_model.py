@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import Backend, Capabilities, ScoreCandidates, SequenceCache, StepOutput
+from ..backends.loading import load_backend
 from ..backends.torch.backend import TorchBackend
 from ..backends.torch.packed_linear import LIMIT
 from ..errors import ConfigError
@@ -53,16 +54,8 @@ class LanguageModel:
 
     @classmethod
     def load(cls, path: str, **options: Any) -> Self:
-        """Read a model from a directory or hub id.
-
-        Args:
-            path: of a ``transformers`` checkpoint, or the name of a bundled model.
-            options: ``device``, ``dtype``, ``tokenizer``, ``prepack``, and those of ``from_pretrained``.
-
-        Raises:
-            ConfigError, ModelNotFound, UnsafeWeights: see ``backends.torch.loading.load_weights``.
-        """
-        return cls.on(TorchBackend.load(path, **options))
+        """Read a model; arguments and errors as ``backends.loading.load_backend``."""
+        return cls.on(load_backend(path, **options))
 
     @property
     def name(self) -> str:

@@ -16,9 +16,9 @@ import torch
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_exponential
 from torch import Tensor
 
+from ..backends.loading import load_tokenizer
 from ..backends.statistics import FLOOR
 from ..backends.torch.fingerprint import shared_ids, tokenizer_fingerprint
-from ..backends.torch.loading import load_tokenizer
 from ..errors import EscalationFailed, TokenizerMismatch
 from ..llms.endpoint import checked_url
 from ..scheduling.language_model import LanguageModel

@@ -250,6 +250,7 @@ class Context:
         return logits, self._copied(self._c.llama_get_embeddings(self._context), len(rows), self.width)
 
     def _run(self, rows: Rows, *, outputs: bool) -> None:
+        self._check_open()
         if len(rows) > (OUTPUTS if outputs else BATCH):  # llama.cpp would end the process
             raise ValueError(f"{len(rows)} rows in one decode")
         if outputs != self._embedding:
@@ -271,10 +272,13 @@ class Context:
 
     def share(self, source: int, target: int, length: int) -> None:
         """The first ``length`` tokens of one sequence become those of another, which is empty."""
+        self._check_open()
         self._c.llama_memory_seq_cp(self._memory, source, target, 0, length)
 
     def cut(self, sequence: int, length: int) -> bool:
         """Forget all tokens of a sequence after the first ``length``; False where that cannot be done."""
+        if self._context is None:  # what is left of a model that was closed
+            return True
         return bool(self._c.llama_memory_seq_rm(self._memory, sequence, length, -1))
 
     def token_bytes(self, sequence: int) -> int:
@@ -286,7 +290,12 @@ class Context:
         finally:
             self.cut(sequence, 0)
 
+    def _check_open(self) -> None:
+        if self._context is None:
+            raise RuntimeError(f"{str(self._header.path)!r} was closed")
+
     def _size(self, sequence: int) -> int:
+        self._check_open()
         return int(self._c.llama_state_seq_get_size(self._context, sequence))
 
     def saved(self, sequence: int) -> bytes:
@@ -300,6 +309,7 @@ class Context:
 
     def restore(self, sequence: int, saved: bytes) -> bool:
         """Give an empty sequence the KV that was saved; False where there is no room for it."""
+        self._check_open()
         data = ctypes.cast(ctypes.c_char_p(saved), ctypes.POINTER(ctypes.c_uint8))  # a view: nothing is copied
         with complaints():
             read = int(self._c.llama_state_seq_set_data(self._context, data, len(saved), sequence))

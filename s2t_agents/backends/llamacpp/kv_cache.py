@@ -1,0 +1,204 @@
+"""KV of sequences in a llama.cpp context: a number each, over cells that forks share.
+
+running   number, cells in the context
+parked    the same, until somebody needs the room; then its KV lies in host memory, and comes back with a fork
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from typing import Any
+
+from ..statistics import LogitStatistics
+from .context import Context, NoRoom
+
+
+class KVPool:
+    """The sequence numbers of a context, and who can make room. Used by whoever holds the lock.
+
+    Args:
+        context: whose sequences these are.
+        lock: held by whoever touches the context.
+        spare: numbers that caches leave to candidates.
+
+    Attributes:
+        token_bytes: of the KV of one token.
+    """
+
+    def __init__(self, context: Context, lock: Any, spare: int) -> None:
+        self.context, self.lock = context, lock
+        self._free = list(range(context.sequences))
+        self._spare = spare
+        self._abandoned: deque[int] = deque()
+        self._parked: dict[int, weakref.ref[LlamaCppCache]] = {}
+        self.token_bytes = context.token_bytes(self._free[0])
+
+    def new_cache(self) -> LlamaCppCache:
+        """An empty one."""
+        return LlamaCppCache(self)
+
+    def take(self, *, spare: bool = False) -> int:
+        """The number of an empty sequence.
+
+        Args:
+            spare: one of those that caches leave may be taken.
+
+        Raises:
+            NoRoom: all are in use.
+        """
+        self.reclaim()
+        while len(self._free) <= (0 if spare else self._spare):
+            if not self.make_room():
+                raise NoRoom(f"all {self.context.sequences} sequences are in use")
+        return self._free.pop()
+
+    @property
+    def free(self) -> int:
+        """Numbers that candidates can have."""
+        return len(self._free)
+
+    def give_back(self, number: int) -> None:
+        """Forget a sequence."""
+        self.context.cut(number, 0)
+        self._free.append(number)
+
+    def abandon(self, number: int) -> None:
+        """Give it back at the next occasion, which is now where nobody works on the context. From any thread."""
+        self._abandoned.append(number)
+        if self.lock.acquire(blocking=False):
+            try:
+                self.reclaim()
+            finally:
+                self.lock.release()
+
+    def reclaim(self) -> None:
+        """Give back what was abandoned."""
+        while self._abandoned:
+            self.give_back(self._abandoned.popleft())
+
+    def park(self, cache: LlamaCppCache) -> None:
+        """This cache may have to make room from now on; the ones parked first do so first. Needs no lock."""
+        self._parked.pop(id(cache), None)
+        self._parked[id(cache)] = weakref.ref(cache)
+
+    def make_room(self) -> bool:
+        """Move the cells of one parked cache to host memory; False where none is parked."""
+        if self._abandoned:
+            self.reclaim()
+            return True
+        while self._parked:
+            found = self._parked.pop(next(iter(self._parked)), None)
+            cache = found() if found is not None else None
+            if cache is not None and cache.leave():
+                return True
+        return False
+
+
+class LlamaCppCache:
+    """The KV of one sequence; see ``base.SequenceCache``.
+
+    Args:
+        pool: where it lies. It takes a number when the first token is read.
+    """
+
+    def __init__(self, pool: KVPool) -> None:
+        self._pool = pool
+        self._number: int | None = None
+        self._saved: bytes | None = None
+        self.length = self.read = 0
+
+    @property
+    def number(self) -> int:
+        """Of its sequence, in the context.
+
+        Raises:
+            NoRoom: there is none for it.
+        """
+        if self._number is None:
+            self._number = self._placed()
+            self._saved = None
+        return self._number
+
+    def _placed(self) -> int:
+        """A number of the pool with these tokens, which lie in host memory or are none."""
+        number = self._pool.take()
+        if self._saved is not None:
+            try:
+                while not self._pool.context.restore(number, self._saved):
+                    if not self._pool.make_room():
+                        raise NoRoom(f"no room for the {self.length} tokens of a sequence")
+            except BaseException:
+                self._pool.give_back(number)
+                raise
+        return number
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its cells, shared or not."""
+        return self.length * self._pool.token_bytes
+
+    def fork(self, length: int) -> LlamaCppCache:
+        """Another cache over the same cells: nothing is copied, but from host memory."""
+        with self._pool.lock:
+            other = self._pool.new_cache()
+            if not length:
+                return other
+            if self._number is None:
+                other._number = self._placed()
+                self._pool.context.cut(other._number, length)
+            else:
+                other._number = self._pool.take()
+                if self._number is None:  # taking one has moved these very tokens
+                    self._pool.give_back(other._number)
+                    other._number = None
+                    return self.fork(length)
+                self._pool.context.share(self._number, other._number, length)
+            other.length = other.read = length
+            return other
+
+    def leave(self) -> bool:
+        """Move to host memory; False where nothing lies in the context."""
+        if self._number is None:
+            return False
+        self._saved = self._pool.context.saved(self._number)
+        self._pool.give_back(self._number)
+        self._number = None
+        return True
+
+    def truncate(self, length: int) -> None:
+        """Forget what comes after the first ``length`` tokens; also undoes a forward that failed half-way."""
+        with self._pool.lock:
+            if self._number is not None:
+                self._pool.context.cut(self._number, length)
+            elif length < self.length:
+                self._pool.context.cut(self.number, length)
+            self.length = length
+            self.read = min(self.read, length)
+
+    def mark_read(self, length: int) -> None:
+        """See ``base.SequenceCache``."""
+        self.read = length
+
+    def park(self) -> None:
+        """Its generation has ended: it may have to make room."""
+        self._pool.park(self)
+
+    def close(self) -> None:
+        """Forget everything; twice is once. Waits for no forward: garbage collection may call it anywhere."""
+        number, self._number, self._saved = self._number, None, None
+        self.length = self.read = 0
+        if number is not None:
+            self._pool.abandon(number)
+
+    def statistics(self) -> LogitStatistics | None:
+        """The engine computes none."""
+        return None
+
+    def unbilled_s(self) -> float:
+        """Nothing runs while nobody waits."""
+        return 0.0
+
+    def __del__(self) -> None:
+        if self._number is not None:
+            self._pool.abandon(self._number)

@@ -1,0 +1,95 @@
+"""From a model's name to the backend that runs it: GGUF files by llama.cpp, checkpoints by PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..hub import HUB_OPTIONS, REPOSITORY_OPTIONS, ModelSource
+from ..tokenization.vocabulary import drop_tokens_without_embedding
+from .base import Backend
+from .llamacpp.gguf_header import read_header
+from .llamacpp.tokenizer import read_tokenizer
+from .torch.backend import TorchBackend
+from .torch.loading import load_tokenizer as checkpoint_tokenizer
+
+
+def load_backend(path: str, **options: Any) -> Backend:
+    """Read a model.
+
+    Args:
+        path: a directory, bundled name or hub id; a GGUF file, or a directory that holds one.
+        options: ``device``, ``dtype``, ``tokenizer``; for GGUF files those of ``llamacpp.context.Options``; for
+            checkpoints ``prepack`` and those of ``from_pretrained``.
+
+    Raises:
+        ConfigError: an option that cannot be; a package is missing.
+        ModelNotFound, UnsafeWeights: see ``torch.loading.load_weights`` and ``LlamaCppBackend.load``.
+    """
+    file = _gguf(path, options)
+    if file is None:
+        return TorchBackend.load(path, **options)
+    from .llamacpp.backend import LlamaCppBackend
+
+    return LlamaCppBackend.load(file, name=path, **_of_the_engine(options))
+
+
+def load_tokenizer(path: str, **options: Any) -> Any:
+    """The fast tokenizer of a model; errors as ``load_backend``.
+
+    Args:
+        path: as there.
+        options: as there.
+    """
+    file = _gguf(path, options)
+    return checkpoint_tokenizer(path, **options) if file is None else read_tokenizer(read_header(file))
+
+
+def fitted_tokenizer(path: str, **options: Any) -> Any:
+    """The tokenizer as the model's weights will have it, without reading these; errors as ``load_backend``."""
+    options = dict(options)
+    tokenizer = options.pop("tokenizer", None) or load_tokenizer(path, **options)
+    rows = described(path, options).get("vocab_size")
+    return drop_tokens_without_embedding(tokenizer, rows, path) if isinstance(rows, int) else tokenizer
+
+
+def described(path: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the files on this disk say of the part that reads text, by ``config.json``'s names; empty where none does.
+
+    Raises:
+        ConfigError: damaged files.
+    """
+    file = _gguf(path, options, here=True)
+    if file is not None:
+        header = read_header(file)
+        window = header.number(f"{header.architecture}.context_length")
+        return {"vocab_size": len(header.tokens), "max_position_embeddings": window}
+    read = ModelSource.of(path, options).config(here=True) or {}
+    part = read.get("text_config")
+    return {**read, **part} if isinstance(part, dict) else read
+
+
+def _gguf(path: str, options: Mapping[str, Any], *, here: bool = False) -> Path | None:
+    ours = {"device", "dtype", "tokenizer", "prepack"}
+    return ModelSource.of(path, {name: value for name, value in options.items() if name not in ours}).gguf(here=here)
+
+
+def _of_the_engine(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of llama.cpp itself.
+
+    Raises:
+        ConfigError: a dtype, which the file has; a device that is not this machine's.
+    """
+    kept = {
+        name: value
+        for name, value in options.items()
+        if name not in {*HUB_OPTIONS, *REPOSITORY_OPTIONS, "gguf_file", "prepack"}
+    }
+    device, dtype = kept.pop("device", None), kept.pop("dtype", None)
+    if dtype is not None:
+        raise ConfigError(f"dtype is {dtype}, but a GGUF file has types of its own.", hint="Leave it out.")
+    if device is not None and str(device) == "cpu":
+        kept.setdefault("n_gpu_layers", 0)
+    return kept

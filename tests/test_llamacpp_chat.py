@@ -1,0 +1,145 @@
+"""A chat model on a GGUF file: everything above the engine works as on a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf_files import write_gguf
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.tools import tool
+
+from s2t_agents import ChatS2T, Escalation, LocalLLM, triggers
+from s2t_agents.errors import ConfigError, ModelNotFound, UnsafeWeights
+from s2t_agents.scheduling.language_model import LanguageModel
+
+pytest.importorskip("llama_cpp")
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", metadata={"context_length": 2048})
+
+
+@pytest.fixture(scope="module")
+def chat(file: Path) -> ChatS2T:
+    return ChatS2T(model=str(file), max_tokens=12, model_kwargs={"n_ctx": 4096})
+
+
+def test_it_answers_streams_and_batches_alike(chat: ChatS2T) -> None:
+    whole = chat.invoke("hello").content
+    assert "".join(str(chunk.content) for chunk in chat.stream("hello")) == whole
+    said = chat.batch(["hello", "you", "hello"])
+    assert said[0].content == said[2].content == whole
+    assert chat.profile["max_input_tokens"] == 2048
+
+
+def test_a_forced_call_always_parses(chat: ChatS2T) -> None:
+    answer = chat.bind_tools([add], tool_choice="any").invoke("1 + 2?", max_tokens=200)
+    assert answer.tool_calls[0]["name"] == "add"
+    assert set(answer.tool_calls[0]["args"]) == {"a", "b"}
+
+
+def test_a_second_turn_reads_what_is_new(chat: ChatS2T) -> None:
+    first = [HumanMessage("tell me a story of some length")]
+    answer = chat.invoke(first)
+    again = chat.invoke([*first, AIMessage(answer.content), HumanMessage("go on")])
+    assert again.response_metadata["s2t"]["reused_tokens"] > 20
+
+
+def test_a_folder_or_a_named_file_is_the_same_model(chat: ChatS2T, file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "model.gguf").symlink_to(file)
+    (folder / "mmproj-model.gguf").write_bytes(b"GGUF")
+    want = chat.invoke("hello").content
+    assert ChatS2T(model=str(folder), max_tokens=12).invoke("hello").content == want
+    (folder / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelNotFound, match=r"model\.gguf, other\.gguf"):
+        ChatS2T(model=str(folder), max_tokens=12).invoke("hello")
+    named = ChatS2T(model=str(folder), max_tokens=12, model_kwargs={"gguf_file": "model.gguf"})
+    assert named.invoke("hello").content == want
+    with pytest.raises(ModelNotFound, match="missing"):
+        ChatS2T(model=str(folder), model_kwargs={"gguf_file": "missing.gguf"}).invoke("hello")
+
+
+def test_an_llm_from_a_gguf_file_is_asked(file: Path, tmp_path: Path) -> None:
+    llm = LocalLLM(str(write_gguf(tmp_path / "llm.gguf", seed=9)), n_ctx=1024)
+    escalation = Escalation(llm, margin=1.0)
+    chat = ChatS2T(model=str(file), trigger=triggers.entropy(above=0.0), escalation=escalation, max_tokens=8)
+    said = chat.invoke("hello").response_metadata["s2t"]
+    assert said["escalations"] == 8
+    assert said["flips"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"dtype": "float32"}, "dtype"),
+        ({"model_kwargs": {"n_ctx": -1}}, "n_ctx"),
+        ({"model_kwargs": {"attn_implementation": "eager"}}, "attn_implementation"),
+    ],
+)
+def test_a_setting_that_gguf_has_not_is_named(settings: dict[str, Any], named: str, file: Path) -> None:
+    with pytest.raises(ConfigError, match=named):
+        ChatS2T(model=str(file), **settings).invoke("hello")
+
+
+def test_a_file_without_a_template_takes_one(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "a.gguf", template=None)
+    with pytest.raises(ConfigError, match="chat_template"):
+        ChatS2T(model=str(file), max_tokens=4).invoke("hello")
+    given = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert (
+        ChatS2T(model=str(file), max_tokens=4, chat_template=given).invoke("hello").response_metadata["s2t"]["tokens"]
+    )
+
+
+def test_a_template_that_is_none_is_one_error(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "a.gguf", template="{% for m in %}")
+    with pytest.raises(ConfigError, match="template"):
+        ChatS2T(model=str(file), max_tokens=4).invoke("hello")
+
+
+def test_a_damaged_file_is_one_error(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(UnsafeWeights, match=r"cut\.gguf"):
+        ChatS2T(model=str(tmp_path / "cut.gguf")).invoke("hello")
+
+
+def test_a_selector_that_needs_the_weights_in_pytorch_says_so(file: Path) -> None:
+    with pytest.raises(ConfigError, match="head selector"):
+        _ = LanguageModel.load(str(file), n_ctx=512).model
+
+
+def test_a_forked_child_goes_on(file: Path) -> None:
+    import os
+
+    chat = ChatS2T(model=str(file), max_tokens=6)
+    want = chat.invoke("hello").content
+    child = os.fork()
+    if not child:
+        os._exit(0 if chat.invoke("hello").content == want else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert chat.invoke("hello").content == want
+
+
+@pytest.mark.real
+def test_the_documentation_s_agent_runs_on_real_weights(smollm2_gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "gguf.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+    def get_stock(item: str) -> int:
+        """Look up the stock of an item."""
+        return 85
+
+    exec(block.replace(smollm2_gguf.name, str(smollm2_gguf)), {"get_stock": get_stock})
+    assert capsys.readouterr().out.strip()
