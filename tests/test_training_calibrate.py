@@ -1,6 +1,7 @@
 """Thresholds meet their target rates on held-out rollouts, and say how sure they are."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -30,7 +31,14 @@ def heldout(pair, tmp_path_factory):
     folder = tmp_path_factory.mktemp("heldout")
     slm, _, teacher = pair
     collect_with(slm, teacher, prompts(folder, 24, first=500), QUICK, folder / "rollouts")
+    with_max_tokens(folder / "rollouts", QUICK.max_tokens + 1)  # as if no answer had run into it
     return folder / "rollouts"
+
+
+def with_max_tokens(rollouts, max_tokens):
+    manifest = json.loads((rollouts / "manifest.json").read_text())
+    manifest["settings"]["max_tokens"] = max_tokens
+    (rollouts / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.fixture
@@ -47,6 +55,26 @@ def selector(pair, tmp_path):
 def calibrated(pair, selector, heldout, **targets):
     config = CalibrateConfig(models=Models(), selector=selector, rollouts=heldout, targets=Targets(**targets), seed=500)
     return calibrate_with(pair[0], config)
+
+
+def test_answers_that_ran_into_max_tokens_are_left_out(pair, selector, heldout, tmp_path):
+    lengths = sorted({len(ids) for shard in read_shards(heldout) for _, ids, _ in shard.trajectories()})
+    cut = lengths[-1]
+    shutil.copytree(heldout, tmp_path / "cut")
+    assert calibrated(pair, selector, heldout, trigger_rate=0.2).problems == 24
+    with_max_tokens(tmp_path / "cut", cut)
+    short = [
+        (int(item), shard.entropy[steps])
+        for shard in read_shards(heldout)
+        for item, (_, ids, steps) in zip(shard.item, shard.trajectories(), strict=True)
+        if len(ids) < cut
+    ]
+    found = calibrated(pair, selector, tmp_path / "cut", trigger_rate=0.2)
+    assert found.problems == (len({item for item, _ in short}) or 24)
+    if short:
+        assert found.trigger_entropy == pytest.approx(
+            max(0.0, threshold_for(torch.cat([entropy for _, entropy in short]), 0.2))
+        )
 
 
 def test_thresholds_meet_the_target_rates(pair, selector, heldout):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from .disagreement import Probe, hidden_along
 from .groups import Example, choose, read_for, threshold_for
 from .losses import agreements
 from .objectives import objective_for
+from .shards import read_manifest
 from .statistics import best_temperature, reliability, wilson
 
 RATES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
@@ -54,7 +56,7 @@ def _calibrate(slm: LanguageModel, config: CalibrateConfig) -> Calibration:
     selector, kept = load_selector(config.selector, slm)
     selector.temperature, selector.caution = 1.0, 0.0
     shards = read_for(slm, [config.rollouts], kept.k)
-    examples = choose(shards, k=kept.k, rate=1.0, kl_rate=0.0)
+    examples = _finished(choose(shards, k=kept.k, rate=1.0, kl_rate=0.0), config.rollouts)
     spread = threshold_for(torch.cat([example.entropy for example in examples]), config.targets.trigger_rate)
     trigger = _trigger(config, kept, slm, examples, spread)
     critical = torch.cat(trigger.critical)
@@ -96,6 +98,16 @@ def _calibrate(slm: LanguageModel, config: CalibrateConfig) -> Calibration:
     kept.save(config.selector)
     write_card(config.selector)
     return calibration
+
+
+def _finished(examples: Sequence[Example], rollouts: Path) -> list[Example]:
+    """Without the answers that ran into ``max_tokens``, unless all did.
+
+    Such an answer has lost its way and is unsure to its end: with many of them among the rollouts, a share of all steps
+    would be a much smaller share of the steps of answers that can still be put right.
+    """
+    limit = read_manifest(rollouts).settings["max_tokens"]
+    return [example for example in examples if len(example.all_positions) < limit] or list(examples)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ..errors import ConfigError, S2TError
 from ..selectors.config import CONFIG_FILE, SelectorConfig
 from .config import KINDS, EvaluateConfig, EvaluationRows, Kind, Part, Pipeline
 from .groups import threshold_for
-from .shards import MANIFEST, read_shards
+from .shards import MANIFEST, read_manifest, read_shards
 from .tasks import DemoTaskConfig, Grading, JsonlTaskConfig, Split, TaskConfig, disjoint
 
 SEED_STRIDE = 100_000
@@ -183,7 +183,10 @@ def with_trigger(pipeline: Pipeline, rows: EvaluationRows) -> EvaluationRows:
     folder = pipeline.rollouts("heldout")
     if rows.llm_trigger_entropy is not None or not (folder / MANIFEST).exists():
         return rows
-    entropy = torch.cat([shard.entropy for shard in read_shards(folder)])
+    answers = [shard.entropy[steps] for shard in read_shards(folder) for *_, steps in shard.trajectories()]
+    limit = read_manifest(folder).settings["max_tokens"]
+    finished = [entropy for entropy in answers if len(entropy) < limit]  # as `calibrate` does
+    entropy = torch.cat(finished or answers)
     return rows.model_copy(update={"llm_trigger_entropy": max(0.0, threshold_for(entropy, rows.llm_trigger_rate))})
 
 
