@@ -26,11 +26,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from s2t_agents.backends.torch.logit_statistics import FLOOR
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional
 
-from s2t_agents.backends.torch import LanguageModel
+from s2t_agents import LanguageModel
+from s2t_agents.backends.statistics import FLOOR
 from s2t_agents.selectors import AdaptedSelector, SelectorConfig
 from s2t_agents.selectors.config import BaseIdentity
 from s2t_agents.selectors.learned_trigger import PROBE_FILE
@@ -49,7 +49,7 @@ WARMUP = 8
 
 def hidden(model: LanguageModel, ids: Sequence[int]) -> Tensor:
     """``[n, H]``, of every token."""
-    out = model.decoder(input_ids=torch.tensor([ids]), use_cache=False)
+    out = model.torch_backend.decoder(input_ids=torch.tensor([ids]), use_cache=False)
     states: Tensor = out.last_hidden_state[0]
     return states
 
