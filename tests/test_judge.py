@@ -312,7 +312,7 @@ def test_a_late_answer_is_no_answer(at_start: Trigger, release: threading.Event)
     started = time.perf_counter()
     budget = Budget(usd="1")
     report = answer(judge(late, timeout_s=0.3), at_start, budget)[0].escalation
-    assert time.perf_counter() - started < 3
+    assert time.perf_counter() - started < 15  # the answer would come after 20
     assert report is not None
     assert report.outcome == "failed"
     assert report.actual == report.reserved  # it was sent: the provider will bill it

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..grammar.grammar import Grammar
 from ..scheduling.sequence import TokenSequence
-from .constraint import Constraint
 
 SENTENCE_ENDS = (".", "!", "?")
 """Ends of a sentence if white space follows, so not in ``3.14``."""
@@ -33,7 +33,7 @@ class GreedyContinuation:
         finished: whether it has ended.
     """
 
-    def __init__(self, prefix: TokenSequence, candidate: int, grammar: Constraint | None) -> None:
+    def __init__(self, prefix: TokenSequence, candidate: int, grammar: Grammar | None) -> None:
         self._prefix = prefix
         self._grammar = grammar.fork() if grammar is not None else None
         self._forced: deque[int] = deque()

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..grammar.grammar import Grammar
 from ..scheduling.sequence import TokenSequence
-from .constraint import Constraint
 from .continuation import GreedyContinuation, decode_without_eos
 
 END_MARK = "(the answer ends here)"
@@ -36,7 +36,7 @@ class Preview:
 
 
 def previews(
-    prefix: TokenSequence, candidates: Sequence[int], limit: int, grammar: Constraint | None = None
+    prefix: TokenSequence, candidates: Sequence[int], limit: int, grammar: Grammar | None = None
 ) -> list[Preview]:
     """The candidates' continuations in order, those with the same text merged.
 
@@ -56,7 +56,7 @@ def previews(
 
 @torch.inference_mode()
 def continuations(
-    prefix: TokenSequence, candidates: Sequence[int], limit: int, grammar: Constraint | None = None
+    prefix: TokenSequence, candidates: Sequence[int], limit: int, grammar: Grammar | None = None
 ) -> list[tuple[int, ...]]:
     """Each candidate and its greedy continuation to the end of the sentence, the answer or ``limit`` tokens."""
     branches = [GreedyContinuation(prefix, token, grammar) for token in candidates]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..grammar.grammar import Grammar
 from ..scheduling.sequence import TokenSequence
 from ..types import Candidate, Charge, Price
-from .constraint import Constraint
 
 
 @dataclass(eq=False)
@@ -30,7 +30,7 @@ class Question:
     prefix: TokenSequence | None = None
     slm: Sequence[float] = ()
     selector: Sequence[float] | None = None
-    grammar: Constraint | None = None
+    grammar: Grammar | None = None
     seconds: float | None = None
     owed: Charge | None = None
 
