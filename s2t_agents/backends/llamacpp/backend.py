@@ -21,7 +21,7 @@ from ...fork_safety import FORWARD, hold_while_forking
 from ..base import Append, Capabilities, Limits, Output, ScoreCandidates, StepOutput, Work
 from .context import BATCH, OUTPUTS, Context, NoRoom, Options, Rows
 from .gguf_header import GGUFHeader, TensorInfo, read_header
-from .kv_cache import KVPool, LlamaCppCache
+from .kv_cache import LlamaCppCache, SequenceSlots
 from .tokenizer import PROBE, read_tokenizer
 from .trial import try_out
 
@@ -75,7 +75,7 @@ class LlamaCppBackend:
             candidates=OUTPUTS,
             hand_over_s=0.0,
         )
-        self._pool = KVPool(context, self.lock, SPARE)
+        self._pool = SequenceSlots(context, self.lock, SPARE)
         self._compare_tokenizers()
 
     @classmethod

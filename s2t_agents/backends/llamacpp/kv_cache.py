@@ -14,7 +14,7 @@ from ..statistics import LogitStatistics
 from .context import Context, NoRoom
 
 
-class KVPool:
+class SequenceSlots:
     """The sequence numbers of a context, and who can make room. Used by whoever holds the lock.
 
     Args:
@@ -102,7 +102,7 @@ class LlamaCppCache:
         pool: where it lies. It takes a number when the first token is read.
     """
 
-    def __init__(self, pool: KVPool) -> None:
+    def __init__(self, pool: SequenceSlots) -> None:
         self._pool = pool
         self._number: int | None = None
         self._saved: bytes | None = None
