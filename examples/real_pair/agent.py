@@ -1,7 +1,8 @@
 """A LangGraph agent on real weights: ``python examples/real_pair/agent.py runs/smollm2``, or ``make real-demo``.
 
-The same question to three models: SmolLM2-135M-Instruct alone, its copy at 3 and 4 bits alone, and that copy with the
-full weights asked at unsure tokens. Each must call a tool, and answers from what the tool returns.
+The same question to four models: SmolLM2-135M-Instruct alone, its copy at 3 and 4 bits alone, that copy with the
+selector that was trained for it, and with the full weights asked at unsure tokens. Each must call a tool, and answers
+from what the tool returns.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from s2t_agents.triggers import entropy
 
 QUESTION = "Find the area of a triangle with a base of 14 units and a height of 9 units."
 FORMULA = "{base} * {height} / 2"
+SELECTOR = Path(__file__).parent / "selectors" / "adapted"
 
 
 @tool
@@ -42,12 +44,15 @@ def agent(model: ChatS2T) -> Any:
     return graph.compile()
 
 
-def models(llm: str, slm: str, *, escalations: int = 40) -> dict[str, ChatS2T]:
-    """The three, by what they are."""
+def models(llm: str, slm: str, *, selector: Path | None = None, escalations: int = 40) -> dict[str, ChatS2T]:
+    """The four, by what they are; without a selector there are three."""
     asked = Escalation(LocalLLM(llm), margin=1.0)
+    name = "3 and 4 bits, with its selector"
+    selected = {} if selector is None else {name: ChatS2T(model=slm, max_tokens=320, selector=str(selector))}
     return {
         "full weights": ChatS2T(model=llm, max_tokens=320),
         "3 and 4 bits": ChatS2T(model=slm, max_tokens=320),
+        **selected,
         "the pair": ChatS2T(
             model=slm,
             max_tokens=320,
@@ -75,10 +80,10 @@ def ask(model: ChatS2T) -> dict[str, Any]:
 
 
 def main(home: Path) -> dict[str, dict[str, Any]]:
-    """Ask all three, print what they did; returns it by model."""
+    """Ask all four, print what they did; returns it by model."""
     found = {}
     print(QUESTION)
-    for name, model in models(str(home / "llm"), str(home / "slm")).items():
+    for name, model in models(str(home / "llm"), str(home / "slm"), selector=SELECTOR).items():
         found[name] = run = ask(model)
         print(f"\n{name}: {run['tokens']} tokens, the LLM picked {run['asked']} of them, {run['seconds']:.1f} s")
         print(f"  calls     {run['call']['name']}({json.dumps(run['call']['args'])})")
