@@ -81,7 +81,7 @@ def test_looking_ahead_leaves_logits_and_kv_bitwise_as_they_were(model: Language
     for prefix in (watched, alone):
         prefix.append([17])
     assert torch.equal(watched.logits, alone.logits)
-    for ours, theirs in zip(watched._cache.layers, alone._cache.layers, strict=True):
+    for ours, theirs in zip(watched.cache.layers, alone.cache.layers, strict=True):
         for name in ("keys", "values"):
             if isinstance(getattr(ours, name, None), torch.Tensor):
                 assert torch.equal(getattr(ours, name), getattr(theirs, name))

@@ -53,8 +53,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def cache_of(prefix: TokenSequence) -> PooledKVCache:
-    assert isinstance(prefix._cache, PooledKVCache)
-    return prefix._cache
+    assert isinstance(prefix.cache, PooledKVCache)
+    return prefix.cache
 
 
 def follow(prefix: TokenSequence, count: int) -> list[int]:
@@ -148,8 +148,7 @@ def test_a_token_that_was_not_expected_ends_the_running_ahead_until_the_model_is
 def together(model: LanguageModel, prefixes: list[TokenSequence], tokens: list[int]) -> None:
     """One step of several sequences in one forward, as generations at once take it."""
     parts = [
-        Append(torch.tensor([token]), prefix._cache, len(prefix))
-        for token, prefix in zip(tokens, prefixes, strict=True)
+        Append(torch.tensor([token]), prefix.cache, len(prefix)) for token, prefix in zip(tokens, prefixes, strict=True)
     ]
     for prefix, token, said in zip(prefixes, tokens, model.backend.forward(parts), strict=True):
         prefix.logits, prefix.hidden = said  # type: ignore[misc]
@@ -281,7 +280,7 @@ def unbilled_s(model: LanguageModel, prefixes: list[TokenSequence]) -> list[floa
     """Seconds billed for a step of them all, beyond those that somebody has waited: its forward's own."""
     before = [prefix.compute.seconds for prefix in prefixes]
     requests = [
-        AppendRequest(torch.tensor([int(prefix.logits.argmax())]), prefix._cache, prefix.compute) for prefix in prefixes
+        AppendRequest(torch.tensor([int(prefix.logits.argmax())]), prefix.cache, prefix.compute) for prefix in prefixes
     ]
     parts = [request.work(1) for request in requests]
     for request, part, said in zip(requests, parts, model.backend.forward(parts), strict=True):
@@ -318,7 +317,7 @@ def test_what_a_selection_has_waited_for_is_not_billed_again_with_the_step(monke
     monkeypatch.setattr(InFlightStep, "device_s", 100.0)
     (prefix,) = a_step_ahead(model, 1)
     clock.now += 1.0
-    scoring = ScoreCandidates(torch.tensor([5, 9]), prefix._cache, len(prefix))
+    scoring = ScoreCandidates(torch.tensor([5, 9]), prefix.cache, len(prefix))
     model.backend.forward([scoring])  # ... waits for all the device has begun
     clock.now += 5.0
     assert unbilled_s(model, [prefix]) == [1.0]
@@ -332,8 +331,8 @@ def test_what_others_in_the_same_forward_have_waited_for_is_not_billed_again(
     monkeypatch.setattr(InFlightStep, "device_s", 100.0)
     other, (prefix,) = read(model, some_ids(5)), a_step_ahead(model, 1)
     token = int(prefix.logits.argmax())
-    step = Append(torch.tensor([token]), prefix._cache, len(prefix))
-    said, _ = model.backend.forward([step, kind(torch.tensor([4, 5, 6]), other._cache, len(other))])
+    step = Append(torch.tensor([token]), prefix.cache, len(prefix))
+    said, _ = model.backend.forward([step, kind(torch.tensor([4, 5, 6]), other.cache, len(other))])
     prefix.logits, prefix.hidden = said  # type: ignore[misc]
     prefix.ids.append(token)
     assert cache_of(prefix).in_flight is not None

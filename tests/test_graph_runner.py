@@ -86,7 +86,7 @@ def same(one: TokenSequence, other: TokenSequence) -> None:
 
 
 def is_seated(prefix: TokenSequence) -> bool:
-    return isinstance(prefix._cache, PooledKVCache) and prefix._cache.pool is not None
+    return isinstance(prefix.cache, PooledKVCache) and prefix.cache.pool is not None
 
 
 def some_lora(model: LanguageModel, seed: int = 0) -> Lora:
@@ -151,9 +151,9 @@ def test_a_sequence_grows_past_its_capacity() -> None:
         one.append([token])
         other.append([token])
         same(one, other)
-        assert isinstance(one._cache, PooledKVCache)
-        assert one._cache.slot is not None
-        seen.add(one._cache.slot.pool.capacity)
+        assert isinstance(one.cache, PooledKVCache)
+        assert one.cache.slot is not None
+        seen.add(one.cache.slot.pool.capacity)
     assert seen == {SMALLEST, 2 * SMALLEST}
 
 
@@ -211,7 +211,7 @@ def test_several_sequences_take_a_step_together_whoever_sits_out() -> None:
     for turn, taking_part in enumerate([(0, 1), (0, 1, 2, 3), (1, 3), (2,), (0, 2, 3), (0, 1, 2, 3)]):
         for model, prefixes in ((ours, ones), (theirs, others)):
             segments = [
-                Append(torch.tensor([40 + turn + at]), prefixes[at]._cache, len(prefixes[at])) for at in taking_part
+                Append(torch.tensor([40 + turn + at]), prefixes[at].cache, len(prefixes[at])) for at in taking_part
             ]
             for at, said in zip(taking_part, model.backend.forward(segments), strict=True):
                 prefixes[at].ids.append(40 + turn + at)
@@ -285,20 +285,20 @@ def test_looking_ahead_never_writes_to_the_row() -> None:
     model = pooled_model()
     prefix = read(model, some_ids(12))
     prefix.append([3])
-    assert isinstance(prefix._cache, PooledKVCache)
-    assert prefix._cache.slot is not None
-    before = prefix._cache.slot.pool.kv.clone()
+    assert isinstance(prefix.cache, PooledKVCache)
+    assert prefix.cache.slot is not None
+    before = prefix.cache.slot.pool.kv.clone()
     prefix.score_candidates(CANDIDATES)
-    assert torch.equal(prefix._cache.slot.pool.kv, before)
+    assert torch.equal(prefix.cache.slot.pool.kv, before)
 
 
 def test_what_a_row_held_before_does_not_reach_its_next_guest() -> None:
     ours = pooled_model()
     first = read(ours, some_ids(12))
     first.append([3])
-    assert isinstance(first._cache, PooledKVCache)
-    assert first._cache.slot is not None
-    pool = first._cache.slot.pool
+    assert isinstance(first.cache, PooledKVCache)
+    assert first.cache.slot is not None
+    pool = first.cache.slot.pool
     del first
     gc.collect()
     with torch.inference_mode():
@@ -306,9 +306,9 @@ def test_what_a_row_held_before_does_not_reach_its_next_guest() -> None:
     second, other = read(ours, some_ids(5)), read(eager_model(), some_ids(5))
     for prefix in (second, other):
         prefix.append([4])
-    assert isinstance(second._cache, PooledKVCache)
-    assert second._cache.slot is not None
-    assert second._cache.slot.pool is pool
+    assert isinstance(second.cache, PooledKVCache)
+    assert second.cache.slot is not None
+    assert second.cache.slot.pool is pool
     same(second, other)
 
 
@@ -370,7 +370,7 @@ def test_on_the_cpu_nothing_of_this_is_used() -> None:
     prefix = read(model, [1, 2, 3])
     prefix.append([4])
     assert runner(model).graph_runner is None
-    assert not isinstance(prefix._cache, PooledKVCache)
+    assert not isinstance(prefix.cache, PooledKVCache)
 
 
 @pytest.mark.parametrize("legal", [1, 2, 300])
@@ -418,8 +418,8 @@ def test_a_copy_of_a_kept_sequence_lies_in_one_block_and_has_room_for_the_next_t
     assert copy.slot is not None
     assert copy.slot.outgrown
     reference = read(eager_model(), [*kept, *some_ids(100, 1), *some_ids(1000, 1)])
-    assert isinstance(reference._cache, KVCache)
-    for ours, theirs in zip(copy.layers, reference._cache.layers, strict=True):
+    assert isinstance(reference.cache, KVCache)
+    for ours, theirs in zip(copy.layers, reference.cache.layers, strict=True):
         assert torch.allclose(ours.keys, theirs.keys, atol=1e-4)
     assert all(torch.equal(layer.keys, old) for layer, old in zip(entry.cache.layers, before, strict=True))
 
@@ -428,7 +428,7 @@ def test_a_sequence_that_was_reset_has_no_seat() -> None:
     model = pooled_model()
     prefix = read(model, some_ids(5))
     prefix.append([3])
-    cache = prefix._cache
+    cache = prefix.cache
     assert isinstance(cache, PooledKVCache)
     cache.reset()
     assert cache.slot is None
@@ -463,7 +463,7 @@ def test_what_a_sequence_has_outgrown_is_not_kept() -> None:
     model = pooled_model()
     prefix = read(model, some_ids(SMALLEST - 4))
     prefix.append([3])
-    cache = prefix._cache
+    cache = prefix.cache
     assert isinstance(cache, PooledKVCache)
     assert cache.slot is not None
     prefix.append(some_ids(10))
@@ -476,7 +476,7 @@ def test_a_sequence_whose_row_is_taken_from_it_meanwhile_takes_no_step_in_anothe
     ones, others = ([read(model, some_ids(9 + n, n)) for n in range(2)] for model in (ours, theirs))
     for prefix in (*ones, *others):
         prefix.append([4])
-    leaves = ones[1]._cache
+    leaves = ones[1].cache
     assert isinstance(leaves, PooledKVCache)
     assert runner(ours).graph_runner is not None
     real = runner(ours).graph_runner.pools.slot
@@ -487,7 +487,7 @@ def test_a_sequence_whose_row_is_taken_from_it_meanwhile_takes_no_step_in_anothe
         return seated
 
     runner(ours).graph_runner.pools.slot = interrupted  # type: ignore[method-assign]
-    parts = [Append(torch.tensor([5]), each._cache, len(each)) for each in ones]
+    parts = [Append(torch.tensor([5]), each.cache, len(each)) for each in ones]
     said = runner(ours).graph_runner.serve(parts)
     assert set(said) == {0}
     others[0].append([5])

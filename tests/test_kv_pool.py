@@ -34,14 +34,14 @@ def no_collection() -> Iterator[None]:
 
 
 def arena_of(prefix: TokenSequence) -> KVPool:
-    assert isinstance(prefix._cache, PooledKVCache)
-    assert prefix._cache.slot is not None
-    return prefix._cache.slot.pool
+    assert isinstance(prefix.cache, PooledKVCache)
+    assert prefix.cache.slot is not None
+    return prefix.cache.slot.pool
 
 
 def together(model: LanguageModel, prefixes: list[TokenSequence], token: int) -> None:
     """One token for each in one forward, as generations at once take it."""
-    parts = [Append(torch.tensor([token]), prefix._cache, len(prefix)) for prefix in prefixes]
+    parts = [Append(torch.tensor([token]), prefix.cache, len(prefix)) for prefix in prefixes]
     for prefix, said in zip(prefixes, model.backend.forward(parts), strict=True):
         prefix.logits, prefix.hidden = said  # type: ignore[misc]
         prefix.ids.append(token)

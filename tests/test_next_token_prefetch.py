@@ -75,7 +75,7 @@ def read(model: LanguageModel, ids: list[int]) -> TokenSequence:
 
 
 def kv(prefix: TokenSequence) -> Iterator[Tensor]:
-    for layer in prefix._cache.layers:
+    for layer in prefix.cache.layers:
         yield layer.keys
         yield layer.values
 
@@ -114,7 +114,7 @@ def test_candidates_are_scored_as_without_it(model: LanguageModel) -> None:
     assert runner(model).decoder_batch is not None
     from s2t_agents.backends.base import ScoreCandidates
 
-    (without,) = runner(model).decoder_batch([ScoreCandidates(CANDIDATES, prefix._cache, len(IDS), lora)])
+    (without,) = runner(model).decoder_batch([ScoreCandidates(CANDIDATES, prefix.cache, len(IDS), lora)])
     assert isinstance(without, Tensor)
     assert torch.equal(prefix.score_candidates(CANDIDATES, lora), without)
 

@@ -112,11 +112,11 @@ def test_looks_with_several_adapters_beside_tokens_and_prompts_are_each_as_alone
     prefixes = [read(model, at, length) for at, length in enumerate((20, 3, 33, 9, 12))]
     ids = [torch.tensor(tokens(50 + at, width)) for at, width in enumerate((8, 1, 3, 5, 4))]
     parts = [
-        ScoreCandidates(ids[0], prefixes[0]._cache, 20, first),
-        Append(ids[1], prefixes[1]._cache, 3),
-        ScoreCandidates(ids[2], prefixes[2]._cache, 33, second),
-        ScoreCandidates(ids[3], prefixes[3]._cache, 9),
-        ScoreCandidates(ids[4], prefixes[4]._cache, 12, first),
+        ScoreCandidates(ids[0], prefixes[0].cache, 20, first),
+        Append(ids[1], prefixes[1].cache, 3),
+        ScoreCandidates(ids[2], prefixes[2].cache, 33, second),
+        ScoreCandidates(ids[3], prefixes[3].cache, 9),
+        ScoreCandidates(ids[4], prefixes[4].cache, 12, first),
     ]
     wanted = {id(part): alone(model, part) for part in parts if isinstance(part, ScoreCandidates)}
     step = full(model, [*prefixes[1].ids, *ids[1].tolist()])
@@ -130,18 +130,18 @@ def test_looks_with_several_adapters_beside_tokens_and_prompts_are_each_as_alone
             assert torch.allclose(said[1][0], step, atol=1e-4)
 
     assert (
-        wanted[id(parts[0])] - alone(model, ScoreCandidates(ids[0], prefixes[0]._cache, 20))
+        wanted[id(parts[0])] - alone(model, ScoreCandidates(ids[0], prefixes[0].cache, 20))
     ).abs().max() > 1e-2  # the adapter matters
 
 
 def test_a_look_leaves_the_kv_and_a_token_beside_it_as_they_are(model: LanguageModel) -> None:
     lora = adapter(model, 1)
     looked, stepped = read(model, 1, 20), read(model, 2, 7)
-    kept = [(layer.keys.clone(), layer.values.clone()) for layer in looked._cache.layers]
+    kept = [(layer.keys.clone(), layer.values.clone()) for layer in looked.cache.layers]
     outcomes = model.backend.forward(
-        [ScoreCandidates(torch.arange(8), looked._cache, 20, lora), Append(torch.tensor([9]), stepped._cache, 7)]
+        [ScoreCandidates(torch.arange(8), looked.cache, 20, lora), Append(torch.tensor([9]), stepped.cache, 7)]
     )
-    for layer, (keys, values) in zip(looked._cache.layers, kept, strict=True):
+    for layer, (keys, values) in zip(looked.cache.layers, kept, strict=True):
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.values, values)
     assert torch.allclose(outcomes[1][0], full(model, [*stepped.ids, 9]), atol=1e-4)
@@ -153,7 +153,7 @@ def test_corrections_of_another_precision_than_the_base_are_added_too() -> None:
     model = tiny_model("qwen3")
     lora = adapter(model, 1)
     prefix = read(model, 1, 20)
-    scoring = ScoreCandidates(torch.arange(8), prefix._cache, 20, lora)
+    scoring = ScoreCandidates(torch.arange(8), prefix.cache, 20, lora)
     narrow = ScoreCandidates(scoring.ids, scoring.cache, 20, copy.deepcopy(lora).to(torch.bfloat16))
     without = ScoreCandidates(scoring.ids, scoring.cache, 20)
 

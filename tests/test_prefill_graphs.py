@@ -49,7 +49,7 @@ def test_a_stretch_of_one_sequence_leaves_its_neighbours_alone() -> None:
     ours, theirs = pooled_model(often=0), eager_model()
     ones, others = ([read(model, some_ids(9 + n, n)) for n in range(2)] for model in (ours, theirs))
     for stretches in ([[3]], [[4], [5]], [some_ids(20, 1), [6]], [some_ids(20, 2), some_ids(33, 3)], [[8], [9]]):
-        parts = [Append(torch.tensor(ids), one._cache, len(one)) for ids, one in zip(stretches, ones, strict=False)]
+        parts = [Append(torch.tensor(ids), one.cache, len(one)) for ids, one in zip(stretches, ones, strict=False)]
         for ids, one, other, said in zip(stretches, ones, others, ours.backend.forward(parts), strict=False):
             one.logits, one.hidden = said  # type: ignore[misc]
             one.ids += ids
@@ -66,9 +66,9 @@ def test_a_stretch_that_would_not_fit_into_its_row_moves_to_a_longer_one() -> No
         one.append(more)
         other.append(more)
         same(one, other)
-    assert isinstance(one._cache, PooledKVCache)
-    assert one._cache.pool is not None
-    assert one._cache.pool.capacity == 2 * SMALLEST
+    assert isinstance(one.cache, PooledKVCache)
+    assert one.cache.pool is not None
+    assert one.cache.pool.capacity == 2 * SMALLEST
 
 
 def test_stretches_are_captured_once_their_length_comes_often() -> None:
@@ -108,7 +108,7 @@ def test_a_stretch_that_cannot_be_captured_leaves_steps_alone(caplog: pytest.Log
     ours, theirs = pooled_model(record=but_no_stretch, often=0), eager_model()
     ones, others = ([read(model, some_ids(9 + n, n)) for n in range(2)] for model in (ours, theirs))
     for stretches in ([[3], [4]], [[4], some_ids(20, 2)], [[8], [9]], [[7], some_ids(20, 3)]):
-        parts = [Append(torch.tensor(ids), one._cache, len(one)) for ids, one in zip(stretches, ones, strict=True)]
+        parts = [Append(torch.tensor(ids), one.cache, len(one)) for ids, one in zip(stretches, ones, strict=True)]
         for ids, one, other, said in zip(stretches, ones, others, ours.backend.forward(parts), strict=True):
             one.logits, one.hidden = said  # type: ignore[misc]
             one.ids += ids

@@ -32,8 +32,8 @@ tokens = st.lists(st.integers(0, 3), min_size=1, max_size=40)
 def filled(model: LanguageModel, ids: list[int]) -> KVCache:
     prefix = TokenSequence(model)
     prefix.append(ids)
-    assert isinstance(prefix._cache, KVCache)
-    return prefix._cache
+    assert isinstance(prefix.cache, KVCache)
+    return prefix.cache
 
 
 def answer(model: LanguageModel, prompt: list[int], scope: str | None = None, count: int = 12) -> list[int]:

@@ -103,7 +103,7 @@ def test_a_step_that_fails_tells_its_own_caller_alone() -> None:
             prefix.append([1, 2])
             with pytest.raises(IndexError):
                 prefix.append([10**6])
-            assert prefix._cache.get_seq_length() == len(prefix) == 2
+            assert prefix.cache.get_seq_length() == len(prefix) == 2
             outcomes.append("told")
 
     alone = [good(seed) for seed in (0, 1)]

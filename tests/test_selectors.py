@@ -156,7 +156,7 @@ def test_with_a_selector_at_work_the_base_stays_bitwise_itself(name: str, kind: 
         watched.append([token])
         alone.append([token])
         assert torch.equal(watched.logits, alone.logits)
-    for ours, theirs in zip(watched._cache.layers, alone._cache.layers, strict=True):
+    for ours, theirs in zip(watched.cache.layers, alone.cache.layers, strict=True):
         if isinstance(getattr(ours, "keys", None), torch.Tensor):
             assert torch.equal(ours.keys, theirs.keys)
             assert torch.equal(ours.values, theirs.values)

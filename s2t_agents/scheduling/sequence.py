@@ -30,6 +30,7 @@ class TokenSequence:
         ids: its tokens.
         logits: ``[V]``, fp32.
         hidden: ``[H]``.
+        cache: its KV cache.
         compute: the share of the model's compute time that went into this sequence and its candidates.
     """
 
@@ -39,7 +40,7 @@ class TokenSequence:
         self.logits: Tensor = torch.empty(0)
         self.hidden: Tensor = torch.empty(0)
         self.compute = ComputeTime()
-        self._cache = model.new_cache()
+        self.cache = model.new_cache()
         self._running: RunningPrefix | None = None
 
     @classmethod
@@ -61,17 +62,17 @@ class TokenSequence:
             return
         running, cache, length = model.running.enter(prompt, scope)
         if cache is not None:
-            sequence._cache, sequence.ids = cache, list(prompt[:length])
-        running.cache, sequence._running = sequence._cache, running
+            sequence.cache, sequence.ids = cache, list(prompt[:length])
+        running.cache, sequence._running = sequence.cache, running
         try:
             yield sequence
         finally:
             try:
                 model.scheduler.pause()
-                if sequence._cache.length == len(sequence):
-                    model.prefix_cache.insert(sequence.ids, sequence._cache, scope)
+                if sequence.cache.length == len(sequence):
+                    model.prefix_cache.insert(sequence.ids, sequence.cache, scope)
                 else:  # interrupted within a forward
-                    sequence._cache.close()
+                    sequence.cache.close()
             finally:
                 model.running.leave(running)
 
@@ -81,13 +82,13 @@ class TokenSequence:
     def append(self, ids: Sequence[int]) -> None:
         """Append tokens (at least one); ``logits`` and ``hidden`` move to the new end."""
         with self._running or nullcontext():
-            self.logits, self.hidden = self.model.append(torch.tensor(ids), self._cache, self.compute)
+            self.logits, self.hidden = self.model.append(torch.tensor(ids), self.cache, self.compute)
         self.ids += ids
 
     @property
     def statistics(self) -> LogitStatistics | None:
         """Of the logits, where the forward has computed them on the way."""
-        return self._cache.statistics()
+        return self.cache.statistics()
 
     def common_prefix(self, ids: Sequence[int]) -> int:
         """How many leading tokens this sequence and ``ids`` share."""
@@ -112,7 +113,7 @@ class TokenSequence:
             candidates: token ids.
             lora: adapter that is on at the candidates only.
         """
-        return self.model.score_candidates(candidates, self._cache, len(self), lora, self.compute)
+        return self.model.score_candidates(candidates, self.cache, len(self), lora, self.compute)
 
     @contextmanager
     def forks(self, count: int) -> Iterator[Forks]:
@@ -126,17 +127,17 @@ class TokenSequence:
 
     def close(self) -> None:
         """Give the KV cache back."""
-        self._cache.close()
+        self.cache.close()
 
     def _truncate(self, length: int) -> int:
         """Forget everything after ``length`` tokens; returns how many are really kept."""
         dropped = len(self) - length
         if dropped and not self.model.capabilities.truncation:
-            self._cache.close()
-            self._cache, self.ids = self.model.new_cache(), []
+            self.cache.close()
+            self.cache, self.ids = self.model.new_cache(), []
             return 0
         if dropped:
-            self._cache.truncate(length)
+            self.cache.truncate(length)
             del self.ids[length:]
         return length
 
@@ -154,7 +155,7 @@ class Forks:
 
     def __init__(self, sequence: TokenSequence, count: int) -> None:
         self._model, self._compute = sequence.model, sequence.compute
-        self._caches = [sequence._cache.fork(len(sequence)) for _ in range(count)]
+        self._caches = [sequence.cache.fork(len(sequence)) for _ in range(count)]
 
     @torch.inference_mode()
     def append(self, ids: Sequence[int | None]) -> list[Tensor | None]:
