@@ -5,8 +5,9 @@ Each backend gives a model to the fixture ``backend``: a real one, tiny, in full
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import inf
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,11 +23,25 @@ IDS = [(7 * at) % 251 for at in range(1, 40)]
 CANDIDATES = [5, 9, 200, 33, 90]
 
 
-@pytest.fixture(params=[*(f"torch:{name}" for name in (*ARCHITECTURES, *RECURRENT))])
-def backend(request: pytest.FixtureRequest) -> Backend:
+LLAMA_CPP_CLOSE = 0.03
+"""llama.cpp's attention sums up in fp16, otherwise for one token than for many."""
+
+
+@pytest.fixture(params=[*(f"torch:{name}" for name in (*ARCHITECTURES, *RECURRENT)), "llamacpp:F32"])
+def backend(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     engine, _, name = request.param.partition(":")
-    assert engine == "torch"
-    return tiny_model(name).backend
+    if engine == "torch":
+        yield tiny_model(name).backend
+        return
+    pytest.importorskip("llama_cpp")
+    from gguf_files import write_gguf
+
+    from s2t_agents.backends.llamacpp.backend import LlamaCppBackend
+
+    monkeypatch.setitem(globals(), "CLOSE", LLAMA_CPP_CLOSE)
+    loaded = LlamaCppBackend.load(write_gguf(tmp_path / "tiny.gguf", kind=name), n_ctx=1024)
+    yield loaded
+    loaded.close()
 
 
 def append(backend: Backend, cache: SequenceCache, ids: Sequence[int]) -> StepOutput:
