@@ -34,7 +34,6 @@ from s2t_agents.training.config import (
 from s2t_agents.training.evaluate import evaluate_with
 from s2t_agents.training.labels import LocalTeacher
 from s2t_agents.training.objectives import fresh_selector
-from s2t_agents.training.pipeline import pipeline
 from s2t_agents.training.probe import probe_with
 from s2t_agents.training.shards import read_shards, shard_file
 from s2t_agents.training.tasks import DemoTaskConfig, JsonlTask
@@ -88,9 +87,13 @@ def limited(limit: int, *words: str) -> CompletedProcess[str]:
 def test_a_shard_that_does_not_fit_on_disk_is_named_and_those_before_are_kept(folder, tmp_path):
     whole, short = config_file(folder, tmp_path / "whole", train="long"), tmp_path / "short"
     collect_config = read_config(whole).collecting("train")
-    from s2t_agents.training.collect import collect
 
-    collect(collect_config)
+    def collect(config: Path) -> None:
+        """In a process of its own: two that compute the same thing from the start agree to the bit."""
+        done = forked.run("-c", PIPELINE, "collect", str(config), "--part", "train")
+        assert not done.returncode, done.stderr
+
+    collect(whole)
     sizes = [shard_file(collect_config.out, number).stat().st_size for number in (0, 1)]
     assert sizes[0] < sizes[1]
     file = config_file(folder, short, train="long")
@@ -100,7 +103,7 @@ def test_a_shard_that_does_not_fit_on_disk_is_named_and_those_before_are_kept(fo
     assert "shard-00001.safetensors could not be written: File too large" in failed.stderr
     made_before = sorted(path.name for path in (short / "rollouts" / "train").iterdir())
     assert made_before == ["manifest.json", "shard-00000.safetensors"]
-    collect(read_config(file).collecting("train"))
+    collect(file)
     for path in collect_config.out.iterdir():
         assert (short / "rollouts" / "train" / path.name).read_bytes() == path.read_bytes()
 
@@ -258,10 +261,16 @@ def test_a_config_that_is_no_text_is_named(tmp_path):
 PIPELINE = "from s2t_agents.cli import main; main()"
 
 
+def run_pipeline(config: Path) -> None:
+    """In a process of its own: two that compute the same thing from the start agree to the bit."""
+    done = forked.run("-c", PIPELINE, "pipeline", str(config))
+    assert not done.returncode, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kill_9_at_every_stage_and_again_ends_the_same(folder, tmp_path):
-    pipeline(read_config(config_file(folder, tmp_path / "whole")))
+    run_pipeline(config_file(folder, tmp_path / "whole"))
     out = tmp_path / "killed"
     file = config_file(folder, out)
     reached = [
@@ -280,7 +289,7 @@ def test_kill_9_at_every_stage_and_again_ends_the_same(folder, tmp_path):
         process.join()
         killed += process.exitcode == -signal.SIGKILL
     assert killed >= 4
-    pipeline(read_config(file))
+    run_pipeline(file)
     for half in out.rglob(".*.part"):
         half.unlink()
     assert made(out) == made(tmp_path / "whole")

@@ -94,26 +94,22 @@ class Scheduler:
         if self._backend.lock._is_owned():
             self._run_exclusively(requests)
             return
-        threads = wanted_threads()
-        with self._mutex:
-            self._waiting.extend(requests)
-            here = self._may_drive(requests)
+        threads, here = wanted_threads(), False
+        try:  # from the first line on: an interrupt may come between any two
+            with self._mutex:
+                self._waiting.extend(requests)
+                if self._may_drive(requests):
+                    here = self._driven = True
+                else:
+                    self._threads = threads
+                    self._ensure_thread()
+                    self._changed.notify_all()
             if here:
-                self._driven = True
+                self._drive(requests, threads)
             else:
-                self._threads = threads
-                self._ensure_thread()
-                self._changed.notify_all()
-        if here:
-            self._drive(requests, threads)
-            return
-        if self._step_s > self._backend.limits.hand_over_s:
-            release_threads()  # the caller's own OpenMP threads, if it has computed something itself
-        try:
-            for request in requests:
-                request.finished.wait()
+                self._wait(requests)
         except BaseException:
-            self._drop(requests)
+            self._drop(requests, driving=here)
             raise
 
     def pause(self) -> None:
@@ -155,24 +151,30 @@ class Scheduler:
     def _drive(self, requests: Sequence[ForwardRequest], threads: int) -> None:
         """The loop in the caller's thread, until its requests are done."""
         self._threads = threads
-        try:
-            while not all(request.done for request in requests):
-                batched = self._compute(threads)
-                self._postprocess(batched, driven=not all(request.done for request in requests))
-        except BaseException:
-            with self._mutex:
-                self._waiting = deque(request for request in self._waiting if request not in requests)
-            self._postprocess((), driven=False)
-            raise
+        while not all(request.done for request in requests):
+            batched = self._compute(threads)
+            self._postprocess(batched, driven=not all(request.done for request in requests))
 
-    def _drop(self, requests: Sequence[ForwardRequest]) -> None:
-        """The caller leaves: forget its requests, but wait for a forward that writes to their caches."""
+    def _wait(self, requests: Sequence[ForwardRequest]) -> None:
+        """Until the scheduler's thread, or another caller, has run the requests."""
+        if self._step_s > self._backend.limits.hand_over_s:
+            release_threads()  # the caller's own OpenMP threads, if it has computed something itself
+        for request in requests:
+            request.finished.wait()
+
+    def _drop(self, requests: Sequence[ForwardRequest], *, driving: bool) -> None:
+        """The caller leaves: forget its requests, but wait for a forward that writes to their caches.
+
+        Args:
+            requests: the caller's.
+            driving: the caller has run the loop, which breaks off; others' requests go on without it.
+        """
         with self._mutex:
-            for request in requests:
-                if request in self._waiting:
-                    self._waiting.remove(request)
-            while any(request in self._running for request in requests):
+            self._waiting = deque(request for request in self._waiting if request not in requests)
+            while not driving and any(request in self._running for request in requests):
                 self._changed.wait()
+        if driving:
+            self._postprocess((), driven=False)
 
     def _compute(self, threads: int) -> Sequence[ForwardRequest]:
         """One forward; returns the requests that took part."""
