@@ -100,13 +100,12 @@ def report(
     as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
 ) -> None:
     """What each agent cost, in money and in time."""
-    from .ledger import Ledger
     from .ledger.report import report_parts
 
     if as_json and as_csv:
         raise ConfigError("--json and --csv were both given.", hint="Take one.")
     form = "json" if as_json else "csv" if as_csv else "table"
-    for part in report_parts(Ledger.reading(ledger), by, form):  # type: ignore[arg-type]
+    for part in report_parts(ledger, by, form):  # type: ignore[arg-type]
         typer.echo(part, nl=False)
 
 

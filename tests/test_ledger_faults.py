@@ -355,7 +355,7 @@ def test_a_report_changes_nothing(tmp_path: Path, name: str) -> None:
         ledger.close()
     before = state(tmp_path)
     for format in ("table", "json", "csv"):
-        assert report(Ledger.reading(tmp_path / name), format=format)  # type: ignore[arg-type]
+        assert report(tmp_path / name, format=format)  # type: ignore[arg-type]
     assert state(tmp_path) == before
     with pytest.raises(LedgerError, match="opened to be read"):
         Ledger.reading(tmp_path / name).record(GenerationRecord())

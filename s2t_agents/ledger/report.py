@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rich.console import Console
@@ -32,29 +33,30 @@ _ALSO = ("refused", "failed", "interrupted", "degraded", "cached", "errors")
 _FORMULA = ("=", "+", "-", "@")
 
 
-def report(ledger: Ledger, by: By = "agent", format: Format = "table", *, width: int | None = None) -> str:
+def report(ledger: Ledger | str | Path, by: By = "agent", format: Format = "table", *, width: int | None = None) -> str:
     """The totals of a ledger, its last row their sum, from one pass over the records.
 
     Args:
-        ledger: an open one, or ``Ledger.reading(path)``.
+        ledger: an open one, or the path of a ledger file (``.jsonl``, ``.db``), which must exist.
         by: ``"agent"``, ``"thread"``, ``"run"`` or ``"day"`` (UTC).
         format: ``"table"``, ``"json"`` (one object) or ``"csv"`` (one line a group). Unknown costs are
             ``?`` in the table (with what is known), null in JSON and empty in CSV, never 0.
         width: columns of the table; by default the terminal's, at least 120.
 
     Raises:
-        LedgerError: not a ledger, a line that is no record, or no such grouping or format.
+        LedgerError: no such file, not a ledger, a line that is no record, or no such grouping or format.
     """
     return "".join(report_parts(ledger, by, format, width=width))
 
 
 def report_parts(
-    ledger: Ledger, by: By = "agent", format: Format = "table", *, width: int | None = None
+    ledger: Ledger | str | Path, by: By = "agent", format: Format = "table", *, width: int | None = None
 ) -> Iterator[str]:
     """As :func:`report`, piece by piece; the records are read before the first."""
     if format not in get_args(Format):
         raise LedgerError(f"format={format!r}.", hint="Use table, json or csv.")
-    grouped = ledger.grouped(by)
+    opened = ledger if isinstance(ledger, Ledger) else Ledger.reading(ledger)
+    grouped = opened.grouped(by)
     if format == "json":
         yield from _json(by, grouped)
     else:
