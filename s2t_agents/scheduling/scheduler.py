@@ -56,8 +56,8 @@ class Scheduler:
         self._changed = threading.Condition(self._mutex)
         self._waiting: deque[ForwardRequest] = deque()
         self._running: Sequence[ForwardRequest] = ()
-        self._driven = False
-        """Some thread runs the loop now."""
+        self._driver: int | None = None
+        """Identifier of the thread that runs the loop now."""
         self._thread: threading.Thread | None = None
         self._last: frozenset[int] = frozenset()
         """Caches of the last forward: their callers will probably be back in a moment."""
@@ -94,12 +94,13 @@ class Scheduler:
         if self._backend.lock._is_owned():
             self._run_exclusively(requests)
             return
-        threads, here = wanted_threads(), False
+        threads = wanted_threads()
         try:  # from the first line on: an interrupt may come between any two
             with self._mutex:
                 self._waiting.extend(requests)
-                if self._may_drive(requests):
-                    here = self._driven = True
+                here = self._may_drive(requests)
+                if here:
+                    self._driver = threading.get_ident()
                 else:
                     self._threads = threads
                     self._ensure_thread()
@@ -109,7 +110,7 @@ class Scheduler:
             else:
                 self._wait(requests)
         except BaseException:
-            self._drop(requests, driving=here)
+            self._drop(requests)
             raise
 
     def pause(self) -> None:
@@ -128,18 +129,18 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Nothing waits and nothing runs."""
-        return not self._waiting and not self._driven
+        return not self._waiting and self._driver is None
 
     def _reset(self) -> None:
         """Also in a forked child: neither the thread nor the callers came along."""
         self._changed = threading.Condition(self._mutex)
         self._waiting, self._running, self._last = deque(), (), frozenset()
-        self._driven, self._thread = False, None
+        self._driver = self._thread = None
 
     def _may_drive(self, requests: Sequence[ForwardRequest]) -> bool:
         """Whether the caller is alone and steps are short, so that it runs the loop in its own thread."""
         short = self._step_s <= self._backend.limits.hand_over_s
-        alone = not self._driven and len(self._waiting) == len(requests)
+        alone = self._driver is None and len(self._waiting) == len(requests)
         return short and alone and self._last <= {id(request.cache) for request in requests}
 
     def _ensure_thread(self) -> None:
@@ -162,14 +163,13 @@ class Scheduler:
         for request in requests:
             request.finished.wait()
 
-    def _drop(self, requests: Sequence[ForwardRequest], *, driving: bool) -> None:
-        """The caller leaves: forget its requests, but wait for a forward that writes to their caches.
+    def _drop(self, requests: Sequence[ForwardRequest]) -> None:
+        """The caller leaves: forget its requests, but wait for a forward in another thread that writes to their caches.
 
-        Args:
-            requests: the caller's.
-            driving: the caller has run the loop, which breaks off; others' requests go on without it.
+        If the caller runs the loop, that breaks off, and others' requests go on without it.
         """
         with self._mutex:
+            driving = self._driver == threading.get_ident()
             self._waiting = deque(request for request in self._waiting if request not in requests)
             while not driving and any(request in self._running for request in requests):
                 self._changed.wait()
@@ -284,7 +284,9 @@ class Scheduler:
         """
         done = [request for request in requests if request.done]
         with self._mutex:
-            self._running, self._driven = (), driven
+            self._running = ()
+            if not driven:
+                self._driver = None
             self._last = frozenset(id(request.cache) for request in requests)
             self._waiting = deque(request for request in self._waiting if request not in done)
             if self._waiting and not driven:
@@ -296,7 +298,7 @@ class Scheduler:
     def _fail(self, error: BaseException) -> None:
         """The loop itself was broken off: every request under way learns why."""
         with self._mutex:
-            running, self._running, self._driven = self._running, (), False
+            running, self._running, self._driver = self._running, (), None
             self._waiting = deque(request for request in self._waiting if request not in running)
             self._changed.notify_all()
         for request in running:
@@ -322,9 +324,9 @@ def _serve(found: weakref.ref[Scheduler], changed: threading.Condition) -> None:
             scheduler = found()
             if scheduler is None or scheduler._thread is not threading.current_thread():
                 return
-            work = bool(scheduler._waiting) and not scheduler._driven
+            work = bool(scheduler._waiting) and scheduler._driver is None
             if work:
-                scheduler._driven, threads = True, scheduler._threads
+                scheduler._driver, threads = threading.get_ident(), scheduler._threads
             else:
                 if time.monotonic() - idle_since > IDLE_S and not scheduler._waiting:
                     scheduler._thread = None

@@ -159,7 +159,7 @@ class OverlayAttention:
     """Attention of K candidates over a prefix and each over itself; in one block per key head.
 
     Args:
-        look: the candidates and the prefix's KV.
+        scoring: the candidates and the KV cache of their sequence.
     """
 
     def __init__(self, scoring: ScoreCandidates[Any]) -> None:

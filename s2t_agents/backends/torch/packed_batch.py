@@ -204,7 +204,7 @@ def packed_attention(config: Any) -> Iterator[str]:
 
 @contextmanager
 def corrected(base: nn.Module, parts: Sequence[Work]) -> Iterator[None]:
-    """The base with each look's corrections on its own chunk of the row."""
+    """The base model with each item's adapter on, at its own candidates alone."""
     with ExitStack() as stack:
         start = 0
         for part in parts:

@@ -30,7 +30,7 @@ SHORTEST, LONGEST = 16, 1024
 """Tokens of a chunk that a graph reads."""
 
 OFTEN = 4
-"""Stretches of about one length, after which a graph of it is worth its capture."""
+"""Chunks of about one length, after which a graph of it is worth its capture."""
 
 LIMIT_BYTES = 256 * 2**20
 """Of one layer's keys and values as all query heads see them: what a graph keeps for good."""
