@@ -14,6 +14,7 @@ MOVED = {
     "chat_model": "chat.chat_model",
     "engine.admission": "scheduling.admission",
     "engine.steps": "engine.engine",
+    "llms.circuit_breaker": "endpoints.circuit_breaker",
     "messages": "chat.messages",
     "models": "scheduling.language_model",
     "models.language_model": "scheduling.language_model",

@@ -13,9 +13,10 @@ import servers
 from servers import CompletionServer
 
 from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
+from s2t_agents.endpoints import event_loop
 from s2t_agents.errors import ConfigError, EscalationFailed
 from s2t_agents.escalation import Escalation
-from s2t_agents.llms import CircuitBreaker, LocalLLM, OpenAILLM, Question, event_loop
+from s2t_agents.llms import CircuitBreaker, LocalLLM, OpenAILLM, Question
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always, when
 

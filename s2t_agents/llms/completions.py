@@ -4,59 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from ..endpoints.completions import (
+    LOGPROB_TOLERANCE,
+    TOP_LOGPROBS,
+    LogProb,
+    PartialModel,
+    Usage,
+    UsageDetails,
+    logprobs_by_id,
+)
 from ..errors import EscalationFailed
 from .question import Answer
 
-TOP_LOGPROBS = 20
-"""``logprobs`` requested, for servers without ``logprob_token_ids``: vLLM's default limit."""
-ID_PREFIX = "token_id:"
-"""Prefix of a token under ``return_tokens_as_token_ids``."""
-LOGPROB_TOLERANCE = 0.01
-"""Tolerance: by how many nats a log-probability may exceed 0, and by how much the probabilities' sum may exceed 1."""
 MAX_EXTRA_TOKENS = 64
 """Tokens that a server may count beyond the request's, for tokens that it adds."""
 
-LogProb = Annotated[float, Field(le=LOGPROB_TOLERANCE, allow_inf_nan=False, strict=True)]
-Count = Annotated[int, Field(ge=0, strict=True)]
 
-
-class _PartialModel(BaseModel):
-    """Validates the fields that are read here and ignores others, which servers add."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class _Logprobs(_PartialModel):
+class _Logprobs(PartialModel):
     top_logprobs: tuple[dict[str, LogProb], ...] = Field(min_length=1, max_length=1)
 
 
-class _Choice(_PartialModel):
+class _Choice(PartialModel):
     logprobs: _Logprobs
 
 
-class _Details(_PartialModel):
-    cached_tokens: Count | None = None
-
-
-class Usage(_PartialModel):
-    """The server's token counts."""
-
-    prompt_tokens: Count
-    completion_tokens: Count = 1
-    prompt_tokens_details: _Details | None = None
-
-    @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens from the server's prefix cache; 0 if not reported."""
-        details = self.prompt_tokens_details
-        return min((details.cached_tokens or 0) if details else 0, self.prompt_tokens)
-
-
-class Completion(_PartialModel):
+class Completion(PartialModel):
     """A completion of one token."""
 
     choices: tuple[_Choice, ...] = Field(min_length=1, max_length=1)
@@ -64,7 +40,7 @@ class Completion(_PartialModel):
 
 
 _KNOWN_FIELDS = frozenset(
-    name for form in (Completion, _Choice, _Logprobs, Usage, _Details) for name in form.model_fields
+    name for form in (Completion, _Choice, _Logprobs, Usage, UsageDetails) for name in form.model_fields
 )
 """Field names that an error may show; other keys of a response are text of the server."""
 
@@ -123,7 +99,7 @@ def to_answer(completion: Completion, candidates: Sequence[int]) -> Answer:
     Raises:
         EscalationFailed: tokens given as text, invalid ids, probabilities above 1 in sum, or no candidate among them.
     """
-    found = _logprobs_by_id(completion.choices[0].logprobs.top_logprobs[0])
+    found = logprobs_by_id(completion.choices[0].logprobs.top_logprobs[0])
     if sum(map(math.exp, found.values())) > 1 + LOGPROB_TOLERANCE:
         raise EscalationFailed("the server's log-probabilities add up to more than 1.")
     scores = tuple(found.get(token) for token in candidates)
@@ -132,20 +108,3 @@ def to_answer(completion: Completion, candidates: Sequence[int]) -> Answer:
         raise EscalationFailed(f"none of the {len(candidates)} candidates is among the server's {len(found)} tokens.")
     note = f"{missing} of {len(candidates)} candidates outside the server's best {len(found)}" if missing else ""
     return Answer(scores, note=note)
-
-
-def _logprobs_by_id(top: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(_token_id_digits(token)): score for token, score in top.items()}
-    except ValueError:
-        raise EscalationFailed(
-            "the server names tokens by their text, not their ids.",
-            hint="It must know return_tokens_as_token_ids, as vLLM does; else take ChatJudge.",
-        ) from None
-
-
-def _token_id_digits(token: str) -> str:
-    digits = token.removeprefix(ID_PREFIX)
-    if digits == token or not (digits.isascii() and digits.isdecimal()) or len(digits) > 9:
-        raise ValueError
-    return digits

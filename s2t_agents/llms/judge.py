@@ -18,6 +18,8 @@ from pydantic import BaseModel, Field, create_model
 
 from ..budget import known_price
 from ..call_scope import with_current_scopes
+from ..endpoints.circuit_breaker import CircuitBreaker
+from ..endpoints.endpoint import BUSY_STATUSES, retry_after, status_error
 from ..errors import (
     ConfigError,
     EndpointBusy,
@@ -31,8 +33,6 @@ from ..errors import (
 from ..hub import first_line
 from ..scheduling.language_model import LanguageModel
 from ..types import Charge, Price
-from .circuit_breaker import CircuitBreaker
-from .endpoint import BUSY_STATUSES, retry_after, status_error
 from .previews import Preview, previews
 from .question import Answer, Question, charge
 from .transcript import transcript

@@ -17,12 +17,13 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from ..endpoints import event_loop
+from ..endpoints.circuit_breaker import CircuitBreaker
+from ..endpoints.endpoint import Endpoint
 from ..errors import ConfigError, EndpointBusy, EndpointRefused, EscalationFailed, OutOfTime
 from ..scheduling.language_model import LanguageModel
 from ..types import Charge, Price
-from . import completions, event_loop
-from .circuit_breaker import CircuitBreaker
-from .endpoint import Endpoint
+from . import completions
 from .hedging import hedged
 from .question import Answer, Question, charge
 from .request_costs import ReportCharge, RequestCosts, total_charge

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ValidationError
 
+from ..endpoints.endpoint import Endpoint
 from ..errors import EndpointBusy, EndpointDown, EscalationFailed, ModelNotFound, TokenizerMismatch
 from ..scheduling.language_model import LanguageModel
-from .endpoint import Endpoint
 
 SAMPLE_TEXT = "The 37 shells cost $4.05; naïve façades, 東京 and наука.\n\tdef f(x): return x**2  # {'a': [1, 2]}\n"
 SAMPLED_TOKENS = 64

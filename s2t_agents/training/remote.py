@@ -19,8 +19,8 @@ from torch import Tensor
 from ..backends.loading import load_tokenizer
 from ..backends.statistics import FLOOR
 from ..backends.torch.fingerprint import shared_ids, tokenizer_fingerprint
+from ..endpoints.endpoint import checked_url
 from ..errors import EscalationFailed, TokenizerMismatch
-from ..llms.endpoint import checked_url
 from ..scheduling.language_model import LanguageModel
 from .labels import Opinion, Trajectory
 from .shards import ModelIdentity

@@ -1,0 +1,1 @@
+"""Servers that speak HTTP: connections and secrets, a background event loop, circuit breakers."""
