@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch_models import runner
@@ -129,6 +131,25 @@ def test_a_model_that_says_something_else_than_its_layers_is_left_alone() -> Non
     finally:
         del model.forward
     assert llama_decoder_of(model) is not None
+
+
+def test_tokens_that_a_model_itself_computes_badly_do_not_rule_the_written_out_step_out() -> None:
+    """In bf16, SmolLM2's special tokens are a third of the logits' range away from fp32; its own modules', not ours."""
+    model = tiny_model("llama").model
+    own = model.forward
+    try:
+        model.forward = lambda input_ids, **kwargs: (
+            _doubled(own(input_ids, **kwargs)) if int(input_ids.min()) < 5 else own(input_ids, **kwargs)
+        )
+        assert llama_decoder_of(model) is not None
+    finally:
+        del model.forward
+
+
+@pytest.mark.real
+def test_a_real_checkpoint_has_one_in_half_precision(smollm2: Path) -> None:
+    model = LanguageModel.load(str(smollm2), dtype=torch.bfloat16)
+    assert runner(model).llama_decoder is not None
 
 
 def _doubled(out: object) -> object:
