@@ -164,6 +164,7 @@ class Backend(Protocol):
     """An inference engine with one model loaded.
 
     Attributes:
+        library: what computes: ``torch`` or ``llama.cpp``.
         name: path or hub id of the model, as reports show it.
         tokenizer: fast tokenizer of ``transformers``, limited to ids that have an embedding.
         given_tokenizer: the tokenizer as it came; fingerprints and comparisons between models read this one.
@@ -178,6 +179,7 @@ class Backend(Protocol):
         lock: a ``threading.RLock``, held during forwards. A thread that holds it has the model to itself.
     """
 
+    library: str
     name: str
     tokenizer: Any
     given_tokenizer: Any
@@ -203,6 +205,17 @@ class Backend(Protocol):
     @property
     def weights_fingerprint(self) -> str:
         """Hash of the weights."""
+        ...
+
+    @property
+    def quantization(self) -> str:
+        """Types of the weights as they were loaded; ``none`` of plain ones, whatever their precision."""
+        ...
+
+    @property
+    def checkpoint_fingerprint(self) -> str | None:
+        """Hash of the normalisation weights, which quantization leaves as they are: the same for all forms of one
+        checkpoint. None where they tell nothing."""
         ...
 
     @property

@@ -71,6 +71,11 @@ def described(path: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**read, **part} if isinstance(part, dict) else read
 
 
+def is_gguf(path: str, **options: Any) -> bool:
+    """Whether a model is a GGUF file; errors as ``load_backend``."""
+    return _gguf(path, options) is not None
+
+
 def _gguf(path: str, options: Mapping[str, Any], *, here: bool = False) -> Path | None:
     ours = {"device", "dtype", "tokenizer", "prepack"}
     return ModelSource.of(path, {name: value for name, value in options.items() if name not in ours}).gguf(here=here)

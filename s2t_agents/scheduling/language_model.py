@@ -127,6 +127,21 @@ class LanguageModel:
         """Hashes of the weights; compare with ``fingerprint.same_weights``."""
         return self.backend.weights_fingerprint
 
+    @property
+    def library(self) -> str:
+        """What computes it: ``torch`` or ``llama.cpp``."""
+        return self.backend.library
+
+    @property
+    def quantization(self) -> str:
+        """Types of its weights; ``none`` of plain ones."""
+        return self.backend.quantization
+
+    @property
+    def checkpoint_fingerprint(self) -> str | None:
+        """Hash of what all quantizations of its checkpoint share; None where nothing tells."""
+        return self.backend.checkpoint_fingerprint
+
     @cached_property
     def with_text(self) -> Tensor | None:
         """``[V]`` bool: columns of the logits that are tokens; None when all are."""

@@ -14,6 +14,7 @@ from .config import SelectorConfig
 from .head import HeadSelector
 from .learned_trigger import calibrated_trigger
 from .published import PublishedSelector
+from .reference import warn_of_another_form
 
 LocalSelector = ActivatedSelector | AdaptedSelector | HeadSelector | PublishedSelector
 
@@ -29,13 +30,17 @@ KINDS: dict[str, type[ActivatedSelector] | type[AdaptedSelector] | type[HeadSele
 def load_selector(path: str | Path, base: LanguageModel) -> tuple[LocalSelector, SelectorConfig]:
     """Load the selector in a directory, or a bundled one by name, and its config.
 
+    On another backend or quantization of its base, one warning says how much they differ.
+
     Raises:
         ModelNotFound, ConfigError, AdapterMismatch, UnsafeWeights: see ``SelectorConfig.load`` and the kinds.
     """
     folder = selector_path(path)
     config = SelectorConfig.load(folder)
     with ONE_AT_A_TIME:
-        return KINDS[config.kind].load(folder, base, config), config
+        selector = KINDS[config.kind].load(folder, base, config)
+    warn_of_another_form(folder, selector, base, config)
+    return selector, config
 
 
 __all__ = [

@@ -17,7 +17,13 @@ CONFIG_FILE = "selector.json"
 
 
 class BaseIdentity(BaseModel):
-    """The model that a selector was trained on."""
+    """The model that a selector was trained or calibrated on. The last three are None where an older version wrote it.
+
+    Attributes:
+        backend: the library that computed it: ``torch`` or ``llama.cpp``.
+        quantization: types of its weights; ``none`` of plain ones.
+        checkpoint_fingerprint: the same for all quantizations of one checkpoint; None where nothing tells.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -26,6 +32,9 @@ class BaseIdentity(BaseModel):
     hidden_size: int = Field(gt=0)
     tokenizer_fingerprint: str
     weights_fingerprint: str
+    backend: str | None = None
+    quantization: str | None = None
+    checkpoint_fingerprint: str | None = None
 
     @classmethod
     def of(cls, model: LanguageModel) -> BaseIdentity:
@@ -36,7 +45,23 @@ class BaseIdentity(BaseModel):
             hidden_size=model.hidden_size,
             tokenizer_fingerprint=model.tokenizer_fingerprint,
             weights_fingerprint=model.weights_fingerprint,
+            backend=model.library,
+            quantization=model.quantization,
+            checkpoint_fingerprint=model.checkpoint_fingerprint,
         )
+
+    @property
+    def form(self) -> tuple[str | None, str | None]:
+        """Backend and quantization."""
+        return self.backend, self.quantization
+
+    def is_another_form_of(self, other: BaseIdentity) -> bool:
+        """Whether it is the same checkpoint on another backend, or in another quantization."""
+        same = all(
+            getattr(self, what) is not None and getattr(self, what) == getattr(other, what)
+            for what in ("checkpoint_fingerprint", "tokenizer_fingerprint", "hidden_size")
+        )
+        return same and None not in (self.backend, other.backend) and self.form != other.form
 
 
 class Calibration(BaseModel):
@@ -142,11 +167,15 @@ class SelectorConfig(BaseModel):
     def check_base(self, model: LanguageModel) -> None:
         """Refuse a base model or tokenizer that the selector was not trained for.
 
+        Another backend or quantization of the same checkpoint is taken; ``reference`` measures how much it differs.
+
         Raises:
             AdapterMismatch: naming what differs.
         """
         actual = BaseIdentity.of(model)
         wanted = self.base
+        if actual.is_another_form_of(wanted):
+            return
         alike = {"tokenizer_fingerprint": eq, "model_type": eq, "hidden_size": eq, "weights_fingerprint": same_weights}
         for what, same in alike.items():
             if not same(getattr(wanted, what), getattr(actual, what)):

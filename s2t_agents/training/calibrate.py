@@ -13,9 +13,10 @@ from ..atomic_write import sole_run
 from ..errors import InputError
 from ..scheduling.language_model import LanguageModel
 from ..selectors import LocalSelector, SelectorConfig, load_selector
-from ..selectors.config import Calibration
+from ..selectors.config import BaseIdentity, Calibration
 from ..selectors.head import HeadSelector
 from ..selectors.learned_trigger import PROBE_FILE, load_probe
+from ..selectors.reference import Reference
 from .card import write_card
 from .config import CalibrateConfig, Fit
 from .deciders import margins
@@ -94,7 +95,10 @@ def _calibrate(slm: LanguageModel, config: CalibrateConfig) -> Calibration:
         entropy_at=_entropies(examples),
         reliability=reliability(scores.softmax(-1).amax(-1), right),
     )
-    kept = kept.model_copy(update={"temperature": temperature, "caution": caution, "calibration": calibration})
+    selector.temperature = temperature
+    Reference.of(selector, slm).save(config.selector)
+    now = {"base": BaseIdentity.of(slm), "temperature": temperature, "caution": caution, "calibration": calibration}
+    kept = kept.model_copy(update=now)
     kept.save(config.selector)
     write_card(config.selector)
     return calibration

@@ -19,7 +19,9 @@ from ..backends.torch.fingerprint import shared_ids
 from ..errors import ConfigError, S2TError, TokenizerMismatch
 from ..scheduling.language_model import LanguageModel
 from ..selectors import LocalSelector, SelectorConfig, load_selector
-from ..selectors.config import CONFIG_FILE
+from ..selectors.config import CONFIG_FILE, Calibration
+from ..triggers import entropy
+from ..types import Sampling
 from .batch_prefix import PromptReader
 from .config import CollectConfig, Models, Rollouts
 from .crew import Crew
@@ -28,6 +30,7 @@ from .dialogue import AnsweredItem, MakeDecider, Speaker, converse
 from .labels import Labels, LocalTeacher, Teacher, batches, label
 from .progress import bar
 from .scorers import scorer_for
+from .served import Live, answer_all
 from .shards import MANIFEST, Manifest, ModelIdentity, Shard, open_folder, write_shard
 from .tasks import Item, Task, prompts_hash
 
@@ -223,7 +226,12 @@ def _answers(
     policy: tuple[LocalSelector, SelectorConfig] | None,
     reader: PromptReader,
 ) -> list[AnsweredItem]:
-    """Every pass over these items, all passes in lockstep; prompts are read once."""
+    """Every pass over these items, all passes in lockstep; prompts are read once.
+
+    A model that does not run in torch answers through the engine.
+    """
+    if speaker.model.library != "torch":
+        return _served(speaker, task, items, settings, policy)
     settled = policy is None and settings.greedy
     passes: list[int | None] = [None] * settled + list(range(settings.samples))
     found: dict[tuple[int, int], AnsweredItem] = {}
@@ -240,11 +248,45 @@ def _answers(
     return [found[key] for key in sorted(found)]
 
 
-def _corrected(policy: tuple[LocalSelector, SelectorConfig]) -> MakeDecider:
-    selector, config = policy
+def _served(
+    speaker: Speaker,
+    task: Task,
+    items: Sequence[Item],
+    settings: Rollouts,
+    policy: tuple[LocalSelector, SelectorConfig] | None,
+) -> list[AnsweredItem]:
+    """Every pass over these items, one pass after the other."""
+    found: list[AnsweredItem] = []
+    greedy = Sampling(max_tokens=settings.max_tokens)
+    if settings.greedy:
+        live = Live()
+        if policy is not None:
+            selector, config = policy
+            trigger = entropy(above=_calibrated(config).trigger_entropy)
+            live = Live(k=config.k, trigger=trigger, selector=selector)
+        found += answer_all(live.engine(speaker.model), speaker, task, items, [lambda _: greedy] * len(items))
+    plain = Live().engine(speaker.model)
+    for number in range(settings.samples):
+        draws = [partial(_sampling, settings, item, number) for item in items]
+        found += answer_all(plain, speaker, task, items, draws)
+    return found
+
+
+def _sampling(settings: Rollouts, item: Item, number: int, length: int) -> Sampling:
+    """A draw from a seed of its item, sample and turn."""
+    seed = row_seed(settings.seed, item.id, number, length)
+    return Sampling(temperature=settings.temperature, seed=seed, max_tokens=settings.max_tokens)
+
+
+def _calibrated(config: SelectorConfig) -> Calibration:
     if config.calibration is None:
         raise ConfigError("the selector for an on-policy round has no thresholds.", hint="Run `s2t calibrate` first.")
-    condition = entropy_above(config.calibration.trigger_entropy)
+    return config.calibration
+
+
+def _corrected(policy: tuple[LocalSelector, SelectorConfig]) -> MakeDecider:
+    selector, config = policy
+    condition = entropy_above(_calibrated(config).trigger_entropy)
     return lambda prompts, rows: Corrected(condition, Local(scorer_for(selector, prompts)), config.k)
 
 

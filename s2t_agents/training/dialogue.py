@@ -53,6 +53,16 @@ class AnsweredItem:
         """Generated, over all turns."""
         return sum(len(trace.ids) for trace in self.traces)
 
+    def take(
+        self, prompt: list[int], trace: Trace, reply: Reply, task: Task, messages: Sequence[Message]
+    ) -> tuple[Message, ...] | None:
+        """One more turn is done; returns the messages of the next one, None where there is none."""
+        self.prompts.append(prompt)
+        self.traces.append(trace)
+        following = next_turn(task, self.item, messages, reply)
+        self.text = calls_text(reply.calls) if reply.calls and following is None else reply.text
+        return following if len(self.traces) < MAX_TURNS else None
+
 
 class Speaker:
     """A model with its chat template: messages to ids, ids to replies."""
@@ -144,7 +154,7 @@ def converse(
     answers = [AnsweredItem(item) for item in items]
     going = {at: tuple(item.messages) for at, item in enumerate(items)}
     prompts = {at: speaker.encode(messages, items[at].tools) for at, messages in going.items()}
-    for turn in range(MAX_TURNS):
+    for _ in range(MAX_TURNS):
         rows = list(going)
         if not rows:
             break
@@ -154,12 +164,8 @@ def converse(
         traces = generate(read(wanted), make(wanted, rows), max_tokens, ruled)
         upcoming: dict[int, tuple[Message, ...]] = {}
         for at, prompt, trace in zip(rows, wanted, traces, strict=True):
-            reply = speaker.read(trace.ids)
-            answers[at].prompts.append(prompt)
-            answers[at].traces.append(trace)
-            following = next_turn(task, items[at], going[at], reply)
-            answers[at].text = calls_text(reply.calls) if reply.calls and following is None else reply.text
-            if following is not None and turn + 1 < MAX_TURNS:
+            following = answers[at].take(prompt, trace, speaker.read(trace.ids), task, going[at])
+            if following is not None:
                 upcoming[at] = following
         going, prompts = _fitting(speaker, items, upcoming)
     return answers

@@ -14,6 +14,7 @@ from .batch_prefix import left_padded
 from .groups import Example
 from .labels import batches_of_dialogues, dialogues
 from .progress import bar
+from .stepwise import outputs_along
 
 LARGEST = 200_000
 """Steps that the probe is fitted on, at most."""
@@ -38,6 +39,11 @@ def hidden_along(model: LanguageModel, examples: Sequence[Example]) -> list[Tens
     with bar("read", len(examples)) as progress:
         for batch in batches_of_dialogues([example.ids for example in examples]):
             rows = [examples[at].ids for at in batch]
+            if model.library != "torch":
+                for at, states in zip(batch, _stepwise(model, [examples[at] for at in batch]), strict=True):
+                    found[at] = states
+                progress.advance(len(batch))
+                continue
             read = dialogues(rows)
             ids, mask = left_padded([rows[places[-1]] for places in read], model.device)
             positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -51,6 +57,14 @@ def hidden_along(model: LanguageModel, examples: Sequence[Example]) -> list[Tens
                     found[batch[at]] = out.last_hidden_state[row, end - steps : end].float().cpu().clone()
             progress.advance(len(batch))
     return [each for each in found if each is not None]
+
+
+def _stepwise(model: LanguageModel, examples: Sequence[Example]) -> list[Tensor]:
+    """The same of a model that does not run in torch."""
+    firsts = [int(example.all_positions[0]) for example in examples]
+    last = [0]  # the last token of a completion: nothing is read after it
+    rows = [(each.ids[:first], each.ids[first:] + last) for each, first in zip(examples, firsts, strict=True)]
+    return outputs_along(model, rows, lambda output: output.hidden.float())
 
 
 def fit_probe(examples: Sequence[Example], hidden: Sequence[Tensor], *, seed: int, decay: float = 1e-3) -> Probe:

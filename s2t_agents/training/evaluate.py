@@ -3,6 +3,9 @@
 Chunks go outside, rows inside, so that prompts are read once per chunk for all rows. The decisions are the engine's
 (``deciders``), and the first problems of every row are run again through the engine itself (``live``). With a folder to
 write to, every chunk of every row is kept as soon as it is done, and a run that was killed goes on there (``kept``).
+
+Where a model does not run in torch, the engine answers everything (``served``), and rows that it cannot answer (votes,
+lots, takeover) are left out.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 from ..atomic_write import sole_run, write_whole
 from ..errors import ConfigError
 from ..scheduling.language_model import LanguageModel
+from ..types import Sampling
 from .batch_prefix import PromptReader
 from .collect import check_same_ids, selector_digest
 from .config import EvaluateConfig, EvaluationRows
@@ -34,6 +38,7 @@ from .plots import draw
 from .progress import HIDDEN, Bar, bar
 from .report import EvalReport, RowReport, Tally
 from .rows import Ready, Row, RowMaker
+from .served import ServedItem, answer_all
 from .shards import ModelIdentity
 from .tasks import Item, Task, prompts_hash
 
@@ -94,6 +99,8 @@ class Evaluation:
         self._run = _Run(Speaker(slm), Speaker(llm), task, config.rows)
         self._maker = maker = RowMaker(self._run.read_llm, config.rows, config.seed)
         self._rows = _rows(maker, ready, self._chosen, config.rows)
+        if not self._run.in_bulk:
+            self._rows = [row for row in self._rows if row.live is not None]
         self._sweeps = _sweeps(maker, slm, config, self._chosen)
         self._kept = None if config.out is None else Kept(config.out / "answers", self._manifest())
 
@@ -258,14 +265,14 @@ class _Run:
     def __init__(self, slm: Speaker, llm: Speaker, task: Task, settings: EvaluationRows) -> None:
         self._slm, self._llm, self._task, self._settings = slm, llm, task, settings
         self.read_slm, self.read_llm = PromptReader(slm.model), PromptReader(llm.model)
-        self._judged = 0
+        self.in_bulk = slm.model.library == llm.model.library == "torch"
 
     def forget(self) -> None:
         """A new chunk begins."""
         self.read_slm.forget()
         self.read_llm.forget()
 
-    def fill(self, row: Row, chunk: Sequence[Item], first: bool) -> tuple[Tally, list[AnsweredItem]]:
+    def fill(self, row: Row, chunk: Sequence[Item], first: bool) -> tuple[Tally, Sequence[AnsweredItem]]:
         """One chunk of one row; on the first one, its answers are looked at more closely."""
         tally = Tally(row.name)
         items = [item for item in chunk for _ in range(row.samples)]
@@ -273,7 +280,11 @@ class _Run:
         speaker = self._llm if row.llm_generates else self._slm
         read = self.read_llm if row.llm_generates else self.read_slm
         started = time.perf_counter()
-        answers = converse(speaker, self._task, items, row.make(items, meter), self._settings.max_tokens, read)
+        answers: Sequence[AnsweredItem]
+        if self.in_bulk:
+            answers = converse(speaker, self._task, items, row.make(items, meter), self._settings.max_tokens, read)
+        else:
+            answers = self._served(row, speaker, items, meter)
         tally.seconds = time.perf_counter() - started
         for at in range(0, len(answers), row.samples):
             tally.right.append(self._right(answers[at : at + row.samples]))
@@ -285,6 +296,16 @@ class _Run:
         if first and row.samples == 1 and self._settings.agreement:
             tally.agreed, tally.judged = self._agreement(answers[: self._settings.agreement], row)
         return tally, answers
+
+    def _served(self, row: Row, speaker: Speaker, items: Sequence[Item], meter: LLMCallCounter) -> list[ServedItem]:
+        """A row's answers through the engine itself."""
+        assert row.live is not None
+        sampling = Sampling(max_tokens=self._settings.max_tokens)
+        engine, draws = row.live.engine(self._slm.model, self._llm.model), [lambda _: sampling] * len(items)
+        answers = answer_all(engine, speaker, self._task, items, draws, row.live.budget)
+        meter.calls[:] = torch.tensor([answer.llm_calls for answer in answers])
+        meter.tokens[:] = torch.tensor([answer.llm_tokens for answer in answers])
+        return answers
 
     def _right(self, answers: Sequence[AnsweredItem]) -> bool:
         """Whether the (most frequent) answer is right; among equals the first counts."""

@@ -17,6 +17,7 @@ from ..proposal import best_first, entropy_of
 from ..scheduling.language_model import LanguageModel
 from .batch_prefix import PromptReader, left_padded
 from .shards import ModelIdentity
+from .stepwise import outputs_along
 
 Trajectory = tuple[list[int], list[int]]
 """Prompt ids and completion ids."""
@@ -152,10 +153,14 @@ def under(grammar: Grammar | None, ids: Sequence[int], log_probs: Tensor) -> Ten
 def along(reader: PromptReader, trajectories: Sequence[Trajectory]) -> list[Tensor]:
     """Log-probabilities ``[n, V]`` of every completion step: each prompt is read once, then one forward for all.
 
+    A model that does not run in torch reads token by token, through its scheduler.
+
     Args:
         reader: of the model that is asked; what it has read already is not read again.
         trajectories: turns of one dialogue are neighbours.
     """
+    if reader.model.library != "torch":
+        return outputs_along(reader.model, trajectories, lambda output: output.logits.log_softmax(-1))
     rows = [prompt + ids[:-1] for prompt, ids in trajectories]
     chains = dialogues(rows)
     starts = [trajectories[chain[0]][0] for chain in chains]

@@ -40,6 +40,7 @@ from .deciders import (
 from .dialogue import MakeDecider
 from .lines import Line, LLMCallCounter
 from .scorers import Scorer, scorer_for
+from .served import Live
 from .tasks import Item
 
 
@@ -78,19 +79,6 @@ class Ready:
 def _at_entropy(calibration: Calibration, rate: float | None) -> tuple[Condition, Trigger]:
     nats = calibration.trigger_entropy if rate is None else calibration.entropy_for(rate)
     return entropy_above(nats), entropy(above=nats)
-
-
-@dataclass(frozen=True)
-class Live:
-    """How ``Engine`` is built to do the same: settings by name, and escalations per answer (None: no limit)."""
-
-    llm_generates: bool = False
-    k: int = 8
-    trigger: Trigger | None = None
-    selector: LocalSelector | None = None
-    escalates: bool = False
-    margin: float = 0.9
-    limit: int | None = None
 
 
 @dataclass(frozen=True)

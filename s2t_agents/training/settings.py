@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeVar
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from ..backends.loading import is_gguf
 from ..bundled import model_path
 from ..scheduling.language_model import LanguageModel
 
@@ -42,7 +43,7 @@ class Models(Settings):
         llm_server: base URL of an OpenAI-compatible vLLM server, such as ``http://localhost:8000/v1``.
         llm_tokenizer: path or hub id of the LLM's tokenizer when it is served; by default ``llm``.
         device: None takes the best there is.
-        dtype: None takes fp32 for small models on a CPU, the checkpoint's own otherwise.
+        dtype: None takes fp32 for small models on a CPU, the checkpoint's own otherwise. GGUF files have their own.
     """
 
     slm: str = "s2t-demo"
@@ -61,8 +62,9 @@ class Models(Settings):
         return self._load(self.llm)
 
     def _load(self, name: str) -> LanguageModel:
-        dtype = getattr(torch, self.dtype) if self.dtype else None
-        model = LanguageModel.load(model_path(name), device=self.device, dtype=dtype)
+        path = model_path(name)
+        dtype = getattr(torch, self.dtype) if self.dtype and not is_gguf(path) else None
+        model = LanguageModel.load(path, device=self.device, dtype=dtype)
         model.backend.name = name
         return model
 

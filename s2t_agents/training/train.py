@@ -13,6 +13,7 @@ from ..errors import ConfigError, InputError
 from ..scheduling.language_model import LanguageModel
 from ..selectors.config import BaseIdentity, SelectorConfig
 from ..selectors.learned_trigger import save_probe
+from ..selectors.reference import Reference
 from .card import write_card
 from .config import TrainConfig
 from .disagreement import fit_probe, hidden_along
@@ -24,6 +25,9 @@ from .shards import MANIFEST
 from .workers import Workers
 
 SETTINGS = "training.json"
+
+IDENTIFYING = {"model_type", "hidden_size", "tokenizer_fingerprint", "weights_fingerprint"}
+"""Of the base, what a training that goes on compares."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -79,6 +83,7 @@ def _train(slm: LanguageModel, config: TrainConfig, workers: Workers) -> None:
         save_probe(config.out, probe.weight, probe.bias)
         figures = _figures(config, state, paid, groups, held, len(learn), len(hold))
         identity = BaseIdentity.of(slm)
+        Reference.of(selector, slm).save(config.out)
         selector.save(config.out, SelectorConfig(kind=config.kind, base=identity, k=settings.k, training=figures))
         write_card(config.out)
         (config.out / CHECKPOINT).unlink(missing_ok=True)
@@ -113,7 +118,7 @@ def _finished(config: TrainConfig, slm: LanguageModel, workers: Workers) -> bool
         "kind": config.kind,
         # how memory is spent changes no weights: a run that had too little may go on with checkpointing
         "fit": config.fit.model_dump(mode="json", exclude={"checkpointing"}),
-        "slm": BaseIdentity.of(slm).model_dump(exclude={"name"}),
+        "slm": BaseIdentity.of(slm).model_dump(include=IDENTIFYING),
         "rollouts": [_digest(folder / MANIFEST) for folder in config.rollouts],
         **({"paid": [_digest(file) for file in config.paid]} if config.paid else {}),
     }

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +51,8 @@ class LlamaCppBackend:
         tokenizer: a fast one; None reads the file's own.
         name: how it is called in reports.
     """
+
+    library = "llama.cpp"
 
     def __init__(self, context: Context, header: GGUFHeader, *, tokenizer: Any = None, name: str) -> None:
         self._context, self._header, self.name = context, header, name
@@ -134,6 +138,26 @@ class LlamaCppBackend:
                     file.seek(info.offset + at)
                     digest.update(file.read(LAYER_PROBES))
         return f"gguf-{digest.hexdigest()[:16]}"
+
+    @cached_property
+    def checkpoint_fingerprint(self) -> str | None:
+        """Hash of the normalisation weights; see ``torch.fingerprint.checkpoint_fingerprint``."""
+        from ..torch.fingerprint import checkpoint_fingerprint
+
+        tensors = self._header.tensors.values()
+        norms = [each for each in tensors if len(each[1].shape) == 1 and each[1].name.endswith("norm.weight")]
+        return checkpoint_fingerprint(dequantised(path, info)[0] for path, info in norms)
+
+    @cached_property
+    def quantization(self) -> str:
+        """Types of the matrices, that of most weights first, such as ``Q4_1`` or ``IQ3_XXS, Q8_0``."""
+        from gguf import GGMLQuantizationType
+
+        weights: Counter[str] = Counter()
+        for _, info in self._header.tensors.values():
+            if len(info.shape) > 1:
+                weights[GGMLQuantizationType(info.kind).name] += prod(info.shape)
+        return ", ".join(kind for kind, _ in weights.most_common()) or "none"
 
     @cached_property
     def output_embedding(self) -> Tensor:
@@ -271,7 +295,7 @@ def grouped(pieces: Sequence[Piece], rows: int, candidates: int) -> Iterator[lis
 
 
 def dequantised(path: Path, info: TensorInfo) -> Tensor:
-    """A matrix of a GGUF file ``[rows, columns]``, fp16.
+    """A tensor of a GGUF file as a matrix ``[rows, columns]``: fp16, or fp32 where the file has that of one row.
 
     Raises:
         ConfigError: a type that the package gguf cannot dequantise.
@@ -279,15 +303,15 @@ def dequantised(path: Path, info: TensorInfo) -> Tensor:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    columns, rows = info.shape
+    columns, rows = info.shape[0], prod(info.shape[1:])
     raw = np.memmap(path, dtype=np.uint8, mode="r", offset=info.offset, shape=(rows, info.nbytes // rows))
     kind = GGMLQuantizationType(info.kind)
-    whole = torch.empty(rows, columns, dtype=torch.float16)
+    whole = torch.empty(rows, columns, dtype=torch.float32 if rows == 1 else torch.float16)
     try:
         for at in range(0, rows, 4096):  # fp32 takes several times the space
             part = raw[at : at + 4096]
             values = part.view(np.float32) if kind == GGMLQuantizationType.F32 else dequantize(part, kind)
-            whole[at : at + 4096] = torch.from_numpy(values.astype(np.float16))
+            whole[at : at + 4096] = torch.from_numpy(np.array(values, dtype=np.float32))
     except NotImplementedError as error:
         raise ConfigError(
             f"the package gguf cannot read weights of the type {kind.name}.", hint="Upgrade it."

@@ -20,7 +20,7 @@ from .candidate_overlay import overlay_is_exact, overlay_of, rows_mask, rows_of
 from .cpu_threads import release_threads
 from .cuda.graph_runner import GraphRunner
 from .cuda.pooled_kv_cache import PooledKVCache
-from .fingerprint import tokenizer_fingerprint, weights_fingerprint
+from .fingerprint import checkpoint_fingerprint, norms_of, tokenizer_fingerprint, weights_fingerprint
 from .kv_cache import KVCache, RecurrentCache
 from .loading import ONE_AT_A_TIME, context_window, default_device, end_ids, load_tokenizer, load_weights
 from .model_runner import ModelRunner
@@ -52,6 +52,8 @@ class TorchBackend:
         config: of the text model.
         runner: chooses the path of each forward.
     """
+
+    library = "torch"
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, prepack: int = LIMIT) -> None:
         self.model, self.name, self.given_tokenizer = model, name, tokenizer
@@ -133,6 +135,20 @@ class TorchBackend:
     def weights_fingerprint(self) -> str:
         """Hashes of the weights; compare with ``fingerprint.same_weights``."""
         return weights_fingerprint(self.model)
+
+    @cached_property
+    def checkpoint_fingerprint(self) -> str | None:
+        """Hash of the normalisation weights; see ``fingerprint.checkpoint_fingerprint``."""
+        return checkpoint_fingerprint(norms_of(self.model))
+
+    @property
+    def quantization(self) -> str:
+        """The method by which ``transformers`` quantised the weights; ``none`` where it did not."""
+        settings = getattr(self.config, "quantization_config", None)
+        if not settings:
+            return "none"
+        method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+        return str(getattr(method, "value", method) or type(settings).__name__)
 
     @property
     def output_embedding(self) -> Tensor:

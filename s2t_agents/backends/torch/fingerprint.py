@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -40,6 +41,23 @@ def weights_fingerprint(model: nn.Module) -> str:
         return first
     found = sorted(f"{tuple(each.shape)}{_steady(_probes(each, LAYER_PROBES)).tolist()}" for each in others)
     return f"{first}/{_short(str(found))}"
+
+
+def checkpoint_fingerprint(norms: Iterable[Tensor]) -> str | None:
+    """Hash of a model's normalisation weights ``[H]`` each, in any order; None where all of them are constant.
+
+    Files of every engine and quantization keep these as they were trained, so that it tells one checkpoint from
+    another whatever became of its matrices. An adapter that was merged into the matrices does not show in it.
+    """
+    rounded = (norm.detach().flatten().to("cpu", torch.bfloat16).float() for norm in norms)
+    found = sorted(str(_steady(each).tolist()) for each in rounded if each.numel() and bool((each != each[0]).any()))
+    return _short(str(found)) if found else None
+
+
+def norms_of(model: nn.Module) -> list[Tensor]:
+    """The weights ``[H]`` of a model's normalisation layers."""
+    named = model.named_parameters()
+    return [each for name, each in named if each.dim() == 1 and name.endswith("norm.weight") and not each.is_meta]
 
 
 def same_weights(one: str, other: str) -> bool:
