@@ -117,6 +117,28 @@ def against(
     _show(run(commit, repeats=repeats, model=model, quick=quick, say=Console(stderr=True).print), as_json, table)
 
 
+@app.command()
+def engines(
+    gguf: Annotated[Path, typer.Option(help="The model's GGUF file.")],
+    checkpoint: Annotated[Path, typer.Option(help="The same weights for PyTorch.")],
+    prompt: Annotated[list[int] | None, typer.Option(help="Lengths of prompts; 128 and 1,024 by default.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="After which no further turn begins.")] = 200.0,
+    out: Annotated[
+        Path | None, typer.Option(help="A result that this one joins: other lengths of prompts stay.")
+    ] = None,
+    quick: Quick = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens/s, first tokens and memory of llama.cpp, of both of our backends, and of transformers, on one model."""
+    from .engines import joined, run, table
+
+    say = Console(stderr=True).print
+    result = run(gguf, checkpoint, prompts=prompt or (128, 1024), seconds=seconds, quick=quick, say=say)
+    if out is not None:
+        result = joined(result, out)
+    _show(result, as_json, table)
+
+
 def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], RenderableType]) -> None:
     if as_json:
         typer.echo(json.dumps(result))

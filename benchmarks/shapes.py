@@ -88,6 +88,11 @@ def tokenizer_of(shape: str) -> Any:
     return tokenizer
 
 
+def precision_of(model: LanguageModel) -> str:
+    """Of its weights: a dtype, or the types of a GGUF file."""
+    return str(model.model.dtype).removeprefix("torch.") if model.library == "torch" else model.quantization
+
+
 def random_prompt(model: LanguageModel, length: int, seed: int = 0) -> list[int]:
     """So many token ids."""
     top = min(model.vocab_size, 1000)

@@ -12,7 +12,7 @@ from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.types import Sampling
 
 from .decode import MS, finish
-from .shapes import random_prompt
+from .shapes import precision_of, random_prompt
 
 
 def run(model: LanguageModel, *, system: int = 128, new: int = 40, turns: int = 10, repeats: int = 3) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def run(model: LanguageModel, *, system: int = 128, new: int = 40, turns: int = 
     ms = {name: statistics.median(s) * MS for name, s in (("kept", kept), ("new_alone", bare), ("anew", anew))}
     return {
         "model": model.name,
-        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "dtype": precision_of(model),
         "turn": turns,
         "prompt_tokens": before,
         "reused_tokens": reused,
