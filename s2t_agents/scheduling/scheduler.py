@@ -54,6 +54,9 @@ class Scheduler:
         hold_while_forking(self, "_mutex")
         renew_in_child(self._reset)
         self._changed = threading.Condition(self._mutex)
+        """Told to callers: a forward has ended, or others' requests have come."""
+        self._wanted = threading.Condition(self._mutex)
+        """Told to the scheduler's thread alone: a caller who drives the loop wakes nobody at every token."""
         self._waiting: deque[ForwardRequest] = deque()
         self._running: Sequence[ForwardRequest] = ()
         self._driver: int | None = None
@@ -105,6 +108,7 @@ class Scheduler:
                     self._threads = threads
                     self._ensure_thread()
                     self._changed.notify_all()
+                    self._wanted.notify()
             if here:
                 self._drive(requests, threads)
             else:
@@ -122,7 +126,7 @@ class Scheduler:
             try:
                 if not self._waiting and self._thread is not None:
                     self._release_wanted = True
-                    self._changed.notify_all()
+                    self._wanted.notify()
             finally:
                 self._mutex.release()
 
@@ -133,7 +137,7 @@ class Scheduler:
 
     def _reset(self) -> None:
         """Also in a forked child: neither the thread nor the callers came along."""
-        self._changed = threading.Condition(self._mutex)
+        self._changed, self._wanted = threading.Condition(self._mutex), threading.Condition(self._mutex)
         self._waiting, self._running, self._last = deque(), (), frozenset()
         self._driver = self._thread = None
 
@@ -145,7 +149,7 @@ class Scheduler:
 
     def _ensure_thread(self) -> None:
         if self._thread is None:
-            arguments = weakref.ref(self), self._changed  # weak: an idle thread does not keep its model alive
+            arguments = weakref.ref(self), self._wanted  # weak: an idle thread does not keep its model alive
             self._thread = threading.Thread(target=_serve, args=arguments, name="s2t-scheduler", daemon=True)
             self._thread.start()
 
@@ -291,6 +295,7 @@ class Scheduler:
             self._waiting = deque(request for request in self._waiting if request not in done)
             if self._waiting and not driven:
                 self._ensure_thread()
+                self._wanted.notify()
             self._changed.notify_all()
         for request in done:
             request.finished.set()
@@ -301,6 +306,7 @@ class Scheduler:
             running, self._running, self._driver = self._running, (), None
             self._waiting = deque(request for request in self._waiting if request not in running)
             self._changed.notify_all()
+            self._wanted.notify()
         for request in running:
             request.error = error
             request.finished.set()
@@ -316,11 +322,11 @@ class Scheduler:
             release_threads()
 
 
-def _serve(found: weakref.ref[Scheduler], changed: threading.Condition) -> None:
+def _serve(found: weakref.ref[Scheduler], wanted: threading.Condition) -> None:
     """The scheduler's thread: iterates while there is work, releases its OpenMP threads when there is none."""
     idle_since = time.monotonic()
     while True:
-        with changed:
+        with wanted:
             scheduler = found()
             if scheduler is None or scheduler._thread is not threading.current_thread():
                 return
@@ -335,7 +341,7 @@ def _serve(found: weakref.ref[Scheduler], changed: threading.Condition) -> None:
                     scheduler._release_wanted = False
                     release_threads()
                 del scheduler
-                changed.wait(IDLE_S / 4)
+                wanted.wait(IDLE_S / 4)
                 continue
         try:
             scheduler._postprocess(scheduler._compute(threads), driven=False)
