@@ -227,11 +227,17 @@ class Engine:
         used, started = prefix.compute.seconds, time.perf_counter()
         prefix.append(pending)
         computed = time.perf_counter()
+        banned = draw.sampling.banned_first if index == 0 else ()
+        looks_twice = self.selector is not None or session is not None
+        if grammar and not (looks_twice or draw.random or banned):  # the best token alone: no mask, no statistics
+            seen = prefix.statistics
+            token = grammar.best(prefix.logits, seen.best if seen is not None else None)
+            compute, grammar_s = prefix.compute.seconds - used, time.perf_counter() - computed
+            timings = Timings(propose=computed - started, grammar=grammar_s, compute=compute)
+            return Step(index, len(prefix), token, token, "slm", timings=timings)
         allowed = grammar.allowed(prefix.logits) if grammar else self.slm.with_text
         masked = time.perf_counter()
-        banned = draw.sampling.banned_first if index == 0 else ()
         proposal = Proposal(prefix, self.k, allowed=allowed, banned=banned)
-        looks_twice = self.selector is not None or session is not None
         if looks_twice:
             proposal.fetch()
         wanted = draw.one_of_all(proposal.logits) if draw.random else proposal.best

@@ -55,6 +55,14 @@ class Grammar(Protocol):
     def allowed(self, logits: Tensor | None = None) -> Tensor | None:
         """Token mask ``[V]`` (bool, CPU) of the next token; None permits all."""
 
+    def best(self, logits: Tensor, likeliest: int | None = None) -> int:
+        """The most likely token that ``allowed(logits)`` permits, the first of equally likely ones.
+
+        Args:
+            logits: ``[V]``, the model's.
+            likeliest: their largest, where it is known.
+        """
+
     def forced(self) -> list[int]:
         """The next tokens, as far as there is only one legal continuation."""
 
@@ -120,6 +128,10 @@ class Vocabulary:
         """Token mask ``[V]`` (bool) of a matcher's state."""
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         return np.unpackbits(bits, count=self.size, bitorder="little").view(np.bool_)
+
+    def completes(self, matcher: Matcher, tokens: Sequence[int]) -> bool:
+        """Whether these tokens complete an answer from a matcher's state on; the state does not change."""
+        return matcher.validate_tokens([*tokens, self.llguidance_tokenizer.eos_token]) > len(tokens)
 
 
 _VOCABULARIES: WeakKeyDictionary[Any, dict[Any, Vocabulary]] = WeakKeyDictionary()
@@ -195,7 +207,9 @@ class CompiledGrammar:
         if self._shortest is None and self._searched < limit:
             self._searched = limit
             short = self.vocabulary.encode_answers(self._hints)
-            known = min((each for each in short if _completes(self._matcher, each)), key=len, default=None)
+            known = min(
+                (each for each in short if self.vocabulary.completes(self._matcher, each)), key=len, default=None
+            )
             if known is not None:
                 limit = min(limit, len(known) - 1)
             found = self.vocabulary.completion_search.find_completion(
@@ -232,13 +246,14 @@ class CompiledGrammar:
 class GrammarState:
     """The state of one generation under a compiled grammar; a ``Grammar``."""
 
-    def __init__(self, compiled: CompiledGrammar, matcher: Any, max_tokens: int | None) -> None:
+    def __init__(self, compiled: CompiledGrammar, matcher: Matcher, max_tokens: int | None) -> None:
         self._vocabulary, self._margin = compiled.vocabulary, compiled.margin
         self._matcher = matcher
         self._left = max_tokens
         # a known completion of this state or of an earlier one
         near = max_tokens is not None and max_tokens < compiled.margin
         self._known_completion = compiled.shortest(max_tokens) if near and max_tokens is not None else None
+        self._completion_holds = False  # it was checked against this very state
         self._what = compiled.what
         self._completions_after: dict[int, list[int]] = {}  # completions found for tokens that are legal now
         self._ended = False
@@ -275,9 +290,11 @@ class GrammarState:
         if self._left is not None:
             self._left -= 1
         if token_id in self._completions_after:
-            self._known_completion = self._completions_after[token_id]
+            self._known_completion, self._completion_holds = self._completions_after[token_id], True
         elif self._known_completion and self._known_completion[0] == token_id:
             self._known_completion = self._known_completion[1:]
+        else:
+            self._completion_holds = False
         self._completions_after = {}
 
     def fork(self) -> Self:
@@ -291,15 +308,38 @@ class GrammarState:
 
         True for every token that ``allowed`` permits, for any logits.
         """
-        if self.finished or not self._vocabulary.mask(self._matcher)[token_id]:
+        if self.finished or not self._is_legal(token_id):
             return False
         if not self._near_limit:
             return True
         left = self._left or 0
         path = self._completion(left)
-        if path is None or self._completion_follows(token_id, path, left):
-            return True
-        return self._search_completion_of(token_id, left, SearchBudget(_MASK_SEARCH_STEPS))
+        return path is None or self._can_finish_after(token_id, path, left, SearchBudget(_MASK_SEARCH_STEPS))
+
+    def best(self, logits: Tensor, likeliest: int | None = None) -> int:
+        """The most likely token that ``allowed(logits)`` permits, the first of equally likely ones.
+
+        Tries tokens one by one, the most likely first, which mostly ends with the first: no mask is computed for it.
+
+        Args:
+            logits: ``[V]``, the model's.
+            likeliest: their largest, where it is known.
+        """
+        first = likeliest if likeliest is not None else int(logits.argmax())
+        legal = not self.finished and self._is_legal(first)
+        if legal and not self._near_limit:
+            return first
+        left, budget = self._left or 0, SearchBudget(_MASK_SEARCH_STEPS)
+        path = self._completion(left) if self._near_limit else None
+        if legal and (path is None or self._can_finish_after(first, path, left, budget)):
+            return first
+        mask = self._legal()
+        if path is not None:
+            for token in self._most_likely(mask, logits):
+                if token != first and self._can_finish_after(token, path, left, budget):
+                    return token
+            mask = self._mask_of_completion(mask, path)
+        return int(logits.masked_fill(~torch.from_numpy(mask).to(logits.device), -torch.inf).argmax())
 
     def allowed(self, logits: Tensor | None = None) -> Tensor:
         """Token mask ``[V]`` (bool, CPU); near the token limit, only tokens after which the answer can be completed.
@@ -307,52 +347,74 @@ class GrammarState:
         Args:
             logits: ``[V]``, the model's; near the limit the most likely tokens are tried first.
         """
+        mask = self._legal()
+        if self._near_limit:
+            mask = self._mask_that_can_finish(mask, logits)
+        return torch.from_numpy(mask)
+
+    def _is_legal(self, token: int) -> bool:
+        """What the mask says of one token, without a mask."""
+        if token in self._vocabulary.eos_ids:  # llguidance validates them as the end alone, even if they have a text
+            return bool(self._vocabulary.mask(self._matcher)[token])
+        return self._matcher.validate_tokens([token]) == 1
+
+    def _legal(self) -> Mask:
+        """Token mask ``[V]`` of the grammar alone, without the limit."""
         mask = self._vocabulary.mask(self._matcher)
         if self._matcher.is_error():
             error = _llguidance_reason(self._matcher.get_error())
             raise BadSchema(f"The grammar of {self._what} became too large to follow: {error}.", hint=_SIMPLIFY_HINT)
-        if self._near_limit:
-            mask = self._mask_that_can_finish(mask, logits)
-        return torch.from_numpy(mask)
+        return mask
 
     def _mask_that_can_finish(self, mask: Mask, logits: Tensor | None) -> Mask:
         left = self._left or 0
         path = self._completion(left)
         if path is None:  # no completion is known
             return mask
-        legal = np.flatnonzero(mask)
-        if logits is not None:
-            likely = logits.detach().float().cpu()[torch.from_numpy(legal)]
-            legal = legal[likely.topk(min(MAX_TRIED, len(legal))).indices.numpy()]
-        allowed = np.zeros_like(mask)
+        allowed = self._mask_of_completion(mask, path)
         budget = SearchBudget(_MASK_SEARCH_STEPS)
-        for token in legal[: MAX_TRIED if logits is not None else MAX_TRIED_WITHOUT_LOGITS].tolist():
-            allowed[token] = self._completion_follows(token, path, left) or self._search_completion_of(
-                token, left, budget
-            )
+        for token in self._most_likely(mask, logits):
+            allowed[token] = self._can_finish_after(token, path, left, budget) or allowed[token]
+        return allowed
+
+    def _most_likely(self, mask: Mask, logits: Tensor | None) -> list[int]:
+        """The legal tokens that are tried near the limit, the most likely first; in order of ids without logits."""
+        legal = np.flatnonzero(mask)
+        if logits is None:
+            return [int(token) for token in legal[:MAX_TRIED_WITHOUT_LOGITS]]
+        likely = logits.detach().float().cpu()[torch.from_numpy(legal)].topk(min(MAX_TRIED, len(legal)))
+        found = legal[likely.indices.numpy()]
+        order = np.lexsort((found, -likely.values.numpy()))  # topk leaves the order of ties open
+        return [int(token) for token in found[order]]
+
+    def _mask_of_completion(self, mask: Mask, path: list[int]) -> Mask:
+        """What the known completion goes on with: its first token, or the end."""
+        allowed = np.zeros_like(mask)
         for token in path[:1] or [i for i in self._vocabulary.eos_ids if mask[i]]:
             allowed[token] = True
         return allowed
 
     def _completion(self, left: int) -> list[int] | None:
         """A completion of the current state: the known one if it is still valid, else a new one."""
+        known = self._known_completion
         if (
-            self._known_completion is None
-            or len(self._known_completion) > left
-            or not _completes(self._matcher, self._known_completion)
+            known is None
+            or len(known) > left
+            or not (self._completion_holds or self._vocabulary.completes(self._matcher, known))
         ):
             self._known_completion = self._vocabulary.completion_search.find_completion(
                 self._matcher, self._vocabulary.mask, left
             )
+        self._completion_holds = True
         return self._known_completion
 
-    def _completion_follows(self, token: int, path: list[int], left: int) -> bool:
-        """Whether the known completion begins with the token, or is still valid after it."""
+    def _can_finish_after(self, token: int, path: list[int], left: int, budget: SearchBudget) -> bool:
+        """Whether a completion after a legal token is known or found; ``path`` completes the state before it."""
         if token in self._vocabulary.eos_ids or token in path[:1]:
             return True
-        return 1 + len(path) <= left and _completes(self._matcher, [token, *path])
-
-    def _search_completion_of(self, token: int, left: int, budget: SearchBudget) -> bool:
+        if 1 + len(path) <= left and self._vocabulary.completes(self._matcher, [token, *path]):
+            self._completions_after[token] = path
+            return True
         found = self._search_after([token], left, budget)
         if found is not None:
             self._completions_after[token] = found
@@ -361,11 +423,12 @@ class GrammarState:
     def _completion_after_forced(self, tokens: list[int]) -> bool:
         """Whether a completion after the forced tokens is known or found."""
         path = self._known_completion
-        if path is not None and path[: len(tokens)] == tokens:
+        left = self._left or 0
+        if path is not None and path[: len(tokens)] == tokens and path == self._completion(left):
             return True
-        found = self._search_after(tokens, self._left or 0, SearchBudget(_MASK_SEARCH_STEPS))
+        found = self._search_after(tokens, left, SearchBudget(_MASK_SEARCH_STEPS))
         if found is not None:
-            self._known_completion = tokens + found
+            self._known_completion, self._completion_holds = tokens + found, True
         return found is not None
 
     def _search_after(self, tokens: list[int], left: int, budget: SearchBudget) -> list[int] | None:
@@ -378,13 +441,6 @@ class GrammarState:
         return self._vocabulary.completion_search.find_completion(
             state, self._vocabulary.mask, room, first_found=True, budget=budget
         )
-
-
-def _completes(matcher: Any, tokens: list[int]) -> bool:
-    if matcher.validate_tokens(tokens) < len(tokens):
-        return False
-    state = matcher.deep_copy()
-    return bool(state.consume_tokens(tokens) and state.is_accepting())
 
 
 def tool_grammar(

@@ -235,6 +235,17 @@ class ThinkThenAnswer:
         mask = self._started_answer().allowed(logits)
         return mask | self._thinking.whitespace if self._gap_is_open else mask
 
+    def best(self, logits: Tensor, likeliest: int | None = None) -> int:
+        """The most likely token that ``allowed(logits)`` permits, the first of equally likely ones.
+
+        Args:
+            logits: ``[V]``, the model's, unmasked.
+            likeliest: their largest, where it is known.
+        """
+        if self._phase == "answer" and not self._dictated_tokens:
+            return self._started_answer().best(logits, likeliest)
+        return int(logits.masked_fill(~self.allowed(logits).to(logits.device), -torch.inf).argmax())
+
     def _ends_thought(self, token_id: int) -> bool:
         """Whether this token would end the turn, or begin what must follow the reasoning."""
         return token_id in self._thinking.controls and not self._thinking.text[token_id]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..grammar.grammar import Grammar
@@ -50,9 +49,7 @@ class GreedyContinuation:
         if self._forced:
             self._append(self._forced.popleft())
             return
-        if self._grammar is not None and (allowed := self._grammar.allowed(logits)) is not None:
-            logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
-        token = int(logits.argmax())
+        token = self._grammar.best(logits) if self._grammar is not None else int(logits.argmax())
         if self._ends_sentence_before(token):
             self.finished = True
         else:
