@@ -93,6 +93,62 @@ def chat(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="Directory, GGUF file or hub id; s2t-demo is bundled.")] = "s2t-demo",
+    selector: Annotated[str | None, typer.Option(help="Directory of its selector; s2t-demo is bundled.")] = None,
+    llm: Annotated[str | None, typer.Option(help="Directory or hub id of a larger model to ask.")] = None,
+    name: Annotated[list[str] | None, typer.Option(help="What clients may call the model; repeatable.")] = None,
+    host: Annotated[str, typer.Option(help="An address; others than loopback need --keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    keys: Annotated[Path | None, typer.Option(help="Key file: agents, hashes of their keys, budgets.")] = None,
+    usd: Annotated[str | None, typer.Option(help="What all agents together may spend, in US dollars.")] = None,
+    escalations: Annotated[int | None, typer.Option(min=0, help="How often they may ask the larger model.")] = None,
+    budgets: Annotated[Path | None, typer.Option(help="SQLite file that keeps what was spent.")] = None,
+    ledger: Annotated[Path | None, typer.Option(help="Ledger file: .jsonl, .db or .sqlite.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Limit of an answer where a request sets none.")] = 512,
+    running: Annotated[int, typer.Option(min=1, help="Answers generated at once.")] = 32,
+    waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait behind them; more get 429.")] = 256,
+) -> None:
+    """Serve OpenAI's API: chat completions, completions, models."""
+    from .budget import Budget, SQLiteStore
+    from .chat.chat_model import ChatS2T
+    from .ledger import Ledger
+    from .scheduling.admission import Concurrency
+    from .server import Tenants
+    from .server import serve as run
+
+    store = SQLiteStore(budgets) if budgets is not None else None
+    limited = usd is not None or escalations is not None
+    whole = Budget(name="server", usd=usd, escalations=escalations, store=store) if limited else None
+    chat_model = ChatS2T(
+        model=model,
+        selector=selector,
+        escalation=llm,
+        budget=whole,
+        ledger=Ledger.open(ledger) if ledger is not None else None,
+        max_tokens=max_tokens,
+        concurrency=Concurrency(running, waiting),
+    )
+    tenants = Tenants.from_file(keys, parent=whole, store=store) if keys is not None else Tenants()
+    run(chat_model, host=host, port=port, tenants=tenants, names=name or (), on_listening=_print_address)
+
+
+def _print_address(host: str, port: int) -> None:
+    shown = f"[{host}]" if ":" in host else host
+    typer.echo(f"s2t serves OpenAI's API at http://{shown}:{port}/v1")
+
+
+@app.command()
+def key(agent: Annotated[str, typer.Argument(help="Name of the agent that the key is for.")]) -> None:
+    """Make a key for s2t serve and print its entry for the key file; the key itself is kept nowhere."""
+    from .server.tenants import new_key
+
+    made, line = new_key()
+    typer.echo(f"key, shown this once:  {made}\n\nfor the key file:\n\n[agents.{json.dumps(agent)}]\nkeys = [{line!r}]")
+    typer.echo('# budget = { usd = "5.00", escalations = 200, window = "day" }')
+
+
+@app.command()
 def report(
     ledger: Annotated[Path, typer.Argument(help="A ledger's file: .jsonl, .db or .sqlite.")],
     by: Annotated[str, typer.Option(help="agent, thread, run or day.")] = "agent",
@@ -139,6 +195,7 @@ def main() -> None:
         app()
     except ModuleNotFoundError as error:
         extra = {"langchain": "agents", "langgraph": "agents", "matplotlib": "train", "redis": "redis"}
+        extra |= dict.fromkeys(("starlette", "uvicorn", "h11"), "server")
         if (package := (error.name or "").split(".")[0]) not in extra:
             raise
         typer.echo(f"s2t: this needs {package}: pip install 's2t-agents[{extra[package]}]'", err=True)

@@ -9,9 +9,13 @@ S2TError
 │   ├── UnpricedModel                 a dollar limit over an LLM whose price is unknown
 │   ├── BadLimit                      a negative, NaN, infinite or absurd limit
 │   ├── BadStore (StoreUnavailable)   a budget store that is corrupt, foreign or of another version; left untouched
-│   └── BadSchema                     a tool or output schema that no answer can fit, or that is not JSON
+│   ├── BadSchema                     a tool or output schema that no answer can fit, or that is not JSON
+│   └── ExposedServer                 a server for other machines that asks for no key
 ├── InputError (ValueError)           messages that cannot be rendered
-│   └── ContextOverflow               the prompt does not fit the context window
+│   ├── ContextOverflow               the prompt does not fit the context window
+│   └── BadRequest                    a request to the server with a parameter that is missing, malformed or unknown
+│       └── UnknownModel              it names a model that is not served
+├── UnknownKey                        a request to the server without a key that it knows
 ├── BudgetError
 │   ├── BudgetExceeded                a reservation did not fit; nothing was spent
 │   ├── HoldClosed                    settle or release of a hold that was settled, released or expired before
@@ -95,12 +99,39 @@ class BadSchema(ConfigError):
     """A JSON schema that no answer can fit, or that is not JSON."""
 
 
+class ExposedServer(ConfigError):
+    """A server that listens to other machines and asks for no key."""
+
+
 class InputError(S2TError, ValueError):
     """Messages that cannot be rendered into a prompt."""
 
 
 class ContextOverflow(InputError, ContextOverflowError):
     """A prompt longer than the model's context window (also LangChain's own ``ContextOverflowError``)."""
+
+
+class BadRequest(InputError):
+    """A request to the server with a parameter that is missing, malformed, unknown or not supported.
+
+    Args:
+        message: one line for people.
+        param: the parameter's path, as ``messages.0.role``; None if it is the request as a whole.
+        code: OpenAI's code of the error; None has none.
+        hint: the way out.
+    """
+
+    def __init__(self, message: str, *, param: str | None, code: str | None = None, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.param, self.code = param, code
+
+
+class UnknownModel(BadRequest):
+    """A request that names a model which is not served."""
+
+
+class UnknownKey(S2TError):
+    """A request to the server without a key that it knows; the key itself is in no message."""
 
 
 class BudgetError(S2TError):

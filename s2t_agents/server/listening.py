@@ -1,0 +1,151 @@
+"""Listening: an address, uvicorn, and limits on clients that send or read slowly."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ..chat.chat_model import ChatS2T
+from ..errors import ConfigError, ExposedServer
+from .app import create_app
+from .loopback import is_loopback
+from .tenants import Tenants
+
+HEADER_BYTES = 16 << 10
+HEADER_S = 10.0
+"""Seconds until a request's headers have come."""
+UNREAD_S = 60
+"""Seconds that a client's system may leave sent bytes unacknowledged or its window shut, where the system can tell."""
+SEND_BYTES = 64 << 10
+"""Bytes that the system buffers for a client that does not read; more would let generations run for nobody."""
+CLOSING_S = 10
+"""Seconds that running answers get when the server ends."""
+CONNECTIONS = 1024
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's protocol, which also ends connections whose headers never end."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Start the clock."""
+        super().connection_made(transport)
+        self._headers_by: asyncio.TimerHandle | None = None
+        self._follow_clock()
+
+    def data_received(self, data: bytes) -> None:
+        """Read, and stop or start the clock."""
+        super().data_received(data)
+        self._follow_clock()
+
+    def on_response_complete(self) -> None:
+        """Start the clock for the next request."""
+        super().on_response_complete()
+        self._follow_clock()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        super().connection_lost(exc)
+        if self._headers_by is not None:
+            self._headers_by.cancel()
+
+    def _follow_clock(self) -> None:
+        """The clock runs while headers are waited for."""
+        waits = self.conn.their_state is h11.IDLE
+        if waits and self._headers_by is None:
+            self._headers_by = self.loop.call_later(HEADER_S, self.transport.close)
+        elif not waits and self._headers_by is not None:
+            self._headers_by.cancel()
+            self._headers_by = None
+
+
+def check_exposure(host: str, tenants: Tenants) -> None:
+    """Refuse to listen to other machines without keys.
+
+    Raises:
+        ExposedServer: the address is not a loopback one, and no keys are asked for.
+    """
+    if not tenants.with_keys and not is_loopback(host):
+        raise ExposedServer(
+            f"{host!r} is not a loopback address, and everybody there could spend this server's budget.",
+            hint="Give --keys FILE (s2t key NAME makes an entry), or listen on 127.0.0.1.",
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    try:
+        [(family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # accepted connections inherit it
+                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_S * 1000)
+            found.bind(address)
+        except OSError:
+            found.close()
+            raise
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"{host}:{port} cannot be listened on: {error}.", hint="Choose another --port.") from None
+    return found
+
+
+def server_of(app: Starlette) -> uvicorn.Server:
+    """A uvicorn server with this module's limits; run it with ``sockets=[listen(...)]``."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=BoundedProtocol,
+            ws="none",
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=HEADER_BYTES,
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=CLOSING_S,
+        )
+    )
+
+
+def serve(
+    chat_model: ChatS2T,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    tenants: Tenants | None = None,
+    names: Sequence[str] = (),
+    on_listening: Callable[[str, int], None] | None = None,
+) -> None:
+    """Serve until interrupted; running answers get ``CLOSING_S`` to end, then an error event.
+
+    Args:
+        chat_model: answers every request; its weights are loaded before the first is taken.
+        host: a loopback address, or any other where ``tenants`` have keys.
+        port: 0 takes a free one.
+        tenants: who may ask.
+        names: what clients may call the model.
+        on_listening: called with host and port once the weights are loaded.
+
+    Raises:
+        ExposedServer: another address than a loopback one, without keys.
+        ConfigError: an address that cannot be had, or as ``create_app``.
+    """
+    tenants = tenants or Tenants()
+    check_exposure(host, tenants)
+    with listen(host, port) as bound:
+        app = create_app(chat_model, tenants=tenants, names=names)
+        if on_listening is not None:
+            on_listening(*bound.getsockname()[:2])
+        server_of(app).run(sockets=[bound])

@@ -1,0 +1,106 @@
+"""Bodies of requests: JSON within limits of size, depth and time."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import from_json
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+
+from ..errors import BadRequest
+
+_DRAINED_S = 2.0
+
+
+@dataclass(frozen=True)
+class BodyLimits:
+    """Limits of one request's body. Depth is limited by the JSON parser, to 200.
+
+    Attributes:
+        size: bytes.
+        seconds: until it has come.
+    """
+
+    size: int = 4 << 20
+    seconds: float = 30.0
+
+
+async def json_object(request: Request, limits: BodyLimits) -> dict[str, Any]:
+    """The request's body, a JSON object.
+
+    Raises:
+        BadRequest: it is none, or holds an infinite number.
+        HTTPException: 408 too slow, 413 too large, 415 not declared as JSON (which also keeps other web pages from
+            posting it out of a browser), or compressed.
+        ClientDisconnect: the client left.
+    """
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json":
+        raise HTTPException(415, f"Content-Type is {media!r:.80}; send application/json.")
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise HTTPException(415, "The body is compressed; send it as it is.")
+    try:
+        found = from_json(await _body(request, limits), allow_inf_nan=False)
+    except ValueError as error:
+        raise BadRequest(f"The body is no JSON: {error}.", param=None) from None
+    if not isinstance(found, dict):
+        raise BadRequest("The body is no JSON object.", param=None)
+    if any(isinstance(each, float) and math.isinf(each) for each in _leaves(found)):
+        raise BadRequest("The body holds a number beyond all floating-point numbers.", param=None)
+    return found
+
+
+async def _body(request: Request, limits: BodyLimits) -> bytes:
+    too_large = HTTPException(413, f"The body has more than {limits.size:,} bytes.", _CLOSE)
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared[:20]) > limits.size:
+        await _drain(request, limits.size)
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.seconds):
+            async for part in request.stream():
+                body += part
+                if len(body) > limits.size:
+                    break
+    except TimeoutError:
+        raise HTTPException(408, f"The body did not come within {limits.seconds:g} seconds.", _CLOSE) from None
+    if len(body) > limits.size:
+        await _drain(request, limits.size)
+        raise too_large
+    return bytes(body)
+
+
+_CLOSE = {"Connection": "close"}
+
+
+async def _drain(request: Request, size: int) -> None:
+    """Read on for a moment: a client that still sends reads no response, and a closed connection loses it."""
+    left = 4 * size
+    try:
+        async with asyncio.timeout(_DRAINED_S):
+            while left > 0:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                left -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for each in value.values():
+            yield from _leaves(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _leaves(each)
+    else:
+        yield value

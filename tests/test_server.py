@@ -1,0 +1,358 @@
+"""``s2t serve``: OpenAI's API over ``ChatS2T``, answer for answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from server_support import QUESTION, STOCK_QUESTION, STOCK_TOOL, demo_model, serving_chat
+
+from s2t_agents import Budget, ChatS2T, Concurrency, Escalation, Ledger, errors
+from s2t_agents.server.error_responses import INTERNAL, error_body, shape_of
+from s2t_agents.testing import ScriptedLLM, tiny_model
+from s2t_agents.triggers import when
+
+ASK: dict[str, Any] = {"model": "s2t-demo", "messages": [{"role": "user", "content": QUESTION}]}
+USE: dict[str, Any] = {
+    "model": "s2t-demo",
+    "messages": [{"role": "user", "content": STOCK_QUESTION}],
+    "tools": [STOCK_TOOL],
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> ChatS2T:
+    return demo_model(ledger=Ledger())
+
+
+@pytest.fixture(scope="module")
+def client(model: ChatS2T) -> Iterator[httpx.Client]:
+    with serving_chat(model) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+def posted(client: httpx.Client, body: dict[str, Any], **headers: str) -> dict[str, Any]:
+    response = client.post("/chat/completions", json=body, headers=headers)
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+def refused(client: httpx.Client, body: Any, status: int = 400) -> dict[str, Any]:
+    response = client.post("/chat/completions", json=body)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return dict(error)
+
+
+def events_of(client: httpx.Client, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The events of a stream, which ends with [DONE]."""
+    with client.stream("POST", "/chat/completions", json={**body, "stream": True}) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in response.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def joined(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a client makes of a stream: a message, as one that is not streamed has it."""
+    message: dict[str, Any] = {"content": "", "tool_calls": []}
+    for event in events:
+        for choice in event["choices"]:
+            delta = choice["delta"]
+            message["content"] += delta.get("content") or ""
+            for call in delta.get("tool_calls", ()):
+                if call["index"] == len(message["tool_calls"]):
+                    message["tool_calls"].append({"name": call["function"]["name"], "arguments": ""})
+                message["tool_calls"][call["index"]]["arguments"] += call["function"]["arguments"]
+            message["finish_reason"] = choice["finish_reason"]
+    return message
+
+
+def whole(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer in the form of ``joined``."""
+    [choice] = answer["choices"]
+    calls = [each["function"] for each in choice["message"].get("tool_calls", ())]
+    return {
+        "content": choice["message"]["content"] or "",
+        "tool_calls": calls,
+        "finish_reason": choice["finish_reason"],
+    }
+
+
+def with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    calls = [{**call, "arguments": json.loads(call["arguments"])} for call in message["tool_calls"]]
+    return {**message, "tool_calls": calls}
+
+
+def test_an_answer_is_the_chat_models_own(client: httpx.Client, model: ChatS2T) -> None:
+    own = model.invoke(QUESTION)
+    answer = posted(client, ASK)
+    assert answer["object"] == "chat.completion"
+    assert answer["model"] == "s2t-demo"
+    assert whole(answer) == {"content": own.text, "tool_calls": [], "finish_reason": "stop"}
+    assert own.usage_metadata is not None
+    assert answer["usage"]["prompt_tokens"] == own.usage_metadata["input_tokens"]
+    assert answer["usage"]["completion_tokens"] == own.usage_metadata["output_tokens"]
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == answer["s2t"]["reused_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        ASK,
+        USE,
+        {**USE, "tool_choice": "required"},
+        {**USE, "tool_choice": {"type": "function", "function": {"name": "get_stock"}}},
+        {**USE, "tool_choice": "none"},
+        {**ASK, "max_tokens": 3},
+        {**ASK, "max_completion_tokens": 3},
+        {**ASK, "stop": "="},
+        {**ASK, "stop": ["=", "shells"]},
+        {**ASK, "temperature": 1.0, "seed": 7, "top_p": 0.9},
+        {**ASK, "response_format": {"type": "text"}},
+        {**ASK, "response_format": {"type": "json_object"}},
+    ],
+    ids=lambda body: " ".join(sorted(set(body) - {"model", "messages"})) or "plain",
+)
+def test_a_stream_says_what_the_answer_says(client: httpx.Client, body: dict[str, Any]) -> None:
+    answer = posted(client, body)
+    events = events_of(client, {**body, "stream_options": {"include_usage": True}})
+    assert with_parsed_arguments(joined(events[:-1])) == with_parsed_arguments(whole(answer))
+    assert events[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert events[-1]["choices"] == []
+    for counted in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert events[-1]["usage"][counted] == answer["usage"][counted]
+    assert {event["id"] for event in events} == {events[0]["id"]}
+    assert all(event["usage"] is None for event in events[:-1])
+    assert "usage" not in events_of(client, body)[-1]
+
+
+def test_a_limit_is_kept_and_told(client: httpx.Client) -> None:
+    answer = posted(client, {**ASK, "max_tokens": 3})
+    assert answer["usage"]["completion_tokens"] == 3
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_tool_call_and_its_result_go_there_and_back(client: httpx.Client) -> None:
+    called = posted(client, USE)["choices"][0]
+    assert called["finish_reason"] == "tool_calls"
+    [call] = called["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_stock"
+    assert json.loads(call["function"]["arguments"]) == {"item": "lamps"}
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "85"}
+    after = {**USE, "messages": [*USE["messages"], called["message"], result]}
+    assert posted(client, after)["choices"][0]["message"]["content"].endswith("The answer is 94.")
+    parts = [{"type": "text", "text": "8"}, {"type": "text", "text": "5"}]
+    in_parts = {**USE, "messages": [*USE["messages"], called["message"], {**result, "content": parts}]}
+    assert whole(posted(client, in_parts)) == whole(posted(client, after))
+
+
+def test_a_schema_is_held(client: httpx.Client) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"total": {"type": "integer"}, "unit": {"enum": ["shells", "lamps"]}},
+        "required": ["total", "unit"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema, "strict": True}}
+    found = json.loads(posted(client, {**ASK, "response_format": wanted})["choices"][0]["message"]["content"])
+    assert isinstance(found["total"], int)
+    assert found["unit"] in ("shells", "lamps")
+    assert set(found) == {"total", "unit"}
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        {"user": "ann", "metadata": {"run": "1"}, "store": True, "service_tier": "auto"},
+        {"prompt_cache_key": "k", "safety_identifier": "s", "prediction": {"type": "content", "content": "x"}},
+        {"n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "modalities": ["text"]},
+        {"temperature": None, "stop": None, "tools": None, "seed": None, "reasoning_effort": None, "audio": None},
+        {"parallel_tool_calls": True, "stream_options": None},
+    ],
+)
+def test_hints_and_neutral_values_change_nothing(client: httpx.Client, hint: dict[str, Any]) -> None:
+    assert whole(posted(client, {**ASK, **hint})) == whole(posted(client, ASK))
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "code"),
+    [
+        ({"n": 2}, "n", "unsupported_parameter"),
+        ({"n": True}, "n", "unsupported_parameter"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
+        ({"functions": []}, "functions", "unsupported_parameter"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported_parameter"),
+        ({"modalities": ["audio"]}, "modalities", "unsupported_parameter"),
+        ({"temprature": 1}, "temprature", "unknown_parameter"),
+        ({"top_k": 5}, "top_k", "unknown_parameter"),
+        ({"temperature": "0"}, "temperature", "invalid_value"),
+        ({"temperature": -1}, "temperature", "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"seed": 2**64}, "seed", "invalid_value"),
+        ({"stop": ""}, "stop.constrained-str", "invalid_value"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", None),
+        ({"tool_choice": "required"}, "tool_choice", None),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type", "invalid_value"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name", "missing_required_parameter"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": [{"content": "x"}]}, "messages.0.role", "missing_required_parameter"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id", "missing_required_parameter"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages.0.tool_calls", "invalid_value"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content.0",
+            "unsupported_content",
+        ),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
+        ({"chat_template_kwargs": {"x": "<|im_end|>"}}, None, "invalid_value"),
+    ],
+)
+def test_what_would_be_ignored_is_refused_by_name(
+    client: httpx.Client, given: dict[str, Any], param: str | None, code: str | None
+) -> None:
+    error = refused(client, {**ASK, **given})
+    assert error["type"] == "invalid_request_error"
+    assert error["code"] == code
+    assert param is None or error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        ({"messages": [{"role": "user", "content": "x " * 3000}]}, "context_length_exceeded"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "none"}]}, None),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "string", "enum": []}},
+                }
+            },
+            "invalid_schema",
+        ),
+        ({"tools": [STOCK_TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, None),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_model_refuses_is_a_status_for_streams_too(
+    client: httpx.Client, given: dict[str, Any], code: str | None, stream: bool
+) -> None:
+    assert refused(client, {**ASK, **given, "stream": stream})["code"] == code
+
+
+def test_models_are_listed_and_others_are_not_found(client: httpx.Client) -> None:
+    assert [each["id"] for each in client.get("/models").json()["data"]] == ["s2t-demo"]
+    assert client.get("/models/s2t-demo").json()["object"] == "model"
+    for answer in (client.get("/models/gpt"), client.post("/chat/completions", json={**ASK, "model": "/etc/passwd"})):
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "model_not_found"
+    assert client.get("/nothing").json()["error"]["type"] == "invalid_request_error"
+    assert client.get("/chat/completions").status_code == 405
+    assert httpx.get(str(client.base_url).replace("/v1/", "/health")).json() == {"status": "ok"}
+
+
+def test_aliases_are_the_names_that_are_served() -> None:
+    with serving_chat(demo_model(), names=["gpt-4o-mini"]) as url, httpx.Client(base_url=url, timeout=60) as client:
+        assert posted(client, {**ASK, "model": "gpt-4o-mini"})["model"] == "gpt-4o-mini"
+        assert refused(client, ASK, 404)["param"] == "model"
+
+
+def test_the_header_names_the_agent_in_the_ledger(client: httpx.Client, model: ChatS2T) -> None:
+    posted(client, ASK, **{"X-S2T-Agent": "writer"})
+    assert model.ledger is not None
+    assert model.ledger.records()[-1].agent == "writer"
+    response = client.post("/chat/completions", json=ASK, headers={"X-S2T-Agent": "no such/../name"})
+    assert response.json()["error"]["param"] == "X-S2T-Agent"
+
+
+def always_asking(llm: ScriptedLLM, **settings: Any) -> ChatS2T:
+    """Every step is put to the LLM."""
+    triggered = when(lambda proposal: True)
+    return demo_model(escalation=Escalation(llm, margin=1.0), trigger=triggered, **settings)
+
+
+def scripted() -> ScriptedLLM:
+    return ScriptedLLM(lambda ids, candidates: [-0.1 * at for at in range(len(candidates))])
+
+
+def test_an_exhausted_budget_that_raises_is_a_quota_that_no_client_asks_for_again() -> None:
+    llm = scripted()
+    chat_model = always_asking(llm, budget=Budget(escalations=2, on_exhausted="raise"))
+    with serving_chat(chat_model) as url, httpx.Client(base_url=url, timeout=60) as client:
+        with client.stream("POST", "/chat/completions", json={**ASK, "stream": True}) as response:
+            lines = [line for line in response.iter_lines() if line]
+        assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "insufficient_quota"
+        assert len(llm.asked) == 2
+        for body in (ASK, {**ASK, "stream": True}):
+            response = client.post("/chat/completions", json=body)
+            assert response.status_code == 429
+            assert response.json()["error"]["type"] == "insufficient_quota"
+            assert response.headers["x-should-retry"] == "false"
+    assert len(llm.asked) == 2
+
+
+def test_a_budget_that_degrades_answers_and_says_so() -> None:
+    chat_model = always_asking(scripted(), budget=Budget(escalations=2))
+    with serving_chat(chat_model) as url, httpx.Client(base_url=url, timeout=60) as client:
+        found = posted(client, ASK)["s2t"]
+    assert (found["escalations"], found["degraded"]) == (2, True)
+    assert found["budget"]["left"] == {"escalations": 0}
+
+
+def test_every_error_of_this_package_has_a_shape_and_the_servers_own_are_not_shown() -> None:
+    kinds = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.S2TError)} - {
+        errors.S2TError,
+        errors.BudgetError,
+    }
+    for kind in kinds:
+        error = kind.__new__(kind, "/srv/secret/place")
+        shape = shape_of(error)
+        assert shape is not INTERNAL or "secret" not in str(error_body(error, "r1"))
+        assert 400 <= shape.status < 600
+        assert bool(shape.headers.get("Retry-After")) == kind.retryable or shape is INTERNAL, kind
+    unexpected = error_body(KeyError("/srv/secret/place"), "r1")["error"]
+    assert "secret" not in str(unexpected)
+    assert "r1" in unexpected["message"]
+
+
+def test_who_finds_no_room_is_told_when_to_come_again() -> None:
+    slow = ChatS2T(
+        model=tiny_model(max_position_embeddings=4096, seed=8),
+        max_tokens=3000,
+        concurrency=Concurrency(running=1, waiting=0),
+    )
+    with serving_chat(slow, names=["tiny"]) as url, httpx.Client(base_url=url, timeout=60) as client:
+        body = {**ASK, "model": "tiny", "stream": True}
+        with client.stream("POST", "/chat/completions", json=body) as first:
+            next(first.iter_lines())
+            response = client.post("/chat/completions", json={**ASK, "model": "tiny"})
+            assert response.status_code == 429
+            assert response.json()["error"]["code"] == "overloaded"
+            assert int(response.headers["retry-after"]) >= 1
+
+
+def test_a_fault_in_the_middle_is_an_error_event_and_before_it_a_status(caplog: pytest.LogCaptureFixture) -> None:
+    def fail_later(trace_id: str, step: Any) -> None:
+        if step.index >= 3:
+            raise KeyError("/srv/secret/place")
+
+    with serving_chat(demo_model(on_step=fail_later)) as url, httpx.Client(base_url=url, timeout=60) as client:
+        response = client.post("/chat/completions", json={**ASK, "stream": True})
+        assert response.status_code == 200
+        last = response.text.strip().split("\n\n")[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
+        answer = client.post("/chat/completions", json=ASK)
+        assert answer.status_code == 500
+        assert "secret" not in response.text + answer.text
+        assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
+        assert answer.headers["x-request-id"] in caplog.text

@@ -1,0 +1,237 @@
+"""Clients of ``s2t serve`` that leave, stall, send too much, or come from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from server_support import QUESTION, demo_model, serving_chat
+
+from s2t_agents import Budget, ChatS2T, Escalation, Ledger
+from s2t_agents.errors import ExposedServer
+from s2t_agents.server import Tenants, listening, serve
+from s2t_agents.server.app import ServerLimits
+from s2t_agents.server.request_bodies import BodyLimits
+from s2t_agents.testing import ScriptedLLM, tiny_model
+from s2t_agents.triggers import when
+
+LONG: dict[str, Any] = {"model": "long", "messages": [{"role": "user", "content": "hello"}]}
+LIMITS = ServerLimits(BodyLimits(size=100_000, seconds=0.5), send_s=0.5)
+
+
+class Steps:
+    """Counts the steps of a chat model."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, trace_id: str, step: Any) -> None:
+        self.count += 1
+
+
+@pytest.fixture(scope="module")
+def steps() -> Steps:
+    return Steps()
+
+
+@pytest.fixture(scope="module")
+def ledger() -> Ledger:
+    return Ledger()
+
+
+@pytest.fixture(scope="module")
+def url(steps: Steps, ledger: Ledger) -> Iterator[str]:
+    model = tiny_model(max_position_embeddings=1 << 16, seed=8)
+    chat_model = ChatS2T(model=model, max_tokens=60_000, ledger=ledger, on_step=steps)
+    with serving_chat(chat_model, names=["long"], limits=LIMITS) as url:
+        yield url
+
+
+def until(true: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@contextmanager
+def stops(steps: Steps, ledger: Ledger) -> Iterator[None]:
+    """The block leaves a generation, which then stops: its record is there, and no further step comes."""
+    known = len(ledger.records())
+    yield
+    until(lambda: len(ledger.records()) > known)
+    assert ledger.records()[-1].finish_reason == "aborted"
+    at = steps.count
+    time.sleep(0.1)
+    assert steps.count == at
+
+
+def test_a_stream_that_is_closed_stops_the_model(url: str, steps: Steps, ledger: Ledger) -> None:
+    with stops(steps, ledger), httpx.stream("POST", f"{url}/chat/completions", json={**LONG, "stream": True}) as got:
+        lines = got.iter_lines()
+        for _ in range(6):
+            next(lines)
+    assert 3 <= ledger.records()[-1].completion_tokens < 60_000
+
+
+def test_a_client_that_does_not_wait_for_its_answer_stops_the_model(url: str, steps: Steps, ledger: Ledger) -> None:
+    before = steps.count
+    with stops(steps, ledger), pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/chat/completions", json=LONG, timeout=httpx.Timeout(5, read=0.3))
+    assert steps.count > before
+
+
+def raw(url: str) -> socket.socket:
+    """A connection with a small window."""
+    host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    client.settimeout(10)
+    client.connect((host, int(port)))
+    return client
+
+
+def request_bytes(body: dict[str, Any], *, length: int | None = None) -> bytes:
+    data = json.dumps(body).encode()
+    head = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": length or len(data)}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
+    return f"POST /v1/chat/completions HTTP/1.1\r\n{lines}\r\n".encode() + data
+
+
+def test_a_client_that_reads_nothing_does_not_keep_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "SEND_BYTES", 2048)
+    model = tiny_model(max_position_embeddings=1 << 16, seed=8)
+    steps, ledger = Steps(), Ledger()
+    chat_model = ChatS2T(model=model, max_tokens=60_000, ledger=ledger, on_step=steps)
+    with serving_chat(chat_model, names=["long"], limits=LIMITS) as url, raw(url) as client:
+        client.sendall(request_bytes({**LONG, "stream": True}))
+        until(lambda: len(ledger.records()) == 1, 60)
+        at = steps.count
+        time.sleep(0.1)
+        assert steps.count == at < 60_000
+
+
+def test_a_body_that_does_not_come_ends_in_408(url: str) -> None:
+    with raw(url) as client:
+        client.sendall(request_bytes(LONG, length=5000))
+        answer = b"".join(iter(lambda: client.recv(4096), b""))  # until the connection is closed
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b'"error"' in answer
+
+
+def test_headers_that_never_end_close_the_connection(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "HEADER_S", 0.3)
+    with raw(url) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nX-Slow: ")
+        started = time.monotonic()
+        ended = False
+        while time.monotonic() - started < 5 and not ended:
+            try:
+                client.sendall(b"x")
+                client.settimeout(0.05)
+                ended = client.recv(1) == b""
+            except TimeoutError:
+                continue
+            except OSError:
+                ended = True
+        assert ended
+
+
+def test_large_bodies_headers_and_other_forms_are_refused(url: str) -> None:
+    def post(**request: Any) -> httpx.Response:
+        return httpx.post(f"{url}/chat/completions", **request)
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(20):
+            yield b" " * 10_000
+
+    as_json = {"Content-Type": "application/json"}
+    for response, status in (
+        (post(content=b" " * 150_000, headers=as_json), 413),
+        (post(content=endless(), headers=as_json), 413),
+        (post(content=b"{}"), 415),
+        (post(data={"model": "long"}), 415),
+        (post(content=b"x", headers={**as_json, "Content-Encoding": "gzip"}), 415),
+        (post(content=b"[" * 5000, headers=as_json), 400),
+        (post(content=b"[]", headers=as_json), 400),
+        (post(content=b"", headers=as_json), 400),
+        (post(content=b'{"model": "long", "temperature": 1e999}', headers=as_json), 400),
+        (post(content=b'{"model": "long", "seed": NaN}', headers=as_json), 400),
+        (post(content=b'{"model": "\\ud800"}', headers=as_json), 400),
+    ):
+        assert response.status_code == status, response.text
+        assert response.json()["error"]["type"] == "invalid_request_error"
+    with raw(url) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Much: " + b"x" * 40_000)
+        assert client.recv(100).startswith(b"HTTP/1.1 4")
+
+
+def test_a_web_page_cannot_reach_it_by_a_name_of_its_own(url: str) -> None:
+    elsewhere = httpx.get(f"{url}/models", headers={"Host": "evil.example.com"})
+    assert elsewhere.status_code == 421
+    assert elsewhere.json()["error"]["type"] == "invalid_request_error"
+    for name in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
+        assert httpx.get(f"{url}/models", headers={"Host": name}).status_code == 200
+    for name in ("localhost.evil.example.com", "127.0.0.1.evil.example.com", ""):
+        assert httpx.get(f"{url}/models", headers={"Host": name}).status_code == 421
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com", ""])
+def test_other_addresses_need_keys(host: str) -> None:
+    with pytest.raises(ExposedServer, match="--keys"):
+        serve(demo_model(), host=host)
+    with pytest.raises(ExposedServer):
+        listening.check_exposure(host, Tenants())
+
+
+def test_a_hold_is_settled_when_its_client_leaves() -> None:
+    asked, may_answer = threading.Event(), threading.Event()
+
+    def answer(ids: Any, candidates: Any) -> list[float]:
+        asked.set()
+        assert may_answer.wait(20)
+        return [-0.1 * at for at in range(len(candidates))]
+
+    llm, budget, ledger = ScriptedLLM(answer), Budget(escalations=5), Ledger()
+    always = when(lambda proposal: True)
+    chat_model = demo_model(escalation=Escalation(llm, margin=1.0), trigger=always, budget=budget, ledger=ledger)
+    body = {"model": "s2t-demo", "messages": [{"role": "user", "content": QUESTION}]}
+    with serving_chat(chat_model) as url:
+        with raw(url) as client:
+            client.sendall(request_bytes(body))
+            assert asked.wait(20)
+            assert budget.state().holds == 1
+        may_answer.set()
+        until(lambda: len(ledger.records()) == 1)
+    assert budget.state().holds == 0
+    assert budget.state().spent["escalations"] == 1 == len(llm.asked)
+    assert [receipt.outcome for receipt in ledger.records()[0].receipts] == ["picked"]
+
+
+def test_answers_that_run_when_the_server_closes_end_with_an_error_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "CLOSING_S", 1)
+    model = tiny_model(max_position_embeddings=1 << 16, seed=8)
+    ledger, lines = Ledger(), list[str]()
+    opened = threading.Event()
+
+    def read(url: str) -> None:
+        with httpx.stream("POST", f"{url}/chat/completions", json={**LONG, "stream": True}, timeout=30) as got:
+            for line in got.iter_lines():
+                opened.set()
+                lines.append(line)
+
+    with serving_chat(ChatS2T(model=model, max_tokens=60_000, ledger=ledger), names=["long"]) as url:
+        reader = threading.Thread(target=read, args=(url,))
+        reader.start()
+        assert opened.wait(20)
+    reader.join(20)
+    [*_, last] = [line for line in lines if line]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "server_closing"
+    assert ledger.records()[0].finish_reason == "aborted"
