@@ -20,6 +20,10 @@ Outcome = Literal["picked", "refused", "failed", "interrupted"]
 interrupted (Ctrl-C, a cancelled task)."""
 
 
+MAX_LOGPROBS = 20
+"""Likeliest tokens that a step reports log-probabilities of, at most."""
+
+
 class Price(Protocol):
     """What tokens of one model cost."""
 
@@ -138,6 +142,8 @@ class Step:
         escalation: set if the selection was to be escalated to the LLM.
         timings: seconds by part.
         reused_tokens: prompt tokens whose KV came from the prefix cache; set on the first step, 0 later.
+        logprobs: the SLM's log-probabilities over the legal tokens, as (token id, log-probability): the chosen token,
+            then the likeliest; empty where ``Sampling`` does not ask for them and where the SLM computed none.
     """
 
     index: int
@@ -151,6 +157,7 @@ class Step:
     escalation: EscalationReport | None = None
     timings: Timings = field(default_factory=Timings)
     reused_tokens: int = 0
+    logprobs: tuple[tuple[int, float], ...] = ()
 
     @property
     def flipped(self) -> bool:
@@ -168,6 +175,8 @@ class Sampling:
         seed: of the random generator; None takes a random one.
         max_tokens: limit of the completion, in tokens.
         banned_first: token ids that cannot be the first, such as end tokens (no empty answers).
+        logprobs: how many of the likeliest tokens each step reports log-probabilities of, beside the chosen token's;
+            None reports none.
     """
 
     temperature: float = 0.0
@@ -175,6 +184,7 @@ class Sampling:
     seed: int | None = None
     max_tokens: int = 512
     banned_first: Sequence[int] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Validate the parameters (ConfigError)."""
@@ -186,3 +196,6 @@ class Sampling:
             raise ConfigError(f"max_tokens is {self.max_tokens!r}; at least 1 token is needed for an answer.")
         if self.seed is not None and not (isinstance(self.seed, Integral) and -(2**63) <= self.seed < 2**64):
             raise ConfigError(f"seed is {self.seed!r}; it must be a whole number of 64 bits.")
+        top = self.logprobs
+        if top is not None and not (isinstance(top, Integral) and 0 <= top <= MAX_LOGPROBS):
+            raise ConfigError(f"top_logprobs is {top!r}; it must be a whole number from 0 to {MAX_LOGPROBS}.")

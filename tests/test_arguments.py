@@ -163,7 +163,7 @@ def test_tracers_and_caches_get_no_budget(call: Callable[..., BaseMessage], said
     [
         ({"max_token": 3}, r"max_token is no argument of a call\. Did you mean max_tokens\?"),
         ({"tempreature": 1.0}, r"Did you mean temperature\?"),
-        ({"functions": []}, r"functions is no argument of a call\. Calls take max_tokens, .*tools"),
+        ({"functions": []}, r"functions is no argument of a call\. Calls take logprobs, max_tokens, .*tools"),
         ({"budget": Budget()}, r"budget is a setting of the model, not of a call\. Per call, use s2t_budget\."),
         ({"cache_scope": "a"}, r"Per call, use s2t_cache_scope\."),
         (

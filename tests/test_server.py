@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -248,6 +249,69 @@ def test_what_the_model_refuses_is_a_status_for_streams_too(
     client: httpx.Client, given: dict[str, Any], code: str | None, stream: bool
 ) -> None:
     assert refused(client, {**ASK, **given, "stream": stream})["code"] == code
+
+
+def test_log_probabilities_are_those_of_the_small_model(client: httpx.Client) -> None:
+    body = {**ASK, "logprobs": True, "top_logprobs": 3}
+    answer = posted(client, body)
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert "".join(each["token"] for each in content) == answer["choices"][0]["message"]["content"]
+    for each in content:
+        scores = {one["token"]: one["logprob"] for one in each["top_logprobs"]}
+        assert len(scores) == 3
+        assert list(scores.values()) == sorted(scores.values(), reverse=True)
+        assert sum(map(math.exp, scores.values())) <= 1.001
+        assert each["logprob"] <= max(scores.values()) + 1e-6
+        assert each["logprob"] == pytest.approx(scores.get(each["token"], each["logprob"]))
+        assert bytes(each["bytes"]).decode() == each["token"]
+    parts = [event["choices"][0]["logprobs"] for event in events_of(client, body)]
+    assert [each["token"] for part in parts if part for each in part["content"]] == [one["token"] for one in content]
+    assert posted(client, ASK)["choices"][0]["logprobs"] is None
+    forced = posted(client, {**USE, "logprobs": True, "tool_choice": "required"})["choices"][0]["logprobs"]["content"]
+    assert any(each["logprob"] == 0.0 for each in forced)
+    assert refused(client, {**ASK, "top_logprobs": 3})["param"] == "top_logprobs"
+    assert refused(client, {**ASK, "logprobs": True, "top_logprobs": 21})["param"] == "top_logprobs"
+
+
+def test_a_completion_continues_a_text_and_token_ids_alike(client: httpx.Client, model: ChatS2T) -> None:
+    text = "Ann has 37 shells and finds 48"
+    whole_body = {"model": "s2t-demo", "prompt": text, "logprobs": 2, "max_tokens": 5}
+
+    def complete(**given: Any) -> dict[str, Any]:
+        response = client.post("/completions", json={**whole_body, **given})
+        assert response.status_code == 200, response.text
+        return dict(response.json())
+
+    answer = complete()
+    [choice] = answer["choices"]
+    assert answer["object"] == "text_completion"
+    assert answer["usage"]["completion_tokens"] == 5
+    assert choice["finish_reason"] == "length"
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+    assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [2] * 5
+    for prompt in (model.get_token_ids(text), [text], [model.get_token_ids(text)]):
+        again = complete(prompt=prompt)["choices"][0]
+        assert (again["text"], again["logprobs"]["tokens"]) == (choice["text"], choice["logprobs"]["tokens"])
+    with client.stream("POST", "/completions", json={**whole_body, "stream": True}) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    events = [json.loads(line) for line in lines[:-1]]
+    assert "".join(event["choices"][0]["text"] for event in events) == choice["text"]
+    assert events[-1]["choices"][0]["finish_reason"] == "length"
+    assert complete(stop=choice["text"][2:4])["choices"][0]["text"] == choice["text"][:2]
+    assert model.ledger is not None
+    assert model.ledger.records()[-1].completion_tokens <= 5
+    for wrong in (
+        {"prompt": [10**6]},
+        {"prompt": []},
+        {"prompt": ["a", "b"]},
+        {"echo": True},
+        {"n": 2},
+        {"prompt": {}},
+    ):
+        response = client.post("/completions", json={**whole_body, **wrong})
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["param"]
 
 
 def test_models_are_listed_and_others_are_not_found(client: httpx.Client) -> None:

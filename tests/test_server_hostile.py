@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from typing import Any
 
@@ -49,7 +50,8 @@ VALID: dict[str, Any] = {
     "max_completion_tokens": 4,
     "stream": True,
     "stream_options": {"include_usage": True},
-    "logprobs": False,
+    "logprobs": True,
+    "top_logprobs": 2,
     "n": 1,
     "user": "u",
     "chat_template_kwargs": {"enable_thinking": False},
@@ -59,7 +61,7 @@ VALID: dict[str, Any] = {
 @st.composite
 def mutated(draw: st.DrawFn) -> dict[str, Any]:
     """A valid request with a few places changed, removed or added."""
-    body = json.loads(json.dumps(VALID))
+    body = copy.deepcopy(VALID)
     for _ in range(draw(st.integers(1, 3))):
         here: Any = body
         while True:
@@ -73,7 +75,7 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
         if action == "remove":
             del here[at]
         elif action == "swap":
-            here[at] = draw(st.sampled_from([VALID, *VALID.values(), "x" * 3000, -1, 10**400, [], {}]))
+            here[at] = copy.deepcopy(draw(st.sampled_from([VALID, *VALID.values(), "x" * 3000, -1, 10**400, [], {}])))
         else:
             here[at] = draw(values)
         if not body:

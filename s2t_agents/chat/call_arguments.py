@@ -26,6 +26,7 @@ OWN_ARGUMENTS = ("s2t_agent", "s2t_budget", "s2t_cache_scope", "s2t_unfinished")
 """Agent, budget, cache scope and earlier tries: they do not change an answer, so they are in no trace or cache key."""
 
 MODEL_ARGUMENTS = (
+    "logprobs",
     "max_tokens",
     "max_thinking_tokens",
     "model",
@@ -37,6 +38,7 @@ MODEL_ARGUMENTS = (
     "template_args",
     "tool_choice",
     "tools",
+    "top_logprobs",
     "top_p",
 )
 """Arguments that change an answer."""

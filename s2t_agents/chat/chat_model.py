@@ -54,6 +54,7 @@ from .call_arguments import (
     without_own_arguments,
 )
 from .generation import Generation
+from .logprobs import LogprobsReader
 from .response_options import ResponseOptions, openai_tools
 from .runtime import EngineSettings, RuntimeCache, escalation_of, model_of, profile_of
 from .structured_output import Method, structured
@@ -169,6 +170,7 @@ class ChatS2T(ConfigurableChatModel):
             seed=_value_or(call.get("seed"), self.seed),
             max_tokens=_value_or(call.get("max_tokens"), self.max_tokens),
             banned_first=banned_first,
+            logprobs=_value_or(call.get("top_logprobs"), 0) if call.get("logprobs") else None,
         )
 
     def _settings(self, call: Mapping[str, Any]) -> EngineSettings:
@@ -399,15 +401,16 @@ class ChatS2T(ConfigurableChatModel):
         generation = self._start(messages, stop, call)
         for each in generation.deltas():
             yield each if isinstance(each, Place) else None
-        yield output_messages.chat_result(generation)
+        yield output_messages.chat_result(generation, LogprobsReader(generation, bool(call.get("logprobs"))).new())
 
     def _chunk_items(
         self, messages: list[BaseMessage], stop: list[str] | None, call: Mapping[str, Any]
     ) -> Generator[ChatGenerationChunk | Place | None, None, None]:
         """``Place`` while queued, then a chunk per step (None for an empty one), then a chunk with the metadata."""
         generation = self._start(messages, stop, call)
+        logprobs = LogprobsReader(generation, bool(call.get("logprobs")))
         for each in generation.deltas():
-            yield each if isinstance(each, Place) else output_messages.message_chunk(each)
+            yield each if isinstance(each, Place) else output_messages.message_chunk(each, logprobs.new())
         yield output_messages.final_chunk(generation)
 
     def _start(self, messages: list[BaseMessage], stop: list[str] | None, call: Mapping[str, Any]) -> Generation:

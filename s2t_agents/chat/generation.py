@@ -60,7 +60,7 @@ class Generation:
         ledger: Ledger | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
-        self._steps, self.account, self._tokenizer, self._eos_ids = steps, account, tokenizer, eos_ids
+        self._steps, self.account, self._tokenizer, self.eos_ids = steps, account, tokenizer, eos_ids
         self._room, self._stop = room, StopStrings(stop)
         self._ledger, self._on_step = ledger, on_step
         self.parser, self.thoughts, self.schemas = parser, thoughts, schemas or OutputSchemas()
@@ -81,7 +81,7 @@ class Generation:
             raise
         finally:
             if self._ledger is not None:
-                self.account.write_record(self._ledger, self.finish_reason, decode=self._decode, error=error)
+                self.account.write_record(self._ledger, self.finish_reason, decode=self.decode, error=error)
 
     def _read_steps(self) -> Generator[Place | MessageDelta, None, None]:
         detokenizer = Detokenizer(self._tokenizer)
@@ -93,7 +93,7 @@ class Generation:
             self.account.add(step)
             if self._on_step:
                 self._on_step(step)
-            ended = step.token_id in self._eos_ids
+            ended = step.token_id in self.eos_ids
             text = "" if ended else detokenizer.push(step.token_id)
             reasoning, pieces = self._split_reasoning(step.token_id, text, detokenizer)
             delta, stopped = self._parse_pieces(pieces)
@@ -151,5 +151,6 @@ class Generation:
             return "tool_calls"
         return "stop" if ended or len(self.account.steps) < self._room else "length"
 
-    def _decode(self, token_id: int) -> str:
+    def decode(self, token_id: int) -> str:
+        """One token as text."""
         return str(self._tokenizer.decode([token_id]))

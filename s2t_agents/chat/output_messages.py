@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk
@@ -17,8 +17,8 @@ from .generation import Generation
 PROVIDER = "s2t"
 
 
-def chat_result(generation: Generation) -> ChatResult:
-    """The result of a generation whose deltas were all read."""
+def chat_result(generation: Generation, logprobs: Mapping[str, Any]) -> ChatResult:
+    """The result of a generation whose deltas were all read, with its ``LogprobsReader.new()``."""
     parser = generation.parser
     message = AIMessage(
         content=parser.text,
@@ -26,19 +26,20 @@ def chat_result(generation: Generation) -> ChatResult:
         tool_calls=parser.tool_calls,
         invalid_tool_calls=parser.invalid_tool_calls,
         usage_metadata=_usage(generation),
-        response_metadata=_metadata(generation),
+        response_metadata={**_metadata(generation), **logprobs},
     )
     return ChatResult(generations=[ChatGeneration(message=message)])
 
 
-def message_chunk(delta: MessageDelta) -> ChatGenerationChunk | None:
-    """A step's delta as a chunk; None if it is empty."""
-    if not delta:
+def message_chunk(delta: MessageDelta, logprobs: Mapping[str, Any]) -> ChatGenerationChunk | None:
+    """A step's delta as a chunk, with its ``LogprobsReader.new()``; None if both are empty."""
+    if not delta and not logprobs:
         return None
     message = AIMessageChunk(
         content=delta.text,
         additional_kwargs=_reasoning_kwargs(delta.reasoning),
         tool_call_chunks=delta.tool_call_chunks,
+        response_metadata=dict(logprobs),
     )
     return ChatGenerationChunk(message=message)
 

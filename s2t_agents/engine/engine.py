@@ -25,7 +25,7 @@ from ..errors import ConfigError, ContextOverflow, InputError
 from ..escalation import DEFAULT_MARGIN, Escalation, EscalationSession
 from ..grammar.grammar import Grammar
 from ..llms.question import Answer, Question, candidates_of
-from ..proposal import Proposal
+from ..proposal import Proposal, best_first
 from ..scheduling.admission import Concurrency, Gate, Place
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.sequence import TokenSequence
@@ -247,7 +247,8 @@ class Engine:
         if not triggered:
             compute = prefix.compute.seconds - used
             timings = Timings(propose=propose_s, grammar=masked - computed, compute=compute)
-            return Step(index, len(prefix), wanted, wanted, "slm", entropy=entropy_nats, timings=timings)
+            told = logprobs_of(proposal, wanted, draw.sampling.logprobs)
+            return Step(index, len(prefix), wanted, wanted, "slm", entropy=entropy_nats, timings=timings, logprobs=told)
         chosen = self._select(proposal, session, grammar)
         at = draw.one_of(chosen.scores) if draw.random else int(chosen.scores.argmax())
         token = chosen.candidates[at].token_id
@@ -262,6 +263,7 @@ class Engine:
             entropy=entropy_nats,
             candidates=chosen.candidates,
             escalation=chosen.escalation,
+            logprobs=logprobs_of(proposal, token, draw.sampling.logprobs),
             timings=Timings(
                 propose=propose_s,
                 grammar=masked - computed,
@@ -324,6 +326,15 @@ def settled(grammar: Grammar | None, kept: deque[int]) -> Iterator[tuple[int, Pi
             kept.clear()
             return
         yield kept.popleft(), "slm"
+
+
+def logprobs_of(proposal: Proposal, token: int, likeliest: int | None) -> tuple[tuple[int, float], ...]:
+    """A step's ``logprobs``: of a token, then of so many of the likeliest legal ones; empty for None."""
+    if likeliest is None:
+        return ()
+    values, ids = best_first(proposal.log_probs, likeliest) if likeliest else (torch.empty(0), torch.empty(0))
+    ranked = zip(map(int, ids.tolist()), values.tolist(), strict=True)
+    return ((token, float(proposal.log_probs[token])), *((each, score) for each, score in ranked if score > -torch.inf))
 
 
 class Draw:

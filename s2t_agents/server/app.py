@@ -1,7 +1,7 @@
 """The ASGI application: routes of OpenAI's API over one ``ChatS2T``.
 
 request -> Tenants (who asks) -> chat_requests (messages, arguments) -> ChatS2T -> chat_answers (JSON, events)
-                                                                           └-> exchange (the client leaves: it stops)
+                                 completions (text, token ids)  -> Engine     exchange (ends if the client leaves)
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ..chat.chat_model import ChatS2T
 from ..errors import UnknownModel
 from .chat_answers import chat_completion, chat_events
 from .chat_requests import chat_request
+from .completions import Completion, completion_request
 from .error_responses import body_of, error_body, shape_of
 from .exchange import EventStream, log_error, while_connected
 from .loopback import is_loopback
@@ -82,6 +83,7 @@ def create_app(
         Route("/v1/models", service.models, methods=["GET"]),
         Route("/v1/models/{name:path}", service.model, methods=["GET"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/v1/completions", service.complete, methods=["POST"]),
     ]
     middleware = [Middleware(ErrorsAsJson, any_host=tenants.with_keys)]
     return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: http_error})
@@ -150,6 +152,16 @@ class Service:
             request.receive, self._chat_model.ainvoke(messages, stop=asked.stops, **call)
         )
         return JSONResponse(chat_completion(answer, answer_id=answer_id, model=model))
+
+    async def complete(self, request: Request) -> Response | EventStream:
+        """``/v1/completions``."""
+        tenant = self._tenants.tenant_of(request.headers)
+        asked = completion_request(await json_object(request, self._limits.body))
+        self._checked(asked.model)
+        completion = Completion(self._chat_model, asked, tenant)
+        if asked.stream:
+            return EventStream(completion.events, request.state.request_id, send_s=self._limits.send_s)
+        return JSONResponse(await while_connected(request.receive, completion.whole()))
 
     def _described(self, name: str) -> Mapping[str, Any]:
         return {"id": name, "object": "model", "created": self._since, "owned_by": "s2t-agents"}

@@ -19,13 +19,11 @@ from pydantic import Field, model_validator
 from pydantic_core import from_json
 
 from ..errors import BadRequest
-from .parameters import Parameters, parse
+from ..types import MAX_LOGPROBS
+from .parameters import Parameters, SamplingParameters, parse
 
-MAX_STOPS = 16
 _DROPPED_WITH_MESSAGE = frozenset({"annotations", "audio", "function_call"})
 """Keys of an answer that clients send back with it, where they are empty."""
-
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class ContentPart(Parameters, extra="ignore"):
@@ -201,42 +199,6 @@ class ResponseFormat(Parameters):
         return self
 
 
-class StreamOptions(Parameters):
-    """Options of a stream; obfuscation is never added."""
-
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
-
-
-class SamplingParameters(Parameters):
-    """What chat and plain completions have in common."""
-
-    model: str
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
-    max_tokens: int | None = Field(default=None, ge=1, le=2**31)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-
-    @model_validator(mode="after")
-    def _options_of_a_stream(self) -> SamplingParameters:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options are for stream=true alone")
-        return self
-
-    @property
-    def with_usage(self) -> bool:
-        """Whether a stream ends with its usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    @property
-    def stops(self) -> list[str] | None:
-        """The stop strings."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop
-
-
 class ChatRequest(SamplingParameters):
     """A request for a chat completion.
 
@@ -252,6 +214,8 @@ class ChatRequest(SamplingParameters):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     def langchain_messages(self) -> list[BaseMessage]:
         """The conversation.
@@ -277,6 +241,8 @@ class ChatRequest(SamplingParameters):
             "template_args": self.chat_template_kwargs,
             "tool_choice": choice.model_dump() if isinstance(choice, NamedTool) else choice,
             "parallel_tool_calls": self.parallel_tool_calls,
+            "logprobs": self.logprobs,
+            "top_logprobs": self.top_logprobs,
             "response_format": wanted.model_dump(by_alias=True, exclude_none=True) if wanted is not None else None,
         }
         return {name: value for name, value in found.items() if value is not None}
@@ -292,6 +258,8 @@ def chat_request(body: dict[str, Any]) -> ChatRequest:
     both = request.max_tokens, request.max_completion_tokens
     if None not in both and both[0] != both[1]:
         raise BadRequest("max_tokens and max_completion_tokens differ.", param="max_tokens", hint="Send the latter.")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise BadRequest("top_logprobs needs logprobs=true.", param="top_logprobs")
     if not request.tools and request.tool_choice not in (None, "none", "auto"):
         raise BadRequest("There is a tool_choice and no tools.", param="tool_choice", hint="Send tools.")
     return request

@@ -1,12 +1,15 @@
-"""Parameters of OpenAI's that are not served: ignored where they are hints, refused where they change an answer."""
+"""Parameters of OpenAI's: what chat and plain completions share, and what is not served.
+
+Hints are ignored; what would change an answer and is not served is refused by name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import BadRequest
 
@@ -42,6 +45,9 @@ _WAYS_OUT = {
     "reasoning_effort": "Use max_thinking_tokens.",
 }
 
+MAX_STOPS = 16
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
 Parsed = TypeVar("Parsed", bound="Parameters")
 
 
@@ -49,6 +55,42 @@ class Parameters(BaseModel):
     """A part of a request: strictly typed, closed to what is not known."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(Parameters):
+    """Options of a stream; obfuscation is never added."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class SamplingParameters(Parameters):
+    """What chat and plain completions have in common."""
+
+    model: str
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
+    max_tokens: int | None = Field(default=None, ge=1, le=2**31)
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> SamplingParameters:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are for stream=true alone")
+        return self
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def stops(self) -> list[str] | None:
+        """The stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
 def parse(kind: type[Parsed], body: Mapping[str, Any]) -> Parsed:

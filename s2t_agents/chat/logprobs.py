@@ -1,0 +1,47 @@
+"""Log-probabilities of an answer's tokens, as OpenAI's clients read them.
+
+They are the SLM's, over the tokens that were legal: of a token that the selector or the LLM chose, they say how likely
+it was before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..types import Step
+from .generation import Generation
+
+
+class LogprobsReader:
+    """Reads a generation's log-probabilities while its steps come.
+
+    Args:
+        generation: which.
+        asked: whether the call asked for them.
+    """
+
+    def __init__(self, generation: Generation, asked: bool) -> None:
+        self._generation, self._asked, self._read = generation, asked, 0
+
+    def new(self) -> dict[str, Any]:
+        """``{"logprobs": {"content": [...]}}`` of the steps since the last call, without end tokens; {} for none."""
+        if not self._asked:
+            return {}
+        steps = self._generation.account.steps[self._read :]
+        self._read += len(steps)
+        eos_ids = self._generation.eos_ids
+        content = [self._entry(step) for step in steps if step.token_id not in eos_ids]
+        return {"logprobs": {"content": content}} if content else {}
+
+    def _entry(self, step: Step) -> dict[str, Any]:
+        known = step.logprobs
+        if not known and step.picked_by == "grammar":  # the only legal token
+            known = ((step.token_id, 0.0),)
+        score = known[0][1] if known else None
+        likeliest = [self._token(token_id, each) for token_id, each in known[1:]]
+        return {**self._token(step.token_id, score), "top_logprobs": likeliest}
+
+    def _token(self, token_id: int, score: float | None) -> dict[str, Any]:
+        text = self._generation.decode(token_id)
+        in_part = "\N{REPLACEMENT CHARACTER}" in text  # a part of a character
+        return {"token": text, "bytes": None if in_part else list(text.encode()), "logprob": score}
