@@ -22,6 +22,7 @@ from .cuda.graph_runner import GraphRunner
 from .cuda.pooled_kv_cache import PooledKVCache
 from .fingerprint import checkpoint_fingerprint, norms_of, tokenizer_fingerprint, weights_fingerprint
 from .kv_cache import KVCache, RecurrentCache
+from .grouped_attention import grouped_attention
 from .loading import ONE_AT_A_TIME, context_window, default_device, end_ids, load_tokenizer, load_weights
 from .model_runner import ModelRunner
 from .packed_linear import LIMIT
@@ -179,7 +180,7 @@ class TorchBackend:
         Returns:
             Logits ``[B, keep, V]`` (fp32) and last hidden states ``[B, keep, H]``.
         """
-        with self.lock:
+        with self.lock, grouped_attention(self.config, ids.shape[1]):
             logits, hidden = self.runner.through_modules(
                 input_ids=ids,
                 attention_mask=mask,
