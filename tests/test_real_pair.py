@@ -1,7 +1,6 @@
 """examples/real_pair: the pair that is made of one checkpoint, and what its file trains and tests on."""
 
 import json
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -41,48 +40,6 @@ def test_a_quantised_copy_is_an_ordinary_checkpoint_near_the_original(tmp_path):
             assert len(theirs.flatten()[:16].unique()) <= 16, name
         else:
             assert torch.equal(ours, theirs), name
-
-
-TINY = """
-out = "{out}"
-[models]
-slm = "{out}/slm"
-llm = "{out}/llm"
-device = "cpu"
-[tasks]
-train = {{ task = "jsonl", path = "{out}/train.jsonl" }}
-heldout = {{ task = "jsonl", path = "{out}/heldout.jsonl" }}
-test = {{ task = "jsonl", path = "{out}/test.jsonl" }}
-[collect]
-k = 8
-max_tokens = 12
-[train.adapted]
-"""
-
-
-def test_distillation_makes_an_adapted_selector_that_is_nearer_to_the_llm(tmp_path):
-    from examples.real_pair import distil
-
-    slm, llm, _ = tiny_pair()
-    save_model(slm, tmp_path / "slm")
-    save_model(llm, tmp_path / "llm")
-    write_prompts(tmp_path / "train.jsonl", 8)
-    (tmp_path / "pair.toml").write_text(TINY.format(out=tmp_path))
-    pipeline = read_config(tmp_path / "pair.toml")
-    collect(pipeline.collecting("train"))
-    args = Namespace(config=tmp_path / "pair.toml", rank=4, epochs=12, batch=2, lr=2e-2, stop=None, processes=1)
-    distil.distil(0, args, 0)
-    selector, config = load_selector(pipeline.selector("adapted"), slm := pipeline.models.load_slm())
-    assert (config.kind, config.training["steps"]) == ("adapted", 48)
-    assert "Made by `examples/real_pair/distil.py`" in (pipeline.selector("adapted") / "README.md").read_text()
-    examples = choose(read_for(slm, [pipeline.rollouts("train")], 8), k=8, rate=1.0, kl_rate=0.0)
-    with torch.no_grad():
-        pieces = list(objective_for(selector, examples, [], Fit()).pieces(range(len(examples))))
-    before, after = (
-        sum(float(selection_loss(scores(piece), piece.llm, soft=1.0, temperature=1.0)) for piece in pieces)
-        for scores in (lambda piece: piece.slm, lambda piece: piece.scores)
-    )
-    assert after < 0.9 * before
 
 
 def pair_file(folder, data):

@@ -77,7 +77,7 @@ class BatchPrefix:
         """Go on with these rows only."""
         self.logits, self.hidden = self.logits[rows], self.hidden[rows]
         self._places = self._places[rows]
-        there, wanted = len(self._columns), len(self._places.unique())
+        there, wanted = len(self._columns), len(set(self._places.tolist()))
         if wanted < len(self._places) or wanted < there * (1 - FINISHED):
             self._compact()
 

@@ -131,12 +131,15 @@ def train(
 
 def _trained(pipeline: Pipeline, kinds: Sequence[Kind]) -> Iterator[tuple[BaseModel, Table]]:
     from ..selectors import SelectorConfig
+    from .crew import Crew
     from .train import train as run
     from .workers import Workers
 
+    workers = Workers()
     for kind in kinds:
-        folder = run(pipeline.training(kind))
-        if Workers().first:
+        with Crew(pipeline.processes if workers.count == 1 else 1) as crew, crew.shown():
+            folder = run(pipeline.training(kind), crew)
+        if workers.first:
             made = SelectorConfig.load(folder)
             rows = {"folder": folder, **{k: v for k, v in made.training.items() if k != "settings"}}
             yield made, _pairs(f"selector: {kind}", rows)

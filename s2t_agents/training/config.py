@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..errors import ConfigError
 from .settings import KINDS, Adapter, EvaluationRows, Fit, Kind, Models, Rollouts, Settings, Targets
@@ -47,6 +47,23 @@ class CollectConfig(Settings):
     rollouts: Rollouts = Rollouts()
 
 
+def check_prompt_share(models: Models, kind: Kind, fit: Fit) -> None:
+    """Whether this kind can learn from prompts.
+
+    Raises:
+        ValueError: it cannot, or the LLM is not on this machine.
+    """
+    if not fit.prompt_share:
+        return
+    if kind != "adapted":
+        raise ValueError(f"prompt_share is {fit.prompt_share}, but only the adapted kind reads prompts; it must be 0")
+    if models.llm_server is not None:
+        raise ValueError(
+            f"prompt_share is {fit.prompt_share}, which needs the LLM on this machine: {models.llm_server} tells the "
+            "likeliest tokens alone; set it to 0, or leave llm_server out"
+        )
+
+
 class TrainConfig(Settings):
     """One selector: its kind, its rollouts, files of paid selections to learn from besides, where to."""
 
@@ -56,6 +73,11 @@ class TrainConfig(Settings):
     paid: tuple[Path, ...] = ()
     out: Path
     fit: Fit = Fit()
+
+    @model_validator(mode="after")
+    def _llm_at_hand(self) -> TrainConfig:
+        check_prompt_share(self.models, self.kind, self.fit)
+        return self
 
 
 class CalibrateConfig(Settings):
@@ -146,6 +168,12 @@ class Pipeline(Settings):
     evaluate: EvaluationRows = EvaluationRows()
     seed: int = 0
     processes: int = Field(default=1, ge=1, le=64)
+
+    @model_validator(mode="after")
+    def _llm_at_hand(self) -> Pipeline:
+        for kind, fit in self.train.items():
+            check_prompt_share(self.models, kind, fit)
+        return self
 
     def rollouts(self, part: Part) -> Path:
         """Folder of the rollouts of one part."""

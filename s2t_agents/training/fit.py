@@ -133,13 +133,13 @@ class _Training:
         return right_of_all / total_of_all
 
     def learn(self, state: State) -> None:
-        """One optimiser step; the gradient is the mean over the batch's groups, however it was cut into pieces."""
+        """One optimiser step; the gradient is the mean over the batch's groups (and prompts), however it was cut."""
         batch = self._batch(state.step)
         groups = sum(self.train.sizes[unit] for unit in batch)
         for group in self.optimiser.param_groups:
             group["lr"] = self.settings.lr * _schedule(state.step, self.settings.warmup, self.steps)
         self.optimiser.zero_grad()
-        loss = self._backward(batch, groups)
+        loss = self._backward(batch, groups, state.step)
         norm = nn.utils.clip_grad_norm_(self.selector.parameters(), self.settings.clip)
         if not math.isfinite(loss) or not torch.isfinite(norm):
             step = state.looks[-1].step
@@ -153,15 +153,17 @@ class _Training:
         state.loss_sum += loss
         state.groups += groups
 
-    def _backward(self, batch: Sequence[int], groups: int) -> float:
+    def _backward(self, batch: Sequence[int], groups: int, step: int) -> float:
         """The batch's gradients, and its loss, of all workers."""
         settings, mine = self.settings, self.workers.part(batch)
         total = 0.0
         with autocast(self.base, settings.bf16):
-            for piece in self.train.pieces(mine) if mine else ():
+            for piece in self.train.pieces(mine, step) if mine else ():
                 loss = selection_loss(
                     piece.scores, piece.llm, soft=settings.soft, temperature=settings.label_temperature
                 )
+                if piece.prompts is not None:
+                    loss = loss + piece.prompts * (groups / len(batch))
                 (loss / groups).backward()  # type: ignore[no-untyped-call]
                 total += loss.item()
         self.workers.add_gradients(self.selector.parameters())

@@ -33,11 +33,19 @@ from .labels import batches
 
 @dataclass(frozen=True)
 class Scored:
-    """M groups of one piece of a batch, ``[M, K]`` each: scores, and the log-probabilities of SLM and LLM."""
+    """M groups of one piece of a batch.
+
+    Attributes:
+        scores: ``[M, K]``.
+        slm: ``[M, K]`` log-probabilities.
+        llm: ``[M, K]``, likewise.
+        prompts: what is to be learned from the piece's prompts besides: a loss, summed over its trajectories.
+    """
 
     scores: Tensor
     slm: Tensor
     llm: Tensor
+    prompts: Tensor | None = None
 
 
 class Objective(Protocol):
@@ -49,8 +57,13 @@ class Objective(Protocol):
 
     sizes: list[int]
 
-    def pieces(self, units: Sequence[int]) -> Iterator[Scored]:
-        """Score these units, in as many pieces as memory wants; the graph of each may be freed before the next."""
+    def pieces(self, units: Sequence[int], step: int | None = None) -> Iterator[Scored]:
+        """Score these units, in as many pieces as memory wants; the graph of each may be freed before the next.
+
+        Args:
+            units: to score.
+            step: of the training, which decides what is drawn; None: they are looked at, not learned from.
+        """
         ...
 
 
@@ -73,7 +86,7 @@ class HeadObjective:
         self._llm = torch.cat([e.llm for e, _ in with_groups]).to(device)
         self.sizes = [1] * len(self._slm)
 
-    def pieces(self, units: Sequence[int]) -> Iterator[Scored]:
+    def pieces(self, units: Sequence[int], step: int | None = None) -> Iterator[Scored]:
         """All at once."""
         at = torch.tensor(units, device=self._slm.device)
         correction = self._selector.correction(self._hidden[at], self._candidates[at])
@@ -105,7 +118,7 @@ class AdapterObjective:
         self._max_row, self._tokens, self._checkpointing = max_row, tokens, checkpointing
         self.sizes = [len(example.positions) for example in self._examples]
 
-    def pieces(self, units: Sequence[int]) -> Iterator[Scored]:
+    def pieces(self, units: Sequence[int], step: int | None = None) -> Iterator[Scored]:
         """Trajectories of like length together; long rows of candidates in parts."""
         chosen = [self._examples[unit] for unit in units]
         costs = [len(example.ids) + example.candidates.numel() for example in chosen]
@@ -159,36 +172,91 @@ class AdaptedObjective:
         selector: the adapted one.
         examples: those without groups are left out.
         checkpointing: activations are computed again in the backward pass instead of kept.
+        prompts: what is learned from the prompts besides.
         tokens: per forward, padding included.
     """
 
     def __init__(
-        self, selector: AdaptedSelector, examples: Sequence[Example], *, checkpointing: bool = False, tokens: int = 4096
+        self,
+        selector: AdaptedSelector,
+        examples: Sequence[Example],
+        *,
+        checkpointing: bool = False,
+        prompts: PromptDistillation | None = None,
+        tokens: int = 4096,
     ) -> None:
-        self._selector, self._checkpointing, self._tokens = selector, checkpointing, tokens
+        self._selector, self._checkpointing, self._prompts, self._tokens = selector, checkpointing, prompts, tokens
         self._examples = [example for example in examples if len(example.positions)]
         self.sizes = [len(example.positions) for example in self._examples]
 
-    def pieces(self, units: Sequence[int]) -> Iterator[Scored]:
+    def pieces(self, units: Sequence[int], step: int | None = None) -> Iterator[Scored]:
         """Trajectories of like length together."""
         chosen = [self._examples[unit] for unit in units]
         for batch in batches([len(example.ids) for example in chosen], self._tokens):
-            yield self._scored([chosen[at] for at in batch])
+            yield self._scored([chosen[at] for at in batch], step)
 
-    def _scored(self, examples: Sequence[Example]) -> Scored:
+    def _scored(self, examples: Sequence[Example], step: int | None) -> Scored:
         base, selector = self._selector.base, self._selector
         ids, mask = left_padded([example.ids for example in examples], base.device)
         back = max(len(example.ids) - int(example.positions[0]) + 1 for example in examples)
+        before = ids.shape[1] - back
+        drawn = self._prompts.columns(before, step) if self._prompts else torch.empty(0, dtype=torch.long)
+        columns = torch.cat([drawn, torch.arange(before, ids.shape[1])]).to(base.device)
         with base.lock, adapter_on(base, selector.lora, checkpointing=self._checkpointing):
-            logits, _ = base.torch_backend.read_rows(ids, mask, None, back)
+            logits, _ = base.torch_backend.read_rows(ids, mask, None, columns)
         found = []
         for row, example in enumerate(examples):
-            at = back - len(example.ids) + example.positions - 1  # the token before each step
+            at = len(drawn) + back - len(example.ids) + example.positions - 1  # the token before each step
             found.append(logits[row, at.to(base.device)])
+        prompts = None
+        if self._prompts and len(drawn):
+            ends = torch.tensor([ids.shape[1] - len(each.ids) + int(each.all_positions[0]) - 1 for each in examples])
+            prompts = self._prompts.loss(ids, mask, ends, drawn, logits[:, : len(drawn)])
         slm = torch.cat([example.slm for example in examples]).to(base.device)
         llm = torch.cat([example.llm for example in examples]).to(base.device)
         candidates = torch.cat([example.candidates for example in examples]).to(base.device)
-        return Scored(slm + selector.correction(slm, torch.cat(found), candidates), slm, llm)
+        return Scored(slm + selector.correction(slm, torch.cat(found), candidates), slm, llm, prompts)
+
+
+@dataclass(frozen=True)
+class PromptDistillation:
+    """KL(LLM || SLM with adapter) over the whole vocabulary, at some of a prompt's tokens.
+
+    Attributes:
+        llm: on this machine.
+        share: of the tokens.
+        seed: of what is drawn.
+    """
+
+    llm: LanguageModel
+    share: float
+    seed: int
+
+    def columns(self, count: int, step: int | None) -> Tensor:
+        """``[n]``: those of ``count`` columns that are drawn for this step; None draws none."""
+        if step is None:
+            return torch.empty(0, dtype=torch.long)
+        lots = torch.rand(count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+        return (lots < self.share).nonzero()[:, 0]
+
+    def loss(self, ids: Tensor, mask: Tensor, ends: Tensor, columns: Tensor, ours: Tensor) -> Tensor:
+        """The mean over each row's columns, summed over the rows.
+
+        Args:
+            ids: ``[B, T]``, padding on the left.
+            mask: ``[B, T]``, 0 for padding.
+            ends: ``[B]``: the column of each prompt's last token, whose next token is the answer's first.
+            columns: ``[n]``.
+            ours: logits ``[B, n, V]`` of the SLM with its adapter.
+        """
+        at, device = columns.to(self.llm.device), ours.device
+        with torch.no_grad():
+            theirs, _ = self.llm.torch_backend.read_rows(ids.to(at.device), mask.to(at.device), None, at)
+            width = min(theirs.shape[-1], ours.shape[-1])
+            wanted = theirs[..., :width].to(device).log_softmax(-1)
+        kl = (wanted.exp() * (wanted - ours[..., :width].log_softmax(-1))).sum(-1)
+        real = mask[:, columns.to(device)].bool() & (columns < ends[:, None]).to(device)
+        return (kl.where(real, 0.0).sum(1) / real.sum(1).clamp_min(1)).sum()
 
 
 @contextmanager
@@ -213,13 +281,18 @@ def fresh_selector(base: LanguageModel, kind: Kind, fit: Fit) -> LocalSelector:
 
 
 def objective_for(
-    selector: LocalSelector, examples: Sequence[Example], hidden: Sequence[Tensor], fit: Fit
+    selector: LocalSelector,
+    examples: Sequence[Example],
+    hidden: Sequence[Tensor],
+    fit: Fit,
+    llm: LanguageModel | None = None,
 ) -> Objective:
-    """The objective of a selector over some examples."""
+    """The objective of a selector over some examples; ``llm`` is needed where ``fit.prompt_share`` is not 0."""
     if isinstance(selector, HeadSelector):
         return HeadObjective(selector, examples, hidden)
     if isinstance(selector, AdaptedSelector):
-        return AdaptedObjective(selector, examples, checkpointing=fit.checkpointing)
+        prompts = PromptDistillation(llm, fit.prompt_share, fit.seed) if llm is not None else None
+        return AdaptedObjective(selector, examples, checkpointing=fit.checkpointing, prompts=prompts)
     return AdapterObjective(selector, examples, max_row=fit.max_row, checkpointing=fit.checkpointing)
 
 

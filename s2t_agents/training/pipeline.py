@@ -17,7 +17,7 @@ from .evaluate import EvalReport, evaluate
 from .plots import draw_reliability
 from .probe import Sufficiency, probe
 from .tasks import disjoint
-from .train import train_with
+from .train import train, train_with
 
 
 def pipeline(config: Pipeline, say: Callable[[str], None] = lambda _: None) -> tuple[Sufficiency, EvalReport]:
@@ -52,10 +52,12 @@ def _pipeline(config: Pipeline, say: Callable[[str], None]) -> tuple[Sufficiency
             say(f"collect again: {len(tasks[3].items)} items, on policy")
             first_selector(config)
             collect(config.collecting("again"), crew)
-        say(f"train and calibrate {', '.join(config.train)}")
-        with crew.shown():
-            for kind in crew.each(partial(train_kind, config), kinds):
-                say(f"{kind} is trained and calibrated")
+        for kind in kinds:
+            say(f"train {kind}")
+            with crew.shown():
+                train(config.training(kind), crew)
+        for kind in crew.each(partial(_calibrate, config), kinds):
+            say(f"{kind} is calibrated")
         say("probe")
         sufficiency = probe(config.probing())
         say(f"evaluate: {len(tasks[2].items)} items of {tasks[2].name}")
@@ -69,11 +71,9 @@ def first_selector(config: Pipeline) -> None:
     calibrate_with(slm, config.calibrating(first.kind).model_copy(update={"selector": first.out}))
 
 
-def train_kind(config: Pipeline, kind: Kind) -> Kind:
-    """Train and calibrate one kind of selector; returns which."""
-    slm = config.models.load_slm()
-    train_with(slm, config.training(kind))
-    calibrate_kind(config, kind, slm)
+def _calibrate(config: Pipeline, kind: Kind) -> Kind:
+    """One kind, in a crew's process; returns which."""
+    calibrate_kind(config, kind, config.models.load_slm())
     return kind
 
 

@@ -59,6 +59,20 @@ def tell(post: Post | None) -> None:
     _post = post
 
 
+_quiet = False
+
+
+@contextmanager
+def quiet(really: bool) -> Iterator[None]:
+    """No bars of this process in the block, if ``really``: another one shows the same work."""
+    global _quiet
+    before, _quiet = _quiet, really
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
 class Rate(TextColumn):
     """Units per second."""
 
@@ -206,6 +220,9 @@ def _to_stderr(line: str) -> None:
 @contextmanager
 def bar(what: str, total: float) -> Iterator[Bar]:
     """A bar for a block of work; a line a minute where stderr is no terminal."""
+    if _quiet:
+        yield HIDDEN
+        return
     if _post is not None:
         told = ToldBar(_post, what, total)
         try:

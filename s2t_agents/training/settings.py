@@ -121,6 +121,9 @@ class Fit(Settings):
         label_temperature: of the LLM's distribution in the soft term.
         width: of the head's hidden layer.
         adapter: LoRA of the other kinds.
+        prompt_share: share of the prompts' tokens, drawn anew at every step, at which the adapted kind learns the
+            LLM's whole distribution besides, not of the rollouts' K candidates alone. The LLM has to be on this machine
+            (about four times the work); with 0 it is not needed.
         max_row: candidates in one forward; longer rows are split, their gradients added.
         bf16: autocast.
         checkpointing: activations of the adapters' layers are computed again in the backward pass instead of kept:
@@ -144,6 +147,7 @@ class Fit(Settings):
     label_temperature: float = Field(default=1.0, gt=0)
     width: int = Field(default=256, ge=1)
     adapter: Adapter = Adapter()
+    prompt_share: float = Field(default=0.0, ge=0, le=1)
     max_row: int = Field(default=512, ge=1)
     bf16: bool = False
     checkpointing: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from ..selectors.config import BaseIdentity, SelectorConfig
 from ..selectors.learned_trigger import save_probe
 from ..selectors.reference import Reference
 from .card import write_card
+from .collect import check_same_ids
 from .config import TrainConfig
+from .crew import Crew
 from .disagreement import fit_probe, hidden_along
 from .fit import CHECKPOINT, State, fit
 from .groups import choose, read_for, split
 from .objectives import fresh_selector, objective_for
 from .paid import Paid, read_paid
+from .progress import quiet
 from .shards import MANIFEST
-from .workers import Workers
+from .workers import Workers, free_port
 
 SETTINGS = "training.json"
 
@@ -30,18 +34,29 @@ IDENTIFYING = {"model_type", "hidden_size", "tokenizer_fingerprint", "weights_fi
 """Of the base, what a training that goes on compares."""
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, crew: Crew | None = None) -> Path:
     """Train one selector; a killed run goes on from its last checkpoint, a finished one is left alone.
+
+    Args:
+        config: see ``TrainConfig``.
+        crew: processes that share every batch; their number changes nothing but the seconds. Without one, those that a
+            launcher started, see ``workers``.
 
     Returns:
         The selector's directory: weights, ``probe.safetensors``, ``selector.json`` and a model card.
 
     Raises:
         FolderInUse: another run is at work there.
-        ConfigError: the directory holds a selector of other settings; rollouts or paid groups of another model.
+        ConfigError: the directory holds a selector of other settings; rollouts or paid groups of another model; an LLM
+            that does not fit the SLM, where it is needed.
         InputError: unfinished rollouts, or too few; a file of paid groups that is none.
         S2TError: the loss is no longer a number; the last checkpoint stands.
     """
+    if crew is not None and crew.count > 1:
+        with sole_run(config.out):
+            for _ in crew.each(partial(_train_as, config, crew.count, free_port()), range(crew.count)):
+                pass
+        return config.out
     workers = Workers()
     models = (
         config.models if workers.device is None else config.models.model_copy(update={"device": str(workers.device)})
@@ -57,11 +72,18 @@ def train_with(slm: LanguageModel, config: TrainConfig, workers: Workers | None 
         _train(slm, config, workers)
 
 
+def _train_as(config: TrainConfig, count: int, port: int, rank: int) -> None:
+    """One of ``count`` processes of a crew; only the first shows how far it is."""
+    with Workers.joined(rank, count, port) as workers, quiet(rank > 0):
+        _train(config.models.load_slm(), config, workers)
+
+
 def _train(slm: LanguageModel, config: TrainConfig, workers: Workers) -> None:
     settings = config.fit
     paid = read_paid(slm, config.paid, settings.k)  # before anything is written
     if _finished(config, slm, workers):
         return
+    llm = _llm(slm, config)
     shards = read_for(slm, config.rollouts, settings.k)
     examples = choose(shards, k=settings.k, rate=settings.rate, kl_rate=settings.kl_rate)
     learn, hold = split(examples, settings.validation)
@@ -71,12 +93,12 @@ def _train(slm: LanguageModel, config: TrainConfig, workers: Workers) -> None:
             f"{groups} training and {held} validation groups are too few.",
             hint="Collect more items, or raise `rate` or `validation`.",
         )
-    hidden = hidden_along(slm, examples)
+    hidden = workers.everyones(hidden_along(slm, workers.part(examples)))
     of = {id(example): states for example, states in zip(examples, hidden, strict=True)}
     probe = fit_probe(learn, [of[id(example)] for example in learn], seed=settings.seed)
     selector = fresh_selector(slm, config.kind, settings)
     states = [of[id(example)] for example in learn] + (hidden_along(slm, paid.examples) if paid.examples else [])
-    train_objective = objective_for(selector, [*learn, *paid.examples], states, settings)
+    train_objective = objective_for(selector, [*learn, *paid.examples], states, settings, llm)
     validation = objective_for(selector, hold, [of[id(example)] for example in hold], settings)
     state = fit(selector, slm, train_objective, validation, settings, config.out, workers)
     if workers.first:
@@ -88,6 +110,21 @@ def _train(slm: LanguageModel, config: TrainConfig, workers: Workers) -> None:
         write_card(config.out)
         (config.out / CHECKPOINT).unlink(missing_ok=True)
     workers.wait()  # nobody reads the directory before it is whole
+
+
+def _llm(slm: LanguageModel, config: TrainConfig) -> LanguageModel | None:
+    """The LLM, where more is learned from it than the rollouts keep.
+
+    Raises:
+        ConfigError: other ids than the SLM's.
+        ModelNotFound: it is not there.
+    """
+    if not config.fit.prompt_share:
+        return None
+    llm = config.models.load_llm()
+    check_same_ids(slm, llm)
+    llm.model.requires_grad_(False)
+    return llm
 
 
 def _figures(
@@ -104,7 +141,7 @@ def _figures(
         "agreement": round(state.best, 4),
         "best_step": state.best_step,
         "steps": state.step,
-        "settings": config.fit.model_dump(mode="json"),
+        "settings": config.fit.model_dump(mode="json", exclude=_unused(config)),
     }
 
 
@@ -117,7 +154,7 @@ def _finished(config: TrainConfig, slm: LanguageModel, workers: Workers) -> bool
     made_from = {
         "kind": config.kind,
         # how memory is spent changes no weights: a run that had too little may go on with checkpointing
-        "fit": config.fit.model_dump(mode="json", exclude={"checkpointing"}),
+        "fit": config.fit.model_dump(mode="json", exclude={"checkpointing"} | _unused(config)),
         "slm": BaseIdentity.of(slm).model_dump(include=IDENTIFYING),
         "rollouts": [_digest(folder / MANIFEST) for folder in config.rollouts],
         **({"paid": [_digest(file) for file in config.paid]} if config.paid else {}),
@@ -133,6 +170,11 @@ def _finished(config: TrainConfig, slm: LanguageModel, workers: Workers) -> bool
     finished = (config.out / "selector.json").exists()
     workers.wait()  # nobody writes before everybody has looked
     return finished
+
+
+def _unused(config: TrainConfig) -> set[str]:
+    """A setting that is off is left out, as in older folders."""
+    return set() if config.fit.prompt_share else {"prompt_share"}
 
 
 def _read(file: Path) -> Any:

@@ -21,8 +21,8 @@ from .cpu_threads import release_threads
 from .cuda.graph_runner import GraphRunner
 from .cuda.pooled_kv_cache import PooledKVCache
 from .fingerprint import checkpoint_fingerprint, norms_of, tokenizer_fingerprint, weights_fingerprint
-from .kv_cache import KVCache, RecurrentCache
 from .grouped_attention import grouped_attention
+from .kv_cache import KVCache, RecurrentCache
 from .loading import ONE_AT_A_TIME, context_window, default_device, end_ids, load_tokenizer, load_weights
 from .model_runner import ModelRunner
 from .packed_linear import LIMIT
@@ -168,17 +168,17 @@ class TorchBackend:
                 return self.runner.forward(batch)
             return [output for item in batch for output in self.runner.forward([item])]
 
-    def read_rows(self, ids: Tensor, mask: Tensor, cache: Cache | None, keep: int) -> tuple[Tensor, Tensor]:
+    def read_rows(self, ids: Tensor, mask: Tensor, cache: Cache | None, keep: int | Tensor) -> tuple[Tensor, Tensor]:
         """Read or continue B left-padded sequences at once, for training; gradients flow where the caller lets them.
 
         Args:
             ids: ``[B, T]``, padding on the left.
             mask: ``[B, C + T]``, 1 for tokens and 0 for padding, the C cached columns included.
             cache: of ``transformers``; grows by T; None keeps nothing.
-            keep: how many of the last columns to return.
+            keep: how many of the last columns to return, or which of the T, ``[n]``.
 
         Returns:
-            Logits ``[B, keep, V]`` (fp32) and last hidden states ``[B, keep, H]``.
+            Logits ``[B, n, V]`` (fp32) and last hidden states ``[B, n, H]``.
         """
         with self.lock, grouped_attention(self.config, ids.shape[1]):
             logits, hidden = self.runner.through_modules(
