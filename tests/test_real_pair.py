@@ -5,17 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_fixtures import save_model, tiny_pair, write_prompts
 
 from s2t_agents.errors import AdapterMismatch, ConfigError
 from s2t_agents.selectors import SelectorConfig, load_selector
 from s2t_agents.testing import tiny_model
 from s2t_agents.training.choices import evaluation
-from s2t_agents.training.collect import collect
-from s2t_agents.training.config import Fit, read_config
-from s2t_agents.training.groups import choose, read_for
-from s2t_agents.training.losses import selection_loss
-from s2t_agents.training.objectives import objective_for
+from s2t_agents.training.config import read_config
 from s2t_agents.training.tasks import disjoint
 
 RECIPE = Path(__file__).parent.parent / "examples" / "real_pair"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ class Evaluation:
         self._run.forget()
         self._maker.forget()
         tallies = {}
-        for row in self._everything:
+        for row in sorted(self._everything, key=_limit, reverse=True):
             progress.say(f"eval {row.name}")
             tally = self._kept.get(number, row.name) if self._kept else None
             if tally is None:
@@ -259,6 +260,21 @@ def _sweeps(maker: RowMaker, slm: LanguageModel, config: EvaluateConfig, chosen:
     return {what: rows for what, rows in found.items() if rows}
 
 
+@dataclass(frozen=True)
+class _Done:
+    """One problem answered in one way, and what that took; several answers where the most frequent one counts."""
+
+    answers: Sequence[AnsweredItem]
+    calls: int
+    tokens: int
+    seconds: float
+
+
+def _limit(row: Row) -> float:
+    """Escalations per answer."""
+    return row.live.limit or 0 if row.live is not None else 0
+
+
 class _Run:
     """Runs rows over chunks; remembers the prompts that several rows read."""
 
@@ -266,29 +282,33 @@ class _Run:
         self._slm, self._llm, self._task, self._settings = slm, llm, task, settings
         self.read_slm, self.read_llm = PromptReader(slm.model), PromptReader(llm.model)
         self.in_bulk = slm.model.library == llm.model.library == "torch"
+        self._done: dict[str, list[_Done]] = {}  # by row, of the present chunk
 
     def forget(self) -> None:
         """A new chunk begins."""
+        self._done.clear()
         self.read_slm.forget()
         self.read_llm.forget()
 
     def fill(self, row: Row, chunk: Sequence[Item], first: bool) -> tuple[Tally, Sequence[AnsweredItem]]:
         """One chunk of one row; on the first one, its answers are looked at more closely."""
         tally = Tally(row.name)
-        items = [item for item in chunk for _ in range(row.samples)]
-        meter = LLMCallCounter(len(items))
-        speaker = self._llm if row.llm_generates else self._slm
-        read = self.read_llm if row.llm_generates else self.read_slm
-        started = time.perf_counter()
-        answers: Sequence[AnsweredItem]
-        if self.in_bulk:
-            answers = converse(speaker, self._task, items, row.make(items, meter), self._settings.max_tokens, read)
-        else:
-            answers = self._served(row, speaker, items, meter)
-        tally.seconds = time.perf_counter() - started
+        done = self._same_as_with_more(row)
+        asked = [at for at in range(len(chunk)) if at not in done]
+        size = max(1, self._settings.batch // row.samples)
+        for start in range(0, len(asked), size):
+            part = asked[start : start + size]
+            for place, answer in zip(part, self._answered(row, [chunk[at] for at in part]), strict=True):
+                done[place] = answer
+        found = [done[at] for at in range(len(chunk))]
+        self._done[row.name] = found
+        answers = [answer for each in found for answer in each.answers]
+        tally.seconds = sum(each.seconds for each in found)
         for at in range(0, len(answers), row.samples):
             tally.right.append(self._right(answers[at : at + row.samples]))
-        _count(tally.count, row, answers, meter)
+        _count(tally.count, row, answers)
+        tally.count["llm_calls"] += sum(each.calls for each in found)
+        tally.count["llm_tokens"] += sum(each.tokens for each in found)
         if first and row.live is not None and self._settings.check:
             checked = answers[: self._settings.check]
             live = check_live(self._slm, self._llm, self._task, checked, row.live, self._settings.max_tokens)
@@ -306,6 +326,32 @@ class _Run:
         meter.calls[:] = torch.tensor([answer.llm_calls for answer in answers])
         meter.tokens[:] = torch.tensor([answer.llm_tokens for answer in answers])
         return answers
+
+    def _answered(self, row: Row, items: Sequence[Item]) -> list[_Done]:
+        """Each of these items answered, so many times as the row wants."""
+        every = [item for item in items for _ in range(row.samples)]
+        meter = LLMCallCounter(len(every))
+        speaker = self._llm if row.llm_generates else self._slm
+        read = self.read_llm if row.llm_generates else self.read_slm
+        started = time.perf_counter()
+        answers: Sequence[AnsweredItem]
+        if self.in_bulk:
+            answers = converse(speaker, self._task, every, row.make(every, meter), self._settings.max_tokens, read)
+        else:
+            answers = self._served(row, speaker, every, meter)
+        seconds = (time.perf_counter() - started) / len(items)
+        found = []
+        for at in range(0, len(every), row.samples):
+            own = slice(at, at + row.samples)
+            calls, tokens = int(meter.calls[own].sum()), int(meter.tokens[own].sum())
+            found.append(_Done(answers[own], calls, tokens, seconds))
+        return found
+
+    def _same_as_with_more(self, row: Row) -> dict[int, _Done]:
+        """By place: answers of the row with a larger limit that did not go beyond this one's."""
+        if row.more is None:
+            return {}
+        return {at: each for at, each in enumerate(self._done.get(row.more, ())) if each.calls <= _limit(row)}
 
     def _right(self, answers: Sequence[AnsweredItem]) -> bool:
         """Whether the (most frequent) answer is right; among equals the first counts."""
@@ -340,7 +386,7 @@ class _Run:
         return under(speaker.grammar(answer.item, prompt, self._settings.max_tokens), trace.ids, said)
 
 
-def _count(count: Counter[str], row: Row, answers: Sequence[AnsweredItem], meter: LLMCallCounter) -> None:
+def _count(count: Counter[str], row: Row, answers: Sequence[AnsweredItem]) -> None:
     """What the answers took."""
     for answer in answers:
         triggered = sum(len(trace.triggered) for trace in answer.traces)
@@ -354,8 +400,6 @@ def _count(count: Counter[str], row: Row, answers: Sequence[AnsweredItem], meter
             count["llm_tokens"] += answer.tokens + sum(map(len, answer.prompts))
         else:
             count["slm_forwards"] += answer.tokens + triggered * row.forwards
-    count["llm_calls"] += int(meter.calls.sum())
-    count["llm_tokens"] += int(meter.tokens.sum())
 
 
 __all__ = ["EvalReport", "RowReport", "evaluate", "evaluate_with"]

@@ -92,6 +92,7 @@ class Row:
         samples: answers per problem, the majority counts.
         llm_generates: the LLM is the model.
         live: the engine that does the same; None where there is none.
+        more: name of the row that differs from this one in its larger ``live.limit`` alone.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Row:
     samples: int = 1
     llm_generates: bool = False
     live: Live | None = None
+    more: str | None = None
 
 
 class RowMaker:
@@ -185,6 +187,7 @@ class RowMaker:
 
     def hybrid(self, ready: Ready, limit: int) -> Row:
         """The selector, with ``limit`` escalations per answer."""
+        more = min((other for other in self._settings.budgets if other > limit), default=None)
         margin, k = ready.calibration.escalation_margin, ready.config.k
 
         def picker(prompts: list[list[int]], meter: LLMCallCounter) -> Hybrid:
@@ -193,7 +196,8 @@ class RowMaker:
 
         live = Live(k=k, trigger=ready.trigger, selector=ready.selector, escalates=True, margin=margin, limit=limit)
         forwards = scorer_for(ready.selector, [[0]]).forwards
-        return Row(f"hybrid_{limit}", self._corrected(ready.condition, k, picker), forwards=forwards, live=live)
+        make = self._corrected(ready.condition, k, picker)
+        return Row(f"hybrid_{limit}", make, forwards=forwards, live=live, more=more and f"hybrid_{more}")
 
     def _for_llm(self, calibration: Calibration | None) -> tuple[Condition, Trigger]:
         """When the LLM is asked where no selector decides.
