@@ -199,9 +199,9 @@ class AdaptedObjective:
         base, selector = self._selector.base, self._selector
         ids, mask = left_padded([example.ids for example in examples], base.device)
         back = max(len(example.ids) - int(example.positions[0]) + 1 for example in examples)
-        before = ids.shape[1] - back
-        drawn = self._prompts.columns(before, step) if self._prompts else torch.empty(0, dtype=torch.long)
-        columns = torch.cat([drawn, torch.arange(before, ids.shape[1])]).to(base.device)
+        width = ids.shape[1]
+        drawn = self._prompts.columns(width, step) if self._prompts else torch.empty(0, dtype=torch.long)
+        columns = torch.cat([drawn, torch.arange(width - back, width)]).to(base.device)
         with base.lock, adapter_on(base, selector.lora, checkpointing=self._checkpointing):
             logits, _ = base.torch_backend.read_rows(ids, mask, None, columns)
         found = []
@@ -210,7 +210,7 @@ class AdaptedObjective:
             found.append(logits[row, at.to(base.device)])
         prompts = None
         if self._prompts and len(drawn):
-            ends = torch.tensor([ids.shape[1] - len(each.ids) + int(each.all_positions[0]) - 1 for each in examples])
+            ends = torch.tensor([width - len(each.ids) + int(each.all_positions[0]) - 1 for each in examples])
             prompts = self._prompts.loss(ids, mask, ends, drawn, logits[:, : len(drawn)])
         slm = torch.cat([example.slm for example in examples]).to(base.device)
         llm = torch.cat([example.llm for example in examples]).to(base.device)
@@ -232,12 +232,16 @@ class PromptDistillation:
     share: float
     seed: int
 
-    def columns(self, count: int, step: int | None) -> Tensor:
-        """``[n]``: those of ``count`` columns that are drawn for this step; None draws none."""
+    def columns(self, width: int, step: int | None) -> Tensor:
+        """``[n]``: which of ``width`` columns are drawn for this step; None draws none.
+
+        They are counted from the right, where rows end: the same for a row whatever else is in its batch.
+        """
         if step is None:
             return torch.empty(0, dtype=torch.long)
-        lots = torch.rand(count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
-        return (lots < self.share).nonzero()[:, 0]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        lots = torch.rand(self.llm.context_window, generator=generator)[:width]
+        return width - 1 - (lots < self.share).nonzero()[:, 0]
 
     def loss(self, ids: Tensor, mask: Tensor, ends: Tensor, columns: Tensor, ours: Tensor) -> Tensor:
         """The mean over each row's columns, summed over the rows.
