@@ -62,6 +62,27 @@ def test_rows_can_leave_the_batch():
     torch.testing.assert_close(batch.logits[1], alone(model, [*PROMPTS[2], 9]).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_rows_leave_one_after_another_and_those_that_stay_do_not_notice():
+    model = tiny_model()
+    ids = [[(7 * row + at) % 90 + 5 for at in range(3 + (5 * row) % 23)] for row in range(20)]  # more than one forward
+    batch = BatchPrefix(model, ids)
+    rows = list(range(20))
+    for gone in (3, 17, 0, 9, 11):
+        batch.keep(torch.tensor([at for at, row in enumerate(rows) if row != gone]))
+        rows.remove(gone)
+        batch.extend(torch.tensor([[row + 1] for row in rows]))
+        ids = [[*each, row + 1] for row, each in enumerate(ids)]
+    assert batch.mask.sum(1).tolist() == [len(ids[row]) for row in rows]
+    candidates = torch.tensor([[3, 4], [5, 6]])
+    ahead = batch.score_candidates(torch.tensor([14, 2]), candidates)
+    for at, line in ((14, 0), (2, 1), (7, None)):
+        single = alone(model, ids[rows[at]])
+        torch.testing.assert_close(batch.logits[at], single.logits, atol=1e-4, rtol=1e-4)
+        if line is not None:
+            scored = single.score_candidates(candidates[line])
+            torch.testing.assert_close(ahead[line], scored, atol=1e-4, rtol=1e-4)
+
+
 def test_recurrent_models_are_refused_by_name():
     with pytest.raises(ConfigError, match="recurrent"):
         BatchPrefix(tiny_model("qwen3_next"), PROMPTS)

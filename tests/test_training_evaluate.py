@@ -101,6 +101,19 @@ def test_the_table_as_json_has_the_rows_and_figures_of_the_method(pair, made):
     assert found["hybrid_0"]["tokens"] == found[best_kind(made)]["tokens"]
 
 
+def test_rows_with_a_limit_are_the_same_whatever_other_limits_there_are(pair, made):
+    slm, llm, _ = pair
+    quick = EvaluationRows(max_tokens=12, check=0, agreement=0, k=4, votes=2, batch=4)
+    found = {}
+    for budgets in ((0, 1, 2, 8), (1,), (0,)):
+        config = settings(made, rows=quick.model_copy(update={"budgets": budgets}), selectors={"head": made / "head"})
+        found[budgets] = evaluate_with(slm, llm, prompts(made, 6), config).rows
+    assert found[0, 1, 2, 8]["hybrid_8"].llm_calls > found[0, 1, 2, 8]["hybrid_1"].llm_calls > 0
+    for limit in (0, 1):
+        many, one = (found[key][f"hybrid_{limit}"].model_dump() for key in ((0, 1, 2, 8), (limit,)))
+        assert {k: v for k, v in many.items() if k != "seconds"} == {k: v for k, v in one.items() if k != "seconds"}
+
+
 def best_kind(made) -> str:
     """The kind that the hybrid rows take: the best held-out agreement."""
     kinds = ("head", "activated", "adapted", "published")
