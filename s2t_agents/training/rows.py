@@ -197,7 +197,9 @@ class RowMaker:
         live = Live(k=k, trigger=ready.trigger, selector=ready.selector, escalates=True, margin=margin, limit=limit)
         forwards = scorer_for(ready.selector, [[0]]).forwards
         make = self._corrected(ready.condition, k, picker)
-        return Row(f"hybrid_{limit}", make, forwards=forwards, live=live, more=more and f"hybrid_{more}")
+        return Row(
+            f"hybrid_{limit}", make, forwards=forwards, live=live, more=None if more is None else f"hybrid_{more}"
+        )
 
     def _for_llm(self, calibration: Calibration | None) -> tuple[Condition, Trigger]:
         """When the LLM is asked where no selector decides.
