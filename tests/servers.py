@@ -28,7 +28,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.seen.append(self.path)
         if self.path == "/v1/models":
-            self.reply({"data": [{"id": self.server.model.name}]})
+            model = {"id": self.server.model.name, "max_model_len": self.server.model.context_window}
+            self.reply({"data": [model]})
         else:
             self.reply({"error": {"message": "no such page"}}, 404)
 
@@ -45,7 +46,31 @@ class Handler(BaseHTTPRequestHandler):
 
     def complete(self, body: dict[str, Any]) -> None:
         """The right answer."""
-        self.reply(self.server.answer(body))
+        if body.get("stream"):
+            self.stream(self.server.events(body))
+        else:
+            self.reply(self.server.answer(body))
+
+    def stream(self, events: Iterator[dict[str, Any]]) -> None:
+        """Server-sent events, until the client hangs up."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        try:
+            for event in events:
+                self.chunk(b"data: " + json.dumps(event).encode() + b"\n\n")
+                self.server.streamed += 1
+            self.chunk(b"data: [DONE]\n\n")
+            self.chunk(b"")
+        except OSError:
+            self.close_connection = True
+            self.server.dropped += 1
+
+    def chunk(self, data: bytes) -> None:
+        """A piece of a body of unknown length; an empty one ends it."""
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        self.wfile.flush()
 
     def reply(self, content: Any, status: int = 200, **headers: str) -> None:
         """A JSON answer; bytes are sent as they are."""
@@ -68,7 +93,9 @@ class CompletionServer(ThreadingHTTPServer):
         fault: takes the place of the right answer.
         asked: bodies of the completions asked for.
         keys: their Authorization headers.
-        dropped: clients that hung up while they were kept waiting by ``keeps_waiting``.
+        dropped: clients that hung up in a stream, or while they were kept waiting by ``keeps_waiting``.
+        streamed: events sent of streams.
+        token_s: seconds that a stream's token takes.
     """
 
     daemon_threads = True
@@ -84,7 +111,8 @@ class CompletionServer(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.seen: list[str] = []
-        self.dropped = 0
+        self.dropped = self.streamed = 0
+        self.token_s = 0.0
         self.over = threading.Event()
 
     @property
@@ -102,6 +130,22 @@ class CompletionServer(ThreadingHTTPServer):
         if self.usage:
             reply["usage"] = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 1}
         return reply
+
+    def events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """A greedy completion, an event a token, as vLLM streams it with ``ignore_eos``."""
+        sequence, pending = TokenSequence(self.model), body["prompt"]
+        allowed = body.get("allowed_token_ids")
+        for _ in range(body["max_tokens"]):
+            sequence.append(pending)
+            scores = sequence.logits.log_softmax(0)
+            token = int(scores.argmax()) if allowed is None else max(allowed, key=lambda each: float(scores[each]))
+            shown = {*scores.topk(min(body["logprobs"], len(scores))).indices.tolist(), token}
+            top = {f"token_id:{each}": float(scores[each]) for each in shown}
+            logprobs = {"tokens": [f"token_id:{token}"], "top_logprobs": [top]}
+            time.sleep(self.token_s)
+            yield {"choices": [{"index": 0, "text": "", "logprobs": logprobs, "finish_reason": None}]}
+            pending = [token]
+        yield {"choices": [{"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}]}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hung up is no event."""

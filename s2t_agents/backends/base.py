@@ -31,6 +31,9 @@ class Capabilities:
         hidden_states: outputs carry the last hidden state, which heads and probes read.
         truncation: a cache can be cut back to any length; False for recurrent states.
         fork_while_running: the front of a cache may be copied while its sequence goes on.
+        concurrent_forwards: forwards of different sequences may run at once, each in its caller's thread: the engine is
+            on another machine.
+        all_logits: every token's logit is known; else only the best tokens', all others are -inf, see ``BestLogits``.
     """
 
     batching: bool
@@ -39,6 +42,8 @@ class Capabilities:
     hidden_states: bool
     truncation: bool
     fork_while_running: bool
+    concurrent_forwards: bool = False
+    all_logits: bool = True
 
 
 class SequenceCache(Protocol):
@@ -164,7 +169,7 @@ class Backend(Protocol):
     """An inference engine with one model loaded.
 
     Attributes:
-        library: what computes: ``torch`` or ``llama.cpp``.
+        library: what computes: ``torch``, ``llama.cpp`` or a ``server``.
         name: path or hub id of the model, as reports show it.
         tokenizer: fast tokenizer of ``transformers``, limited to ids that have an embedding.
         given_tokenizer: the tokenizer as it came; fingerprints and comparisons between models read this one.
@@ -232,5 +237,17 @@ class Backend(Protocol):
 
         Raises:
             Exception: of the engine; caches may be left with tokens beyond what was read, ``truncate`` undoes that.
+        """
+        ...
+
+
+class BestLogits(Backend, Protocol):
+    """A backend without ``Capabilities.all_logits``."""
+
+    def among(self, cache: Any, allowed: Tensor) -> Tensor:
+        """Logits ``[V]`` after the sequence, of ``allowed`` ``[V]`` bool tokens, where none of those known is allowed.
+
+        Raises:
+            Exception: of the engine.
         """
         ...

@@ -1,4 +1,4 @@
-"""From a model's name to the backend that runs it: GGUF files by llama.cpp, checkpoints by PyTorch."""
+"""From a model's name to the backend that runs it: GGUF files by llama.cpp, checkpoints by PyTorch, or a server."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelNotFound
 from ..hub import HUB_OPTIONS, REPOSITORY_OPTIONS, ModelSource
 from ..tokenization.vocabulary import drop_tokens_without_embedding
 from .base import Backend
+from .completions.backend import SCHEME, CompletionsBackend, split_address
 from .llamacpp.gguf_header import read_header
 from .llamacpp.tokenizer import read_tokenizer
 from .torch.backend import TorchBackend
+from .torch.loading import ends_listed
 from .torch.loading import load_tokenizer as checkpoint_tokenizer
 
 
@@ -20,14 +22,16 @@ def load_backend(path: str, **options: Any) -> Backend:
     """Read a model.
 
     Args:
-        path: a directory, bundled name or hub id; a GGUF file, or a directory that holds one.
-        options: ``device``, ``dtype``, ``tokenizer``; for GGUF files those of ``llamacpp.context.Options``; for
-            checkpoints ``prepack`` and those of ``from_pretrained``.
+        path: a directory, bundled name or hub id; a GGUF file, or a directory that holds one; ``vllm://host:port/name``.
+        options: ``device``, ``dtype``, ``tokenizer``; for GGUF files those of ``llamacpp.context.Options``; for servers
+            those of ``completions.backend.Options``; for checkpoints ``prepack`` and those of ``from_pretrained``.
 
     Raises:
         ConfigError: an option that cannot be; a package is missing.
         ModelNotFound, UnsafeWeights: see ``torch.loading.load_weights`` and ``LlamaCppBackend.load``.
     """
+    if path.startswith(SCHEME):
+        return CompletionsBackend.load(path, **_of_a_server(path, options))
     file = _gguf(path, options)
     if file is None:
         return TorchBackend.load(path, **options)
@@ -40,9 +44,11 @@ def load_tokenizer(path: str, **options: Any) -> Any:
     """The fast tokenizer of a model; errors as ``load_backend``.
 
     Args:
-        path: as there.
+        path: as there; a server's model has the tokenizer of the hub id or directory that it is called by.
         options: as there.
     """
+    if path.startswith(SCHEME):
+        path = split_address(path)[1]
     file = _gguf(path, options)
     return checkpoint_tokenizer(path, **options) if file is None else read_tokenizer(read_header(file))
 
@@ -50,6 +56,8 @@ def load_tokenizer(path: str, **options: Any) -> Any:
 def fitted_tokenizer(path: str, **options: Any) -> Any:
     """The tokenizer as the model's weights will have it, without reading these; errors as ``load_backend``."""
     options = dict(options)
+    if path.startswith(SCHEME):
+        return _of_a_server(path, options)["tokenizer"]
     tokenizer = options.pop("tokenizer", None) or load_tokenizer(path, **options)
     rows = described(path, options).get("vocab_size")
     return drop_tokens_without_embedding(tokenizer, rows, path) if isinstance(rows, int) else tokenizer
@@ -61,6 +69,8 @@ def described(path: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         ConfigError: damaged files.
     """
+    if path.startswith(SCHEME):
+        return {}
     file = _gguf(path, options, here=True)
     if file is not None:
         header = read_header(file)
@@ -97,4 +107,33 @@ def _of_the_engine(options: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"dtype is {dtype}, but a GGUF file has types of its own.", hint="Leave it out.")
     if device is not None and str(device) == "cpu":
         kept.setdefault("n_gpu_layers", 0)
+    return kept
+
+
+def _of_a_server(address: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a server, with the tokenizer and the end tokens of its model.
+
+    Raises:
+        ConfigError: a device or dtype, which are the server's.
+        ModelNotFound: no such tokenizer here.
+    """
+    kept = dict(options)
+    for name in ("device", "dtype"):
+        if kept.pop(name, None) is not None:
+            raise ConfigError(f"{name} is set, but {address!r} runs on its server.", hint="Leave it out.")
+    source = {name: kept.pop(name) for name in HUB_OPTIONS | REPOSITORY_OPTIONS if name in kept}
+    given = kept.get("tokenizer")
+    if given is not None and not isinstance(given, str | Path):
+        return kept
+    path = split_address(address)[1] if given is None else str(given)
+    try:
+        kept["tokenizer"] = load_tokenizer(path, **source)
+    except ModelNotFound as error:
+        raise ModelNotFound(
+            f"the tokenizer of {address!r} is not to be had: {error}",
+            hint='Say where it is: model_kwargs={"tokenizer": "directory or hub id"}.',
+        ) from error
+    if _gguf(path, source) is None:
+        listed = ends_listed(path, **source)
+        kept.setdefault("eos_token_ids", [*listed, kept["tokenizer"].eos_token_id])
     return kept

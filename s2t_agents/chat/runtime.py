@@ -33,6 +33,7 @@ from ..scheduling.language_model import LanguageModel
 from ..selectors import Selector, calibrated_trigger, load_selector
 from ..selectors.config import SelectorConfig
 from ..selectors.drift import DriftWatch
+from ..selectors.served import SERVER, ServedSelector, served
 from ..triggers import Trigger
 from .messages import PromptEncoder
 from .response_options import OutputSchemas, ResponseOptions
@@ -385,6 +386,14 @@ def _window_of(model: str | LanguageModel, options: Mapping[str, Any]) -> int | 
     return limit if isinstance(limit, int) else None
 
 
+def _served(slm: LanguageModel) -> ServedSelector:
+    if slm.capabilities.all_logits:
+        raise ConfigError(
+            f"{slm.name!r} runs here, so no server selects for it.", hint="Give the selector's directory instead."
+        )
+    return ServedSelector()
+
+
 def build(settings: EngineSettings) -> Runtime:
     """Load the models and build the engine; the selector's calibration gives default k, trigger and margin.
 
@@ -395,14 +404,15 @@ def build(settings: EngineSettings) -> Runtime:
         settings.model, device=settings.device, dtype=settings.dtype, options=dict(settings.model_kwargs)
     )
     config: SelectorConfig | None = None
-    selector = settings.selector
-    if isinstance(selector, (str, Path)):
+    selector, trigger = settings.selector, settings.trigger
+    if selector == SERVER:
+        selector, trigger = _served(slm), trigger or served()
+    elif isinstance(selector, (str, Path)):
         selector, config = load_selector(selector, slm)
     escalation = escalation_of(settings.escalation)
     if escalation is not None:
         escalation.llm.check(slm)
     calibration = config.calibration if config else None
-    trigger = settings.trigger
     drift: DriftWatch | None = None
     if trigger is None and config and calibration:
         trigger = calibrated_trigger(selector_path(str(settings.selector)), config)

@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import aclosing
 from typing import Any
 
 import httpx
@@ -114,17 +115,45 @@ class Endpoint:
         if client is not None and self._client_loop is asyncio.get_running_loop():
             await client.aclose()
 
+    async def lines(
+        self, url: httpx.URL | str, body: object, *, sent: Callable[[], None] = lambda: None
+    ) -> AsyncGenerator[bytes, None]:
+        """The lines of a streamed response, as they arrive; arguments and errors as ``post``.
+
+        The whole may be of any length, a line has at most ``MAX_BODY_BYTES``.
+        """
+        async with self._open("POST", url, sent, json=body) as response:
+            line = bytearray()
+            async with aclosing(_parts(response)) as parts:
+                async for part in parts:
+                    *complete, rest = part.split(b"\n")
+                    for each in complete:
+                        yield bytes(line + each)
+                        line.clear()
+                    line += rest
+                    _check_length(line)
+            if line:
+                yield bytes(line)
+
     async def _request(self, method: str, url: httpx.URL | str, sent: Callable[[], None], **body: Any) -> bytes:
+        async with self._open(method, url, sent, **body) as response:
+            return await _read_body(response)
+
+    @contextlib.asynccontextmanager
+    async def _open(
+        self, method: str, url: httpx.URL | str, sent: Callable[[], None], **body: Any
+    ) -> AsyncIterator[httpx.Response]:
+        """A response of status 200, its body not read yet."""
         where = self.url.join(url)
         fault: EscalationFailed
         try:
             async with self._current_client().stream(
                 method, where, headers=self._headers(), extensions={"trace": _trace_body_start(sent)}, **body
             ) as response:
-                content = await _read_body(response)
-            if response.status_code == 200:
-                return content
-            fault = self._status_error(response, content)
+                if response.status_code == 200:
+                    yield response
+                    return
+                fault = self._status_error(response, await _read_body(response))
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
             fault = EndpointDown(f"{self.url.host} cannot be reached: {self.redacted(_error_text(error))}.")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -145,7 +174,7 @@ class Endpoint:
                 timeout=httpx.Timeout(None, connect=self._connect_s),  # the caller's deadline covers the rest
                 limits=httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=KEEP_ALIVE_S),
                 verify=self._verify,
-                trust_env=not _is_loopback(self.url.host),  # no proxy for loopback addresses
+                trust_env=not is_loopback(self.url.host),  # no proxy for loopback addresses
                 follow_redirects=False,  # the key must only go to its host
             )
         except (OSError, ImportError, TypeError) as error:
@@ -209,7 +238,7 @@ def checked_url(base_url: str, *, allow_http: bool) -> httpx.URL:
         raise ConfigError("the server's URL carries a user, a query or a fragment.", hint=URL_HINT)
     if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 443) < 65536:
         raise ConfigError("the server's URL is no http(s) URL.", hint=URL_HINT)
-    if url.scheme == "http" and not _is_loopback(url.host) and not allow_http:
+    if url.scheme == "http" and not is_loopback(url.host) and not allow_http:
         raise ConfigError(
             "plain http to another machine would send prompts and the key in the clear.",
             hint="Take https, or say allow_http=True in a network that you trust.",
@@ -256,7 +285,8 @@ def redact_in_logs(key: str) -> None:
             logging.getLogger(name).addFilter(_key_filter)  # has no effect the second time
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's loopback."""
     if host == "localhost":
         return True
     try:
@@ -279,14 +309,23 @@ def _trace_body_start(sent: Callable[[], None]) -> Callable[[str, Any], Awaitabl
 
 
 async def _read_body(response: httpx.Response) -> bytes:
+    content = bytearray()
+    async for part in _parts(response):
+        content += part
+        _check_length(content)
+    return bytes(content)
+
+
+async def _parts(response: httpx.Response) -> AsyncGenerator[bytes, None]:
     if response.headers.get("content-encoding", "identity") != "identity":
         raise EscalationFailed("the answer is compressed, although that was not asked for.")
-    content = bytearray()
     async for part in response.aiter_raw():
-        content += part
-        if len(content) > MAX_BODY_BYTES:
-            raise EscalationFailed(f"the answer is longer than {MAX_BODY_BYTES} bytes.")
-    return bytes(content)
+        yield part
+
+
+def _check_length(content: bytearray) -> None:
+    if len(content) > MAX_BODY_BYTES:
+        raise EscalationFailed(f"the answer is longer than {MAX_BODY_BYTES} bytes.")
 
 
 def status_error(status: int, message: str) -> EndpointRefused:

@@ -236,6 +236,8 @@ class Engine:
             timings = Timings(propose=computed - started, grammar=grammar_s, compute=compute)
             return Step(index, len(prefix), token, token, "slm", timings=timings)
         allowed = grammar.allowed(prefix.logits) if grammar else self.slm.with_text
+        if allowed is not None:
+            prefix.know(allowed)
         masked = time.perf_counter()
         proposal = Proposal(prefix, self.k, allowed=allowed, banned=banned)
         if looks_twice:

@@ -10,16 +10,16 @@ from typing import Any
 from pydantic import SecretStr
 from tenacity import (
     AsyncRetrying,
-    RetryCallState,
     retry_if_exception_type,
     stop_after_attempt,
     stop_before_delay,
-    wait_random_exponential,
 )
 
 from ..endpoints import event_loop
 from ..endpoints.circuit_breaker import CircuitBreaker
 from ..endpoints.endpoint import Endpoint
+from ..endpoints.retries import retry_wait
+from ..endpoints.tokenizer_check import TokenizerSample, verify_tokenizer
 from ..errors import ConfigError, EndpointBusy, EndpointRefused, EscalationFailed, OutOfTime
 from ..scheduling.language_model import LanguageModel
 from ..types import Charge, Price
@@ -27,10 +27,7 @@ from . import completions
 from .hedging import hedged
 from .question import Answer, Question, charge
 from .request_costs import ReportCharge, RequestCosts, total_charge
-from .tokenizer_check import TokenizerSample, verify_tokenizer
 
-JITTER = wait_random_exponential(multiplier=0.1, max=2.0)
-"""Random seconds between attempts, in addition to Retry-After: up to 0.1, 0.2, 0.4, ..."""
 HEDGED_NOTE = "asked twice: the first request was late"
 
 
@@ -177,7 +174,7 @@ class OpenAILLM:
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(EndpointBusy),
             stop=stop_after_attempt(self.attempts) | stop_before_delay(seconds),
-            wait=_retry_wait,
+            wait=retry_wait,
             reraise=True,
         )
         async for attempt in retrying:
@@ -231,13 +228,6 @@ class OpenAILLM:
                 raise
         self._asks_by_id = False  # the server refuses unknown fields
         return await self._post(question, owe, sent)
-
-
-def _retry_wait(state: RetryCallState) -> float:
-    """Seconds until the next attempt: Retry-After plus jitter."""
-    error = state.outcome.exception() if state.outcome else None
-    retry_after_s = error.wait_s if isinstance(error, EndpointBusy) else None
-    return JITTER(state) + (retry_after_s or 0.0)
 
 
 class OpenAISession:

@@ -42,7 +42,8 @@ IDLE_S = 2.0
 class Scheduler:
     """Runs the requests of concurrent callers on one backend. Safe under threads.
 
-    A thread that holds the backend's lock (an exclusive turn) runs its requests at once, alone.
+    A thread that holds the backend's lock (an exclusive turn) runs its requests at once, alone. So does every caller of
+    a backend on another machine, which has a scheduler of its own.
 
     Args:
         backend: whose batches these are.
@@ -94,6 +95,10 @@ class Scheduler:
         Raises:
             BaseException: the wait was interrupted; what was not begun is dropped, a forward under way is waited for.
         """
+        if self._backend.capabilities.concurrent_forwards:
+            for request in requests:
+                self._alone(request, request.work(request.rows))
+            return
         if self._backend.lock._is_owned():
             self._run_exclusively(requests)
             return

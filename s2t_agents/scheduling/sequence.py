@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..backends.base import BestLogits
 from ..backends.statistics import LogitStatistics
 from .compute_time import ComputeTime
 from .language_model import LanguageModel
@@ -84,6 +85,11 @@ class TokenSequence:
         with self._running or nullcontext():
             self.logits, self.hidden = self.model.append(torch.tensor(ids), self.cache, self.compute)
         self.ids += ids
+
+    def know(self, allowed: Tensor) -> None:
+        """Where the backend knows the best tokens alone, and none is ``allowed`` ``[V]`` bool: ask it for others."""
+        if not self.model.capabilities.all_logits and not (self.logits[allowed] > -torch.inf).any():
+            self.logits = cast(BestLogits, self.model.backend).among(self.cache, allowed)
 
     @property
     def statistics(self) -> LogitStatistics | None:

@@ -6,6 +6,7 @@ No extra forward pass of the base: score = log p_SLM + mlp([hidden, embedding(c)
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -68,6 +69,17 @@ class HeadSelector(LearnedSelector):
     def load(cls, path: Path, base: LanguageModel, config: SelectorConfig) -> HeadSelector:
         """Read a directory written by ``save``; errors as ``ActivatedSelector.load``."""
         config.check_base(base)
+        return cls.read(path, base, config)
+
+    @classmethod
+    def read(cls, path: Path, base: Any, config: SelectorConfig) -> HeadSelector:
+        """As ``load``, for a base that the caller has compared with ``config``.
+
+        Args:
+            path: the directory.
+            base: name, hidden_size, output_embedding and device, as a ``LanguageModel`` has them.
+            config: of the selector.
+        """
         tensors = read_tensors(path / WEIGHTS_FILE)
         try:
             width = tensors["out.weight"].shape[1]

@@ -35,7 +35,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     The second part is missing where the layers cannot be read as they were saved: quantised, or offloaded.
     """
     embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    first = _short(str((embedding.numel(),)) + str(_probes(embedding, PROBES).view(torch.int16).tolist()))
+    first = embedding_fingerprint(embedding)
     others = [parameter for parameter in model.parameters() if parameter is not embedding]
     if getattr(model.config, "quantization_config", None) or any(map(_unreadable, others)):
         return first
@@ -58,6 +58,11 @@ def norms_of(model: nn.Module) -> list[Tensor]:
     """The weights ``[H]`` of a model's normalisation layers."""
     named = model.named_parameters()
     return [each for name, each in named if each.dim() == 1 and name.endswith("norm.weight") and not each.is_meta]
+
+
+def embedding_fingerprint(embedding: Tensor) -> str:
+    """The first part of ``weights_fingerprint``, from the input embedding ``[V, H]``."""
+    return _short(str((embedding.numel(),)) + str(_probes(embedding, PROBES).view(torch.int16).tolist()))
 
 
 def same_weights(one: str, other: str) -> bool:

@@ -279,6 +279,14 @@ def end_ids(model: Any, tokenizer: Any, name: str) -> frozenset[int]:
     return frozenset(each for each in known if 0 <= each < rows)
 
 
+def ends_listed(path: str, **options: Any) -> list[int]:
+    """The end tokens of a model's ``generation_config.json``; empty where it has none."""
+    origin = ModelSource.of(path, options)
+    file = origin.file("generation_config.json")
+    listed = None if file is None else origin.json(file).get("eos_token_id")
+    return [each for each in (listed if isinstance(listed, list) else [listed]) if each is not None]
+
+
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """A safetensors file, or an error that names it."""
     if not file.is_file():

@@ -5,16 +5,35 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ValidationError
 
-from ..endpoints.endpoint import Endpoint
 from ..errors import EndpointBusy, EndpointDown, EscalationFailed, ModelNotFound, TokenizerMismatch
-from ..scheduling.language_model import LanguageModel
+from .endpoint import Endpoint
 
 SAMPLE_TEXT = "The 37 shells cost $4.05; naïve façades, 東京 and наука.\n\tdef f(x): return x**2  # {'a': [1, 2]}\n"
 SAMPLED_TOKENS = 64
 """Tokens, evenly spread over the vocabulary, that are added to the sample text."""
+
+
+class Tokenizing(Protocol):
+    """A model, as far as its tokenizer is concerned."""
+
+    @property
+    def name(self) -> str:
+        """Path or hub id."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """A fast one."""
+        ...
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Hash of its ids."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,7 +46,7 @@ class TokenizerSample:
     ids: tuple[int, ...]
 
     @classmethod
-    def of(cls, slm: LanguageModel) -> TokenizerSample:
+    def of(cls, slm: Tokenizing) -> TokenizerSample:
         """The sample text, and tokens from all over the vocabulary."""
         tokenizer = slm.tokenizer
         step = max(1, len(tokenizer) // SAMPLED_TOKENS)
@@ -37,29 +56,37 @@ class TokenizerSample:
         return cls(slm.name, slm.tokenizer_fingerprint, text, ids)
 
 
-class _Model(BaseModel):
+class ServedModel(BaseModel):
+    """A model as the server lists it; vLLM gives its context window in tokens."""
+
     id: str
+    max_model_len: int | None = None
 
 
 class _Models(BaseModel):
-    data: tuple[_Model, ...]
+    data: tuple[ServedModel, ...]
 
 
 class _Tokens(BaseModel):
     tokens: tuple[int, ...]
 
 
-async def verify_tokenizer(endpoint: Endpoint, model: str, spelling: TokenizerSample) -> None:
+async def verify_tokenizer(endpoint: Endpoint, model: str, spelling: TokenizerSample) -> ServedModel | None:
     """Compare model name and tokenizer with the server's; skips what the server does not offer.
+
+    Returns:
+        The model as the server lists it; None where it lists none.
 
     Raises:
         ModelNotFound: the server lists its models without this one.
         TokenizerMismatch: it tokenizes the sample text differently.
         EndpointDown, EndpointBusy: it could not be asked.
     """
+    found: ServedModel | None = None
     with _skip_if_missing():
         served = _Models.model_validate_json(await endpoint.get("models")).data
-        if served and model not in (each.id for each in served):
+        found = next((each for each in served if each.id == model), None)
+        if served and found is None:
             names = endpoint.redacted(", ".join(each.id for each in served[:5]))
             raise ModelNotFound(
                 f"{endpoint.url.host} does not serve {model!r} but {names}.",
@@ -73,6 +100,7 @@ async def verify_tokenizer(endpoint: Endpoint, model: str, spelling: TokenizerSa
                 f"{model!r} at {endpoint.url.host} and {spelling.slm!r} do not spell a sample text in the same ids.",
                 hint="Serve an LLM of the same family, or take ChatJudge, which needs no shared tokenizer.",
             )
+    return found
 
 
 @contextlib.contextmanager

@@ -1,0 +1,417 @@
+"""A model on a server, behind OpenAI's completions API.
+
+engine ── append token ──> is it what the server went on with?
+                             yes: the next prediction of the stream, mostly there already
+                             no (a grammar, the LLM, sampling): hang up, ask again from here;
+                             the server's prefix cache makes that cheap
+
+The server names its best 20 tokens a position, all others are unknown: their logits are -inf here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import torch
+from pydantic import SecretStr
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, stop_before_delay
+from torch import Tensor
+
+from ...endpoints import event_loop
+from ...endpoints.circuit_breaker import CircuitBreaker
+from ...endpoints.completions import TOP_LOGPROBS
+from ...endpoints.endpoint import Endpoint, is_loopback
+from ...endpoints.retries import retry_wait
+from ...endpoints.served_selection import ServerSelection, read_back
+from ...endpoints.tokenizer_check import TokenizerSample, verify_tokenizer
+from ...errors import ConfigError, EndpointBusy, EndpointRefused, EscalationFailed
+from ...fork_safety import FORWARD, hold_while_forking
+from ...redaction import without_secrets
+from ..base import Capabilities, Limits, Output, ScoreCandidates, StepOutput, Work
+from ..statistics import LogitStatistics
+from ..torch.fingerprint import tokenizer_fingerprint
+from .stream import CompletionStream, Prediction
+
+SCHEME = "vllm://"
+"""Of addresses: ``vllm://host:port/name``, the name as the server lists it."""
+
+TOKEN_BYTES = 8
+FIRST = 1e-3
+"""Nats by which the small model's best token is put above the selector's: how far it was, the server does not say."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a server is asked.
+
+    Attributes:
+        api_key: bearer token; never shown, not pickled.
+        api_key_env: name of an environment variable with the key instead.
+        allow_http: permit plain HTTP to other machines.
+        verify: as in httpx: True, or an ``ssl.SSLContext``.
+        connect_s: seconds for one connection.
+        timeout_s: seconds without a token after which a request has failed; reading the prompt comes before the first.
+        attempts: requests for one token, where the server declines (429, 5xx) or breaks off.
+        read_ahead: tokens that one request may write; what the answer does not use of them is wasted.
+        context_window: tokens; None asks the server, which may not say.
+        eos_token_ids: tokens that end an answer; None takes the tokenizer's.
+    """
+
+    api_key: SecretStr | str | None = field(default=None, repr=False)
+    api_key_env: str | None = None
+    allow_http: bool = False
+    verify: Any = True
+    connect_s: float = 5.0
+    timeout_s: float = 60.0
+    attempts: int = 3
+    read_ahead: int = 256
+    context_window: int | None = None
+    eos_token_ids: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the limits (ConfigError)."""
+        for name in ("connect_s", "timeout_s"):
+            if not 0 < getattr(self, name) <= 3600:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie above 0 and at most at 3600 seconds.")
+        for name in ("attempts", "read_ahead"):
+            if not getattr(self, name) >= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+
+
+class CompletionCache:
+    """One sequence on the server: its token ids here, its KV there; see ``base.SequenceCache``."""
+
+    def __init__(self, ids: Sequence[int] = ()) -> None:
+        self.ids = list(ids)
+        self.stream: CompletionStream | None = None
+        self.selection: ServerSelection | None = None
+        """Of the server's own selector after the last token, where it was triggered."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        return len(self.ids)
+
+    @property
+    def read(self) -> int:
+        """All of them."""
+        return len(self.ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on this machine: of the ids."""
+        return TOKEN_BYTES * len(self.ids)
+
+    def fork(self, length: int) -> CompletionCache:
+        """The first ``length`` tokens; the server's prefix cache has their KV."""
+        return CompletionCache(self.ids[:length])
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens after the first ``length``."""
+        if length < len(self.ids):
+            self.park()
+            del self.ids[length:]
+
+    def mark_read(self, length: int) -> None:
+        """Nothing to do."""
+
+    def park(self) -> None:
+        """Hang up."""
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+
+    def close(self) -> None:
+        """Hang up and forget the tokens."""
+        self.park()
+        self.ids = []
+
+    def __del__(self) -> None:
+        self.park()
+
+    def statistics(self) -> LogitStatistics | None:
+        """None are computed on the way."""
+        return None
+
+    def unbilled_s(self) -> float:
+        """None: the server's time is not known."""
+        return 0.0
+
+
+class CompletionsBackend:
+    """A model on a server; see ``base.Backend``. The address is ``vllm://host:port/name``.
+
+    It needs token ids as prompts and ``return_tokens_as_token_ids``, as vLLM has them, and is best with vLLM's
+    ``ignore_eos`` and ``allowed_token_ids``. Plain HTTP goes to loopback addresses only, unless it is permitted.
+
+    Args:
+        name: of the model, as the server lists it.
+        endpoint: of the server.
+        tokenizer: a fast one, the model's.
+        options: how it is asked.
+        breaker: circuit breaker of the server.
+
+    Raises:
+        ConfigError: a tokenizer without an end token, and none given.
+    """
+
+    library = "server"
+    quantization = "unknown"
+    checkpoint_fingerprint: str | None = None
+
+    def __init__(
+        self,
+        name: str,
+        endpoint: Endpoint,
+        tokenizer: Any,
+        *,
+        options: Options | None = None,
+        breaker: CircuitBreaker | None = None,
+    ) -> None:
+        self._model, self._endpoint, self._options = name, endpoint, options or Options()
+        self.name = f"{SCHEME}{endpoint.url.netloc.decode('ascii')}/{name}"
+        self.given_tokenizer = self.tokenizer = tokenizer
+        self.architecture, self.hidden_size = "unknown", 0
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        self.context_window = self._options.context_window or 0
+        self.eos_ids = self._ends()
+        self.device = torch.device("cpu")
+        self.lock = threading.RLock()
+        hold_while_forking(self, "lock", FORWARD)
+        self.capabilities = Capabilities(
+            batching=False,
+            candidate_scoring=False,
+            candidate_lora=False,
+            hidden_states=False,
+            truncation=True,
+            fork_while_running=True,
+            concurrent_forwards=True,
+            all_logits=False,
+        )
+        self.limits = Limits()
+        self.breaker = breaker or CircuitBreaker()
+        self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
+        self.weights_fingerprint = f"server-{hashlib.sha256(self.name.encode()).hexdigest()[:16]}"
+        """Which weights a server has, it does not say: this tells addresses apart."""
+
+    @classmethod
+    def load(cls, address: str, *, tokenizer: Any, **options: Any) -> CompletionsBackend:
+        """Connect to a server.
+
+        Args:
+            address: ``vllm://host:port/name``.
+            tokenizer: a fast one, the model's.
+            options: see ``Options``.
+
+        Raises:
+            ConfigError: an option or address that cannot be; a context window that nobody knows.
+            ModelNotFound: the server has other models.
+            TokenizerMismatch: it tokenizes a sample text differently.
+            EscalationFailed: it cannot be reached.
+        """
+        host, name = split_address(address)
+        try:
+            wanted = Options(**options)
+        except TypeError as error:
+            known = ", ".join(Options.__dataclass_fields__)
+            raise ConfigError(
+                f"a server takes no such option: {error}.", hint=f"It takes tokenizer, {known}."
+            ) from error
+        endpoint = Endpoint(
+            server_url(host, allow_http=wanted.allow_http),
+            api_key=wanted.api_key,
+            api_key_env=wanted.api_key_env,
+            connect_s=wanted.connect_s,
+            allow_http=wanted.allow_http,
+            verify=wanted.verify,
+        )
+        backend = cls(name, endpoint, tokenizer, options=wanted)
+        backend.connect()
+        return backend
+
+    def connect(self) -> None:
+        """Compare name and tokenizer with the server's; errors as ``load``."""
+        served = event_loop.run_coroutine(
+            verify_tokenizer(self._endpoint, self._model, TokenizerSample.of(self)), 2 * self._options.connect_s + 2
+        )
+        listed = served.max_model_len if served else None
+        window = self._options.context_window or listed
+        if window is None:
+            raise ConfigError(
+                f"the server of {self.name!r} does not say how many tokens fit its context window.",
+                hint='Say it: model_kwargs={"context_window": ...}.',
+            )
+        self.context_window = min(window, listed or window)
+
+    @property
+    def output_embedding(self) -> Tensor:
+        """Not here.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"the weights of {self.name!r} are on its server; a selector needs them.",
+            hint="Load the checkpoint itself, or leave the selector out: triggers and the LLM work as ever.",
+        )
+
+    def new_cache(self) -> CompletionCache:
+        """An empty one."""
+        return CompletionCache()
+
+    def forward(self, batch: Sequence[Work]) -> list[Output]:
+        """One token's prediction each; streams of several sequences arrive at once.
+
+        Raises:
+            EndpointDown, EndpointBusy, EndpointRefused, EscalationFailed: no prediction.
+        """
+        return [self._append(item) for item in batch]
+
+    def among(self, cache: CompletionCache, allowed: Tensor) -> Tensor:
+        """Logits ``[V]`` after the sequence where none of the known tokens is ``allowed`` ``[V]`` bool.
+
+        Raises:
+            EndpointRefused: the server does not know ``allowed_token_ids``.
+        """
+        cache.park()
+        legal = allowed.nonzero()[:, 0].tolist()
+        stream = self._request(cache, 1, allowed_token_ids=legal)
+        try:
+            found = stream.after(cache.ids, self._options.timeout_s)
+        finally:
+            stream.close()
+        known = {token: value for token, value in (found.logprobs if found else {}).items() if bool(allowed[token])}
+        if not known:
+            raise EndpointRefused(
+                f"none of the server's best {TOP_LOGPROBS} tokens is legal here; it knows no allowed_token_ids.",
+                hint="Serve the model with vLLM, or with `s2t serve`.",
+            )
+        return self._logits(known)
+
+    def _append(self, item: Work) -> StepOutput:
+        if isinstance(item, ScoreCandidates):
+            raise ConfigError(f"{self.name!r} scores no candidates: its hidden states stay on its server.")
+        cache: CompletionCache = item.cache
+        cache.truncate(item.length)
+        cache.ids += item.ids.tolist()
+        try:
+            with self.breaker.attempt():
+                prediction = self._predicted(cache)
+        except BaseException:
+            cache.park()
+            raise
+        cache.selection = selected = read_back(prediction.logprobs)
+        known = prediction.logprobs if selected is None else _as_wanted(selected)
+        return StepOutput(self._logits(known), torch.empty(0))
+
+    def _predicted(self, cache: CompletionCache) -> Prediction:
+        retrying = Retrying(
+            retry=retry_if_exception_type(EndpointBusy),
+            stop=stop_after_attempt(self._options.attempts) | stop_before_delay(self._options.timeout_s),
+            wait=retry_wait,
+            reraise=True,
+        )
+        return retrying(self._next, cache)
+
+    def _next(self, cache: CompletionCache) -> Prediction:
+        """The running stream's next prediction, or a new stream's first."""
+        stream, cache.stream = cache.stream, None
+        if stream is not None:
+            found = self._of(stream, cache)
+            if found is not None:
+                return found
+        stream = self._request(cache, min(self._options.read_ahead, self.context_window - cache.length))
+        found = self._of(stream, cache)
+        if found is not None:
+            return found
+        if len(self.eos_ids) != 1:
+            raise EscalationFailed(f"{self._model!r} ended its answer by a token that the server does not show.")
+        (end,) = self.eos_ids  # an empty completion: the end token, which this server does not show
+        return Prediction(end, {end: 0.0})
+
+    def _of(self, stream: CompletionStream, cache: CompletionCache) -> Prediction | None:
+        """A stream's prediction after the sequence, which keeps the stream; None where it leads no further."""
+        found: Prediction | None = None
+        try:
+            found = stream.after(cache.ids, self._options.timeout_s)
+        except EscalationFailed:
+            if not len(stream):
+                raise
+            # it had begun well and broke off: a new one goes on from here
+        finally:
+            if found is None:
+                stream.close()
+        if found is not None:
+            cache.stream = stream
+        return found
+
+    def _request(self, cache: CompletionCache, tokens: int, **more: Any) -> CompletionStream:
+        body = {
+            "model": self._model,
+            "prompt": cache.ids,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "logprobs": TOP_LOGPROBS,
+            "return_tokens_as_token_ids": True,
+            "ignore_eos": True,  # end tokens come as others do; who reads them hangs up
+            "skip_special_tokens": False,
+            "stream": True,
+            **more,
+        }
+        return CompletionStream(self._endpoint, body, start=cache.length, vocab_size=self.vocab_size)
+
+    def _logits(self, known: dict[int, float]) -> Tensor:
+        logits = torch.full((self.vocab_size,), -torch.inf)
+        logits[list(known)] = torch.tensor(list(known.values()))
+        return logits
+
+    def _ends(self) -> frozenset[int]:
+        given = self._options.eos_token_ids
+        ends = frozenset([self.tokenizer.eos_token_id] if given is None else given) - {None}
+        if not ends or not all(type(each) is int and 0 <= each < self.vocab_size for each in ends):
+            raise ConfigError(
+                f"the end tokens of {self._model!r} are {sorted(map(str, ends))}.",
+                hint='Name their ids: model_kwargs={"eos_token_ids": [...]}.',
+            )
+        return ends
+
+
+def _as_wanted(selection: ServerSelection) -> dict[int, float]:
+    """Log-probabilities of the candidates with the small model's own best token first."""
+    known = dict(selection.candidates)
+    if selection.wanted is not None:
+        known[selection.wanted] = max(known.values()) + FIRST
+    return known
+
+
+def split_address(address: str) -> tuple[str, str]:
+    """Host with port, and the model's name, of ``vllm://host:port/name``.
+
+    Raises:
+        ConfigError: one of them is missing.
+    """
+    host, _, name = address.removeprefix(SCHEME).partition("/")
+    if not host or not name:
+        raise ConfigError(
+            f"the model's address is {without_secrets(address)!r}.",
+            hint="It reads vllm://host:port/name, the name as the server lists it.",
+        )
+    return host, name
+
+
+def server_url(host: str, *, allow_http: bool) -> str:
+    """The base URL of ``host:port``: plain HTTP on this machine, and elsewhere where it is permitted.
+
+    Raises:
+        ConfigError: no host.
+    """
+    try:
+        plain = allow_http or is_loopback(httpx.URL(f"http://{host}").host)
+    except httpx.InvalidURL:
+        raise ConfigError(f"the server's address is {without_secrets(host)!r}; that is no host:port.") from None
+    return f"{'http' if plain else 'https'}://{host}/v1"

@@ -1,0 +1,177 @@
+"""A server's greedy continuation of a prompt, read ahead in the background.
+
+request ──> "token_id:17": -0.1, "token_id:4": -2.9, ...     one prediction a position: the best tokens, and which one
+                                                             the server went on with
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from ...endpoints import event_loop
+from ...endpoints.completions import LOGPROB_TOLERANCE, LogProb, PartialModel, logprobs_by_id, token_id
+from ...endpoints.endpoint import Endpoint
+from ...errors import EscalationFailed
+
+DATA = b"data:"
+DONE = b"[DONE]"
+"""Server-sent events, as OpenAI's API uses them."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One position of a completion.
+
+    Attributes:
+        token: the server went on with this one.
+        logprobs: of the best tokens, that one among them.
+    """
+
+    token: int
+    logprobs: dict[int, float]
+
+
+class _Logprobs(PartialModel):
+    tokens: tuple[str, ...]
+    top_logprobs: tuple[dict[str, LogProb], ...]
+
+
+class _Choice(PartialModel):
+    logprobs: _Logprobs | None = None
+
+
+class _Error(PartialModel):
+    message: str = ""
+
+
+class _Chunk(PartialModel):
+    choices: tuple[_Choice, ...] = Field(default=(), max_length=1)
+    error: _Error | None = None
+
+
+_KNOWN_FIELDS = frozenset(name for form in (_Chunk, _Choice, _Logprobs) for name in form.model_fields)
+
+
+def predictions(event: bytes, vocab_size: int) -> list[Prediction]:
+    """The positions that one event holds; none where it holds other things, as token counts.
+
+    Raises:
+        EscalationFailed: not JSON, an error, token ids or log-probabilities that cannot be.
+    """
+    try:
+        chunk = _Chunk.model_validate_json(event)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(at) if at in _KNOWN_FIELDS or isinstance(at, int) else "*" for at in first["loc"])
+        fault = f"the server's stream cannot be used: {where or 'event'}: {first['msg']}."
+    else:
+        if chunk.error is not None:
+            raise EscalationFailed("the server broke its stream off with an error of its own.")
+        return [each for choice in chunk.choices for each in _positions(choice.logprobs, vocab_size)]
+    raise EscalationFailed(fault)  # raised outside the handler: no exception chain, which would show the response
+
+
+def _positions(logprobs: _Logprobs | None, vocab_size: int) -> list[Prediction]:
+    if logprobs is None:
+        return []
+    if len(logprobs.tokens) != len(logprobs.top_logprobs):
+        raise EscalationFailed("the server's stream gives other numbers of tokens than of log-probabilities.")
+    return [
+        _checked(token_id(token), logprobs_by_id(top), vocab_size)
+        for token, top in zip(logprobs.tokens, logprobs.top_logprobs, strict=True)
+    ]
+
+
+def _checked(token: int, logprobs: dict[int, float], vocab_size: int) -> Prediction:
+    if token not in logprobs:
+        raise EscalationFailed("the server wrote a token without its log-probability.", hint="Ask it for logprobs.")
+    if outside := next((each for each in logprobs if each >= vocab_size), None):
+        raise EscalationFailed(
+            f"the server wrote token {outside}; the tokenizer has {vocab_size}.",
+            hint='Give the tokenizer of the model that it serves: model_kwargs={"tokenizer": ...}.',
+        )
+    if sum(map(math.exp, logprobs.values())) > 1 + LOGPROB_TOLERANCE:
+        raise EscalationFailed("the server's log-probabilities add up to more than 1.")
+    return Prediction(token, logprobs)
+
+
+class CompletionStream:
+    """One streamed request. Its positions arrive in the background and are waited for by one thread.
+
+    Args:
+        endpoint: of the server.
+        body: of the request.
+        start: tokens of its prompt.
+        vocab_size: no token id reaches it.
+    """
+
+    def __init__(self, endpoint: Endpoint, body: dict[str, Any], *, start: int, vocab_size: int) -> None:
+        self.start, self._vocab_size = start, vocab_size
+        self._arrived: list[Prediction] = []
+        self._error: BaseException | None = None
+        self._over = False
+        self._changed = threading.Condition()
+        self._task = asyncio.run_coroutine_threadsafe(self._read(endpoint, body), event_loop.shared_loop())
+
+    def __len__(self) -> int:
+        """Positions that have arrived."""
+        return len(self._arrived)
+
+    def after(self, ids: Sequence[int], seconds: float) -> Prediction | None:
+        """The prediction after the sequence ``ids``, as soon as it is there.
+
+        Returns:
+            None where this stream does not lead there: the server went on otherwise, or ended the completion before.
+
+        Raises:
+            EscalationFailed: the stream broke off before, or no token came for so long.
+        """
+        ahead = ids[self.start :]
+        with self._changed:
+            while True:
+                arrived = len(self._arrived)
+                if any(each.token != token for each, token in zip(self._arrived, ahead, strict=False)):
+                    return None
+                if arrived > len(ahead):
+                    return self._arrived[len(ahead)]
+                if self._error is not None:
+                    raise self._error
+                if self._over:
+                    return None
+                if not self._changed.wait(seconds) and len(self._arrived) == arrived and not self._over:
+                    raise EscalationFailed(f"the server sent no token within {seconds:.3g} s.")
+
+    def close(self) -> None:
+        """Hang up; the server stops writing."""
+        self._task.cancel()
+
+    async def _read(self, endpoint: Endpoint, body: dict[str, Any]) -> None:
+        error: BaseException | None = None
+        try:
+            async with aclosing(endpoint.lines("completions", body)) as lines:
+                async for line in lines:
+                    if not line.startswith(DATA):
+                        continue
+                    event = line.removeprefix(DATA).strip()
+                    if event == DONE:
+                        break
+                    self._add(predictions(event, self._vocab_size))
+        except Exception as problem:  # noqa: BLE001 - handed to the thread that waits
+            error = problem
+        finally:
+            with self._changed:
+                self._error, self._over = error, True
+                self._changed.notify_all()
+
+    def _add(self, found: list[Prediction]) -> None:
+        with self._changed:
+            self._arrived += found
+            self._changed.notify_all()

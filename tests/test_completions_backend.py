@@ -1,0 +1,371 @@
+"""A model on a server: the answers of the same model in this process, token for token, over a real HTTP server."""
+
+import asyncio
+import pickle
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import servers
+from servers import CompletionServer, serving
+
+from s2t_agents import Budget, ChatS2T, Engine, Escalation, LanguageModel, Ledger, LocalLLM
+from s2t_agents.backends.completions.backend import server_url
+from s2t_agents.errors import (
+    ConfigError,
+    EndpointBusy,
+    EndpointDown,
+    EndpointRefused,
+    EscalationFailed,
+    ModelNotFound,
+    TokenizerMismatch,
+)
+from s2t_agents.testing import tiny_model
+from s2t_agents.triggers import always, entropy
+from s2t_agents.types import Sampling, Step
+
+PROMPT = [10, 20, 30, 40, 50]
+KEY = "sk-do-not-tell-77ab"
+WEATHER: dict[str, Any] = {
+    "name": "lookup",
+    "description": "Looks a thing up.",
+    "parameters": {
+        "type": "object",
+        "properties": {"thing": {"type": "string", "maxLength": 12}, "count": {"type": "integer"}},
+        "required": ["thing", "count"],
+    },
+}
+RARE: dict[str, Any] = {
+    "name": "pick",
+    "parameters": {
+        "type": "object",
+        "properties": {name: {"enum": ["qa", "zb", "xc", "jd"]} for name in ("one", "two", "three", "four")},
+        "required": ["one", "two", "three", "four"],
+    },
+}
+"""Few tokens are legal: random weights seldom have one of them among their best 20."""
+
+
+def address(server: CompletionServer) -> str:
+    return f"vllm://127.0.0.1:{server.server_port}/{server.model.name}"
+
+
+def remote(server: CompletionServer, **options: Any) -> LanguageModel:
+    return LanguageModel.load(address(server), tokenizer=server.model.tokenizer, **options)
+
+
+def greedy(model: LanguageModel, prompt: list[int] = PROMPT, tokens: int = 24, **more: Any) -> list[Step]:
+    engine = Engine(model, **more)
+    return list(engine.steps(prompt, Sampling(max_tokens=tokens)))
+
+
+def ids(steps: list[Step]) -> list[int]:
+    return [step.token_id for step in steps]
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[CompletionServer]:
+    """The bundled model on a server."""
+    with serving(LanguageModel.load("s2t-demo")) as running:
+        yield running
+
+
+@pytest.fixture
+def far(demo: CompletionServer) -> ChatS2T:
+    return chat(demo)
+
+
+def chat(server: CompletionServer, **more: Any) -> ChatS2T:
+    kwargs = {"tokenizer": server.model.tokenizer, **more.pop("model_kwargs", {})}
+    return ChatS2T(model=address(server), model_kwargs=kwargs, max_tokens=96, **more)
+
+
+def near(server: CompletionServer, **more: Any) -> ChatS2T:
+    return ChatS2T(model=server.model, max_tokens=96, **more)
+
+
+# ------------------------------------------------------------- the same tokens
+
+
+def test_greedy_tokens_are_those_of_the_same_model_here_and_come_by_one_request(server: CompletionServer) -> None:
+    assert ids(greedy(remote(server))) == ids(greedy(server.model))
+    assert len(server.asked) == 1
+
+
+def test_a_long_answer_takes_a_request_for_every_stretch_that_is_read_ahead(server: CompletionServer) -> None:
+    assert ids(greedy(remote(server, read_ahead=10))) == ids(greedy(server.model))
+    assert [len(body["prompt"]) for body in server.asked] == [5, 15, 25]
+    assert [body["max_tokens"] for body in server.asked] == [10, 10, 10]
+
+
+def test_answers_tool_calls_and_structured_replies_are_those_of_the_same_model_here(demo: CompletionServer) -> None:
+    for question in ("Hello!", "What is 12 + 30?", "Who has the most?"):
+        assert chat(demo).invoke(question).content == near(demo).invoke(question).content
+    for choice in ("auto", "any"):
+        far, here = (each.bind_tools([WEATHER], tool_choice=choice) for each in (chat(demo), near(demo)))
+        assert calls(far.invoke("Look up 3 apples.")) == calls(here.invoke("Look up 3 apples."))
+    schema = {"title": "Answer", **WEATHER["parameters"]}
+    far, here = (each.with_structured_output(schema) for each in (chat(demo), near(demo)))
+    assert far.invoke("3 apples") == here.invoke("3 apples")
+
+
+def calls(message: Any) -> list[tuple[str, dict[str, Any]]]:
+    return [(call["name"], call["args"]) for call in message.tool_calls]
+
+
+def test_where_no_known_token_is_legal_the_legal_ones_are_asked_for() -> None:
+    with serving(tiny_model(seed=3, max_position_embeddings=2048)) as server:  # random weights want anything but JSON
+        far, here = (each.bind_tools([RARE], tool_choice="any") for each in (chat(server), near(server)))
+        assert calls(far.invoke("3 apples")) == calls(here.invoke("3 apples"))
+        assert any("allowed_token_ids" in body for body in server.asked)
+
+
+def test_the_llm_picks_as_it_does_here_and_the_stream_goes_on_from_its_pick(server: CompletionServer) -> None:
+    llm = LocalLLM(tiny_model(seed=9))
+    asks = {"trigger": always(), "escalation": Escalation(llm, margin=1.0)}
+    far, here = greedy(remote(server), **asks), greedy(server.model, **asks)
+    assert ids(far) == ids(here)
+    assert [each.picked_by for each in far] == [each.picked_by for each in here]
+    flips = sum(step.flipped for step in far[:-1])
+    assert flips
+    assert len(server.asked) == 1 + flips
+
+
+def test_a_budget_ends_the_questions_and_the_ledger_has_every_one(demo: CompletionServer) -> None:
+    ledger, budget = Ledger(), Budget(escalations=2)
+    model = chat(
+        demo,
+        trigger=entropy(above=0.0),
+        escalation=Escalation(LocalLLM("s2t-demo-llm"), margin=1.0),
+        budget=budget,
+        ledger=ledger,
+    )
+    metadata = model.invoke("What is 12 + 30?").response_metadata["s2t"]
+    assert metadata["escalations"] == 2
+    assert metadata["refused"] > 0
+    assert budget.state().spent["escalations"] == 2
+    assert sum(receipt.outcome == "picked" for record in ledger.records() for receipt in record.receipts) == 2
+
+
+def test_drawn_tokens_are_among_the_best_and_a_seed_repeats_them(server: CompletionServer) -> None:
+    model = remote(server)
+    draw = Sampling(max_tokens=12, temperature=1.0, seed=4)
+    one, two = (ids(list(Engine(model).steps(PROMPT, draw))) for _ in range(2))
+    assert one == two != ids(greedy(model, tokens=12))
+
+
+def test_eight_at_once_each_get_their_own_answer(server: CompletionServer) -> None:
+    model = remote(server)
+    prompts = [[10 + at, 20, 30] for at in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda prompt: ids(greedy(model, prompt, 12)), prompts))
+    assert found == [ids(greedy(server.model, prompt, 12)) for prompt in prompts]
+
+
+async def test_async_streaming_gives_the_same_text(far: ChatS2T) -> None:
+    text = "".join([str(chunk.content) async for chunk in far.astream("What is 12 + 30?")])
+    assert text == far.invoke("What is 12 + 30?").content
+
+
+# ------------------------------------------------------------- who leaves, and faults
+
+
+def test_who_leaves_hangs_up(server: CompletionServer) -> None:
+    server.token_s = 0.02
+    steps = Engine(remote(server)).steps(PROMPT, Sampling(max_tokens=200))
+    next(steps)
+    steps.close()  # type: ignore[attr-defined]
+    assert eventually(lambda: server.dropped == 1)
+    assert server.streamed < 30
+
+
+async def test_a_cancelled_task_hangs_up(demo: CompletionServer) -> None:
+    dropped, demo.token_s = demo.dropped, 0.02
+    try:
+        task = asyncio.create_task(chat(demo).ainvoke("Tell me a story."))
+        while not demo.asked or "stream" not in demo.asked[-1]:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(eventually, lambda: demo.dropped == dropped + 1)
+    finally:
+        demo.token_s = 0.0
+
+
+def eventually(true: Any, seconds: float = 5.0) -> bool:
+    until = time.monotonic() + seconds
+    while not true() and time.monotonic() < until:
+        time.sleep(0.02)
+    return bool(true())
+
+
+def test_a_server_that_declines_is_asked_again(server: CompletionServer) -> None:
+    server.fault = servers.first(2, servers.status(503))
+    assert ids(greedy(remote(server))) == ids(greedy(server.model))
+    server.fault = servers.status(429, "full")
+    with pytest.raises(EndpointBusy, match="429: full"):
+        greedy(remote(server, attempts=2))
+
+
+def test_a_stream_that_breaks_off_goes_on_from_where_it_was(server: CompletionServer) -> None:
+    def short(handler: servers.Handler, body: dict[str, Any]) -> None:
+        handler.stream(event for event, _ in zip(handler.server.events(body), range(7), strict=False))
+
+    def cut(handler: servers.Handler, body: dict[str, Any]) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        events = handler.server.events(body)
+        for _ in range(5):
+            handler.chunk(b"data: " + servers.json.dumps(next(events)).encode() + b"\n\n")
+        servers.hangs_up(handler, body)
+
+    for fault in (short, cut):
+        server.fault, server.asked[:] = fault, []
+        assert ids(greedy(remote(server))) == ids(greedy(server.model))
+        assert len(server.asked) > 3
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        servers.hangs,
+        servers.hangs_before_headers,
+        servers.drips,
+        servers.hangs_up,
+        servers.breaks_off,
+        servers.breaks_off_a_chunk,
+        servers.no_http,
+        servers.compressed,
+        servers.status(404),
+        servers.status(401),
+        servers.says(b"data: {\n\n"),
+        servers.says(b"data: []\n\n"),
+        servers.says(b'data: {"error": {"message": "out of memory"}}\n\n'),
+        servers.says(b'data: {"choices": [{"logprobs": {"tokens": ["hi"], "top_logprobs": [{"hi": -1.0}]}}]}\n\n'),
+        *(
+            servers.says(b'data: {"choices": [{"logprobs": {"tokens": %s, "top_logprobs": [%s]}}]}\n\n' % each)
+            for each in [
+                (b'["token_id:3"]', b'{"token_id:4": -1.0}'),
+                (b'["token_id:3"]', b'{"token_id:3": 0.5}'),
+                (b'["token_id:3"]', b'{"token_id:3": NaN}'),
+                (b'["token_id:3"]', b'{"token_id:3": -0.1, "token_id:4": -0.1}'),
+                (b'["token_id:99999999"]', b'{"token_id:99999999": -0.1}'),
+                (b'["token_id:-3"]', b'{"token_id:-3": -0.1}'),
+                (b'["token_id:3", "token_id:4"]', b'{"token_id:3": -0.1}'),
+            ]
+        ),
+        servers.says(b"data: " + b"x" * (1 << 21)),
+    ],
+)
+def test_a_broken_server_is_one_named_error_and_never_a_token(server: CompletionServer, fault: servers.Fault) -> None:
+    model = remote(server, timeout_s=0.4, attempts=1)
+    server.fault = fault
+    with pytest.raises(EscalationFailed, match="server|127.0.0.1|answer"):
+        greedy(model)
+
+
+def test_a_server_that_is_gone_is_not_waited_for_again_and_again(server: CompletionServer) -> None:
+    model = remote(server)
+    port, server.fault = server.server_port, servers.hangs_up
+    server.shutdown()
+    server.server_close()
+    for _ in range(3):
+        with pytest.raises(EscalationFailed, match="127.0.0.1|left alone"):
+            greedy(model)
+    with pytest.raises(EscalationFailed, match="left alone"):
+        greedy(model)
+    with pytest.raises(EndpointDown):
+        LanguageModel.load(f"vllm://127.0.0.1:{port}/x", tokenizer=server.model.tokenizer)
+
+
+def test_no_end_token_is_guessed_where_a_server_hides_several(server: CompletionServer) -> None:
+    server.fault = lambda handler, body: handler.stream(iter([]))
+    only = server.model.tokenizer.eos_token_id
+    assert ids(greedy(remote(server))) == [only]
+    with pytest.raises(EscalationFailed, match="does not show"):
+        greedy(remote(server, eos_token_ids=[only, 7]))
+
+
+def test_a_server_without_allowed_token_ids_says_so_instead_of_writing_what_is_not_legal() -> None:
+    with serving(tiny_model(seed=3, max_position_embeddings=2048)) as server:
+        server.fault = lambda handler, body: handler.complete({**body, "allowed_token_ids": None})
+        with pytest.raises(EndpointRefused, match="knows no allowed_token_ids"):
+            chat(server).bind_tools([RARE], tool_choice="any").invoke("3 apples")
+
+
+# ------------------------------------------------------------- settings
+
+
+def test_the_wrong_model_or_tokenizer_is_told_before_anything_is_generated(server: CompletionServer) -> None:
+    with pytest.raises(ModelNotFound, match="does not serve 'other'"):
+        LanguageModel.load(f"vllm://127.0.0.1:{server.server_port}/other", tokenizer=server.model.tokenizer)
+    with pytest.raises(TokenizerMismatch, match="do not spell"):
+        LanguageModel.load(address(server), tokenizer=LanguageModel.load("s2t-demo").tokenizer)
+    with pytest.raises(ModelNotFound, match="tokenizer of 'vllm://"):
+        LanguageModel.load(address(server))
+    assert not server.asked
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"model": "vllm://"}, "vllm://host:port/name"),
+        ({"model": "vllm://127.0.0.1:1"}, "vllm://host:port/name"),
+        ({"model": "vllm://127.0.0.1:99999/x"}, "URL"),
+        ({"dtype": "bfloat16"}, "dtype is set"),
+        ({"device": "cpu"}, "device is set"),
+        ({"selector": "s2t-demo-head"}, "."),
+        ({"model_kwargs": {"timeout_s": 0}}, "timeout_s is 0"),
+        ({"model_kwargs": {"read_ahead": 0}}, "read_ahead is 0"),
+        ({"model_kwargs": {"n_ctx": 3}}, "takes no such option"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_config_error(
+    server: CompletionServer, setting: dict[str, Any], message: str
+) -> None:
+    kwargs = {"tokenizer": server.model.tokenizer, **setting.pop("model_kwargs", {})}
+    with pytest.raises(ConfigError, match=message):
+        ChatS2T(**{"model": address(server), **setting}, model_kwargs=kwargs).invoke("Hello!")
+    assert not server.asked
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1:8000", "http://127.0.0.1:8000/v1"),
+        ("localhost:8000", "http://localhost:8000/v1"),
+        ("[::1]:8000", "http://[::1]:8000/v1"),
+        ("models.example:8000", "https://models.example:8000/v1"),
+        ("10.0.0.7", "https://10.0.0.7/v1"),
+        ("[2001:db8::1]:8000", "https://[2001:db8::1]:8000/v1"),
+    ],
+)
+def test_other_machines_are_asked_by_https_unless_plain_http_is_permitted(host: str, url: str) -> None:
+    assert server_url(host, allow_http=False) == url
+    assert server_url(host, allow_http=True) == url.replace("https://", "http://")
+
+
+def test_the_key_goes_to_the_server_and_nowhere_else(
+    server: CompletionServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    model = chat(server, model_kwargs={"api_key": KEY})
+    model.invoke("Hello!")
+    assert server.keys
+    assert set(server.keys) == {f"Bearer {KEY}"}
+    server.fault = servers.status(401, f"the key {KEY} is wrong")
+    with pytest.raises(EndpointRefused) as refused:
+        model.invoke("Hello again!")
+    shown = [str(refused.value), repr(model), str(model.model_dump()), str(model.lc_attributes), caplog.text]
+    assert not any(KEY in text for text in shown)
+    assert KEY.encode() not in pickle.dumps(model)
+    other = chat(server, model_kwargs={"api_key_env": "S2T_TEST_KEY"})
+    monkeypatch.setenv("S2T_TEST_KEY", "sk-another")
+    server.fault = None
+    other.invoke("Hello!")
+    assert server.keys[-1] == "Bearer sk-another"

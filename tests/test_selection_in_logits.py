@@ -1,0 +1,135 @@
+"""A head selector on a batch's logits picks what the engine picks, and the log-probabilities tell what it did."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from servers import CompletionServer, serving
+
+from s2t_agents import ChatS2T, Engine, LanguageModel
+from s2t_agents.backends.base import StepOutput
+from s2t_agents.chat.runtime import EngineSettings, build
+from s2t_agents.endpoints.served_selection import read_back
+from s2t_agents.errors import ConfigError
+from s2t_agents.selectors import HeadSelector
+from s2t_agents.selectors.in_logits import EntropyAbove, LogitSelection, ProbeAbove
+from s2t_agents.testing import tiny_model
+from s2t_agents.triggers import Trigger, entropy, probe
+from s2t_agents.types import Sampling, Step
+
+NATS, K = 4.5, 6
+
+
+@pytest.fixture(scope="module")
+def slm() -> LanguageModel:
+    return tiny_model(seed=2)
+
+
+@pytest.fixture(scope="module")
+def head(slm: LanguageModel) -> HeadSelector:
+    torch.manual_seed(8)
+    selector = HeadSelector(slm, width=16, temperature=1.3, caution=0.2)
+    torch.nn.init.normal_(selector.out.weight, std=2.0)
+    return selector.requires_grad_(False)
+
+
+def here(slm: LanguageModel, head: HeadSelector, prompt: list[int], trigger: Trigger) -> list[Step]:
+    engine = Engine(slm, k=K, trigger=trigger, selector=head)
+    return list(engine.steps(prompt, Sampling(max_tokens=20)))
+
+
+@pytest.fixture
+def served(slm: LanguageModel, head: HeadSelector) -> Iterator[CompletionServer]:
+    """A server whose logits go through a selection, as the plugin's do."""
+    selection = LogitSelection(head, EntropyAbove(NATS), K)
+
+    class Selecting(LanguageModel):
+        def append(self, *args: Any, **more: Any) -> StepOutput:
+            out = super().append(*args, **more)
+            return out._replace(logits=selection(out.hidden[None], out.logits[None])[0])
+
+    with serving(Selecting(slm.model, slm.tokenizer, name="served")) as server:
+        yield server
+
+
+def far(server: CompletionServer, **more: Any) -> EngineSettings:
+    return EngineSettings(
+        f"vllm://127.0.0.1:{server.server_port}/{server.model.name}",
+        selector="server",
+        k=K,
+        model_kwargs={"tokenizer": server.model.tokenizer},
+        **more,
+    )
+
+
+def test_rows_pick_what_the_engine_picks_alone(slm: LanguageModel, head: HeadSelector) -> None:
+    weight = torch.randn(slm.hidden_size + 1, generator=torch.Generator().manual_seed(1))
+    kinds: list[tuple[Trigger, Any]] = [
+        (entropy(above=NATS), EntropyAbove(NATS)),
+        (probe(weight, 0.3, above=0.5), ProbeAbove(weight, 0.3, 0.5)),
+    ]
+    prompts = [[at, 20, 30] for at in range(40, 52)]
+    for one, many in kinds:
+        outputs = [slm.append(torch.tensor(prompt), slm.new_cache()) for prompt in prompts]
+        logits, hidden = (torch.stack(each) for each in zip(*outputs, strict=True))
+        found = LogitSelection(head, many, K)(hidden, logits)
+        steps = [here(slm, head, prompt, one)[0] for prompt in prompts]
+        assert found.argmax(-1).tolist() == [step.token_id for step in steps]
+        assert 0 < sum(step.triggered for step in steps) <= len(steps)
+        for row, step, before in zip(found, steps, logits, strict=True):
+            if not step.triggered:
+                assert torch.equal(row, before)
+
+
+def test_what_a_server_reports_tells_triggers_and_flips(
+    slm: LanguageModel, head: HeadSelector, served: CompletionServer
+) -> None:
+    engine = build(far(served)).engine
+    flips = 0
+    for first in (40, 41, 42, 43):
+        alone = here(slm, head, [first, 20, 30], entropy(above=NATS))
+        steps = list(engine.steps([first, 20, 30], Sampling(max_tokens=20)))
+        for name in ("token_id", "triggered", "wanted_id", "picked_by"):
+            assert [getattr(step, name) for step in steps] == [getattr(step, name) for step in alone], name
+        flips += sum(step.flipped for step in steps)
+    assert flips
+
+
+def test_candidates_share_their_probability_by_the_scores(slm: LanguageModel, head: HeadSelector) -> None:
+    out = slm.append(torch.tensor([40, 20, 30]), slm.new_cache())
+    found = LogitSelection(head, EntropyAbove(0.0), K)(out.hidden[None], out.logits[None])[0].log_softmax(-1)
+    selection = read_back({token: float(found[token]) for token in found.topk(20).indices.tolist()})
+    assert selection is not None
+    assert len(selection.candidates) == K
+    assert sum(torch.tensor(value).exp() for _, value in selection.candidates) == pytest.approx(1.0, abs=1e-4)
+    assert selection.wanted == int(out.logits.argmax())
+
+
+def test_log_probabilities_that_no_selector_touched_tell_nothing() -> None:
+    assert read_back({5: -0.1, 7: -3.0, 9: -99.0}) is None
+    assert read_back({}) is None
+
+
+def test_only_a_server_selects_for_a_server_s_model(slm: LanguageModel) -> None:
+    with pytest.raises(ConfigError, match="no server selects for it"):
+        build(EngineSettings(slm, selector="server"))
+
+
+def test_the_documentation_s_agent_runs_on_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "vllm.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+    def get_stock(item: str) -> int:
+        """Look up the stock of an item."""
+        return 85
+
+    with serving(LanguageModel.load("s2t-demo")) as server:
+        address = f"vllm://127.0.0.1:{server.server_port}/s2t-demo"  # whose tokenizer is found by its name
+        exec(re.sub(r"vllm://[^\"]+", address, first), {"get_stock": get_stock})
+        assert capsys.readouterr().out.strip()
+        scope: dict[str, Any] = {"ChatS2T": ChatS2T}
+        exec(re.sub(r"vllm://[^\"]+", address, second), scope)
+        assert scope["model"].invoke("Hello!").content
