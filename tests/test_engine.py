@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from s2t_agents.backends.base import Append
 from s2t_agents.budget import Budget
 from s2t_agents.engine.engine import Engine, nucleus
 from s2t_agents.errors import BudgetExceeded, ConfigError, ContextOverflow, EscalationFailed, InputError
@@ -148,13 +149,13 @@ def test_the_budget_may_say_raise_in_mid_answer() -> None:
 def test_nothing_is_computed_before_it_is_asked_for_and_closing_stops_the_model(monkeypatch: Any) -> None:
     model, llm = tiny_model(), ScriptedLLM(last_candidate)
     forwards: list[int] = []
-    real = model.append
+    real = model.backend.forward
 
-    def counted(ids: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        forwards.append(len(ids))
-        return real(ids, *rest)
+    def counted(batch: Sequence[Append[Any]]) -> Any:
+        forwards.extend(len(work.ids) for work in batch)
+        return real(batch)
 
-    monkeypatch.setattr(model, "append", counted)
+    monkeypatch.setattr(model.backend, "forward", counted)
     steps = Engine(model, escalation=Escalation(llm)).steps(PROMPT, Sampling(max_tokens=50))
     assert forwards == []
     next(steps)

@@ -107,8 +107,16 @@ def test_kept_tokens_cost_no_decision_and_are_read_in_one_forward(monkeypatch: p
     model = tiny_model()
     llm = judge(first_shown, preview_tokens=6)
     forwards: list[int] = []
-    real = model.append
-    monkeypatch.setattr(model, "append", lambda ids, *rest: (forwards.append(len(ids)), real(ids, *rest))[1])
+    real = model.backend.forward
+
+    answers: list[Any] = []
+
+    def counted(batch: Any) -> Any:
+        answers.append(batch[0].cache)
+        forwards.extend(len(work.ids) for work in batch if work.cache is answers[0])  # previews have their own
+        return real(batch)
+
+    monkeypatch.setattr(model.backend, "forward", counted)
     steps = answer(llm, always(), model=model)
     assert len(steps) == 20
     assert len(llm.chat.asked) == sum(step.triggered for step in steps) == len(forwards)  # type: ignore[attr-defined]

@@ -128,15 +128,15 @@ def test_a_prefix_beyond_the_llms_context_is_a_failed_escalation() -> None:
 
 def test_a_local_llm_that_runs_out_of_memory_costs_nothing_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     large, left = tiny_model(seed=5), [2]
-    real = large.append
+    real = large.backend.forward
 
-    def starved(ids: Any, *rest: Any) -> Any:
+    def starved(batch: Any) -> Any:
         if left[0]:
             left[0] -= 1
             raise RuntimeError("out of memory: tried to allocate 20 GiB")
-        return real(ids, *rest)
+        return real(batch)
 
-    monkeypatch.setattr(large, "append", starved)
+    monkeypatch.setattr(large.backend, "forward", starved)
     budget, ledger = Budget(escalations=50), Ledger()
     model = ChatS2T(
         model=tiny_model(),

@@ -134,6 +134,36 @@ def test_looks_with_several_adapters_beside_tokens_and_prompts_are_each_as_alone
     ).abs().max() > 1e-2  # the adapter matters
 
 
+def test_sequences_with_an_adapter_on_are_read_beside_others_as_alone(model: LanguageModel) -> None:
+    first, second = adapter(model, 1), adapter(model, 2)
+    loras = [first, None, second, first]
+    caches = [model.new_cache() for _ in loras]
+    so_far: list[list[int]] = [[] for _ in loras]
+    for number, widths in enumerate([(20, 12, 9, 5), (1, 1, 1, 1), (3, 1, 1, 4)]):
+        new = [tokens(10 * number + at, width) for at, width in enumerate(widths)]
+        works = [
+            Append(torch.tensor(ids), cache, len(before), lora)
+            for ids, cache, before, lora in zip(new, caches, so_far, loras, strict=True)
+        ]
+        for at, (logits, _) in enumerate(model.backend.forward(works)):
+            so_far[at] += new[at]
+            lora = loras[at]
+            with torch.inference_mode(), lora.on(model.model) if lora is not None else nullcontext():
+                expected = full(model, so_far[at])
+            assert torch.allclose(logits, expected, atol=1e-4)
+
+
+def test_an_adapter_is_on_from_the_first_token_of_a_sequence_alone(model: LanguageModel) -> None:
+    lora, ids = adapter(model, 1), tokens(3, 30)
+    sequence = TokenSequence(model, lora=lora)
+    for part in (ids[:20], ids[20:21], ids[21:]):
+        sequence.append(part)
+    with torch.inference_mode(), lora.on(model.model):
+        expected = full(model, ids)
+    assert torch.allclose(sequence.logits, expected, atol=1e-4)
+    assert not torch.allclose(expected, full(model, ids), atol=1e-2)
+
+
 def test_a_look_leaves_the_kv_and_a_token_beside_it_as_they_are(model: LanguageModel) -> None:
     lora = adapter(model, 1)
     looked, stepped = read(model, 1, 20), read(model, 2, 7)

@@ -18,6 +18,7 @@ from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.prefix_cache import PrefixCache
 from s2t_agents.scheduling.running_prefixes import RunningPrefixes
 from s2t_agents.scheduling.sequence import TokenSequence
+from s2t_agents.scheduling.waits import finish
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 from s2t_agents.types import Sampling
 
@@ -130,10 +131,10 @@ def test_who_waits_leaves_the_readers_time_to_the_reader(model: LanguageModel, m
     common = running_prefixes.common_prefix
     monkeypatch.setattr(running_prefixes, "common_prefix", lambda *both: compared.append(1) or common(*both))
     live = model.running
-    first, _, _ = live.enter([*SYSTEM, 7], None)
+    first, _, _ = finish(live.enter([*SYSTEM, 7], None))
     first.cache = model.new_cache()
     with ThreadPoolExecutor(1) as pool, first:
-        second = pool.submit(live.enter, [*SYSTEM, 8], None)
+        second = pool.submit(finish, live.enter([*SYSTEM, 8], None))
         sleep(0.5)
         model.append(torch.tensor(SYSTEM), first.cache)  # type: ignore[arg-type]
         entry, _, length = second.result(timeout=10)
@@ -147,14 +148,14 @@ def test_a_consumer_that_pauses_before_its_prompt_is_read_holds_nobody_up(model:
     """As one whose grammar forces the first tokens: they come before any forward."""
     expected = alone(model, PROMPTS[1])
     model.prefix_cache.clear()
-    with TokenSequence.from_prefix_cache(model, PROMPTS[0]), ThreadPoolExecutor(1) as pool:
+    with finish(TokenSequence.from_prefix_cache(model, PROMPTS[0])), ThreadPoolExecutor(1) as pool:
         assert pool.submit(answer, model, PROMPTS[1]).result(timeout=20) == (expected, 0)
 
 
 def test_a_limit_of_nothing_and_kv_that_moves_share_nothing() -> None:
     for live in (RunningPrefixes(PrefixCache(0), shares=True), RunningPrefixes(PrefixCache(), shares=False)):
-        first, _, _ = live.enter(SYSTEM, None)
-        second, cache, length = live.enter(SYSTEM, None)  # at once, though nothing of the first is read
+        first, _, _ = finish(live.enter(SYSTEM, None))
+        second, cache, length = finish(live.enter(SYSTEM, None))  # at once, though nothing of the first is read
         assert (cache, length) == (None, 0)
         live.leave(first)
         live.leave(second)

@@ -22,6 +22,7 @@ from s2t_agents.grammar.thinking import ThinkThenAnswer, cached_thinking_vocabul
 from s2t_agents.ledger import GenerationRecord, Totals
 from s2t_agents.llms.previews import continuations
 from s2t_agents.scheduling.sequence import TokenSequence
+from s2t_agents.scheduling.waits import finish
 from s2t_agents.testing import ScriptedLLM, markov_model, tiny_tokenizer
 from s2t_agents.tokenization.detokenizer import Detokenizer
 from s2t_agents.triggers import always
@@ -389,7 +390,7 @@ def test_a_judge_sees_previews_that_go_on_in_and_behind_the_thought(format: str)
     turns = [{"role": "user", "content": "Q"}]
     prompt = model.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     first = token(model.tokenizer, "hm" if format == "letters" else "h")
-    with TokenSequence.from_prefix_cache(model, prompt, None) as prefix:
+    with finish(TokenSequence.from_prefix_cache(model, prompt, None)) as prefix:
         prefix.append(prompt)
         [told] = continuations(prefix, [first], 60, grammar)
     reader, detokenizer = ReasoningParser(known, "thought"), Detokenizer(model.tokenizer)

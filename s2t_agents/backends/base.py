@@ -27,7 +27,7 @@ class Capabilities:
     Attributes:
         batching: several work items in one forward.
         candidate_scoring: hidden states after K candidates equal those of K separate sequences.
-        candidate_lora: an adapter can be on at the candidates of a ``ScoreCandidates`` alone.
+        candidate_lora: an adapter can be on at the tokens of one item alone.
         hidden_states: outputs carry the last hidden state, which heads and probes read.
         truncation: a cache can be cut back to any length; False for recurrent states.
         fork_while_running: the front of a cache may be copied while its sequence goes on.
@@ -107,11 +107,13 @@ class Append(Generic[Cache]):
         ids: ``[T]``.
         cache: the sequence's own; grows by T.
         length: tokens in it before.
+        lora: adapter that is on at these tokens; None reads them with the base model.
     """
 
     ids: Tensor
     cache: Cache
     length: int
+    lora: Any | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The engine: one generator of steps. Everything else drains it.
+"""The engine: one generator of steps. Everything else drains it, alone or with others (``together``).
 
 propose   SLM logits, grammar mask, top-K candidates
 trigger   is this step critical?
@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -29,7 +28,8 @@ from ..proposal import Proposal, best_first
 from ..scheduling.admission import Concurrency, Gate, Place
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.sequence import TokenSequence
-from ..selectors.base import Selector, confidence_margin
+from ..scheduling.waits import Wait, Waiting, after
+from ..selectors.base import Selector, confidence_margin, scoring
 from ..selectors.drift import DriftWatch
 from ..triggers import Trigger, entropy
 from ..types import Candidate, EscalationRecord, EscalationReport, Picker, Sampling, Step, Timings
@@ -147,13 +147,32 @@ class Engine:
 
         ``begun`` are tokens that the completion begins with, as far as they are legal: nobody chooses them again.
         """
+        generation = self.generation(
+            prompt, sampling, grammar=grammar, budget=budget, cache_scope=cache_scope, on_asked=on_asked, begun=begun
+        )
+        items = alone(generation)
+        with closing(items):
+            yield from self.drift.watching(items) if self.drift is not None else items
+
+    def generation(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        grammar: Grammar | None = None,
+        budget: Budget | None = None,
+        cache_scope: str | None = None,
+        on_asked: Callable[[EscalationRecord], None] | None = None,
+        begun: Sequence[int] = (),
+    ) -> Generator[Place | Wait | Step, None, None]:
+        """As ``run``, but every wait for a forward comes too: the consumer brings it about before it goes on."""
         sampling = sampling or Sampling()
         self._check_prompt(prompt)
         with self.gate.place() as place:
             if not place.turn.done():
                 yield place
             queued_s = place.wait()
-            with TokenSequence.from_prefix_cache(self.slm, prompt, cache_scope) as prefix:
+            with (yield from TokenSequence.from_prefix_cache(self.slm, prompt, cache_scope)) as prefix:
                 reused = len(prefix)
                 escalations = (
                     self.escalation.open_session(budget, threshold=self.threshold, on_asked=on_asked)
@@ -161,12 +180,8 @@ class Engine:
                     else nullcontext()
                 )
                 with escalations as session:
-                    steps = self._loop(prefix, prompt[reused:], sampling, grammar, session, begun)
-                    if self.drift is not None:
-                        steps = self.drift.watching(steps)
-                    for first in islice(steps, 1):
-                        yield replace(first, timings=replace(first.timings, queue=queued_s), reused_tokens=reused)
-                    yield from steps
+                    timings = Timings(queue=queued_s)
+                    yield from self._loop(prefix, prompt[reused:], sampling, grammar, session, begun, timings)
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if not prompt:
@@ -186,7 +201,16 @@ class Engine:
         grammar: Grammar | None,
         session: EscalationSession | None,
         begun: Sequence[int],
-    ) -> Iterator[Step]:
+        before: Timings,
+    ) -> Generator[Wait | Step, None, None]:
+        """All steps; the first tells what was ``before`` it, and how much of the prompt was cached."""
+        reused = len(prefix)
+
+        def told(step: Step) -> Step:
+            if index:
+                return step
+            return replace(step, timings=replace(step.timings, queue=before.queue), reused_tokens=reused)
+
         draw = Draw(sampling)
         pending = list(unread)
         kept = deque(begun)
@@ -195,7 +219,7 @@ class Engine:
         index = 0
         while index < room:
             for token, picker in settled(grammar, kept):
-                yield Step(index, length + index, token, token, picker)
+                yield told(Step(index, length + index, token, token, picker))
                 if grammar and token not in self.slm.eos_ids:
                     grammar.accept(token)
                 pending.append(token)
@@ -205,8 +229,8 @@ class Engine:
             if grammar and grammar.finished:
                 return
             with single_threaded():
-                step = self._step(index, prefix, pending, draw, grammar, session, kept)
-            yield step
+                step = yield from self._step(index, prefix, pending, draw, grammar, session, kept)
+            yield told(step)
             if step.token_id in self.slm.eos_ids:
                 return
             if grammar:
@@ -223,9 +247,9 @@ class Engine:
         grammar: Grammar | None,
         session: EscalationSession | None,
         kept: deque[int],
-    ) -> Step:
+    ) -> Waiting[Step]:
         used, started = prefix.compute.seconds, time.perf_counter()
-        prefix.append(pending)
+        yield from prefix.appending(pending)
         computed = time.perf_counter()
         banned = draw.sampling.banned_first if index == 0 else ()
         looks_twice = self.selector is not None or session is not None
@@ -251,7 +275,7 @@ class Engine:
             timings = Timings(propose=propose_s, grammar=masked - computed, compute=compute)
             told = logprobs_of(proposal, wanted, draw.sampling.logprobs)
             return Step(index, len(prefix), wanted, wanted, "slm", entropy=entropy_nats, timings=timings, logprobs=told)
-        chosen = self._select(proposal, session, grammar)
+        chosen = yield from self._select(proposal, session, grammar)
         at = draw.one_of(chosen.scores) if draw.random else int(chosen.scores.argmax())
         token = chosen.candidates[at].token_id
         kept.extend(chosen.then)
@@ -275,10 +299,12 @@ class Engine:
             ),
         )
 
-    def _select(self, proposal: Proposal, session: EscalationSession | None, grammar: Grammar | None) -> Selection:
+    def _select(
+        self, proposal: Proposal, session: EscalationSession | None, grammar: Grammar | None
+    ) -> Waiting[Selection]:
         """Rank the candidates locally; ask the LLM where that is not sure enough."""
         started = time.perf_counter()
-        local = self.selector.scores(proposal) if self.selector else None
+        local = (yield from scoring(self.selector, proposal)) if self.selector else None
         scores = (local if local is not None else proposal.candidate_log_probs).detach()
         picked_by: Picker = "selector" if local is not None else "slm"
         given, slm, found = fetched(scores, proposal.candidate_log_probs, proposal.candidates)
@@ -289,13 +315,29 @@ class Engine:
         question = Question(prefix.ids, ids, prefix=prefix, slm=slm, selector=own, grammar=grammar)
         answer, report = None, None
         if session is not None and len(ids) > 1 and session.should_escalate(confidence_margin(scores)):
-            answer, report = session.escalate(question)
+            answer, report = yield from session.escalating(question)
         if answer is not None:
             scores, picked_by = decisive(answer), "llm"
         candidates = candidates_of(question, answer)
         done = time.perf_counter()
         then = answer.then if answer else ()
         return Selection(scores, picked_by, candidates, report, selected - started, done - selected, then)
+
+
+def alone(generation: Generator[Place | Wait | Step, None, None]) -> Generator[Place | Step, None, None]:
+    """A generation whose waits block its consumer's thread, but for its place in the queue."""
+    try:
+        item = next(generation)
+        while True:
+            if isinstance(item, Step | Place):
+                yield item
+                item = next(generation)
+            else:
+                item = after(item, generation)
+    except StopIteration:
+        return
+    finally:
+        generation.close()
 
 
 def fetched(*rows: Tensor) -> list[list[float]]:

@@ -22,8 +22,9 @@ from ..errors import (
     StoreUnavailable,
     UnpricedModel,
 )
-from ..llms.base import LLMSelector, LLMSession
+from ..llms.base import LLMSelector, LLMSession, asking
 from ..llms.question import Answer, Question, candidates_of
+from ..scheduling.waits import Waiting, finish
 from ..types import Charge, EscalationRecord, EscalationReport, Outcome, RefusedBy
 from .pacing import Pace
 from .paid_groups import PaidGroups
@@ -79,6 +80,10 @@ class EscalationSession:
             return margin < self.margin
 
     def escalate(self, question: Question) -> tuple[Answer | None, EscalationReport | None]:
+        """``escalating``, blocking."""
+        return finish(self.escalating(question))
+
+    def escalating(self, question: Question) -> Waiting[tuple[Answer | None, EscalationReport | None]]:
         """Put a question to the LLM, if the budget holds what it may cost.
 
         Returns:
@@ -102,14 +107,14 @@ class EscalationSession:
             if isinstance(error, BudgetExceeded) and self._budget and self._budget.on_exhausted != "degrade":
                 raise
             return None, report
-        answer, report = self._ask(question, hold, quote, started)
+        answer, report = yield from self._ask(question, hold, quote, started)
         if self._pace is not None:
             self._pace.add_charge(report.actual or quote)
         return answer, report
 
     def _ask(
         self, question: Question, hold: Hold | None, quote: Charge, started: float
-    ) -> tuple[Answer | None, EscalationReport]:
+    ) -> Waiting[tuple[Answer | None, EscalationReport]]:
         """The answer, if there is one, and the report; the hold is closed and the question reported in any case."""
         answer: Answer | None = None
         outcome: Outcome = "failed"
@@ -117,7 +122,7 @@ class EscalationSession:
         try:
             if self._budget is not None and question.seconds is None:
                 question.seconds = self._budget.seconds_left()
-            answer = checked_answer(self._llm_session.ask(question), question)
+            answer = checked_answer((yield from asking(self._llm_session, question)), question)
             outcome, reason = "picked", answer.note
         except Exception as error:  # noqa: BLE001 - a dead or broken LLM never takes the answer down
             reason = _reason(error)

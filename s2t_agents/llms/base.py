@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 from ..scheduling.language_model import LanguageModel
+from ..scheduling.waits import Waiting, finish
 from ..types import Charge, Price
 from .question import Answer, Question
 
@@ -31,6 +33,25 @@ class LLMSession(Protocol):
     def close(self) -> None:
         """Release the session's resources at the end of the generation."""
         ...
+
+
+class WaitingSession(ABC):
+    """An ``LLMSession`` whose questions wait for forwards of a model on this machine."""
+
+    @abstractmethod
+    def asking(self, question: Question) -> Waiting[Answer]:
+        """``ask``, to wait for."""
+
+    def ask(self, question: Question) -> Answer:
+        """See ``LLMSession``."""
+        return finish(self.asking(question))
+
+
+def asking(session: LLMSession, question: Question) -> Waiting[Answer]:
+    """The answer of any session; one that is no ``WaitingSession`` blocks."""
+    if isinstance(session, WaitingSession):
+        return (yield from session.asking(question))
+    return session.ask(question)
 
 
 class LLMSelector(Protocol):

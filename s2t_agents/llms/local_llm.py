@@ -19,7 +19,9 @@ from ..redaction import without_secrets
 from ..scheduling.idle_sequences import IdleSequences
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.sequence import TokenSequence
+from ..scheduling.waits import Waiting, finish
 from ..types import Charge, Price
+from .base import WaitingSession
 from .question import Answer, Question, charge
 
 MAX_IDLE_CACHES = 4
@@ -123,7 +125,7 @@ def _from_pretrained(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key not in ("device", "dtype", "tokenizer", "prepack")}
 
 
-class LocalSession:
+class LocalSession(WaitingSession):
     """One generation's KV cache in the LLM, extended lazily: the common prefix is kept, the rest is one prefill."""
 
     def __init__(self, llm: LocalLLM) -> None:
@@ -134,7 +136,7 @@ class LocalSession:
         """The cost of the tokens not in the KV cache, and of one output token."""
         return charge(self._llm.price, input_tokens=self.uncached_tokens(question.ids, scope_of(question)))
 
-    def ask(self, question: Question) -> Answer:
+    def asking(self, question: Question) -> Waiting[Answer]:
         """Score every candidate.
 
         Raises:
@@ -142,7 +144,7 @@ class LocalSession:
         """
         cost = self.quote(question)
         try:
-            scores = self.scores(question.ids, question.candidates, scope_of(question))
+            scores = yield from self.scoring(question.ids, question.candidates, scope_of(question))
         except RuntimeError as error:
             self._prefix = None  # its KV cache may be inconsistent
             raise EscalationFailed(f"the LLM broke down on this machine: {first_line(error)}.") from error
@@ -156,6 +158,10 @@ class LocalSession:
         return len(ids) - (self._prefix.common_prefix(ids) if self._prefix else 0)
 
     def scores(self, ids: Sequence[int], candidates: Sequence[int], scope: str | None = None) -> list[float]:
+        """``scoring``, blocking."""
+        return finish(self.scoring(ids, candidates, scope))
+
+    def scoring(self, ids: Sequence[int], candidates: Sequence[int], scope: str | None = None) -> Waiting[list[float]]:
         """Log-probabilities of the candidates after ``ids``; one forward pass over the new tokens."""
         model = self._llm.load()
         if len(ids) >= model.context_window:
@@ -167,7 +173,7 @@ class LocalSession:
             raise EscalationFailed(f"the LLM has no embedding for token {outside} of the prefix: it has {rows}.")
         if self._prefix is None:
             self._prefix = self._llm.idle.take(ids, scope) or TokenSequence(model, scope)
-        self._prefix.move_to(ids)
+        yield from self._prefix.moving_to(ids)
         log_probs = self._prefix.logits.log_softmax(0)
         within: list[float] = log_probs[[token if token < rows else 0 for token in candidates]].tolist()
         return [value if token < rows else -inf for value, token in zip(within, candidates, strict=True)]

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from ..call_scope import callers
 from ..errors import ConfigError, Overloaded
 from ..fork_safety import hold_while_forking, renew_in_child
+from .waits import Wait
 
 DEEPEST = 8
 """Generations that call one another; one that always calls another would go on until memory ends."""
@@ -52,7 +53,7 @@ class Concurrency:
             )
 
 
-class Place:
+class Place(Wait):
     """One generation's place before an engine: in the queue at first, then a slot.
 
     Attributes:
@@ -72,6 +73,15 @@ class Place:
         """Seconds that it still waits, at most."""
         left = self._since + self._limits.wait_s - time.monotonic()
         return min(max(left, 0.0), threading.TIMEOUT_MAX)
+
+    @property
+    def over(self) -> bool:
+        """The slot is there."""
+        return self.turn.done()
+
+    def block(self) -> None:
+        """See ``wait``."""
+        self.wait()
 
     def wait(self) -> float:
         """Block until the turn has come; gives the seconds since the place was taken.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from math import inf
 
 from ..fork_safety import hold_while_forking
 from .sequence import TokenSequence
@@ -14,10 +15,11 @@ class IdleSequences:
 
     Args:
         limit: how many are kept, at least 1; the oldest goes.
+        limit_bytes: of all their KV; the newest is kept in any case.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, limit_bytes: float = inf) -> None:
+        self._limit, self._limit_bytes = limit, limit_bytes
         self._sequences: list[TokenSequence] = []  # replaced, never changed: see PrefixCache
         self._lock = threading.RLock()
         hold_while_forking(self, "_lock")
@@ -45,6 +47,10 @@ class IdleSequences:
         """Take a sequence over; nothing else uses it any more."""
         with self._lock:
             kept = [*self._sequences, sequence]
-            self._sequences, dropped = kept[-self._limit :], kept[: -self._limit]
+            sizes = [each.cache.nbytes for each in kept]
+            first = max(0, len(kept) - self._limit)
+            while first + 1 < len(kept) and sum(sizes[first:]) > self._limit_bytes:
+                first += 1
+            self._sequences, dropped = kept[first:], kept[:first]
         for each in dropped:
             each.close()

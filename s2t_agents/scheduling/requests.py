@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor
 
@@ -19,12 +20,14 @@ class ForwardRequest(ABC):
         compute: takes its share of the time of every forward it takes part in.
 
     Attributes:
+        caller: who waits for it, as the scheduler knows callers.
         error: what its own forward raised.
         finished: set when the caller can go on.
     """
 
     def __init__(self, cache: SequenceCache, compute: ComputeTime | None) -> None:
         self.cache, self.compute = cache, compute or ComputeTime()
+        self.caller = id(cache)
         self.error: BaseException | None = None
         self.finished = threading.Event()
 
@@ -63,11 +66,14 @@ class AppendRequest(ForwardRequest):
         ids: ``[T]``.
         cache: grows by T.
         compute: see ``ForwardRequest``.
+        lora: adapter that is on at these tokens.
     """
 
-    def __init__(self, ids: Tensor, cache: SequenceCache, compute: ComputeTime | None = None) -> None:
+    def __init__(
+        self, ids: Tensor, cache: SequenceCache, compute: ComputeTime | None = None, lora: Any | None = None
+    ) -> None:
         super().__init__(cache, compute)
-        self._ids = ids
+        self._ids, self._lora = ids, lora
         self._start = self._length = cache.length
         self._output: StepOutput | None = None
 
@@ -88,7 +94,7 @@ class AppendRequest(ForwardRequest):
 
     def work(self, tokens: int) -> Append[SequenceCache]:
         """The next so many tokens."""
-        return Append(self._ids[:tokens], self.cache, self._length)
+        return Append(self._ids[:tokens], self.cache, self._length, self._lora)
 
     def complete(self, work: Work, output: Output) -> None:
         """So many tokens were read."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..backends.base import SequenceCache
 from ..fork_safety import hold_while_forking, renew_in_child
 from .prefix_cache import SHORTEST, PrefixCache, common_prefix
+from .waits import Wait, Waiting
 
 POLL_S = 0.002
 """Seconds between looks at how far a reader has come, at first."""
@@ -74,19 +75,35 @@ class RunningPrefix:
         """Whether more tokens are being read, or will be in a moment."""
         return self.reading or time.monotonic() < self.entered + START_S
 
-    def wait_for(self, length: int) -> None:
-        """Return when so many tokens are read, or are not to be expected for now."""
-        started = time.monotonic()
-        while self.coming and self.read < length:
-            if self.over.wait(max(POLL_S, POLL_SHARE * (time.monotonic() - started))):
-                return
-
     def fork(self, length: int) -> SequenceCache | None:
         """The KV cache of the first ``length`` tokens; None where they are not all read, or dropped after a failure."""
         if self.cache is None or self.cache.read < length:
             return None
         fork = self.cache.fork(length)
         return fork if fork.read == length else None
+
+
+class PrefixWait(Wait):
+    """Until so many tokens of a prompt under way are read, or are not to be expected for now.
+
+    Args:
+        prefix: whose generation reads them.
+        length: how many.
+    """
+
+    def __init__(self, prefix: RunningPrefix, length: int) -> None:
+        self._prefix, self._length = prefix, length
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing to wait for any more."""
+        return self._prefix.over.is_set() or not self._prefix.coming or self._prefix.read >= self._length
+
+    def block(self) -> None:
+        """Look again and again."""
+        started = time.monotonic()
+        while not self.over:
+            self._prefix.over.wait(max(POLL_S, POLL_SHARE * (time.monotonic() - started)))
 
 
 class RunningPrefixes:
@@ -107,7 +124,7 @@ class RunningPrefixes:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def enter(self, ids: Sequence[int], scope: str | None) -> tuple[RunningPrefix, SequenceCache | None, int]:
+    def enter(self, ids: Sequence[int], scope: str | None) -> Waiting[tuple[RunningPrefix, SequenceCache | None, int]]:
         """A generation begins; waits while another reads a longer part of its prompt than the prefix cache holds.
 
         Args:
@@ -130,7 +147,7 @@ class RunningPrefixes:
                 if fork is not None:
                     self._entries.append(entry)
                     return entry, fork, length
-            best.wait_for(length)
+            yield PrefixWait(best, length)
         return entry, *self._cache.match(prompt, scope)
 
     def leave(self, entry: RunningPrefix) -> None:

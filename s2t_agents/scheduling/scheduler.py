@@ -64,7 +64,7 @@ class Scheduler:
         """Identifier of the thread that runs the loop now."""
         self._thread: threading.Thread | None = None
         self._last: frozenset[int] = frozenset()
-        """Caches of the last forward: their callers will probably be back in a moment."""
+        """Callers of the last forward: they will probably be back in a moment."""
         self._took_s, self._step_s = 0.0, inf
         self._threads = 1
         """OpenMP threads that the latest caller's operations run on."""
@@ -89,8 +89,12 @@ class Scheduler:
         self.run([request])
         return request.result()
 
-    def run(self, requests: Sequence[ForwardRequest]) -> None:
+    def run(self, requests: Sequence[ForwardRequest], caller: object = None) -> None:
         """Return when all requests are done; each of them knows its output or its error.
+
+        Args:
+            requests: at least one.
+            caller: whose they are, for the next forward to wait for; by default whoever extends the first one's cache.
 
         Raises:
             BaseException: the wait was interrupted; what was not begun is dropped, a forward under way is waited for.
@@ -103,6 +107,8 @@ class Scheduler:
             self._run_exclusively(requests)
             return
         threads = wanted_threads()
+        for request in requests:
+            request.caller = id(requests[0].cache if caller is None else caller)
         try:  # from the first line on: an interrupt may come between any two
             with self._mutex:
                 self._waiting.extend(requests)
@@ -150,7 +156,7 @@ class Scheduler:
         """Whether the caller is alone and steps are short, so that it runs the loop in its own thread."""
         short = self._step_s <= self._backend.limits.hand_over_s
         alone = self._driver is None and len(self._waiting) == len(requests)
-        return short and alone and self._last <= {id(request.cache) for request in requests}
+        return short and alone and self._last <= {request.caller for request in requests}
 
     def _ensure_thread(self) -> None:
         if self._thread is None:
@@ -197,7 +203,7 @@ class Scheduler:
         """What goes into the next forward: single tokens and candidates first, then chunks of prompts."""
         with self._mutex:
             until = time.monotonic() + min(PATIENCE * self._took_s, PATIENCE_S)
-            while not self._last <= {id(request.cache) for request in self._waiting}:
+            while not self._last <= {request.caller for request in self._waiting}:
                 left = until - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     break
@@ -296,7 +302,7 @@ class Scheduler:
             self._running = ()
             if not driven:
                 self._driver = None
-            self._last = frozenset(id(request.cache) for request in requests)
+            self._last = frozenset(request.caller for request in requests)
             self._waiting = deque(request for request in self._waiting if request not in done)
             if self._waiting and not driven:
                 self._ensure_thread()

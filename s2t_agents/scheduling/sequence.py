@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 
-from ..backends.base import BestLogits
+from ..backends.base import BestLogits, ScoreCandidates
 from ..backends.statistics import LogitStatistics
 from .compute_time import ComputeTime
 from .language_model import LanguageModel
 from .prefix_cache import common_prefix
-from .requests import AppendRequest
+from .requests import AppendRequest, ScoreRequest
 from .running_prefixes import RunningPrefix
+from .waits import Forwards, Waiting, finish
 
 
 class TokenSequence:
     """Grows token by token; ``logits`` and ``hidden`` are those after its last token.
 
-    Not thread-safe: one generation owns it.
+    Not thread-safe: one generation owns it. As a context manager it gives its KV cache to the prefix cache in the end,
+    if that is where it came from. Each method that runs the model is there twice: to wait for, and blocking.
 
     Args:
         model: reads the tokens.
         scope: whose conversation it is: KV caches are shared within one scope only.
+        lora: adapter that is on at all its tokens.
 
     Attributes:
         ids: its tokens.
@@ -35,8 +38,8 @@ class TokenSequence:
         compute: the share of the model's compute time that went into this sequence and its candidates.
     """
 
-    def __init__(self, model: LanguageModel, scope: str | None = None) -> None:
-        self.model, self.scope = model, scope
+    def __init__(self, model: LanguageModel, scope: str | None = None, lora: Any | None = None) -> None:
+        self.model, self.scope, self.lora = model, scope, lora
         self.ids: list[int] = []
         self.logits: Tensor = torch.empty(0)
         self.hidden: Tensor = torch.empty(0)
@@ -45,11 +48,8 @@ class TokenSequence:
         self._running: RunningPrefix | None = None
 
     @classmethod
-    @contextmanager
-    def from_prefix_cache(
-        cls, model: LanguageModel, prompt: Sequence[int], scope: str | None = None
-    ) -> Iterator[TokenSequence]:
-        """A sequence that starts with the longest cached prefix of ``prompt``, and is cached itself at the end.
+    def from_prefix_cache(cls, model: LanguageModel, prompt: Sequence[int], scope: str | None = None) -> Waiting[Self]:
+        """A sequence that starts with the longest cached prefix of ``prompt``.
 
         Args:
             model: whose prefix cache is used.
@@ -57,33 +57,42 @@ class TokenSequence:
             scope: see ``PrefixCache``.
         """
         sequence = cls(model, scope)
-        if not model.capabilities.truncation:  # recurrent states cannot be cut to a common prefix
-            yield sequence
-            sequence.close()
+        if model.capabilities.truncation:  # recurrent states cannot be cut to a common prefix
+            running, cache, length = yield from model.running.enter(prompt, scope)
+            if cache is not None:
+                sequence.cache, sequence.ids = cache, list(prompt[:length])
+            running.cache, sequence._running = sequence.cache, running
+        return sequence
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._running is None:
+            self.close()
             return
-        running, cache, length = model.running.enter(prompt, scope)
-        if cache is not None:
-            sequence.cache, sequence.ids = cache, list(prompt[:length])
-        running.cache, sequence._running = sequence.cache, running
         try:
-            yield sequence
+            self.model.scheduler.pause()
+            if self.cache.length == len(self):
+                self.model.prefix_cache.insert(self.ids, self.cache, self.scope)
+            else:  # interrupted within a forward
+                self.close()
         finally:
-            try:
-                model.scheduler.pause()
-                if sequence.cache.length == len(sequence):
-                    model.prefix_cache.insert(sequence.ids, sequence.cache, scope)
-                else:  # interrupted within a forward
-                    sequence.cache.close()
-            finally:
-                model.running.leave(running)
+            self.model.running.leave(self._running)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def append(self, ids: Sequence[int]) -> None:
         """Append tokens (at least one); ``logits`` and ``hidden`` move to the new end."""
+        finish(self.appending(ids))
+
+    def appending(self, ids: Sequence[int]) -> Waiting[None]:
+        """``append``, to wait for."""
         with self._running or nullcontext():
-            self.logits, self.hidden = self.model.append(torch.tensor(ids), self.cache, self.compute)
+            request = AppendRequest(torch.tensor(ids), self.cache, self.compute, self.lora)
+            yield Forwards(self.model.scheduler, [request])
+            self.logits, self.hidden = request.result()
         self.ids += ids
 
     def know(self, allowed: Tensor) -> None:
@@ -106,20 +115,31 @@ class TokenSequence:
         Returns:
             Tokens that were computed; at least one, since the logits at the end are wanted.
         """
+        return finish(self.moving_to(ids))
+
+    def moving_to(self, ids: Sequence[int]) -> Waiting[int]:
+        """``move_to``, to wait for."""
         if self.ids == list(ids):
             return 0
         keep = self._truncate(min(self.common_prefix(ids), len(ids) - 1))
-        self.append(ids[keep:])
+        yield from self.appending(ids[keep:])
         return len(ids) - keep
 
     def score_candidates(self, candidates: Tensor, lora: Any | None = None) -> Tensor:
-        """Last hidden state ``[K, H]`` after each of the candidates ``[K]``; the sequence stays as it is.
+        """Last hidden state ``[K, H]`` after each of the candidates ``[K]``, as if it alone had followed the sequence,
+        which stays as it is. One forward; the output layer is not run.
 
         Args:
             candidates: token ids.
-            lora: adapter that is on at the candidates only.
+            lora: adapter that is on at the candidates only; None scores them with the base model.
         """
-        return self.model.score_candidates(candidates, self.cache, len(self), lora, self.compute)
+        return finish(self.scoring_candidates(candidates, lora))
+
+    def scoring_candidates(self, candidates: Tensor, lora: Any | None = None) -> Waiting[Tensor]:
+        """``score_candidates``, to wait for."""
+        request = ScoreRequest(ScoreCandidates(candidates, self.cache, len(self), lora), self.compute)
+        yield Forwards(self.model.scheduler, [request])
+        return request.result()
 
     @contextmanager
     def forks(self, count: int) -> Iterator[Forks]:

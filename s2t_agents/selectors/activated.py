@@ -22,6 +22,7 @@ from ..backends.torch.lora import Lora
 from ..errors import AdapterMismatch
 from ..proposal import Proposal
 from ..scheduling.language_model import LanguageModel
+from ..scheduling.waits import Waiting
 from .base import LearnedSelector
 from .config import SelectorConfig
 
@@ -45,9 +46,9 @@ class ActivatedSelector(LearnedSelector):
         self.to(base.device)
 
     @torch.inference_mode()
-    def scores(self, proposal: Proposal) -> Tensor:
+    def scoring(self, proposal: Proposal) -> Waiting[Tensor]:
         """``[K]``, see ``calibrated``."""
-        hidden = proposal.prefix.score_candidates(proposal.candidates, self.lora)
+        hidden = yield from proposal.prefix.scoring_candidates(proposal.candidates, self.lora)
         return self.calibrated(proposal.candidate_log_probs, self.correction(hidden))
 
     def correction(self, hidden: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ..backends.statistics import FLOOR
 from ..backends.torch.lora import Lora
 from ..proposal import Proposal
 from ..scheduling.language_model import LanguageModel
+from ..scheduling.waits import Waiting
 from .adapted_prefix import AdaptedPrefixes
 from .base import LearnedSelector
 from .config import SelectorConfig
@@ -40,10 +41,11 @@ class AdaptedSelector(LearnedSelector):
         self.to(base.device)
 
     @torch.inference_mode()
-    def scores(self, proposal: Proposal) -> Tensor:
+    def scoring(self, proposal: Proposal) -> Waiting[Tensor]:
         """``[K]``, see ``calibrated``."""
-        with self.prefixes.caught_up(proposal) as prefix:
-            logits = prefix.logits
+        prefix = yield from self.prefixes.caught_up(proposal)
+        logits = prefix.logits
+        self.prefixes.idle.put(prefix)
         slm = proposal.candidate_log_probs
         return self.calibrated(slm, self.correction(slm, logits, proposal.candidates))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ..proposal import Proposal
 from ..scheduling.language_model import LanguageModel
+from ..scheduling.waits import Waiting, finish
 
 
 class Selector(Protocol):
@@ -34,12 +36,28 @@ class LearnedSelector(nn.Module):
         self.base = base
         self.temperature, self.caution = temperature, caution
 
+    def scores(self, proposal: Proposal) -> Tensor:
+        """``[K]``, see ``calibrated``."""
+        return finish(self.scoring(proposal))
+
+    @abstractmethod
+    def scoring(self, proposal: Proposal) -> Waiting[Tensor]:
+        """``scores``, to wait for."""
+        ...
+
     def calibrated(self, slm: Tensor, correction: Tensor) -> Tensor:
         """Scores from the candidates' log-probabilities, best first, and corrections, all ``[..., K]``."""
         raw = slm + correction
         if self.caution:
             raw = torch.cat([raw[..., :1] + self.caution, raw[..., 1:]], -1)
         return raw / self.temperature
+
+
+def scoring(selector: Selector, proposal: Proposal) -> Waiting[Tensor]:
+    """A selector's scores; one that is none of ours blocks."""
+    if isinstance(selector, LearnedSelector):
+        return (yield from selector.scoring(proposal))
+    return selector.scores(proposal)
 
 
 def confidence_margin(scores: Tensor) -> float:

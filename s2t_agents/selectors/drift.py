@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from ..fork_safety import hold_while_forking
 from ..types import Step
 from .config import Calibration
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Z95 = 1.959964
 Z_LIVE = 3.0
@@ -96,15 +99,16 @@ class DriftWatch:
         self.trigger_rate, self.escalation_rate = LiveRate(), LiveRate()
         self._warned = False
 
-    def watching(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """Pass the steps on; when they end or are closed, count them, and log a warning if due."""
+    def watching(self, items: Iterable[T]) -> Iterator[T]:
+        """Pass steps, and what comes between, on; when they end or are closed, count them, and log a warning if due."""
         steps_counted = triggered = escalated = 0
         try:
-            for step in steps:
-                steps_counted += step.entropy is not None  # forced tokens do not count
-                triggered += step.triggered
-                escalated += step.escalation is not None
-                yield step
+            for item in items:
+                if isinstance(item, Step):
+                    steps_counted += item.entropy is not None  # forced tokens do not count
+                    triggered += item.triggered
+                    escalated += item.escalation is not None
+                yield item
         finally:
             warning = self.see(steps_counted, triggered, escalated)
             if warning is not None:

@@ -17,6 +17,7 @@ from ..backends.torch.loading import read_tensors
 from ..errors import AdapterMismatch
 from ..proposal import Proposal
 from ..scheduling.language_model import LanguageModel
+from ..scheduling.waits import Waiting
 from .base import LearnedSelector
 from .config import SelectorConfig
 
@@ -45,10 +46,11 @@ class HeadSelector(LearnedSelector):
         self.to(base.device)
 
     @torch.inference_mode()
-    def scores(self, proposal: Proposal) -> Tensor:
-        """``[K]``, see ``calibrated``."""
+    def scoring(self, proposal: Proposal) -> Waiting[Tensor]:
+        """Waits for nothing."""
         correction = self.correction(proposal.hidden[None], proposal.candidates[None])[0]
         return self.calibrated(proposal.candidate_log_probs, correction)
+        yield
 
     def correction(self, hidden: Tensor, candidates: Tensor) -> Tensor:
         """From hidden states ``[N, H]`` and candidate ids ``[N, K]`` to corrections ``[N, K]``."""

@@ -25,6 +25,7 @@ from ..backends.torch.lora import Lora
 from ..errors import AdapterMismatch
 from ..proposal import Proposal
 from ..scheduling.language_model import LanguageModel
+from ..scheduling.waits import Waiting
 from .adapted_prefix import AdaptedPrefixes
 from .base import LearnedSelector
 from .config import SelectorConfig
@@ -56,10 +57,11 @@ class PublishedSelector(LearnedSelector):
         self.to(base.device)
 
     @torch.inference_mode()
-    def scores(self, proposal: Proposal) -> Tensor:
+    def scoring(self, proposal: Proposal) -> Waiting[Tensor]:
         """``[K]``, see ``calibrated``."""
-        with self.prefixes.caught_up(proposal) as prefix:
-            hidden = prefix.score_candidates(proposal.candidates)
+        prefix = yield from self.prefixes.caught_up(proposal)
+        hidden = yield from prefix.scoring_candidates(proposal.candidates, self.lora)
+        self.prefixes.idle.put(prefix)
         return self.calibrated(proposal.candidate_log_probs, self.correction(hidden))
 
     def correction(self, hidden: Tensor) -> Tensor:

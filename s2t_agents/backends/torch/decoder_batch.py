@@ -88,10 +88,10 @@ class DecoderBatch:
         return hidden[m:]
 
     def _correcting(self, ordered: Sequence[Work]) -> LinearMap:
-        """The linear maps, with each adapter's corrections on the rows of its own candidates, which are adjacent."""
+        """The linear maps, with each adapter's corrections on the rows of its own tokens and candidates."""
         stretches: list[tuple[slice, dict[nn.Module, LoraLayer]]] = []
         start = 0
-        for lora, group in groupby(ordered, key=lambda part: part.lora if isinstance(part, ScoreCandidates) else None):
+        for lora, group in groupby(ordered, key=lambda part: part.lora):
             end = start + sum(len(part.ids) for part in group)
             if lora is not None:
                 stretches.append((slice(start, end), self.corrections(lora)))
@@ -125,10 +125,9 @@ def places(part: Work) -> range | list[int]:
 
 
 def _place(part: Work) -> tuple[int, int]:
-    """Single tokens, chunks, then candidates, those of one adapter adjacent: it corrects one block of rows."""
-    if isinstance(part, Append):
-        return int(len(part.ids) > 1), 0
-    return 2, 0 if part.lora is None else id(part.lora)
+    """Single tokens, chunks, then candidates; of each, those of one adapter adjacent: it corrects one block of rows."""
+    kind = int(len(part.ids) > 1) if isinstance(part, Append) else 2
+    return kind, 0 if part.lora is None else id(part.lora)
 
 
 def _blocks(segments: Sequence[Append[Any]], looks: Sequence[ScoreCandidates[Any]]) -> list[tuple[int, Attention]]:

@@ -127,7 +127,7 @@ class ModelRunner:
             self._last_hidden = None
             return outputs
         assert self.decoder_batch is not None
-        if all(isinstance(item, Append) and len(item.ids) == 1 for item in batch):
+        if all(isinstance(item, Append) and len(item.ids) == 1 and item.lora is None for item in batch):
             return [StepOutput(*row) for row in zip(*self._single_tokens(batch), strict=True)]
         return self.decoder_batch(batch)
 
@@ -136,19 +136,20 @@ class ModelRunner:
             return self._append_written_out(item)
         if item.length and len(item.ids) > 1 and not self._resumes_in_chunks:
             singles = enumerate(torch.split(item.ids, 1), item.length)
-            return [self._append(Append(token, item.cache, length)) for length, token in singles][-1]
-        logits, hidden = self.through_modules(
-            input_ids=item.ids[None],
-            position_ids=torch.arange(item.length, item.length + len(item.ids), device=self.device)[None],
-            past_key_values=item.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+            return [self._append(Append(token, item.cache, length, item.lora)) for length, token in singles][-1]
+        with item.lora.on(self.model) if item.lora is not None else nullcontext():
+            logits, hidden = self.through_modules(
+                input_ids=item.ids[None],
+                position_ids=torch.arange(item.length, item.length + len(item.ids), device=self.device)[None],
+                past_key_values=item.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         return StepOutput(logits[0, -1].float(), hidden[0, -1])
 
     def _append_written_out(self, item: Append[Any]) -> StepOutput:
         assert self.decoder_batch is not None
-        if len(item.ids) > 1:
+        if len(item.ids) > 1 or item.lora is not None:
             (output,) = self.decoder_batch([item])
             assert isinstance(output, StepOutput)
             return output

@@ -204,12 +204,12 @@ def packed_attention(config: Any) -> Iterator[str]:
 
 @contextmanager
 def corrected(base: nn.Module, parts: Sequence[Work]) -> Iterator[None]:
-    """The base model with each item's adapter on, at its own candidates alone."""
+    """The base model with each item's adapter on, at its own tokens alone."""
     with ExitStack() as stack:
         start = 0
         for part in parts:
             end = start + len(part.ids)
-            if isinstance(part, ScoreCandidates) and part.lora is not None:
+            if part.lora is not None:
                 stack.enter_context(part.lora.on(base, slice(start, end)))
             start = end
         yield

@@ -175,6 +175,7 @@ class GraphRunner:
             at: TokenAppend(part.cache, part.ids.tolist(), part.length)
             for at, part in enumerate(parts)
             if isinstance(part, Append)
+            and part.lora is None
             and self._takes(part.cache)
             and (len(part.ids) == 1 or self._stretches.worth(len(part.ids)))
         }

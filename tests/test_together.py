@@ -1,0 +1,166 @@
+"""Many generations in one thread answer as each does alone, and wait for each other only where they must."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from test_selectors import activated, adapted, head, published
+
+from s2t_agents.backends.base import Work
+from s2t_agents.budget import Budget
+from s2t_agents.engine.engine import Engine
+from s2t_agents.engine.together import steps_of, together
+from s2t_agents.errors import ContextOverflow
+from s2t_agents.escalation import Escalation
+from s2t_agents.llms import LocalLLM
+from s2t_agents.scheduling.admission import Concurrency
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.waits import Waiting
+from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
+from s2t_agents.triggers import always, entropy
+from s2t_agents.types import Sampling, Step
+
+SYSTEM = list(range(30, 60))
+PROMPTS = [[5, 6, 7], [*SYSTEM, 1, 2], [65] * 9, [*SYSTEM, 3], [*SYSTEM, 1, 2], [66, 67]]
+SAMPLING = Sampling(max_tokens=12)
+
+
+def tokens(steps: Sequence[Step]) -> list[int]:
+    return [step.token_id for step in steps]
+
+
+def alone(engine: Engine, **settings: Any) -> list[list[int]]:
+    return [
+        tokens(list(engine.steps(prompt, SAMPLING, cache_scope=f"{at}", **settings)))
+        for at, prompt in enumerate(PROMPTS)
+    ]
+
+
+def at_once(engine: Engine, **settings: Any) -> list[list[int]]:
+    found = together([steps_of(engine.generation(prompt, SAMPLING, **settings)) for prompt in PROMPTS])
+    return [tokens(steps) for steps in found]
+
+
+def watched(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[list[Work]]:
+    """The batches of all forwards from now on."""
+    batches: list[list[Work]] = []
+    real = model.backend.forward
+    monkeypatch.setattr(model.backend, "forward", lambda batch: (batches.append(list(batch)), real(batch))[1])
+    return batches
+
+
+@pytest.mark.parametrize("kind", [None, activated, adapted, head, published])
+def test_answers_are_those_of_each_alone(kind: Any) -> None:
+    model = tiny_model()
+    selector = kind(model, trained=True) if kind else None
+    engine = Engine(model, trigger=entropy(above=2.0), selector=selector)
+    assert at_once(engine) == alone(engine)
+
+
+def test_an_llm_on_this_machine_is_asked_as_for_each_alone() -> None:
+    model, large = tiny_model(), tiny_model(seed=5)
+    engine = Engine(model, trigger=entropy(above=2.0), escalation=Escalation(LocalLLM(large), margin=1.0))
+    own = [Budget(escalations=3) for _ in PROMPTS]
+    found = together(
+        [
+            steps_of(engine.generation(prompt, SAMPLING, budget=budget))
+            for prompt, budget in zip(PROMPTS, own, strict=True)
+        ]
+    )
+    singly = [
+        list(engine.steps(prompt, SAMPLING, cache_scope="alone", budget=Budget(escalations=3))) for prompt in PROMPTS
+    ]
+    assert [tokens(steps) for steps in found] == [tokens(steps) for steps in singly]
+    assert [[step.picked_by for step in steps] for steps in found] == [
+        [step.picked_by for step in steps] for steps in singly
+    ]
+
+
+def test_all_go_through_the_model_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    batches = watched(model, monkeypatch)
+    at_once(Engine(model))
+    assert sum(len(batch) == len(PROMPTS) for batch in batches) >= SAMPLING.max_tokens - 1
+    assert len(batches) <= SAMPLING.max_tokens + 4  # the shared system prompt is read first
+
+
+def test_adapted_prefixes_are_read_beside_each_other_and_beside_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    selector = adapted(model, trained=True)
+    batches = watched(model, monkeypatch)
+    at_once(Engine(model, trigger=always(), selector=selector))
+    both = [{getattr(work, "lora", None) for work in batch} for batch in batches]
+    assert {None, selector.lora} in both
+    assert any(sum(work.lora is selector.lora for work in batch) > 1 for batch in batches)
+    assert max(len(work.ids) for batch in batches[8:] for work in batch) == 1  # each goes on from its own KV
+
+
+def test_a_shared_beginning_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    batches = watched(model, monkeypatch)
+    at_once(Engine(model))
+    read = sum(len(work.ids) for batch in batches for work in batch if len(work.ids) > 1)
+    assert read <= sum(len(prompt) for prompt in PROMPTS) - 2 * len(SYSTEM)
+
+
+def test_more_than_may_run_take_turns() -> None:
+    model = tiny_model()
+    narrow = Engine(model, concurrency=Concurrency(running=2, waiting=9))
+    assert at_once(narrow) == alone(Engine(model))
+
+
+def test_what_one_raises_closes_the_others() -> None:
+    model, llm = tiny_model(), ScriptedLLM(last_candidate)
+    engine = Engine(model, trigger=always(), escalation=Escalation(llm, margin=1.0))
+
+    def failing() -> Waiting[list[Step]]:
+        yield from steps_of(engine.generation([1, 2], Sampling(max_tokens=3)))
+        return list(engine.steps([1] * 10_000))
+
+    with pytest.raises(ContextOverflow):
+        together([steps_of(engine.generation([1, 2, 3], Sampling(max_tokens=50))), failing()])
+    assert (llm.opened, llm.closed) == (2, 2)
+    assert model.scheduler.idle
+    assert len(model.running) == 0
+
+
+def test_a_forward_that_fails_is_its_own_generations_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    real = model.backend.forward
+
+    def failing(batch: Sequence[Work]) -> Any:
+        if any(99 in work.ids.tolist() for work in batch):
+            raise RuntimeError("no memory")
+        return real(batch)
+
+    def told(prompt: list[int]) -> Waiting[object]:
+        try:
+            return tokens((yield from steps_of(Engine(model).generation(prompt, SAMPLING, cache_scope="b"))))
+        except RuntimeError as error:
+            return str(error)
+
+    [expected] = together([told([5, 6, 7])])
+    monkeypatch.setattr(model.backend, "forward", failing)
+    assert together([told([5, 6, 7]), told([98, 99])]) == [expected, "no memory"]
+
+
+def test_one_computation_may_run_several_generations_after_another() -> None:
+    model = tiny_model()
+    engine = Engine(model)
+
+    def dialogue(prompt: list[int]) -> Waiting[list[int]]:
+        first = tokens((yield from steps_of(engine.generation(prompt, SAMPLING))))
+        return tokens((yield from steps_of(engine.generation([*prompt, *first, 7], SAMPLING))))
+
+    def singly(prompt: list[int]) -> list[int]:
+        first = tokens(list(engine.steps(prompt, SAMPLING, cache_scope="alone")))
+        return tokens(list(engine.steps([*prompt, *first, 7], SAMPLING, cache_scope="alone")))
+
+    prompts = [*PROMPTS[:3], [1]]
+    assert together([dialogue(prompt) for prompt in prompts]) == [singly(prompt) for prompt in prompts]
+
+
+def test_nothing_to_run_is_nothing_found() -> None:
+    assert together([]) == []
