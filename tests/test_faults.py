@@ -354,7 +354,7 @@ def test_64_threads_share_one_pool_and_all_are_heard(server: CompletionServer) -
 def test_an_interrupted_question_is_billed_for_what_may_have_been_done(
     server: CompletionServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from s2t_agents.llms import event_loop
+    from s2t_agents.endpoints import event_loop
 
     real = event_loop.asyncio.run_coroutine_threadsafe
 
