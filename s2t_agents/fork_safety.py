@@ -48,28 +48,31 @@ class _ForkDelay:
 
     def renew(self) -> None:
         """Reset: no call is running."""
-        self._state = threading.Condition(threading.Lock())
-        self._calls = 0
+        self._lock = threading.Lock()  # taken itself by calls: half the price of the condition, several times a token
+        self._state = threading.Condition(self._lock)
+        self._calls, self._stopping = 0, False
 
     def __enter__(self) -> None:
-        with self._state:
+        with self._lock:
             self._calls += 1
 
     def __exit__(self, *_: object) -> None:
-        with self._state:
+        with self._lock:
             self._calls -= 1
-            if not self._calls:
+            if self._stopping and not self._calls:
                 self._state.notify_all()
 
     def stop(self, until: float) -> bool:
         """Block new calls until ``go`` and wait for running ones; False if they took too long."""
         if not self._state.acquire(timeout=max(0.0, until - time.monotonic())):
             return False
+        self._stopping = True
         self._state.wait_for(lambda: not self._calls, max(0.0, until - time.monotonic()))
         return True
 
     def go(self) -> None:
         """Unblock calls."""
+        self._stopping = False
         self._state.release()
 
 

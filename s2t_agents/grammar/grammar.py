@@ -312,9 +312,8 @@ class GrammarState:
             return False
         if not self._near_limit:
             return True
-        left = self._left or 0
-        path = self._completion(left)
-        return path is None or self._can_finish_after(token_id, path, left, SearchBudget(_MASK_SEARCH_STEPS))
+        path = self._completion(self._left or 0)
+        return path is None or self._can_finish_after(token_id, path, SearchBudget(_MASK_SEARCH_STEPS))
 
     def best(self, logits: Tensor, likeliest: int | None = None) -> int:
         """The most likely token that ``allowed(logits)`` permits, the first of equally likely ones.
@@ -326,17 +325,16 @@ class GrammarState:
             likeliest: their largest, where it is known.
         """
         first = likeliest if likeliest is not None else int(logits.argmax())
-        legal = not self.finished and self._is_legal(first)
-        if legal and not self._near_limit:
-            return first
-        left, budget = self._left or 0, SearchBudget(_MASK_SEARCH_STEPS)
-        path = self._completion(left) if self._near_limit else None
-        if legal and (path is None or self._can_finish_after(first, path, left, budget)):
+        path = self._completion(self._left or 0) if self._near_limit else None
+        budget = SearchBudget(_MASK_SEARCH_STEPS)
+        if path is not None and (first in path[:1] or self._completes_after(first, path)):
+            return first  # which is legal, then
+        if self._is_legal(first) and (path is None or self._can_finish_after(first, path, budget)):
             return first
         mask = self._legal()
         if path is not None:
             for token in self._most_likely(mask, logits):
-                if token != first and self._can_finish_after(token, path, left, budget):
+                if token != first and self._can_finish_after(token, path, budget):
                     return token
             mask = self._mask_of_completion(mask, path)
         return int(logits.masked_fill(~torch.from_numpy(mask).to(logits.device), -torch.inf).argmax())
@@ -367,14 +365,13 @@ class GrammarState:
         return mask
 
     def _mask_that_can_finish(self, mask: Mask, logits: Tensor | None) -> Mask:
-        left = self._left or 0
-        path = self._completion(left)
+        path = self._completion(self._left or 0)
         if path is None:  # no completion is known
             return mask
         allowed = self._mask_of_completion(mask, path)
         budget = SearchBudget(_MASK_SEARCH_STEPS)
         for token in self._most_likely(mask, logits):
-            allowed[token] = self._can_finish_after(token, path, left, budget) or allowed[token]
+            allowed[token] = self._can_finish_after(token, path, budget) or allowed[token]
         return allowed
 
     def _most_likely(self, mask: Mask, logits: Tensor | None) -> list[int]:
@@ -408,17 +405,28 @@ class GrammarState:
         self._completion_holds = True
         return self._known_completion
 
-    def _can_finish_after(self, token: int, path: list[int], left: int, budget: SearchBudget) -> bool:
+    def _can_finish_after(self, token: int, path: list[int], budget: SearchBudget) -> bool:
         """Whether a completion after a legal token is known or found; ``path`` completes the state before it."""
-        if token in self._vocabulary.eos_ids or token in path[:1]:
+        if token in self._vocabulary.eos_ids or token in path[:1] or self._completes_after(token, path):
             return True
-        if 1 + len(path) <= left and self._vocabulary.completes(self._matcher, [token, *path]):
-            self._completions_after[token] = path
-            return True
-        found = self._search_after([token], left, budget)
+        found = self._search_after([token], self._left or 0, budget)
         if found is not None:
             self._completions_after[token] = found
         return found is not None
+
+    def _completes_after(self, token: int, path: list[int]) -> bool:
+        """Whether a token is legal and what completes the state before it completes the one after it, too.
+
+        As it is (a letter more in a string), or without its first token (the same separator in other words).
+        """
+        left = self._left or 0
+        if token in self._vocabulary.eos_ids:
+            return False
+        for rest in (path, path[1:]):
+            if len(rest) < left and self._vocabulary.completes(self._matcher, [token, *rest]):
+                self._completions_after[token] = rest
+                return True
+        return False
 
     def _completion_after_forced(self, tokens: list[int]) -> bool:
         """Whether a completion after the forced tokens is known or found."""

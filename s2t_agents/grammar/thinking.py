@@ -242,8 +242,12 @@ class ThinkThenAnswer:
             logits: ``[V]``, the model's, unmasked.
             likeliest: their largest, where it is known.
         """
-        if self._phase == "answer" and not self._dictated_tokens:
-            return self._started_answer().best(logits, likeliest)
+        if not self._dictated_tokens:
+            if self._phase == "answer":
+                return self._started_answer().best(logits, likeliest)
+            first = likeliest if likeliest is not None else int(logits.argmax())
+            if self._phase == "thought" and self._mask_in_thought[first] and not self._ends_thought(first):
+                return first
         return int(logits.masked_fill(~self.allowed(logits).to(logits.device), -torch.inf).argmax())
 
     def _ends_thought(self, token_id: int) -> bool:
