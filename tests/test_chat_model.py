@@ -338,3 +338,12 @@ def test_history_with_a_calls_result_is_read() -> None:
         ]
     )
     assert isinstance(answer, AIMessage)
+
+
+def test_log_probabilities_change_no_greedy_answer_and_are_those_of_the_likeliest_tokens() -> None:
+    model = chat()
+    plain, told = model.invoke("hi"), model.invoke("hi", logprobs=True, top_logprobs=1)
+    assert told.content == plain.content
+    content = told.response_metadata["logprobs"]["content"]
+    assert content
+    assert all(each["logprob"] == each["top_logprobs"][0]["logprob"] <= 0 for each in content)

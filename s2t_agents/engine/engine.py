@@ -253,7 +253,8 @@ class Engine:
         computed = time.perf_counter()
         banned = draw.sampling.banned_first if index == 0 else ()
         looks_twice = self.selector is not None or session is not None
-        if grammar and not (looks_twice or draw.random or banned):  # the best token alone: no mask, no statistics
+        reads_all = looks_twice or draw.random or draw.sampling.logprobs is not None or banned
+        if grammar and not reads_all and self.slm.capabilities.all_logits:  # the best token alone: no mask
             seen = prefix.statistics
             token = grammar.best(prefix.logits, seen.best if seen is not None else None)
             compute, grammar_s = prefix.compute.seconds - used, time.perf_counter() - computed
