@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from s2t_agents.backends.base import Append, ScoreCandidates, StepOutput
 from s2t_agents.backends.llamacpp.backend import LlamaCppBackend
 from s2t_agents.backends.llamacpp.context import Interrupted
 from s2t_agents.errors import ConfigError, ModelNotFound, Overloaded
+from s2t_agents.scheduling.language_model import LanguageModel
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
@@ -248,6 +250,24 @@ def test_a_forward_under_way_is_stopped_from_another_thread(tmp_path: Path) -> N
     backend.resume()
     same(read(backend, cache, draw(3)), fresh(backend, torch.cat([draw(20), draw(3)])))
     backend.close()
+
+
+def test_a_caller_that_is_interrupted_stops_its_forward_half_way(tmp_path: Path) -> None:
+    model = LanguageModel.on(LlamaCppBackend.load(write_gguf(tmp_path / "a.gguf", layers=24), n_ctx=4096))
+    cache = model.new_cache()
+    model.append(draw(20), cache)
+
+    def go_on() -> None:
+        for _ in range(1000):
+            model.append(draw(500), cache)
+            cache.truncate(20)
+
+    threading.Timer(0.5, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        go_on()
+    assert cache.length == 20
+    same(model.append(draw(3), cache), fresh(model.backend, torch.cat([draw(20), draw(3)])))
+    model.backend.close()
 
 
 def test_two_models_at_once_are_two_models(tiny: LlamaCppBackend, tmp_path: Path) -> None:

@@ -71,6 +71,22 @@ def test_a_folder_or_a_named_file_is_the_same_model(chat: ChatS2T, file: Path, t
         ChatS2T(model=str(folder), model_kwargs={"gguf_file": "missing.gguf"}).invoke("hello")
 
 
+def test_a_file_of_the_hub_is_named_beside_the_id(chat: ChatS2T, file: Path, tmp_path: Path) -> None:
+    commit = "1" * 40
+    repository = tmp_path / "models--someone--tiny-GGUF"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "tiny-q8_0.gguf").symlink_to(file)
+    options = {"cache_dir": str(tmp_path), "local_files_only": True}
+    named = ChatS2T(
+        model="someone/tiny-GGUF", max_tokens=12, model_kwargs={**options, "gguf_file": "tiny-q8_0.gguf", "n_ctx": 512}
+    )
+    assert named.invoke("hello").content == chat.invoke("hello").content
+    with pytest.raises(ModelNotFound, match="missing"):
+        ChatS2T(model="someone/tiny-GGUF", model_kwargs={**options, "gguf_file": "missing.gguf"}).invoke("hello")
+
+
 def test_an_llm_from_a_gguf_file_is_asked(file: Path, tmp_path: Path) -> None:
     llm = LocalLLM(str(write_gguf(tmp_path / "llm.gguf", seed=9)), n_ctx=1024)
     escalation = Escalation(llm, margin=1.0)

@@ -242,6 +242,15 @@ class Backend(Protocol):
         """
         ...
 
+    def interrupt(self) -> None:
+        """Stop the forward under way, where the engine can: it raises. So do all others until ``resume``. From any
+        thread."""
+        ...
+
+    def resume(self) -> None:
+        """Forwards run through again."""
+        ...
+
 
 class BestLogits(Backend, Protocol):
     """A backend without ``Capabilities.all_logits``."""

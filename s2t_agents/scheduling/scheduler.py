@@ -181,11 +181,14 @@ class Scheduler:
     def _drop(self, requests: Sequence[ForwardRequest]) -> None:
         """The caller leaves: forget its requests, but wait for a forward in another thread that writes to their caches.
 
-        If the caller runs the loop, that breaks off, and others' requests go on without it.
+        That is stopped half-way, where the engine can, if nobody else has a part in it. If the caller runs the loop,
+        that breaks off, and others' requests go on without it.
         """
         with self._mutex:
             driving = self._driver == threading.get_ident()
             self._waiting = deque(request for request in self._waiting if request not in requests)
+            if not driving and self._running and all(request in requests for request in self._running):
+                self._backend.interrupt()
             while not driving and any(request in self._running for request in requests):
                 self._changed.wait()
         if driving:
@@ -300,6 +303,7 @@ class Scheduler:
         done = [request for request in requests if request.done]
         with self._mutex:
             self._running = ()
+            self._backend.resume()
             if not driven:
                 self._driver = None
             self._last = frozenset(request.caller for request in requests)
@@ -315,6 +319,7 @@ class Scheduler:
         """The loop itself was broken off: every request under way learns why."""
         with self._mutex:
             running, self._running, self._driver = self._running, (), None
+            self._backend.resume()
             self._waiting = deque(request for request in self._waiting if request not in running)
             self._changed.notify_all()
             self._wanted.notify()

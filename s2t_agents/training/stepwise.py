@@ -1,6 +1,6 @@
 """What a model of any backend says at every step of given answers, read through its scheduler.
 
-prompt ──one append──> a fork for each of its answers ──a token of each in one forward──> an output for each
+prompt, as far as the prefix cache has not got it ──> a fork for each of its answers ──a token of each in one forward──>
 """
 
 from __future__ import annotations
@@ -42,10 +42,15 @@ def outputs_along(
 def _read(
     model: LanguageModel, trajectories: Sequence[Trajectory], keep: Callable[[StepOutput], Tensor]
 ) -> list[Tensor]:
-    prompts = {tuple(prompt): model.new_cache() for prompt, _ in trajectories}
+    prompts: dict[tuple[int, ...], SequenceCache] = {}
     caches: list[SequenceCache] = []
     try:
-        after = dict(zip(prompts, _append(model, [(cache, prompt) for prompt, cache in prompts.items()]), strict=True))
+        unread = []
+        for prompt in dict.fromkeys(tuple(prompt) for prompt, _ in trajectories):
+            kept, length = model.prefix_cache.match(prompt)  # an answer that was just made
+            prompts[prompt] = model.new_cache() if kept is None else kept
+            unread.append((prompts[prompt], prompt[length:]))
+        after = dict(zip(prompts, _append(model, unread), strict=True))
         found = [[keep(after[tuple(prompt)])] for prompt, _ in trajectories]
         for prompt, _ in trajectories:
             caches.append(prompts[tuple(prompt)].fork(len(prompt)))

@@ -264,6 +264,12 @@ class CompletionsBackend:
         """An empty one."""
         return CompletionCache()
 
+    def interrupt(self) -> None:
+        """Nothing: a request to the server runs to its end."""
+
+    def resume(self) -> None:
+        """Nothing."""
+
     def forward(self, batch: Sequence[Work]) -> list[Output]:
         """One token's prediction each; streams of several sequences arrive at once.
 

@@ -168,6 +168,12 @@ class TorchBackend:
                 return self.runner.forward(batch)
             return [output for item in batch for output in self.runner.forward([item])]
 
+    def interrupt(self) -> None:
+        """Nothing: a forward of PyTorch runs to its end."""
+
+    def resume(self) -> None:
+        """Nothing."""
+
     def read_rows(self, ids: Tensor, mask: Tensor, cache: Cache | None, keep: int | Tensor) -> tuple[Tensor, Tensor]:
         """Read or continue B left-padded sequences at once, for training; gradients flow where the caller lets them.
 
