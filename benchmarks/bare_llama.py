@@ -51,28 +51,18 @@ class BareLlama:
         self._c.llama_synchronize(self._context)
         return time.perf_counter() - started
 
-    def new_tokens(self, ids: Sequence[int]) -> float:
-        """Seconds until the first token after some more tokens of the first sequence, which is cut back then."""
-        length = len(self.prompts[0]) - 1
-        started = time.perf_counter()
-        self._append(ids[:-1], 0, length)
-        self._decode([(ids[-1], length + len(ids) - 1, 0, True)])
-        self._best(0)
-        took = time.perf_counter() - started
-        self._c.llama_memory_seq_rm(self._memory, 0, length, -1)
-        return took
-
-    def run(self, tokens: int) -> list[list[float]]:
-        """Greedy answers of so many tokens to all prompts at once: when each token came, by sequence."""
-        last, stamps = [prompt[-1] for prompt in self.prompts], []
+    def run(self, n: int, tokens: int) -> list[list[float]]:
+        """Greedy answers of so many tokens to the first ``n`` prompts at once: when each token came, by sequence."""
+        prompts = self.prompts[:n]
+        last, stamps = [prompt[-1] for prompt in prompts], []
         for at in range(tokens):
-            rows = [(last[n], len(prompt) - 1 + at, n, True) for n, prompt in enumerate(self.prompts)]
+            rows = [(last[row], len(prompt) - 1 + at, row, True) for row, prompt in enumerate(prompts)]
             self._decode(rows)
-            last = [self._best(n) for n in range(len(rows))]
+            last = [self._best(row) for row in range(len(rows))]
             stamps.append(time.perf_counter())
-        for number, prompt in enumerate(self.prompts):
+        for number, prompt in enumerate(prompts):
             self._c.llama_memory_seq_rm(self._memory, number, len(prompt) - 1, -1)
-        return [stamps] * len(self.prompts)
+        return [stamps] * n
 
     def _append(self, ids: Sequence[int], number: int, start: int) -> None:
         for first in range(0, len(ids), BATCH):

@@ -126,6 +126,7 @@ def engines(
     out: Annotated[
         Path | None, typer.Option(help="A result that this one joins: other lengths of prompts stay.")
     ] = None,
+    rows_only: Annotated[bool, typer.Option("--rows-only", help="Neither turn ten nor memory.")] = False,
     quick: Quick = False,
     as_json: AsJson = False,
 ) -> None:
@@ -133,7 +134,8 @@ def engines(
     from .engines import joined, run, table
 
     say = Console(stderr=True).print
-    result = run(gguf, checkpoint, prompts=prompt or (128, 1024), seconds=seconds, quick=quick, say=say)
+    lengths = prompt or (128, 1024)
+    result = run(gguf, checkpoint, prompts=lengths, seconds=seconds, rows_only=rows_only, quick=quick, say=say)
     if out is not None:
         result = joined(result, out)
     _show(result, as_json, table)

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -53,6 +54,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TARGETS = {OURS: 0.95, CHAT: 0.9, TOOL: 0.9}
 """Tokens/s of one sequence beside bare llama.cpp's, at least."""
 
+FITS = 2048
+"""Tokens of all prompts together up to which the chat model is measured."""
+
 Answer = Callable[[], list[list[float]]]
 """Answers to all prompts at once: when each token came, by sequence."""
 
@@ -64,6 +68,7 @@ def run(
     prompts: Sequence[int] = (128, 1024),
     at_once: Sequence[int] = (1, 4, 8),
     seconds: float = 240.0,
+    rows_only: bool = False,
     quick: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -75,6 +80,7 @@ def run(
         prompts: their lengths.
         at_once: numbers of sequences.
         seconds: after which no further turn begins; every row has at least two.
+        rows_only: neither turn ten nor memory.
         quick: few tokens and short prompts: shows that it runs, measures nothing.
         say: told what is measured next.
 
@@ -94,17 +100,19 @@ def run(
         firsts[str(length)], parts[str(length)] = _part(
             models, length, at_once, until=started + (number + 1) * each, quick=quick
         )
-    say("turn ten")
-    found = _turns(models, quick)
-    say("memory")
+    more: dict[str, Any] = {}
+    if not rows_only:
+        say("turn ten")
+        more["turn_ten"] = _turns(models, quick)
+        say("memory")
+        more["memory_mb"] = memory(gguf, checkpoint, quick=quick)
     return {
         "bench": "engines",
         "model": gguf.name,
         "quantization": models.gguf.quantization,
         "rows": parts,
         "first_token_ms": firsts,
-        "turn_ten": found,
-        "memory_mb": memory(gguf, checkpoint, quick=quick),
+        **more,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "machine": platform.machine(),
@@ -147,36 +155,33 @@ def _part(
     models: Models, length: int, at_once: Sequence[int], *, until: float, quick: bool
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Prompts of one length: ms to the first token of one that nobody has read, and the rows by number of sequences."""
-    found: dict[str, Any] = {}
-    most = max(at_once)
-    prompts = [random_prompt(models.gguf, length, seed) for seed in range(most)]
-    tokens = {n: 4 if quick else 128 // (n + 3) for n in at_once}
+    prompts = [random_prompt(models.gguf, length, seed) for seed in range(max(at_once))]
     threads = torch.get_num_threads()
-    bare = BareLlama(models.file, sequences=most, cells=length + 64, threads=threads)
+    bare = BareLlama(models.file, sequences=len(prompts), cells=length + 128, threads=threads)
     try:
-        first = {BARE: bare.read(prompts[:1]) * MS}
-        rows = {n: _rows(models, bare, prompts[:n], tokens[n], length) for n in at_once}
-        for name, answer in (one := rows[min(at_once)]).items():
-            if name not in (BARE, *HEADS.values()):
-                first[name] = _first(answer)
-        for n in at_once:
-            for name, answer in rows[n].items():  # reads what is not read yet
-                if rows[n] is not one or name in first:
-                    answer()
-        speeds: dict[int, dict[str, list[float]]] = {n: {name: [] for name in rows[n]} for n in at_once}
-        turn = 0
-        while turn < (1 if quick else 2) or time.perf_counter() < until:
-            for n in at_once:
-                for name, answer in rows[n].items():
+        firsts = {BARE: bare.read(prompts[:1]) * MS}
+        bare.read(prompts)
+        make = Rows(models, bare, prompts, length)
+        rows = {n: make.rows(n, 4 if quick else 128 // (n + 3)) for n in sorted(at_once)}
+        for n, by_name in rows.items():  # reads what is not read yet
+            for name, answer in by_name.items():
+                started = time.perf_counter()
+                first = min(stamps[0] for stamps in answer())
+                if n == 1 and name not in (BARE, *HEADS.values()):
+                    firsts[name] = (first - started) * MS
+        speeds: dict[int, dict[str, list[float]]] = {n: {name: [] for name in rows[n]} for n in rows}
+        turns_done = 0
+        while turns_done < (1 if quick else 2) or time.perf_counter() < until:
+            for n, by_name in rows.items():
+                for name, answer in by_name.items():
                     speeds[n][name].append(rate(answer()))
-            turn += 1
+            turns_done += 1
     finally:
         bare.close()
         for model in (models.gguf, *models.torch.values()):
             model.prefix_cache.clear()
-    for n, by_name in speeds.items():
-        found[str(n)] = {name: _row(own, by_name[BARE]) for name, own in by_name.items()}
-    return first, {"turns": turn, "tokens": {str(n): count for n, count in tokens.items()}, "at_once": found}
+    found = {str(n): {name: _row(own, by_name[BARE]) for name, own in by_name.items()} for n, by_name in speeds.items()}
+    return firsts, {"turns": turns_done, "at_once": found}
 
 
 def rate(stamps: Sequence[Sequence[float]]) -> float:
@@ -192,49 +197,58 @@ def _row(speeds: Sequence[float], bare: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _first(answer: Answer) -> float:
-    started = time.perf_counter()
-    return (min(stamps[0] for stamps in answer()) - started) * MS
+class Rows:
+    """Rows over some prompts. The first answer of a row reads those that it has not read.
 
-
-def _rows(models: Models, bare: BareLlama, prompts: list[list[int]], tokens: int, length: int) -> dict[str, Answer]:
-    """Every row at so many sequences. A row's first call reads its prompts.
-
-    One sequence in llama.cpp writes three times as many tokens: enough for a selection at 1% of them.
+    Args:
+        models: in all engines.
+        bare: that has read the prompts.
+        prompts: token ids.
+        length: of each.
     """
-    n, scope, single = len(prompts), uuid4().hex, tokens * 3 + 8 if len(prompts) == 1 else tokens
 
-    def bare_answer() -> list[list[float]]:
-        if bare.prompts != prompts:
-            bare.read(prompts)
-        return bare.run(single)
+    def __init__(self, models: Models, bare: BareLlama, prompts: list[list[int]], length: int) -> None:
+        self._models, self._bare, self._prompts, self._length = models, bare, prompts, length
+        self._scope = uuid4().hex
+        self._generate = {name: Generating(model, prompts) for name, model in models.torch.items()}
 
-    def engine_answer(engine: Engine, count: int = single) -> Answer:
+    def rows(self, n: int, tokens: int) -> dict[str, Answer]:
+        """Every row at ``n`` sequences of so many tokens.
+
+        One sequence in llama.cpp writes three times as many: enough for a selection at 1% of them. The chat model is
+        left out where its prompts would not fit beside the engine's into the prefix cache.
+        """
+        gguf, long = self._models.gguf, tokens * 3 + 8 if n == 1 else tokens
+        rows: dict[str, Answer] = {
+            BARE: lambda: self._bare.run(n, long),
+            OURS: self._engine(Engine(gguf, k=K), n, long),
+        }
+        if n == 1:
+            for share, name in HEADS.items():
+                engine = Engine(gguf, k=K, trigger=at_rate(share), selector=self._models.head)
+                rows[name] = self._engine(engine, n, long)
+        if n * self._length <= FITS:
+            rows |= {CHAT: self._chat(n, long, None), TOOL: self._chat(n, long, "any")}
+        for name, model in self._models.torch.items():
+            rows[f"ours, torch {name}"] = self._engine(Engine(model, k=K), n, tokens)
+            rows[f"generate {name}"] = partial(self._generate[name], n, tokens)
+        return rows
+
+    def _engine(self, engine: Engine, n: int, tokens: int) -> Answer:
         def one(prompt: list[int]) -> list[float]:
-            steps = engine.steps(prompt, Sampling(max_tokens=count), cache_scope=scope)
+            steps = engine.steps(prompt, Sampling(max_tokens=tokens), cache_scope=self._scope)
             return [time.perf_counter() for _ in steps]
 
-        return lambda: _together(one, prompts)
+        return lambda: _together(one, self._prompts[:n])
 
-    chat = TimedChat(models.gguf, single)
-    texts = [chat.conversation(8, max(1, length - 24)) for _ in prompts]
+    def _chat(self, n: int, tokens: int, tools: str | None) -> Answer:
+        chat = TimedChat(self._models.gguf, tokens)
+        messages = chat.conversation(8, max(1, self._length - 24))
 
-    def chat_answer(tools: str | None) -> Answer:
         def one(number: int) -> list[float]:
-            return chat.answer(texts[number], scope=f"{scope}/{tools}/{number}", tools=tools)[2]
+            return chat.answer(messages, scope=f"{self._scope}/{tools}/{number}", tools=tools)[2]
 
         return lambda: _together(one, range(n))
-
-    plain = Engine(models.gguf, k=K)
-    rows: dict[str, Answer] = {BARE: bare_answer, OURS: engine_answer(plain)}
-    if n == 1:
-        for share, name in HEADS.items():
-            rows[name] = engine_answer(Engine(models.gguf, k=K, trigger=at_rate(share), selector=models.head))
-    rows |= {CHAT: chat_answer(None), TOOL: chat_answer("any")}
-    for name, model in models.torch.items():
-        rows[f"ours, torch {name}"] = engine_answer(Engine(model, k=K), tokens)
-        rows[f"generate {name}"] = _generate(model, prompts, tokens)
-    return rows
 
 
 def _together(one: Callable[[Any], list[float]], each: Sequence[Any]) -> list[list[float]]:
@@ -244,27 +258,37 @@ def _together(one: Callable[[Any], list[float]], each: Sequence[Any]) -> list[li
         return list(pool.map(one, each))
 
 
-def _generate(model: LanguageModel, prompts: list[list[int]], tokens: int) -> Answer:
-    """``generate`` on all prompts in a batch, behind KV that the first call leaves."""
-    kept = DynamicCache()
-    ids = torch.tensor(prompts)
+class Generating:
+    """``generate`` on some prompts in a batch; the KV of all is read once.
+
+    Args:
+        model: whose ``generate`` is called.
+        prompts: of one length.
+    """
+
+    def __init__(self, model: LanguageModel, prompts: list[list[int]]) -> None:
+        self._model, self._ids, self._kept = model.model, torch.tensor(prompts), DynamicCache()
 
     @torch.inference_mode()
-    def answer() -> list[list[float]]:
-        if not kept.get_seq_length():
-            model.model(input_ids=ids[:, :-1], past_key_values=kept, use_cache=True, logits_to_keep=1)
-        watch = Watch()
-        model.model.generate(
-            ids,
-            past_key_values=copy.deepcopy(kept),
+    def __call__(self, n: int, tokens: int) -> list[list[float]]:
+        """Answers to the first ``n`` prompts; one prompt that nobody has read is read on the way."""
+        watch, past = Watch(), None
+        read = self._kept.get_seq_length() > 0
+        if n > 1 and not read:
+            self._model(input_ids=self._ids[:, :-1], past_key_values=self._kept, use_cache=True, logits_to_keep=1)
+            read = True
+        if read:
+            past = copy.deepcopy(self._kept)
+            past.batch_select_indices(torch.arange(n))
+        self._model.generate(
+            self._ids[:n],
+            past_key_values=past,
             do_sample=False,
             max_new_tokens=tokens,
             pad_token_id=0,
             stopping_criteria=StoppingCriteriaList([watch]),
         )
-        return [watch.stamps] * len(prompts)
-
-    return answer
+        return [watch.stamps] * n
 
 
 class Watch(StoppingCriteria):  # type: ignore[misc]
@@ -319,7 +343,7 @@ def table(result: dict[str, Any]) -> Group:
             )
         shown.append(speeds)
     more = Table("", "first token of turn 10, ms", "new tokens alone, ms", "peak memory, MB")
-    for name, megabytes in result["memory_mb"].items():
+    for name, megabytes in result.get("memory_mb", {}).items():
         turn = result["turn_ten"].get(name)
         ms = ("", "") if turn is None else (f"{turn['kept']:.0f}", f"{turn['new_alone']:.0f}")
         more.add_row(name, *ms, f"{megabytes:.0f}")
@@ -327,13 +351,46 @@ def table(result: dict[str, Any]) -> Group:
 
 
 def joined(result: dict[str, Any], file: Path) -> dict[str, Any]:
-    """A result, and of a stored one the prompts that it has not; written there."""
+    """A result, and of a stored one what it has not; written there."""
     if file.exists():
         stored = json.loads(file.read_text(encoding="utf-8"))
+        result = {**stored, **result}
         for name in ("rows", "first_token_ms"):
             result[name] = dict(sorted({**stored[name], **result[name]}.items(), key=lambda each: int(each[0])))
     write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
     return result
+
+
+def markdown(report: dict[str, Any], made: dict[str, Any]) -> str:
+    """The tables for the documentation, with where and when they were made."""
+    lines: list[str] = []
+    for length, part in report["rows"].items():
+        heads = [f"prompts of {int(length):,} tokens", *(f"{n} at once" for n in part["at_once"]), "first token, ms"]
+        lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for name in names_of(part):
+            cells = [rows.get(name) for rows in part["at_once"].values()]
+            told = ["" if each is None else f"{each['tokens_per_s']:.0f} ({each['over_bare']:.2f})" for each in cells]
+            first = report["first_token_ms"][length].get(name)
+            lines.append(f"| {name} | {' | '.join([*told, '' if first is None else f'{first:.0f}'])} |")
+        lines.append("")
+    heads = ["", "first token of turn 10, ms", "its new tokens alone", "peak memory, MB"]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, megabytes in report["memory_mb"].items():
+        turn = report["turn_ten"].get(name)
+        ms = (
+            ("", "")
+            if turn is None
+            else (f"{turn['kept']:.0f} ({turn['over_new_alone']:.2f})", f"{turn['new_alone']:.0f}")
+        )
+        lines.append(f"| {name} | {' | '.join(ms)} | {megabytes:.0f} |")
+    turns_done = " and ".join(str(part["turns"]) for part in report["rows"].values())
+    what = (
+        f"Tokens/s of all sequences together after their prompts are read, in brackets beside bare llama.cpp in the "
+        f"same turn; medians of {turns_done} turns. {report['model']} ({report['quantization']}), and the checkpoint "
+        f"that it dequantises to; {report['threads']} threads. {made['hardware']}, commit {made['commit']}, "
+        f"{made['date']}. Made by `{made['command']}`."
+    )
+    return "\n".join([*lines, "", what])
 
 
 def names_of(part: dict[str, Any]) -> list[str]:

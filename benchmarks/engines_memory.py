@@ -18,7 +18,7 @@ def main(engine: str, path: str, length: int) -> float:
         threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
         bare = BareLlama(Path(path), sequences=1, cells=length + tokens, threads=threads)
         bare.read([prompt])
-        bare.run(tokens)
+        bare.run(1, tokens)
     else:
         import torch
 

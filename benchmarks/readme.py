@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import engines
 from .chat import CHAT
 from .speed import targets
 from .targets import Verdict, at_least, targets_of
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("selectors", "escalation", "performance")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("selectors", "escalation", "performance", "gguf")),
     ROOT / "examples" / "real_pair" / "README.md",
 )
 HARM = {
@@ -387,6 +388,8 @@ def sections() -> dict[str, str]:
         "again": ("demo_again", evaluation),
         "trainings": ("demo_trainings", trainings),
         "training": ("train", training),
+        "engines": ("engines", engines.markdown),
+        "real_gguf": ("real_gguf_eval", real),
         "escalation": ("escalate", escalation),
         "pacing": ("pacing", pacing),
         "speed": ("decode", speed),

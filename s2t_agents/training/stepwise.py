@@ -46,10 +46,10 @@ def _read(
     caches: list[SequenceCache] = []
     try:
         unread = []
-        for prompt in dict.fromkeys(tuple(prompt) for prompt, _ in trajectories):
-            kept, length = model.prefix_cache.match(prompt)  # an answer that was just made
-            prompts[prompt] = model.new_cache() if kept is None else kept
-            unread.append((prompts[prompt], prompt[length:]))
+        for ids in dict.fromkeys(tuple(prompt) for prompt, _ in trajectories):
+            kept, length = model.prefix_cache.match(ids)  # an answer that was just made
+            prompts[ids] = model.new_cache() if kept is None else kept
+            unread.append((prompts[ids], ids[length:]))
         after = dict(zip(prompts, _append(model, unread), strict=True))
         found = [[keep(after[tuple(prompt)])] for prompt, _ in trajectories]
         for prompt, _ in trajectories:
