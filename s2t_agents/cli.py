@@ -105,6 +105,8 @@ def serve(
     escalations: Annotated[int | None, typer.Option(min=0, help="How often they may ask the larger model.")] = None,
     budgets: Annotated[Path | None, typer.Option(help="SQLite file that keeps what was spent.")] = None,
     ledger: Annotated[Path | None, typer.Option(help="Ledger file: .jsonl, .db or .sqlite.")] = None,
+    record_steps: Annotated[bool, typer.Option(help="Keep every step in the ledger, for s2t trace.")] = False,
+    record_text: Annotated[bool, typer.Option(help="Keep the text of prompts and steps, too.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Limit of an answer where a request sets none.")] = 512,
     running: Annotated[int, typer.Option(min=1, help="Answers generated at once.")] = 32,
     waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait behind them; more get 429.")] = 256,
@@ -112,12 +114,15 @@ def serve(
     """Serve OpenAI's API: chat completions, completions, models."""
     from .budget import Budget, SQLiteStore
     from .chat.chat_model import ChatS2T
-    from .ledger import Ledger
+    from .ledger import Ledger, Recording
     from .scheduling.admission import Concurrency
     from .server import Tenants
     from .server import serve as run
 
     store = SQLiteStore(budgets) if budgets is not None else None
+    recording = Recording(steps=record_steps or record_text, text=record_text)
+    if recording.steps and ledger is None:
+        raise ConfigError("Steps were to be recorded, and there is no ledger.", hint="Give --ledger FILE.")
     limited = usd is not None or escalations is not None
     whole = Budget(name="server", usd=usd, escalations=escalations, store=store) if limited else None
     chat_model = ChatS2T(
@@ -125,7 +130,7 @@ def serve(
         selector=selector,
         escalation=llm,
         budget=whole,
-        ledger=Ledger.open(ledger) if ledger is not None else None,
+        ledger=Ledger.open(ledger, recording=recording) if ledger is not None else None,
         max_tokens=max_tokens,
         concurrency=Concurrency(running, waiting),
     )
@@ -163,6 +168,22 @@ def report(
     form = "json" if as_json else "csv" if as_csv else "table"
     for part in report_parts(ledger, by, form):  # type: ignore[arg-type]
         typer.echo(part, nl=False)
+
+
+@app.command()
+def trace(
+    ledger: Annotated[Path, typer.Argument(help="A ledger's file: .jsonl, .db or .sqlite.")],
+    out: Annotated[Path | None, typer.Option(help="The page; beside the ledger by default.")] = None,
+    last: Annotated[int, typer.Option(min=1, help="Show so many answers, the newest.")] = 2000,
+    agent: Annotated[str | None, typer.Option(help="Show this agent's alone.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One HTML page of what each answer did: who picked which token, why, at what price, in what time."""
+    from .trace import write_trace
+
+    page = out or ledger.with_name(f"{ledger.name}.html")
+    shown = write_trace(ledger, page, last=last, agent=agent)
+    typer.echo(json.dumps({"page": str(page), "answers": shown}) if as_json else f"{page}: {shown:,} answers")
 
 
 @app.command(

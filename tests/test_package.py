@@ -38,7 +38,7 @@ LAYERS = [  # imports go down this list only, or stay on their own line
     {"testing"},
     {"demo", "training"},
     {"integrations"},
-    {"server"},
+    {"server", "trace"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -159,7 +159,11 @@ def test_the_wheel_has_of_the_demo_what_commands_use_and_nothing_that_trained_th
     demo = PACKAGE / "demo"
     [patterns] = wheel()["package-data"].values()
     data = {path for pattern in patterns for path in PACKAGE.glob(pattern) if path.is_file()}
-    assert {p for p in data if not p.is_relative_to(demo / "weights")} == {PACKAGE / "py.typed", demo / "selector.toml"}
+    assert {p for p in data if not p.is_relative_to(demo / "weights")} == {
+        PACKAGE / "py.typed",
+        PACKAGE / "trace" / "page.html",
+        demo / "selector.toml",
+    }
     names = {path.stem for path in demo.glob("*.py")} - {"__init__"}
     used, read = {"agent", "show", "world"}, set[str]()  # what the command line and the demo task import
     while fresh := used - read:

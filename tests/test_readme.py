@@ -62,7 +62,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", ["getting-started", "langgraph", "escalation"])
+@pytest.mark.parametrize("name", ["getting-started", "langgraph", "escalation", "trace"])
 def test_the_code_of_a_page_runs_from_its_top_to_its_end(name: str) -> None:
     scope: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -20,6 +20,7 @@ from ..errors import StoreUnavailable
 from ..ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Thought
 from ..types import Charge, EscalationRecord, EscalationReport, Step
 from .attribution import Caller, current_caller
+from .step_records import recorded
 
 MS = 1000.0
 _log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Account:
 
     Attributes:
         prompt_tokens: number of prompt tokens.
+        prompt: their ids, for ledgers that record text.
         device_price: of the SLM's device; None leaves the local cost unknown.
         ledger_error: why the ledger did not keep the record; None if it did, or without a ledger.
         thought_tokens: how many of the first steps are reasoning, its tags included.
@@ -68,6 +70,7 @@ class Account:
     llm: str | None = None
     device_price: DevicePrice | None = None
     budget: Budget | None = None
+    prompt: Sequence[int] = ()
     trace_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     steps: list[Step] = field(default_factory=list)
@@ -142,10 +145,21 @@ class Account:
         }
 
     def write_record(
-        self, ledger: Ledger, finish_reason: str, *, decode: Callable[[int], str], error: str | None = None
+        self,
+        ledger: Ledger,
+        finish_reason: str,
+        *,
+        decode: Callable[[int], str],
+        prompt_text: Callable[[], str],
+        error: str | None = None,
     ) -> None:
         """Write the record to a ledger; a failure is kept in ``ledger_error`` and does not raise."""
-        self.ledger_error = record_in_ledger(ledger, lambda: self.record(finish_reason, decode=decode, error=error))
+
+        def made() -> GenerationRecord:
+            record = self.record(finish_reason, decode=decode, error=error)
+            return record.model_copy(update=recorded(ledger.recording, self.steps, decode, prompt_text))
+
+        self.ledger_error = record_in_ledger(ledger, made)
 
     def record(self, finish_reason: str, *, decode: Callable[[int], str], error: str | None = None) -> GenerationRecord:
         """The ledger's record of the generation, with a receipt per escalation."""

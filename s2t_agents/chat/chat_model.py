@@ -435,6 +435,7 @@ class ChatS2T(ConfigurableChatModel):
         account = Account(
             model=engine.slm.name,
             prompt_tokens=len(prepared.prompt),
+            prompt=prepared.prompt,
             caller=current_caller(call.get("s2t_agent")),
             llm=engine.escalation.llm.name if engine.escalation else None,
             device_price=self.device_price,

@@ -81,7 +81,9 @@ class Generation:
             raise
         finally:
             if self._ledger is not None:
-                self.account.write_record(self._ledger, self.finish_reason, decode=self.decode, error=error)
+                self.account.write_record(
+                    self._ledger, self.finish_reason, decode=self.decode, prompt_text=self._prompt_text, error=error
+                )
 
     def _read_steps(self) -> Generator[Place | MessageDelta, None, None]:
         detokenizer = Detokenizer(self._tokenizer)
@@ -150,6 +152,9 @@ class Generation:
         if self.parser.tool_calls:
             return "tool_calls"
         return "stop" if ended or len(self.account.steps) < self._room else "length"
+
+    def _prompt_text(self) -> str:
+        return str(self._tokenizer.decode(self.account.prompt))
 
     def decode(self, token_id: int) -> str:
         """One token as text."""

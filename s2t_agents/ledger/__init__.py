@@ -6,7 +6,17 @@ Flow: ``GenerationRecord`` -> ``Ledger.record`` -> ``LedgerStore`` (memory, JSON
 
 from s2t_agents.ledger.latency import Quantiles
 from s2t_agents.ledger.ledger import Ledger
-from s2t_agents.ledger.record import Cost, GenerationRecord, Latency, Receipt, ReceiptCandidate, Thought
+from s2t_agents.ledger.record import (
+    Cost,
+    GenerationRecord,
+    Latency,
+    Receipt,
+    ReceiptCandidate,
+    StepRecord,
+    StepTimes,
+    Thought,
+)
+from s2t_agents.ledger.recording import Recording
 from s2t_agents.ledger.store import LedgerStore, MemoryLedger
 from s2t_agents.ledger.totals import CostSum, RunningTotal, Totals
 from s2t_agents.ledger.what_if import WhatIf
@@ -22,7 +32,10 @@ __all__ = [
     "Quantiles",
     "Receipt",
     "ReceiptCandidate",
+    "Recording",
     "RunningTotal",
+    "StepRecord",
+    "StepTimes",
     "Thought",
     "Totals",
     "WhatIf",

@@ -14,6 +14,7 @@ from s2t_agents.errors import LedgerError
 from s2t_agents.ledger.grouped_totals import By, GroupedTotals
 from s2t_agents.ledger.latency import Quantiles
 from s2t_agents.ledger.record import GenerationRecord
+from s2t_agents.ledger.recording import Recording
 from s2t_agents.ledger.store import LedgerStore, MemoryLedger, ReadOnly, records_to_sum
 from s2t_agents.ledger.totals import NO_SUMS, RunningTotal, Totals, add_sums, sums_of, totals_from
 from s2t_agents.ledger.what_if import WhatIf, replay
@@ -34,14 +35,22 @@ class Ledger:
 
     Args:
         store: where records are kept; memory by default.
+        recording: what is kept beside sums and receipts: steps, text.
     """
 
-    def __init__(self, store: LedgerStore | None = None) -> None:
+    recording = Recording()
+
+    def __init__(self, store: LedgerStore | None = None, *, recording: Recording | None = None) -> None:
         self._store: LedgerStore = store or MemoryLedger()
+        self.recording = recording or Recording()
 
     @classmethod
-    def open(cls, path: str | Path) -> Ledger:
+    def open(cls, path: str | Path, *, recording: Recording | None = None) -> Ledger:
         """A ledger in a file: ``.jsonl`` (one JSON object a line) or ``.db`` / ``.sqlite`` (SQLite).
+
+        Args:
+            path: the file; made when it does not exist.
+            recording: what is kept beside sums and receipts: steps, text.
 
         Raises:
             LedgerError: another ending, a corrupt or foreign file (left as it is), or no way to write there.
@@ -49,7 +58,7 @@ class Ledger:
         from s2t_agents.ledger import jsonl, sqlite
 
         kinds: dict[str, Callable[[Path], LedgerStore]] = {"jsonl": jsonl.JsonlLedger, "sqlite": sqlite.SQLiteLedger}
-        return cls(_of_kind(path, kinds)(Path(path)))
+        return cls(_of_kind(path, kinds)(Path(path)), recording=recording)
 
     @classmethod
     def reading(cls, path: str | Path) -> Ledger:
@@ -77,6 +86,10 @@ class Ledger:
             for ledger, running in _scopes.get():
                 if ledger is self:
                     running.add(rec)
+
+    def __iter__(self) -> Iterator[GenerationRecord]:
+        """Every record, one by one, in the order they were kept."""
+        return iter(self._store)
 
     def records(
         self, *, agent: str | None = None, thread_id: str | None = None, run_id: str | None = None

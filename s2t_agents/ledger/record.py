@@ -19,13 +19,15 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
     computed_field,
+    model_serializer,
 )
 from pydantic import model_validator as whole
 
 from s2t_agents.budget import money
 from s2t_agents.budget.quantities import quantities_of
-from s2t_agents.types import Charge, Outcome, RefusedBy
+from s2t_agents.types import Charge, Outcome, Picker, RefusedBy
 
 WholeNumber = Annotated[int, Field(ge=0, le=money.MAX_COUNT)]
 Millis = Annotated[float, Field(ge=0, le=money.MAX_COUNT, allow_inf_nan=False)]
@@ -223,8 +225,49 @@ class Thought(Frozen):
     llm_usd: Usd = Decimal(0)
 
 
+class StepTimes(Frozen):
+    """Where the time of one step went, in ms; None where nothing was done."""
+
+    propose: Millis | None = None
+    grammar: Millis | None = None
+    select: Millis | None = None
+    escalate: Millis | None = None
+
+
+class StepRecord(Frozen):
+    """One step, where a ledger's ``Recording`` asks for steps. Its JSON leaves out what is as it mostly is.
+
+    Args:
+        token: the token that was taken.
+        by: who picked it.
+        text: the token as text; None where text is not recorded.
+        wanted: the token that the base model would have taken, where it is another.
+        triggered: whether the trigger fired.
+        entropy: in nats; None where the base model was not asked, as for a forced token.
+        candidates: at critical steps, the base model's best first; without text where that is not recorded.
+        ms: where the time went.
+    """
+
+    token: int
+    by: Picker
+    text: Text | None = None
+    wanted: int | None = None
+    triggered: bool = False
+    entropy: float | None = None
+    candidates: tuple[ReceiptCandidate, ...] = ()
+    ms: StepTimes = StepTimes()
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {name: value for name, value in dump(self).items() if getattr(self, name) != fields[name].default}
+
+
 class GenerationRecord(Frozen):
     """One generation. Every field that needs a unit: tokens, USD, ms, UTC.
+
+    ``steps`` and ``prompt`` (the end of it, as text) are None where the ledger's ``Recording`` does not ask for them;
+    a record without them is written as before there were any.
 
     Raises:
         pydantic.ValidationError: negative counts, a moment without a time zone, a cached answer that cost something.
@@ -254,12 +297,21 @@ class GenerationRecord(Frozen):
     error: Text | None = None
     trace_id: Text | None = None
     thought: Thought = Thought()
+    steps: tuple[StepRecord, ...] | None = None
+    prompt: Text | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_recorded(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if value is not None or name not in _RECORDED}
 
     @whole(mode="after")
     def _cached_is_free(self) -> Self:
         if self.cached and (self.cost_usd.local or self.cost_usd.llm):
             raise ValueError("an answer from the cache costs nothing")
         return self
+
+
+_RECORDED = ("steps", "prompt")
 
 
 class SummedReceipt(BaseModel):
@@ -274,3 +326,4 @@ class SummedRecord(GenerationRecord):
     """A record without what no sum needs, which is most of it and takes most of the time to read."""
 
     receipts: tuple[SummedReceipt, ...] = ()  # type: ignore[assignment]
+    steps: Annotated[None, BeforeValidator(lambda steps: None)] = None

@@ -131,6 +131,7 @@ class Completion:
         account = Account(
             model=engine.slm.name,
             prompt_tokens=len(prompt),
+            prompt=prompt,
             caller=current_caller(tenant.agent),
             llm=engine.escalation.llm.name if engine.escalation else None,
             device_price=model.device_price,

@@ -1,0 +1,210 @@
+"""From a ledger to one self-contained HTML page: what was picked, by whom, why, at what price and in what time.
+
+The page loads nothing and may connect to nothing (its content security policy names its own script and style by hash);
+the data are escaped JSON that no browser executes, and the script puts text into the page as text alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from base64 import b64encode
+from collections import deque
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..atomic_write import write_whole
+from ..errors import LedgerError
+from ..ledger import GenerationRecord, Ledger, ReceiptCandidate, StepRecord
+
+MAX_ANSWERS = 100_000
+"""Answers in one page, at most; browsers are slow with more."""
+MAX_CHARTS = 60
+CHART_POINTS = 300
+
+
+def write_trace(ledger: Path, page: Path, *, last: int = 2000, agent: str | None = None) -> int:
+    """Write the page of a ledger's file.
+
+    Args:
+        ledger: the file, which is only read.
+        page: the file that is written, or replaced.
+        last: how many answers the page shows, the newest; its sums are of all.
+        agent: shows answers of this agent alone.
+
+    Returns:
+        How many answers the page shows.
+
+    Raises:
+        LedgerError: no such ledger, or a damaged one; no answer of that agent; ``last`` out of range.
+        S2TError: the page cannot be written.
+    """
+    if not 1 <= last <= MAX_ANSWERS:
+        raise LedgerError(f"last is {last}.", hint=f"Choose from 1 to {MAX_ANSWERS:,} answers.")
+    opened = Ledger.reading(ledger)
+    shown: deque[GenerationRecord] = deque(maxlen=last)
+    total = 0
+    for record in opened:
+        if agent is None or record.agent == agent:
+            shown.append(record)
+            total += 1
+    if agent is not None and not total:
+        raise LedgerError(f"{ledger} has no answer of the agent {agent!r:.200}.", hint="s2t report lists the agents.")
+    agents = [each for each in _agents(opened) if agent is None or each["name"] == agent]
+    write_whole(page, page_of(shown, agents=agents, name=ledger.name, total=total).encode())
+    return len(shown)
+
+
+def page_of(records: Iterable[GenerationRecord], *, agents: list[dict[str, Any]], name: str, total: int) -> str:
+    """The page.
+
+    Args:
+        records: the answers that it shows, oldest first.
+        agents: sums by agent, as the page's table has them.
+        name: of the ledger.
+        total: answers in the ledger.
+    """
+    listed = list(records)
+    data = {
+        "file": name,
+        "made": datetime.now(UTC).isoformat(),
+        "total": total,
+        "agents": agents,
+        "burndown": list(_burndown(listed))[:MAX_CHARTS],
+        "records": [_answer(record) for record in listed],
+    }
+    before, after = _template()
+    return before + _escaped(data) + after
+
+
+def _escaped(data: Any) -> str:
+    """JSON that ends no script element and that every browser parses."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+@cache
+def _template() -> tuple[str, str]:
+    """The page before and after its data, with its content security policy."""
+    page = (files(__package__) / "page.html").read_text(encoding="utf-8")
+    [style] = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    [script] = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    policy = (
+        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+    )
+    before, after = page.replace("@POLICY@", policy).split("@DATA@")
+    return before, after
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _agents(ledger: Ledger) -> Iterator[dict[str, Any]]:
+    for name, sums, latency in ledger.grouped("agent"):
+        total = latency.get("total")
+        yield {
+            "name": name,
+            "answers": sums.generations,
+            "tokens": sums.completion_tokens,
+            "flips": sums.flips,
+            "escalations": sums.escalations,
+            "refused": sums.refused,
+            "degraded": sums.degraded,
+            "llm_usd": _text(sums.cost_usd.llm.usd),
+            "total_usd": _text(sums.cost_usd.total.usd),
+            "p50_ms": total.p50 if total is not None else None,
+            "p95_ms": total.p95 if total is not None else None,
+        }
+
+
+def _burndown(records: list[GenerationRecord]) -> Iterator[dict[str, Any]]:
+    """What was left of each agent's budget after each answer, by thread or run and unit."""
+    lines: dict[tuple[str, str | None, str], tuple[Any, list[Any]]] = {}
+    for record in records:
+        budget = record.budget or {}
+        limits, left = budget.get("limit"), budget.get("left")
+        if not isinstance(limits, dict) or not isinstance(left, dict):
+            continue
+        for unit, limit in limits.items():
+            if unit in left:
+                key = (record.agent, record.thread_id or record.run_id, str(unit))
+                _, points = lines.setdefault(key, (limit, []))
+                lines[key] = (limit, [*points[1 - CHART_POINTS :], left[unit]])
+    for (agent, run, unit), (limit, points) in lines.items():
+        yield {"agent": agent, "run": run, "unit": unit, "limit": limit, "left": points}
+
+
+def _answer(record: GenerationRecord) -> dict[str, Any]:
+    steps = record.steps
+    return {
+        "id": record.id,
+        "agent": record.agent,
+        "thread": record.thread_id,
+        "run": record.run_id,
+        "trace": record.trace_id,
+        "model": record.model,
+        "llm": record.llm_model,
+        "at": record.started_at.isoformat(),
+        "finish": record.finish_reason,
+        "prompt_tokens": record.prompt_tokens,
+        "tokens": record.completion_tokens,
+        "flips": record.flips,
+        "escalations": record.escalations,
+        "refused": record.refused,
+        "degraded": record.degraded,
+        "cached": record.cached,
+        "cost": {part: _text(getattr(record.cost_usd, part)) for part in ("local", "llm")},
+        "latency": record.latency_ms.model_dump(),
+        "thought": record.thought.tokens,
+        "error": record.error,
+        "prompt": record.prompt,
+        "with_text": steps is not None and any(step.text is not None for step in steps),
+        "receipts": [_receipt(each.model_dump(mode="json"), each.candidates) for each in record.receipts],
+        "steps": None if steps is None else [_step(step) for step in steps],
+    }
+
+
+def _receipt(dumped: dict[str, Any], candidates: Iterable[ReceiptCandidate]) -> dict[str, Any]:
+    kept = ("step", "pick", "outcome", "reserved", "actual", "refused_by", "wait_ms", "reason")
+    return {**{name: dumped[name] for name in kept}, "candidates": [_candidate(each) for each in candidates]}
+
+
+def _step(step: StepRecord) -> dict[str, Any]:
+    found = {
+        "token": step.token,
+        "text": step.text,
+        "by": step.by,
+        "wanted": step.wanted,
+        "wanted_text": next(
+            (each.text for each in step.candidates if each.token_id == step.wanted and each.text), None
+        ),
+        "critical": step.triggered,
+        "entropy": step.entropy,
+        "candidates": [_candidate(each) for each in step.candidates],
+        "ms": step.ms.model_dump(exclude_none=True),
+    }
+    return {name: value for name, value in found.items() if value not in (None, False, [], {})}
+
+
+def _candidate(candidate: ReceiptCandidate) -> dict[str, Any]:
+    scores = {name: _finite(getattr(candidate, name)) for name in ("slm", "selector", "llm")}
+    return {"id": candidate.token_id, "text": candidate.text, **scores}
+
+
+def _finite(score: float | None) -> float | str | None:
+    """A score as strict JSON: infinity as a text."""
+    if score is None or abs(score) < float("inf"):
+        return score
+    return "-Infinity" if score < 0 else "Infinity" if score > 0 else None
+
+
+def _text(usd: Any) -> str | None:
+    return None if usd is None else f"{usd:f}"
