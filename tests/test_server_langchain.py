@@ -17,6 +17,7 @@ langchain_openai = pytest.importorskip("langchain_openai")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.asyncio(loop_scope="module"),  # ChatOpenAI keeps its connections, each of which belongs to one loop
+    pytest.mark.filterwarnings("ignore:.*is marked with '@pytest.mark.asyncio' but it is not an async function"),
 ]
 
 
@@ -92,7 +93,8 @@ def test_a_langgraph_agent_calls_its_tool_and_answers(streamed: bool) -> None:
         """Look up the stock of an item."""
         return 85
 
-    llm = init_chat_model("openai:s2t-demo", base_url=TestThroughServer.url, api_key="unused", streaming=streamed)
+    llm = init_chat_model("openai:s2t-demo", base_url=TestThroughServer.url, api_key="unused", stream_usage=True)
+    llm = llm.model_copy(update={"streaming": streamed})
     run = create_agent(llm, tools=[get_stock]).invoke({"messages": STOCK_QUESTION})
     assert [message.type for message in run["messages"]] == ["human", "ai", "tool", "ai"]
     assert run["messages"][-1].text.endswith("The answer is 94.")

@@ -56,7 +56,7 @@ def test_answers_streams_and_models_are_typed(client: Any) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
     assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
     assert [model.id for model in client.models.list()] == ["s2t-demo"]
-    assert client.completions.create(model="s2t-demo", prompt=QUESTION).choices[0].text
+    assert client.completions.create(model="s2t-demo", prompt="Ann has 37 shells and finds 48").choices[0].text
 
 
 def test_its_helpers_accumulate_parse_and_call(client: Any) -> None:
