@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 from weakref import WeakKeyDictionary
 
@@ -46,6 +46,10 @@ MAX_TRIED_WITHOUT_LOGITS = 2048
 _MASK_SEARCH_STEPS = 200  # steps of all searches for one mask, for tokens that the known completion does not follow
 _SEARCH_BEYOND_LIMIT = 64  # tokens beyond the limit to search for the shortest answer, so that an error can name it
 _MAX_SHORTEST_SEARCH = 4096
+_DETOURS: tuple[tuple[list[int], int], ...] = (([], 0), ([], 1))
+"""Tokens in place of so many of the known completion's first: none (a letter more in a string), none for one (the same
+separator in another token)."""
+_MAX_DETOURS, _LONGEST_DETOUR = 4, 8
 _SIMPLIFY_HINT = "Simplify that part of the schema."
 
 
@@ -131,7 +135,11 @@ class Vocabulary:
 
     def completes(self, matcher: Matcher, tokens: Sequence[int]) -> bool:
         """Whether these tokens complete an answer from a matcher's state on; the state does not change."""
-        return matcher.validate_tokens([*tokens, self.llguidance_tokenizer.eos_token]) > len(tokens)
+        return self.count_completing(matcher, tokens) > len(tokens)
+
+    def count_completing(self, matcher: Matcher, tokens: Sequence[int]) -> int:
+        """How many of these tokens are legal in sequence, and one more if they complete an answer."""
+        return matcher.validate_tokens([*tokens, self.llguidance_tokenizer.eos_token])
 
 
 _VOCABULARIES: WeakKeyDictionary[Any, dict[Any, Vocabulary]] = WeakKeyDictionary()
@@ -255,6 +263,7 @@ class GrammarState:
         self._known_completion = compiled.shortest(max_tokens) if near and max_tokens is not None else None
         self._completion_holds = False  # it was checked against this very state
         self._what = compiled.what
+        self._detours = _DETOURS  # how a completion may go on after other tokens, tried before a search
         self._completions_after: dict[int, list[int]] = {}  # completions found for tokens that are legal now
         self._ended = False
 
@@ -374,15 +383,19 @@ class GrammarState:
             allowed[token] = self._can_finish_after(token, path, budget) or allowed[token]
         return allowed
 
-    def _most_likely(self, mask: Mask, logits: Tensor | None) -> list[int]:
+    def _most_likely(self, mask: Mask, logits: Tensor | None) -> Iterator[int]:
         """The legal tokens that are tried near the limit, the most likely first; in order of ids without logits."""
         legal = np.flatnonzero(mask)
         if logits is None:
-            return [int(token) for token in legal[:MAX_TRIED_WITHOUT_LOGITS]]
-        likely = logits.detach().float().cpu()[torch.from_numpy(legal)].topk(min(MAX_TRIED, len(legal)))
-        found = legal[likely.indices.numpy()]
-        order = np.lexsort((found, -likely.values.numpy()))  # topk leaves the order of ties open
-        return [int(token) for token in found[order]]
+            yield from map(int, legal[:MAX_TRIED_WITHOUT_LOGITS])
+            return
+        likely = logits.detach().float().cpu()[torch.from_numpy(legal)]
+        best = int(legal[int(likely.argmax())])
+        yield best  # mostly enough
+        values, indices = likely.topk(min(MAX_TRIED, len(legal)))
+        found = legal[indices.numpy()]
+        order = np.lexsort((found, -values.numpy()))  # topk leaves the order of ties open
+        yield from (int(token) for token in found[order] if token != best)
 
     def _mask_of_completion(self, mask: Mask, path: list[int]) -> Mask:
         """What the known completion goes on with: its first token, or the end."""
@@ -412,21 +425,34 @@ class GrammarState:
         found = self._search_after([token], self._left or 0, budget)
         if found is not None:
             self._completions_after[token] = found
+            self._learn_detour(found, path)
         return found is not None
 
     def _completes_after(self, token: int, path: list[int]) -> bool:
-        """Whether a token is legal and what completes the state before it completes the one after it, too.
-
-        As it is (a letter more in a string), or without its first token (the same separator in other words).
-        """
+        """Whether a token is legal, and the completion of the state before it, or a detour to it, fits after it."""
         left = self._left or 0
         if token in self._vocabulary.eos_ids:
             return False
-        for rest in (path, path[1:]):
-            if len(rest) < left and self._vocabulary.completes(self._matcher, [token, *rest]):
-                self._completions_after[token] = rest
-                return True
+        for detour, dropped in self._detours:
+            rest = [*detour, *path[dropped:]]
+            if len(rest) < left:
+                legal = self._vocabulary.count_completing(self._matcher, [token, *rest])
+                if legal > 1 + len(rest):
+                    self._completions_after[token] = rest
+                    return True
+                if not legal:
+                    return False
         return False
+
+    def _learn_detour(self, found: list[int], path: list[int]) -> None:
+        """Keep how a completion that was searched for comes back to the known one, such as a value after a comma."""
+        common = 0
+        while common < min(len(found), len(path)) and found[-1 - common] == path[-1 - common]:
+            common += 1
+        detour = found[: len(found) - common], len(path) - common
+        if common and len(detour[0]) <= _LONGEST_DETOUR and detour not in self._detours:
+            learned = (detour, *self._detours[len(_DETOURS) :])
+            self._detours = (*_DETOURS, *learned[:_MAX_DETOURS])
 
     def _completion_after_forced(self, tokens: list[int]) -> bool:
         """Whether a completion after the forced tokens is known or found."""
