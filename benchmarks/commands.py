@@ -122,10 +122,14 @@ def engines(
     gguf: Annotated[Path, typer.Option(help="The model's GGUF file.")],
     checkpoint: Annotated[Path, typer.Option(help="The same weights for PyTorch.")],
     prompt: Annotated[list[int] | None, typer.Option(help="Lengths of prompts; 128 and 1,024 by default.")] = None,
+    at_once: Annotated[list[int] | None, typer.Option(help="Numbers of sequences; 1, 4 and 8 by default.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="After which no further turn begins.")] = 200.0,
     out: Annotated[
         Path | None, typer.Option(help="A result that this one joins: other lengths of prompts stay.")
     ] = None,
+    most: Annotated[
+        int, typer.Option(help="Tokens of all prompts together, beyond which fewer answer at once.")
+    ] = 8192,
     rows_only: Annotated[bool, typer.Option("--rows-only", help="Neither turn ten nor memory.")] = False,
     quick: Quick = False,
     as_json: AsJson = False,
@@ -134,8 +138,17 @@ def engines(
     from .engines import joined, run, table
 
     say = Console(stderr=True).print
-    lengths = prompt or (128, 1024)
-    result = run(gguf, checkpoint, prompts=lengths, seconds=seconds, rows_only=rows_only, quick=quick, say=say)
+    result = run(
+        gguf,
+        checkpoint,
+        prompts=prompt or (128, 1024),
+        at_once=at_once or (1, 4, 8),
+        seconds=seconds,
+        most=most,
+        rows_only=rows_only,
+        quick=quick,
+        say=say,
+    )
     if out is not None:
         result = joined(result, out)
     _show(result, as_json, table)

@@ -21,9 +21,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
+from operator import truediv
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -54,8 +56,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TARGETS = {OURS: 0.95, CHAT: 0.9, TOOL: 0.9}
 """Tokens/s of one sequence beside bare llama.cpp's, at least."""
 
-FITS = 2048
+FITS = 4096
 """Tokens of all prompts together up to which the chat model is measured."""
+
+MOST = 8192
+"""Tokens of all prompts together up to which a number of sequences is measured."""
 
 Answer = Callable[[], list[list[float]]]
 """Answers to all prompts at once: when each token came, by sequence."""
@@ -68,6 +73,7 @@ def run(
     prompts: Sequence[int] = (128, 1024),
     at_once: Sequence[int] = (1, 4, 8),
     seconds: float = 240.0,
+    most: int = MOST,
     rows_only: bool = False,
     quick: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -79,7 +85,8 @@ def run(
         checkpoint: the same weights for PyTorch.
         prompts: their lengths.
         at_once: numbers of sequences.
-        seconds: after which no further turn begins; every row has at least two.
+        seconds: after which no further row begins; every row has at least one.
+        most: tokens of all prompts together, beyond which a number of sequences is left out; one never is.
         rows_only: neither turn ten nor memory.
         quick: few tokens and short prompts: shows that it runs, measures nothing.
         say: told what is measured next.
@@ -98,7 +105,12 @@ def run(
     for number, length in enumerate(prompts):
         say(f"prompts of {length} tokens")
         firsts[str(length)], parts[str(length)] = _part(
-            models, length, at_once, until=started + (number + 1) * each, quick=quick
+            models,
+            length,
+            [n for n in at_once if n == 1 or n * length <= most],
+            until=started + (number + 1) * each,
+            quick=quick,
+            say=say,
         )
     more: dict[str, Any] = {}
     if not rows_only:
@@ -152,7 +164,7 @@ def endless(model: LanguageModel) -> None:
 
 
 def _part(
-    models: Models, length: int, at_once: Sequence[int], *, until: float, quick: bool
+    models: Models, length: int, at_once: Sequence[int], *, until: float, quick: bool, say: Callable[[str], None]
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Prompts of one length: ms to the first token of one that nobody has read, and the rows by number of sequences."""
     prompts = [random_prompt(models.gguf, length, seed) for seed in range(max(at_once))]
@@ -167,34 +179,57 @@ def _part(
             for name, answer in by_name.items():
                 started = time.perf_counter()
                 first = min(stamps[0] for stamps in answer())
+                say(f"  {n} at once, {name}: {time.perf_counter() - started:.1f} s")
                 if n == 1 and name not in (BARE, *HEADS.values()):
                     firsts[name] = (first - started) * MS
-        speeds: dict[int, dict[str, list[float]]] = {n: {name: [] for name in rows[n]} for n in rows}
+        measured: dict[int, dict[str, Measured]] = {n: {name: Measured() for name in rows[n]} for n in rows}
         turns_done = 0
-        while turns_done < (1 if quick else 2) or time.perf_counter() < until:
+        while not turns_done or (not quick and time.perf_counter() < until):
             for n, by_name in rows.items():
                 for name, answer in by_name.items():
-                    speeds[n][name].append(rate(answer()))
+                    if not turns_done or time.perf_counter() < until:
+                        measured[n][name].add(answer)
             turns_done += 1
+            say(f"  {turns_done} turns, {time.perf_counter() - until:+.0f} s")
     finally:
         bare.close()
         for model in (models.gguf, *models.torch.values()):
             model.prefix_cache.clear()
-    found = {str(n): {name: _row(own, by_name[BARE]) for name, own in by_name.items()} for n, by_name in speeds.items()}
-    return firsts, {"turns": turns_done, "at_once": found}
+    found = {
+        str(n): {name: own.beside(by_name[BARE]) for name, own in by_name.items()} for n, by_name in measured.items()
+    }
+    return firsts, {"at_once": found}
+
+
+@dataclass
+class Measured:
+    """A row: tokens per second, and ms of CPU time a token of the whole process, one number a turn."""
+
+    speeds: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+
+    def add(self, answer: Answer) -> None:
+        """One turn."""
+        started = time.process_time()
+        stamps = answer()
+        self.cpu_ms.append((time.process_time() - started) * MS / sum(map(len, stamps)))
+        self.speeds.append(rate(stamps))
+
+    def beside(self, bare: Measured) -> dict[str, float]:
+        """Medians; ratios are of tokens per second, and of tokens per CPU time, within each turn."""
+        return {
+            "tokens_per_s": statistics.median(self.speeds),
+            "over_bare": statistics.median(map(truediv, self.speeds, bare.speeds)),
+            "cpu_ms": statistics.median(self.cpu_ms),
+            "over_bare_cpu": statistics.median(map(truediv, bare.cpu_ms, self.cpu_ms)),
+            "turns": len(self.speeds),
+        }
 
 
 def rate(stamps: Sequence[Sequence[float]]) -> float:
     """Tokens per second of all sequences together, from the first token to the last."""
     count = sum(len(each) - 1 for each in stamps)
     return count / (max(each[-1] for each in stamps) - min(each[0] for each in stamps))
-
-
-def _row(speeds: Sequence[float], bare: Sequence[float]) -> dict[str, float]:
-    return {
-        "tokens_per_s": statistics.median(speeds),
-        "over_bare": statistics.median(ours / theirs for ours, theirs in zip(speeds, bare, strict=True)),
-    }
 
 
 class Rows:
@@ -215,8 +250,9 @@ class Rows:
     def rows(self, n: int, tokens: int) -> dict[str, Answer]:
         """Every row at ``n`` sequences of so many tokens.
 
-        One sequence in llama.cpp writes three times as many: enough for a selection at 1% of them. The chat model is
-        left out where its prompts would not fit beside the engine's into the prefix cache.
+        One sequence in llama.cpp writes three times as many, enough for a selection at 1% of them; PyTorch half as
+        many, being slower. The chat model is left out where its prompts would not fit beside the engine's into the
+        prefix cache.
         """
         gguf, long = self._models.gguf, tokens * 3 + 8 if n == 1 else tokens
         rows: dict[str, Answer] = {
@@ -230,8 +266,8 @@ class Rows:
         if n * self._length <= FITS:
             rows |= {CHAT: self._chat(n, long, None), TOOL: self._chat(n, long, "any")}
         for name, model in self._models.torch.items():
-            rows[f"ours, torch {name}"] = self._engine(Engine(model, k=K), n, tokens)
-            rows[f"generate {name}"] = partial(self._generate[name], n, tokens)
+            rows[f"ours, torch {name}"] = self._engine(Engine(model, k=K), n, -(-tokens // 2))
+            rows[f"generate {name}"] = partial(self._generate[name], n, -(-tokens // 2))
         return rows
 
     def _engine(self, engine: Engine, n: int, tokens: int) -> Answer:
@@ -325,38 +361,67 @@ def memory(gguf: Path, checkpoint: Path, *, quick: bool = False) -> dict[str, fl
 def table(result: dict[str, Any]) -> Group:
     """The result for people."""
     shown = []
+    for length, heads, lines in tables_of(result):
+        title = f"{result['model']}, prompts of {length} tokens" if length else None
+        rows = Table(*heads, title=title, title_justify="left")
+        for line in lines:
+            rows.add_row(*line)
+        shown.append(rows)
+    return Group(*shown)
+
+
+def tables_of(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Heads and cells: of every length of prompts, and, without a length, of turn ten and memory."""
     for length, part in result["rows"].items():
-        speeds = Table(
-            "tokens/s",
-            *(f"{n} at once" for n in part["at_once"]),
-            "first token, ms",
-            title=f"{result['model']}, prompts of {length} tokens (beside bare llama.cpp)",
-            title_justify="left",
-        )
-        for name in names_of(part):
-            cells = [row.get(name) for row in part["at_once"].values()]
-            first = result["first_token_ms"][length].get(name)
-            speeds.add_row(
+        firsts, at_once = result["first_token_ms"][length], part["at_once"]
+        names = dict.fromkeys(name for rows in at_once.values() for name in rows)
+        lines = [
+            [
                 name,
-                *("" if each is None else f"{each['tokens_per_s']:.1f} ({each['over_bare']:.2f})" for each in cells),
-                "" if first is None else f"{first:.0f}",
-            )
-        shown.append(speeds)
-    more = Table("", "first token of turn 10, ms", "new tokens alone, ms", "peak memory, MB")
-    for name, megabytes in result.get("memory_mb", {}).items():
-        turn = result["turn_ten"].get(name)
-        ms = ("", "") if turn is None else (f"{turn['kept']:.0f}", f"{turn['new_alone']:.0f}")
-        more.add_row(name, *ms, f"{megabytes:.0f}")
-    return Group(*shown, more)
+                *(_cell(rows.get(name)) for rows in at_once.values()),
+                f"{firsts[name]:.0f}" if name in firsts else "",
+            ]
+            for name in names
+        ]
+        yield length, ["tokens/s; CPU ms a token", *(f"{n} at once" for n in at_once), "first token, ms"], lines
+    if "memory_mb" in result:
+        turn = result["turn_ten"]
+        lines = [
+            [
+                name,
+                *((f"{turn[name][what]:.0f}" if name in turn else "") for what in ("kept", "new_alone")),
+                f"{mb:.0f}",
+            ]
+            for name, mb in result["memory_mb"].items()
+        ]
+        yield "", ["", "first token of turn 10, ms", "its new tokens alone", "peak memory, MB"], lines
+
+
+def _cell(row: dict[str, float] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['tokens_per_s']:.0f} ({row['over_bare']:.2f}); {row['cpu_ms']:.1f} ({row['over_bare_cpu']:.2f})"
+
+
+def by_number(found: dict[str, Any]) -> dict[str, Any]:
+    """In the order of the numbers that the keys are."""
+    return dict(sorted(found.items(), key=lambda each: int(each[0])))
 
 
 def joined(result: dict[str, Any], file: Path) -> dict[str, Any]:
     """A result, and of a stored one what it has not; written there."""
     if file.exists():
         stored = json.loads(file.read_text(encoding="utf-8"))
-        result = {**stored, **result}
+        for length, part in stored["rows"].items():
+            mine = result["rows"].setdefault(length, {**part, "at_once": {}})
+            mine["at_once"] = by_number({**part["at_once"], **mine["at_once"]})
+            result["first_token_ms"][length] = {
+                **stored["first_token_ms"][length],
+                **result["first_token_ms"].get(length, {}),
+            }
         for name in ("rows", "first_token_ms"):
-            result[name] = dict(sorted({**stored[name], **result[name]}.items(), key=lambda each: int(each[0])))
+            result[name] = by_number(result[name])
+        result = {**stored, **result}
     write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
     return result
 
@@ -364,35 +429,20 @@ def joined(result: dict[str, Any], file: Path) -> dict[str, Any]:
 def markdown(report: dict[str, Any], made: dict[str, Any]) -> str:
     """The tables for the documentation, with where and when they were made."""
     lines: list[str] = []
-    for length, part in report["rows"].items():
-        heads = [f"prompts of {int(length):,} tokens", *(f"{n} at once" for n in part["at_once"]), "first token, ms"]
-        lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        for name in names_of(part):
-            cells = [rows.get(name) for rows in part["at_once"].values()]
-            told = ["" if each is None else f"{each['tokens_per_s']:.0f} ({each['over_bare']:.2f})" for each in cells]
-            first = report["first_token_ms"][length].get(name)
-            lines.append(f"| {name} | {' | '.join([*told, '' if first is None else f'{first:.0f}'])} |")
-        lines.append("")
-    heads = ["", "first token of turn 10, ms", "its new tokens alone", "peak memory, MB"]
-    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, megabytes in report["memory_mb"].items():
-        turn = report["turn_ten"].get(name)
-        ms = (
-            ("", "")
-            if turn is None
-            else (f"{turn['kept']:.0f} ({turn['over_new_alone']:.2f})", f"{turn['new_alone']:.0f}")
-        )
-        lines.append(f"| {name} | {' | '.join(ms)} | {megabytes:.0f} |")
-    turns_done = " and ".join(str(part["turns"]) for part in report["rows"].values())
+    for length, heads, rows in tables_of(report):
+        heads[0] = f"prompts of {int(length):,} tokens: {heads[0]}" if length else ""
+        lines += [
+            f"| {' | '.join(heads)} |",
+            "|---" * len(heads) + "|",
+            *(f"| {' | '.join(row)} |" for row in rows),
+            "",
+        ]
+    every = [row for part in report["rows"].values() for rows in part["at_once"].values() for row in rows.values()]
     what = (
-        f"Tokens/s of all sequences together after their prompts are read, in brackets beside bare llama.cpp in the "
-        f"same turn; medians of {turns_done} turns. {report['model']} ({report['quantization']}), and the checkpoint "
-        f"that it dequantises to; {report['threads']} threads. {made['hardware']}, commit {made['commit']}, "
-        f"{made['date']}. Made by `{made['command']}`."
+        f"Tokens/s of all sequences together after their prompts are read, and ms of the process's CPU time a token; "
+        f"in brackets both beside bare llama.cpp in the same turn, 1 is equal and more is faster. Medians of "
+        f"{min(row['turns'] for row in every)} turns and more. {report['model']} ({report['quantization']}), and the "
+        f"checkpoint that it dequantises to; threads: {report['threads']}. {made['hardware']}, commit "
+        f"{made['commit']}, {made['date']}. Made by `{made['command']}`."
     )
-    return "\n".join([*lines, "", what])
-
-
-def names_of(part: dict[str, Any]) -> list[str]:
-    """The rows of a part, in their order."""
-    return list(dict.fromkeys(name for rows in part["at_once"].values() for name in rows))
+    return "\n".join([*lines, what])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,21 @@ def test_every_engine_is_there_beside_bare_llama_cpp(quick: dict[str, Any]) -> N
         assert set(part["at_once"]["2"]) == everywhere
         for rows in part["at_once"].values():
             assert rows["llama.cpp"]["over_bare"] == 1
-            assert all(row["tokens_per_s"] > 0 for row in rows.values())
+            assert all(row["tokens_per_s"] > 0 and row["cpu_ms"] > 0 for row in rows.values())
     assert set(quick["first_token_ms"]["24"]) == everywhere
     assert set(quick["memory_mb"]) == {"llama.cpp", "ours, llama.cpp", "ours, torch fp32", "ours, torch bf16"}
     assert min(quick["memory_mb"].values()) > 10
     assert engines.table(quick).renderables
+    page = engines.markdown(quick, {"hardware": "2 cores", "commit": "abc", "date": "today", "command": "this"})
+    assert "| ours, llama.cpp, head at 1% |" in page
+    assert "commit abc" in page
 
 
 def test_lengths_of_prompts_that_another_run_measured_stay(quick: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "engines.json"
-    engines.joined({**quick, "rows": {"128": {}}, "first_token_ms": {"128": {}}}, file)
-    engines.joined(dict(quick), file)
-    assert list(json.loads(file.read_text())["rows"]) == ["24", "40", "128"]
+    stored = {"24": {"at_once": {"8": {}}}, "128": {"at_once": {}}}
+    engines.joined({**quick, "rows": stored, "first_token_ms": {"24": {}, "128": {}}}, file)
+    engines.joined(copy.deepcopy(quick), file)
+    rows = json.loads(file.read_text())["rows"]
+    assert list(rows) == ["24", "40", "128"]
+    assert list(rows["24"]["at_once"]) == ["1", "2", "8"]
