@@ -48,7 +48,8 @@ $(LLAMA_CPP): $(READY)
 	touch $@
 
 llamacpp: $(LLAMA_CPP)  ## GGUF models: compile llama.cpp once (7 minutes on two cores, pip keeps it), run its tests
-	$(BIN)/python -m pytest -rs tests/test_gguf_*.py tests/test_llamacpp_*.py tests/test_backend_conformance.py
+	$(BIN)/python -m pytest -rs tests/test_gguf_*.py tests/test_llamacpp_*.py tests/test_bench_engines.py \
+	  tests/test_backend_conformance.py
 
 lowest:  ## Tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)

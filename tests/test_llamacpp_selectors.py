@@ -15,8 +15,9 @@ from gguf_files import write_gguf
 from training_fixtures import save_model, tiny_pair, write_prompts
 from typer.testing import CliRunner
 
+from examples.real_pair.quantise_gguf import quantise
 from s2t_agents import ChatS2T, triggers
-from s2t_agents.errors import AdapterMismatch
+from s2t_agents.errors import AdapterMismatch, ConfigError
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.selectors import SelectorConfig, load_selector
 from s2t_agents.selectors.config import BaseIdentity
@@ -237,6 +238,16 @@ def test_a_selector_of_an_older_version_fits_the_very_same_weights_alone(head: P
 def test_norms_that_were_never_trained_tell_nothing(tmp_path: Path) -> None:
     model = LanguageModel.load(str(write_gguf(tmp_path / "a.gguf")), n_ctx=512)
     assert model.checkpoint_fingerprint is None
+
+
+def test_llama_cpps_own_quantiser_makes_another_form_of_the_checkpoint(files: dict[str, Path], tmp_path: Path) -> None:
+    quantise(files["F32"], tmp_path / "few.gguf", "Q4_0")
+    few, whole = (LanguageModel.load(str(file), n_ctx=512) for file in (tmp_path / "few.gguf", files["F32"]))
+    assert "Q4_0" in few.quantization
+    assert few.checkpoint_fingerprint == whole.checkpoint_fingerprint is not None
+    assert BaseIdentity.of(few).is_another_form_of(BaseIdentity.of(whole))
+    with pytest.raises(ConfigError, match="Q9_Z"):
+        quantise(files["F32"], tmp_path / "none.gguf", "Q9_Z")
 
 
 def test_adapters_are_refused_with_the_way_out(files: dict[str, Path], tmp_path: Path) -> None:
