@@ -126,9 +126,16 @@ def test_a_body_that_does_not_come_ends_in_408(url: str) -> None:
         assert b'"error"' in answer
 
 
-def test_headers_that_never_end_close_the_connection(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", [False, True])
+def test_headers_that_never_end_close_the_connection(url: str, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
     monkeypatch.setattr(listening, "HEADER_S", 0.3)
     with raw(url) as client:
+        if before:  # the connection has served a request, and has been idle for longer
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert client.recv(4096).startswith(b"HTTP/1.1 200")
+            time.sleep(0.6)
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert client.recv(4096)
         client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nX-Slow: ")
         started = time.monotonic()
         ended = False

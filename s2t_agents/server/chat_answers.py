@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk
@@ -62,7 +63,7 @@ def chat_completion(message: AIMessage, *, answer_id: str, model: str) -> dict[s
 async def chat_events(
     chunks: AsyncIterator[AIMessageChunk], *, answer_id: str, model: str, with_usage: bool
 ) -> AsyncIterator[bytes]:
-    """OpenAI's server-sent events of a streamed answer, the last one ``[DONE]``."""
+    """OpenAI's server-sent events of a streamed answer, the last one ``[DONE]``; closed early, it ends the answer."""
     created = int(time.time())
     opened, called = False, False
     usage: UsageMetadata | None = None
@@ -71,20 +72,21 @@ async def chat_events(
         head = {**_head(answer_id, model, "chat.completion.chunk"), "created": created}
         return event_of({**head, "choices": choices, **({"usage": None} if with_usage else {}), **more})
 
-    async for chunk in chunks:
-        delta, metadata = _delta(chunk), chunk.response_metadata
-        called = called or "tool_calls" in delta
-        usage = chunk.usage_metadata or usage
-        finished = "finish_reason" in metadata
-        logprobs = metadata.get("logprobs")
-        if not (delta or finished or logprobs):
-            continue
-        if not opened:
-            opened = True
-            yield event([_choice({"role": "assistant", "content": ""})])
-        reason = _finish_reason(metadata, called) if finished else None
-        more = {"s2t": metadata["s2t"]} if "s2t" in metadata else {}
-        yield event([_choice(delta, reason, logprobs)], **more)
+    async with aclosing(chunks):  # type: ignore[type-var]
+        async for chunk in chunks:
+            delta, metadata = _delta(chunk), chunk.response_metadata
+            called = called or "tool_calls" in delta
+            usage = chunk.usage_metadata or usage
+            finished = "finish_reason" in metadata
+            logprobs = metadata.get("logprobs")
+            if not (delta or finished or logprobs):
+                continue
+            if not opened:
+                opened = True
+                yield event([_choice({"role": "assistant", "content": ""})])
+            reason = _finish_reason(metadata, called) if finished else None
+            more = {"s2t": metadata["s2t"]} if "s2t" in metadata else {}
+            yield event([_choice(delta, reason, logprobs)], **more)
     if with_usage:
         yield event([], usage=usage_of(usage))
     yield DONE

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from pydantic import Field
@@ -80,10 +81,11 @@ class Completion:
         """The completion as server-sent events, the last one ``[DONE]``."""
         head, offset = self._described(), 0
         more: dict[str, Any] = {"usage": None} if self._request.with_usage else {}
-        async for piece, told in self._pieces():
-            if piece or told:
-                yield event_of({**head, "choices": [_choice(piece, _legacy(told, offset) or None, None)], **more})
-                offset += len(piece)
+        async with aclosing(self._pieces()) as pieces:
+            async for piece, told in pieces:
+                if piece or told:
+                    yield event_of({**head, "choices": [_choice(piece, _legacy(told, offset) or None, None)], **more})
+                    offset += len(piece)
         generation = self._generation
         assert generation is not None
         last = {**head, "choices": [_choice("", None, generation.finish_reason)], **more}
@@ -106,7 +108,7 @@ class Completion:
             "prompt_tokens_details": {"cached_tokens": account.reused_tokens},
         }
 
-    def _pieces(self) -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
+    def _pieces(self) -> ThreadedIterator[tuple[str, list[dict[str, Any]]]]:
         """Text and log-probabilities of each step."""
         return ThreadedIterator(scoped_items(CallScope(), self._items()))
 

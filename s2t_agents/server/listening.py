@@ -20,7 +20,9 @@ from .tenants import Tenants
 
 HEADER_BYTES = 16 << 10
 HEADER_S = 10.0
-"""Seconds until a request's headers have come."""
+"""Seconds until a request's headers have come, from its first byte, or from the connection's beginning."""
+IDLE_S = 75
+"""Seconds that a connection stays open between requests: an agent's tools take their time."""
 UNREAD_S = 60
 """Seconds that a client's system may leave sent bytes unacknowledged or its window shut, where the system can tell."""
 SEND_BYTES = 64 << 10
@@ -37,6 +39,7 @@ class BoundedProtocol(H11Protocol):
         """Start the clock."""
         super().connection_made(transport)
         self._headers_by: asyncio.TimerHandle | None = None
+        self._has_served = False
         self._follow_clock()
 
     def data_received(self, data: bytes) -> None:
@@ -45,7 +48,8 @@ class BoundedProtocol(H11Protocol):
         self._follow_clock()
 
     def on_response_complete(self) -> None:
-        """Start the clock for the next request."""
+        """The next request may take its time to begin."""
+        self._has_served = True
         super().on_response_complete()
         self._follow_clock()
 
@@ -57,7 +61,8 @@ class BoundedProtocol(H11Protocol):
 
     def _follow_clock(self) -> None:
         """The clock runs while headers are waited for."""
-        waits = self.conn.their_state is h11.IDLE
+        begun = not self._has_served or bool(self.conn.trailing_data[0])
+        waits = begun and self.conn.their_state is h11.IDLE
         if waits and self._headers_by is None:
             self._headers_by = self.loop.call_later(HEADER_S, self.transport.close)
         elif not waits and self._headers_by is not None:
@@ -114,6 +119,7 @@ def server_of(app: Starlette) -> uvicorn.Server:
             server_header=False,
             h11_max_incomplete_event_size=HEADER_BYTES,
             limit_concurrency=CONNECTIONS,
+            timeout_keep_alive=IDLE_S,
             timeout_graceful_shutdown=CLOSING_S,
         )
     )

@@ -1,0 +1,73 @@
+"""``s2t serve`` over other backends and real weights: the server knows nothing of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from server_support import STOCK_TOOL, serving_chat
+
+from s2t_agents import ChatS2T
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "color": {"enum": ["red", "green", "blue"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
+    "required": ["color", "count"],
+    "additionalProperties": False,
+}
+
+
+def asked(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    response = httpx.post(f"{url}/chat/completions", json={"model": "it", **body}, timeout=250)
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+def streamed(url: str, body: dict[str, Any]) -> str:
+    with httpx.stream(
+        "POST", f"{url}/chat/completions", json={"model": "it", "stream": True, **body}, timeout=250
+    ) as got:
+        lines = [line.removeprefix("data: ") for line in got.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return "".join(json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines[:-1])
+
+
+def test_a_gguf_file_is_served(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    from gguf_files import write_gguf
+
+    file = write_gguf(tmp_path / "tiny.gguf", metadata={"context_length": 2048})
+    model = ChatS2T(model=str(file), max_tokens=8, model_kwargs={"n_ctx": 4096})
+    with serving_chat(model, names=["it"]) as url:
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
+        answer = asked(url, {**body, "logprobs": True, "top_logprobs": 2})
+        assert streamed(url, body) == answer["choices"][0]["message"]["content"] == model.invoke("hello").text
+        assert len(answer["choices"][0]["logprobs"]["content"]) > 0
+    with serving_chat(model) as url:
+        [listed] = httpx.get(f"{url}/models").json()["data"]
+        assert listed["id"] == "tiny.gguf"
+
+
+@pytest.mark.real
+def test_real_weights_answer_call_and_fill_in_a_form(smollm2: Path) -> None:
+    with serving_chat(ChatS2T(model=smollm2, max_tokens=48), names=["it"]) as url:
+        greeting = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+        answer = asked(url, {"messages": greeting})["choices"][0]["message"]["content"]
+        assert "Paris" in answer
+        assert streamed(url, {"messages": greeting}) == answer
+        stock = [{"role": "user", "content": "How many lamps are in stock?"}]
+        called = asked(url, {"messages": stock, "tools": [STOCK_TOOL], "tool_choice": "required"})["choices"][0]
+        assert called["finish_reason"] == "tool_calls"
+        assert "item" in json.loads(called["message"]["tool_calls"][0]["function"]["arguments"])
+        wanted = {"type": "json_schema", "json_schema": {"name": "form", "schema": SCHEMA}}
+        form = json.loads(
+            asked(url, {"messages": stock, "response_format": wanted})["choices"][0]["message"]["content"]
+        )
+        assert form["color"] in ("red", "green", "blue")
+        assert 0 <= form["count"] <= 9
