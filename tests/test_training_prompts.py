@@ -116,6 +116,7 @@ def test_a_killed_training_draws_the_same_tokens_when_it_goes_on(pipeline, monke
     assert_same(whole, weights(pipeline), 1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(pipeline):
     training = pipeline.training("adapted")
     train(training)

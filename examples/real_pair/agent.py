@@ -23,6 +23,9 @@ from s2t_agents.triggers import entropy
 
 QUESTION = "Find the area of a triangle with a base of 14 units and a height of 9 units."
 FORMULA = "{base} * {height} / 2"
+CLOSING = "</tool_response>"
+"""SmolLM2's template knows no tools, so the result stands between such tags in the prompt; a model this small may end its
+own answer with one."""
 SELECTOR = Path(__file__).parent / "selectors" / "adapted"
 
 
@@ -34,7 +37,8 @@ def triangle_area(base: float, height: float) -> str:
 
 def agent(model: ChatS2T) -> Any:
     """Call a tool, run it, answer."""
-    calling, speaking = model.bind_tools([triangle_area], tool_choice="any"), model
+    calling = model.bind_tools([triangle_area], tool_choice="any")
+    speaking = model.bind(stop=[CLOSING])
     graph = StateGraph(MessagesState)
     graph.add_node("call", lambda state: {"messages": [calling.invoke(state["messages"])]})
     graph.add_node("tools", ToolNode([triangle_area]))
