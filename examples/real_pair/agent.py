@@ -24,8 +24,8 @@ from s2t_agents.triggers import entropy
 QUESTION = "Find the area of a triangle with a base of 14 units and a height of 9 units."
 FORMULA = "{base} * {height} / 2"
 CLOSING = "</tool_response>"
-"""SmolLM2's template knows no tools, so the result stands between such tags in the prompt; a model this small may end its
-own answer with one."""
+"""SmolLM2's template knows no tools, so the result stands between such tags in the prompt; a model this small may end
+its own answer with one."""
 SELECTOR = Path(__file__).parent / "selectors" / "adapted"
 
 
