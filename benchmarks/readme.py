@@ -92,14 +92,15 @@ def real(report: dict[str, Any], made: dict[str, Any]) -> str:
     """``evaluation`` of the real pair, with what its rows take of time, and how often the LLM is asked."""
     lines = evaluation(report, made).split("\n")
     rows = list(report["rows"].values())
-    lines[0] += " LLM asked at | agreement | s |"
-    lines[1] += "---|---|---|"
+    lines[0] += " LLM asked at | agreement | MB | s |"
+    lines[1] += "---|---|---|---|"
     for at, row in enumerate(rows, 2):
         asked = "-" if row["name"] == "llm" else f"{row['llm_calls'] / max(1e-9, row['tokens']):.1%}"
-        lines[at] += f" {asked} | {share(row['agreement'])} | {row['seconds'] / report['n']:.2f} |"
+        lines[at] += f" {asked} | {share(row['agreement'])} | {made['megabytes'][row['name']]} "
+        lines[at] += f"| {row['seconds'] / report['n']:.2f} |"
     lines[-2] += (
-        " LLM asked at: share of the tokens. Agreement: with the LLM's pick, at triggered steps. s: seconds an answer, "
-        "in bulk."
+        " LLM asked at: share of the tokens. Agreement: with the LLM's pick, at triggered steps. MB: of weights, "
+        "those of the small model packed. s: seconds an answer, in bulk."
     )
     return "\n".join(lines)
 
