@@ -13,10 +13,11 @@ from vllm.model_executor.models import gemma3, llama, mistral, qwen2, qwen3
 
 from ..backends.torch.fingerprint import embedding_fingerprint, same_weights
 from ..bundled import selector_path
+from ..endpoints.served_selection import MOST_CANDIDATES
 from ..errors import AdapterMismatch, ConfigError
 from ..selectors.config import SelectorConfig
 from ..selectors.head import HeadSelector
-from ..selectors.in_logits import MOST_CANDIDATES, BatchTrigger, EntropyAbove, LogitSelection, ProbeAbove
+from ..selectors.in_logits import BatchTrigger, EntropyAbove, LogitSelection, ProbeAbove
 from ..selectors.learned_trigger import load_probe
 
 

@@ -1,5 +1,7 @@
 """A head selector on a batch's logits picks what the engine picks, and the log-probabilities tell what it did."""
 
+import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +118,16 @@ def test_log_probabilities_that_no_selector_touched_tell_nothing() -> None:
 def test_only_a_server_selects_for_a_server_s_model(slm: LanguageModel) -> None:
     with pytest.raises(ConfigError, match="no server selects for it"):
         build(EngineSettings(slm, selector="server"))
+
+
+def test_the_plugin_takes_from_this_package_what_it_has() -> None:
+    """vLLM's own classes are not to be had here; examples/vllm/slm.sh runs the plugin in a real server."""
+    file = Path(__file__).parent.parent / "integrations" / "vllm_models.py"
+    own = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom) and node.level]
+    assert len(own) > 5
+    for node in own:
+        module = importlib.import_module(f"s2t_agents.{node.module}")
+        assert all(hasattr(module, name.name) for name in node.names), node.module
 
 
 def test_the_documentation_s_agent_runs_on_a_server(capsys: pytest.CaptureFixture[str]) -> None:
