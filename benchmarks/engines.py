@@ -397,6 +397,20 @@ def tables_of(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[lis
         yield "", ["", "first token of turn 10, ms", "its new tokens alone", "peak memory, MB"], lines
 
 
+def of_cpu_time(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """The same of a run on a machine that had other work: what took CPU time, without what took a while."""
+    for length, part in result["rows"].items():
+        at_once = part["at_once"]
+        names = dict.fromkeys(name for rows in at_once.values() for name in rows)
+        lines = [
+            [name, *(f"{rows[name]['cpu_ms']:.1f} ({rows[name]['over_bare_cpu']:.2f})" for rows in at_once.values())]
+            for name in names
+        ]
+        yield length, ["CPU ms a token", *(f"{n} at once" for n in at_once)], lines
+    if "memory_mb" in result:
+        yield "", ["", "peak memory, MB"], [[name, f"{mb:.0f}"] for name, mb in result["memory_mb"].items()]
+
+
 def _cell(row: dict[str, float] | None) -> str:
     if row is None:
         return ""
@@ -427,9 +441,12 @@ def joined(result: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any], made: dict[str, Any]) -> str:
-    """The tables for the documentation, with where and when they were made."""
+    """The tables for the documentation, with where and when they were made.
+
+    ``made["load"]``, if it is there, is that of other work on the machine.
+    """
     lines: list[str] = []
-    for length, heads, rows in tables_of(report):
+    for length, heads, rows in of_cpu_time(report) if "load" in made else tables_of(report):
         heads[0] = f"prompts of {int(length):,} tokens: {heads[0]}" if length else ""
         lines += [
             f"| {' | '.join(heads)} |",
@@ -438,11 +455,20 @@ def markdown(report: dict[str, Any], made: dict[str, Any]) -> str:
             "",
         ]
     every = [row for part in report["rows"].values() for rows in part["at_once"].values() for row in rows.values()]
+    if "load" in made:
+        figures = (
+            f"CPU time of the process: the machine had other work (load {made['load']}), so that its wall-clock says "
+            f"nothing. In brackets: tokens per CPU time"
+        )
+    else:
+        figures = (
+            "Tokens/s of all sequences together after their prompts are read, and ms of the process's CPU time a "
+            "token; in brackets both"
+        )
     what = (
-        f"Tokens/s of all sequences together after their prompts are read, and ms of the process's CPU time a token; "
-        f"in brackets both beside bare llama.cpp in the same turn, 1 is equal and more is faster. Medians of "
-        f"{min(row['turns'] for row in every)} turns and more. {report['model']} ({report['quantization']}), and the "
-        f"checkpoint that it dequantises to; threads: {report['threads']}. {made['hardware']}, commit "
-        f"{made['commit']}, {made['date']}. Made by `{made['command']}`."
+        f"{figures} beside bare llama.cpp in the same turn, 1 is equal and more is faster. Turns: at least "
+        f"{min(row['turns'] for row in every)}. {report['model']} ({report['quantization']}), and the checkpoint that "
+        f"it dequantises to; threads: {report['threads']}. {made['hardware']}, commit {made['commit']}, "
+        f"{made['date']}. Made by `{made['command']}`."
     )
     return "\n".join([*lines, what])

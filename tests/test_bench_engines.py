@@ -44,6 +44,8 @@ def test_every_engine_is_there_beside_bare_llama_cpp(quick: dict[str, Any]) -> N
     page = engines.markdown(quick, {"hardware": "2 cores", "commit": "abc", "date": "today", "command": "this"})
     assert "| ours, llama.cpp, head at 1% |" in page
     assert "commit abc" in page
+    loaded = engines.markdown(quick, {"hardware": "", "commit": "", "date": "", "command": "", "load": "20"})
+    assert "first token" not in loaded
 
 
 def test_lengths_of_prompts_that_another_run_measured_stay(quick: dict[str, Any], tmp_path: Path) -> None:
