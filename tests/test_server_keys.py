@@ -147,6 +147,7 @@ def test_no_key_is_in_a_log_an_error_or_a_record(
         (f'[agents."a b"]\nkeys = ["{ANN_LINE}"]\n', "a b"),
         ("[[[", "line 1"),
     ],
+    ids=[f"file {number}" for number in range(10)],  # the texts hold new keys, and every test process must say the same
 )
 def test_a_key_file_that_is_none_is_refused_with_the_place_and_without_its_keys(
     tmp_path: Path, text: str, message: str

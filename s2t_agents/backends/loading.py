@@ -24,7 +24,7 @@ def load_backend(path: str, **options: Any) -> Backend:
     Args:
         path: a directory, bundled name or hub id; a GGUF file, or a directory that holds one; ``vllm://host:port/name``.
         options: ``device``, ``dtype``, ``tokenizer``; for GGUF files those of ``llamacpp.context.Options``; for servers
-            those of ``completions.backend.Options``; for checkpoints ``prepack`` and those of ``from_pretrained``.
+            ``completions.backend.ServerOptions``; for checkpoints ``prepack`` and those of ``from_pretrained``.
 
     Raises:
         ConfigError: an option that cannot be; a package is missing.

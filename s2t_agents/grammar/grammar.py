@@ -342,10 +342,13 @@ class GrammarState:
             return first
         mask = self._legal()
         if path is not None:
-            for token in self._most_likely(mask, logits):
-                if token != first and self._can_finish_after(token, path, budget):
-                    return token
-            mask = self._mask_of_completion(mask, path)
+            tried = self._most_likely(mask, logits)
+            found = next(
+                (token for token in tried if token != first and self._can_finish_after(token, path, budget)), None
+            )
+            mask = self._mask_of_completion(mask, path)  # its token is allowed even where it was not tried
+            if found is not None:
+                mask[found] = True
         return int(logits.masked_fill(~torch.from_numpy(mask).to(logits.device), -torch.inf).argmax())
 
     def allowed(self, logits: Tensor | None = None) -> Tensor:

@@ -32,7 +32,7 @@ class _Choice(PartialModel):
     logprobs: _Logprobs
 
 
-class Completion(PartialModel):
+class OneTokenCompletion(PartialModel):
     """A completion of one token."""
 
     choices: tuple[_Choice, ...] = Field(min_length=1, max_length=1)
@@ -40,7 +40,7 @@ class Completion(PartialModel):
 
 
 _KNOWN_FIELDS = frozenset(
-    name for form in (Completion, _Choice, _Logprobs, Usage, UsageDetails) for name in form.model_fields
+    name for form in (OneTokenCompletion, _Choice, _Logprobs, Usage, UsageDetails) for name in form.model_fields
 )
 """Field names that an error may show; other keys of a response are text of the server."""
 
@@ -62,14 +62,14 @@ def request_body(model: str, ids: Sequence[int], candidates: Sequence[int], *, b
     return {**body, "logprob_token_ids": list(candidates)} if by_id else body
 
 
-def parse_completion(content: bytes, prompt_tokens: int) -> Completion:
+def parse_completion(content: bytes, prompt_tokens: int) -> OneTokenCompletion:
     """Parse and validate a response.
 
     Raises:
         EscalationFailed: not JSON, missing fields, NaN, invalid log-probabilities, or implausible token counts.
     """
     try:
-        completion = Completion.model_validate_json(content)
+        completion = OneTokenCompletion.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = (
@@ -82,7 +82,7 @@ def parse_completion(content: bytes, prompt_tokens: int) -> Completion:
     raise EscalationFailed(fault)  # raised outside the handler: no exception chain, which would show the response
 
 
-def _check_usage(completion: Completion, prompt_tokens: int) -> None:
+def _check_usage(completion: OneTokenCompletion, prompt_tokens: int) -> None:
     if completion.usage is not None:
         prompt, written = completion.usage.prompt_tokens, completion.usage.completion_tokens
         if not prompt_tokens <= prompt <= 2 * prompt_tokens + MAX_EXTRA_TOKENS:
@@ -91,7 +91,7 @@ def _check_usage(completion: Completion, prompt_tokens: int) -> None:
             raise EscalationFailed(f"the server was asked for 1 token and says that it wrote {written}.")
 
 
-def to_answer(completion: Completion, candidates: Sequence[int]) -> Answer:
+def to_answer(completion: OneTokenCompletion, candidates: Sequence[int]) -> Answer:
     """The candidates' scores.
 
     A candidate outside the server's top tokens gets None. It could not win, since every returned one is more likely.

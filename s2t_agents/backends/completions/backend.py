@@ -46,7 +46,7 @@ FIRST = 1e-3
 
 
 @dataclass(frozen=True)
-class Options:
+class ServerOptions:
     """How a server is asked.
 
     Attributes:
@@ -170,10 +170,10 @@ class CompletionsBackend:
         endpoint: Endpoint,
         tokenizer: Any,
         *,
-        options: Options | None = None,
+        options: ServerOptions | None = None,
         breaker: CircuitBreaker | None = None,
     ) -> None:
-        self._model, self._endpoint, self._options = name, endpoint, options or Options()
+        self._model, self._endpoint, self._options = name, endpoint, options or ServerOptions()
         self.name = f"{SCHEME}{endpoint.url.netloc.decode('ascii')}/{name}"
         self.given_tokenizer = self.tokenizer = tokenizer
         self.architecture, self.hidden_size = "unknown", 0
@@ -206,7 +206,7 @@ class CompletionsBackend:
         Args:
             address: ``vllm://host:port/name``.
             tokenizer: a fast one, the model's.
-            options: see ``Options``.
+            options: see ``ServerOptions``.
 
         Raises:
             ConfigError: an option or address that cannot be; a context window that nobody knows.
@@ -216,9 +216,9 @@ class CompletionsBackend:
         """
         host, name = split_address(address)
         try:
-            wanted = Options(**options)
+            wanted = ServerOptions(**options)
         except TypeError as error:
-            known = ", ".join(Options.__dataclass_fields__)
+            known = ", ".join(ServerOptions.__dataclass_fields__)
             raise ConfigError(
                 f"a server takes no such option: {error}.", hint=f"It takes tokenizer, {known}."
             ) from error

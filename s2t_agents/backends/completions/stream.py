@@ -39,25 +39,25 @@ class Prediction:
     logprobs: dict[int, float]
 
 
-class _Logprobs(PartialModel):
+class _StreamLogprobs(PartialModel):
     tokens: tuple[str, ...]
     top_logprobs: tuple[dict[str, LogProb], ...]
 
 
-class _Choice(PartialModel):
-    logprobs: _Logprobs | None = None
+class _StreamChoice(PartialModel):
+    logprobs: _StreamLogprobs | None = None
 
 
-class _Error(PartialModel):
+class _StreamError(PartialModel):
     message: str = ""
 
 
-class _Chunk(PartialModel):
-    choices: tuple[_Choice, ...] = Field(default=(), max_length=1)
-    error: _Error | None = None
+class _StreamChunk(PartialModel):
+    choices: tuple[_StreamChoice, ...] = Field(default=(), max_length=1)
+    error: _StreamError | None = None
 
 
-_KNOWN_FIELDS = frozenset(name for form in (_Chunk, _Choice, _Logprobs) for name in form.model_fields)
+_KNOWN_FIELDS = frozenset(name for form in (_StreamChunk, _StreamChoice, _StreamLogprobs) for name in form.model_fields)
 
 
 def predictions(event: bytes, vocab_size: int) -> list[Prediction]:
@@ -67,7 +67,7 @@ def predictions(event: bytes, vocab_size: int) -> list[Prediction]:
         EscalationFailed: not JSON, an error, token ids or log-probabilities that cannot be.
     """
     try:
-        chunk = _Chunk.model_validate_json(event)
+        chunk = _StreamChunk.model_validate_json(event)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(at) if at in _KNOWN_FIELDS or isinstance(at, int) else "*" for at in first["loc"])
@@ -79,7 +79,7 @@ def predictions(event: bytes, vocab_size: int) -> list[Prediction]:
     raise EscalationFailed(fault)  # raised outside the handler: no exception chain, which would show the response
 
 
-def _positions(logprobs: _Logprobs | None, vocab_size: int) -> list[Prediction]:
+def _positions(logprobs: _StreamLogprobs | None, vocab_size: int) -> list[Prediction]:
     if logprobs is None:
         return []
     if len(logprobs.tokens) != len(logprobs.top_logprobs):
