@@ -17,9 +17,9 @@ import torch
 from langchain_core.messages import convert_to_messages
 from rich.console import Group
 from rich.table import Table
-from torch import Tensor
 
-from s2t_agents.backends.base import SequenceCache, StepOutput
+from s2t_agents.backends.base import Backend, Output
+from s2t_agents.backends.base import Work as WorkItem
 from s2t_agents.backends.torch.backend import TorchBackend
 from s2t_agents.bundled import LLM, SLM
 from s2t_agents.chat.messages import PromptEncoder
@@ -30,7 +30,6 @@ from s2t_agents.escalation import Escalation
 from s2t_agents.llms import LocalLLM
 from s2t_agents.llms.local_llm import LocalSession
 from s2t_agents.proposal import Proposal
-from s2t_agents.scheduling.compute_time import ComputeTime
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.triggers import Trigger, entropy, when
 from s2t_agents.types import Sampling
@@ -82,14 +81,19 @@ class Counted(LanguageModel):
 
     work: Work
 
-    def append(self, ids: Tensor, cache: SequenceCache, compute: ComputeTime | None = None) -> StepOutput:
-        """Append tokens to a cache, and count them."""
-        started = time.perf_counter()
-        out = super().append(ids, cache, compute)
-        self.work.llm_s += time.perf_counter() - started
-        self.work.llm_calls += 1
-        self.work.llm_tokens += len(ids)
-        return out
+    def _use(self, backend: Backend) -> None:
+        super()._use(backend)
+        forward = backend.forward
+
+        def counted(batch: Sequence[WorkItem]) -> list[Output]:
+            started = time.perf_counter()
+            outputs = forward(batch)
+            self.work.llm_s += time.perf_counter() - started
+            self.work.llm_calls += 1
+            self.work.llm_tokens += sum(len(item.ids) for item in batch)
+            return outputs
+
+        backend.forward = counted  # type: ignore[method-assign]
 
 
 class PlainTransformers(TorchBackend):

@@ -3,7 +3,7 @@
 import ast
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from servers import CompletionServer, serving
 
 from s2t_agents import ChatS2T, Engine, LanguageModel
-from s2t_agents.backends.base import StepOutput
+from s2t_agents.backends.base import Output, StepOutput, Work
+from s2t_agents.backends.torch.backend import TorchBackend
 from s2t_agents.chat.runtime import EngineSettings, build
 from s2t_agents.endpoints.served_selection import read_back
 from s2t_agents.errors import ConfigError
@@ -48,12 +49,16 @@ def served(slm: LanguageModel, head: HeadSelector) -> Iterator[CompletionServer]
     """A server whose logits go through a selection, as the plugin's do."""
     selection = LogitSelection(head, EntropyAbove(NATS), K)
 
-    class Selecting(LanguageModel):
-        def append(self, *args: Any, **more: Any) -> StepOutput:
-            out = super().append(*args, **more)
-            return out._replace(logits=selection(out.hidden[None], out.logits[None])[0])
+    class Selecting(TorchBackend):
+        def forward(self, batch: Sequence[Work]) -> list[Output]:
+            outputs = super().forward(batch)
+            return [
+                out._replace(logits=selection(out.hidden[None], out.logits[None])[0])
+                for out in outputs
+                if isinstance(out, StepOutput)
+            ]
 
-    with serving(Selecting(slm.model, slm.tokenizer, name="served")) as server:
+    with serving(LanguageModel.on(Selecting(slm.model, slm.tokenizer, name="served"))) as server:
         yield server
 
 

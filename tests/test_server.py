@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -390,19 +392,35 @@ def test_every_error_of_this_package_has_a_shape_and_the_servers_own_are_not_sho
 
 
 def test_who_finds_no_room_is_told_when_to_come_again() -> None:
+    asked, may_answer = threading.Event(), threading.Event()
+
+    def answer(ids: Any, candidates: Any) -> list[float]:
+        asked.set()
+        assert may_answer.wait(20)
+        return [-0.1 * at for at in range(len(candidates))]
+
     slow = ChatS2T(
         model=tiny_model(max_position_embeddings=4096, seed=8),
-        max_tokens=3000,
+        max_tokens=3,
         concurrency=Concurrency(running=1, waiting=0),
+        escalation=Escalation(ScriptedLLM(answer), margin=1.0),
+        trigger=when(lambda proposal: True),
     )
-    with serving_chat(slow, names=["tiny"]) as url, httpx.Client(base_url=url, timeout=60) as client:
-        body = {**ASK, "model": "tiny", "stream": True}
-        with client.stream("POST", "/chat/completions", json=body) as first:
-            next(first.iter_lines())
+    with (
+        serving_chat(slow, names=["tiny"]) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        first = pool.submit(client.post, "/chat/completions", json={**ASK, "model": "tiny"})
+        try:
+            assert asked.wait(20)
             response = client.post("/chat/completions", json={**ASK, "model": "tiny"})
             assert response.status_code == 429
             assert response.json()["error"]["code"] == "overloaded"
             assert int(response.headers["retry-after"]) >= 1
+        finally:
+            may_answer.set()
+        assert first.result().status_code == 200
 
 
 def test_a_fault_in_the_middle_is_an_error_event_and_before_it_a_status(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Any
 
@@ -122,43 +122,41 @@ class Endpoint:
 
         The whole may be of any length, a line has at most ``MAX_BODY_BYTES``.
         """
-        async with self._open("POST", url, sent, json=body) as response:
-            line = bytearray()
-            async with aclosing(_parts(response)) as parts:
-                async for part in parts:
-                    *complete, rest = part.split(b"\n")
-                    for each in complete:
-                        yield bytes(line + each)
-                        line.clear()
-                    line += rest
-                    _check_length(line)
-            if line:
-                yield bytes(line)
-
-    async def _request(self, method: str, url: httpx.URL | str, sent: Callable[[], None], **body: Any) -> bytes:
-        async with self._open(method, url, sent, **body) as response:
-            return await _read_body(response)
-
-    @contextlib.asynccontextmanager
-    async def _open(
-        self, method: str, url: httpx.URL | str, sent: Callable[[], None], **body: Any
-    ) -> AsyncIterator[httpx.Response]:
-        """A response of status 200, its body not read yet."""
-        where = self.url.join(url)
         fault: EscalationFailed
         try:
-            async with self._current_client().stream(
-                method, where, headers=self._headers(), extensions={"trace": _trace_body_start(sent)}, **body
-            ) as response:
+            async with self._stream("POST", url, sent, json=body) as response:
                 if response.status_code == 200:
-                    yield response
+                    async with aclosing(_lines(response)) as lines:
+                        async for line in lines:
+                            yield line
                     return
                 fault = self._status_error(response, await _read_body(response))
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
-            fault = EndpointDown(f"{self.url.host} cannot be reached: {self.redacted(_error_text(error))}.")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            fault = EscalationFailed(f"{self.url.host} broke off: {self.redacted(_error_text(error))}.")
+            fault = self._broken(error)
+        raise fault  # as in _request
+
+    async def _request(self, method: str, url: httpx.URL | str, sent: Callable[[], None], **body: Any) -> bytes:
+        fault: EscalationFailed
+        try:
+            async with self._stream(method, url, sent, **body) as response:
+                content = await _read_body(response)
+            if response.status_code == 200:
+                return content
+            fault = self._status_error(response, content)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            fault = self._broken(error)
         raise fault  # raised outside the handlers: no exception chain, since httpx's errors may contain the key
+
+    def _stream(
+        self, method: str, url: httpx.URL | str, sent: Callable[[], None], **body: Any
+    ) -> contextlib.AbstractAsyncContextManager[httpx.Response]:
+        where, trace = self.url.join(url), {"trace": _trace_body_start(sent)}
+        return self._current_client().stream(method, where, headers=self._headers(), extensions=trace, **body)
+
+    def _broken(self, error: httpx.HTTPError | httpx.InvalidURL) -> EscalationFailed:
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.UnsupportedProtocol):
+            return EndpointDown(f"{self.url.host} cannot be reached: {self.redacted(_error_text(error))}.")
+        return EscalationFailed(f"{self.url.host} broke off: {self.redacted(_error_text(error))}.")
 
     def _current_client(self) -> httpx.AsyncClient:
         home = asyncio.get_running_loop()
@@ -314,6 +312,20 @@ async def _read_body(response: httpx.Response) -> bytes:
         content += part
         _check_length(content)
     return bytes(content)
+
+
+async def _lines(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+    line = bytearray()
+    async with aclosing(_parts(response)) as parts:
+        async for part in parts:
+            *complete, rest = part.split(b"\n")
+            for each in complete:
+                yield bytes(line + each)
+                line.clear()
+            line += rest
+            _check_length(line)
+    if line:
+        yield bytes(line)
 
 
 async def _parts(response: httpx.Response) -> AsyncGenerator[bytes, None]:
