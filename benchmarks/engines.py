@@ -403,7 +403,7 @@ def of_cpu_time(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[l
         at_once = part["at_once"]
         names = dict.fromkeys(name for rows in at_once.values() for name in rows)
         lines = [
-            [name, *(f"{rows[name]['cpu_ms']:.1f} ({rows[name]['over_bare_cpu']:.2f})" for rows in at_once.values())]
+            [name, *(_cpu_cell(rows.get(name)) for rows in at_once.values())]  # a head runs alone only
             for name in names
         ]
         yield length, ["CPU ms a token", *(f"{n} at once" for n in at_once)], lines
@@ -411,10 +411,14 @@ def of_cpu_time(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[l
         yield "", ["", "peak memory, MB"], [[name, f"{mb:.0f}"] for name, mb in result["memory_mb"].items()]
 
 
+def _cpu_cell(row: dict[str, float] | None) -> str:
+    return "" if row is None else f"{row['cpu_ms']:.1f} ({row['over_bare_cpu']:.2f})"
+
+
 def _cell(row: dict[str, float] | None) -> str:
     if row is None:
         return ""
-    return f"{row['tokens_per_s']:.0f} ({row['over_bare']:.2f}); {row['cpu_ms']:.1f} ({row['over_bare_cpu']:.2f})"
+    return f"{row['tokens_per_s']:.0f} ({row['over_bare']:.2f}); {_cpu_cell(row)}"
 
 
 def by_number(found: dict[str, Any]) -> dict[str, Any]:
