@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import servers
+from pydantic import SecretStr
 from servers import CompletionServer, serving
 
 from s2t_agents import Budget, ChatS2T, Engine, Escalation, LanguageModel, Ledger, LocalLLM
@@ -298,6 +299,23 @@ def test_a_server_without_allowed_token_ids_says_so_instead_of_writing_what_is_n
             chat(server).bind_tools([RARE], tool_choice="any").invoke("3 apples")
 
 
+def test_a_question_for_legal_tokens_is_asked_again_too() -> None:
+    with serving(tiny_model(seed=3, max_position_embeddings=2048)) as server:
+        refused: list[dict[str, Any]] = []
+
+        def busy_once(handler: servers.Handler, body: dict[str, Any]) -> None:
+            if "allowed_token_ids" in body and not refused:
+                refused.append(body)
+                handler.reply({"error": {"message": "full"}}, 503)
+            else:
+                handler.complete(body)
+
+        server.fault = busy_once
+        far, here = (each.bind_tools([RARE], tool_choice="any") for each in (chat(server), near(server)))
+        assert calls(far.invoke("3 apples")) == calls(here.invoke("3 apples"))
+        assert refused
+
+
 # ------------------------------------------------------------- settings
 
 
@@ -348,6 +366,13 @@ def test_a_setting_that_cannot_be_is_one_config_error(
 def test_other_machines_are_asked_by_https_unless_plain_http_is_permitted(host: str, url: str) -> None:
     assert server_url(host, allow_http=False) == url
     assert server_url(host, allow_http=True) == url.replace("https://", "http://")
+
+
+def test_two_keys_are_two_connections(server: CompletionServer) -> None:
+    models = {key: chat(server, model_kwargs={"api_key": SecretStr(key)}) for key in ("sk-one", "sk-two")}
+    for key, model in models.items():
+        model.invoke("Hello!")
+        assert server.keys[-1] == f"Bearer {key}"
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(

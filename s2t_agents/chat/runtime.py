@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -14,6 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from langchain_core.language_models import ModelProfile
 from langchain_core.messages import BaseMessage
+from pydantic import SecretStr
 
 from ..backends.loading import described, fitted_tokenizer
 from ..bundled import selector_path
@@ -301,14 +303,20 @@ def shared_model(
     """
     if isinstance(model, LanguageModel):
         return model
-    mine = {name: id(value) if name == "tokenizer" else value for name, value in options.items()}
-    key = repr((model, device, dtype, sorted(mine.items())))
+    key = repr((model, device, dtype, sorted((name, _sharing_key(value)) for name, value in options.items())))
     with _lock:
         found = _loaded.get(key)
         if found is None:
             found = LanguageModel.load(model, device=device, dtype=torch_dtype(dtype), **options)
             _loaded[key] = found
         return found
+
+
+def _sharing_key(value: Any) -> Any:
+    """What tells options apart: objects are one by one; a secret is told from another, which its repr does not."""
+    if isinstance(value, SecretStr):
+        return sha256(value.get_secret_value().encode()).hexdigest()
+    return id(value) if hasattr(value, "backend_tokenizer") else value
 
 
 def model_of(given: Any) -> str | LanguageModel:

@@ -265,7 +265,7 @@ class CompletionsBackend:
         return CompletionCache()
 
     def interrupt(self) -> None:
-        """Nothing: a request to the server runs to its end."""
+        """Nothing: no forward of another caller waits for this one, and who leaves hangs up."""
 
     def resume(self) -> None:
         """Nothing."""
@@ -286,16 +286,21 @@ class CompletionsBackend:
         """
         cache.park()
         legal = allowed.nonzero()[:, 0].tolist()
-        stream = self._request(cache, 1, allowed_token_ids=legal)
-        try:
-            found = stream.after(cache.ids, self._options.timeout_s)
-        finally:
-            stream.close()
+
+        def ask() -> Prediction | None:
+            stream = self._request(cache, 1, allowed_token_ids=legal)
+            try:
+                return stream.after(cache.ids, self._options.timeout_s)
+            finally:
+                stream.close()
+
+        with self.breaker.attempt():
+            found = self._retrying()(ask)
         known = {token: value for token, value in (found.logprobs if found else {}).items() if bool(allowed[token])}
         if not known:
             raise EndpointRefused(
                 f"none of the server's best {TOP_LOGPROBS} tokens is legal here; it knows no allowed_token_ids.",
-                hint="Serve the model with vLLM, or with `s2t serve`.",
+                hint="Serve the model with vLLM.",
             )
         return self._logits(known)
 
@@ -307,7 +312,7 @@ class CompletionsBackend:
         cache.ids += item.ids.tolist()
         try:
             with self.breaker.attempt():
-                prediction = self._predicted(cache)
+                prediction = self._retrying()(self._next, cache)
         except BaseException:
             cache.park()
             raise
@@ -315,14 +320,13 @@ class CompletionsBackend:
         known = prediction.logprobs if selected is None else _as_wanted(selected)
         return StepOutput(self._logits(known), torch.empty(0))
 
-    def _predicted(self, cache: CompletionCache) -> Prediction:
-        retrying = Retrying(
+    def _retrying(self) -> Retrying:
+        return Retrying(
             retry=retry_if_exception_type(EndpointBusy),
             stop=stop_after_attempt(self._options.attempts) | stop_before_delay(self._options.timeout_s),
             wait=retry_wait,
             reraise=True,
         )
-        return retrying(self._next, cache)
 
     def _next(self, cache: CompletionCache) -> Prediction:
         """The running stream's next prediction, or a new stream's first."""
@@ -359,7 +363,7 @@ class CompletionsBackend:
     def _request(self, cache: CompletionCache, tokens: int, **more: Any) -> CompletionStream:
         body = {
             "model": self._model,
-            "prompt": cache.ids,
+            "prompt": list(cache.ids),  # the sequence may go on before it is sent
             "max_tokens": tokens,
             "temperature": 0,
             "logprobs": TOP_LOGPROBS,
