@@ -262,7 +262,7 @@ class Engine:
             return Step(index, len(prefix), token, token, "slm", timings=timings)
         allowed = grammar.allowed(prefix.logits) if grammar else self.slm.with_text
         if allowed is not None:
-            prefix.know(allowed)
+            prefix.ensure_legal_logits(allowed)
         masked = time.perf_counter()
         proposal = Proposal(prefix, self.k, allowed=allowed, banned=banned)
         if looks_twice:

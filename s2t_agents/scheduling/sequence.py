@@ -95,8 +95,8 @@ class TokenSequence:
             self.logits, self.hidden = request.result()
         self.ids += ids
 
-    def know(self, allowed: Tensor) -> None:
-        """Where the backend knows the best tokens alone, and none is ``allowed`` ``[V]`` bool: ask it for others."""
+    def ensure_legal_logits(self, allowed: Tensor) -> None:
+        """Request logits of ``allowed`` ``[V]`` (bool) tokens where a backend without all logits has none of them."""
         if not self.model.capabilities.all_logits and not (self.logits[allowed] > -torch.inf).any():
             self.logits = cast(BestLogits, self.model.backend).among(self.cache, allowed)
 
