@@ -5,16 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from jsonschema import validate
-from training_fixtures import tiny_pair
-
-from s2t_agents.budget import Budget
-from s2t_agents.chat.response_options import ResponseOptions
-from s2t_agents.engine.engine import Engine
-from s2t_agents.escalation import Escalation
-from s2t_agents.grammar.grammar import cached_vocabulary
-from s2t_agents.llms import LocalLLM
-from s2t_agents.training.batch_prefix import BatchPrefix
-from s2t_agents.training.config import Adapter, Fit
 from s2t_agents.training.deciders import (
     Corrected,
     Greedy,
@@ -26,11 +16,21 @@ from s2t_agents.training.deciders import (
     entropy_above,
     probe_above,
 )
-from s2t_agents.training.dialogue import Speaker
 from s2t_agents.training.lines import Line, LLMCallCounter
 from s2t_agents.training.lockstep import generate
-from s2t_agents.training.objectives import fresh_selector
 from s2t_agents.training.scorers import scorer_for
+from training_fixtures import tiny_pair
+
+from s2t_agents.budget import Budget
+from s2t_agents.chat.response_options import ResponseOptions
+from s2t_agents.engine.engine import Engine
+from s2t_agents.escalation import Escalation
+from s2t_agents.grammar.grammar import cached_vocabulary
+from s2t_agents.llms import LocalLLM
+from s2t_agents.training.batch_prefix import BatchPrefix
+from s2t_agents.training.config import Adapter, Fit
+from s2t_agents.training.dialogue import Speaker
+from s2t_agents.training.objectives import fresh_selector
 from s2t_agents.triggers import entropy
 from s2t_agents.types import Sampling
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from s2t_agents.training.deciders import Greedy
+from s2t_agents.training.lockstep import generate
 from training_fixtures import save_model
 from typer.testing import CliRunner
 
@@ -22,9 +24,7 @@ from s2t_agents.grammar.grammar import cached_vocabulary, tool_grammar
 from s2t_agents.testing import tiny_model
 from s2t_agents.training.batch_prefix import BatchPrefix, PromptReader
 from s2t_agents.training.commands import app
-from s2t_agents.training.deciders import Greedy
 from s2t_agents.training.labels import LocalTeacher, along, label
-from s2t_agents.training.lockstep import generate
 from s2t_agents.training.remote import TOP, RemoteTeacher
 
 RECIPE = Path(__file__).parent.parent / "examples" / "real_pair"

@@ -46,7 +46,8 @@ HEAD = 1024
 class Selection:
     """A second look at one step: the scores that decide, who gave them, and what it took.
 
-    ``then`` follows the best candidate: tokens that the LLM settled with the same answer.
+    ``then`` follows the best candidate: tokens that the LLM settled with the same answer. ``instead`` is a token that
+    it wrote itself.
     """
 
     scores: Tensor
@@ -56,6 +57,7 @@ class Selection:
     select_s: float
     escalate_s: float
     then: tuple[int, ...] = ()
+    instead: int | None = None
 
 
 class Engine:
@@ -278,7 +280,7 @@ class Engine:
             return Step(index, len(prefix), wanted, wanted, "slm", entropy=entropy_nats, timings=timings, logprobs=told)
         chosen = yield from self._select(proposal, session, grammar)
         at = draw.one_of(chosen.scores) if draw.random else int(chosen.scores.argmax())
-        token = chosen.candidates[at].token_id
+        token = chosen.candidates[at].token_id if chosen.instead is None else chosen.instead
         kept.extend(chosen.then)
         return Step(
             index,
@@ -321,8 +323,8 @@ class Engine:
             scores, picked_by = decisive(answer), "llm"
         candidates = candidates_of(question, answer)
         done = time.perf_counter()
-        then = answer.then if answer else ()
-        return Selection(scores, picked_by, candidates, report, selected - started, done - selected, then)
+        then, instead = (answer.then, answer.instead) if answer else ((), None)
+        return Selection(scores, picked_by, candidates, report, selected - started, done - selected, then, instead)
 
 
 def alone(generation: Generator[Place | Wait | Step, None, None]) -> Generator[Place | Step, None, None]:

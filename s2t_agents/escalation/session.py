@@ -174,7 +174,9 @@ def checked_answer(answer: object, question: Question) -> Answer:
     then = answer.then
     if not isinstance(then, Sequence) or not all(type(token) is int and 0 <= token < top for token in then):
         raise EscalationFailed("the LLM gave something else than token ids to follow its pick.")
-    return Answer(scores, tuple(then), answer.note if isinstance(answer.note, str) else "")
+    if answer.instead is not None and not (type(answer.instead) is int and 0 <= answer.instead < top):
+        raise EscalationFailed("the LLM wrote something else than a token id.")
+    return Answer(scores, tuple(then), answer.note if isinstance(answer.note, str) else "", answer.instead)
 
 
 def _number(score: Any) -> float:

@@ -9,6 +9,7 @@ from math import inf
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..backends.loading import load_tokenizer
 from ..backends.torch.fingerprint import shared_ids
@@ -171,12 +172,16 @@ class LocalSession(WaitingSession):
         rows = model.vocab_size
         if outside := next((token for token in ids if token >= rows), None):
             raise EscalationFailed(f"the LLM has no embedding for token {outside} of the prefix: it has {rows}.")
+        log_probs = (yield from self.reading(model, ids, scope)).log_softmax(0)
+        within: list[float] = log_probs[[token if token < rows else 0 for token in candidates]].tolist()
+        return [value if token < rows else -inf for value, token in zip(within, candidates, strict=True)]
+
+    def reading(self, model: LanguageModel, ids: Sequence[int], scope: str | None) -> Waiting[Tensor]:
+        """The LLM's logits ``[V]`` after ``ids``."""
         if self._prefix is None:
             self._prefix = self._llm.idle.take(ids, scope) or TokenSequence(model, scope)
         yield from self._prefix.moving_to(ids)
-        log_probs = self._prefix.logits.log_softmax(0)
-        within: list[float] = log_probs[[token if token < rows else 0 for token in candidates]].tolist()
-        return [value if token < rows else -inf for value, token in zip(within, candidates, strict=True)]
+        return self._prefix.logits
 
     def close(self) -> None:
         """Keep the KV cache for the next turn."""

@@ -50,12 +50,14 @@ class Answer:
         scores: ``[K]`` log-probabilities of the candidates, None if it gave none; at least one is a number. A judge
             gives 0 to the one that it chose.
         then: tokens that follow the best candidate and are emitted with it.
+        instead: a token that the LLM wrote itself, in place of all candidates; it is legal. None picks a candidate.
         note: a remark for the receipt; "" for none.
     """
 
     scores: tuple[float | None, ...]
     then: tuple[int, ...] = ()
     note: str = ""
+    instead: int | None = None
 
 
 def candidates_of(question: Question, answer: Answer | None) -> tuple[Candidate, ...]:

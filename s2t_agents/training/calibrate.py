@@ -19,7 +19,6 @@ from ..selectors.learned_trigger import PROBE_FILE, load_probe
 from ..selectors.reference import Reference
 from .card import write_card
 from .config import CalibrateConfig, Fit
-from .deciders import margins
 from .disagreement import Probe, hidden_along
 from .groups import Example, choose, read_for, threshold_for
 from .losses import agreements
@@ -231,3 +230,11 @@ def scored(selector: LocalSelector, examples: list[Example]) -> tuple[Tensor, Te
         torch.cat([piece.llm for piece in pieces]).cpu(),
         torch.cat([piece.slm for piece in pieces]).cpu(),
     )
+
+
+def margins(scores: Tensor) -> Tensor:
+    """``selectors.confidence_margin`` for many rows: from ``[N, K]`` to ``[N]``, 1 where K is 1."""
+    if scores.shape[1] < 2:
+        return torch.ones(scores.shape[0], device=scores.device)
+    best = scores.softmax(-1).topk(2).values
+    return best[:, 0] - best[:, 1]

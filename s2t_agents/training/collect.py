@@ -6,7 +6,6 @@ items ──batch──> SLM answers (greedy, sampled, or corrected by a selecto
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,21 +15,21 @@ import torch
 
 from ..atomic_write import sole_run
 from ..backends.torch.fingerprint import shared_ids
+from ..engine.engine import Engine
+from ..engine.together import together
 from ..errors import ConfigError, S2TError, TokenizerMismatch
+from ..scheduling.admission import Concurrency
 from ..scheduling.language_model import LanguageModel
 from ..selectors import LocalSelector, SelectorConfig, load_selector
-from ..selectors.config import CONFIG_FILE, Calibration
+from ..selectors.config import CONFIG_FILE
 from ..triggers import entropy
 from ..types import Sampling
 from .batch_prefix import PromptReader
 from .config import CollectConfig, Models, Rollouts
 from .crew import Crew
-from .deciders import Corrected, Local, Sampled, entropy_above
-from .dialogue import AnsweredItem, MakeDecider, Speaker, converse
-from .labels import Labels, LocalTeacher, Teacher, batches, label
+from .dialogue import AnsweredItem, Speaker, answering
+from .labels import Labels, LocalTeacher, Teacher, label
 from .progress import bar
-from .scorers import scorer_for
-from .served import Live, answer_all
 from .shards import MANIFEST, Manifest, ModelIdentity, Shard, open_folder, write_shard
 from .tasks import Item, Task, prompts_hash
 
@@ -105,10 +104,33 @@ class Collector:
         first = number * self._settings.shard_items
         items = self._task.items[first : first + self._settings.shard_items]
         reader = PromptReader(self._slm)
-        answers = _answers(self._speaker, self._task, items, self._settings, self._policy, reader)
+        answers = self._answers(items)
         shard = self._labelled(answers, first, reader)
         write_shard(self._out, number, shard)
         return len(items)
+
+    def _answers(self, items: Sequence[Item]) -> list[AnsweredItem]:
+        """Every pass over these items, all passes together; each drawn answer from a seed of its item and sample."""
+        settings, slm = self._settings, self._slm
+        engine = Engine(slm, concurrency=Concurrency(running=len(items) * (settings.samples + 1)))
+        passes: list[tuple[Engine, int | None]] = [(engine, sample) for sample in range(settings.samples)]
+        if settings.greedy:
+            passes.insert(0, (engine if self._policy is None else _corrected(slm, self._policy, len(items)), None))
+
+        def sampling(item: Item, sample: int | None, prompt: Sequence[int]) -> Sampling:
+            if sample is None:
+                return Sampling(max_tokens=settings.max_tokens)
+            seed = row_seed(settings.seed, item.id, sample, len(prompt))
+            return Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature, seed=seed)
+
+        slm.prefix_cache.clear()  # a shard depends on nothing that was before it
+        return together(
+            [
+                answering(self._speaker, self._task, item, engine, partial(sampling, item, sample))
+                for engine, sample in passes
+                for item in items
+            ]
+        )
 
     def _labelled(self, answers: Sequence[AnsweredItem], first: int, reader: PromptReader) -> Shard:
         """The shard of these answers; ``first`` is the place of the shard's first item."""
@@ -218,89 +240,12 @@ def selector_digest(selector: Path | None) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _answers(
-    speaker: Speaker,
-    task: Task,
-    items: Sequence[Item],
-    settings: Rollouts,
-    policy: tuple[LocalSelector, SelectorConfig] | None,
-    reader: PromptReader,
-) -> list[AnsweredItem]:
-    """Every pass over these items, all passes in lockstep; prompts are read once.
-
-    A model that does not run in torch answers through the engine.
-    """
-    if speaker.model.library != "torch":
-        return _served(speaker, task, items, settings, policy)
-    settled = policy is None and settings.greedy
-    passes: list[int | None] = [None] * settled + list(range(settings.samples))
-    found: dict[tuple[int, int], AnsweredItem] = {}
-    for places in batches([len(speaker.encode(item.messages, item.tools)) for item in items], math.inf):
-        if policy is not None and settings.greedy:
-            part = [items[at] for at in places]
-            answers = converse(speaker, task, part, _corrected(policy), settings.max_tokens, reader)
-            found.update(((-1, at), answer) for at, answer in zip(places, answers, strict=True))
-        rows = [(number, at) for number in range(len(passes)) for at in places]
-        if rows:
-            part = [items[at] for _, at in rows]
-            make = _drawn(part, settings, [passes[number] for number, _ in rows])
-            found.update(zip(rows, converse(speaker, task, part, make, settings.max_tokens, reader), strict=True))
-    return [found[key] for key in sorted(found)]
-
-
-def _served(
-    speaker: Speaker,
-    task: Task,
-    items: Sequence[Item],
-    settings: Rollouts,
-    policy: tuple[LocalSelector, SelectorConfig] | None,
-) -> list[AnsweredItem]:
-    """Every pass over these items, one pass after the other."""
-    found: list[AnsweredItem] = []
-    greedy = Sampling(max_tokens=settings.max_tokens)
-    if settings.greedy:
-        live = Live()
-        if policy is not None:
-            selector, config = policy
-            trigger = entropy(above=_calibrated(config).trigger_entropy)
-            live = Live(k=config.k, trigger=trigger, selector=selector)
-        found += answer_all(live.engine(speaker.model), speaker, task, items, [lambda _: greedy] * len(items))
-    plain = Live().engine(speaker.model)
-    for number in range(settings.samples):
-        draws = [partial(_sampling, settings, item, number) for item in items]
-        found += answer_all(plain, speaker, task, items, draws)
-    return found
-
-
-def _sampling(settings: Rollouts, item: Item, number: int, length: int) -> Sampling:
-    """A draw from a seed of its item, sample and turn."""
-    seed = row_seed(settings.seed, item.id, number, length)
-    return Sampling(temperature=settings.temperature, seed=seed, max_tokens=settings.max_tokens)
-
-
-def _calibrated(config: SelectorConfig) -> Calibration:
+def _corrected(slm: LanguageModel, policy: tuple[LocalSelector, SelectorConfig], running: int) -> Engine:
+    selector, config = policy
     if config.calibration is None:
         raise ConfigError("the selector for an on-policy round has no thresholds.", hint="Run `s2t calibrate` first.")
-    return config.calibration
-
-
-def _corrected(policy: tuple[LocalSelector, SelectorConfig]) -> MakeDecider:
-    selector, config = policy
-    condition = entropy_above(_calibrated(config).trigger_entropy)
-    return lambda prompts, rows: Corrected(condition, Local(scorer_for(selector, prompts)), config.k)
-
-
-def _drawn(items: Sequence[Item], settings: Rollouts, samples: Sequence[int | None]) -> MakeDecider:
-    """Rows that are drawn, each from a seed of its item and sample; greedy where the sample is None."""
-
-    def make(prompts: list[list[int]], rows: list[int]) -> Sampled:
-        seeds = [
-            None if samples[row] is None else row_seed(settings.seed, items[row].id, samples[row], len(prompt))
-            for row, prompt in zip(rows, prompts, strict=True)
-        ]
-        return Sampled(settings.temperature, seeds, settings.max_tokens)
-
-    return make
+    trigger = entropy(above=config.calibration.trigger_entropy)
+    return Engine(slm, k=config.k, trigger=trigger, selector=selector, concurrency=Concurrency(running=running))
 
 
 def _check_numbers(slm: LanguageModel, teacher: Teacher, labels: Sequence[Labels]) -> None:

@@ -13,14 +13,17 @@ from typing import Any
 
 from langchain_core.messages import convert_to_messages
 
+from ..budget import Budget
 from ..chat.messages import PromptEncoder
+from ..engine.engine import Engine
+from ..engine.together import steps_of
 from ..errors import ContextOverflow
 from ..formats.tool_calls import ToolCallParser
 from ..grammar.grammar import CompiledGrammar, Grammar, cached_vocabulary, tool_grammar
 from ..scheduling.language_model import LanguageModel
+from ..scheduling.waits import Waiting
 from ..tokenization.detokenizer import Detokenizer
-from .batch_prefix import BatchPrefix
-from .lockstep import Decider, Trace, generate
+from ..types import Sampling, Step
 from .tasks import Item, Message, Task
 from .tasks.items import calls_text
 
@@ -37,6 +40,32 @@ class Reply:
 
     text: str
     calls: tuple[tuple[str, dict[str, Any]], ...] = ()
+
+
+@dataclass
+class Trace:
+    """One completion: its tokens, where it was triggered, flipped or decided by the LLM (positions in ``ids``).
+
+    ``llm_tokens`` is what the LLM read and wrote for it.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    triggered: list[int] = field(default_factory=list)
+    flipped: list[int] = field(default_factory=list)
+    by_llm: list[int] = field(default_factory=list)
+    llm_tokens: int = 0
+
+    @classmethod
+    def of(cls, steps: Sequence[Step]) -> Trace:
+        """Of a generation's steps."""
+        charges = [step.escalation.actual for step in steps if step.escalation is not None]
+        return cls(
+            [step.token_id for step in steps],
+            [step.index for step in steps if step.triggered],
+            [step.index for step in steps if step.flipped],
+            [step.index for step in steps if step.picked_by == "llm"],
+            sum(charge.llm_tokens for charge in charges if charge is not None),
+        )
 
 
 @dataclass
@@ -127,58 +156,41 @@ def next_turn(task: Task, item: Item, messages: Sequence[Message], reply: Reply)
     return (*messages, {"role": "assistant", "content": reply.text, "tool_calls": calls}, *results)
 
 
-Start = Callable[[list[list[int]]], BatchPrefix]
-"""Reads prompts; memoised where several rows of a table share them."""
-
-MakeDecider = Callable[[list[list[int]], list[int]], Decider]
-"""A decider for one turn, from its prompts and the places of their items."""
-
-
-def converse(
-    speaker: Speaker, task: Task, items: Sequence[Item], make: MakeDecider, max_tokens: int, start: Start | None = None
-) -> list[AnsweredItem]:
-    """Answer all items at once, turn by turn.
+def answering(
+    speaker: Speaker,
+    task: Task,
+    item: Item,
+    engine: Engine,
+    sampling: Callable[[Sequence[int]], Sampling],
+    escalations: int | None = None,
+) -> Waiting[AnsweredItem]:
+    """Answer one item, turn by turn, exactly as the package serves it; run many ``together``.
 
     Args:
         speaker: the model that generates.
         task: runs the tools.
-        items: one row each.
-        make: called once per turn.
-        max_tokens: per turn.
-        start: reads prompts; by default plainly.
+        item: what is asked.
+        engine: how.
+        sampling: of a turn, from its prompt.
+        escalations: for all turns; None sets no limit.
 
     Raises:
         ContextOverflow: a first prompt that does not fit. (A later one that does not fit ends its answer.)
     """
-    read = start or (lambda prompts: BatchPrefix(speaker.model, prompts))
-    answers = [AnsweredItem(item) for item in items]
-    going = {at: tuple(item.messages) for at, item in enumerate(items)}
-    prompts = {at: speaker.encode(messages, items[at].tools) for at, messages in going.items()}
-    for _ in range(MAX_TURNS):
-        rows = list(going)
-        if not rows:
+    answer, messages = AnsweredItem(item), tuple(item.messages)
+    budget = Budget(escalations=escalations) if escalations is not None else None
+    prompt = speaker.encode(messages, item.tools)
+    while True:
+        settings = sampling(prompt)
+        grammar = speaker.grammar(item, prompt, settings.max_tokens)
+        steps = yield from steps_of(engine.generation(prompt, settings, grammar=grammar, budget=budget))
+        trace = Trace.of(steps)
+        following = answer.take(prompt, trace, speaker.read(trace.ids), task, messages)
+        if following is None:
             break
-        wanted = [prompts[at] for at in rows]
-        grammars = [speaker.grammar(items[at], prompts[at], max_tokens) for at in rows]
-        ruled = grammars if any(each is not None for each in grammars) else None
-        traces = generate(read(wanted), make(wanted, rows), max_tokens, ruled)
-        upcoming: dict[int, tuple[Message, ...]] = {}
-        for at, prompt, trace in zip(rows, wanted, traces, strict=True):
-            following = answers[at].take(prompt, trace, speaker.read(trace.ids), task, going[at])
-            if following is not None:
-                upcoming[at] = following
-        going, prompts = _fitting(speaker, items, upcoming)
-    return answers
-
-
-def _fitting(
-    speaker: Speaker, items: Sequence[Item], going: dict[int, tuple[Message, ...]]
-) -> tuple[dict[int, tuple[Message, ...]], dict[int, list[int]]]:
-    """The turns whose prompts fit the context window, and their ids."""
-    prompts: dict[int, list[int]] = {}
-    for at, messages in going.items():
+        messages = following
         try:
-            prompts[at] = speaker.encode(messages, items[at].tools)
+            prompt = speaker.encode(messages, item.tools)
         except ContextOverflow:
-            continue
-    return {at: going[at] for at in prompts}, prompts
+            break
+    return answer

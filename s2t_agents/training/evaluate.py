@@ -1,11 +1,8 @@
-"""One table: the same problems for every row, in chunks that run in lockstep.
+"""One table: the same problems for every row, in chunks whose answers run together.
 
-Chunks go outside, rows inside, so that prompts are read once per chunk for all rows. The decisions are the engine's
-(``deciders``), and the first problems of every row are run again through the engine itself (``live``). With a folder to
+Chunks go outside, rows inside, so that prompts are read once per chunk for all rows. Every row is settings of the
+engine (``rows``), whose loop of steps answers all problems of a chunk at once (``engine.together``). With a folder to
 write to, every chunk of every row is kept as soon as it is done, and a run that was killed goes on there (``kept``).
-
-Where a model does not run in torch, the engine answers everything (``served``), and rows that it cannot answer (votes,
-lots, takeover) are left out.
 """
 
 from __future__ import annotations
@@ -22,26 +19,26 @@ import torch
 from torch import Tensor
 
 from ..atomic_write import sole_run, write_whole
+from ..engine.together import together
 from ..errors import ConfigError
 from ..scheduling.language_model import LanguageModel
 from ..types import Sampling
 from .batch_prefix import PromptReader
-from .collect import check_same_ids, selector_digest
+from .collect import check_same_ids, row_seed, selector_digest
 from .config import EvaluateConfig, EvaluationRows
 from .crew import Crew
-from .dialogue import AnsweredItem, Speaker, converse
+from .dialogue import AnsweredItem, Speaker, Trace, answering
 from .kept import Kept
 from .labels import along, under
-from .lines import LLMCallCounter
-from .live import check_live
-from .lockstep import Trace
 from .plots import draw
 from .progress import HIDDEN, Bar, bar
 from .report import EvalReport, RowReport, Tally
 from .rows import Ready, Row, RowMaker
-from .served import ServedItem, answer_all
 from .shards import ModelIdentity
 from .tasks import Item, Task, prompts_hash
+
+PROMPT_BYTES = 4 * 2**30
+"""Memory of each model for the KV of a chunk's prompts and answers, while an evaluation runs."""
 
 
 def evaluate(config: EvaluateConfig, crew: Crew | None = None) -> EvalReport:
@@ -97,11 +94,9 @@ class Evaluation:
         self._slm, self._llm, self._task, self._config = slm, llm, task, config
         ready = _ready(slm, config)
         self._chosen = _chosen(ready, config.rows)
-        self._run = _Run(Speaker(slm), Speaker(llm), task, config.rows)
-        self._maker = maker = RowMaker(self._run.read_llm, config.rows, config.seed)
+        self._run = _Run(Speaker(slm), Speaker(llm), task, config.rows, config.seed)
+        maker = RowMaker(slm, llm, config.rows, config.seed)
         self._rows = _rows(maker, ready, self._chosen, config.rows)
-        if not self._run.in_bulk:
-            self._rows = [row for row in self._rows if row.live is not None]
         self._sweeps = _sweeps(maker, slm, config, self._chosen)
         self._kept = None if config.out is None else Kept(config.out / "answers", self._manifest())
 
@@ -126,7 +121,6 @@ class Evaluation:
         """One chunk, in every way."""
         size = self._config.rows.batch
         self._run.forget()
-        self._maker.forget()
         tallies = {}
         for row in sorted(self._everything, key=_limit, reverse=True):
             progress.say(f"eval {row.name}")
@@ -265,30 +259,33 @@ class _Done:
     """One problem answered in one way, and what that took; several answers where the most frequent one counts."""
 
     answers: Sequence[AnsweredItem]
-    calls: int
-    tokens: int
     seconds: float
 
+    @property
+    def calls(self) -> int:
+        """Of the LLM."""
+        return sum(len(trace.by_llm) for answer in self.answers for trace in answer.traces)
 
-def _limit(row: Row) -> float:
+
+def _limit(row: Row) -> int:
     """Escalations per answer."""
-    return row.live.limit or 0 if row.live is not None else 0
+    return row.escalations or 0
 
 
 class _Run:
     """Runs rows over chunks; remembers the prompts that several rows read."""
 
-    def __init__(self, slm: Speaker, llm: Speaker, task: Task, settings: EvaluationRows) -> None:
-        self._slm, self._llm, self._task, self._settings = slm, llm, task, settings
-        self.read_slm, self.read_llm = PromptReader(slm.model), PromptReader(llm.model)
-        self.in_bulk = slm.model.library == llm.model.library == "torch"
+    def __init__(self, slm: Speaker, llm: Speaker, task: Task, settings: EvaluationRows, seed: int) -> None:
+        self._slm, self._llm, self._task, self._settings, self._seed = slm, llm, task, settings, seed
         self._done: dict[str, list[_Done]] = {}  # by row, of the present chunk
+        for speaker in (slm, llm):  # the prompts of a chunk are read once for all rows
+            speaker.model.prefix_cache.limit_bytes = PROMPT_BYTES
 
     def forget(self) -> None:
         """A new chunk begins."""
         self._done.clear()
-        self.read_slm.forget()
-        self.read_llm.forget()
+        for speaker in (self._slm, self._llm):
+            speaker.model.prefix_cache.clear()
 
     def fill(self, row: Row, chunk: Sequence[Item], first: bool) -> tuple[Tally, Sequence[AnsweredItem]]:
         """One chunk of one row; on the first one, its answers are looked at more closely."""
@@ -307,51 +304,38 @@ class _Run:
         for at in range(0, len(answers), row.samples):
             tally.right.append(self._right(answers[at : at + row.samples]))
         _count(tally.count, row, answers)
-        tally.count["llm_calls"] += sum(each.calls for each in found)
-        tally.count["llm_tokens"] += sum(each.tokens for each in found)
-        if first and row.live is not None and self._settings.check:
-            checked = answers[: self._settings.check]
-            live = check_live(self._slm, self._llm, self._task, checked, row.live, self._settings.max_tokens)
-            tally.live_seconds, tally.live_same = live
         if first and row.samples == 1 and self._settings.agreement:
             tally.agreed, tally.judged = self._agreement(answers[: self._settings.agreement], row)
         return tally, answers
 
-    def _served(self, row: Row, speaker: Speaker, items: Sequence[Item], meter: LLMCallCounter) -> list[ServedItem]:
-        """A row's answers through the engine itself."""
-        assert row.live is not None
-        sampling = Sampling(max_tokens=self._settings.max_tokens)
-        engine, draws = row.live.engine(self._slm.model, self._llm.model), [lambda _: sampling] * len(items)
-        answers = answer_all(engine, speaker, self._task, items, draws, row.live.budget)
-        meter.calls[:] = torch.tensor([answer.llm_calls for answer in answers])
-        meter.tokens[:] = torch.tensor([answer.llm_tokens for answer in answers])
-        return answers
-
     def _answered(self, row: Row, items: Sequence[Item]) -> list[_Done]:
         """Each of these items answered, so many times as the row wants."""
-        every = [item for item in items for _ in range(row.samples)]
-        meter = LLMCallCounter(len(every))
-        speaker = self._llm if row.llm_generates else self._slm
-        read = self.read_llm if row.llm_generates else self.read_slm
+        speaker, limit = self._llm if row.llm_generates else self._slm, row.escalations
         started = time.perf_counter()
-        answers: Sequence[AnsweredItem]
-        if self.in_bulk:
-            answers = converse(speaker, self._task, every, row.make(every, meter), self._settings.max_tokens, read)
-        else:
-            answers = self._served(row, speaker, every, meter)
+        answers = together(
+            [
+                answering(speaker, self._task, item, row.engine(item), self._sampling(row, item, sample), limit)
+                for item in items
+                for sample in range(row.samples)
+            ]
+        )
         seconds = (time.perf_counter() - started) / len(items)
-        found = []
-        for at in range(0, len(every), row.samples):
-            own = slice(at, at + row.samples)
-            calls, tokens = int(meter.calls[own].sum()), int(meter.tokens[own].sum())
-            found.append(_Done(answers[own], calls, tokens, seconds))
-        return found
+        return [_Done(answers[at : at + row.samples], seconds) for at in range(0, len(answers), row.samples)]
 
     def _same_as_with_more(self, row: Row) -> dict[int, _Done]:
         """By place: answers of the row with a larger limit that did not go beyond this one's."""
         if row.more is None:
             return {}
         return {at: each for at, each in enumerate(self._done.get(row.more, ())) if each.calls <= _limit(row)}
+
+    def _sampling(self, row: Row, item: Item, sample: int) -> Callable[[Sequence[int]], Sampling]:
+        """Of a turn, from its prompt: a seed of its own, whatever batch it is in."""
+
+        def sampling(prompt: Sequence[int]) -> Sampling:
+            seed = row_seed(self._seed, item.id, sample, len(prompt))
+            return Sampling(max_tokens=self._settings.max_tokens, temperature=row.temperature, seed=seed)
+
+        return sampling
 
     def _right(self, answers: Sequence[AnsweredItem]) -> bool:
         """Whether the (most frequent) answer is right; among equals the first counts."""
@@ -364,25 +348,21 @@ class _Run:
     def _agreement(self, answers: Sequence[AnsweredItem], row: Row) -> tuple[int, int]:
         """Triggered steps whose token is the LLM's best candidate, and how many there are."""
         agreed = judged = 0
-        k = row.live.k if row.live else self._settings.k
         for answer in answers:
             for prompt, trace in zip(answer.prompts, answer.traces, strict=True):
                 if not trace.triggered:
                     continue
                 at = torch.tensor(trace.triggered)
-                ours, theirs = (self._slm, self.read_slm), (self._llm, self.read_llm)
-                slm, llm = (self._along(*who, answer, prompt, trace)[at] for who in (ours, theirs))
-                candidates = slm.topk(k).indices
+                slm, llm = (self._along(who, answer, prompt, trace)[at] for who in (self._slm, self._llm))
+                candidates = slm.topk(row.k).indices
                 best = candidates.gather(1, llm.gather(1, candidates).argmax(-1, keepdim=True))[:, 0]
                 agreed += int((best == torch.tensor(trace.ids)[at]).sum())
                 judged += len(at)
         return agreed, judged
 
-    def _along(
-        self, speaker: Speaker, reader: PromptReader, answer: AnsweredItem, prompt: list[int], trace: Trace
-    ) -> Tensor:
+    def _along(self, speaker: Speaker, answer: AnsweredItem, prompt: list[int], trace: Trace) -> Tensor:
         """``[n, V]``: what a model says at each step of a completion."""
-        said = along(reader, [(prompt, trace.ids)])[0].cpu()
+        said = along(PromptReader(speaker.model), [(prompt, trace.ids)])[0].cpu()
         return under(speaker.grammar(answer.item, prompt, self._settings.max_tokens), trace.ids, said)
 
 
@@ -400,6 +380,8 @@ def _count(count: Counter[str], row: Row, answers: Sequence[AnsweredItem]) -> No
             count["llm_tokens"] += answer.tokens + sum(map(len, answer.prompts))
         else:
             count["slm_forwards"] += answer.tokens + triggered * row.forwards
+            count["llm_calls"] += sum(len(trace.by_llm) for trace in answer.traces)
+            count["llm_tokens"] += sum(trace.llm_tokens for trace in answer.traces)
 
 
 __all__ = ["EvalReport", "RowReport", "evaluate", "evaluate_with"]
