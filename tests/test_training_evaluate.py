@@ -35,7 +35,7 @@ from s2t_agents.training.shards import read_shards
 from s2t_agents.training.tasks import DemoTask, DemoTaskConfig, JsonlTask, JsonlTaskConfig
 
 ROWS = EvaluationRows(
-    budgets=(1, 2, 4, 8), votes=3, max_tokens=16, batch=5, check=3, agreement=5, k=4, ks=(1, 4), rates=(0.1, 0.3)
+    budgets=(1, 2, 4, 8), votes=3, max_tokens=16, batch=5, agreement=5, k=4, ks=(1, 4), rates=(0.1, 0.3)
 )
 NAMES = [
     "slm", "maj3", "random", "head", "activated", "adapted", "published", "llm_select", "takeover",
@@ -89,7 +89,7 @@ def test_every_row_is_there_over_the_same_problems(report):
 
 def test_the_table_as_json_has_the_rows_and_figures_of_the_method(pair, made):
     slm, llm, _ = pair
-    rows = EvaluationRows(max_tokens=6, check=0, agreement=0, k=4, budgets=(0, 1, 2, 4, 8))
+    rows = EvaluationRows(max_tokens=6, agreement=0, k=4, budgets=(0, 1, 2, 4, 8))
     found = json.loads(evaluate_with(slm, llm, prompts(made, 3), settings(made, rows=rows)).model_dump_json())["rows"]
     assert set(found) == {
         "slm", "maj8", "random", "head", "activated", "adapted", "published", "llm_select", "takeover",
@@ -103,7 +103,7 @@ def test_the_table_as_json_has_the_rows_and_figures_of_the_method(pair, made):
 
 def test_rows_with_a_limit_are_the_same_whatever_other_limits_there_are(pair, made):
     slm, llm, _ = pair
-    quick = EvaluationRows(max_tokens=12, check=0, agreement=0, k=4, votes=2, batch=4)
+    quick = EvaluationRows(max_tokens=12, agreement=0, k=4, votes=2, batch=4)
     found = {}
     for budgets in ((0, 1, 2, 8), (1,), (0,)):
         config = settings(made, rows=quick.model_copy(update={"budgets": budgets}), selectors={"head": made / "head"})
@@ -118,12 +118,6 @@ def best_kind(made) -> str:
     """The kind that the hybrid rows take: the best held-out agreement."""
     kinds = ("head", "activated", "adapted", "published")
     return max(kinds, key=lambda kind: SelectorConfig.load(made / kind).calibration.agreement)
-
-
-def test_the_engine_gives_the_same_tokens_one_by_one(report):
-    live = {name: row.live_same for name, row in report.rows.items() if row.live_same is not None}
-    assert sorted(live) == sorted(set(NAMES) - {"maj3", "random", "takeover"})
-    assert set(live.values()) == {1.0}
 
 
 def test_no_row_asks_the_llm_more_often_than_it_may(report):
@@ -299,15 +293,14 @@ class Interrupted(JsonlTask):
 
 def figures(report) -> dict:
     return {
-        name: row.model_dump(exclude={"seconds", "live_seconds"})
-        for name, row in {**report.rows, **report.sweeps.get("k", {})}.items()
+        name: row.model_dump(exclude={"seconds"}) for name, row in {**report.rows, **report.sweeps.get("k", {})}.items()
     }
 
 
 def test_a_killed_run_goes_on_where_it_was(pair, made, tmp_path):
     slm, llm, _ = pair
     file = write_prompts(tmp_path / "prompts.jsonl", 6)
-    rows = EvaluationRows(max_tokens=8, check=2, agreement=2, k=4, ks=(2,), budgets=(1,), votes=2, batch=4)
+    rows = EvaluationRows(max_tokens=8, agreement=2, k=4, ks=(2,), budgets=(1,), votes=2, batch=4)
     only = {"head": made / "head"}
     config = settings(made, rows=rows, out=tmp_path / "out", selectors=only)
     task = Interrupted(file, "numeric")
@@ -327,7 +320,7 @@ def test_a_killed_run_goes_on_where_it_was(pair, made, tmp_path):
 
 def test_answers_are_there_to_be_looked_at(pair, made, tmp_path):
     slm, llm, _ = pair
-    rows = EvaluationRows(max_tokens=6, check=0, agreement=0, k=4, budgets=(), votes=2, batch=2)
+    rows = EvaluationRows(max_tokens=6, agreement=0, k=4, budgets=(), votes=2, batch=2)
     task = JsonlTask(write_prompts(tmp_path / "prompts.jsonl", 3), "numeric")
     evaluate_with(slm, llm, task, settings(made, rows=rows, out=tmp_path / "out"))
     kept = sorted(file.name for file in (tmp_path / "out" / "answers").iterdir())
@@ -339,12 +332,10 @@ def test_answers_are_there_to_be_looked_at(pair, made, tmp_path):
         assert isinstance(answer["text"], str)
 
 
-@pytest.mark.parametrize(
-    "changed", [{"seed": 1}, {"rows": EvaluationRows(max_tokens=7, check=0, agreement=0, k=4, budgets=())}]
-)
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"rows": EvaluationRows(max_tokens=7, agreement=0, k=4, budgets=())}])
 def test_answers_of_another_evaluation_are_not_taken(pair, made, tmp_path, changed):
     slm, llm, _ = pair
-    rows = EvaluationRows(max_tokens=6, check=0, agreement=0, k=4, budgets=())
+    rows = EvaluationRows(max_tokens=6, agreement=0, k=4, budgets=())
     config = settings(made, rows=rows, out=tmp_path / "out", selectors={"head": made / "head"})
     task = JsonlTask(write_prompts(tmp_path / "prompts.jsonl", 2), "numeric")
     evaluate_with(slm, llm, task, config)

@@ -11,21 +11,20 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from s2t_agents.training.deciders import Greedy
-from s2t_agents.training.lockstep import generate
 from training_fixtures import save_model
 from typer.testing import CliRunner
 
 from benchmarks.train import run as bench
-from s2t_agents import ChatS2T
+from s2t_agents import ChatS2T, Engine
 from s2t_agents.backends.statistics import FLOOR
 from s2t_agents.errors import EscalationFailed
 from s2t_agents.grammar.grammar import cached_vocabulary, tool_grammar
 from s2t_agents.testing import tiny_model
-from s2t_agents.training.batch_prefix import BatchPrefix, PromptReader
+from s2t_agents.training.batch_prefix import PromptReader
 from s2t_agents.training.commands import app
 from s2t_agents.training.labels import LocalTeacher, along, label
 from s2t_agents.training.remote import TOP, RemoteTeacher
+from s2t_agents.types import Sampling
 
 RECIPE = Path(__file__).parent.parent / "examples" / "real_pair"
 
@@ -208,8 +207,8 @@ def test_a_served_teacher_sees_what_is_legal(pair, folder, server):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "boolean"}}}}}
     words = cached_vocabulary(slm.tokenizer, slm.vocab_size, sorted(slm.eos_ids))
     compiled = tool_grammar(words, [tool], "any", parallel=False)
-    (trace,) = generate(BatchPrefix(slm, [list(b"f?")]), Greedy(), 150, [compiled.start(150)])
-    said = [(list(b"f?"), trace.ids)]
+    steps = Engine(slm).steps(list(b"f?"), Sampling(max_tokens=150), grammar=compiled.start(150))
+    said = [(list(b"f?"), [step.token_id for step in steps])]
     (ours,) = label(slm, RemoteTeacher(url, "llm", slm, tokenizer=str(folder / "llm")), said, 4, [compiled.start(150)])
     (local,) = label(slm, LocalTeacher(llm), said, 4, [compiled.start(150)])
     illegal = local.llm <= FLOOR

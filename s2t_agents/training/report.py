@@ -27,9 +27,9 @@ class RowReport(BaseModel):
         llm_calls: forwards of the large model, per answer.
         llm_tokens: that it read or wrote, per answer.
         cost_usd: of the LLM, per answer; None when it has no known price.
-        seconds: for all n, in lockstep; where processes share the problems, the sum of theirs.
-        live_seconds: per answer through ``Engine.steps`` one at a time, on the checked problems.
-        live_same: share of the checked problems on which that gave the same tokens.
+        seconds: for all n, answered together; where processes share the problems, the sum of theirs.
+        live_seconds: of reports from the time when a bulk loop beside the engine was checked against it; likewise
+            ``live_same``.
         trigger_rate: share of all steps; flip_rate likewise; escalation_rate: share of triggered steps.
         agreement: share of triggered steps where the token is the LLM's best candidate (on the first problems).
     """
@@ -94,8 +94,6 @@ class Tally:
     right: list[bool] = field(default_factory=list)
     count: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
-    live_seconds: list[float] = field(default_factory=list)
-    live_same: list[bool] = field(default_factory=list)
     agreed: int = 0
     judged: int = 0
 
@@ -104,8 +102,6 @@ class Tally:
         self.right += other.right
         self.count.update(other.count)
         self.seconds += other.seconds
-        self.live_seconds += other.live_seconds
-        self.live_same += other.live_same
         self.agreed += other.agreed
         self.judged += other.judged
 
@@ -129,8 +125,6 @@ class Tally:
             llm_tokens=count["llm_tokens"] / n,
             cost_usd=0.0 if not count["llm_tokens"] else None if price is None else price * count["llm_tokens"] / n,
             seconds=self.seconds,
-            live_seconds=sum(self.live_seconds) / len(self.live_seconds) if self.live_seconds else None,
-            live_same=sum(self.live_same) / len(self.live_same) if self.live_same else None,
             trigger_rate=count["triggered"] / max(1, count["steps"]),
             flip_rate=count["flipped"] / max(1, count["steps"]),
             escalation_rate=count["by_llm"] / max(1, count["triggered"]),
@@ -160,8 +154,6 @@ COLUMNS = (
     "LLM tokens",
     "$",
     "s",
-    "live s",
-    "live same",
     "triggers",
     "flips",
     "agreement",
@@ -181,8 +173,6 @@ def _cells(row: RowReport) -> tuple[str, ...]:
         f"{row.llm_tokens:.0f}",
         "-" if row.cost_usd is None else f"{row.cost_usd:.6f}",
         f"{row.seconds:.0f}",
-        "-" if row.live_seconds is None else f"{row.live_seconds:.2f}",
-        share(row.live_same),
         f"{row.trigger_rate:.1%}",
         f"{row.flip_rate:.1%}",
         share(row.agreement),

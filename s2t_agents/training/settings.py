@@ -189,11 +189,9 @@ class EvaluationRows(Settings):
         rates: sweep over trigger rates; empty for none.
         k: candidates where no selector says.
         max_tokens: per turn.
-        batch: problems in lockstep.
+        batch: problems that are answered together.
         agreement: problems on which the agreement with the LLM at triggered steps is measured.
         llm_usd_per_million: price of the LLM's tokens, for the cost column; None where nobody knows it.
-        check: problems that are run again through ``Engine.steps``, one by one: are the answers the same, and how long
-            do they take so?
     """
 
     trigger_rate: float | None = Field(default=None, gt=0, lt=1)
@@ -210,4 +208,3 @@ class EvaluationRows(Settings):
     batch: int = Field(default=100, ge=1)
     agreement: int = Field(default=100, ge=0)
     llm_usd_per_million: float | None = Field(default=None, ge=0)
-    check: int = Field(default=10, ge=0)
