@@ -74,7 +74,6 @@ trigger_rate = 0.4
 [evaluate]
 max_tokens = {max_tokens}
 batch = 10
-check = 2
 agreement = 4
 budgets = [1]
 llm_trigger_entropy = 0.0

@@ -75,7 +75,6 @@ trigger_rate = 0.2
 max_tokens = 12
 budgets = [1]
 votes = 2
-check = 1
 agreement = 2
 batch = 3
 """
