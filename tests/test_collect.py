@@ -21,7 +21,6 @@ from s2t_agents.errors import ConfigError, InputError, ModelNotFound, S2TError, 
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import tiny_model
 from s2t_agents.training import shards as shard_files
-from s2t_agents.training.batch_prefix import PromptReader
 from s2t_agents.training.collect import check_same_ids, collect, collect_with
 from s2t_agents.training.config import CollectConfig, Models, Rollouts
 from s2t_agents.training.crew import Crew
@@ -78,11 +77,11 @@ def test_a_dialogue_is_read_once_and_its_turns_are_what_they_are_alone(pair, mon
         TorchBackend, "read_rows", lambda self, ids, *rest: rows.append(len(ids)) or read(self, ids, *rest)
     )
     turns = [FIRST, SECOND, OTHER]
-    together = along(PromptReader(slm), turns)
+    together = along(slm, turns)
     assert rows == [2, 2]  # the prompts, and what follows them
     for turn, found in zip(turns, together, strict=True):
         assert len(found) == len(turn[1])
-        torch.testing.assert_close(found, along(PromptReader(slm), [turn])[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, along(slm, [turn])[0], atol=1e-5, rtol=1e-5)
 
 
 def test_hidden_states_along_a_dialogue_are_those_of_its_turns_alone(pair):

@@ -24,7 +24,6 @@ from s2t_agents.selectors.config import BaseIdentity
 from s2t_agents.selectors.head import HeadSelector
 from s2t_agents.selectors.reference import Reference
 from s2t_agents.testing import tiny_model
-from s2t_agents.training.batch_prefix import PromptReader
 from s2t_agents.training.commands import app
 from s2t_agents.training.labels import along
 from s2t_agents.training.stepwise import outputs_along
@@ -166,7 +165,7 @@ def test_answers_are_read_as_they_are_read_in_bulk() -> None:
     model = tiny_model("qwen3", seed=1)
     rows = [([1, 2, 3], [4, 5, 6, 7]), ([1, 2, 3], [9]), ([8, 2], [4, 4])]
     ours = outputs_along(model, rows, lambda output: output.logits.log_softmax(-1))
-    for one, other in zip(ours, along(PromptReader(model), rows), strict=True):
+    for one, other in zip(ours, along(model, rows), strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 

@@ -20,7 +20,6 @@ from s2t_agents.backends.statistics import FLOOR
 from s2t_agents.errors import EscalationFailed
 from s2t_agents.grammar.grammar import cached_vocabulary, tool_grammar
 from s2t_agents.testing import tiny_model
-from s2t_agents.training.batch_prefix import PromptReader
 from s2t_agents.training.commands import app
 from s2t_agents.training.labels import LocalTeacher, along, label
 from s2t_agents.training.remote import TOP, RemoteTeacher
@@ -45,7 +44,7 @@ def server(pair):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             ids = body["prompt"]
-            rows = along(PromptReader(llm), [(ids[:1], ids[1:])])[0]
+            rows = along(llm, [(ids[:1], ids[1:])])[0]
             listed = [None]
             for token, row in zip(ids[1:], rows, strict=True):
                 top = [*row.topk(body["prompt_logprobs"]).indices.tolist(), token]
@@ -157,7 +156,7 @@ def test_a_served_teacher_says_what_a_local_one_says(pair, folder, server):
     for trajectory, ours, theirs in zip(trajectories, remote, local, strict=True):
         assert torch.equal(ours.llm_best, theirs.llm_best)
         assert (ours.kl <= theirs.kl + 1e-3).all()
-        listed = along(PromptReader(llm), [trajectory])[0].topk(TOP).indices
+        listed = along(llm, [trajectory])[0].topk(TOP).indices
         seen = (ours.candidates[:, :, None] == listed[:, None]).any(-1)
         torch.testing.assert_close(ours.llm[seen], theirs.llm[seen], atol=1e-4, rtol=1e-4)
         assert (ours.llm[~seen] >= theirs.llm[~seen]).all()

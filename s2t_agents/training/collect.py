@@ -24,7 +24,6 @@ from ..selectors import LocalSelector, SelectorConfig, load_selector
 from ..selectors.config import CONFIG_FILE
 from ..triggers import entropy
 from ..types import Sampling
-from .batch_prefix import PromptReader
 from .config import CollectConfig, Models, Rollouts
 from .crew import Crew
 from .dialogue import AnsweredItem, Speaker, answering
@@ -103,10 +102,7 @@ class Collector:
         """Make and write one shard; returns how many items it holds."""
         first = number * self._settings.shard_items
         items = self._task.items[first : first + self._settings.shard_items]
-        reader = PromptReader(self._slm)
-        answers = self._answers(items)
-        shard = self._labelled(answers, first, reader)
-        write_shard(self._out, number, shard)
+        write_shard(self._out, number, self._labelled(self._answers(items), first))
         return len(items)
 
     def _answers(self, items: Sequence[Item]) -> list[AnsweredItem]:
@@ -132,7 +128,7 @@ class Collector:
             ]
         )
 
-    def _labelled(self, answers: Sequence[AnsweredItem], first: int, reader: PromptReader) -> Shard:
+    def _labelled(self, answers: Sequence[AnsweredItem], first: int) -> Shard:
         """The shard of these answers; ``first`` is the place of the shard's first item."""
         place = {answer.item.id: first + at for at, answer in reversed(list(enumerate(answers)))}
         trajectories = [
@@ -146,7 +142,7 @@ class Collector:
             for answer in answers
             for prompt in answer.prompts
         ]
-        labels = label(self._slm, self._teacher, trajectories, self._settings.k, grammars, reader)
+        labels = label(self._slm, self._teacher, trajectories, self._settings.k, grammars)
         _check_numbers(self._slm, self._teacher, labels)
 
         def flat(name: str, dtype: torch.dtype) -> torch.Tensor:

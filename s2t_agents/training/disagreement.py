@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..scheduling.language_model import LanguageModel
-from .batch_prefix import left_padded
+from .batch_reading import left_padded
 from .groups import Example
 from .labels import batches_of_dialogues, dialogues
 from .progress import bar

@@ -1,6 +1,6 @@
 """One table: the same problems for every row, in chunks whose answers run together.
 
-Chunks go outside, rows inside, so that prompts are read once per chunk for all rows. Every row is settings of the
+Chunks go outside, rows inside, so that prompts stay in the prefix cache for all rows. Every row is settings of the
 engine (``rows``), whose loop of steps answers all problems of a chunk at once (``engine.together``). With a folder to
 write to, every chunk of every row is kept as soon as it is done, and a run that was killed goes on there (``kept``).
 """
@@ -23,7 +23,6 @@ from ..engine.together import together
 from ..errors import ConfigError
 from ..scheduling.language_model import LanguageModel
 from ..types import Sampling
-from .batch_prefix import PromptReader
 from .collect import check_same_ids, row_seed, selector_digest
 from .config import EvaluateConfig, EvaluationRows
 from .crew import Crew
@@ -362,7 +361,7 @@ class _Run:
 
     def _along(self, speaker: Speaker, answer: AnsweredItem, prompt: list[int], trace: Trace) -> Tensor:
         """``[n, V]``: what a model says at each step of a completion."""
-        said = along(PromptReader(speaker.model), [(prompt, trace.ids)])[0].cpu()
+        said = along(speaker.model, [(prompt, trace.ids)])[0].cpu()
         return under(speaker.grammar(answer.item, prompt, self._settings.max_tokens), trace.ids, said)
 
 

@@ -15,7 +15,7 @@ from ..backends.statistics import FLOOR
 from ..grammar.grammar import Grammar
 from ..proposal import best_first, entropy_of
 from ..scheduling.language_model import LanguageModel
-from .batch_prefix import PromptReader, left_padded
+from .batch_reading import logits_along
 from .shards import ModelIdentity
 from .stepwise import outputs_along
 
@@ -77,7 +77,6 @@ def label(
     trajectories: Sequence[Trajectory],
     k: int,
     grammars: Sequence[Grammar | None] | None = None,
-    reader: PromptReader | None = None,
 ) -> list[Labels]:
     """Label all steps of all trajectories, in their order.
 
@@ -88,13 +87,12 @@ def label(
         k: candidates per step.
         grammars: under which each completion was made, just started: both models are then seen through them, as
             the engine sees the SLM. Illegal candidates are at ``FLOOR``; where a token is forced, the models agree.
-        reader: what the SLM has read already.
     """
     labels: list[Labels | None] = [None] * len(trajectories)
     rows, prompts = [prompt + ids for prompt, ids in trajectories], [prompt for prompt, _ in trajectories]
     for batch in batches_of_dialogues(rows, prompts=prompts):
         part = [trajectories[at] for at in batch]
-        ours = along(reader or PromptReader(slm), part)
+        ours = along(slm, part)
         if grammars is not None:
             ours = [
                 under(grammar, ids, log_probs)
@@ -120,7 +118,7 @@ class LocalTeacher:
     ) -> list[Opinion]:
         """See ``Teacher``. Padding rows of either vocabulary are left out."""
         found = []
-        for theirs, ours, ids in zip(along(PromptReader(self._model), trajectories), slm, candidates, strict=True):
+        for theirs, ours, ids in zip(along(self._model, trajectories), slm, candidates, strict=True):
             theirs = theirs.to(ours.device)
             width = min(theirs.shape[1], ours.shape[1])
             theirs, ours = theirs[:, :width], ours[:, :width]
@@ -150,23 +148,22 @@ def under(grammar: Grammar | None, ids: Sequence[int], log_probs: Tensor) -> Ten
 
 
 @torch.inference_mode()
-def along(reader: PromptReader, trajectories: Sequence[Trajectory]) -> list[Tensor]:
+def along(model: LanguageModel, trajectories: Sequence[Trajectory]) -> list[Tensor]:
     """Log-probabilities ``[n, V]`` of every completion step: each prompt is read once, then one forward for all.
 
     A model that does not run in torch reads token by token, through its scheduler.
 
     Args:
-        reader: of the model that is asked; what it has read already is not read again.
+        model: is asked.
         trajectories: turns of one dialogue are neighbours.
     """
-    if reader.model.library != "torch":
-        return outputs_along(reader.model, trajectories, lambda output: output.logits.log_softmax(-1))
+    if model.library != "torch":
+        return outputs_along(model, trajectories, lambda output: output.logits.log_softmax(-1))
     rows = [prompt + ids[:-1] for prompt, ids in trajectories]
     chains = dialogues(rows)
     starts = [trajectories[chain[0]][0] for chain in chains]
-    prefix = reader(starts)
     rest = [rows[chain[-1]][len(start) :] for chain, start in zip(chains, starts, strict=True)]
-    logits = prefix.read_along(*left_padded(rest, reader.model.device))
+    logits = logits_along(model, starts, rest)
     found = []
     for row, chain in enumerate(chains):
         before = logits.shape[1] - 1 - len(rest[row])  # the padding between a prompt and what follows

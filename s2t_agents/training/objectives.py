@@ -24,7 +24,7 @@ from ..selectors.activated import ActivatedSelector
 from ..selectors.adapted import AdaptedSelector
 from ..selectors.head import HeadSelector
 from ..selectors.published import PublishedSelector
-from .batch_prefix import left_padded
+from .batch_reading import left_padded
 from .config import Fit, Kind
 from .gradient_checkpointing import recomputed
 from .groups import Example

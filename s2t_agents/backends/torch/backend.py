@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from ...fork_safety import FORWARD, hold_while_forking
 from ...tokenization.vocabulary import drop_tokens_without_embedding
 from ..base import Capabilities, Limits, Output, SequenceCache, Work
-from .candidate_overlay import overlay_is_exact, overlay_of, rows_mask, rows_of
+from .candidate_overlay import overlay_is_exact, overlay_of, rows_mask
 from .cpu_threads import release_threads
 from .cuda.graph_runner import GraphRunner
 from .cuda.pooled_kv_cache import PooledKVCache
@@ -218,20 +218,3 @@ class TorchBackend:
         )
         hidden: Tensor = out.last_hidden_state
         return hidden
-
-    @torch.inference_mode()
-    def score_candidate_rows(self, candidates: Tensor, rows: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-        """Candidates after several rows of a left-padded batch.
-
-        Args:
-            candidates: ``[N, K]`` token ids.
-            rows: ``[N]``, which row of the batch each line belongs to.
-            mask: ``[B, C]``, 1 for tokens and 0 for padding.
-            cache: the batch's KV; left as it is.
-
-        Returns:
-            ``[N, K, H]``.
-        """
-        with self.lock:
-            positions = mask[rows].sum(1, keepdim=True).expand_as(candidates)
-            return self.candidate_rows(candidates, positions, mask[rows], rows_of(cache, rows))
