@@ -23,6 +23,10 @@ S2TError
 ├── Overloaded                        too many generations at once; nothing has run (retryable)
 ├── FolderInUse                       another run holds the lock of the folder; nothing was changed (retryable)
 ├── LedgerError                       a ledger file that is corrupt, foreign or cannot be written
+├── ModelServerError                  the server of the model itself (``vllm://...``) gave no usable answer (retryable)
+│   ├── ModelServerDown               it cannot be reached, or failed just before and is left alone for a while
+│   ├── ModelServerBusy               it declined for now: 429 or 5xx
+│   └── ModelServerRefused            it refused the request: any other status
 └── EscalationFailed                  the LLM gave no usable answer; the caller keeps the local pick (retryable)
     ├── EndpointDown                  its server cannot be reached: no connection, no TLS, no such host
     ├── EndpointBusy                  its server declined for now: 429 or 5xx; nothing was spent
@@ -214,6 +218,36 @@ class LedgerError(S2TError):
     """A ledger file that is corrupt, foreign or cannot be written."""
 
 
+class ModelServerError(S2TError):
+    """The server of the model itself gave no usable answer: it broke off, was too late, or sent what cannot be."""
+
+    retryable = True
+
+
+class ModelServerDown(ModelServerError):
+    """The model's server cannot be reached, or failed just before and is left alone for a while."""
+
+
+class ModelServerBusy(ModelServerError):
+    """The model's server declined for now.
+
+    Args:
+        message: one line for people.
+        wait_s: seconds until a retry, by the server's Retry-After; None if it gave none.
+        hint: the way out.
+    """
+
+    def __init__(self, message: str, *, wait_s: float | None = None, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.wait_s = wait_s
+
+
+class ModelServerRefused(ModelServerError):
+    """The model's server refused the request, and asking again will not help."""
+
+    retryable = False
+
+
 class EscalationFailed(S2TError):
     """The LLM gave no usable answer; the local pick stands."""
 
@@ -238,9 +272,18 @@ class EndpointBusy(EscalationFailed):
 
 
 class EndpointRefused(EscalationFailed):
-    """The LLM's server refused the request; nothing was spent, and asking again will not help."""
+    """The LLM's server refused the request; nothing was spent, and asking again will not help.
+
+    Args:
+        message: one line for people.
+        status: of the HTTP response; None where it is not known.
+    """
 
     retryable = False
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class QuestionRefused(EndpointRefused):

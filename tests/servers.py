@@ -8,13 +8,16 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from s2t_agents.backends.base import Output, StepOutput, Work
+from s2t_agents.backends.torch.backend import TorchBackend
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
+from s2t_agents.selectors.in_logits import LogitSelection
 
 Fault = Callable[["Handler", dict[str, Any]], None]
 
@@ -27,7 +30,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.seen.append(self.path)
-        if self.path == "/v1/models":
+        if self.server.listing_fault:
+            self.server.listing_fault(self, {})
+        elif self.path == "/v1/models":
             model = {"id": self.server.model.name, "max_model_len": self.server.model.context_window}
             self.reply({"data": [model]})
         else:
@@ -91,6 +96,7 @@ class CompletionServer(ThreadingHTTPServer):
     Attributes:
         by_id: knows ``logprob_token_ids``, as vLLM does; else answers with its best.
         fault: takes the place of the right answer.
+        listing_fault: takes the place of the list of models.
         asked: bodies of the completions asked for.
         keys: their Authorization headers.
         dropped: clients that hung up in a stream, or while they were kept waiting by ``keeps_waiting``.
@@ -108,6 +114,7 @@ class CompletionServer(ThreadingHTTPServer):
             text, add_special_tokens=False
         )
         self.fault: Fault | None = None
+        self.listing_fault: Fault | None = None
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.seen: list[str] = []
@@ -149,6 +156,21 @@ class CompletionServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hung up is no event."""
+
+
+def selecting(model: LanguageModel, selection: LogitSelection, name: str = "served") -> LanguageModel:
+    """The model with its logits going through a selection, as the vLLM plugin's do."""
+
+    class Selecting(TorchBackend):
+        def forward(self, batch: Sequence[Work]) -> list[Output]:
+            outputs = super().forward(batch)
+            return [
+                out._replace(logits=selection(out.hidden[None], out.logits[None])[0])
+                for out in outputs
+                if isinstance(out, StepOutput)
+            ]
+
+    return LanguageModel.on(Selecting(model.model, model.tokenizer, name=name))
 
 
 @contextmanager

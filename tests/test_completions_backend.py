@@ -16,11 +16,12 @@ from s2t_agents import Budget, ChatS2T, Engine, Escalation, LanguageModel, Ledge
 from s2t_agents.backends.completions.backend import server_url
 from s2t_agents.errors import (
     ConfigError,
-    EndpointBusy,
-    EndpointDown,
-    EndpointRefused,
     EscalationFailed,
     ModelNotFound,
+    ModelServerBusy,
+    ModelServerDown,
+    ModelServerError,
+    ModelServerRefused,
     TokenizerMismatch,
 )
 from s2t_agents.testing import tiny_model
@@ -208,7 +209,7 @@ def test_a_server_that_declines_is_asked_again(server: CompletionServer) -> None
     server.fault = servers.first(2, servers.status(503))
     assert ids(greedy(remote(server))) == ids(greedy(server.model))
     server.fault = servers.status(429, "full")
-    with pytest.raises(EndpointBusy, match="429: full"):
+    with pytest.raises(ModelServerBusy, match="429: full"):
         greedy(remote(server, attempts=2))
 
 
@@ -266,8 +267,84 @@ def test_a_stream_that_breaks_off_goes_on_from_where_it_was(server: CompletionSe
 def test_a_broken_server_is_one_named_error_and_never_a_token(server: CompletionServer, fault: servers.Fault) -> None:
     model = remote(server, timeout_s=0.4, attempts=1)
     server.fault = fault
-    with pytest.raises(EscalationFailed, match="server|127.0.0.1|answer"):
+    with pytest.raises(ModelServerError, match="server|127.0.0.1|answer"):
         greedy(model)
+
+
+async def asked(model: ChatS2T, way: str) -> None:
+    if way == "ainvoke":
+        await model.ainvoke("Hello!")
+    elif way == "stream":
+        list(model.stream("Hello!"))
+    elif way == "batch":
+        model.batch(["Hello!"])
+    else:
+        model.invoke("Hello!")
+
+
+KINDS: list[tuple[servers.Fault, type[ModelServerError]]] = [
+    (servers.status(429, "full", Retry_After="0"), ModelServerBusy),
+    *((servers.status(code), ModelServerBusy) for code in (500, 502, 503, 504)),
+    *((servers.status(code), ModelServerRefused) for code in (400, 401, 403, 404, 413, 422)),
+    (servers.hangs_before_headers, ModelServerError),
+    (servers.breaks_off_a_chunk, ModelServerError),
+    (servers.says(b'data: {"error": {"message": "out of memory"}}\n\n'), ModelServerError),
+]
+
+
+@pytest.mark.parametrize(("fault", "kind"), KINDS)
+async def test_a_fault_of_the_models_own_server_is_no_failed_escalation(
+    server: CompletionServer, fault: servers.Fault, kind: type[ModelServerError]
+) -> None:
+    llm = LocalLLM(tiny_model(seed=9))
+    settings: dict[str, Any] = {"trigger": always(), "escalation": Escalation(llm, margin=1.0)}
+    server.fault = fault
+    for at, ask in enumerate(("invoke", "ainvoke", "stream", "batch")):
+        options = {"timeout_s": 0.4, "attempts": 1, "connect_s": 5.0 + at}  # other options: a breaker of its own
+        model = chat(server, model_kwargs=options, **settings)
+        with pytest.raises(ModelServerError, match=f"127.0.0.1:{server.server_port}/{server.model.name}") as caught:
+            await asked(model, ask)
+        assert type(caught.value) is kind
+        assert not isinstance(caught.value, EscalationFailed)
+        assert caught.value.retryable is (kind is not ModelServerRefused)
+        assert caught.value.hint
+
+
+def test_a_fault_in_the_middle_of_an_answer_is_told_alike_and_the_spent_money_stays_counted(
+    server: CompletionServer,
+) -> None:
+    ledger, budget, llm = Ledger(), Budget(escalations=1000), LocalLLM(tiny_model(seed=9))
+    settings: dict[str, Any] = {"trigger": always(), "escalation": Escalation(llm, margin=1.0)}
+    model = chat(server, budget=budget, ledger=ledger, model_kwargs={"attempts": 1}, **settings)
+    whole = str(model.invoke("Hello!").content)
+    spent = budget.state().spent["escalations"]
+    server.fault = servers.in_turn(None, None, None, servers.status(503, Retry_After="7"))
+    begun: list[str] = []
+    with pytest.raises(ModelServerBusy, match="answered 503") as caught:
+        begun.extend(str(chunk.content) for chunk in model.stream("Hello!"))
+    assert caught.value.wait_s == 7
+    assert whole.startswith("".join(begun))
+    assert budget.state().spent["escalations"] > spent
+    assert budget.state().spent["escalations"] == sum(len(record.receipts) for record in ledger.records())
+    assert budget.state().held["escalations"] == 0
+
+
+def test_a_server_that_cannot_be_loaded_from_tells_why(server: CompletionServer) -> None:
+    def load(**options: Any) -> None:
+        LanguageModel.load(address(server), tokenizer=server.model.tokenizer, **options)
+
+    for fault, kind in [
+        (servers.status(503), ModelServerBusy),
+        (servers.status(429, "full"), ModelServerBusy),
+        (servers.status(401, "no such key"), ModelServerRefused),
+        (servers.keeps_waiting, ModelServerError),
+    ]:
+        server.listing_fault = fault
+        with pytest.raises(ModelServerError, match="127.0.0.1") as caught:
+            load(connect_s=0.2)
+        assert type(caught.value) is kind
+    server.listing_fault = servers.status(404)  # a server that lists nothing
+    load(context_window=512)
 
 
 def test_a_server_that_is_gone_is_not_waited_for_again_and_again(server: CompletionServer) -> None:
@@ -276,11 +353,11 @@ def test_a_server_that_is_gone_is_not_waited_for_again_and_again(server: Complet
     server.shutdown()
     server.server_close()
     for _ in range(3):
-        with pytest.raises(EscalationFailed, match="127.0.0.1|left alone"):
+        with pytest.raises(ModelServerError, match="127.0.0.1|left alone"):
             greedy(model)
-    with pytest.raises(EscalationFailed, match="left alone"):
+    with pytest.raises(ModelServerError, match="left alone"):
         greedy(model)
-    with pytest.raises(EndpointDown):
+    with pytest.raises(ModelServerDown):
         LanguageModel.load(f"vllm://127.0.0.1:{port}/x", tokenizer=server.model.tokenizer)
 
 
@@ -288,14 +365,14 @@ def test_no_end_token_is_guessed_where_a_server_hides_several(server: Completion
     server.fault = lambda handler, body: handler.stream(iter([]))
     only = server.model.tokenizer.eos_token_id
     assert ids(greedy(remote(server))) == [only]
-    with pytest.raises(EscalationFailed, match="does not show"):
+    with pytest.raises(ModelServerError, match="does not show"):
         greedy(remote(server, eos_token_ids=[only, 7]))
 
 
 def test_a_server_without_allowed_token_ids_says_so_instead_of_writing_what_is_not_legal() -> None:
     with serving(tiny_model(seed=3, max_position_embeddings=2048)) as server:
         server.fault = lambda handler, body: handler.complete({**body, "allowed_token_ids": None})
-        with pytest.raises(EndpointRefused, match="knows no allowed_token_ids"):
+        with pytest.raises(ModelServerRefused, match="knows no allowed_token_ids"):
             chat(server).bind_tools([RARE], tool_choice="any").invoke("3 apples")
 
 
@@ -384,7 +461,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     assert server.keys
     assert set(server.keys) == {f"Bearer {KEY}"}
     server.fault = servers.status(401, f"the key {KEY} is wrong")
-    with pytest.raises(EndpointRefused) as refused:
+    with pytest.raises(ModelServerRefused) as refused:
         model.invoke("Hello again!")
     shown = [str(refused.value), repr(model), str(model.model_dump()), str(model.lc_attributes), caplog.text]
     assert not any(KEY in text for text in shown)

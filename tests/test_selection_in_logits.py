@@ -3,17 +3,15 @@
 import ast
 import importlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from servers import CompletionServer, serving
+from servers import CompletionServer, selecting, serving
 
 from s2t_agents import ChatS2T, Engine, LanguageModel
-from s2t_agents.backends.base import Output, StepOutput, Work
-from s2t_agents.backends.torch.backend import TorchBackend
 from s2t_agents.chat.runtime import EngineSettings, build
 from s2t_agents.endpoints.served_selection import read_back
 from s2t_agents.errors import ConfigError
@@ -47,18 +45,7 @@ def here(slm: LanguageModel, head: HeadSelector, prompt: list[int], trigger: Tri
 @pytest.fixture
 def served(slm: LanguageModel, head: HeadSelector) -> Iterator[CompletionServer]:
     """A server whose logits go through a selection, as the plugin's do."""
-    selection = LogitSelection(head, EntropyAbove(NATS), K)
-
-    class Selecting(TorchBackend):
-        def forward(self, batch: Sequence[Work]) -> list[Output]:
-            outputs = super().forward(batch)
-            return [
-                out._replace(logits=selection(out.hidden[None], out.logits[None])[0])
-                for out in outputs
-                if isinstance(out, StepOutput)
-            ]
-
-    with serving(LanguageModel.on(Selecting(slm.model, slm.tokenizer, name="served"))) as server:
+    with serving(selecting(slm, LogitSelection(head, EntropyAbove(NATS), K))) as server:
         yield server
 
 

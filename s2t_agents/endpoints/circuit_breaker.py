@@ -58,7 +58,7 @@ class CircuitBreaker:
         """Raise now if ``attempt`` would.
 
         Raises:
-            EscalationFailed: the breaker is open.
+            EndpointDown: the breaker is open.
         """
         with self._lock:
             self._refuse_if_open()
@@ -70,7 +70,7 @@ class CircuitBreaker:
         An interrupted caller, the caller's own deadline, and a question that the server refuses do not count.
 
         Raises:
-            EscalationFailed: the breaker is open.
+            EndpointDown: the breaker is open.
         """
         with self._lock:
             self._refuse_if_open()
@@ -92,9 +92,9 @@ class CircuitBreaker:
             return
         wait = self._opens_at - self._clock()
         if wait > 0:
-            raise EscalationFailed(f"its endpoint failed before and is left alone for another {wait:.3g} s.")
+            raise EndpointDown(f"its endpoint failed before and is left alone for another {wait:.3g} s.")
         if self._probing:
-            raise EscalationFailed("its endpoint failed before and is being tried by another question.")
+            raise EndpointDown("its endpoint failed before and is being tried by another question.")
 
     def _record_failure(self, error: EscalationFailed, *, is_probe: bool) -> None:
         self._failures_in_row += 1

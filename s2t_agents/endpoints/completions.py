@@ -56,7 +56,7 @@ def token_id(token: str) -> int:
     if digits == token or not (digits.isascii() and digits.isdecimal()) or len(digits) > 9:
         raise EscalationFailed(
             "the server names tokens by their text, not their ids.",
-            hint="It must know return_tokens_as_token_ids, as vLLM does; else take ChatJudge.",
+            hint="It must know return_tokens_as_token_ids, as vLLM does; an LLM without it can be asked by ChatJudge.",
         )
     return int(digits)
 

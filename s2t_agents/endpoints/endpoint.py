@@ -342,7 +342,8 @@ def _check_length(content: bytearray) -> None:
 
 def status_error(status: int, message: str) -> EndpointRefused:
     """The error of a status that is neither 200 nor retryable."""
-    return QuestionRefused(message) if status in QUESTION_STATUSES else EndpointRefused(message)
+    kind = QuestionRefused if status in QUESTION_STATUSES else EndpointRefused
+    return kind(message, status=status)
 
 
 def _error_message(content: bytes) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import EndpointBusy, EndpointDown, EscalationFailed, ModelNotFound, TokenizerMismatch
+from ..errors import EndpointBusy, EndpointDown, EndpointRefused, EscalationFailed, ModelNotFound, TokenizerMismatch
 from .endpoint import Endpoint
 
 SAMPLE_TEXT = "The 37 shells cost $4.05; naïve façades, 東京 and наука.\n\tdef f(x): return x**2  # {'a': [1, 2]}\n"
@@ -71,8 +71,20 @@ class _Tokens(BaseModel):
     tokens: tuple[int, ...]
 
 
-async def verify_tokenizer(endpoint: Endpoint, model: str, spelling: TokenizerSample) -> ServedModel | None:
+ANOTHER_LLM = "Serve an LLM of the same family, or take ChatJudge, which needs no shared tokenizer."
+UNAUTHORIZED = 401
+
+
+async def verify_tokenizer(
+    endpoint: Endpoint, model: str, spelling: TokenizerSample, *, hint: str = ANOTHER_LLM
+) -> ServedModel | None:
     """Compare model name and tokenizer with the server's; skips what the server does not offer.
+
+    Args:
+        endpoint: of the server.
+        model: its name of the model.
+        spelling: a sample text's token ids here.
+        hint: the way out where they are others there.
 
     Returns:
         The model as the server lists it; None where it lists none.
@@ -81,6 +93,7 @@ async def verify_tokenizer(endpoint: Endpoint, model: str, spelling: TokenizerSa
         ModelNotFound: the server lists its models without this one.
         TokenizerMismatch: it tokenizes the sample text differently.
         EndpointDown, EndpointBusy: it could not be asked.
+        EndpointRefused: it wants another key.
     """
     found: ServedModel | None = None
     with _skip_if_missing():
@@ -98,7 +111,7 @@ async def verify_tokenizer(endpoint: Endpoint, model: str, spelling: TokenizerSa
         if theirs != spelling.ids:
             raise TokenizerMismatch(
                 f"{model!r} at {endpoint.url.host} and {spelling.slm!r} do not spell a sample text in the same ids.",
-                hint="Serve an LLM of the same family, or take ChatJudge, which needs no shared tokenizer.",
+                hint=hint,
             )
     return found
 
@@ -110,5 +123,8 @@ def _skip_if_missing() -> Iterator[None]:
         yield
     except (EndpointDown, EndpointBusy):
         raise
+    except EndpointRefused as error:
+        if error.status == UNAUTHORIZED:
+            raise
     except (EscalationFailed, ValidationError):
         return

@@ -51,6 +51,9 @@ SHAPES: Mapping[type[Exception], ErrorShape] = {
     errors.Overloaded: ErrorShape(429, "rate_limit_error", "overloaded", headers=_RETRY),
     errors.StoreUnavailable: ErrorShape(503, "server_error", "budget_unavailable", headers=_RETRY, shown=False),
     errors.BadStore: ErrorShape(503, "server_error", "budget_unavailable", headers=_NO_RETRY, shown=False),
+    errors.ModelServerError: ErrorShape(502, "server_error", "model_unavailable", headers=_RETRY, shown=False),
+    errors.ModelServerBusy: ErrorShape(503, "server_error", "model_unavailable", headers=_RETRY, shown=False),
+    errors.ModelServerRefused: ErrorShape(502, "server_error", "model_unavailable", headers=_NO_RETRY, shown=False),
     errors.EscalationFailed: ErrorShape(502, "server_error", "llm_unavailable", headers=_RETRY, shown=False),
     errors.EndpointRefused: ErrorShape(502, "server_error", "llm_unavailable", headers=_NO_RETRY, shown=False),
     **dict.fromkeys(

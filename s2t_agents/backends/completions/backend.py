@@ -29,12 +29,13 @@ from ...endpoints.endpoint import Endpoint, is_loopback
 from ...endpoints.retries import retry_wait
 from ...endpoints.served_selection import ServerSelection, read_back
 from ...endpoints.tokenizer_check import TokenizerSample, verify_tokenizer
-from ...errors import ConfigError, EndpointBusy, EndpointRefused, EscalationFailed
+from ...errors import ConfigError, EndpointBusy, EscalationFailed, ModelServerRefused
 from ...fork_safety import FORWARD, hold_while_forking
 from ...redaction import without_secrets
 from ..base import Capabilities, Limits, Output, ScoreCandidates, StepOutput, Work
 from ..statistics import LogitStatistics
 from ..torch.fingerprint import tokenizer_fingerprint
+from .faults import model_server_errors
 from .stream import CompletionStream, Prediction
 
 SCHEME = "vllm://"
@@ -212,7 +213,7 @@ class CompletionsBackend:
             ConfigError: an option or address that cannot be; a context window that nobody knows.
             ModelNotFound: the server has other models.
             TokenizerMismatch: it tokenizes a sample text differently.
-            EscalationFailed: it cannot be reached.
+            ModelServerError: it cannot be reached, is too late, or wants another key.
         """
         host, name = split_address(address)
         try:
@@ -236,9 +237,14 @@ class CompletionsBackend:
 
     def connect(self) -> None:
         """Compare name and tokenizer with the server's; errors as ``load``."""
-        served = event_loop.run_coroutine(
-            verify_tokenizer(self._endpoint, self._model, TokenizerSample.of(self)), 2 * self._options.connect_s + 2
+        asking = verify_tokenizer(
+            self._endpoint,
+            self._model,
+            TokenizerSample.of(self),
+            hint='Give the tokenizer of the model that it serves: model_kwargs={"tokenizer": ...}.',
         )
+        with model_server_errors(self.name):
+            served = event_loop.run_coroutine(asking, 2 * self._options.connect_s + 2)
         listed = served.max_model_len if served else None
         window = self._options.context_window or listed
         if window is None:
@@ -274,7 +280,7 @@ class CompletionsBackend:
         """One token's prediction each; streams of several sequences arrive at once.
 
         Raises:
-            EndpointDown, EndpointBusy, EndpointRefused, EscalationFailed: no prediction.
+            ModelServerError: no prediction.
         """
         return [self._append(item) for item in batch]
 
@@ -282,7 +288,8 @@ class CompletionsBackend:
         """Logits ``[V]`` after the sequence where none of the known tokens is ``allowed`` ``[V]`` bool.
 
         Raises:
-            EndpointRefused: the server does not know ``allowed_token_ids``.
+            ModelServerRefused: the server does not know ``allowed_token_ids``.
+            ModelServerError: no answer.
         """
         cache.park()
         legal = allowed.nonzero()[:, 0].tolist()
@@ -294,11 +301,11 @@ class CompletionsBackend:
             finally:
                 stream.close()
 
-        with self.breaker.attempt():
+        with model_server_errors(self.name), self.breaker.attempt():
             found = self._retrying()(ask)
         known = {token: value for token, value in (found.logprobs if found else {}).items() if bool(allowed[token])}
         if not known:
-            raise EndpointRefused(
+            raise ModelServerRefused(
                 f"none of the server's best {TOP_LOGPROBS} tokens is legal here; it knows no allowed_token_ids.",
                 hint="Serve the model with vLLM.",
             )
@@ -311,7 +318,7 @@ class CompletionsBackend:
         cache.truncate(item.length)
         cache.ids += item.ids.tolist()
         try:
-            with self.breaker.attempt():
+            with model_server_errors(self.name), self.breaker.attempt():
                 prediction = self._retrying()(self._next, cache)
         except BaseException:
             cache.park()
