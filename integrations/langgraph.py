@@ -41,6 +41,7 @@ from langgraph.types import Command, interrupt
 from s2t_agents.budget import Budget, Charge, money
 from s2t_agents.budget.extension import extension_from
 from s2t_agents.budget.names import meter_name
+from s2t_agents.budget.quantities import COUNTED
 from s2t_agents.budget.refusals import refusal_question
 from s2t_agents.budget.terms import LimitsGiven
 from s2t_agents.chat.unfinished_answers import Unfinished
@@ -51,12 +52,13 @@ AGENTS_KEPT = 1024
 """Agents, each in its thread, whose unfinished answers this process remembers beyond what checkpoints hold."""
 
 _log = logging.getLogger(__name__)
-_COUNTED = ("usd", "escalations", "llm_tokens")
 _LAST = "The budget is nearly spent: give your final answer now."
 _UNITS = {
     "escalations": "questions to the large model",
     "llm_tokens": "large-model tokens",
     "usd": "US dollars",
+    "answers": "answers",
+    "answer_tokens": "tokens of answers",
     "seconds": "seconds",
 }
 
@@ -152,9 +154,8 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
             return None
         if not state.get("s2t_final") and not _used_up(self._mine(final=True)[0]):
             return {"s2t_final": True}
-        names = " and ".join(_UNITS[unit] for unit in spent)
-        text = f"The budget {mine.path!r} is spent ({names}), so this run ends here."
-        return {"jump_to": "end", "messages": [AIMessage(text)], "s2t_budget": _brought_back(mine, state)}
+        said = AIMessage(_ended(mine, spent))
+        return {"jump_to": "end", "messages": [said], "s2t_budget": _brought_back(mine, state)}
 
     @hook_config(can_jump_to=["end"])
     async def abefore_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any] | None:
@@ -253,6 +254,8 @@ def _question(
     mine: Budget, refused: BudgetExceeded, state: Mapping[str, Any], unfinished: Unfinished
 ) -> ExtendedModelResponse[Any]:
     """No answer yet, but a question in the state; a budget that does not ask lets the refusal out."""
+    if state.get("s2t_declined"):  # nobody allowed more, and nothing is left to answer with
+        return ExtendedModelResponse(ModelResponse(result=[AIMessage(_ended(mine, (refused.unit,)))]))
     if mine.on_exhausted != "ask":
         raise refused
     told = ("unit", "limit", "spent", "held", "wanted", "budget")
@@ -265,6 +268,11 @@ def _question(
         **_with_tries(state, unfinished),
     }
     return ExtendedModelResponse(ModelResponse(result=[]), Command(update=update))
+
+
+def _ended(mine: Budget, units: Sequence[str]) -> str:
+    names = " and ".join(_UNITS[unit] for unit in units)
+    return f"The budget {mine.path!r} is spent ({names}), so this run ends here."
 
 
 def _allowed_more(mine: Budget, question: dict[str, Any]) -> dict[str, Any] | None:
@@ -330,11 +338,12 @@ def _forgotten(mine: Budget, before: Mapping[str, Any] | None) -> Charge | None:
     if not before or before.get("path") != mine.path or mine.windowed:
         return None
     now = mine.state()
-    if now.unpriced or any(now.spent.get(unit) for unit in _COUNTED):
+    if now.unpriced or any(now.spent.get(unit) for unit in COUNTED):
         return None
-    usd, escalations, tokens = (before["spent"].get(unit, 0) for unit in _COUNTED)
+    usd, *counts = (before["spent"].get(unit, 0) for unit in COUNTED)
     known = Decimal(0) if usd is None and mine.in_dollars else usd
-    spent = Charge(None if known is None else Decimal(known), int(tokens), int(escalations))
+    escalations, llm_tokens, answers, answer_tokens = map(int, counts)
+    spent = Charge(None if known is None else Decimal(known), llm_tokens, escalations, answers, answer_tokens)
     return None if spent == Charge(Decimal(0), escalations=0) else spent
 
 

@@ -147,7 +147,7 @@ class BudgetExceeded(BudgetError):
 
     Args:
         message: one line for people.
-        unit: ``"usd" | "escalations" | "llm_tokens" | "seconds"``.
+        unit: ``"usd" | "escalations" | "llm_tokens" | "answers" | "answer_tokens" | "seconds"``.
         limit: the limit that was met, in the unit.
         spent: settled so far, in the unit.
         held: reserved by others at this moment, in the unit.

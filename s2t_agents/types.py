@@ -50,11 +50,15 @@ class Charge:
         usd: US dollars; None where the price is unknown, which a dollar limit refuses. Free is 0.
         llm_tokens: tokens that the LLM reads, those it had cached left out, and writes.
         escalations: questions to the LLM.
+        answers: answers of the local model.
+        answer_tokens: tokens that the local model generates.
     """
 
     usd: Decimal | None = None
     llm_tokens: int = 0
     escalations: int = 1
+    answers: int = 0
+    answer_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +67,30 @@ class RefusedBy:
 
     Attributes:
         budget: the path of the budget with that limit, as ``fleet/run``.
-        unit: ``"usd" | "escalations" | "llm_tokens" | "seconds"``.
+        unit: ``"usd" | "escalations" | "llm_tokens" | "answers" | "answer_tokens" | "seconds"``.
         limit: in that unit; dollars as Decimal, counts as int, seconds as float.
     """
 
     budget: str
     unit: str
     limit: Decimal | int | float
+
+
+@dataclass(frozen=True, slots=True)
+class LimitWarning:
+    """A limit of which a share is spent.
+
+    Attributes:
+        budget: the path of the budget with that limit, as ``fleet/run``.
+        unit: as ``RefusedBy.unit``.
+        limit: in that unit; dollars as Decimal, counts as int, seconds as float.
+        spent: settled so far, in that unit; for seconds those that have passed.
+    """
+
+    budget: str
+    unit: str
+    limit: Decimal | int | float
+    spent: Decimal | int | float
 
 
 @dataclass(frozen=True, slots=True)

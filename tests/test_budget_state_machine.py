@@ -25,7 +25,7 @@ PATHS = {
     "fleet/run/b": "fleet/run",
     "fleet/x": "fleet",
 }
-UNITS = ("usd", "escalations", "llm_tokens")
+UNITS = ("usd", "escalations", "llm_tokens", "answers", "answer_tokens")
 PICO = Decimal("0.000000000001")
 
 charges = st.builds(
@@ -33,6 +33,8 @@ charges = st.builds(
     usd=st.one_of(st.integers(0, 10**13).map(lambda n: n * PICO), st.sampled_from([Decimal(0), Decimal("2.5")])),
     llm_tokens=st.integers(0, 400),
     escalations=st.integers(0, 3),
+    answers=st.integers(0, 1),
+    answer_tokens=st.integers(0, 300),
 )
 
 
@@ -82,10 +84,10 @@ class BudgetMachine(RuleBasedStateMachine):
         self.budgets: dict[str, Budget] = {}
         self.open: list[ModelHold] = []
         limits: dict[str, dict[str, Any]] = {
-            "fleet": {"usd": 20, "escalations": 12, "llm_tokens": 2000},
+            "fleet": {"usd": 20, "escalations": 12, "llm_tokens": 2000, "answer_tokens": 1500},
             "fleet/run": {"usd": "12.5", "escalations": 8, "reserve_for_final": Charge(Decimal(2))},
             "fleet/run/a": {"llm_tokens": 900, "seconds": 50.0},
-            "fleet/run/b": {},
+            "fleet/run/b": {"answers": 3},
             "fleet/x": {"usd": "0.000000000003", "escalations": 1},
         }
         for path, parent in PATHS.items():
@@ -197,7 +199,7 @@ class BudgetMachine(RuleBasedStateMachine):
         for path, meter in self.meters.items():
             state = self.budgets[path].state()
             for unit in UNITS:
-                assert state.spent[unit] == meter.spent(unit)
+                assert state.spent.get(unit, 0) == meter.spent(unit)
                 assert state.overrun.get(unit, 0) == meter.over(unit)
             for unit, limit in meter.limit.items():
                 assert state.held[unit] == self.held(path, unit)

@@ -297,3 +297,28 @@ def test_a_yes_must_say_how_much(answer: Any) -> None:
         extension_from(answer, "escalations")
     assert extension_from("2.5", "usd") == {"usd": Decimal("2.5")}
     assert extension_from("30 s", "seconds") == {"seconds": 30.0}
+
+
+def asked_about_local_work(budget: Budget) -> Any:
+    from s2t_agents import ChatS2T
+    from s2t_agents.testing import tiny_model
+
+    model = ChatS2T(model=tiny_model(), max_tokens=12)
+    return create_agent(model, [], middleware=[BudgetMiddleware(budget)], checkpointer=InMemorySaver())
+
+
+def test_tokens_of_answers_are_asked_for_and_the_answer_goes_on() -> None:
+    budget = Budget(answer_tokens=5, on_exhausted="ask")
+    agent = asked_about_local_work(budget)
+    [interrupt] = agent.invoke(HI, in_thread("a"))["__interrupt__"]
+    assert (interrupt.value["unit"], interrupt.value["spent"]) == ("answer_tokens", 5)
+    done = agent.invoke(Command(resume="7 more"), in_thread("a"))
+    assert done["messages"][-1].usage_metadata["output_tokens"] == 12
+    assert budget.state().spent["answer_tokens"] == 12
+
+
+def test_without_more_local_work_the_run_ends_with_a_message() -> None:
+    agent = asked_about_local_work(Budget(answer_tokens=5, on_exhausted="ask"))
+    agent.invoke(HI, in_thread("a"))
+    done = agent.invoke(Command(resume="no"), in_thread("a"))
+    assert "is spent (tokens of answers)" in done["messages"][-1].text

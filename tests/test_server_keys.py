@@ -212,3 +212,21 @@ def test_without_keys_a_header_alone_separates_caches() -> None:
         tenants.tenant_of({"x-s2t-agent": "a/b"})
     with pytest.raises(UnknownKey):
         Tenants({}).tenant_of({})
+
+
+def test_local_work_is_limited_for_both_kinds_of_completion(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(f'[agents.ann]\nkeys = ["{ANN_LINE}"]\nbudget = {{ answer_tokens = 20, window = "day" }}\n')
+    plain = {"model": "s2t-demo", "prompt": "Ann has", "max_tokens": 8}
+    with (
+        serving_chat(demo_model(escalation=None, max_tokens=8), tenants=Tenants.from_file(file)) as url,
+        httpx.Client(base_url=url, timeout=60, headers=bearer(ANN)) as client,
+    ):
+        got = [client.post("/completions", json=plain).json(), client.post("/chat/completions", json=ASK).json()]
+        assert [each["usage"]["completion_tokens"] for each in got] == [8, 8]
+        last = client.post("/completions", json=plain).json()
+        assert (last["usage"]["completion_tokens"], last["choices"][0]["finish_reason"]) == (4, "length")
+        assert last["s2t"]["stopped_by"]["unit"] == "answer_tokens"
+        for path, body in (("/completions", plain), ("/chat/completions", ASK)):
+            refused = client.post(path, json=body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "insufficient_quota")

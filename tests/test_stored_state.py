@@ -77,6 +77,20 @@ def tree_in(store: BudgetStore) -> tuple[Budget, Budget, Budget]:
     return fleet, day, day.child("agent", escalations=20)
 
 
+def test_a_stored_tree_takes_limits_on_local_work(store: BudgetStore) -> None:
+    _, _, agent = tree_in(store)
+    helper = agent.child("helper", answers=2, answer_tokens=100)
+    one = Charge(Decimal(0), escalations=0, answers=1, answer_tokens=60)
+    helper.reserve(one).settle(one)
+    with pytest.raises(BudgetExceeded, match="limit 100, spent 60"):
+        helper.reserve(one)
+    before = agent.state()
+    assert (before.spent["answers"], before.spent["answer_tokens"]) == (1, 60)
+    agent.reserve(CENT).settle(CENT)  # a meter from before, with what came since
+    assert agent.state().spent["answers"] == 1
+    assert agent.state().spent["escalations"] == before.spent["escalations"] + 1  # type: ignore[operator]
+
+
 def test_every_figure_of_a_stored_budget_is_read(store: BudgetStore) -> None:
     fleet, day, agent = (budget.state() for budget in tree_in(store))
     assert fleet.limit == {"usd": Decimal("1.25"), "escalations": 55, "llm_tokens": 1000, "seconds": 3660}

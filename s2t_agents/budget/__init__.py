@@ -24,7 +24,7 @@ from s2t_agents.budget.state import BudgetState
 from s2t_agents.budget.store import BudgetStore
 from s2t_agents.budget.terms import OnExhausted
 from s2t_agents.budget.window import PER_DAY, PER_HOUR, PER_WEEK, Window
-from s2t_agents.types import Charge
+from s2t_agents.types import Charge, LimitWarning
 
 __all__ = [
     "PER_DAY",
@@ -37,6 +37,7 @@ __all__ = [
     "Clock",
     "DevicePrice",
     "Hold",
+    "LimitWarning",
     "MemoryStore",
     "OnExhausted",
     "RedisStore",

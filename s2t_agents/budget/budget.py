@@ -12,6 +12,7 @@ from typing import Any, Self, Unpack, get_args
 from s2t_agents.budget import money
 from s2t_agents.budget.clock import Clock
 from s2t_agents.budget.hold import Hold
+from s2t_agents.budget.limit_warnings import WARN_AT, OnWarning, Warner
 from s2t_agents.budget.memory_store import MemoryStore
 from s2t_agents.budget.meter_handle import MeterHandle
 from s2t_agents.budget.quantities import UNITS, Quantities, quantities_of
@@ -41,8 +42,8 @@ class Budget:
 
     ::
 
-        run = Budget(usd="0.05", escalations=20, seconds=30)
-        agent = run.child("researcher", escalations=5)
+        run = Budget(usd="0.05", escalations=20, answer_tokens=20_000, seconds=30)
+        agent = run.child("researcher", escalations=5, answers=10)
         with agent.reserve(Charge(Decimal("0.001"), llm_tokens=901)) as hold:
             ...
             hold.settle(actual)
@@ -52,14 +53,19 @@ class Budget:
     and a cancelled task cannot tear one.
 
     Limits are ``usd`` (US dollars; Decimal, or a number or string that prints as one), ``escalations``,
-    ``llm_tokens`` and ``seconds`` (a deadline that runs from when the budget is first made; reservations
-    after it are refused). Leaving one out, or None, is no limit; 0 means nothing may be spent.
+    ``llm_tokens``, and of local work ``answers``, ``answer_tokens`` (generated, reasoning included) and ``seconds`` (a
+    deadline that runs from when the budget is first made; nothing is reserved after it, and an answer that is being
+    generated ends within a step). Leaving one out, or None, is no limit; 0 means nothing may be spent.
 
     Args:
-        on_exhausted: what a caller does when this budget refuses: ``"degrade"`` answers locally, ``"raise"``
-            lets BudgetExceeded out, ``"ask"`` interrupts a LangGraph run for more (see :meth:`extend`).
+        on_exhausted: what a caller does when this budget refuses: ``"degrade"`` answers locally and ends an answer
+            where local work has a limit, ``"raise"`` lets BudgetExceeded out, ``"ask"`` interrupts a LangGraph run for
+            more (see :meth:`extend`). An answer that cannot even begin raises BudgetExceeded in any case.
         reserve_for_final: kept back for :meth:`final` alone, so that a last answer can still be paid for.
         window: spending starts afresh with every window, as ``PER_DAY``.
+        on_warning: called with a ``LimitWarning``, once for each limit here and below of which a share is spent, by the
+            one of all processes that settles it. A pickle does not hold it.
+        warn_at: that share.
         name: the meter's name; in a shared store, budgets of one name are one budget.
         store: where the meter lives; by default this process's memory.
         clock: the time, for the default store; tests hand in their own.
@@ -75,10 +81,14 @@ class Budget:
         usd: money.Dollars | None = None,
         escalations: int | None = None,
         llm_tokens: int | None = None,
+        answers: int | None = None,
+        answer_tokens: int | None = None,
         seconds: float | None = None,
         on_exhausted: OnExhausted = "degrade",
         reserve_for_final: Charge | None = None,
         window: Window | None = None,
+        on_warning: OnWarning | None = None,
+        warn_at: float = WARN_AT,
         name: str = "run",
         store: BudgetStore | None = None,
         clock: Clock | None = None,
@@ -90,22 +100,41 @@ class Budget:
                 "usd": usd,
                 "escalations": escalations,
                 "llm_tokens": llm_tokens,
+                "answers": answers,
+                "answer_tokens": answer_tokens,
                 "seconds": seconds,
                 "reserve_for_final": reserve_for_final,
                 "window": window,
             }
         )
-        mode = _checked_mode(on_exhausted)
-        self._set_up(MeterHandle.open_root(name, terms, store or MemoryStore(clock)), None, mode, final=False)
+        mode, warner = _checked_mode(on_exhausted), _warner(on_warning, warn_at)
+        handle = MeterHandle.open_root(name, terms, store or MemoryStore(clock))
+        self._set_up(handle, None, mode, final=False, warner=warner)
 
-    def _set_up(self, meter: MeterHandle, parent: Budget | None, on_exhausted: OnExhausted, *, final: bool) -> Self:
+    def _set_up(
+        self,
+        meter: MeterHandle,
+        parent: Budget | None,
+        on_exhausted: OnExhausted,
+        *,
+        final: bool,
+        warner: Warner | None = None,
+    ) -> Self:
         self.name, self.path, self.parent, self.on_exhausted = meter.name, meter.path, parent, on_exhausted
-        self._meter, self._final = meter, final
+        self._meter, self._final, self._warner = meter, final, warner
         link = Link(meter.path, final)
         self._chain: tuple[Link, ...] = (*parent._chain, link) if parent else (link,)
         return self
 
-    def child(self, name: str, *, on_exhausted: OnExhausted | None = None, **limits: Unpack[LimitsGiven]) -> Budget:
+    def child(
+        self,
+        name: str,
+        *,
+        on_exhausted: OnExhausted | None = None,
+        on_warning: OnWarning | None = None,
+        warn_at: float = WARN_AT,
+        **limits: Unpack[LimitsGiven],
+    ) -> Budget:
         """A budget under this one: what it reserves is reserved here too.
 
         The same name under the same parent is the same meter. Leaving all limits out takes it as it is.
@@ -113,6 +142,7 @@ class Budget:
         Args:
             name: unique among its siblings.
             on_exhausted: as this budget's, unless given.
+            on_warning, warn_at: as this budget's, unless given.
             **limits: as for :class:`Budget`; None or left out is no limit of its own.
 
         Raises:
@@ -120,7 +150,10 @@ class Budget:
         """
         mode = _checked_mode(on_exhausted or self.on_exhausted)
         terms = terms_of(limits) if any(value is not None for value in limits.values()) else None
-        return Budget.__new__(Budget)._set_up(self._meter.open_child(name, terms), self, mode, final=False)
+        warner = _warner(on_warning, warn_at) or self._warner
+        return Budget.__new__(Budget)._set_up(
+            self._meter.open_child(name, terms), self, mode, final=False, warner=warner
+        )
 
     def final(self) -> Budget:
         """This same meter, for the last answer: its finalization reserve may be used (its parents' may not)."""
@@ -130,7 +163,7 @@ class Budget:
         """The same meter with another ``on_exhausted``, or with its finalization reserve. The store is not asked."""
         mode = _checked_mode(on_exhausted or self.on_exhausted)
         as_final = self._final if final is None else final
-        return Budget.__new__(Budget)._set_up(self._meter, self.parent, mode, final=as_final)
+        return Budget.__new__(Budget)._set_up(self._meter, self.parent, mode, final=as_final, warner=self._warner)
 
     def fresh(self, clock: Clock | None = None) -> Budget:
         """The same limits, from the root down to here, on new meters in memory: for what-if replays."""
@@ -160,6 +193,11 @@ class Budget:
         """Whether this budget or one above it limits dollars, so that an unknown price is refused."""
         return self._meter.priced
 
+    @property
+    def limits_local_work(self) -> bool:
+        """Whether this budget or one above it limits answers, their tokens, or time."""
+        return self._meter.local
+
     def reserve(self, charge: Charge, *, ttl_s: float = 60.0) -> Hold:
         """Hold a charge, here and in every parent, or nowhere.
 
@@ -187,7 +225,8 @@ class Budget:
         try:
             refused = meter.store.reserve(self._chain, hold_id, want, ttl_us)
             if refused is None:
-                return Hold(meter.store, meter.unsettled, meter.path, hold_id, charge, want)
+                warn = self.warn if any(budget._warner for budget in self.chain) else None
+                return Hold(meter.store, meter.unsettled, meter.path, hold_id, charge, want, warn)
         except BaseException as error:  # also Ctrl-C after the store held it: it would never be settled
             if isinstance(error, StoreUnavailable) and error.untouched:
                 raise
@@ -202,6 +241,8 @@ class Budget:
         usd: money.Dollars | None = None,
         escalations: int | None = None,
         llm_tokens: int | None = None,
+        answers: int | None = None,
+        answer_tokens: int | None = None,
         seconds: float | None = None,
         once: str = "",
     ) -> bool:
@@ -210,7 +251,7 @@ class Budget:
         More seconds count from now if the deadline has passed, otherwise from the deadline.
 
         Args:
-            usd, escalations, llm_tokens, seconds: so much more.
+            usd, escalations, llm_tokens, answers, answer_tokens, seconds: so much more.
             once: names this grant: the store remembers it, and of all calls with the same name, in any process, the
                 first alone counts, whatever the others allow.
 
@@ -220,7 +261,16 @@ class Budget:
         Raises:
             BadLimit: as for :class:`Budget`, or a unit that has no limit here.
         """
-        more = terms_of({"usd": usd, "escalations": escalations, "llm_tokens": llm_tokens, "seconds": seconds}).limits
+        more = terms_of(
+            {
+                "usd": usd,
+                "escalations": escalations,
+                "llm_tokens": llm_tokens,
+                "answers": answers,
+                "answer_tokens": answer_tokens,
+                "seconds": seconds,
+            }
+        ).limits
         for unit, limit, wanted in zip(UNITS, self._meter.terms.limits, more, strict=False):
             if wanted is not None and limit is None:
                 raise BadLimit(
@@ -232,6 +282,24 @@ class Budget:
         """Seconds to the nearest deadline in the chain, never below 0; None without one."""
         timed = (budget for budget in self.chain if budget._meter.terms.limits.seconds is not None)
         return min((float(budget.state().left["seconds"]) for budget in timed), default=None)
+
+    def warn(self) -> None:
+        """Call ``on_warning`` for every limit of the chain that is due; settling does it."""
+        for budget in self.chain:
+            if budget._warner is not None:
+                budget._warner.look(budget._meter)
+
+    def seconds_to_next(self) -> float | None:
+        """Seconds until a deadline of the chain or the warning of it, whichever is next; 0 after the first deadline.
+
+        Raises:
+            StoreUnavailable: the store cannot be reached.
+        """
+        nearest = self.seconds_left()
+        if nearest is None:
+            return None
+        warned = (budget._warner.seconds_to(budget.state()) for budget in self.chain if budget._warner is not None)
+        return min((nearest, *(seconds for seconds in warned if seconds is not None)))
 
     def state(self) -> BudgetState:
         """This budget now: limits, held, spent, left. Parents may have less left: see :meth:`available`."""
@@ -279,6 +347,12 @@ def _opened(
     """Under a parent the store is the parent's."""
     meter = parent._meter.open_child(name, terms) if parent else MeterHandle.open_root(name, terms, store)
     return Budget.__new__(Budget)._set_up(meter, parent, on_exhausted, final=final)
+
+
+def _warner(on_warning: OnWarning | None, warn_at: float) -> Warner | None:
+    """Raises ``BadLimit`` for a share that is none, also where nobody is to be told."""
+    warner = Warner(on_warning or print, warn_at)
+    return None if on_warning is None else warner
 
 
 def _checked_mode(on_exhausted: OnExhausted) -> OnExhausted:

@@ -46,7 +46,7 @@ def extension_from(answer: Any, unit: str) -> dict[str, Any]:
         )
     if number == 0:
         return {}
-    if unit in ("escalations", "llm_tokens") and number == int(number):
+    if unit not in ("usd", "seconds") and number == int(number):
         return {unit: int(number)}
     return {unit: float(number) if unit == "seconds" else number}
 

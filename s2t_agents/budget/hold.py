@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -32,12 +33,19 @@ class Hold:
     finishes it; if the store is unavailable, it is settled before the next reservation through this budget.
     """
 
-    __slots__ = ("_closed", "_store", "_unsettled", "_want", "actual", "id", "path", "reserved")
+    __slots__ = ("_closed", "_settled", "_store", "_unsettled", "_want", "actual", "id", "path", "reserved")
 
     def __init__(
-        self, store: BudgetStore, unsettled: UnsettledCharges, path: str, hold_id: str, reserved: Charge, want: Counts
+        self,
+        store: BudgetStore,
+        unsettled: UnsettledCharges,
+        path: str,
+        hold_id: str,
+        reserved: Charge,
+        want: Counts,
+        settled: Callable[[], None] | None = None,
     ) -> None:
-        self._store, self._unsettled, self._want = store, unsettled, want
+        self._store, self._unsettled, self._want, self._settled = store, unsettled, want, settled
         self._closed = ""
         self.id, self.path, self.reserved = hold_id, path, reserved
         self.actual: Charge | None = None
@@ -72,6 +80,8 @@ class Hold:
             self._closed = "settled"
             raise
         self._closed = "settled"
+        if self._settled is not None:
+            self._settled()
         if closing is Closing.LATE:
             raise HoldClosed(
                 f"The hold on budget {self.path!r} had lapsed before it was settled; its cost was booked as overrun.",
@@ -92,6 +102,12 @@ class Hold:
         if self._store.release(self.id) is not Closing.DONE:
             self._closed = "lapsed"
             raise self._gone("release")
+
+    def close(self, owed: Charge | None) -> None:
+        """Settle what is owed, or release for None; where that fails, it is made up for as the class says."""
+        # lapsed: booked as overrun; store down: settled later; interrupted: leaving the block finishes it
+        with contextlib.suppress(HoldClosed, StoreUnavailable), self:
+            self.settle(owed) if owed is not None else self.release()
 
     @property
     def open(self) -> bool:

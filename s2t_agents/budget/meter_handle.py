@@ -21,6 +21,7 @@ class MeterHandle:
         path: where in the tree, as ``fleet/run/agent``.
         terms: what it was opened with.
         priced: it or one above it limits dollars.
+        local: it or one above it limits what the local model does: answers, their tokens, or time.
     """
 
     store: BudgetStore
@@ -28,6 +29,7 @@ class MeterHandle:
     path: str
     terms: Terms
     priced: bool
+    local: bool
 
     @property
     def name(self) -> str:
@@ -44,7 +46,7 @@ class MeterHandle:
             StoreUnavailable: the store cannot be reached.
         """
         agreed = _agreed(store, checked_name(name), terms)
-        return cls(store, UnsettledCharges(), name, agreed, agreed.limits.usd is not None)
+        return cls(store, UnsettledCharges(), name, agreed, agreed.limits.usd is not None, _limits_local_work(agreed))
 
     def open_child(self, name: str, terms: Terms | None) -> MeterHandle:
         """Open a meter under this one; without terms it is taken as it is, and made without limits if it is not there.
@@ -57,7 +59,13 @@ class MeterHandle:
             agreed = self.store.find_terms(path) or self.store.open_meter(path, Terms())
         else:
             agreed = _agreed(self.store, path, terms)
-        return MeterHandle(self.store, self.unsettled, path, agreed, self.priced or agreed.limits.usd is not None)
+        priced, local = self.priced or agreed.limits.usd is not None, self.local or _limits_local_work(agreed)
+        return MeterHandle(self.store, self.unsettled, path, agreed, priced, local)
+
+
+def _limits_local_work(terms: Terms) -> bool:
+    limits = terms.limits
+    return any(limit is not None for limit in (limits.answers, limits.answer_tokens, limits.seconds))
 
 
 def _agreed(store: BudgetStore, path: str, terms: Terms) -> Terms:

@@ -11,7 +11,11 @@ from s2t_agents.types import Charge
 
 N = TypeVar("N", int, int | None)
 
-UNITS = ("usd", "escalations", "llm_tokens", "seconds")
+COUNTED = ("usd", "escalations", "llm_tokens", "answers", "answer_tokens")
+"""What charges are counted in."""
+LOCAL = ("answers", "answer_tokens")
+"""The work of the local model; the others count what the LLM is asked."""
+UNITS = (*COUNTED, "seconds")
 
 
 class Quantities(NamedTuple, Generic[N]):
@@ -21,6 +25,8 @@ class Quantities(NamedTuple, Generic[N]):
         usd: whole pico-dollars (1e-12 USD).
         escalations: questions to the LLM.
         llm_tokens: tokens that the LLM reads and writes.
+        answers: answers of the local model.
+        answer_tokens: tokens that the local model generates.
         seconds: whole microseconds; a limit is a deadline, holds and costs have none.
         unpriced: charges of unknown price, whose dollars are not in ``usd``.
     """
@@ -28,6 +34,8 @@ class Quantities(NamedTuple, Generic[N]):
     usd: N
     escalations: N
     llm_tokens: N
+    answers: N
+    answer_tokens: N
     seconds: N
     unpriced: N
 
@@ -36,8 +44,8 @@ Counts = Quantities[int]
 Limits = Quantities[int | None]
 """``None`` is no limit."""
 
-NOTHING: Counts = Quantities(0, 0, 0, 0, 0)
-UNLIMITED: Limits = Quantities(None, None, None, None, None)
+NOTHING: Counts = Quantities(0, 0, 0, 0, 0, 0, 0)
+UNLIMITED: Limits = Quantities(None, None, None, None, None, None, None)
 
 _new = tuple.__new__  # a reservation makes several, and this takes half the time of Quantities(...)
 
@@ -52,32 +60,40 @@ def quantities_of(charge: Charge) -> Counts:
         raise BadLimit(f"{charge!r} is not a Charge.", hint="Give Charge(usd, llm_tokens), for one escalation.")
     escalations = money.count(charge.escalations, "Charge.escalations")
     llm_tokens = money.count(charge.llm_tokens, "Charge.llm_tokens")
+    answers = money.count(charge.answers, "Charge.answers")
+    answer_tokens = money.count(charge.answer_tokens, "Charge.answer_tokens")
     if charge.usd is None:
-        return _new(Quantities, (0, escalations, llm_tokens, 0, 1))
+        return _new(Quantities, (0, escalations, llm_tokens, answers, answer_tokens, 0, 1))
     usd = money.pico(money.dollars(charge.usd, "Charge.usd"))
-    return _new(Quantities, (usd, escalations, llm_tokens, 0, 0))
+    return _new(Quantities, (usd, escalations, llm_tokens, answers, answer_tokens, 0, 0))
 
 
 def charge_of(total: Counts) -> Charge:
     """Counts as a charge; its dollars are unknown if any part of them is."""
     usd = None if total.unpriced else money.usd(total.usd)
-    return Charge(usd=usd, llm_tokens=total.llm_tokens, escalations=total.escalations)
+    return Charge(usd, total.llm_tokens, total.escalations, total.answers, total.answer_tokens)
 
 
 def plus(a: Counts, b: Counts) -> Counts:
     """``a + b``, unit by unit."""
-    return _new(Quantities, (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4]))
+    return _new(
+        Quantities,
+        (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6]),
+    )
 
 
 def minus(a: Counts, b: Counts) -> Counts:
     """``a - b``, unit by unit."""
-    return _new(Quantities, (a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3], a[4] - b[4]))
+    return _new(
+        Quantities,
+        (a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3], a[4] - b[4], a[5] - b[5], a[6] - b[6]),
+    )
 
 
 def excess(actual: Counts, reserved: Counts) -> Counts:
     """How far each unit went over what was reserved, never below 0."""
-    usd, escalations, llm_tokens = (max(0, used - held) for used, held in zip(actual[:3], reserved[:3], strict=True))
-    return Quantities(usd, escalations, llm_tokens, 0, 0)
+    over = [max(0, used - held) for used, held in zip(actual[:5], reserved[:5], strict=True)]
+    return Quantities._make((*over, 0, 0))
 
 
 def raised(limits: Limits, by: Counts) -> Limits:

@@ -26,7 +26,8 @@ local args = cjson.decode(ARGV[1])  -- one text: clients are slow at sending man
 local t = call('TIME')
 local now = args[2] or t[1] * 1000000 + t[2]  -- a time is only given by tests
 
--- An amount is {micro-dollars, pico-dollars, escalations, tokens, unpriced}.
+-- An amount is {micro-dollars, pico-dollars, escalations, LLM tokens, unpriced, answers, their tokens}; the last two
+-- are missing where nobody counted them yet. A limit is the same, false or missing for none.
 -- A meter is {terms, limit, spent, held, over, micros, deadline, window_us, offset_us, window, holds, birth}.
 -- A hold is {1 if lapsed, amount, paths, expiry in us, births of the meters}.
 local TERMS, LIMIT, SPENT, HELD, OVER, MICROS, DEADLINE = 1, 2, 3, 4, 5, 6, 7
@@ -36,7 +37,7 @@ local function sound(ok) if not ok then error('S2T_DAMAGED') end end
 local function whole(n) return type(n) == 'number' and n >= 0 and n < 9007199254740992 and n == math.floor(n) end
 local function amount(a)
   return type(a) == 'table' and whole(a[1]) and whole(a[2]) and a[2] < PART and whole(a[3]) and whole(a[4])
-    and whole(a[5])
+    and whole(a[5]) and whole(a[6] or 0) and whole(a[7] or 0)
 end
 local function unpacked(packed)
   local ok, found = pcall(cmsgpack.unpack, packed)
@@ -59,7 +60,7 @@ _ADD = r"""
 local function plus(a, b, sign)
   local lo = a[2] + sign * b[2]
   a[1], a[2] = a[1] + sign * b[1] + math.floor(lo / PART), lo % PART
-  a[3], a[4], a[5] = a[3] + sign * b[3], a[4] + sign * b[4], a[5] + sign * b[5]
+  for i = 3, 7 do a[i] = (a[i] or 0) + sign * (b[i] or 0) end
 end
 """
 
@@ -84,15 +85,15 @@ local function load(path)
   local limit = m[LIMIT]
   sound(type(m[TERMS]) == 'string' and type(limit) == 'table' and amount(m[SPENT]) and amount(m[HELD]))
   sound(amount(m[OVER]) and whole(m[COUNT]) and whole(m[BIRTH] or 0))
-  for i = 1, 4 do sound(limit[i] == false or whole(limit[i])) end
-  sound((limit[1] == false) == (limit[2] == false))
+  for i = 1, 7 do sound(not limit[i] or whole(limit[i])) end
+  sound(not limit[1] == not limit[2])
   sound(not m[DEADLINE] or (whole(m[DEADLINE]) and whole(m[MICROS])))
   sound(not m[WINDOW_US] or (whole(m[WINDOW_US]) and m[WINDOW_US] > 0 and type(m[OFFSET_US]) == 'number'
     and type(m[WINDOW]) == 'number' and m[WINDOW] == m[WINDOW]))
   if m[WINDOW_US] then
     local index = math.floor((now - m[OFFSET_US]) / m[WINDOW_US])
     if index > m[WINDOW] then
-      m[WINDOW], m[SPENT], m[OVER] = index, {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0}
+      m[WINDOW], m[SPENT], m[OVER] = index, {0, 0, 0, 0, 0, 0, 0}, {0, 0, 0, 0, 0, 0, 0}
     end
   end
   return m
@@ -101,7 +102,8 @@ local function save(path, m) call('HSET', METERS, path, cmsgpack.pack(m)) end
 """
 
 _REFUSE = r"""
-local function refusing(m, want, need)  -- the first unit that does not fit: 0 is time, 1 to 3 the units
+local COUNTED = {3, 4, 6, 7}  -- where an amount has what is no money
+local function refusing(m, want, need)  -- the first unit that does not fit: 0 is time, 1 money, 2 to 5 COUNTED
   if m[DEADLINE] and now >= m[DEADLINE] then return 0 end
   local limit, spent, held = m[LIMIT], m[SPENT], m[HELD]
   if limit[1] and (want[1] > 0 or want[2] > 0) then
@@ -109,8 +111,8 @@ local function refusing(m, want, need)  -- the first unit that does not fit: 0 i
     local hi = spent[1] + held[1] + need[1] + math.floor(lo / PART)
     if more(hi, lo % PART, limit[1], limit[2]) then return 1 end
   end
-  for i = 3, 4 do
-    if limit[i] and want[i] > 0 and spent[i] + held[i] + need[i] > limit[i] then return i - 1 end
+  for unit, i in ipairs(COUNTED) do
+    if limit[i] and want[i] > 0 and (spent[i] or 0) + (held[i] or 0) + need[i] > limit[i] then return unit + 1 end
   end
 end
 """
@@ -122,7 +124,9 @@ local function book(m, reserved, actual)
   if more(actual[1], actual[2], reserved[1], reserved[2]) then
     plus(over, {actual[1] - reserved[1], actual[2] - reserved[2], 0, 0, 0}, 1)
   end
-  for i = 3, 4 do over[i] = over[i] + math.max(0, actual[i] - reserved[i]) end
+  for _, i in ipairs({3, 4, 6, 7}) do
+    over[i] = (over[i] or 0) + math.max(0, (actual[i] or 0) - (reserved[i] or 0))
+  end
 end
 """
 
@@ -184,13 +188,13 @@ end
 """
 
 _OPEN = r"""
--- path, terms, limit {4} (false is none), deadline in us, window in us, offset in us
+-- path, terms, limit {7} (false is none), deadline in us, window in us, offset in us
 local path = args[3]
 local m = load(path)
 if m then return m[TERMS] end
 local micros, window, offset = args[6], args[7], args[8]
 save(path, {
-  args[4], args[5], {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0}, {0, 0, 0, 0, 0},
+  args[4], args[5], {0, 0, 0, 0, 0, 0, 0}, {0, 0, 0, 0, 0, 0, 0}, {0, 0, 0, 0, 0, 0, 0},
   micros, micros and now + micros, window, offset, window and math.floor((now - offset) / window), 0,
   t[1] * 1000000 + t[2]})
 return args[4]
@@ -203,7 +207,7 @@ return m and m[TERMS]
 """
 
 _RESERVE = r"""
--- hold, ttl in us, want {5}, then per link: path, need {4}
+-- hold, ttl in us, want {7}, then per link: path, need {7}
 lapse()
 local want, paths, meters, births = args[5], {}, {}, {}
 for at = 6, #args, 2 do
@@ -226,7 +230,7 @@ return {'held'}
 """
 
 _FINISH = r"""
--- hold, then what was used {5}, or nothing to release
+-- hold, then what was used {7}, or nothing to release
 local packed = call('HGET', HOLDS, args[3])
 if not packed then return 'gone' end
 local hold, actual = unpacked_hold(packed), args[4]
@@ -240,7 +244,7 @@ for at, path in ipairs(hold[3]) do
   if m then
     local counted = held_by(hold, at, m)
     if counted then let_go(m, hold[2]) end
-    if actual then book(m, counted and hold[2] or {0, 0, 0, 0, 0}, actual) end
+    if actual then book(m, counted and hold[2] or {0, 0, 0, 0, 0, 0, 0}, actual) end
     late = late or not counted
     paths[#paths + 1], meters[#meters + 1] = path, m
   end
@@ -253,15 +257,15 @@ return late and 'late' or 'done'
 """
 
 _EXTEND = r"""
--- path, amount {5}, microseconds, what names the grant (empty: nothing does)
+-- path, amount {7}, microseconds, what names the grant (empty: nothing does)
 local m = load(args[3])
 if not m then return 'missing' end
 local grant = args[3] .. '\0' .. args[6]  -- no path holds a NUL
 if args[6] ~= '' and call('HEXISTS', METERS, grant) == 1 then return 'known' end
 local limit, by, micros = m[LIMIT], args[4], args[5]
-local sum = {limit[1] or 0, limit[2] or 0, limit[3] or 0, limit[4] or 0, 0}
+local sum = {limit[1] or 0, limit[2] or 0, limit[3] or 0, limit[4] or 0, 0, limit[6] or 0, limit[7] or 0}
 plus(sum, by, 1)
-for i = 1, 4 do limit[i] = limit[i] and sum[i] end
+for i = 1, #limit do limit[i] = limit[i] and sum[i] end
 if m[DEADLINE] and micros > 0 then
   local past = math.max(0, now - m[DEADLINE])
   m[MICROS], m[DEADLINE] = m[MICROS] + micros + past, m[DEADLINE] + past + micros

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from s2t_agents.budget.clock import Clock
-from s2t_agents.budget.quantities import NOTHING, UNITS, Counts, Limits, Quantities, plus
+from s2t_agents.budget.quantities import COUNTED, NOTHING, UNITS, Counts, Limits, Quantities, plus
 from s2t_agents.budget.redis_script import DAMAGED, PART, SCRIPTS
 from s2t_agents.budget.redis_url import FORM, PASSWORD_ENV, address_of, password_in
 from s2t_agents.budget.state import BudgetState, state_of
@@ -96,10 +96,10 @@ class RedisStore:
 
     def open_meter(self, path: str, terms: Terms) -> Terms:
         """Make the meter unless it is there; the terms it has."""
-        usd, escalations, tokens, micros, _ = terms.limits
+        usd, escalations, tokens, answers, answer_tokens, micros, _ = terms.limits
         dollars = (NO_LIMIT, NO_LIMIT) if usd is None else divmod(usd, PART)
-        limits = [*dollars, _or_no_limit(escalations), _or_no_limit(tokens)]
-        window = terms.window
+        counted = [_or_no_limit(limit) for limit in (escalations, tokens, None, answers, answer_tokens)]
+        limits, window = [*dollars, *counted], terms.window
         span = [NO_LIMIT, NO_LIMIT] if window is None else [window.seconds * 1_000_000, window.offset_s * 1_000_000]
         found = self._run(path, "open", path, _terms_text(terms), limits, _or_no_limit(micros), *span)
         return self._noted_terms(path, cast(str, found))
@@ -114,7 +114,7 @@ class RedisStore:
         links: list[Any] = []
         for path, final in chain:
             need = want if final else plus(want, self._keep[path])
-            links += [path, _amount(need)[:4]]
+            links += [path, _amount(need)]
         answer = cast(list[Any], self._run(hold_id, "reserve", hold_id, ttl_us, _amount(want), *links))
         if answer[0] == "held":
             return None
@@ -149,7 +149,7 @@ class RedisStore:
         if not found:
             raise self._missing(path)
         micros, left, holds = (int(number) if number else None for number in found[4])
-        limits = _numbers(found[0])._replace(seconds=micros, unpriced=None)
+        limits = _numbers(found[0], None)._replace(seconds=micros, unpriced=None)
         spent, held, over = (cast(Counts, _numbers(texts)) for texts in found[1:4])
         passed = spent._replace(seconds=(micros or 0) - (left or 0))
         return state_of(path, limits, self._keep.get(path, NOTHING), passed, held, over, holds or 0)
@@ -224,16 +224,23 @@ class RedisStore:
         return StoreUnavailable(f"Redis no longer has the budget {path!r}.", hint="Was it flushed? Open it again.")
 
 
-def _amount(counted: Counts) -> tuple[int, int, int, int, int]:
-    """As the scripts count: micro-dollars, the pico-dollars below, escalations, tokens, unpriced."""
-    return (*divmod(counted.usd, PART), counted.escalations, counted.llm_tokens, counted.unpriced)
+def _amount(counted: Counts) -> tuple[int, ...]:
+    """As the scripts count: micro-dollars, the pico-dollars below, and the rest."""
+    usd, escalations, llm_tokens, answers, answer_tokens, _, unpriced = counted
+    return (*divmod(usd, PART), escalations, llm_tokens, unpriced, answers, answer_tokens)
 
 
-def _numbers(texts: list[str]) -> Limits:
-    """The inverse of :func:`_amount`; an empty text is no limit."""
-    high, low, escalations, llm_tokens, *unpriced = (int(text) if text else None for text in texts)
+def _numbers(texts: list[str], missing: int | None = 0) -> Limits:
+    """The inverse of :func:`_amount`; an empty text is no limit.
+
+    Args:
+        texts: seven; fewer where the meter is from before answers were counted.
+        missing: what the others are.
+    """
+    found = [int(text) if text else None for text in texts]
+    high, low, escalations, llm_tokens, unpriced, answers, answer_tokens = (found + [missing] * 3)[:7]
     usd = None if high is None or low is None else high * PART + low
-    return Quantities(usd, escalations, llm_tokens, 0, *(unpriced or [None]))
+    return Quantities(usd, escalations, llm_tokens, answers, answer_tokens, 0, unpriced)
 
 
 def _or_no_limit(limit: int | None) -> int:
@@ -253,7 +260,7 @@ def _terms_from(text: str) -> Terms:
     limits, keep, micros, window = json.loads(text)
     if not all(number is None or (type(number) is int and number >= 0) for number in (*limits, *keep, micros)):
         raise ValueError("terms are whole numbers")
-    if len(limits) != 3 or len(keep) != 3 or None in keep:
-        raise ValueError("terms are for three units")
+    if len(limits) != len(keep) or len(limits) not in (3, len(COUNTED)) or None in keep:
+        raise ValueError("terms are for all units, or for the three that there were")
     span = None if window is None else Window(*window)
     return Terms.of(limits, keep, micros, span)

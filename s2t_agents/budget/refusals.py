@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from decimal import Decimal
 
-from s2t_agents.budget.quantities import public
+from s2t_agents.budget.quantities import LOCAL, public
 from s2t_agents.budget.store import Refusal
 from s2t_agents.budget.terms import OnExhausted
 from s2t_agents.errors import BudgetExceeded
 
-_ONE = {"usd": "USD", "escalations": "escalation", "llm_tokens": "LLM token", "seconds": "second"}
-_MANY = {"usd": "USD", "escalations": "escalations", "llm_tokens": "LLM tokens", "seconds": "seconds"}
-_OR: dict[OnExhausted, str] = {
-    "degrade": "",
-    "raise": ', or answer locally (on_exhausted="degrade")',
-    "ask": ", or give the agent a BudgetMiddleware, which asks for it",
+_ONE = {
+    "usd": "USD",
+    "escalations": "escalation",
+    "llm_tokens": "LLM token",
+    "answers": "answer",
+    "answer_tokens": "answer token",
+    "seconds": "second",
 }
+_MANY = {unit: one if unit == "usd" else f"{one}s" for unit, one in _ONE.items()}
+
+
+def _way_out(unit: str, on_exhausted: OnExhausted) -> str:
+    if on_exhausted == "ask":
+        return ", or give the agent a BudgetMiddleware, which asks for it"
+    if unit == "answer_tokens":
+        return ", or ask for shorter answers (max_tokens): what answers at work may need is held"
+    local = unit in LOCAL or unit == "seconds"
+    return ', or answer locally (on_exhausted="degrade")' if on_exhausted == "raise" and not local else ""
 
 
 def budget_exceeded(refused: Refusal, on_exhausted: OnExhausted) -> BudgetExceeded:
@@ -43,7 +54,7 @@ def budget_exceeded(refused: Refusal, on_exhausted: OnExhausted) -> BudgetExceed
         held=held,
         wanted=wanted,
         budget=refused.path,
-        hint=f"Allow more with extend({unit}=...){_OR[on_exhausted]}.",
+        hint=f"Allow more with extend({unit}=...){_way_out(unit, on_exhausted)}.",
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
 from urllib.parse import quote
 
 from s2t_agents.errors import BadStore
@@ -101,8 +103,22 @@ def damage_of(error: Exception) -> str | None:
     return f"its rows cannot be read ({type(error).__name__})"
 
 
-def connect(path: Path, application_id: int, schema: str, wait_s: float) -> sqlite3.Connection:
+def connect(
+    path: Path,
+    application_id: int,
+    schema: str,
+    wait_s: float,
+    later: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> sqlite3.Connection:
     """Open for work: write-ahead log, transactions by hand, the schema made once.
+
+    Args:
+        path: the file.
+        application_id: marks the file as ours.
+        schema: statements that make it.
+        wait_s: seconds that SQLite waits for others.
+        later: definitions of the columns that each table got after files of the schema alone were written; those that
+            a file lacks are added.
 
     Raises:
         sqlite3.Error: locked for longer than ``wait_s`` seconds, or not writable.
@@ -116,6 +132,11 @@ def connect(path: Path, application_id: int, schema: str, wait_s: float) -> sqli
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id={application_id}")
             connection.execute(f"PRAGMA user_version={VERSION}")
+        for table, columns in later.items():
+            known = {name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})")}
+            for column in columns:
+                if column.partition(" ")[0] not in known:
+                    connection.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
         connection.execute("COMMIT")
         _write_ahead(connection, time.monotonic() + wait_s)
         connection.execute("PRAGMA synchronous=NORMAL")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from s2t_agents.budget.meter import Meter
-from s2t_agents.budget.quantities import Counts, Quantities
+from s2t_agents.budget.quantities import Counts, Limits, Quantities
 from s2t_agents.budget.store import Terms
 from s2t_agents.budget.window import Window
 
@@ -40,18 +41,64 @@ CREATE TABLE holds (
 CREATE INDEX holds_by_expiry ON holds (lapsed, expires_us);
 """
 
+LATER = {
+    "meters": (
+        *(
+            "terms_answers INTEGER",
+            "terms_answer_tokens INTEGER",
+            "limit_answers INTEGER",
+            "limit_answer_tokens INTEGER",
+        ),
+        *(
+            f"{part}_{unit} INTEGER NOT NULL DEFAULT 0 CHECK ({part}_{unit} >= 0)"
+            for part in ("keep", "spent", "held", "over")
+            for unit in ("answers", "answer_tokens")
+        ),
+    ),
+    "holds": ("answers INTEGER NOT NULL DEFAULT 0", "answer_tokens INTEGER NOT NULL DEFAULT 0"),
+}
+"""Columns that files of earlier releases get when they are opened for work."""
+
 _GRANTS = """
 CREATE TABLE IF NOT EXISTS grants (path TEXT NOT NULL, once TEXT NOT NULL, PRIMARY KEY (path, once)) WITHOUT ROWID
 """
-_COLUMNS = 29
-_INSERT = f"INSERT INTO meters VALUES ({', '.join('?' * _COLUMNS)})"
-_UPDATE = """
-UPDATE meters SET limit_usd = ?, limit_escalations = ?, limit_tokens = ?, deadline_us = ?, limit_us = ?, window = ?,
-    spent_usd = ?, spent_escalations = ?, spent_tokens = ?, spent_unpriced = ?,
-    held_usd = ?, held_escalations = ?, held_tokens = ?, held_unpriced = ?,
-    over_usd = ?, over_escalations = ?, over_tokens = ?, over_unpriced = ?
-WHERE path = ?
+_UNITS = ("usd", "escalations", "tokens", "answers", "answer_tokens")
+"""As columns name what ``COUNTED`` names; ``tokens`` are the LLM's."""
+_AMOUNT = (*_UNITS, "unpriced")
+
+
+def _columns(part: str, units: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{part}_{unit}" for unit in units)
+
+
+_TERMS = (*_columns("terms", _UNITS), *_columns("keep", _UNITS), "terms_us", "window_s", "window_offset_s")
+_COUNTERS = (
+    *(*_columns("limit", _UNITS), "limit_us", "deadline_us", "window"),
+    *(*_columns("spent", _AMOUNT), *_columns("held", _AMOUNT), *_columns("over", _AMOUNT)),
+)
+_NEVER_NULL = frozenset(
+    {*_columns("keep", _UNITS), "window", *_columns("spent", _AMOUNT), *_columns("held", _AMOUNT)}
+    | set(_columns("over", _AMOUNT))
+)
+_MAY_BE_NEGATIVE = frozenset({"window_s", "window_offset_s", "window", "deadline_us", "limit_us"})
+_INSERT = f"""
+INSERT INTO meters (path, {", ".join((*_TERMS, *_COUNTERS))}) VALUES (?{", ?" * len((*_TERMS, *_COUNTERS))})
 """
+_UPDATE = f"UPDATE meters SET {', '.join(f'{name} = ?' for name in _COUNTERS)} WHERE path = ?"
+_HOLD = ("id", "chain", "expires_us", "lapsed", *_AMOUNT)
+_NEW_HOLD = f"INSERT INTO holds ({', '.join(_HOLD)}) VALUES (?{', ?' * (len(_HOLD) - 1)})"
+
+
+def _named(found: sqlite3.Cursor, known: Collection[str]) -> list[dict[str, Any]]:
+    """All rows by the names of their columns.
+
+    Raises:
+        ValueError: there are other columns: this release does not know what they limit.
+    """
+    names = [name for name, *_ in found.description]
+    if set(names) != set(known):
+        raise ValueError("a table has other columns than a budget's")
+    return [dict(zip(names, row, strict=True)) for row in found]
 
 
 def load_meter(rows: sqlite3.Connection, path: str) -> Meter | None:
@@ -60,34 +107,73 @@ def load_meter(rows: sqlite3.Connection, path: str) -> Meter | None:
     Raises:
         ValueError: the row holds something else than a meter.
     """
-    row = rows.execute("SELECT * FROM meters WHERE path = ?", (path,)).fetchone()
-    if row is None:
+    found = _named(
+        rows.execute("SELECT * FROM meters WHERE path = ?", (path,)), ("path", "deadline_wall", *_TERMS, *_COUNTERS)
+    )
+    if not found:
         return None
-    (_, *numbers, _) = row
-    if len(row) != _COLUMNS or not all(map(_whole, numbers)) or None in (*row[4:7], *row[15:28]):
+    row = {name: value for name, value in found[0].items() if name not in ("path", "deadline_wall")}
+    if any(number is not None and not isinstance(number, int) for number in row.values()):
         raise ValueError("a meter holds something else than numbers")
-    if any(number is not None and number < 0 for number in (*row[1:8], *row[10:13], *row[16:28])):
+    if any(row[name] is None for name in _NEVER_NULL):
+        raise ValueError("a meter lacks a number")
+    if any(number is not None and number < 0 for name, number in row.items() if name not in _MAY_BE_NEGATIVE):
         raise ValueError("a meter holds less than nothing")
-    window = None if row[8] is None else Window(row[8], row[9])
-    terms = Terms.of(row[1:4], row[4:7], row[7], window)
-    usd, escalations, llm_tokens, deadline_us, micros, index = row[10:16]
-    limits = Quantities(usd, escalations, llm_tokens, micros, None)
-    return Meter(terms, limits, deadline_us, index, counts(row[16:20]), counts(row[20:24]), counts(row[24:28]))
+
+    def of(part: str) -> list[Any]:
+        return [row[name] for name in _columns(part, _UNITS)]
+
+    def amount(part: str) -> Counts:
+        return counts(row[name] for name in _columns(part, _AMOUNT))
+
+    window = None if row["window_s"] is None else Window(row["window_s"], row["window_offset_s"])
+    terms = Terms.of(of("terms"), of("keep"), row["terms_us"], window)
+    limits: Limits = Quantities._make((*of("limit"), row["limit_us"], None))
+    return Meter(terms, limits, row["deadline_us"], row["window"], amount("spent"), amount("held"), amount("over"))
 
 
-def counts(row: Sequence[int]) -> Counts:
-    """From four columns: pico-dollars, escalations, tokens, charges of unknown price."""
-    usd, escalations, llm_tokens, unpriced = row
-    return Quantities(usd, escalations, llm_tokens, 0, unpriced)
+class StoredHold(NamedTuple):
+    """A hold as the file has it.
+
+    Attributes:
+        id: its id.
+        paths: of the meters that it was made on.
+        lapsed: it was given back.
+        want: what it holds.
+    """
+
+    id: str
+    paths: list[str]
+    lapsed: bool
+    want: Counts
 
 
-def columns(counted: Counts) -> tuple[int, int, int, int]:
+def load_holds(rows: sqlite3.Connection, where: str, *values: object) -> list[StoredHold]:
+    """The holds that fulfil an SQL condition.
+
+    Raises:
+        ValueError: a row holds something else than a hold.
+    """
+    return [
+        StoredHold(row["id"], hold_paths(row["chain"]), bool(row["lapsed"]), counts(row[unit] for unit in _AMOUNT))
+        for row in _named(rows.execute(f"SELECT * FROM holds WHERE {where}", values), _HOLD)
+    ]
+
+
+def save_hold(rows: sqlite3.Connection, hold_id: str, paths: Sequence[str], want: Counts, expires_us: int) -> None:
+    """Write a new hold."""
+    rows.execute(_NEW_HOLD, (hold_id, json.dumps(paths), expires_us, 0, *columns(want)))
+
+
+def counts(row: Iterable[int]) -> Counts:
+    """From six columns: pico-dollars, escalations, LLM tokens, answers, their tokens, charges of unknown price."""
+    *counted, unpriced = row
+    return Quantities._make((*counted, 0, unpriced))
+
+
+def columns(counted: Counts) -> tuple[int, ...]:
     """The inverse of :func:`counts`."""
-    return (counted.usd, counted.escalations, counted.llm_tokens, counted.unpriced)
-
-
-def _whole(number: object) -> bool:
-    return number is None or isinstance(number, int)
+    return (*counted[:5], counted.unpriced)
 
 
 def hold_paths(chain: str) -> list[str]:
@@ -106,13 +192,13 @@ def save_meter(rows: sqlite3.Connection, path: str, meter: Meter, deadline_wall:
     """Write a meter's counters; make it if it is new. ``deadline_wall`` goes with a new deadline only."""
     limits = meter.limits
     counters = (
-        *(*limits[:3], meter.deadline_us, limits.seconds, meter.window),
+        *(*limits[:5], limits.seconds, meter.deadline_us, meter.window),
         *(*columns(meter.spent), *columns(meter.held), *columns(meter.over)),
     )
     if rows.execute(_UPDATE, (*counters, path)).rowcount == 0:
         given, keep, micros, window = meter.terms.parts()
         span = (None, None) if window is None else (window.seconds, window.offset_s)
-        rows.execute(_INSERT, (path, *given, *keep, micros, *span, *counters, None))
+        rows.execute(_INSERT, (path, *given, *keep, micros, *span, *counters))
     if deadline_wall is not None:
         rows.execute("UPDATE meters SET deadline_wall = ? WHERE path = ?", (deadline_wall, path))
 
@@ -134,7 +220,7 @@ def reset_after_reboot(rows: sqlite3.Connection, boot: str, now_us: int, wall_s:
     if before is None:
         return
     rows.execute("UPDATE holds SET lapsed = 1, expires_us = ?", (now_us,))
-    rows.execute("UPDATE meters SET held_usd = 0, held_escalations = 0, held_tokens = 0, held_unpriced = 0")
+    rows.execute(f"UPDATE meters SET {', '.join(f'{name} = 0' for name in _columns('held', _AMOUNT))}")
     rows.execute(
         "UPDATE meters SET deadline_us = ? + CAST(max(0, deadline_wall - ?) * 1000000 AS INTEGER)"
         " WHERE deadline_wall IS NOT NULL",

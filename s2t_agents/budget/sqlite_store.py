@@ -11,7 +11,6 @@ reboot, and so do holds (their owners are gone); deadlines are carried over by t
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sqlite3
 import threading
@@ -26,14 +25,15 @@ from s2t_agents.budget.quantities import Counts
 from s2t_agents.budget.sqlite_file import DAMAGED, busy, connect, damage_of, identity, verify
 from s2t_agents.budget.sqlite_rows import (
     APPLICATION_ID,
+    LATER,
     SCHEMA,
     boot_id,
-    columns,
-    counts,
     hold_paths,
+    load_holds,
     load_meter,
     note_grant,
     reset_after_reboot,
+    save_hold,
     save_meter,
 )
 from s2t_agents.budget.state import BudgetState
@@ -105,10 +105,7 @@ class SQLiteStore:
                     return refused
             for path, meter, _ in meters:
                 save_meter(rows, path, meter.reserve(want))
-            rows.execute(
-                "INSERT INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, 0)",
-                (hold_id, json.dumps([path for path, _ in chain]), *columns(want), now_us + ttl_us),
-            )
+            save_hold(rows, hold_id, [path for path, _ in chain], want, now_us + ttl_us)
         return None
 
     def settle(self, hold_id: str, actual: Counts) -> Closing:
@@ -152,12 +149,11 @@ class SQLiteStore:
     def _close_hold(self, hold_id: str, actual: Counts | None) -> Closing:
         with self._transaction() as rows:
             self._lapse_holds(rows)
-            found = rows.execute("SELECT * FROM holds WHERE id = ?", (hold_id,)).fetchone()
-            if found is None:
+            found = load_holds(rows, "id = ?", hold_id)
+            if not found:
                 return Closing.GONE
-            _, chain, *reserved, _, lapsed = found
-            held = counts(reserved)
-            for path in hold_paths(chain):
+            _, paths, lapsed, held = found[0]
+            for path in paths:
                 meter = self._current_meter(rows, path)
                 if not lapsed:
                     save_meter(rows, path, meter.settle(held, actual) if actual else meter.release(held))
@@ -169,10 +165,10 @@ class SQLiteStore:
     def _lapse_holds(self, rows: sqlite3.Connection) -> int:
         """Give lapsed holds back; the time now."""
         now_us = self._now_us()
-        over = rows.execute("SELECT * FROM holds WHERE lapsed = 0 AND expires_us <= ?", (now_us,)).fetchall()
-        for hold_id, chain, *reserved, _, _ in over:
-            for path in hold_paths(chain):
-                save_meter(rows, path, self._current_meter(rows, path).release(counts(reserved)))
+        over = load_holds(rows, "lapsed = 0 AND expires_us <= ?", now_us)
+        for hold_id, paths, _, held in over:
+            for path in paths:
+                save_meter(rows, path, self._current_meter(rows, path).release(held))
             rows.execute("UPDATE holds SET lapsed = 1 WHERE id = ?", (hold_id,))
         if over:
             rows.execute("DELETE FROM holds WHERE lapsed = 1 AND expires_us < ?", (now_us - KEEP_LAPSED_US,))
@@ -245,7 +241,7 @@ class SQLiteStore:
             _inherited.append(self._connection)
             self._connection = None
         if self._connection is None:
-            self._connection = connect(self.path, APPLICATION_ID, SCHEMA, LATCH_S)
+            self._connection = connect(self.path, APPLICATION_ID, SCHEMA, LATCH_S, LATER)
             self._pid, self._file = os.getpid(), identity(self.path)
         elif identity(self.path) != self._file:
             raise StoreUnavailable(f"{self.path} was removed or replaced while in use.", hint="Put it back.")

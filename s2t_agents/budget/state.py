@@ -5,20 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Decimal
 
-from s2t_agents.budget.quantities import UNITS, Counts, Limits, public
+from s2t_agents.budget.quantities import LOCAL, UNITS, Counts, Limits, public
 
 Number = Decimal | int | float
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetState:
-    """What one budget allows, holds, spent and has left. Units: USD, escalations, LLM tokens, seconds.
+    """What one budget allows, holds, spent and has left. Units: USD, escalations, LLM tokens, answers,
+    tokens of answers, seconds.
 
     Args:
         path: where in the tree, as ``fleet/run/agent``.
         limit: limited units only.
         held: reserved at this moment; limited units only.
-        spent: settled, in every unit, overrun included; ``usd`` is None once a cost of unknown price is among it.
+        spent: settled, overrun included, also in units without a limit; ``usd`` is None once a cost of unknown price is
+            among it. Answers and their tokens are counted, and shown, where something in the tree limits local work.
         left: ``limit - held - spent``, never below 0; limited units only. Parents may have less.
         kept: the part of ``left`` that only a last answer may use (finalization reserve).
         overrun: the part of ``spent`` that went over what was reserved for it.
@@ -57,7 +59,9 @@ def state_of(
     """A meter's stored numbers in public units; ``spent.seconds`` is the time that has passed of a deadline."""
     limited = [(i, unit, total) for i, unit in enumerate(UNITS) if (total := limits[i]) is not None]
     used: dict[str, Number | None] = {
-        unit: public(unit, spent[i]) for i, unit in enumerate(UNITS) if unit != "seconds" or limits.seconds is not None
+        unit: public(unit, spent[i])
+        for i, unit in enumerate(UNITS)
+        if limits[i] is not None or (unit != "seconds" and (spent[i] or unit not in LOCAL))
     }
     if spent.unpriced:
         used["usd"] = None

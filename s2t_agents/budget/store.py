@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
-from s2t_agents.budget.quantities import NOTHING, UNLIMITED, Counts, Limits, Quantities
+from s2t_agents.budget.quantities import COUNTED, NOTHING, UNLIMITED, Counts, Limits, Quantities
 from s2t_agents.budget.state import BudgetState
 from s2t_agents.budget.window import Window
 
@@ -55,18 +55,20 @@ class Terms:
         micros: int | None,
         window: Window | None,
     ) -> Terms:
-        """From the form that stores and pickles keep: (pico-dollars, escalations, LLM tokens), the same, time."""
-        usd, escalations, tokens = limits
-        kept_usd, kept_escalations, kept_tokens = keep
+        """From the form that stores and pickles keep: each ``COUNTED`` unit, the same, time.
+
+        What was kept before answers and their tokens were counted has the first three units alone.
+        """
+        missing = len(COUNTED) - len(limits)
         return cls(
-            Quantities(usd, escalations, tokens, micros, None),
-            Quantities(kept_usd, kept_escalations, kept_tokens, 0, 0),
+            Quantities._make((*limits, *(None,) * missing, micros, None)),
+            Quantities._make((*keep, *(0,) * missing, 0, 0)),
             window,
         )
 
     def parts(self) -> tuple[tuple[int | None, ...], tuple[int, ...], int | None, Window | None]:
         """The arguments of :meth:`of`."""
-        return (tuple(self.limits[:3]), tuple(self.keep[:3]), self.limits.seconds, self.window)
+        return (tuple(self.limits[:5]), tuple(self.keep[:5]), self.limits.seconds, self.window)
 
     def __getstate__(self) -> list[Any]:
         return list(self.parts())

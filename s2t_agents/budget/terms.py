@@ -22,6 +22,8 @@ class LimitsGiven(TypedDict, total=False):
     usd: money.Dollars | None
     escalations: int | None
     llm_tokens: int | None
+    answers: int | None
+    answer_tokens: int | None
     seconds: float | None
     reserve_for_final: Charge | None
     window: Window | None
@@ -37,14 +39,15 @@ def terms_of(given: LimitsGiven) -> Terms:
     if unknown:
         raise BadLimit(
             f"{', '.join(sorted(unknown))}: no such limit.",
-            hint="Limits are usd, escalations, llm_tokens and seconds.",
+            hint=f"Limits are {', '.join(UNITS[:-1])} and seconds.",
         )
-    usd, escalations, tokens = given.get("usd"), given.get("escalations"), given.get("llm_tokens")
-    seconds, window = given.get("seconds"), given.get("window")
+    usd, seconds, window = given.get("usd"), given.get("seconds"), given.get("window")
     limits: Limits = Quantities(
         usd=None if usd is None else money.limit_pico(usd, "usd"),
-        escalations=None if escalations is None else money.count(escalations, "escalations"),
-        llm_tokens=None if tokens is None else money.count(tokens, "llm_tokens"),
+        escalations=_count(given.get("escalations"), "escalations"),
+        llm_tokens=_count(given.get("llm_tokens"), "llm_tokens"),
+        answers=_count(given.get("answers"), "answers"),
+        answer_tokens=_count(given.get("answer_tokens"), "answer_tokens"),
         seconds=None if seconds is None else micros_of(seconds, "seconds"),
         unpriced=None,
     )
@@ -56,6 +59,10 @@ def terms_of(given: LimitsGiven) -> Terms:
             hint="Put the deadline on a child budget.",
         )
     return Terms(limits, _kept(given.get("reserve_for_final"), limits), window)
+
+
+def _count(limit: int | None, what: str) -> int | None:
+    return None if limit is None else money.count(limit, what)
 
 
 def micros_of(seconds: float, what: str) -> int:

@@ -18,8 +18,9 @@ from langchain_core.messages import AIMessage
 from ..budget import Budget, DevicePrice
 from ..errors import StoreUnavailable
 from ..ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Thought
-from ..types import Charge, EscalationRecord, EscalationReport, Step
+from ..types import Charge, EscalationRecord, EscalationReport, RefusedBy, Step
 from .attribution import Caller, current_caller
+from .local_work import LocalWork
 from .step_records import recorded
 
 MS = 1000.0
@@ -62,6 +63,7 @@ class Account:
         ledger_error: why the ledger did not keep the record; None if it did, or without a ledger.
         thought_tokens: how many of the first steps are reasoning, its tags included.
         thinking: whether the next step is reasoning.
+        work: what the answer takes from the budget; says which limit ended it.
     """
 
     model: str
@@ -70,6 +72,7 @@ class Account:
     llm: str | None = None
     device_price: DevicePrice | None = None
     budget: Budget | None = None
+    work: LocalWork = field(default_factory=lambda: LocalWork(None))
     prompt: Sequence[int] = ()
     trace_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -141,6 +144,7 @@ class Account:
             "latency_ms": {part: getattr(summary.latency, part) for part in _LATENCY_PARTS},
             "thought": {**summary.thought.model_dump(), "llm_usd": _as_float(summary.thought.llm_usd)},
             **{key: getattr(summary, key) for key in _SUMMARY_FIELDS},
+            **_stopped_entry(self.work.stopped_by),
             **_ledger_error_entry(self.ledger_error),
         }
 
@@ -179,6 +183,7 @@ class Account:
             error=error,
             trace_id=self.trace_id,
             thought=self.summary.thought,
+            stopped_by=self.work.stopped_by,
             **{key: getattr(self.summary, key) for key in _SUMMARY_FIELDS},
         )
 
@@ -299,6 +304,13 @@ MAX_LOGGED_REASONS = 100
 """Different reasons that are logged as warnings for one ledger."""
 
 
+def _stopped_entry(limit: RefusedBy | None) -> dict[str, dict[str, Any]]:
+    if limit is None:
+        return {}
+    shown = float(limit.limit) if isinstance(limit.limit, Decimal) else limit.limit
+    return {"stopped_by": {"budget": limit.budget, "unit": limit.unit, "limit": shown}}
+
+
 def _ledger_error_entry(ledger_error: str | None) -> dict[str, str]:
     return {} if ledger_error is None else {"ledger_error": ledger_error}
 
@@ -322,7 +334,7 @@ def cached_message(message: AIMessage, ledger: Ledger | None) -> AIMessage:
     idle: dict[str, Any] = dict.fromkeys(("triggers", "selections", "flips", "escalations", "refused"), 0)
     free = {key: dict.fromkeys(s2t[key], 0.0) for key in ("cost_usd", "latency_ms")}
     failed = record_in_ledger(ledger, lambda: _cached_record(message, current_caller())) if ledger is not None else None
-    s2t = {key: value for key, value in s2t.items() if key != "ledger_error"}  # of the call that made it
+    s2t = {key: value for key, value in s2t.items() if key not in ("ledger_error", "stopped_by")}  # of another call
     if "thought" in s2t:
         idle["thought"] = {**dict.fromkeys(s2t["thought"], 0), "tokens": s2t["thought"]["tokens"], "llm_usd": 0.0}
     metadata = {

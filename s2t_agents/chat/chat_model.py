@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ from .call_arguments import (
     without_own_arguments,
 )
 from .generation import Generation
+from .local_work import LocalWork
 from .logprobs import LogprobsReader
 from .response_options import ResponseOptions, openai_tools
 from .runtime import EngineSettings, RuntimeCache, escalation_of, model_of, profile_of
@@ -423,15 +425,22 @@ class ChatS2T(ConfigurableChatModel):
         if engine.escalation is not None:
             engine.escalation.check_price(budget)
         sampling = self._sampling(call, banned_first=tuple(engine.slm.eos_ids))
-        prepared = runtime.prepare(
-            request,
-            messages,
-            sampling.max_tokens,
-            max_thinking_tokens=parse_max_thinking_tokens(
-                _value_or(call.get("max_thinking_tokens"), self.max_thinking_tokens)
-            ),
-            template_args=template_args_of(call),
-        )
+        thinking_limit = _value_or(call.get("max_thinking_tokens"), self.max_thinking_tokens)
+        unfinished, key = unfinished_of(call), conversation_key(engine.slm.name, request.cache_key, messages)
+        begun = unfinished.begin(key, engine.slm.vocab_size) if unfinished is not None else EMPTY_ANSWER
+        work = LocalWork(budget, begun.tokens)
+        try:
+            prepared = runtime.prepare(
+                request,
+                messages,
+                sampling.max_tokens,
+                work,
+                max_thinking_tokens=parse_max_thinking_tokens(thinking_limit),
+                template_args=template_args_of(call),
+            )
+        except BaseException:
+            work.release()
+            raise
         account = Account(
             model=engine.slm.name,
             prompt_tokens=len(prepared.prompt),
@@ -440,19 +449,19 @@ class ChatS2T(ConfigurableChatModel):
             llm=engine.escalation.llm.name if engine.escalation else None,
             device_price=self.device_price,
             budget=budget,
+            work=work,
         )
-        on_step, unfinished = self.on_step, unfinished_of(call)
-        key = conversation_key(engine.slm.name, request.cache_key, messages)
-        begun = unfinished.begin(key, engine.slm.vocab_size) if unfinished is not None else EMPTY_ANSWER
+        on_step = self.on_step
         steps = engine.run(
             prepared.prompt,
-            sampling,
+            replace(sampling, max_tokens=prepared.room),
             grammar=prepared.grammar,
             budget=budget,
             cache_scope=scope,
             on_asked=account.record_escalation,
             begun=begun.tokens,
         )
+        steps = work.limiting(steps, engine.slm.eos_ids)
         return Generation(
             steps if unfinished is None else unfinished.recording(key, begun, steps, account),
             account,

@@ -151,7 +151,8 @@ class Generation:
     def _finish_reason(self, ended: bool) -> str:
         if self.parser.tool_calls:
             return "tool_calls"
-        return "stop" if ended or len(self.account.steps) < self._room else "length"
+        cut = self.account.work.stopped_by is not None or len(self.account.steps) >= self._room
+        return "length" if cut and not ended else "stop"
 
     def _prompt_text(self) -> str:
         return str(self._tokenizer.decode(self.account.prompt))

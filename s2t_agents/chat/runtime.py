@@ -37,6 +37,7 @@ from ..selectors.config import SelectorConfig
 from ..selectors.drift import DriftWatch
 from ..selectors.served import SERVER, ServedSelector, served
 from ..triggers import Trigger
+from .local_work import LocalWork
 from .messages import PromptEncoder
 from .response_options import OutputSchemas, ResponseOptions
 
@@ -143,6 +144,7 @@ class Runtime:
         request: ResponseOptions,
         messages: Sequence[BaseMessage],
         max_tokens: int,
+        work: LocalWork,
         *,
         max_thinking_tokens: int | None = None,
         template_args: Mapping[str, Any] | None = None,
@@ -153,6 +155,7 @@ class Runtime:
             request: tools, tool choice and response format.
             messages: the conversation.
             max_tokens: limit of reasoning and answer together.
+            work: reserves the tokens that the answer may have; to be released where nothing comes of it.
             max_thinking_tokens: limit of the reasoning, without its tags.
             template_args: template variables of this call; they override the model's.
 
@@ -161,6 +164,8 @@ class Runtime:
             ContextOverflow: the prompt leaves no room for the shortest legal answer.
             BadSchema: a schema that no grammar can express.
             ConfigError: a tool choice that names no tool, or ``max_tokens`` below the shortest legal answer.
+            BudgetExceeded: the budget has no answer left, or fewer tokens than the shortest legal one has.
+            StoreUnavailable: it cannot be asked.
         """
         window = self.engine.slm.context_window
         tokenizer = self.engine.slm.tokenizer
@@ -182,13 +187,19 @@ class Runtime:
                 hint="Shorten the conversation or the tools.",
             )
         parser, schemas = request.parser(tokenizer), request.schemas
-        if thinking is None:
-            return GenerationRequest(prompt, compiled.start(room), room, parser, schemas)
-        reader = ReasoningParser(thinking.format, phase)
-        if phase == "answer":
-            return GenerationRequest(prompt, compiled.start(room), room, parser, schemas, reader)
-        limit, structured = max_thinking_tokens, request.requires_structure
-        grammar = ThinkThenAnswer(thinking, compiled, phase=phase, room=room, limit=limit, forced=structured)
+        reader = ReasoningParser(thinking.format, phase) if thinking is not None else None
+        room = work.reserve(room)
+        grammar: Grammar
+        try:
+            if thinking is None or phase == "answer":
+                grammar = compiled.start(room)
+            else:
+                limit, structured = max_thinking_tokens, request.requires_structure
+                grammar = ThinkThenAnswer(thinking, compiled, phase=phase, room=room, limit=limit, forced=structured)
+        except ConfigError:
+            if work.too_short is not None:  # the budget's room, not what was asked for
+                raise work.too_short from None
+            raise
         return GenerationRequest(prompt, grammar, room, parser, schemas, reader)
 
     @cached_property

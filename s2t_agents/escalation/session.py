@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ from ..errors import (
     BudgetError,
     BudgetExceeded,
     EscalationFailed,
-    HoldClosed,
     S2TError,
     StoreUnavailable,
     UnpricedModel,
@@ -133,7 +131,8 @@ class EscalationSession:
         finally:
             owed = question.owed = _counted_or(quote, question.owed)
             try:
-                _close_hold(hold, owed)
+                if hold is not None:
+                    hold.close(owed)
             finally:
                 report = self._reported(question, answer, _report(outcome, quote, owed, started, reason))
         if answer is not None and self._groups is not None and owed is not None:
@@ -191,14 +190,6 @@ def _number(score: Any) -> float:
 def _reason(error: BaseException) -> str:
     """This package's errors in full; of others only the type, since their text may hold secrets."""
     return str(error) if isinstance(error, S2TError) else f"{type(error).__name__} while the LLM was asked."
-
-
-def _close_hold(hold: Hold | None, owed: Charge | None) -> None:
-    if hold is None:
-        return
-    # lapsed: booked as overrun; store down: settled later; interrupted: the hold finishes it
-    with contextlib.suppress(HoldClosed, StoreUnavailable), hold:
-        hold.settle(owed) if owed is not None else hold.release()
 
 
 def _refused(error: BudgetError | UnpricedModel, quote: Charge, started: float) -> EscalationReport:

@@ -266,8 +266,9 @@ class StepRecord(Frozen):
 class GenerationRecord(Frozen):
     """One generation. Every field that needs a unit: tokens, USD, ms, UTC.
 
-    ``steps`` and ``prompt`` (the end of it, as text) are None where the ledger's ``Recording`` does not ask for them;
-    a record without them is written as before there were any.
+    ``steps`` and ``prompt`` (the end of it, as text) are None where the ledger's ``Recording`` does not ask for them,
+    ``stopped_by`` where no limit of the budget ended the answer; a record without them is written as before there were
+    any.
 
     Raises:
         pydantic.ValidationError: negative counts, a moment without a time zone, a cached answer that cost something.
@@ -299,6 +300,7 @@ class GenerationRecord(Frozen):
     thought: Thought = Thought()
     steps: tuple[StepRecord, ...] | None = None
     prompt: Text | None = None
+    stopped_by: Refuser = None
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_recorded(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -311,7 +313,7 @@ class GenerationRecord(Frozen):
         return self
 
 
-_RECORDED = ("steps", "prompt")
+_RECORDED = ("steps", "prompt", "stopped_by")
 
 
 class SummedReceipt(BaseModel):

@@ -19,6 +19,7 @@ from ..chat.async_bridge import ThreadedIterator
 from ..chat.attribution import current_caller
 from ..chat.chat_model import ChatS2T
 from ..chat.generation import Generation
+from ..chat.local_work import LocalWork
 from ..chat.logprobs import LogprobsReader
 from ..errors import BadRequest
 from ..formats.tool_calls import PlainTextParser
@@ -123,11 +124,14 @@ class Completion:
         engine = model.engine
         budget = tenant.budget or model.budget
         prompt = self._prompt_ids()
+        work = LocalWork(budget)
+        fitting = max(1, engine.slm.context_window - len(prompt))  # with none the engine says so
+        room = work.reserve(min(asked.max_tokens or DEFAULT_TOKENS, fitting))
         sampling = Sampling(
             temperature=model.temperature if asked.temperature is None else asked.temperature,
             top_p=model.top_p if asked.top_p is None else asked.top_p,
             seed=model.seed if asked.seed is None else asked.seed,
-            max_tokens=asked.max_tokens or DEFAULT_TOKENS,
+            max_tokens=room,
             logprobs=asked.logprobs,
         )
         account = Account(
@@ -138,21 +142,23 @@ class Completion:
             llm=engine.escalation.llm.name if engine.escalation else None,
             device_price=model.device_price,
             budget=budget,
+            work=work,
         )
         on_step = model.on_step
+        steps = engine.run(
+            prompt,
+            sampling,
+            budget=budget,
+            cache_scope=tenant.cache_scope or model.cache_scope,
+            on_asked=account.record_escalation,
+        )
         return Generation(
-            engine.run(
-                prompt,
-                sampling,
-                budget=budget,
-                cache_scope=tenant.cache_scope or model.cache_scope,
-                on_asked=account.record_escalation,
-            ),
+            work.limiting(steps, engine.slm.eos_ids),
             account,
             parser=PlainTextParser(),
             tokenizer=engine.slm.tokenizer,
             eos_ids=engine.slm.eos_ids,
-            room=min(sampling.max_tokens, engine.slm.context_window - len(prompt)),
+            room=room,
             stop=asked.stops or (),
             ledger=model.ledger,
             on_step=(lambda step: on_step(account.trace_id, step)) if on_step else None,

@@ -38,7 +38,7 @@ class Tenant:
 
     Attributes:
         agent: to whom the ledger charges the answer; None leaves the chat model's own.
-        budget: what its escalations may spend; None leaves the chat model's own.
+        budget: what its answers may spend; None leaves the chat model's own.
         cache_scope: prefixes are shared within it; None leaves the chat model's own.
     """
 
@@ -60,6 +60,8 @@ class AgentLimits(BaseModel):
     usd: str | int | float | None = None
     escalations: int | None = None
     llm_tokens: int | None = None
+    answers: int | None = None
+    answer_tokens: int | None = None
     window: Literal["hour", "day", "week"] | None = None
     on_exhausted: OnExhausted = "degrade"
 

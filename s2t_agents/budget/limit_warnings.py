@@ -1,0 +1,76 @@
+"""Warnings: a callback, once for each limit of which a share is spent."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from s2t_agents.budget.meter_handle import MeterHandle
+from s2t_agents.budget.quantities import NOTHING
+from s2t_agents.budget.state import BudgetState
+from s2t_agents.errors import BadLimit, StoreUnavailable
+from s2t_agents.types import LimitWarning
+
+WARN_AT = 0.8
+"""The share of a limit at which a warning comes, by default."""
+
+_log = logging.getLogger(__name__)
+
+OnWarning = Callable[[LimitWarning], None]
+
+
+@dataclass(frozen=True)
+class Warner:
+    """Whom to tell, and when.
+
+    Args:
+        tell: called in the thread that settles; what it raises is logged.
+        share: of a limit, above 0 and at most 1.
+
+    Raises:
+        BadLimit: another share.
+    """
+
+    tell: OnWarning
+    share: float = WARN_AT
+    _told: set[tuple[str, str]] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share <= 1:
+            raise BadLimit(f"warn_at={self.share!r} is not a share of a limit.", hint="Give 0.8 for 80%, 1 at most.")
+
+    def look(self, meter: MeterHandle) -> None:
+        """Tell of the limits of a meter that have come to the share; a store that is away is asked the next time.
+
+        The store remembers that it was told, so that of all processes one tells. A raised limit, and a new window, can
+        be told of again.
+        """
+        window = meter.terms.window.index(time.time()) if meter.terms.window is not None else 0
+        try:
+            state = meter.store.read_state(meter.path)
+            for unit, limit in state.limit.items():
+                spent = state.spent[unit]
+                if spent is None or not limit or float(spent) < self.share * float(limit):
+                    continue
+                once = f"warned of {unit} {limit} {window} at {self.share:g}"
+                if (meter.path, once) not in self._told:
+                    self._told.add((meter.path, once))
+                    if meter.store.extend(meter.path, NOTHING, once):
+                        self._tell(LimitWarning(meter.path, unit, limit, spent))
+        except StoreUnavailable as error:
+            _log.debug("whether a warning is due is not known: %s", error)
+
+    def seconds_to(self, state: BudgetState) -> float | None:
+        """Seconds until a deadline's warning is due; None where it has none, or was."""
+        if not (limit := float(state.limit.get("seconds", 0))):
+            return None
+        due = self.share * limit - (limit - float(state.left["seconds"]))
+        return due if due > 0 else None
+
+    def _tell(self, warning: LimitWarning) -> None:
+        try:
+            self.tell(warning)
+        except Exception:  # noqa: BLE001 - a warning never takes an answer down
+            _log.exception("on_warning failed for %s", warning)

@@ -1,0 +1,158 @@
+"""What an answer of the local model takes from a budget: itself, its tokens, its time.
+
+prompt known ──> reserve: one answer and all tokens that it may have, or as many as are left
+     │
+steps ──> deadline over? ──yes──> the answer ends here, or BudgetExceeded, as the budget says
+     │no
+end ──> settle the tokens that came; release if none did
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Generator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from decimal import Decimal
+
+from ..budget import Budget, Charge, Hold
+from ..errors import BudgetExceeded, StoreUnavailable
+from ..scheduling.admission import Place
+from ..types import RefusedBy, Step
+
+HOLD_S = 3600.0
+"""Seconds after which a hold lapses should this process die: longer than an answer takes."""
+TRIES = 100
+"""Reservations of what is left, where others take some of it in between."""
+
+
+class LocalWork:
+    """The local work of one answer.
+
+    Args:
+        budget: what limits it; one without limits on local work is not asked.
+        begun: tokens of an interrupted try at this answer, which that try has settled.
+
+    Attributes:
+        stopped_by: the limit that ended the answer; None if none did.
+    """
+
+    def __init__(self, budget: Budget | None, begun: Sequence[int] = ()) -> None:
+        self._budget = budget if budget is not None and budget.limits_local_work else None
+        self._begun = begun
+        self._hold: Hold | None = None
+        self._cut: BudgetExceeded | None = None
+        self._room = 0
+        self.stopped_by: RefusedBy | None = None
+
+    def reserve(self, tokens: int) -> int:
+        """Hold the answer and its tokens, or as many as are left.
+
+        Args:
+            tokens: that the answer may have, begun ones included.
+
+        Returns:
+            How many of them it has.
+
+        Raises:
+            BudgetExceeded: no answer, not one token, or no time is left.
+            StoreUnavailable: the store cannot be reached, so nothing may be spent.
+        """
+        if self._budget is None:
+            return tokens
+        wanted = max(0, tokens - len(self._begun))
+        for _ in range(TRIES):
+            charge = Charge(Decimal(0), escalations=0, answers=0 if self._begun else 1, answer_tokens=wanted)
+            try:
+                self._hold = self._budget.reserve(charge, ttl_s=HOLD_S)
+                break
+            except BudgetExceeded as refused:
+                left = int(self._budget.available().get("answer_tokens", 0))
+                if refused.unit != "answer_tokens" or left < 1:
+                    raise
+                wanted, self._cut = min(wanted, left), self._cut or refused
+        else:
+            raise self._cut or AssertionError
+        self._room = min(tokens, len(self._begun) + wanted)
+        return self._room
+
+    def release(self) -> None:
+        """Give everything back: the answer was never begun."""
+        if self._hold is not None and self._hold.open:
+            self._hold.close(None)
+
+    @property
+    def too_short(self) -> BudgetExceeded | None:
+        """Why the answer has fewer tokens than it may need; None if it has them all."""
+        return self._cut
+
+    def limiting(
+        self, steps: Generator[Place | Step, None, None], eos_ids: Collection[int]
+    ) -> Generator[Place | Step, None, None]:
+        """Pass the steps on while there is time; settle them at the end.
+
+        Args:
+            steps: the engine's.
+            eos_ids: tokens that end an answer; one without them that has used all of its tokens is cut off.
+
+        Raises:
+            BudgetExceeded: tokens or time ran out, and the budget's ``on_exhausted`` is not "degrade".
+        """
+        budget, hold = self._budget, self._hold
+        if budget is None or hold is None:
+            yield from steps
+            return
+        last: Step | None = None
+        count = replayed = 0
+
+        def settle() -> None:
+            if hold.open:
+                used = replace(hold.reserved, answer_tokens=count - replayed)
+                hold.close(used if count else None)
+
+        until = _next_look(budget)
+        try:
+            with closing(steps):
+                for each in steps:
+                    if isinstance(each, Step):
+                        same = replayed == count < len(self._begun) and each.token_id == self._begun[count]
+                        replayed, count, last = replayed + same, count + 1, each
+                    yield each
+                    if until is not None and time.perf_counter() >= until:
+                        budget.warn()
+                        until = _next_look(budget)
+                        if until is not None and time.perf_counter() >= until and (late := _refusal(budget, 0)):
+                            self._stop(late, budget)
+                            return
+                if self._cut is not None and last is not None and count >= self._room and last.token_id not in eos_ids:
+                    settle()
+                    self._stop(_refusal(budget, self._cut.wanted) or self._cut, budget)
+        finally:
+            settle()
+
+    def _stop(self, refused: BudgetExceeded, budget: Budget) -> None:
+        if budget.on_exhausted != "degrade":
+            raise refused
+        self.stopped_by = RefusedBy(refused.budget, refused.unit, refused.limit)
+
+
+def _next_look(budget: Budget) -> float | None:
+    """When to look at the budget's clock again; there is no time left where this has passed."""
+    try:
+        left = budget.seconds_to_next()
+    except StoreUnavailable:
+        left = 0.0  # unknown: the reservation that follows says so
+    return None if left is None else time.perf_counter() + left
+
+
+def _refusal(budget: Budget, tokens: Decimal | float) -> BudgetExceeded | None:
+    """Why so many more tokens are refused now; None if they are not.
+
+    Raises:
+        StoreUnavailable: the store cannot be reached, so nothing may be spent.
+    """
+    try:
+        budget.reserve(Charge(Decimal(0), escalations=0, answer_tokens=int(tokens))).release()
+    except BudgetExceeded as refused:
+        return refused
+    return None
