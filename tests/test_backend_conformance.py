@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from s2t_agents.backends.base import Append, Backend, ScoreCandidates, SequenceCache, StepOutput
+from s2t_agents.backends.base import Append, Backend, ScoreCandidates, ScoreTree, SequenceCache, StepOutput
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 
 CLOSE = 1e-4
@@ -77,6 +77,28 @@ def test_it_describes_its_model(backend: Backend) -> None:
     assert backend.output_embedding.shape == (backend.vocab_size, backend.hidden_size)
     assert backend.tokenizer_fingerprint
     assert backend.weights_fingerprint == backend.weights_fingerprint
+
+
+TREE, PARENTS = [5, 9, 200, 33, 90, 7], [-1, 0, 1, 1, -1, 4]
+PATHS = [[5], [5, 9], [5, 9, 200], [5, 9, 33], [90], [90, 7]]
+
+
+@pytest.mark.parametrize("new", [0, 1, 9])
+def test_a_tree_is_scored_as_its_paths_are_read_and_leaves_the_cache_as_it_is(backend: Backend, new: int) -> None:
+    if not backend.capabilities.tree_scoring:
+        pytest.skip("reads no trees")
+    cache, _ = read(backend, IDS[: len(IDS) - new])
+    tree = ScoreTree(torch.tensor(TREE), torch.tensor(PARENTS), cache, len(IDS))
+    before = [Append(torch.tensor(IDS[-new:]), cache, cache.length)] if new else []
+    *appended, logits = backend.forward([*before, tree])
+    assert isinstance(logits, Tensor)
+    assert (logits.shape, logits.dtype, cache.length) == ((len(TREE), backend.vocab_size), torch.float32, len(IDS))
+    for output in appended:
+        assert isinstance(output, StepOutput)
+        same(output.logits, read(backend, IDS)[1].logits)
+    for row, path in zip(logits, PATHS, strict=True):
+        same(row, read(backend, [*IDS, *path])[1].logits)
+    same(append(backend, cache, [11]).logits, read(backend, [*IDS, 11])[1].logits)
 
 
 def test_outputs_have_the_promised_shapes_and_are_finite(backend: Backend) -> None:

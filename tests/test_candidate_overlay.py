@@ -52,11 +52,11 @@ def test_a_mask_that_lets_candidates_see_each_other_would_be_caught(
     def open_mask(config: object, positions: torch.Tensor, prefix: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(1, 1, len(positions), prefix + len(positions), dtype=dtype)
 
-    def open_apart(tokens: int, length: int, window: int | None, *, like: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(1, 1, tokens, length, dtype=like.dtype)
+    def open_branching(seen: torch.Tensor, length: int, window: int | None, *, like: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(1, 1, len(seen), length, dtype=like.dtype)
 
     monkeypatch.setattr("s2t_agents.backends.torch.model_runner.row_mask", open_mask)
-    monkeypatch.setattr("s2t_agents.backends.torch.decoder_batch.apart", open_apart)
+    monkeypatch.setattr("s2t_agents.backends.torch.decoder_batch.branching", open_branching)
     assert error(tiny_model(name), ids) > 1e-2
 
 

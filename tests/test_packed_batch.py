@@ -11,7 +11,7 @@ from torch import nn
 
 from s2t_agents.backends.base import Append, ScoreCandidates
 from s2t_agents.backends.torch.lora import Lora
-from s2t_agents.backends.torch.packed_batch import apart, causal
+from s2t_agents.backends.torch.packed_batch import branching, causal
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ARCHITECTURES, tiny_model
@@ -199,6 +199,6 @@ def test_corrections_of_another_precision_than_the_base_are_added_too() -> None:
 
 
 def test_the_mask_of_candidates_shows_each_the_prefix_within_a_window_and_itself() -> None:
-    seen = apart(2, 6, 3, like=torch.zeros(1)) == 0
+    seen = branching(torch.eye(2, dtype=torch.bool), 6, 3, like=torch.zeros(1)) == 0
     assert seen[0, 0].tolist() == [[False, False, True, True, True, False], [False, False, True, True, False, True]]
-    assert (apart(2, 6, None, like=torch.zeros(1)) == 0)[0, 0, :, :4].all()
+    assert (branching(torch.eye(2, dtype=torch.bool), 6, None, like=torch.zeros(1)) == 0)[0, 0, :, :4].all()

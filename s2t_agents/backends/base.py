@@ -3,6 +3,7 @@
     scheduler ── batch of work items ──> Backend.forward ──> one output per item
                  Append(cache, ids)                            StepOutput: logits [V], hidden [H]
                  ScoreCandidates(cache, ids [K])               hidden states [K, H]; the cache stays as it is
+                 ScoreTree(cache, ids [N], parents [N])        logits [N, V]; the cache stays as it is
 
 A backend owns weights, tokenizer and the KV caches of its sequences, and runs one forward at a time. It knows nothing
 of requests, queues, grammars or budgets. ``tests/test_backend_conformance.py`` holds for every backend.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -28,6 +30,7 @@ class Capabilities:
         batching: several work items in one forward.
         candidate_scoring: hidden states after K candidates equal those of K separate sequences.
         candidate_lora: an adapter can be on at the tokens of one item alone.
+        tree_scoring: logits after every token of a tree in one forward.
         hidden_states: outputs carry the last hidden state, which heads and probes read.
         truncation: a cache can be cut back to any length; False for recurrent states.
         fork_while_running: the front of a cache may be copied while its sequence goes on.
@@ -44,6 +47,7 @@ class Capabilities:
     fork_while_running: bool
     concurrent_forwards: bool = False
     all_logits: bool = True
+    tree_scoring: bool = False
 
 
 class SequenceCache(Protocol):
@@ -133,6 +137,40 @@ class ScoreCandidates(Generic[Cache]):
     lora: Any | None = None
 
 
+@dataclass(frozen=True)
+class ScoreTree(Generic[Cache]):
+    """A tree of tokens after one sequence: each attends to the sequence, its ancestors and itself, and nothing is kept.
+
+    It may follow an ``Append`` to the same cache in one batch: then it comes after those tokens.
+
+    Attributes:
+        ids: ``[N]``.
+        parents: ``[N]``: place of the token before each, -1 for the end of the sequence; parents come first.
+        cache: the sequence's own; stays bitwise as it is.
+        length: tokens in it.
+    """
+
+    ids: Tensor
+    parents: Tensor
+    cache: Cache
+    length: int
+    lora: None = None
+
+    @cached_property
+    def ancestors(self) -> Tensor:
+        """``[N, N]`` bool: what each token attends to among these, itself included."""
+        seen = torch.eye(len(self.ids), dtype=torch.bool)
+        for at, parent in enumerate(self.parents.tolist()):
+            if parent >= 0:
+                seen[at] |= seen[parent]
+        return seen
+
+    @property
+    def positions(self) -> list[int]:
+        """``[N]``: of each token in its sequence."""
+        return [self.length + depth - 1 for depth in self.ancestors.sum(1).tolist()]
+
+
 class StepOutput(NamedTuple):
     """After the last token of an ``Append``: logits ``[V]`` (fp32) and last hidden state ``[H]``."""
 
@@ -140,11 +178,12 @@ class StepOutput(NamedTuple):
     hidden: Tensor
 
 
-Work = Append[Any] | ScoreCandidates[Any]
+Work = Append[Any] | ScoreCandidates[Any] | ScoreTree[Any]
 """What one sequence wants of a forward."""
 
 Output = StepOutput | Tensor
-"""``StepOutput`` of an ``Append``; last hidden states ``[K, H]`` of a ``ScoreCandidates``."""
+"""``StepOutput`` of an ``Append``; hidden states ``[K, H]`` of ``ScoreCandidates``; logits ``[N, V]``, fp32, of a
+``ScoreTree``."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +194,7 @@ class Limits:
         prefill_alone: tokens of a prompt per forward while nothing else waits; bounds the memory of a forward.
         prefill_beside: tokens of prompts per forward beside decoding sequences, so that a long prompt delays none.
         sequences: per forward, at most.
-        candidates: per forward, of all ``ScoreCandidates`` together; the first is always taken whole.
+        candidates: per forward, of all ``ScoreCandidates`` and ``ScoreTree`` together; the first is always taken whole.
         hand_over_s: seconds of a step from which forwards run in the scheduler's thread even for a single caller;
             infinite runs them in the caller's thread.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends.base import Append, Output, ScoreCandidates, SequenceCache, StepOutput, Work
+from ..backends.base import Append, Output, ScoreCandidates, ScoreTree, SequenceCache, StepOutput, Work
 from .compute_time import ComputeTime
 
 
@@ -168,3 +168,57 @@ class ScoreRequest(ForwardRequest):
             raise self.error
         assert self._hidden is not None
         return self._hidden
+
+
+class TreeRequest(ForwardRequest):
+    """A tree of tokens to be scored after a sequence, whose cache stays as it is.
+
+    Args:
+        work: the tree; its ``length`` counts the tokens of ``after``.
+        after: appends to the same cache in the same forward, or before; None where the sequence is read.
+        compute: see ``ForwardRequest``.
+    """
+
+    brief = True
+
+    def __init__(
+        self, work: ScoreTree[SequenceCache], after: AppendRequest | None, compute: ComputeTime | None = None
+    ) -> None:
+        super().__init__(work.cache, compute)
+        self._work, self.after = work, after
+        self._logits: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the tree."""
+        return len(self._work.ids)
+
+    @property
+    def done(self) -> bool:
+        """They are scored, or it failed, or what it comes after did."""
+        failed = self.after is not None and self.after.error is not None
+        return self._logits is not None or self.error is not None or failed
+
+    def work(self, tokens: int) -> ScoreTree[SequenceCache]:
+        """All of it."""
+        return self._work
+
+    def complete(self, work: Work, output: Output) -> None:
+        """Keep the logits."""
+        assert isinstance(output, Tensor)
+        self._logits = output
+
+    def undo(self) -> None:
+        """Nothing to do: scoring leaves nothing behind."""
+
+    def result(self) -> Tensor:
+        """Logits ``[N, V]``.
+
+        Raises:
+            BaseException: what the forward raised, or the one before.
+        """
+        error = self.error or (self.after.error if self.after is not None else None)
+        if error is not None:
+            raise error
+        assert self._logits is not None
+        return self._logits

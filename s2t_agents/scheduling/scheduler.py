@@ -27,7 +27,7 @@ from ..backends.base import Backend, Output, ScoreCandidates, SequenceCache, Ste
 from ..backends.torch.cpu_threads import release_threads, wanted_threads, with_threads
 from ..fork_safety import hold_while_forking, renew_in_child
 from .compute_time import ComputeTime
-from .requests import AppendRequest, ForwardRequest, ScoreRequest
+from .requests import AppendRequest, ForwardRequest, ScoreRequest, TreeRequest
 
 PATIENCE = 0.25
 """How long a forward is held back for the callers of the last one, as a share of what that took."""
@@ -232,14 +232,29 @@ class Scheduler:
                 requests.append(request)
                 batch.append(request.work(tokens))
                 room -= tokens
-        return requests, batch
+        whole = [each for each, work in zip(requests, batch, strict=True) if len(work.ids) == each.rows]
+        trees = self._ready_trees(waiting, whole)
+        return [*requests, *trees], [*batch, *(request.work(request.rows) for request in trees)]
+
+    def _ready_trees(self, waiting: Sequence[ForwardRequest], whole: Sequence[ForwardRequest]) -> list[TreeRequest]:
+        """Trees whose sequence is read, or is read to its end by what this forward completes."""
+        room = self._backend.limits.candidates - sum(each.rows for each in whole if isinstance(each, ScoreRequest))
+        ready: list[TreeRequest] = []
+        for request in waiting:
+            if not isinstance(request, TreeRequest) or request.done:
+                continue
+            after = request.after
+            if (after is None or after.done or after in whole) and (not ready or request.rows <= room):
+                ready.append(request)
+                room -= request.rows
+        return ready
 
     def _brief(self, waiting: Sequence[ForwardRequest]) -> list[ForwardRequest]:
         """Requests that one forward completes, first come, first served, within the limits of a forward."""
         taken: list[ForwardRequest] = []
         candidates = 0
         for request in waiting:
-            if not request.brief or len(taken) == self._backend.limits.sequences:
+            if not request.brief or isinstance(request, TreeRequest) or len(taken) == self._backend.limits.sequences:
                 continue
             if isinstance(request, ScoreRequest):
                 if candidates and candidates + request.rows > self._backend.limits.candidates:
@@ -278,6 +293,8 @@ class Scheduler:
 
     def _alone(self, request: ForwardRequest, work: Work) -> None:
         started = time.monotonic()
+        if request.done:  # what it comes after has failed
+            return
         try:
             output: Output
             (output,) = self._backend.forward([work])
@@ -300,8 +317,8 @@ class Scheduler:
             requests: that took part in the forward.
             driven: the same thread goes on with the loop.
         """
-        done = [request for request in requests if request.done]
         with self._mutex:
+            done = [request for request in {*requests, *self._waiting} if request.done]
             self._running = ()
             self._backend.resume()
             if not driven:

@@ -9,12 +9,12 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from ..backends.base import BestLogits, ScoreCandidates
+from ..backends.base import BestLogits, ScoreCandidates, ScoreTree
 from ..backends.statistics import LogitStatistics
 from .compute_time import ComputeTime
 from .language_model import LanguageModel
 from .prefix_cache import common_prefix
-from .requests import AppendRequest, ScoreRequest
+from .requests import AppendRequest, ScoreRequest, TreeRequest
 from .running_prefixes import RunningPrefix
 from .waits import Forwards, Waiting, finish
 
@@ -140,6 +140,54 @@ class TokenSequence:
         request = ScoreRequest(ScoreCandidates(candidates, self.cache, len(self), lora), self.compute)
         yield Forwards(self.model.scheduler, [request])
         return request.result()
+
+    def moving_to_tree(self, ids: Sequence[int], tree: Sequence[int], parents: Sequence[int]) -> Waiting[Tensor]:
+        """``moving_to``, and in the same forward the logits after every token of a tree that follows.
+
+        Args:
+            ids: what the sequence becomes.
+            tree: ``[N]`` tokens after it, of which nothing is kept.
+            parents: ``[N]``: place of the token before each; -1 for the end of ``ids``.
+
+        Returns:
+            Logits ``[1 + N, V]``: at the end of ``ids``, then after each token of the tree.
+        """
+        if not tree:
+            yield from self.moving_to(ids)
+            return self.logits[None]
+        if not self.model.capabilities.tree_scoring:
+            yield from self.moving_to(ids)
+            return (yield from self._paths(tree, parents))
+        requests: list[AppendRequest | TreeRequest] = []
+        append = None
+        if self.ids != list(ids):
+            keep = self._truncate(min(self.common_prefix(ids), len(ids) - 1))
+            append = AppendRequest(torch.tensor(ids[keep:]), self.cache, self.compute)
+            requests.append(append)
+        work = ScoreTree(torch.tensor(tree), torch.tensor(parents), self.cache, len(ids))
+        scored = TreeRequest(work, append, self.compute)
+        yield Forwards(self.model.scheduler, [*requests, scored])
+        if append is not None:
+            self.logits, self.hidden = append.result()
+            self.ids = list(ids)
+        return torch.cat([self.logits[None], scored.result()])
+
+    def _paths(self, tree: Sequence[int], parents: Sequence[int]) -> Waiting[Tensor]:
+        """Logits ``[1 + N, V]`` where the backend reads no trees: every token's path is a sequence of its own."""
+        paths: list[list[int]] = []
+        for token, parent in zip(tree, parents, strict=True):
+            paths.append([*(paths[parent] if parent >= 0 else ()), token])
+        caches = [self.cache.fork(len(self)) for _ in paths]
+        try:
+            requests = [
+                AppendRequest(torch.tensor(path), cache, self.compute)
+                for path, cache in zip(paths, caches, strict=True)
+            ]
+            yield Forwards(self.model.scheduler, requests)
+            return torch.stack([self.logits, *(request.result().logits for request in requests)])
+        finally:
+            for cache in caches:
+                cache.close()
 
     @contextmanager
     def forks(self, count: int) -> Iterator[Forks]:

@@ -47,7 +47,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
         self._special = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
-        decoder = _decoder_config(self._tokenizer.decoder)
+        decoder = decoder_config(self._tokenizer.decoder)
         self._byte_level = decoder.get("type") == "ByteLevel"
         self._byte_fallback = "ByteFallback" in json.dumps(decoder)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -59,9 +59,9 @@ class Detokenizer:
         if token is None or token_id in self._special:
             return ""
         if self._byte_level:
-            return self._utf8.decode(_bytes_of(token))
-        if self._byte_fallback and (match := _BYTE_TOKEN.match(token)):
-            text = self._utf8.decode(bytes([int(match[1], 16)]))
+            return self._utf8.decode(byte_level_bytes(token))
+        if self._byte_fallback and (byte := byte_of_token(token)) is not None:
+            text = self._utf8.decode(bytes([byte]))
         else:
             text = self.flush() + self._text_added_by(token_id)
         self._previous = token_id
@@ -81,7 +81,7 @@ class Detokenizer:
         return str(both[len(before) :])
 
 
-def _bytes_of(token: str) -> bytes:
+def byte_level_bytes(token: str) -> bytes:
     """Bytes of a byte-level token; UTF-8 for an added token with characters outside the alphabet."""
     try:
         return bytes([_BYTE_OF_LETTER[letter] for letter in token])
@@ -89,6 +89,12 @@ def _bytes_of(token: str) -> bytes:
         return token.encode()
 
 
-def _decoder_config(decoder: Any) -> dict[str, Any]:
+def byte_of_token(token: str) -> int | None:
+    """The byte that a byte token of a SentencePiece vocabulary stands for; None of other tokens."""
+    match = _BYTE_TOKEN.match(token)
+    return int(match[1], 16) if match else None
+
+
+def decoder_config(decoder: Any) -> dict[str, Any]:
     """The decoder's config; its pickled state is JSON without the vocabulary."""
     return dict(json.loads(decoder.__getstate__())) if decoder is not None else {}

@@ -78,6 +78,7 @@ class TorchBackend:
             hidden_states=True,
             truncation=attention_only,
             fork_while_running=attention_only and not graphs,
+            tree_scoring=attention_only,
         )
         chunks = attention_only or goes_on_in_stretches(model, self.new_cache, name)
         self.limits = Limits(

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..base import Append, Output, ScoreCandidates, StepOutput, Work
+from ..base import Append, Output, ScoreCandidates, ScoreTree, StepOutput, Work
 from .llama_decoder import Attention, DecoderLayer, LinearMap, LlamaDecoder, appending, following
 from .lora import Lora, LoraLayer
 from .next_token_prefetch import PREFETCHED, PrefetchAttention, PrefetchedToken
-from .packed_batch import apart
+from .packed_batch import branches_of, branching, positions_of
 from .packed_linear import FusedLinear
 
 
@@ -49,18 +49,19 @@ class DecoderBatch:
         """What the model says after each part.
 
         Args:
-            parts: tokens, over a KV of their own that grows by them, and candidate scorings, whose KV stays as it is.
+            parts: tokens, over a KV of their own that grows by them; candidate scorings and trees, whose KV stays as it
+                is. What follows an append to the same KV in ``parts`` comes after its tokens.
 
         Returns:
             In the order of ``parts``: logits ``[V]`` (fp32) and last hidden state ``[H]`` after a segment's last
-            token, last hidden states ``[K, H]`` of candidate scoring.
+            token, last hidden states ``[K, H]`` of candidate scoring, logits ``[N, V]`` of a tree.
         """
         order = sorted(range(len(parts)), key=lambda at: _place(parts[at]))
         ordered = [parts[at] for at in order]
         segments = [part for part in ordered if isinstance(part, Append)]
-        looks = [part for part in ordered if isinstance(part, ScoreCandidates)]
+        looks = [part for part in ordered if not isinstance(part, Append)]
         ids = torch.cat([part.ids for part in ordered])
-        positions = [at for part in ordered for at in places(part)]
+        positions = [at for part in ordered for at in positions_of(part)]
         hidden = self.step.rows(ids, positions, _side_by_side(_blocks(segments, looks)), self._correcting(ordered))
         ends = list(accumulate(len(segment.ids) for segment in segments))
         said: list[Output] = []
@@ -69,7 +70,9 @@ class DecoderBatch:
             said += [
                 StepOutput(*row) for row in zip(self.step.logits(last), (row.clone() for row in last), strict=True)
             ]
-        said += torch.split(hidden[ends[-1] if ends else 0 :], [len(scoring.ids) for scoring in looks]) if looks else []
+        rest = torch.split(hidden[ends[-1] if ends else 0 :], [len(scoring.ids) for scoring in looks]) if looks else []
+        for scoring, rows in zip(looks, rest, strict=True):
+            said.append(self.step.logits(rows) if isinstance(scoring, ScoreTree) else rows)
         return [said[order.index(at)] for at in range(len(parts))]
 
     @torch.inference_mode()
@@ -117,20 +120,13 @@ class DecoderBatch:
         return self._layers[lora]
 
 
-def places(part: Work) -> range | list[int]:
-    """The positions of a part's tokens; candidates all stand at the same."""
-    if isinstance(part, Append):
-        return range(part.length, part.length + len(part.ids))
-    return [part.length] * len(part.ids)
-
-
 def _place(part: Work) -> tuple[int, int]:
     """Single tokens, chunks, then candidates; of each, those of one adapter adjacent: it corrects one block of rows."""
     kind = int(len(part.ids) > 1) if isinstance(part, Append) else 2
     return kind, 0 if part.lora is None else id(part.lora)
 
 
-def _blocks(segments: Sequence[Append[Any]], looks: Sequence[ScoreCandidates[Any]]) -> list[tuple[int, Attention]]:
+def _blocks(segments: Sequence[Append[Any]], looks: Sequence[Work]) -> list[tuple[int, Attention]]:
     """Tokens over their own KV, which grows, then candidates over KV that stays: how many rows, and their attention."""
     single = [segment.cache for segment in segments if len(segment.ids) == 1]
     stretches = [segment for segment in segments if len(segment.ids) > 1]
@@ -155,13 +151,14 @@ def _side_by_side(blocks: Sequence[tuple[int, Attention]]) -> Attention:
 
 
 class OverlayAttention:
-    """Attention of K candidates over a prefix and each over itself; in one block per key head.
+    """Attention of candidates, or of a tree of tokens, over a prefix, their ancestors and themselves; in one block per
+    key head.
 
     Args:
-        scoring: the candidates and the KV cache of their sequence.
+        scoring: the candidates, or the tree, and the KV cache of their sequence.
     """
 
-    def __init__(self, scoring: ScoreCandidates[Any]) -> None:
+    def __init__(self, scoring: Work) -> None:
         self._look = scoring
         self._masks: dict[int | None, Tensor] = {}
 
@@ -172,7 +169,9 @@ class OverlayAttention:
         shared = q.shape[1] // heads  # queries per key head
         block = q.view(n, heads, shared, d).permute(1, 0, 2, 3).reshape(1, heads, n * shared, d)
         if layer.window not in self._masks:
-            mask = apart(n, keys.shape[-2], layer.window, like=q)
+            seen = branches_of(self._look)
+            assert seen is not None
+            mask = branching(seen, keys.shape[-2], layer.window, like=q)
             self._masks[layer.window] = mask.repeat_interleave(shared, dim=2)
         mask = self._masks[layer.window]
         out = functional.scaled_dot_product_attention(block, keys, values, attn_mask=mask, scale=layer.scale)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..base import Append, Output, ScoreCandidates, StepOutput, Work
+from ..base import Append, Output, ScoreCandidates, ScoreTree, StepOutput, Work
 from .candidate_overlay import cloned_rows, overlay_of, row_mask
 from .cuda.graph_runner import GraphRunner, graph_runner_of
 from .decoder_batch import DecoderBatch
@@ -119,6 +119,8 @@ class ModelRunner:
         return outputs
 
     def _alone(self, item: Work) -> Output:
+        if isinstance(item, ScoreTree):
+            return self._together([item])[0]
         return self._score(item) if isinstance(item, ScoreCandidates) else self._append(item)
 
     def _together(self, batch: Sequence[Work]) -> list[Output]:
@@ -174,7 +176,7 @@ class ModelRunner:
         most = CHUNK if self.device.type == "cpu" else MOST_WRITTEN_OUT
         for item in batch:
             chunk = isinstance(item, Append) and 1 < len(item.ids) <= most
-            single = isinstance(item, ScoreCandidates) or len(item.ids) == 1
+            single = not isinstance(item, Append) or len(item.ids) == 1
             if not (isinstance(item.cache, KVCache) and (chunk or (single and item.length))):
                 return False
         # hooks first: a trial of the decoder under hooks would fail for good

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..base import Append, Output, ScoreCandidates, StepOutput, Work
+from ..base import Append, Output, ScoreCandidates, ScoreTree, StepOutput, Work
 from .candidate_overlay import layer_kinds, overlay_of
 
 NAME = "s2t_packed"
@@ -38,16 +38,16 @@ class RaggedKV:
     Attributes:
         parts: ``[1, heads, length_i + T_i, d]`` each.
         widths: T of each.
-        beside: whether the new tokens of each see the prefix and themselves only, not each other.
+        beside: which of its new tokens each of them sees, ``[T, T]`` bool; None where each sees those before it.
         attend: name of the model's own attention.
         masks: made so far in this forward, by tokens, length and window; layers share them.
     """
 
     parts: Sequence[Tensor]
     widths: list[int]
-    beside: list[bool]
+    beside: list[Tensor | None]
     attend: str
-    masks: dict[tuple[int, int, int | None, bool], Tensor]
+    masks: dict[tuple[int, int, int | None, int], Tensor]
 
 
 class PackedKV(Cache):  # type: ignore[misc]
@@ -62,11 +62,11 @@ class PackedKV(Cache):  # type: ignore[misc]
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self._widths, self._beside = (
             [len(part.ids) for part in parts],
-            [isinstance(part, ScoreCandidates) for part in parts],
+            [branches_of(part) for part in parts],
         )
-        self._caches = [overlay_of(part.cache) if isinstance(part, ScoreCandidates) else part.cache for part in parts]
+        self._caches = [part.cache if isinstance(part, Append) else overlay_of(part.cache) for part in parts]
         self._attend = attend
-        self._masks: dict[tuple[int, int, int | None, bool], Tensor] = {}
+        self._masks: dict[tuple[int, int, int | None, int], Tensor] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -101,13 +101,14 @@ def attend_packed(
     attend = own_attention(module, key.attend)
     outputs = []
     rows = zip(torch.split(query, key.widths, -2), key.parts, value.parts, key.beside, strict=True)
-    for q, k, v, beside in rows:
+    for at, (q, k, v, beside) in enumerate(rows):
         mask = None
         if q.shape[-2] > 1:
-            size = (q.shape[-2], k.shape[-2], sliding_window, beside)
+            size = (q.shape[-2], k.shape[-2], sliding_window, -1 if beside is None else at)
             mask = key.masks.get(size)
             if mask is None:
-                mask = key.masks[size] = (apart if beside else causal)(*size[:3], like=q)
+                made = causal(*size[:3], like=q) if beside is None else branching(beside, *size[1:3], like=q)
+                mask = key.masks[size] = made
         elif sliding_window is not None and k.shape[-2] > sliding_window:
             k, v = k[..., -sliding_window:, :], v[..., -sliding_window:, :]
         outputs.append(attend(module, q, k, v, mask, sliding_window=sliding_window, **kwargs)[0])
@@ -139,12 +140,30 @@ def causal(tokens: int, length: int, window: int | None, *, like: Tensor) -> Ten
     return mask.masked_fill_(hidden, torch.finfo(like.dtype).min)[None, None]
 
 
-def apart(tokens: int, length: int, window: int | None, *, like: Tensor) -> Tensor:
-    """Additive mask ``[1, 1, tokens, length]`` of candidates: the prefix, within a window if any, and each itself."""
-    prefix = length - tokens
-    hidden = torch.ones(tokens, length, dtype=torch.bool, device=like.device)
-    hidden[:, 0 if window is None else max(0, prefix - window + 1) : prefix] = False
-    hidden[:, prefix:].fill_diagonal_(False)
+def branches_of(part: Work) -> Tensor | None:
+    """``[T, T]`` bool: which of a part's tokens each of them sees; None where each sees those before it."""
+    if isinstance(part, ScoreCandidates):
+        return torch.eye(len(part.ids), dtype=torch.bool)
+    return part.ancestors if isinstance(part, ScoreTree) else None
+
+
+def branching(seen: Tensor, length: int, window: int | None, *, like: Tensor) -> Tensor:
+    """Additive mask ``[1, 1, T, length]`` of tokens that branch off a prefix.
+
+    Args:
+        seen: ``[T, T]`` bool: which of the new tokens each of them sees, itself included; the last of ``length``.
+        length: of prefix and new tokens.
+        window: how far each sees, itself included.
+        like: dtype and device of the mask.
+    """
+    tokens = len(seen)
+    depth = seen.sum(1, keepdim=True)
+    columns = torch.arange(length - tokens)[None]
+    prefix = (
+        torch.ones(tokens, 1, dtype=torch.bool) if window is None else columns > length - tokens + depth - 1 - window
+    )
+    near = seen if window is None else seen & (depth - depth.T < window)
+    hidden = ~torch.cat([prefix.expand(tokens, length - tokens), near], dim=1).to(like.device)
     mask = torch.zeros(tokens, length, dtype=like.dtype, device=like.device)
     return mask.masked_fill_(hidden, torch.finfo(like.dtype).min)[None, None]
 
@@ -158,21 +177,17 @@ def through_modules(model: Any, parts: Sequence[Work]) -> list[Output]:
 
     Returns:
         In the order of ``parts``: logits ``[V]`` (fp32) and last hidden state ``[H]`` after a segment's last token,
-        last hidden states ``[K, H]`` of candidate scoring.
+        last hidden states ``[K, H]`` of candidate scoring, logits ``[N, V]`` of a tree.
     """
     config, decoder, device = model.config.get_text_config(), model.get_decoder(), model.device
     ends = list(accumulate(len(part.ids) for part in parts))
-    last = [end - 1 for end, part in zip(ends, parts, strict=True) if isinstance(part, Append)]
-    places = [
-        torch.arange(part.length, part.length + len(part.ids))
-        if isinstance(part, Append)
-        else torch.full((len(part.ids),), part.length)
-        for part in parts
-    ]
+    told = [rows_with_logits(part, end) for part, end in zip(parts, ends, strict=True)]
+    last = [row for rows in told for row in rows]
+    places = [at for part in parts for at in positions_of(part)]
     with packed_attention(config) as own, corrected(model, parts), keeping(decoder) as kept:
         inputs = {
             "input_ids": torch.cat([part.ids for part in parts])[None],
-            "position_ids": torch.cat(places).to(device)[None],
+            "position_ids": torch.tensor(places, device=device)[None],
             "attention_mask": ready_mask(config, model.get_output_embeddings().weight),
             "past_key_values": PackedKV(parts, own),
             "use_cache": True,
@@ -181,13 +196,29 @@ def through_modules(model: Any, parts: Sequence[Work]) -> list[Output]:
             out = model(**inputs, logits_to_keep=torch.tensor(last, device=device))
         else:
             decoder(**inputs)
-    hidden, at = kept[0], iter(range(len(last)))
-    return [
-        StepOutput(out.logits[0, next(at)].float(), hidden[end - 1].clone())
-        if isinstance(part, Append)
-        else hidden[end - len(part.ids) : end]
-        for end, part in zip(ends, parts, strict=True)
-    ]
+    hidden = kept[0]
+    logits = iter(torch.split(out.logits[0], list(map(len, told)))) if last else iter([])
+    outputs: list[Output] = []
+    for end, part, rows in zip(ends, parts, told, strict=True):
+        logits_of_part = next(logits).float() if last else hidden[:0]
+        if isinstance(part, Append):
+            outputs.append(StepOutput(logits_of_part[0], hidden[end - 1].clone()))
+        else:
+            outputs.append(logits_of_part if rows else hidden[end - len(part.ids) : end])
+    return outputs
+
+
+def positions_of(part: Work) -> Sequence[int]:
+    """The positions of a part's tokens in its sequence; candidates all stand at the same."""
+    if isinstance(part, Append):
+        return range(part.length, part.length + len(part.ids))
+    return part.positions if isinstance(part, ScoreTree) else [part.length] * len(part.ids)
+
+
+def rows_with_logits(part: Work, end: int) -> range:
+    """Rows of a part that ends at ``end`` after which logits are wanted: an append's last, all of a tree."""
+    first = end - 1 if isinstance(part, Append) else end - len(part.ids) if isinstance(part, ScoreTree) else end
+    return range(first, end)
 
 
 @contextmanager
