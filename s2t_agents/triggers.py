@@ -2,7 +2,8 @@
 
 >>> trigger = entropy(above=0.6) | margin(below=0.1)
 
-A trigger reads only the SLM's proposal. To add one, subclass ``Trigger`` or wrap a function in ``when``.
+A trigger reads only the SLM's proposal. To add one, subclass ``Trigger`` or wrap a function in ``when``. One object
+serves all generations, at once: it keeps nothing of a single one. Its ``repr`` is part of the key of LangChain's cache.
 """
 
 from __future__ import annotations
@@ -15,16 +16,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .backends.torch.fingerprint import tensors_fingerprint
 from .errors import ConfigError
+from .identity import new_token, token_of
 from .proposal import Proposal
 
 
 class Trigger(ABC):
-    """Base class of triggers."""
+    """Base class of triggers.
+
+    A subclass whose ``repr`` tells every setting shares cached answers with its equals; without a ``repr`` of its own,
+    an object shares them with no other.
+    """
 
     @abstractmethod
     def __call__(self, proposal: Proposal) -> bool:
         """Whether to re-rank the candidates at this step."""
+
+    def __repr__(self) -> str:
+        return token_of(self)
 
     def __or__(self, other: Trigger) -> Trigger:
         return when(lambda proposal: self(proposal) or other(proposal), f"({self!r} | {other!r})")
@@ -34,10 +44,16 @@ class Trigger(ABC):
 
 
 class when(Trigger):
-    """Any function of a proposal as a trigger."""
+    """Any function of a proposal as a trigger.
 
-    def __init__(self, condition: Callable[[Proposal], bool], name: str = "when(...)") -> None:
-        self._condition, self._name = condition, name
+    Args:
+        condition: whether to re-rank the candidates.
+        name: its ``repr``; triggers of one name share cached answers. By default no other trigger has the same.
+    """
+
+    def __init__(self, condition: Callable[[Proposal], bool], name: str | None = None) -> None:
+        self._condition = condition
+        self._name = name or new_token(f"when({getattr(condition, '__name__', type(condition).__name__)})")
 
     def __call__(self, proposal: Proposal) -> bool:
         """Whether the condition holds."""
@@ -58,7 +74,7 @@ class entropy(Trigger):
         return proposal.entropy >= self.above
 
     def __repr__(self) -> str:
-        return f"entropy(above={self.above:g})"
+        return f"entropy(above={self.above})"
 
 
 class margin(Trigger):
@@ -72,7 +88,7 @@ class margin(Trigger):
         return proposal.margin < self.below
 
     def __repr__(self) -> str:
-        return f"margin(below={self.below:g})"
+        return f"margin(below={self.below})"
 
 
 class probe(Trigger):
@@ -98,21 +114,23 @@ class probe(Trigger):
         return self.probability(proposal) >= self.above
 
     def __repr__(self) -> str:
-        return f"probe(above={self.above:g})"
+        weights = tensors_fingerprint([self.weight])
+        return f"probe(above={self.above}, bias={self.bias}, weight={weights})"
 
 
 class at_random(Trigger):
     """Triggers at a random share of all steps, the baseline for every trigger."""
 
     def __init__(self, rate: float, *, seed: int = 0) -> None:
-        self.rate, self._draw = _check_finite("at_random(rate)", rate), random.Random(seed)
+        self.rate, self.seed = _check_finite("at_random(rate)", rate), seed
+        self._draw = random.Random(seed)
 
     def __call__(self, proposal: Proposal) -> bool:
         """Whether this step was drawn."""
         return self._draw.random() < self.rate
 
     def __repr__(self) -> str:
-        return f"at_random({self.rate:g})"
+        return f"at_random({self.rate}, seed={self.seed})"
 
 
 def always() -> Trigger:

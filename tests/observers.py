@@ -38,7 +38,7 @@ class _Tracer(BaseCallbackHandler):
         self.seen = {"serialized": serialized, "invocation": kwargs["invocation_params"], "params": params}
 
 
-def cache_key(model: BaseChatModel, **call: Any) -> str:
+def cache_key(model: BaseChatModel, /, **call: Any) -> str:
     """The key under which a cache holds this model's answer to a call; no model runs."""
     cache = _AlwaysHit()
     model.model_copy(update={"cache": cache}).invoke("hello", **call)

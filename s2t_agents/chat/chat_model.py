@@ -30,6 +30,7 @@ from ..errors import ConfigError
 from ..escalation import Escalation
 from ..formats.reasoning import parse_max_thinking_tokens
 from ..hub import options_for_other_model
+from ..identity import identity
 from ..ledger import Ledger
 from ..llms import LLMSelector
 from ..redaction import without_secrets
@@ -57,7 +58,7 @@ from .call_arguments import (
 from .generation import Generation
 from .local_work import LocalWork
 from .logprobs import LogprobsReader
-from .response_options import ResponseOptions, openai_tools
+from .response_options import ResponseOptions, openai_tools, with_schema
 from .runtime import EngineSettings, RuntimeCache, escalation_of, model_of, profile_of
 from .structured_output import Method, structured
 from .token_count import tokens_of_messages
@@ -253,7 +254,7 @@ class ChatS2T(ConfigurableChatModel):
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """The key of LangChain's cache, without agent, budget, cache scope and earlier tries."""
         own = list(_as_list(_value_or(stop, self.stop))) or None  # LangChain's would hide the model's own stop strings
-        return super()._get_llm_string(stop=own, **without_own_arguments(kwargs))
+        return super()._get_llm_string(stop=own, **identity(with_schema(without_own_arguments(kwargs))))
 
     def _convert_cached_generations(self, cache_val: list[CachedGeneration]) -> list[ChatGeneration]:
         """Called on a cache hit: metadata and ledger record a cost of zero."""

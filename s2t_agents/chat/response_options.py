@@ -216,6 +216,15 @@ def parse_tool_choice(choice: Any) -> tuple[str, str | None]:
     return (word, None) if word in CHOICES else ("any", word)
 
 
+def with_schema(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments with a class as ``response_format`` replaced by its JSON schema, which means the same."""
+    wanted = call.get("response_format")
+    if not isinstance(wanted, type):
+        return dict(call)
+    schema = {"name": wanted.__name__, "schema": json_schema(wanted)}
+    return {**call, "response_format": {"type": "json_schema", "json_schema": schema}}
+
+
 def _parse_response_format(wanted: Any) -> tuple[Mapping[str, Any] | None, bool]:
     """The schema in an OpenAI ``response_format`` (or of a class), and whether the prompt shows it."""
     if wanted is None:

@@ -28,6 +28,7 @@ from ..formats.tool_calls import PlainTextParser, ToolCallParser
 from ..grammar.grammar import CompiledGrammar, Grammar, Vocabulary, cached_vocabulary
 from ..grammar.thinking import ThinkingVocabulary, ThinkThenAnswer, cached_thinking_vocabulary
 from ..hub import ModelSource
+from ..identity import identity
 from ..llms import LLMSelector, LocalLLM
 from ..redaction import without_secrets
 from ..scheduling.admission import Concurrency
@@ -85,21 +86,23 @@ class EngineSettings:
         if chosen is not None and not isinstance(chosen, (str, Path)) and not hasattr(chosen, "scores"):
             raise ConfigError(f"selector is a {type(chosen).__name__}.", hint="Give a directory or a Selector.")
         torch_dtype(self.dtype)
-        ModelSource.of(str(self.identifying_params()["model"]), self.model_kwargs)
+        ModelSource.of(self.model if isinstance(self.model, str) else self.model.name, self.model_kwargs)
         if self.device is not None:
             _check_device(self.device)
 
     def identifying_params(self) -> dict[str, Any]:
         """The settings that change an answer, as plain data: everything but device and concurrency."""
+        escalation = escalation_of(self.escalation)
         return {
             "model": without_secrets(self.model if isinstance(self.model, str) else self.model.name),
-            "selector": str(self.selector),
-            "escalation": repr(escalation_of(self.escalation)),
+            "loaded": None if isinstance(self.model, str) else repr(self.model),
+            "selector": identity(self.selector),
+            "escalation": escalation and [identity(each) for each in escalation.changing_answers],
             "k": self.k,
-            "trigger": repr(self.trigger),
-            "dtype": str(self.dtype),
-            "model_kwargs": without_secrets(self.model_kwargs),
-            "template_args": without_secrets(self.template_args),
+            "trigger": identity(self.trigger),
+            "dtype": identity(self.dtype),
+            "model_kwargs": identity(without_secrets(self.model_kwargs)),
+            "template_args": identity(without_secrets(self.template_args)),
             "chat_template": self.chat_template,
         }
 
@@ -220,7 +223,7 @@ class Runtime:
         """The encoder with additional template variables; the last few are cached."""
         if not template_args:
             return self.encoder
-        key = repr(sorted(template_args.items()))
+        key = repr(identity(sorted(template_args.items())))
         if key not in self._encoders:
             while len(self._encoders) >= MAX_ENGINES:
                 self._encoders.pop(next(iter(self._encoders)), None)
@@ -324,10 +327,10 @@ def shared_model(
 
 
 def _sharing_key(value: Any) -> Any:
-    """What tells options apart: objects are one by one; a secret is told from another, which its repr does not."""
+    """What tells options apart; a secret is told from another, which its repr does not."""
     if isinstance(value, SecretStr):
         return sha256(value.get_secret_value().encode()).hexdigest()
-    return id(value) if hasattr(value, "backend_tokenizer") else value
+    return identity(value)
 
 
 def model_of(given: Any) -> str | LanguageModel:

@@ -46,6 +46,11 @@ class Escalation:
         if self.record is not None and not Path(self.record).absolute().parent.is_dir():
             raise ConfigError(f"record is {str(self.record)!r}, and there is no such folder.", hint="Make it first.")
 
+    @property
+    def changing_answers(self) -> tuple[LLMSelector, float | None, Pacing | None]:
+        """The settings that may change an answer."""
+        return self.llm, self.margin, self.pacing
+
     def check_price(self, budget: Budget | None) -> None:
         """Refuse an LLM of unknown price under a dollar limit.
 

@@ -60,6 +60,9 @@ class LLMSelector(Protocol):
     If it has a time limit per question, it gives it in seconds as an attribute ``timeout_s``: a budget's hold lasts
     longer than that, and an hour if there is no such attribute.
 
+    Its ``repr``, where its class writes one, is part of the key of LangChain's cache and so tells every setting that
+    changes an answer; without one, an object shares cached answers with no other.
+
     Attributes:
         name: for reports.
         price: of its tokens; None if unknown.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache, partial
+from hashlib import sha256
 from typing import Any, Literal, TypeGuard
 
 import httpx
@@ -31,6 +32,7 @@ from ..errors import (
     QuestionRefused,
 )
 from ..hub import first_line
+from ..identity import token_of
 from ..scheduling.language_model import LanguageModel
 from ..types import Charge, Price
 from .previews import Preview, previews
@@ -124,7 +126,15 @@ class ChatJudge:
             ) from None
 
     def __repr__(self) -> str:
-        return f"ChatJudge({self.name!r})"
+        shown = f"preview_tokens={self.preview_tokens}, context_chars={self.context_chars}, seed={self.seed}"
+        return f"ChatJudge({self.name!r}, {shown}, chat={self._chat_identity()})"
+
+    def _chat_identity(self) -> str:
+        """What tells the chat model from others: the key of its own answers in LangChain's cache, hashed."""
+        try:
+            return sha256(self.chat._get_llm_string().encode()).hexdigest()[:16]
+        except Exception:  # noqa: BLE001 - anything from a custom chat model
+            return token_of(self.chat)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles as its settings, if the chat model does."""

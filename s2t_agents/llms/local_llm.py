@@ -16,6 +16,7 @@ from ..backends.torch.fingerprint import shared_ids
 from ..errors import EscalationFailed, TokenizerMismatch
 from ..fork_safety import hold_while_forking
 from ..hub import first_line
+from ..identity import identity
 from ..redaction import without_secrets
 from ..scheduling.idle_sequences import IdleSequences
 from ..scheduling.language_model import LanguageModel
@@ -54,7 +55,7 @@ class LocalLLM:
     ) -> None:
         self.name = model if isinstance(model, str) else model.name
         self.price = price
-        self._model = None if isinstance(model, str) else model
+        self._given = self._model = None if isinstance(model, str) else model
         self._options: dict[str, Any] = {"device": device, "dtype": dtype, **options}
         self._lock = threading.Lock()
         hold_while_forking(self, "_lock")
@@ -63,8 +64,10 @@ class LocalLLM:
 
     def __repr__(self) -> str:
         clean = without_secrets(self._options)
-        options = {key: value for key, value in clean.items() if value is not None and key != "device"}
-        return f"LocalLLM({', '.join([repr(self.name), *(f'{key}={value!r}' for key, value in options.items())])})"
+        options = [
+            f"{key}={identity(value)!r}" for key, value in clean.items() if value is not None and key != "device"
+        ]
+        return f"LocalLLM({', '.join([repr(self._given or without_secrets(self.name)), *options])})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles as its settings; weights and caches are loaded again when needed."""

@@ -13,6 +13,7 @@ from ..backends.loading import load_backend
 from ..backends.torch.backend import TorchBackend
 from ..backends.torch.packed_linear import LIMIT
 from ..errors import ConfigError
+from ..redaction import without_secrets
 from ..tokenization.vocabulary import decodable_ids
 from .compute_time import ComputeTime
 from .prefix_cache import PrefixCache
@@ -56,6 +57,12 @@ class LanguageModel:
     def load(cls, path: str, **options: Any) -> Self:
         """Read a model; arguments and errors as ``backends.loading.load_backend``."""
         return cls.on(load_backend(path, **options))
+
+    def __repr__(self) -> str:
+        kind = f"{self.library}, {self.quantization}"
+        if isinstance(self.backend, TorchBackend):
+            kind += f", {self.backend.model.dtype}"
+        return f"LanguageModel({without_secrets(self.name)!r}, {kind}, weights={self.weights_fingerprint})"
 
     @property
     def name(self) -> str:

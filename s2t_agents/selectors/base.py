@@ -8,13 +8,18 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..backends.torch.fingerprint import module_fingerprint
 from ..proposal import Proposal
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.waits import Waiting, finish
 
 
 class Selector(Protocol):
-    """Ranks the SLM's candidates. Stateless: one selector serves many generations."""
+    """Ranks the SLM's candidates. Stateless: one selector serves many generations.
+
+    Its ``repr``, where its class writes one, is part of the key of LangChain's cache and so tells every setting;
+    without one, an object shares cached answers with no other.
+    """
 
     def scores(self, proposal: Proposal) -> Tensor:
         """``[K]`` scores of ``proposal.candidates``, comparable to log-probabilities; the highest wins."""
@@ -35,6 +40,10 @@ class LearnedSelector(nn.Module):
         super().__init__()
         self.base = base
         self.temperature, self.caution = temperature, caution
+
+    def __repr__(self) -> str:
+        calibrated = f"temperature={self.temperature}, caution={self.caution}"
+        return f"{type(self).__name__}({self.base.name!r}, {calibrated}, weights={module_fingerprint(self)})"
 
     def scores(self, proposal: Proposal) -> Tensor:
         """``[K]``, see ``calibrated``."""

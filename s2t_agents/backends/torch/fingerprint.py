@@ -54,6 +54,21 @@ def checkpoint_fingerprint(norms: Iterable[Tensor]) -> str | None:
     return _short(str(found)) if found else None
 
 
+def tensors_fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Hash of all values of a few small tensors, such as a selector's."""
+    digest = hashlib.sha256()
+    for each in tensors:
+        values = each.detach().cpu().contiguous()
+        digest.update(f"{values.dtype}{tuple(values.shape)}".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def module_fingerprint(module: nn.Module) -> str:
+    """Hash of a small module: its architecture with the settings that its ``repr`` tells, and all values."""
+    return _short(nn.Module.__repr__(module) + tensors_fingerprint(module.state_dict().values()))
+
+
 def norms_of(model: nn.Module) -> list[Tensor]:
     """The weights ``[H]`` of a model's normalisation layers."""
     named = model.named_parameters()

@@ -35,6 +35,10 @@ class LoraLayer(nn.Module):
         self.scale = scale
         nn.init.kaiming_uniform_(self.a, a=5**0.5)
 
+    def extra_repr(self) -> str:
+        """Its scale, which no tensor tells."""
+        return f"scale={self.scale}"
+
     def forward(self, x: Tensor) -> Tensor:
         """The correction for inputs ``[..., in]``, as ``[..., out]``."""
         low = nn.functional.linear(x.to(self.a.dtype), self.a)
