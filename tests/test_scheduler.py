@@ -17,6 +17,7 @@ from s2t_agents import Engine
 from s2t_agents.backends.base import ScoreCandidates, Work
 from s2t_agents.backends.torch.lora import Lora
 from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.requests import AppendRequest
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.selectors import ActivatedSelector
 from s2t_agents.testing import RECURRENT, tiny_model
@@ -88,6 +89,49 @@ def test_a_long_prompt_goes_in_parts_beside_the_tokens_of_others(monkeypatch: py
     assert all(sum(width for width in forward if width > 1) <= 256 for forward in seen if len(forward) > 1)
     assert sum(1 in forward and max(forward) > 1 for forward in seen) >= 2
     assert isinstance(steps, int)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_without_batching_single_tokens_go_between_the_chunks_of_prompts(name: str) -> None:
+    model = tiny_model(name)
+    chunk = model.backend.limits.prefill_beside
+    assert not model.capabilities.batching
+    seen = widths(model)
+    long, longer, *short = (TokenSequence(model) for _ in range(5))
+    lengths = [2 * chunk + 1, 2 * chunk + 2, 1, 1, 1]
+    prefixes = [long, longer, *short]
+    model.scheduler.run(
+        [
+            AppendRequest(torch.arange(length) % 250, prefix.cache)
+            for length, prefix in zip(lengths, prefixes, strict=True)
+        ]
+    )
+    rows = [sum(forward) for forward in seen]
+    assert rows[:6] == [chunk, 1, 1, 1, chunk, 1]
+    assert sum(rows[6:]) == lengths[1]
+
+
+def test_without_batching_neither_prompts_nor_streams_starve() -> None:
+    model = tiny_model("bamba")
+    prompt = (torch.arange(1500) % 250).tolist()
+    done = threading.Event()
+
+    def decode() -> int:
+        prefix, steps = TokenSequence(model), 0
+        while not done.is_set():
+            prefix.append([1])
+            steps += 1
+        return steps
+
+    def prefill() -> None:
+        try:
+            for _ in range(3):
+                TokenSequence(model).append(prompt)
+        finally:
+            done.set()
+
+    *streams, _ = together(decode, decode, decode, prefill)
+    assert all(steps > 10 for steps in streams)  # type: ignore[operator]
 
 
 def test_a_step_that_fails_tells_its_own_caller_alone() -> None:

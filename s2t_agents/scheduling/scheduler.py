@@ -5,7 +5,8 @@
     scheduler   schedule [a b] ─ forward ─ postprocess ── schedule [a b] ─ forward ─ postprocess
 
 ``schedule`` takes single tokens and candidates of all callers first, then chunks of prompts (chunked prefill beside
-decoding). ``postprocess`` hands outputs out and divides the forward's time by rows. A sequence advances only when its
+decoding); where a forward holds one request only, it alternates between one chunk and all single tokens and candidates
+that wait. ``postprocess`` hands outputs out and divides the forward's time by rows. A sequence advances only when its
 caller asks for the next token: nothing is computed for a stream that nobody reads.
 
 The loop runs in a thread of its own. A caller that is alone, on a model with short steps, runs the same loop in its own
@@ -65,6 +66,8 @@ class Scheduler:
         self._thread: threading.Thread | None = None
         self._last: frozenset[int] = frozenset()
         """Callers of the last forward: they will probably be back in a moment."""
+        self._read_chunk = False
+        """The last forward was a chunk of a prompt; read where a forward holds only one request."""
         self._took_s, self._step_s = 0.0, inf
         self._threads = 1
         """OpenMP threads that the latest caller's operations run on."""
@@ -213,14 +216,22 @@ class Scheduler:
             waiting = list(self._waiting)
             if not waiting:
                 return [], []
-            if not self._backend.capabilities.batching:
-                tokens = self._backend.limits.prefill_beside if len(waiting) > 1 else self._backend.limits.prefill_alone
-                requests = waiting[:1]
-                batch = [waiting[0].work(tokens)]
-            else:
+            if self._backend.capabilities.batching:
                 requests, batch = self._batch(waiting)
+            else:
+                requests, batch = self._next_alone(waiting)
             self._running = requests
             return requests, batch
+
+    def _next_alone(self, waiting: Sequence[ForwardRequest]) -> tuple[list[ForwardRequest], list[Work]]:
+        """The next request where a forward holds only one: after a chunk of a prompt, all that wait for one forward."""
+        if self._read_chunk:
+            waiting = sorted(waiting, key=lambda each: not each.brief)
+            self._waiting = deque(waiting)
+        request = waiting[0]
+        self._read_chunk = not request.brief
+        limits = self._backend.limits
+        return [request], [request.work(limits.prefill_beside if len(waiting) > 1 else limits.prefill_alone)]
 
     def _batch(self, waiting: Sequence[ForwardRequest]) -> tuple[list[ForwardRequest], list[Work]]:
         requests = self._brief(waiting)
