@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 _ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
-_BARE_REPRS = (object.__repr__, type.__repr__, FunctionType.__repr__)
+_BARE_REPRS: tuple[Any, ...] = (object.__repr__, type.__repr__, FunctionType.__repr__)
 
 _tokens: dict[int, tuple[weakref.ref[Any], str]] = {}
 """By the object's ``id``; an entry goes with its object, before another can have the same one."""

@@ -60,7 +60,7 @@ def tensors_fingerprint(tensors: Iterable[Tensor]) -> str:
     for each in tensors:
         values = each.detach().cpu().contiguous()
         digest.update(f"{values.dtype}{tuple(values.shape)}".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy())
+        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
