@@ -22,6 +22,7 @@ LAYERS = [  # imports go down this list only, or stay on their own line
     {"types", "call_scope", "redaction", "identity", "fork_safety", "atomic_write"},
     {"budget"},
     {"ledger"},
+    {"telemetry"},
     {"endpoints"},
     {"bundled"},
     {"hub"},

@@ -18,6 +18,7 @@ from langchain_core.messages import AIMessage
 from ..budget import Budget, DevicePrice
 from ..errors import StoreUnavailable
 from ..ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Thought
+from ..telemetry import AnswerTelemetry
 from ..types import Charge, EscalationRecord, EscalationReport, RefusedBy, Step
 from .attribution import Caller, current_caller
 from .local_work import LocalWork
@@ -63,6 +64,7 @@ class Account:
         ledger_error: why the ledger did not keep the record; None if it did, or without a ledger.
         thought_tokens: how many of the first steps are reasoning, its tags included.
         thinking: whether the next step is reasoning.
+        telemetry: the answer's span; None where nobody looks.
         work: what the answer takes from the budget; says which limit ended it.
     """
 
@@ -72,6 +74,7 @@ class Account:
     llm: str | None = None
     device_price: DevicePrice | None = None
     budget: Budget | None = None
+    telemetry: AnswerTelemetry | None = None
     work: LocalWork = field(default_factory=lambda: LocalWork(None))
     prompt: Sequence[int] = ()
     trace_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -93,6 +96,8 @@ class Account:
     def record_escalation(self, question: EscalationRecord) -> None:
         """Keep the outcome of an escalation; its step may never be emitted."""
         self._last_escalation = question
+        if self.telemetry is not None:
+            self.telemetry.add_escalation(question, question.prefix_tokens - self.prompt_tokens)
 
     @property
     def unemitted_escalation(self) -> EscalationRecord | None:

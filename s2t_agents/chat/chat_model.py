@@ -37,6 +37,7 @@ from ..redaction import without_secrets
 from ..scheduling.admission import Concurrency, Place
 from ..scheduling.language_model import LanguageModel
 from ..selectors import Selector
+from ..telemetry import AnswerRequest
 from ..tokenization.chat_template import chat_template_of
 from ..triggers import Trigger
 from ..types import Sampling, Step
@@ -61,6 +62,7 @@ from .logprobs import LogprobsReader
 from .response_options import ResponseOptions, openai_tools, with_schema
 from .runtime import EngineSettings, RuntimeCache, escalation_of, model_of, profile_of
 from .structured_output import Method, structured
+from .telemetry_messages import input_messages
 from .token_count import tokens_of_messages
 from .unfinished_answers import EMPTY_ANSWER, conversation_key
 
@@ -410,13 +412,15 @@ class ChatS2T(ConfigurableChatModel):
         self, messages: list[BaseMessage], stop: list[str] | None, call: Mapping[str, Any]
     ) -> Generator[ChatGenerationChunk | Place | None, None, None]:
         """``Place`` while queued, then a chunk per step (None for an empty one), then a chunk with the metadata."""
-        generation = self._start(messages, stop, call)
+        generation = self._start(messages, stop, call, streamed=True)
         logprobs = LogprobsReader(generation, bool(call.get("logprobs")))
         for each in generation.deltas():
             yield each if isinstance(each, Place) else output_messages.message_chunk(each, logprobs.new())
         yield output_messages.final_chunk(generation)
 
-    def _start(self, messages: list[BaseMessage], stop: list[str] | None, call: Mapping[str, Any]) -> Generation:
+    def _start(
+        self, messages: list[BaseMessage], stop: list[str] | None, call: Mapping[str, Any], *, streamed: bool = False
+    ) -> Generation:
         """Validate the call and build its generation; the model does not run yet."""
         check_call(call, type(self).model_fields)
         request = ResponseOptions.of(call)
@@ -452,10 +456,23 @@ class ChatS2T(ConfigurableChatModel):
             budget=budget,
             work=work,
         )
-        on_step = self.on_step
+        on_step, sampling = self.on_step, replace(sampling, max_tokens=prepared.room)
+        stops = _as_list(_value_or(stop, self.stop))
+        asked = AnswerRequest(
+            operation="chat",
+            model=engine.slm.name,
+            llm=account.llm,
+            agent=account.caller.agent,
+            thread_id=account.caller.thread_id,
+            sampling=sampling,
+            stop=stops,
+            streamed=streamed,
+            structured=request.reply is not None,
+            messages=lambda: input_messages(messages),
+        )
         steps = engine.run(
             prepared.prompt,
-            replace(sampling, max_tokens=prepared.room),
+            sampling,
             grammar=prepared.grammar,
             budget=budget,
             cache_scope=scope,
@@ -472,9 +489,10 @@ class ChatS2T(ConfigurableChatModel):
             room=prepared.room,
             schemas=prepared.schemas,
             thoughts=prepared.thoughts,
-            stop=_as_list(_value_or(stop, self.stop)),
+            stop=stops,
             ledger=self.ledger,
             on_step=(lambda step: on_step(account.trace_id, step)) if on_step else None,
+            asked=asked,
         )
 
 

@@ -15,10 +15,12 @@ from ..formats.reasoning import ReasoningParser, TextPieces
 from ..formats.tool_calls import MessageDelta, PlainTextParser, ToolCallParser
 from ..ledger import Ledger
 from ..scheduling.admission import Place
+from ..telemetry import AnswerRequest, begin
 from ..tokenization.detokenizer import Detokenizer
 from ..types import Step
 from .accounting import Account
 from .response_options import OutputSchemas
+from .telemetry_messages import output_message
 
 
 class Generation:
@@ -39,6 +41,7 @@ class Generation:
         ledger: receives the record at the end, however the generation ends; a failure to record does not fail the
             answer, which is marked with ``ledger_error``.
         on_step: called with every step.
+        asked: what the answer was asked for with, for its telemetry; None has none.
 
     Attributes:
         finish_reason: "stop", "length", "tool_calls", or "aborted" while unfinished.
@@ -59,10 +62,11 @@ class Generation:
         stop: Sequence[str] = (),
         ledger: Ledger | None = None,
         on_step: Callable[[Step], None] | None = None,
+        asked: AnswerRequest | None = None,
     ) -> None:
         self._steps, self.account, self._tokenizer, self.eos_ids = steps, account, tokenizer, eos_ids
         self._room, self._stop = room, StopStrings(stop)
-        self._ledger, self._on_step = ledger, on_step
+        self._ledger, self._on_step, self._asked = ledger, on_step, asked
         self.parser, self.thoughts, self.schemas = parser, thoughts, schemas or OutputSchemas()
         self.invalid: list[str] = []
         self.finish_reason = "aborted"
@@ -72,17 +76,27 @@ class Generation:
 
         A ``Place`` comes first while the generation waits in the engine's queue.
         """
-        error: str | None = None
+        error: Exception | None = None
+        telemetry = self.account.telemetry = begin(self._asked) if self._asked is not None else None
         try:
             with closing(self._steps):
                 yield from self._read_steps()
         except Exception as problem:
-            error = f"{type(problem).__name__}: {problem}"
+            error = problem
             raise
         finally:
+            told = None if error is None else f"{type(error).__name__}: {error}"
             if self._ledger is not None:
                 self.account.write_record(
-                    self._ledger, self.finish_reason, decode=self.decode, prompt_text=self._prompt_text, error=error
+                    self._ledger, self.finish_reason, decode=self.decode, prompt_text=self._prompt_text, error=told
+                )
+            if telemetry is not None:
+                telemetry.end(
+                    lambda: self.account.record(self.finish_reason, decode=self.decode, error=told),
+                    reused_tokens=self.account.reused_tokens,
+                    budget=self.account.budget.path if self.account.budget is not None else None,
+                    error=error,
+                    output=self.as_messages,
                 )
 
     def _read_steps(self) -> Generator[Place | MessageDelta, None, None]:
@@ -153,6 +167,11 @@ class Generation:
             return "tool_calls"
         cut = self.account.work.stopped_by is not None or len(self.account.steps) >= self._room
         return "length" if cut and not ended else "stop"
+
+    def as_messages(self) -> list[dict[str, Any]]:
+        """The answer, whole or as far as it came, as ``gen_ai.output.messages``."""
+        reasoning = self.thoughts.reasoning if self.thoughts is not None else ""
+        return [output_message(self.parser.text, reasoning, self.parser.tool_calls, self.finish_reason)]
 
     def _prompt_text(self) -> str:
         return str(self._tokenizer.decode(self.account.prompt))

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from langchain_core.messages import HumanMessage
 from pydantic import Field
 
 from ..call_scope import CallScope, scoped_items
@@ -21,9 +22,11 @@ from ..chat.chat_model import ChatS2T
 from ..chat.generation import Generation
 from ..chat.local_work import LocalWork
 from ..chat.logprobs import LogprobsReader
+from ..chat.telemetry_messages import input_messages
 from ..errors import BadRequest
 from ..formats.tool_calls import PlainTextParser
 from ..scheduling.admission import Place
+from ..telemetry import AnswerRequest
 from ..types import Sampling
 from .chat_answers import DONE
 from .error_responses import event_of
@@ -144,7 +147,19 @@ class Completion:
             budget=budget,
             work=work,
         )
-        on_step = model.on_step
+        on_step, stops = model.on_step, asked.stops or ()
+        told = AnswerRequest(
+            operation="text_completion",
+            model=engine.slm.name,
+            llm=account.llm,
+            agent=account.caller.agent,
+            thread_id=account.caller.thread_id,
+            sampling=sampling,
+            stop=stops,
+            streamed=bool(asked.stream),
+            structured=False,
+            messages=lambda: input_messages([HumanMessage(engine.slm.tokenizer.decode(prompt))]),
+        )
         steps = engine.run(
             prompt,
             sampling,
@@ -159,9 +174,10 @@ class Completion:
             tokenizer=engine.slm.tokenizer,
             eos_ids=engine.slm.eos_ids,
             room=room,
-            stop=asked.stops or (),
+            stop=stops,
             ledger=model.ledger,
             on_step=(lambda step: on_step(account.trace_id, step)) if on_step else None,
+            asked=told,
         )
 
     def _prompt_ids(self) -> Sequence[int]:
