@@ -19,8 +19,9 @@ from typing import Any
 from s2t_agents.backends.torch.loading import load_tokenizer
 from s2t_agents.bundled import model_path
 from s2t_agents.errors import S2TError
-from s2t_agents.grammar.grammar import cached_vocabulary, json_grammar, tool_grammar
+from s2t_agents.grammar.grammar import json_grammar, tool_grammar
 from s2t_agents.grammar.relaxation import relax_schema
+from s2t_agents.grammar.vocabulary import cached_vocabulary
 
 
 def cases(folder: Path) -> Iterator[tuple[str, Any, bool]]:

@@ -9,7 +9,8 @@ import torch
 
 from s2t_agents.engine.engine import Engine
 from s2t_agents.escalation import Escalation
-from s2t_agents.grammar.grammar import CompiledGrammar, GrammarState, cached_vocabulary, json_grammar, tool_grammar
+from s2t_agents.grammar.grammar import CompiledGrammar, GrammarState, json_grammar, tool_grammar
+from s2t_agents.grammar.vocabulary import cached_vocabulary
 from s2t_agents.llms import Answer, Question
 from s2t_agents.llms.previews import continuations, previews
 from s2t_agents.proposal import Proposal

@@ -7,7 +7,8 @@ import pytest
 from s2t_agents.engine.engine import Engine
 from s2t_agents.engine.together import steps_of, together
 from s2t_agents.escalation import Escalation
-from s2t_agents.grammar.grammar import cached_vocabulary, tool_grammar
+from s2t_agents.grammar.grammar import tool_grammar
+from s2t_agents.grammar.vocabulary import cached_vocabulary
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import tiny_model
 from s2t_agents.training.counted_llm import CountedLLM, TakeoverLLM

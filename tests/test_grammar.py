@@ -11,8 +11,9 @@ from templates import family
 
 from s2t_agents.errors import BadSchema, ConfigError
 from s2t_agents.formats.tool_calls import CLOSE, OPEN, ToolCallParser
-from s2t_agents.grammar.grammar import MAX_TRIED, cached_vocabulary, json_grammar, tool_grammar
+from s2t_agents.grammar.grammar import MAX_TRIED, json_grammar, tool_grammar
 from s2t_agents.grammar.schema_rules import longest_minimum_bytes
+from s2t_agents.grammar.vocabulary import cached_vocabulary
 from s2t_agents.tokenization.detokenizer import Detokenizer
 
 TAGGED, SPELT = "qwen2_5", "llama3"  # vocabularies with <tool_call> as one token, and without

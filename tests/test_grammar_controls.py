@@ -7,7 +7,8 @@ import pytest
 from templates import FAMILIES, family
 
 from s2t_agents.formats.tool_calls import ToolCallParser
-from s2t_agents.grammar.grammar import Vocabulary, cached_vocabulary, json_grammar, tool_grammar
+from s2t_agents.grammar.grammar import json_grammar, tool_grammar
+from s2t_agents.grammar.vocabulary import Vocabulary, cached_vocabulary
 from s2t_agents.tokenization.detokenizer import Detokenizer
 from s2t_agents.tokenization.safe_encoding import SafeEncoder
 

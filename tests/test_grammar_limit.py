@@ -12,7 +12,8 @@ from random_schemas import object_schema, schema
 from templates import family
 from test_grammar import NOW, SPELT, TAGGED, WEATHER, Dice, calls_of, tool
 
-from s2t_agents.grammar.grammar import CompiledGrammar, GrammarState, cached_vocabulary, json_grammar, tool_grammar
+from s2t_agents.grammar.grammar import CompiledGrammar, GrammarState, json_grammar, tool_grammar
+from s2t_agents.grammar.vocabulary import cached_vocabulary
 
 CHOICES = ("best", "likely", "any", "endless")
 """How a token is chosen: the best of random logits, one of those that a mask keeps for them, one that a mask without

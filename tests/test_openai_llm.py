@@ -281,8 +281,12 @@ def test_urls_that_can_not_be_trusted_are_refused_and_secrets_in_them_not_repeat
 
 
 def test_plain_http_needs_a_word_outside_this_machine() -> None:
-    for url in ("http://127.0.0.1:1/v1", "http://localhost:1/v1", "http://[::1]:1/v1", "https://llm.example.com/v1"):
+    here = ("127.0.0.1", "127.9.9.9", "localhost", "LOCALHOST", "[::1]")
+    for url in (*(f"http://{host}:1/v1" for host in here), "https://llm.example.com/v1"):
         OpenAILLM(url, "m")
+    for host in ("localhost.example.com", "127.0.0.1.example.com", "128.0.0.1", "[::2]"):
+        with pytest.raises(ConfigError, match="allow_http"):
+            OpenAILLM(f"http://{host}:1/v1", "m")
     OpenAILLM("http://llm.example.com/v1", "m", allow_http=True)
 
 

@@ -18,8 +18,9 @@ from s2t_agents.formats.reasoning import (
     tag_pairs,
 )
 from s2t_agents.formats.tool_calls import PlainTextParser, ToolCallParser
-from s2t_agents.grammar.grammar import CompiledGrammar, cached_vocabulary, json_grammar, tool_grammar
+from s2t_agents.grammar.grammar import CompiledGrammar, json_grammar, tool_grammar
 from s2t_agents.grammar.thinking import ThinkingVocabulary, ThinkThenAnswer
+from s2t_agents.grammar.vocabulary import cached_vocabulary
 from s2t_agents.testing import tiny_tokenizer
 from s2t_agents.tokenization.detokenizer import Detokenizer
 from tests.templates import FAMILIES, family

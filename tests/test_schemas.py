@@ -13,10 +13,11 @@ from templates import family
 
 from s2t_agents.errors import BadSchema, ConfigError
 from s2t_agents.grammar.canonical_schema import canonicalize
-from s2t_agents.grammar.grammar import cached_vocabulary, json_grammar
+from s2t_agents.grammar.grammar import json_grammar
 from s2t_agents.grammar.relaxation import relax_schema
 from s2t_agents.grammar.shortest_value import ShortestValue, shortest_value
 from s2t_agents.grammar.validation import SchemaValidator
+from s2t_agents.grammar.vocabulary import cached_vocabulary
 
 TAGGED = "qwen2_5"
 STRING: dict[str, Any] = {"type": "string"}

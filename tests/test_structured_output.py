@@ -14,7 +14,7 @@ from pydantic.v1 import BaseModel as OldBaseModel
 from s2t_agents import ChatS2T, Ledger
 from s2t_agents.chat.response_options import ResponseOptions
 from s2t_agents.errors import BadSchema, ConfigError
-from s2t_agents.grammar.grammar import cached_vocabulary
+from s2t_agents.grammar.vocabulary import cached_vocabulary
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import tiny_model, tiny_tokenizer
 

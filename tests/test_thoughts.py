@@ -17,8 +17,9 @@ from s2t_agents.chat.unfinished_answers import Unfinished
 from s2t_agents.errors import BudgetExceeded, ConfigError
 from s2t_agents.escalation import Escalation
 from s2t_agents.formats.reasoning import ReasoningParser
-from s2t_agents.grammar.grammar import cached_vocabulary, tool_grammar
+from s2t_agents.grammar.grammar import tool_grammar
 from s2t_agents.grammar.thinking import ThinkThenAnswer, cached_thinking_vocabulary
+from s2t_agents.grammar.vocabulary import cached_vocabulary
 from s2t_agents.ledger import GenerationRecord, Totals
 from s2t_agents.llms.previews import continuations
 from s2t_agents.scheduling.sequence import TokenSequence

@@ -18,7 +18,8 @@ from benchmarks.train import run as bench
 from s2t_agents import ChatS2T, Engine
 from s2t_agents.backends.statistics import FLOOR
 from s2t_agents.errors import EscalationFailed
-from s2t_agents.grammar.grammar import cached_vocabulary, tool_grammar
+from s2t_agents.grammar.grammar import tool_grammar
+from s2t_agents.grammar.vocabulary import cached_vocabulary
 from s2t_agents.testing import tiny_model
 from s2t_agents.training.commands import app
 from s2t_agents.training.labels import LocalTeacher, along, label

@@ -12,9 +12,10 @@ from langchain_core.messages import BaseMessage, SystemMessage
 
 from ..errors import ConfigError
 from ..formats.tool_calls import PlainTextParser, ToolCallParser
-from ..grammar.grammar import CompiledGrammar, Vocabulary, json_grammar, tool_grammar
+from ..grammar.grammar import CompiledGrammar, json_grammar, tool_grammar
 from ..grammar.lark_rules import CHOICES, arguments_of, functions_of, reply_of
 from ..grammar.validation import SchemaValidator, cached_validator
+from ..grammar.vocabulary import Vocabulary
 from .schema_conversion import json_schema, openai_tool
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}

@@ -25,8 +25,9 @@ from ..escalation import DEFAULT_MARGIN, Escalation
 from ..fork_safety import LOADING, hold_while_forking
 from ..formats.reasoning import ReasoningParser
 from ..formats.tool_calls import PlainTextParser, ToolCallParser
-from ..grammar.grammar import CompiledGrammar, Grammar, Vocabulary, cached_vocabulary
+from ..grammar.grammar import CompiledGrammar, Grammar
 from ..grammar.thinking import ThinkingVocabulary, ThinkThenAnswer, cached_thinking_vocabulary
+from ..grammar.vocabulary import Vocabulary, cached_vocabulary
 from ..hub import ModelSource
 from ..identity import identity
 from ..llms import LLMSelector, LocalLLM

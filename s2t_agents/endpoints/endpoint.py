@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import email.utils
 import hashlib
-import ipaddress
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ import httpx
 from pydantic import SecretStr
 
 from ..errors import ConfigError, EndpointBusy, EndpointDown, EndpointRefused, EscalationFailed, QuestionRefused
+from .loopback import is_loopback
 
 MAX_BODY_BYTES = 1 << 20
 """Maximum size of a response body in bytes; one with K log-probabilities has a few thousand."""
@@ -281,16 +281,6 @@ def redact_in_logs(key: str) -> None:
         _key_filter.keys |= key_spellings(key)
         for name in HTTP_LOGGERS:
             logging.getLogger(name).addFilter(_key_filter)  # has no effect the second time
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's loopback."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _check_key(key: str) -> None:

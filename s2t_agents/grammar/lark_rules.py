@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import BadSchema, ConfigError
 from ..formats.tool_calls import CLOSE, OPEN
 from .relaxation import RelaxedSchema, relax_schema
 from .schema_rules import json_rule, parameters_of
-
-if TYPE_CHECKING:
-    from .grammar import Vocabulary
+from .vocabulary import Vocabulary
 
 CHOICES = ("auto", "any", "none")
 """Tool choices that are modes, not names of tools."""

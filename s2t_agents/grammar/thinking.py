@@ -19,7 +19,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..fork_safety import delay_fork
 from ..formats.reasoning import ReasoningFormat, ReasoningPhase, Tag
-from .grammar import CompiledGrammar, GrammarState, Vocabulary
+from .grammar import CompiledGrammar, GrammarState
+from .vocabulary import Vocabulary
 
 _TEXT_TOKENS = re.compile(r"[\s▁]+|</?[a-z]+[1-6]?>")
 """Added tokens that count as text: runs of white space, HTML tags."""

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from .requests import ForwardRequest
-    from .scheduler import Scheduler
+from .requests import ForwardRequest
+from .scheduler import Scheduler
 
 T = TypeVar("T")
 

@@ -26,13 +26,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..chat.chat_model import ChatS2T
+from ..endpoints.loopback import is_loopback
 from ..errors import UnknownModel
 from .chat_answers import chat_completion, chat_events
 from .chat_requests import chat_request
 from .completions import Completion, completion_request
 from .error_responses import body_of, error_body, shape_of
 from .exchange import EventStream, log_error, while_connected
-from .loopback import is_loopback
 from .request_bodies import BodyLimits, json_object
 from .tenants import Tenants
 

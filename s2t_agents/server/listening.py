@@ -13,9 +13,9 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..chat.chat_model import ChatS2T
+from ..endpoints.loopback import is_loopback
 from ..errors import ConfigError, ExposedServer
 from .app import create_app
-from .loopback import is_loopback
 from .tenants import Tenants
 
 HEADER_BYTES = 16 << 10

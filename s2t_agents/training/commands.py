@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import ConfigError, S2TError
 
 if TYPE_CHECKING:  # torch would make --help slow
-    from pydantic import BaseModel
-
     from .config import Kind, Part, Pipeline
 
 app = typer.Typer(no_args_is_help=True, help="Train and measure selectors.")

@@ -19,7 +19,8 @@ from ..engine.engine import Engine
 from ..engine.together import steps_of
 from ..errors import ContextOverflow
 from ..formats.tool_calls import ToolCallParser
-from ..grammar.grammar import CompiledGrammar, Grammar, cached_vocabulary, tool_grammar
+from ..grammar.grammar import CompiledGrammar, Grammar, tool_grammar
+from ..grammar.vocabulary import cached_vocabulary
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.waits import Waiting
 from ..tokenization.detokenizer import Detokenizer

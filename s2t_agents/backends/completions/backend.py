@@ -25,7 +25,8 @@ from torch import Tensor
 from ...endpoints import event_loop
 from ...endpoints.circuit_breaker import CircuitBreaker
 from ...endpoints.completions import TOP_LOGPROBS
-from ...endpoints.endpoint import Endpoint, is_loopback
+from ...endpoints.endpoint import Endpoint
+from ...endpoints.loopback import is_loopback
 from ...endpoints.retries import retry_wait
 from ...endpoints.served_selection import ServerSelection, read_back
 from ...endpoints.tokenizer_check import TokenizerSample, verify_tokenizer

@@ -3,7 +3,7 @@
     cells    | a0 a1 a2 | b0 b1 | a3 | . . . |      one buffer of KV for all sequences
     owners   | a,c  a,c a | b b | a  | . . . |      a fork owns the same cells: nothing is copied
 
-Nothing here knows of conversations; ``sequences`` does. One thread at a time.
+Conversations are the business of ``kv_cache``. One thread at a time.
 """
 
 from __future__ import annotations

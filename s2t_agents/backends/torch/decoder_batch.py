@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..base import Append, Output, ScoreCandidates, ScoreTree, StepOutput, Work
+from .kv_cache import PrefetchedToken
 from .llama_decoder import Attention, DecoderLayer, LinearMap, LlamaDecoder, appending, following
 from .lora import Lora, LoraLayer
-from .next_token_prefetch import PREFETCHED, PrefetchAttention, PrefetchedToken
+from .next_token_prefetch import PREFETCHED, PrefetchAttention
 from .packed_batch import branches_of, branching, positions_of
 from .packed_linear import FusedLinear
 

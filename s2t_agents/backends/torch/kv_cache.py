@@ -3,8 +3,8 @@
     buffer   [1, heads, capacity, d]   | tokens 0..length-1 | room |
     keys     [1, heads, length, d]     a view of the front
 
-transformers' own dynamic cache copies the whole prefix at every token. Overlays (``overlay``) use the room, too: what
-stands behind ``length`` is nobody's.
+transformers' own dynamic cache copies the whole prefix at every token. Candidate scoring (``candidate_overlay``) uses
+the room, too: the content beyond ``length`` is undefined.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import math
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-if TYPE_CHECKING:
-    from ..statistics import LogitStatistics
-    from .next_token_prefetch import PrefetchedToken
+from ..statistics import LogitStatistics
 
 GRAIN = 256
 """Tokens by which a buffer grows at least."""
@@ -123,6 +122,36 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             new[..., :length, :] = old[..., :length, :]
             setattr(self, name, new)
         self._set_length(length)
+
+
+@dataclass
+class PrefetchedToken:
+    """The step after a sequence, computed beforehand for some tokens (``next_token_prefetch``).
+
+    Attributes:
+        length: tokens in the sequence.
+        ids: the tokens read, in the order of the rows below.
+        hidden: ``[m, H]``.
+        layers: keys and values ``[m, key heads, d]`` of each layer.
+    """
+
+    length: int
+    ids: Sequence[int]
+    hidden: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+
+    def take(self, token: int, cache: KVCache) -> Tensor | None:
+        """Append a token's KV to its sequence.
+
+        Returns:
+            The token's hidden state ``[1, H]``; None, and nothing has changed, if this token was not read.
+        """
+        if token not in self.ids or cache.get_seq_length() != self.length:
+            return None
+        row = self.ids.index(token)
+        for layer, (keys, values) in zip(cache.layers, self.layers, strict=True):
+            layer.update(keys[row : row + 1, :, None], values[row : row + 1, :, None])
+        return self.hidden[row : row + 1]
 
 
 class KVCache(Cache):  # type: ignore[misc]

@@ -11,7 +11,6 @@ prefetched tokens costs a step as before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -21,36 +20,6 @@ from .llama_decoder import DecoderLayer, alone
 
 PREFETCHED = 2
 """Candidates whose next step is read: nearly every pick is one of the SLM's two likeliest, and each costs a row."""
-
-
-@dataclass
-class PrefetchedToken:
-    """What a model says one token past the end of a sequence, for some tokens.
-
-    Attributes:
-        length: tokens in the sequence.
-        ids: the tokens read, in the order of the rows below.
-        hidden: ``[m, H]``.
-        layers: keys and values ``[m, key heads, d]`` of each layer.
-    """
-
-    length: int
-    ids: Sequence[int]
-    hidden: Tensor
-    layers: list[tuple[Tensor, Tensor]]
-
-    def take(self, token: int, cache: KVCache) -> Tensor | None:
-        """Append a token's KV to its sequence.
-
-        Returns:
-            The token's hidden state ``[1, H]``; None, and nothing has changed, if this token was not read.
-        """
-        if token not in self.ids or cache.get_seq_length() != self.length:
-            return None
-        row = self.ids.index(token)
-        for layer, (keys, values) in zip(cache.layers, self.layers, strict=True):
-            layer.update(keys[row : row + 1, :, None], values[row : row + 1, :, None])
-        return self.hidden[row : row + 1]
 
 
 @dataclass

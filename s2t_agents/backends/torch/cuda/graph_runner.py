@@ -76,7 +76,7 @@ class GraphRunner:
         pools: where sequences lie.
         ops: how what is no product is computed.
         way: of which kind bodies are.
-        often: see ``static_stretches.OFTEN``.
+        often: see ``prefill_graphs.OFTEN``.
 
     Attributes:
         failed: something could not be captured, and the eager path is taken ever since.
@@ -182,7 +182,7 @@ class GraphRunner:
 
     @torch.inference_mode()
     def step(self, appends: Sequence[TokenAppend]) -> list[StepOutput | None]:
-        """Append tokens to each sequence. The next step may be under way at the end, see ``static_bodies``.
+        """Append tokens to each sequence. The next step may be under way at the end, see ``decode_graphs``.
 
         Returns:
             Logits ``[V]`` (fp32) and last hidden state ``[H]`` of each; None, and nothing has changed, for those to

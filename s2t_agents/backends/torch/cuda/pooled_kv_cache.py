@@ -1,4 +1,4 @@
-"""KV at addresses that stay: a sequence lies in one row of a KV pool (``pool``) while single tokens are added to it.
+"""KV at addresses that stay: a sequence lies in one row of a KV pool (``kv_pool``) while single tokens are added to it.
 
     slot    kv [2, layers, 1, heads, C, d]      a row of a KV pool, or a block of the sequence's own
     layer   keys, values [1, heads, C, d]       views of it

@@ -1,4 +1,4 @@
-"""Triton kernels of a step of few rows; ``kernels`` starts them and says what they are for.
+"""Triton kernels of a step of few rows; ``triton_decode`` launches them and documents what they compute.
 
 Sizes in capitals are compiled in. Rows of tensors may lie apart (``..._row``, elements), their columns never do.
 Arithmetic is fp32, rounded where torch's own functions round. Importing this needs Triton.
