@@ -143,6 +143,27 @@ def test_the_margin_decides_who_goes_up() -> None:
         Escalation(llm, margin=1.5)
 
 
+def test_a_hold_comes_back_as_soon_as_it_was_told_to_and_never_before_the_llms_deadline() -> None:
+    clock = FakeClock()
+    budget = Budget(escalations=9, clock=clock)
+    holds: list[int] = []
+
+    def answer(ids: object, candidates: Sequence[int]) -> list[float]:
+        for seconds in (7.9, 0.2):
+            clock.advance(seconds)
+            holds.append(budget.state().holds)
+        return [0.0 for _ in candidates]
+
+    llm = ScriptedLLM(answer)
+    with Escalation(llm, hold_s=8).open_session(budget, threshold=0.5) as session:
+        session.escalate(Question([1, 2, 3], [7, 8]))
+    assert holds == [1, 0]
+    llm.timeout_s = 5.0  # type: ignore[attr-defined]
+    for wanted in (5.0, 0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match=r"hold_s is .* above 5\.0 seconds"):
+            Escalation(llm, hold_s=wanted)
+
+
 def test_the_llms_session_is_closed_with_the_generations() -> None:
     llm = ScriptedLLM(last_candidate)
     ask(llm, None)

@@ -57,5 +57,6 @@ def test_picks_over_a_server_are_the_local_ones(server: CompletionServer) -> Non
     assert seen["questions"] == seen["same_picks"] > 0
 
 
-def test_the_vllm_script_is_one_that_a_shell_takes() -> None:
-    subprocess.run(["bash", "-n", str(EXAMPLES / "vllm" / "run.sh")], check=True)
+@pytest.mark.parametrize("script", sorted((EXAMPLES / "vllm").glob("*.sh")), ids=lambda script: script.name)
+def test_the_vllm_scripts_are_ones_that_a_shell_takes(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Serve the bundled LLM with a real vLLM on the CPU and check that its picks are LocalLLM's. See README.md.
+# All of it, from nothing: environments, servers, agents, labels, tables. Each script runs alone, too. See README.md.
 set -euo pipefail
-source "$(dirname "$0")/serve.sh"
+here=$(dirname "$0")
 
-MODEL=${MODEL:-s2t_agents/demo/weights/llm}
-NAME=s2t-demo-llm
-
-serve "$MODEL" "$NAME"
-"$PYTHON" examples/vllm/compare.py --url "http://127.0.0.1:$PORT/v1" --model "$NAME" --llm "$MODEL" "$@"
+for each in llm slm team labels cost; do
+  echo "== $each.sh"
+  "$here/$each.sh"
+done
+if [ -d runs/smollm2/slm ]; then
+  echo "== grammar.sh"
+  "$here/grammar.sh"
+fi

@@ -45,6 +45,7 @@ class EscalationSession:
         pace: lowers that margin as the budget is used up.
         groups: records every paid selection.
         on_asked: called after every question, also where the caller was interrupted or the budget raises.
+        hold_s: seconds after which a question's hold lapses should this process die; None goes by the LLM's deadline.
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class EscalationSession:
         pace: Pace | None = None,
         groups: PaidGroups | None = None,
         on_asked: Callable[[EscalationRecord], None] | None = None,
+        hold_s: float | None = None,
     ) -> None:
         self._llm, self._budget, self.margin = llm, budget, margin
         self._pace, self._groups, self._on_asked = pace, groups, on_asked
-        self._hold_s = _hold_s(llm)
+        self._hold_s = _hold_s(llm) if hold_s is None else hold_s
         self._llm_session: LLMSession = llm.open()
 
     def __enter__(self) -> EscalationSession:
@@ -146,12 +148,16 @@ class EscalationSession:
         return report
 
 
+def llm_deadline_s(llm: LLMSelector) -> float | None:
+    """Seconds that an LLM may take for a question; None where it sets no limit."""
+    deadline = getattr(llm, "timeout_s", None)
+    return deadline if isinstance(deadline, int | float) and math.isfinite(deadline) else None
+
+
 def _hold_s(llm: LLMSelector) -> float:
     """Seconds until a hold lapses: longer than the question may take, since others could then spend the same money."""
-    deadline = getattr(llm, "timeout_s", None)
-    if not isinstance(deadline, int | float) or not math.isfinite(deadline):
-        return HOLD_WITHOUT_DEADLINE_S
-    return max(HOLD_S, deadline + HOLD_LONGER_S)
+    deadline = llm_deadline_s(llm)
+    return HOLD_WITHOUT_DEADLINE_S if deadline is None else max(HOLD_S, deadline + HOLD_LONGER_S)
 
 
 def checked_answer(answer: object, question: Question) -> Answer:

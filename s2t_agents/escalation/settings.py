@@ -12,8 +12,9 @@ from ..llms.base import LLMSelector
 from ..types import EscalationRecord
 from .pacing import Pacing
 from .paid_groups import PaidGroups
-from .session import EscalationSession
+from .session import EscalationSession, llm_deadline_s
 
+LONGEST_HOLD_S = 86_400
 DEFAULT_MARGIN = 0.9
 """Where no selector was calibrated: the LLM is asked unless the best candidate stands this far above the second."""
 
@@ -30,21 +31,32 @@ class Escalation:
             come, first served.
         record: a file (JSON lines) that takes every paid selection as a training group. It holds the conversations
             that were asked about, as token ids.
+        hold_s: seconds after which what is held for a question comes back, should this process be killed; longer than
+            the LLM's own deadline. None takes a minute more than that deadline, and five minutes at least.
 
     Raises:
-        ConfigError: a margin out of range, or a record in a folder that is not there.
+        ConfigError: a margin out of range, a record in a folder that is not there, or a hold that would lapse while the
+            LLM may still answer.
     """
 
     llm: LLMSelector
     margin: float | None = None
     pacing: Pacing | None = None
     record: str | Path | None = None
+    hold_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.margin is not None and not 0 <= self.margin <= 1:
             raise ConfigError(f"escalation margin is {self.margin}; it must lie in [0, 1].")
         if self.record is not None and not Path(self.record).absolute().parent.is_dir():
             raise ConfigError(f"record is {str(self.record)!r}, and there is no such folder.", hint="Make it first.")
+        deadline = llm_deadline_s(self.llm)
+        if self.hold_s is not None and not (deadline or 0) < self.hold_s <= LONGEST_HOLD_S:
+            raise ConfigError(
+                f"hold_s is {self.hold_s}; it must lie above {deadline or 0} seconds, the LLM's deadline, and at most"
+                f" at {LONGEST_HOLD_S}.",
+                hint="Leave it out for a minute more than the deadline.",
+            )
 
     @property
     def changing_answers(self) -> tuple[LLMSelector, float | None, Pacing | None]:
@@ -80,4 +92,5 @@ class Escalation:
             pace=self.pacing.pace_for(budget) if self.pacing and budget else None,
             groups=PaidGroups(Path(self.record), self.llm.name) if self.record is not None else None,
             on_asked=on_asked,
+            hold_s=self.hold_s,
         )
