@@ -18,6 +18,7 @@ from s2t_agents.backends.torch.backend import TorchBackend
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.selectors.in_logits import LogitSelection
+from s2t_agents.training.labels import along
 
 Fault = Callable[["Handler", dict[str, Any]], None]
 
@@ -94,6 +95,7 @@ class CompletionServer(ThreadingHTTPServer):
     """Serves one model.
 
     Attributes:
+        lists_prompts: knows ``prompt_logprobs``, as vLLM does.
         by_id: knows ``logprob_token_ids``, as vLLM does; else answers with its best.
         fault: takes the place of the right answer.
         listing_fault: takes the place of the list of models.
@@ -109,7 +111,7 @@ class CompletionServer(ThreadingHTTPServer):
 
     def __init__(self, model: LanguageModel, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
-        self.model, self.by_id, self.usage = model, True, True
+        self.model, self.by_id, self.usage, self.lists_prompts = model, True, True, True
         self.tokenize: Callable[[str], list[int]] | None = lambda text: model.tokenizer.encode(
             text, add_special_tokens=False
         )
@@ -133,10 +135,21 @@ class CompletionServer(ThreadingHTTPServer):
         best = scores.topk(body["logprobs"]).indices.tolist()
         shown = body["logprob_token_ids"] + best[:1] if self.by_id and "logprob_token_ids" in body else best
         top = {f"token_id:{token}": float(scores[token]) for token in shown}
-        reply: dict[str, Any] = {"choices": [{"text": "", "logprobs": {"top_logprobs": [top]}}]}
+        choice: dict[str, Any] = {"text": "", "logprobs": {"top_logprobs": [top]}}
+        if self.lists_prompts and (count := body.get("prompt_logprobs")):
+            choice["prompt_logprobs"] = self.prompt_logprobs(body["prompt"], count)
+        reply: dict[str, Any] = {"choices": [choice]}
         if self.usage:
             reply["usage"] = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 1}
         return reply
+
+    def prompt_logprobs(self, ids: list[int], count: int) -> list[dict[str, Any] | None]:
+        """Of every token of a prompt but the first, with the ``count`` likeliest in its place, as vLLM lists them."""
+        listed: list[dict[str, Any] | None] = [None]
+        for token, row in zip(ids[1:], along(self.model, [(ids[:1], ids[1:])])[0] if ids[1:] else [], strict=True):
+            top = [*row.topk(count).indices.tolist(), token]
+            listed.append({str(at): {"logprob": float(row[at]), "rank": 1, "decoded_token": ""} for at in top})
+        return listed
 
     def events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """A greedy completion, an event a token, as vLLM streams it with ``ignore_eos``."""

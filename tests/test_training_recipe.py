@@ -4,26 +4,24 @@ import importlib.util
 import json
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
+from servers import serving
 from training_fixtures import save_model
 from typer.testing import CliRunner
 
 from benchmarks.train import run as bench
 from s2t_agents import ChatS2T, Engine
 from s2t_agents.backends.statistics import FLOOR
-from s2t_agents.errors import EscalationFailed
+from s2t_agents.endpoints.completions import TOP_LOGPROBS
 from s2t_agents.grammar.grammar import tool_grammar
 from s2t_agents.grammar.vocabulary import cached_vocabulary
 from s2t_agents.testing import tiny_model
 from s2t_agents.training.commands import app
 from s2t_agents.training.labels import LocalTeacher, along, label
-from s2t_agents.training.remote import TOP, RemoteTeacher
+from s2t_agents.training.remote import RemoteTeacher
 from s2t_agents.types import Sampling
 
 RECIPE = Path(__file__).parent.parent / "examples" / "real_pair"
@@ -37,33 +35,8 @@ def pair():
 
 @pytest.fixture(scope="module")
 def server(pair):
-    """``/v1/completions`` with ``prompt_logprobs``, as vLLM answers it."""
-    _, llm = pair
-    broken = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            ids = body["prompt"]
-            rows = along(llm, [(ids[:1], ids[1:])])[0]
-            listed = [None]
-            for token, row in zip(ids[1:], rows, strict=True):
-                top = [*row.topk(body["prompt_logprobs"]).indices.tolist(), token]
-                listed.append({str(i): {"logprob": float(row[i]), "rank": 1, "decoded_token": ""} for i in top})
-            answer = {"choices": [{"text": "", "prompt_logprobs": None if broken.is_set() else listed}]}
-            data = json.dumps(answer).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            """Quiet."""
-
-    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=served.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{served.server_port}/v1", broken
-    served.shutdown()
+    with serving(pair[1]) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +70,7 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.parametrize(("data", "row"), [("gsm8k", gsm8k), ("math", math)])
 def test_every_command_of_the_recipe(folder, server, data, row):
-    url, _ = server
+    url = server.url
     home = folder / data
     home.mkdir()
     for part, count in (("train", 24), ("test", 4)):
@@ -149,7 +122,7 @@ def test_every_command_of_the_recipe(folder, server, data, row):
 
 def test_a_served_teacher_says_what_a_local_one_says(pair, folder, server):
     slm, llm = pair
-    url, _ = server
+    url = server.url
     teacher = RemoteTeacher(url, "llm", slm, tokenizer=str(folder / "llm"))
     trajectories = [(list(b"1 + 1?"), list(b"2, I think")), (list(b"x"), list(b"yz"))]
     remote = label(slm, teacher, trajectories, 4)
@@ -157,32 +130,11 @@ def test_a_served_teacher_says_what_a_local_one_says(pair, folder, server):
     for trajectory, ours, theirs in zip(trajectories, remote, local, strict=True):
         assert torch.equal(ours.llm_best, theirs.llm_best)
         assert (ours.kl <= theirs.kl + 1e-3).all()
-        listed = along(llm, [trajectory])[0].topk(TOP).indices
+        listed = along(llm, [trajectory])[0].topk(TOP_LOGPROBS).indices
         seen = (ours.candidates[:, :, None] == listed[:, None]).any(-1)
         torch.testing.assert_close(ours.llm[seen], theirs.llm[seen], atol=1e-4, rtol=1e-4)
         assert (ours.llm[~seen] >= theirs.llm[~seen]).all()
         assert not seen.all()
-
-
-def test_a_server_without_prompt_logprobs_is_named(pair, folder, server, monkeypatch):
-    slm, _ = pair
-    url, broken = server
-    monkeypatch.setattr(RemoteTeacher._read.retry, "wait", lambda state: 0)
-    broken.set()
-    try:
-        with pytest.raises(EscalationFailed, match="no usable prompt_logprobs"):
-            label(slm, RemoteTeacher(url, "llm", slm, tokenizer=str(folder / "llm")), [([65], [66])], 4)
-    finally:
-        broken.clear()
-
-
-def test_a_server_that_is_not_there_is_named(pair, folder, monkeypatch):
-    slm, _ = pair
-    monkeypatch.setattr(RemoteTeacher._read.retry, "wait", lambda state: 0)
-    client = httpx.Client(transport=httpx.MockTransport(lambda request: httpx.Response(503)))
-    teacher = RemoteTeacher("http://nobody/v1", "llm", slm, tokenizer=str(folder / "llm"), client=client)
-    with pytest.raises(EscalationFailed, match="503"):
-        label(slm, teacher, [([65], [66])], 4)
 
 
 def test_math_answers_are_read_from_their_boxes():
@@ -203,7 +155,7 @@ def test_the_training_benchmark_runs():
 
 def test_a_served_teacher_sees_what_is_legal(pair, folder, server):
     slm, llm = pair
-    url, _ = server
+    url = server.url
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "boolean"}}}}}
     words = cached_vocabulary(slm.tokenizer, slm.vocab_size, sorted(slm.eos_ids))
     compiled = tool_grammar(words, [tool], "any", parallel=False)

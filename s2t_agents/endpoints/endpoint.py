@@ -89,13 +89,21 @@ class Endpoint:
         """The URL without the version, for endpoints outside OpenAI's API."""
         return self.url.copy_with(path=self.url.path.rstrip("/").removesuffix("/v1") or "/")
 
-    async def post(self, url: httpx.URL | str, body: object, *, sent: Callable[[], None] = lambda: None) -> bytes:
+    async def post(
+        self,
+        url: httpx.URL | str,
+        body: object,
+        *,
+        sent: Callable[[], None] = lambda: None,
+        most_bytes: int = MAX_BODY_BYTES,
+    ) -> bytes:
         """Send a JSON request; returns the response body.
 
         Args:
             url: absolute, or relative to the base.
             body: sent as JSON.
             sent: called when the body begins to be sent: from then on the server may work, and bill.
+            most_bytes: of the response.
 
         Raises:
             ConfigError: certificates or proxies of the environment that cannot be used.
@@ -103,11 +111,11 @@ class Endpoint:
             EndpointRefused, QuestionRefused: any other status than 200; nothing was spent.
             EscalationFailed: no readable response.
         """
-        return await self._request("POST", url, sent, json=body)
+        return await self._request("POST", url, sent, most_bytes, json=body)
 
     async def get(self, url: httpx.URL | str) -> bytes:
         """The response body of a GET request; errors as ``post``."""
-        return await self._request("GET", url, lambda: None)
+        return await self._request("GET", url, lambda: None, MAX_BODY_BYTES)
 
     async def close(self) -> None:
         """Close idle connections."""
@@ -135,11 +143,13 @@ class Endpoint:
             fault = self._broken(error)
         raise fault  # as in _request
 
-    async def _request(self, method: str, url: httpx.URL | str, sent: Callable[[], None], **body: Any) -> bytes:
+    async def _request(
+        self, method: str, url: httpx.URL | str, sent: Callable[[], None], most_bytes: int, **body: Any
+    ) -> bytes:
         fault: EscalationFailed
         try:
             async with self._stream(method, url, sent, **body) as response:
-                content = await _read_body(response)
+                content = await _read_body(response, most_bytes)
             if response.status_code == 200:
                 return content
             fault = self._status_error(response, content)
@@ -296,11 +306,11 @@ def _trace_body_start(sent: Callable[[], None]) -> Callable[[str, Any], Awaitabl
     return trace
 
 
-async def _read_body(response: httpx.Response) -> bytes:
+async def _read_body(response: httpx.Response, most_bytes: int = MAX_BODY_BYTES) -> bytes:
     content = bytearray()
     async for part in _parts(response):
         content += part
-        _check_length(content)
+        _check_length(content, most_bytes)
     return bytes(content)
 
 
@@ -325,9 +335,9 @@ async def _parts(response: httpx.Response) -> AsyncGenerator[bytes, None]:
         yield part
 
 
-def _check_length(content: bytearray) -> None:
-    if len(content) > MAX_BODY_BYTES:
-        raise EscalationFailed(f"the answer is longer than {MAX_BODY_BYTES} bytes.")
+def _check_length(content: bytearray, most_bytes: int = MAX_BODY_BYTES) -> None:
+    if len(content) > most_bytes:
+        raise EscalationFailed(f"the answer is longer than {most_bytes} bytes.")
 
 
 def status_error(status: int, message: str) -> EndpointRefused:

@@ -6,7 +6,9 @@ items ──batch──> SLM answers (greedy, sampled, or corrected by a selecto
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,10 @@ from typing import Any
 import torch
 
 from ..atomic_write import sole_run
+from ..backends.completions.backend import CompletionsBackend
 from ..backends.torch.fingerprint import shared_ids
+from ..budget import Budget
+from ..endpoints.spending import Spending
 from ..engine.engine import Engine
 from ..engine.together import together
 from ..errors import ConfigError, S2TError, TokenizerMismatch
@@ -29,15 +34,23 @@ from .crew import Crew
 from .dialogue import AnsweredItem, Speaker, answering
 from .labels import Labels, LocalTeacher, Teacher, label
 from .progress import bar
+from .served_costs import CollectingRun
+from .settings import ServedPrice
 from .shards import MANIFEST, Manifest, ModelIdentity, Shard, open_folder, write_shard
 from .tasks import Item, Task, prompts_hash
 
 
-def collect(config: CollectConfig, crew: Crew | None = None) -> Path:
+def collect(config: CollectConfig, crew: Crew | None = None, *, usd: Decimal | None = None) -> Path:
     """Make a folder of labelled rollouts, or finish one that was begun.
 
     A shard is a function of the manifest and its number alone: however often the run was killed, and however many
-    processes made it, the folder ends the same, byte for byte.
+    processes made it, the folder ends the same, byte for byte; with a model on a server, as far as that one repeats
+    itself.
+
+    Args:
+        config: see there.
+        crew: makes the shards; this process by default.
+        usd: the most that this run may cost on servers; None sets no limit.
 
     Returns:
         The manifest's path.
@@ -47,13 +60,17 @@ def collect(config: CollectConfig, crew: Crew | None = None) -> Path:
         TokenizerMismatch: SLM and LLM do not share ids.
         ConfigError: the folder holds other rollouts.
         FolderInUse: another run fills it now.
+        BudgetExceeded: ``usd`` is used up; whole shards are kept, and the next run goes on.
+        UnpricedModel: ``usd``, and a server whose price nobody knows.
+        ModelServerError, EscalationFailed: the SLM's server, or the LLM's, gives no usable answer.
         S2TError: the disk is full, or a model gives no numbers; whole shards are kept.
     """
     if not config.rollouts.greedy and not config.rollouts.samples:
         raise ConfigError("collect makes no rollouts: greedy is off and samples is 0.")
     crew = crew or Crew()
-    collector = _open(config)
-    make = collector.make if crew.count == 1 else partial(_make, config)
+    run = CollectingRun.of(config.models, config.out, usd)
+    collector = _open(config, run)
+    make = collector.make if crew.count == 1 else partial(_make, config, run)
     collector.finish(partial(crew.each, make))
     return config.out / MANIFEST
 
@@ -62,6 +79,10 @@ def collect_with(slm: LanguageModel, teacher: Teacher, task: Task, settings: Rol
     """``collect`` on models that are loaded already."""
     collector = Collector(slm, teacher, task, settings, out)
     collector.finish(partial(map, collector.make))
+
+
+SERVED_RUNNING = 32
+"""Answers at a time of an SLM on a server: each has a connection."""
 
 
 class Collector:
@@ -108,7 +129,9 @@ class Collector:
     def _answers(self, items: Sequence[Item]) -> list[AnsweredItem]:
         """Every pass over these items, all passes together; each drawn answer from a seed of its item and sample."""
         settings, slm = self._settings, self._slm
-        engine = Engine(slm, concurrency=Concurrency(running=len(items) * (settings.samples + 1)))
+        rows = len(items) * (settings.samples + 1)
+        running = rows if slm.library != "server" else min(rows, SERVED_RUNNING)
+        engine = Engine(slm, concurrency=Concurrency(running=running, waiting=rows, wait_s=math.inf))
         passes: list[tuple[Engine, int | None]] = [(engine, sample) for sample in range(settings.samples)]
         if settings.greedy:
             passes.insert(0, (engine if self._policy is None else _corrected(slm, self._policy, len(items)), None))
@@ -168,26 +191,29 @@ class Collector:
         )
 
 
-def _open(config: CollectConfig) -> Collector:
+def _open(config: CollectConfig, run: CollectingRun | None) -> Collector:
     task = config.task.open()
     models = config.models
     if config.rollouts.dtype is not None:
         models = models.model_copy(update={"dtype": config.rollouts.dtype})
-    slm = models.load_slm()
-    return Collector(slm, open_teacher(models, slm), task, config.rollouts, config.out)
+    budget = None if run is None else run.budget()
+    slm = models.load_slm_to_collect()
+    if budget is not None and isinstance(slm.backend, CompletionsBackend):
+        slm.backend.spending = _spending(budget, models.slm_price)
+    return Collector(slm, open_teacher(models, slm, budget), task, config.rollouts, config.out)
 
 
 _opened = lru_cache(maxsize=1)(_open)
 """Once per process of a crew, however many shards it makes; a process that lives on would miss changed files."""
 
 
-def _make(config: CollectConfig, number: int) -> int:
+def _make(config: CollectConfig, run: CollectingRun | None, number: int) -> int:
     """One shard, in a crew's process."""
-    return _opened(config).make(number)
+    return _opened(config, run).make(number)
 
 
-def open_teacher(models: Models, slm: LanguageModel) -> Teacher:
-    """The LLM that labels: local, or behind a vLLM server.
+def open_teacher(models: Models, slm: LanguageModel, budget: Budget | None = None) -> Teacher:
+    """The LLM that labels: local, or on a server, paid from ``budget``.
 
     Raises:
         TokenizerMismatch: its ids mean other tokens than the SLM's.
@@ -195,10 +221,21 @@ def open_teacher(models: Models, slm: LanguageModel) -> Teacher:
     if models.llm_server is not None:
         from .remote import RemoteTeacher
 
-        return RemoteTeacher(models.llm_server, models.llm, slm, tokenizer=models.llm_tokenizer)
+        return RemoteTeacher(
+            models.llm_server,
+            models.llm,
+            slm,
+            tokenizer=models.llm_tokenizer,
+            api_key_env=models.llm_key_env,
+            spending=None if budget is None else _spending(budget, models.llm_price),
+        )
     llm = models.load_llm()
     check_same_ids(slm, llm)
     return LocalTeacher(llm)
+
+
+def _spending(budget: Budget, price: ServedPrice | None) -> Spending:
+    return Spending(budget, None if price is None else price.of_tokens())
 
 
 def check_same_ids(slm: LanguageModel, llm: LanguageModel) -> None:

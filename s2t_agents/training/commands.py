@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -74,9 +75,13 @@ def _pairs(title: str, rows: dict[str, object]) -> Table:
 def collect(
     config: Config = BUNDLED,
     part: Annotated[str, typer.Option(help="train, heldout, both, or again (the on-policy round).")] = "both",
+    usd: Annotated[
+        str | None, typer.Option(help="The most that this run may cost on servers, in USD, for each part.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Make labelled rollouts; run again to go on after an interruption."""
+    from ..budget.money import dollars
     from .config import read_config
 
     with _one_line_errors():
@@ -86,20 +91,23 @@ def collect(
         }  # fmt: skip
         if part not in parts:
             raise ConfigError(f"part is {part!r}; it must be train, heldout, both or again.")
-        _show_each(json, (_collected(pipeline, name) for name in parts[part]))
+        limit = None if usd is None else dollars(usd, "--usd")
+        _show_each(json, (_collected(pipeline, name, limit) for name in parts[part]))
 
 
-def _collected(pipeline: Pipeline, part: Part) -> tuple[BaseModel, Table]:
+def _collected(pipeline: Pipeline, part: Part, usd: Decimal | None) -> tuple[BaseModel, Table]:
     from .collect import collect as run
     from .crew import Crew
     from .pipeline import first_selector
-    from .shards import read_manifest, read_shards
+    from .served_costs import spent_in
+    from .shards import CollectedFolder, read_manifest, read_shards
 
     settings = pipeline.collecting(part)
     if part == "again":
         first_selector(pipeline)
     with Crew(pipeline.processes) as crew:
-        folder = run(settings, crew).parent
+        folder = run(settings, crew, usd=usd).parent
+    spent = spent_in(folder)
     shards = read_shards(folder)
     rows: dict[str, object] = {
         "folder": folder,
@@ -107,7 +115,13 @@ def _collected(pipeline: Pipeline, part: Part) -> tuple[BaseModel, Table]:
         "steps": sum(len(shard.ids) for shard in shards),
         "right": f"{sum(int(s.right.sum()) for s in shards) / max(1, sum(map(len, shards))):.1%}",
     }
-    return read_manifest(folder), _pairs(f"rollouts: {part}", rows)
+    made = CollectedFolder(**read_manifest(folder).model_dump())
+    if spent is not None:
+        dollars = spent.spent["usd"]
+        made = made.model_copy(update={"served_usd": dollars, "served_tokens": spent.spent["llm_tokens"]})
+        rows["tokens on servers"] = f"{made.served_tokens:,}"
+        rows["USD on servers"] = "unknown: the models have no price" if dollars is None else f"{dollars:f}"
+    return made, _pairs(f"rollouts: {part}", rows)
 
 
 @app.command()

@@ -10,10 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..backends.completions.backend import UNKNOWN_WEIGHTS
+from ..backends.statistics import FLOOR
 from ..backends.torch.fingerprint import same_weights
 from ..errors import ConfigError, InputError
 from ..scheduling.language_model import LanguageModel
+from .labels import Trajectory, along
 from .shards import ModelIdentity, Shard, read_manifest, read_shards
+
+CHECKED = 64
+ALIKE = 0.9
+"""Steps, and the share of them: quantised, a model still ranks so many alike."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +60,52 @@ def read_for(slm: LanguageModel, folders: Sequence[Path], k: int) -> list[tuple[
     found = []
     for folder in folders:
         manifest = read_manifest(folder)
-        ours = ModelIdentity.of(slm)
-        same = same_weights(manifest.slm.weights_fingerprint, ours.weights_fingerprint)
+        ours, theirs = ModelIdentity.of(slm), manifest.slm.weights_fingerprint
+        unknown = theirs.startswith(UNKNOWN_WEIGHTS)
+        same = unknown or same_weights(theirs, ours.weights_fingerprint)
         if not same or manifest.slm.tokenizer_fingerprint != ours.tokenizer_fingerprint:
             raise ConfigError(
                 f"{folder} holds rollouts of {manifest.slm.name!r} with other weights than {slm.name!r} has now.",
                 hint="Collect again with the present weights.",
             )
         shards = read_shards(folder)
+        if unknown:
+            _check_alike(slm, folder, shards)
         kept = min(shard.candidates.shape[1] for shard in shards)
         if kept < k:
             raise ConfigError(f"k is {k}, but {folder} keeps {kept} candidates.", hint="Collect with a larger k.")
         found += [(manifest.prompts_hash, shard) for shard in shards]
     return found
+
+
+def _check_alike(slm: LanguageModel, folder: Path, shards: Sequence[Shard]) -> None:
+    """Compare a model with rollouts of a server, which does not say what weights it has.
+
+    Raises:
+        ConfigError: on the first ``CHECKED`` steps they seldom rank the candidates alike.
+    """
+    trajectories: list[Trajectory] = []
+    ranked: list[Tensor] = []
+    for shard in shards:
+        for prompt, ids, steps in shard.trajectories():
+            if sum(map(len, ranked)) < CHECKED:
+                candidates, values = shard.candidates[steps][:CHECKED].long(), shard.slm[steps][:CHECKED]
+                trajectories.append((prompt, ids[:CHECKED]))
+                ranked.append(candidates.where(values > FLOOR, candidates[:, :1]))  # of the legal ones
+    if not trajectories:
+        return
+    said = [
+        log_probs.gather(1, ids.to(log_probs.device))
+        for log_probs, ids in zip(along(slm, trajectories), ranked, strict=True)
+    ]
+    first = [values[:, 0] >= values.amax(-1) for values in said]
+    alike = float(torch.cat(first).float().mean())
+    if alike < ALIKE:
+        raise ConfigError(
+            f"{folder} holds rollouts of a server whose model is not {slm.name!r}: of {sum(map(len, first))} steps they"
+            f" rank the same candidate first at {alike:.0%}, and {ALIKE:.0%} are wanted.",
+            hint="Serve the checkpoint that is trained, and collect again.",
+        )
 
 
 def threshold_for(values: Tensor, rate: float) -> float:

@@ -3,6 +3,7 @@ the K candidates are kept."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..backends.completions.backend import CompletionsBackend
+from ..backends.completions.faults import model_server_errors
 from ..backends.statistics import FLOOR
 from ..grammar.grammar import Grammar
 from ..proposal import best_first, entropy_of
 from ..scheduling.language_model import LanguageModel
 from .batch_reading import logits_along
+from .served_reading import Listed, ServedReader
 from .shards import ModelIdentity
 from .stepwise import outputs_along
 
@@ -24,6 +28,9 @@ Trajectory = tuple[list[int], list[int]]
 
 BATCH_TOKENS = 4096
 """Tokens per forward, padding included, while trajectories are labelled."""
+
+LEAST_REST = 1e-9
+"""Probability that the tokens together have which a server does not list, at least."""
 
 SPREAD = 1.5
 """Of the lengths in one forward, longest to shortest: beyond, a second forward costs less than the padding."""
@@ -151,12 +158,15 @@ def under(grammar: Grammar | None, ids: Sequence[int], log_probs: Tensor) -> Ten
 def along(model: LanguageModel, trajectories: Sequence[Trajectory]) -> list[Tensor]:
     """Log-probabilities ``[n, V]`` of every completion step: each prompt is read once, then one forward for all.
 
-    A model that does not run in torch reads token by token, through its scheduler.
+    A model on a server reads there: of what it does not list, every token gets the same share of the rest (``spread``).
+    Any other that does not run in torch reads token by token, through its scheduler.
 
     Args:
         model: is asked.
         trajectories: turns of one dialogue are neighbours.
     """
+    if isinstance(model.backend, CompletionsBackend):
+        return served_along(model.backend, trajectories)
     if model.library != "torch":
         return outputs_along(model, trajectories, lambda output: output.logits.log_softmax(-1))
     rows = [prompt + ids[:-1] for prompt, ids in trajectories]
@@ -175,6 +185,60 @@ def along(model: LanguageModel, trajectories: Sequence[Trajectory]) -> list[Tens
                 said = torch.cat([logits[row, :1], logits[row, before + 1 : before + len(ids)]])
             found.append(said.log_softmax(-1))
     return found
+
+
+def served_along(backend: CompletionsBackend, trajectories: Sequence[Trajectory]) -> list[Tensor]:
+    """``along`` for a model on a server.
+
+    Raises:
+        ModelServerError: no usable answer.
+        BudgetExceeded: the backend's ``spending`` has no room for the next request.
+    """
+    reader = ServedReader(backend.endpoint, backend.served_name, backend.vocab_size, spending=backend.spending)
+    with model_server_errors(backend.name):
+        listed = listed_along(reader, trajectories)
+    return [spread(rows, backend.vocab_size) for rows in listed]
+
+
+def spread(rows: Sequence[Listed], vocab_size: int) -> Tensor:
+    """Log-probabilities ``[n, V]`` from those listed at n steps: all other tokens share the rest alike.
+
+    None of them is likelier than the last listed, so the entropy is at most a little above the true one.
+    """
+    found = torch.empty(len(rows), vocab_size)
+    for at, row in enumerate(rows):
+        rest = max(1.0 - sum(map(math.exp, row.values())), LEAST_REST)
+        found[at] = math.log(rest / max(1, vocab_size - len(row)))
+        found[at, list(row)] = torch.tensor(list(row.values())).clamp_min(FLOOR + 1)  # at FLOOR it would be illegal
+    return found
+
+
+def listed_along(
+    reader: ServedReader, trajectories: Sequence[Trajectory], candidates: Sequence[Tensor] | None = None
+) -> list[list[Listed]]:
+    """What a server lists before each of the n tokens of every completion; a dialogue is read once.
+
+    Args:
+        reader: of the server.
+        trajectories: turns of one dialogue are neighbours.
+        candidates: ``[n, K]`` each, named where the server is asked by them; None names none.
+    """
+    rows = [prompt + ids for prompt, ids in trajectories]
+    chains = dialogues(rows)
+    wanted: list[dict[int, Sequence[int]]] = [
+        {
+            len(trajectories[at][0]) + step: () if candidates is None else candidates[at][step].tolist()
+            for at in chain
+            for step in range(len(trajectories[at][1]))
+        }
+        for chain in chains
+    ]
+    read = reader.read([rows[chain[-1]] for chain in chains], wanted)
+    return [
+        [listed[len(trajectories[at][0]) + step] for step in range(len(trajectories[at][1]))]
+        for chain, listed in zip(chains, read, strict=True)
+        for at in chain
+    ]
 
 
 def dialogues(rows: Sequence[Sequence[int]]) -> list[list[int]]:

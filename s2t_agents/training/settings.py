@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -9,6 +10,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ..backends.loading import is_gguf
+from ..budget import TokenPrice
 from ..bundled import model_path
 from ..scheduling.language_model import LanguageModel
 
@@ -16,6 +18,9 @@ Kind = Literal["head", "activated", "adapted", "published"]
 KINDS: tuple[Kind, ...] = ("head", "activated", "adapted", "published")
 """From the cheapest to the dearest to train."""
 Value = TypeVar("Value")
+
+SERVED_WAIT_S = 600.0
+"""For a token of a rollout: a server with many to answer lets some wait."""
 
 
 def _each_once(values: tuple[Value, ...]) -> tuple[Value, ...]:
@@ -34,15 +39,37 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class ServedPrice(Settings):
+    """USD per million tokens of a served model.
+
+    Attributes:
+        input: tokens read.
+        output: tokens written.
+        cached: tokens read from the server's prefix cache; None charges them as read anew.
+    """
+
+    input: Decimal = Field(ge=0)
+    output: Decimal = Field(ge=0)
+    cached: Decimal | None = Field(default=None, ge=0)
+
+    def of_tokens(self) -> TokenPrice:
+        """For a budget."""
+        return TokenPrice(self.input, self.output, self.cached)
+
+
 class Models(Settings):
     """The pair.
 
     Attributes:
         slm: path, hub id or bundled name.
         llm: likewise; with ``llm_server`` the name that the server knows it by.
+        slm_server: ``vllm://host:port/name`` of a server with the SLM: rollouts are made and read there. Everything
+            else reads the weights of ``slm``, of which a collection only needs the tokenizer.
+        slm_key_env, llm_key_env: names of environment variables with the servers' bearer tokens.
+        slm_price, llm_price: of the servers' tokens; None where nobody knows it.
         llm_server: base URL of an OpenAI-compatible vLLM server, such as ``http://localhost:8000/v1``.
         llm_tokenizer: path or hub id of the LLM's tokenizer when it is served; by default ``llm``.
-        device: None takes the best there is.
+        device: of what runs on this machine; None takes the best there is.
         dtype: None takes fp32 for small models on a CPU, the checkpoint's own otherwise. GGUF files have their own.
     """
 
@@ -50,12 +77,37 @@ class Models(Settings):
     llm: str = "s2t-demo-llm"
     llm_server: str | None = None
     llm_tokenizer: str | None = None
+    slm_server: str | None = None
+    slm_key_env: str | None = None
+    llm_key_env: str | None = None
+    slm_price: ServedPrice | None = None
+    llm_price: ServedPrice | None = None
     device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def load_slm(self) -> LanguageModel:
         """The small model; errors as ``LanguageModel.load``."""
         return self._load(self.slm)
+
+    def load_slm_to_collect(self) -> LanguageModel:
+        """The small model as it makes rollouts: on its server, if it has one.
+
+        Raises:
+            ModelServerError: it cannot be reached.
+            S2TError: as ``LanguageModel.load``.
+        """
+        if self.slm_server is None:
+            return self.load_slm()
+        tokenizer = model_path(self.slm)
+        return LanguageModel.load(
+            self.slm_server, tokenizer=tokenizer, api_key_env=self.slm_key_env, allow_http=True, timeout_s=SERVED_WAIT_S
+        )
+
+    @property
+    def served_prices(self) -> dict[str, ServedPrice | None]:
+        """Of the models on servers, by their addresses."""
+        servers = {self.slm_server: self.slm_price, self.llm_server: self.llm_price}
+        return {server: price for server, price in servers.items() if server is not None}
 
     def load_llm(self) -> LanguageModel:
         """The large model, on this machine."""

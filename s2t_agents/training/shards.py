@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,18 @@ class Manifest(BaseModel):
     items: int
     shards: int
     settings: dict[str, Any]
+
+
+class CollectedFolder(Manifest):
+    """A finished folder's manifest, with what servers were paid for it.
+
+    Attributes:
+        served_usd: by all runs in the folder; None where nothing was on a server, or its price is unknown.
+        served_tokens: read and written there, those from a prefix cache left out.
+    """
+
+    served_usd: Decimal | None = None
+    served_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from ...endpoints.endpoint import Endpoint
 from ...endpoints.loopback import is_loopback
 from ...endpoints.retries import retry_wait
 from ...endpoints.served_selection import ServerSelection, read_back
+from ...endpoints.spending import Spending
 from ...endpoints.tokenizer_check import TokenizerSample, verify_tokenizer
 from ...errors import ConfigError, EndpointBusy, EscalationFailed, ModelServerRefused
 from ...fork_safety import FORWARD, hold_while_forking
@@ -41,6 +42,9 @@ from .stream import CompletionStream, Prediction
 
 SCHEME = "vllm://"
 """Of addresses: ``vllm://host:port/name``, the name as the server lists it."""
+
+UNKNOWN_WEIGHTS = "server-"
+"""How a fingerprint begins that tells addresses apart, not weights."""
 
 TOKEN_BYTES = 8
 FIRST = 1e-3
@@ -158,6 +162,9 @@ class CompletionsBackend:
         options: how it is asked.
         breaker: circuit breaker of the server.
 
+    Attributes:
+        spending: pays for every request: the whole prompt and what was written of the answer; None counts nothing.
+
     Raises:
         ConfigError: a tokenizer without an end token, and none given.
     """
@@ -175,7 +182,8 @@ class CompletionsBackend:
         options: ServerOptions | None = None,
         breaker: CircuitBreaker | None = None,
     ) -> None:
-        self._model, self._endpoint, self._options = name, endpoint, options or ServerOptions()
+        self.served_name, self.endpoint, self._options = name, endpoint, options or ServerOptions()
+        self.spending: Spending | None = None
         self.name = f"{SCHEME}{endpoint.url.netloc.decode('ascii')}/{name}"
         self.given_tokenizer = self.tokenizer = tokenizer
         self.architecture, self.hidden_size = "unknown", 0
@@ -198,7 +206,7 @@ class CompletionsBackend:
         self.limits = Limits()
         self.breaker = breaker or CircuitBreaker()
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
-        self.weights_fingerprint = f"server-{hashlib.sha256(self.name.encode()).hexdigest()[:16]}"
+        self.weights_fingerprint = f"{UNKNOWN_WEIGHTS}{hashlib.sha256(self.name.encode()).hexdigest()[:16]}"
         """Which weights a server has, it does not say: this tells addresses apart."""
 
     @classmethod
@@ -239,8 +247,8 @@ class CompletionsBackend:
     def connect(self) -> None:
         """Compare name and tokenizer with the server's; errors as ``load``."""
         asking = verify_tokenizer(
-            self._endpoint,
-            self._model,
+            self.endpoint,
+            self.served_name,
             TokenizerSample.of(self),
             hint='Give the tokenizer of the model that it serves: model_kwargs={"tokenizer": ...}.',
         )
@@ -348,7 +356,7 @@ class CompletionsBackend:
         if found is not None:
             return found
         if len(self.eos_ids) != 1:
-            raise EscalationFailed(f"{self._model!r} ended its answer by a token that the server does not show.")
+            raise EscalationFailed(f"{self.served_name!r} ended its answer by a token that the server does not show.")
         (end,) = self.eos_ids  # an empty completion: the end token, which this server does not show
         return Prediction(end, {end: 0.0})
 
@@ -370,7 +378,7 @@ class CompletionsBackend:
 
     def _request(self, cache: CompletionCache, tokens: int, **more: Any) -> CompletionStream:
         body = {
-            "model": self._model,
+            "model": self.served_name,
             "prompt": list(cache.ids),  # the sequence may go on before it is sent
             "max_tokens": tokens,
             "temperature": 0,
@@ -381,7 +389,14 @@ class CompletionsBackend:
             "stream": True,
             **more,
         }
-        return CompletionStream(self._endpoint, body, start=cache.length, vocab_size=self.vocab_size)
+        payment = None if self.spending is None else self.spending.hold(cache.length, tokens)
+        return CompletionStream(
+            self.endpoint,
+            body,
+            start=cache.length,
+            vocab_size=self.vocab_size,
+            payment=payment,
+        )
 
     def _logits(self, known: dict[int, float]) -> Tensor:
         logits = torch.full((self.vocab_size,), -torch.inf)
@@ -393,7 +408,7 @@ class CompletionsBackend:
         ends = frozenset([self.tokenizer.eos_token_id] if given is None else given) - {None}
         if not ends or not all(type(each) is int and 0 <= each < self.vocab_size for each in ends):
             raise ConfigError(
-                f"the end tokens of {self._model!r} are {sorted(map(str, ends))}.",
+                f"the end tokens of {self.served_name!r} are {sorted(map(str, ends))}.",
                 hint='Name their ids: model_kwargs={"eos_token_ids": [...]}.',
             )
         return ends

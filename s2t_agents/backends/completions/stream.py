@@ -19,7 +19,8 @@ from pydantic import Field, ValidationError
 from ...endpoints import event_loop
 from ...endpoints.completions import LOGPROB_TOLERANCE, LogProb, PartialModel, logprobs_by_id, token_id
 from ...endpoints.endpoint import Endpoint
-from ...errors import EscalationFailed
+from ...endpoints.spending import Payment
+from ...errors import EndpointBusy, EndpointRefused, EscalationFailed
 
 DATA = b"data:"
 DONE = b"[DONE]"
@@ -111,15 +112,21 @@ class CompletionStream:
         body: of the request.
         start: tokens of its prompt.
         vocab_size: no token id reaches it.
+        payment: is settled when it is over; None where nothing is counted.
     """
 
-    def __init__(self, endpoint: Endpoint, body: dict[str, Any], *, start: int, vocab_size: int) -> None:
+    def __init__(
+        self, endpoint: Endpoint, body: dict[str, Any], *, start: int, vocab_size: int, payment: Payment | None = None
+    ) -> None:
         self.start, self._vocab_size = start, vocab_size
         self._arrived: list[Prediction] = []
         self._error: BaseException | None = None
         self._over = False
         self._changed = threading.Condition()
+        self._sent = False
         self._task = asyncio.run_coroutine_threadsafe(self._read(endpoint, body), event_loop.shared_loop())
+        if payment is not None:
+            self._task.add_done_callback(lambda _: self._settle(payment))
 
     def __len__(self) -> int:
         """Positions that have arrived."""
@@ -156,7 +163,7 @@ class CompletionStream:
     async def _read(self, endpoint: Endpoint, body: dict[str, Any]) -> None:
         error: BaseException | None = None
         try:
-            async with aclosing(endpoint.lines("completions", body)) as lines:
+            async with aclosing(endpoint.lines("completions", body, sent=self._begins)) as lines:
                 async for line in lines:
                     if not line.startswith(DATA):
                         continue
@@ -170,6 +177,16 @@ class CompletionStream:
             with self._changed:
                 self._error, self._over = error, True
                 self._changed.notify_all()
+
+    def _begins(self) -> None:
+        self._sent = True
+
+    def _settle(self, payment: Payment) -> None:
+        """The whole prompt is charged as read anew: a stream that is left does not say what was cached."""
+        if self._sent and not isinstance(self._error, EndpointBusy | EndpointRefused):
+            payment.settle(self.start, len(self._arrived))
+        else:
+            payment.release()
 
     def _add(self, found: list[Prediction]) -> None:
         with self._changed:

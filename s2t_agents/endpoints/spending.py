@@ -1,0 +1,63 @@
+"""What requests to a server may cost and have cost: held before each is sent, settled by its token counts."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+from ..budget import Budget, Charge, Hold, TokenPrice
+from ..errors import HoldClosed, StoreUnavailable
+
+HOLD_S = 3600.0
+"""Seconds after which a hold lapses should this process die: longer than any request."""
+
+
+@dataclass(frozen=True)
+class Spending:
+    """The budget that a server's requests are paid from.
+
+    Attributes:
+        budget: takes every request.
+        price: of the server's tokens; None where nobody knows it.
+    """
+
+    budget: Budget
+    price: TokenPrice | None = None
+
+    def hold(self, input_tokens: int, output_tokens: int) -> Payment:
+        """Hold the most that a request may cost.
+
+        Raises:
+            BudgetExceeded, UnpricedModel, StoreUnavailable: as ``Budget.reserve``; the request must not be sent.
+        """
+        return Payment(self, self.budget.reserve(self.charge(input_tokens, output_tokens), ttl_s=HOLD_S))
+
+    def charge(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> Charge:
+        """Of a request that is no question to an LLM."""
+        counts = {"input_tokens": input_tokens, "cached_tokens": cached_tokens, "output_tokens": output_tokens}
+        usd = None if self.price is None else self.price.cost(**counts)
+        return Charge(usd=usd, escalations=0, llm_tokens=input_tokens - cached_tokens + output_tokens)
+
+
+@dataclass(frozen=True)
+class Payment:
+    """What is held for one request; it is settled or released once."""
+
+    spending: Spending
+    held: Hold
+
+    def settle(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> None:
+        """Book what the request cost.
+
+        Args:
+            input_tokens: of the whole prompt, cached tokens included.
+            output_tokens: written.
+            cached_tokens: of the prompt, which the server had read before.
+        """
+        with contextlib.suppress(HoldClosed, StoreUnavailable):  # booked as overrun, or before the next reservation
+            self.held.settle(self.spending.charge(input_tokens, output_tokens, cached_tokens))
+
+    def release(self) -> None:
+        """It cost nothing: it was not sent, or the server declined."""
+        with contextlib.suppress(HoldClosed, StoreUnavailable):  # lapsed, or will
+            self.held.release()
