@@ -105,6 +105,9 @@ def serve(
     escalations: Annotated[int | None, typer.Option(min=0, help="How often they may ask the larger model.")] = None,
     budgets: Annotated[Path | None, typer.Option(help="SQLite file that keeps what was spent.")] = None,
     ledger: Annotated[Path | None, typer.Option(help="Ledger file: .jsonl, .db or .sqlite.")] = None,
+    shadow: Annotated[
+        bool, typer.Option("--shadow", help="Answer with the small model alone; record what would have changed.")
+    ] = False,
     record_steps: Annotated[bool, typer.Option(help="Keep every step in the ledger, for s2t trace.")] = False,
     record_text: Annotated[bool, typer.Option(help="Keep the text of prompts and steps, too.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Limit of an answer where a request sets none.")] = 512,
@@ -132,6 +135,7 @@ def serve(
         budget=whole,
         ledger=Ledger.open(ledger, recording=recording) if ledger is not None else None,
         max_tokens=max_tokens,
+        shadow=shadow,
         concurrency=Concurrency(running, waiting),
     )
     tenants = Tenants.from_file(keys, parent=whole, store=store) if keys is not None else Tenants()

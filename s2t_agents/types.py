@@ -148,6 +148,21 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class ShadowPick:
+    """What would have been picked at a step in shadow mode, where the SLM's token stands.
+
+    Attributes:
+        token_id: the token.
+        picked_by: what would have picked it.
+        flipped: whether it is another than the SLM's best.
+    """
+
+    token_id: int
+    picked_by: Picker
+    flipped: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One emitted token and how it was chosen.
 
@@ -163,6 +178,7 @@ class Step:
         escalation: set if the selection was to be escalated to the LLM.
         timings: seconds by part.
         reused_tokens: prompt tokens whose KV came from the prefix cache; set on the first step, 0 later.
+        shadow: what would have been picked instead, at triggered steps in shadow mode.
         logprobs: the SLM's log-probabilities over the legal tokens, as (token id, log-probability): the chosen token,
             then the likeliest; empty where ``Sampling`` does not ask for them and where the SLM computed none.
     """
@@ -179,6 +195,7 @@ class Step:
     timings: Timings = field(default_factory=Timings)
     reused_tokens: int = 0
     logprobs: tuple[tuple[int, float], ...] = ()
+    shadow: ShadowPick | None = None
 
     @property
     def flipped(self) -> bool:

@@ -17,7 +17,7 @@ from langchain_core.messages import AIMessage
 
 from ..budget import Budget, DevicePrice
 from ..errors import StoreUnavailable
-from ..ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Thought
+from ..ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Shadow, Thought
 from ..telemetry import AnswerTelemetry
 from ..types import Charge, EscalationRecord, EscalationReport, RefusedBy, Step
 from .attribution import Caller, current_caller
@@ -34,11 +34,12 @@ class Summary:
 
     Attributes:
         refused: escalations that the budget refused, including one for which it raised.
-        degraded: at least one emitted token was to be escalated and got no LLM pick.
+        degraded: at least one emitted token was to be escalated and the LLM picked none.
         cost: USD.
         latency: milliseconds by part; ``total`` runs from the call to the moment this was computed.
         budget: as ``BudgetState.as_dict()``; None without a budget, or if its store cannot be reached.
         thought: the share of the reasoning in these numbers.
+        shadow: what selector and LLM would have done; None outside shadow mode.
     """
 
     triggers: int
@@ -51,6 +52,7 @@ class Summary:
     latency: Latency
     budget: dict[str, Any] | None
     thought: Thought
+    shadow: Shadow | None
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Account:
         ledger_error: why the ledger did not keep the record; None if it did, or without a ledger.
         thought_tokens: how many of the first steps are reasoning, its tags included.
         thinking: whether the next step is reasoning.
+        shadow: whether every token is the SLM's own, whatever selector and LLM say.
         telemetry: the answer's span; None where nobody looks.
         work: what the answer takes from the budget; says which limit ended it.
     """
@@ -74,6 +77,7 @@ class Account:
     llm: str | None = None
     device_price: DevicePrice | None = None
     budget: Budget | None = None
+    shadow: bool = False
     telemetry: AnswerTelemetry | None = None
     work: LocalWork = field(default_factory=lambda: LocalWork(None))
     prompt: Sequence[int] = ()
@@ -131,11 +135,12 @@ class Account:
             flips=self.count(lambda step: step.flipped),
             escalations=became["picked"],
             refused=became["refused"],
-            degraded=self.count(lambda step: step.escalation is not None and step.picked_by != "llm") > 0,
+            degraded=self.count(lambda step: step.escalation is not None and step.escalation.outcome != "picked") > 0,
             cost=self._cost(),
             latency=self._latency(),
             budget=_budget_state(self.budget),
             thought=self._thought(),
+            shadow=self._shadow() if self.shadow else None,
         )
 
     def metadata(self) -> dict[str, Any]:
@@ -149,6 +154,7 @@ class Account:
             "latency_ms": {part: getattr(summary.latency, part) for part in _LATENCY_PARTS},
             "thought": {**summary.thought.model_dump(), "llm_usd": _as_float(summary.thought.llm_usd)},
             **{key: getattr(summary, key) for key in _SUMMARY_FIELDS},
+            **({} if summary.shadow is None else {"shadow": summary.shadow.model_dump()}),
             **_stopped_entry(self.work.stopped_by),
             **_ledger_error_entry(self.ledger_error),
         }
@@ -189,6 +195,7 @@ class Account:
             trace_id=self.trace_id,
             thought=self.summary.thought,
             stopped_by=self.work.stopped_by,
+            shadow=self.summary.shadow,
             **{key: getattr(self.summary, key) for key in _SUMMARY_FIELDS},
         )
 
@@ -217,6 +224,16 @@ class Account:
             selections=sum(step.picked_by in ("selector", "llm") for step in steps),
             escalations=sum(report.outcome == "picked" for report in reports),
             llm_usd=_total_usd(reports),
+        )
+
+    def _shadow(self) -> Shadow:
+        picks = [(step.index, step.shadow) for step in self.steps if step.shadow is not None]
+        flips = [index for index, pick in picks if pick.flipped]
+        return Shadow(
+            selections=sum(pick.picked_by in ("selector", "llm") for _, pick in picks),
+            flips=len(flips),
+            llm_flips=sum(pick.flipped and pick.picked_by == "llm" for _, pick in picks),
+            first_flip=flips[0] if flips else None,
         )
 
     def _latency(self) -> Latency:
@@ -256,7 +273,8 @@ def receipt(step: Step, decode: Callable[[int], str]) -> Receipt:
     """The ledger's receipt of a step's escalation."""
     assert step.escalation is not None
     question = EscalationRecord(step.prefix_tokens, step.candidates, step.escalation)
-    return _receipt(question, decode, step=step.index, wanted=step.wanted_id, pick=step.token_id)
+    would = step.shadow.token_id if step.shadow is not None else None
+    return _receipt(question, decode, step=step.index, wanted=step.wanted_id, pick=step.token_id, would_pick=would)
 
 
 def _receipt(
@@ -266,6 +284,7 @@ def _receipt(
     step: int,
     wanted: int | None = None,
     pick: int | None = None,
+    would_pick: int | None = None,
 ) -> Receipt:
     report = question.report
     return Receipt(
@@ -277,6 +296,7 @@ def _receipt(
         ),
         wanted=wanted,
         pick=pick,
+        would_pick=would_pick,
         outcome=report.outcome,
         reserved=report.reserved,
         actual=Charge(Decimal(0), escalations=0) if report.replayed else report.actual,
@@ -339,7 +359,7 @@ def cached_message(message: AIMessage, ledger: Ledger | None) -> AIMessage:
     idle: dict[str, Any] = dict.fromkeys(("triggers", "selections", "flips", "escalations", "refused"), 0)
     free = {key: dict.fromkeys(s2t[key], 0.0) for key in ("cost_usd", "latency_ms")}
     failed = record_in_ledger(ledger, lambda: _cached_record(message, current_caller())) if ledger is not None else None
-    s2t = {key: value for key, value in s2t.items() if key not in ("ledger_error", "stopped_by")}  # of another call
+    s2t = {key: value for key, value in s2t.items() if key not in _OF_THE_CALL}
     if "thought" in s2t:
         idle["thought"] = {**dict.fromkeys(s2t["thought"], 0), "tokens": s2t["thought"]["tokens"], "llm_usd": 0.0}
     metadata = {
@@ -347,6 +367,9 @@ def cached_message(message: AIMessage, ledger: Ledger | None) -> AIMessage:
         "s2t": {**s2t, **idle, **free, "budget": None, **_ledger_error_entry(failed)},
     }
     return message.model_copy(update={"response_metadata": metadata})
+
+
+_OF_THE_CALL = ("ledger_error", "stopped_by", "shadow")
 
 
 def _cached_record(message: AIMessage, caller: Caller) -> GenerationRecord:

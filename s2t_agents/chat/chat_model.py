@@ -106,6 +106,8 @@ class ChatS2T(ConfigurableChatModel):
         template_args: variables of the chat template, such as ``{"enable_thinking": False}``; a call may override
             them.
         on_step: called with the trace id and every step, for traces.
+        shadow: every token is the SLM's own. Selector and LLM are asked all the same, within the budget; what they
+            would have changed, and what it cost, is in ``response_metadata["s2t"]["shadow"]`` and in the ledger.
         streaming: True streams under ``invoke`` too, for LangChain callbacks that need tokens.
         api_key, max_retries, timeout: accepted and unused, so that settings of a hosted model need no change.
         runtimes: cache of engines; copies of the model share it.
@@ -139,6 +141,7 @@ class ChatS2T(ConfigurableChatModel):
     template_args: dict[str, Any] = Field(default_factory=dict)
     chat_template: str | Path | None = None
     on_step: Callable[[str, Step], None] | None = Field(default=None, exclude=True)
+    shadow: bool = False
     streaming: bool | None = None
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
     max_retries: int | None = None
@@ -201,6 +204,7 @@ class ChatS2T(ConfigurableChatModel):
             template_args=self.template_args,
             chat_template=chat_template_of(self.chat_template) if own else None,
             concurrency=self.concurrency,
+            shadow=self.shadow,
         )
 
     @property
@@ -455,6 +459,7 @@ class ChatS2T(ConfigurableChatModel):
             device_price=self.device_price,
             budget=budget,
             work=work,
+            shadow=engine.shadow,
         )
         on_step, sampling = self.on_step, replace(sampling, max_tokens=prepared.room)
         stops = _as_list(_value_or(stop, self.stop))

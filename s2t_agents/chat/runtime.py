@@ -72,6 +72,7 @@ class EngineSettings:
     template_args: Mapping[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
     concurrency: Concurrency | None = None
+    shadow: bool = False
 
     def check(self) -> None:
         """Validate the settings without reading any file.
@@ -86,6 +87,11 @@ class EngineSettings:
         chosen = self.selector
         if chosen is not None and not isinstance(chosen, (str, Path)) and not hasattr(chosen, "scores"):
             raise ConfigError(f"selector is a {type(chosen).__name__}.", hint="Give a directory or a Selector.")
+        if self.shadow and chosen == SERVER:
+            raise ConfigError(
+                'shadow=True and selector="server": the model\'s server picks the tokens itself.',
+                hint="Give the selector's directory, or serve the model without it.",
+            )
         torch_dtype(self.dtype)
         ModelSource.of(self.model if isinstance(self.model, str) else self.model.name, self.model_kwargs)
         if self.device is not None:
@@ -105,6 +111,7 @@ class EngineSettings:
             "model_kwargs": identity(without_secrets(self.model_kwargs)),
             "template_args": identity(without_secrets(self.template_args)),
             "chat_template": self.chat_template,
+            "shadow": self.shadow,
         }
 
 
@@ -450,5 +457,6 @@ def build(settings: EngineSettings) -> Runtime:
         threshold=calibration.escalation_margin if calibration else DEFAULT_MARGIN,
         concurrency=settings.concurrency,
         drift=drift,
+        shadow=settings.shadow,
     )
     return Runtime(engine, encoder_of(settings, slm.tokenizer))

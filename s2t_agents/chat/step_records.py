@@ -35,6 +35,8 @@ def _step(step: Step, decode: Callable[[int], str] | None) -> StepRecord:
         by=step.picked_by,
         text=decode(step.token_id) if decode else None,
         wanted=step.wanted_id if step.flipped else None,
+        shadow=step.shadow.token_id if step.shadow is not None and step.shadow.flipped else None,
+        shadow_by=step.shadow.picked_by if step.shadow is not None and step.shadow.flipped else None,
         triggered=step.triggered,
         entropy=step.entropy,
         candidates=tuple(

@@ -32,7 +32,7 @@ from ..scheduling.waits import Wait, Waiting, after
 from ..selectors.base import Selector, confidence_margin, scoring
 from ..selectors.drift import DriftWatch
 from ..triggers import Trigger, entropy
-from ..types import Candidate, EscalationRecord, EscalationReport, Picker, Sampling, Step, Timings
+from ..types import Candidate, EscalationRecord, EscalationReport, Picker, Sampling, ShadowPick, Step, Timings
 
 MAX_K = 64
 DEFAULT_ENTROPY = 0.5
@@ -72,6 +72,7 @@ class Engine:
         threshold: the selector's calibrated escalation margin.
         concurrency: how many generations run at once, and who waits.
         drift: told of every answer's steps; warns when they are not what the selector was calibrated on.
+        shadow: every token is the SLM's own; selector and LLM are asked as ever, and what they say is reported alone.
 
     Raises:
         ConfigError: K out of range.
@@ -88,6 +89,7 @@ class Engine:
         threshold: float = DEFAULT_MARGIN,
         concurrency: Concurrency | None = None,
         drift: DriftWatch | None = None,
+        shadow: bool = False,
     ) -> None:
         if not 1 <= k <= MAX_K:
             raise ConfigError(f"k is {k}; between 1 and {MAX_K} candidates can be scored at a step.")
@@ -95,7 +97,7 @@ class Engine:
         self.trigger = trigger or entropy(above=DEFAULT_ENTROPY)
         self.selector, self.escalation, self.threshold = selector, escalation, threshold
         self.gate = Gate(concurrency or Concurrency())
-        self.drift = drift
+        self.drift, self.shadow = drift, shadow
 
     def steps(
         self,
@@ -170,6 +172,8 @@ class Engine:
         """As ``run``, but every wait for a forward comes too: the consumer brings it about before it goes on."""
         sampling = sampling or Sampling()
         self._check_prompt(prompt)
+        if self.shadow and budget is not None:
+            budget = budget.view(on_exhausted="degrade")  # what no token depends on ends no answer
         with self.gate.place() as place:
             if not place.turn.done():
                 yield place
@@ -279,19 +283,26 @@ class Engine:
             told = logprobs_of(proposal, wanted, draw.sampling.logprobs)
             return Step(index, len(prefix), wanted, wanted, "slm", entropy=entropy_nats, timings=timings, logprobs=told)
         chosen = yield from self._select(proposal, session, grammar)
-        at = draw.one_of(chosen.scores) if draw.random else int(chosen.scores.argmax())
+        drawn = draw.random and not self.shadow  # whose draws are the SLM's alone
+        at = draw.one_of(chosen.scores) if drawn else int(chosen.scores.argmax())
         token = chosen.candidates[at].token_id if chosen.instead is None else chosen.instead
-        kept.extend(chosen.then)
+        picked_by, shadow = chosen.picked_by, None
+        if self.shadow:
+            shadow = ShadowPick(token, picked_by, token != proposal.best)
+            token, picked_by = wanted, "slm"
+        else:
+            kept.extend(chosen.then)
         return Step(
             index,
             len(prefix),
             token,
             wanted,
-            chosen.picked_by,
+            picked_by,
             triggered=True,
             entropy=entropy_nats,
             candidates=chosen.candidates,
             escalation=chosen.escalation,
+            shadow=shadow,
             logprobs=logprobs_of(proposal, token, draw.sampling.logprobs),
             timings=Timings(
                 propose=propose_s,

@@ -126,6 +126,7 @@ class Receipt(Frozen):
         candidates: what it chose among.
         wanted: the token the base model would have taken; None if unknown.
         pick: the token that was taken; None if unknown, or if none was: the answer ended here.
+        would_pick: in shadow mode, where ``pick`` is the base model's, the token that would have been taken.
         outcome: ``"picked"``, ``"refused"``, ``"failed"`` or ``"interrupted"``.
         reserved: what was (or, if refused, would have been) set aside.
         actual: what was settled; None if nothing was spent or it is unknown.
@@ -146,6 +147,11 @@ class Receipt(Frozen):
     refused_by: Refuser = None
     wait_ms: Millis = 0.0
     reason: Text = ""
+    would_pick: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_shadow(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if value is not None or name != "would_pick"}
 
     def local_pick(self) -> int | None:
         """The token that would stand without the LLM: the selector's best where it scored all, else the base's."""
@@ -225,6 +231,24 @@ class Thought(Frozen):
     llm_usd: Usd = Decimal(0)
 
 
+class Shadow(Frozen):
+    """What selector and LLM would have done to an answer in shadow mode.
+
+    After the first flip the answer would have gone another way: from there on the figures are an approximation.
+
+    Args:
+        selections: tokens that they would have decided.
+        flips: of those, how many would have been others than the base model's best.
+        llm_flips: of the flips, those by the LLM.
+        first_flip: position of the first, in tokens; None if there is none: the answer would have been the same.
+    """
+
+    selections: WholeNumber = 0
+    flips: WholeNumber = 0
+    llm_flips: WholeNumber = 0
+    first_flip: WholeNumber | None = None
+
+
 class StepTimes(Frozen):
     """Where the time of one step went, in ms; None where nothing was done."""
 
@@ -242,6 +266,7 @@ class StepRecord(Frozen):
         by: who picked it.
         text: the token as text; None where text is not recorded.
         wanted: the token that the base model would have taken, where it is another.
+        shadow, shadow_by: in shadow mode, the token that would have been taken instead, and by whom.
         triggered: whether the trigger fired.
         entropy: in nats; None where the base model was not asked, as for a forced token.
         candidates: at critical steps, the base model's best first; without text where that is not recorded.
@@ -252,6 +277,8 @@ class StepRecord(Frozen):
     by: Picker
     text: Text | None = None
     wanted: int | None = None
+    shadow: int | None = None
+    shadow_by: Picker | None = None
     triggered: bool = False
     entropy: float | None = None
     candidates: tuple[ReceiptCandidate, ...] = ()
@@ -267,8 +294,8 @@ class GenerationRecord(Frozen):
     """One generation. Every field that needs a unit: tokens, USD, ms, UTC.
 
     ``steps`` and ``prompt`` (the end of it, as text) are None where the ledger's ``Recording`` does not ask for them,
-    ``stopped_by`` where no limit of the budget ended the answer; a record without them is written as before there were
-    any.
+    ``stopped_by`` where no limit of the budget ended the answer, ``shadow`` outside shadow mode; a record without them
+    is written as before there were any.
 
     Raises:
         pydantic.ValidationError: negative counts, a moment without a time zone, a cached answer that cost something.
@@ -301,6 +328,7 @@ class GenerationRecord(Frozen):
     steps: tuple[StepRecord, ...] | None = None
     prompt: Text | None = None
     stopped_by: Refuser = None
+    shadow: Shadow | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_recorded(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -313,7 +341,7 @@ class GenerationRecord(Frozen):
         return self
 
 
-_RECORDED = ("steps", "prompt", "stopped_by")
+_RECORDED = ("steps", "prompt", "stopped_by", "shadow")
 
 
 class SummedReceipt(BaseModel):

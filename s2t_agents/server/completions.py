@@ -146,6 +146,7 @@ class Completion:
             device_price=model.device_price,
             budget=budget,
             work=work,
+            shadow=engine.shadow,
         )
         on_step, stops = model.on_step, asked.stops or ()
         told = AnswerRequest(

@@ -208,6 +208,7 @@ class AnswerTelemetry:
             names.ESCALATIONS: record.escalations,
             names.REFUSED: record.refused,
             names.DEGRADED: record.degraded,
+            names.SHADOW_FLIPS: record.shadow.flips if record.shadow is not None else None,
             names.BUDGET: budget,
             names.STOPPED_BY_BUDGET: by.budget if by else None,
             names.STOPPED_BY_UNIT: by.unit if by else None,

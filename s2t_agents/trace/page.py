@@ -186,6 +186,11 @@ def _step(step: StepRecord) -> dict[str, Any]:
         "wanted_text": next(
             (each.text for each in step.candidates if each.token_id == step.wanted and each.text), None
         ),
+        "shadow": step.shadow,
+        "shadow_by": step.shadow_by,
+        "shadow_text": next(
+            (each.text for each in step.candidates if each.token_id == step.shadow and each.text), None
+        ),
         "critical": step.triggered,
         "entropy": step.entropy,
         "candidates": [_candidate(each) for each in step.candidates],
