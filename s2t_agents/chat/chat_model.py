@@ -43,6 +43,7 @@ from ..triggers import Trigger
 from ..types import Sampling, Step
 from . import output_messages
 from .accounting import Account
+from .asked_conversation import AskedConversation
 from .async_bridge import ThreadedIterator
 from .attribution import current_caller, with_caller_handler
 from .call_arguments import (
@@ -483,6 +484,12 @@ class ChatS2T(ConfigurableChatModel):
             cache_scope=scope,
             on_asked=account.record_escalation,
             begun=begun.tokens,
+            conversation=AskedConversation(
+                request.prompt(messages),
+                request.tools,
+                len(prepared.prompt),
+                thinking=prepared.thoughts is not None and prepared.thoughts.thinking,
+            ),
         )
         steps = work.limiting(steps, engine.slm.eos_ids)
         return Generation(

@@ -23,7 +23,7 @@ from ..budget import Budget
 from ..errors import ConfigError, ContextOverflow, InputError
 from ..escalation import DEFAULT_MARGIN, Escalation, EscalationSession
 from ..grammar.grammar import Grammar
-from ..llms.question import Answer, Question, candidates_of
+from ..llms.question import Answer, Conversation, Question, candidates_of
 from ..proposal import Proposal, best_first
 from ..scheduling.admission import Concurrency, Gate, Place
 from ..scheduling.language_model import LanguageModel
@@ -141,6 +141,7 @@ class Engine:
         cache_scope: str | None = None,
         on_asked: Callable[[EscalationRecord], None] | None = None,
         begun: Sequence[int] = (),
+        conversation: Conversation | None = None,
     ) -> Generator[Place | Step, None, None]:
         """As ``steps``, but where it has to wait for a slot, its place in the queue comes first.
 
@@ -150,9 +151,19 @@ class Engine:
         ends with an error instead, as by an interruption, it was told of the question that has no step.
 
         ``begun`` are tokens that the completion begins with, as far as they are legal: nobody chooses them again.
+
+        ``conversation`` is what the prompt was made of, for an LLM with another tokenizer; without it such an LLM reads
+        the prompt's text as a text and no conversation.
         """
         generation = self.generation(
-            prompt, sampling, grammar=grammar, budget=budget, cache_scope=cache_scope, on_asked=on_asked, begun=begun
+            prompt,
+            sampling,
+            grammar=grammar,
+            budget=budget,
+            cache_scope=cache_scope,
+            on_asked=on_asked,
+            begun=begun,
+            conversation=conversation,
         )
         items = alone(generation)
         with closing(items):
@@ -168,6 +179,7 @@ class Engine:
         cache_scope: str | None = None,
         on_asked: Callable[[EscalationRecord], None] | None = None,
         begun: Sequence[int] = (),
+        conversation: Conversation | None = None,
     ) -> Generator[Place | Wait | Step, None, None]:
         """As ``run``, but every wait for a forward comes too: the consumer brings it about before it goes on."""
         sampling = sampling or Sampling()
@@ -181,7 +193,9 @@ class Engine:
             with (yield from TokenSequence.from_prefix_cache(self.slm, prompt, cache_scope)) as prefix:
                 reused = len(prefix)
                 escalations = (
-                    self.escalation.open_session(budget, threshold=self.threshold, on_asked=on_asked)
+                    self.escalation.open_session(
+                        budget, threshold=self.threshold, on_asked=on_asked, conversation=conversation
+                    )
                     if self.escalation
                     else nullcontext()
                 )

@@ -21,7 +21,7 @@ from ..errors import (
     UnpricedModel,
 )
 from ..llms.base import LLMSelector, LLMSession, asking
-from ..llms.question import Answer, Question, candidates_of
+from ..llms.question import Answer, Conversation, Question, candidates_of
 from ..scheduling.waits import Waiting, finish
 from ..types import Charge, EscalationRecord, EscalationReport, Outcome, RefusedBy
 from .pacing import Pace
@@ -46,6 +46,7 @@ class EscalationSession:
         groups: records every paid selection.
         on_asked: called after every question, also where the caller was interrupted or the budget raises.
         hold_s: seconds after which a question's hold lapses should this process die; None goes by the LLM's deadline.
+        conversation: what is answered, for an LLM with another tokenizer.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class EscalationSession:
         groups: PaidGroups | None = None,
         on_asked: Callable[[EscalationRecord], None] | None = None,
         hold_s: float | None = None,
+        conversation: Conversation | None = None,
     ) -> None:
+        self._conversation = conversation
         self._llm, self._budget, self.margin = llm, budget, margin
         self._pace, self._groups, self._on_asked = pace, groups, on_asked
         self._hold_s = _hold_s(llm) if hold_s is None else hold_s
@@ -93,6 +96,7 @@ class EscalationSession:
             BudgetExceeded: only where the budget's ``on_exhausted`` is not "degrade".
         """
         started = time.perf_counter()
+        question.conversation = self._conversation
         try:
             quote = self._llm_session.quote(question)
             if quote is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..budget import Budget
 from ..errors import ConfigError, UnpricedModel
 from ..llms.base import LLMSelector
+from ..llms.question import Conversation
 from ..types import EscalationRecord
 from .pacing import Pacing
 from .paid_groups import PaidGroups
@@ -76,7 +77,12 @@ class Escalation:
             )
 
     def open_session(
-        self, budget: Budget | None, *, threshold: float, on_asked: Callable[[EscalationRecord], None] | None = None
+        self,
+        budget: Budget | None,
+        *,
+        threshold: float,
+        on_asked: Callable[[EscalationRecord], None] | None = None,
+        conversation: Conversation | None = None,
     ) -> EscalationSession:
         """The escalations of one generation.
 
@@ -84,6 +90,7 @@ class Escalation:
             budget: what they may cost; None sets no limit.
             threshold: the selector's calibrated margin.
             on_asked: called after every question.
+            conversation: what is answered, for an LLM with another tokenizer.
         """
         return EscalationSession(
             self.llm,
@@ -93,4 +100,5 @@ class Escalation:
             groups=PaidGroups(Path(self.record), self.llm.name) if self.record is not None else None,
             on_asked=on_asked,
             hold_s=self.hold_s,
+            conversation=conversation,
         )

@@ -103,7 +103,7 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Context:
+class PlaceContext:
     """A place, and the LLM's context there.
 
     Attributes:
@@ -142,9 +142,9 @@ class Covering:
         stays = common_front(paths)
         self.trunk = [*settled, *paths[0][:stays]]
         self.tree = TokenTree()
-        root = Context(len(self._tokenizer.decode(paths[0][:stays])), 0)
+        root = PlaceContext(len(self._tokenizer.decode(paths[0][:stays])), 0)
 
-        def contexts(data: bytes, found: dict[int, list[int]], after: int) -> list[Context]:
+        def contexts(data: bytes, found: dict[int, list[int]], after: int) -> list[PlaceContext]:
             """In the order of their places, with those that are passed on the way."""
             steps = dict(found)
             for ids in found.values():
@@ -152,7 +152,7 @@ class Covering:
                     if end > after and end not in steps:
                         steps[end] = self._tokenizer.encode(data[:end])
             kept = sorted(place for place in steps if place > after)
-            return [Context(place, 1 + self.tree.add(steps[place][stays:])) for place in kept]
+            return [PlaceContext(place, 1 + self.tree.add(steps[place][stays:])) for place in kept]
 
         self._shared = [root, *contexts(self._window, written, root.place)]
         self._inner = [
@@ -223,8 +223,8 @@ class Scores:
         return self._passing(reached, whole, len(whole), slm) - self._text
 
     def _reached(
-        self, before: Sequence[tuple[Context, float]], contexts: Sequence[Context], data: bytes
-    ) -> list[tuple[Context, float]]:
+        self, before: Sequence[tuple[PlaceContext, float]], contexts: Sequence[PlaceContext], data: bytes
+    ) -> list[tuple[PlaceContext, float]]:
         """The contexts, in order, with the log-probability of getting there."""
         reached = list(before)
         for context in contexts:
@@ -235,13 +235,13 @@ class Scores:
             reached.append((context, _log_sum(steps)))
         return reached
 
-    def _exactly(self, context: Context, data: bytes) -> float:
+    def _exactly(self, context: PlaceContext, data: bytes) -> float:
         tokenizer = self._covering._tokenizer
         return self._sum(context, tokenizer.ids(tokenizer.exactly(data)))
 
     def _passing(
         self,
-        reached: Sequence[tuple[Context, float]],
+        reached: Sequence[tuple[PlaceContext, float]],
         data: bytes,
         end: int,
         slm: ByteTokenizer | None = None,
@@ -269,7 +269,7 @@ class Scores:
             parts.append(mass + self._sum(context, ids))
         return _log_sum(parts)
 
-    def _sum(self, context: Context, ids: Tensor) -> float:
+    def _sum(self, context: PlaceContext, ids: Tensor) -> float:
         if not len(ids):
             return -inf
         row = self._logits[context.row]
@@ -290,7 +290,8 @@ def begun_with(
         span: the tokens.
         length: in bytes.
     """
-    return torch.tensor([slm.first_token_bytes(lead + each[cut:]) == length for each in llm.spelled(span)])
+    begun = [slm.first_token_bytes(lead + each[cut:]) == length for each in llm.spelled(span)]
+    return torch.tensor(begun, dtype=torch.bool)
 
 
 def settled_front(tokenizer: ByteTokenizer, text: bytes) -> tuple[list[int], bytes]:

@@ -22,9 +22,12 @@ from ..scheduling.idle_sequences import IdleSequences
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.sequence import TokenSequence
 from ..scheduling.waits import Waiting, finish
+from ..tokenization.byte_tokenizer import refuse_changed_bytes
 from ..types import Charge, Price
 from .base import WaitingSession
+from .byte_session import ByteSession
 from .question import Answer, Question, charge
+from .token_map import TokenMap, side_of
 
 MAX_IDLE_CACHES = 4
 """KV caches kept after a generation, for the next turn of the same conversation."""
@@ -34,10 +37,15 @@ RELOAD_S = 300.0
 
 
 class LocalLLM:
-    """A Hugging Face model with the SLM's tokenizer.
+    """A model on this machine, of the SLM's family or any other.
+
+    With the SLM's tokenizer it scores the candidates' tokens. With another one it scores their bytes, exactly
+    (``covering``), and reads the conversation in its own chat template.
 
     Args:
-        model: a directory or hub id, or a loaded model.
+        model: a directory, hub id or GGUF file, or a loaded model.
+        chat_template: source that replaces its tokenizer's chat template, where its tokenizer is not the SLM's; a model
+            without any reads ``PLAIN``.
         price: of its tokens, for dollar budgets; None if unknown.
         device: where it runs; may differ from the SLM's.
         dtype: None chooses as for the SLM.
@@ -48,13 +56,16 @@ class LocalLLM:
         self,
         model: str | LanguageModel,
         *,
+        chat_template: str | None = None,
         price: Price | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         self.name = model if isinstance(model, str) else model.name
-        self.price = price
+        self.price, self.chat_template = price, chat_template
+        self._shared: dict[str, bool] = {}
+        self._maps: dict[str, TokenMap] = {}
         self._given = self._model = None if isinstance(model, str) else model
         self._options: dict[str, Any] = {"device": device, "dtype": dtype, **options}
         self._lock = threading.Lock()
@@ -63,7 +74,7 @@ class LocalLLM:
         self.idle = IdleSequences(MAX_IDLE_CACHES)
 
     def __repr__(self) -> str:
-        clean = without_secrets(self._options)
+        clean = {"chat_template": self.chat_template, **without_secrets(self._options)}
         options = [
             f"{key}={identity(value)!r}" for key, value in clean.items() if value is not None and key != "device"
         ]
@@ -71,7 +82,8 @@ class LocalLLM:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles as its settings; weights and caches are loaded again when needed."""
-        return {"name": self.name, "price": self.price, "options": without_secrets(self._options)}
+        options = {"chat_template": self.chat_template, **without_secrets(self._options)}
+        return {"name": self.name, "price": self.price, "options": options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["name"], price=state["price"], **state["options"])  # type: ignore[misc]
@@ -82,19 +94,40 @@ class LocalLLM:
         return self._model is not None
 
     def check(self, slm: LanguageModel) -> None:
-        """Compare the vocabularies, without reading weights.
+        """Compare the tokenizers, without reading weights.
 
         Raises:
-            TokenizerMismatch: a token of the SLM has another id, or none, in the LLM's vocabulary.
+            TokenizerMismatch: they differ, and one of them cannot be followed byte by byte.
             ModelNotFound: the LLM has no tokenizer.
         """
-        tokenizer = self._model.given_tokenizer if self._model else self._read_tokenizer()
-        differing = shared_ids(slm.tokenizer, tokenizer)
-        if differing:
-            raise TokenizerMismatch(
-                f"{self.name!r} and {slm.name!r} disagree on {len(differing)} token ids, {differing[0]!r} first.",
-                hint="Take an LLM of the same family, or a chat model as judge, which needs no shared tokenizer.",
-            )
+        if not self.shares_tokens(slm):
+            refuse_changed_bytes(slm.tokenizer, slm.name)
+            refuse_changed_bytes(self._tokenizer(), self.name)
+
+    def shares_tokens(self, slm: LanguageModel) -> bool:
+        """Whether every token of the SLM has the same id here."""
+        known = slm.tokenizer_fingerprint
+        if known not in self._shared:
+            self._shared[known] = not shared_ids(slm.tokenizer, self._tokenizer())
+        return self._shared[known]
+
+    def token_map(self, slm: LanguageModel) -> TokenMap:
+        """Between the tokens of an SLM with another tokenizer and this model's.
+
+        Raises:
+            EscalationFailed: the model cannot be loaded, or a tokenizer cannot be followed byte by byte.
+        """
+        known = slm.tokenizer_fingerprint
+        if known not in self._maps:
+            model = self.load()
+            try:
+                self._maps[known] = TokenMap(side_of(slm, None), side_of(model, self.chat_template))
+            except TokenizerMismatch as error:
+                raise EscalationFailed(f"{self.name!r} cannot be asked: {error}") from error
+        return self._maps[known]
+
+    def _tokenizer(self) -> Any:
+        return self._model.given_tokenizer if self._model else self._read_tokenizer()
 
     def _read_tokenizer(self) -> Any:
         return self._options.get("tokenizer") or load_tokenizer(self.name, **_from_pretrained(self._options))
@@ -130,14 +163,27 @@ def _from_pretrained(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class LocalSession(WaitingSession):
-    """One generation's KV cache in the LLM, extended lazily: the common prefix is kept, the rest is one prefill."""
+    """One generation's KV cache in the LLM, extended lazily: the common prefix is kept, the rest is one prefill.
+
+    An SLM with another tokenizer is answered by a ``ByteSession``.
+    """
 
     def __init__(self, llm: LocalLLM) -> None:
         self._llm = llm
         self._prefix: TokenSequence | None = None
+        self._by_bytes: ByteSession | None = None
+
+    def _other(self, question: Question) -> ByteSession | None:
+        """Who answers this question by bytes; None where the tokens are the same."""
+        slm = question.prefix.model if question.prefix is not None else None
+        if self._by_bytes is None and slm is not None and not self._llm.shares_tokens(slm):
+            self._by_bytes = ByteSession(self._llm, self._llm.token_map(slm))
+        return self._by_bytes
 
     def quote(self, question: Question) -> Charge:
         """The cost of the tokens not in the KV cache, and of one output token."""
+        if (other := self._other(question)) is not None:
+            return other.quote(question)
         return charge(self._llm.price, input_tokens=self.uncached_tokens(question.ids, scope_of(question)))
 
     def asking(self, question: Question) -> Waiting[Answer]:
@@ -146,6 +192,8 @@ class LocalSession(WaitingSession):
         Raises:
             EscalationFailed: the prefix is too long, or the device failed (out of memory).
         """
+        if (other := self._other(question)) is not None:
+            return (yield from other.asking(question))
         cost = self.quote(question)
         try:
             scores = yield from self.scoring(question.ids, question.candidates, scope_of(question))
@@ -188,6 +236,8 @@ class LocalSession(WaitingSession):
 
     def close(self) -> None:
         """Keep the KV cache for the next turn."""
+        if self._by_bytes is not None:
+            self._by_bytes.close()
         if self._prefix is not None:
             self._llm.idle.put(self._prefix)
             self._prefix = None

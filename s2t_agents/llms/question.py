@@ -4,10 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+from ..formats.reasoning import ReasoningFormat
 from ..grammar.grammar import Grammar
 from ..scheduling.sequence import TokenSequence
 from ..types import Candidate, Charge, Price
+
+
+class Conversation(Protocol):
+    """What the SLM answers, for an LLM that reads it in its own way."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the SLM's prompt; those after it are its answer so far."""
+        ...
+
+    def prompt_for(self, tokenizer: Any, template: str | None, reasoning: ReasoningFormat | None) -> list[int]:
+        """The conversation, tools included, up to the beginning of the answer, as another model reads it.
+
+        Args:
+            tokenizer: the other model's.
+            template: source of its chat template; None takes the tokenizer's own.
+            reasoning: how it writes thoughts, which are open at the end where the SLM's are.
+
+        Raises:
+            InputError, ConfigError: the template cannot write it.
+        """
+        ...
 
 
 @dataclass(eq=False)
@@ -23,6 +47,7 @@ class Question:
         grammar: the state after the prefix, for continuations; forked, never advanced. None permits all.
         seconds: deadline of the answer; None sets none.
         owed: cost incurred so far, whether an answer comes or not; None while nothing is owed.
+        conversation: what ``ids`` answers, for an LLM of another family; None where they are all there is.
     """
 
     ids: Sequence[int]
@@ -33,6 +58,7 @@ class Question:
     grammar: Grammar | None = None
     seconds: float | None = None
     owed: Charge | None = None
+    conversation: Conversation | None = None
 
     def owe(self, charge: Charge | None) -> None:
         """Report the cost incurred so far, whether an answer comes or not; the budget is settled with the last report.

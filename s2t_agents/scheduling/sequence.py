@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from ..backends.base import BestLogits, ScoreCandidates, ScoreTree
+from ..backends.base import BestLogits, ScoreCandidates, ScoreTree, SequenceCache
 from ..backends.statistics import LogitStatistics
 from .compute_time import ComputeTime
 from .language_model import LanguageModel
@@ -157,7 +157,7 @@ class TokenSequence:
             return self.logits[None]
         if not self.model.capabilities.tree_scoring:
             yield from self.moving_to(ids)
-            return (yield from self._paths(tree, parents))
+            return (yield from self._by_forks(tree, parents))
         requests: list[AppendRequest | TreeRequest] = []
         append = None
         if self.ids != list(ids):
@@ -172,22 +172,22 @@ class TokenSequence:
             self.ids = list(ids)
         return torch.cat([self.logits[None], scored.result()])
 
-    def _paths(self, tree: Sequence[int], parents: Sequence[int]) -> Waiting[Tensor]:
-        """Logits ``[1 + N, V]`` where the backend reads no trees: every token's path is a sequence of its own."""
-        paths: list[list[int]] = []
-        for token, parent in zip(tree, parents, strict=True):
-            paths.append([*(paths[parent] if parent >= 0 else ()), token])
-        caches = [self.cache.fork(len(self)) for _ in paths]
+    def _by_forks(self, tree: Sequence[int], parents: Sequence[int]) -> Waiting[Tensor]:
+        """Logits ``[1 + N, V]`` where the backend reads no trees: every token goes on a fork of the one before it."""
+        caches: dict[int, SequenceCache] = {-1: self.cache}
+        rows: dict[int, Tensor] = {-1: self.logits}
         try:
-            requests = [
-                AppendRequest(torch.tensor(path), cache, self.compute)
-                for path, cache in zip(paths, caches, strict=True)
-            ]
-            yield Forwards(self.model.scheduler, requests)
-            return torch.stack([self.logits, *(request.result().logits for request in requests)])
+            while waiting := [at for at in range(len(tree)) if at not in rows and parents[at] in rows]:  # one depth
+                for at in waiting:
+                    caches[at] = caches[parents[at]].fork(caches[parents[at]].length)
+                requests = [AppendRequest(torch.tensor([tree[at]]), caches[at], self.compute) for at in waiting]
+                yield Forwards(self.model.scheduler, requests)
+                rows |= {at: request.result().logits for at, request in zip(waiting, requests, strict=True)}
         finally:
-            for cache in caches:
-                cache.close()
+            for at, cache in caches.items():
+                if at >= 0:
+                    cache.close()
+        return torch.stack([rows[at] for at in range(-1, len(tree))])
 
     @contextmanager
     def forks(self, count: int) -> Iterator[Forks]:

@@ -1,0 +1,151 @@
+"""From the SLM's tokens to what an LLM of another family has for them: bytes, or control tokens of the same role."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+from ..formats.reasoning import ReasoningFormat, Tag
+from ..formats.tool_calls import CLOSE, OPEN
+from ..scheduling.language_model import LanguageModel
+from ..tokenization.byte_tokenizer import ByteTokenizer
+from .covering import Places
+
+Counterpart = bytes | frozenset[int] | None
+"""Bytes; control tokens of the LLM, any of which has the role; None where the LLM has nothing like it."""
+
+
+PLAIN = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] | capitalize }}:\n{{ m['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+"""How a model without a chat template reads a conversation."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model of the two.
+
+    Attributes:
+        tokenizer: fast.
+        eos_ids: tokens that end an answer.
+        view: its bytes.
+        template: source of its chat template; None takes those that its tokenizer has by name.
+    """
+
+    tokenizer: Any
+    eos_ids: frozenset[int]
+    view: ByteTokenizer
+    template: str | None
+
+    @cached_property
+    def reasoning(self) -> ReasoningFormat | None:
+        """How it writes thoughts."""
+        return ReasoningFormat.of(self.tokenizer, self.template or str(self.tokenizer.chat_template))
+
+    @cached_property
+    def control(self) -> dict[str, int]:
+        """Its control tokens by their spelling."""
+        vocabulary = self.tokenizer.get_vocab()
+        return {
+            token: i for token, i in vocabulary.items() if i < len(self.view.bytes_of) and not self.view.bytes_of[i]
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """A part of the answer so far: text, and then a control token of the LLM if one follows.
+
+    Attributes:
+        text: as bytes.
+        control: the token after it; None at the end.
+    """
+
+    text: bytes
+    control: int | None = None
+
+
+class TokenMap:
+    """Counterparts of the SLM's tokens in the LLM.
+
+    End of turn and end of text stand for each other; so do the tags of thoughts. A control token that both families
+    spell alike stands for itself. Tags of calls and thoughts that the LLM has no token for are text to it.
+
+    Args:
+        slm: the small model.
+        llm: the large one.
+
+    Attributes:
+        slm: as given.
+        llm: as given.
+        places: where the LLM's tokens may end.
+    """
+
+    def __init__(self, slm: Side, llm: Side) -> None:
+        self.slm, self.llm = slm, llm
+        self.places = Places(llm.view)
+        self._spelling = {i: token for token, i in slm.control.items()}
+        self._tags: dict[str, Counterpart] = {tag: tag.encode() for tag in (OPEN, CLOSE)}
+        if slm.reasoning is not None:
+            ours, theirs = slm.reasoning, llm.reasoning
+            self._tags[ours.opening.text] = _written(theirs.opening if theirs else ours.opening, theirs is not None)
+            self._tags[ours.closing.text] = _written(theirs.closing if theirs else ours.closing, theirs is not None)
+
+    def of(self, token: int) -> Counterpart:
+        """What the LLM has for a token."""
+        data = self.slm.view.bytes_of[token] if token < len(self.slm.view.bytes_of) else None
+        if data:
+            return data
+        if token in self.slm.eos_ids:
+            return self.llm.eos_ids
+        spelling = self._spelling.get(token, "")
+        if spelling in self.llm.control:
+            return frozenset({self.llm.control[spelling]})
+        return self._tags.get(spelling)
+
+    def runs(self, ids: Sequence[int]) -> list[Run]:
+        """The SLM's tokens as texts and control tokens of the LLM; the last one is text, maybe none.
+
+        A control token that the LLM has nothing for is text to it.
+        """
+        found, text = [], b""
+        for token in ids:
+            counterpart = self.of(token)
+            if counterpart is None or (isinstance(counterpart, frozenset) and not counterpart):
+                text += self._spelling.get(token, "").encode()
+            elif isinstance(counterpart, bytes):
+                text += counterpart
+            else:
+                found.append(Run(text, min(counterpart)))
+                text = b""
+        return [*found, Run(text)]
+
+
+def _written(tag: Tag, known: bool) -> Counterpart:
+    """A tag of thoughts as the LLM writes it."""
+    if known and tag.by_token and len(tag.ids) == 1:
+        return frozenset(tag.ids)
+    return tag.text.encode()
+
+
+def side_of(model: LanguageModel, chat_template: str | None) -> Side:
+    """A model as one of the two.
+
+    Args:
+        model: loaded.
+        chat_template: source that replaces its tokenizer's.
+
+    Raises:
+        TokenizerMismatch: see ``ByteTokenizer``.
+    """
+    own = model.tokenizer.chat_template
+    template = chat_template or (own if isinstance(own, str) else None if own else PLAIN)
+    view = _view(model.tokenizer, model.vocab_size, model.name, template or str(own))
+    return Side(model.tokenizer, model.eos_ids, view, template)
+
+
+@lru_cache(maxsize=8)
+def _view(tokenizer: Any, rows: int, name: str, template: str) -> ByteTokenizer:
+    return ByteTokenizer(tokenizer, rows, name=name, template=template)
