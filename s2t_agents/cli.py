@@ -190,6 +190,45 @@ def trace(
     typer.echo(json.dumps({"page": str(page), "answers": shown}) if as_json else f"{page}: {shown:,} answers")
 
 
+@app.command()
+def audit(
+    log: Annotated[Path, typer.Argument(help="JSON lines: OpenAI-style requests and answers, or LangSmith runs.")],
+    model: Annotated[str, typer.Option(help="Directory, GGUF file or hub id; s2t-demo is bundled.")] = "s2t-demo",
+    selector: Annotated[str | None, typer.Option(help="Directory of its selector; s2t-demo is bundled.")] = None,
+    asked: Annotated[
+        str | None, typer.Option(help="Whose price a question has; by default each answer's model.")
+    ] = None,
+    answers: Annotated[int, typer.Option(min=1, help="Replay so many answers, a random sample.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """What this would have triggered, asked, cost and saved on a log that exists. Asks no LLM, sends nothing.
+
+    Read are {"request": ..., "response": ...} with the bodies of chat completions, lines of OpenAI's batches,
+    {"messages": [...]} that end with an answer, and runs exported from LangSmith. A sample of the answers is followed
+    along the log, token by token, by the small model on this machine. What no log can say is listed with the figures:
+    whether another token is a worse one, what would come after it, the time, the small model's own price.
+    """
+    from rich.progress import Progress
+
+    from .audit import audit as run
+    from .audit.show import show as show_audit
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("answers", total=None)
+        found = run(
+            log,
+            model=model,
+            selector=selector,
+            asked=asked,
+            answers=answers,
+            on_progress=lambda done, of: progress.update(task, completed=done, total=of),
+        )
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), ensure_ascii=False))
+    else:
+        show_audit(found, console, model)
+
+
 @app.command(
     add_help_option=False,  # its help is that of the benchmarks
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

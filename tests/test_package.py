@@ -39,7 +39,7 @@ LAYERS = [  # imports go down this list only, or stay on their own line
     {"testing"},
     {"demo", "training"},
     {"integrations"},
-    {"server", "trace"},
+    {"server", "trace", "audit"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
