@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .backends.statistics import FLOOR, statistics_at
+from .backends.statistics import FLOOR, argmax, statistics_at
 from .scheduling.sequence import TokenSequence
 
 
@@ -48,7 +48,7 @@ class Proposal:
     @cached_property
     def best(self) -> int:
         """The SLM's most likely legal token."""
-        return self._seen.best if self._seen is not None else int(self.logits.argmax())
+        return self._seen.best if self._seen is not None else argmax(self.logits)
 
     @cached_property
     def candidates(self) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from gguf_files import write_gguf
 
-from s2t_agents.backends.llamacpp.context import Context, Rows
+from s2t_agents.backends.llamacpp.context import Context
 from s2t_agents.backends.llamacpp.gguf_header import read_header
 from s2t_agents.backends.llamacpp.trial import try_out
 from s2t_agents.errors import ConfigError, ModelNotFound, UnsafeWeights
@@ -126,6 +126,6 @@ def test_what_passes_the_trial_loads_and_reads_here(key: str, tmp_path: Path) ->
         with suppress(ConfigError):
             header = read_header(write_gguf(tmp_path / "a.gguf", metadata={key: value}))
             try_out(header)
-            logits, hidden = Context(header).decode(Rows.of([([1, 2, 3], 0, 0)]))
+            logits, hidden = Context(header).decode([([1, 2, 3], 0, 0)])
             assert np.isfinite(logits).all()
             assert np.isfinite(hidden).all()

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..backends.statistics import argmax
 from ..errors import BadSchema, ConfigError
 from .completion_search import SearchBudget
 from .lark_rules import CHOICES, arguments_of, auto_start, call_rules, call_texts, functions_of, reply_of, text_rule
@@ -254,7 +255,7 @@ class GrammarState:
             logits: ``[V]``, the model's.
             likeliest: their largest, where it is known.
         """
-        first = likeliest if likeliest is not None else int(logits.argmax())
+        first = likeliest if likeliest is not None else argmax(logits)
         path = self._completion(self._left or 0) if self._near_limit else None
         budget = SearchBudget(_MASK_SEARCH_STEPS)
         if path is not None and (first in path[:1] or self._completes_after(first, path)):
@@ -270,7 +271,7 @@ class GrammarState:
             mask = self._mask_of_completion(mask, path)  # its token is allowed even where it was not tried
             if found is not None:
                 mask[found] = True
-        return int(logits.masked_fill(~torch.from_numpy(mask).to(logits.device), -torch.inf).argmax())
+        return argmax(logits.masked_fill(~torch.from_numpy(mask).to(logits.device), -torch.inf))
 
     def allowed(self, logits: Tensor | None = None) -> Tensor:
         """Token mask ``[V]`` (bool, CPU); near the token limit, only tokens after which the answer can be completed.

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary, proxy
 import torch
 from torch import Tensor
 
+from ..backends.statistics import argmax
 from ..errors import ConfigError
 from ..fork_safety import delay_fork
 from ..formats.reasoning import ReasoningFormat, ReasoningPhase, Tag
@@ -228,7 +229,7 @@ class ThinkThenAnswer:
             return self._mask_of(self._dictated_tokens[:1])
         if self._phase == "thought":
             mask = self._mask_in_thought
-            if logits is not None and self._ends_thought(int(logits.argmax())):
+            if logits is not None and self._ends_thought(argmax(logits)):
                 return self._mask_of(self._rest_of_closing(self._tag_bytes_matched)[:1])
             return mask
         if self._phase == "undecided":
@@ -246,10 +247,10 @@ class ThinkThenAnswer:
         if not self._dictated_tokens:
             if self._phase == "answer":
                 return self._started_answer().best(logits, likeliest)
-            first = likeliest if likeliest is not None else int(logits.argmax())
+            first = likeliest if likeliest is not None else argmax(logits)
             if self._phase == "thought" and self._mask_in_thought[first] and not self._ends_thought(first):
                 return first
-        return int(logits.masked_fill(~self.allowed(logits).to(logits.device), -torch.inf).argmax())
+        return argmax(logits.masked_fill(~self.allowed(logits).to(logits.device), -torch.inf))
 
     def _ends_thought(self, token_id: int) -> bool:
         """Whether this token would end the turn, or begin what must follow the reasoning."""

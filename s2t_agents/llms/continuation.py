@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..backends.statistics import argmax
 from ..grammar.grammar import Grammar
 from ..scheduling.sequence import TokenSequence
 
@@ -49,7 +50,7 @@ class GreedyContinuation:
         if self._forced:
             self._append(self._forced.popleft())
             return
-        token = self._grammar.best(logits) if self._grammar is not None else int(logits.argmax())
+        token = self._grammar.best(logits) if self._grammar is not None else argmax(logits)
         if self._ends_sentence_before(token):
             self.finished = True
         else:

@@ -75,31 +75,33 @@ class AppendRequest(ForwardRequest):
         super().__init__(cache, compute)
         self._ids, self._lora = ids, lora
         self._start = self._length = cache.length
+        self._end = self._start + len(ids)
         self._output: StepOutput | None = None
 
     @property
     def brief(self) -> bool:
         """One token is left."""
-        return len(self._ids) == 1
+        return self._end - self._length == 1
 
     @property
     def rows(self) -> int:
         """Tokens left."""
-        return len(self._ids)
+        return self._end - self._length
 
     @property
     def done(self) -> bool:
         """All tokens are read, or it failed."""
-        return not len(self._ids) or self.error is not None
+        return self._length == self._end or self.error is not None
 
     def work(self, tokens: int) -> Append[SequenceCache]:
         """The next so many tokens."""
-        return Append(self._ids[:tokens], self.cache, self._length, self._lora)
+        read = self._length - self._start
+        return Append(self._ids[read : read + tokens], self.cache, self._length, self._lora)
 
     def complete(self, work: Work, output: Output) -> None:
         """So many tokens were read."""
         assert isinstance(output, StepOutput)
-        self._ids, self._output = self._ids[len(work.ids) :], output
+        self._output = output
         self._length += len(work.ids)
         self.cache.mark_read(self._length)
         self.compute.add(self.cache.unbilled_s())

@@ -7,11 +7,11 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from ...errors import ConfigError, Overloaded
 from ...fork_safety import FORWARD, hold_while_forking
 from ..base import Append, Capabilities, Limits, Output, ScoreCandidates, StepOutput, Work
-from .context import BATCH, OUTPUTS, Context, NoRoom, Options, Rows
+from .context import BATCH, OUTPUTS, Context, NoRoom, Options, Run
 from .gguf_header import GGUFHeader, TensorInfo, read_header
 from .kv_cache import LlamaCppCache, SequenceSlots
 from .tokenizer import PROBE, read_tokenizer
@@ -216,20 +216,20 @@ class LlamaCppBackend:
         """What one decode can tell: by rows, and by the numbers that are left for candidates."""
         return grouped(pieces, OUTPUTS, max(SPARE, self._pool.free - SPARE))
 
-    def _with_room(self, pieces: Sequence[Piece], run: Callable[[Rows], T]) -> T:
+    def _with_room(self, pieces: Sequence[Piece], run: Callable[[list[Run]], T]) -> T:
         """One decode; parked caches make room for it where they must."""
         while True:
             taken: list[int] = []
             try:
-                rows = []
+                runs: list[Run] = []
                 for piece in pieces:
                     number = piece.cache.number
                     if not piece.kept:
                         taken.append(self._pool.take(spare=True))
                         self._context.share(number, taken[-1], piece.start)
                         number = taken[-1]
-                    rows.append((piece.ids, piece.start, number))
-                return run(Rows.of(rows))
+                    runs.append((piece.ids, piece.start, number))
+                return run(runs)
             except NoRoom:
                 if not self._pool.make_room():
                     raise
@@ -264,8 +264,7 @@ class LlamaCppBackend:
             self._context.close()
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Tokens of one sequence in a decode.
 
     Attributes:

@@ -78,35 +78,8 @@ class Options:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}.", hint=f"Say one of {', '.join(KV_TYPES)}.")
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Tokens of a decode.
-
-    Attributes:
-        ids: ``[N]``.
-        positions: ``[N]``, within the sequence of each.
-        sequences: ``[N]``, numbers of the sequences; those of one follow each other in order.
-    """
-
-    ids: NDArray[np.int32]
-    positions: NDArray[np.int32]
-    sequences: NDArray[np.int32]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, part: slice) -> Rows:
-        return Rows(self.ids[part], self.positions[part], self.sequences[part])
-
-    @classmethod
-    def of(cls, pieces: Sequence[tuple[Sequence[int] | NDArray[np.int32], int, int]]) -> Rows:
-        """Rows of (ids, first position, sequence) each."""
-        ids = [np.asarray(each, dtype=np.int32) for each, _, _ in pieces]
-        starts = [
-            np.arange(start, start + len(each), dtype=np.int32) for each, (_, start, _) in zip(ids, pieces, strict=True)
-        ]
-        numbers = [np.full(len(each), number, dtype=np.int32) for each, (_, _, number) in zip(ids, pieces, strict=True)]
-        return cls(np.concatenate(ids), np.concatenate(starts), np.concatenate(numbers))
+Run = tuple[Sequence[int] | NDArray[np.int32], int, int]
+"""Tokens of one sequence in a decode: ids ``[N]``, position of the first, number of the sequence."""
 
 
 class Context:
@@ -229,12 +202,12 @@ class Context:
         token = max(1, 2 * layers * heads * width * 2)
         return min(max(KV_BYTES // token, min(LEAST_CELLS, window)), MOST_WINDOWS * window)
 
-    def read(self, rows: Rows) -> None:
+    def read(self, runs: Sequence[Run]) -> None:
         """Read tokens into their sequences, at most ``BATCH``; errors as ``decode``."""
-        self._run(rows, outputs=False)
+        self._run(runs, outputs=False)
         self._c.llama_synchronize(self._context)
 
-    def decode(self, rows: Rows) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def decode(self, runs: Sequence[Run]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Read tokens into their sequences, at most ``OUTPUTS``.
 
         Returns:
@@ -245,25 +218,28 @@ class Context:
             Interrupted: see ``interrupt``; the caller takes back what was read.
             RuntimeError: llama.cpp broke down.
         """
-        self._run(rows, outputs=True)
-        logits = self._copied(self._c.llama_get_logits(self._context), len(rows), self.vocab_size)
-        return logits, self._copied(self._c.llama_get_embeddings(self._context), len(rows), self.width)
+        rows = self._run(runs, outputs=True)
+        logits = self._copied(self._c.llama_get_logits(self._context), rows, self.vocab_size)
+        return logits, self._copied(self._c.llama_get_embeddings(self._context), rows, self.width)
 
-    def _run(self, rows: Rows, *, outputs: bool) -> None:
+    def _run(self, runs: Sequence[Run], *, outputs: bool) -> int:
+        """One decode; returns its rows."""
         self._check_open()
-        if len(rows) > (OUTPUTS if outputs else BATCH):  # llama.cpp would end the process
-            raise ValueError(f"{len(rows)} rows in one decode")
+        rows = sum([len(ids) for ids, _, _ in runs])
+        if rows > (OUTPUTS if outputs else BATCH):  # llama.cpp would end the process
+            raise ValueError(f"{rows} rows in one decode")
         if outputs != self._embedding:
             self._c.llama_set_embeddings(self._context, outputs)  # with them on it computes the logits of every row
             self._embedding = outputs
         with complaints() as said:
-            status = self._c.llama_decode(self._context, self._batch.filled(rows, outputs))
+            status = self._c.llama_decode(self._context, self._batch.filled(runs, outputs))
         if status == 1:
-            raise NoRoom(f"no room for {len(rows)} tokens among {self.cells:,}")
+            raise NoRoom(f"no room for {rows} tokens among {self.cells:,}")
         if status == 2:
             raise Interrupted("a forward was stopped.")
         if status:
             raise RuntimeError(f"llama.cpp's decode failed ({status}): {'; '.join(said) or 'it does not say why'}")
+        return rows
 
     def _copied(self, pointer: Any, rows: int, columns: int) -> NDArray[np.float32]:
         """A copy of llama.cpp's buffer ``[rows, columns]``, which the next decode overwrites."""
@@ -284,7 +260,7 @@ class Context:
     def token_bytes(self, sequence: int) -> int:
         """Bytes of the KV of one token, as an empty sequence shows when it reads one."""
         before = self._size(sequence)
-        self.read(Rows.of([([0], 0, sequence)]))
+        self.read([([0], 0, sequence)])
         try:
             return max(1, self._size(sequence) - before)
         finally:
@@ -369,11 +345,16 @@ class _Batch:
             logits=_pointer(self._wanted, ctypes.c_int8),
         )
 
-    def filled(self, rows: Rows, outputs: bool) -> Any:
-        n = len(rows)
-        self._ids[:n], self._positions[:n], self._sequences[:n] = rows.ids, rows.positions, rows.sequences
-        self._wanted[:n] = outputs
-        self._batch.n_tokens = n
+    def filled(self, runs: Sequence[Run], outputs: bool) -> Any:
+        """The batch of these tokens, good until the next one."""
+        start = 0
+        for ids, position, sequence in runs:
+            end = start + len(ids)
+            self._ids[start:end], self._sequences[start:end] = ids, sequence
+            self._positions[start:end] = position if len(ids) == 1 else np.arange(position, position + len(ids))
+            start = end
+        self._wanted[:start] = outputs
+        self._batch.n_tokens = start
         return self._batch
 
 

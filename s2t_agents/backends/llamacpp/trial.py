@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import ConfigError, ModelNotFound, UnsafeWeights
-from .context import Context, Options, Rows
+from .context import Context, Options
 from .gguf_header import GGUFHeader, read_header
 
 LEAST_S = 60.0
@@ -98,7 +98,7 @@ def main(path: str) -> int:
         header = read_header(path)
         _bound(sum(file.stat().st_size for file in header.files))
         context = Context(header, Options(n_ctx=256, n_gpu_layers=0, n_threads=1), sequences=2, check=True)
-        said = context.decode(Rows.of([([0, min(1, context.vocab_size - 1)], 0, 0)]))
+        said = context.decode([([0, min(1, context.vocab_size - 1)], 0, 0)])
     except ModelNotFound as error:
         print(error, file=sys.stderr)
         return NO_MODEL
