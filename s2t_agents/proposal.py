@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .backends.statistics import FLOOR, argmax, statistics_at
+from .backends.statistics import FLOOR, statistics_at
+from .greedy import argmax
 from .scheduling.sequence import TokenSequence
 
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends.statistics import argmax
 from ..errors import BadSchema, ConfigError
+from ..greedy import argmax
 from .completion_search import SearchBudget
 from .lark_rules import CHOICES, arguments_of, auto_start, call_rules, call_texts, functions_of, reply_of, text_rule
 from .matcher import Matcher

@@ -16,10 +16,10 @@ from weakref import WeakKeyDictionary, proxy
 import torch
 from torch import Tensor
 
-from ..backends.statistics import argmax
 from ..errors import ConfigError
 from ..fork_safety import delay_fork
 from ..formats.reasoning import ReasoningFormat, ReasoningPhase, Tag
+from ..greedy import argmax
 from .grammar import CompiledGrammar, GrammarState
 from .vocabulary import Vocabulary
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..backends.statistics import argmax
 from ..grammar.grammar import Grammar
+from ..greedy import argmax
 from ..scheduling.sequence import TokenSequence
 
 SENTENCE_ENDS = (".", "!", "?")
