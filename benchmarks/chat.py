@@ -64,7 +64,7 @@ def run(model: LanguageModel, *, prefix: int, tokens: int = 101, repeats: int = 
         return stepped
 
     def through_chat(**options: Any) -> Run:
-        return lambda scope: timed_chat.answer(messages, scope=scope, **options)[2]
+        return lambda scope: timed_chat.answer(messages, scope=scope, **options).chosen
 
     rows: dict[str, Run] = {
         "generate": lambda scope: list(theirs(theirs.read)),

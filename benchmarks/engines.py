@@ -5,8 +5,9 @@ time is over; medians count, and ratios are taken within each turn. Prompts diff
 ``tokens_per_s`` are those of all sequences together, from the first token to the last. No answer ends by itself.
 
 llama.cpp                the binding's low-level calls, greedy, no hidden states
+llama.cpp's server       that of the binding, over HTTP, one request at a time; where its packages are
 ours, llama.cpp          ``Engine.steps``, each sequence in a thread; with a head selector at 1% and 10% of the tokens
-ours, chat               ``ChatS2T.invoke`` on it; with a tool bound, called, so that the grammar masks every token
+ours, chat               ``ChatS2T.invoke`` on it; with a tool called under its grammar: what it forces counts, too
 ours, torch              ``Engine.steps`` on the checkpoint
 generate                 ``transformers`` on the same weights
 """
@@ -45,10 +46,11 @@ from s2t_agents.types import Sampling
 from . import turns
 from .bare_llama import BareLlama
 from .decode import MS, K, at_rate
+from .llama_server import LlamaServer, available
 from .shapes import random_prompt
 from .timed_chat import TimedChat
 
-BARE, OURS = "llama.cpp", "ours, llama.cpp"
+BARE, SERVER, OURS = "llama.cpp", "llama.cpp's server", "ours, llama.cpp"
 CHAT, TOOL = "ours, chat", "ours, chat, tool called"
 HEADS = {0.01: "ours, llama.cpp, head at 1%", 0.1: "ours, llama.cpp, head at 10%"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -163,6 +165,11 @@ def endless(model: LanguageModel) -> None:
         model.model.generation_config.eos_token_id = None
 
 
+def _server(models: Models, cells: int, threads: int) -> LlamaServer:
+    tokenizer = models.gguf.tokenizer
+    return LlamaServer(models.file, cells=cells, threads=threads, never=tokenizer.all_special_ids)
+
+
 def _part(
     models: Models, length: int, at_once: Sequence[int], *, until: float, quick: bool, say: Callable[[str], None]
 ) -> tuple[dict[str, float], dict[str, Any]]:
@@ -170,10 +177,11 @@ def _part(
     prompts = [random_prompt(models.gguf, length, seed) for seed in range(max(at_once))]
     threads = torch.get_num_threads()
     bare = BareLlama(models.file, sequences=len(prompts), cells=length + 128, threads=threads)
+    server = _server(models, length + 256, threads) if available() else None
     try:
         firsts = {BARE: bare.read(prompts[:1]) * MS}
         bare.read(prompts)
-        make = Rows(models, bare, prompts, length)
+        make = Rows(models, bare, server, prompts, length)
         rows = {n: make.rows(n, 4 if quick else 128 // (n + 3)) for n in sorted(at_once)}
         for n, by_name in rows.items():  # reads what is not read yet
             for name, answer in by_name.items():
@@ -188,11 +196,13 @@ def _part(
             for n, by_name in rows.items():
                 for name, answer in by_name.items():
                     if not turns_done or time.perf_counter() < until:
-                        measured[n][name].add(answer)
+                        measured[n][name].add(answer, server.cpu_s if server and name == SERVER else time.process_time)
             turns_done += 1
             say(f"  {turns_done} turns, {time.perf_counter() - until:+.0f} s")
     finally:
         bare.close()
+        if server:
+            server.close()
         for model in (models.gguf, *models.torch.values()):
             model.prefix_cache.clear()
     found = {
@@ -208,11 +218,11 @@ class Measured:
     speeds: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
 
-    def add(self, answer: Answer) -> None:
-        """One turn."""
-        started = time.process_time()
+    def add(self, answer: Answer, cpu_s: Callable[[], float]) -> None:
+        """One turn; ``cpu_s`` tells the CPU time of the process that does the work."""
+        started = cpu_s()
         stamps = answer()
-        self.cpu_ms.append((time.process_time() - started) * MS / sum(map(len, stamps)))
+        self.cpu_ms.append((cpu_s() - started) * MS / sum(map(len, stamps)))
         self.speeds.append(rate(stamps))
 
     def beside(self, bare: Measured) -> dict[str, float]:
@@ -238,12 +248,15 @@ class Rows:
     Args:
         models: in all engines.
         bare: that has read the prompts.
+        server: None leaves its row out.
         prompts: token ids.
         length: of each.
     """
 
-    def __init__(self, models: Models, bare: BareLlama, prompts: list[list[int]], length: int) -> None:
-        self._models, self._bare, self._prompts, self._length = models, bare, prompts, length
+    def __init__(
+        self, models: Models, bare: BareLlama, server: LlamaServer | None, prompts: list[list[int]], length: int
+    ) -> None:
+        self._models, self._bare, self._server, self._prompts, self._length = models, bare, server, prompts, length
         self._scope = uuid4().hex
         self._generate = {name: Generating(model, prompts) for name, model in models.torch.items()}
 
@@ -259,6 +272,8 @@ class Rows:
             BARE: lambda: self._bare.run(n, long),
             OURS: self._engine(Engine(gguf, k=K), n, long),
         }
+        if self._server and n == 1:  # it runs one after another
+            rows[SERVER] = partial(self._over_http, self._server, long)
         if n == 1:
             for share, name in HEADS.items():
                 engine = Engine(gguf, k=K, trigger=at_rate(share), selector=self._models.head)
@@ -277,12 +292,16 @@ class Rows:
 
         return lambda: _together(one, self._prompts[:n])
 
+    def _over_http(self, server: LlamaServer, tokens: int) -> list[list[float]]:
+        text = self._models.gguf.tokenizer.decode(self._prompts[0])
+        return [server.answer(text, tokens)]
+
     def _chat(self, n: int, tokens: int, tools: str | None) -> Answer:
         chat = TimedChat(self._models.gguf, tokens)
         messages = chat.conversation(8, max(1, self._length - 24))
 
         def one(number: int) -> list[float]:
-            return chat.answer(messages, scope=f"{self._scope}/{tools}/{number}", tools=tools)[2]
+            return chat.answer(messages, scope=f"{self._scope}/{tools}/{number}", tools=tools).stamps
 
         return lambda: _together(one, range(n))
 

@@ -67,10 +67,10 @@ def run(
         said = []
         for turn in range(turns):
             prompts[n, turn] = encoder.encode(messages, (schema,))
-            answer, ids, stamps = timed.answer(messages, scope=scope, tools="any")
-            said.append((ids, stamps))
-            results = [ToolMessage(timed.text(new), tool_call_id=call["id"]) for call in answer.tool_calls]
-            messages = [*messages, answer, *results]
+            answer = timed.answer(messages, scope=scope, tools="any")
+            said.append((answer.ids, answer.chosen))
+            results = [ToolMessage(timed.text(new), tool_call_id=call["id"]) for call in answer.message.tool_calls]
+            messages = [*messages, answer.message, *results]
         return said
 
     agent(at_once, uuid4().hex)  # the grammar is compiled, and what else happens once

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
@@ -44,6 +45,23 @@ def text_of(length: int, count: Callable[[str], int]) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class TimedAnswer:
+    """One answer.
+
+    Attributes:
+        message: the answer.
+        ids: of its tokens.
+        stamps: when each of them came.
+        chosen: the same of those that the model chose; the grammar forced the others.
+    """
+
+    message: AIMessage
+    ids: list[int]
+    stamps: list[float]
+    chosen: list[float]
+
+
 class TimedChat:
     """``ChatS2T`` over a loaded model, the time of every token kept.
 
@@ -63,8 +81,8 @@ class TimedChat:
 
     def answer(
         self, messages: Sequence[BaseMessage], *, scope: str, tools: str | None = None, stream: bool = False
-    ) -> tuple[AIMessage, list[int], list[float]]:
-        """One answer, its token ids, and when each token came that the model chose.
+    ) -> TimedAnswer:
+        """One answer.
 
         Args:
             messages: the conversation.
@@ -83,8 +101,12 @@ class TimedChat:
             answer = bound.invoke(list(messages), **call)
             trace_id = str(_trace_id(answer))
         steps = self._steps.pop(trace_id)
-        stamps = [at for at, step in steps if step.picked_by != "grammar"]
-        return answer, [step.token_id for _, step in steps], stamps
+        return TimedAnswer(
+            answer,
+            ids=[step.token_id for _, step in steps],
+            stamps=[at for at, _ in steps],
+            chosen=[at for at, step in steps if step.picked_by != "grammar"],
+        )
 
     def conversation(self, system: int, question: int) -> list[BaseMessage]:
         """A system message and a question of so many tokens each."""

@@ -100,12 +100,12 @@ def test_the_chat_model_says_what_the_engine_says_and_every_token_has_its_time()
     model = measured_model("tiny", dtype=torch.float32)
     timed = TimedChat(model, 20)
     messages = timed.conversation(8, 30)
-    _, ids, stamps = timed.answer(messages, scope="a")
-    assert len(ids) == len(stamps) == 20
-    assert stamps == sorted(stamps)
-    called, ids, stamps = timed.answer(messages, scope="a", tools="any")
-    assert len(called.tool_calls[0]["args"]["numbers"]) >= timed.least
-    assert 10 <= len(stamps) < len(ids)  # what the grammar chose took no step
+    plain = timed.answer(messages, scope="a")
+    assert len(plain.ids) == len(plain.stamps) == 20
+    assert plain.chosen == plain.stamps == sorted(plain.stamps)
+    called = timed.answer(messages, scope="a", tools="any")
+    assert len(called.message.tool_calls[0]["args"]["numbers"]) >= timed.least
+    assert 10 <= len(called.chosen) < len(called.stamps) == len(called.ids)  # what the grammar chose took no step
     assert len(timed.chat.get_token_ids(timed.text(50))) in range(50, 55)
 
 

@@ -12,7 +12,7 @@ import torch
 from gguf_files import write_gguf
 from training_fixtures import save_model
 
-from benchmarks import engines
+from benchmarks import engines, llama_server
 from s2t_agents.testing import tiny_model
 
 pytest.importorskip("llama_cpp")
@@ -31,13 +31,16 @@ def test_every_engine_is_there_beside_bare_llama_cpp(quick: dict[str, Any]) -> N
     everywhere = {"llama.cpp", "ours, llama.cpp", "ours, chat", "ours, chat, tool called"}
     everywhere |= {f"{who} {dtype}" for who in ("ours, torch", "generate") for dtype in ("fp32", "bf16")}
     heads = {"ours, llama.cpp, head at 1%", "ours, llama.cpp, head at 10%"}
+    server = {"llama.cpp's server"} if llama_server.available() else set()
     for part in quick["rows"].values():
-        assert set(part["at_once"]["1"]) == everywhere | heads
+        assert set(part["at_once"]["1"]) == everywhere | heads | server
         assert set(part["at_once"]["2"]) == everywhere
         for rows in part["at_once"].values():
             assert rows["llama.cpp"]["over_bare"] == 1
             assert all(row["tokens_per_s"] > 0 and row["cpu_ms"] > 0 for row in rows.values())
-    assert set(quick["first_token_ms"]["24"]) == everywhere
+    assert set(quick["first_token_ms"]["24"]) == everywhere | (
+        {"llama.cpp's server"} if llama_server.available() else set()
+    )
     assert set(quick["memory_mb"]) == {"llama.cpp", "ours, llama.cpp", "ours, torch fp32", "ours, torch bf16"}
     assert min(quick["memory_mb"].values()) > 10
     assert engines.table(quick).renderables
