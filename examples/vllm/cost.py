@@ -40,19 +40,23 @@ class Measured(NamedTuple):
     cpu_ms: float
 
 
-def family(pid: int) -> list[int]:
-    """A process and all below it."""
-    children = (Path(f"/proc/{pid}/task/{pid}/children").read_text() if Path(f"/proc/{pid}").exists() else "").split()
-    return [pid, *(each for child in children for each in family(int(child)))]
+def stat_of(pid: str | int) -> list[str] | None:
+    """What /proc says of a process, from its state on; None where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return None
 
 
 def cpu_s(pid: int) -> float:
-    """Seconds of CPU of a server's processes."""
-    spent = 0
-    for each in family(pid):
-        fields = Path(f"/proc/{each}/stat").read_text().rsplit(")", 1)[1].split()
-        spent += int(fields[11]) + int(fields[12])
-    return spent / os.sysconf("SC_CLK_TCK")
+    """Seconds of CPU of a server's processes: this one and all below it."""
+    stats = {int(each): stat for each in os.listdir("/proc") if each.isdecimal() and (stat := stat_of(each))}
+    found, ticks = {pid}, 0
+    while more := {each for each, stat in stats.items() if int(stat[1]) in found} - found:
+        found |= more
+    for each in found & stats.keys():
+        ticks += int(stats[each][11]) + int(stats[each][12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Server:

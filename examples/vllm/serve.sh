@@ -30,13 +30,13 @@ serve() {
     >"$log" 2>&1 &
   server=$!
   started+=("$server")
-  for _ in $(seq 300); do
+  for _ in $(seq 900); do
     kill -0 "$server" 2>/dev/null || { tail -n 30 "$log"; echo "vLLM did not start" >&2; exit 1; }
     curl --silent --fail "http://127.0.0.1:$port/health" >/dev/null && return
     sleep 1
   done
   tail -n 30 "$log"
-  echo "vLLM did not answer within 300 s" >&2
+  echo "vLLM did not answer within 900 s" >&2
   exit 1
 }
 
