@@ -44,7 +44,7 @@ class Proposal:
         if self._seen is None and self.logits.device.type == "cuda":
             self._seen = statistics_at(self.logits)
         if self._seen is not None:
-            self.__dict__.update(vars(self._seen))
+            self.best, self.entropy, self.margin = self._seen.best, self._seen.entropy, self._seen.margin
 
     @cached_property
     def best(self) -> int:

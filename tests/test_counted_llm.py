@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from s2t_agents.engine.engine import Engine
-from s2t_agents.engine.together import steps_of, together
 from s2t_agents.escalation import Escalation
 from s2t_agents.grammar.grammar import tool_grammar
 from s2t_agents.grammar.vocabulary import cached_vocabulary
 from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.waits import gather, steps_of
 from s2t_agents.testing import tiny_model
 from s2t_agents.training.counted_llm import CountedLLM, TakeoverLLM
 from s2t_agents.training.dialogue import Speaker, Trace
@@ -28,7 +28,7 @@ def pair() -> tuple[LanguageModel, LanguageModel]:
 def answers(slm: LanguageModel, llms: list[CountedLLM], tokens: int = 12) -> list[Trace]:
     engines = [Engine(slm, k=4, trigger=entropy(above=0.0), escalation=Escalation(llm, margin=1.0)) for llm in llms]
     rows = zip(engines, PROMPTS, strict=True)
-    found = together([steps_of(each.generation(ids, Sampling(max_tokens=tokens))) for each, ids in rows])
+    found = gather([steps_of(each.generation(ids, Sampling(max_tokens=tokens))) for each, ids in rows])
     return [Trace.of(steps) for steps in found]
 
 

@@ -3,12 +3,14 @@
 import logging
 import random
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 import torch
 from training_fixtures import QUICK, tiny_pair, write_prompts
 
 from s2t_agents import ChatS2T, Escalation, LocalLLM
+from s2t_agents.scheduling.waits import finish, gather, steps_of
 from s2t_agents.selectors import SelectorConfig
 from s2t_agents.selectors.config import BaseIdentity, Calibration
 from s2t_agents.selectors.drift import FEWEST, FEWEST_ANSWERS, DriftWatch, LiveRate
@@ -175,6 +177,26 @@ def test_an_answer_that_is_left_counts_too(made):
     next(stream)
     stream.close()
     assert 1 <= model.engine.drift.trigger_rate.steps < 30
+
+
+def test_steps_count_the_same_whichever_driver_asks_for_them(made):
+    slm, _, folder = made
+    engine, few = ChatS2T(model=slm, selector=folder).engine, Sampling(max_tokens=30)
+    prompts = [[65, 66, 67], [70, 71], [72]]
+    drivers = [
+        lambda: [list(engine.steps(prompt, few)) for prompt in prompts],
+        lambda: [list(engine.run(prompt, few)) for prompt in prompts],
+        lambda: [finish(steps_of(engine.generation(prompt, few))) for prompt in prompts],
+        lambda: gather([steps_of(engine.generation(prompt, few)) for prompt in prompts]),
+    ]
+    seen = [(0, 0, 0)]
+    for drain in drivers:
+        drain()
+        rate = engine.drift.trigger_rate
+        seen.append((rate.answers, rate.steps, rate.hits))
+    counted = {tuple(now - was for was, now in zip(before, after, strict=True)) for before, after in pairwise(seen)}
+    assert len(counted) == 1
+    assert counted.pop()[:2] == (3, 90)
 
 
 def test_watching_changes_no_step(made):

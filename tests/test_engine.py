@@ -15,7 +15,8 @@ from torch import Tensor
 
 from s2t_agents.backends.base import Append
 from s2t_agents.budget import Budget
-from s2t_agents.engine.engine import Engine, nucleus
+from s2t_agents.engine.engine import Engine
+from s2t_agents.engine.sampling import nucleus
 from s2t_agents.errors import BudgetExceeded, ConfigError, ContextOverflow, EscalationFailed, InputError
 from s2t_agents.escalation import Escalation
 from s2t_agents.llms import LocalLLM

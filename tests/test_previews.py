@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from s2t_agents.backends.base import StepOutput, Work
-from s2t_agents.engine.engine import settled
+from s2t_agents.engine.engine import predetermined
 from s2t_agents.llms.previews import END_MARK, continuations, previews
 from s2t_agents.proposal import Proposal
 from s2t_agents.scheduling.language_model import LanguageModel
@@ -113,7 +113,7 @@ def test_a_grammar_outranks_what_was_kept() -> None:
             return token == self.left[0]
 
     grammar, kept, taken = Only(), deque([5, 6, 7, 8]), []
-    for token, picker in settled(grammar, kept):  # type: ignore[arg-type]
+    for token, picker in predetermined(grammar, kept):  # type: ignore[arg-type]
         taken.append((token, picker))
         grammar.left.pop(0)
     assert taken == [(5, "slm"), (6, "slm")]

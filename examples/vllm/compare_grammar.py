@@ -14,7 +14,7 @@ from pathlib import Path
 
 from s2t_agents.chat.runtime import EngineSettings, build
 from s2t_agents.engine.engine import Engine
-from s2t_agents.engine.together import together
+from s2t_agents.scheduling.waits import gather
 from s2t_agents.training.dialogue import AnsweredItem, Speaker, Trace, answering
 from s2t_agents.training.tasks.bfcl import BfclTask
 from s2t_agents.types import Sampling
@@ -23,7 +23,7 @@ from s2t_agents.types import Sampling
 def answered(engine: Engine, task: BfclTask, n: int, tokens: int) -> list[AnsweredItem]:
     """The first n questions, one call each under its grammar."""
     speaker, limit = Speaker(engine.slm), Sampling(max_tokens=tokens)
-    return together([answering(speaker, task, item, engine, lambda prompt: limit) for item in task.items[:n]])
+    return gather([answering(speaker, task, item, engine, lambda prompt: limit) for item in task.items[:n]])
 
 
 def first_difference(here: Trace, there: Trace) -> str:

@@ -1,4 +1,4 @@
-"""The engine: one generator of steps. Everything else drains it, alone or with others (``together``).
+"""The engine: one generator of steps and waits. Everything else drains it, by a driver of ``scheduling.waits``.
 
 propose   SLM logits, grammar mask, top-K candidates
 trigger   is this step critical?
@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -28,18 +29,16 @@ from ..proposal import Proposal, best_first
 from ..scheduling.admission import Concurrency, Gate, Place
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.sequence import TokenSequence
-from ..scheduling.waits import Wait, Waiting, after
+from ..scheduling.waits import Wait, Waiting, drive_blocking
 from ..selectors.base import Selector, confidence_margin, scoring
-from ..selectors.drift import DriftWatch
+from ..selectors.drift import AnswerCounts, DriftWatch
 from ..triggers import Trigger, entropy
 from ..types import Candidate, EscalationRecord, EscalationReport, Picker, Sampling, ShadowPick, Step, Timings
+from .sampling import Draw
 
 MAX_K = 64
 DEFAULT_ENTROPY = 0.5
 """Nats from which a step is critical where nothing was calibrated."""
-
-HEAD = 1024
-"""Tokens that top-p orders at first; the whole vocabulary only where these hold less than its mass."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,28 @@ class Selection:
     escalate_s: float
     then: tuple[int, ...] = ()
     instead: int | None = None
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Keyword arguments of one generation.
+
+    Attributes:
+        grammar: what is legal; masks apply before the top-K.
+        budget: what escalations may spend; None sets no limit.
+        cache_scope: KV of past turns is shared within one scope only.
+        on_asked: called after every question to the LLM, before its step comes. Where the generation ends with an error
+            instead, as by an interruption, it was called for the question that has no step.
+        begun: tokens that the completion begins with, as far as they are legal: they are not chosen again.
+        conversation: what the prompt was made of, for an LLM with another tokenizer; without it such an LLM reads the
+            prompt's text as a text and no conversation.
+    """
+
+    grammar: Grammar | None
+    budget: Budget | None
+    cache_scope: str | None
+    on_asked: Callable[[EscalationRecord], None] | None
+    begun: Sequence[int]
+    conversation: Conversation | None
 
 
 class Engine:
@@ -100,74 +121,26 @@ class Engine:
         self.drift, self.shadow = drift, shadow
 
     def steps(
-        self,
-        prompt: Sequence[int],
-        sampling: Sampling | None = None,
-        *,
-        grammar: Grammar | None = None,
-        budget: Budget | None = None,
-        cache_scope: str | None = None,
+        self, prompt: Sequence[int], sampling: Sampling | None = None, **options: Unpack[GenerationOptions]
     ) -> Iterator[Step]:
-        """Continue a prompt, one step at a time, until a stop token, the grammar's end or ``max_tokens``.
+        """Continue a prompt, one step at a time; arguments and errors as ``generation``.
 
-        The stop token is emitted as the last step. Closing the generator stops the model and the LLM session.
-
-        Args:
-            prompt: token ids, at least one.
-            sampling: how tokens are drawn; greedy by default.
-            grammar: what is legal; masks apply before the top-K.
-            budget: what escalations may spend; None sets no limit.
-            cache_scope: KV of past turns is shared within one scope only.
-
-        Raises:
-            InputError: an empty prompt.
-            ContextOverflow: the prompt leaves no room in the context window.
-            BudgetExceeded: an escalation was refused and the budget says to raise.
-            Overloaded: too many generations at once.
+        Every wait blocks the consumer's thread. Closing the generator stops the model and the LLM session.
         """
-        run = self.run(prompt, sampling, grammar=grammar, budget=budget, cache_scope=cache_scope)
-        with closing(run):
-            for each in run:
+        items = self.run(prompt, sampling, **options)
+        with closing(items):
+            for each in items:
                 if isinstance(each, Step):
                     yield each
 
     def run(
-        self,
-        prompt: Sequence[int],
-        sampling: Sampling | None = None,
-        *,
-        grammar: Grammar | None = None,
-        budget: Budget | None = None,
-        cache_scope: str | None = None,
-        on_asked: Callable[[EscalationRecord], None] | None = None,
-        begun: Sequence[int] = (),
-        conversation: Conversation | None = None,
+        self, prompt: Sequence[int], sampling: Sampling | None = None, **options: Unpack[GenerationOptions]
     ) -> Generator[Place | Step, None, None]:
         """As ``steps``, but where it has to wait for a slot, its place in the queue comes first.
 
         The consumer may go on at once, and ``next`` blocks; or wait for ``Place.turn`` first, without a thread.
-
-        ``on_asked`` is told of every question to the LLM when it is over, before its step comes. Where the generation
-        ends with an error instead, as by an interruption, it was told of the question that has no step.
-
-        ``begun`` are tokens that the completion begins with, as far as they are legal: nobody chooses them again.
-
-        ``conversation`` is what the prompt was made of, for an LLM with another tokenizer; without it such an LLM reads
-        the prompt's text as a text and no conversation.
         """
-        generation = self.generation(
-            prompt,
-            sampling,
-            grammar=grammar,
-            budget=budget,
-            cache_scope=cache_scope,
-            on_asked=on_asked,
-            begun=begun,
-            conversation=conversation,
-        )
-        items = alone(generation)
-        with closing(items):
-            yield from self.drift.watching(items) if self.drift is not None else items
+        return drive_blocking(self.generation(prompt, sampling, **options))
 
     def generation(
         self,
@@ -180,8 +153,22 @@ class Engine:
         on_asked: Callable[[EscalationRecord], None] | None = None,
         begun: Sequence[int] = (),
         conversation: Conversation | None = None,
-    ) -> Generator[Place | Wait | Step, None, None]:
-        """As ``run``, but every wait for a forward comes too: the consumer brings it about before it goes on."""
+    ) -> Generator[Wait | Step, None, None]:
+        """Continue a prompt until a stop token, the grammar's end or ``max_tokens``: its steps, and what it waits for.
+
+        The consumer (a driver of ``scheduling.waits``) brings each wait about before it goes on. A stop token is
+        emitted as the last step. ``GenerationOptions`` describes the keyword arguments.
+
+        Args:
+            prompt: token ids, at least one.
+            sampling: how tokens are drawn; greedy by default.
+
+        Raises:
+            InputError: an empty prompt.
+            ContextOverflow: the prompt leaves no room in the context window.
+            BudgetExceeded: an escalation was refused and the budget says to raise.
+            Overloaded: too many generations at once.
+        """
         sampling = sampling or Sampling()
         self._check_prompt(prompt)
         if self.shadow and budget is not None:
@@ -199,9 +186,10 @@ class Engine:
                     if self.escalation
                     else nullcontext()
                 )
-                with escalations as session:
+                counting = self.drift.counting() if self.drift is not None else nullcontext()
+                with escalations as session, counting as counts:
                     timings = Timings(queue=queued_s)
-                    yield from self._loop(prefix, prompt[reused:], sampling, grammar, session, begun, timings)
+                    yield from self._loop(prefix, prompt[reused:], sampling, grammar, session, begun, timings, counts)
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if not prompt:
@@ -222,11 +210,14 @@ class Engine:
         session: EscalationSession | None,
         begun: Sequence[int],
         before: Timings,
+        counts: AnswerCounts | None,
     ) -> Generator[Wait | Step, None, None]:
         """All steps; the first tells what was ``before`` it, and how much of the prompt was cached."""
         reused = len(prefix)
 
-        def told(step: Step) -> Step:
+        def emitted(step: Step) -> Step:
+            if counts is not None:
+                counts.add(step)
             if index:
                 return step
             return replace(step, timings=replace(step.timings, queue=before.queue), reused_tokens=reused)
@@ -238,8 +229,8 @@ class Engine:
         room = min(sampling.max_tokens, self.slm.context_window - length)
         index = 0
         while index < room:
-            for token, picker in settled(grammar, kept):
-                yield told(Step(index, length + index, token, token, picker))
+            for token, picker in predetermined(grammar, kept):
+                yield emitted(Step(index, length + index, token, token, picker))
                 if grammar and token not in self.slm.eos_ids:
                     grammar.accept(token)
                 pending.append(token)
@@ -250,7 +241,7 @@ class Engine:
                 return
             with single_threaded():
                 step = yield from self._step(index, prefix, pending, draw, grammar, session, kept)
-            yield told(step)
+            yield emitted(step)
             if step.token_id in self.slm.eos_ids:
                 return
             if grammar:
@@ -294,8 +285,16 @@ class Engine:
         if not triggered:
             compute = prefix.compute.seconds - used
             timings = Timings(propose=propose_s, grammar=masked - computed, compute=compute)
-            told = logprobs_of(proposal, wanted, draw.sampling.logprobs)
-            return Step(index, len(prefix), wanted, wanted, "slm", entropy=entropy_nats, timings=timings, logprobs=told)
+            return Step(
+                index,
+                len(prefix),
+                wanted,
+                wanted,
+                "slm",
+                entropy=entropy_nats,
+                timings=timings,
+                logprobs=logprobs_of(proposal, wanted, draw.sampling.logprobs),
+            )
         chosen = yield from self._select(proposal, session, grammar)
         drawn = draw.random and not self.shadow  # whose draws are the SLM's alone
         at = draw.one_of(chosen.scores) if drawn else int(chosen.scores.argmax())
@@ -352,22 +351,6 @@ class Engine:
         return Selection(scores, picked_by, candidates, report, selected - started, done - selected, then, instead)
 
 
-def alone(generation: Generator[Place | Wait | Step, None, None]) -> Generator[Place | Step, None, None]:
-    """A generation whose waits block its consumer's thread, but for its place in the queue."""
-    try:
-        item = next(generation)
-        while True:
-            if isinstance(item, Step | Place):
-                yield item
-                item = next(generation)
-            else:
-                item = after(item, generation)
-    except StopIteration:
-        return
-    finally:
-        generation.close()
-
-
 def fetched(*rows: Tensor) -> list[list[float]]:
     """Several ``[K]`` as lists; from CUDA in one trip."""
     return in_one_trip(*rows) if rows[0].device.type == "cuda" else [row.tolist() for row in rows]
@@ -384,8 +367,8 @@ def decisive(answer: Answer) -> Tensor:
     return torch.tensor([-torch.inf if score is None else score for score in answer.scores])
 
 
-def settled(grammar: Grammar | None, kept: deque[int]) -> Iterator[tuple[int, Picker]]:
-    """Tokens that nobody has to choose any more: forced by the grammar, or kept with an earlier pick while legal.
+def predetermined(grammar: Grammar | None, kept: deque[int]) -> Iterator[tuple[int, Picker]]:
+    """Tokens that need no choice: forced by the grammar, or kept with an earlier pick while legal.
 
     The consumer lets the grammar accept each before it asks for the next.
     """
@@ -407,37 +390,3 @@ def logprobs_of(proposal: Proposal, token: int, likeliest: int | None) -> tuple[
     values, ids = best_first(proposal.log_probs, likeliest) if likeliest else (torch.empty(0), torch.empty(0))
     ranked = zip(map(int, ids.tolist()), values.tolist(), strict=True)
     return ((token, float(proposal.log_probs[token])), *((each, score) for each, score in ranked if score > -torch.inf))
-
-
-class Draw:
-    """Draws tokens as a ``Sampling`` says; greedy never touches a random generator."""
-
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-        self.random = sampling.temperature > 0
-        self._generator = torch.Generator()
-        if sampling.seed is not None:
-            self._generator.manual_seed(sampling.seed)
-        else:
-            self._generator.seed()
-
-    def one_of_all(self, logits: Tensor) -> int:
-        """A token from the whole distribution ``[V]``, with temperature and top-p."""
-        probs = (logits.cpu() / self.sampling.temperature).softmax(0)
-        if self.sampling.top_p < 1:
-            probs = nucleus(probs, self.sampling.top_p)
-        return int(torch.multinomial(probs, 1, generator=self._generator))
-
-    def one_of(self, scores: Tensor) -> int:
-        """A position among candidates' scores ``[K]``, with temperature."""
-        probs = (scores.float().cpu() / self.sampling.temperature).softmax(0)
-        return int(torch.multinomial(probs, 1, generator=self._generator))
-
-
-def nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """Probabilities ``[V]`` with 0 for all but the likeliest tokens that together reach ``top_p``."""
-    ordered, order = probs.topk(min(HEAD, len(probs)))
-    if ordered.sum() < top_p:
-        ordered, order = probs.sort(descending=True)
-    beyond = ordered.cumsum(0) - ordered >= top_p  # keeps the token that crosses the mass
-    return torch.zeros_like(probs).scatter(0, order, ordered.masked_fill(beyond, 0.0))

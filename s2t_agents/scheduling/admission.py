@@ -62,6 +62,8 @@ class Place(Wait):
         turn: done when the slot is there. Only the gate ends it: it takes no cancellation.
     """
 
+    shown = True
+
     def __init__(self, gate: Gate) -> None:
         self.turn: Future[None] = Future()
         self.turn.set_running_or_notify_cancel()

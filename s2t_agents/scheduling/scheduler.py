@@ -164,7 +164,7 @@ class Scheduler:
     def _ensure_thread(self) -> None:
         if self._thread is None:
             arguments = weakref.ref(self), self._wanted  # weak: an idle thread does not keep its model alive
-            self._thread = threading.Thread(target=_serve, args=arguments, name="s2t-scheduler", daemon=True)
+            self._thread = threading.Thread(target=self._serve, args=arguments, name="s2t-scheduler", daemon=True)
             self._thread.start()
 
     def _drive(self, requests: Sequence[ForwardRequest], threads: int) -> None:
@@ -365,31 +365,34 @@ class Scheduler:
         if long:
             release_threads()
 
+    @staticmethod
+    def _serve(found: weakref.ref[Scheduler], wanted: threading.Condition) -> None:
+        """The scheduler's thread: iterates while there is work, releases its OpenMP threads when there is none.
 
-def _serve(found: weakref.ref[Scheduler], wanted: threading.Condition) -> None:
-    """The scheduler's thread: iterates while there is work, releases its OpenMP threads when there is none."""
-    idle_since = time.monotonic()
-    while True:
-        with wanted:
-            scheduler = found()
-            if scheduler is None or scheduler._thread is not threading.current_thread():
-                return
-            work = bool(scheduler._waiting) and scheduler._driver is None
-            if work:
-                scheduler._driver, threads = threading.get_ident(), scheduler._threads
-            else:
-                if time.monotonic() - idle_since > IDLE_S and not scheduler._waiting:
-                    scheduler._thread = None
-                    return
-                if scheduler._release_wanted:
-                    scheduler._release_wanted = False
-                    release_threads()
-                del scheduler
-                wanted.wait(IDLE_S / 4)
-                continue
-        try:
-            scheduler._postprocess(scheduler._compute(threads), driven=False)
-        except BaseException as error:  # noqa: BLE001 - its callers raise it
-            scheduler._fail(error)
-        del scheduler
+        It holds its scheduler only while it works: an idle thread does not keep the model alive.
+        """
         idle_since = time.monotonic()
+        while True:
+            with wanted:
+                scheduler = found()
+                if scheduler is None or scheduler._thread is not threading.current_thread():
+                    return
+                work = bool(scheduler._waiting) and scheduler._driver is None
+                if work:
+                    scheduler._driver, threads = threading.get_ident(), scheduler._threads
+                else:
+                    if time.monotonic() - idle_since > IDLE_S and not scheduler._waiting:
+                        scheduler._thread = None
+                        return
+                    if scheduler._release_wanted:
+                        scheduler._release_wanted = False
+                        release_threads()
+                    del scheduler
+                    wanted.wait(IDLE_S / 4)
+                    continue
+            try:
+                scheduler._postprocess(scheduler._compute(threads), driven=False)
+            except BaseException as error:  # noqa: BLE001 - its callers raise it
+                scheduler._fail(error)
+            del scheduler
+            idle_since = time.monotonic()

@@ -1,10 +1,15 @@
-"""What a generation waits for: it is a generator that yields each wait, and somebody else brings it about.
+"""What a computation waits for, and its drivers: a computation is a generator that yields each wait.
 
-    a lone consumer      finish: every wait blocks the consumer's own thread, where the scheduler batches it
-                         with those of other threads
-    many at once         engine.together: one thread collects the waits of all and runs their forwards in one go
+    drive_blocking   one computation, each wait in the consumer's thread; the scheduler batches its forwards with those
+                     of other threads
+    finish           the same, for its result
+    gather           many computations in one thread; the forwards of all run together
 
-So there is one loop of steps, whoever drives it: nothing in it knows of threads.
+    computation a   ─ propose ─ wait ┐             ┌ select ─ wait ┐
+    computation b   ─ propose ─ wait ┼─ scheduler ─┼ emit ─ propose┼─ scheduler ─ ...       (gather)
+    computation c   ─ ask     ─ wait ┘ (of each)   └ propose       ┘
+
+There is one loop of steps, whichever driver runs it: nothing in it depends on threads.
 """
 
 from __future__ import annotations
@@ -13,6 +18,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
 
+from ..backends.torch.cpu_threads import single_threaded
+from ..types import Step
 from .requests import ForwardRequest
 from .scheduler import Scheduler
 
@@ -20,7 +27,10 @@ T = TypeVar("T")
 
 
 class Wait(ABC):
-    """Something that has to happen before a generation can go on."""
+    """Something that has to happen before a computation can go on."""
+
+    shown = False
+    """Whether a blocking driver yields it to its consumer first, who may wait in another way (without a thread)."""
 
     @property
     @abstractmethod
@@ -33,7 +43,7 @@ class Wait(ABC):
 
 
 class Forwards(Wait):
-    """Requests of one generation to one scheduler; each of them knows its output or its error in the end.
+    """Requests of one computation to one scheduler; each of them has its output or its error in the end.
 
     Args:
         scheduler: of the model.
@@ -54,24 +64,104 @@ class Forwards(Wait):
 
 
 Waiting = Generator[Wait, None, T]
-"""A computation with waits in it; ``yield from`` it, or ``finish`` it."""
+"""A computation with waits in it; ``yield from`` it, or give it to a driver."""
 
 
-def finish(waiting: Waiting[T]) -> T:
-    """The result of a computation, all its waits in this thread."""
+def drive_blocking(computation: Generator[Any, None, T]) -> Generator[Any, None, T]:
+    """What a computation yields, its waits brought about in this thread; of the waits, only those that are ``shown``.
+
+    An error in a wait, as of an interrupt, is raised in the computation, which may have to clean up.
+    """
     try:
-        wait = next(waiting)
+        item = next(computation)
         while True:
-            wait = after(wait, waiting)
+            if not isinstance(item, Wait) or item.shown:
+                yield item
+                item = next(computation)
+                continue
+            try:
+                item.block()
+            except BaseException as error:  # noqa: BLE001 - the computation's own
+                item = computation.throw(error)
+            else:
+                item = next(computation)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    finally:
+        computation.close()
+
+
+def finish(computation: Waiting[T]) -> T:
+    """The result of a computation, all its waits in this thread."""
+    driven = drive_blocking(computation)
+    try:
+        while True:
+            next(driven).block()  # a wait that is shown
     except StopIteration as end:
         result: T = end.value
         return result
 
 
-def after(wait: Wait, waiting: Generator[Any, None, Any]) -> Any:
-    """What comes after a wait; an error in it, as of an interrupt, is the generator's, which may have to clean up."""
+def steps_of(generation: Generator[Wait | Step, None, None]) -> Waiting[list[Step]]:
+    """All steps of an ``Engine.generation``, for ``gather``, or to ``yield from``."""
+    steps: list[Step] = []
+    item = next(generation, None)
+    while item is not None:
+        if isinstance(item, Step):
+            steps.append(item)
+        else:
+            try:
+                yield item
+            except BaseException as error:  # noqa: BLE001 - the generation's own
+                item = generation.throw(error)
+                continue
+        item = next(generation, None)
+    return steps
+
+
+def gather(computations: Sequence[Waiting[T]]) -> list[T]:
+    """The results of all computations in their order, as of ``asyncio.gather``: whole answers to many prompts.
+
+    What shares a forward depends on the computations alone, never on the timing of threads.
+
+    Args:
+        computations: each a generator of its waits, as ``steps_of``, or one that goes on from it.
+
+    Raises:
+        BaseException: what the first of them raised; the others are closed.
+    """
+    results: dict[int, T] = {}
+    waits: dict[int, Wait] = {}
+
+    def resume(at: int) -> None:
+        waits.pop(at, None)
+        try:
+            waits[at] = next(computations[at])
+        except StopIteration as end:
+            results[at] = end.value
+
     try:
-        wait.block()
-    except BaseException as error:  # noqa: BLE001 - raised in the generator
-        return waiting.throw(error)
-    return next(waiting)
+        with single_threaded():
+            for at in range(len(computations)):
+                resume(at)
+            while waits:
+                _bring_about([waits[at] for at in sorted(waits)], computations)
+                for at in [at for at in sorted(waits) if waits[at].over]:
+                    resume(at)
+    finally:
+        for computation in computations:
+            computation.close()
+    return [results[at] for at in range(len(computations))]
+
+
+def _bring_about(waits: Sequence[Wait], caller: object) -> None:
+    """All forwards that are waited for, those of one scheduler together; without any, the wait that ends soonest."""
+    wanted: dict[Scheduler, list[ForwardRequest]] = {}
+    for wait in waits:
+        if isinstance(wait, Forwards):
+            wanted.setdefault(wait.scheduler, []).extend(wait.requests)
+    for scheduler, requests in wanted.items():
+        scheduler.run(requests, caller)
+    if not any(wait.over for wait in waits):
+        min(waits, key=lambda wait: wait.shown).block()

@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ..fork_safety import hold_while_forking
 from ..types import Step
 from .config import Calibration
 
 _log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 Z95 = 1.959964
 Z_LIVE = 3.0
@@ -78,6 +76,19 @@ class LiveRate:
         return low > expected[1] * (1 + SLACK) or high < expected[0] * (1 - SLACK)
 
 
+class AnswerCounts:
+    """Steps of one answer: those that were chosen, the triggered ones, and those to be escalated."""
+
+    def __init__(self) -> None:
+        self.steps = self.triggered = self.escalated = 0
+
+    def add(self, step: Step) -> None:
+        """Count a step."""
+        self.steps += step.entropy is not None  # forced tokens do not count
+        self.triggered += step.triggered
+        self.escalated += step.escalation is not None
+
+
 class DriftWatch:
     """Counts steps in use and warns once when a rate has left its calibrated interval. Thread-safe.
 
@@ -99,18 +110,14 @@ class DriftWatch:
         self.trigger_rate, self.escalation_rate = LiveRate(), LiveRate()
         self._warned = False
 
-    def watching(self, items: Iterable[T]) -> Iterator[T]:
-        """Pass steps, and what comes between, on; when they end or are closed, count them, and log a warning if due."""
-        steps_counted = triggered = escalated = 0
+    @contextmanager
+    def counting(self) -> Iterator[AnswerCounts]:
+        """Counts of one answer; when the block ends, however it does, they are added, and a warning logged if due."""
+        counts = AnswerCounts()
         try:
-            for item in items:
-                if isinstance(item, Step):
-                    steps_counted += item.entropy is not None  # forced tokens do not count
-                    triggered += item.triggered
-                    escalated += item.escalation is not None
-                yield item
+            yield counts
         finally:
-            warning = self.see(steps_counted, triggered, escalated)
+            warning = self.see(counts.steps, counts.triggered, counts.escalated)
             if warning is not None:
                 _log.warning(warning)
 

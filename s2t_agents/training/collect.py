@@ -21,10 +21,10 @@ from ..backends.torch.fingerprint import shared_ids
 from ..budget import Budget
 from ..endpoints.spending import Spending
 from ..engine.engine import Engine
-from ..engine.together import together
 from ..errors import ConfigError, S2TError, TokenizerMismatch
 from ..scheduling.admission import Concurrency
 from ..scheduling.language_model import LanguageModel
+from ..scheduling.waits import gather
 from ..selectors import LocalSelector, SelectorConfig, load_selector
 from ..selectors.config import CONFIG_FILE
 from ..triggers import entropy
@@ -143,7 +143,7 @@ class Collector:
             return Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature, seed=seed)
 
         slm.prefix_cache.clear()  # a shard depends on nothing that was before it
-        return together(
+        return gather(
             [
                 answering(self._speaker, self._task, item, engine, partial(sampling, item, sample))
                 for engine, sample in passes

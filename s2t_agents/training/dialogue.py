@@ -16,13 +16,12 @@ from langchain_core.messages import convert_to_messages
 from ..budget import Budget
 from ..chat.messages import PromptEncoder
 from ..engine.engine import Engine
-from ..engine.together import steps_of
 from ..errors import ContextOverflow
 from ..formats.tool_calls import ToolCallParser
 from ..grammar.grammar import CompiledGrammar, Grammar, tool_grammar
 from ..grammar.vocabulary import cached_vocabulary
 from ..scheduling.language_model import LanguageModel
-from ..scheduling.waits import Waiting
+from ..scheduling.waits import Waiting, steps_of
 from ..tokenization.detokenizer import Detokenizer
 from ..types import Sampling, Step
 from .tasks import Item, Message, Task
@@ -165,7 +164,7 @@ def answering(
     sampling: Callable[[Sequence[int]], Sampling],
     escalations: int | None = None,
 ) -> Waiting[AnsweredItem]:
-    """Answer one item, turn by turn, exactly as the package serves it; run many ``together``.
+    """Answer one item, turn by turn, exactly as the package serves it; run many ``gather``.
 
     Args:
         speaker: the model that generates.

@@ -1,7 +1,7 @@
 """One table: the same problems for every row, in chunks whose answers run together.
 
 Chunks go outside, rows inside, so that prompts stay in the prefix cache for all rows. Every row is settings of the
-engine (``rows``), whose loop of steps answers all problems of a chunk at once (``engine.together``). With a folder to
+engine (``rows``), whose loop of steps answers all problems of a chunk at once (``waits.gather``). With a folder to
 write to, every chunk of every row is kept as soon as it is done, and a run that was killed goes on there (``kept``).
 """
 
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ..atomic_write import sole_run, write_whole
-from ..engine.together import together
 from ..errors import ConfigError
 from ..scheduling.language_model import LanguageModel
+from ..scheduling.waits import gather
 from ..types import Sampling
 from .collect import check_same_ids, row_seed, selector_digest
 from .config import EvaluateConfig, EvaluationRows
@@ -311,7 +311,7 @@ class _Run:
         """Each of these items answered, so many times as the row wants."""
         speaker, limit = self._llm if row.llm_generates else self._slm, row.escalations
         started = time.perf_counter()
-        answers = together(
+        answers = gather(
             [
                 answering(speaker, self._task, item, row.engine(item), self._sampling(row, item, sample), limit)
                 for item in items

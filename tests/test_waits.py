@@ -11,13 +11,12 @@ from test_selectors import activated, adapted, head, published
 from s2t_agents.backends.base import Work
 from s2t_agents.budget import Budget
 from s2t_agents.engine.engine import Engine
-from s2t_agents.engine.together import steps_of, together
 from s2t_agents.errors import ContextOverflow
 from s2t_agents.escalation import Escalation
 from s2t_agents.llms import LocalLLM
 from s2t_agents.scheduling.admission import Concurrency
 from s2t_agents.scheduling.language_model import LanguageModel
-from s2t_agents.scheduling.waits import Waiting
+from s2t_agents.scheduling.waits import Waiting, gather, steps_of
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always, entropy
 from s2t_agents.types import Sampling, Step
@@ -39,7 +38,7 @@ def alone(engine: Engine, **settings: Any) -> list[list[int]]:
 
 
 def at_once(engine: Engine, **settings: Any) -> list[list[int]]:
-    found = together([steps_of(engine.generation(prompt, SAMPLING, **settings)) for prompt in PROMPTS])
+    found = gather([steps_of(engine.generation(prompt, SAMPLING, **settings)) for prompt in PROMPTS])
     return [tokens(steps) for steps in found]
 
 
@@ -63,7 +62,7 @@ def test_an_llm_on_this_machine_is_asked_as_for_each_alone() -> None:
     model, large = tiny_model(), tiny_model(seed=5)
     engine = Engine(model, trigger=entropy(above=2.0), escalation=Escalation(LocalLLM(large), margin=1.0))
     own = [Budget(escalations=3) for _ in PROMPTS]
-    found = together(
+    found = gather(
         [
             steps_of(engine.generation(prompt, SAMPLING, budget=budget))
             for prompt, budget in zip(PROMPTS, own, strict=True)
@@ -120,7 +119,7 @@ def test_what_one_raises_closes_the_others() -> None:
         return list(engine.steps([1] * 10_000))
 
     with pytest.raises(ContextOverflow):
-        together([steps_of(engine.generation([1, 2, 3], Sampling(max_tokens=50))), failing()])
+        gather([steps_of(engine.generation([1, 2, 3], Sampling(max_tokens=50))), failing()])
     assert (llm.opened, llm.closed) == (2, 2)
     assert model.scheduler.idle
     assert len(model.running) == 0
@@ -141,9 +140,9 @@ def test_a_forward_that_fails_is_its_own_generations_error(monkeypatch: pytest.M
         except RuntimeError as error:
             return str(error)
 
-    [expected] = together([told([5, 6, 7])])
+    [expected] = gather([told([5, 6, 7])])
     monkeypatch.setattr(model.backend, "forward", failing)
-    assert together([told([5, 6, 7]), told([98, 99])]) == [expected, "no memory"]
+    assert gather([told([5, 6, 7]), told([98, 99])]) == [expected, "no memory"]
 
 
 def test_one_computation_may_run_several_generations_after_another() -> None:
@@ -159,8 +158,8 @@ def test_one_computation_may_run_several_generations_after_another() -> None:
         return tokens(list(engine.steps([*prompt, *first, 7], SAMPLING, cache_scope="alone")))
 
     prompts = [*PROMPTS[:3], [1]]
-    assert together([dialogue(prompt) for prompt in prompts]) == [singly(prompt) for prompt in prompts]
+    assert gather([dialogue(prompt) for prompt in prompts]) == [singly(prompt) for prompt in prompts]
 
 
 def test_nothing_to_run_is_nothing_found() -> None:
-    assert together([]) == []
+    assert gather([]) == []

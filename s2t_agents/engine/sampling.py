@@ -1,0 +1,45 @@
+"""Sampling: one token of a distribution, or one of K candidates, with temperature, top-p and a seed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import Sampling
+
+HEAD = 1024
+"""Tokens that top-p orders at first; the whole vocabulary only where these hold less than its mass."""
+
+
+class Draw:
+    """Draws tokens as a ``Sampling`` says; greedy never touches a random generator."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.random = sampling.temperature > 0
+        self._generator = torch.Generator()
+        if sampling.seed is not None:
+            self._generator.manual_seed(sampling.seed)
+        else:
+            self._generator.seed()
+
+    def one_of_all(self, logits: Tensor) -> int:
+        """A token from the whole distribution ``[V]``, with temperature and top-p."""
+        probs = (logits.cpu() / self.sampling.temperature).softmax(0)
+        if self.sampling.top_p < 1:
+            probs = nucleus(probs, self.sampling.top_p)
+        return int(torch.multinomial(probs, 1, generator=self._generator))
+
+    def one_of(self, scores: Tensor) -> int:
+        """A position among candidates' scores ``[K]``, with temperature."""
+        probs = (scores.float().cpu() / self.sampling.temperature).softmax(0)
+        return int(torch.multinomial(probs, 1, generator=self._generator))
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Probabilities ``[V]`` with 0 for all but the likeliest tokens that together reach ``top_p``."""
+    ordered, order = probs.topk(min(HEAD, len(probs)))
+    if ordered.sum() < top_p:
+        ordered, order = probs.sort(descending=True)
+    beyond = ordered.cumsum(0) - ordered >= top_p  # keeps the token that crosses the mass
+    return torch.zeros_like(probs).scatter(0, order, ordered.masked_fill(beyond, 0.0))
