@@ -56,7 +56,7 @@ def test_first_come_first_served() -> None:
         for name in range(6):
             threads.append(threading.Thread(target=work, args=(name,)))
             threads[-1].start()
-            while len(gate._queue) <= name:
+            while gate.queued <= name:
                 time.sleep(0.001)
     for thread in threads:
         thread.join()
@@ -98,7 +98,7 @@ def test_a_lost_stream_may_be_collected_while_the_gate_is_changing() -> None:
         leaving.start()
         leaving.join(10)
         assert not leaving.is_alive()
-        assert gate._running == 1
+        assert gate.running == 1
 
 
 def test_patience_may_be_endless() -> None:

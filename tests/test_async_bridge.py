@@ -184,7 +184,7 @@ async def test_streams_that_waited_show_nothing_of_it() -> None:
         async with aclosing(model.astream("hello")) as holder:
             await anext(holder)
             waiting = asyncio.ensure_future(stream)
-            while not model.engine.gate._queue:
+            while not model.engine.gate.queued:
                 await asyncio.sleep(0.001)
         return await waiting
 

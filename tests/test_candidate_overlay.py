@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sequences import read
 
 from s2t_agents.backends.torch import candidate_overlay as overlay
 from s2t_agents.scheduling.language_model import LanguageModel
@@ -31,8 +32,7 @@ def looked_ahead(model: LanguageModel, prefix: TokenSequence) -> torch.Tensor:
 
 
 def error(model: LanguageModel, ids: list[int]) -> float:
-    prefix = TokenSequence(model)
-    prefix.append(ids)
+    prefix = read(model, ids)
     return float((looked_ahead(model, prefix) - reference(model, ids)).abs().max())
 
 

@@ -16,6 +16,7 @@ from threading import enumerate as enumerate_threads
 import forked
 import pytest
 import torch
+from sequences import read
 from torch_models import watched_forwards
 
 from s2t_agents.backends.torch import cpu_threads
@@ -28,7 +29,7 @@ from s2t_agents.triggers import when
 from s2t_agents.types import Sampling
 
 TASKS = Path("/proc/self/task")
-pytestmark = pytest.mark.skipif(cpu_threads._libgomp() is None, reason="this torch brings no libgomp along")
+pytestmark = pytest.mark.skipif(cpu_threads.libgomp() is None, reason="this torch brings no libgomp along")
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +60,7 @@ class Flat:
 
 def test_previews_have_the_forwards_team_too() -> None:
     model, seen = tiny_model("qwen2"), []
-    prefix = TokenSequence(model)
-    prefix.append([5, 6, 7])
+    prefix = read(model, [5, 6, 7])
     watched_forwards(model, lambda batch: seen.append(torch.get_num_threads()))
     with cpu_threads.single_threaded():
         continuations(prefix, [1, 2, 3], 4)
@@ -255,6 +255,6 @@ def in_a_process_of_its_own(body: str) -> None:
 
 def test_without_such_a_runtime_everything_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     with_it = ids(tiny_model("qwen2"))
-    monkeypatch.setattr(cpu_threads, "_libgomp", lambda: None)
+    monkeypatch.setattr(cpu_threads, "libgomp", lambda: None)
     assert ids(tiny_model("qwen2")) == with_it
     assert torch.get_num_threads() == 2

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sequences import read
 from torch import Tensor
 
 from s2t_agents.backends.base import Append
@@ -199,7 +200,7 @@ def test_an_abandoned_generation_may_be_collected_in_any_block_of_ours(name: str
     thread.start()
     thread.join(10)
     assert not thread.is_alive()
-    assert (engine.gate._running, len(model.running), len(llm.idle)) == (0, 0, 1)
+    assert (engine.gate.running, len(model.running), len(llm.idle)) == (0, 0, 1)
 
 
 def test_the_stop_token_is_the_last_step() -> None:
@@ -219,11 +220,8 @@ def test_banned_tokens_are_not_first_and_free_later() -> None:
 
 
 def _prefix(model: LanguageModel) -> Any:
-    from s2t_agents.scheduling.sequence import TokenSequence
 
-    prefix = TokenSequence(model)
-    prefix.append(PROMPT)
-    return prefix
+    return read(model, PROMPT)
 
 
 def test_sampling_repeats_with_its_seed_and_differs_without() -> None:

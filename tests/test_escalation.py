@@ -18,6 +18,7 @@ from s2t_agents.engine.engine import Engine
 from s2t_agents.errors import BudgetExceeded, ConfigError, EscalationFailed, ModelNotFound, S2TError, UnpricedModel
 from s2t_agents.escalation import Escalation, Pacing
 from s2t_agents.llms.question import Answer, Question
+from s2t_agents.scheduling.waits import finish
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
 from s2t_agents.types import RefusedBy, Sampling
@@ -34,7 +35,7 @@ def failing(error: S2TError) -> ScriptedLLM:
 
 def ask(llm: ScriptedLLM, budget: Budget | None) -> tuple[list[float] | None, object]:
     with Escalation(llm).open_session(budget, threshold=0.5) as session:
-        answer, report = session.escalate(Question([1, 2, 3], [7, 8]))
+        answer, report = finish(session.escalating(Question([1, 2, 3], [7, 8])))
     return list(answer.scores) if answer else None, report
 
 
@@ -179,7 +180,7 @@ def test_a_store_that_is_gone_refuses_the_escalation_with_pacing_as_without(tmp_
     (tmp_path / "budget.db").rename(tmp_path / "gone.db")
     with escalation.open_session(budget, threshold=0.5) as session:
         assert [session.should_escalate(margin) for margin in (0.3, 0.6)] == [True, False]
-        answer, report = session.escalate(Question([1, 2, 3], [7, 8]))
+        answer, report = finish(session.escalating(Question([1, 2, 3], [7, 8])))
     assert (answer, report.outcome) == (None, "refused")
     assert "was removed" in report.reason
     assert (report.reserved, report.refused_by) == (Charge(None, 4), None)  # no limit said no

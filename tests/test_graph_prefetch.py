@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sequences import moved
 from test_graph_runner import eager_model, greedy, pooled_model, read, same, some_ids
 
 from s2t_agents import Engine
@@ -94,8 +95,8 @@ def test_whatever_is_done_to_a_sequence_it_says_what_the_eager_one_says(
                 other.append(ids)
             case "cut":
                 ids = [*other.ids[: -data.draw(st.integers(1, 4))], data.draw(st.integers(0, 250))]
-                one.move_to(ids)
-                other.move_to(ids)
+                moved(one, ids)
+                moved(other, ids)
             case "rest":
                 cache_of(one).park()
             case "look":

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from sequences import appended, moved, read
 from tape import Tape
 from torch_models import runner
 
@@ -72,12 +73,6 @@ def eager_model(name: str = "qwen3", **overrides: Any) -> LanguageModel:
 
 def some_ids(length: int, seed: int = 0) -> list[int]:
     return torch.randint(0, 250, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def read(model: LanguageModel, ids: list[int]) -> TokenSequence:
-    prefix = TokenSequence(model)
-    prefix.append(ids)
-    return prefix
 
 
 def same(one: TokenSequence, other: TokenSequence) -> None:
@@ -180,7 +175,7 @@ def test_a_cut_sequence_goes_on_from_the_cut() -> None:
     for prefix in (one, other):
         prefix.append([7])
         prefix.append([8])
-        assert prefix.move_to([*some_ids(20)[:15], 3, 4]) == 2
+        assert moved(prefix, [*some_ids(20)[:15], 3, 4]) == 2
         prefix.append([5])
     same(one, other)
 
@@ -194,13 +189,13 @@ def test_what_is_kept_of_a_generation_leaves_its_row_and_serves_the_next() -> No
         again = list(Engine(model).steps([*prompt, *answer, *some_ids(5, 1)], Sampling(max_tokens=10)))
         assert again[0].reused_tokens == 49
         model.answers = (answer, [step.token_id for step in again])  # type: ignore[attr-defined]
-        (entry,) = model.prefix_cache._entries
+        (entry,) = model.prefix_cache.entries
         assert entry.cache.nbytes <= model.prefix_cache.nbytes < 2 * 4 * 2 * 8 * 4 * 512
     assert ours.answers == theirs.answers  # type: ignore[attr-defined]
     assert all(
-        isinstance(entry.cache, PooledKVCache) and entry.cache.pool is None for entry in ours.prefix_cache._entries
+        isinstance(entry.cache, PooledKVCache) and entry.cache.pool is None for entry in ours.prefix_cache.entries
     )
-    (pool,) = runner(ours).graph_runner.pools._by_capacity.values()  # type: ignore[union-attr]
+    (pool,) = runner(ours).graph_runner.pools.pools  # type: ignore[union-attr]
     assert (pool.rows, pool.free()) == (1, [0])
 
 
@@ -220,7 +215,7 @@ def test_several_sequences_take_a_step_together_whoever_sits_out() -> None:
             same(ones[at], others[at])
         for prefix in (ones[0], others[0]):  # its last token becomes another while others take a step without it
             if turn == 1:
-                prefix.move_to([*prefix.ids[:-1], 99])
+                moved(prefix, [*prefix.ids[:-1], 99])
     assert all(map(is_seated, ones))
 
 
@@ -405,15 +400,15 @@ def test_a_copy_of_a_kept_sequence_lies_in_one_block_and_has_room_for_the_next_t
     steps = list(Engine(model).steps(ids, Sampling(max_tokens=6)))
     kept = [*ids, *(step.token_id for step in steps[:-1])]
     copy, length = model.prefix_cache.match([*kept, 7])
-    (entry,) = model.prefix_cache._entries
+    (entry,) = model.prefix_cache.entries
     assert isinstance(copy, PooledKVCache)
     assert isinstance(entry.cache, PooledKVCache)
     assert (length, copy.read) == (len(kept), len(kept))
     assert entry.cache.nbytes == 2 * sum(layer.keys.nbytes for layer in entry.cache.layers)  # and no more than it needs
     before = [layer.keys.clone() for layer in entry.cache.layers]
-    addresses = {layer._key_buffer.data_ptr() for layer in copy.layers}
+    addresses = {layer.keys.data_ptr() for layer in copy.layers}
     model.append(torch.tensor(some_ids(100, 1)), copy)
-    assert {layer._key_buffer.data_ptr() for layer in copy.layers} == addresses
+    assert {layer.keys.data_ptr() for layer in copy.layers} == addresses
     model.append(torch.tensor(some_ids(1000, 1)), copy)  # more than there is room for
     assert copy.slot is not None
     assert copy.slot.outgrown
@@ -433,8 +428,8 @@ def test_a_sequence_that_was_reset_has_no_seat() -> None:
     cache.reset()
     assert cache.slot is None
     assert runner(model).graph_runner is not None
-    runner(model).graph_runner._stretches._often = 0
-    logits, _ = model.append(torch.tensor([1, 2, 3]), cache)
+    runner(model).graph_runner.prefill_graphs.often = 0
+    logits, _ = appended(model, torch.tensor([1, 2, 3]), cache)
     assert not runner(model).graph_runner.failed
     assert torch.allclose(logits, read(eager_model(), [1, 2, 3]).logits, atol=1e-4)
 

@@ -16,6 +16,7 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import Runnable
 from pydantic import Field
+from sequences import read
 
 from s2t_agents import Budget, ChatS2T, Ledger, LocalLLM, TokenPrice
 from s2t_agents.engine.engine import Engine
@@ -67,9 +68,7 @@ def first_shown(text: str) -> int:
 
 
 def prefix_of(model: LanguageModel, ids: Sequence[int] = PROMPT) -> TokenSequence:
-    prefix = TokenSequence(model)
-    prefix.append(ids)
-    return prefix
+    return read(model, ids)
 
 
 def answer(

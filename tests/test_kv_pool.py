@@ -16,6 +16,7 @@ from torch_models import runner
 from s2t_agents.backends.base import Append
 from s2t_agents.backends.torch.cuda import graph_runner as static_step
 from s2t_agents.backends.torch.cuda.cuda_graph import played
+from s2t_agents.backends.torch.cuda.decode_graphs import CandidateGraph
 from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST, KVPool, KVPools
 from s2t_agents.backends.torch.cuda.pooled_kv_cache import PooledKVCache
 from s2t_agents.scheduling.language_model import LanguageModel
@@ -54,9 +55,7 @@ def test_an_arena_that_all_have_left_is_gone_at_once_with_all_that_was_made_for_
     one.append([4])
     one.score_candidates(CANDIDATES)
     left = arena_of(one)
-    looks = [looks for of_one in graph_runner._looks[left].values() for looks in of_one.values()]
-    gone = [weakref.ref(each) for each in (left, *graph_runner._steps[left].values(), *looks)]
-    del looks
+    gone = [weakref.ref(each) for each in (left, *graph_runner.graphs_over(left))]
     assert len(gone) == 3
     del left
     together(model, [one, other], 5)
@@ -82,7 +81,7 @@ def test_an_empty_arena_makes_room_for_one_that_is_wanted() -> None:
         assert is_seated(prefix)
         del prefix
         gc.collect()
-    assert list(pools._by_capacity) == [2 * SMALLEST]
+    assert [pool.capacity for pool in pools.pools] == [2 * SMALLEST]
 
 
 def test_selections_are_kept_for_the_adapters_there_are_as_they_are_now(no_collection: None) -> None:
@@ -92,8 +91,8 @@ def test_selections_are_kept_for_the_adapters_there_are_as_they_are_now(no_colle
     prefix.append([4])
 
     def made() -> list[Any]:
-        by_adapter = graph_runner._looks[arena_of(prefix)]
-        return [weakref.ref(looks) for of_one in by_adapter.values() for looks in of_one.values()]
+        graphs = graph_runner.graphs_over(arena_of(prefix))
+        return [weakref.ref(each) for each in graphs if isinstance(each, CandidateGraph)]
 
     lora = some_lora(model)
     prefix.score_candidates(CANDIDATES, lora)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sequences import appended
 from torch_models import runner
 from transformers import DynamicCache
 
@@ -34,7 +35,7 @@ def test_it_equals_the_model_for_one_and_for_several_sequences(name: str) -> Non
     prompts = [list(range(3, 3 + length)) for length in (2, 30, 9)]  # one of them past the sliding window
     caches = [model.new_cache() for _ in prompts]
     for prompt, cache in zip(prompts, caches, strict=True):
-        model.append(torch.tensor(prompt), cache)
+        appended(model, torch.tensor(prompt), cache)
     for token in (7, 8, 9):
         logits, hidden = runner(model).llama_decoder(
             torch.tensor([token] * 3), [len(prompt) for prompt in prompts], caches
@@ -88,7 +89,7 @@ def test_long_prompts_and_a_first_token_go_the_models_own_way(monkeypatch: pytes
     monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
     for tokens, wanted in ((8, 0), (9, 1), (1, 1)):
         calls.clear()
-        model.append(torch.arange(tokens), model.new_cache())
+        appended(model, torch.arange(tokens), model.new_cache())
         assert len(calls) == wanted
 
 
@@ -96,7 +97,7 @@ def test_long_prompts_and_a_first_token_go_the_models_own_way(monkeypatch: pytes
 def test_with_a_hook_on_the_decoder_the_model_goes_its_own_way(name: str) -> None:
     model = tiny_model(name)
     cache = model.new_cache()
-    model.append(torch.tensor([1, 2, 3]), cache)
+    appended(model, torch.tensor([1, 2, 3]), cache)
     assert runner(model).llama_decoder is not None  # tried before the hook is there
     seen = []
     handle = model.torch_backend.decoder.layers[0].register_forward_hook(lambda *_: seen.append("step"))  # type: ignore[index]
@@ -116,9 +117,9 @@ def test_hooks_at_the_first_step_cost_nothing_once_they_are_gone() -> None:
         return out * 1.5
 
     with model.torch_backend.decoder.layers[1].register_forward_hook(amplified):  # type: ignore[index,union-attr]
-        model.append(torch.arange(50), cache)
+        appended(model, torch.arange(50), cache)
         assert seen == [50]  # no trial of ours went through it
-    model.append(torch.tensor([7]), cache)
+    appended(model, torch.tensor([7]), cache)
     assert runner(model).llama_decoder is not None
 
 
@@ -162,6 +163,6 @@ def test_positions_far_behind_the_first_table_are_right_too() -> None:
     assert runner(model).llama_decoder is not None
     ids = torch.randint(0, 250, (1500,), generator=torch.Generator().manual_seed(0)).tolist()
     cache = model.new_cache()
-    model.append(torch.tensor(ids[:-1]), cache)
+    appended(model, torch.tensor(ids[:-1]), cache)
     logits, _ = runner(model).llama_decoder(torch.tensor(ids[-1:]), [1499], [cache])
     assert torch.allclose(logits[0], full(model, ids), atol=1e-4)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sequences import appended
 from transformers.utils import logging
 
 from s2t_agents.backends.torch import loading
@@ -34,7 +35,9 @@ def test_every_architecture_comes_back_from_disk_the_same(name: str, tmp_path: P
     ours, theirs = model.model.state_dict(), again.model.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     # Not to the bit: where the file's bytes lie in memory decides which kernel multiplies a single row.
-    assert torch.allclose(again.append(ids, again.new_cache())[0], model.append(ids, model.new_cache())[0], atol=1e-5)
+    assert torch.allclose(
+        appended(again, ids, again.new_cache())[0], appended(model, ids, model.new_cache())[0], atol=1e-5
+    )
     assert (again.eos_ids, again.context_window) == (model.eos_ids, 512)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from sequences import moved, read
 from torch import Tensor
 from torch_models import runner
 
@@ -68,12 +69,6 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
-def read(model: LanguageModel, ids: list[int]) -> TokenSequence:
-    prefix = TokenSequence(model)
-    prefix.append(ids)
-    return prefix
-
-
 def kv(prefix: TokenSequence) -> Iterator[Tensor]:
     for layer in prefix.cache.layers:
         yield layer.keys
@@ -130,7 +125,7 @@ def test_it_never_outlives_the_end_that_it_was_read_after(model: LanguageModel) 
     plain, ours = read(model, IDS), read(model, IDS)
     ours.score_candidates(CANDIDATES, adapter(model))
     for prefix in (plain, ours):
-        prefix.move_to(other)  # as long as before, and another sequence
+        moved(prefix, other)  # as long as before, and another sequence
         prefix.append([token])
     assert same(ours, plain)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from byte_models import random_tokenizer
+from sequences import read
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM
 
@@ -43,17 +44,15 @@ def family(kind: str, seed: int = 3, *, template: str | None = TEMPLATE, added: 
     return LanguageModel(model.eval().requires_grad_(False), tokenizer, name=f"other-{kind}")
 
 
-def read(slm: LanguageModel, text: str) -> TokenSequence:
-    prefix = TokenSequence(slm)
-    prefix.append(slm.tokenizer.encode(text))
-    return prefix
+def read_text(slm: LanguageModel, text: str) -> TokenSequence:
+    return read(slm, slm.tokenizer.encode(text))
 
 
 def asked(slm: LanguageModel, prompt: str, answer: str, candidates: Sequence[int]) -> Question:
     from langchain_core.messages import HumanMessage
 
     conversation = AskedConversation([HumanMessage(prompt)], (), len(slm.tokenizer.encode(prompt)))
-    prefix = read(slm, prompt + answer)
+    prefix = read_text(slm, prompt + answer)
     return Question(prefix.ids, candidates, prefix=prefix, conversation=conversation)
 
 
@@ -190,7 +189,7 @@ def test_text_that_the_llm_cannot_write_fails_the_question_alone() -> None:
 
 def test_a_prompt_alone_is_read_as_a_text() -> None:
     slm = tiny_model()
-    prefix = read(slm, "the than")
+    prefix = read_text(slm, "the than")
     answer = LocalLLM(family("byte-level")).open().ask(Question(prefix.ids, [ord("t"), ord("a")], prefix=prefix))
     assert all(score is not None and math.isfinite(score) for score in answer.scores)
 

@@ -74,13 +74,20 @@ def test_the_gains_may_be_others_than_the_margins_say() -> None:
 
 
 def test_the_bar_falls_as_the_budget_runs_out_and_rises_as_it_is_left_over() -> None:
-    pace = Pace(100, [i / 100 for i in range(100)])
-    assert [pace.bar(n) for n in (5, 20, 50)] == pytest.approx([0.04, 0.19, 0.49], abs=0.011)
-    for _ in range(60):
-        pace.decide(0.5, 20)
-    assert pace.bar(20) > pace.bar(5)
-    assert pace.bar(20) == pytest.approx(0.5, abs=0.02)  # 20 of the 40 to come
-    assert pace.bar(40) == math.inf
+    def bar(left: int, *, after: int) -> float:
+        """The lowest margin, in hundredths, that is not escalated with so many questions left, after so many of 0.5."""
+        for hundredths in range(101):
+            pace = Pace(100, [i / 100 for i in range(100)])
+            for _ in range(after):
+                pace.decide(0.5, 20)
+            if not pace.decide(hundredths / 100, left):
+                return hundredths / 100
+        return math.inf
+
+    assert [bar(left, after=0) for left in (5, 20, 50)] == pytest.approx([0.05, 0.2, 0.5], abs=0.011)
+    assert bar(20, after=60) > bar(5, after=60)
+    assert bar(20, after=60) == pytest.approx(0.5, abs=0.02)  # 20 of the 40 to come
+    assert bar(40, after=60) == math.inf
 
 
 def test_with_nothing_left_it_leaves_the_refusal_to_the_budget() -> None:

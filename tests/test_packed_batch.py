@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from sequences import appended, read
 from torch import nn
 
 from s2t_agents.backends.base import Append, ScoreCandidates
@@ -55,10 +56,10 @@ def test_packed_rounds_equal_reading_every_sequence_in_full(model: LanguageModel
 def test_packed_and_single_steps_mix(model: LanguageModel) -> None:
     one, other = model.new_cache(), model.new_cache()
     first, second = tokens(1, 25), tokens(2, 9)
-    model.append(torch.tensor(first), one)
-    model.append(torch.tensor(second), other)
+    appended(model, torch.tensor(first), one)
+    appended(model, torch.tensor(second), other)
     model.backend.forward([Append(torch.tensor([7]), one, 25), Append(torch.tensor([8]), other, 9)])
-    logits, _ = model.append(torch.tensor([9]), one)
+    logits, _ = appended(model, torch.tensor([9]), one)
     assert torch.allclose(logits, full(model, [*first, 7, 9]), atol=1e-4)
 
 
@@ -87,10 +88,8 @@ def adapter(model: LanguageModel, seed: int) -> Lora:
     return lora.requires_grad_(False)
 
 
-def read(model: LanguageModel, seed: int, count: int) -> TokenSequence:
-    prefix = TokenSequence(model)
-    prefix.append(tokens(seed, count))
-    return prefix
+def read_drawn(model: LanguageModel, seed: int, count: int) -> TokenSequence:
+    return read(model, tokens(seed, count))
 
 
 def alone(model: LanguageModel, scoring: ScoreCandidates) -> torch.Tensor:
@@ -109,7 +108,7 @@ def alone(model: LanguageModel, scoring: ScoreCandidates) -> torch.Tensor:
 
 def test_looks_with_several_adapters_beside_tokens_and_prompts_are_each_as_alone(model: LanguageModel) -> None:
     first, second = adapter(model, 1), adapter(model, 2)
-    prefixes = [read(model, at, length) for at, length in enumerate((20, 3, 33, 9, 12))]
+    prefixes = [read_drawn(model, at, length) for at, length in enumerate((20, 3, 33, 9, 12))]
     ids = [torch.tensor(tokens(50 + at, width)) for at, width in enumerate((8, 1, 3, 5, 4))]
     parts = [
         ScoreCandidates(ids[0], prefixes[0].cache, 20, first),
@@ -166,7 +165,7 @@ def test_an_adapter_is_on_from_the_first_token_of_a_sequence_alone(model: Langua
 
 def test_a_look_leaves_the_kv_and_a_token_beside_it_as_they_are(model: LanguageModel) -> None:
     lora = adapter(model, 1)
-    looked, stepped = read(model, 1, 20), read(model, 2, 7)
+    looked, stepped = read_drawn(model, 1, 20), read_drawn(model, 2, 7)
     kept = [(layer.keys.clone(), layer.values.clone()) for layer in looked.cache.layers]
     outcomes = model.backend.forward(
         [ScoreCandidates(torch.arange(8), looked.cache, 20, lora), Append(torch.tensor([9]), stepped.cache, 7)]
@@ -182,7 +181,7 @@ def test_a_look_leaves_the_kv_and_a_token_beside_it_as_they_are(model: LanguageM
 def test_corrections_of_another_precision_than_the_base_are_added_too() -> None:
     model = tiny_model("qwen3")
     lora = adapter(model, 1)
-    prefix = read(model, 1, 20)
+    prefix = read_drawn(model, 1, 20)
     scoring = ScoreCandidates(torch.arange(8), prefix.cache, 20, lora)
     narrow = ScoreCandidates(scoring.ids, scoring.cache, 20, copy.deepcopy(lora).to(torch.bfloat16))
     without = ScoreCandidates(scoring.ids, scoring.cache, 20)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sequences import appended
 from torch import Tensor, nn
 from torch.nn import functional
 from torch_models import runner
@@ -137,8 +138,8 @@ def test_a_models_lean_step_uses_them_and_says_what_the_model_says(dtype: torch.
     said = []
     for model in (plain, packed):
         cache = model.new_cache()
-        model.append(torch.tensor([3, 4, 5]), cache)
-        said.append(torch.stack([model.append(torch.tensor([token]), cache)[0] for token in (7, 8, 9)]))
+        appended(model, torch.tensor([3, 4, 5]), cache)
+        said.append(torch.stack([appended(model, torch.tensor([token]), cache)[0] for token in (7, 8, 9)]))
     assert torch.allclose(*said, atol=1e-4 if dtype == torch.float32 else 5e-2)
 
 

@@ -29,8 +29,7 @@ def test_a_played_stretch_says_what_the_eager_one_says(name: str, more: dict[str
     assert is_seated(one)
     assert runner(ours).graph_runner is not None
     assert not runner(ours).graph_runner.failed
-    sizes = [size for each in runner(ours).graph_runner._stretches._known.values() for size in each]
-    assert sorted(set(sizes)) == [16, 32, 64, 256, 1024]
+    assert sorted(set(runner(ours).graph_runner.prefill_graphs.sizes)) == [16, 32, 64, 256, 1024]
 
 
 @pytest.mark.parametrize("length", [1, 2, 16, 100])
@@ -78,7 +77,7 @@ def test_stretches_are_captured_once_their_length_comes_often() -> None:
     captured = []
     for seed in range(4):
         prefix.append(some_ids(20, seed))
-        captured.append(len(runner(model).graph_runner._stretches))
+        captured.append(len(runner(model).graph_runner.prefill_graphs))
     assert captured == [0, 0, 1, 1]
 
 
@@ -125,15 +124,15 @@ def test_a_stretch_without_memory_goes_the_eager_way_and_steps_go_on(
     ours, theirs = pooled_model(record=played, often=0), eager_model()
     one, other = read(ours, some_ids(1)), read(theirs, some_ids(1))
     assert runner(ours).graph_runner is not None
-    real = runner(ours).graph_runner._rows.__call__
+    real = runner(ours).graph_runner.prefill_graphs.eager.__call__
 
     def out_of_memory(parts: Any) -> Any:
-        monkeypatch.setattr(runner(ours).graph_runner._stretches, "_rows", real)  # type: ignore[union-attr]
+        monkeypatch.setattr(runner(ours).graph_runner.prefill_graphs, "eager", real)  # type: ignore[union-attr]
         layer = parts[0].cache.layers[0]  # as far as the forward has come
         layer.update(*(torch.ones(1, layer.keys.shape[1], 5, layer.keys.shape[-1]) for _ in range(2)))
         raise RuntimeError("CUDA error: out of memory")  # as drivers say it
 
-    monkeypatch.setattr(runner(ours).graph_runner._stretches, "_rows", out_of_memory)
+    monkeypatch.setattr(runner(ours).graph_runner.prefill_graphs, "eager", out_of_memory)
     for ids in (some_ids(5, 1), [4], some_ids(5, 2), [7]):
         one.append(ids)
         other.append(ids)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
 from langchain_core.runnables import RunnableLambda
+from sequences import appended, read
 from torch_models import watched_forwards
 
 from s2t_agents import ChatS2T, Engine
@@ -22,7 +23,6 @@ from s2t_agents.backends.torch.kv_cache import KVCache
 from s2t_agents.scheduling import prefix_cache
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.prefix_cache import PrefixCache, common_prefix
-from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 from s2t_agents.types import Sampling
 
@@ -30,8 +30,7 @@ tokens = st.lists(st.integers(0, 3), min_size=1, max_size=40)
 
 
 def filled(model: LanguageModel, ids: list[int]) -> KVCache:
-    prefix = TokenSequence(model)
-    prefix.append(ids)
+    prefix = read(model, ids)
     assert isinstance(prefix.cache, KVCache)
     return prefix.cache
 
@@ -126,14 +125,14 @@ def test_what_a_collected_generation_keeps_in_mid_search_does_no_harm(
     ids, other = list(range(20)), list(range(50, 70))
     past = PrefixCache(limit_bytes=filled(model, [1]).nbytes)
     past.insert(ids, filled(model, ids))
-    own, collected = prefix_cache._common, [filled(model, other)]
+    own, collected = prefix_cache.common_prefix, [filled(model, other)]
 
     def collecting(one: Any, two: Any) -> int:
         if collected:
             past.insert(other, collected.pop())  # there is room for one of them only
         return own(one, two)
 
-    monkeypatch.setattr(prefix_cache, "_common", collecting)
+    monkeypatch.setattr(prefix_cache, "common_prefix", collecting)
     assert past.match([*ids, 1])[1] == 20
     assert len(past) == 1
 
@@ -151,7 +150,7 @@ def test_a_copy_is_the_takers_own(model: LanguageModel) -> None:
     past.insert(ids, filled(model, ids))
     mine, _ = past.match([*ids, 1])
     assert mine is not None
-    model.append(torch.tensor([7, 8]), mine)
+    appended(model, torch.tensor([7, 8]), mine)
     again, length = past.match([*ids, 1])
     assert again is not None
     assert (length, again.get_seq_length()) == (20, 20)
@@ -160,7 +159,7 @@ def test_a_copy_is_the_takers_own(model: LanguageModel) -> None:
 
 def test_nothing_stays_after_clear(model: LanguageModel) -> None:
     answer(model, list(range(10, 60)))
-    seen = [weakref.ref(entry.cache) for entry in model.prefix_cache._entries]
+    seen = [weakref.ref(entry.cache) for entry in model.prefix_cache.entries]
     assert seen
     model.prefix_cache.clear()
     gc.collect()

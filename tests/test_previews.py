@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from sequences import read
 
 from s2t_agents.backends.base import StepOutput, Work
 from s2t_agents.engine.engine import predetermined
@@ -18,9 +19,7 @@ PROMPT = [10, 20, 30, 40, 50]
 
 
 def prefix_of(model: LanguageModel, ids: list[int] = PROMPT) -> TokenSequence:
-    prefix = TokenSequence(model)
-    prefix.append(ids)
-    return prefix
+    return read(model, ids)
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])

@@ -9,6 +9,7 @@ from time import sleep
 
 import pytest
 import torch
+from sequences import appended
 from torch_models import watched_forwards
 
 from s2t_agents.backends.base import Work
@@ -136,7 +137,7 @@ def test_who_waits_leaves_the_readers_time_to_the_reader(model: LanguageModel, m
     with ThreadPoolExecutor(1) as pool, first:
         second = pool.submit(finish, live.enter([*SYSTEM, 8], None))
         sleep(0.5)
-        model.append(torch.tensor(SYSTEM), first.cache)  # type: ignore[arg-type]
+        appended(model, torch.tensor(SYSTEM), first.cache)  # type: ignore[arg-type]
         entry, _, length = second.result(timeout=10)
     assert length == len(SYSTEM)
     assert len(compared) <= 4

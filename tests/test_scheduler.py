@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sequences import read
 from torch_models import watched_forwards
 
 from s2t_agents import Engine
@@ -66,8 +67,7 @@ def test_a_long_prompt_goes_in_parts_beside_the_tokens_of_others(monkeypatch: py
     read = threading.Event()
 
     def decode() -> int:
-        prefix = TokenSequence(model)
-        prefix.append([1, 2, 3])
+        prefix = read(model, [1, 2, 3])
         steps = 0
         while not read.is_set():
             prefix.append([int(prefix.logits.argmax())])
@@ -264,8 +264,7 @@ def test_a_look_that_fails_tells_its_own_caller_alone() -> None:
     told = []
 
     def bad() -> None:
-        prefix = TokenSequence(model)
-        prefix.append([1, 2])
+        prefix = read(model, [1, 2])
         for _ in range(10):
             with pytest.raises(IndexError):
                 prefix.score_candidates(torch.tensor([10**6]))
@@ -282,8 +281,7 @@ def test_a_look_that_fails_tells_its_own_caller_alone() -> None:
 
 def test_a_forward_that_is_broken_off_tells_its_caller_and_the_others_go_on() -> None:
     model = tiny_model("qwen3")
-    prefix = TokenSequence(model)
-    prefix.append([1, 2, 3])
+    prefix = read(model, [1, 2, 3])
     hit = threading.Event()
 
     def broken_off(batch: list[Work]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sequences import appended
 from servers import CompletionServer, selecting, serving
 
 from s2t_agents import ChatS2T, Engine, LanguageModel
@@ -67,7 +68,7 @@ def test_rows_pick_what_the_engine_picks_alone(slm: LanguageModel, head: HeadSel
     ]
     prompts = [[at, 20, 30] for at in range(40, 52)]
     for one, many in kinds:
-        outputs = [slm.append(torch.tensor(prompt), slm.new_cache()) for prompt in prompts]
+        outputs = [appended(slm, torch.tensor(prompt), slm.new_cache()) for prompt in prompts]
         logits, hidden = (torch.stack(each) for each in zip(*outputs, strict=True))
         found = LogitSelection(head, many, K)(hidden, logits)
         steps = [here(slm, head, prompt, one)[0] for prompt in prompts]
@@ -93,7 +94,7 @@ def test_what_a_server_reports_tells_triggers_and_flips(
 
 
 def test_candidates_share_their_probability_by_the_scores(slm: LanguageModel, head: HeadSelector) -> None:
-    out = slm.append(torch.tensor([40, 20, 30]), slm.new_cache())
+    out = appended(slm, torch.tensor([40, 20, 30]), slm.new_cache())
     found = LogitSelection(head, EntropyAbove(0.0), K)(out.hidden[None], out.logits[None])[0].log_softmax(-1)
     selection = read_back({token: float(found[token]) for token in found.topk(20).indices.tolist()})
     assert selection is not None

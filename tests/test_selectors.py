@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sequences import appended, read
 
 from s2t_agents.backends.statistics import FLOOR
 from s2t_agents.backends.torch.lora import Lora
@@ -73,8 +74,7 @@ def adapted(model: LanguageModel, *, trained: bool) -> AdaptedSelector:
 
 
 def proposal(model: LanguageModel) -> Proposal:
-    prefix = TokenSequence(model)
-    prefix.append(IDS)
+    prefix = read(model, IDS)
     return Proposal(prefix, 8)
 
 
@@ -134,7 +134,7 @@ def test_activated_scores_equal_full_forwards_with_the_adapter_on_at_the_candida
     expected = []
     for candidate in look.candidates.tolist():
         cache = model.new_cache()
-        model.append(torch.tensor(IDS), cache)  # the prefix, adapter off
+        appended(model, torch.tensor(IDS), cache)  # the prefix, adapter off
         with torch.inference_mode(), selector.lora.on(model.model):
             at = {"position_ids": torch.tensor([[len(IDS)]]), "past_key_values": cache}
             hidden = model.torch_backend.decoder(input_ids=torch.tensor([[candidate]]), **at).last_hidden_state

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sequences import moved, read
 
 from s2t_agents.backends.base import Append
 from s2t_agents.scheduling.sequence import TokenSequence
@@ -24,7 +25,7 @@ def test_moving_to_another_branch_equals_reading_it_in_full(name: str) -> None:
     prefix = TokenSequence(tiny_model(name))
     prefix.append(list(range(30)))
     branch = [*range(20), 99, 98, 97]
-    computed = prefix.move_to(branch)
+    computed = moved(prefix, branch)
     assert torch.allclose(prefix.logits, full(name, branch), atol=1e-4)
     assert computed == (3 if name in ARCHITECTURES else len(branch))
 
@@ -34,7 +35,7 @@ def test_moving_to_another_branch_equals_reading_it_in_full(name: str) -> None:
 def test_any_walk_over_branches_ends_where_a_fresh_read_ends(branches: list[list[int]]) -> None:
     prefix = TokenSequence(tiny_model("qwen3"))
     for branch in branches:
-        prefix.move_to(branch)
+        moved(prefix, branch)
     assert prefix.ids == branches[-1]
     assert torch.allclose(prefix.logits, full("qwen3", branches[-1]), atol=1e-4)
 
@@ -42,15 +43,14 @@ def test_any_walk_over_branches_ends_where_a_fresh_read_ends(branches: list[list
 def test_moving_to_where_it_is_computes_nothing() -> None:
     prefix = TokenSequence(tiny_model("qwen3"))
     prefix.append([1, 2, 3])
-    assert prefix.move_to([1, 2, 3]) == 0
+    assert moved(prefix, [1, 2, 3]) == 0
 
 
 @pytest.mark.parametrize("name", ["gemma3", "bamba"])
 def test_a_long_prefix_is_read_in_chunks_to_the_same_end(name: str) -> None:
     model = tiny_model(name)
     model.backend.limits = replace(model.backend.limits, prefill_alone=7)
-    prefix = TokenSequence(model)
-    prefix.append(list(range(50)))
+    prefix = read(model, list(range(50)))
     assert torch.allclose(prefix.logits, full(name, list(range(50))), atol=1e-4)
 
 

@@ -2,20 +2,14 @@
 
 import pytest
 import torch
+from sequences import read
 
 from s2t_agents.backends.torch.backend import TorchBackend
 from s2t_agents.errors import ConfigError
-from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ARCHITECTURES, tiny_model
 from s2t_agents.training.batch_reading import logits_along
 
 PROMPTS = [[5, 6, 7], list(range(20, 50)), [9] * 11]
-
-
-def alone(model, ids):
-    prefix = TokenSequence(model)
-    prefix.append(ids)
-    return prefix
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -24,9 +18,9 @@ def test_logits_along_completions_of_different_length(architecture):
     completions = [[1, 2, 3], [], [4]]
     logits = logits_along(model, PROMPTS, completions)
     for row, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):
-        torch.testing.assert_close(logits[row, 0], alone(model, prompt).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits[row, 0], read(model, prompt).logits, atol=1e-4, rtol=1e-4)
         for at in range(len(completion)):
-            single = alone(model, [*prompt, *completion[: at + 1]]).logits
+            single = read(model, [*prompt, *completion[: at + 1]]).logits
             torch.testing.assert_close(logits[row, at - len(completion)], single, atol=1e-4, rtol=1e-4)
 
 
@@ -35,7 +29,7 @@ def test_logits_along_nothing_are_those_at_the_end():
     logits = logits_along(model, PROMPTS, [[], [], []])
     assert logits.shape[:2] == (3, 1)
     for row, prompt in enumerate(PROMPTS):
-        torch.testing.assert_close(logits[row, 0], alone(model, prompt).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits[row, 0], read(model, prompt).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_prompt_of_several_rows_is_read_once_and_they_grow_apart(monkeypatch):
@@ -48,7 +42,7 @@ def test_a_prompt_of_several_rows_is_read_once_and_they_grow_apart(monkeypatch):
     logits = logits_along(model, prompts, completions)
     assert read == [2, 3]
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        torch.testing.assert_close(logits[row, 1], alone(model, prompt + completion).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits[row, 1], read(model, prompt + completion).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_recurrent_models_are_refused_by_name():

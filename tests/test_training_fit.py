@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from sequences import read
 from training_fixtures import (
     QUICK,
     SMALL,
@@ -184,8 +185,7 @@ def test_what_was_trained_loads_and_scores_the_same(pair, rollouts, kind, tmp_pa
     train_with(slm, training(kind, rollouts, tmp_path / kind))
     selector, config = load_selector(tmp_path / kind, slm)
     assert (config.kind, config.k) == (kind, 4)
-    prefix = TokenSequence(slm)
-    prefix.append([65, 66, 67])
+    prefix = read(slm, [65, 66, 67])
     proposal = Proposal(prefix, 4)
     again, _ = load_selector(tmp_path / kind, slm)
     assert torch.equal(selector.scores(proposal), again.scores(proposal))
@@ -253,8 +253,7 @@ def test_hidden_states_are_those_that_a_prefix_has(pair):
     slm, _, _ = pair
     examples = some_examples(slm)
     for example, hidden in zip(examples, hidden_along(slm, examples), strict=True):
-        prefix = TokenSequence(slm)
-        prefix.append(example.ids[: int(example.all_positions[4])])
+        prefix = read(slm, example.ids[: int(example.all_positions[4])])
         torch.testing.assert_close(hidden[4], prefix.hidden, atol=1e-4, rtol=1e-4)
 
 

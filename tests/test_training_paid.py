@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sequences import read
 from training_fixtures import QUICK, prompts, tiny_pair
 from typer.testing import CliRunner
 
@@ -14,7 +15,6 @@ from s2t_agents.errors import ConfigError, InputError
 from s2t_agents.escalation import Escalation, PaidGroup, read_groups
 from s2t_agents.llms import LocalLLM
 from s2t_agents.proposal import Proposal
-from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.selectors import load_selector
 from s2t_agents.selectors.config import BaseIdentity
 from s2t_agents.testing import ScriptedLLM, tiny_model
@@ -89,8 +89,7 @@ def agreement(slm, selector, path: Path) -> float:
     """Share of paid selections where the selector, as it is used, picks what the LLM picked."""
     right = []
     for group in read_groups(path, slm):
-        prefix = TokenSequence(slm)
-        prefix.append(group.ids)
+        prefix = read(slm, group.ids)
         picked = int(selector.scores(Proposal(prefix, len(group.candidates))).argmax())
         right.append(picked == group.pick)
     return sum(right) / len(right)
@@ -128,8 +127,7 @@ def test_it_is_scored_in_training_as_in_use(pair, paid, kind):
             for slm_row, row in zip(piece.slm.tolist(), piece.scores, strict=True):
                 in_training[tuple(slm_row)] = row.detach()
     for group in read_groups(paid):
-        prefix = TokenSequence(slm)
-        prefix.append(group.ids)
+        prefix = read(slm, group.ids)
         live = selector.scores(Proposal(prefix, 4))
         torch.testing.assert_close(in_training[group.slm], live.detach(), atol=2e-3, rtol=1e-3)
 

@@ -107,11 +107,11 @@ def test_a_killed_training_draws_the_same_tokens_when_it_goes_on(pipeline, monke
         save(*args)
         raise KeyboardInterrupt
 
-    save = fit._save
-    monkeypatch.setattr(fit, "_save", killed)
+    save = fit.save_checkpoint
+    monkeypatch.setattr(fit, "save_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
         train(training)
-    monkeypatch.setattr(fit, "_save", save)
+    monkeypatch.setattr(fit, "save_checkpoint", save)
     train(training)
     assert_same(whole, weights(pipeline), 1e-3)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from sequences import appended, scored
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from s2t_agents import Budget, ChatS2T, Engine, Escalation, LocalLLM
@@ -92,12 +93,12 @@ def test_candidates_and_stretches_are_read_exactly(checkpoint: tuple[Any, Path])
     model = LanguageModel.load(str(folder), dtype=torch.float32)
     ids, candidates = torch.arange(3, 40), torch.tensor([50, 7, 200])
     cache = model.new_cache()
-    model.append(ids[:20], cache)
-    logits, _ = model.append(ids[20:], cache)
-    assert torch.allclose(logits, model.append(ids, model.new_cache())[0], atol=1e-4)
-    seen = model.score_candidates(candidates, cache, len(ids))
+    appended(model, ids[:20], cache)
+    logits, _ = appended(model, ids[20:], cache)
+    assert torch.allclose(logits, appended(model, ids, model.new_cache())[0], atol=1e-4)
+    seen = scored(model, candidates, cache, len(ids))
     for token, hidden in zip(candidates, seen, strict=True):
-        _, alone = model.append(torch.cat([ids, token[None]]), model.new_cache())
+        _, alone = appended(model, torch.cat([ids, token[None]]), model.new_cache())
         assert torch.allclose(hidden, alone, atol=1e-4)
 
 

@@ -51,14 +51,14 @@ def save_model(model, folder: Path) -> Path:
 
 def killed_at_its_first_checkpoint(train: Callable[[], None]) -> None:
     """Run a training that dies right after it has written a checkpoint."""
-    save = fit._save
+    save = fit.save_checkpoint
 
     def dies(*args) -> None:
         save(*args)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "_save", dies)
+        patch.setattr(fit, "save_checkpoint", dies)
         with pytest.raises(KeyboardInterrupt):
             train()
 

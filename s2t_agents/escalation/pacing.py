@@ -68,11 +68,6 @@ class Pace:
             self._remember(margin)
         return margin < min(bar, at_most)
 
-    def bar(self, affordable: float) -> float:
-        """The margin under which a selection would be escalated now, with so many escalations left to pay for."""
-        with self._lock:
-            return self._bar(affordable)
-
     def add_charge(self, charge: Charge) -> None:
         """Count what an escalation cost: the next ones are expected to cost the mean."""
         with self._lock:

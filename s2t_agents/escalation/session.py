@@ -22,7 +22,7 @@ from ..errors import (
 )
 from ..llms.base import LLMSelector, LLMSession, asking
 from ..llms.question import Answer, Conversation, Question, candidates_of
-from ..scheduling.waits import Waiting, finish
+from ..scheduling.waits import Waiting
 from ..types import Charge, EscalationRecord, EscalationReport, Outcome, RefusedBy
 from .pacing import Pace
 from .paid_groups import PaidGroups
@@ -81,10 +81,6 @@ class EscalationSession:
             return self._pace.should_escalate(margin, self._budget, at_most=self.margin)
         except StoreUnavailable:  # what is left is unknown; the reservation is refused, and the report says why
             return margin < self.margin
-
-    def escalate(self, question: Question) -> tuple[Answer | None, EscalationReport | None]:
-        """``escalating``, blocking."""
-        return finish(self.escalating(question))
 
     def escalating(self, question: Question) -> Waiting[tuple[Answer | None, EscalationReport | None]]:
         """Put a question to the LLM, if the budget holds what it may cost.

@@ -112,6 +112,16 @@ class Gate:
         self._running, self._process = 0, os.getpid()
         self._queue: deque[Place] = deque()
 
+    @property
+    def running(self) -> int:
+        """Generations that have a slot."""
+        return self._running
+
+    @property
+    def queued(self) -> int:
+        """Generations that wait for one."""
+        return len(self._queue)
+
     @contextmanager
     def place(self) -> Iterator[Place]:
         """A place while the block lasts: it may run once ``Place.turn`` is done.

@@ -8,14 +8,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..backends.base import Backend, Capabilities, ScoreCandidates, SequenceCache, StepOutput
+from ..backends.base import Backend, Capabilities, SequenceCache
 from ..backends.loading import load_backend
 from ..backends.torch.backend import TorchBackend
 from ..backends.torch.packed_linear import LIMIT
 from ..errors import ConfigError
 from ..redaction import without_secrets
 from ..tokenization.vocabulary import decodable_ids
-from .compute_time import ComputeTime
 from .prefix_cache import PrefixCache
 from .running_prefixes import RunningPrefixes
 from .scheduler import Scheduler
@@ -177,40 +176,3 @@ class LanguageModel:
     def new_cache(self) -> SequenceCache:
         """An empty KV cache of one sequence."""
         return self.backend.new_cache()
-
-    @torch.inference_mode()
-    def append(self, ids: Tensor, cache: SequenceCache, compute: ComputeTime | None = None) -> StepOutput:
-        """Append tokens to a cache; concurrent callers share forwards, see ``Scheduler``.
-
-        Args:
-            ids: ``[T]``.
-            cache: grows by T.
-            compute: takes the step's share of the time of its forwards.
-
-        Returns:
-            Logits ``[V]`` (fp32) and last hidden state ``[H]``, both after the last token.
-        """
-        return self.scheduler.append(ids, cache, compute)
-
-    @torch.inference_mode()
-    def score_candidates(
-        self,
-        candidates: Tensor,
-        cache: SequenceCache,
-        length: int,
-        lora: Any | None = None,
-        compute: ComputeTime | None = None,
-    ) -> Tensor:
-        """Last hidden state after each candidate, as if it alone had followed the sequence.
-
-        Args:
-            candidates: ``[K]`` token ids.
-            cache: of the sequence; left bitwise as it is.
-            length: tokens in it.
-            lora: adapter that is on at the candidates only; None scores them with the base model.
-            compute: takes the share of the time of its forward.
-
-        Returns:
-            ``[K, H]``. One forward; the output layer is not run.
-        """
-        return self.scheduler.score(ScoreCandidates(candidates, cache, length, lora), compute)

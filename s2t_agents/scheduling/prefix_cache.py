@@ -60,6 +60,11 @@ class PrefixCache:
         return len(self._entries)
 
     @property
+    def entries(self) -> tuple[CachedPrefix, ...]:
+        """What is cached, the least recently used first."""
+        return tuple(self._entries)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all entries."""
         with self._lock:
@@ -103,7 +108,7 @@ class PrefixCache:
             return
         with self._lock:
             entries = self._entries
-            shared = [(each, _common(each.ids, entry.ids)) for each in entries if each.scope == scope]
+            shared = [(each, common_prefix(each.ids, entry.ids)) for each in entries if each.scope == scope]
             if any(length == len(entry.ids) for _, length in shared):
                 return
             covered = [each for each, length in shared if length == len(each.ids)]
@@ -120,18 +125,14 @@ class PrefixCache:
 
 def common_prefix(one: Ids, other: Ids) -> int:
     """How many leading tokens two sequences share."""
-    return _common(np.asarray(one, dtype=np.int64), np.asarray(other, dtype=np.int64))
-
-
-def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
     n = min(len(one), len(other))
-    differing = np.flatnonzero(one[:n] != other[:n])
+    differing = np.flatnonzero(np.asarray(one[:n], dtype=np.int64) != np.asarray(other[:n], dtype=np.int64))
     return int(differing[0]) if len(differing) else n
 
 
 def _longest(entries: Sequence[CachedPrefix], ids: Ids, scope: str | None) -> tuple[CachedPrefix | None, int]:
     wanted = np.asarray(ids[:-1], dtype=np.int64)
-    mine = [(_common(entry.ids, wanted), entry) for entry in entries if entry.scope == scope]
+    mine = [(common_prefix(entry.ids, wanted), entry) for entry in entries if entry.scope == scope]
     length, found = max(mine, key=lambda each: each[0], default=(0, None))
     return (found, length) if length >= SHORTEST else (None, 0)
 

@@ -22,13 +22,10 @@ from collections import deque
 from collections.abc import Sequence
 from math import inf
 
-from torch import Tensor
-
-from ..backends.base import Backend, Output, ScoreCandidates, SequenceCache, StepOutput, Work
+from ..backends.base import Backend, Output, Work
 from ..backends.torch.cpu_threads import release_threads, wanted_threads, with_threads
 from ..fork_safety import hold_while_forking, renew_in_child
-from .compute_time import ComputeTime
-from .requests import AppendRequest, ForwardRequest, ScoreRequest, TreeRequest
+from .requests import ForwardRequest, ScoreRequest, TreeRequest
 
 PATIENCE = 0.25
 """How long a forward is held back for the callers of the last one, as a share of what that took."""
@@ -72,25 +69,6 @@ class Scheduler:
         self._threads = 1
         """OpenMP threads that the latest caller's operations run on."""
         self._release_wanted = False
-
-    def append(self, ids: Tensor, cache: SequenceCache, compute: ComputeTime | None = None) -> StepOutput:
-        """Append ``ids`` ``[T]`` to ``cache``.
-
-        Returns:
-            Logits ``[V]`` (fp32) and last hidden state ``[H]`` after the last token.
-
-        Raises:
-            Exception: what this request's own forward raised; the cache is as it was, the others' requests run on.
-        """
-        request = AppendRequest(ids, cache, compute)
-        self.run([request])
-        return request.result()
-
-    def score(self, work: ScoreCandidates[SequenceCache], compute: ComputeTime | None = None) -> Tensor:
-        """Last hidden states ``[K, H]`` of candidates; errors as ``append``."""
-        request = ScoreRequest(work, compute)
-        self.run([request])
-        return request.result()
 
     def run(self, requests: Sequence[ForwardRequest], caller: object = None) -> None:
         """Return when all requests are done; each of them knows its output or its error.

@@ -23,7 +23,8 @@ class TokenSequence:
     """Grows token by token; ``logits`` and ``hidden`` are those after its last token.
 
     Not thread-safe: one generation owns it. As a context manager it gives its KV cache to the prefix cache in the end,
-    if that is where it came from. Each method that runs the model is there twice: to wait for, and blocking.
+    if that is where it came from. Methods that run the model are computations with waits in them; ``append`` and
+    ``score_candidates`` block.
 
     Args:
         model: reads the tokens.
@@ -109,16 +110,13 @@ class TokenSequence:
         """How many leading tokens this sequence and ``ids`` share."""
         return common_prefix(self.ids, ids)
 
-    def move_to(self, ids: Sequence[int]) -> int:
+    def moving_to(self, ids: Sequence[int]) -> Waiting[int]:
         """Become the sequence ``ids``: cut back to the common prefix, read only the rest.
 
         Returns:
-            Tokens that were computed; at least one, since the logits at the end are wanted.
+            Tokens that were computed; at least one where ``ids`` is another sequence, since the logits at its end are
+            wanted.
         """
-        return finish(self.moving_to(ids))
-
-    def moving_to(self, ids: Sequence[int]) -> Waiting[int]:
-        """``move_to``, to wait for."""
         if self.ids == list(ids):
             return 0
         keep = self._truncate(min(self.common_prefix(ids), len(ids) - 1))

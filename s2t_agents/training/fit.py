@@ -92,7 +92,7 @@ def fit(
                 best = training.look(state, best)
                 progress.say(f"{what}  agreement {state.looks[-1].agreement:.3f} (best {state.best:.3f})")
                 if training.workers.first:
-                    _save(folder / CHECKPOINT, selector, optimiser, state, best)
+                    save_checkpoint(folder / CHECKPOINT, selector, optimiser, state, best)
     selector.load_state_dict(best)
     return state
 
@@ -200,9 +200,10 @@ def _copy(selector: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in selector.state_dict().items()}
 
 
-def _save(
+def save_checkpoint(
     file: Path, selector: nn.Module, optimiser: torch.optim.Optimizer, state: State, best: dict[str, Tensor]
 ) -> None:
+    """Write all that a killed training needs to go on."""
     buffer = io.BytesIO()
     torch.save(
         {"weights": selector.state_dict(), "optimiser": optimiser.state_dict(), "state": asdict(state), "best": best},

@@ -29,13 +29,19 @@ class MathJudge:
     """Asks one worker process at a time; a worker that was stopped or broke is replaced. Thread-safe.
 
     Args:
-        limit_s: seconds for one comparison.
+        limit_s: seconds for one comparison; may be set later.
     """
 
     def __init__(self, limit_s: float = LIMIT_S) -> None:
-        self._limit_s = limit_s
+        self.limit_s = limit_s
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[str] | None = None
+
+    @property
+    def worker_pid(self) -> int | None:
+        """The process that compares; None before the first question and after one that took too long."""
+        worker = self._worker
+        return worker.pid if worker is not None else None
 
     def equal(self, gold: str, said: str) -> bool:
         """Whether ``said`` is the same as ``gold``; no where that cannot be told in time.
@@ -46,7 +52,7 @@ class MathJudge:
         with self._lock:
             if self._worker is None:
                 self._worker = self._started()
-            answer = self._ask(self._worker, json.dumps([gold, said]), self._limit_s)
+            answer = self._ask(self._worker, json.dumps([gold, said]), self.limit_s)
             if answer is None:
                 self._end()
             return answer == "true"

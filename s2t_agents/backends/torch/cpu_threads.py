@@ -29,7 +29,7 @@ _of_thread = threading.local()
 @contextmanager
 def single_threaded() -> Iterator[None]:
     """This thread's operations run on it alone, forwards aside."""
-    library = _libgomp()
+    library = libgomp()
     threads = torch.get_num_threads()
     if library is None or threads == 1:
         yield
@@ -46,7 +46,7 @@ def single_threaded() -> Iterator[None]:
 @contextmanager
 def with_threads(threads: int) -> Iterator[None]:
     """This thread's operations run on so many threads."""
-    library, before = _libgomp(), torch.get_num_threads()
+    library, before = libgomp(), torch.get_num_threads()
     if library is None or threads == before:
         yield
         return
@@ -64,7 +64,7 @@ def wanted_threads() -> int:
 
 def release_threads() -> None:
     """Give back the team of this thread, if it has one; the next parallel region makes another."""
-    library = _libgomp()
+    library = libgomp()
     if library is not None:
         library.omp_pause_resource_all(SOFT)
 
@@ -74,7 +74,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @cache
-def _libgomp() -> ctypes.CDLL | None:
+def libgomp() -> ctypes.CDLL | None:
     """The OpenMP runtime that torch brought along, if it is GNU's and can give teams back."""
     home = Path(torch.__file__).parent
     for path in sorted([*home.glob("lib/libgomp*.so*"), *home.parent.glob("torch.libs/libgomp*.so*")]):

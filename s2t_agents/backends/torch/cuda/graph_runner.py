@@ -36,7 +36,7 @@ from .prefill_graphs import OFTEN, PrefillGraphs, filled
 
 _log = logging.getLogger(__name__)
 
-LooksBy = WeakKeyDictionary[nn.Module, dict[tuple[int, int], CandidateGraph]]
+ScoringGraphsBy = WeakKeyDictionary[nn.Module, dict[tuple[int, int], CandidateGraph]]
 """By adapter (the base itself where there is none), then by row and number of candidates."""
 
 GRAIN = 8
@@ -80,6 +80,8 @@ class GraphRunner:
 
     Attributes:
         failed: something could not be captured, and the eager path is taken ever since.
+        pools: where sequences lie.
+        prefill_graphs: chunks of prompts.
     """
 
     def __init__(
@@ -93,9 +95,9 @@ class GraphRunner:
     ) -> None:
         self._rows, self._way = rows, way(rows.step, ops, record)
         self.pools = pools or KVPools()
-        self._steps: WeakKeyDictionary[KVPool, dict[tuple[int, int], DecodeGraph]] = WeakKeyDictionary()
-        self._looks: WeakKeyDictionary[KVPool, LooksBy] = WeakKeyDictionary()
-        self._stretches = PrefillGraphs(rows, self._way, often)
+        self._decode_graphs: WeakKeyDictionary[KVPool, dict[tuple[int, int], DecodeGraph]] = WeakKeyDictionary()
+        self._scoring_graphs: WeakKeyDictionary[KVPool, ScoringGraphsBy] = WeakKeyDictionary()
+        self.prefill_graphs = PrefillGraphs(rows, self._way, often)
         self._parameters = [module._parameters for module in rows.base.modules() if module._parameters]
         self._addresses = self._weights_lie()
         self.failed = False
@@ -109,10 +111,17 @@ class GraphRunner:
     def captured(self) -> dict[str, int]:
         """How many bodies of each kind there are."""
         return {
-            "steps": sum(len(each) for each in self._steps.values()),
-            "stretches": len(self._stretches),
-            "looks": sum(len(each) for by in self._looks.values() for each in by.values()),
+            "steps": sum(len(each) for each in self._decode_graphs.values()),
+            "stretches": len(self.prefill_graphs),
+            "looks": sum(len(each) for by in self._scoring_graphs.values() for each in by.values()),
         }
+
+    def graphs_over(self, pool: KVPool) -> list[DecodeGraph | CandidateGraph]:
+        """The captured decode steps and candidate scorings over a KV pool."""
+        graphs: list[DecodeGraph | CandidateGraph] = list(self._decode_graphs.get(pool, {}).values())
+        if pool in self._scoring_graphs:
+            graphs += [each for by_size in self._scoring_graphs[pool].values() for each in by_size.values()]
+        return graphs
 
     def serve(self, parts: Sequence[Work]) -> dict[int, Output]:
         """Steps of one token each in one graph, chunks and candidate scorings in one each.
@@ -159,9 +168,9 @@ class GraphRunner:
         if addresses == self._addresses:
             return
         self._addresses = addresses
-        self._steps.clear()
-        self._stretches.clear()
-        self._looks.clear()
+        self._decode_graphs.clear()
+        self.prefill_graphs.clear()
+        self._scoring_graphs.clear()
         for cache in self.pools.occupants():
             cache.in_flight = None
 
@@ -177,7 +186,7 @@ class GraphRunner:
             if isinstance(part, Append)
             and part.lora is None
             and self._takes(part.cache)
-            and (len(part.ids) == 1 or self._stretches.worth(len(part.ids)))
+            and (len(part.ids) == 1 or self.prefill_graphs.worth(len(part.ids)))
         }
 
     @torch.inference_mode()
@@ -203,7 +212,7 @@ class GraphRunner:
     def _together(self, pool: KVPool, rows: Mapping[TokenAppend, int]) -> dict[TokenAppend, StepOutput]:
         """Steps and chunks of sequences in rows of one KV pool; chunks that could not be read are missing."""
         read = {
-            turn: self._stretches.read(pool, row, turn.cache, turn.ids, turn.length)
+            turn: self.prefill_graphs.read(pool, row, turn.cache, turn.ids, turn.length)
             for turn, row in rows.items()
             if len(turn.ids) > 1
         }
@@ -227,7 +236,7 @@ class GraphRunner:
 
     def _steps_of(self, pool: KVPool, rows: Sequence[int], alone_steps: int) -> tuple[int, DecodeGraph]:
         """The graph for some rows, and the first row of it."""
-        known = self._steps.setdefault(pool, {})
+        known = self._decode_graphs.setdefault(pool, {})
         # Rows are numbered from the first, so that a few sizes serve every set of them. One that is alone for a while
         # is worth a graph of its own, which takes longer to capture than many steps.
         key = (0, 1 << max(rows).bit_length())
@@ -249,7 +258,9 @@ class GraphRunner:
                 return None
             candidates = -(-len(scoring.ids) // GRAIN) * GRAIN
             corrections = self._rows.corrections(scoring.lora) if scoring.lora is not None else {}
-            known = self._looks.setdefault(pool, WeakKeyDictionary()).setdefault(scoring.lora or self._rows.base, {})
+            known = self._scoring_graphs.setdefault(pool, WeakKeyDictionary()).setdefault(
+                scoring.lora or self._rows.base, {}
+            )
             key = (cache.slot.row, candidates)
             if key not in known or known[key].state != state_of_all(corrections):
                 known[key] = CandidateGraph(self._way, pool, cache.slot.row, candidates, corrections)

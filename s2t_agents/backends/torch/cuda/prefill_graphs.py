@@ -45,13 +45,13 @@ class PrefillGraphs:
     """Reads chunks over KV pools. Used under the model's lock.
 
     Args:
-        rows: the eager path.
-        way: how bodies are made.
+        eager: the eager path, which the first graph is compared with.
+        way: how graphs are made.
         often: see ``OFTEN``.
     """
 
-    def __init__(self, rows: DecoderBatch, way: GraphBuilder, often: float = OFTEN) -> None:
-        self._rows, self._way, self._often = rows, way, often
+    def __init__(self, eager: DecoderBatch, way: GraphBuilder, often: float = OFTEN) -> None:
+        self.eager, self._way, self.often = eager, way, often
         self._known: WeakKeyDictionary[KVPool, dict[int, PrefillGraph]] = WeakKeyDictionary()
         self._wanted: Counter[int] = Counter()
         """How often chunks of about each length were."""
@@ -60,6 +60,11 @@ class PrefillGraphs:
     def __len__(self) -> int:
         """How many graphs there are."""
         return sum(len(each) for each in self._known.values())
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each graph."""
+        return [size for each in self._known.values() for size in each]
 
     def clear(self) -> None:
         """All graphs are made anew."""
@@ -71,7 +76,7 @@ class PrefillGraphs:
             return False
         about = tokens.bit_length()
         self._wanted[about] += 1
-        return self._wanted[about] > self._often
+        return self._wanted[about] > self.often
 
     def read(self, pool: KVPool, row: int, cache: PooledKVCache, ids: Sequence[int], length: int) -> InFlightRow | None:
         """Begin to read a chunk; None, and nothing has changed, where the eager path has to.
@@ -102,7 +107,7 @@ class PrefillGraphs:
                 _log.warning("for %.0f s prompts go on without captured graphs: %s", RETRY_S, error)
                 return None
             reason = str(error)
-        self._often = math.inf
+        self.often = math.inf
         self._known.clear()
         _log.warning("prompts go on without captured graphs: %s", reason)
         return None
@@ -111,7 +116,7 @@ class PrefillGraphs:
         """Whether the eager path says the same."""
         logits = in_flight.play.logits[0]
         try:
-            ((eager, _),) = self._rows([Append(torch.tensor(ids, device=logits.device), cache, length)])
+            ((eager, _),) = self.eager([Append(torch.tensor(ids, device=logits.device), cache, length)])
         finally:
             cache.truncate(length)
         return close(logits, eager, in_flight.play.hidden.dtype)
