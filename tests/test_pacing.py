@@ -80,7 +80,7 @@ def test_the_bar_falls_as_the_budget_runs_out_and_rises_as_it_is_left_over() -> 
             pace = Pace(100, [i / 100 for i in range(100)])
             for _ in range(after):
                 pace.decide(0.5, 20)
-            if not pace.decide(hundredths / 100, left):
+            if not pace.decide(hundredths / 100, left, at_most=math.inf):
                 return hundredths / 100
         return math.inf
 

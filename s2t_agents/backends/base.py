@@ -80,7 +80,7 @@ class SequenceCache(Protocol):
         ...
 
     def mark_read(self, length: int) -> None:
-        """A forward over the first ``length`` tokens is done: ``read`` says so from now on."""
+        """A forward over the first ``length`` tokens is done: ``read`` counts them from now on."""
         ...
 
     def park(self) -> None:

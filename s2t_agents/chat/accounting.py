@@ -67,7 +67,7 @@ class Account:
         thought_tokens: how many of the first steps are reasoning, its tags included.
         thinking: whether the next step is reasoning.
         shadow: whether every token is the SLM's own, whatever selector and LLM say.
-        telemetry: the answer's span; None where nobody looks.
+        telemetry: the answer's span; None without telemetry.
         work: what the answer takes from the budget; says which limit ended it.
     """
 

@@ -45,7 +45,7 @@ DEFAULT_ENTROPY = 0.5
 class Selection:
     """A second look at one step: the scores that decide, who gave them, and what it took.
 
-    ``then`` follows the best candidate: tokens that the LLM settled with the same answer. ``instead`` is a token that
+    ``then`` follows the best candidate: further tokens of the LLM's answer. ``instead`` is a token that
     it wrote itself.
     """
 
@@ -89,10 +89,10 @@ class Engine:
         k: candidates per critical step, 1 to 64.
         trigger: which steps are critical.
         selector: ranks candidates locally; None leaves the SLM's own order.
-        escalation: whom to ask when the selector is unsure; None asks nobody.
+        escalation: the LLM to ask when the selector is unsure; None never asks.
         threshold: the selector's calibrated escalation margin.
-        concurrency: how many generations run at once, and who waits.
-        drift: told of every answer's steps; warns when they are not what the selector was calibrated on.
+        concurrency: how many generations run at once, and how many queue.
+        drift: counts every answer's steps; warns when their rates leave the selector's calibration.
         shadow: every token is the SLM's own; selector and LLM are asked as ever, and what they say is reported alone.
 
     Raises:

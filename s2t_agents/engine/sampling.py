@@ -12,7 +12,7 @@ HEAD = 1024
 
 
 class Draw:
-    """Draws tokens as a ``Sampling`` says; greedy never touches a random generator."""
+    """Draws tokens by a ``Sampling``; greedy never touches a random generator."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling

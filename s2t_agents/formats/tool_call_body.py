@@ -21,7 +21,7 @@ class ToolCallBodyParser:
         name: the tool's name, once parsed.
         arguments: JSON text of the arguments so far, verbatim.
         closed: whether the call's last brace was read.
-        broken: whether this is not a valid call; ``error`` says why.
+        broken: whether this is not a valid call; ``error`` is the reason.
         in_string: whether the next character is inside a JSON string.
     """
 

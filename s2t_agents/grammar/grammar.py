@@ -426,7 +426,7 @@ def tool_grammar(
     """
     functions = functions_of(tools, tool_choice)
     if tool_choice == "none" or not functions:
-        return CompiledGrammar(vocabulary, f"start: said\n{text_rule()}", margin=4, what="text")
+        return CompiledGrammar(vocabulary, f"start: text\n{text_rule()}", margin=4, what="text")
     named = tool_choice not in CHOICES
     chosen = [functions[tool_choice]] if named else list(functions.values())
     schemas = [arguments_of(function) for function in chosen]

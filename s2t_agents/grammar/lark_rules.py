@@ -101,10 +101,10 @@ def auto_start(vocabulary: Vocabulary, reply: Mapping[str, Any] | None = None) -
     if reply is not None:
         return f"start: reply | calls\nreply: {json_rule(reply)}"
     if vocabulary.tags[0] is not None:
-        return f"start: said | calls | said calls\n{text_rule()}"
-    return f"start: said | opened rest\nopened[lazy]: /(.|\\n)*{OPEN}/\n{text_rule()}"
+        return f"start: text | calls | text calls\n{text_rule()}"
+    return f"start: text | opened rest\nopened[lazy]: /(.|\\n)*{OPEN}/\n{text_rule()}"
 
 
 def text_rule() -> str:
     """The rule for text that is not only white space."""
-    return "said: TEXT\nTEXT: /[ \\t\\n\\r]*[^ \\t\\n\\r](.|\\n)*/"
+    return "text: TEXT\nTEXT: /[ \\t\\n\\r]*[^ \\t\\n\\r](.|\\n)*/"

@@ -1,7 +1,7 @@
-"""How many generations run at once, who waits behind them, and when somebody is turned away.
+"""Admission: how many generations run at once, how many queue behind them, and when one is refused.
 
 First come, first served. A slot is held from the first step to the last: a consumer that stops reading a stream holds
-it, and those behind it get a clear error when their patience is over, never a silent deadlock.
+it, and generations queued behind it end with ``Overloaded`` after ``wait_s``, never in a silent deadlock.
 
 What a generation calls while it computes (``on_step``, a token's callback, a judge and its tools) may call the same
 model again: that call shares the generation's slot, since to wait for it would be to wait for itself.
@@ -37,7 +37,7 @@ class Concurrency:
         wait_s: seconds that one waits for its turn; infinite is for ever.
 
     Raises:
-        ConfigError: numbers that let nobody in.
+        ConfigError: numbers that admit no generation.
     """
 
     running: int = 32
@@ -54,7 +54,7 @@ class Concurrency:
 
 
 class Place(Wait):
-    """One generation's place before an engine: in the queue at first, then a slot.
+    """One generation's place at an engine: in the queue at first, then a slot.
 
     Attributes:
         gate: of the engine.
@@ -102,7 +102,7 @@ class Place(Wait):
 
 
 class Gate:
-    """The door of one engine."""
+    """Admission control of one engine: slots and the queue for them."""
 
     def __init__(self, limits: Concurrency) -> None:
         self.limits = limits
@@ -149,7 +149,7 @@ class Gate:
                 self._leave(place)
 
     def _empty(self) -> None:
-        """Whoever was inside or before the door did not come along into the child."""
+        """In a forked child: the parent's generations do not exist there."""
         self._running, self._queue, self._process = 0, deque(), os.getpid()
 
     def _shared(self) -> Place:
@@ -180,6 +180,6 @@ class Gate:
             if not place.turn.done():
                 self._queue.remove(place)
             elif self._queue:
-                self._queue.popleft().turn.set_result(None)  # the slot goes straight to whoever waits first
+                self._queue.popleft().turn.set_result(None)  # the slot goes straight to the first in the queue
             else:
                 self._running -= 1

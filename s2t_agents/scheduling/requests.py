@@ -20,7 +20,7 @@ class ForwardRequest(ABC):
         compute: takes its share of the time of every forward it takes part in.
 
     Attributes:
-        caller: who waits for it, as the scheduler knows callers.
+        caller: identifies the caller to the scheduler.
         error: what its own forward raised.
         finished: set when the caller can go on.
     """
@@ -33,7 +33,7 @@ class ForwardRequest(ABC):
 
     @property
     @abstractmethod
-    def brief(self) -> bool:
+    def single_forward(self) -> bool:
         """One forward beside others completes it: a single token, or candidates."""
 
     @property
@@ -79,7 +79,7 @@ class AppendRequest(ForwardRequest):
         self._output: StepOutput | None = None
 
     @property
-    def brief(self) -> bool:
+    def single_forward(self) -> bool:
         """One token is left."""
         return self._end - self._length == 1
 
@@ -131,7 +131,7 @@ class ScoreRequest(ForwardRequest):
         compute: see ``ForwardRequest``.
     """
 
-    brief = True
+    single_forward = True
 
     def __init__(self, work: ScoreCandidates[SequenceCache], compute: ComputeTime | None = None) -> None:
         super().__init__(work.cache, compute)
@@ -181,7 +181,7 @@ class TreeRequest(ForwardRequest):
         compute: see ``ForwardRequest``.
     """
 
-    brief = True
+    single_forward = True
 
     def __init__(
         self, work: ScoreTree[SequenceCache], after: AppendRequest | None, compute: ComputeTime | None = None

@@ -42,7 +42,7 @@ class RunningPrefix:
         ids: ``[n]``, all of the prompt.
         cache: None until its generation has one.
         reading: a forward over its tokens is under way or queued.
-        entered: when its generation began, as ``time.monotonic`` says.
+        entered: when its generation began, by ``time.monotonic``.
         over: its generation has ended.
     """
 
@@ -100,7 +100,7 @@ class PrefixWait(Wait):
         return self._prefix.over.is_set() or not self._prefix.coming or self._prefix.read >= self._length
 
     def block(self) -> None:
-        """Look again and again."""
+        """Poll, at growing intervals."""
         started = time.monotonic()
         while not self.over:
             self._prefix.over.wait(max(POLL_S, POLL_SHARE * (time.monotonic() - started)))

@@ -7,7 +7,7 @@
 ``schedule`` takes single tokens and candidates of all callers first, then chunks of prompts (chunked prefill beside
 decoding); where a forward holds one request only, it alternates between one chunk and all single tokens and candidates
 that wait. ``postprocess`` hands outputs out and divides the forward's time by rows. A sequence advances only when its
-caller asks for the next token: nothing is computed for a stream that nobody reads.
+caller asks for the next token: nothing is computed for a stream that is not read.
 
 The loop runs in a thread of its own. A caller that is alone, on a model with short steps, runs the same loop in its own
 thread instead: there the hand-over would cost more than it gives.
@@ -53,9 +53,9 @@ class Scheduler:
         hold_while_forking(self, "_mutex")
         renew_in_child(self._reset)
         self._changed = threading.Condition(self._mutex)
-        """Told to callers: a forward has ended, or others' requests have come."""
+        """Notified when a forward has ended, or other callers' requests have come."""
         self._wanted = threading.Condition(self._mutex)
-        """Told to the scheduler's thread alone: a caller who drives the loop wakes nobody at every token."""
+        """Notifies the scheduler's thread alone: a caller that drives the loop wakes no other thread at every token."""
         self._waiting: deque[ForwardRequest] = deque()
         self._running: Sequence[ForwardRequest] = ()
         self._driver: int | None = None
@@ -71,18 +71,18 @@ class Scheduler:
         self._release_wanted = False
 
     def run(self, requests: Sequence[ForwardRequest], caller: object = None) -> None:
-        """Return when all requests are done; each of them knows its output or its error.
+        """Return when all requests are done, each with its output or its error.
 
         Args:
             requests: at least one.
-            caller: whose they are, for the next forward to wait for; by default whoever extends the first one's cache.
+            caller: identifies the caller, whom the next forward may wait for; by default the first request's cache.
 
         Raises:
             BaseException: the wait was interrupted; what was not begun is dropped, a forward under way is waited for.
         """
         if self._backend.capabilities.concurrent_forwards:
             for request in requests:
-                self._alone(request, request.work(request.rows))
+                self._forward_one(request, request.work(request.rows))
             return
         if self._backend.lock._is_owned():
             self._run_exclusively(requests)
@@ -110,7 +110,7 @@ class Scheduler:
             raise
 
     def pause(self) -> None:
-        """A generation has ended; without others, give the cores to somebody else's operations.
+        """A generation has ended; without others, release the OpenMP threads, so that other operations have the cores.
 
         A hint that never blocks: garbage collection may end a generation inside any block of this very thread.
         """
@@ -162,8 +162,8 @@ class Scheduler:
     def _drop(self, requests: Sequence[ForwardRequest]) -> None:
         """The caller leaves: forget its requests, but wait for a forward in another thread that writes to their caches.
 
-        That is stopped half-way, where the engine can, if nobody else has a part in it. If the caller runs the loop,
-        that breaks off, and others' requests go on without it.
+        That is stopped half-way, where the engine can, if no other request takes part in it. If the caller drives the
+        loop, that breaks off, and others' requests go on without it.
         """
         with self._mutex:
             driving = self._driver == threading.get_ident()
@@ -197,27 +197,28 @@ class Scheduler:
             if self._backend.capabilities.batching:
                 requests, batch = self._batch(waiting)
             else:
-                requests, batch = self._next_alone(waiting)
+                requests, batch = self._next_request(waiting)
             self._running = requests
             return requests, batch
 
-    def _next_alone(self, waiting: Sequence[ForwardRequest]) -> tuple[list[ForwardRequest], list[Work]]:
+    def _next_request(self, waiting: Sequence[ForwardRequest]) -> tuple[list[ForwardRequest], list[Work]]:
         """The next request where a forward holds only one: after a chunk of a prompt, all that wait for one forward."""
         if self._read_chunk:
-            waiting = sorted(waiting, key=lambda each: not each.brief)
+            # a tree stays behind what it comes after
+            waiting = sorted(waiting, key=lambda each: not each.single_forward or isinstance(each, TreeRequest))
             self._waiting = deque(waiting)
         request = waiting[0]
-        self._read_chunk = not request.brief
+        self._read_chunk = not request.single_forward
         limits = self._backend.limits
         return [request], [request.work(limits.prefill_beside if len(waiting) > 1 else limits.prefill_alone)]
 
     def _batch(self, waiting: Sequence[ForwardRequest]) -> tuple[list[ForwardRequest], list[Work]]:
-        requests = self._brief(waiting)
+        requests = self._single_forwards(waiting)
         batch = [request.work(request.rows) for request in requests]
         room = self._backend.limits.prefill_beside if requests else self._backend.limits.prefill_alone
         for request in waiting:
             tokens = min(room, request.rows)
-            if not request.brief and tokens:
+            if not request.single_forward and tokens:
                 requests.append(request)
                 batch.append(request.work(tokens))
                 room -= tokens
@@ -238,12 +239,16 @@ class Scheduler:
                 room -= request.rows
         return ready
 
-    def _brief(self, waiting: Sequence[ForwardRequest]) -> list[ForwardRequest]:
+    def _single_forwards(self, waiting: Sequence[ForwardRequest]) -> list[ForwardRequest]:
         """Requests that one forward completes, first come, first served, within the limits of a forward."""
         taken: list[ForwardRequest] = []
         candidates = 0
         for request in waiting:
-            if not request.brief or isinstance(request, TreeRequest) or len(taken) == self._backend.limits.sequences:
+            if (
+                not request.single_forward
+                or isinstance(request, TreeRequest)
+                or len(taken) == self._backend.limits.sequences
+            ):
                 continue
             if isinstance(request, ScoreRequest):
                 if candidates and candidates + request.rows > self._backend.limits.candidates:
@@ -253,17 +258,17 @@ class Scheduler:
         return taken
 
     def _forward(self, requests: Sequence[ForwardRequest], batch: Sequence[Work]) -> None:
-        """One forward; if it fails, one by one, so that only the failing request learns of it."""
-        started, brief = time.monotonic(), all(request.brief for request in requests)
-        if len(batch) == 1 or not self._together(requests, batch):
+        """One forward; if it fails, one by one, so that only the failing request gets the error."""
+        started, single_forward = time.monotonic(), all(request.single_forward for request in requests)
+        if len(batch) == 1 or not self._forward_batch(requests, batch):
             for request, work in zip(requests, batch, strict=True):
-                self._alone(request, work)
+                self._forward_one(request, work)
         self._took_s = time.monotonic() - started
-        if brief:
-            # a step that candidate scoring has prefetched says little of the next one: hence the memory
+        if single_forward:
+            # a step that candidate scoring has prefetched tells little of the next one: hence the decaying maximum
             self._step_s = max(self._took_s, 0.8 * self._step_s) if self._step_s < inf else self._took_s
 
-    def _together(self, requests: Sequence[ForwardRequest], batch: Sequence[Work]) -> bool:
+    def _forward_batch(self, requests: Sequence[ForwardRequest], batch: Sequence[Work]) -> bool:
         """All in one forward; False if that failed and nothing has changed."""
         started = time.monotonic()
         try:
@@ -280,7 +285,7 @@ class Scheduler:
             request.compute.add(per_row * len(work.ids))
         return True
 
-    def _alone(self, request: ForwardRequest, work: Work) -> None:
+    def _forward_one(self, request: ForwardRequest, work: Work) -> None:
         started = time.monotonic()
         if request.done:  # what it comes after has failed
             return
@@ -322,7 +327,7 @@ class Scheduler:
             request.finished.set()
 
     def _fail(self, error: BaseException) -> None:
-        """The loop itself was broken off: every request under way learns why."""
+        """The loop itself was broken off: every request under way gets the error."""
         with self._mutex:
             running, self._running, self._driver = self._running, (), None
             self._backend.resume()

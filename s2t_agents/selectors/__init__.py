@@ -30,7 +30,7 @@ KINDS: dict[str, type[ActivatedSelector] | type[AdaptedSelector] | type[HeadSele
 def load_selector(path: str | Path, base: LanguageModel) -> tuple[LocalSelector, SelectorConfig]:
     """Load the selector in a directory, or a bundled one by name, and its config.
 
-    On another backend or quantization of its base, one warning says how much they differ.
+    On another backend or quantization of its base, one warning tells how much they differ.
 
     Raises:
         ModelNotFound, ConfigError, AdapterMismatch, UnsafeWeights: see ``SelectorConfig.load`` and the kinds.

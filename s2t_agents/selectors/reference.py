@@ -40,7 +40,7 @@ K = 4
 
 @dataclass(frozen=True)
 class Difference:
-    """How two forms of one base differ, and with them what a selector says.
+    """How two forms of one base differ, and a selector's scores on them.
 
     Attributes:
         agreement: share of the tokens after which both have the same best token.
@@ -53,7 +53,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a base and a selector on it say along some tokens.
+    """Best tokens and a selector's scores along some tokens.
 
     Attributes:
         ids: ``[T]``.

@@ -90,7 +90,7 @@ def create_app(
 
 
 def served_name(name: str) -> str:
-    """A model's name as clients see it: of a path, which is nobody's business, the last part."""
+    """A model's name as clients see it: of a path, the last part only."""
     return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
 
 

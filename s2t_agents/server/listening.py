@@ -26,7 +26,7 @@ IDLE_S = 75
 UNREAD_S = 60
 """Seconds that a client's system may leave sent bytes unacknowledged or its window shut, where the system can tell."""
 SEND_BYTES = 64 << 10
-"""Bytes that the system buffers for a client that does not read; more would let generations run for nobody."""
+"""Bytes that the system buffers for a client that does not read; more would hide that it has stopped."""
 CLOSING_S = 10
 """Seconds that running answers get when the server ends."""
 CONNECTIONS = 1024

@@ -104,7 +104,7 @@ def _begin(threads: int, over: Event, post: Any) -> None:
     torch.set_num_threads(threads)
     threading.Thread(target=_leave, args=(over,), daemon=True).start()
     if post is not None:
-        post.cancel_join_thread()  # nobody waits for news that nobody reads
+        post.cancel_join_thread()  # do not wait for messages that are not read
     tell(post)
 
 

@@ -1,6 +1,6 @@
 """The process behind ``math_judge``: pairs of expressions come in as JSON lines, true or false goes out.
 
-It is run as a script and imports nothing of the package. Whoever asks also keeps the time.
+It is run as a script and imports nothing of the package. The caller keeps the time.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class Bar(Protocol):
 
 
 class HiddenBar:
-    """Nobody looks."""
+    """Shows nothing."""
 
     def advance(self, by: float = 1) -> None:
         """See ``Bar``."""

@@ -1,4 +1,4 @@
-"""What a model of any backend says at every step of given answers, read through its scheduler.
+"""A model's logits at every step of given answers, on any backend, read through its scheduler.
 
 prompt, as far as the prefix cache has not got it ──> a fork for each of its answers ──a token of each in one forward──>
 """

@@ -101,7 +101,7 @@ class Workers:
 
 
 def free_port() -> int:
-    """One of the loopback address that nobody listens on."""
+    """A free port of the loopback address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]

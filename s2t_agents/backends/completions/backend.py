@@ -219,7 +219,7 @@ class CompletionsBackend:
             options: see ``ServerOptions``.
 
         Raises:
-            ConfigError: an option or address that cannot be; a context window that nobody knows.
+            ConfigError: an option or address that cannot be; an unknown context window.
             ModelNotFound: the server has other models.
             TokenizerMismatch: it tokenizes a sample text differently.
             ModelServerError: it cannot be reached, is too late, or wants another key.

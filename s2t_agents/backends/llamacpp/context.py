@@ -55,7 +55,7 @@ class Options:
 
     Attributes:
         n_ctx: tokens whose KV there is room for, of all sequences together; None chooses.
-        n_gpu_layers: layers on the GPU; a negative number means all. Without a GPU it says nothing.
+        n_gpu_layers: layers on the GPU; a negative number means all. Ignored without a GPU.
         n_threads: of the CPU; None takes torch's number, in ``backend``.
         type_k: of the keys, a name of ``KV_TYPES``.
         type_v: of the values.
@@ -89,7 +89,7 @@ class Context:
         header: of the model's file.
         options: see there.
         sequences: how many there may be at once.
-        check: look at every weight, for a file that nobody has looked at yet.
+        check: check every weight, for a file that was not checked yet.
 
     Attributes:
         vocab_size: columns of the logits.

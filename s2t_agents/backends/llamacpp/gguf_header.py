@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself, read and checked before a library maps it.
+"""The header of a GGUF file, read and checked before a library maps it.
 
     magic, version, counts | key, type, value ... | name, shape, type, offset ... | padding | data of the tensors
 
@@ -125,7 +125,7 @@ class GGUFHeader:
         return found
 
     def token_id(self, name: str) -> int | None:
-        """The id that ``tokenizer.ggml.NAME_token_id`` says; None where it says none, or one that is no token."""
+        """The id in ``tokenizer.ggml.NAME_token_id``; None where there is none, or one that is no token."""
         found = self.number(f"tokenizer.ggml.{name}_token_id")
         return found if found is not None and 0 <= found < len(self.tokens) else None
 

@@ -1,7 +1,7 @@
 """KV of sequences in a llama.cpp context: a number each, over cells that forks share.
 
 running   number, cells in the context
-parked    the same, until somebody needs the room; then its KV lies in host memory, and comes back with a fork
+parked    the same, until the room is needed; then its KV lies in host memory, and comes back with a fork
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from .context import Context, NoRoom
 
 
 class SequenceSlots:
-    """The sequence numbers of a context, and who can make room. Used by whoever holds the lock.
+    """The sequence numbers of a context, and the caches that can be moved out. Used under the lock.
 
     Args:
         context: whose sequences these are.
-        lock: held by whoever touches the context.
+        lock: held by every user of the context.
         spare: numbers that caches leave to candidates.
 
     Attributes:
@@ -64,7 +64,7 @@ class SequenceSlots:
         self._free.append(number)
 
     def abandon(self, number: int) -> None:
-        """Give it back at the next occasion, which is now where nobody works on the context. From any thread."""
+        """Give it back at the next occasion, at once where the context is not in use. From any thread."""
         self._abandoned.append(number)
         if self.lock.acquire(blocking=False):
             try:
@@ -196,7 +196,7 @@ class LlamaCppCache:
         return None
 
     def unbilled_s(self) -> float:
-        """Nothing runs while nobody waits."""
+        """0: nothing runs while no caller waits."""
         return 0.0
 
     def __del__(self) -> None:

@@ -18,7 +18,7 @@ MOST_SAID = 20
 """Lines of complaint that are kept for an error."""
 
 ERROR = 4
-"""llama.cpp's level of errors. All it says is for debugging here: what goes wrong is raised."""
+"""llama.cpp's level of errors. Its messages are for debugging only: errors are raised."""
 
 _said = threading.local()
 

@@ -31,7 +31,7 @@ SPACE = 16 * 2**30
 """Address space of the trial's process beside the file itself."""
 
 REFUSED, NO_MODEL = 3, 4
-"""Exit codes; the last line of what it says tells why."""
+"""Exit codes; the last line of its output is the reason."""
 
 _tried: set[tuple[tuple[str, int, int, int], ...]] = set()
 _lock = threading.Lock()

@@ -26,7 +26,7 @@ from .kv_cache import KVCache, RecurrentCache
 from .loading import ONE_AT_A_TIME, context_window, default_device, end_ids, load_tokenizer, load_weights
 from .model_runner import ModelRunner
 from .packed_linear import LIMIT
-from .recurrent_state import goes_on_in_stretches, keeps_a_cache
+from .recurrent_state import keeps_a_cache, resumes_in_chunks
 
 PREFILL = 1024
 """Tokens of a prompt per forward; bounds the memory of a forward."""
@@ -80,7 +80,7 @@ class TorchBackend:
             fork_while_running=attention_only and not graphs,
             tree_scoring=attention_only,
         )
-        chunks = attention_only or goes_on_in_stretches(model, self.new_cache, name)
+        chunks = attention_only or resumes_in_chunks(model, self.new_cache, name)
         self.limits = Limits(
             prefill_alone=PREFILL if chunks else self.context_window,
             prefill_beside=self.context_window if not chunks else PREFILL_BESIDE if cpu else PREFILL,

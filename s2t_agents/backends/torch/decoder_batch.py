@@ -47,7 +47,7 @@ class DecoderBatch:
 
     @torch.inference_mode()
     def __call__(self, parts: Sequence[Work]) -> list[Output]:
-        """What the model says after each part.
+        """The model's output after each part.
 
         Args:
             parts: tokens, over a KV of their own that grows by them; candidate scorings and trees, whose KV stays as it

@@ -133,7 +133,7 @@ class Kernel:
         self._run: Callable[..., Any] = torch.compile(function, dynamic=True, fullgraph=True)
 
     def __call__(self, *args: Any) -> Any:
-        """What the function says."""
+        """The function's result."""
         if self._run is self._plain:
             return self._plain(*args)
         try:

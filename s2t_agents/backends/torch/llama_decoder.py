@@ -119,7 +119,7 @@ def appending(caches: Sequence[KVCache]) -> Attention:
     """One token per sequence over its own KV, which its key and value join."""
 
     def attend(layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return alone(layer, q, k, v, [cache.layers[index].update for cache in caches])
+        return row_by_row(layer, q, k, v, [cache.layers[index].update for cache in caches])
 
     return attend
 
@@ -152,7 +152,7 @@ Placing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Puts a key and a value ``[1, key heads, 1, d]`` behind a sequence's own and gives all ``[1, key heads, n, d]``."""
 
 
-def alone(layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor, places: Sequence[Placing]) -> Tensor:
+def row_by_row(layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor, places: Sequence[Placing]) -> Tensor:
     """Attention row by row, each over what its place gives; shapes as in ``Attention``."""
     n, heads, d = k.shape
     # Queries that share a key stand in one block: attention then runs on the key heads, nothing is repeated.

@@ -22,7 +22,7 @@ from .cpu_features import widens
 
 ONE_AT_A_TIME = threading.RLock()
 hold_while_forking(sys.modules[__name__], "ONE_AT_A_TIME", LOADING)
-"""Held by whoever reads weights: transformers changes torch's default dtype meanwhile, for all threads."""
+"""Held while weights are read: transformers changes torch's default dtype meanwhile, for all threads."""
 
 SMALL_ON_CPU = 300_000_000
 """Up to so many parameters a model runs in fp32 on a CPU: exact, and not slower there."""

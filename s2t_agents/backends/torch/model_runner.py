@@ -61,7 +61,7 @@ class ModelRunner:
         if rest:
             work = self._on_device([batch[at] for at in rest])
             with planless(self.device):
-                computed = self._wait([self._alone(work[0])] if len(batch) == 1 else self._together(work))
+                computed = self._wait([self._run_one(work[0])] if len(batch) == 1 else self._run_batch(work))
             outputs.update(zip(rest, computed, strict=True))
         return [outputs[at] for at in range(len(batch))]
 
@@ -98,8 +98,8 @@ class ModelRunner:
         """Outputs of the items that captured graphs could run, by their place."""
         if not self._graphs or any(self._hooks):
             return {}
-        brief = any(isinstance(item, ScoreCandidates) or len(item.ids) == 1 for item in batch)
-        if not (brief or "graph_runner" in vars(self)) or self.graph_runner is None:
+        short = any(isinstance(item, ScoreCandidates) or len(item.ids) == 1 for item in batch)
+        if not (short or "graph_runner" in vars(self)) or self.graph_runner is None:
             return {}  # nothing is compiled before the first single token: there may never be one
         outputs: dict[int, Output] = dict(self.graph_runner.serve(batch))
         return self._wait(outputs) if any(isinstance(batch[at], ScoreCandidates) for at in outputs) else outputs
@@ -118,12 +118,12 @@ class ModelRunner:
             torch.cuda.current_stream(self.device).synchronize()
         return outputs
 
-    def _alone(self, item: Work) -> Output:
+    def _run_one(self, item: Work) -> Output:
         if isinstance(item, ScoreTree):
-            return self._together([item])[0]
+            return self._run_batch([item])[0]
         return self._score(item) if isinstance(item, ScoreCandidates) else self._append(item)
 
-    def _together(self, batch: Sequence[Work]) -> list[Output]:
+    def _run_batch(self, batch: Sequence[Work]) -> list[Output]:
         if not self._written_out(batch):
             outputs = through_modules(self.model, batch)
             self._last_hidden = None

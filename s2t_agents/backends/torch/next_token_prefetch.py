@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .kv_cache import KVCache
-from .llama_decoder import DecoderLayer, alone
+from .llama_decoder import DecoderLayer, row_by_row
 
 PREFETCHED = 2
 """Candidates whose next step is read: nearly every pick is one of the SLM's two likeliest, and each costs a row."""
@@ -38,4 +38,4 @@ class PrefetchAttention:
         """See ``Attention``."""
         self.layers.append((k.clone(), v.clone()))
         write = self.cache.layers[index].write
-        return alone(layer, q, k, v, [write] * len(q))
+        return row_by_row(layer, q, k, v, [write] * len(q))

@@ -2,7 +2,7 @@
 
     row        a7 | b3 b4 b5 | c9          one token of a, three of b, one of c
     positions   7 |  3  4  5 |  9
-    attention  a7 sees a0..a7; b4 sees b0..b4; nobody sees another's
+    attention  a7 sees a0..a7; b4 sees b0..b4; no row sees another sequence
 
 No padding, and no cache is copied or moved: linear layers see one row of N tokens, which reads the weights once for all
 of them; attention runs per sequence, by the model's own function. Each sequence's logits equal those of its own step

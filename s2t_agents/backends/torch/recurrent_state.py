@@ -32,7 +32,7 @@ def keeps_a_cache(model: Any) -> bool:
 
 
 @torch.inference_mode()
-def goes_on_in_stretches(model: Any, new_cache: Callable[[], Cache], name: str) -> bool:
+def resumes_in_chunks(model: Any, new_cache: Callable[[], Cache], name: str) -> bool:
     """Whether several tokens after a cache are read as they are in one go; by a trial.
 
     Args:
@@ -57,7 +57,7 @@ def goes_on_in_stretches(model: Any, new_cache: Callable[[], Cache], name: str) 
 
 
 def _read(model: Any, parts: Sequence[Tensor], cache: Cache) -> tuple[Tensor, int]:
-    """Logits ``[V]`` after the last part, and the tokens that the cache then says it holds."""
+    """Logits ``[V]`` after the last part, and the number of tokens that the cache then reports."""
     start = 0
     for part in parts:
         places = torch.arange(start, start + part.shape[1], device=part.device)[None]

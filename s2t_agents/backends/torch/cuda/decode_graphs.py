@@ -110,7 +110,7 @@ class DecodeGraph:
 
     Attributes:
         count: of rows.
-        last: the last position that a token can take; what comes after it is nobody's, see ``pool``.
+        last: the last position that a token can take; the column after it is spare, see ``kv_pool``.
     """
 
     def __init__(self, way: GraphBuilder, pool: KVPool, first: int, count: int) -> None:

@@ -103,7 +103,7 @@ class GraphRunner:
         self.failed = False
         self._resumes = 0.0
         self._ahead: list[InFlightStep] = []
-        """Begun by the last call, and waited for by nobody so far."""
+        """Begun by the last call, and not waited for so far."""
         self._left = 0.0
         """When the last call ended."""
 
@@ -133,7 +133,7 @@ class GraphRunner:
             For the parts that were served, by their place: logits ``[V]`` (fp32) and last hidden state ``[H]`` of a
             step, last hidden states ``[K, H]`` of candidate scoring. Nothing has changed for the others.
         """
-        for play in self._ahead:  # whoever asks now waits for what is left of it
+        for play in self._ahead:  # this call waits for what is left of it
             play.alone_s = monotonic() - self._left
         self._ahead = []
         said = self._served(parts)
@@ -201,15 +201,15 @@ class GraphRunner:
         with self._eager_after_failure():
             needed = [turn.length + filled(turn.ids) for turn in appends]
             pools = self.pools.slot([turn.cache for turn in appends], needed)
-            # Asked once: whoever is interrupted while others lead takes his KV out of its row at any time.
+            # Read once: a sequence whose caller is interrupted may leave its row at any time.
             slots = [turn.cache.slot for turn in appends]
             for pool in dict.fromkeys(each for each in pools if each is not None):
                 here = zip(appends, pools, slots, strict=True)
                 rows = {t: slot.row for t, each, slot in here if each is pool and slot and slot.pool is pool}
-                said.update(self._together(pool, rows))
+                said.update(self._step_pool(pool, rows))
         return [said.get(turn) for turn in appends]
 
-    def _together(self, pool: KVPool, rows: Mapping[TokenAppend, int]) -> dict[TokenAppend, StepOutput]:
+    def _step_pool(self, pool: KVPool, rows: Mapping[TokenAppend, int]) -> dict[TokenAppend, StepOutput]:
         """Steps and chunks of sequences in rows of one KV pool; chunks that could not be read are missing."""
         read = {
             turn: self.prefill_graphs.read(pool, row, turn.cache, turn.ids, turn.length)
@@ -292,7 +292,7 @@ class GraphRunner:
 def _all_begun(
     steps: DecodeGraph, in_flight: Sequence[InFlightRow | None], rows: Sequence[int], appends: Sequence[TokenAppend]
 ) -> list[InFlightRow]:
-    """The steps of all sequences: those under way, and those that nobody has foreseen."""
+    """The steps of all sequences: those under way, and new ones for the rest."""
     missing = [(row, turn) for row, turn, each in zip(rows, appends, in_flight, strict=True) if each is None]
     fresh: Iterator[InFlightRow] = iter(())
     if missing:
@@ -308,7 +308,7 @@ def _goes_on(steps: DecodeGraph, appends: Sequence[TokenAppend], now: Sequence[I
 
 
 def graph_runner_of(model: Any, rows: DecoderBatch) -> GraphRunner | None:
-    """The graph runner of a model on CUDA, if its graphs can be captured and say what the written-out decoder says."""
+    """The graph runner of a model on CUDA, if its graphs can be captured and agree with the written-out decoder."""
     if model.device.type != "cuda":
         return None
     for way in ways():

@@ -96,7 +96,7 @@ class KVPools:
         self.limit_bytes = limit_bytes
         self._by_capacity: dict[int, KVPool] = {}
         self._alive: weakref.WeakSet[KVPool] = weakref.WeakSet()
-        """Those, and the replaced ones that somebody still lies in."""
+        """Those, and replaced ones that still hold sequences."""
 
     @property
     def pools(self) -> list[KVPool]:
@@ -111,13 +111,13 @@ class KVPools:
             lengths: tokens that each has to have room for.
 
         Returns:
-            Where each lies; None for whom there is no memory.
+            The KV pool of each; None where there is no memory.
         """
         wanted = [max(bucket(length), _capacity(cache)) for cache, length in zip(caches, lengths, strict=True)]
         if not self._all_in(max(wanted), caches):
             for capacity in sorted(set(wanted)):
                 alike = [cache for cache, each in zip(caches, wanted, strict=True) if each == capacity]
-                alike.sort(key=lambda cache: _capacity(cache) < capacity)  # first those who lie
+                alike.sort(key=lambda cache: _capacity(cache) < capacity)  # first those that have a slot of that size
                 while alike and not self._all_in(capacity, alike):
                     alike.pop()
         return [
@@ -129,7 +129,7 @@ class KVPools:
         return [guest for pool in self._alive for guest in pool.occupants()]
 
     def _all_in(self, capacity: int, caches: Sequence[PooledKVCache]) -> bool:
-        """Move sequences to the KV pool of a capacity; False, and nobody has moved, where there is no memory for it."""
+        """Move sequences to the KV pool of a capacity; False, with nothing moved, where there is no memory for it."""
         pool = self._by_capacity.get(capacity)
         moving = [cache for cache in caches if pool is None or not pool.holds(cache)]
         if pool is None or len(moving) > len(pool.free()):
@@ -141,7 +141,7 @@ class KVPools:
         return True
 
     def _larger(self, old: KVPool | None, capacity: int, caches: Sequence[PooledKVCache]) -> KVPool | None:
-        """A new KV pool with rows for these and for all who lie in the old one, which it replaces."""
+        """A new KV pool with rows for these and for all sequences of the old one, which it replaces."""
         staying = 0 if old is None else old.rows - len(old.free()) - sum(map(old.holds, caches))
         rows = 1 << (staying + len(caches) - 1).bit_length()
         like, layers = caches[0].layers[0], len(caches[0].layers)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 SURE = 3
-"""Tokens in a row that were the model's own choice, after which its next choice is read before anybody asks."""
+"""Tokens in a row that were the model's own choice, after which its next choice is read ahead."""
 
 ROOM = 512
 """Tokens that a copy of a sequence has room for behind its end."""
@@ -60,7 +60,7 @@ class InFlightStep:
         sequences: how many have a part in it.
 
     Attributes:
-        alone_s: seconds from its beginning in which nobody waited for the device.
+        alone_s: seconds from its beginning in which no caller waited for the device.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class InFlightStep:
 
     @property
     def device_alone_s(self) -> float:
-        """Each sequence's share of the seconds that the device was at it while nobody waited, once it has arrived."""
+        """Each sequence's share of the device's seconds while no caller waited, once the step is done."""
         return min(self.device_s, self.alone_s) / self._sequences
 
 
@@ -194,9 +194,9 @@ class PooledKVCache(KVCache):
     hits = SURE
     """Tokens in a row that were those that the model wanted; at first it is trusted to be followed."""
     alone_steps = 0
-    """Steps in a row that nobody else took part in."""
+    """Steps in a row that no other sequence took part in."""
     device_alone_s = 0.0
-    """What ``unbilled_s`` says next."""
+    """What ``unbilled_s`` returns next."""
     _seen: tuple[int, LogitStatistics] | None = None
 
     @property
@@ -241,13 +241,13 @@ class PooledKVCache(KVCache):
         return self._seen[1] if self._seen is not None and self._seen[0] == length else None
 
     def start(self, kv: Tensor) -> None:
-        """Sit down without a token, ``[2, layers, 1, heads, 0, d]``."""
+        """Begin without a token, ``[2, layers, 1, heads, 0, d]``."""
         self.layers = [PooledLayer() for _ in kv[0]]
         self._lie_in(Slot(kv))
 
     def occupy(self, slot: Slot) -> None:
         """Move to a slot that has room for all tokens."""
-        self.in_flight = None  # it writes where the sequence has sat
+        self.in_flight = None  # it writes to the old slot
         lengths = {layer.length for layer in self.layers}
         if self.slot is not None and not self.slot.outgrown and len(lengths) == 1:
             (length,) = lengths
@@ -262,7 +262,7 @@ class PooledKVCache(KVCache):
         keys, values = (half.unbind(0) for half in slot.kv)
         for layer, *buffers in zip(self.layers, keys, values, strict=True):
             layer.lie(*buffers, slot)
-        self.slot = slot  # last: from here on a row that was left is anybody's
+        self.slot = slot  # last: from here on the row that was left is free
 
     def follow(self, token: int, length: int) -> InFlightRow | None:
         """This token comes next, after so many: its step, if it is under way."""
@@ -273,7 +273,7 @@ class PooledKVCache(KVCache):
         return in_flight if in_flight is not None and (in_flight.token, in_flight.position) == (token, length) else None
 
     def advance(self, length: int, statistics: LogitStatistics) -> None:
-        """So many tokens are in the row now, and this is what the last one says."""
+        """So many tokens are in the row now; the statistics are those after the last one."""
         for layer in self.layers:
             layer.length = length
         self._seen = length, statistics

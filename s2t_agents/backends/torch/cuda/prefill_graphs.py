@@ -88,7 +88,7 @@ class PrefillGraphs:
             ids: the tokens.
             length: tokens before them.
         """
-        if cache.in_flight is not None:  # nobody has wanted it; nor, maybe, what would be begun after this chunk
+        if cache.in_flight is not None:  # it was not wanted; nor, maybe, would be the step after this chunk
             cache.in_flight, cache.hits = None, 0
         if self._way.llama_decoder.seen_bytes(pool.capacity) > LIMIT_BYTES:
             return None
@@ -113,7 +113,7 @@ class PrefillGraphs:
         return None
 
     def _agrees(self, in_flight: InFlightRow, cache: PooledKVCache, ids: Sequence[int], length: int) -> bool:
-        """Whether the eager path says the same."""
+        """Whether the eager path computes the same."""
         logits = in_flight.play.logits[0]
         try:
             ((eager, _),) = self.eager([Append(torch.tensor(ids, device=logits.device), cache, length)])
