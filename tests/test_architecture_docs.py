@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "s2t_agents"
 PAGES = ["docs/architecture.md", "CONTRIBUTING.md"]
 FILE = re.compile(r"(?<![\w/.])((?:[a-z_0-9]+/)*[a-z_0-9]+\.py)")
-PLACES = [PACKAGE, ROOT, ROOT / "benchmarks"]
+PLACES = [PACKAGE, ROOT, ROOT / "benchmarks", ROOT / "tests"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -157,7 +157,7 @@ def test_a_hold_comes_back_as_soon_as_it_was_told_to_and_never_before_the_llms_d
 
     llm = ScriptedLLM(answer)
     with Escalation(llm, hold_s=8).open_session(budget, threshold=0.5) as session:
-        session.escalate(Question([1, 2, 3], [7, 8]))
+        finish(session.escalating(Question([1, 2, 3], [7, 8])))
     assert holds == [1, 0]
     llm.timeout_s = 5.0  # type: ignore[attr-defined]
     for wanted in (5.0, 0.0, -1.0, math.inf, math.nan):

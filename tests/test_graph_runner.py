@@ -407,9 +407,9 @@ def test_a_copy_of_a_kept_sequence_lies_in_one_block_and_has_room_for_the_next_t
     assert entry.cache.nbytes == 2 * sum(layer.keys.nbytes for layer in entry.cache.layers)  # and no more than it needs
     before = [layer.keys.clone() for layer in entry.cache.layers]
     addresses = {layer.keys.data_ptr() for layer in copy.layers}
-    model.append(torch.tensor(some_ids(100, 1)), copy)
+    appended(model, torch.tensor(some_ids(100, 1)), copy)
     assert {layer.keys.data_ptr() for layer in copy.layers} == addresses
-    model.append(torch.tensor(some_ids(1000, 1)), copy)  # more than there is room for
+    appended(model, torch.tensor(some_ids(1000, 1)), copy)  # more than there is room for
     assert copy.slot is not None
     assert copy.slot.outgrown
     reference = read(eager_model(), [*kept, *some_ids(100, 1), *some_ids(1000, 1)])

@@ -33,14 +33,14 @@ def test_logits_along_nothing_are_those_at_the_end():
 
 
 def test_a_prompt_of_several_rows_is_read_once_and_they_grow_apart(monkeypatch):
-    model, read = tiny_model(), []
+    model, widths = tiny_model(), []
     rows = TorchBackend.read_rows
     monkeypatch.setattr(
-        TorchBackend, "read_rows", lambda self, ids, *rest: read.append(len(ids)) or rows(self, ids, *rest)
+        TorchBackend, "read_rows", lambda self, ids, *rest: widths.append(len(ids)) or rows(self, ids, *rest)
     )
     prompts, completions = [PROMPTS[2], PROMPTS[0], PROMPTS[2]], [[1], [2], [3]]
     logits = logits_along(model, prompts, completions)
-    assert read == [2, 3]
+    assert widths == [2, 3]
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         torch.testing.assert_close(logits[row, 1], read(model, prompt + completion).logits, atol=1e-4, rtol=1e-4)
 

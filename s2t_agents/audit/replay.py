@@ -9,11 +9,10 @@ import torch
 from langchain_core.messages import AIMessage, BaseMessage
 
 from ..chat.runtime import Runtime
-from ..engine.together import together
 from ..errors import ContextOverflow, InputError
 from ..proposal import Proposal
 from ..scheduling.sequence import TokenSequence
-from ..scheduling.waits import Waiting
+from ..scheduling.waits import Waiting, gather
 from ..selectors.base import confidence_margin, scoring
 from .logs import LoggedAnswer, NotAnAnswer
 
@@ -24,7 +23,7 @@ MAX_ANSWER = 2048
 
 
 @dataclass(frozen=True)
-class Question:
+class ReplayedQuestion:
     """One that the LLM would be asked.
 
     Attributes:
@@ -55,7 +54,7 @@ class ReplayedAnswer:
     slm: int
     local: int
     asked: int
-    questions: tuple[Question, ...]
+    questions: tuple[ReplayedQuestion, ...]
     lost: int
 
 
@@ -65,7 +64,7 @@ def replay(runtime: Runtime, answers: Sequence[LoggedAnswer]) -> list[ReplayedAn
     for some in _batched(answers):
         encoded = [_encoded(runtime, each) for each in some]
         ids = [each for each in encoded if not isinstance(each, NotAnAnswer)]
-        replayed = iter(together([_along(runtime, prompt, answer) for prompt, answer in ids]))
+        replayed = iter(gather([_along(runtime, prompt, answer) for prompt, answer in ids]))
         found += [each if isinstance(each, NotAnAnswer) else next(replayed) for each in encoded]
     return found
 
@@ -108,7 +107,7 @@ def _answer_ids(
 def _along(runtime: Runtime, prompt: list[int], answer: list[int]) -> Waiting[ReplayedAnswer]:
     engine = runtime.engine
     triggered = slm = local = asked = lost = 0
-    questions: list[Question] = []
+    questions: list[ReplayedQuestion] = []
     with (yield from TokenSequence.from_prefix_cache(engine.slm, prompt, "s2t audit")) as prefix:
         pending = prompt[len(prefix) :]
         for token in answer:
@@ -131,7 +130,7 @@ def _along(runtime: Runtime, prompt: list[int], answer: list[int]) -> Waiting[Re
                 asked += pick == token
                 continue
             read = questions[-1].prefix_tokens if questions else 0
-            questions.append(Question(len(prefix), len(prefix) - read))
+            questions.append(ReplayedQuestion(len(prefix), len(prefix) - read))
             asked += token in candidates
             lost += token not in candidates
     return ReplayedAnswer(len(answer), triggered, slm, local, asked, tuple(questions), lost)

@@ -56,22 +56,24 @@ class _PromptLogProb(PartialModel):
     logprob: LogProb
 
 
-class _Logprobs(PartialModel):
+class _ReadLogprobs(PartialModel):
     top_logprobs: tuple[dict[str, LogProb], ...] = Field(min_length=1, max_length=1)
 
 
-class _Choice(PartialModel):
-    logprobs: _Logprobs
+class _ReadChoice(PartialModel):
+    logprobs: _ReadLogprobs
     prompt_logprobs: tuple[dict[int, _PromptLogProb] | None, ...] | None = None
 
 
 class _Read(PartialModel):
-    choices: tuple[_Choice, ...] = Field(min_length=1, max_length=1)
+    choices: tuple[_ReadChoice, ...] = Field(min_length=1, max_length=1)
     usage: Usage | None = None
 
 
 _KNOWN_FIELDS = frozenset(
-    name for form in (_Read, _Choice, _Logprobs, _PromptLogProb, Usage, UsageDetails) for name in form.model_fields
+    name
+    for form in (_Read, _ReadChoice, _ReadLogprobs, _PromptLogProb, Usage, UsageDetails)
+    for name in form.model_fields
 )
 
 
