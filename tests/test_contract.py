@@ -24,6 +24,7 @@ from observers import cache_key
 from s2t_agents import Budget, ChatS2T, Ledger, LocalLLM
 from s2t_agents.budget import SQLiteStore
 from s2t_agents.escalation import Escalation
+from s2t_agents.formats.reasoning import ReasoningFormat
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
@@ -257,6 +258,21 @@ def test_the_profile_says_what_the_model_can_do() -> None:
     assert not profile["image_inputs"]
     for unknown in ("nobody/has-this", "no hub id"):
         assert "max_input_tokens" not in ChatS2T(model=unknown).profile
+
+
+@pytest.mark.real
+def test_the_profile_tells_models_that_think(real_tokenizer: Any) -> None:
+    folder, template = real_tokenizer.name_or_path, str(real_tokenizer.chat_template or "")
+    thinks = ReasoningFormat.of(real_tokenizer, template) is not None
+    assert ChatS2T(model=folder).profile["reasoning_output"] is thinks
+    assert thinks is ("qwen3" in folder)
+
+
+def test_the_profile_knows_reasoning_from_the_template_and_leaves_the_unknown_out() -> None:
+    assert chat().profile["reasoning_output"] is False
+    thinking = ChatS2T(model="s2t-demo", chat_template="{{ messages }}<think>{{ '</think>' }}")
+    assert thinking.profile["reasoning_output"] is True
+    assert "reasoning_output" not in ChatS2T(model="nobody/has-this").profile
 
 
 def test_the_profile_of_a_checkpoint_on_disk_reads_its_config_alone(saved: str) -> None:

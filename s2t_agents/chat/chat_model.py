@@ -61,7 +61,7 @@ from .generation import Generation
 from .local_work import LocalWork
 from .logprobs import LogprobsReader
 from .response_options import ResponseOptions, openai_tools, with_schema
-from .runtime import EngineSettings, RuntimeCache, escalation_of, model_of, profile_of
+from .runtime import EngineSettings, Runtime, RuntimeCache, escalation_of, model_of, profile_of
 from .structured_output import Method, structured
 from .telemetry_messages import input_messages
 from .token_count import tokens_of_messages
@@ -209,9 +209,14 @@ class ChatS2T(ConfigurableChatModel):
         )
 
     @property
+    def runtime(self) -> Runtime:
+        """This model's engine and prompt encoder; the first access loads the weights."""
+        return self.runtimes.get(self._settings({}))
+
+    @property
     def engine(self) -> Engine:
         """This model's engine; the first access loads the weights."""
-        return self.runtimes.get(self._settings({})).engine
+        return self.runtime.engine
 
     def __getstate__(self) -> dict[Any, Any]:
         """Pickles as its settings, without keys, tokens and passwords; engines are loaded again by name when needed.
@@ -268,8 +273,10 @@ class ChatS2T(ConfigurableChatModel):
         return output_messages.cached_generations(super()._convert_cached_generations(cache_val), self.ledger)
 
     def _resolve_model_profile(self) -> ModelProfile:
-        """LangChain's model profile: text and tools; the context window if ``config.json`` is on disk."""
-        return profile_of(model_of(self.model), self.max_tokens, self.model_kwargs)
+        """LangChain's model profile: text, tools, reasoning; what the files on disk do not say is left out."""
+        return profile_of(
+            model_of(self.model), self.max_tokens, self.model_kwargs, chat_template_of(self.chat_template)
+        )
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)

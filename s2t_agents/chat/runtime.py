@@ -23,7 +23,7 @@ from ..engine.engine import MAX_K, Engine
 from ..errors import ConfigError, ContextOverflow
 from ..escalation import DEFAULT_MARGIN, Escalation
 from ..fork_safety import LOADING, hold_while_forking
-from ..formats.reasoning import ReasoningParser
+from ..formats.reasoning import ReasoningFormat, ReasoningParser, has_reasoning
 from ..formats.tool_calls import PlainTextParser, ToolCallParser
 from ..grammar.grammar import CompiledGrammar, Grammar
 from ..grammar.thinking import ThinkingVocabulary, ThinkThenAnswer, cached_thinking_vocabulary
@@ -387,8 +387,12 @@ def escalation_of(given: Any) -> Escalation | None:
     raise ConfigError(f"escalation is a {type(given).__name__}.", hint="Give an LLM (LocalLLM, ...) or Escalation.")
 
 
-def profile_of(model: str | LanguageModel, max_tokens: int, options: Mapping[str, Any]) -> ModelProfile:
-    """LangChain's model profile; without ``max_input_tokens`` if ``config.json`` is not on disk. Reads no weights."""
+def profile_of(
+    model: str | LanguageModel, max_tokens: int, options: Mapping[str, Any], chat_template: str | None = None
+) -> ModelProfile:
+    """LangChain's model profile; without ``max_input_tokens`` if ``config.json`` is not on disk, and without
+    ``reasoning_output`` if the tokenizer's is not. Reads no weights.
+    """
     profile = ModelProfile(
         name=model if isinstance(model, str) else model.name,
         max_output_tokens=max_tokens,
@@ -402,8 +406,36 @@ def profile_of(model: str | LanguageModel, max_tokens: int, options: Mapping[str
         tool_call_streaming=True,
         structured_output=True,
     )
-    window = _window_of(model, options)
-    return profile if window is None else ModelProfile(**profile, max_input_tokens=window)
+    window, reasons = _window_of(model, options), _reasons(model, options, chat_template)
+    if window is not None:
+        profile["max_input_tokens"] = window
+    if reasons is not None:
+        profile["reasoning_output"] = reasons
+    return profile
+
+
+def _reasons(model: str | LanguageModel, options: Mapping[str, Any], chat_template: str | None) -> bool | None:
+    """Whether the model may think before it answers; None where what says so is not on this disk."""
+    if isinstance(model, LanguageModel):
+        return (
+            ReasoningFormat.of(model.tokenizer, str(chat_template or model.tokenizer.chat_template or "")) is not None
+        )
+    try:
+        source = ModelSource.of(model, options)
+        file = source.file("tokenizer_config.json", here=True)
+        if file is None:
+            return None
+        config, jinja = source.json(file), source.file("chat_template.jinja", here=True)
+        template = chat_template or (jinja.read_text(encoding="utf-8") if jinja is not None else None)
+        written = str(template or config.get("chat_template") or "")
+        if has_reasoning(set(), written):  # mostly the template names the tags, and no other file is read
+            return True
+        added = list(config.get("added_tokens_decoder", {}).values())
+        if not added and (tokens := source.file("tokenizer.json", here=True)) is not None:
+            added = source.json(tokens).get("added_tokens", [])
+        return has_reasoning({str(token.get("content")) for token in added}, written)
+    except (ConfigError, OSError, ValueError, AttributeError):  # raised again when the model is loaded
+        return None
 
 
 def _window_of(model: str | LanguageModel, options: Mapping[str, Any]) -> int | None:

@@ -118,6 +118,11 @@ class ReasoningFormat:
         return "thought" if ends_with(self.opening) else "undecided"
 
 
+def has_reasoning(added: set[str], template: str) -> bool:
+    """Whether ``ReasoningFormat.of`` finds a format, from the added tokens and the chat template alone."""
+    return any(added.issuperset(marks) for marks, *_ in _CHANNEL_FORMATS) or bool(tag_pairs(added, template))
+
+
 def tag_pairs(added: set[str], template: str) -> list[tuple[str, str]]:
     """Pairs of reasoning tags, best first: those that are added tokens and that the template names.
 
