@@ -48,6 +48,22 @@ def escalate(
 
 
 @app.command()
+def tokenizers(
+    slm: Annotated[Path, typer.Option(help="The SLM, with a chat template.")],
+    llm: Annotated[Path, typer.Option(help="An LLM with another tokenizer.")],
+    n: Annotated[int, typer.Option(min=1, help="Problems.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first problem.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """An LLM with another tokenizer: tokens read, time beside one with the same tokenizer, agreement with all paths."""
+    from .tokenizers import run, table
+
+    say = Console(stderr=True, soft_wrap=True).print
+    _show(run(str(slm), str(llm), n, seed, max_tokens=max_tokens, say=say), as_json, table)
+
+
+@app.command()
 def pacing(
     n: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first problem.")] = 0,

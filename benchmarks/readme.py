@@ -290,6 +290,36 @@ def through_chat(report: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+TOKENIZER_ROWS = {
+    "read": "LLM tokens read, tree included",
+    "tree": "of these, tokens of the tree",
+    "same_read": "LLM tokens read with the same tokenizer",
+    "cpu_ms": "CPU ms",
+    "same_cpu_ms": "CPU ms with the same tokenizer",
+    "apart": "nats between the pick's log-probability and that by every path",
+}
+"""What a question by bytes takes, by its name in the report."""
+
+
+def tokenizers(report: dict[str, Any], made: dict[str, Any]) -> str:
+    """The table of ``s2t bench tokenizers --json``: a question by bytes beside one of the same tokenizer."""
+    heads = (f"{report['later']} questions after the first of an answer", "mean", "median", "95%", "most")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for key, name in TOKENIZER_ROWS.items():
+        lines.append(f"| {name} | {' | '.join(f'{report[key][at]:.3g}' for at in ('mean', 'median', 'p95', 'max'))} |")
+    lines += [
+        "",
+        f"CPU time of a question: {report['ratio']:.2f} times that of one with the same tokenizer, on the same weights"
+        f" and texts. {report['agree']} of {report['compared']} picks are those of every path, where a token may end"
+        f" after every byte. Over HTTP {report['served_exactly']} of {report['questions']} questions would be"
+        f" exact in one request, of {report['served']['mean']:.2g} prompts on average; by one prompt and 128 ids"
+        f" {report['served_agree']} picks are the same."
+        f" {report['problems']} word problems, {report['tokens']} tokens. {made['hardware']}, one thread, commit"
+        f" {made['commit']}, {made['date']}. Made by `{made['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
 def escalation(report: dict[str, Any], made: dict[str, Any]) -> str:
     """The tables of ``s2t bench escalate --json``: what the LLM has to do for the same picks, three ways."""
     heads = (
@@ -392,6 +422,7 @@ def sections() -> dict[str, str]:
         "engines": ("engines", engines.markdown),
         "real_gguf": ("real_gguf_eval", real),
         "escalation": ("escalate", escalation),
+        "tokenizers": ("tokenizers", tokenizers),
         "pacing": ("pacing", pacing),
         "speed": ("decode", speed),
         "speed_short": ("decode", speed_short),

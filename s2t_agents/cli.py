@@ -93,6 +93,22 @@ def chat(
 
 
 @app.command()
+def doctor(
+    model: Annotated[str, typer.Option(help="The SLM: directory, GGUF file or hub id.")] = "s2t-demo",
+    llm: Annotated[str, typer.Option(help="Whom to ask: directory, GGUF file, hub id, or URL#name.")] = "s2t-demo-llm",
+    as_json: AsJson = False,
+) -> None:
+    """What an SLM and an LLM can do together: tokenizers, how candidates are scored, cost of a question, price."""
+    from .chat.doctor import diagnosed, lines
+    from .llms.front import llm_of
+
+    found = diagnosed(model, llm_of(llm))
+    typer.echo(json.dumps(found.as_json(), ensure_ascii=False) if as_json else "\n".join(lines(found)))
+    if not found.works:
+        raise typer.Exit(1)
+
+
+@app.command()
 def serve(
     model: Annotated[str, typer.Option(help="Directory, GGUF file or hub id; s2t-demo is bundled.")] = "s2t-demo",
     selector: Annotated[str | None, typer.Option(help="Directory of its selector; s2t-demo is bundled.")] = None,

@@ -129,19 +129,25 @@ class CompletionServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/v1"
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        given = body["prompt"]
+        prompts = given if isinstance(given[0], list) else [given]
+        reply: dict[str, Any] = {"choices": [self.choice(at, ids, body) for at, ids in enumerate(prompts)][::-1]}
+        if self.usage:
+            reply["usage"] = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": len(prompts)}
+        return reply
+
+    def choice(self, at: int, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
+        """The completion of one prompt."""
         prefix = TokenSequence(self.model)
-        prefix.append(body["prompt"])
+        prefix.append(ids)
         scores = prefix.logits.log_softmax(0)
         best = scores.topk(body["logprobs"]).indices.tolist()
         shown = body["logprob_token_ids"] + best[:1] if self.by_id and "logprob_token_ids" in body else best
         top = {f"token_id:{token}": float(scores[token]) for token in shown}
-        choice: dict[str, Any] = {"text": "", "logprobs": {"top_logprobs": [top]}}
+        choice: dict[str, Any] = {"index": at, "text": "", "logprobs": {"top_logprobs": [top]}}
         if self.lists_prompts and (count := body.get("prompt_logprobs")):
-            choice["prompt_logprobs"] = self.prompt_logprobs(body["prompt"], count)
-        reply: dict[str, Any] = {"choices": [choice]}
-        if self.usage:
-            reply["usage"] = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 1}
-        return reply
+            choice["prompt_logprobs"] = self.prompt_logprobs(ids, count)
+        return choice
 
     def prompt_logprobs(self, ids: list[int], count: int) -> list[dict[str, Any] | None]:
         """Of every token of a prompt but the first, with the ``count`` likeliest in its place, as vLLM lists them."""

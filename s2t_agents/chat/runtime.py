@@ -30,7 +30,7 @@ from ..grammar.thinking import ThinkingVocabulary, ThinkThenAnswer, cached_think
 from ..grammar.vocabulary import Vocabulary, cached_vocabulary
 from ..hub import ModelSource
 from ..identity import identity
-from ..llms import LLMSelector, LocalLLM
+from ..llms.front import llm_of
 from ..redaction import without_secrets
 from ..scheduling.admission import Concurrency
 from ..scheduling.language_model import LanguageModel
@@ -372,19 +372,12 @@ def _check_device(name: str) -> None:
 
 
 def escalation_of(given: Any) -> Escalation | None:
-    """An ``escalation`` setting as an ``Escalation``; a path or an LLM alone gets the calibrated margin.
+    """An ``escalation`` setting as an ``Escalation``; an LLM by its name, or alone, gets the calibrated margin.
 
     Raises:
-        ConfigError: another type.
+        ConfigError: see ``llms.front.llm_of``.
     """
-    if given is None or isinstance(given, Escalation):
-        return given
-    if isinstance(given, (str, Path)):
-        return Escalation(LocalLLM(str(given)))
-    if hasattr(given, "open") and hasattr(given, "check"):
-        llm: LLMSelector = given
-        return Escalation(llm)
-    raise ConfigError(f"escalation is a {type(given).__name__}.", hint="Give an LLM (LocalLLM, ...) or Escalation.")
+    return given if given is None or isinstance(given, Escalation) else Escalation(llm_of(given))
 
 
 def profile_of(

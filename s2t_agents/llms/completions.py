@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -30,12 +30,13 @@ class _Logprobs(PartialModel):
 
 class _Choice(PartialModel):
     logprobs: _Logprobs
+    index: int = 0
 
 
 class OneTokenCompletion(PartialModel):
-    """A completion of one token."""
+    """A completion of one token of each prompt."""
 
-    choices: tuple[_Choice, ...] = Field(min_length=1, max_length=1)
+    choices: tuple[_Choice, ...] = Field(min_length=1)
     usage: Usage | None = None
 
 
@@ -45,8 +46,10 @@ _KNOWN_FIELDS = frozenset(
 """Field names that an error may show; other keys of a response are text of the server."""
 
 
-def request_body(model: str, ids: Sequence[int], candidates: Sequence[int], *, by_id: bool) -> dict[str, Any]:
-    """The request body for the candidates' log-probabilities after ``ids``.
+def request_body(
+    model: str, ids: Sequence[int] | Sequence[Sequence[int]], candidates: Sequence[int], *, by_id: bool
+) -> dict[str, Any]:
+    """The request body for the candidates' log-probabilities after ``ids``, or after each of several prompts.
 
     It serves both kinds of server: vLLM honours ``logprob_token_ids`` and ignores ``logprobs``; one that does not know
     the field returns its top tokens.
@@ -62,8 +65,8 @@ def request_body(model: str, ids: Sequence[int], candidates: Sequence[int], *, b
     return {**body, "logprob_token_ids": list(candidates)} if by_id else body
 
 
-def parse_completion(content: bytes, prompt_tokens: int) -> OneTokenCompletion:
-    """Parse and validate a response.
+def parse_completion(content: bytes, prompt_tokens: int, prompts: int = 1) -> OneTokenCompletion:
+    """Parse and validate a response to so many prompts, of so many tokens together.
 
     Raises:
         EscalationFailed: not JSON, missing fields, NaN, invalid log-probabilities, or implausible token counts.
@@ -77,31 +80,47 @@ def parse_completion(content: bytes, prompt_tokens: int) -> OneTokenCompletion:
         )
         fault = f"the server's reply cannot be used: {where}: {first['msg']}."
     else:
-        _check_usage(completion, prompt_tokens)
+        if len(completion.choices) != prompts:
+            raise EscalationFailed(f"the server was given {prompts} prompts and answered {len(completion.choices)}.")
+        _check_usage(completion, prompt_tokens, prompts)
         return completion
     raise EscalationFailed(fault)  # raised outside the handler: no exception chain, which would show the response
 
 
-def _check_usage(completion: OneTokenCompletion, prompt_tokens: int) -> None:
+def _check_usage(completion: OneTokenCompletion, prompt_tokens: int, prompts: int) -> None:
     if completion.usage is not None:
         prompt, written = completion.usage.prompt_tokens, completion.usage.completion_tokens
         if not prompt_tokens <= prompt <= 2 * prompt_tokens + MAX_EXTRA_TOKENS:
             raise EscalationFailed(f"the server says that {prompt_tokens} tokens were {prompt}.")
-        if written > 1 + MAX_EXTRA_TOKENS:
-            raise EscalationFailed(f"the server was asked for 1 token and says that it wrote {written}.")
+        if written > prompts + MAX_EXTRA_TOKENS:
+            raise EscalationFailed(f"the server was asked for {prompts} tokens and says that it wrote {written}.")
 
 
-def to_answer(completion: OneTokenCompletion, candidates: Sequence[int]) -> Answer:
+def rows_of(completion: OneTokenCompletion) -> list[dict[int, float]]:
+    """Log-probabilities by token id after each prompt, in the prompts' order.
+
+    Raises:
+        EscalationFailed: tokens given as text, invalid ids, or probabilities above 1 in sum.
+    """
+    choices = sorted(completion.choices, key=lambda each: each.index)
+    rows = [logprobs_by_id(each.logprobs.top_logprobs[0]) for each in choices]
+    if any(sum(map(math.exp, row.values())) > 1 + LOGPROB_TOLERANCE for row in rows):
+        raise EscalationFailed("the server's log-probabilities add up to more than 1.")
+    return rows
+
+
+def to_answer(found: Mapping[int, float], candidates: Sequence[int]) -> Answer:
     """The candidates' scores.
 
     A candidate outside the server's top tokens gets None. It could not win, since every returned one is more likely.
 
+    Args:
+        found: log-probabilities by token id.
+        candidates: ``[K]``.
+
     Raises:
-        EscalationFailed: tokens given as text, invalid ids, probabilities above 1 in sum, or no candidate among them.
+        EscalationFailed: no candidate among them.
     """
-    found = logprobs_by_id(completion.choices[0].logprobs.top_logprobs[0])
-    if sum(map(math.exp, found.values())) > 1 + LOGPROB_TOLERANCE:
-        raise EscalationFailed("the server's log-probabilities add up to more than 1.")
     scores = tuple(found.get(token) for token in candidates)
     missing = scores.count(None)
     if missing == len(candidates):

@@ -20,7 +20,7 @@ Prior work: Vieira et al. (arXiv 2412.03719), Phan et al. (2410.09303), Hayase e
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -66,6 +66,13 @@ class TokenTree:
                 self.parents.append(at)
             at = found
         return at
+
+    def paths(self) -> list[list[int]]:
+        """``[N]``: the tokens from the beginning to each."""
+        found: list[list[int]] = []
+        for token, parent in zip(self.ids, self.parents, strict=True):
+            found.append([*(found[parent] if parent >= 0 else ()), token])
+        return found
 
 
 class Places:
@@ -179,7 +186,44 @@ class Covering:
 
     def read(self, logits: Tensor) -> Scores:
         """The scores, by logits ``[1 + N, V]``: after the trunk, and after each token of the tree."""
-        return Scores(self, logits)
+        return Scores(self, logits, logits.logsumexp(1).tolist())
+
+    def read_known(self, rows: Sequence[Mapping[int, float]], size: int) -> Scores:
+        """The scores by what is known of the log-probabilities; what is not counts nothing.
+
+        Args:
+            rows: ``[1 + N]``: by token id, after the trunk and after each token of the tree.
+            size: V.
+        """
+        known = torch.full((len(rows), size), -inf, dtype=torch.float64)
+        for row, told in zip(known, rows, strict=True):
+            ids = [i for i in told if i < size]
+            row[ids] = torch.tensor([told[i] for i in ids], dtype=torch.float64)
+        return Scores(self, known, [0.0] * len(rows))
+
+    def read_end(self, row: Mapping[int, float]) -> EndScores:
+        """Approximate scores by what is known of the log-probabilities at the end of the text so far alone."""
+        return EndScores(self, row)
+
+    @property
+    def end(self) -> PlaceContext:
+        """The context at the end of the text so far."""
+        return next(each for each in self._shared if each.place == self._end)
+
+    def ids_that_count(self, slm: ByteTokenizer) -> list[list[int]]:
+        """``[K]``: the tokens whose log-probabilities make up each candidate's score, the shortest first."""
+        found = []
+        for candidate, inner in zip(self._candidates, self._inner, strict=True):
+            whole, contexts = self._window + candidate, [*self._shared, *inner]
+            counted: dict[int, int] = {}
+            for context in contexts:
+                if context.place < len(whole):
+                    spans = [kept(slm, self._tokenizer, whole, context.place, self._end)]
+                    steps = [later.place for later in contexts if later.place > context.place]
+                    spans += [self._tokenizer.ids(self._tokenizer.exactly(whole[context.place : to])) for to in steps]
+                    counted |= {i: len(self._tokenizer.bytes_of[i] or b"") for ids in spans for i in ids.tolist()}
+            found.append(sorted(counted, key=lambda i: counted[i]))
+        return found
 
 
 class Scores:
@@ -188,11 +232,11 @@ class Scores:
     Args:
         covering: the places and their contexts.
         logits: ``[1 + N, V]``.
+        norms: ``[1 + N]``: what is to be subtracted from each row, so that it holds log-probabilities.
     """
 
-    def __init__(self, covering: Covering, logits: Tensor) -> None:
-        self._covering, self._logits = covering, logits
-        self._norms = logits.logsumexp(1).tolist()
+    def __init__(self, covering: Covering, logits: Tensor, norms: Sequence[float]) -> None:
+        self._covering, self._logits, self._norms = covering, logits, norms
         self._shared = self._reached([], covering._shared, covering._window)
         self._text = self._passing(self._shared, covering._window, covering._end)
 
@@ -261,11 +305,10 @@ class Scores:
         for context, mass in reached:
             if mass == -inf or context.place >= end:
                 continue
-            span = tokenizer.span(data[context.place :])
-            ids = tokenizer.ids(span)
-            if slm is not None:
-                lead, cut = data[start : context.place], max(0, start - context.place)
-                ids = ids[begun_with(slm, tokenizer, lead, cut, span, end - start)]
+            if slm is None:
+                ids = tokenizer.ids(tokenizer.span(data[context.place :]))
+            else:
+                ids = kept(slm, tokenizer, data, context.place, start)
             parts.append(mass + self._sum(context, ids))
         return _log_sum(parts)
 
@@ -274,6 +317,42 @@ class Scores:
             return -inf
         row = self._logits[context.row]
         return float(row[ids.to(row.device)].logsumexp(0)) - float(self._norms[context.row])
+
+
+class EndScores:
+    """Scores by one context, at the end of the text so far: a candidate has the tokens that begin with it, and whole
+    those that it begins with, whatever comes after them.
+
+    Args:
+        covering: see ``Scores``.
+        row: log-probabilities by token id.
+    """
+
+    def __init__(self, covering: Covering, row: Mapping[int, float]) -> None:
+        self._covering, self._row = covering, row
+
+    def log_probs_of_tokens(self, slm: ByteTokenizer) -> list[float]:
+        """``[K]``; see ``Scores``."""
+        covering, end, tokenizer = self._covering, self._covering._end, self._covering._tokenizer
+        found = []
+        for candidate, inner in zip(covering._candidates, covering._inner, strict=True):
+            whole = covering._window + candidate
+            ids = kept(slm, tokenizer, whole, end, end).tolist()
+            for context in inner[:1]:
+                ids += tokenizer.ids(tokenizer.exactly(whole[end : context.place])).tolist()
+            found.append(_log_sum([self._row[i] for i in ids if i in self._row]))
+        return found
+
+    def log_prob_of_control(self, tokens: Collection[int]) -> float:
+        """See ``Scores``."""
+        return _log_sum([self._row[i] for i in tokens if i in self._row])
+
+
+def kept(slm: ByteTokenizer, llm: ByteTokenizer, data: bytes, place: int, start: int) -> Tensor:
+    """``[N]``: the LLM's tokens that reach or pass the end of ``data`` from a place and make a text that the SLM's
+    tokenizer begins, from ``start`` on, with the rest of ``data``."""
+    span = llm.span(data[place:])
+    return llm.ids(span)[begun_with(slm, llm, data[start:place], max(0, start - place), span, len(data) - start)]
 
 
 @lru_cache(maxsize=2**12)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backends.loading import load_tokenizer
 from ..backends.torch.fingerprint import shared_ids
+from ..endpoints.tokenizer_check import Tokenizing
 from ..errors import EscalationFailed, TokenizerMismatch
 from ..fork_safety import hold_while_forking
 from ..hub import first_line
@@ -93,7 +94,7 @@ class LocalLLM:
         """Whether the weights are in memory."""
         return self._model is not None
 
-    def check(self, slm: LanguageModel) -> None:
+    def check(self, slm: Tokenizing) -> None:
         """Compare the tokenizers, without reading weights.
 
         Raises:
@@ -102,13 +103,13 @@ class LocalLLM:
         """
         if not self.shares_tokens(slm):
             refuse_changed_bytes(slm.tokenizer, slm.name)
-            refuse_changed_bytes(self._tokenizer(), self.name)
+            refuse_changed_bytes(self.given_tokenizer(), self.name)
 
-    def shares_tokens(self, slm: LanguageModel) -> bool:
+    def shares_tokens(self, slm: Tokenizing) -> bool:
         """Whether every token of the SLM has the same id here."""
         known = slm.tokenizer_fingerprint
         if known not in self._shared:
-            self._shared[known] = not shared_ids(slm.tokenizer, self._tokenizer())
+            self._shared[known] = not shared_ids(slm.tokenizer, self.given_tokenizer())
         return self._shared[known]
 
     def token_map(self, slm: LanguageModel) -> TokenMap:
@@ -126,7 +127,8 @@ class LocalLLM:
                 raise EscalationFailed(f"{self.name!r} cannot be asked: {error}") from error
         return self._maps[known]
 
-    def _tokenizer(self) -> Any:
+    def given_tokenizer(self) -> Any:
+        """Its tokenizer, without reading weights."""
         return self._model.given_tokenizer if self._model else self._read_tokenizer()
 
     def _read_tokenizer(self) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
@@ -15,24 +16,31 @@ from tenacity import (
     stop_before_delay,
 )
 
+from ..backends.loading import load_tokenizer
+from ..backends.torch.fingerprint import shared_ids, tokenizer_fingerprint
+from ..backends.torch.loading import ends_listed
 from ..endpoints import event_loop
 from ..endpoints.circuit_breaker import CircuitBreaker
 from ..endpoints.endpoint import Endpoint
 from ..endpoints.retries import retry_wait
-from ..endpoints.tokenizer_check import TokenizerSample, verify_tokenizer
-from ..errors import ConfigError, EndpointBusy, EndpointRefused, EscalationFailed, OutOfTime
+from ..endpoints.tokenizer_check import TokenizerSample, Tokenizing, verify_tokenizer
+from ..errors import ConfigError, EndpointBusy, EndpointRefused, EscalationFailed, OutOfTime, TokenizerMismatch
 from ..scheduling.language_model import LanguageModel
+from ..tokenization.byte_tokenizer import refuse_changed_bytes
 from ..types import Charge, Price
 from . import completions
+from .byte_plan import Planner
 from .hedging import hedged
 from .question import Answer, Question, charge
 from .request_costs import ReportCharge, RequestCosts, total_charge
+from .served_question import ServedQuestion, by_bytes, by_tokens
+from .token_map import TokenMap, side_of, side_of_tokens
 
 HEDGED_NOTE = "asked twice: the first request was late"
 
 
 class OpenAILLM:
-    """A model with the SLM's tokenizer behind ``/v1/completions``, as vLLM serves it.
+    """A model behind ``/v1/completions``, as vLLM serves it: of the SLM's tokenizer, or of another one that is given.
 
     The server must accept token ids as prompt and return token ids in its log-probabilities
     (``return_tokens_as_token_ids``). If it supports ``logprob_token_ids``, every candidate is scored; otherwise its top
@@ -45,6 +53,9 @@ class OpenAILLM:
     Args:
         base_url: up to and including the version, as ``http://127.0.0.1:8000/v1``. Other machines need https.
         model: the server's name of the model.
+        tokenizer: of the server's model, where it is not the SLM's: a fast tokenizer, a directory or a hub id. Then the
+            candidates are scored by their bytes, see ``served_question``.
+        chat_template: source that replaces that tokenizer's chat template.
         api_key: bearer token. It is never shown and not pickled.
         api_key_env: name of an environment variable with the key instead; is pickled.
         price: of its tokens, for dollar budgets; ``known_price(name)`` for a listed model, a ``TokenPrice`` for
@@ -70,6 +81,8 @@ class OpenAILLM:
         base_url: str,
         model: str,
         *,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
         api_key: SecretStr | str | None = None,
         api_key_env: str | None = None,
         price: Price | None = None,
@@ -106,6 +119,9 @@ class OpenAILLM:
         self.hedge_after_s = hedge_after_s
         self.breaker = breaker or CircuitBreaker()
         self._asks_by_id = True
+        self._tokenizer, self.chat_template = tokenizer, chat_template
+        self._maps: dict[str, TokenMap] = {}
+        self._end_ids: Sequence[int] = ()
         self._unverified: dict[str, TokenizerSample] = {}
 
     def __repr__(self) -> str:
@@ -113,28 +129,69 @@ class OpenAILLM:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles without the key and the breaker's state."""
-        return {**self.__dict__, "breaker": None}
+        return {**self.__dict__, "breaker": None, "_maps": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.breaker = CircuitBreaker()
 
-    def check(self, slm: LanguageModel) -> None:
+    def check(self, slm: Tokenizing) -> None:
         """Compare model name and tokenizer with the server's, as far as it offers them.
 
         If the server is down now, this is done before its first question.
 
         Raises:
             ModelNotFound: the server lists its models without this one.
-            TokenizerMismatch: it tokenizes a sample text differently.
+            TokenizerMismatch: it tokenizes a sample text differently; or the tokenizer that was given for it, or the
+                SLM's, cannot be followed byte by byte.
         """
-        spelling = TokenizerSample.of(slm)
+        if not self.shares_tokens(slm):
+            refuse_changed_bytes(slm.tokenizer, slm.name)
+            refuse_changed_bytes(self.given_tokenizer(), self.name)
+        spelling = TokenizerSample.of(self._spelled_like(slm))
         self._unverified[spelling.fingerprint] = spelling
         try:
             with self.breaker.attempt():
                 event_loop.run_coroutine(self._verify(), 2 * self.connect_s)
         except EscalationFailed:
             return
+
+    def given_tokenizer(self) -> Any:
+        """The tokenizer that was given for the server's model; None where it has the SLM's."""
+        if isinstance(self._tokenizer, str | Path):
+            self._end_ids = ends_listed(str(self._tokenizer))
+            self._tokenizer = load_tokenizer(str(self._tokenizer))
+        return self._tokenizer
+
+    def shares_tokens(self, slm: Tokenizing) -> bool:
+        """Whether every token of the SLM has the same id on the server, as far as it was said."""
+        tokenizer = self.given_tokenizer()
+        return tokenizer is None or not shared_ids(slm.tokenizer, tokenizer)
+
+    def token_map(self, slm: LanguageModel) -> TokenMap | None:
+        """Between the SLM's tokens and the server's; None where they are the same.
+
+        Raises:
+            EscalationFailed: a tokenizer cannot be followed byte by byte.
+        """
+        known = slm.tokenizer_fingerprint
+        if self._tokenizer is None or (known not in self._maps and self.shares_tokens(slm)):
+            return None
+        if known not in self._maps:
+            tokenizer = self.given_tokenizer()
+            ends = frozenset(i for i in (*self._end_ids, tokenizer.eos_token_id) if i is not None)
+            try:
+                self._maps[known] = TokenMap(
+                    side_of(slm, None), side_of_tokens(tokenizer, ends, self.name, self.chat_template)
+                )
+            except TokenizerMismatch as error:
+                raise EscalationFailed(f"{self.name!r} cannot be asked: {error}") from error
+        return self._maps[known]
+
+    def _spelled_like(self, slm: Tokenizing) -> Tokenizing:
+        """Whose spelling the server's must be."""
+        tokenizer = self.given_tokenizer()
+        return slm if tokenizer is None else GivenTokens(self.name, tokenizer, tokenizer_fingerprint(tokenizer))
 
     def open(self) -> OpenAISession:
         """A session; the prefix cache is the server's."""
@@ -144,12 +201,12 @@ class OpenAILLM:
         """Close idle connections; the LLM can still be used."""
         event_loop.run_coroutine(self.endpoint.close(), self.connect_s)
 
-    def max_charge(self, question: Question) -> Charge:
-        """The maximum cost of one request: the whole prefix, uncached, and one output token."""
-        return charge(self.price, input_tokens=len(question.ids))
+    def max_charge(self, request: ServedQuestion) -> Charge:
+        """The maximum cost of one request: all prompts, uncached, and one output token of each."""
+        return charge(self.price, input_tokens=request.prompt_tokens, output_tokens=len(request.prompts))
 
-    def complete(self, question: Question) -> Answer:
-        """Ask the server one question.
+    def complete(self, question: Question, request: ServedQuestion) -> Answer:
+        """Ask the server one question, as this request.
 
         Raises:
             EscalationFailed: no usable answer in time.
@@ -160,14 +217,14 @@ class OpenAILLM:
             raise OutOfTime("the deadline has passed.")
         late = OutOfTime if seconds < min(self.timeout_s, self.attempt_s) else EscalationFailed
         with self.breaker.attempt():
-            return event_loop.run_coroutine(self._complete(question, seconds), seconds, late)
+            return event_loop.run_coroutine(self._complete(question, request, seconds), seconds, late)
 
     async def _verify(self) -> None:
         for fingerprint, spelling in list(self._unverified.items()):
             await verify_tokenizer(self.endpoint, self.name, spelling)
             self._unverified.pop(fingerprint, None)
 
-    async def _complete(self, question: Question, seconds: float) -> Answer:
+    async def _complete(self, question: Question, request: ServedQuestion, seconds: float) -> Answer:
         if self._unverified:
             await self._verify()
         costs = RequestCosts(question)
@@ -179,30 +236,30 @@ class OpenAILLM:
         )
         async for attempt in retrying:
             with attempt:
-                return await self._ask(question, costs)
+                return await self._ask(request, costs)
         raise EscalationFailed("no attempt was made.")  # not reached: reraise is set
 
-    async def _ask(self, question: Question, costs: RequestCosts) -> Answer:
+    async def _ask(self, request: ServedQuestion, costs: RequestCosts) -> Answer:
         """One request, hedged if configured; not hedged while the circuit breaker probes the endpoint."""
         if self.hedge_after_s is None or self.breaker.state != "closed":
-            return await self._attempt(question, costs.new_request(), lambda: None)
+            return await self._attempt(request, costs.new_request(), lambda: None)
         before = len(costs)
-        answer = await hedged(lambda sent: self._attempt(question, costs.new_request(), sent), self.hedge_after_s)
+        answer = await hedged(lambda sent: self._attempt(request, costs.new_request(), sent), self.hedge_after_s)
         if len(costs) == before + 1:
             return answer
         return replace(answer, note="; ".join(filter(None, (HEDGED_NOTE, answer.note))))
 
-    async def _attempt(self, question: Question, owe: ReportCharge, sent: Callable[[], None]) -> Answer:
+    async def _attempt(self, request: ServedQuestion, owe: ReportCharge, sent: Callable[[], None]) -> Answer:
         def on_sent() -> None:
-            owe(self.max_charge(question))
+            owe(self.max_charge(request))
             sent()
 
         try:
             async with asyncio.timeout(self.attempt_s):
-                content = await self._post(question, owe, on_sent)
+                content = await self._post(request, owe, on_sent)
         except TimeoutError:
             raise EscalationFailed(f"no answer within {self.attempt_s:.3g} s.") from None
-        completion = completions.parse_completion(content, len(question.ids))
+        completion = completions.parse_completion(content, request.prompt_tokens, len(request.prompts))
         if completion.usage is not None:
             used = completion.usage
             owe(
@@ -213,12 +270,13 @@ class OpenAILLM:
                     output_tokens=used.completion_tokens,
                 )
             )
-        return completions.to_answer(completion, question.candidates)
+        return request.read(completions.rows_of(completion))
 
-    async def _post(self, question: Question, owe: ReportCharge, sent: Callable[[], None]) -> bytes:
+    async def _post(self, request: ServedQuestion, owe: ReportCharge, sent: Callable[[], None]) -> bytes:
         """The response body; an error status costs nothing, so nothing is owed."""
         by_id = self._asks_by_id
-        body = completions.request_body(self.name, question.ids, question.candidates, by_id=by_id)
+        prompts = request.prompts[0] if len(request.prompts) == 1 else request.prompts
+        body = completions.request_body(self.name, prompts, request.ids, by_id=by_id)
         try:
             return await self.endpoint.post("completions", body, sent=sent)
         except (EndpointBusy, EndpointRefused) as error:
@@ -227,7 +285,16 @@ class OpenAILLM:
             if not (by_id and strict):
                 raise
         self._asks_by_id = False  # the server refuses unknown fields
-        return await self._post(question, owe, sent)
+        return await self._post(request, owe, sent)
+
+
+@dataclass(frozen=True)
+class GivenTokens:
+    """A tokenizer as ``Tokenizing`` has it."""
+
+    name: str
+    tokenizer: Any
+    tokenizer_fingerprint: str
 
 
 class OpenAISession:
@@ -235,17 +302,32 @@ class OpenAISession:
 
     def __init__(self, llm: OpenAILLM) -> None:
         self._llm = llm
+        self._planner: Planner | None = None
+        self._request: tuple[Question, ServedQuestion] | None = None
 
     def quote(self, question: Question) -> Charge:
         """The maximum cost: of one request, or of two if the LLM hedges."""
-        one_request = self._llm.max_charge(question)
+        one_request = self._llm.max_charge(self._requested(question))
         return (
             one_request if self._llm.hedge_after_s is None else total_charge([one_request, one_request]) or one_request
         )
 
     def ask(self, question: Question) -> Answer:
         """See ``OpenAILLM``."""
-        return self._llm.complete(question)
+        return self._llm.complete(question, self._requested(question))
+
+    def _requested(self, question: Question) -> ServedQuestion:
+        if self._request is None or self._request[0] is not question:
+            self._request = question, self._make(question)
+        return self._request[1]
+
+    def _make(self, question: Question) -> ServedQuestion:
+        tokens = self._llm.token_map(question.prefix.model) if question.prefix is not None else None
+        if tokens is None:
+            return by_tokens(question)
+        if self._planner is None:
+            self._planner = Planner(self._llm.name, tokens)
+        return by_bytes(self._planner.plan(question))
 
     def close(self) -> None:
         """Nothing to release: connections belong to the LLM."""

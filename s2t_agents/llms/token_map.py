@@ -140,10 +140,28 @@ def side_of(model: LanguageModel, chat_template: str | None) -> Side:
     Raises:
         TokenizerMismatch: see ``ByteTokenizer``.
     """
-    own = model.tokenizer.chat_template
+    return side_of_tokens(model.tokenizer, model.eos_ids, model.name, chat_template, rows=model.vocab_size)
+
+
+def side_of_tokens(
+    tokenizer: Any, eos_ids: frozenset[int], name: str, chat_template: str | None, *, rows: int | None = None
+) -> Side:
+    """A model as one of the two, by its tokenizer.
+
+    Args:
+        tokenizer: fast.
+        eos_ids: tokens that end an answer.
+        name: of the model.
+        chat_template: source that replaces the tokenizer's.
+        rows: columns of its logits; None takes all ids of the tokenizer.
+
+    Raises:
+        TokenizerMismatch: see ``ByteTokenizer``.
+    """
+    own = tokenizer.chat_template
     template = chat_template or (own if isinstance(own, str) else None if own else PLAIN)
-    view = _view(model.tokenizer, model.vocab_size, model.name, template or str(own))
-    return Side(model.tokenizer, model.eos_ids, view, template)
+    size = 1 + max(tokenizer.get_vocab().values()) if rows is None else rows
+    return Side(tokenizer, eos_ids, _view(tokenizer, size, name, template or str(own)), template)
 
 
 @lru_cache(maxsize=8)

@@ -1,0 +1,83 @@
+"""A question as one request to a completions server: prompts as token ids, and whose log-probabilities are wanted.
+
+With the SLM's tokenizer that is one prompt and the candidates. With another one every context of the covering is a
+prompt, all in one request, and the same ids are wanted after each: all that count, where the server takes so many, and
+then the scores are exact. Else there is one prompt, that of the text so far, and of each candidate the tokens that
+begin with it or that it begins with: the scores are approximate, and the receipt says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from ..errors import EscalationFailed
+from .byte_plan import Plan
+from .completions import to_answer
+from .question import Answer, Question
+
+MOST_IDS = 128
+"""``logprob_token_ids`` of a request, at most: what vLLM takes."""
+
+MOST_PROMPTS = 24
+"""Contexts that are asked for in one request; each is billed as a prompt."""
+
+Row = Mapping[int, float]
+"""Log-probabilities by token id after one prompt."""
+
+
+@dataclass(frozen=True)
+class ServedQuestion:
+    """One request.
+
+    Attributes:
+        prompts: token ids of each.
+        ids: whose log-probabilities are wanted after each.
+        read: the answer, from what is known after each prompt.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    ids: Sequence[int]
+    read: Callable[[Sequence[Row]], Answer]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts together."""
+        return sum(map(len, self.prompts))
+
+
+def by_tokens(question: Question) -> ServedQuestion:
+    """For a server with the SLM's tokenizer."""
+    return ServedQuestion([question.ids], question.candidates, lambda rows: to_answer(rows[0], question.candidates))
+
+
+def by_bytes(plan: Plan) -> ServedQuestion:
+    """For a server with another tokenizer."""
+    covering = plan.covering
+    counting = covering.ids_that_count(plan.tokens.slm.view)
+    control = {token for each in plan.wanted if isinstance(each, frozenset) for token in each}
+    ids = list(
+        dict.fromkeys([*sorted(control), *(i for rank in zip_longest(*counting) for i in rank if i is not None)])
+    )
+    paths = covering.tree.paths()
+    if len(ids) <= MOST_IDS and len(paths) < MOST_PROMPTS:
+        prompts = [plan.ids, *([*plan.ids, *path] for path in paths)]
+        return ServedQuestion(prompts, ids, lambda rows: _exactly(plan, ids, rows))
+    end = covering.end.row
+    return ServedQuestion(
+        [[*plan.ids, *(paths[end - 1] if end else ())]], ids[:MOST_IDS], lambda rows: _approximately(plan, rows[0])
+    )
+
+
+def _exactly(plan: Plan, ids: Sequence[int], rows: Sequence[Row]) -> Answer:
+    if not all(i in row for row in rows for i in ids):  # a server that tells its best tokens alone
+        return _approximately(plan, rows[plan.covering.end.row])
+    return plan.answer(plan.covering.read_known(rows, len(plan.tokens.llm.view.bytes_of)), "exact")
+
+
+def _approximately(plan: Plan, row: Row) -> Answer:
+    answer = plan.answer(plan.covering.read_end(row), "approximate")
+    if all(score is None or score == float("-inf") for score in answer.scores):
+        raise EscalationFailed("none of the candidates begins with one of the tokens that the server told of.")
+    return answer
