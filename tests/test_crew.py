@@ -80,6 +80,24 @@ def test_a_process_that_dies_is_named_instead_of_waited_for():
     assert "Run it again" in caught.value.hint
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_process_that_is_killed_ends_the_block_and_the_others(tmp_path):
+    with pytest.raises(S2TError, match="one of 2 processes died"), Crew(2) as crew:
+        list(crew.each(is_killed_beside_a_long_one, [str(tmp_path)] * 2))
+    assert not any(alive(int(file.name)) for file in tmp_path.iterdir())
+
+
+def is_killed_beside_a_long_one(folder: str) -> None:
+    (mine := Path(folder, str(os.getpid()))).touch()
+    if min(Path(folder).iterdir()) == mine:
+        while len(list(Path(folder).iterdir())) < 2:
+            time.sleep(0.02)
+        time.sleep(1)  # everything that waits in this process waits by now
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+
+
 HANGING = """
 import sys, time
 sys.path.insert(0, {tests!r})

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing.synchronize import Event
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -23,9 +23,6 @@ from rich.console import Console
 
 from ..errors import S2TError
 from .progress import Post, draw, tell
-
-LOOK_S = 0.5
-"""Seconds between looks at whether the parent still lives."""
 
 Piece = TypeVar("Piece")
 Made = TypeVar("Made")
@@ -43,15 +40,19 @@ class Crew:
         self._pool: ProcessPoolExecutor | None = None
         # spawned, not forked: torch's threads do not survive a fork
         self._context = multiprocessing.get_context("spawn")
-        self._over: Event | None = self._context.Event() if count > 1 else None
+        # closed when it is over: unlike an Event, a pipe is no matter to a process that was killed
+        self._over: Connection | None = None
+        self._open: Connection | None = None
+        if count > 1:
+            self._over, self._open = self._context.Pipe(duplex=False)
         self._post: Post | None = self._context.Queue() if count > 1 and sys.stderr.isatty() else None
 
     def __enter__(self) -> Crew:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if error is not None and self._over is not None:
-            self._over.set()
+        if error is not None and self._open is not None:
+            self._open.close()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -100,7 +101,7 @@ class Crew:
             drawing.join()
 
 
-def _begin(threads: int, over: Event, post: Any) -> None:
+def _begin(threads: int, over: Connection, post: Any) -> None:
     torch.set_num_threads(threads)
     threading.Thread(target=_leave, args=(over,), daemon=True).start()
     if post is not None:
@@ -108,12 +109,11 @@ def _begin(threads: int, over: Event, post: Any) -> None:
     tell(post)
 
 
-def _leave(over: Event) -> None:
-    """In the middle of a piece, when it is over; so, too, when the parent was killed, which cannot say so.
+def _leave(over: Connection) -> None:
+    """In the middle of a piece, when the parent has closed its end of the pipe, or was killed, which closes it too.
 
     Files are written whole or not at all, so nothing is left half done.
     """
-    parent = multiprocessing.parent_process()
-    while parent is not None and parent.is_alive() and not over.wait(LOOK_S):
-        pass
+    with suppress(EOFError, OSError):
+        over.recv()
     os._exit(1)

@@ -36,7 +36,7 @@ from .rows import Ready, Row, RowMaker
 from .shards import ModelIdentity
 from .tasks import Item, Task, prompts_hash
 
-PROMPT_BYTES = 4 * 2**30
+PROMPT_BYTES = 3 * 2**29
 """Memory of each model for the KV of a chunk's prompts and answers, while an evaluation runs."""
 
 
