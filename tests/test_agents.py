@@ -221,3 +221,21 @@ def test_the_example_differs_from_its_original_in_one_line() -> None:
     assert len(original) == len(ours) == 1
     shared = original[0].split("temperature")[1]
     assert ours[0].endswith("temperature" + shared)
+
+
+def test_a_deep_agents_sub_agents_are_each_on_a_budget_below_one_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("deepagents", reason="pip install deepagents")
+    spec = importlib.util.spec_from_file_location("deep_agents", EXAMPLE.parent / "deep_agents.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.main()
+    said = [message.text for message in found["messages"] if isinstance(message, ToolMessage)]
+    assert ["7" in said[0], "25" in said[1]] == [True, True]
+    budget, totals = found["budget"], found["ledger"].totals("agent")
+    assert set(totals) == {"stock", "prices"}
+    assert budget.state().spent["answers"] == sum(sums.generations for sums in totals.values()) == 4
+    assert budget.child("prices").state().limit == {"escalations": 3, "answers": 4}
+    assert budget.child("stock").state().spent["answers"] == 2
+    assert "budget:" in capsys.readouterr().out
