@@ -149,9 +149,12 @@ def test_a_forked_child_goes_on(file: Path) -> None:
 
 
 @pytest.mark.real
-def test_the_documentation_s_agent_runs_on_real_weights(smollm2_gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "gguf.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/gguf.md"])
+def test_the_documentation_s_agent_runs_on_real_weights(
+    page: str, smollm2_gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
+    (block,) = (code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if smollm2_gguf.name in code)
 
     def get_stock(item: str) -> int:
         """Look up the stock of an item."""

@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_eight_line_quickstart_runs_calls_its_tool_and_answers_right() -> None:
-    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # the other is test_llamacpp_chat's
     assert sum(bool(line) for line in code.splitlines()) == 8
     scope: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), scope)
