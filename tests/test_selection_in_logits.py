@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from sequences import appended
 from servers import CompletionServer, selecting, serving
 
-from s2t_agents import ChatS2T, Engine, LanguageModel
+from s2t_agents import Budget, ChatS2T, Engine, Escalation, LanguageModel, Ledger, OpenAILLM, TokenPrice
+from s2t_agents.budget import MemoryStore
 from s2t_agents.chat.runtime import EngineSettings, build
 from s2t_agents.endpoints.served_selection import read_back
 from s2t_agents.errors import ConfigError
@@ -32,6 +34,10 @@ def slm() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def head(slm: LanguageModel) -> HeadSelector:
+    return random_head(slm)
+
+
+def random_head(slm: LanguageModel) -> HeadSelector:
     torch.manual_seed(8)
     selector = HeadSelector(slm, width=16, temperature=1.3, caution=0.2)
     torch.nn.init.normal_(selector.out.weight, std=2.0)
@@ -93,6 +99,27 @@ def test_what_a_server_reports_tells_triggers_and_flips(
     assert flips
 
 
+def test_a_grammar_that_forbids_all_the_servers_candidates_leaves_the_choice_to_the_slm() -> None:
+    slm = tiny_model(seed=3, max_position_embeddings=2048)
+    four: dict[str, Any] = {name: {"enum": ["qa", "zb", "xc", "jd"]} for name in ("one", "two", "three", "four")}
+    tool = {"name": "pick", "parameters": {"type": "object", "properties": four, "required": list(four)}}
+    with serving(selecting(slm, LogitSelection(random_head(slm), EntropyAbove(0.0), K))) as server:
+        far = ChatS2T(
+            model=f"vllm://127.0.0.1:{server.server_port}/{server.model.name}",
+            model_kwargs={"tokenizer": server.model.tokenizer},
+            selector="server",
+            k=K,
+            max_tokens=96,
+        )
+        near = ChatS2T(model=slm, max_tokens=96)
+        there, here = (
+            each.bind_tools([tool], tool_choice="any").invoke("3 apples").tool_calls[0]["args"]  # type: ignore[attr-defined]
+            for each in (far, near)
+        )
+        assert sum("allowed_token_ids" in body for body in server.asked) == 4
+    assert there == here
+
+
 def test_candidates_share_their_probability_by_the_scores(slm: LanguageModel, head: HeadSelector) -> None:
     out = appended(slm, torch.tensor([40, 20, 30]), slm.new_cache())
     found = LogitSelection(head, EntropyAbove(0.0), K)(out.hidden[None], out.logits[None])[0].log_softmax(-1)
@@ -123,9 +150,11 @@ def test_the_plugin_takes_from_this_package_what_it_has() -> None:
         assert all(hasattr(module, name.name) for name in node.names), node.module
 
 
-def test_the_documentation_s_agent_runs_on_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_documentation_s_agent_runs_on_a_server(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = (Path(__file__).parent.parent / "docs" / "vllm.md").read_text(encoding="utf-8")
-    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    first, second, team = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
 
     def get_stock(item: str) -> int:
         """Look up the stock of an item."""
@@ -138,3 +167,10 @@ def test_the_documentation_s_agent_runs_on_a_server(capsys: pytest.CaptureFixtur
         scope: dict[str, Any] = {"ChatS2T": ChatS2T}
         exec(re.sub(r"vllm://[^\"]+", address, second), scope)
         assert scope["model"].invoke("Hello!").content
+        monkeypatch.chdir(tmp_path)
+        price = TokenPrice(Decimal("0.5"), Decimal("1.5"))
+        scope |= {"RedisStore": lambda url: MemoryStore(), "Budget": Budget, "Ledger": Ledger, "price": price}
+        scope |= {"Escalation": Escalation, "OpenAILLM": OpenAILLM}
+        exec(re.sub(r"vllm://[^\"]+", address, team), scope)
+        assert scope["model"].invoke("Hello!").content
+        assert len(Ledger.reading(tmp_path / "team.db").records()) == 1

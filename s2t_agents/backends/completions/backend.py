@@ -296,11 +296,14 @@ class CompletionsBackend:
     def among(self, cache: CompletionCache, allowed: Tensor) -> Tensor:
         """Logits ``[V]`` after the sequence where none of the known tokens is ``allowed`` ``[V]`` bool.
 
+        A selector of the server's has no say there: none of its candidates is legal.
+
         Raises:
             ModelServerRefused: the server does not know ``allowed_token_ids``.
             ModelServerError: no answer.
         """
         cache.park()
+        cache.selection = None
         legal = allowed.nonzero()[:, 0].tolist()
 
         def ask() -> Prediction | None:
