@@ -7,11 +7,13 @@ READY := $(VENV)/.ready
 TRITON := $(VENV)/triton
 LLAMA_CPP := $(VENV)/.llama-cpp
 LOWEST := .venv-lowest
+API := s2t_agents $(addprefix s2t_agents., budget ledger llms escalation selectors types testing server trace audit \
+  integrations.langgraph integrations.decisions integrations.langsmith)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo real-demo test fast real llamacpp lowest kernels check format bench clean
+.PHONY: help install demo real-demo test fast real llamacpp lowest kernels check format bench api clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -74,6 +76,10 @@ kernels: $(TRITON)/.ready  ## The GPU's kernels on the CPU, by Triton's interpre
 
 bench: $(READY)  ## Measure speed beside the alternatives (15 to 30 minutes)
 	$(BIN)/s2t bench decode
+
+api: $(READY)  ## The API reference, from the docstrings: build/api/index.html
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m pdoc --docformat google -o build/api $(API)
 
 format: $(READY)  ## Format the code, mend what ruff can
 	$(BIN)/ruff check --fix .

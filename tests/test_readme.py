@@ -1,6 +1,8 @@
 """Everything that the README shows runs."""
 
+import ast
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,16 @@ def test_the_commands_it_names_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_what_the_api_reference_is_made_from_is_there_and_described() -> None:
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    [below] = re.findall(r"^API := s2t_agents \$\(addprefix s2t_agents\., (.+)\)$", makefile, re.MULTILINE)
+    for name in below.split():
+        file = ROOT / "s2t_agents" / Path(*name.split("."))
+        file = ROOT / Path(*name.split(".")) if name.startswith("integrations.") else file
+        source = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+        assert ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))), name
+
+
 PAGES = sorted(
     page
     for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md"))
@@ -62,10 +74,16 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", ["getting-started", "langgraph", "escalation", "trace"])
-def test_the_code_of_a_page_runs_from_its_top_to_its_end(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["getting-started", "langgraph", "escalation", "trace", "too-expensive", "team-budget"]
+)
+def test_the_code_of_a_page_runs_from_its_top_to_its_end(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), re.DOTALL)
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^ *```python\n(.*?)```", page, re.DOTALL | re.MULTILINE)
     assert blocks
     for block in blocks:
-        exec(compile(block, f"docs/{name}.md", "exec"), scope)
+        exec(compile(textwrap.dedent(block), f"docs/{name}.md", "exec"), scope)
