@@ -13,7 +13,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from math import inf
+from pathlib import Path
 from typing import Any
 
 from langchain_core.messages import convert_to_messages
@@ -139,7 +141,9 @@ class MeasuredSession:
             len(request.prompts) == tree + 1 and (tree > 0 or len(request.ids) < MOST_IDS),
         )
         known = self._same.logits.log_softmax(0)
-        near = plan.covering.read_end({i: float(known[i]) for i in request.ids[:MOST_IDS]})
+        some = [i for rank in zip_longest(*plan.covering.ids_at_end(tokens.slm.view)) for i in rank if i is not None]
+        ends = tokens.llm.eos_ids
+        near = plan.covering.read_end({i: float(known[i]) for i in [*ends, *dict.fromkeys(some)][:MOST_IDS]})
         given = [score if score is not None else -inf for score in answer.scores]
         approximate = [-inf if score is None else score for score in plan.answer(near, "").scores]
         found.served_agrees = approximate.index(max(approximate)) == given.index(max(given))
@@ -217,7 +221,7 @@ def run(
         tokens += answer.response_metadata["s2t"]["tokens"]
         if any(not each.first for each in measured.asked):
             say(json.dumps(summary(measured.asked)))
-    return {"slm": slm, "llm": llm, "problems": n, "tokens": tokens, **summary(measured.asked)}
+    return {"slm": Path(slm).name, "llm": Path(llm).name, "problems": n, "tokens": tokens, **summary(measured.asked)}
 
 
 def summary(asked: Sequence[Asked]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -199,3 +200,25 @@ def test_an_llm_that_changes_bytes_is_refused_by_name() -> None:
     llm.backend.given_tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(TokenizerMismatch, match=r"'other-byte-level'.*Lowercase"):
         ChatS2T(model=tiny_model(), escalation=LocalLLM(llm)).invoke("hello")
+
+
+def test_llama_cpp_reads_the_tree_as_forks_of_one_sequence(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    from gguf_files import write_gguf
+
+    from s2t_agents.backends.llamacpp.backend import LlamaCppBackend
+
+    slm = family("pieces")
+    loaded = LlamaCppBackend.load(write_gguf(tmp_path / "tiny.gguf", kind="F32"), n_ctx=1024)
+    session = LocalLLM(LanguageModel.on(loaded), chat_template=TEMPLATE).open()
+    candidates = [slm.tokenizer.encode(each)[0] for each in ("the", "t", "an", " ")]
+    answer = ""
+    for more in ("the", " than", "a"):
+        answer += more
+        question = asked(slm, "say the", answer, candidates)
+        scores = session.ask(question).scores
+        fresh = LocalLLM(LanguageModel.on(loaded), chat_template=TEMPLATE).open()
+        assert scores == pytest.approx(fresh.ask(asked(slm, "say the", answer, candidates)).scores, abs=0.05)
+        fresh.close()
+    session.close()
+    loaded.close()

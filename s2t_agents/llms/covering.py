@@ -15,6 +15,9 @@ there. So with f(trunk) = 1
 Places up to the end of the text so far are the same for all candidates, so the probabilities of all next bytes and of
 the end of the answer add up to that of the text so far: nothing is lost, whatever the model says.
 
+One thing is passed over: pre-tokenizers that look ahead over a run of spaces (GPT-2's rule and its kin) write a space
+before a character that has no token with a space in front in another way than the run up to it.
+
 Prior work: Vieira et al. (arXiv 2412.03719), Phan et al. (2410.09303), Hayase et al. (ByteSampler, 2506.14123).
 """
 
@@ -36,7 +39,7 @@ WINDOW = 96
 """Bytes at the end of a text, at least, within which tokens may still change; none but runs of spaces are longer."""
 
 ANCHOR = 24
-"""Bytes, at least, before a place with which the tokenizer is asked whether a token may end there."""
+"""Bytes, at least, before a place with which the tokenizer is asked whether a token may end there, or from a space."""
 
 CHUNK = 64
 """Tokens that are tried at once."""
@@ -94,17 +97,17 @@ class Places:
         """So many bytes before the place that the tokenizer writes them as it does after all that is before them."""
         for start in range(len(ids) - 1, -1, -1):
             data = self.tokenizer.decode(ids[start:])
-            if len(data) >= ANCHOR and self.tokenizer.encode(data) == list(ids[start:]):
+            if (len(data) >= ANCHOR or data[:1].isspace()) and self.tokenizer.encode(data) == list(ids[start:]):
                 return data
         return self.tokenizer.decode(ids)
 
     def _find(self, before: bytes, span: tuple[int, int]) -> bool:
         ids = self.tokenizer.encode(before)
-        spelled, tokens = self.tokenizer.spelled(span), self.tokenizer.ids(span).tolist()
+        tokens = self.tokenizer.ids(span).sort().values.tolist()  # the first in the vocabulary are the likeliest
         for start in range(0, len(tokens), CHUNK):
-            texts = [before + each for each in spelled[start : start + CHUNK]]
-            written = self.tokenizer.encode_all(texts)
-            if any(found == [*ids, token] for found, token in zip(written, tokens[start:], strict=False)):
+            some = tokens[start : start + CHUNK]
+            written = self.tokenizer.encode_all([before + (self.tokenizer.bytes_of[each] or b"") for each in some])
+            if any(found == [*ids, token] for found, token in zip(written, some, strict=True)):
                 return True
         return False
 
@@ -200,6 +203,28 @@ class Covering:
             ids = [i for i in told if i < size]
             row[ids] = torch.tensor([told[i] for i in ids], dtype=torch.float64)
         return Scores(self, known, [0.0] * len(rows))
+
+    def ids_at_end(self, slm: ByteTokenizer) -> list[list[int]]:
+        """``[K]``: of these the tokens that ``read_end`` reads, the first in the vocabulary first."""
+        found = []
+        for candidate in self._candidates:
+            whole = self._window + candidate
+            ids = kept(slm, self._tokenizer, whole, self._end, self._end).sort().values.tolist()
+            found.append([*self._begun(whole), *ids])
+        return found
+
+    def _begun(self, whole: bytes) -> list[int]:
+        """The token, if any, with which the tokenizer begins a candidate that takes several."""
+        place = 0
+        try:
+            for i in self._tokenizer.encode(whole):
+                after = place + len(self._tokenizer.bytes_of[i] or b"")
+                if place == self._end:
+                    return [i] if after < len(whole) else []
+                place = after
+        except InputError:  # a candidate that the LLM cannot write
+            pass
+        return []
 
     def read_end(self, row: Mapping[int, float]) -> EndScores:
         """Approximate scores by what is known of the log-probabilities at the end of the text so far alone."""
@@ -320,8 +345,8 @@ class Scores:
 
 
 class EndScores:
-    """Scores by one context, at the end of the text so far: a candidate has the tokens that begin with it, and whole
-    those that it begins with, whatever comes after them.
+    """Scores by one context, at the end of the text so far: a candidate has the tokens that begin with it; one that the
+    tokenizer writes as several has the whole of the first, whatever comes after it.
 
     Args:
         covering: see ``Scores``.
@@ -333,15 +358,7 @@ class EndScores:
 
     def log_probs_of_tokens(self, slm: ByteTokenizer) -> list[float]:
         """``[K]``; see ``Scores``."""
-        covering, end, tokenizer = self._covering, self._covering._end, self._covering._tokenizer
-        found = []
-        for candidate, inner in zip(covering._candidates, covering._inner, strict=True):
-            whole = covering._window + candidate
-            ids = kept(slm, tokenizer, whole, end, end).tolist()
-            for context in inner[:1]:
-                ids += tokenizer.ids(tokenizer.exactly(whole[end : context.place])).tolist()
-            found.append(_log_sum([self._row[i] for i in ids if i in self._row]))
-        return found
+        return [_log_sum([self._row[i] for i in ids if i in self._row]) for ids in self._covering.ids_at_end(slm)]
 
     def log_prob_of_control(self, tokens: Collection[int]) -> float:
         """See ``Scores``."""
@@ -369,8 +386,8 @@ def begun_with(
         span: the tokens.
         length: in bytes.
     """
-    begun = [slm.first_token_bytes(lead + each[cut:]) == length for each in llm.spelled(span)]
-    return torch.tensor(begun, dtype=torch.bool)
+    lengths = slm.first_token_lengths([lead + each[cut:] for each in llm.spelled(span)])
+    return torch.tensor(lengths, dtype=torch.long) == length
 
 
 def settled_front(tokenizer: ByteTokenizer, text: bytes) -> tuple[list[int], bytes]:

@@ -3,12 +3,12 @@
 With the SLM's tokenizer that is one prompt and the candidates. With another one every context of the covering is a
 prompt, all in one request, and the same ids are wanted after each: all that count, where the server takes so many, and
 then the scores are exact. Else there is one prompt, that of the text so far, and of each candidate the tokens that
-begin with it or that it begins with: the scores are approximate, and the receipt says so.
+begin with it, or its first where it takes several: the scores are approximate, and the receipt says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -54,19 +54,23 @@ def by_tokens(question: Question) -> ServedQuestion:
 
 def by_bytes(plan: Plan) -> ServedQuestion:
     """For a server with another tokenizer."""
-    covering = plan.covering
-    counting = covering.ids_that_count(plan.tokens.slm.view)
+    covering, slm = plan.covering, plan.tokens.slm.view
     control = {token for each in plan.wanted if isinstance(each, frozenset) for token in each}
-    ids = list(
-        dict.fromkeys([*sorted(control), *(i for rank in zip_longest(*counting) for i in rank if i is not None)])
-    )
-    paths = covering.tree.paths()
+    ids, paths = _in_turn(control, covering.ids_that_count(slm)), covering.tree.paths()
     if len(ids) <= MOST_IDS and len(paths) < MOST_PROMPTS:
         prompts = [plan.ids, *([*plan.ids, *path] for path in paths)]
         return ServedQuestion(prompts, ids, lambda rows: _exactly(plan, ids, rows))
     end = covering.end.row
+    some = _in_turn(control, covering.ids_at_end(slm))[:MOST_IDS]
     return ServedQuestion(
-        [[*plan.ids, *(paths[end - 1] if end else ())]], ids[:MOST_IDS], lambda rows: _approximately(plan, rows[0])
+        [[*plan.ids, *(paths[end - 1] if end else ())]], some, lambda rows: _approximately(plan, rows[0])
+    )
+
+
+def _in_turn(control: Iterable[int], of_each: Sequence[Sequence[int]]) -> list[int]:
+    """Ids of control tokens, and then one of each candidate in turn."""
+    return list(
+        dict.fromkeys([*sorted(control), *(i for rank in zip_longest(*of_each) for i in rank if i is not None)])
     )
 
 

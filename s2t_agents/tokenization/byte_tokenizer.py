@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +24,9 @@ SPACE = "▁"
 
 COMMON = {*b"\n", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC3, 0xF0)}
 """Bytes for which there must be a token; some vocabularies lack control characters and rare planes of Unicode."""
+
+MOST_REMEMBERED = 2**18
+"""Texts whose first token is remembered."""
 
 COMPOSING = "NFC"
 """A normalizer that is left out: bytes are scored as they are, and text that is composed already stays the same."""
@@ -64,6 +66,7 @@ class ByteTokenizer:
         self._sorted = [data for data, _ in known]
         self._ids = torch.tensor([i for _, i in known], dtype=torch.long)
         self.longest = max(map(len, self._sorted), default=0)
+        self._first_lengths: dict[bytes, int] = {}
         self._single = {data[0]: i for data, i in reversed(known) if len(data) == 1}
         if missing := sorted(COMMON - self._single.keys()):
             raise TokenizerMismatch(
@@ -133,10 +136,14 @@ class ByteTokenizer:
         ids: list[int] = self._core.encode(text, add_special_tokens=False).ids if text else []
         return ids
 
-    @cached_property
-    def first_token_bytes(self) -> Any:
-        """How many bytes the first token has that bytes are encoded to; cached."""
-        return lru_cache(maxsize=2**18)(lambda data: len(self.bytes_of[self.encode(data)[0]] or b""))
+    def first_token_lengths(self, texts: Sequence[bytes]) -> list[int]:
+        """How many bytes the first token has that each text, none empty, is encoded to; remembered."""
+        if len(self._first_lengths) > MOST_REMEMBERED:
+            self._first_lengths.clear()
+        new = [each for each in texts if each not in self._first_lengths]
+        for data, ids in zip(new, self.encode_all(new), strict=True):
+            self._first_lengths[data] = len(self.bytes_of[ids[0]] or b"")
+        return [self._first_lengths[each] for each in texts]
 
 
 def refuse_changed_bytes(tokenizer: Any, name: str) -> None:

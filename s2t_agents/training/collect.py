@@ -29,6 +29,7 @@ from ..selectors import LocalSelector, SelectorConfig, load_selector
 from ..selectors.config import CONFIG_FILE
 from ..triggers import entropy
 from ..types import Sampling
+from .byte_teacher import ByteTeacher
 from .config import CollectConfig, Models, Rollouts
 from .crew import Crew
 from .dialogue import AnsweredItem, Speaker, answering
@@ -57,7 +58,7 @@ def collect(config: CollectConfig, crew: Crew | None = None, *, usd: Decimal | N
 
     Raises:
         InputError: prompts that cannot be used.
-        TokenizerMismatch: SLM and LLM do not share ids.
+        TokenizerMismatch: see ``open_teacher``.
         ConfigError: the folder holds other rollouts.
         FolderInUse: another run fills it now.
         BudgetExceeded: ``usd`` is used up; whole shards are kept, and the next run goes on.
@@ -165,7 +166,8 @@ class Collector:
             for answer in answers
             for prompt in answer.prompts
         ]
-        labels = label(self._slm, self._teacher, trajectories, self._settings.k, grammars)
+        conversations = [conversation for answer in answers for conversation in answer.conversations]
+        labels = label(self._slm, self._teacher, trajectories, self._settings.k, grammars, conversations)
         _check_numbers(self._slm, self._teacher, labels)
 
         def flat(name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -216,7 +218,8 @@ def open_teacher(models: Models, slm: LanguageModel, budget: Budget | None = Non
     """The LLM that labels: local, or on a server, paid from ``budget``.
 
     Raises:
-        TokenizerMismatch: its ids mean other tokens than the SLM's.
+        TokenizerMismatch: its ids mean other tokens than the SLM's, and it is on a server, or its tokenizer cannot be
+            followed byte by byte.
     """
     if models.llm_server is not None:
         from .remote import RemoteTeacher
@@ -230,8 +233,7 @@ def open_teacher(models: Models, slm: LanguageModel, budget: Budget | None = Non
             spending=None if budget is None else _spending(budget, models.llm_price),
         )
     llm = models.load_llm()
-    check_same_ids(slm, llm)
-    return LocalTeacher(llm)
+    return ByteTeacher(llm, slm) if shared_ids(slm.tokenizer, llm.tokenizer) else LocalTeacher(llm)
 
 
 def _spending(budget: Budget, price: ServedPrice | None) -> Spending:

@@ -14,6 +14,7 @@ from typing import Any
 from langchain_core.messages import convert_to_messages
 
 from ..budget import Budget
+from ..chat.asked_conversation import AskedConversation
 from ..chat.messages import PromptEncoder
 from ..engine.engine import Engine
 from ..errors import ContextOverflow
@@ -70,12 +71,13 @@ class Trace:
 
 @dataclass
 class AnsweredItem:
-    """One item answered: the prompts and completions of its turns, and the text of the last."""
+    """One item answered: prompts and completions of its turns, what the prompts are of, and the last one's text."""
 
     item: Item
     prompts: list[list[int]] = field(default_factory=list)
     traces: list[Trace] = field(default_factory=list)
     text: str = ""
+    conversations: list[AskedConversation] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -183,7 +185,11 @@ def answering(
     while True:
         settings = sampling(prompt)
         grammar = speaker.grammar(item, prompt, settings.max_tokens)
-        steps = yield from steps_of(engine.generation(prompt, settings, grammar=grammar, budget=budget))
+        conversation = AskedConversation(convert_to_messages(list(messages)), list(item.tools), len(prompt))
+        answer.conversations.append(conversation)
+        steps = yield from steps_of(
+            engine.generation(prompt, settings, grammar=grammar, budget=budget, conversation=conversation)
+        )
         trace = Trace.of(steps)
         following = answer.take(prompt, trace, speaker.read(trace.ids), task, messages)
         if following is None:

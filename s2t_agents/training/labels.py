@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..backends.completions.backend import CompletionsBackend
 from ..backends.completions.faults import model_server_errors
 from ..backends.statistics import FLOOR
 from ..grammar.grammar import Grammar
+from ..llms.question import Conversation
 from ..proposal import best_first, entropy_of
 from ..scheduling.language_model import LanguageModel
 from .batch_reading import logits_along
@@ -66,6 +67,15 @@ class Teacher(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsConversations(Protocol):
+    """A teacher that wants the conversations of the prompts."""
+
+    def about(self, conversations: Sequence[Conversation]) -> Teacher:
+        """The teacher of trajectories that answer these."""
+        ...
+
+
 @dataclass(frozen=True)
 class Labels:
     """Everything kept of one trajectory's n steps; fields as in ``shards.Shard``."""
@@ -84,6 +94,7 @@ def label(
     trajectories: Sequence[Trajectory],
     k: int,
     grammars: Sequence[Grammar | None] | None = None,
+    conversations: Sequence[Conversation] | None = None,
 ) -> list[Labels]:
     """Label all steps of all trajectories, in their order.
 
@@ -94,6 +105,7 @@ def label(
         k: candidates per step.
         grammars: under which each completion was made, just started: both models are then seen through them, as
             the engine sees the SLM. Illegal candidates are at ``FLOOR``; where a token is forced, the models agree.
+        conversations: that the prompts were made of, for a teacher of another family.
     """
     labels: list[Labels | None] = [None] * len(trajectories)
     rows, prompts = [prompt + ids for prompt, ids in trajectories], [prompt for prompt, _ in trajectories]
@@ -106,7 +118,10 @@ def label(
                 for grammar, (_, ids), log_probs in zip((grammars[at] for at in batch), part, ours, strict=True)
             ]
         tops = [best_first(log_probs, k) for log_probs in ours]
-        opinions = teacher.opinions(part, ours, [candidates for _, candidates in tops])
+        asked = teacher
+        if conversations is not None and isinstance(teacher, ReadsConversations):
+            asked = teacher.about([conversations[at] for at in batch])
+        opinions = asked.opinions(part, ours, [candidates for _, candidates in tops])
         for at, log_probs, (values, candidates), opinion in zip(batch, ours, tops, opinions, strict=True):
             entropy = entropy_of(log_probs)
             labels[at] = Labels(candidates, values, opinion.candidates, opinion.best, opinion.kl, entropy)
