@@ -165,7 +165,7 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
     ) -> ModelResponse[Any] | ExtendedModelResponse[Any]:
-        """Pass the budget to the model; note the question if it refuses and somebody wants to be asked."""
+        """Pass the budget to the model; note the question if it refuses and is set to ask."""
         mine, prepared, unfinished = self._prepared(request)
         try:
             return _answered(handler(prepared), request.state, unfinished)
@@ -234,7 +234,7 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
         return mine, prepared, unfinished
 
     def _tries(self, path: str) -> Unfinished:
-        """What this process knows of the answers that an agent did not finish in a thread."""
+        """This process's tokens of the answers that an agent did not finish in a thread."""
         found = self._unfinished.get(path)
         if found is None:
             others = dict(list(self._unfinished.items())[1 - AGENTS_KEPT :])
@@ -254,7 +254,7 @@ def _question(
     mine: Budget, refused: BudgetExceeded, state: Mapping[str, Any], unfinished: Unfinished
 ) -> ExtendedModelResponse[Any]:
     """No answer yet, but a question in the state; a budget that does not ask lets the refusal out."""
-    if state.get("s2t_declined"):  # nobody allowed more, and nothing is left to answer with
+    if state.get("s2t_declined"):  # no more was allowed, and nothing is left to answer with
         return ExtendedModelResponse(ModelResponse(result=[AIMessage(_ended(mine, (refused.unit,)))]))
     if mine.on_exhausted != "ask":
         raise refused
@@ -334,7 +334,7 @@ def _brought_back(mine: Budget, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _forgotten(mine: Budget, before: Mapping[str, Any] | None) -> Charge | None:
-    """What a checkpoint knows of and the meter does not; None where the meter knows of anything itself."""
+    """What is in a checkpoint and not in the meter; None where the meter has counted anything itself."""
     if not before or before.get("path") != mine.path or mine.windowed:
         return None
     now = mine.state()

@@ -15,7 +15,7 @@ S2TError
 │   ├── ContextOverflow               the prompt does not fit the context window
 │   └── BadRequest                    a request to the server with a parameter that is missing, malformed or unknown
 │       └── UnknownModel              it names a model that is not served
-├── UnknownKey                        a request to the server without a key that it knows
+├── UnknownKey                        a request to the server without a valid key
 ├── BudgetError
 │   ├── BudgetExceeded                a reservation did not fit; nothing was spent
 │   ├── HoldClosed                    settle or release of a hold that was settled, released or expired before
@@ -135,7 +135,7 @@ class UnknownModel(BadRequest):
 
 
 class UnknownKey(S2TError):
-    """A request to the server without a key that it knows; the key itself is in no message."""
+    """A request to the server without a valid key; the key itself is in no message."""
 
 
 class BudgetError(S2TError):

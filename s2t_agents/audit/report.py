@@ -36,7 +36,7 @@ UNKNOWN = (
     " from not at all to always.",
     "Pacing and limits: every doubt is asked; a budget, or a calibrated margin, asks fewer.",
 )
-"""What is not in a log, for whoever reads the figures."""
+"""What is not in a log, for readers of the figures."""
 
 
 @dataclass(frozen=True)

@@ -350,7 +350,7 @@ def _opened(
 
 
 def _warner(on_warning: OnWarning | None, warn_at: float) -> Warner | None:
-    """Raises ``BadLimit`` for a share that is none, also where nobody is to be told."""
+    """Raises ``BadLimit`` for a share that is none, also where no warning is wanted."""
     warner = Warner(on_warning or print, warn_at)
     return None if on_warning is None else warner
 

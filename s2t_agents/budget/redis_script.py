@@ -27,7 +27,7 @@ local t = call('TIME')
 local now = args[2] or t[1] * 1000000 + t[2]  -- a time is only given by tests
 
 -- An amount is {micro-dollars, pico-dollars, escalations, LLM tokens, unpriced, answers, their tokens}; the last two
--- are missing where nobody counted them yet. A limit is the same, false or missing for none.
+-- are missing where they were not counted yet. A limit is the same, false or missing for none.
 -- A meter is {terms, limit, spent, held, over, micros, deadline, window_us, offset_us, window, holds, birth}.
 -- A hold is {1 if lapsed, amount, paths, expiry in us, births of the meters}.
 local TERMS, LIMIT, SPENT, HELD, OVER, MICROS, DEADLINE = 1, 2, 3, 4, 5, 6, 7

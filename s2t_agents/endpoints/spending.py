@@ -18,7 +18,7 @@ class Spending:
 
     Attributes:
         budget: takes every request.
-        price: of the server's tokens; None where nobody knows it.
+        price: of the server's tokens; None where it is unknown.
     """
 
     budget: Budget

@@ -285,7 +285,7 @@ class GrammarState:
         return torch.from_numpy(mask)
 
     def _is_legal(self, token: int) -> bool:
-        """What the mask says of one token, without a mask."""
+        """Whether the mask would permit one token, without computing it."""
         if token in self._vocabulary.eos_ids:  # llguidance validates them as the end alone, even if they have a text
             return bool(self._vocabulary.mask(self._matcher)[token])
         return self._matcher.validate_tokens([token]) == 1

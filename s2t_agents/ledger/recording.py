@@ -13,7 +13,7 @@ class Recording:
 
     Attributes:
         steps: every step: token id, who picked it, entropy, candidates with their scores, times.
-        text: of the steps' tokens and candidates, and the end of the prompt. Whoever reads the ledger reads
+        text: of the steps' tokens and candidates, and the end of the prompt. Readers of the ledger read
             conversations then.
 
     Raises:

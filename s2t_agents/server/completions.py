@@ -128,7 +128,7 @@ class Completion:
         budget = tenant.budget or model.budget
         prompt = self._prompt_ids()
         work = LocalWork(budget)
-        fitting = max(1, engine.slm.context_window - len(prompt))  # with none the engine says so
+        fitting = max(1, engine.slm.context_window - len(prompt))  # with none the engine refuses the prompt
         room = work.reserve(min(asked.max_tokens or DEFAULT_TOKENS, fitting))
         sampling = Sampling(
             temperature=model.temperature if asked.temperature is None else asked.temperature,

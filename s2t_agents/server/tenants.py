@@ -1,6 +1,6 @@
 """Who asks: a key, or a header on this machine alone, gives the agent, its budget and its cache scope.
 
-The key file holds hashes, so that whoever reads it learns no key::
+The key file holds hashes, so that its readers learn no key::
 
     [agents.researcher]
     keys = ["sha256:6f1c...:0a9b..."]
@@ -181,7 +181,7 @@ _NAMES = "Use 1 to 100 letters, digits and . _ : @ -"
 
 
 def _read_key_file(path: Path) -> KeyFile | str:
-    """The file, or what is wrong with it; somebody may have put a key where its hash belongs, so no value is quoted."""
+    """The file, or what is wrong with it; a key may stand where its hash belongs, so no value is quoted."""
     try:
         return KeyFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

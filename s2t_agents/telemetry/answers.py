@@ -50,7 +50,7 @@ class AnswerRequest:
     Attributes:
         operation: ``"chat"`` or ``"text_completion"``.
         model: the SLM.
-        llm: who is asked at escalations; None asks nobody.
+        llm: the LLM of escalations; None without any.
         agent, thread_id: who asks.
         sampling: its parameters.
         stop: stop strings.

@@ -62,7 +62,7 @@ def collect(config: CollectConfig, crew: Crew | None = None, *, usd: Decimal | N
         ConfigError: the folder holds other rollouts.
         FolderInUse: another run fills it now.
         BudgetExceeded: ``usd`` is used up; whole shards are kept, and the next run goes on.
-        UnpricedModel: ``usd``, and a server whose price nobody knows.
+        UnpricedModel: ``usd``, and a server of unknown price.
         ModelServerError, EscalationFailed: the SLM's server, or the LLM's, gives no usable answer.
         S2TError: the disk is full, or a model gives no numbers; whole shards are kept.
     """
@@ -260,7 +260,7 @@ def row_seed(*parts: object) -> int:
 
 
 def _settings_of(rollouts: Rollouts) -> dict[str, Any]:
-    """All of them that decide the rollouts; a dtype that nobody set is left out, as in older folders."""
+    """All of them that decide the rollouts; a dtype that was not set is left out, as in older folders."""
     plain = rollouts.model_dump(mode="json", exclude={"dtype"} if rollouts.dtype is None else None)
     return {**plain, "selector": selector_digest(rollouts.selector)}
 

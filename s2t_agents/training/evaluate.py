@@ -170,7 +170,7 @@ class Evaluation:
 
 
 def _not_deciding(rows: EvaluationRows) -> set[str]:
-    """Settings that change no answer; one that nobody set is left out, as in older folders."""
+    """Settings that change no answer; one that was not set is left out, as in older folders."""
     return {"llm_usd_per_million"} | ({"llm_trigger_entropy"} if rows.llm_trigger_entropy is None else set())
 
 
@@ -360,7 +360,7 @@ class _Run:
         return agreed, judged
 
     def _along(self, speaker: Speaker, answer: AnsweredItem, prompt: list[int], trace: Trace) -> Tensor:
-        """``[n, V]``: what a model says at each step of a completion."""
+        """``[n, V]``: a model's logits at each step of a completion."""
         said = along(speaker.model, [(prompt, trace.ids)])[0].cpu()
         return under(speaker.grammar(answer.item, prompt, self._settings.max_tokens), trace.ids, said)
 

@@ -63,7 +63,7 @@ class Kept:
             raise InputError(f"{file} holds no answers: {error!r}.", hint="Delete it to make them again.") from error
 
     def put(self, chunk: int, row: str, tally: Tally, answers: Sequence[AnsweredItem]) -> None:
-        """Keep a chunk of a row, with its answers for whoever looks at them.
+        """Keep a chunk of a row, with its answers for later inspection.
 
         Raises:
             S2TError: it cannot be written.

@@ -32,7 +32,7 @@ class RemoteTeacher:
 
     Args:
         server: base URL, such as ``http://localhost:8000/v1``.
-        model: the name that the server knows.
+        model: its name at the server.
         slm: whose token ids are sent.
         tokenizer: path or hub id of the served model's tokenizer; by default ``model``.
         api_key_env: name of the environment variable with the bearer token.

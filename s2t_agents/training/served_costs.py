@@ -36,7 +36,7 @@ class CollectingRun:
 
         Raises:
             ConfigError: a limit, and no server.
-            UnpricedModel: a limit, and a server whose price nobody knows.
+            UnpricedModel: a limit, and a server of unknown price.
         """
         if not models.served_prices:
             if usd is not None:

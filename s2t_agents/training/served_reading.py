@@ -1,4 +1,4 @@
-"""What a served model says along whole texts: its likeliest tokens at every position, and how likely they are.
+"""A served model's likeliest tokens at every position of whole texts, with their log-probabilities.
 
 text ──one prefill──> prompt_logprobs                  where the server lists them (vLLM)
      ──a question a position──> logprob_token_ids      else: the candidates and the likeliest; the server's prefix
@@ -87,7 +87,7 @@ class ServedReader:
         vocab_size: no token id reaches it.
         spending: pays for every request; None counts nothing.
         prefills: whether the server lists log-probabilities of prompts; found out by the first answer.
-        by_id: whether it knows ``logprob_token_ids``; likewise.
+        by_id: whether it supports ``logprob_token_ids``; likewise.
     """
 
     endpoint: Endpoint
@@ -142,7 +142,7 @@ class ServedReader:
         body = {**self._body(prompt, ()), "prompt_logprobs": TOP_LOGPROBS}
         try:
             answer = await self._post(body)
-        except QuestionRefused:  # it knows no such field; else the first question will be refused, too
+        except QuestionRefused:  # it has no such field; else the first question will be refused, too
             return None
         rows = answer.choices[0].prompt_logprobs
         if rows is None:

@@ -62,11 +62,11 @@ class Models(Settings):
 
     Attributes:
         slm: path, hub id or bundled name.
-        llm: likewise; with ``llm_server`` the name that the server knows it by.
+        llm: likewise; with ``llm_server`` its name at the server.
         slm_server: ``vllm://host:port/name`` of a server with the SLM: rollouts are made and read there. Everything
             else reads the weights of ``slm``, of which a collection only needs the tokenizer.
         slm_key_env, llm_key_env: names of environment variables with the servers' bearer tokens.
-        slm_price, llm_price: of the servers' tokens; None where nobody knows it.
+        slm_price, llm_price: of the servers' tokens; None where it is unknown.
         llm_server: base URL of an OpenAI-compatible vLLM server, such as ``http://localhost:8000/v1``.
         llm_tokenizer: path or hub id of the LLM's tokenizer when it is served; by default ``llm``.
         device: of what runs on this machine; None takes the best there is.
@@ -232,18 +232,18 @@ class EvaluationRows(Settings):
         llm_trigger_rate: of llm_select and takeover. All thresholds come from the selectors' calibration, on held-out
             rollouts, never from the problems of the table.
         llm_trigger_entropy: nats from which llm_select and takeover ask, in place of ``llm_trigger_rate``; without a
-            selector, read off the held-out rollouts where nobody gives it.
+            selector, read off the held-out rollouts where it is not given.
         budgets: escalations per answer of the hybrid rows.
         hybrid: kind of the selector in the hybrid and random rows; None takes the one with the best held-out agreement.
         votes: samples of the majority row.
         temperature: of those samples.
         ks: sweep over K; empty for none.
         rates: sweep over trigger rates; empty for none.
-        k: candidates where no selector says.
+        k: candidates where no selector sets them.
         max_tokens: per turn.
         batch: problems that are answered together.
         agreement: problems on which the agreement with the LLM at triggered steps is measured.
-        llm_usd_per_million: price of the LLM's tokens, for the cost column; None where nobody knows it.
+        llm_usd_per_million: price of the LLM's tokens, for the cost column; None where it is unknown.
     """
 
     trigger_rate: float | None = Field(default=None, gt=0, lt=1)

@@ -138,7 +138,7 @@ def open_folder(folder: Path, manifest: Manifest) -> list[int]:
         Numbers of the shards that are still to be made.
 
     Raises:
-        ConfigError: the folder holds rollouts of other models, prompts or settings, or nobody knows of what.
+        ConfigError: the folder holds rollouts of other models, prompts or settings, or of unknown ones.
         S2TError: it cannot be written.
     """
     file = folder / MANIFEST

@@ -109,7 +109,7 @@ def _train(slm: LanguageModel, config: TrainConfig, workers: Workers) -> None:
         selector.save(config.out, SelectorConfig(kind=config.kind, base=identity, k=settings.k, training=figures))
         write_card(config.out)
         (config.out / CHECKPOINT).unlink(missing_ok=True)
-    workers.wait()  # nobody reads the directory before it is whole
+    workers.wait()  # no process reads the directory before it is whole
 
 
 def _llm(slm: LanguageModel, config: TrainConfig) -> LanguageModel | None:
@@ -168,7 +168,7 @@ def _finished(config: TrainConfig, slm: LanguageModel, workers: Workers) -> bool
     if not file.exists() and workers.first:
         write_whole(file, (json.dumps(made_from, indent=2) + "\n").encode())
     finished = (config.out / "selector.json").exists()
-    workers.wait()  # nobody writes before everybody has looked
+    workers.wait()  # no process writes before all have looked
     return finished
 
 

@@ -71,7 +71,7 @@ def complaints() -> Iterator[list[str]]:
 
 @cache
 def stop_flag_reader() -> Any:
-    """A C function for llama.cpp's abort callback: ``strlen``, which says 0 of an empty text and 1 of one letter.
+    """A C function for llama.cpp's abort callback: ``strlen``, which is 0 of an empty text and 1 of one letter.
 
     It is called before every node of the graph; a function of Python's would take the GIL each time.
     """

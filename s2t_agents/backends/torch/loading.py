@@ -83,7 +83,7 @@ def load_weights(path: str, *, device: torch.device, dtype: torch.dtype | None, 
         ConfigError: an option that is set otherwise, such as ``dtype``; a package that these weights need.
         ModelNotFound: nothing there, or no causal LM.
         UnsafeWeights: there are weights, but pickled, corrupt, incomplete or not finite ones, or they need code of
-            their repository that nobody consented to.
+            their repository that was not consented to.
     """
     origin = ModelSource.of(path, options)
     check_sizes(origin)

@@ -20,8 +20,8 @@ Recorder = Callable[[Body], Body]
 """Makes a body that does the same again. The first call of the body may happen while it is recorded."""
 
 CAPTURING = threading.Lock()
-"""Held while a body is warmed up and captured: a process can be at one capture at a time, and whoever waits for the
-whole device, as a warm-up may, breaks it off."""
+"""Held while a body is warmed up and captured: a process can be at one capture at a time, and a wait for the whole
+device, as in a warm-up, breaks it off."""
 
 
 def played(body: Body) -> Body:

@@ -5,7 +5,7 @@
     candidates   ids [K], length          over one row, read only    hidden [K, H]
 
 The arithmetic is that of ``llama_decoder``; attention reads rows of fixed capacity (``cuda.attention``), and operations
-between the products are fused (``fused_ops``). The default on CUDA for architectures that ``llama_decoder`` knows. What
+between the products are fused (``fused_ops``). The default on CUDA for the architectures of ``llama_decoder``. What
 does not fit (memory, hooks on modules, an empty prefix) takes the eager path, and so does everything after a capture
 that failed, or for a while after memory was out.
 """
@@ -277,7 +277,7 @@ class GraphRunner:
 
     @contextmanager
     def _eager_after_failure(self) -> Iterator[None]:
-        """What cannot be captured is not tried again, what finds no memory is, later; either is said."""
+        """What cannot be captured is not tried again, what finds no memory is, later; either is logged."""
         try:
             yield
         except RuntimeError as error:
