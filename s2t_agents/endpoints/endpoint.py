@@ -1,40 +1,30 @@
-"""One HTTP endpoint: pooled connections, redaction of the API key, bounded response bodies."""
+"""One HTTP endpoint: pooled connections, bounded response bodies, no key in any error."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import email.utils
 import hashlib
 import json
-import logging
 import os
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
 import httpx
 from pydantic import SecretStr
 
-from ..errors import ConfigError, EndpointBusy, EndpointDown, EndpointRefused, EscalationFailed, QuestionRefused
+from ..errors import ConfigError, EndpointBusy, EndpointDown, EscalationFailed
+from .api_keys import check_key, key_spellings, redact, redact_in_logs
 from .loopback import is_loopback
+from .statuses import BUSY_STATUSES, retry_after, status_error
+from .urls import checked_url
 
 MAX_BODY_BYTES = 1 << 20
 """Maximum size of a response body in bytes; one with K log-probabilities has a few thousand."""
 MAX_CONNECTIONS = 64
 KEEP_ALIVE_S = 4.0
 """Shorter than the 5 s after which common servers close idle connections, so a closed one is never reused."""
-BUSY_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
-QUESTION_STATUSES = frozenset({400, 413, 422})
-"""Statuses caused by the request itself, such as a prompt that is too long."""
-URL_HINT = "It looks like https://host/v1; give the key as api_key."
-REDACTED = "***"
-HTTP_LOGGERS = (
-    *("httpx", "httpcore.connection", "httpcore.http11", "httpcore.http2", "httpcore.proxy", "httpcore.socks"),
-    "asyncio",
-)
-"""Loggers of requests and of servers' reason phrases and headers."""
 MAX_SHOWN_CHARS = 200
 """Characters of a server's error message that are shown."""
 
@@ -68,7 +58,7 @@ class Endpoint:
         self._key = SecretStr(api_key) if isinstance(api_key, str) else api_key
         self._key_env = api_key_env
         if self._key is not None:
-            _check_key(self._key.get_secret_value())
+            check_key(self._key.get_secret_value())
         self._connect_s, self._verify = connect_s, verify
         self._client: httpx.AsyncClient | None = None
         self._client_loop: asyncio.AbstractEventLoop | None = None
@@ -208,7 +198,7 @@ class Endpoint:
             key = os.environ.get(self._key_env, "")
             if not key:
                 raise EscalationFailed(f"the environment variable {self._key_env} holds no API key.")
-            _check_key(key)
+            check_key(key)
         redact_in_logs(key)
         return key
 
@@ -227,75 +217,6 @@ class Endpoint:
     def __getstate__(self) -> dict[str, Any]:
         """State without the key and the connections."""
         return {**self.__dict__, "_key": None, "_client": None, "_client_loop": None}
-
-
-def checked_url(base_url: str, *, allow_http: bool) -> httpx.URL:
-    """Validate a server's URL; returns it with a trailing slash.
-
-    Raises:
-        ConfigError: not an http(s) URL, one that may contain a secret, or plain HTTP to another machine. The message
-            does not show the URL, since any part of a malformed one may be a key.
-    """
-    url: httpx.URL | None = None
-    with contextlib.suppress(httpx.InvalidURL, TypeError, ValueError):
-        url = httpx.URL(base_url)
-        str(url.copy_with(path="/"))
-    if url is None:
-        raise ConfigError("the server's URL cannot be read.", hint=URL_HINT)
-    if url.userinfo or url.query or url.fragment or "@" in base_url or "?" in base_url or "#" in base_url:
-        raise ConfigError("the server's URL carries a user, a query or a fragment.", hint=URL_HINT)
-    if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 443) < 65536:
-        raise ConfigError("the server's URL is no http(s) URL.", hint=URL_HINT)
-    if url.scheme == "http" and not is_loopback(url.host) and not allow_http:
-        raise ConfigError(
-            "plain http to another machine would send prompts and the key in the clear.",
-            hint="Take https, or say allow_http=True in a network that you trust.",
-        )
-    return url.copy_with(path=url.path.rstrip("/") + "/")
-
-
-class _KeyFilter(logging.Filter):
-    """Redacts keys in log records of other packages."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.keys: frozenset[str] = frozenset()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Redact the keys; drops no record."""
-        text = record.getMessage()
-        if (hidden := redact(text, self.keys)) != text:
-            record.msg, record.args = hidden, ()
-        return True
-
-
-_key_filter = _KeyFilter()
-
-
-def key_spellings(key: str) -> frozenset[str]:
-    """A key verbatim, and as escaped in a repr or in JSON."""
-    escaped = repr(key)[1:-1]
-    return frozenset({key, escaped, escaped.replace("'", "\\'"), json.dumps(key)[1:-1]})
-
-
-def redact(text: str, keys: Iterable[str]) -> str:
-    """A text with every key redacted, the longest first, since one may be part of another."""
-    for key in sorted(keys, key=len, reverse=True):
-        text = text.replace(key, REDACTED)
-    return text
-
-
-def redact_in_logs(key: str) -> None:
-    """Redact a key in the logs of the HTTP packages from now on, at every level."""
-    if key not in _key_filter.keys:
-        _key_filter.keys |= key_spellings(key)
-        for name in HTTP_LOGGERS:
-            logging.getLogger(name).addFilter(_key_filter)  # has no effect the second time
-
-
-def _check_key(key: str) -> None:
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise ConfigError("the API key is empty or holds blanks, line breaks or other than ASCII characters.")
 
 
 def _trace_body_start(sent: Callable[[], None]) -> Callable[[str, Any], Awaitable[None]]:
@@ -340,12 +261,6 @@ def _check_length(content: bytearray, most_bytes: int = MAX_BODY_BYTES) -> None:
         raise EscalationFailed(f"the answer is longer than {most_bytes} bytes.")
 
 
-def status_error(status: int, message: str) -> EndpointRefused:
-    """The error of a status that is neither 200 nor retryable."""
-    kind = QuestionRefused if status in QUESTION_STATUSES else EndpointRefused
-    return kind(message, status=status)
-
-
 def _error_message(content: bytes) -> str:
     """The message in an error body, in OpenAI's form or another one."""
     text = content[:4096].decode(errors="replace")
@@ -356,19 +271,6 @@ def _error_message(content: bytes) -> str:
     except (ValueError, RecursionError):
         pass
     return text
-
-
-def retry_after(value: str | None) -> float | None:
-    """Seconds from a Retry-After header (a number or an HTTP date), at most an hour; None if missing or invalid."""
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return min(float(value), 3600.0)
-    try:
-        at = email.utils.parsedate_to_datetime(value).timestamp()
-    except (ValueError, TypeError, OverflowError):
-        return None
-    return min(max(0.0, at - time.time()), 3600.0)
 
 
 def _error_text(error: Exception) -> str:

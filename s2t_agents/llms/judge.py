@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, create_model
 from ..budget import known_price
 from ..call_scope import with_current_scopes
 from ..endpoints.circuit_breaker import CircuitBreaker
-from ..endpoints.endpoint import BUSY_STATUSES, retry_after, status_error
+from ..endpoints.statuses import BUSY_STATUSES, retry_after, status_error
 from ..errors import (
     ConfigError,
     EndpointBusy,

@@ -1,0 +1,31 @@
+"""HTTP statuses: which may be retried, after how long, and which errors the others are."""
+
+from __future__ import annotations
+
+import email.utils
+import time
+
+from ..errors import EndpointRefused, QuestionRefused
+
+BUSY_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
+QUESTION_STATUSES = frozenset({400, 413, 422})
+"""Statuses caused by the request itself, such as a prompt that is too long."""
+
+
+def status_error(status: int, message: str) -> EndpointRefused:
+    """The error of a status that is neither 200 nor retryable."""
+    kind = QuestionRefused if status in QUESTION_STATUSES else EndpointRefused
+    return kind(message, status=status)
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds from a Retry-After header (a number or an HTTP date), at most an hour; None if missing or invalid."""
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return min(float(value), 3600.0)
+    try:
+        at = email.utils.parsedate_to_datetime(value).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return min(max(0.0, at - time.time()), 3600.0)
