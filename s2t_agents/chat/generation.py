@@ -85,14 +85,18 @@ class Generation:
             error = problem
             raise
         finally:
-            told = None if error is None else f"{type(error).__name__}: {error}"
+            error_text = None if error is None else f"{type(error).__name__}: {error}"
             if self._ledger is not None:
                 self.account.write_record(
-                    self._ledger, self.finish_reason, decode=self.decode, prompt_text=self._prompt_text, error=told
+                    self._ledger,
+                    self.finish_reason,
+                    decode=self.decode,
+                    prompt_text=self._prompt_text,
+                    error=error_text,
                 )
             if telemetry is not None:
                 telemetry.end(
-                    lambda: self.account.record(self.finish_reason, decode=self.decode, error=told),
+                    lambda: self.account.record(self.finish_reason, decode=self.decode, error=error_text),
                     reused_tokens=self.account.reused_tokens,
                     budget=self.account.budget.path if self.account.budget is not None else None,
                     error=error,

@@ -263,8 +263,8 @@ class Engine:
         yield from prefix.appending(pending)
         computed = time.perf_counter()
         banned = draw.sampling.banned_first if index == 0 else ()
-        looks_twice = self.selector is not None or session is not None
-        reads_all = looks_twice or draw.random or draw.sampling.logprobs is not None or banned
+        may_rerank = self.selector is not None or session is not None
+        reads_all = may_rerank or draw.random or draw.sampling.logprobs is not None or banned
         if grammar and not reads_all and self.slm.capabilities.all_logits:  # the best token alone: no mask
             seen = prefix.statistics
             token = grammar.best(prefix.logits, seen.best if seen is not None else None)
@@ -276,11 +276,11 @@ class Engine:
             prefix.ensure_legal_logits(allowed)
         masked = time.perf_counter()
         proposal = Proposal(prefix, self.k, allowed=allowed, banned=banned)
-        if looks_twice:
+        if may_rerank:
             proposal.fetch()
         wanted = draw.one_of_all(proposal.logits) if draw.random else proposal.best
-        triggered = looks_twice and self.trigger(proposal)
-        entropy_nats = proposal.entropy if looks_twice else None
+        triggered = may_rerank and self.trigger(proposal)
+        entropy_nats = proposal.entropy if may_rerank else None
         propose_s = (computed - started) + (time.perf_counter() - masked)
         if not triggered:
             compute = prefix.compute.seconds - used

@@ -57,8 +57,8 @@ class ProbeAbove:
     def __call__(self, hidden: Tensor, entropy: Tensor) -> Tensor:
         """``[N]`` bool."""
         weight = self.weight.to(hidden.device)
-        said = hidden.float() @ weight[:-1] + entropy * weight[-1] + self.bias
-        return said.sigmoid() >= self.threshold
+        logit = hidden.float() @ weight[:-1] + entropy * weight[-1] + self.bias
+        return logit.sigmoid() >= self.threshold
 
 
 class LogitSelection:

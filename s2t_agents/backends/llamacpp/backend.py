@@ -208,8 +208,8 @@ class LlamaCppBackend:
             telling.append(Piece(ids[alone:], item.length + alone, item.cache))
         for group in grouped(silent, BATCH, BATCH):
             self._with_room(group, self._context.read)
-        said = [self._with_room(group, self._context.decode) for group in self._groups(telling)]
-        logits, hidden = said[0] if len(said) == 1 else map(np.concatenate, zip(*said, strict=True))
+        decoded = [self._with_room(group, self._context.decode) for group in self._groups(telling)]
+        logits, hidden = decoded[0] if len(decoded) == 1 else map(np.concatenate, zip(*decoded, strict=True))
         return self._handed_out(batch, torch.from_numpy(logits), torch.from_numpy(hidden))
 
     def _groups(self, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:

@@ -138,10 +138,10 @@ class Context:
         wanted.n_gpu_layers = options.n_gpu_layers
         wanted.check_tensors = check
         wanted.use_extra_bufts = not check  # no second copy of the weights where they are only looked at
-        with complaints() as said:
+        with complaints() as messages:
             model = self._c.llama_model_load_from_file(os.fsencode(self._header.path), wanted)
         if not model:
-            raise self._refusal(said)
+            raise self._refusal(messages)
         if self._c.llama_model_has_encoder(model) or not self._c.llama_model_has_decoder(model):
             self._c.llama_model_free(model)
             raise ModelNotFound(
@@ -150,9 +150,10 @@ class Context:
             )
         return model
 
-    def _refusal(self, said: Sequence[str]) -> ConfigError:
+    def _refusal(self, messages: Sequence[str]) -> ConfigError:
         what = next(
-            (line for line in said if "error loading model" in line), said[0] if said else "it does not say why"
+            (line for line in messages if "error loading model" in line),
+            messages[0] if messages else "it does not say why",
         )
         what = what.partition("error loading model: ")[2] or what
         path = str(self._header.path)
@@ -183,12 +184,12 @@ class Context:
         wanted.kv_unified = True  # a fork shares its cells
         wanted.abort_callback = stop_flag_reader()
         wanted.abort_callback_data = ctypes.addressof(self._stop)
-        with complaints() as said:
+        with complaints() as messages:
             context = self._c.llama_init_from_model(self._model, wanted)
         if not context:
             raise ConfigError(
                 f"llama.cpp makes no context of {wanted.n_ctx:,} tokens for {str(self._header.path)!r}: "
-                f"{said[0] if said else 'it does not say why'}.",
+                f"{messages[0] if messages else 'it does not say why'}.",
                 hint='A smaller one takes less memory: model_kwargs={"n_ctx": 4096}.',
             )
         return context
@@ -231,14 +232,14 @@ class Context:
         if outputs != self._embedding:
             self._c.llama_set_embeddings(self._context, outputs)  # with them on it computes the logits of every row
             self._embedding = outputs
-        with complaints() as said:
+        with complaints() as messages:
             status = self._c.llama_decode(self._context, self._batch.filled(runs, outputs))
         if status == 1:
             raise NoRoom(f"no room for {rows} tokens among {self.cells:,}")
         if status == 2:
             raise Interrupted("a forward was stopped.")
         if status:
-            raise RuntimeError(f"llama.cpp's decode failed ({status}): {'; '.join(said) or 'it does not say why'}")
+            raise RuntimeError(f"llama.cpp's decode failed ({status}): {'; '.join(messages) or 'it does not say why'}")
         return rows
 
     def _copied(self, pointer: Any, rows: int, columns: int) -> NDArray[np.float32]:

@@ -98,14 +98,14 @@ def main(path: str) -> int:
         header = read_header(path)
         _bound(sum(file.stat().st_size for file in header.files))
         context = Context(header, Options(n_ctx=256, n_gpu_layers=0, n_threads=1), sequences=2, check=True)
-        said = context.decode([([0, min(1, context.vocab_size - 1)], 0, 0)])
+        outputs = context.decode([([0, min(1, context.vocab_size - 1)], 0, 0)])
     except ModelNotFound as error:
         print(error, file=sys.stderr)
         return NO_MODEL
     except (ConfigError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return REFUSED
-    if not all(np.isfinite(each).all() for each in said):
+    if not all(np.isfinite(each).all() for each in outputs):
         print(f"{path!r} computes NaN or infinite values. Copy or download it again.", file=sys.stderr)
         return REFUSED
     return 0

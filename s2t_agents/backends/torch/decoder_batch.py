@@ -60,21 +60,25 @@ class DecoderBatch:
         order = sorted(range(len(parts)), key=lambda at: _place(parts[at]))
         ordered = [parts[at] for at in order]
         segments = [part for part in ordered if isinstance(part, Append)]
-        looks = [part for part in ordered if not isinstance(part, Append)]
+        scorings = [part for part in ordered if not isinstance(part, Append)]
         ids = torch.cat([part.ids for part in ordered])
         positions = [at for part in ordered for at in positions_of(part)]
-        hidden = self.step.rows(ids, positions, _side_by_side(_blocks(segments, looks)), self._correcting(ordered))
+        hidden = self.step.rows(ids, positions, _side_by_side(_blocks(segments, scorings)), self._correcting(ordered))
         ends = list(accumulate(len(segment.ids) for segment in segments))
-        said: list[Output] = []
+        outputs: list[Output] = []
         if segments:
             last = hidden[[end - 1 for end in ends]]
-            said += [
+            outputs += [
                 StepOutput(*row) for row in zip(self.step.logits(last), (row.clone() for row in last), strict=True)
             ]
-        rest = torch.split(hidden[ends[-1] if ends else 0 :], [len(scoring.ids) for scoring in looks]) if looks else []
-        for scoring, rows in zip(looks, rest, strict=True):
-            said.append(self.step.logits(rows) if isinstance(scoring, ScoreTree) else rows)
-        return [said[order.index(at)] for at in range(len(parts))]
+        rest = (
+            torch.split(hidden[ends[-1] if ends else 0 :], [len(scoring.ids) for scoring in scorings])
+            if scorings
+            else []
+        )
+        for scoring, rows in zip(scorings, rest, strict=True):
+            outputs.append(self.step.logits(rows) if isinstance(scoring, ScoreTree) else rows)
+        return [outputs[order.index(at)] for at in range(len(parts))]
 
     @torch.inference_mode()
     def with_prefetch(self, scoring: ScoreCandidates[Any]) -> Tensor:
@@ -93,19 +97,19 @@ class DecoderBatch:
 
     def _correcting(self, ordered: Sequence[Work]) -> LinearMap:
         """The linear maps, with each adapter's corrections on the rows of its own tokens and candidates."""
-        stretches: list[tuple[slice, dict[nn.Module, LoraLayer]]] = []
+        adapted: list[tuple[slice, dict[nn.Module, LoraLayer]]] = []
         start = 0
         for lora, group in groupby(ordered, key=lambda part: part.lora):
             end = start + sum(len(part.ids) for part in group)
             if lora is not None:
-                stretches.append((slice(start, end), self.corrections(lora)))
+                adapted.append((slice(start, end), self.corrections(lora)))
             start = end
 
         linear = self.step.linear
 
         def affine(fused: FusedLinear, x: Tensor) -> tuple[Tensor, ...]:
             outputs = linear(fused, x)
-            for rows, layers in stretches:
+            for rows, layers in adapted:
                 for module, out in zip(fused.modules, outputs, strict=True):
                     layer = layers.get(module)
                     if layer is not None:
@@ -127,14 +131,14 @@ def _place(part: Work) -> tuple[int, int]:
     return kind, 0 if part.lora is None else id(part.lora)
 
 
-def _blocks(segments: Sequence[Append[Any]], looks: Sequence[Work]) -> list[tuple[int, Attention]]:
+def _blocks(segments: Sequence[Append[Any]], scorings: Sequence[Work]) -> list[tuple[int, Attention]]:
     """Tokens over their own KV, which grows, then candidates over KV that stays: how many rows, and their attention."""
     single = [segment.cache for segment in segments if len(segment.ids) == 1]
-    stretches = [segment for segment in segments if len(segment.ids) > 1]
+    chunks = [segment for segment in segments if len(segment.ids) > 1]
     return [
         *([(len(single), appending(single))] if single else []),
-        *((len(each.ids), following(each.cache, each.length)) for each in stretches),
-        *((len(scoring.ids), OverlayAttention(scoring)) for scoring in looks),
+        *((len(each.ids), following(each.cache, each.length)) for each in chunks),
+        *((len(scoring.ids), OverlayAttention(scoring)) for scoring in scorings),
     ]
 
 

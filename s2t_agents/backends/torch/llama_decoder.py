@@ -92,7 +92,7 @@ Gate = Callable[[FusedLinear, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class BatchMetadata:
-    """What all layers are told about the rows that go through.
+    """Per-forward batch metadata of the rows that go through all layers.
 
     Attributes:
         cos: ``[N, 1, d]``, of each row's position; ``[1, 1, d]`` where all stand at one.

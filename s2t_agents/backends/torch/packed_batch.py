@@ -181,8 +181,8 @@ def through_modules(model: Any, parts: Sequence[Work]) -> list[Output]:
     """
     config, decoder, device = model.config.get_text_config(), model.get_decoder(), model.device
     ends = list(accumulate(len(part.ids) for part in parts))
-    told = [rows_with_logits(part, end) for part, end in zip(parts, ends, strict=True)]
-    last = [row for rows in told for row in rows]
+    with_logits = [rows_with_logits(part, end) for part, end in zip(parts, ends, strict=True)]
+    last = [row for rows in with_logits for row in rows]
     places = [at for part in parts for at in positions_of(part)]
     with packed_attention(config) as own, corrected(model, parts), keeping(decoder) as kept:
         inputs = {
@@ -197,9 +197,9 @@ def through_modules(model: Any, parts: Sequence[Work]) -> list[Output]:
         else:
             decoder(**inputs)
     hidden = kept[0]
-    logits = iter(torch.split(out.logits[0], list(map(len, told)))) if last else iter([])
+    logits = iter(torch.split(out.logits[0], list(map(len, with_logits)))) if last else iter([])
     outputs: list[Output] = []
-    for end, part, rows in zip(ends, parts, told, strict=True):
+    for end, part, rows in zip(ends, parts, with_logits, strict=True):
         logits_of_part = next(logits).float() if last else hidden[:0]
         if isinstance(part, Append):
             outputs.append(StepOutput(logits_of_part[0], hidden[end - 1].clone()))

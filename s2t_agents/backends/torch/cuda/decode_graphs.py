@@ -82,7 +82,7 @@ class GraphBuilder:
     ops: Pointwise
     record: Recorder
 
-    def said(self, hidden: Tensor, rows: BatchMetadata) -> tuple[Tensor, Tensor, Tensor]:
+    def outputs(self, hidden: Tensor, rows: BatchMetadata) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``[N, V]``, best tokens ``[N, 1]`` and statistics ``[N, 3]`` after hidden states ``[N, H]``."""
         logits = self.llama_decoder.logits(hidden, rows.affine)
         best = logits.argmax(-1, keepdim=True)
@@ -123,7 +123,7 @@ class DecodeGraph:
         def body() -> tuple[Tensor, ...]:  # holds no self: a cycle would keep the KV
             rows = way.tokens_over(kv, positions, cos[positions], sin[positions])
             hidden = way.llama_decoder.through(ids, rows)
-            logits, best, seen = way.said(hidden, rows)
+            logits, best, seen = way.outputs(hidden, rows)
             ids.copy_(best[:, 0])
             positions.add_(positions < spare)
             return logits, hidden, seen
@@ -207,7 +207,7 @@ class PrefillGraph:
             positions = length + torch.arange(tokens, device=ids.device)
             rows = way.reading(kv, row, positions, cos[positions], sin[positions])
             hidden = way.llama_decoder.through(ids, rows).index_select(0, last)
-            logits, _, seen = way.said(hidden, rows)
+            logits, _, seen = way.outputs(hidden, rows)
             return logits, hidden, seen
 
         self._play = Recorded(body, way.record)

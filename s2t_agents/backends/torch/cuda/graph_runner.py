@@ -136,11 +136,11 @@ class GraphRunner:
         for play in self._ahead:  # this call waits for what is left of it
             play.alone_s = monotonic() - self._left
         self._ahead = []
-        said = self._served(parts)
+        outputs = self._served(parts)
         if any(isinstance(part, ScoreCandidates) for part in parts):
             self._ahead = []  # this call goes on until the device has done all that it has begun
         self._left = monotonic()
-        return said
+        return outputs
 
     def pass_over(self, parts: Sequence[Work]) -> None:
         """Some parts go the eager path: it waits for all that was begun, and writes where its steps have written."""
@@ -150,17 +150,17 @@ class GraphRunner:
                 part.cache.in_flight = None
 
     def _served(self, parts: Sequence[Work]) -> dict[int, Output]:
-        said: dict[int, Output] = {}
+        outputs: dict[int, Output] = {}
         self._renew()
         appends = self._turns(parts)
         if appends:
             found = zip(appends, self.step(list(appends.values())), strict=True)
-            said.update((at, outcome) for at, outcome in found if outcome is not None)
+            outputs.update((at, outcome) for at, outcome in found if outcome is not None)
         for at, part in enumerate(parts):
-            looked = self.score_candidates(part) if isinstance(part, ScoreCandidates) else None
-            if looked is not None:
-                said[at] = looked
-        return said
+            scored = self.score_candidates(part) if isinstance(part, ScoreCandidates) else None
+            if scored is not None:
+                outputs[at] = scored
+        return outputs
 
     def _renew(self) -> None:
         """Graphs read weights where these lay at the capture: once any lies elsewhere, all graphs are made anew."""
@@ -197,7 +197,7 @@ class GraphRunner:
             Logits ``[V]`` (fp32) and last hidden state ``[H]`` of each; None, and nothing has changed, for those to
             whom only the eager path is left.
         """
-        said: dict[TokenAppend, StepOutput] = {}
+        outputs: dict[TokenAppend, StepOutput] = {}
         with self._eager_after_failure():
             needed = [turn.length + filled(turn.ids) for turn in appends]
             pools = self.pools.slot([turn.cache for turn in appends], needed)
@@ -206,8 +206,8 @@ class GraphRunner:
             for pool in dict.fromkeys(each for each in pools if each is not None):
                 here = zip(appends, pools, slots, strict=True)
                 rows = {t: slot.row for t, each, slot in here if each is pool and slot and slot.pool is pool}
-                said.update(self._step_pool(pool, rows))
-        return [said.get(turn) for turn in appends]
+                outputs.update(self._step_pool(pool, rows))
+        return [outputs.get(turn) for turn in appends]
 
     def _step_pool(self, pool: KVPool, rows: Mapping[TokenAppend, int]) -> dict[TokenAppend, StepOutput]:
         """Steps and chunks of sequences in rows of one KV pool; chunks that could not be read are missing."""
@@ -335,21 +335,21 @@ def agrees(model: Any, rows: DecoderBatch, graph_runner: GraphRunner) -> bool:
     cache = PooledKVCache()
     model(input_ids=ids[None, :3], past_key_values=cache, use_cache=True, logits_to_keep=1)
     for at in (3, 4):
-        (said,) = graph_runner.step([TokenAppend(cache, [int(ids[at])], at)])
-        if said is None:
+        (step,) = graph_runner.step([TokenAppend(cache, [int(ids[at])], at)])
+        if step is None:
             return False
-        ours, _ = said
+        ours, _ = step
         cache.crop(-1)
         theirs, _ = rows.step(ids[at : at + 1], [at], [cache])
         if not close(ours, theirs[0], model.dtype):
             _log.warning("%s: the logits are not those of the eager step", _WITHOUT)
             return False
     scoring = ScoreCandidates(ids, cache, 5)
-    looked, (eager,) = graph_runner.score_candidates(scoring), rows([scoring])
-    if looked is None:
+    scored, (eager,) = graph_runner.score_candidates(scoring), rows([scoring])
+    if scored is None:
         return False
     assert isinstance(eager, Tensor)
-    if not close(rows.step.logits(looked), rows.step.logits(eager), model.dtype):
+    if not close(rows.step.logits(scored), rows.step.logits(eager), model.dtype):
         _log.warning("%s: candidates' logits are not those of the eager way", _WITHOUT)
         return False
     return True

@@ -22,10 +22,10 @@ def product(x, weight, bias, out, n_out, N_IN: tl.constexpr, BIAS: tl.constexpr,
         some = inputs < N_IN
         w = tl.load(rows + inputs[None, :], mask=there[:, None] & some[None, :], other=0.0)
         total += w.to(tl.float32) * tl.load(x + inputs, mask=some, other=0.0).to(tl.float32)[None, :]
-    said = tl.sum(total, 1)
+    sums = tl.sum(total, 1)
     if BIAS:
-        said += tl.load(bias + outputs, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + outputs, said.to(out.dtype.element_ty), mask=there)
+        sums += tl.load(bias + outputs, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + outputs, sums.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
