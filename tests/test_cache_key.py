@@ -6,6 +6,7 @@ import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from observers import cache_key
 from pydantic import create_model
 from torch import Tensor
 
-from s2t_agents import ChatS2T, LocalLLM
+from s2t_agents import ChatS2T, LocalLLM, OpenAILLM
 from s2t_agents.backends.torch.lora import Lora
 from s2t_agents.escalation import Escalation, Pacing
 from s2t_agents.llms import ChatJudge
@@ -86,6 +87,8 @@ class Every(Trigger):
 
 WEIGHT = torch.linspace(-1, 1, SLM.hidden_size + 1)
 
+URL = "http://127.0.0.1:1/v1"
+
 DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     name: ({setting: one}, {setting: other})
     for name, setting, one, other in [
@@ -112,6 +115,14 @@ DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         ("LLM without repr", "escalation", ScriptedLLM(last_candidate), ScriptedLLM(last_candidate)),
         ("local LLM", "escalation", LocalLLM(named("llm", 1)), LocalLLM(named("llm", 2))),
         ("local LLM's options", "escalation", LocalLLM("llm"), LocalLLM("llm", dtype=torch.bfloat16)),
+        ("local LLM's template", "escalation", LocalLLM("llm"), LocalLLM("llm", chat_template="{{ messages }}")),
+        ("server's tokenizer", "escalation", OpenAILLM(URL, "m"), OpenAILLM(URL, "m", tokenizer="some/tokenizer")),
+        (
+            "server's template",
+            "escalation",
+            OpenAILLM(URL, "m", tokenizer="some/tokenizer"),
+            OpenAILLM(URL, "m", tokenizer="some/tokenizer", chat_template="{{ messages }}"),
+        ),
         ("judge's seed", "escalation", judge(), judge(seed=1)),
         ("judge's preview", "escalation", judge(), judge(preview_tokens=3)),
         ("judge's context", "escalation", judge(), judge(context_chars=3)),
@@ -231,6 +242,14 @@ def test_a_chat_model_without_a_key_of_its_own_serves_as_judge() -> None:
 
     one, other = ChatJudge(Odd(responses=["1"])), ChatJudge(Odd(responses=["1"]))
     assert key(escalation=one) == key(escalation=one) != key(escalation=other)
+
+
+def test_what_is_loaded_in_use_does_not_change_the_key(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    llm = OpenAILLM(URL, "m", tokenizer=tmp_path)
+    before = key(escalation=llm)
+    assert llm.given_tokenizer().eos_token_id == tiny_tokenizer().eos_token_id
+    assert key(escalation=llm) == before == key(escalation=OpenAILLM(URL, "m", tokenizer=tmp_path))
 
 
 def test_two_conditions_never_share_a_cached_answer() -> None:

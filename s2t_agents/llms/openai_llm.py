@@ -25,6 +25,7 @@ from ..endpoints.endpoint import Endpoint
 from ..endpoints.retries import retry_wait
 from ..endpoints.tokenizer_check import TokenizerSample, Tokenizing, verify_tokenizer
 from ..errors import ConfigError, EndpointBusy, EndpointRefused, EscalationFailed, OutOfTime, TokenizerMismatch
+from ..identity import identity
 from ..scheduling.language_model import LanguageModel
 from ..tokenization.byte_tokenizer import refuse_changed_bytes
 from ..types import Charge, Price
@@ -120,12 +121,14 @@ class OpenAILLM:
         self.breaker = breaker or CircuitBreaker()
         self._asks_by_id = True
         self._tokenizer, self.chat_template = tokenizer, chat_template
+        self._given = {"tokenizer": identity(tokenizer), "chat_template": chat_template}  # before it is loaded
         self._maps: dict[str, TokenMap] = {}
         self._end_ids: Sequence[int] = ()
         self._unverified: dict[str, TokenizerSample] = {}
 
     def __repr__(self) -> str:
-        return f"OpenAILLM({self.endpoint.display_url!r}, {self.name!r})"
+        options = [f"{key}={value!r}" for key, value in self._given.items() if value is not None]
+        return f"OpenAILLM({', '.join([repr(self.endpoint.display_url), repr(self.name), *options])})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles without the key and the breaker's state."""
