@@ -2,6 +2,7 @@
 
     python examples/vllm/cost.py --stock 8399:PID --plugin 8400:PID --slm MODEL
     python examples/vllm/cost.py --slm MODEL --nats 0.01 0.1     # triggers for these rates, for S2T_TRIGGER
+    python examples/vllm/cost.py --slm MODEL --arithmetic SELECTOR    # what it computes in a step, without a server
 
 Plain greedy requests of a set length, A B B A in every round. Tokens per second by the clock, and milliseconds of CPU a
 token of all the server's processes, which other work on the machine changes less.
@@ -21,12 +22,15 @@ import torch
 from langchain_core.messages import HumanMessage
 
 from s2t_agents import LanguageModel
+from s2t_agents.bundled import selector_path
 from s2t_agents.chat.messages import PromptEncoder
 from s2t_agents.demo.world import generate
 from s2t_agents.endpoints.completions import logprobs_by_id
 from s2t_agents.endpoints.served_selection import read_back
 from s2t_agents.engine.engine import Engine
 from s2t_agents.proposal import entropy_of
+from s2t_agents.selectors import HeadSelector, SelectorConfig
+from s2t_agents.selectors.in_logits import LogitSelection
 from s2t_agents.training.labels import along
 from s2t_agents.types import Sampling
 
@@ -107,11 +111,42 @@ def nats_for(slm: LanguageModel, rates: list[float], tokens: int) -> dict[str, f
     return {f"{rate}": round(float(entropies.quantile(1 - rate)), 3) for rate in rates}
 
 
+class Rows(NamedTuple):
+    """A trigger that fires at the first so many rows."""
+
+    count: int
+
+    def __call__(self, hidden: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        """``[N]`` bool."""
+        return torch.arange(len(entropy)) < self.count
+
+
+def arithmetic(slm: LanguageModel, selector: str, batches: list[int]) -> dict[str, dict[str, float]]:
+    """Milliseconds of CPU, on one thread, that the plugin adds to a step: by batch and triggered rows; medians."""
+    torch.set_num_threads(1)
+    folder = selector_path(selector)
+    config = SelectorConfig.load(folder)
+    head, weight = HeadSelector.read(folder, slm, config), slm.output_embedding
+    found: dict[str, dict[str, float]] = {}
+    for batch in batches:
+        hidden = torch.randn(batch, slm.hidden_size, generator=torch.Generator().manual_seed(0))
+        logits = hidden @ weight.T
+        spent: dict[int, list[float]] = {0: [], 1: [], batch: []}
+        for _ in range(15):
+            for rows, times in spent.items():
+                started = time.thread_time()
+                LogitSelection(head, Rows(rows), config.k)(hidden, logits)
+                times.append(1000 * (time.thread_time() - started))
+        found[str(batch)] = {f"{rows} triggered": round(statistics.median(times), 3) for rows, times in spent.items()}
+    return found
+
+
 def main() -> None:
     """Measure; print JSON."""
     parser = argparse.ArgumentParser(description="What the selector costs a vLLM server.")
     parser.add_argument("--slm", required=True, help="the served model's checkpoint")
     parser.add_argument("--nats", type=float, nargs="*", help="print triggers for these rates, and end")
+    parser.add_argument("--arithmetic", help="print what this selector computes in a step, and end")
     parser.add_argument("--stock", help="port:pid of the server without a selector")
     parser.add_argument("--plugin", help="port:pid of the server with it")
     parser.add_argument("--at-once", type=int, nargs="*", default=[1, 4, 8, 16])
@@ -121,6 +156,9 @@ def main() -> None:
     slm = LanguageModel.load(given.slm)
     if given.nats:
         print(json.dumps(nats_for(slm, given.nats, given.tokens)))
+        return
+    if given.arithmetic:
+        print(json.dumps(arithmetic(slm, given.arithmetic, given.at_once)))
         return
     stock, plugin = Server(given.stock), Server(given.plugin)
     prompts = prompts_of(slm, max(given.at_once))

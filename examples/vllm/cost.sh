@@ -7,6 +7,7 @@ source "$(dirname "$0")/serve.sh"
 MODEL=${MODEL:-s2t_agents/demo/weights/slm}
 SELECTOR=${SELECTOR:-s2t-demo}
 
+"$PYTHON" examples/vllm/cost.py --slm "$MODEL" --arithmetic "$SELECTOR"
 nats=$("$PYTHON" examples/vllm/cost.py --slm "$MODEL" --nats 0.01 0.1)
 at() { "$PYTHON" -c "import json, sys; print(json.loads(sys.argv[1])[sys.argv[2]])" "$nats" "$1"; }
 serve "$MODEL" s2t-demo "$PORT"

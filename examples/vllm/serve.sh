@@ -17,6 +17,8 @@ fi
 
 started=()
 trap stop EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 serve() {
   local model=$1 name=$2 port=$3 log server
