@@ -288,6 +288,7 @@ def test_the_pages_example_prints_a_span() -> None:
     [block] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("chat s2t-demo "), done.stderr
+    values = [value for key, value in vars(names).items() if key.isupper()]
+    known = {value if isinstance(value, str) else value[0] for value in values if isinstance(value, str | tuple)}
     for named in re.findall(r"`((?:gen_ai|s2t)\.[a-z_.]+[a-z])`", page):
-        known = {value if isinstance(value, str) else value[0] for key, value in vars(names).items() if key.isupper()}
-        assert any(name == named or name.startswith(f"{named}.") for name in known), named
+        assert any(str(name) == named or str(name).startswith(f"{named}.") for name in known), named
