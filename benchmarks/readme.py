@@ -312,10 +312,10 @@ def tokenizers(report: dict[str, Any], made: dict[str, Any]) -> str:
         f"CPU time of a question: {report['ratio']:.2f} times that of one with the same tokenizer, on the same weights"
         f" and texts. {report['agree']} of {report['compared']} picks are those of every path, where a token may end"
         f" after every byte. Over HTTP {report['served_exactly']} of {report['questions']} questions would be"
-        f" exact in one request, of {report['served']['mean']:.2g} prompts on average; by one prompt and 128 ids"
-        f" {report['served_agree']} picks are the same."
-        f" {report['problems']} word problems, {report['tokens']} tokens. {made['hardware']}, one thread, commit"
-        f" {made['commit']}, {made['date']}. Made by `{made['command']}`.",
+        f" exact in one request; approximate, by one prompt and 128 ids, {report['served_agree']} of"
+        f" {report['served_asked']} picks are the same. SLM {report['slm']}, LLM {report['llm']}, {report['problems']}"
+        f" word problems. {made['hardware']}, one thread, commit {made['commit']}, {made['date']}. Made by"
+        f" `{made['command']}`.",
     ]
     return "\n".join(lines)
 

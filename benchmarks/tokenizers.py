@@ -241,6 +241,7 @@ def summary(asked: Sequence[Asked]) -> dict[str, Any]:
         "agree": sum(bool(each.agrees) for each in compared),
         "served": _spread([each.served for each in asked]),
         "served_exactly": sum(each.served_exactly for each in asked),
+        "served_asked": len(asked),
         "served_agree": sum(each.served_agrees for each in asked),
         "apart": _spread([each.apart for each in compared if each.apart is not None]),
     }
