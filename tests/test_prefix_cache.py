@@ -78,10 +78,10 @@ def test_only_what_is_new_is_read(model: LanguageModel) -> None:
     assert first.reused_tokens == 0
     gc.collect()
     again = [*prompt, first.token_id, *range(70, 80)]
-    read: list[int] = []
-    watched_forwards(model, lambda batch: read.extend(len(item.ids) for item in batch))
+    rows: list[int] = []
+    watched_forwards(model, lambda batch: rows.extend(len(item.ids) for item in batch))
     second = next(Engine(model).steps(again))
-    assert (second.reused_tokens, read) == (50, [11])
+    assert (second.reused_tokens, rows) == (50, [11])
 
 
 def test_scopes_never_mix(model: LanguageModel) -> None:

@@ -64,12 +64,12 @@ def test_a_long_prompt_goes_in_parts_beside_the_tokens_of_others(monkeypatch: py
     model = tiny_model("qwen3")
     seen = widths(model)
     long = torch.randint(0, 250, (1200,), generator=torch.Generator().manual_seed(3)).tolist()
-    read = threading.Event()
+    done = threading.Event()
 
     def decode() -> int:
         prefix = read(model, [1, 2, 3])
         steps = 0
-        while not read.is_set():
+        while not done.is_set():
             prefix.append([int(prefix.logits.argmax())])
             steps += 1
         return steps
@@ -80,7 +80,7 @@ def test_a_long_prompt_goes_in_parts_beside_the_tokens_of_others(monkeypatch: py
         try:
             prefix.append(long)
         finally:
-            read.set()
+            done.set()
         return prefix.logits
 
     steps, logits = together(decode, prefill)

@@ -171,9 +171,9 @@ def test_a_saved_selector_comes_back_with_the_same_scores(kind: Any, tmp_path: P
     model = tiny_model()
     selector = kind(model, trained=True)
     selector.save(tmp_path, config(kind.__name__, model))
-    again, read = load_selector(tmp_path, model)
+    again, loaded = load_selector(tmp_path, model)
     assert torch.equal(again.scores(proposal(model)), selector.scores(proposal(model)))
-    assert read.base.name == model.name
+    assert loaded.base.name == model.name
 
 
 @pytest.mark.parametrize(
