@@ -128,9 +128,9 @@ class Killed(BaseException):
     [
         ("collect", shards, "write_whole", 3),
         ("collect on policy", shards, "write_whole", 7),
-        ("train the first selector", fit, "_save", 1),
+        ("train the first selector", fit, "save_checkpoint", 1),
         ("between training and saving", train, "save_probe", 2),
-        ("train the last kind", fit, "_save", 5),
+        ("train the last kind", fit, "save_checkpoint", 5),
         ("calibrate the first selector", calibrate, "write_card", 1),
         ("calibrate", calibrate, "write_card", 2),
         ("probe", probe, "write_whole", 1),
