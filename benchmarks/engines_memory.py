@@ -29,7 +29,16 @@ def main(engine: str, path: str, length: int) -> float:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(engine.split()[-1])
         model = LanguageModel.load(path, dtype=dtype)
         list(Engine(model).steps(prompt, Sampling(max_tokens=tokens)))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_mb()
+
+
+def peak_mb() -> float:
+    """Of this process since its program began; ``ru_maxrss`` would begin with its parent's (Linux)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from s2t_agents.backends.base import Append, ScoreCandidates, StepOutput
 from s2t_agents.backends.llamacpp.backend import LlamaCppBackend
-from s2t_agents.backends.llamacpp.context import Interrupted
+from s2t_agents.backends.llamacpp.context import Context, Interrupted
 from s2t_agents.errors import ConfigError, ModelNotFound, Overloaded
 from s2t_agents.scheduling.language_model import LanguageModel
 
@@ -209,6 +209,47 @@ def test_parked_caches_make_room_and_come_back_from_memory(tiny: LlamaCppBackend
     parked[1].truncate(100)
     same(read(tiny, parked[1], draw(1)), fresh(tiny, torch.cat([draw(300, 1)[:100], draw(1)])))
     for cache in parked:
+        cache.close()
+
+
+def test_idle_sequences_leave_the_context_and_nobody_notices(
+    tiny: LlamaCppBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+    saved = Context.saved
+    monkeypatch.setattr(Context, "saved", lambda self, number: moved.append(number) or saved(self, number))
+    idle = []
+    for seed in range(5):
+        cache = tiny.new_cache()
+        read(tiny, cache, draw(140, seed))
+        cache.park()
+        idle.append(cache)
+    running, ids = tiny.new_cache(), draw(120, 9)
+    for at in range(len(ids)):
+        output = read(tiny, running, ids[at : at + 1])
+    assert len(moved) >= 5  # all of the idle ones, and what runs, to the first cells
+    torch.testing.assert_close(output.logits, fresh(tiny, ids).logits, **CLOSE)
+    more = draw(3, 10)
+    for seed, cache in enumerate(idle):
+        again = cache.fork(140)
+        torch.testing.assert_close(
+            read(tiny, again, more).logits, fresh(tiny, torch.cat([draw(140, seed), more])).logits, **CLOSE
+        )
+        again.close()
+        cache.close()
+    running.close()
+
+
+def test_sequences_in_use_stay_where_they_are(tiny: LlamaCppBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Context, "saved", lambda self, number: pytest.fail("a sequence was moved"))
+    paused, running = tiny.new_cache(), tiny.new_cache()
+    read(tiny, paused, draw(600))  # its generation has not ended: it waits for its consumer
+    few = tiny.new_cache()
+    read(tiny, few, draw(50))
+    few.park()
+    for at in range(100):
+        read(tiny, running, draw(1, at))
+    for cache in (paused, few, running):
         cache.close()
 
 
