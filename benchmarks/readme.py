@@ -413,6 +413,7 @@ def sections() -> dict[str, str]:
     of_one: dict[str, tuple[str, Callable[[Any, dict[str, Any]], str]]] = {
         "eval": ("demo_eval", evaluation),
         "real": ("real_eval", real),
+        "real_pipeline": ("real_pipeline", real),
         "real_multiple": ("real_multiple", real),
         "real_svamp": ("real_svamp", real),
         "hard": ("demo_hard", evaluation),
