@@ -167,7 +167,7 @@ def endless(model: LanguageModel) -> None:
 
 def _server(models: Models, cells: int, threads: int) -> LlamaServer:
     tokenizer = models.gguf.tokenizer
-    return LlamaServer(models.file, cells=cells, threads=threads, never=tokenizer.all_special_ids)
+    return LlamaServer(models.file, cells=cells, threads=threads, banned=tokenizer.all_special_ids)
 
 
 def _part(

@@ -35,14 +35,14 @@ class LlamaServer:
         path: of the GGUF file.
         cells: tokens of context.
         threads: of the CPU.
-        never: the token that would end an answer.
+        banned: tokens that would end an answer.
     """
 
-    def __init__(self, path: Path, *, cells: int, threads: int, never: Sequence[int]) -> None:
+    def __init__(self, path: Path, *, cells: int, threads: int, banned: Sequence[int]) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self._never = {str(token): -100.0 for token in never}
+        self._bias = {str(token): -100.0 for token in banned}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         options = {"model": path, "host": "127.0.0.1", "port": port, "n_ctx": cells, "n_threads": threads}
         options |= {"n_threads_batch": threads, "interrupt_requests": False, "verbose": False}
@@ -69,7 +69,7 @@ class LlamaServer:
 
     def answer(self, prompt: str, tokens: int) -> list[float]:
         """A streamed completion: when each token came."""
-        asked = {"prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "stream": True, "logit_bias": self._never}
+        asked = {"prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "stream": True, "logit_bias": self._bias}
         with self._client.stream("POST", "/completions", json=asked) as answer:
             answer.raise_for_status()
             return [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from langchain_core.language_models.fake_chat_models import FakeListChatModel
+from servers import CompletionServer, serving
 from typer.testing import CliRunner
 
 from s2t_agents import ChatJudge, ChatS2T, LocalLLM, OpenAILLM
@@ -62,3 +64,19 @@ def test_a_pair_of_two_families(tmp_path: Path) -> None:
     assert (found.tokenizer, found.scores, found.works) == ("another", "exact, by bytes", True)
     assert found.extra_tokens is not None
     assert found.extra_tokens > 1
+
+
+def test_a_server_with_another_tokenizer(served: CompletionServer) -> None:
+    llm = OpenAILLM(served.url, served.model.name, tokenizer=served.model.tokenizer)
+    found = diagnosed("s2t-demo", llm)
+    assert (found.tokenizer, found.works) == ("another", True)
+    assert found.scores.startswith("by bytes")
+    assert found.extra_tokens is None
+
+
+@pytest.fixture
+def served() -> Iterator[CompletionServer]:
+    from test_other_tokenizer import family
+
+    with serving(family("pieces")) as server:
+        yield server

@@ -18,7 +18,8 @@ from budget_support import Place, open_store, place, redis_server, shared_place 
 from langchain_core.messages import AIMessage
 
 from s2t_agents import Budget, ChatS2T, Ledger
-from s2t_agents.budget import PER_DAY, Charge, LimitWarning, SQLiteStore
+from s2t_agents.budget import PER_DAY, Charge, LimitWarning, MemoryStore, SQLiteStore
+from s2t_agents.budget.quantities import Counts
 from s2t_agents.chat.unfinished_answers import Unfinished
 from s2t_agents.errors import BadLimit, BudgetExceeded, ContextOverflow, StoreUnavailable
 from s2t_agents.testing import tiny_model
@@ -320,6 +321,27 @@ def test_the_share_is_a_setting_and_a_broken_callback_takes_nothing_down(caplog:
     for wrong in (0, 1.5, -1, float("nan"), "80%", True):
         with pytest.raises(BadLimit, match="warn_at"):
             Budget(answers=1, on_warning=print, warn_at=wrong)  # type: ignore[arg-type]
+
+
+def test_a_warning_that_the_store_could_not_keep_comes_with_the_next_charge() -> None:
+    class Away(MemoryStore):
+        away = True
+
+        def extend(self, path: str, by: Counts, once: str = "") -> bool:
+            if self.away:
+                raise StoreUnavailable("away")
+            return super().extend(path, by, once)
+
+    told: list[LimitWarning] = []
+    store = Away()
+    budget = Budget(answers=10, on_warning=told.append, warn_at=0.1, store=store)
+    one = Charge(Decimal(0), escalations=0, answers=1)
+    budget.reserve(one).settle(one)
+    assert not told
+    store.away = False
+    budget.reserve(one).settle(one)
+    budget.reserve(one).settle(one)
+    assert [warning.unit for warning in told] == ["answers"]
 
 
 def test_a_deadline_warns_in_the_middle_of_an_answer() -> None:

@@ -23,7 +23,7 @@ OnWarning = Callable[[LimitWarning], None]
 
 @dataclass(frozen=True)
 class Warner:
-    """Whom to tell, and when.
+    """The callback, and the share of a limit at which it is called.
 
     Args:
         tell: called in the thread that settles; what it raises is logged.
@@ -42,10 +42,10 @@ class Warner:
             raise BadLimit(f"warn_at={self.share!r} is not a share of a limit.", hint="Give 0.8 for 80%, 1 at most.")
 
     def look(self, meter: MeterHandle) -> None:
-        """Tell of the limits of a meter that have come to the share; a store that is away is asked the next time.
+        """Call ``tell`` for the limits of a meter of which the share is spent; where the store is away, the next time.
 
-        The store remembers that it was told, so that of all processes one tells. A raised limit, and a new window, can
-        be told of again.
+        The store keeps that it was called, so that one process of all calls it. A raised limit, and a new window, can
+        warn again.
         """
         window = meter.terms.window.index(time.time()) if meter.terms.window is not None else 0
         try:
@@ -56,8 +56,9 @@ class Warner:
                     continue
                 once = f"warned of {unit} {limit} {window} at {self.share:g}"
                 if (meter.path, once) not in self._told:
-                    self._told.add((meter.path, once))
-                    if meter.store.extend(meter.path, NOTHING, once):
+                    first = meter.store.extend(meter.path, NOTHING, once)
+                    self._told.add((meter.path, once))  # not before: a store that was away is asked again
+                    if first:
                         self._tell(LimitWarning(meter.path, unit, limit, spent))
         except StoreUnavailable as error:
             _log.debug("whether a warning is due is not known: %s", error)

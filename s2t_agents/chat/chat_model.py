@@ -458,17 +458,8 @@ class ChatS2T(ConfigurableChatModel):
         except BaseException:
             work.release()
             raise
-        account = Account(
-            model=engine.slm.name,
-            prompt_tokens=len(prepared.prompt),
-            prompt=prepared.prompt,
-            caller=current_caller(call.get("s2t_agent")),
-            llm=engine.escalation.llm.name if engine.escalation else None,
-            device_price=self.device_price,
-            budget=budget,
-            work=work,
-            shadow=engine.shadow,
-        )
+        caller = current_caller(call.get("s2t_agent"))
+        account = Account.of(engine, prepared.prompt, caller, device_price=self.device_price, budget=budget, work=work)
         on_step, sampling = self.on_step, replace(sampling, max_tokens=prepared.room)
         stops = _as_list(_value_or(stop, self.stop))
         asked = AnswerRequest(

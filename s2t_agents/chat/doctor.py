@@ -98,38 +98,28 @@ def diagnosed(slm: str, llm: LLMSelector, **options: Any) -> Diagnosis:
     """
     small = Tokens(slm, fitted_tokenizer(slm, **options))
     price = "known" if llm.price is not None else "unknown: limit escalations or llm_tokens, or give it a price"
-    if isinstance(llm, LocalLLM):
-        return _local(small, llm, price)
+
+    def diagnosis(
+        runs: str, tokenizer: str, scores: str, extra: float | None = None, *, works: bool = True
+    ) -> Diagnosis:
+        return Diagnosis(slm, llm.name, runs, tokenizer, scores, extra, price, works)
+
     if isinstance(llm, ChatJudge):
-        told = "not needed: it reads text"
-        return Diagnosis(
-            slm, llm.name, "a chat model as judge", told, "names one of K short continuations", None, price
-        )
-    if isinstance(llm, OpenAILLM):
-        return _served(small, llm, price)
-    return Diagnosis(slm, llm.name, f"as {type(llm).__name__} does", "its own matter", "its own matter", None, price)
-
-
-def _served(small: Tokens, llm: OpenAILLM, price: str) -> Diagnosis:
-    runs = "on a completions server"
+        return diagnosis("a chat model as judge", "not needed: it reads text", "names one of K short continuations")
+    if not isinstance(llm, LocalLLM | OpenAILLM):
+        return diagnosis(f"as {type(llm).__name__} does", "its own matter", "its own matter")
+    runs = "on this machine" if isinstance(llm, LocalLLM) else "on a completions server"
     try:
         llm.check(small)
     except S2TError as error:
-        return Diagnosis(small.name, llm.name, runs, str(error), "none", None, price, works=False)
-    told = "the same, as far as the server tells"
-    return Diagnosis(small.name, llm.name, runs, told, "exact, by token ids", 1.0, price)
-
-
-def _local(small: Tokens, llm: LocalLLM, price: str) -> Diagnosis:
-    runs = "on this machine"
-    try:
-        llm.check(small)
-    except S2TError as error:
-        return Diagnosis(small.name, llm.name, runs, str(error), "none", None, price, works=False)
+        return diagnosis(runs, str(error), "none", works=False)
     if llm.shares_tokens(small):
-        return Diagnosis(small.name, llm.name, runs, "the same", "exact, by token ids", 1.0, price)
-    extra = extra_tokens(view_of(small.tokenizer, small.name), view_of(llm.given_tokenizer(), llm.name))
-    return Diagnosis(small.name, llm.name, runs, "another", "exact, by bytes", extra, price)
+        known = "the same" if isinstance(llm, LocalLLM) else "the same, as far as the server tells"
+        return diagnosis(runs, known, "exact, by token ids", 1.0)
+    if isinstance(llm, OpenAILLM):
+        return diagnosis(runs, "another", "by bytes: exact or approximate, as each receipt says")
+    extra = extra_tokens(view_of(small.tokenizer, slm), view_of(llm.given_tokenizer(), llm.name))
+    return diagnosis(runs, "another", "exact, by bytes", extra)
 
 
 def view_of(tokenizer: Any, name: str) -> ByteTokenizer:

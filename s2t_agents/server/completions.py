@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from langchain_core.messages import HumanMessage
@@ -129,27 +130,20 @@ class Completion:
         prompt = self._prompt_ids()
         work = LocalWork(budget)
         fitting = max(1, engine.slm.context_window - len(prompt))  # with none the engine refuses the prompt
-        room = work.reserve(min(asked.max_tokens or DEFAULT_TOKENS, fitting))
         sampling = Sampling(
             temperature=model.temperature if asked.temperature is None else asked.temperature,
             top_p=model.top_p if asked.top_p is None else asked.top_p,
             seed=model.seed if asked.seed is None else asked.seed,
-            max_tokens=room,
+            max_tokens=min(asked.max_tokens or DEFAULT_TOKENS, fitting),
             logprobs=asked.logprobs,
         )
-        account = Account(
-            model=engine.slm.name,
-            prompt_tokens=len(prompt),
-            prompt=prompt,
-            caller=current_caller(tenant.agent),
-            llm=engine.escalation.llm.name if engine.escalation else None,
-            device_price=model.device_price,
-            budget=budget,
-            work=work,
-            shadow=engine.shadow,
+        room = work.reserve(sampling.max_tokens)  # last: what is held here is settled by the steps
+        sampling = replace(sampling, max_tokens=room)
+        account = Account.of(
+            engine, prompt, current_caller(tenant.agent), device_price=model.device_price, budget=budget, work=work
         )
         on_step, stops = model.on_step, asked.stops or ()
-        told = AnswerRequest(
+        request = AnswerRequest(
             operation="text_completion",
             model=engine.slm.name,
             llm=account.llm,
@@ -178,7 +172,7 @@ class Completion:
             stop=stops,
             ledger=model.ledger,
             on_step=(lambda step: on_step(account.trace_id, step)) if on_step else None,
-            asked=told,
+            asked=request,
         )
 
     def _prompt_ids(self) -> Sequence[int]:

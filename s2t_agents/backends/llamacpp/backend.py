@@ -196,7 +196,7 @@ class LlamaCppBackend:
                 raise
 
     def _forward(self, batch: Sequence[Work]) -> list[Output]:
-        self._pool.tidy(list({id(item.cache): item.cache for item in batch}.values()))
+        self._pool.move_idle(list({id(item.cache): item.cache for item in batch}.values()))
         silent, telling = [], []
         for item in batch:
             ids = item.ids.numpy().astype(np.int32)

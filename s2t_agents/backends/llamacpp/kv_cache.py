@@ -1,11 +1,11 @@
 """KV of sequences in a llama.cpp context: a number each, over cells that forks share.
 
 running   number, cells in the context
-parked    the same, until the room is needed or nobody has used it for a while; then its KV lies in host memory, and
-          comes back with a fork
+parked    the same, until the room is needed or the sequence is idle; then its KV is moved to host memory, and copied
+          back when it is forked
 
-A decode looks at every cell up to the last one in use, whose ever it is: with seven other conversations of 1,024
-tokens in the context, a token of SmolLM2 takes 25 ms instead of 17. Hence idle ones move out.
+Attention of a decode visits every cell up to the last one in use, those of other sequences too (masked): idle
+sequences left in the context slow down all others. Hence they are moved out.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ LOOK = 16
 """Decodes between looks at what is idle."""
 
 IDLE = 64
-"""Decodes after which a parked sequence of which nothing was used is idle."""
+"""Decodes without it after which a parked sequence is idle."""
 
 FEW_CELLS = 512
-"""Cells of idle sequences that are no matter."""
+"""Cells of idle sequences that are left where they are."""
 
 
 class LastUse:
-    """Number of the last decode that used some cells; forks of most of a sequence have it in common."""
+    """Number of the last decode over a sequence's cells; shared with its forks that share most of them."""
 
     decode = 0
 
@@ -103,10 +103,10 @@ class SequenceSlots:
         self._parked.pop(id(cache), None)
         self._parked[id(cache)] = weakref.ref(cache)
 
-    def tidy(self, running: Sequence[LlamaCppCache]) -> None:
-        """Before a decode of these caches: move idle ones to host memory where they have more cells than those.
+    def move_idle(self, running: Sequence[LlamaCppCache]) -> None:
+        """Before a decode of these caches: move idle sequences to host memory if they have more cells than those.
 
-        A lone one moves, too, to the first cells.
+        If only one sequence runs, everything parked is moved, and the running one to the first cells.
         """
         self._decodes += 1
         for cache in running:
