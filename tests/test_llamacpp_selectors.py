@@ -145,8 +145,8 @@ def test_a_head_that_was_trained_on_a_gguf_file_changes_what_it_says(made: Path,
 
 def test_the_table_holds_all_that_the_engine_can_answer(made: Path) -> None:
     report = run("eval", str(made.parent / "pair.toml"))
-    assert list(report["rows"]) == ["slm", "head", "llm_select", "hybrid_1", "llm"]
     rows = report["rows"]
+    assert list(rows) == ["slm", "maj8", "random", "head", "llm_select", "takeover", "hybrid_1", "llm"]
     assert rows["slm"]["llm_calls"] == rows["head"]["llm_calls"] == 0
     assert rows["llm_select"]["llm_calls"] == rows["llm_select"]["tokens"] > 1
     assert rows["llm_select"]["agreement"] > 0.9  # a batch rounds otherwise than a single answer
