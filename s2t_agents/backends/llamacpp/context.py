@@ -275,24 +275,24 @@ class Context:
         self._check_open()
         return int(self._c.llama_state_seq_get_size(self._context, sequence))
 
-    def saved(self, sequence: int) -> bytes:
-        """A sequence's KV, for ``restore``."""
-        size = self._size(sequence)
-        buffer = (ctypes.c_uint8 * size)()
-        written = int(self._c.llama_state_seq_get_data(self._context, buffer, size, sequence))
-        if written != size:
-            raise RuntimeError(f"llama.cpp saved {written:,} of {size:,} bytes of a sequence")
-        return bytes(buffer)
+    def saved(self, sequence: int) -> NDArray[np.uint8]:
+        """A sequence's KV ``[bytes]``, for ``restore``."""
+        saved = np.empty(self._size(sequence), dtype=np.uint8)
+        data = _pointer(saved, ctypes.c_uint8)
+        written = int(self._c.llama_state_seq_get_data(self._context, data, saved.nbytes, sequence))
+        if written != saved.nbytes:
+            raise RuntimeError(f"llama.cpp saved {written:,} of {saved.nbytes:,} bytes of a sequence")
+        return saved
 
-    def restore(self, sequence: int, saved: bytes) -> bool:
+    def restore(self, sequence: int, saved: NDArray[np.uint8]) -> bool:
         """Give an empty sequence the KV that was saved; False where there is no room for it."""
         self._check_open()
-        data = ctypes.cast(ctypes.c_char_p(saved), ctypes.POINTER(ctypes.c_uint8))  # a view: nothing is copied
+        data = _pointer(saved, ctypes.c_uint8)
         with complaints():
-            read = int(self._c.llama_state_seq_set_data(self._context, data, len(saved), sequence))
+            read = int(self._c.llama_state_seq_set_data(self._context, data, saved.nbytes, sequence))
         if not read:
             self.cut(sequence, 0)
-        return read == len(saved)
+        return read == saved.nbytes
 
     def interrupt(self) -> None:
         """Stop the decode under way, and any other until ``resume``. From any thread."""

@@ -15,13 +15,16 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..statistics import LogitStatistics
 from .context import Context, NoRoom
 
-LOOK = 16
+LOOK = 8
 """Decodes between looks at what is idle."""
 
-IDLE = 64
+IDLE = 16
 """Decodes without it after which a parked sequence is idle."""
 
 FEW_CELLS = 512
@@ -147,7 +150,7 @@ class LlamaCppCache:
     def __init__(self, pool: SequenceSlots) -> None:
         self._pool = pool
         self._number: int | None = None
-        self._saved: bytes | None = None
+        self._saved: NDArray[np.uint8] | None = None
         self.length = self.read = 0
         self.last_use = LastUse()
 
