@@ -32,6 +32,7 @@ from s2t_agents.llms.covering import Covering, Places
 from s2t_agents.llms.question import Answer, Question
 from s2t_agents.llms.served_question import MOST_IDS, by_bytes
 from s2t_agents.llms.token_map import TokenMap
+from s2t_agents.llms.token_texts import TokenTexts
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.scheduling.waits import finish
@@ -134,7 +135,7 @@ class MeasuredSession:
         tokens = self._tokens
         candidates = [data for each in question.candidates if isinstance(data := tokens.of(each), bytes)]
         plan = self._planner.plan(question)
-        tree, request = len(plan.covering.tree.ids), by_bytes(plan)
+        tree, request = len(plan.covering.tree.ids), by_bytes(plan, lambda: TokenTexts(tokens.llm, self._of.llm.name))
         found = Asked(self._first, owed.llm_tokens - 1, tree, same_read, cpu_s, same_s)
         found.served, found.served_exactly = (
             len(request.prompts),

@@ -52,7 +52,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def complete(self, body: dict[str, Any]) -> None:
         """The right answer."""
-        if body.get("stream"):
+        if not (self.server.takes_ids or isinstance(body["prompt"], str)):
+            self.reply({"error": {"message": "prompt: Input should be a valid string"}}, 422)
+        elif body.get("stream"):
             self.stream(self.server.events(body))
         else:
             self.reply(self.server.answer(body))
@@ -97,6 +99,8 @@ class CompletionServer(ThreadingHTTPServer):
     Attributes:
         lists_prompts: knows ``prompt_logprobs``, as vLLM does.
         by_id: knows ``logprob_token_ids``, as vLLM does; else answers with its best.
+        takes_ids: takes token ids as prompt; else text alone, and refuses the rest.
+        names_ids: names tokens by their ids, as vLLM does when asked; else by their text.
         fault: takes the place of the right answer.
         listing_fault: takes the place of the list of models.
         asked: bodies of the completions asked for.
@@ -112,6 +116,7 @@ class CompletionServer(ThreadingHTTPServer):
     def __init__(self, model: LanguageModel, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.model, self.by_id, self.usage, self.lists_prompts = model, True, True, True
+        self.takes_ids = self.names_ids = True
         self.tokenize: Callable[[str], list[int]] | None = lambda text: model.tokenizer.encode(
             text, add_special_tokens=False
         )
@@ -130,7 +135,8 @@ class CompletionServer(ThreadingHTTPServer):
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         given = body["prompt"]
-        prompts = given if isinstance(given[0], list) else [given]
+        many = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+        prompts = [self.model.tokenizer(each)["input_ids"] if isinstance(each, str) else each for each in many]
         reply: dict[str, Any] = {"choices": [self.choice(at, ids, body) for at, ids in enumerate(prompts)][::-1]}
         if self.usage:
             reply["usage"] = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": len(prompts)}
@@ -143,11 +149,15 @@ class CompletionServer(ThreadingHTTPServer):
         scores = prefix.logits.log_softmax(0)
         best = scores.topk(body["logprobs"]).indices.tolist()
         shown = body["logprob_token_ids"] + best[:1] if self.by_id and "logprob_token_ids" in body else best
-        top = {f"token_id:{token}": float(scores[token]) for token in shown}
+        top = {self.named(token): float(scores[token]) for token in shown}
         choice: dict[str, Any] = {"index": at, "text": "", "logprobs": {"top_logprobs": [top]}}
         if self.lists_prompts and (count := body.get("prompt_logprobs")):
             choice["prompt_logprobs"] = self.prompt_logprobs(ids, count)
         return choice
+
+    def named(self, token: int) -> str:
+        """A token, as a log-probability names it."""
+        return f"token_id:{token}" if self.names_ids else str(self.model.tokenizer.decode([token]))
 
     def prompt_logprobs(self, ids: list[int], count: int) -> list[dict[str, Any] | None]:
         """Of every token of a prompt but the first, with the ``count`` likeliest in its place, as vLLM lists them."""

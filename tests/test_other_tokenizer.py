@@ -13,6 +13,7 @@ import torch
 from byte_models import random_tokenizer
 from sequences import read
 from tokenizers import normalizers
+from training_fixtures import prompts
 from transformers import AutoModelForCausalLM
 
 from s2t_agents import Budget, ChatS2T
@@ -23,6 +24,9 @@ from s2t_agents.llms import LocalLLM, Question
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import tiny_config, tiny_model
+from s2t_agents.training.config import EvaluateConfig, EvaluationRows, Models
+from s2t_agents.training.evaluate import evaluate_with
+from s2t_agents.training.tasks import DemoTaskConfig
 from s2t_agents.triggers import always
 from s2t_agents.types import Step
 
@@ -222,3 +226,27 @@ def test_llama_cpp_reads_the_tree_as_forks_of_one_sequence(tmp_path: Path) -> No
         fresh.close()
     session.close()
     loaded.close()
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "pieces"])
+def test_an_evaluation_asks_it_by_bytes(kind: str, tmp_path: Path) -> None:
+    slm, llm = tiny_model(), family(kind, template=None)
+    rows = EvaluationRows(votes=2, max_tokens=8, k=4, ks=(2,), batch=2, llm_trigger_entropy=0.0)
+    config = EvaluateConfig(models=Models(), task=DemoTaskConfig(), selectors={}, rows=rows)
+    report = evaluate_with(slm, llm, prompts(tmp_path, 3), config)
+    assert list(report.rows) == ["slm", "maj2", "llm_select", "llm"]  # it cannot write the SLM's tokens
+    asked_ = report.rows["llm_select"]
+    assert asked_.llm_calls > 0
+    assert asked_.llm_tokens > asked_.llm_calls
+    assert asked_.agreement is None
+    assert report.sweeps["k"]["llm_select, K = 2"].llm_calls > 0
+    again = evaluate_with(slm, llm, prompts(tmp_path, 3), config).rows["llm_select"]
+    assert (again.tokens, again.llm_calls, again.llm_tokens) == (asked_.tokens, asked_.llm_calls, asked_.llm_tokens)
+
+
+def test_an_evaluation_refuses_one_that_changes_bytes(tmp_path: Path) -> None:
+    llm = family("byte-level")
+    llm.backend.given_tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    config = EvaluateConfig(models=Models(), task=DemoTaskConfig(), selectors={}, rows=EvaluationRows())
+    with pytest.raises(TokenizerMismatch, match=r"'other-byte-level'.*Lowercase"):
+        evaluate_with(tiny_model(), llm, prompts(tmp_path, 3), config)

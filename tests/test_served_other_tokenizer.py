@@ -8,13 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 from byte_models import random_tokenizer
+from sequences import read
 from servers import CompletionServer, serving
 from test_other_tokenizer import asked, family
 from tokenizers import normalizers
 
 from s2t_agents import Budget, ChatS2T, TokenPrice
-from s2t_agents.errors import TokenizerMismatch
-from s2t_agents.llms import LocalLLM, OpenAILLM, served_question
+from s2t_agents.errors import EscalationFailed, TokenizerMismatch
+from s2t_agents.llms import LocalLLM, OpenAILLM, Question, served_question
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always
@@ -114,3 +115,67 @@ def test_it_pickles_with_its_tokenizer(llm: OpenAILLM) -> None:
     found = again.open().ask(asked(tiny_model(), "say the", "the ", CANDIDATES))
     assert found.note.startswith("exact")
     again.close()
+
+
+class TestAServerOfText:
+    """It takes a prompt as text alone, or names tokens by their text, or both."""
+
+    @pytest.fixture(params=["takes text", "names texts", "both"])
+    def server(self, other: LanguageModel, request: pytest.FixtureRequest) -> Iterator[CompletionServer]:
+        with serving(other) as running:
+            running.by_id = False
+            running.takes_ids, running.names_ids = request.param == "names texts", request.param == "takes text"
+            yield running
+
+    def test_it_is_understood_where_its_tokenizer_is_another(
+        self, llm: OpenAILLM, server: CompletionServer, other: LanguageModel
+    ) -> None:
+        with serving(other) as by_ids:
+            by_ids.by_id = False
+            reference = OpenAILLM(by_ids.url, other.name, tokenizer=other.tokenizer)
+            for answer in ANSWERS:
+                found = llm.open().ask(asked(tiny_model(), "say the", answer, CANDIDATES))
+                expected = reference.open().ask(asked(tiny_model(), "say the", answer, CANDIDATES))
+                assert found.note.startswith("approximate by bytes")
+                assert found.scores == pytest.approx(expected.scores, abs=1e-4)
+            reference.close()
+        refused = 0 if server.takes_ids else 1  # once: it is remembered
+        assert len(server.asked) == len(ANSWERS) + refused
+
+    def test_it_is_understood_where_its_tokenizer_is_the_slms(self, request: pytest.FixtureRequest) -> None:
+        model = tiny_model(seed=5)
+        with serving(model) as running:
+            running.by_id = False
+            exact = ask_it(running)
+            running.takes_ids, running.names_ids = "takes" in request.node.name, "takes text" in request.node.name
+            assert ask_it(running) == pytest.approx(exact, abs=1e-4)
+
+    def test_a_question_whose_text_spells_a_control_token_is_never_sent(
+        self, llm: OpenAILLM, server: CompletionServer, other: LanguageModel
+    ) -> None:
+        if server.takes_ids:
+            pytest.skip("ids say what they are")
+        question = asked(tiny_model(), f"say {other.tokenizer.eos_token}", "the", CANDIDATES)
+        with pytest.raises(EscalationFailed, match="Input should be a valid string"):
+            llm.open().ask(question)
+        assert not [body for body in server.asked if isinstance(body["prompt"], str)]
+
+
+def ask_it(server: CompletionServer) -> list[float | None]:
+    slm = tiny_model()
+    llm = OpenAILLM(server.url, server.model.name)
+    text = [*slm.tokenizer.encode("say the"), *slm.tokenizer.encode("th")]
+    best = read(server.model, text).logits.topk(4).indices.tolist()
+    scores = llm.open().ask(Question(text, best, prefix=read(slm, text))).scores
+    llm.close()
+    return list(scores)
+
+
+def test_sentence_pieces_named_by_their_text_are_refused(other: LanguageModel) -> None:
+    pieces = family("pieces")
+    with serving(pieces) as server:
+        server.by_id = server.names_ids = False
+        llm = OpenAILLM(server.url, pieces.name, tokenizer=pieces.tokenizer)
+        with pytest.raises(EscalationFailed, match="does not tell those of SentencePiece apart"):
+            llm.open().ask(asked(tiny_model(), "say the", "the", CANDIDATES))
+        llm.close()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import Field, ValidationError
 
 from ..endpoints.completions import (
+    ID_PREFIX,
     LOGPROB_TOLERANCE,
     TOP_LOGPROBS,
     LogProb,
@@ -47,16 +48,16 @@ _KNOWN_FIELDS = frozenset(
 
 
 def request_body(
-    model: str, ids: Sequence[int] | Sequence[Sequence[int]], candidates: Sequence[int], *, by_id: bool
+    model: str, prompts: Sequence[Sequence[int] | str], candidates: Sequence[int], *, by_id: bool
 ) -> dict[str, Any]:
-    """The request body for the candidates' log-probabilities after ``ids``, or after each of several prompts.
+    """The request body for the candidates' log-probabilities after each of the prompts, as token ids or text.
 
     It serves both kinds of server: vLLM honours ``logprob_token_ids`` and ignores ``logprobs``; one that does not know
     the field returns its top tokens.
     """
     body = {
         "model": model,
-        "prompt": list(ids),
+        "prompt": prompts[0] if len(prompts) == 1 else list(prompts),
         "max_tokens": 1,
         "temperature": 0,
         "logprobs": TOP_LOGPROBS,
@@ -96,17 +97,27 @@ def _check_usage(completion: OneTokenCompletion, prompt_tokens: int, prompts: in
             raise EscalationFailed(f"the server was asked for {prompts} tokens and says that it wrote {written}.")
 
 
-def rows_of(completion: OneTokenCompletion) -> list[dict[int, float]]:
+def rows_of(completion: OneTokenCompletion, id_of: Callable[[str], int | None]) -> list[dict[int, float]]:
     """Log-probabilities by token id after each prompt, in the prompts' order.
 
+    Args:
+        completion: of all prompts.
+        id_of: the token of a text, for a server that names tokens so; one that is unknown is left out.
+
     Raises:
-        EscalationFailed: tokens given as text, invalid ids, or probabilities above 1 in sum.
+        EscalationFailed: invalid ids, or probabilities above 1 in sum.
     """
     choices = sorted(completion.choices, key=lambda each: each.index)
-    rows = [logprobs_by_id(each.logprobs.top_logprobs[0]) for each in choices]
+    rows = [_by_id(each.logprobs.top_logprobs[0], id_of) for each in choices]
     if any(sum(map(math.exp, row.values())) > 1 + LOGPROB_TOLERANCE for row in rows):
         raise EscalationFailed("the server's log-probabilities add up to more than 1.")
     return rows
+
+
+def _by_id(top: Mapping[str, float], id_of: Callable[[str], int | None]) -> dict[int, float]:
+    if any(token.startswith(ID_PREFIX) for token in top):
+        return logprobs_by_id(top)
+    return {found: score for token, score in top.items() if (found := id_of(token)) is not None}
 
 
 def to_answer(found: Mapping[int, float], candidates: Sequence[int]) -> Answer:

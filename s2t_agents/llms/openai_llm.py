@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ from .question import Answer, Question, charge
 from .request_costs import ReportCharge, RequestCosts, total_charge
 from .served_question import ServedQuestion, by_bytes, by_tokens
 from .token_map import TokenMap, side_of, side_of_tokens
+from .token_texts import TokenTexts
+
+FORM = frozenset({400, 422})
+"""Statuses of a request whose form a server does not know."""
 
 HEDGED_NOTE = "asked twice: the first request was late"
 
@@ -43,10 +48,11 @@ HEDGED_NOTE = "asked twice: the first request was late"
 class OpenAILLM:
     """A model behind ``/v1/completions``, as vLLM serves it: of the SLM's tokenizer, or of another one that is given.
 
-    The server must accept token ids as prompt and return token ids in its log-probabilities
-    (``return_tokens_as_token_ids``). If it supports ``logprob_token_ids``, every candidate is scored; otherwise its top
-    20 tokens are read, and the receipt says how many candidates were not among them. The tokenizer is compared by the
-    server's ``/tokenize`` if it has one; otherwise you must make sure that it is the SLM's.
+    If the server supports ``logprob_token_ids``, every candidate is scored; otherwise its top 20 tokens are read, and
+    the receipt says how many candidates were not among them. A server that takes no token ids is sent the prompt as
+    text where that is read as the same tokens, and one that names tokens by their text is understood where its
+    tokenizer is byte-level. The tokenizer is compared by the server's ``/tokenize`` if it has one; otherwise you must
+    make sure that it is the SLM's.
 
     A failing server does not fail the answer: within ``timeout_s``, and within the budget's deadline, there is an LLM
     pick or the local pick stands. Only requests that cost nothing (429, 5xx) are retried.
@@ -120,6 +126,8 @@ class OpenAILLM:
         self.hedge_after_s = hedge_after_s
         self.breaker = breaker or CircuitBreaker()
         self._asks_by_id = True
+        self._takes_ids: bool | None = None  # None until it has answered once
+        self._texts: dict[str, TokenTexts] = {}
         self._tokenizer, self.chat_template = tokenizer, chat_template
         self._given = {"tokenizer": identity(tokenizer), "chat_template": chat_template}  # before it is loaded
         self._maps: dict[str, TokenMap] = {}
@@ -132,7 +140,7 @@ class OpenAILLM:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles without the key and the breaker's state."""
-        return {**self.__dict__, "breaker": None, "_maps": {}}
+        return {**self.__dict__, "breaker": None, "_maps": {}, "_texts": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -190,6 +198,27 @@ class OpenAILLM:
             except TokenizerMismatch as error:
                 raise EscalationFailed(f"{self.name!r} cannot be asked: {error}") from error
         return self._maps[known]
+
+    def texts(self, slm: LanguageModel) -> TokenTexts:
+        """The server's tokens as text.
+
+        Raises:
+            EscalationFailed: a tokenizer cannot be followed byte by byte.
+        """
+        known = slm.tokenizer_fingerprint
+        if known not in self._texts:
+            tokens = self.token_map(slm)
+            try:
+                side = side_of(slm, None) if tokens is None else tokens.llm
+            except TokenizerMismatch as error:
+                raise EscalationFailed(f"{self.name!r} cannot be asked in text: {error}") from error
+            self._texts[known] = TokenTexts(side, self.name)
+        return self._texts[known]
+
+    @property
+    def tells(self) -> bool:
+        """Whether the server scores the ids that it is given, as far as is known."""
+        return self._asks_by_id and self._takes_ids is not False
 
     def _spelled_like(self, slm: Tokenizing) -> Tokenizing:
         """Whose spelling the server's must be."""
@@ -273,22 +302,46 @@ class OpenAILLM:
                     output_tokens=used.completion_tokens,
                 )
             )
-        return request.read(completions.rows_of(completion))
+        rows = completions.rows_of(completion, lambda text: request.texts().id_of(text))
+        if not all(each in rows[0] for each in request.ids):
+            self._asks_by_id = False  # it ignores the field
+        return request.read(rows)
 
     async def _post(self, request: ServedQuestion, owe: ReportCharge, sent: Callable[[], None]) -> bytes:
-        """The response body; an error status costs nothing, so nothing is owed."""
-        by_id = self._asks_by_id
-        prompts = request.prompts[0] if len(request.prompts) == 1 else request.prompts
+        """The response body; an error status costs nothing, so nothing is owed.
+
+        What the server refuses as a field or form that it does not know is said otherwise, and remembered.
+        """
+        by_id, takes_ids = self._asks_by_id, self._takes_ids
+        prompts = request.prompts if takes_ids is not False else list(map(request.texts().prompt, request.prompts))
         body = completions.request_body(self.name, prompts, request.ids, by_id=by_id)
         try:
-            return await self.endpoint.post("completions", body, sent=sent)
+            content = await self.endpoint.post("completions", body, sent=sent)
         except (EndpointBusy, EndpointRefused) as error:
             owe(None)
-            strict = isinstance(error, EndpointRefused) and "logprob_token_ids" in str(error)
-            if not (by_id and strict):
+            if not isinstance(error, EndpointRefused):
                 raise
-        self._asks_by_id = False  # the server refuses unknown fields
-        return await self._post(request, owe, sent)
+            if by_id and "logprob_token_ids" in str(error):
+                self._asks_by_id = False
+                return await self._post(request, owe, sent)
+            if takes_ids is None and error.status in FORM:
+                return await self._as_text(request, owe, sent, error)
+            raise
+        self._takes_ids = takes_ids is not False
+        return content
+
+    async def _as_text(
+        self, request: ServedQuestion, owe: ReportCharge, sent: Callable[[], None], refused: EndpointRefused
+    ) -> bytes:
+        """The prompt as text, once, to a server that has refused its ids; ``refused`` if that is no better."""
+        self._takes_ids = False
+        try:
+            return await self._post(request, owe, sent)
+        except EscalationFailed as error:
+            self._takes_ids = None
+            if isinstance(error, EndpointBusy):
+                raise
+            raise refused from None
 
 
 @dataclass(frozen=True)
@@ -327,10 +380,15 @@ class OpenAISession:
     def _make(self, question: Question) -> ServedQuestion:
         tokens = self._llm.token_map(question.prefix.model) if question.prefix is not None else None
         if tokens is None:
-            return by_tokens(question)
+            return by_tokens(question, partial(self._texts, question))
         if self._planner is None:
             self._planner = Planner(self._llm.name, tokens)
-        return by_bytes(self._planner.plan(question))
+        return by_bytes(self._planner.plan(question), partial(self._texts, question), tells=self._llm.tells)
+
+    def _texts(self, question: Question) -> TokenTexts:
+        if question.prefix is None:
+            raise EscalationFailed(f"{self._llm.name!r} takes text alone, and whose tokens these are is not known.")
+        return self._llm.texts(question.prefix.model)
 
     def close(self) -> None:
         """Nothing to release: connections belong to the LLM."""

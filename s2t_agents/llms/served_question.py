@@ -16,6 +16,7 @@ from ..errors import EscalationFailed
 from .byte_plan import Plan
 from .completions import to_answer
 from .question import Answer, Question
+from .token_texts import TokenTexts
 
 MOST_IDS = 128
 """``logprob_token_ids`` of a request, at most: what vLLM takes."""
@@ -35,11 +36,13 @@ class ServedQuestion:
         prompts: token ids of each.
         ids: whose log-probabilities are wanted after each.
         read: the answer, from what is known after each prompt.
+        texts: its tokens as text, for a server that wants or tells them so.
     """
 
     prompts: Sequence[Sequence[int]]
     ids: Sequence[int]
     read: Callable[[Sequence[Row]], Answer]
+    texts: Callable[[], TokenTexts]
 
     @property
     def prompt_tokens(self) -> int:
@@ -47,23 +50,31 @@ class ServedQuestion:
         return sum(map(len, self.prompts))
 
 
-def by_tokens(question: Question) -> ServedQuestion:
+def by_tokens(question: Question, texts: Callable[[], TokenTexts]) -> ServedQuestion:
     """For a server with the SLM's tokenizer."""
-    return ServedQuestion([question.ids], question.candidates, lambda rows: to_answer(rows[0], question.candidates))
+    return ServedQuestion(
+        [question.ids], question.candidates, lambda rows: to_answer(rows[0], question.candidates), texts
+    )
 
 
-def by_bytes(plan: Plan) -> ServedQuestion:
-    """For a server with another tokenizer."""
+def by_bytes(plan: Plan, texts: Callable[[], TokenTexts], *, tells: bool = True) -> ServedQuestion:
+    """For a server with another tokenizer.
+
+    Args:
+        plan: what has to be scored.
+        texts: of the server's tokens.
+        tells: whether it scores the ids that it is given; if not, it is asked after one prompt alone.
+    """
     covering, slm = plan.covering, plan.tokens.slm.view
     control = {token for each in plan.wanted if isinstance(each, frozenset) for token in each}
     ids, paths = _in_turn(control, covering.ids_that_count(slm)), covering.tree.paths()
-    if len(ids) <= MOST_IDS and len(paths) < MOST_PROMPTS:
+    if tells and len(ids) <= MOST_IDS and len(paths) < MOST_PROMPTS:
         prompts = [plan.ids, *([*plan.ids, *path] for path in paths)]
-        return ServedQuestion(prompts, ids, lambda rows: _exactly(plan, ids, rows))
+        return ServedQuestion(prompts, ids, lambda rows: _exactly(plan, ids, rows), texts)
     end = covering.end.row
     some = _in_turn(control, covering.ids_at_end(slm))[:MOST_IDS]
     return ServedQuestion(
-        [[*plan.ids, *(paths[end - 1] if end else ())]], some, lambda rows: _approximately(plan, rows[0])
+        [[*plan.ids, *(paths[end - 1] if end else ())]], some, lambda rows: _approximately(plan, rows[0]), texts
     )
 
 

@@ -44,6 +44,7 @@ class ByteTokenizer:
     Attributes:
         bytes_of: of each token by its id; None of control tokens and of ids without a token.
         longest: bytes of the longest token.
+        byte_level: whether its tokens are written as GPT-2's are; else as SentencePiece's.
 
     Raises:
         TokenizerMismatch: a tokenizer that changes bytes, or cannot write every byte.
@@ -53,12 +54,12 @@ class ByteTokenizer:
         self.name = name
         control = SafeEncoder(tokenizer, template).control
         serialized = json.loads(tokenizer.backend_tokenizer.to_str())
-        self._byte_level = _is_byte_level(tokenizer)
-        _check(serialized, self._byte_level, name)
+        self.byte_level = _is_byte_level(tokenizer)
+        _check(serialized, self.byte_level, name)
         added = {each["id"]: each["content"] for each in serialized["added_tokens"]}
         self._core = Tokenizer.from_str(json.dumps(_for_text(serialized, control.keys())))
         self.bytes_of: list[bytes | None] = [None] * rows
-        read = byte_level_bytes if self._byte_level else _piece_bytes
+        read = byte_level_bytes if self.byte_level else _piece_bytes
         for token, i in tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).items():
             if i < rows and i not in control:
                 self.bytes_of[i] = added[i].replace(SPACE, " ").encode() if i in added else read(token)
@@ -124,7 +125,7 @@ class ByteTokenizer:
 
     def _encode_run(self, text: str, broken: bytes) -> list[int]:
         """A text, and the bytes of a character that is not whole."""
-        if broken and self._byte_level and (whole := _completed(broken)):
+        if broken and self.byte_level and (whole := _completed(broken)):
             *_, (letters, _) = self._core.pre_tokenizer.pre_tokenize_str(text + whole)
             head = (text + whole).encode()[: -len(letters)].decode(errors="ignore")
             missing = len(whole.encode()) - len(broken)

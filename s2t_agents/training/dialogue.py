@@ -96,11 +96,16 @@ class AnsweredItem:
 
 
 class Speaker:
-    """A model with its chat template: messages to ids, ids to replies."""
+    """A model with its chat template: messages to ids, ids to replies.
 
-    def __init__(self, model: LanguageModel) -> None:
+    Args:
+        model: loaded.
+        template: source of a chat template; None takes its tokenizer's.
+    """
+
+    def __init__(self, model: LanguageModel, template: str | None = None) -> None:
         self.model = model
-        self._encoder = PromptEncoder(model.tokenizer)
+        self._encoder = PromptEncoder(model.tokenizer, chat_template=template)
         self._compiled: dict[str, CompiledGrammar] = {}
 
     def encode(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[int]:

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from ..atomic_write import sole_run, write_whole
 from ..errors import ConfigError
+from ..llms.local_llm import LocalLLM
+from ..llms.token_map import side_of
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.waits import gather
 from ..types import Sampling
-from .collect import check_same_ids, row_seed, selector_digest
+from .collect import row_seed, selector_digest
 from .config import EvaluateConfig, EvaluationRows
 from .crew import Crew
 from .dialogue import AnsweredItem, Speaker, Trace, answering
@@ -51,8 +53,9 @@ def evaluate(config: EvaluateConfig, crew: Crew | None = None) -> EvalReport:
 
     Raises:
         ConfigError: a selector that is not calibrated, or for another base; neither a selector nor
-            ``llm_trigger_entropy``; models that do not fit together; no folder
-            can be made where ``config.out`` says, or it holds the answers of another evaluation.
+            ``llm_trigger_entropy``; no folder can be made where ``config.out`` says, or it holds the answers of another
+            evaluation.
+        TokenizerMismatch: tokenizers that differ, one of which cannot be followed byte by byte.
         FolderInUse: another run is at work there.
         InputError: prompts that cannot be used.
     """
@@ -85,16 +88,22 @@ Tallies = dict[str, Tally]
 class Evaluation:
     """All rows on one task, chunk by chunk.
 
+    An LLM whose tokens are not the SLM's is asked by bytes; it cannot write the SLM's tokens (no row ``takeover``), nor
+    tell which of them is its best at every step (no agreement).
+
     Raises:
-        ConfigError: as ``evaluate`` does.
+        ConfigError, TokenizerMismatch: as ``evaluate`` does.
     """
 
     def __init__(self, slm: LanguageModel, llm: LanguageModel, task: Task, config: EvaluateConfig) -> None:
         self._slm, self._llm, self._task, self._config = slm, llm, task, config
+        LocalLLM(llm).check(slm)
         ready = _ready(slm, config)
         self._chosen = _chosen(ready, config.rows)
-        self._run = _Run(Speaker(slm), Speaker(llm), task, config.rows, config.seed)
         maker = RowMaker(slm, llm, config.rows, config.seed)
+        agreement = config.rows.agreement if maker.same_ids else 0
+        template = None if maker.same_ids else side_of(llm, None).template  # as it reads questions
+        self._run = _Run(Speaker(slm), Speaker(llm, template), task, config.rows, config.seed, agreement)
         self._rows = _rows(maker, ready, self._chosen, config.rows)
         self._sweeps = _sweeps(maker, slm, config, self._chosen)
         self._kept = None if config.out is None else Kept(config.out / "answers", self._manifest())
@@ -186,9 +195,7 @@ def _make(folder: Path) -> None:
 
 def _open(config: EvaluateConfig) -> Evaluation:
     task = config.task.open()
-    slm, llm = config.models.load_slm(), config.models.load_llm()
-    check_same_ids(slm, llm)
-    return Evaluation(slm, llm, task, config)
+    return Evaluation(config.models.load_slm(), config.models.load_llm(), task, config)
 
 
 _opened = lru_cache(maxsize=1)(_open)
@@ -218,15 +225,14 @@ def _chosen(ready: Sequence[Ready], settings: EvaluationRows) -> Ready | None:
 def _rows(maker: RowMaker, ready: Sequence[Ready], chosen: Ready | None, settings: EvaluationRows) -> list[Row]:
     """The main table; without a selector, those rows that need none."""
     if chosen is None:
-        return [maker.alone(), maker.majority(), maker.selection(None), maker.takeover(None), maker.llm()]
+        return [maker.alone(), maker.majority(), *maker.by_llm(None), maker.llm()]
     calibration = chosen.calibration
     return [
         maker.alone(),
         maker.majority(),
         maker.random(chosen),
         *(maker.local(each) for each in ready),
-        maker.selection(calibration),
-        maker.takeover(calibration),
+        *maker.by_llm(calibration),
         *(maker.hybrid(chosen, limit) for limit in settings.budgets),
         maker.llm(),
     ]
@@ -272,10 +278,22 @@ def _limit(row: Row) -> int:
 
 
 class _Run:
-    """Runs rows over chunks; remembers the prompts that several rows read."""
+    """Runs rows over chunks; remembers the prompts that several rows read.
 
-    def __init__(self, slm: Speaker, llm: Speaker, task: Task, settings: EvaluationRows, seed: int) -> None:
+    Args:
+        slm: answers.
+        llm: answers the row of its own.
+        task: grades.
+        settings: of the rows.
+        seed: of samples.
+        agreement: problems on which the agreement with the LLM is measured.
+    """
+
+    def __init__(
+        self, slm: Speaker, llm: Speaker, task: Task, settings: EvaluationRows, seed: int, agreement: int
+    ) -> None:
         self._slm, self._llm, self._task, self._settings, self._seed = slm, llm, task, settings, seed
+        self._judged = agreement
         self._done: dict[str, list[_Done]] = {}  # by row, of the present chunk
         for speaker in (slm, llm):  # the prompts of a chunk are read once for all rows
             speaker.model.prefix_cache.limit_bytes = PROMPT_BYTES
@@ -303,8 +321,8 @@ class _Run:
         for at in range(0, len(answers), row.samples):
             tally.right.append(self._right(answers[at : at + row.samples]))
         _count(tally.count, row, answers)
-        if first and row.samples == 1 and self._settings.agreement:
-            tally.agreed, tally.judged = self._agreement(answers[: self._settings.agreement], row)
+        if first and row.samples == 1 and self._judged:
+            tally.agreed, tally.judged = self._agreement(answers[: self._judged], row)
         return tally, answers
 
     def _answered(self, row: Row, items: Sequence[Item]) -> list[_Done]:

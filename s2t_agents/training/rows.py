@@ -106,10 +106,14 @@ class RowMaker:
         llm: the large one.
         settings: see ``EvaluationRows``.
         seed: of lots and votes.
+
+    Attributes:
+        same_ids: whether the LLM's tokens are the SLM's; if not, it is asked by bytes.
     """
 
     def __init__(self, slm: LanguageModel, llm: LanguageModel, settings: EvaluationRows, seed: int) -> None:
         self._slm, self._llm, self._settings, self._seed = slm, llm, settings, seed
+        self.same_ids = CountedLLM(llm).shares_tokens(slm)
 
     def alone(self) -> Row:
         """The SLM, greedy."""
@@ -148,9 +152,12 @@ class RowMaker:
         """The LLM picks among the SLM's candidates."""
         return self._asking(CountedLLM, calibration, name, k or self._settings.k)
 
-    def takeover(self, calibration: Calibration | None) -> Row:
-        """The LLM writes the token."""
-        return self._asking(TakeoverLLM, calibration, "takeover", self._settings.k)
+    def by_llm(self, calibration: Calibration | None) -> list[Row]:
+        """The LLM at critical steps: it picks, and it writes the token where its tokens are the SLM's."""
+        picks = self.selection(calibration)
+        if not self.same_ids:
+            return [picks]
+        return [picks, self._asking(TakeoverLLM, calibration, "takeover", self._settings.k)]
 
     def hybrid(self, ready: Ready, limit: int) -> Row:
         """The selector, with ``limit`` escalations per answer."""

@@ -168,7 +168,7 @@ class ServedReader:
         return self._checked(logprobs_by_id(answer.choices[0].logprobs.top_logprobs[0]))
 
     def _body(self, prompt: Sequence[int], candidates: Sequence[int]) -> dict[str, Any]:
-        return request_body(self.model, prompt, candidates, by_id=self.by_id and bool(candidates))
+        return request_body(self.model, [prompt], candidates, by_id=self.by_id and bool(candidates))
 
     def _checked(self, listed: Listed) -> Listed:
         if not listed or any(not 0 <= token < self.vocab_size for token in listed):
