@@ -11,8 +11,9 @@ sequences left in the context slow down all others. Hence they are moved out.
 from __future__ import annotations
 
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,14 @@ from numpy.typing import NDArray
 from ..statistics import LogitStatistics
 from .context import Context, NoRoom
 
-LOOK = 8
+LOOK = 4
 """Decodes between looks at what is idle."""
 
-IDLE = 16
+IDLE = 8
 """Decodes without it after which a parked sequence is idle."""
 
-FEW_CELLS = 512
-"""Cells of idle sequences that are left where they are."""
+FEW_CELLS = 256
+"""Cells of idle sequences that are left where they are; a copy of so many takes less than a decode gains in a few."""
 
 
 class LastUse:
@@ -107,9 +108,10 @@ class SequenceSlots:
         self._parked[id(cache)] = weakref.ref(cache)
 
     def move_idle(self, running: Sequence[LlamaCppCache]) -> None:
-        """Before a decode of these caches: move idle sequences to host memory if they have more cells than those.
+        """Before a decode of these caches: move idle sequences to host memory, everything parked if only one runs.
 
-        If only one sequence runs, everything parked is moved, and the running one to the first cells.
+        Where those were more than half of what runs, the running ones are moved to the first cells, unless they share
+        some.
         """
         self._decodes += 1
         for cache in running:
@@ -118,14 +120,18 @@ class SequenceSlots:
             return
         self.reclaim()
         parked = [kept for ref in list(self._parked.values()) if (kept := ref()) is not None and kept.placed]
-        idle = [cache for cache in parked if self._decodes - cache.last_use.decode > IDLE]
-        if sum(cache.length for cache in idle) <= FEW_CELLS + sum(cache.length for cache in running):
-            return
         alone = len(running) == 1 and self.context.sequences - len(self._free) == len(parked) + 1
-        for cache in parked if alone else idle:
+        idle = [cache for cache in parked if alone or self._decodes - cache.last_use.decode > IDLE]
+        cells = sum(cache.length for cache in idle)
+        if cells <= FEW_CELLS:
+            return
+        for cache in idle:
             cache.leave()
-        if alone:
-            running[0].leave()
+        if 2 * cells > sum(cache.length for cache in running):
+            owners = Counter(id(cache.shared) for cache in (*running, *parked) if cache.placed)
+            for cache in running:
+                if owners[id(cache.shared)] == 1:
+                    cache.leave()
 
     def make_room(self) -> bool:
         """Move the cells of one parked cache to host memory; False where none is parked."""
@@ -145,6 +151,10 @@ class LlamaCppCache:
 
     Args:
         pool: where it lies. It takes a number when the first token is read.
+
+    Attributes:
+        last_use: of most of its cells.
+        shared: the same object in caches that may have more than ``FEW_CELLS`` cells in common.
     """
 
     def __init__(self, pool: SequenceSlots) -> None:
@@ -153,6 +163,8 @@ class LlamaCppCache:
         self._saved: NDArray[np.uint8] | None = None
         self.length = self.read = 0
         self.last_use = LastUse()
+        self.shared = object()
+        self._may_leave = False
 
     @property
     def placed(self) -> bool:
@@ -195,26 +207,44 @@ class LlamaCppCache:
             other = self._pool.new_cache()
             if not length:
                 return other
-            if self._number is None:
+            mostly = 2 * length > self.length
+            if mostly:
+                self._place_again()
+            if not self._shared_with(other, length):
                 other._number = self._placed()
                 self._pool.context.cut(other._number, length)
-            else:
-                other._number = self._pool.take()
-                if self._number is None:  # taking one has moved these very tokens
-                    self._pool.give_back(other._number)
-                    other._number = None
-                    return self.fork(length)
-                self._pool.context.share(self._number, other._number, length)
             other.length = other.read = length
-            if 2 * length > self.length:
+            if mostly:
                 other.last_use = self.last_use
             return other
+
+    def _place_again(self) -> None:
+        """Back into the context, where there is room, so that forks share these cells."""
+        if self._number is None:
+            with suppress(NoRoom):
+                _ = self.number
+            if self._may_leave:
+                self._pool.park(self)
+
+    def _shared_with(self, other: LlamaCppCache, length: int) -> bool:
+        """Give an empty cache the first cells of this one; False where these do not lie in the context."""
+        if self._number is None:
+            return False
+        number = self._pool.take()
+        if self._number is None:  # taking one has moved these very tokens
+            self._pool.give_back(number)
+            return False
+        self._pool.context.share(self._number, number, length)
+        other._number = number
+        if length > FEW_CELLS:
+            other.shared = self.shared
+        return True
 
     def leave(self) -> bool:
         """Move to host memory; False where nothing lies in the context."""
         if self._number is None:
             return False
-        self._saved = self._pool.context.saved(self._number)
+        self._saved, self.shared = self._pool.context.saved(self._number), object()
         self._pool.give_back(self._number)
         self._number = None
         return True
@@ -235,6 +265,7 @@ class LlamaCppCache:
 
     def park(self) -> None:
         """Its generation has ended: it may have to make room."""
+        self._may_leave = True
         self._pool.park(self)
 
     def close(self) -> None:
