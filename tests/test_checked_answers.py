@@ -1,5 +1,7 @@
 """Validation of finished answers: what the grammar does not enforce is reported, streamed or not."""
 
+import json
+import time
 from dataclasses import dataclass
 from datetime import date
 from enum import Enum
@@ -14,8 +16,8 @@ from langchain_core.tools import tool
 from pydantic import BaseModel, ConfigDict, RootModel, field_validator
 from typing_extensions import TypedDict
 
-from s2t_agents import ChatS2T
-from s2t_agents.errors import BadSchema
+from s2t_agents import Budget, ChatS2T
+from s2t_agents.errors import BadSchema, ConfigError
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import tiny_model
 
@@ -281,6 +283,47 @@ def test_a_short_answer_is_the_beginning_of_the_long_one(question: str) -> None:
             assert whole.text.startswith(short.text) or not whole.text  # a call that has no room is not begun
             assert not short.invalid_tool_calls
             assert short.response_metadata["finish_reason"] == "length" or short.text == whole.text
+
+
+NAME = {"type": "string", "maxLength": 12}
+NAMED = {"title": "named", "description": "d", "type": "object", "properties": {"name": NAME}, "required": ["name"]}
+NAMED |= {"additionalProperties": False}
+FORM = {"type": "json_schema", "json_schema": {"name": "named", "schema": NAMED}}
+
+
+def test_json_and_calls_are_whole_under_any_limit_and_say_whether_it_shortened_them() -> None:
+    form, call = chat("a").bind(response_format=FORM), chat("a").bind_tools([NAMED], tool_choice="any")
+    whole, called = form.invoke("hello"), call.invoke("hello").tool_calls[0]["args"]
+    assert json.loads(whole.text) == called == {"name": "a" * 12}
+    kept = {True: 0, False: 0}
+    for room in (*range(8, 30), 60):
+        try:
+            answer = form.invoke("hello", max_tokens=room)
+        except ConfigError:  # no answer is so short
+            continue
+        shortened = "shortened" in answer.response_metadata["s2t"]
+        assert answer.response_metadata["finish_reason"] == "stop"
+        assert set(json.loads(answer.text)) == {"name"}
+        assert shortened == (answer.text != whole.text)
+        streamed: Any = reduce(add, form.stream("hello", max_tokens=room))
+        assert streamed.text == answer.text
+        assert ("shortened" in streamed.response_metadata["s2t"]) == shortened
+        kept[shortened] += 1
+    assert all(kept.values())
+    short = call.invoke("hello", max_tokens=60)
+    assert short.response_metadata["finish_reason"] == "tool_calls"
+    assert ("shortened" in short.response_metadata["s2t"]) == (short.tool_calls[0]["args"] != called)
+
+
+def test_json_that_is_interrupted_is_cut() -> None:
+    slow = {**FORM["json_schema"]["schema"], "properties": {"name": {"type": "string"}}}
+    model = chat("a", on_step=lambda trace_id, step: time.sleep(0.05))
+    model.engine  # noqa: B018 - loading is not on the clock
+    wanted = {"type": "json_object", "schema": slow}
+    answer = model.invoke("hello", response_format=wanted, s2t_budget=Budget(seconds=0.4))
+    assert answer.response_metadata["finish_reason"] == "length"
+    assert answer.response_metadata["s2t"]["stopped_by"]["unit"] == "seconds"
+    assert answer.response_metadata["s2t"]["invalid"]
 
 
 def test_text_that_a_model_wants_is_not_withheld_at_the_limit() -> None:

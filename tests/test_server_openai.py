@@ -73,6 +73,25 @@ def test_its_helpers_accumulate_parse_and_call(client: Any) -> None:
     assert after.choices[0].message.content.endswith("The answer is 94.")
 
 
+class Joke(BaseModel):
+    """A joke to tell the user."""
+
+    setup: str
+    punchline: str
+    rating: int | None = None
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_tokens": 40}, {"max_completion_tokens": 24}])
+def test_a_form_that_the_model_would_never_end_is_whole(client: Any, limit: dict[str, int]) -> None:
+    told = {"model": "s2t-demo", "messages": [{"role": "user", "content": "Tell me a joke about cats."}], **limit}
+    answer = client.chat.completions.parse(**told, response_format=Joke)
+    assert isinstance(answer.choices[0].message.parsed, Joke)
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.s2t["shortened"] is True
+    with client.chat.completions.stream(**told, response_format=Joke) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == answer.choices[0].message.parsed
+
+
 def test_errors_are_its_own(client: Any) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(**ASK, n=2)

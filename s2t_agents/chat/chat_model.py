@@ -497,6 +497,7 @@ class ChatS2T(ConfigurableChatModel):
             tokenizer=engine.slm.tokenizer,
             eos_ids=engine.slm.eos_ids,
             room=prepared.room,
+            grammar=prepared.grammar,
             schemas=prepared.schemas,
             thoughts=prepared.thoughts,
             stop=stops,

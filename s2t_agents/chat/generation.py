@@ -13,6 +13,7 @@ from typing import Any
 from ..engine.stop_strings import StopStrings
 from ..formats.reasoning import ReasoningParser, TextPieces
 from ..formats.tool_calls import MessageDelta, PlainTextParser, ToolCallParser
+from ..grammar.grammar import Grammar
 from ..ledger import Ledger
 from ..scheduling.admission import Place
 from ..telemetry import AnswerRequest, begin
@@ -34,8 +35,11 @@ class Generation:
         parser: streaming parser of text and tool calls.
         tokenizer: the SLM's.
         eos_ids: tokens that end an answer.
+        with_special: whether special tokens have a text; only for an answer that is plain text.
         schemas: validate the finished answer.
-        room: maximum number of completion tokens; an answer that used them all finishes with "length".
+        room: maximum number of completion tokens; an answer that used them all finishes with "length", unless it is
+            JSON of its schema, which is whole then.
+        grammar: the state that the steps advance; says whether ``room`` shortened the answer. None without one.
         thoughts: splits reasoning from the answer; None for a model without a reasoning format.
         stop: stop strings; they apply to the text, not inside reasoning and tool calls.
         ledger: receives the record at the end, however the generation ends; a failure to record does not fail the
@@ -57,6 +61,8 @@ class Generation:
         tokenizer: Any,
         eos_ids: frozenset[int],
         room: int,
+        with_special: bool = False,
+        grammar: Grammar | None = None,
         schemas: OutputSchemas | None = None,
         thoughts: ReasoningParser | None = None,
         stop: Sequence[str] = (),
@@ -65,7 +71,8 @@ class Generation:
         asked: AnswerRequest | None = None,
     ) -> None:
         self._steps, self.account, self._tokenizer, self.eos_ids = steps, account, tokenizer, eos_ids
-        self._room, self._stop = room, StopStrings(stop)
+        self._with_special = with_special
+        self._room, self._grammar, self._stop = room, grammar, StopStrings(stop)
         self._ledger, self._on_step, self._asked = ledger, on_step, asked
         self.parser, self.thoughts, self.schemas = parser, thoughts, schemas or OutputSchemas()
         self.invalid: list[str] = []
@@ -104,7 +111,7 @@ class Generation:
                 )
 
     def _read_steps(self) -> Generator[Place | MessageDelta, None, None]:
-        detokenizer = Detokenizer(self._tokenizer)
+        detokenizer = Detokenizer(self._tokenizer, with_special=self._with_special)
         ended = stopped = False
         for step in self._steps:
             if isinstance(step, Place):
@@ -170,7 +177,13 @@ class Generation:
         if self.parser.tool_calls:
             return "tool_calls"
         cut = self.account.work.stopped_by is not None or len(self.account.steps) >= self._room
-        return "length" if cut and not ended else "stop"
+        whole = ended or (self.schemas.reply is not None and not self.invalid)
+        return "length" if cut and not whole else "stop"
+
+    @property
+    def shortened(self) -> bool:
+        """Whether calls or JSON had to end for the token limit, so that texts in them may end early."""
+        return self._grammar is not None and self._grammar.shortened
 
     def as_messages(self) -> list[dict[str, Any]]:
         """The answer, whole or as far as it came, as ``gen_ai.output.messages``."""

@@ -72,6 +72,10 @@ class Grammar(Protocol):
     def finished(self) -> bool:
         """Whether no token is legal any more."""
 
+    @property
+    def shortened(self) -> bool:
+        """Whether the token limit has ruled out the most likely legal token somewhere, so that texts may end early."""
+
     def fork(self) -> Self:
         """An independent copy of the state."""
 
@@ -187,12 +191,17 @@ class GrammarState:
         self._what = compiled.what
         self._detours = _DETOURS  # how a completion may go on after other tokens, tried before a search
         self._completions_after: dict[int, list[int]] = {}  # completions found for tokens that are legal now
-        self._ended = False
+        self._ended = self._shortened = False
 
     @property
     def finished(self) -> bool:
         """Whether nothing more may come."""
         return bool(self._ended or self._matcher.is_stopped())
+
+    @property
+    def shortened(self) -> bool:
+        """Whether the token limit has ruled out the most likely legal token somewhere."""
+        return self._shortened
 
     @property
     def _near_limit(self) -> bool:
@@ -263,15 +272,17 @@ class GrammarState:
         if self._is_legal(first) and (path is None or self._can_finish_after(first, path, budget)):
             return first
         mask = self._legal()
-        if path is not None:
-            tried = self._most_likely(mask, logits)
-            found = next(
-                (token for token in tried if token != first and self._can_finish_after(token, path, budget)), None
-            )
-            mask = self._mask_of_completion(mask, path)  # its token is allowed even where it was not tried
-            if found is not None:
-                mask[found] = True
-        return argmax(logits.masked_fill(~torch.from_numpy(mask).to(logits.device), -torch.inf))
+        legal = _best_of(logits, mask)
+        if path is None:
+            return legal
+        tried = self._most_likely(mask, logits)
+        found = next((token for token in tried if token != first and self._can_finish_after(token, path, budget)), None)
+        mask = self._mask_of_completion(mask, path)  # its token is allowed even where it was not tried
+        if found is not None:
+            mask[found] = True
+        permitted = _best_of(logits, mask)
+        self._shortened |= permitted != legal
+        return permitted
 
     def allowed(self, logits: Tensor | None = None) -> Tensor:
         """Token mask ``[V]`` (bool, CPU); near the token limit, only tokens after which the answer can be completed.
@@ -304,8 +315,9 @@ class GrammarState:
             return mask
         allowed = self._mask_of_completion(mask, path)
         budget = SearchBudget(_MASK_SEARCH_STEPS)
-        for token in self._most_likely(mask, logits):
+        for at, token in enumerate(self._most_likely(mask, logits)):
             allowed[token] = self._can_finish_after(token, path, budget) or allowed[token]
+            self._shortened |= at == 0 and logits is not None and not allowed[token]
         return allowed
 
     def _most_likely(self, mask: Mask, logits: Tensor | None) -> Iterator[int]:
@@ -400,6 +412,11 @@ class GrammarState:
         return self._vocabulary.completion_search.find_completion(
             state, self._vocabulary.mask, room, first_found=True, budget=budget
         )
+
+
+def _best_of(logits: Tensor, mask: Mask) -> int:
+    """The most likely token ``[V]`` under a mask ``[V]``, the first of equally likely ones."""
+    return argmax(logits.masked_fill(~torch.from_numpy(mask).to(logits.device), -torch.inf))
 
 
 def tool_grammar(

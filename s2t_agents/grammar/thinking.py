@@ -207,6 +207,11 @@ class ThinkThenAnswer:
             return False
         return self._tokens_left <= 0 or (self._phase in ("gap", "answer") and self._started_answer().finished)
 
+    @property
+    def shortened(self) -> bool:
+        """Whether the token limit has ruled out the most likely legal token of the answer somewhere."""
+        return self._answer_state is not None and self._answer_state.shortened
+
     def forced(self) -> list[int]:
         """Tokens that must come next, with no choice in them."""
         if self._dictated_tokens:

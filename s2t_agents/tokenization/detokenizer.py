@@ -42,11 +42,13 @@ class Detokenizer:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
+        with_special: show special tokens, too.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, with_special: bool = False) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
-        self._special = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self._special = {i for i, t in added if t.special and not with_special}
         decoder = decoder_config(self._tokenizer.decoder)
         self._byte_level = decoder.get("type") == "ByteLevel"
         self._byte_fallback = "ByteFallback" in json.dumps(decoder)
@@ -54,7 +56,7 @@ class Detokenizer:
         self._previous: int | None = None
 
     def push(self, token_id: int) -> str:
-        """Text that this token completes; ``""`` for special tokens and incomplete characters."""
+        """Text that this token completes; ``""`` for special tokens that are not shown and incomplete characters."""
         token = self._tokenizer.id_to_token(token_id)
         if token is None or token_id in self._special:
             return ""
