@@ -42,7 +42,7 @@ def run(name: str, device: torch.device, *, prompt: int = 40, tokens: int = 24) 
         captured, the largest differences of logits and scores, and ``passed``.
     """
     reference, graphed, eager = (_model(name, where) for where in (torch.device("cpu"), device, device))
-    over_arenas(graphed)
+    with_kv_pools(graphed)
     vars(eager.torch_backend.runner)["graph_runner"] = None
     ids = random_prompt(reference, prompt)
     answers = [_greedy(model, ids, tokens) for model in (reference, graphed, eager)]
@@ -77,7 +77,7 @@ def run(name: str, device: torch.device, *, prompt: int = 40, tokens: int = 24) 
     }
 
 
-def over_arenas(model: LanguageModel) -> None:
+def with_kv_pools(model: LanguageModel) -> None:
     """On the CPU, too, steps go over KV of fixed capacity, without capture; on CUDA they do so by themselves."""
     backend = model.torch_backend
     if model.device.type == "cpu" and backend.runner.decoder_batch is not None:
@@ -117,11 +117,11 @@ def _path(model: LanguageModel, ids: list[int], answer: list[int]) -> list[dict[
     """Logits and scores at every token of an answer, with the same random selectors on every device."""
     prefix, found = TokenSequence(model), []
     prefix.append(ids)
-    looks = _trained(model)
+    scorers = _trained(model)
     for token in answer:
         prefix.append([token])
         proposal = Proposal(prefix, 8)
-        scores = {kind: selector.scores(proposal).cpu() for kind, selector in looks.items()}
+        scores = {kind: selector.scores(proposal).cpu() for kind, selector in scorers.items()}
         found.append({"logits": prefix.logits.cpu(), **scores})
     return found
 

@@ -100,7 +100,7 @@ def run(
 
     part("correctness", (agreement.run(name, where) for name in agreement.models()))
     model = measured_model(shape, dtype=torch.bfloat16, device=device)
-    agreement.over_arenas(model)
+    agreement.with_kv_pools(model)
     runs = (decode.run(model, prefix=n, tokens=sizes.tokens, repeats=sizes.repeats) for n in sizes.prefixes)
     for found in part("decode", runs):
         engine = found["rows"]["engine"]["ms_per_token"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from s2t_agents.backends.torch.cuda.cuda_graph import CudaGraphs, Replay
-from s2t_agents.backends.torch.cuda.pooled_kv_cache import mark
+from s2t_agents.backends.torch.cuda.in_flight import mark
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 ONE = torch.ones(1)

@@ -14,13 +14,12 @@ from test_graph_runner import eager_model, greedy, pooled_model, read, same, som
 from s2t_agents import Engine
 from s2t_agents.backends.base import Append, ScoreCandidates, Work
 from s2t_agents.backends.statistics import statistics_at
-from s2t_agents.backends.torch.cuda import decode_graphs as static_bodies
-from s2t_agents.backends.torch.cuda import graph_runner as static_step
+from s2t_agents.backends.torch.cuda import decode_graphs, graph_runner
 from s2t_agents.backends.torch.cuda.cuda_graph import Body, played
 from s2t_agents.backends.torch.cuda.decode_graphs import DecodeGraph
 from s2t_agents.backends.torch.cuda.graph_runner import SURE
-from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST
-from s2t_agents.backends.torch.cuda.pooled_kv_cache import InFlightRow, InFlightStep, PooledKVCache
+from s2t_agents.backends.torch.cuda.in_flight import InFlightRow, InFlightStep
+from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST, PooledKVCache
 from s2t_agents.proposal import Proposal
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.requests import AppendRequest
@@ -274,7 +273,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(static_step, "monotonic", lambda: self.now)
+        monkeypatch.setattr(graph_runner, "monotonic", lambda: self.now)
 
 
 def unbilled_s(model: LanguageModel, prefixes: list[TokenSequence]) -> list[float]:
@@ -359,7 +358,7 @@ def test_the_time_of_a_capture_is_none_of_the_step(monkeypatch: pytest.MonkeyPat
         happened.append("recorded")
         return body
 
-    monkeypatch.setattr(static_bodies, "mark", lambda like: happened.append("marked"))
+    monkeypatch.setattr(decode_graphs, "mark", lambda like: happened.append("marked"))
     prefix = read(pooled_model(record=record), some_ids(9))
     prefix.append([4])
     assert happened == ["marked", "recorded", "marked", "marked"]  # the last is that of the step begun after it

@@ -23,11 +23,10 @@ from s2t_agents import Engine
 from s2t_agents.backends.base import Append
 from s2t_agents.backends.statistics import statistics_at
 from s2t_agents.backends.torch import model_runner
-from s2t_agents.backends.torch.cuda import attention as static_attention
+from s2t_agents.backends.torch.cuda import attention
 from s2t_agents.backends.torch.cuda.cuda_graph import Recorder, played
 from s2t_agents.backends.torch.cuda.graph_runner import GraphRunner, agrees
-from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST, KVPools, bucket
-from s2t_agents.backends.torch.cuda.pooled_kv_cache import PooledKVCache
+from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST, KVPools, PooledKVCache, bucket
 from s2t_agents.backends.torch.fused_ops import PLAIN, Pointwise
 from s2t_agents.backends.torch.kv_cache import KVCache
 from s2t_agents.backends.torch.lora import Lora
@@ -166,7 +165,7 @@ def test_capacities_come_in_few_sizes_that_are_never_too_small() -> None:
     sizes = {bucket(tokens) for tokens in range(1, 33_000)}
     assert all(bucket(tokens) > tokens for tokens in range(1, 33_000))
     assert len(sizes) < 14
-    assert all(size % static_attention.CHUNK == 0 for size in sizes)
+    assert all(size % attention.CHUNK == 0 for size in sizes)
 
 
 def test_a_cut_sequence_goes_on_from_the_cut() -> None:
@@ -386,7 +385,7 @@ def test_the_path_is_type_checked_and_its_import_touches_no_gpu() -> None:
     root = Path(__file__).parent.parent
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["mypy"]
     assert (settings["strict"], settings["packages"]) == (True, ["s2t_agents", "benchmarks"])
-    names = ["pooled_kv_cache", "kv_pool", "attention", "graph_runner", "cuda_graph"]
+    names = ["in_flight", "kv_pool", "attention", "graph_runner", "cuda_graph"]
     text = "".join((root / "s2t_agents" / "backends" / "torch" / "cuda" / f"{name}.py").read_text() for name in names)
     assert "mypy: ignore" not in text
     assert set(re.findall(r"type: ignore(\S*)", text)) <= {"[no-untyped-call]"}  # torch.cuda.Stream has no types

@@ -14,11 +14,10 @@ from test_graph_runner import CANDIDATES, eager_model, is_seated, pooled_model, 
 from torch_models import runner
 
 from s2t_agents.backends.base import Append
-from s2t_agents.backends.torch.cuda import graph_runner as static_step
+from s2t_agents.backends.torch.cuda import graph_runner
 from s2t_agents.backends.torch.cuda.cuda_graph import played
 from s2t_agents.backends.torch.cuda.decode_graphs import CandidateGraph
-from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST, KVPool, KVPools
-from s2t_agents.backends.torch.cuda.pooled_kv_cache import PooledKVCache
+from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST, KVPool, KVPools, PooledKVCache
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
 
@@ -204,16 +203,16 @@ def test_when_memory_was_out_the_eager_way_is_taken_for_a_while_and_no_longer(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return body
 
-    monkeypatch.setattr(static_step, "monotonic", lambda: now[0])
+    monkeypatch.setattr(graph_runner, "monotonic", lambda: now[0])
     ours, theirs = pooled_model(record=out_at_first), eager_model()
     one, other = read(ours, some_ids(9)), read(theirs, some_ids(9))
     with caplog.at_level(logging.WARNING):
-        for seconds in (0, 1, static_step.RETRY_S):
+        for seconds in (0, 1, graph_runner.RETRY_S):
             now[0] += seconds
             one.append([4])
             other.append([4])
             same(one, other)
-    assert tries == [1000.0, 1001.0 + static_step.RETRY_S]
+    assert tries == [1000.0, 1001.0 + graph_runner.RETRY_S]
     assert runner(ours).graph_runner is not None
     assert not runner(ours).graph_runner.failed
     (record,) = caplog.records

@@ -47,8 +47,8 @@ def test_it_equals_the_model_for_one_and_for_several_sequences(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_a_prompt_in_stretches_is_the_prompt(name: str) -> None:
-    """One of the stretches, and all of them together, reach past the sliding window."""
+def test_a_prompt_in_chunks_is_the_prompt(name: str) -> None:
+    """One of the chunks, and all of them together, reach past the sliding window."""
     model = tiny_model(name)
     assert runner(model).decoder_batch is not None
     ids = torch.randint(0, 250, (60,), generator=torch.Generator().manual_seed(0))
@@ -66,7 +66,7 @@ def test_a_prompt_in_stretches_is_the_prompt(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_stretches_and_tokens_of_several_sequences_go_in_one_forward(name: str) -> None:
+def test_chunks_and_tokens_of_several_sequences_go_in_one_forward(name: str) -> None:
     model = tiny_model(name)
     assert runner(model).decoder_batch is not None
     said = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14]]

@@ -11,10 +11,9 @@ from torch_models import runner
 
 from s2t_agents.backends.base import Append
 from s2t_agents.backends.torch.cuda import attention as static_attention
-from s2t_agents.backends.torch.cuda import prefill_graphs as static_stretches
+from s2t_agents.backends.torch.cuda import prefill_graphs
 from s2t_agents.backends.torch.cuda.cuda_graph import played
-from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST
-from s2t_agents.backends.torch.cuda.pooled_kv_cache import PooledKVCache
+from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST, PooledKVCache
 
 
 @pytest.mark.parametrize(("name", "more"), FAMILIES)
@@ -47,9 +46,9 @@ def test_a_prompt_is_read_by_a_graph_too_where_its_length_comes_often(length: in
 def test_a_stretch_of_one_sequence_leaves_its_neighbours_alone() -> None:
     ours, theirs = pooled_model(often=0), eager_model()
     ones, others = ([read(model, some_ids(9 + n, n)) for n in range(2)] for model in (ours, theirs))
-    for stretches in ([[3]], [[4], [5]], [some_ids(20, 1), [6]], [some_ids(20, 2), some_ids(33, 3)], [[8], [9]]):
-        parts = [Append(torch.tensor(ids), one.cache, len(one)) for ids, one in zip(stretches, ones, strict=False)]
-        for ids, one, other, said in zip(stretches, ones, others, ours.backend.forward(parts), strict=False):
+    for chunks in ([[3]], [[4], [5]], [some_ids(20, 1), [6]], [some_ids(20, 2), some_ids(33, 3)], [[8], [9]]):
+        parts = [Append(torch.tensor(ids), one.cache, len(one)) for ids, one in zip(chunks, ones, strict=False)]
+        for ids, one, other, said in zip(chunks, ones, others, ours.backend.forward(parts), strict=False):
             one.logits, one.hidden = said  # type: ignore[misc]
             one.ids += ids
             other.append(ids)
@@ -57,7 +56,7 @@ def test_a_stretch_of_one_sequence_leaves_its_neighbours_alone() -> None:
             same(one, other)
 
 
-def test_a_stretch_that_would_not_fit_into_its_row_moves_to_a_longer_one() -> None:
+def test_a_chunk_that_would_not_fit_into_its_row_moves_to_a_longer_one() -> None:
     ours, theirs = pooled_model(often=0), eager_model()
     ids = some_ids(SMALLEST - 12)
     one, other = read(ours, ids), read(theirs, ids)
@@ -70,7 +69,7 @@ def test_a_stretch_that_would_not_fit_into_its_row_moves_to_a_longer_one() -> No
     assert one.cache.pool.capacity == 2 * SMALLEST
 
 
-def test_stretches_are_captured_once_their_length_comes_often() -> None:
+def test_chunks_are_captured_once_their_length_comes_often() -> None:
     model = pooled_model(often=2)
     prefix = read(model, some_ids(9))
     assert runner(model).graph_runner is not None
@@ -81,7 +80,7 @@ def test_stretches_are_captured_once_their_length_comes_often() -> None:
     assert captured == [0, 0, 1, 1]
 
 
-def test_a_stretch_that_says_something_else_is_found_out(
+def test_a_chunk_that_says_something_else_is_found_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ours, theirs = pooled_model(often=0), eager_model()
@@ -95,20 +94,20 @@ def test_a_stretch_that_says_something_else_is_found_out(
     assert "prompts go on without captured graphs: their logits are not those of the eager way" in caplog.text
     assert runner(ours).graph_runner is not None
     assert not runner(ours).graph_runner.failed
-    assert runner(ours).graph_runner.captured == {"steps": 1, "stretches": 0, "looks": 0}
+    assert runner(ours).graph_runner.captured == {"decode": 1, "prefill": 0, "candidates": 0}
 
 
-def test_a_stretch_that_cannot_be_captured_leaves_steps_alone(caplog: pytest.LogCaptureFixture) -> None:
-    def but_no_stretch(body: Any) -> Any:
-        if "reading" in body.__code__.co_names:
+def test_a_chunk_that_cannot_be_captured_leaves_steps_alone(caplog: pytest.LogCaptureFixture) -> None:
+    def but_no_prefill(body: Any) -> Any:
+        if "prefill_metadata" in body.__code__.co_names:
             raise RuntimeError("operation not permitted when stream is capturing")
         return body
 
-    ours, theirs = pooled_model(record=but_no_stretch, often=0), eager_model()
+    ours, theirs = pooled_model(record=but_no_prefill, often=0), eager_model()
     ones, others = ([read(model, some_ids(9 + n, n)) for n in range(2)] for model in (ours, theirs))
-    for stretches in ([[3], [4]], [[4], some_ids(20, 2)], [[8], [9]], [[7], some_ids(20, 3)]):
-        parts = [Append(torch.tensor(ids), one.cache, len(one)) for ids, one in zip(stretches, ones, strict=True)]
-        for ids, one, other, said in zip(stretches, ones, others, ours.backend.forward(parts), strict=True):
+    for chunks in ([[3], [4]], [[4], some_ids(20, 2)], [[8], [9]], [[7], some_ids(20, 3)]):
+        parts = [Append(torch.tensor(ids), one.cache, len(one)) for ids, one in zip(chunks, ones, strict=True)]
+        for ids, one, other, said in zip(chunks, ones, others, ours.backend.forward(parts), strict=True):
             one.logits, one.hidden = said  # type: ignore[misc]
             one.ids += ids
             other.append(ids)
@@ -138,13 +137,13 @@ def test_a_stretch_without_memory_goes_the_eager_way_and_steps_go_on(
         other.append(ids)
         same(one, other)
     assert "for 60 s prompts go on without captured graphs" in caplog.text
-    assert runner(ours).graph_runner.captured == {"steps": 1, "stretches": 1, "looks": 0}
+    assert runner(ours).graph_runner.captured == {"decode": 1, "prefill": 1, "candidates": 0}
     assert not runner(ours).graph_runner.failed
 
 
 def test_a_stretch_of_which_a_graph_would_keep_too_much_goes_the_eager_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static_stretches, "LIMIT_BYTES", 1000)
+    monkeypatch.setattr(prefill_graphs, "LIMIT_BYTES", 1000)
     ours = pooled_model(often=0)
     same(read(ours, some_ids(20)), read(eager_model(), some_ids(20)))
     assert runner(ours).graph_runner is not None
-    assert runner(ours).graph_runner.captured["stretches"] == 0
+    assert runner(ours).graph_runner.captured["prefill"] == 0

@@ -217,8 +217,8 @@ def now_and_then(seed: int) -> Trigger:
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3", "gemma3", *RECURRENT])
 def test_generations_with_selections_at_once_say_what_each_says_alone(name: str) -> None:
     model = tiny_model(name)
-    looks = [selector(model, 1), selector(model, 2)]  # two adapters on one base
-    engines = [Engine(model, trigger=now_and_then(at), selector=looks[at % 2]) for at in range(6)]
+    selectors = [selector(model, 1), selector(model, 2)]  # two adapters on one base
+    engines = [Engine(model, trigger=now_and_then(at), selector=selectors[at % 2]) for at in range(6)]
     alone = [selected(engine, at, 15) for at, engine in enumerate(engines)]
     jobs = [lambda at=at, engine=engine: selected(engine, at, 15) for at, engine in enumerate(engines)]
     for got, wanted in zip(together(*jobs), alone, strict=True):

@@ -55,7 +55,7 @@ def test_a_long_prefix_is_read_in_chunks_to_the_same_end(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECURRENT)
-def test_recurrent_state_survives_stretches_and_long_prompts(name: str) -> None:
+def test_recurrent_state_survives_chunks_and_long_prompts(name: str) -> None:
     ids = torch.randint(0, 250, (1100,), generator=torch.Generator().manual_seed(1)).tolist()
     model = tiny_model(name, max_position_embeddings=2048)
     for parts in ([1100], [30, 10], [30, 1, 9]):

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch_models import runner
 
 from s2t_agents.backends.torch.cuda.cuda_graph import played
-from s2t_agents.backends.torch.cuda.graph_runner import GraphRunner, agrees, ways
+from s2t_agents.backends.torch.cuda.graph_runner import GraphRunner, agrees, graph_builders
 from s2t_agents.backends.torch.fused_ops import turned
 from s2t_agents.testing import tiny_model
 
@@ -111,11 +111,11 @@ def test_steps_and_selections_are_those_of_the_eager_way(
     monkeypatch.setattr(kernels, "OUTPUTS", 64)  # the interpreter takes a while for every program
     model = tiny_model(name, **more)
     assert runner(model).decoder_batch is not None
-    assert ways()[0] is kernels.TritonGraphBuilder
+    assert graph_builders()[0] is kernels.TritonGraphBuilder
     assert agrees(
         model.model,
         runner(model).decoder_batch,
-        GraphRunner(runner(model).decoder_batch, played, way=kernels.TritonGraphBuilder),
+        GraphRunner(runner(model).decoder_batch, played, builder=kernels.TritonGraphBuilder),
     )
 
 
@@ -129,7 +129,7 @@ def test_a_kernel_that_cannot_be_made_leaves_the_other_way(
     monkeypatch.setattr(kernels.triton_kernels, "joined", Broken())
     model = tiny_model("qwen2")
     assert runner(model).decoder_batch is not None
-    graph_runner = GraphRunner(runner(model).decoder_batch, played, way=kernels.TritonGraphBuilder)
+    graph_runner = GraphRunner(runner(model).decoder_batch, played, builder=kernels.TritonGraphBuilder)
     assert not agrees(model.model, runner(model).decoder_batch, graph_runner)
     assert graph_runner.failed
     assert "TypeError: no compiler" in caplog.text

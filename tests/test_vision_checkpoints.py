@@ -88,7 +88,7 @@ def test_it_writes_what_the_whole_model_writes(checkpoint: tuple[Any, Path]) -> 
     assert [step.token_id for step in Engine(model).steps(ids, Sampling(max_tokens=12))] == said
 
 
-def test_candidates_and_stretches_are_read_exactly(checkpoint: tuple[Any, Path]) -> None:
+def test_candidates_and_chunks_are_read_exactly(checkpoint: tuple[Any, Path]) -> None:
     _, folder = checkpoint
     model = LanguageModel.load(str(folder), dtype=torch.float32)
     ids, candidates = torch.arange(3, 40), torch.tensor([50, 7, 200])

@@ -19,7 +19,7 @@ from ..base import Capabilities, Limits, Output, SequenceCache, Work
 from .candidate_overlay import overlay_is_exact, overlay_of, rows_mask
 from .cpu_threads import release_threads
 from .cuda.graph_runner import GraphRunner
-from .cuda.pooled_kv_cache import PooledKVCache
+from .cuda.kv_pool import PooledKVCache
 from .fingerprint import checkpoint_fingerprint, norms_of, tokenizer_fingerprint, weights_fingerprint
 from .grouped_attention import grouped_attention
 from .kv_cache import KVCache, RecurrentCache

@@ -24,8 +24,8 @@ from ..lora import LoraLayer
 from ..packed_linear import FusedLinear, state_of
 from .attention import CandidateAttention, DecodeAttention, PrefillAttention
 from .cuda_graph import Body, Recorder
+from .in_flight import InFlightRow, InFlightStep, mark
 from .kv_pool import KVPool
-from .pooled_kv_cache import InFlightRow, InFlightStep, mark
 
 
 class Recorded:
@@ -41,10 +41,10 @@ class Recorded:
         self._again: Body | None = None
 
     def __call__(self, prepare: Callable[[], None]) -> tuple[Tensor, ...]:
-        """Play it.
+        """Replay it.
 
         Args:
-            prepare: puts the inputs into the static buffers; twice the first time, since to record is to play, too.
+            prepare: puts the inputs into the static buffers; twice the first time, since recording runs it, too.
         """
         prepare()
         if self._again is None:
@@ -54,7 +54,7 @@ class Recorded:
 
 
 class Marked:
-    """A preparation that remembers when it was done, the last time: what is recorded before is not what is played.
+    """A preparation that remembers when it was done, the last time: what is recorded before is not the replay.
 
     Args:
         prepare: puts inputs into static buffers.
@@ -88,17 +88,19 @@ class GraphBuilder:
         best = logits.argmax(-1, keepdim=True)
         return logits, best, self.ops.logit_statistics(logits, best, logits.gather(-1, best))
 
-    def tokens_over(self, kv: Sequence[Tensor], positions: Tensor, cos: Tensor, sin: Tensor) -> BatchMetadata:
+    def decode_metadata(self, kv: Sequence[Tensor], positions: Tensor, cos: Tensor, sin: Tensor) -> BatchMetadata:
         """One token for each row, see ``DecodeAttention``; rotations ``[N, 1, d]``."""
         return BatchMetadata(cos, sin, DecodeAttention(kv, positions, self.ops), self.llama_decoder.linear, self.ops)
 
-    def reading(self, kv: Sequence[Tensor], row: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> BatchMetadata:
+    def prefill_metadata(
+        self, kv: Sequence[Tensor], row: Tensor, positions: Tensor, cos: Tensor, sin: Tensor
+    ) -> BatchMetadata:
         """Several tokens of one row, see ``PrefillAttention``; rotations ``[N, 1, d]``."""
         return BatchMetadata(
             cos, sin, PrefillAttention(kv, row, positions, self.ops), self.llama_decoder.linear, self.ops
         )
 
-    def candidates_over(
+    def candidate_metadata(
         self, kv: Sequence[Tensor], length: Tensor, cos: Tensor, sin: Tensor, affine: LinearMap
     ) -> BatchMetadata:
         """Candidates after one row, see ``CandidateAttention``; rotations ``[1, 1, d]``."""
@@ -113,22 +115,22 @@ class DecodeGraph:
         last: the last position that a token can take; the column after it is spare, see ``kv_pool``.
     """
 
-    def __init__(self, way: GraphBuilder, pool: KVPool, first: int, count: int) -> None:
+    def __init__(self, builder: GraphBuilder, pool: KVPool, first: int, count: int) -> None:
         kv, spare = pool.kv[:, :, first : first + count].unbind(1), pool.capacity - 1
         self.count, self.last, self._spare = count, spare - 1, spare
-        cos, sin = way.llama_decoder.rotation_table(pool.capacity)
+        cos, sin = builder.llama_decoder.rotation_table(pool.capacity)
         self._ids = ids = torch.zeros(count, dtype=torch.long, device=pool.kv.device)
         self._positions = positions = torch.full_like(ids, self._spare)
 
         def body() -> tuple[Tensor, ...]:  # holds no self: a cycle would keep the KV
-            rows = way.tokens_over(kv, positions, cos[positions], sin[positions])
-            hidden = way.llama_decoder.through(ids, rows)
-            logits, best, seen = way.outputs(hidden, rows)
+            rows = builder.decode_metadata(kv, positions, cos[positions], sin[positions])
+            hidden = builder.llama_decoder.through(ids, rows)
+            logits, best, seen = builder.outputs(hidden, rows)
             ids.copy_(best[:, 0])
             positions.add_(positions < spare)
             return logits, hidden, seen
 
-        self._play = Recorded(body, way.record)
+        self._graph = Recorded(body, builder.record)
         self._latest: tuple[InFlightStep, list[int]] | None = None
         """The last one, and the rows that took part in it: what the buffers hold is what follows."""
 
@@ -154,22 +156,22 @@ class DecodeGraph:
         return [replace(each, token=token) for each, token in zip(in_flight, ids, strict=True)]
 
     def after(self, in_flight: Sequence[InFlightRow], rows: Sequence[int]) -> list[InFlightRow]:
-        """Begin the step after those that are under way, with the tokens that they will want.
+        """Begin the step after those that are under builder, with the tokens that they will want.
 
         Args:
-            begun: the parts of one play, or of several.
+            in_flight: rows of one step, or of several.
             rows: where their sequences lie, counted from ``first``.
         """
         sources, positions = [each.row for each in in_flight], [each.position + 1 for each in in_flight]
-        plays = list(dict.fromkeys(each.play for each in in_flight))
+        steps = list(dict.fromkeys(each.step for each in in_flight))
         last, its_rows = self._latest or (None, [])
-        goes_on = plays == [last] and its_rows == rows == sources
+        goes_on = steps == [last] and its_rows == rows == sources
 
         def prepare() -> None:
             if goes_on:
                 return
-            at, source, places, of = self._uploaded(rows, sources, positions, [plays.index(b.play) for b in in_flight])
-            best = torch.stack([play.seen[source.clamp(max=len(play.seen) - 1), 0] for play in plays])
+            at, source, places, of = self._uploaded(rows, sources, positions, [steps.index(b.step) for b in in_flight])
+            best = torch.stack([step.seen[source.clamp(max=len(step.seen) - 1), 0] for step in steps])
             self._ids[at] = best.gather(0, of[None])[0].long()
             self._positions.fill_(self._spare)[at] = places
 
@@ -177,10 +179,10 @@ class DecodeGraph:
 
     def _begun(self, rows: Sequence[int], positions: Sequence[int], prepare: Callable[[], None]) -> list[InFlightRow]:
         marked = Marked(prepare, self._ids)
-        logits, hidden, seen = (each.clone() for each in self._play(marked))
-        play = InFlightStep(logits, hidden, seen, marked.at, len(rows))
-        self._latest = play, list(rows)
-        return [InFlightRow(play, row, position) for row, position in zip(rows, positions, strict=True)]
+        logits, hidden, seen = (each.clone() for each in self._graph(marked))
+        step = InFlightStep(logits, hidden, seen, marked.at, len(rows))
+        self._latest = step, list(rows)
+        return [InFlightRow(step, row, position) for row, position in zip(rows, positions, strict=True)]
 
     def _uploaded(self, *rows: Sequence[int]) -> Tensor:
         """Lists of integers on the device, without waiting for what it is at."""
@@ -195,9 +197,9 @@ class PrefillGraph:
         tokens: at most, and so many columns of the row are written.
     """
 
-    def __init__(self, way: GraphBuilder, pool: KVPool, tokens: int) -> None:
+    def __init__(self, builder: GraphBuilder, pool: KVPool, tokens: int) -> None:
         kv, self.tokens = pool.kv.unbind(1), tokens
-        cos, sin = way.llama_decoder.rotation_table(pool.capacity)
+        cos, sin = builder.llama_decoder.rotation_table(pool.capacity)
         self._ids = ids = torch.zeros(tokens, dtype=torch.long, device=pool.kv.device)
         self._places = places = torch.zeros(3, dtype=torch.long, device=pool.kv.device)
         """The row, the tokens in it, and which of the new ones is the last."""
@@ -205,12 +207,12 @@ class PrefillGraph:
         def body() -> tuple[Tensor, ...]:
             row, length, last = places[:1], places[1:2], places[2:]
             positions = length + torch.arange(tokens, device=ids.device)
-            rows = way.reading(kv, row, positions, cos[positions], sin[positions])
-            hidden = way.llama_decoder.through(ids, rows).index_select(0, last)
-            logits, _, seen = way.outputs(hidden, rows)
+            rows = builder.prefill_metadata(kv, row, positions, cos[positions], sin[positions])
+            hidden = builder.llama_decoder.through(ids, rows).index_select(0, last)
+            logits, _, seen = builder.outputs(hidden, rows)
             return logits, hidden, seen
 
-        self._play = Recorded(body, way.record)
+        self._graph = Recorded(body, builder.record)
 
     def begin(self, row: int, ids: Sequence[int], length: int) -> InFlightRow:
         """Begin to read ``ids`` after the first ``length`` tokens of a row, and do not wait for it."""
@@ -221,7 +223,7 @@ class PrefillGraph:
             self._places.copy_(filled[-3:])
 
         marked = Marked(prepare, self._ids)
-        logits, hidden, seen = (each.clone() for each in self._play(marked))
+        logits, hidden, seen = (each.clone() for each in self._graph(marked))
         return InFlightRow(InFlightStep(logits, hidden, seen, marked.at, 1), 0, length + len(ids) - 1, ids[-1])
 
 
@@ -229,7 +231,7 @@ class CandidateGraph:
     """K candidates after one row of a KV pool.
 
     Args:
-        way: how it is made.
+        builder: how it is made.
         pool: which is read.
         row: which row.
         candidates: how many, after filling up.
@@ -240,19 +242,23 @@ class CandidateGraph:
     """
 
     def __init__(
-        self, way: GraphBuilder, pool: KVPool, row: int, candidates: int, corrections: Mapping[nn.Module, LoraLayer]
+        self, builder: GraphBuilder, pool: KVPool, row: int, candidates: int, corrections: Mapping[nn.Module, LoraLayer]
     ) -> None:
         self.state = state_of_all(corrections)
         kv = pool.kv[:, :, row : row + 1].unbind(1)
-        cos, sin = way.llama_decoder.rotation_table(pool.capacity)
+        cos, sin = builder.llama_decoder.rotation_table(pool.capacity)
         self._ids = ids = torch.zeros(candidates, dtype=torch.long, device=pool.kv.device)
         self._length = length = torch.zeros(1, dtype=torch.long, device=pool.kv.device)
-        affine = corrected(way.llama_decoder, corrections)
+        affine = corrected(builder.llama_decoder, corrections)
 
         def body() -> tuple[Tensor, ...]:
-            return (way.llama_decoder.through(ids, way.candidates_over(kv, length, cos[length], sin[length], affine)),)
+            return (
+                builder.llama_decoder.through(
+                    ids, builder.candidate_metadata(kv, length, cos[length], sin[length], affine)
+                ),
+            )
 
-        self._play = Recorded(body, way.record)
+        self._graph = Recorded(body, builder.record)
 
     def __call__(self, candidates: Tensor, length: int) -> Tensor:
         """Last hidden states ``[K, H]`` of ``candidates`` ``[K]`` after the row's first ``length`` tokens."""
@@ -262,7 +268,7 @@ class CandidateGraph:
             self._ids[: len(candidates)].copy_(candidates)
             self._length.fill_(length)
 
-        (hidden,) = self._play(prepare)
+        (hidden,) = self._graph(prepare)
         return hidden[: len(candidates)].clone()
 
 

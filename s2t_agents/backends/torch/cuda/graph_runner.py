@@ -30,8 +30,8 @@ from ..fused_ops import PLAIN, Pointwise, fused
 from ..llama_decoder import close
 from .cuda_graph import RETRY_S, CudaGraphs, Recorder, out_of_memory
 from .decode_graphs import CandidateGraph, DecodeGraph, GraphBuilder, state_of_all
-from .kv_pool import KVPool, KVPools
-from .pooled_kv_cache import SURE, InFlightRow, InFlightStep, PooledKVCache
+from .in_flight import InFlightRow, InFlightStep
+from .kv_pool import SURE, KVPool, KVPools, PooledKVCache
 from .prefill_graphs import OFTEN, PrefillGraphs, filled
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class GraphRunner:
         record: how bodies are recorded.
         pools: where sequences lie.
         ops: how what is no product is computed.
-        way: of which kind bodies are.
+        builder: of which kind bodies are.
         often: see ``prefill_graphs.OFTEN``.
 
     Attributes:
@@ -90,14 +90,14 @@ class GraphRunner:
         record: Recorder,
         pools: KVPools | None = None,
         ops: Pointwise = PLAIN,
-        way: type[GraphBuilder] = GraphBuilder,
+        builder: type[GraphBuilder] = GraphBuilder,
         often: float = OFTEN,
     ) -> None:
-        self._rows, self._way = rows, way(rows.step, ops, record)
+        self._rows, self._builder = rows, builder(rows.step, ops, record)
         self.pools = pools or KVPools()
         self._decode_graphs: WeakKeyDictionary[KVPool, dict[tuple[int, int], DecodeGraph]] = WeakKeyDictionary()
         self._scoring_graphs: WeakKeyDictionary[KVPool, ScoringGraphsBy] = WeakKeyDictionary()
-        self.prefill_graphs = PrefillGraphs(rows, self._way, often)
+        self.prefill_graphs = PrefillGraphs(rows, self._builder, often)
         self._parameters = [module._parameters for module in rows.base.modules() if module._parameters]
         self._addresses = self._weights_lie()
         self.failed = False
@@ -111,9 +111,9 @@ class GraphRunner:
     def captured(self) -> dict[str, int]:
         """How many bodies of each kind there are."""
         return {
-            "steps": sum(len(each) for each in self._decode_graphs.values()),
-            "stretches": len(self.prefill_graphs),
-            "looks": sum(len(each) for by in self._scoring_graphs.values() for each in by.values()),
+            "decode": sum(len(each) for each in self._decode_graphs.values()),
+            "prefill": len(self.prefill_graphs),
+            "candidates": sum(len(each) for by in self._scoring_graphs.values() for each in by.values()),
         }
 
     def graphs_over(self, pool: KVPool) -> list[DecodeGraph | CandidateGraph]:
@@ -133,8 +133,8 @@ class GraphRunner:
             For the parts that were served, by their place: logits ``[V]`` (fp32) and last hidden state ``[H]`` of a
             step, last hidden states ``[K, H]`` of candidate scoring. Nothing has changed for the others.
         """
-        for play in self._ahead:  # this call waits for what is left of it
-            play.alone_s = monotonic() - self._left
+        for step in self._ahead:  # this call waits for what is left of it
+            step.alone_s = monotonic() - self._left
         self._ahead = []
         outputs = self._served(parts)
         if any(isinstance(part, ScoreCandidates) for part in parts):
@@ -152,7 +152,7 @@ class GraphRunner:
     def _served(self, parts: Sequence[Work]) -> dict[int, Output]:
         outputs: dict[int, Output] = {}
         self._renew()
-        appends = self._turns(parts)
+        appends = self._token_appends(parts)
         if appends:
             found = zip(appends, self.step(list(appends.values())), strict=True)
             outputs.update((at, outcome) for at, outcome in found if outcome is not None)
@@ -178,7 +178,7 @@ class GraphRunner:
         """The addresses of the base's weights."""
         return [each.data_ptr() for module in self._parameters for each in module.values() if each is not None]
 
-    def _turns(self, parts: Sequence[Work]) -> dict[int, TokenAppend]:
+    def _token_appends(self, parts: Sequence[Work]) -> dict[int, TokenAppend]:
         """Those parts that are tokens, by their place."""
         return {
             at: TokenAppend(part.cache, part.ids.tolist(), part.length)
@@ -199,40 +199,42 @@ class GraphRunner:
         """
         outputs: dict[TokenAppend, StepOutput] = {}
         with self._eager_after_failure():
-            needed = [turn.length + filled(turn.ids) for turn in appends]
-            pools = self.pools.slot([turn.cache for turn in appends], needed)
+            needed = [append.length + filled(append.ids) for append in appends]
+            pools = self.pools.slot([append.cache for append in appends], needed)
             # Read once: a sequence whose caller is interrupted may leave its row at any time.
-            slots = [turn.cache.slot for turn in appends]
+            slots = [append.cache.slot for append in appends]
             for pool in dict.fromkeys(each for each in pools if each is not None):
                 here = zip(appends, pools, slots, strict=True)
                 rows = {t: slot.row for t, each, slot in here if each is pool and slot and slot.pool is pool}
                 outputs.update(self._step_pool(pool, rows))
-        return [outputs.get(turn) for turn in appends]
+        return [outputs.get(append) for append in appends]
 
     def _step_pool(self, pool: KVPool, rows: Mapping[TokenAppend, int]) -> dict[TokenAppend, StepOutput]:
         """Steps and chunks of sequences in rows of one KV pool; chunks that could not be read are missing."""
         read = {
-            turn: self.prefill_graphs.read(pool, row, turn.cache, turn.ids, turn.length)
-            for turn, row in rows.items()
-            if len(turn.ids) > 1
+            append: self.prefill_graphs.read(pool, row, append.cache, append.ids, append.length)
+            for append, row in rows.items()
+            if len(append.ids) > 1
         }
-        appends = [turn for turn in rows if read.get(turn, turn) is not None]
+        appends = [append for append in rows if read.get(append, append) is not None]
         if not appends:
             return {}
-        in_flight = [read.get(turn) or turn.in_flight() for turn in appends]
-        for turn in appends:
-            turn.cache.alone_steps = turn.cache.alone_steps + 1 if len(appends) == 1 else 0
-        first, steps = self._steps_of(pool, [rows[turn] for turn in appends], alone_steps=appends[0].cache.alone_steps)
-        places = [rows[turn] - first for turn in appends]
+        in_flight = [read.get(append) or append.in_flight() for append in appends]
+        for append in appends:
+            append.cache.alone_steps = append.cache.alone_steps + 1 if len(appends) == 1 else 0
+        first, steps = self._steps_of(
+            pool, [rows[append] for append in appends], alone_steps=appends[0].cache.alone_steps
+        )
+        places = [rows[append] - first for append in appends]
         now = _all_begun(steps, in_flight, places, appends)
         following = steps.after(now, places) if _goes_on(steps, appends, now) else []
-        self._ahead += [each.play for each in following[:1]]
-        for turn, each in zip(appends, now, strict=True):
-            turn.cache.advance(each.position + 1, each.play.statistics_of_rows[each.row])
-            turn.cache.device_alone_s = each.play.device_alone_s
-        for turn, each, prefetched in zip(appends, now, following, strict=False):
-            prefetched.token, turn.cache.in_flight = each.play.statistics_of_rows[each.row].best, prefetched
-        return {turn: StepOutput(*each.output) for turn, each in zip(appends, now, strict=True)}
+        self._ahead += [each.step for each in following[:1]]
+        for append, each in zip(appends, now, strict=True):
+            append.cache.advance(each.position + 1, each.step.statistics_of_rows[each.row])
+            append.cache.device_alone_s = each.step.device_alone_s
+        for append, each, prefetched in zip(appends, now, following, strict=False):
+            prefetched.token, append.cache.in_flight = each.step.statistics_of_rows[each.row].best, prefetched
+        return {append: StepOutput(*each.output) for append, each in zip(appends, now, strict=True)}
 
     def _steps_of(self, pool: KVPool, rows: Sequence[int], alone_steps: int) -> tuple[int, DecodeGraph]:
         """The graph for some rows, and the first row of it."""
@@ -243,7 +245,7 @@ class GraphRunner:
         if len(rows) == 1 and (key not in known or alone_steps >= ALONE_STEPS):
             key = (rows[0], 1)
         if key not in known:
-            known[key] = DecodeGraph(self._way, pool, *key)
+            known[key] = DecodeGraph(self._builder, pool, *key)
         return key[0], known[key]
 
     @torch.inference_mode()
@@ -263,7 +265,7 @@ class GraphRunner:
             )
             key = (cache.slot.row, candidates)
             if key not in known or known[key].state != state_of_all(corrections):
-                known[key] = CandidateGraph(self._way, pool, cache.slot.row, candidates, corrections)
+                known[key] = CandidateGraph(self._builder, pool, cache.slot.row, candidates, corrections)
             return known[key](scoring.ids, length)
         return None
 
@@ -272,8 +274,8 @@ class GraphRunner:
         if self.failed or monotonic() < self._resumes or not isinstance(cache, PooledKVCache):
             return False
         if not cache.layers:
-            cache.start(self._way.llama_decoder.no_kv())
-        return len(cache.layers) == self._way.llama_decoder.layers
+            cache.start(self._builder.llama_decoder.no_kv())
+        return len(cache.layers) == self._builder.llama_decoder.layers
 
     @contextmanager
     def _eager_after_failure(self) -> Iterator[None]:
@@ -292,18 +294,18 @@ class GraphRunner:
 def _all_begun(
     steps: DecodeGraph, in_flight: Sequence[InFlightRow | None], rows: Sequence[int], appends: Sequence[TokenAppend]
 ) -> list[InFlightRow]:
-    """The steps of all sequences: those under way, and new ones for the rest."""
-    missing = [(row, turn) for row, turn, each in zip(rows, appends, in_flight, strict=True) if each is None]
+    """The steps of all sequences: those under builder, and new ones for the rest."""
+    missing = [(row, append) for row, append, each in zip(rows, appends, in_flight, strict=True) if each is None]
     fresh: Iterator[InFlightRow] = iter(())
     if missing:
-        tokens, lengths = [turn.ids[0] for _, turn in missing], [turn.length for _, turn in missing]
+        tokens, lengths = [append.ids[0] for _, append in missing], [append.length for _, append in missing]
         fresh = iter(steps.begin([row for row, _ in missing], tokens, lengths))
     return [next(fresh) if each is None else each for each in in_flight]
 
 
 def _goes_on(steps: DecodeGraph, appends: Sequence[TokenAppend], now: Sequence[InFlightRow]) -> bool:
     """Whether the next step is worth beginning: half of them at least have followed the model for a while."""
-    sure = sum(turn.cache.hits >= SURE for turn in appends)
+    sure = sum(append.cache.hits >= SURE for append in appends)
     return 2 * sure >= len(appends) and all(each.position < steps.last for each in now)
 
 
@@ -311,14 +313,14 @@ def graph_runner_of(model: Any, rows: DecoderBatch) -> GraphRunner | None:
     """The graph runner of a model on CUDA, if its graphs can be captured and agree with the written-out decoder."""
     if model.device.type != "cuda":
         return None
-    for way in ways():
-        graph_runner = GraphRunner(rows, CudaGraphs(model.device), ops=fused(), way=way)
+    for builder in graph_builders():
+        graph_runner = GraphRunner(rows, CudaGraphs(model.device), ops=fused(), builder=builder)
         if agrees(model, rows, graph_runner):
             return graph_runner
     return None
 
 
-def ways() -> list[type[GraphBuilder]]:
+def graph_builders() -> list[type[GraphBuilder]]:
     """How a step can be made on this machine, the fastest first."""
     try:
         from .triton_decode import TritonGraphBuilder

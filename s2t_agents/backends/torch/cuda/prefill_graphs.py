@@ -21,8 +21,8 @@ from ..decoder_batch import DecoderBatch
 from ..llama_decoder import close
 from .cuda_graph import RETRY_S, out_of_memory
 from .decode_graphs import GraphBuilder, PrefillGraph
-from .kv_pool import KVPool
-from .pooled_kv_cache import InFlightRow, PooledKVCache
+from .in_flight import InFlightRow
+from .kv_pool import KVPool, PooledKVCache
 
 _log = logging.getLogger(__name__)
 
@@ -46,12 +46,12 @@ class PrefillGraphs:
 
     Args:
         eager: the eager path, which the first graph is compared with.
-        way: how graphs are made.
+        builder: how graphs are made.
         often: see ``OFTEN``.
     """
 
-    def __init__(self, eager: DecoderBatch, way: GraphBuilder, often: float = OFTEN) -> None:
-        self.eager, self._way, self.often = eager, way, often
+    def __init__(self, eager: DecoderBatch, builder: GraphBuilder, often: float = OFTEN) -> None:
+        self.eager, self._builder, self.often = eager, builder, often
         self._known: WeakKeyDictionary[KVPool, dict[int, PrefillGraph]] = WeakKeyDictionary()
         self._wanted: Counter[int] = Counter()
         """How often chunks of about each length were."""
@@ -90,12 +90,12 @@ class PrefillGraphs:
         """
         if cache.in_flight is not None:  # it was not wanted; nor, maybe, would be the step after this chunk
             cache.in_flight, cache.hits = None, 0
-        if self._way.llama_decoder.seen_bytes(pool.capacity) > LIMIT_BYTES:
+        if self._builder.llama_decoder.seen_bytes(pool.capacity) > LIMIT_BYTES:
             return None
         known = self._known.setdefault(pool, {})
         try:
             if filled(ids) not in known:
-                known[filled(ids)] = PrefillGraph(self._way, pool, filled(ids))
+                known[filled(ids)] = PrefillGraph(self._builder, pool, filled(ids))
             in_flight = known[filled(ids)].begin(row, ids, length)
             if self._tried or self._agrees(in_flight, cache, ids, length):
                 self._tried = True
@@ -114,9 +114,9 @@ class PrefillGraphs:
 
     def _agrees(self, in_flight: InFlightRow, cache: PooledKVCache, ids: Sequence[int], length: int) -> bool:
         """Whether the eager path computes the same."""
-        logits = in_flight.play.logits[0]
+        logits = in_flight.step.logits[0]
         try:
             ((eager, _),) = self.eager([Append(torch.tensor(ids, device=logits.device), cache, length)])
         finally:
             cache.truncate(length)
-        return close(logits, eager, in_flight.play.hidden.dtype)
+        return close(logits, eager, in_flight.step.hidden.dtype)

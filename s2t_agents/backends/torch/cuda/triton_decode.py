@@ -52,14 +52,14 @@ NARROWEST = 16
 class TritonGraphBuilder(GraphBuilder):
     """Bodies in which attention, and products of a single row, are kernels of their own."""
 
-    def tokens_over(self, kv: Sequence[Tensor], positions: Tensor, cos: Tensor, sin: Tensor) -> BatchMetadata:
+    def decode_metadata(self, kv: Sequence[Tensor], positions: Tensor, cos: Tensor, sin: Tensor) -> BatchMetadata:
         """See ``GraphBuilder``."""
         over = PartedAttention(kv, positions, cos, sin, writes=True)
         if len(positions) > 1:
             return BatchMetadata(cos, sin, over, self.llama_decoder.linear, self._ops)
         return BatchMetadata(cos, sin, over, self._affine, self._ops, self._gate)
 
-    def candidates_over(
+    def candidate_metadata(
         self, kv: Sequence[Tensor], length: Tensor, cos: Tensor, sin: Tensor, affine: LinearMap
     ) -> BatchMetadata:
         """See ``GraphBuilder``."""
