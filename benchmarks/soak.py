@@ -107,8 +107,8 @@ async def soak(minutes: float) -> dict[str, Any]:
         **done,
         "held_at_the_end": state["held"],
         "spent": state["spent"],
-        "waiting_at_the_model": len(slm.scheduler._waiting),
-        "running_at_the_gate": model.engine.gate._running,
+        "waiting_requests": len(slm.scheduler._waiting),
+        "running_generations": model.engine.admission.running,
         "kept_kv": {"entries": kept, "mb": kept_bytes / 2**20, "limit_mb": 64},
         "live_kv_caches_after_clearing": live,
         "threads": threads,
@@ -124,7 +124,7 @@ async def soak(minutes: float) -> dict[str, Any]:
 
 def leaks(result: dict[str, Any]) -> list[str]:
     """What is left that should not be; the LLM's idle prefixes are few and bounded."""
-    found = [name for name in ("waiting_at_the_model", "running_at_the_gate") if result[name]]
+    found = [name for name in ("waiting_requests", "running_generations") if result[name]]
     found += ["held"] * any(result["held_at_the_end"].values())
     found += ["kv over its limit"] * (result["kept_kv"]["mb"] > result["kept_kv"]["limit_mb"])
     memory, lasting = result["rss_mb"], result["minutes"] >= LASTING

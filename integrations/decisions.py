@@ -113,8 +113,8 @@ class DecisionS2T(BaseDecisionModel):
         asked += [("", question, listed) for question, listed in new.values()]
         prompts = [prompt for each in asked for prompt in self._in_both_orders(*each)]
         listed = [each for _, _, each in asked for _ in range(2)]
-        with engine.gate.place() as place:
-            place.wait()
+        with engine.admission.enter() as ticket:
+            ticket.wait()
             found = gather([self._scored(*each) for each in zip(prompts, listed, strict=True)])
         means = [torch.stack(found[at : at + 2]).mean(0) for at in range(0, len(found), 2)]
         known = {**self._baselines, **dict(zip(new, means[len(questions) :], strict=True))}

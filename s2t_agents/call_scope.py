@@ -19,11 +19,11 @@ class CallScope:
     """A generation, as seen by calls made inside it.
 
     Attributes:
-        place: the ``Place`` that it holds in the engine; None while it holds none.
+        ticket: the ``AdmissionTicket`` with which it holds a slot of the engine; None while it holds none.
     """
 
     def __init__(self) -> None:
-        self.place: object = None
+        self.ticket: object = None
 
 
 _callers: ContextVar[tuple[CallScope, ...]] = ContextVar("s2t_callers", default=())

@@ -172,7 +172,7 @@ LOCKS = [
     "slm.scheduler._mutex",
     "slm.prefix_cache._lock",
     "slm.running._lock",
-    "gate._mutex",
+    "admission._mutex",
     "drift._lock",
     "llm.idle._lock",
 ]
@@ -190,7 +190,7 @@ def test_an_abandoned_generation_may_be_collected_in_any_block_of_ours(name: str
     abandoned["itself"] = abandoned
     next(abandoned["steps"])
     del abandoned
-    lock = attrgetter(name)(SimpleNamespace(slm=model, llm=llm, gate=engine.gate, drift=drift))
+    lock = attrgetter(name)(SimpleNamespace(slm=model, llm=llm, admission=engine.admission, drift=drift))
 
     def collect() -> None:
         with lock:
@@ -200,7 +200,7 @@ def test_an_abandoned_generation_may_be_collected_in_any_block_of_ours(name: str
     thread.start()
     thread.join(10)
     assert not thread.is_alive()
-    assert (engine.gate.running, len(model.running), len(llm.idle)) == (0, 0, 1)
+    assert (engine.admission.running, len(model.running), len(llm.idle)) == (0, 0, 1)
 
 
 def test_the_stop_token_is_the_last_step() -> None:

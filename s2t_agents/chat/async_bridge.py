@@ -10,7 +10,7 @@ from contextlib import suppress
 from contextvars import copy_context
 from typing import Any, Generic, TypeVar
 
-from ..scheduling.admission import Place
+from ..scheduling.admission import AdmissionTicket
 
 T = TypeVar("T")
 
@@ -36,8 +36,8 @@ if hasattr(os, "register_at_fork"):
 class ThreadedIterator(AsyncIterator[T], Generic[T]):
     """Async iterator over a blocking generator; each item is computed in a thread, in the caller's context.
 
-    Two kinds of item are not passed on: for a ``Place`` the event loop waits until its turn comes, without blocking a
-    thread; None marks a point at which the caller can be cancelled.
+    Two kinds of item are not passed on: for an ``AdmissionTicket`` the event loop waits until it is admitted, without
+    blocking a thread; None marks a point at which the caller can be cancelled.
 
     ``aclose`` and a cancelled task return once the current item is computed and the generator is closed, even if they
     are cancelled again meanwhile: nothing keeps running, holds are released and the ledger record is written. If the
@@ -50,7 +50,9 @@ class ThreadedIterator(AsyncIterator[T], Generic[T]):
     """
 
     def __init__(
-        self, items: Generator[Place | T | None, None, None], on_item: Callable[[T], Awaitable[None]] | None = None
+        self,
+        items: Generator[AdmissionTicket | T | None, None, None],
+        on_item: Callable[[T], Awaitable[None]] | None = None,
     ) -> None:
         self._items, self._on_item = items, on_item
         self._context = copy_context()
@@ -94,8 +96,8 @@ class ThreadedIterator(AsyncIterator[T], Generic[T]):
             item = self._step.result()
             if item is _END:
                 raise StopAsyncIteration
-            if isinstance(item, Place):
-                await asyncio.wait([_completion_future(item.turn)], timeout=item.left_s)
+            if isinstance(item, AdmissionTicket):
+                await asyncio.wait([_completion_future(item.admitted)], timeout=item.left_s)
             elif item is not None:
                 if self._on_item:
                     await self._on_item(item)

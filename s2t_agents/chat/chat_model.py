@@ -34,7 +34,7 @@ from ..identity import identity
 from ..ledger import Ledger
 from ..llms import LLMSelector
 from ..redaction import without_secrets
-from ..scheduling.admission import Concurrency, Place
+from ..scheduling.admission import AdmissionTicket, Concurrency
 from ..scheduling.language_model import LanguageModel
 from ..selectors import Selector
 from ..telemetry import AnswerRequest
@@ -413,21 +413,21 @@ class ChatS2T(ConfigurableChatModel):
 
     def _result_items(
         self, messages: list[BaseMessage], stop: list[str] | None, call: Mapping[str, Any]
-    ) -> Generator[ChatResult | Place | None, None, None]:
-        """``Place`` while queued, None after every step (so that an async caller can cancel), then the result."""
+    ) -> Generator[ChatResult | AdmissionTicket | None, None, None]:
+        """A ticket while queued, None after every step (so that an async caller can cancel), then the result."""
         generation = self._start(messages, stop, call)
         for each in generation.deltas():
-            yield each if isinstance(each, Place) else None
+            yield each if isinstance(each, AdmissionTicket) else None
         yield output_messages.chat_result(generation, LogprobsReader(generation, bool(call.get("logprobs"))).new())
 
     def _chunk_items(
         self, messages: list[BaseMessage], stop: list[str] | None, call: Mapping[str, Any]
-    ) -> Generator[ChatGenerationChunk | Place | None, None, None]:
-        """``Place`` while queued, then a chunk per step (None for an empty one), then a chunk with the metadata."""
+    ) -> Generator[ChatGenerationChunk | AdmissionTicket | None, None, None]:
+        """A ticket while queued, then a chunk per step (None for an empty one), then a chunk with the metadata."""
         generation = self._start(messages, stop, call, streamed=True)
         logprobs = LogprobsReader(generation, bool(call.get("logprobs")))
         for each in generation.deltas():
-            yield each if isinstance(each, Place) else output_messages.message_chunk(each, logprobs.new())
+            yield each if isinstance(each, AdmissionTicket) else output_messages.message_chunk(each, logprobs.new())
         yield output_messages.final_chunk(generation)
 
     def _start(

@@ -15,7 +15,7 @@ from ..formats.reasoning import ReasoningParser, TextPieces
 from ..formats.tool_calls import MessageDelta, PlainTextParser, ToolCallParser
 from ..grammar.grammar import Grammar
 from ..ledger import Ledger
-from ..scheduling.admission import Place
+from ..scheduling.admission import AdmissionTicket
 from ..telemetry import AnswerRequest, begin
 from ..tokenization.detokenizer import Detokenizer
 from ..types import Step
@@ -54,7 +54,7 @@ class Generation:
 
     def __init__(
         self,
-        steps: Generator[Place | Step, None, None],
+        steps: Generator[AdmissionTicket | Step, None, None],
         account: Account,
         *,
         parser: ToolCallParser | PlainTextParser,
@@ -78,10 +78,10 @@ class Generation:
         self.invalid: list[str] = []
         self.finish_reason = "aborted"
 
-    def deltas(self) -> Generator[Place | MessageDelta, None, None]:
+    def deltas(self) -> Generator[AdmissionTicket | MessageDelta, None, None]:
         """One delta per step, empty ones included, so that the consumer can stop after any step.
 
-        A ``Place`` comes first while the generation waits in the engine's queue.
+        An ``AdmissionTicket`` comes first while the generation waits in the engine's queue.
         """
         error: Exception | None = None
         telemetry = self.account.telemetry = begin(self._asked) if self._asked is not None else None
@@ -110,11 +110,11 @@ class Generation:
                     output=self.as_messages,
                 )
 
-    def _read_steps(self) -> Generator[Place | MessageDelta, None, None]:
+    def _read_steps(self) -> Generator[AdmissionTicket | MessageDelta, None, None]:
         detokenizer = Detokenizer(self._tokenizer, with_special=self._with_special)
         ended = stopped = False
         for step in self._steps:
-            if isinstance(step, Place):
+            if isinstance(step, AdmissionTicket):
                 yield step
                 continue
             self.account.add(step)

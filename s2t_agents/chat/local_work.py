@@ -17,7 +17,7 @@ from decimal import Decimal
 
 from ..budget import Budget, Charge, Hold
 from ..errors import BudgetExceeded, StoreUnavailable
-from ..scheduling.admission import Place
+from ..scheduling.admission import AdmissionTicket
 from ..types import RefusedBy, Step
 
 HOLD_S = 3600.0
@@ -87,8 +87,8 @@ class LocalWork:
         return self._cut
 
     def limiting(
-        self, steps: Generator[Place | Step, None, None], eos_ids: Collection[int]
-    ) -> Generator[Place | Step, None, None]:
+        self, steps: Generator[AdmissionTicket | Step, None, None], eos_ids: Collection[int]
+    ) -> Generator[AdmissionTicket | Step, None, None]:
         """Pass the steps on while there is time; settle them at the end.
 
         Args:

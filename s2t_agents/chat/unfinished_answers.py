@@ -18,7 +18,7 @@ from langchain_core.messages import BaseMessage, SystemMessage
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..ledger import Cost
-from ..scheduling.admission import Place
+from ..scheduling.admission import AdmissionTicket
 from ..types import EscalationReport, Step
 from .accounting import Account
 
@@ -112,8 +112,8 @@ class Unfinished:
         return partial if partial.broken and partial.fits(vocab_size) else EMPTY_ANSWER
 
     def recording(
-        self, key: str, partial: PartialAnswer, steps: Generator[Place | Step, None, None], account: Account
-    ) -> Generator[Place | Step, None, None]:
+        self, key: str, partial: PartialAnswer, steps: Generator[AdmissionTicket | Step, None, None], account: Account
+    ) -> Generator[AdmissionTicket | Step, None, None]:
         """Pass the steps on, mark those paid for in an earlier try as free, and keep the tokens if an error comes.
 
         Args:

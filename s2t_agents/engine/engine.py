@@ -26,7 +26,7 @@ from ..escalation import DEFAULT_MARGIN, Escalation, EscalationSession
 from ..grammar.grammar import Grammar
 from ..llms.question import Answer, Conversation, Question, candidates_of
 from ..proposal import Proposal, best_first
-from ..scheduling.admission import Concurrency, Gate, Place
+from ..scheduling.admission import AdmissionQueue, AdmissionTicket, Concurrency
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.sequence import TokenSequence
 from ..scheduling.waits import Wait, Waiting, drive_blocking
@@ -117,7 +117,7 @@ class Engine:
         self.slm, self.k = slm, k
         self.trigger = trigger or entropy(above=DEFAULT_ENTROPY)
         self.selector, self.escalation, self.threshold = selector, escalation, threshold
-        self.gate = Gate(concurrency or Concurrency())
+        self.admission = AdmissionQueue(concurrency or Concurrency())
         self.drift, self.shadow = drift, shadow
 
     def steps(
@@ -135,10 +135,11 @@ class Engine:
 
     def run(
         self, prompt: Sequence[int], sampling: Sampling | None = None, **options: Unpack[GenerationOptions]
-    ) -> Generator[Place | Step, None, None]:
-        """As ``steps``, but where it has to wait for a slot, its place in the queue comes first.
+    ) -> Generator[AdmissionTicket | Step, None, None]:
+        """As ``steps``, but where it has to wait for a slot, its ticket comes first.
 
-        The consumer may go on at once, and ``next`` blocks; or wait for ``Place.turn`` first, without a thread.
+        The consumer may go on at once, and ``next`` blocks; or wait for ``AdmissionTicket.admitted`` first, without a
+        thread.
         """
         return drive_blocking(self.generation(prompt, sampling, **options))
 
@@ -173,10 +174,10 @@ class Engine:
         self._check_prompt(prompt)
         if self.shadow and budget is not None:
             budget = budget.view(on_exhausted="degrade")  # what no token depends on ends no answer
-        with self.gate.place() as place:
-            if not place.turn.done():
-                yield place
-            queued_s = place.wait()
+        with self.admission.enter() as ticket:
+            if not ticket.admitted.done():
+                yield ticket
+            queued_s = ticket.wait()
             with (yield from TokenSequence.from_prefix_cache(self.slm, prompt, cache_scope)) as prefix:
                 reused = len(prefix)
                 escalations = (

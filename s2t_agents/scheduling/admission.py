@@ -53,22 +53,22 @@ class Concurrency:
             )
 
 
-class Place(Wait):
-    """One generation's place at an engine: in the queue at first, then a slot.
+class AdmissionTicket(Wait):
+    """One generation's ticket at an engine: queued at first, then admitted to a slot.
 
     Attributes:
-        gate: of the engine.
-        process: whose it is; a forked child inherits its parent's places, but none of them counts there.
-        turn: done when the slot is there. Only the gate ends it: it takes no cancellation.
+        queue: of the engine.
+        process: whose it is; a forked child inherits its parent's tickets, but none of them counts there.
+        admitted: done when the slot is there. Only the queue completes it: it takes no cancellation.
     """
 
     shown = True
 
-    def __init__(self, gate: Gate) -> None:
-        self.turn: Future[None] = Future()
-        self.turn.set_running_or_notify_cancel()
+    def __init__(self, queue: AdmissionQueue) -> None:
+        self.admitted: Future[None] = Future()
+        self.admitted.set_running_or_notify_cancel()
         self.process = os.getpid()
-        self.gate, self._limits, self._since = gate, gate.limits, time.monotonic()
+        self.queue, self._limits, self._since = queue, queue.limits, time.monotonic()
 
     @property
     def left_s(self) -> float:
@@ -79,20 +79,20 @@ class Place(Wait):
     @property
     def over(self) -> bool:
         """The slot is there."""
-        return self.turn.done()
+        return self.admitted.done()
 
     def block(self) -> None:
         """See ``wait``."""
         self.wait()
 
     def wait(self) -> float:
-        """Block until the turn has come; gives the seconds since the place was taken.
+        """Block until it is admitted; gives the seconds since the ticket was taken.
 
         Raises:
             Overloaded: the wait was too long. Nothing has run.
         """
         try:
-            self.turn.result(self.left_s)
+            self.admitted.result(self.left_s)
         except TimeoutError:
             raise Overloaded(
                 f"no slot became free within {self._limits.wait_s:g} seconds; {self._limits.running} generations run.",
@@ -101,8 +101,8 @@ class Place(Wait):
         return time.monotonic() - self._since
 
 
-class Gate:
-    """Admission control of one engine: slots and the queue for them."""
+class AdmissionQueue:
+    """Admission control of one engine: its slots, and the generations that wait for one."""
 
     def __init__(self, limits: Concurrency) -> None:
         self.limits = limits
@@ -110,7 +110,7 @@ class Gate:
         hold_while_forking(self, "_mutex")
         renew_in_child(self._empty)
         self._running, self._process = 0, os.getpid()
-        self._queue: deque[Place] = deque()
+        self._queue: deque[AdmissionTicket] = deque()
 
     @property
     def running(self) -> int:
@@ -123,63 +123,64 @@ class Gate:
         return len(self._queue)
 
     @contextmanager
-    def place(self) -> Iterator[Place]:
-        """A place while the block lasts: it may run once ``Place.turn`` is done.
+    def enter(self) -> Iterator[AdmissionTicket]:
+        """A ticket while the block lasts: its generation may run once ``AdmissionTicket.admitted`` is done.
 
         Raises:
             Overloaded: the queue is full, or too many generations call one another. Nothing has run.
         """
         around = callers()
-        outer = {caller.place for caller in around if isinstance(caller.place, Place) and caller.place.gate is self}
+        outer = {each.ticket for each in around if isinstance(each.ticket, AdmissionTicket)}
+        outer = {ticket for ticket in outer if ticket.queue is self}
         if len(outer) >= DEEPEST:
             raise Overloaded(
                 f"{len(outer)} generations of one model wait for one another, each called by the one before.",
                 hint="Let on_step, callbacks and judges not call their own model without end.",
             )
-        place = self._shared() if outer else self._enter()
-        own = [caller for caller in around if caller.place is None]
+        ticket = self._shared() if outer else self._new_ticket()
+        own = [caller for caller in around if caller.ticket is None]
         for caller in own:
-            caller.place = place
+            caller.ticket = ticket
         try:
-            yield place
+            yield ticket
         finally:
             for caller in own:
-                caller.place = None
+                caller.ticket = None
             if not outer:
-                self._leave(place)
+                self._leave(ticket)
 
     def _empty(self) -> None:
         """In a forked child: the parent's generations do not exist there."""
         self._running, self._queue, self._process = 0, deque(), os.getpid()
 
-    def _shared(self) -> Place:
-        place = Place(self)
-        place.turn.set_result(None)
-        return place
+    def _shared(self) -> AdmissionTicket:
+        ticket = AdmissionTicket(self)
+        ticket.admitted.set_result(None)
+        return ticket
 
-    def _enter(self) -> Place:
-        place = Place(self)
+    def _new_ticket(self) -> AdmissionTicket:
+        ticket = AdmissionTicket(self)
         with self._mutex:
             if self._running < self.limits.running and not self._queue:
                 self._running += 1
-                place.turn.set_result(None)
+                ticket.admitted.set_result(None)
             elif len(self._queue) < self.limits.waiting:
-                self._queue.append(place)
+                self._queue.append(ticket)
             else:
                 raise Overloaded(
                     f"{self._running} generations run and {len(self._queue)} wait; the limits are "
                     f"{self.limits.running} and {self.limits.waiting}.",
                     hint="Try again later, or raise Concurrency(running=..., waiting=...).",
                 )
-        return place
+        return ticket
 
-    def _leave(self, place: Place) -> None:
+    def _leave(self, ticket: AdmissionTicket) -> None:
         with self._mutex:
-            if place.process != self._process:
+            if ticket.process != self._process:
                 return
-            if not place.turn.done():
-                self._queue.remove(place)
+            if not ticket.admitted.done():
+                self._queue.remove(ticket)
             elif self._queue:
-                self._queue.popleft().turn.set_result(None)  # the slot goes straight to the first in the queue
+                self._queue.popleft().admitted.set_result(None)  # the slot goes straight to the first in the queue
             else:
                 self._running -= 1

@@ -26,7 +26,7 @@ from ..chat.logprobs import LogprobsReader
 from ..chat.telemetry_messages import input_messages
 from ..errors import BadRequest
 from ..formats.tool_calls import PlainTextParser
-from ..scheduling.admission import Place
+from ..scheduling.admission import AdmissionTicket
 from ..telemetry import AnswerRequest
 from ..types import Sampling
 from .chat_answers import DONE
@@ -117,11 +117,11 @@ class Completion:
         """Text and log-probabilities of each step."""
         return ThreadedIterator(scoped_items(CallScope(), self._items()))
 
-    def _items(self) -> Generator[Place | tuple[str, list[dict[str, Any]]] | None, None, None]:
+    def _items(self) -> Generator[AdmissionTicket | tuple[str, list[dict[str, Any]]] | None, None, None]:
         generation = self._generation = self._started()
         reader = LogprobsReader(generation, self._request.logprobs is not None)
         for each in generation.deltas():
-            yield each if isinstance(each, Place) else (each.text, _content(reader))
+            yield each if isinstance(each, AdmissionTicket) else (each.text, _content(reader))
 
     def _started(self) -> Generation:
         model, asked, tenant = self._chat_model, self._request, self._tenant
