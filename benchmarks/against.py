@@ -2,7 +2,7 @@
 
 The commit is checked out into a temporary git worktree. Each version has a process of its own (``against_probe``), and
 both measure in turns, old new new old: a machine that slows down meanwhile does so for both. Ratios are new over old,
-medians of those within each turn.
+medians of those within each turn. No turn begins that would not end within the time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,6 +34,13 @@ from .speed import usual_dtype
 ROOT = Path(__file__).parent.parent
 PROBE = Path(__file__).with_name("against_probe.py")
 ROWS = ("engine", "chat", "chat, tool bound", "eight at once")
+TOKENS = {SLM: 101}
+FEW_TOKENS = 17
+"""Of an answer: of the bundled model, and of all else."""
+
+LEAST_TURNS = 2
+"""That are measured however long they take."""
+
 TIMES = ("ms_per_token", "first_cold_ms", "first_warm_ms")
 MODELS = (SLM, "qwen2.5-0.5b")
 QUICK = ("tiny",)
@@ -42,6 +50,7 @@ def run(
     commit: str,
     *,
     repeats: int = 5,
+    minutes: float = 9.0,
     model: str | None = None,
     quick: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -50,7 +59,8 @@ def run(
 
     Args:
         commit: any name git knows it by.
-        repeats: turns of each row, after one that is thrown away.
+        repeats: turns of each row, after one that is thrown away, at most.
+        minutes: of all models together, from the first to the last turn; at least ``LEAST_TURNS`` are measured.
         model: one of ``MODELS``, measured alone; None takes all.
         quick: a tiny shape alone and few tokens: shows that it runs, measures nothing.
         say: told what is measured next.
@@ -65,18 +75,18 @@ def run(
     if model not in (None, *MODELS):
         raise ConfigError(f"--model is {model!r}, which is none of {', '.join(MODELS)}.")
     chosen = QUICK if quick else MODELS if model is None else (model,)
-    load, repeats = [os.getloadavg()[0]], 1 if quick else repeats
+    load, repeats, started = [os.getloadavg()[0]], 1 if quick else repeats, time.monotonic()
     models: dict[str, Any] = {}
     with checkout(commit) as old:
-        for name in chosen:
-            say(name)
-            models[name] = _measured({"old": old, "new": ROOT}, name, repeats, quick)
+        for number, name in enumerate(chosen, 1):
+            until = started + 60 * minutes * number / len(chosen)
+            models[name] = _measured({"old": old, "new": ROOT}, name, repeats, until, quick=quick, say=say)
     load.append(os.getloadavg()[0])
     return {
         "bench": "against",
         "old": _git("rev-parse", "--short", commit),
         "new": _git("describe", "--always", "--dirty"),
-        "repeats": repeats,
+        "seconds": time.monotonic() - started,
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
@@ -108,23 +118,35 @@ def _git(*words: str) -> str:
     return done.stdout.strip()
 
 
-def _measured(trees: dict[str, Path], name: str, repeats: int, quick: bool) -> dict[str, Any]:
-    """One model in both versions."""
+def _measured(
+    trees: dict[str, Path], name: str, repeats: int, until: float, *, quick: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """One model in both versions, its turns within the time if more than ``LEAST_TURNS`` are."""
+    say(name)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="s2t-against-")), name)
         prepare(name, folder)
         setup = {
             "threads": 1 if name == SLM or quick else torch.get_num_threads(),
-            "tokens": 6 if quick else 101 if name == SLM else 33,
+            "tokens": 6 if quick else TOKENS.get(name, FEW_TOKENS),
             "folder": str(folder),
             "dtype": str(usual_dtype()).removeprefix("torch."),
         }
         probes = {which: stack.enter_context(Probe(tree, setup)) for which, tree in trees.items()}
-        rows = {row: _turns(probes, row, repeats) for row in ROWS}
+        turns: list[dict[str, dict[str, dict[str, Any]]]] = []
+        longest = 0.0
+        while len(turns) <= repeats:
+            started = time.monotonic()
+            if len(turns) > LEAST_TURNS and started + longest > until:
+                break
+            turns.append(_turn(probes, len(turns)))
+            longest = max(longest, time.monotonic() - started)
+            say(f"  turn {len(turns) - 1} of {repeats}: {time.monotonic() - started:.0f} s")
         memory = {which: probe.ask("memory") for which, probe in probes.items()}
     kinds = {kind: [memory[which].get(kind) for which in ("old", "new")] for kind in ("rss_mb", "peak_rss_mb")}
     return {
-        "rows": rows,
+        "turns": len(turns) - 1,
+        "rows": {row: _over_turns([turn[row] for turn in turns[1:]]) for row in ROWS},  # the first warms up
         "memory": {kind: _compared([old], [new]) for kind, (old, new) in kinds.items() if old and new},
     }
 
@@ -143,15 +165,16 @@ def prepare(name: str, folder: Path) -> None:
         each.save_pretrained(folder)
 
 
-def _turns(probes: dict[str, Probe], row: str, repeats: int) -> dict[str, Any]:
-    found: dict[str, list[dict[str, Any]]] = {"old": [], "new": []}
-    for turn in range(repeats + 1):
-        for name in ("old", "new") if turn % 2 else ("new", "old"):
-            measured = probes[name].ask(row, scope=f"{row}/{turn}")
-            if turn:
-                found[name].append(measured)
-    times = {time: [[each[time] for each in found[name]] for name in ("old", "new")] for time in TIMES}
-    return {time: _compared(old, new) for time, (old, new) in times.items() if None not in old}
+def _turn(probes: dict[str, Probe], turn: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """Every row once in both versions: what each measured, by row and version."""
+    order = ("old", "new") if turn % 2 else ("new", "old")
+    return {row: {name: probes[name].ask(row, scope=f"{row}/{turn}") for name in order} for row in ROWS}
+
+
+def _over_turns(found: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """One row: both versions' times compared."""
+    times = {kind: [[each[name][kind] for each in found] for name in ("old", "new")] for kind in TIMES}
+    return {kind: _compared(old, new) for kind, (old, new) in times.items() if None not in old}
 
 
 def _compared(old: list[float], new: list[float]) -> dict[str, float]:
@@ -220,7 +243,7 @@ def table(result: dict[str, Any]) -> Table:
         "ratio",
         "first token: ratio",
         "prompt seen before: ratio",
-        title=f"medians of {result['repeats']} turns; load {before:.1f}, then {after:.1f}; {os.cpu_count()} cores",
+        title=f"medians over turns, of {_turns_of(result)}; load {before:.1f}, then {after:.1f}",
         title_justify="left",
     )
     for model, found in result["models"].items():
@@ -230,6 +253,29 @@ def table(result: dict[str, Any]) -> Table:
         for kind, each in found["memory"].items():
             shown.add_row(f"{model}, {'peak' if kind.startswith('peak') else 'resident'} memory, MB", *_cells(each))
     return shown
+
+
+def _turns_of(result: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {found['turns']}" for name, found in result["models"].items())
+
+
+def markdown(result: dict[str, Any], made: dict[str, Any]) -> str:
+    """The result for docs/performance.md."""
+    heads = (f"{result['new']} beside {result['old']}", "ms a token: old", "new", "ratio", "first token: ratio")
+    lines = [f"| {' | '.join((*heads, 'prompt seen before: ratio'))} |", "|---" * (len(heads) + 1) + "|"]
+    for model, found in result["models"].items():
+        for row, times in found["rows"].items():
+            first = (f"{times[kind]['ratio']:.2f}" if kind in times else "-" for kind in TIMES[1:])
+            lines.append(f"| {' | '.join((f'{model}, {row}', *_cells(times[TIMES[0]]), *first))} |")
+        for kind, each in found["memory"].items():
+            name = f"{model}, {'peak' if kind.startswith('peak') else 'resident'} memory, MB"
+            lines.append(f"| {' | '.join((name, *_cells(each), '-', '-'))} |")
+    before, after = result["load"]
+    note = (
+        f"Medians over turns, of {_turns_of(result)}; ratios within each turn. Load {before:.1f}, then {after:.1f}; "
+        f"{made['hardware']}, torch {result['torch']}, {made['date']}. Made by `s2t bench against {result['old']}`."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def _cells(each: dict[str, float]) -> tuple[str, str, str]:

@@ -122,7 +122,8 @@ def gpu(
 @app.command()
 def against(
     commit: Annotated[str, typer.Argument(help="Of this repository, beside the working tree.")],
-    repeats: Annotated[int, typer.Option(min=1, help="Turns of each row; the median counts.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each row, at most; the median counts.")] = 5,
+    minutes: Annotated[float, typer.Option(min=0, help="No turn begins that would not end within them.")] = 9.0,
     model: Annotated[str | None, typer.Option(help="Only s2t-demo, or only qwen2.5-0.5b.")] = None,
     quick: Quick = False,
     as_json: AsJson = False,
@@ -130,7 +131,8 @@ def against(
     """Time per token, first token and memory of another commit beside the working tree's, interleaved."""
     from .against import run, table
 
-    _show(run(commit, repeats=repeats, model=model, quick=quick, say=Console(stderr=True).print), as_json, table)
+    say = Console(stderr=True).print
+    _show(run(commit, repeats=repeats, minutes=minutes, model=model, quick=quick, say=say), as_json, table)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import engines
+from . import against, engines
 from .chat import CHAT
 from .speed import targets
 from .targets import Verdict, at_least, targets_of
@@ -425,6 +425,7 @@ def sections() -> dict[str, str]:
         "escalation": ("escalate", escalation),
         "tokenizers": ("tokenizers", tokenizers),
         "pacing": ("pacing", pacing),
+        "against": ("against", against.markdown),
         "speed": ("decode", speed),
         "speed_short": ("decode", speed_short),
         "speed_avx512": ("decode_avx512", speed),
