@@ -44,6 +44,20 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The addresses of all connections that are begun from now on."""
+    begun: list[Any] = []
+    connect = socket.socket.connect
+
+    def counted(self: socket.socket, address: Any) -> None:
+        begun.append(address)
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", counted)
+    return begun
+
+
+@pytest.fixture
 def server() -> Iterator[CompletionServer]:
     """A completions server on loopback over a tiny LLM."""
     from servers import serving

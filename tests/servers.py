@@ -9,7 +9,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -225,6 +225,20 @@ def with_certificate(server: CompletionServer, certificate: str, key: str) -> st
     return server.url.replace("http://", "https://")
 
 
+@contextmanager
+def deaf() -> Iterator[int]:
+    """A port whose backlog is full: handshakes are not answered."""
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.socket())
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listening.getsockname())
+        yield int(listening.getsockname()[1])
+
+
 def free_port() -> int:
     """A port on which nobody listens."""
     with socket.socket() as probe:
@@ -272,18 +286,18 @@ def candidates_score(score: str) -> Fault:
 
 
 def hangs(handler: Handler, body: dict[str, Any]) -> None:
-    """Begin a body and never end it."""
+    """Begin a body and end it only with the server: who waits for it waits for ever."""
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
     handler.wfile.write(b'{"choices": [')
     handler.wfile.flush()
-    handler.server.over.wait(20)
+    handler.server.over.wait()
 
 
 def hangs_before_headers(handler: Handler, body: dict[str, Any]) -> None:
-    """Take the request and say nothing."""
-    handler.server.over.wait(20)
+    """Take the request and say nothing while the server runs."""
+    handler.server.over.wait()
 
 
 def keeps_waiting(handler: Handler, body: dict[str, Any]) -> None:
@@ -304,9 +318,7 @@ def keeps_waiting(handler: Handler, body: dict[str, Any]) -> None:
 def drips(handler: Handler, body: dict[str, Any]) -> None:
     """A header byte now and then: no single read ever times out."""
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
-    for _ in range(400):
-        if handler.server.over.wait(0.05):
-            return
+    while not handler.server.over.wait(0.05):
         handler.wfile.write(b"x")
         handler.wfile.flush()
 
@@ -316,9 +328,7 @@ def drips_body(handler: Handler, body: dict[str, Any]) -> None:
     handler.send_response(200)
     handler.send_header("Content-Length", "100000")
     handler.end_headers()
-    for _ in range(400):
-        if handler.server.over.wait(0.05):
-            return
+    while not handler.server.over.wait(0.05):
         handler.wfile.write(b" ")
         handler.wfile.flush()
 

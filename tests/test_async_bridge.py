@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import textwrap
 import threading
@@ -151,14 +152,12 @@ async def test_who_waits_for_a_turn_holds_no_thread(monkeypatch: pytest.MonkeyPa
 
 
 async def test_who_is_cancelled_in_the_queue_leaves_it_at_once() -> None:
-    model = busy(waiting=1, wait_s=60)
+    model = busy(waiting=1, wait_s=math.inf)
     async with aclosing(model.astream("hello")) as stream:
         await anext(stream)
-        started = time.monotonic()
         for _ in range(2):  # the second finds the one place free again
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(model.ainvoke("hello"), 0.1)
-        assert time.monotonic() - started < 30
     assert isinstance(await model.ainvoke("hello"), AIMessage)
 
 
@@ -184,7 +183,7 @@ async def test_streams_that_waited_show_nothing_of_it() -> None:
         async with aclosing(model.astream("hello")) as holder:
             await anext(holder)
             waiting = asyncio.ensure_future(stream)
-            while not model.engine.gate.queued:
+            while not model.engine.admission.queued:
                 await asyncio.sleep(0.001)
         return await waiting
 

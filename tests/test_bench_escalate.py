@@ -29,7 +29,6 @@ def test_the_llm_runs_once_per_question_instead_of_once_per_token(result: dict[s
     assert result["ours"]["llm_calls"] == result["ours"]["escalations"]
     assert result["published"]["llm_calls"] == result["published"]["tokens"]
     assert result["published_over_ours"]["llm_calls"] >= 5
-    assert result["published_over_ours"]["llm_s"] > 2
     assert result["ours"]["llm_tokens"] <= result["published"]["llm_tokens"] <= result["as_published"]["llm_tokens"]
 
 

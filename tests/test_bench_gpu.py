@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,20 +60,18 @@ def test_a_device_that_says_something_else_does_not_pass(monkeypatch: pytest.Mon
     found = agreement.run("qwen3", torch.device("cpu"))
     assert found["tokens_equal"]
     assert found["tokens_equal_in_turns"]
-    assert found["captured"]["stretches"]
+    assert found["captured"]["prefill"]
     assert not found["passed"]
 
 
 def test_a_part_that_takes_too_long_is_cut_off_and_keeps_what_it_found() -> None:
     def slow() -> Iterator[dict[str, Any]]:
         yield {"first": 1}
-        time.sleep(30)
+        threading.Event().wait()
         yield {"second": 2}
 
-    started = time.monotonic()
     part = empty(0.2)
     gpu.measure(part, slow(), lambda: None)
-    assert time.monotonic() - started < 10
     assert (part["found"], part["finished"], part["cut_off"]) == ([{"first": 1}], False, True)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from s2t_agents import ChatS2T, Escalation
-from s2t_agents.budget import PER_DAY, Budget, Charge, SQLiteStore
+from s2t_agents.budget import PER_DAY, Budget, Charge, SQLiteStore, sqlite_store
 from s2t_agents.errors import BadStore, ConfigError, S2TError, StoreUnavailable
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
@@ -238,8 +238,29 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # ---------------------------------------------------------------------- busy
 
 
+class ThreadClock(threading.local):
+    """A clock of each thread's own, which only its sleeps move on."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> ThreadClock:
+    clock = ThreadClock()
+    monkeypatch.setattr(sqlite_store, "time", clock)
+    return clock
+
+
 @pytest.mark.parametrize("threads", [1, 12])
-def test_everybody_waits_for_a_busy_file_as_long_as_was_said_and_no_longer(tmp_path: Path, threads: int) -> None:
+def test_every_thread_waits_for_a_busy_file_as_long_as_was_said(
+    tmp_path: Path, threads: int, clock: ThreadClock
+) -> None:
     budget = Budget(escalations=50, name="busy", store=SQLiteStore(tmp_path / "budget.db", wait_s=0.5))
     holds = [budget.reserve(ONE) for _ in range(threads)]
     other = sqlite3.connect(tmp_path / "budget.db", isolation_level=None)
@@ -248,10 +269,10 @@ def test_everybody_waits_for_a_busy_file_as_long_as_was_said_and_no_longer(tmp_p
 
     def work(hold: Any) -> None:
         for step in (lambda: budget.reserve(ONE), lambda: hold.settle(ONE), budget.state):
-            started = time.monotonic()
+            started = clock.now
             with pytest.raises(StoreUnavailable, match="locked"):
                 step()
-            waited.append(time.monotonic() - started)
+            waited.append(clock.now - started)
 
     working = [threading.Thread(target=work, args=(hold,)) for hold in holds]
     for thread in working:
@@ -260,36 +281,37 @@ def test_everybody_waits_for_a_busy_file_as_long_as_was_said_and_no_longer(tmp_p
         thread.join()
     other.execute("ROLLBACK")
     other.close()
-    assert len(waited) == 3 * threads
-    assert min(waited) >= 0.45
-    assert sorted(waited)[len(waited) // 2] < 0.9
-    assert max(waited) < 2.5  # a slow machine's scheduler, not another wait for each
+    assert waited == pytest.approx([0.5] * 3 * threads)
     budget.reserve(ONE).settle(ONE)
     assert budget.state().spent["escalations"] == threads + 1
     assert budget.state().holds == 0
 
 
-def test_a_file_that_is_let_go_is_used_at_once(tmp_path: Path) -> None:
+def test_a_file_that_is_let_go_is_used_soon(
+    tmp_path: Path, clock: ThreadClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     budget = Budget(escalations=50, name="busy", store=SQLiteStore(tmp_path / "budget.db", wait_s=20))
-    other = sqlite3.connect(tmp_path / "budget.db", isolation_level=None, check_same_thread=False)
+    other = sqlite3.connect(tmp_path / "budget.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    letting_go = threading.Timer(0.3, lambda: other.execute("ROLLBACK"))
-    letting_go.start()
-    started = time.monotonic()
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+        if clock.now > 0.3 and other.in_transaction:
+            other.execute("ROLLBACK")
+
+    monkeypatch.setattr(clock, "sleep", sleep)
     budget.reserve(ONE).settle(ONE)
-    assert 0.2 < time.monotonic() - started < 5
-    letting_go.join()
+    assert 0.3 < clock.now < 1
     other.close()
 
 
-def test_a_busy_file_is_waited_for_when_it_is_opened_too(tmp_path: Path) -> None:
+def test_a_busy_file_is_waited_for_when_it_is_opened_too(tmp_path: Path, clock: ThreadClock) -> None:
     path = write_tree(tmp_path / "budget.db")
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    started = time.monotonic()
     with pytest.raises(StoreUnavailable, match="locked"):
         SQLiteStore(path, wait_s=0.4)
-    assert 0.35 < time.monotonic() - started < 3
+    assert clock.now == pytest.approx(0.4)
     other.close()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -62,11 +61,9 @@ HOW = [lambda model: model.invoke("hello"), in_a_loop, streamed, by_to_thread, l
 def test_a_call_from_on_step_shares_the_slot(how: Any, outer: str) -> None:
     nested = Once(how)
     model = nested.model = busy(on_step=nested)
-    started = time.monotonic()
     assert len(answer(model, outer))
     assert nested.said not in (None, "asked")
     assert model.invoke("hello").text  # the slot is free
-    assert time.monotonic() - started < 40
 
 
 def answer(model: ChatS2T, outer: str, **config: Any) -> str:

@@ -1,12 +1,12 @@
 """Network faults of the LLM: the local pick stands within the deadline, and the hold is closed."""
 
 import asyncio
+import re
 import shutil
 import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import cache
@@ -19,15 +19,15 @@ from langchain_core.messages import AIMessage
 from servers import CompletionServer, Fault
 
 from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
+from s2t_agents.endpoints import retries
 from s2t_agents.escalation import Escalation
-from s2t_agents.llms import CircuitBreaker, OpenAILLM
+from s2t_agents.llms import CircuitBreaker, OpenAILLM, openai_llm
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always
 
 PRICE = TokenPrice(Decimal(2), Decimal(10))
 TIMEOUT_S = 0.4
-SLACK_S = 2.0
-"""A loaded machine's own slowness; no fault below would end by itself within it."""
+"""No fault below ends by itself: who waited for one without a timeout would wait for ever."""
 
 
 def dead_line(url: str, **settings: Any) -> OpenAILLM:
@@ -86,13 +86,6 @@ BILLED = {
 }
 
 
-def in_time(call: Callable[[], AIMessage], questions: int) -> AIMessage:
-    started = time.perf_counter()
-    message = call()
-    assert time.perf_counter() - started < questions * TIMEOUT_S + SLACK_S
-    return message
-
-
 def is_local_and_says_so(message: AIMessage) -> None:
     assert message.content == local_answer()
     s2t = message.response_metadata["s2t"]
@@ -103,10 +96,7 @@ def run(server: CompletionServer, fault: Fault, how: str) -> tuple[Budget, Ledge
     server.fault = fault
     llm, budget, ledger = dead_line(server.url), Budget(usd="1", escalations=50), Ledger()
     model = chat(llm, budget=budget, ledger=ledger)
-    if how == "sync":
-        message = in_time(lambda: model.invoke("hello"), questions=4)  # type: ignore[arg-type, return-value]
-    else:
-        message = in_time(lambda: asyncio.run(model.ainvoke("hello")), questions=4)  # type: ignore[arg-type, return-value]
+    message = model.invoke("hello") if how == "sync" else asyncio.run(model.ainvoke("hello"))
     llm.close()
     return budget, ledger, message
 
@@ -186,34 +176,23 @@ def test_a_certificate_that_nobody_vouches_for_is_no_server(
     assert answered(chat(known), how).response_metadata["s2t"]["escalations"] > 0
 
 
-def test_a_host_that_swallows_connections_costs_one_connect_timeout_in_all() -> None:
-    import socket
-
-    with socket.socket() as deaf:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen(0)
-        fillers = [socket.socket() for _ in range(4)]  # the backlog is full: handshakes are not answered
-        for filler in fillers:
-            filler.setblocking(False)
-            filler.connect_ex(deaf.getsockname())
-        llm = dead_line(f"http://127.0.0.1:{deaf.getsockname()[1]}/v1", connect_s=2.5, timeout_s=9.0, attempt_s=9.0)
-        model = chat(llm, max_tokens=12)
-        started = time.perf_counter()  # the tokenizer's check, 12 questions and all
-        is_degraded = model.invoke("hello").response_metadata["s2t"]["degraded"]
-        assert 2.4 < time.perf_counter() - started < 2.5 + SLACK_S  # two timeouts would be 5 s
-        for filler in fillers:
-            filler.close()
-    assert is_degraded
+def test_a_host_that_swallows_connections_is_connected_to_once_in_all(connections: list[Any]) -> None:
+    with servers.deaf() as port:
+        llm = dead_line(f"http://127.0.0.1:{port}/v1", connect_s=0.5, timeout_s=9.0, attempt_s=9.0)
+        message = chat(llm, max_tokens=12).invoke("hello")  # the tokenizer's check, 12 questions and all
+        assert connections.count(("127.0.0.1", port)) == 1
+    assert message.response_metadata["s2t"]["degraded"]
     assert llm.breaker.state == "open"
 
 
-def test_the_second_answer_of_a_dead_endpoint_waits_for_nothing() -> None:
+def test_the_second_answer_of_a_dead_endpoint_asks_nothing(connections: list[Any]) -> None:
     llm = dead_line(f"http://127.0.0.1:{servers.free_port()}/v1")
     model = chat(llm)
     model.invoke("hello")
-    s2t = model.invoke("hello").response_metadata["s2t"]
-    assert s2t["degraded"]
-    assert s2t["latency_ms"]["escalate"] < 50
+    assert connections
+    connections.clear()
+    assert model.invoke("hello").response_metadata["s2t"]["degraded"]
+    assert connections == []
 
 
 def test_it_comes_back_when_the_endpoint_does(server: CompletionServer) -> None:
@@ -237,16 +216,26 @@ def test_what_cost_nothing_is_tried_again_within_the_same_question(server: Compl
     assert budget.state().spent["escalations"] == 1
 
 
-def test_retry_after_is_waited_for_when_it_fits_and_not_when_it_does_not(server: CompletionServer) -> None:
+def test_retry_after_is_waited_for_when_it_fits_and_not_when_it_does_not(
+    server: CompletionServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[float] = []
+
+    def soon(state: Any) -> float:
+        wanted.append(retries.retry_wait(state))
+        return wanted[-1] if wanted[-1] > 60 else 0.0
+
+    monkeypatch.setattr(openai_llm, "retry_wait", soon)
     llm = dead_line(server.url, timeout_s=5.0, attempt_s=5.0)
-    server.fault = servers.first(1, servers.status(429, Retry_After="1"))
-    started = time.perf_counter()
+    server.fault = servers.first(1, servers.status(429, Retry_After="3"))
     assert chat(llm).invoke("hello").response_metadata["s2t"]["escalations"] > 0
-    assert time.perf_counter() - started >= 1
+    assert 3 <= wanted.pop() <= 3.1  # and a random bit, so that clients do not come back together
+    assert not wanted
+    server.asked.clear()
     server.fault = servers.first(1, servers.status(429, Retry_After="3000"))
-    started = time.perf_counter()
     assert chat(llm).invoke("hello").response_metadata["s2t"]["degraded"]
-    assert time.perf_counter() - started < SLACK_S
+    assert (len(server.asked), len(wanted)) == (1, 1)
+    assert wanted[0] >= 3000
     assert llm.breaker.state == "open"  # left alone for as long as it said
 
 
@@ -260,12 +249,12 @@ def test_what_may_have_cost_something_is_not_tried_again(server: CompletionServe
 def test_the_budgets_deadline_binds_the_question(server: CompletionServer) -> None:
     llm = dead_line(server.url, timeout_s=30.0, attempt_s=30.0)
     server.fault = servers.hangs
-    model = chat(llm, max_tokens=6)
+    model = chat(llm, max_tokens=6, ledger=(ledger := Ledger()))
     model.engine  # noqa: B018 - loading is not on the clock
-    started = time.perf_counter()
     s2t = model.invoke("hello", s2t_budget=Budget(seconds=0.5)).response_metadata["s2t"]
-    assert time.perf_counter() - started < 0.5 + SLACK_S
     assert s2t["degraded"]
+    [receipt] = ledger.records()[0].receipts
+    assert re.search(r"no answer within 0\.[0-5]\d* s", receipt.reason)
     assert (s2t["tokens"], s2t["stopped_by"]["unit"]) == (1, "seconds")  # one hung, then the deadline ended the answer
 
 
@@ -283,9 +272,7 @@ async def test_64_calls_at_once_meet_every_kind_of_fault_and_all_answer(server: 
     llm = dead_line(server.url, breaker=CircuitBreaker(failures=10**6), timeout_s=1.5, attempt_s=1.5, attempts=1)
     budget, ledger = Budget(usd="1", escalations=1000, llm_tokens=10**6), Ledger()
     model = chat(llm, budget=budget, ledger=ledger, max_tokens=2)
-    started = time.perf_counter()
     messages = await asyncio.gather(*(model.ainvoke("hello") for _ in range(64)))
-    assert time.perf_counter() - started < 60
     assert len(messages) == 64
     assert all(message.content for message in messages)
     s2t = [message.response_metadata["s2t"] for message in messages]
@@ -308,10 +295,7 @@ def test_64_calls_at_once_each_end_in_the_local_pick_and_close_their_hold(
     patient = {} if "hang" in name else {"timeout_s": 9.0, "attempt_s": 9.0, "attempts": 1}  # the server is here, too
     model = chat(dead_line(url, **patient), budget=budget, ledger=ledger)
     model.engine  # noqa: B018 - loading is not on the clock
-    started = time.perf_counter()
     messages = in_threads(model) if how == "threads" else asyncio.run(in_tasks(model))
-    took = time.perf_counter() - started
-    assert took < 4 * TIMEOUT_S + 5 * SLACK_S  # one after the other the hanging ones alone would take 25 s
     assert len(messages) == 64
     for message in messages:
         assert message.content == local_answer()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -124,11 +123,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_header_is_one_error_at_once(name: str, tmp_path: Path) -> None:
-    started = time.monotonic()
+def test_a_hostile_header_is_one_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(UnsafeWeights, match=r"no sound GGUF file: .+"):
         of(HOSTILE[name], tmp_path)
-    assert time.monotonic() - started < 5
 
 
 def one_tensor(name: str = "t", shape: tuple[int, ...] = (32,), kind: int = 0, offset: int = 0) -> bytes:
@@ -276,9 +273,7 @@ def test_a_split_model_without_a_part_or_with_another_s_is_refused(tmp_path: Pat
 
 
 @pytest.mark.real
-def test_a_real_file_is_read_soon(smollm2_gguf: Path) -> None:
-    started = time.monotonic()
+def test_a_real_file_is_read(smollm2_gguf: Path) -> None:
     read = read_header(smollm2_gguf)
-    assert time.monotonic() - started < 10
     assert len(read.tensors) == 272
     assert read.text("tokenizer.ggml.pre") == "smollm"

@@ -2,7 +2,6 @@
 
 import asyncio
 import pickle
-import socket
 import threading
 import time
 from decimal import Decimal
@@ -25,8 +24,6 @@ CANDIDATES = [1, 2, 3]
 PRICE = TokenPrice(Decimal(2), Decimal(10))
 ONE = Decimal("0.00002")  # 5 * 2 + 1 * 10, per million: the prefix and one token
 HEDGE_S = 0.15
-SLACK_S = 2.0
-"""A loaded machine's own slowness; no server below would answer by itself within it."""
 
 
 def hedging(server: CompletionServer, **settings: Any) -> OpenAILLM:
@@ -57,9 +54,7 @@ def test_it_is_off_by_default(server: CompletionServer) -> None:
 def test_a_late_first_gets_a_twin_and_the_first_usable_answer_wins(server: CompletionServer) -> None:
     server.fault = servers.in_turn(servers.keeps_waiting)
     llm, asked = hedging(server), question()
-    started = time.perf_counter()
     answer = llm.open().ask(asked)
-    assert HEDGE_S <= time.perf_counter() - started < HEDGE_S + SLACK_S
     assert answer.scores == pytest.approx(truth(server), abs=1e-4)
     assert answer.note == "asked twice: the first request was late"
     assert server.asked[0] == server.asked[1]
@@ -164,9 +159,7 @@ def test_both_slow_ends_in_the_local_pick_inside_the_deadline_and_both_are_bille
     budget, ledger = Budget(usd="1"), Ledger()
     model = once(llm, budget=budget, ledger=ledger)
     model.engine  # noqa: B018 - loading is not on the clock
-    started = time.perf_counter()
     message = model.invoke("hello") if how == "sync" else asyncio.run(model.ainvoke("hello"))
-    assert time.perf_counter() - started < 0.6 + SLACK_S
     assert message.response_metadata["s2t"]["degraded"]
     assert message.content == ChatS2T(model=tiny_model(), max_tokens=4).invoke("hello").content
     [receipt] = ledger.records()[0].receipts
@@ -236,31 +229,18 @@ def test_a_budget_is_never_exceeded_whoever_wins(server: CompletionServer) -> No
 def test_where_the_deadline_comes_first_there_is_no_twin(server: CompletionServer) -> None:
     server.fault = servers.keeps_waiting
     llm, asked = hedging(server, hedge_after_s=1.0), question(seconds=0.4)
-    started = time.perf_counter()
     with pytest.raises(EscalationFailed, match=r"no answer within 0\.4 s"):
         llm.open().ask(asked)
-    assert time.perf_counter() - started < 0.4 + SLACK_S
     assert (len(server.asked), asked.owed.usd) == (1, ONE)  # type: ignore[union-attr]
 
 
-def test_a_host_that_swallows_connections_costs_one_connect_timeout() -> None:
-    with socket.socket() as deaf:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen(0)
-        fillers = [socket.socket() for _ in range(4)]  # the backlog is full: handshakes are not answered
-        for filler in fillers:
-            filler.setblocking(False)
-            filler.connect_ex(deaf.getsockname())
-        llm = OpenAILLM(
-            f"http://127.0.0.1:{deaf.getsockname()[1]}/v1", "m", connect_s=1.5, hedge_after_s=1.0, timeout_s=9.0
-        )
+def test_a_host_that_swallows_connections_gets_no_twin(connections: list[Any]) -> None:
+    with servers.deaf() as port:
+        llm = OpenAILLM(f"http://127.0.0.1:{port}/v1", "m", connect_s=0.6, hedge_after_s=0.2, timeout_s=9.0)
         asked = question()
-        started = time.perf_counter()
         with pytest.raises(EscalationFailed, match="cannot be reached"):
             llm.open().ask(asked)
-        assert 1.4 < time.perf_counter() - started < 2.4  # a twin's own timeout would end at 2.5 s
-        for filler in fillers:
-            filler.close()
+        assert connections.count(("127.0.0.1", port)) == 1
     assert asked.owed is None
     assert llm.breaker.state == "open"
 

@@ -4,7 +4,6 @@ import json
 import pickle
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any
@@ -313,13 +312,11 @@ def test_no_usable_answer_keeps_the_local_pick(
 
 def test_a_late_answer_is_no_answer(at_start: Trigger, release: threading.Event) -> None:
     def late(text: str) -> int:
-        release.wait(20)
+        release.wait()
         return 1
 
-    started = time.perf_counter()
     budget = Budget(usd="1")
     report = answer(judge(late, timeout_s=0.3), at_start, budget)[0].escalation
-    assert time.perf_counter() - started < 15  # the answer would come after 20
     assert report is not None
     assert report.outcome == "failed"
     assert report.actual == report.reserved  # it was sent: the provider will bill it

@@ -444,10 +444,8 @@ def test_options_that_cannot_be_are_named(options: dict[str, Any], named: str, t
 
 
 def test_a_context_that_no_memory_holds_is_refused_before_any_is_taken(tmp_path: Path) -> None:
-    started = time.monotonic()
     with pytest.raises(ConfigError, match="n_ctx is 2147483136"):
         LlamaCppBackend.load(write_gguf(tmp_path / "a.gguf"), n_ctx=2**31 - 512)
-    assert time.monotonic() - started < 20
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -95,14 +95,15 @@ def test_every_module_has_a_layer() -> None:
     assert {layer for layer, _ in modules()} <= set(RANK)
 
 
-def test_budget_and_ledger_load_without_torch_and_the_package_in_under_a_second() -> None:
+def test_the_package_loads_nothing_else_and_budget_and_ledger_no_torch() -> None:
     code = (
-        "import sys, time; start = time.perf_counter(); import s2t_agents; took = time.perf_counter() - start;"
+        "import sys; before = set(sys.modules); import s2t_agents;"
+        "loaded = {each.split('.')[0] for each in set(sys.modules) - before} - sys.stdlib_module_names;"
+        "assert loaded == {'s2t_agents'}, loaded;"
         "s2t_agents.Budget(escalations=1); s2t_agents.Ledger();"
-        "heavy = {'torch', 'transformers', 'langchain'} & set(sys.modules); assert not heavy, heavy; print(took)"
+        "heavy = {'torch', 'transformers', 'langchain'} & set(sys.modules); assert not heavy, heavy"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(out.stdout) < 1.0
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_public_names_are_these() -> None:
