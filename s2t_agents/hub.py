@@ -40,8 +40,12 @@ MAX_MODULES = 4096
 """Layers, heads and experts that a config may have if the weights do not give a lower limit."""
 
 _CHECKPOINTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.pkl")
-_NOT_A_MODEL = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$|mmproj", re.IGNORECASE)
-"""GGUF files that are later parts of a split model, or an image encoder."""
+_NOT_A_MODEL = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$|mmproj|imatrix", re.IGNORECASE)
+"""GGUF files that are later parts of a split model, an image encoder, or statistics for quantization."""
+
+_PART = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
+MOST_PARTS = 1_000
+"""Parts of a split GGUF model that are downloaded."""
 
 _COUNT_KEYS = re.compile(r".*(layer|block|expert|head|stage)s?|depth", re.IGNORECASE)
 _LAYER_COUNT_KEYS = re.compile(r"(num|n)_(\w+_)?layers?")
@@ -117,23 +121,40 @@ class ModelSource:
         """
         named = self.weights.get("gguf_file")
         if named is not None:
-            if "quantization_config" in self.weights:
-                return None
-            found = self.file(str(named), here=here)
-            if found is None:
-                raise ModelNotFound(f"{self.name!r} holds no file {str(named)!r}.", hint="Check gguf_file.")
-            return found
-        if self.path.lower().endswith(".gguf"):
+            return None if "quantization_config" in self.weights else self._named_gguf(str(named), here)
+        if self.path.lower().endswith(".gguf") or _begins_as_gguf(Path(self.path)):
             return Path(self.path)
         if self.folder is None or any(any(self.folder.glob(each)) for each in _CHECKPOINTS):
             return None
-        files = sorted(each for each in self.folder.glob("*.gguf") if _NOT_A_MODEL.search(each.name) is None)
-        if len(files) > 1:
-            names = ", ".join(each.name for each in files[:5])
+        found = sorted(each for each in self.folder.glob("*") if _is_visible_gguf(each))
+        models = [each for each in found if _NOT_A_MODEL.search(each.name) is None]
+        if len(models) > 1:
+            names = ", ".join(each.name for each in models[:5])
             raise ModelNotFound(
                 f"{self.name!r} holds several models: {names}.", hint='Name one: model_kwargs={"gguf_file": ...}.'
             )
-        return files[0] if files else None
+        if not found and not (self.folder / "config.json").exists():
+            self._refuse_deeper(self.folder)
+        return next(iter(models or found), None)  # reading what is none says what it is
+
+    def _named_gguf(self, name: str, here: bool) -> Path:
+        found = self.file(name, here=here)
+        if found is None:
+            raise ModelNotFound(f"{self.name!r} holds no file {name!r}.", hint="Check gguf_file.")
+        part = _PART.fullmatch(name)
+        if part is not None and self.folder is None:  # llama.cpp looks for the others beside it
+            for number in range(1, min(int(part["count"]), MOST_PARTS) + 1):
+                self.file(f"{part['name']}-{number:05d}-of-{part['count']}.gguf", here=here)
+        return found
+
+    def _refuse_deeper(self, folder: Path) -> None:
+        deeper = sorted(each for each in folder.glob("*/*") if _is_visible_gguf(each))
+        if deeper:
+            names = ", ".join(str(each.relative_to(folder)) for each in deeper[:5])
+            raise ModelNotFound(
+                f"{self.name!r} holds models in folders of its own: {names}.",
+                hint='Name one: model_kwargs={"gguf_file": ...}.',
+            )
 
     @property
     def hint(self) -> str:
@@ -324,6 +345,22 @@ class ModelSource:
                 raise UnsafeWeights(
                     f"the config of {self.name!r} says {key}={value}; its files have {max_layers} tensors."
                 )
+
+
+def _is_visible_gguf(path: Path) -> bool:
+    """By name alone; macOS leaves files such as ``._model.gguf`` on other systems' disks."""
+    return path.suffix.lower() == ".gguf" and not path.name.startswith(".")
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    """Whether it is a GGUF file under another name, as Ollama keeps them."""
+    try:
+        if not path.is_file():  # opening a pipe may never end
+            return False
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except (OSError, ValueError):
+        return False
 
 
 def _is_impossible(key: str, value: Any, max_layers: int) -> bool:

@@ -108,6 +108,12 @@ def gemma3_270m() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma3_270m_gguf() -> Path:
+    """The same as one GGUF file of 4 bits."""
+    return real("gemma3-270m-gguf") / assets.GEMMA
+
+
+@pytest.fixture(scope="session")
 def bfcl() -> Path:
     """Data of the Berkeley Function Calling Leaderboard: ``BFCL_v4_*.json``, JSON lines, and ``possible_answer/``."""
     return real("bfcl")

@@ -6,10 +6,11 @@ import os
 import struct
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from gguf_files import WINDOW, shapes, write_gguf
+from gguf_files import WINDOW, shapes, split_gguf, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,6 +99,7 @@ NESTED = b"".join(U32.pack(9) + U64.pack(1) for _ in range(10_000))
 HOSTILE = {
     "no magic": b"PK\3\4" + bytes(100),
     "nothing": b"",
+    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
     "version 1": b"GGUF" + U32.pack(1) + bytes(100),
     "the other byte order": b"GGUF" + struct.pack(">I", 3) + bytes(100),
     "2^64 keys": header(keys_said=2**64 - 1),
@@ -208,49 +210,64 @@ def refused(path: Path) -> bool:
     return True
 
 
-def test_other_gguf_files_than_models_are_named(tmp_path: Path) -> None:
-    for kind in ("adapter", "mmproj", "imatrix"):
-        writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+def test_version_2_is_read_as_version_3_is(sound: bytes, tmp_path: Path) -> None:
+    second = of(sound[:4] + U32.pack(2) + sound[8:], tmp_path)
+    assert second.tokens == of(sound, tmp_path).tokens
+    assert {name: info for name, (_, info) in second.tensors.items()} == {
+        name: info for name, (_, info) in of(sound, tmp_path).tensors.items()
+    }
+
+
+def write_other(path: Path, architecture: str, *, kind: str | None = None, tensor: bool = True, **more: Any) -> Path:
+    """A GGUF file that is no language model, or of a model that does not write."""
+    writer = gguf.GGUFWriter(path, architecture)
+    if kind is not None:
         writer.add_type(kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with pytest.raises(ModelNotFound, match=kind):
-            read_header(tmp_path / "a.gguf")
+    if tensor:
+        writer.add_tensor("t", np.zeros(32, dtype=np.float32))
+    for name in ("context_length", "embedding_length", "block_count"):
+        writer.add_uint32(f"{architecture}.{name}", 8)
+    if "tokens" in more:
+        writer.add_tokenizer_model(more.pop("tokens"))
+        writer.add_token_list(["a", "b"])
+    for name, value in more.items():
+        key = f"{architecture}.{name.replace('__', '.')}"
+        writer.add_bool(key, value) if isinstance(value, bool) else writer.add_uint32(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
-def split(folder: Path, parts: int = 3) -> list[Path]:
-    """The same tensors in several files, as llama.cpp's own tool splits them."""
-    whole = gguf.GGUFReader(write_gguf(folder / "whole.gguf"))
-    files = []
-    for number in range(parts):
-        file = folder / f"tiny-{number + 1:05d}-of-{parts:05d}.gguf"
-        writer = gguf.GGUFWriter(file, "llama")
-        for field in whole.fields.values() if number == 0 else ():
-            if field.name.startswith(("GGUF.", "general.architecture")):
-                continue
-            if field.types[0] == gguf.GGUFValueType.ARRAY:
-                if field.contents():
-                    writer.add_array(field.name, field.contents())
-            else:
-                writer.add_key_value(field.name, field.contents(), field.types[0])
-        writer.add_uint16("split.no", number)
-        writer.add_uint16("split.count", parts)
-        writer.add_int32("split.tensors.count", len(whole.tensors))
-        for at, each in enumerate(whole.tensors):
-            if at % parts == number:
-                writer.add_tensor(each.name, each.data)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        files.append(file)
-    return files
+OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a LoRA adapter": ("llama", {"kind": "adapter"}, "adapter"),
+    "an image encoder": ("clip", {"kind": "mmproj"}, "mmproj"),
+    "an older image encoder": ("clip", {}, "the part of a model that sees"),
+    "statistics for quantization": ("llama", {"kind": "imatrix"}, "imatrix"),
+    "a vocabulary": ("llama", {"tokens": "gpt2", "tensor": False}, "a vocabulary and no weights"),
+    "a control vector": ("controlvector", {}, "no tokenizer"),
+    "a model of pictures": ("flux", {}, "no tokenizer"),
+    "an encoder": ("bert", {"tokens": "bert", "attention__causal": False}, "from left to right"),
+    "an embedder that is a decoder": ("qwen3", {"tokens": "gpt2", "pooling_type": 3}, "one vector or score"),
+    "a reranker": ("qwen3", {"tokens": "gpt2", "pooling_type": 4}, "one vector or score"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_gguf_files_than_those_of_models_that_write_are_named(name: str, tmp_path: Path) -> None:
+    architecture, told, message = OTHERS[name]
+    with pytest.raises(ModelNotFound, match=message):
+        read_header(write_other(tmp_path / "a.gguf", architecture, **told))
+
+
+def test_a_decoder_that_says_that_it_pools_nothing_is_one(tmp_path: Path) -> None:
+    file = write_other(tmp_path / "a.gguf", "qwen3", tokens="gpt2", pooling_type=0, attention__causal=True)
+    assert read_header(file).architecture == "qwen3"
 
 
 def test_a_split_model_is_one_model_from_any_part(tmp_path: Path) -> None:
-    files = split(tmp_path)
+    files = split_gguf(tmp_path)
     for file in files:
         read = read_header(file)
         assert read.files == tuple(files)
@@ -259,7 +276,7 @@ def test_a_split_model_is_one_model_from_any_part(tmp_path: Path) -> None:
 
 
 def test_a_split_model_without_a_part_or_with_another_s_is_refused(tmp_path: Path) -> None:
-    files = split(tmp_path)
+    files = split_gguf(tmp_path)
     second = files[1].read_bytes()
     files[1].write_bytes(files[2].read_bytes())
     with pytest.raises(UnsafeWeights, match="part 2 of 3"):

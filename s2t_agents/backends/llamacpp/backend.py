@@ -22,10 +22,11 @@ from ...errors import ConfigError, Overloaded
 from ...fork_safety import FORWARD, hold_while_forking
 from ..base import Append, Capabilities, Limits, Output, ScoreCandidates, StepOutput, Work
 from .context import BATCH, OUTPUTS, Context, NoRoom, Options, Run
-from .gguf_header import GGUFHeader, TensorInfo, read_header
+from .gguf_header import GGUFHeader, read_header
 from .kv_cache import LlamaCppCache, SequenceSlots
 from .tokenizer import PROBE, read_tokenizer
 from .trial import try_out
+from .weights import checkpoint_norms, dequantised
 
 T = TypeVar("T")
 
@@ -148,9 +149,7 @@ class LlamaCppBackend:
         """Hash of the normalisation weights; see ``torch.fingerprint.checkpoint_fingerprint``."""
         from ..torch.fingerprint import checkpoint_fingerprint
 
-        tensors = self._header.tensors.values()
-        norms = [each for each in tensors if len(each[1].shape) == 1 and each[1].name.endswith("norm.weight")]
-        return checkpoint_fingerprint(dequantised(path, info)[0] for path, info in norms)
+        return checkpoint_fingerprint(checkpoint_norms(self._header))
 
     @cached_property
     def quantization(self) -> str:
@@ -296,28 +295,3 @@ def grouped(pieces: Sequence[Piece], rows: int, candidates: int) -> Iterator[lis
             room, left, at = room - len(ids), left - (not piece.kept), at + len(ids)
     if group:
         yield group
-
-
-def dequantised(path: Path, info: TensorInfo) -> Tensor:
-    """A tensor of a GGUF file as a matrix ``[rows, columns]``: fp16, or fp32 where the file has that of one row.
-
-    Raises:
-        ConfigError: a type that the package gguf cannot dequantise.
-    """
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    columns, rows = info.shape[0], prod(info.shape[1:])
-    raw = np.memmap(path, dtype=np.uint8, mode="r", offset=info.offset, shape=(rows, info.nbytes // rows))
-    kind = GGMLQuantizationType(info.kind)
-    whole = torch.empty(rows, columns, dtype=torch.float32 if rows == 1 else torch.float16)
-    try:
-        for at in range(0, rows, 4096):  # fp32 takes several times the space
-            part = raw[at : at + 4096]
-            values = part.view(np.float32) if kind == GGMLQuantizationType.F32 else dequantize(part, kind)
-            whole[at : at + 4096] = torch.from_numpy(np.array(values, dtype=np.float32))
-    except NotImplementedError as error:
-        raise ConfigError(
-            f"the package gguf cannot read weights of the type {kind.name}.", hint="Upgrade it."
-        ) from error
-    return whole

@@ -119,6 +119,12 @@ class Context:
             self.close()
             raise
         self._memory = self._c.llama_get_memory(self._context)
+        if not self._memory:
+            self.close()
+            raise ModelNotFound(
+                f"{str(header.path)!r} ({header.architecture}) keeps nothing of what it reads: it does not write.",
+                hint="Give a causal language model.",
+            )
         self.vocab_size = int(self._c.llama_vocab_n_tokens(self._vocab))
         self.width = int(self._c.llama_model_n_embd_out(self._model))
         self.cells = int(self._c.llama_n_ctx(self._context))

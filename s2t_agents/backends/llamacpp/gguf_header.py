@@ -57,6 +57,7 @@ _U32, _U64, _KEY_END, _TENSOR_END = Struct("<I"), Struct("<Q"), Struct("<I"), St
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OUT_OF = "Copy or download it again."
+_CAUSAL = "Give a causal language model."
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,18 @@ def _checked(header: GGUFHeader) -> GGUFHeader:
         raise ModelNotFound(f"{str(path)!r} holds the part of a model that sees.", hint="Give the part that writes.")
     if not header.tensors:
         raise ModelNotFound(f"{str(path)!r} holds a vocabulary and no weights.", hint="Give the model's own file.")
+    if not any(key.startswith("tokenizer.") for key in header.metadata):  # pictures, sounds, control vectors
+        raise ModelNotFound(
+            f"{str(path)!r} ({header.architecture}) has no tokenizer: it writes no text.", hint="Give a language model."
+        )
+    if header.metadata.get(f"{header.architecture}.attention.causal") is False:
+        raise ModelNotFound(
+            f"{str(path)!r} ({header.architecture}) does not write its text from left to right.", hint=_CAUSAL
+        )
+    if header.number(f"{header.architecture}.pooling_type"):
+        raise ModelNotFound(
+            f"{str(path)!r} ({header.architecture}) makes one vector or score of a text: it writes none.", hint=_CAUSAL
+        )
     for name, most in (("context_length", 2**31), ("embedding_length", 2**20), ("block_count", 2**12)):
         value = header.metadata.get(f"{header.architecture}.{name}")
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < most:
@@ -229,7 +242,10 @@ class _Reader:
         self._held, self._at, self._strings = bytearray(), 0, 0
 
     def header(self) -> tuple[Mapping[str, Value], list[TensorInfo]]:
-        if self._size < 4 or bytes(self._take(4)) != b"GGUF":
+        begins = bytes(self._take(min(4, self._size)))
+        if begins == b"vers":
+            raise _bad(self._path, "it is a pointer of Git LFS", hint="Fetch the file itself: git lfs pull.")
+        if begins != b"GGUF":
             raise _bad(self._path, "it does not begin with GGUF", hint="Give a .gguf file.")
         version = self._unpack(_U32)
         if version not in VERSIONS:

@@ -92,7 +92,7 @@ def read_tokenizer(header: GGUFHeader) -> Any:
         names = {name: header.token_id(key) for name, key in _NAMED.items()}
         return PreTrainedTokenizerFast(
             tokenizer_object=core,
-            chat_template=header.text("tokenizer.chat_template"),
+            chat_template=_templates(header),
             model_max_length=header.number(f"{header.architecture}.context_length"),
             clean_up_tokenization_spaces=False,
             **{name: header.tokens[token] for name, token in names.items() if token is not None},
@@ -106,6 +106,15 @@ def read_tokenizer(header: GGUFHeader) -> Any:
             f"the tokenizer of {str(header.path)!r} cannot be read: {first_line(error):.300}.",
             hint="Copy or download it again.",
         ) from error
+
+
+def _templates(header: GGUFHeader) -> str | dict[str, str] | None:
+    """The chat template; several by name, such as ``tool_use``, where the file has them."""
+    key = "tokenizer.chat_template"
+    own = header.text(key)
+    named = {name[len(key) + 1 :]: text for name in header.metadata if name.startswith(f"{key}.")
+             and (text := header.text(name)) is not None}  # fmt: skip
+    return {**({} if own is None else {"default": own}), **named} if named else own
 
 
 _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}

@@ -49,7 +49,9 @@ def checkpoint_fingerprint(norms: Iterable[Tensor]) -> str | None:
     Files of every engine and quantization keep these as they were trained, so that it tells one checkpoint from
     another whatever became of its matrices. An adapter that was merged into the matrices does not show in it.
     """
-    rounded = (norm.detach().flatten().to("cpu", torch.bfloat16).float() for norm in norms)
+    whole = (norm.detach().flatten().to("cpu", torch.float32) for norm in norms)
+    # llama.cpp's converter adds 1 to those of some families: what fp32 loses by that is left out everywhere
+    rounded = ((each + 1 - 1).bfloat16().float() for each in whole)
     found = sorted(str(_steady(each).tolist()) for each in rounded if each.numel() and bool((each != each[0]).any()))
     return _short(str(found)) if found else None
 
@@ -70,9 +72,14 @@ def module_fingerprint(module: nn.Module) -> str:
 
 
 def norms_of(model: nn.Module) -> list[Tensor]:
-    """The weights ``[H]`` of a model's normalisation layers."""
-    named = model.named_parameters()
-    return [each for name, each in named if each.dim() == 1 and name.endswith("norm.weight") and not each.is_meta]
+    """The weights ``[H]`` of a model's normalisation layers, told by their name or their class (GPT-2's ``ln_1``)."""
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith("norm") or "norm" in type(module).__name__.lower()
+    ]
+    weights = [getattr(layer, "weight", None) for layer in layers]
+    return [each for each in weights if isinstance(each, Tensor) and each.dim() == 1 and not each.is_meta]
 
 
 def embedding_fingerprint(embedding: Tensor) -> str:
