@@ -99,11 +99,11 @@ def test_gemma_s_norms_are_its_checkpoint_s(tmp_path: Path, caplog: pytest.LogCa
     load_selector(head_of(gguf, tmp_path / "head"), checkpoint)
     assert agreement(caplog) >= 95  # so the file is read as the model that it was made of
     other, _ = gemma(tmp_path, seed=5)
-    with pytest.raises(AdapterMismatch, match="weights_fingerprint"):
+    with pytest.raises(AdapterMismatch, match="was trained for"):
         load_selector(tmp_path / "head", other)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "falcon", "mpt", "bloom", "mamba", "gemma3", "qwen3"])
+@pytest.mark.parametrize("family", ["gpt2", "falcon", "mpt", "bloom", "gemma3", "qwen3"])
 def test_a_checkpoint_s_norms_are_found_whatever_they_are_called(family: str) -> None:
     model = tiny_model(family).model
     layers = [each for each in model.modules() if "Norm" in type(each).__name__]

@@ -13,7 +13,7 @@ from langchain_core.tools import tool
 
 from s2t_agents import ChatS2T, LocalLLM
 from s2t_agents.backends.loading import load_tokenizer
-from s2t_agents.errors import ConfigError, InputError, ModelNotFound
+from s2t_agents.errors import ConfigError, EscalationFailed, InputError, ModelNotFound
 from s2t_agents.testing import CHATML
 
 pytest.importorskip("llama_cpp")
@@ -122,10 +122,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_folder_that_holds_no_model_or_several_says_so(name: str, tmp_path: Path) -> None:
     make, message = FOLDERS[name]
     make(tmp_path)
-    for ask in (said, lambda path: LocalLLM(str(path), **SMALL).load()):
-        with pytest.raises(ModelNotFound, match=message) as caught:
-            ask(tmp_path)
-        assert str(tmp_path) in str(caught.value)
+    with pytest.raises(ModelNotFound, match=message) as caught:
+        said(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    with pytest.raises(EscalationFailed, match=message):
+        LocalLLM(str(tmp_path), **SMALL).load()
 
 
 def test_a_file_in_a_folder_of_its_own_can_be_named(answer: Any, tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_a_file_of_version_2_is_the_same_model(file: Path, answer: Any, tmp_path
     [
         ("{{ messages.__class__.__mro__[1].__subclasses__() }}", (ConfigError, InputError)),
         ("{% include '/etc/passwd' %}", (ConfigError, InputError)),
-        ("{% for a in range(999999999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", ConfigError),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", ConfigError),
         ("{{ raise_exception('no') }}", InputError),
         ("  ", (ConfigError, InputError)),
     ],
@@ -178,10 +179,19 @@ def test_a_template_that_does_harm_is_one_error(template: str, error: Any, tmp_p
 
 
 def test_a_template_for_tools_is_taken_where_tools_are_given(tmp_path: Path) -> None:
-    named = {"default": CHATML, "tool_use": "{{ raise_exception('for tools') }}"}
-    file = write_gguf(tmp_path / "a.gguf", template=[{"name": name, "template": text} for name, text in named.items()])
+    for_tools = (Path(__file__).parent / "templates" / "qwen2_5.jinja").read_text(encoding="utf-8")
+    named = {"default": CHATML, "tool_use": for_tools}
+    file = write_gguf(
+        tmp_path / "a.gguf",
+        metadata={"context_length": 2048},
+        template=[{"name": name, "template": text} for name, text in named.items()],
+    )
     assert load_tokenizer(str(file)).chat_template == named
-    chat = ChatS2T(model=str(file), max_tokens=6, model_kwargs=SMALL)
-    assert chat.invoke("hello").response_metadata["s2t"]["tokens"]
-    with pytest.raises(InputError, match="for tools"):
-        chat.bind_tools([add]).invoke("hello")
+
+    def prompt_tokens(given: str | None) -> int:
+        chat = ChatS2T(model=str(file), max_tokens=6, chat_template=given, model_kwargs={"n_ctx": 2048})
+        usage = chat.bind_tools([add]).invoke("hello").usage_metadata
+        assert usage is not None
+        return usage["input_tokens"]
+
+    assert prompt_tokens(None) == prompt_tokens(for_tools) != prompt_tokens(CHATML)

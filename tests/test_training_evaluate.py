@@ -318,6 +318,15 @@ def test_a_killed_run_goes_on_where_it_was(pair, made, tmp_path):
     assert last.graded == 0
 
 
+def test_a_majority_of_no_samples_is_no_row(pair, made, tmp_path):
+    slm, llm, _ = pair
+    task = JsonlTask(write_prompts(tmp_path / "prompts.jsonl", 2), "numeric")
+    rows = EvaluationRows(max_tokens=4, agreement=0, k=4, budgets=(), votes=0, batch=2)
+    found = list(evaluate_with(slm, llm, task, settings(made, rows=rows)).rows)
+    assert not any(name.startswith("maj") for name in found)
+    assert {"slm", "head", "llm_select", "llm"} <= set(found)
+
+
 def test_answers_are_there_to_be_looked_at(pair, made, tmp_path):
     slm, llm, _ = pair
     rows = EvaluationRows(max_tokens=6, agreement=0, k=4, budgets=(), votes=2, batch=2)

@@ -224,12 +224,13 @@ def _chosen(ready: Sequence[Ready], settings: EvaluationRows) -> Ready | None:
 
 def _rows(maker: RowMaker, ready: Sequence[Ready], chosen: Ready | None, settings: EvaluationRows) -> list[Row]:
     """The main table; without a selector, those rows that need none."""
+    majority = [maker.majority()] if settings.votes else []
     if chosen is None:
-        return [maker.alone(), maker.majority(), *maker.by_llm(None), maker.llm()]
+        return [maker.alone(), *majority, *maker.by_llm(None), maker.llm()]
     calibration = chosen.calibration
     return [
         maker.alone(),
-        maker.majority(),
+        *majority,
         maker.random(chosen),
         *(maker.local(each) for each in ready),
         *maker.by_llm(calibration),

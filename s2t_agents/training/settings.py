@@ -235,7 +235,7 @@ class EvaluationRows(Settings):
             selector, read off the held-out rollouts where it is not given.
         budgets: escalations per answer of the hybrid rows.
         hybrid: kind of the selector in the hybrid and random rows; None takes the one with the best held-out agreement.
-        votes: samples of the majority row.
+        votes: samples of the majority row; 0 leaves it out.
         temperature: of those samples.
         ks: sweep over K; empty for none.
         rates: sweep over trigger rates; empty for none.
@@ -251,7 +251,7 @@ class EvaluationRows(Settings):
     llm_trigger_entropy: float | None = Field(default=None, ge=0)
     budgets: Distinct[Annotated[int, Field(ge=0)]] = (1, 2, 4, 8)
     hybrid: Kind | None = None
-    votes: int = Field(default=8, ge=1)
+    votes: int = Field(default=8, ge=0)
     temperature: float = Field(default=0.7, gt=0)
     ks: Distinct[Annotated[int, Field(ge=1, le=64)]] = ()
     rates: Distinct[Annotated[float, Field(gt=0, lt=1)]] = ()
