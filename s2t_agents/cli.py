@@ -126,6 +126,9 @@ def serve(
     ] = False,
     record_steps: Annotated[bool, typer.Option(help="Keep every step in the ledger, for s2t trace.")] = False,
     record_text: Annotated[bool, typer.Option(help="Keep the text of prompts and steps, too.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Show the ledger at /trace, live, to whoever may ask; a key shows its own.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Limit of an answer where a request sets none.")] = 512,
     running: Annotated[int, typer.Option(min=1, help="Answers generated at once.")] = 32,
     waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait behind them; more get 429.")] = 256,
@@ -155,12 +158,12 @@ def serve(
         concurrency=Concurrency(running, waiting),
     )
     tenants = Tenants.from_file(keys, parent=whole, store=store) if keys is not None else Tenants()
-    run(chat_model, host=host, port=port, tenants=tenants, names=name or (), on_listening=_print_address)
 
+    def print_address(host: str, port: int) -> None:
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        typer.echo(f"s2t serves OpenAI's API at {url}/v1" + (f", its trace at {url}/trace" if trace else ""))
 
-def _print_address(host: str, port: int) -> None:
-    shown = f"[{host}]" if ":" in host else host
-    typer.echo(f"s2t serves OpenAI's API at http://{shown}:{port}/v1")
+    run(chat_model, host=host, port=port, tenants=tenants, names=name or (), trace=trace, on_listening=print_address)
 
 
 @app.command()

@@ -180,7 +180,8 @@ class Step:
         reused_tokens: prompt tokens whose KV came from the prefix cache; set on the first step, 0 later.
         shadow: what would have been picked instead, at triggered steps in shadow mode.
         logprobs: the SLM's log-probabilities over the legal tokens, as (token id, log-probability): the chosen token,
-            then the likeliest; empty where ``Sampling`` does not ask for them and where the SLM computed none.
+            then the likeliest, or ``Sampling.logprob_ids``; empty where ``Sampling`` does not ask for them and where
+            the SLM computed none.
     """
 
     index: int
@@ -215,6 +216,8 @@ class Sampling:
         banned_first: token ids that cannot be the first, such as end tokens (no empty answers).
         logprobs: how many of the likeliest tokens each step reports log-probabilities of, beside the chosen token's;
             None reports none.
+        logprob_ids: tokens whose log-probabilities each step reports in place of the likeliest's.
+        ignore_eos: go on after tokens that end an answer, up to ``max_tokens``.
     """
 
     temperature: float = 0.0
@@ -223,6 +226,8 @@ class Sampling:
     max_tokens: int = 512
     banned_first: Sequence[int] = ()
     logprobs: int | None = None
+    logprob_ids: Sequence[int] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         """Validate the parameters (ConfigError)."""

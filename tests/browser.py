@@ -34,9 +34,9 @@ class Browser:
     def __init__(self, session: str) -> None:
         self._client = httpx.Client(base_url=session, timeout=120)
 
-    def open(self, page: Path) -> None:
-        """Open a file."""
-        self._post("/url", url=page.absolute().as_uri())
+    def open(self, page: Path | str) -> None:
+        """Open a file, or an address on this machine."""
+        self._post("/url", url=page if isinstance(page, str) else page.absolute().as_uri())
 
     def run(self, script: str, *arguments: Any) -> Any:
         """Run a script in the page; gives what it returns."""

@@ -6,6 +6,7 @@ it was before.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..types import Step
@@ -18,10 +19,11 @@ class LogprobsReader:
     Args:
         generation: which.
         asked: whether the call asked for them.
+        name: how a token is called; by its text where it is not given.
     """
 
-    def __init__(self, generation: Generation, asked: bool) -> None:
-        self._generation, self._asked, self._read = generation, asked, 0
+    def __init__(self, generation: Generation, asked: bool, *, name: Callable[[int], str] | None = None) -> None:
+        self._generation, self._asked, self._name, self._read = generation, asked, name or generation.decode, 0
 
     def new(self) -> dict[str, Any]:
         """``{"logprobs": {"content": [...]}}`` of the steps since the last call, without end tokens; {} for none."""
@@ -42,6 +44,6 @@ class LogprobsReader:
         return {**self._token(step.token_id, score), "top_logprobs": likeliest}
 
     def _token(self, token_id: int, score: float | None) -> dict[str, Any]:
-        text = self._generation.decode(token_id)
+        text = self._name(token_id)
         in_part = "\N{REPLACEMENT CHARACTER}" in text  # a part of a character
         return {"token": text, "bytes": None if in_part else list(text.encode()), "logprob": score}

@@ -223,7 +223,7 @@ class Engine:
                 return step
             return replace(step, timings=replace(step.timings, queue=before.queue), reused_tokens=reused)
 
-        draw = Draw(sampling)
+        draw, ends = Draw(sampling), self.slm.eos_ids if not sampling.ignore_eos else frozenset[int]()
         pending = list(unread)
         kept = deque(begun)
         length = len(prefix) + len(unread)
@@ -232,18 +232,18 @@ class Engine:
         while index < room:
             for token, picker in predetermined(grammar, kept):
                 yield emitted(Step(index, length + index, token, token, picker))
-                if grammar and token not in self.slm.eos_ids:
+                if grammar and token not in ends:
                     grammar.accept(token)
                 pending.append(token)
                 index += 1
-                if index >= room or token in self.slm.eos_ids:
+                if index >= room or token in ends:
                     return
             if grammar and grammar.finished:
                 return
             with single_threaded():
                 step = yield from self._step(index, prefix, pending, draw, grammar, session, kept)
             yield emitted(step)
-            if step.token_id in self.slm.eos_ids:
+            if step.token_id in ends:
                 return
             if grammar:
                 grammar.accept(step.token_id)
@@ -294,7 +294,7 @@ class Engine:
                 "slm",
                 entropy=entropy_nats,
                 timings=timings,
-                logprobs=logprobs_of(proposal, wanted, draw.sampling.logprobs),
+                logprobs=logprobs_of(proposal, wanted, draw.sampling),
             )
         chosen = yield from self._select(proposal, session, grammar)
         drawn = draw.random and not self.shadow  # whose draws are the SLM's alone
@@ -317,7 +317,7 @@ class Engine:
             candidates=chosen.candidates,
             escalation=chosen.escalation,
             shadow=shadow,
-            logprobs=logprobs_of(proposal, token, draw.sampling.logprobs),
+            logprobs=logprobs_of(proposal, token, draw.sampling),
             timings=Timings(
                 propose=propose_s,
                 grammar=masked - computed,
@@ -384,10 +384,14 @@ def predetermined(grammar: Grammar | None, kept: deque[int]) -> Iterator[tuple[i
         yield kept.popleft(), "slm"
 
 
-def logprobs_of(proposal: Proposal, token: int, likeliest: int | None) -> tuple[tuple[int, float], ...]:
-    """A step's ``logprobs``: of a token, then of so many of the likeliest legal ones; empty for None."""
-    if likeliest is None:
+def logprobs_of(proposal: Proposal, token: int, sampling: Sampling) -> tuple[tuple[int, float], ...]:
+    """A step's ``logprobs``: of a token, then of those that are asked for, as far as they are legal."""
+    if sampling.logprobs is None:
         return ()
-    values, ids = best_first(proposal.log_probs, likeliest) if likeliest else (torch.empty(0), torch.empty(0))
-    ranked = zip(map(int, ids.tolist()), values.tolist(), strict=True)
-    return ((token, float(proposal.log_probs[token])), *((each, score) for each, score in ranked if score > -torch.inf))
+    scores = proposal.log_probs
+    if sampling.logprob_ids:
+        ids = torch.tensor(sampling.logprob_ids, device=scores.device)
+    else:
+        ids = best_first(scores, sampling.logprobs)[1][: sampling.logprobs]  # of none, too, it gives the best
+    ranked = zip(map(int, ids.tolist()), scores[ids].tolist(), strict=True)
+    return ((token, float(scores[token])), *((each, score) for each, score in ranked if score > -torch.inf))

@@ -27,12 +27,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..chat.chat_model import ChatS2T
 from ..endpoints.loopback import is_loopback
-from ..errors import UnknownModel
+from ..errors import ConfigError, UnknownModel
 from .chat_answers import chat_completion, chat_events
 from .chat_requests import chat_request
-from .completions import Completion, completion_request
+from .completions import Completion, TokenizeRequest, completion_request
 from .error_responses import body_of, error_body, shape_of
 from .exchange import EventStream, log_error, while_connected
+from .live_trace import LiveTrace
+from .parameters import parse
 from .request_bodies import BodyLimits, json_object
 from .tenants import Tenants
 
@@ -56,6 +58,7 @@ def create_app(
     tenants: Tenants | None = None,
     names: Sequence[str] = (),
     limits: ServerLimits | None = None,
+    trace: bool = False,
 ) -> Starlette:
     """The application; weights are loaded here.
 
@@ -65,9 +68,10 @@ def create_app(
             names alone, so that no web page reaches it through a name of its own.
         names: what clients may call the model; its own name by default.
         limits: of one request.
+        trace: show the chat model's ledger at ``/trace``, to whoever may ask; a key's page has its own agent's answers.
 
     Raises:
-        ConfigError: as the chat model, whose engine is built; its message names the setting.
+        ConfigError: as the chat model, whose engine is built; its message names the setting. A trace without a ledger.
         UnpricedModel: a dollar budget of an agent over an LLM without a price.
     """
     tenants = tenants or Tenants()
@@ -84,7 +88,13 @@ def create_app(
         Route("/v1/models/{name:path}", service.model, methods=["GET"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),
+        Route("/tokenize", service.tokenize, methods=["POST"]),
     ]
+    if trace:
+        if chat_model.ledger is None:
+            raise ConfigError("A trace was to be shown, and there is no ledger.", hint="Give --ledger FILE.")
+        live = LiveTrace(chat_model.ledger, tenants, service.names[0])
+        routes.append(Route("/trace", live.show, methods=["GET"]))
     middleware = [Middleware(ErrorsAsJson, any_host=tenants.with_keys)]
     return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: http_error})
 
@@ -117,13 +127,13 @@ class Service:
     """
 
     def __init__(self, chat_model: ChatS2T, tenants: Tenants, names: Sequence[str], limits: ServerLimits) -> None:
-        self._chat_model, self._tenants, self._names, self._limits = chat_model, tenants, names, limits
+        self._chat_model, self._tenants, self.names, self._limits = chat_model, tenants, names, limits
         self._since = int(time.time())
 
     async def models(self, request: Request) -> Response:
         """``/v1/models``."""
         self._tenants.tenant_of(request.headers)
-        return JSONResponse({"object": "list", "data": [self._described(name) for name in self._names]})
+        return JSONResponse({"object": "list", "data": [self._described(name) for name in self.names]})
 
     async def model(self, request: Request) -> Response:
         """``/v1/models/NAME``."""
@@ -163,15 +173,26 @@ class Service:
             return EventStream(completion.events, request.state.request_id, send_s=self._limits.send_s)
         return JSONResponse(await while_connected(request.receive, completion.whole()))
 
+    async def tokenize(self, request: Request) -> Response:
+        """``/tokenize``, as vLLM has it: by which its clients tell another tokenizer. Control tokens are such here."""
+        self._tenants.tenant_of(request.headers)
+        asked = parse(TokenizeRequest, await json_object(request, self._limits.body))
+        self._checked(asked.model)
+        slm = self._chat_model.engine.slm
+        ids = await asyncio.to_thread(slm.tokenizer.encode, asked.prompt, add_special_tokens=asked.add_special_tokens)
+        return JSONResponse({"count": len(ids), "max_model_len": slm.context_window, "tokens": ids})
+
     def _described(self, name: str) -> Mapping[str, Any]:
-        return {"id": name, "object": "model", "created": self._since, "owned_by": "s2t-agents"}
+        window = self._chat_model.engine.slm.context_window
+        described = {"id": name, "object": "model", "created": self._since, "owned_by": "s2t-agents"}
+        return {**described, "max_model_len": window}
 
     def _checked(self, name: str) -> str:
-        if name not in self._names:
+        if name not in self.names:
             raise UnknownModel(
                 f"The model {name!r:.120} is not served.",
                 param="model",
-                hint=f"Served: {', '.join(map(repr, self._names))}.",
+                hint=f"Served: {', '.join(map(repr, self.names))}.",
             )
         return name
 

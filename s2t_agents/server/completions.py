@@ -24,25 +24,45 @@ from ..chat.generation import Generation
 from ..chat.local_work import LocalWork
 from ..chat.logprobs import LogprobsReader
 from ..chat.telemetry_messages import input_messages
+from ..endpoints.completions import ID_PREFIX
 from ..errors import BadRequest
 from ..formats.tool_calls import PlainTextParser
+from ..grammar.allowed_tokens import AllowedTokens
 from ..scheduling.admission import AdmissionTicket
 from ..telemetry import AnswerRequest
-from ..types import Sampling
+from ..types import MAX_LOGPROBS, Sampling
 from .chat_answers import DONE
 from .error_responses import event_of
-from .parameters import SamplingParameters, parse
+from .parameters import Parameters, SamplingParameters, parse
 from .tenants import Tenant
 
 DEFAULT_TOKENS = 16
 """As OpenAI's."""
+MAX_LOGPROB_IDS = 128
+"""Tokens whose log-probabilities a request may ask for by id."""
 
 
 class CompletionRequest(SamplingParameters):
-    """A request for a completion; a list of one prompt is one prompt."""
+    """A request for a completion; a list of one prompt is one prompt.
+
+    The parameters after ``logprobs`` are vLLM's, by which ``ChatS2T(model="vllm://...")`` and ``OpenAILLM`` ask.
+    """
 
     prompt: str | list[int] | list[str] | list[list[int]] = Field(min_length=1)
-    logprobs: int | None = Field(default=None, ge=0, le=5)
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    logprob_token_ids: list[int] | None = Field(default=None, min_length=1, max_length=MAX_LOGPROB_IDS)
+    allowed_token_ids: list[int] | None = Field(default=None, min_length=1)
+    return_tokens_as_token_ids: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+
+
+class TokenizeRequest(Parameters):
+    """A request for a text's token ids, as vLLM has it."""
+
+    model: str
+    prompt: str
+    add_special_tokens: bool = True
 
 
 def completion_request(body: Mapping[str, Any]) -> CompletionRequest:
@@ -54,6 +74,8 @@ def completion_request(body: Mapping[str, Any]) -> CompletionRequest:
     request = parse(CompletionRequest, body)
     if isinstance(request.prompt, list) and not isinstance(request.prompt[0], int) and len(request.prompt) > 1:
         raise BadRequest("There are several prompts.", param="prompt", hint="Send one request for each.")
+    if request.logprob_token_ids is not None and request.logprobs is None:
+        raise BadRequest("logprob_token_ids needs logprobs.", param="logprob_token_ids")
     return request
 
 
@@ -119,7 +141,8 @@ class Completion:
 
     def _items(self) -> Generator[AdmissionTicket | tuple[str, list[dict[str, Any]]] | None, None, None]:
         generation = self._generation = self._started()
-        reader = LogprobsReader(generation, self._request.logprobs is not None)
+        name = (lambda token: f"{ID_PREFIX}{token}") if self._request.return_tokens_as_token_ids else None
+        reader = LogprobsReader(generation, self._request.logprobs is not None, name=name)
         for each in generation.deltas():
             yield each if isinstance(each, AdmissionTicket) else (each.text, _content(reader))
 
@@ -127,7 +150,7 @@ class Completion:
         model, asked, tenant = self._chat_model, self._request, self._tenant
         engine = model.engine
         budget = tenant.budget or model.budget
-        prompt = self._prompt_ids()
+        prompt, grammar = self._prompt_ids(), self._allowed()
         work = LocalWork(budget)
         fitting = max(1, engine.slm.context_window - len(prompt))  # with none the engine refuses the prompt
         sampling = Sampling(
@@ -136,7 +159,10 @@ class Completion:
             seed=model.seed if asked.seed is None else asked.seed,
             max_tokens=min(asked.max_tokens or DEFAULT_TOKENS, fitting),
             logprobs=asked.logprobs,
+            logprob_ids=self._known(asked.logprob_token_ids or (), "logprob_token_ids"),
+            ignore_eos=asked.ignore_eos,
         )
+        eos_ids = frozenset[int]() if asked.ignore_eos else engine.slm.eos_ids
         room = work.reserve(sampling.max_tokens)  # last: what is held here is settled by the steps
         sampling = replace(sampling, max_tokens=room)
         account = Account.of(
@@ -158,17 +184,19 @@ class Completion:
         steps = engine.run(
             prompt,
             sampling,
+            grammar=grammar,
             budget=budget,
             cache_scope=tenant.cache_scope or model.cache_scope,
             on_asked=account.record_escalation,
         )
         return Generation(
-            work.limiting(steps, engine.slm.eos_ids),
+            work.limiting(steps, eos_ids),
             account,
             parser=PlainTextParser(),
             tokenizer=engine.slm.tokenizer,
-            eos_ids=engine.slm.eos_ids,
+            eos_ids=eos_ids,
             room=room,
+            with_special=not asked.skip_special_tokens,
             stop=stops,
             ledger=model.ledger,
             on_step=(lambda step: on_step(account.trace_id, step)) if on_step else None,
@@ -181,11 +209,26 @@ class Completion:
             [given] = given
         if isinstance(given, str):
             return self._chat_model.get_token_ids(given)
+        return self._known(given, "prompt")
+
+    def _known(self, ids: Sequence[int], name: str) -> list[int]:
+        """Token ids of a parameter; BadRequest for one that is none."""
         size = self._chat_model.engine.slm.vocab_size
-        for token in given:
+        for token in ids:
             if not 0 <= token < size:
-                raise BadRequest(f"prompt holds the id {token}; the vocabulary has {size} tokens.", param="prompt")
-        return list(given)
+                raise BadRequest(f"{name} holds the id {token}; the vocabulary has {size} tokens.", param=name)
+        return list(ids)
+
+    def _allowed(self) -> AllowedTokens | None:
+        """The tokens that may come; None for all."""
+        if self._request.allowed_token_ids is None:
+            return None
+        slm, ids = self._chat_model.engine.slm, self._known(self._request.allowed_token_ids, "allowed_token_ids")
+        with_text = slm.with_text
+        legal = [token for token in ids if with_text is None or bool(with_text[token])]
+        if not legal:
+            raise BadRequest("No token of allowed_token_ids has a text.", param="allowed_token_ids")
+        return AllowedTokens(legal, slm.vocab_size)
 
 
 def _content(reader: LogprobsReader) -> list[dict[str, Any]]:
@@ -204,7 +247,10 @@ def _legacy(told: Sequence[Mapping[str, Any]], offset: int) -> dict[str, list[An
     return {
         "tokens": [each["token"] for each in told],
         "token_logprobs": [each["logprob"] for each in told],
-        "top_logprobs": [{one["token"]: one["logprob"] for one in each["top_logprobs"]} for each in told],
+        "top_logprobs": [
+            {one["token"]: one["logprob"] for one in (*each["top_logprobs"], each) if one["logprob"] is not None}
+            for each in told
+        ],
         "text_offset": [offset] * len(told),
     }
 

@@ -132,6 +132,7 @@ def serve(
     port: int = 8000,
     tenants: Tenants | None = None,
     names: Sequence[str] = (),
+    trace: bool = False,
     on_listening: Callable[[str, int], None] | None = None,
 ) -> None:
     """Serve until interrupted; running answers get ``CLOSING_S`` to end, then an error event.
@@ -142,6 +143,7 @@ def serve(
         port: 0 takes a free one.
         tenants: who may ask.
         names: what clients may call the model.
+        trace: show the ledger at ``/trace``, to whoever may ask.
         on_listening: called with host and port once the weights are loaded.
 
     Raises:
@@ -151,7 +153,7 @@ def serve(
     tenants = tenants or Tenants()
     check_exposure(host, tenants)
     with listen(host, port) as bound:
-        app = create_app(chat_model, tenants=tenants, names=names)
+        app = create_app(chat_model, tenants=tenants, names=names, trace=trace)
         if on_listening is not None:
             on_listening(*bound.getsockname()[:2])
         server_of(app).run(sockets=[bound])

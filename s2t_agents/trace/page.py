@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from base64 import b64encode
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..atomic_write import write_whole
 from ..errors import LedgerError
@@ -44,23 +45,70 @@ def write_trace(ledger: Path, page: Path, *, last: int = 2000, agent: str | None
         LedgerError: no such ledger, or a damaged one; no answer of that agent; ``last`` out of range.
         S2TError: the page cannot be written.
     """
+    check_last(last)
+    opened = Ledger.reading(ledger)
+    made = trace_of(opened, name=ledger.name, last=last, whose=None if agent is None else agent.__eq__)
+    if agent is not None and not made.total:
+        raise LedgerError(f"{ledger} has no answer of the agent {agent!r:.200}.", hint="s2t report lists the agents.")
+    write_whole(page, made.html.encode())
+    return min(last, made.total)
+
+
+def check_last(last: int) -> None:
+    """Refuse a number of answers that no page shows (LedgerError)."""
     if not 1 <= last <= MAX_ANSWERS:
         raise LedgerError(f"last is {last}.", hint=f"Choose from 1 to {MAX_ANSWERS:,} answers.")
-    opened = Ledger.reading(ledger)
+
+
+class TracePage(NamedTuple):
+    """A page, and how many answers the ledger has of those whose page it is."""
+
+    html: str
+    total: int
+
+
+def trace_of(
+    ledger: Ledger,
+    *,
+    name: str,
+    last: int = 2000,
+    whose: Callable[[str], bool] | None = None,
+    reload_s: float | None = None,
+) -> TracePage:
+    """The page of a ledger.
+
+    Args:
+        ledger: is read from its beginning to its end.
+        name: of the ledger.
+        last: how many answers the page shows, the newest.
+        whose: of which agents, by name; None is all.
+        reload_s: seconds after which the page loads itself again, at least; twenty times as long as it took to make, if
+            that is more. None never does.
+
+    Raises:
+        LedgerError: it cannot be read.
+    """
+    started = time.perf_counter()
     shown: deque[GenerationRecord] = deque(maxlen=last)
     total = 0
-    for record in opened:
-        if agent is None or record.agent == agent:
+    for record in ledger:
+        if whose is None or whose(record.agent):
             shown.append(record)
             total += 1
-    if agent is not None and not total:
-        raise LedgerError(f"{ledger} has no answer of the agent {agent!r:.200}.", hint="s2t report lists the agents.")
-    agents = [each for each in _agents(opened) if agent is None or each["name"] == agent]
-    write_whole(page, page_of(shown, agents=agents, name=ledger.name, total=total).encode())
-    return len(shown)
+    agents = [each for each in _agents(ledger) if whose is None or whose(each["name"])]
+    if reload_s is not None:
+        reload_s = max(reload_s, 20 * (time.perf_counter() - started))
+    return TracePage(page_of(shown, agents=agents, name=name, total=total, reload_s=reload_s), total)
 
 
-def page_of(records: Iterable[GenerationRecord], *, agents: list[dict[str, Any]], name: str, total: int) -> str:
+def page_of(
+    records: Iterable[GenerationRecord],
+    *,
+    agents: list[dict[str, Any]],
+    name: str,
+    total: int,
+    reload_s: float | None = None,
+) -> str:
     """The page.
 
     Args:
@@ -68,12 +116,14 @@ def page_of(records: Iterable[GenerationRecord], *, agents: list[dict[str, Any]]
         agents: sums by agent, as the page's table has them.
         name: of the ledger.
         total: answers in the ledger.
+        reload_s: seconds after which the page loads itself again; None never does.
     """
     listed = list(records)
     data = {
         "file": name,
         "made": datetime.now(UTC).isoformat(),
         "total": total,
+        "reload_s": reload_s,
         "agents": agents,
         "burndown": list(_burndown(listed))[:MAX_CHARTS],
         "records": [_answer(record) for record in listed],
