@@ -105,6 +105,49 @@ def real(report: dict[str, Any], made: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+PAIRS = {
+    "real_eval": ("SmolLM2-135M, quantised, behind itself", "adapted"),
+    "demo_eval": ("the bundled pair", "head"),
+}
+"""Stored evaluations of the first table, with the kind of selector that its hybrid rows have."""
+
+
+def gains(stored: dict[str, dict[str, Any]]) -> str:
+    """What each step up brings, on each pair: accuracy, share of the gap, questions to the large model, harm."""
+    heads = [
+        f"{pair}: accuracy (95%) | gap closed | questions an answer | harm"
+        for pair, _ in (PAIRS[name] for name in stored)
+    ]
+    lines = [f"|  | {' | '.join(heads)} |", "|---" * (1 + 4 * len(stored)) + "|"]
+    for label, row in (
+        ("small model alone", "slm"),
+        ("**and a selector, nobody asked**", None),
+        ("and at most 2 questions to the large model", "hybrid_2"),
+        ("large model asked at every unsure token", "llm_select"),
+        ("large model alone", "llm"),
+    ):
+        cells = [each["report"]["rows"][row or PAIRS[name][1]] for name, each in stored.items()]
+        lines.append(f"| {label} | {' | '.join(_gain(cell, alone=row == 'llm') for cell in cells)} |")
+    asked = [
+        "{n} {what} (selector: {kind}; {hardware}, commit {commit}, {date})".format(
+            n=each["report"]["n"], what=TASKS[each["report"]["task"]][1], kind=PAIRS[name][1], **each["made"]
+        )
+        for name, each in stored.items()
+    ]
+    note = (
+        "Gap closed: share of the accuracy gap between the small and the large model that is recovered. "
+        "Harm: share of the small model's right answers that become wrong. "
+    )
+    return "\n".join([*lines, "", f"{note}{'; '.join(asked)}. Made by `s2t eval`."])
+
+
+def _gain(row: dict[str, Any], *, alone: bool) -> str:
+    low, high = row["ci95"]
+    questions = "-" if alone else f"{row['llm_calls']:.1f}"
+    shares = f"{share(row['gap_closed'], 0)} | {questions} | {share(row['broken'])}"
+    return f"{row['accuracy']:.1%} ({low:.0%} to {high:.0%}) | {shares}"
+
+
 def harm(stored: dict[str, dict[str, Any]]) -> str:
     """How much of what the small model gets right is wrong with the selector, or with the LLM, in its place."""
     heads = (
@@ -183,12 +226,6 @@ def speed(report: dict[str, Any], made: dict[str, Any]) -> str:
     return "\n".join([*lines, "", SPEED_NOTE.format(**report), "", _made_by(report, made, "s2t bench decode")])
 
 
-def speed_short(report: dict[str, Any], made: dict[str, Any]) -> str:
-    """Of ``speed``, what a token takes, and the targets."""
-    lines = [*per_token(report, SHORT), "", *judged(targets(report))]
-    return "\n".join([*lines, "", SPEED_NOTE.format(**report), "", _made_by(report, made, "s2t bench decode")])
-
-
 SPEED_NOTE = (
     "`@r`: the selector runs at that share of the steps. `published`: the paper's scheme, which reads the prefix again "
     "for every candidate; its measured selection time is added to our step time, and rates that were not run are "
@@ -211,10 +248,25 @@ def gpu(report: dict[str, Any], made: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note, "", _made_by(report, made, "s2t bench gpu --json")])
 
 
-def gpu_short(report: dict[str, Any], made: dict[str, Any]) -> str:
-    """Of ``gpu``, what a token takes, and the targets."""
-    lines = [*per_token(_gpu_parts(report), SHORT), "", *judged(_gpu_targets(report))]
-    return "\n".join([*lines, "", _made_by(report, made, "s2t bench gpu --json")])
+def speed_brief(stored: dict[str, dict[str, Any]]) -> str:
+    """What a token takes after a thousand, on a CPU and on a GPU, and the targets in a sentence each."""
+    (cpu, made_cpu), (device, made_device) = ((each["report"], each["made"]) for each in stored.values())
+    rows, told = list[dict[str, Any]](), list[str]()
+    parts = _gpu_parts(device)
+    rows += [part for part in (*cpu["decode"], *parts["decode"]) if 800 <= part["prefix"] <= 1100]
+    for report, made, judged_by, command in (
+        (cpu, made_cpu, targets(cpu), "s2t bench decode"),
+        (device, made_device, _gpu_targets(device), "s2t bench gpu --json"),
+    ):
+        told += ["", f"{in_words(judged_by)} {_made_by(report, made, command)}"]
+    return "\n".join([*per_token({"decode": rows}, SHORT), *told])
+
+
+def in_words(found: dict[str, Verdict]) -> str:
+    """Targets missed, with what was wanted, then how many were met."""
+    missed = [f"{name} {each['figure']:.4g} ({each['wanted']})" for name, each in found.items() if not each["met"]]
+    met_count = len(found) - len(missed)
+    return f"**Missed:** {'; '.join(missed) or 'none'}. Met: {met_count} of {len(found)} targets."
 
 
 def _gpu_parts(report: dict[str, Any]) -> dict[str, Any]:
@@ -427,12 +479,15 @@ def sections() -> dict[str, str]:
         "pacing": ("pacing", pacing),
         "against": ("against", against.markdown),
         "speed": ("decode", speed),
-        "speed_short": ("decode", speed_short),
         "speed_avx512": ("decode_avx512", speed),
         "gpu": ("gpu", gpu),
-        "gpu_short": ("gpu", gpu_short),
     }
-    of_several = {"harm": (list(HARM), harm), "beyond": (list(BEYOND), beyond)}
+    of_several = {
+        "harm": (list(HARM), harm),
+        "beyond": (list(BEYOND), beyond),
+        "gains": (list(PAIRS), gains),
+        "speed_brief": (["decode", "gpu"], speed_brief),
+    }
     found = {}
     for section, (name, write) in of_one.items():
         if (stored := result(name)) is not None:

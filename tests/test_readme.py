@@ -15,13 +15,15 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_eight_line_quickstart_runs_calls_its_tool_and_answers_right() -> None:
-    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # the other is test_llamacpp_chat's
+    _, code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # test_readme_ten_minutes', test_llamacpp_chat's
     assert sum(bool(line) for line in code.splitlines()) == 8
     scope: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), scope)
     messages = scope["run"]["messages"]
     assert [message.type for message in messages] == ["human", "ai", "tool", "ai"]
-    assert f"```text\n{messages[-1].text}\n```" in README
+    assert messages[-1].text in README
+    told = messages[-1].response_metadata["s2t"]
+    assert f"{told['flips']} token changed, {told['escalations']} of 3 escalations spent" in " ".join(README.split())
     assert messages[-1].response_metadata["s2t"]["budget"]["limit"] == {"escalations": 3}
 
 
@@ -36,7 +38,9 @@ def test_the_figures_shown_are_those_of_the_stored_results() -> None:
 def test_the_commands_it_names_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     phony = re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[0].split()
-    for target in [*re.findall(r"^make (\w+)", README, re.MULTILINE), *phony]:
+    shown = re.findall(r"`make ([\w-]+)", README)
+    assert {"demo", "test"} <= set(shown)
+    for target in [*shown, *phony]:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
