@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sequences import moved, read
+from torch_models import watched_forwards
 
-from s2t_agents.backends.base import Append
+from s2t_agents.backends.base import Append, Work
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 
@@ -64,6 +65,21 @@ def test_recurrent_state_survives_chunks_and_long_prompts(name: str) -> None:
             prefix.append(ids[end - part : end])
         whole = model.model(torch.tensor([prefix.ids])).logits[0, -1]
         assert torch.allclose(prefix.logits, whole, atol=1e-4), parts
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
+def test_a_forward_that_fails_in_mid_prompt_raises_its_own_error(name: str) -> None:
+    model, forwards = tiny_model(name), list[int]()
+    model.backend.limits = replace(model.backend.limits, prefill_alone=7)
+
+    def fail_at_the_third(batch: list[Work]) -> None:
+        forwards.append(len(batch))
+        if len(forwards) == 3:
+            raise ValueError("out of luck")
+
+    watched_forwards(model, fail_at_the_third)
+    with pytest.raises(ValueError, match="out of luck"):
+        read(model, list(range(50)))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -482,6 +482,7 @@ class ChatS2T(ConfigurableChatModel):
             cache_scope=scope,
             on_asked=account.record_escalation,
             begun=begun.tokens,
+            deadline=work,
             conversation=AskedConversation(
                 request.prompt(messages),
                 request.tools,

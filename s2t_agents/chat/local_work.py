@@ -2,13 +2,14 @@
 
 prompt known ──> reserve: one answer and all tokens that it may have, or as many as are left
      │
-steps ──> deadline over? ──yes──> the answer ends here, or BudgetExceeded, as the budget says
+queue, prompt, steps ──> deadline over? ──yes──> the answer ends here, or BudgetExceeded, as the budget says
      │no
 end ──> settle the tokens that came; release if none did
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Generator, Sequence
 from contextlib import closing
@@ -27,7 +28,7 @@ TRIES = 100
 
 
 class LocalWork:
-    """The local work of one answer.
+    """The local work of one answer, and its ``Deadline``.
 
     Args:
         budget: what limits it; one without limits on local work is not asked.
@@ -43,6 +44,9 @@ class LocalWork:
         self._hold: Hold | None = None
         self._cut: BudgetExceeded | None = None
         self._room = 0
+        self._next_look: float | None = None
+        """When to look at the budget's clock again, by ``time.perf_counter``; None without a deadline."""
+        self._late: BudgetExceeded | None = None
         self.stopped_by: RefusedBy | None = None
 
     def reserve(self, tokens: int) -> int:
@@ -81,6 +85,24 @@ class LocalWork:
         if self._hold is not None and self._hold.open:
             self._hold.close(None)
 
+    def left_s(self) -> float:
+        """See ``Deadline``."""
+        return math.inf if self._next_look is None else self._next_look - time.perf_counter()
+
+    def check(self) -> None:
+        """See ``Deadline``; warns where a warning is due.
+
+        Raises:
+            BudgetExceeded: there is no time left.
+            StoreUnavailable: the store cannot be reached.
+        """
+        assert self._budget is not None
+        self._budget.warn()
+        self._next_look = _next_look(self._budget)
+        if self.left_s() <= 0 and (late := _refusal(self._budget, 0)):
+            self._late = late
+            raise late
+
     @property
     def too_short(self) -> BudgetExceeded | None:
         """Why the answer has fewer tokens than it may need; None if it has them all."""
@@ -110,7 +132,7 @@ class LocalWork:
                 used = replace(hold.reserved, answer_tokens=count - replayed)
                 hold.close(used if count else None)
 
-        until = _next_look(budget)
+        self._next_look = _next_look(budget)
         try:
             with closing(steps):
                 for each in steps:
@@ -118,15 +140,15 @@ class LocalWork:
                         same = replayed == count < len(self._begun) and each.token_id == self._begun[count]
                         replayed, count, last = replayed + same, count + 1, each
                     yield each
-                    if until is not None and time.perf_counter() >= until:
-                        budget.warn()
-                        until = _next_look(budget)
-                        if until is not None and time.perf_counter() >= until and (late := _refusal(budget, 0)):
-                            self._stop(late, budget)
-                            return
+                    if self.left_s() <= 0:
+                        self.check()
                 if self._cut is not None and last is not None and count >= self._room and last.token_id not in eos_ids:
                     settle()
                     self._stop(_refusal(budget, self._cut.wanted) or self._cut, budget)
+        except BudgetExceeded as refused:
+            if refused is not self._late:
+                raise
+            self._stop(refused, budget)
         finally:
             settle()
 

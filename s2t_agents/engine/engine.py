@@ -27,6 +27,7 @@ from ..grammar.grammar import Grammar
 from ..llms.question import Answer, Conversation, Question, candidates_of
 from ..proposal import Proposal, best_first
 from ..scheduling.admission import AdmissionQueue, AdmissionTicket, Concurrency
+from ..scheduling.deadline import Deadline
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.sequence import TokenSequence
 from ..scheduling.waits import Wait, Waiting, drive_blocking
@@ -71,6 +72,7 @@ class GenerationOptions(TypedDict, total=False):
         begun: tokens that the completion begins with, as far as they are legal: they are not chosen again.
         conversation: what the prompt was made of, for an LLM with another tokenizer; without it such an LLM reads the
             prompt's text as a text and no conversation.
+        deadline: ends its wait for a slot and the reading of its prompt; between steps the consumer ends it.
     """
 
     grammar: Grammar | None
@@ -79,6 +81,7 @@ class GenerationOptions(TypedDict, total=False):
     on_asked: Callable[[EscalationRecord], None] | None
     begun: Sequence[int]
     conversation: Conversation | None
+    deadline: Deadline | None
 
 
 class Engine:
@@ -154,6 +157,7 @@ class Engine:
         on_asked: Callable[[EscalationRecord], None] | None = None,
         begun: Sequence[int] = (),
         conversation: Conversation | None = None,
+        deadline: Deadline | None = None,
     ) -> Generator[Wait | Step, None, None]:
         """Continue a prompt until a stop token, the grammar's end or ``max_tokens``: its steps, and what it waits for.
 
@@ -169,16 +173,17 @@ class Engine:
             ContextOverflow: the prompt leaves no room in the context window.
             BudgetExceeded: an escalation was refused and the budget says to raise.
             Overloaded: too many generations at once.
+            S2TError: of the deadline.
         """
         sampling = sampling or Sampling()
         self._check_prompt(prompt)
         if self.shadow and budget is not None:
             budget = budget.view(on_exhausted="degrade")  # what no token depends on ends no answer
-        with self.admission.enter() as ticket:
+        with self.admission.enter(deadline) as ticket:
             if not ticket.admitted.done():
                 yield ticket
             queued_s = ticket.wait()
-            with (yield from TokenSequence.from_prefix_cache(self.slm, prompt, cache_scope)) as prefix:
+            with (yield from TokenSequence.from_prefix_cache(self.slm, prompt, cache_scope, deadline)) as prefix:
                 reused = len(prefix)
                 escalations = (
                     self.escalation.open_session(

@@ -9,6 +9,7 @@ model again: that call shares the generation's slot, since to wait for it would 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from ..call_scope import callers
 from ..errors import ConfigError, Overloaded
 from ..fork_safety import hold_while_forking, renew_in_child
+from .deadline import Deadline
 from .waits import Wait
 
 DEEPEST = 8
@@ -64,17 +66,22 @@ class AdmissionTicket(Wait):
 
     shown = True
 
-    def __init__(self, queue: AdmissionQueue) -> None:
+    def __init__(self, queue: AdmissionQueue, deadline: Deadline | None = None) -> None:
         self.admitted: Future[None] = Future()
         self.admitted.set_running_or_notify_cancel()
         self.process = os.getpid()
         self.queue, self._limits, self._since = queue, queue.limits, time.monotonic()
+        self._deadline = deadline
 
     @property
     def left_s(self) -> float:
-        """Seconds that it still waits, at most."""
-        left = self._since + self._limits.wait_s - time.monotonic()
-        return min(max(left, 0.0), threading.TIMEOUT_MAX)
+        """Seconds that it still waits, at most, or until its generation's deadline is to be looked at."""
+        deadline_s = math.inf if self._deadline is None else self._deadline.left_s()
+        return min(max(min(self._patience_s, deadline_s), 0.0), threading.TIMEOUT_MAX)
+
+    @property
+    def _patience_s(self) -> float:
+        return self._since + self._limits.wait_s - time.monotonic()
 
     @property
     def over(self) -> bool:
@@ -90,15 +97,25 @@ class AdmissionTicket(Wait):
 
         Raises:
             Overloaded: the wait was too long. Nothing has run.
+            S2TError: of the deadline.
         """
+        while not self._admitted_in_time():
+            if self._deadline is not None and self._deadline.left_s() <= 0:
+                self._deadline.check()
+            if self._patience_s <= 0:
+                raise Overloaded(
+                    f"no slot became free within {self._limits.wait_s:g} seconds; {self._limits.running} generations "
+                    "run.",
+                    hint="Close streams that are no longer read, or raise Concurrency(running=..., wait_s=...).",
+                )
+        return time.monotonic() - self._since
+
+    def _admitted_in_time(self) -> bool:
         try:
             self.admitted.result(self.left_s)
         except TimeoutError:
-            raise Overloaded(
-                f"no slot became free within {self._limits.wait_s:g} seconds; {self._limits.running} generations run.",
-                hint="Close streams that are no longer read, or raise Concurrency(running=..., wait_s=...).",
-            ) from None
-        return time.monotonic() - self._since
+            return False
+        return True
 
 
 class AdmissionQueue:
@@ -123,8 +140,11 @@ class AdmissionQueue:
         return len(self._queue)
 
     @contextmanager
-    def enter(self) -> Iterator[AdmissionTicket]:
+    def enter(self, deadline: Deadline | None = None) -> Iterator[AdmissionTicket]:
         """A ticket while the block lasts: its generation may run once ``AdmissionTicket.admitted`` is done.
+
+        Args:
+            deadline: of the generation; ends its wait.
 
         Raises:
             Overloaded: the queue is full, or too many generations call one another. Nothing has run.
@@ -137,7 +157,7 @@ class AdmissionQueue:
                 f"{len(outer)} generations of one model wait for one another, each called by the one before.",
                 hint="Let on_step, callbacks and judges not call their own model without end.",
             )
-        ticket = self._shared() if outer else self._new_ticket()
+        ticket = self._shared() if outer else self._new_ticket(deadline)
         own = [caller for caller in around if caller.ticket is None]
         for caller in own:
             caller.ticket = ticket
@@ -158,8 +178,8 @@ class AdmissionQueue:
         ticket.admitted.set_result(None)
         return ticket
 
-    def _new_ticket(self) -> AdmissionTicket:
-        ticket = AdmissionTicket(self)
+    def _new_ticket(self, deadline: Deadline | None) -> AdmissionTicket:
+        ticket = AdmissionTicket(self, deadline)
         with self._mutex:
             if self._running < self.limits.running and not self._queue:
                 self._running += 1

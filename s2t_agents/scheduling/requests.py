@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backends.base import Append, Output, ScoreCandidates, ScoreTree, SequenceCache, StepOutput, Work
 from .compute_time import ComputeTime
+from .deadline import Deadline
 
 
 class ForwardRequest(ABC):
@@ -67,13 +68,23 @@ class AppendRequest(ForwardRequest):
         cache: grows by T.
         compute: see ``ForwardRequest``.
         lora: adapter that is on at these tokens.
+        deadline: of the generation, looked at between the chunks of a prompt.
+
+    Attributes:
+        expired: given back for its deadline, with some of its tokens read; it can be run again.
     """
 
     def __init__(
-        self, ids: Tensor, cache: SequenceCache, compute: ComputeTime | None = None, lora: Any | None = None
+        self,
+        ids: Tensor,
+        cache: SequenceCache,
+        compute: ComputeTime | None = None,
+        lora: Any | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
         super().__init__(cache, compute)
-        self._ids, self._lora = ids, lora
+        self._ids, self._lora, self._deadline = ids, lora, deadline
+        self.expired = False
         self._start = self._length = cache.length
         self._end = self._start + len(ids)
         self._output: StepOutput | None = None
@@ -90,8 +101,8 @@ class AppendRequest(ForwardRequest):
 
     @property
     def done(self) -> bool:
-        """All tokens are read, or it failed."""
-        return self._length == self._end or self.error is not None
+        """All tokens are read, or it failed, or has expired."""
+        return self._length == self._end or self.error is not None or self.expired
 
     def work(self, tokens: int) -> Append[SequenceCache]:
         """The next so many tokens."""
@@ -109,6 +120,19 @@ class AppendRequest(ForwardRequest):
     def undo(self) -> None:
         """Forget what was written since the last chunk that was read."""
         self.cache.truncate(self._length)
+
+    def expire(self) -> None:
+        """Called while it waits for a forward: it goes back to its caller if its deadline is to be looked at.
+
+        A single token is not worth the look.
+        """
+        if self._deadline is not None and not self.single_forward and self._deadline.left_s() <= 0:
+            self.expired = True
+
+    def renew(self) -> None:
+        """There is time after all: it can be run again, and goes on after what is read."""
+        self.expired = False
+        self.finished.clear()
 
     def result(self) -> StepOutput:
         """The output after the last token.

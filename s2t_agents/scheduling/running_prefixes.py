@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..backends.base import SequenceCache
 from ..fork_safety import hold_while_forking, renew_in_child
+from .deadline import Deadline
 from .prefix_cache import SHORTEST, PrefixCache, common_prefix
 from .waits import Wait, Waiting
 
@@ -89,15 +90,17 @@ class PrefixWait(Wait):
     Args:
         prefix: whose generation reads them.
         length: how many.
+        deadline: of the generation that waits.
     """
 
-    def __init__(self, prefix: RunningPrefix, length: int) -> None:
-        self._prefix, self._length = prefix, length
+    def __init__(self, prefix: RunningPrefix, length: int, deadline: Deadline | None = None) -> None:
+        self._prefix, self._length, self._deadline = prefix, length, deadline
 
     @property
     def over(self) -> bool:
         """Whether there is nothing to wait for any more."""
-        return self._prefix.over.is_set() or not self._prefix.coming or self._prefix.read >= self._length
+        read = self._prefix.over.is_set() or not self._prefix.coming or self._prefix.read >= self._length
+        return read or (self._deadline is not None and self._deadline.left_s() <= 0)
 
     def block(self) -> None:
         """Poll, at growing intervals."""
@@ -124,16 +127,22 @@ class RunningPrefixes:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def enter(self, ids: Sequence[int], scope: str | None) -> Waiting[tuple[RunningPrefix, SequenceCache | None, int]]:
+    def enter(
+        self, ids: Sequence[int], scope: str | None, deadline: Deadline | None = None
+    ) -> Waiting[tuple[RunningPrefix, SequenceCache | None, int]]:
         """A generation begins; waits while another reads a longer part of its prompt than the prefix cache holds.
 
         Args:
             ids: the prompt; at least its last token is left to be read.
             scope: whose generations may be shared with.
+            deadline: of the generation; ends its wait.
 
         Returns:
             What ``leave`` wants at its end, and a fork of the longest common prefix with its tokens; None and 0 where
             nothing fits.
+
+        Raises:
+            S2TError: of the deadline.
         """
         prompt = np.asarray(ids, dtype=np.int64)
         entry = RunningPrefix(scope, prompt)
@@ -147,7 +156,9 @@ class RunningPrefixes:
                 if fork is not None:
                     self._entries.append(entry)
                     return entry, fork, length
-            yield PrefixWait(best, length)
+            yield PrefixWait(best, length, deadline)
+            if deadline is not None and deadline.left_s() <= 0:
+                deadline.check()
         return entry, *self._cache.match(prompt, scope)
 
     def leave(self, entry: RunningPrefix) -> None:

@@ -6,8 +6,9 @@
 
 ``schedule`` takes single tokens and candidates of all callers first, then chunks of prompts (chunked prefill beside
 decoding); where a forward holds one request only, it alternates between one chunk and all single tokens and candidates
-that wait. ``postprocess`` hands outputs out and divides the forward's time by rows. A sequence advances only when its
-caller asks for the next token: nothing is computed for a stream that is not read.
+that wait. A prompt whose deadline passes goes back to its caller between two chunks. ``postprocess`` hands outputs out
+and divides the forward's time by rows. A sequence advances only when its caller asks for the next token: nothing is
+computed for a stream that is not read.
 
 The loop runs in a thread of its own. A caller that is alone, on a model with short steps, runs the same loop in its own
 thread instead: there the hand-over would cost more than it gives.
@@ -25,7 +26,7 @@ from math import inf
 from ..backends.base import Backend, Output, Work
 from ..backends.torch.cpu_threads import release_threads, wanted_threads, with_threads
 from ..fork_safety import hold_while_forking, renew_in_child
-from .requests import ForwardRequest, ScoreRequest, TreeRequest
+from .requests import AppendRequest, ForwardRequest, ScoreRequest, TreeRequest
 
 PATIENCE = 0.25
 """How long a forward is held back for the callers of the last one, as a share of what that took."""
@@ -192,7 +193,10 @@ class Scheduler:
                 if left <= 0 or not self._changed.wait(left):
                     break
             waiting = list(self._waiting)
-            if not waiting:
+            for request in waiting:
+                if isinstance(request, AppendRequest):
+                    request.expire()
+            if not waiting or any(request.done for request in waiting):  # those that have expired go back first
                 return [], []
             if self._backend.capabilities.batching:
                 requests, batch = self._batch(waiting)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..backends.base import BestLogits, ScoreCandidates, ScoreTree, SequenceCache
 from ..backends.statistics import LogitStatistics
 from .compute_time import ComputeTime
+from .deadline import Deadline
 from .language_model import LanguageModel
 from .prefix_cache import common_prefix
 from .requests import AppendRequest, ScoreRequest, TreeRequest
@@ -30,6 +31,7 @@ class TokenSequence:
         model: reads the tokens.
         scope: whose conversation it is: KV caches are shared within one scope only.
         lora: adapter that is on at all its tokens.
+        deadline: ends the reading of many tokens.
 
     Attributes:
         ids: its tokens.
@@ -39,8 +41,14 @@ class TokenSequence:
         compute: the share of the model's compute time that went into this sequence and its candidates.
     """
 
-    def __init__(self, model: LanguageModel, scope: str | None = None, lora: Any | None = None) -> None:
-        self.model, self.scope, self.lora = model, scope, lora
+    def __init__(
+        self,
+        model: LanguageModel,
+        scope: str | None = None,
+        lora: Any | None = None,
+        deadline: Deadline | None = None,
+    ) -> None:
+        self.model, self.scope, self.lora, self._deadline = model, scope, lora, deadline
         self.ids: list[int] = []
         self.logits: Tensor = torch.empty(0)
         self.hidden: Tensor = torch.empty(0)
@@ -49,17 +57,23 @@ class TokenSequence:
         self._running: RunningPrefix | None = None
 
     @classmethod
-    def from_prefix_cache(cls, model: LanguageModel, prompt: Sequence[int], scope: str | None = None) -> Waiting[Self]:
+    def from_prefix_cache(
+        cls, model: LanguageModel, prompt: Sequence[int], scope: str | None = None, deadline: Deadline | None = None
+    ) -> Waiting[Self]:
         """A sequence that starts with the longest cached prefix of ``prompt``.
 
         Args:
             model: whose prefix cache is used.
             prompt: token ids; at least the last of them is left to be read.
             scope: see ``PrefixCache``.
+            deadline: of the generation.
+
+        Raises:
+            S2TError: of the deadline.
         """
-        sequence = cls(model, scope)
+        sequence = cls(model, scope, deadline=deadline)
         if model.capabilities.truncation:  # recurrent states cannot be cut to a common prefix
-            running, cache, length = yield from model.running.enter(prompt, scope)
+            running, cache, length = yield from model.running.enter(prompt, scope, deadline)
             if cache is not None:
                 sequence.cache, sequence.ids = cache, list(prompt[:length])
             running.cache, sequence._running = sequence.cache, running
@@ -89,10 +103,22 @@ class TokenSequence:
         finish(self.appending(ids))
 
     def appending(self, ids: Sequence[int]) -> Waiting[None]:
-        """``append``, to wait for."""
+        """``append``, to wait for.
+
+        Raises:
+            S2TError: of the deadline, between two chunks; what was read of these tokens is forgotten.
+        """
         with self._running or nullcontext():
-            request = AppendRequest(torch.tensor(ids), self.cache, self.compute, self.lora)
+            request = AppendRequest(torch.tensor(ids), self.cache, self.compute, self.lora, self._deadline)
             yield Forwards(self.model.scheduler, [request])
+            while request.expired and self._deadline is not None:
+                try:
+                    self._deadline.check()
+                except BaseException:
+                    self.cache.truncate(len(self))
+                    raise
+                request.renew()
+                yield Forwards(self.model.scheduler, [request])
             self.logits, self.hidden = request.result()
         self.ids += ids
 

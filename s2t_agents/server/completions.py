@@ -188,6 +188,7 @@ class Completion:
             budget=budget,
             cache_scope=tenant.cache_scope or model.cache_scope,
             on_asked=account.record_escalation,
+            deadline=work,
         )
         return Generation(
             work.limiting(steps, eos_ids),

@@ -267,9 +267,8 @@ class RecurrentCache(DynamicCache):  # type: ignore[misc]
     def truncate(self, length: int) -> None:
         """Cut the attention layers; recurrent states stay as they are, so the sequence has to be read again."""
         for layer in self.layers:
-            extra = layer.get_seq_length() - length
-            if extra > 0 and layer.is_croppable:
-                layer.crop(-extra)
+            if isinstance(layer, DynamicLayer) and layer.is_croppable and layer.get_seq_length() > length:
+                layer.crop(length - layer.get_seq_length())
 
     def mark_read(self, length: int) -> None:
         """Nothing to remember."""

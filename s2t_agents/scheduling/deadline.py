@@ -1,0 +1,21 @@
+"""The deadline of a generation: it ends in the queue and between the chunks of its prompt, too."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Deadline(Protocol):
+    """When a generation has to end. It may move meanwhile, so ``check`` is asked where it seems to have passed."""
+
+    def left_s(self) -> float:
+        """Seconds until ``check`` is to be called, at most 0 where it is now; infinite without a deadline."""
+        ...
+
+    def check(self) -> None:
+        """Go on, if there is time after all.
+
+        Raises:
+            S2TError: why the generation has to end.
+        """
+        ...
