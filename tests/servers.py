@@ -168,10 +168,10 @@ class CompletionServer(ThreadingHTTPServer):
         return listed
 
     def events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """A greedy completion, an event a token, as vLLM streams it with ``ignore_eos``."""
+        """A greedy completion up to an end token, which is shown, an event a token, as vLLM streams it."""
         sequence, pending = TokenSequence(self.model), body["prompt"]
         allowed = body.get("allowed_token_ids")
-        for _ in range(body["max_tokens"]):
+        for left in reversed(range(body["max_tokens"])):
             sequence.append(pending)
             scores = sequence.logits.log_softmax(0)
             token = int(scores.argmax()) if allowed is None else max(allowed, key=lambda each: float(scores[each]))
@@ -179,9 +179,11 @@ class CompletionServer(ThreadingHTTPServer):
             top = {f"token_id:{each}": float(scores[each]) for each in shown}
             logprobs = {"tokens": [f"token_id:{token}"], "top_logprobs": [top]}
             time.sleep(self.token_s)
-            yield {"choices": [{"index": 0, "text": "", "logprobs": logprobs, "finish_reason": None}]}
+            finish = "stop" if token in self.model.eos_ids else None if left else "length"
+            yield {"choices": [{"index": 0, "text": "", "logprobs": logprobs, "finish_reason": finish}]}
+            if finish:
+                return
             pending = [token]
-        yield {"choices": [{"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}]}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hung up is no event."""

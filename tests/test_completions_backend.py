@@ -13,7 +13,8 @@ from pydantic import SecretStr
 from servers import CompletionServer, serving
 
 from s2t_agents import Budget, ChatS2T, Engine, Escalation, LanguageModel, Ledger, LocalLLM
-from s2t_agents.backends.completions.backend import server_url
+from s2t_agents.backends.completions.backend import CompletionsBackend, server_url
+from s2t_agents.endpoints.spending import Spending
 from s2t_agents.errors import (
     ConfigError,
     EscalationFailed,
@@ -24,6 +25,7 @@ from s2t_agents.errors import (
     ModelServerRefused,
     TokenizerMismatch,
 )
+from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always, entropy
 from s2t_agents.types import Sampling, Step
@@ -99,7 +101,7 @@ def test_greedy_tokens_are_those_of_the_same_model_here_and_come_by_one_request(
 def test_a_long_answer_takes_a_request_for_every_stretch_that_is_read_ahead(server: CompletionServer) -> None:
     assert ids(greedy(remote(server, read_ahead=10))) == ids(greedy(server.model))
     assert [len(body["prompt"]) for body in server.asked] == [5, 15, 25]
-    assert [body["max_tokens"] for body in server.asked] == [10, 10, 10]
+    assert [body["max_tokens"] for body in server.asked] == [10, 10, 4]
 
 
 def test_answers_tool_calls_and_structured_replies_are_those_of_the_same_model_here(demo: CompletionServer) -> None:
@@ -181,6 +183,20 @@ def test_who_leaves_hangs_up(server: CompletionServer) -> None:
     steps.close()  # type: ignore[attr-defined]
     assert eventually(lambda: server.dropped == 1)
     assert server.streamed < 30
+
+
+def test_a_sequence_that_is_dropped_in_the_middle_hangs_up_and_is_paid_for(server: CompletionServer) -> None:
+    server.token_s = 0.02
+    model, budget = remote(server), Budget(llm_tokens=1000)
+    assert isinstance(model.backend, CompletionsBackend)
+    model.backend.spending = Spending(budget)
+    sequence = TokenSequence(model)
+    sequence.append(PROMPT)
+    assert budget.state().holds == 1
+    del sequence
+    assert eventually(lambda: not budget.state().holds)
+    assert budget.state().spent["llm_tokens"] > len(PROMPT)
+    assert eventually(lambda: server.dropped == 1)
 
 
 async def test_a_cancelled_task_hangs_up(demo: CompletionServer) -> None:

@@ -1,6 +1,5 @@
 """LangChain's standard tests for chat models, inherited completely: models in this process and on a server."""
 
-import os
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -115,10 +114,6 @@ class TestJsonMode(Integration):
     method = "json_mode"
 
 
-@pytest.mark.skipif(
-    not os.environ.get("S2T_SERVER_SUITE"),
-    reason="set S2T_SERVER_SUITE=1: on two busy cores its server has once sent nothing for 60 s, not understood yet",
-)
 @pytest.mark.slow
 class IntegrationOnServer(OnServers, Integration):
     @property

@@ -1,7 +1,8 @@
 """Rollouts of models on servers: the labels of the same models here, resumable, and paid for."""
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from decimal import Decimal
 from pathlib import Path
@@ -15,6 +16,7 @@ from test_collect import FIRST, OTHER, SECOND, files
 from training_fixtures import QUICK, save_model, tiny_pair, training, write_prompts
 from typer.testing import CliRunner
 
+from s2t_agents.budget import SQLiteStore
 from s2t_agents.endpoints.completions import TOP_LOGPROBS
 from s2t_agents.errors import (
     BudgetExceeded,
@@ -225,6 +227,26 @@ def test_collecting_from_servers_makes_the_same_answers_and_counts_every_token(
     assert spent_in(tmp_path / "here" / "rollouts") is None
 
 
+def test_no_event_loop_waits_for_the_budgets_store(
+    slm: CompletionServer, llm: CompletionServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_loops: dict[str, list[bool]] = {"reserve": [], "settle": [], "release": []}
+
+    def watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watching(*arguments: Any) -> Any:
+            in_loops[name].append(asyncio._get_running_loop() is not None)
+            return call(*arguments)
+
+        return watching
+
+    for name in in_loops:
+        monkeypatch.setattr(SQLiteStore, name, watched(name, getattr(SQLiteStore, name)))
+    slm.fault, llm.fault = servers.in_turn(None, servers.status(503)), servers.in_turn(None, servers.status(503))
+    collect(config(folder, tmp_path, slm, llm))
+    assert all(in_loops.values())
+    assert not any(where for seen in in_loops.values() for where in seen)
+
+
 def test_an_interrupted_collection_goes_on_where_it_was_and_pays_for_no_shard_twice(
     slm: CompletionServer, llm: CompletionServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,7 +289,7 @@ def test_a_limit_is_never_passed_and_the_next_run_goes_on(
     slm: CompletionServer, llm: CompletionServer, folder: Path, tmp_path: Path
 ) -> None:
     far = config(folder, tmp_path, slm, llm)
-    limit = Decimal("0.012")
+    limit = Decimal("0.003")
     with pytest.raises(BudgetExceeded, match="usd"):
         collect(far, usd=limit)
     state = spent_in(far.out)

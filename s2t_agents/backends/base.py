@@ -83,6 +83,10 @@ class SequenceCache(Protocol):
         """A forward over the first ``length`` tokens is done: ``read`` counts them from now on."""
         ...
 
+    def expect(self, length: int) -> None:
+        """Its generation will ask for no prediction at this length, or after: what is computed ahead ends there."""
+        ...
+
     def park(self) -> None:
         """Its generation has ended: give back what only running sequences need. The tokens stay."""
         ...

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import json
 import os
+import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -16,13 +16,13 @@ from pydantic import SecretStr
 
 from ..errors import ConfigError, EndpointBusy, EndpointDown, EscalationFailed
 from .api_keys import check_key, key_spellings, redact, redact_in_logs
+from .connections import Connections
 from .loopback import is_loopback
 from .statuses import BUSY_STATUSES, retry_after, status_error
 from .urls import checked_url
 
 MAX_BODY_BYTES = 1 << 20
 """Maximum size of a response body in bytes; one with K log-probabilities has a few thousand."""
-MAX_CONNECTIONS = 64
 KEEP_ALIVE_S = 4.0
 """Shorter than the 5 s after which common servers close idle connections, so a closed one is never reused."""
 MAX_SHOWN_CHARS = 200
@@ -60,8 +60,8 @@ class Endpoint:
         if self._key is not None:
             check_key(self._key.get_secret_value())
         self._connect_s, self._verify = connect_s, verify
-        self._client: httpx.AsyncClient | None = None
-        self._client_loop: asyncio.AbstractEventLoop | None = None
+        self._tls: ssl.SSLContext | None = None
+        self._connections = Connections()
 
     def __repr__(self) -> str:
         return f"Endpoint({self.display_url!r})"
@@ -109,9 +109,7 @@ class Endpoint:
 
     async def close(self) -> None:
         """Close idle connections."""
-        client, self._client = self._client, None
-        if client is not None and self._client_loop is asyncio.get_running_loop():
-            await client.aclose()
+        await self._connections.close()
 
     async def lines(
         self, url: httpx.URL | str, body: object, *, sent: Callable[[], None] = lambda: None
@@ -150,29 +148,24 @@ class Endpoint:
     def _stream(
         self, method: str, url: httpx.URL | str, sent: Callable[[], None], **body: Any
     ) -> contextlib.AbstractAsyncContextManager[httpx.Response]:
-        where, trace = self.url.join(url), {"trace": _trace_body_start(sent)}
-        return self._current_client().stream(method, where, headers=self._headers(), extensions=trace, **body)
+        where, headers, trace = self.url.join(url), self._headers(), _trace_body_start(sent)
+        return self._connections.request(self._new_client, method, where, trace=trace, headers=headers, **body)
 
     def _broken(self, error: httpx.HTTPError | httpx.InvalidURL) -> EscalationFailed:
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.UnsupportedProtocol):
             return EndpointDown(f"{self.url.host} cannot be reached: {self.redacted(_error_text(error))}.")
         return EscalationFailed(f"{self.url.host} broke off: {self.redacted(_error_text(error))}.")
 
-    def _current_client(self) -> httpx.AsyncClient:
-        home = asyncio.get_running_loop()
-        if self._client is None or self._client_loop is not home:  # also in a forked child
-            self._client_loop = home
-            self._client = self._new_client()
-        return self._client
-
     def _new_client(self) -> httpx.AsyncClient:
-        problem = ""
+        problem, here = "", is_loopback(self.url.host)
         try:
+            if self._tls is None:  # once: 18 ms
+                self._tls = httpx.create_ssl_context(self._verify, trust_env=not here)
             return httpx.AsyncClient(
                 timeout=httpx.Timeout(None, connect=self._connect_s),  # the caller's deadline covers the rest
-                limits=httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=KEEP_ALIVE_S),
-                verify=self._verify,
-                trust_env=not is_loopback(self.url.host),  # no proxy for loopback addresses
+                limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S),
+                verify=self._tls,
+                trust_env=not here,  # no proxy for loopback addresses
                 follow_redirects=False,  # the key must only go to its host
             )
         except (OSError, ImportError, TypeError) as error:
@@ -216,7 +209,11 @@ class Endpoint:
 
     def __getstate__(self) -> dict[str, Any]:
         """State without the key and the connections."""
-        return {**self.__dict__, "_key": None, "_client": None, "_client_loop": None}
+        return {**self.__dict__, "_key": None, "_tls": None, "_connections": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._connections = Connections()
 
 
 def _trace_body_start(sent: Callable[[], None]) -> Callable[[str, Any], Awaitable[None]]:

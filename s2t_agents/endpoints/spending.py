@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 from ..budget import Budget, Charge, Hold, TokenPrice
 from ..errors import HoldClosed, StoreUnavailable
+
+T = TypeVar("T")
 
 HOLD_S = 3600.0
 """Seconds after which a hold lapses should this process die: longer than any request."""
@@ -31,6 +37,14 @@ class Spending:
             BudgetExceeded, UnpricedModel, StoreUnavailable: as ``Budget.reserve``; the request must not be sent.
         """
         return Payment(self, self.budget.reserve(self.charge(input_tokens, output_tokens), ttl_s=HOLD_S))
+
+    async def holding(self, input_tokens: int, output_tokens: int) -> Payment:
+        """``hold`` in a thread, so that no store stops an event loop; a cancelled caller holds nothing."""
+        held, cancelled = await _in_thread(self.hold, input_tokens, output_tokens)
+        if cancelled is not None:
+            await _in_thread(held.release)
+            raise cancelled
+        return held
 
     def charge(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> Charge:
         """Of a request that is no question to an LLM."""
@@ -61,3 +75,21 @@ class Payment:
         """It cost nothing: it was not sent, or the server declined."""
         with contextlib.suppress(HoldClosed, StoreUnavailable):  # lapsed, or will
             self.held.release()
+
+    async def closing(self, usage: tuple[int, int, int] | None) -> None:
+        """``settle`` with these counts, or without any ``release``, in a thread; a cancelled caller waits for it."""
+        _, cancelled = await (_in_thread(self.release) if usage is None else _in_thread(self.settle, *usage))
+        if cancelled is not None:
+            raise cancelled
+
+
+async def _in_thread(work: Callable[..., T], *arguments: Any) -> tuple[T, asyncio.CancelledError | None]:
+    """The work's result, waited for through cancellations, and the last of these."""
+    running = asyncio.get_running_loop().run_in_executor(None, partial(work, *arguments))
+    cancelled = None
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError as asked:
+            cancelled = asked
+    return running.result(), cancelled

@@ -233,6 +233,7 @@ class Engine:
         kept = deque(begun)
         length = len(prefix) + len(unread)
         room = min(sampling.max_tokens, self.slm.context_window - length)
+        prefix.cache.expect(length + room)
         index = 0
         while index < room:
             for token, picker in predetermined(grammar, kept):

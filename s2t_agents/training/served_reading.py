@@ -200,7 +200,7 @@ class ServedReader:
     async def _request(self, body: dict[str, Any]) -> _Read:
         """One request, paid for: what it cost by the server's count; all that was held where it broke off."""
         prompt = len(body["prompt"])
-        payment = None if self.spending is None else await asyncio.to_thread(self.spending.hold, prompt, 1)
+        payment = None if self.spending is None else await self.spending.holding(prompt, 1)
         sent: list[bool] = []
         usage = Usage(prompt_tokens=prompt)
         try:
@@ -217,10 +217,9 @@ class ServedReader:
             sent.clear()
             raise
         finally:
-            if payment is not None and sent:
-                payment.settle(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
-            elif payment is not None:
-                payment.release()
+            if payment is not None:
+                counts = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
+                await payment.closing(counts if sent else None)
 
     def _parsed(self, content: bytes) -> _Read:
         try:

@@ -95,6 +95,8 @@ class CompletionCache:
     def __init__(self, ids: Sequence[int] = ()) -> None:
         self.ids = list(ids)
         self.stream: CompletionStream | None = None
+        self.end: int | None = None
+        """Length at which no prediction is wanted any more; None where nobody said."""
         self.selection: ServerSelection | None = None
         """Of the server's own selector after the last token, where it was triggered."""
 
@@ -126,6 +128,10 @@ class CompletionCache:
     def mark_read(self, length: int) -> None:
         """Nothing to do."""
 
+    def expect(self, length: int) -> None:
+        """No request reads further ahead."""
+        self.end = length
+
     def park(self) -> None:
         """Hang up."""
         if self.stream is not None:
@@ -138,7 +144,8 @@ class CompletionCache:
         self.ids = []
 
     def __del__(self) -> None:
-        self.park()
+        if self.stream is not None:
+            self.stream.abandon()
 
     def statistics(self) -> LogitStatistics | None:
         """None are computed on the way."""
@@ -153,7 +160,8 @@ class CompletionsBackend:
     """A model on a server; see ``base.Backend``. The address is ``vllm://host:port/name``.
 
     It needs token ids as prompts and ``return_tokens_as_token_ids``, as vLLM has them, and is best with vLLM's
-    ``ignore_eos`` and ``allowed_token_ids``. Plain HTTP goes to loopback addresses only, unless it is permitted.
+    ``allowed_token_ids``, and where end tokens are shown as others are. Plain HTTP goes to loopback addresses only,
+    unless it is permitted.
 
     Args:
         name: of the model, as the server lists it.
@@ -331,7 +339,7 @@ class CompletionsBackend:
         cache.ids += item.ids.tolist()
         try:
             with model_server_errors(self.name), self.breaker.attempt():
-                prediction = self._retrying()(self._next, cache)
+                prediction = self._next(cache) or self._retrying()(self._anew, cache)
         except BaseException:
             cache.park()
             raise
@@ -347,14 +355,15 @@ class CompletionsBackend:
             reraise=True,
         )
 
-    def _next(self, cache: CompletionCache) -> Prediction:
-        """The running stream's next prediction, or a new stream's first."""
+    def _next(self, cache: CompletionCache) -> Prediction | None:
+        """The running stream's next prediction; None where it leads no further."""
         stream, cache.stream = cache.stream, None
-        if stream is not None:
-            found = self._of(stream, cache)
-            if found is not None:
-                return found
-        stream = self._request(cache, min(self._options.read_ahead, self.context_window - cache.length))
+        return None if stream is None else self._of(stream, cache)
+
+    def _anew(self, cache: CompletionCache) -> Prediction:
+        """A new stream's first prediction."""
+        end = min(self.context_window, cache.end or self.context_window)
+        stream = self._request(cache, max(1, min(self._options.read_ahead, end - cache.length)))
         found = self._of(stream, cache)
         if found is not None:
             return found
@@ -387,7 +396,7 @@ class CompletionsBackend:
             "temperature": 0,
             "logprobs": TOP_LOGPROBS,
             "return_tokens_as_token_ids": True,
-            "ignore_eos": True,  # end tokens come as others do; who reads them hangs up
+            "repetition_penalty": 1.0,  # else the model's generation_config.json may say another, and vLLM follows it
             "skip_special_tokens": False,
             "stream": True,
             **more,

@@ -26,6 +26,9 @@ DATA = b"data:"
 DONE = b"[DONE]"
 """Server-sent events, as OpenAI's API uses them."""
 
+GRACE_S = 1.0
+"""Seconds that a server has to end a stream after its last token: then the connection can be used again."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -47,6 +50,7 @@ class _StreamLogprobs(PartialModel):
 
 class _StreamChoice(PartialModel):
     logprobs: _StreamLogprobs | None = None
+    finish_reason: str | None = None
 
 
 class _StreamError(PartialModel):
@@ -61,8 +65,8 @@ class _StreamChunk(PartialModel):
 _KNOWN_FIELDS = frozenset(name for form in (_StreamChunk, _StreamChoice, _StreamLogprobs) for name in form.model_fields)
 
 
-def predictions(event: bytes, vocab_size: int) -> list[Prediction]:
-    """The positions that one event holds; none where it holds other things, as token counts.
+def predictions(event: bytes, vocab_size: int) -> tuple[list[Prediction], bool]:
+    """The positions that one event holds, none where it holds other things, as token counts; and is it the last one?
 
     Raises:
         EscalationFailed: not JSON, an error, token ids or log-probabilities that cannot be.
@@ -76,7 +80,8 @@ def predictions(event: bytes, vocab_size: int) -> list[Prediction]:
     else:
         if chunk.error is not None:
             raise EscalationFailed("the server broke its stream off with an error of its own.")
-        return [each for choice in chunk.choices for each in _positions(choice.logprobs, vocab_size)]
+        found = [each for choice in chunk.choices for each in _positions(choice.logprobs, vocab_size)]
+        return found, any(choice.finish_reason is not None for choice in chunk.choices)
     raise EscalationFailed(fault)  # raised outside the handler: no exception chain, which would show the response
 
 
@@ -112,7 +117,7 @@ class CompletionStream:
         body: of the request.
         start: tokens of its prompt.
         vocab_size: no token id reaches it.
-        payment: is settled when it is over; None where nothing is counted.
+        payment: is settled by ``close``; None where nothing is counted.
     """
 
     def __init__(
@@ -120,20 +125,21 @@ class CompletionStream:
     ) -> None:
         self.start, self._vocab_size = start, vocab_size
         self._arrived: list[Prediction] = []
+        self._followed = 0
+        """Of these, how many the sequence has been seen to take."""
         self._error: BaseException | None = None
-        self._over = False
+        self._over = self._written = False
         self._changed = threading.Condition()
         self._sent = False
+        self._payment = payment
         self._task = asyncio.run_coroutine_threadsafe(self._read(endpoint, body), event_loop.shared_loop())
-        if payment is not None:
-            self._task.add_done_callback(lambda _: self._settle(payment))
 
     def __len__(self) -> int:
         """Positions that have arrived."""
         return len(self._arrived)
 
     def after(self, ids: Sequence[int], seconds: float) -> Prediction | None:
-        """The prediction after the sequence ``ids``, as soon as it is there.
+        """The prediction after the sequence ``ids``, which only grows from call to call, as soon as it is there.
 
         Returns:
             None where this stream does not lead there: the server went on otherwise, or ended the completion before.
@@ -141,24 +147,43 @@ class CompletionStream:
         Raises:
             EscalationFailed: the stream broke off before, or no token came for so long.
         """
-        ahead = ids[self.start :]
+        wanted = len(ids) - self.start
         with self._changed:
             while True:
                 arrived = len(self._arrived)
-                if any(each.token != token for each, token in zip(self._arrived, ahead, strict=False)):
-                    return None
-                if arrived > len(ahead):
-                    return self._arrived[len(ahead)]
+                while self._followed < min(arrived, wanted):
+                    if self._arrived[self._followed].token != ids[self.start + self._followed]:
+                        return None
+                    self._followed += 1
+                if arrived > wanted:
+                    return self._arrived[wanted]
                 if self._error is not None:
                     raise self._error
-                if self._over:
+                if self._over or self._written:
                     return None
                 if not self._changed.wait(seconds) and len(self._arrived) == arrived and not self._over:
                     raise EscalationFailed(f"the server sent no token within {seconds:.3g} s.")
 
     def close(self) -> None:
-        """Hang up; the server stops writing."""
-        self._task.cancel()
+        """Hang up; the server stops writing. What it has written is paid for, in this thread: a store may be slow."""
+        self._hang_up()
+        payment, self._payment = self._payment, None
+        if payment is not None:
+            self._settle(payment)
+
+    def abandon(self) -> None:
+        """``close`` without blocking, for garbage collection, which may come while this thread holds a store's lock."""
+        self._hang_up()
+        if self._payment is not None:
+            loop = event_loop.shared_loop()
+            loop.call_soon_threadsafe(loop.run_in_executor, None, self.close)
+
+    def _hang_up(self) -> None:
+        if self._written:  # it ends by itself
+            loop = event_loop.shared_loop()
+            loop.call_soon_threadsafe(loop.call_later, GRACE_S, self._task.cancel)
+        else:
+            self._task.cancel()
 
     async def _read(self, endpoint: Endpoint, body: dict[str, Any]) -> None:
         error: BaseException | None = None
@@ -169,12 +194,21 @@ class CompletionStream:
                         continue
                     event = line.removeprefix(DATA).strip()
                     if event == DONE:
+                        self._end(None)
+                        async with asyncio.timeout(GRACE_S):
+                            async for _ in lines:
+                                pass
                         break
-                    self._add(predictions(event, self._vocab_size))
+                    self._add(*predictions(event, self._vocab_size))
         except Exception as problem:  # noqa: BLE001 - handed to the thread that waits
             error = problem
         finally:
-            with self._changed:
+            self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        """Of the stream; what comes after the first end changes nothing."""
+        with self._changed:
+            if not self._over:
                 self._error, self._over = error, True
                 self._changed.notify_all()
 
@@ -188,7 +222,8 @@ class CompletionStream:
         else:
             payment.release()
 
-    def _add(self, found: list[Prediction]) -> None:
+    def _add(self, found: list[Prediction], last: bool) -> None:
         with self._changed:
             self._arrived += found
+            self._written = self._written or last
             self._changed.notify_all()

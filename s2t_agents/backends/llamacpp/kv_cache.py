@@ -263,6 +263,9 @@ class LlamaCppCache:
         """See ``base.SequenceCache``."""
         self.read = length
 
+    def expect(self, length: int) -> None:
+        """Nothing is computed ahead."""
+
     def park(self) -> None:
         """Its generation has ended: it may have to make room."""
         self._may_leave = True

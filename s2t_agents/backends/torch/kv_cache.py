@@ -196,6 +196,9 @@ class KVCache(Cache):  # type: ignore[misc]
             if extra > 0:
                 layer.crop(-extra)
 
+    def expect(self, length: int) -> None:
+        """Nothing to do: what is computed ahead is one token at most."""
+
     def mark_read(self, length: int) -> None:
         """A forward over the first ``length`` tokens is done."""
         self.read = length
@@ -272,6 +275,9 @@ class RecurrentCache(DynamicCache):  # type: ignore[misc]
 
     def mark_read(self, length: int) -> None:
         """Nothing to remember."""
+
+    def expect(self, length: int) -> None:
+        """Nothing is computed ahead."""
 
     def park(self) -> None:
         """Nothing to give back."""
