@@ -17,6 +17,7 @@ from s2t_agents.backends.base import Output, StepOutput, Work
 from s2t_agents.backends.torch.backend import TorchBackend
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
+from s2t_agents.scheduling.waits import finish
 from s2t_agents.selectors.in_logits import LogitSelection
 from s2t_agents.training.labels import along
 
@@ -27,6 +28,7 @@ class Handler(BaseHTTPRequestHandler):
     """OpenAI's completions, vLLM's way: token ids in, log-probabilities by id out."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # as of asyncio's servers; else the second write of an answer waits for 40 ms
     server: CompletionServer
 
     def do_GET(self) -> None:
@@ -169,21 +171,22 @@ class CompletionServer(ThreadingHTTPServer):
 
     def events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """A greedy completion up to an end token, which is shown, an event a token, as vLLM streams it."""
-        sequence, pending = TokenSequence(self.model), body["prompt"]
         allowed = body.get("allowed_token_ids")
-        for left in reversed(range(body["max_tokens"])):
-            sequence.append(pending)
-            scores = sequence.logits.log_softmax(0)
-            token = int(scores.argmax()) if allowed is None else max(allowed, key=lambda each: float(scores[each]))
-            shown = {*scores.topk(min(body["logprobs"], len(scores))).indices.tolist(), token}
-            top = {f"token_id:{each}": float(scores[each]) for each in shown}
-            logprobs = {"tokens": [f"token_id:{token}"], "top_logprobs": [top]}
-            time.sleep(self.token_s)
-            finish = "stop" if token in self.model.eos_ids else None if left else "length"
-            yield {"choices": [{"index": 0, "text": "", "logprobs": logprobs, "finish_reason": finish}]}
-            if finish:
-                return
-            pending = [token]
+        with finish(TokenSequence.from_prefix_cache(self.model, body["prompt"])) as sequence:
+            pending = body["prompt"][len(sequence) :]
+            for left in reversed(range(body["max_tokens"])):
+                sequence.append(pending)
+                scores = sequence.logits.log_softmax(0)
+                token = int(scores.argmax()) if allowed is None else max(allowed, key=lambda each: float(scores[each]))
+                shown = {*scores.topk(min(body["logprobs"], len(scores))).indices.tolist(), token}
+                top = {f"token_id:{each}": float(scores[each]) for each in shown}
+                logprobs = {"tokens": [f"token_id:{token}"], "top_logprobs": [top]}
+                time.sleep(self.token_s)
+                ends = "stop" if token in self.model.eos_ids else None if left else "length"
+                yield {"choices": [{"index": 0, "text": "", "logprobs": logprobs, "finish_reason": ends}]}
+                if ends:
+                    return
+                pending = [token]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hung up is no event."""
