@@ -1,4 +1,4 @@
-"""Draw what ``s2t demo`` prints, for the README: ``python -m benchmarks.demo_picture``.
+"""Draw what ``s2t demo`` and ``s2t report`` print, for README and docs: ``python -m benchmarks.demo_picture``.
 
 With a folder, ``python -m benchmarks.demo_picture runs/smollm2``, what ``make real-demo`` prints.
 """
@@ -10,6 +10,7 @@ import re
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
@@ -18,6 +19,9 @@ from rich.terminal_theme import MONOKAI
 from s2t_agents.demo.agent import run_demo
 from s2t_agents.demo.show import show
 from s2t_agents.demo.world import demo_question
+from s2t_agents.ledger.report import report
+
+from . import demo_ledger
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 35
@@ -42,8 +46,16 @@ def draw_real(home: Path) -> str:
     return _picture(console, "make real-demo")
 
 
-def _console() -> Console:
-    return Console(record=True, width=100, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+def draw_report(ledger: Path) -> str:
+    """The report of a ledger's file as SVG."""
+    console = _console(width=120)
+    console.print(f"$ s2t report {ledger.name}", highlight=False)
+    console.print(report(ledger, width=120).rstrip(), highlight=False, markup=False)
+    return _picture(console, "s2t report")
+
+
+def _console(width: int = 100) -> Console:
+    return Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
 
 
 def _picture(console: Console, title: str) -> str:
@@ -57,3 +69,6 @@ if __name__ == "__main__":
         (RESULTS / "real_demo.svg").write_text(draw_real(Path(sys.argv[1])), encoding="utf-8")
     else:
         (RESULTS / "demo.svg").write_text(draw(), encoding="utf-8")
+        with TemporaryDirectory() as folder:
+            demo_ledger.write(Path(folder) / "costs.db")
+            (RESULTS / "report.svg").write_text(draw_report(Path(folder) / "costs.db"), encoding="utf-8")
