@@ -43,6 +43,7 @@ BEYOND = {
 
 NAMES = {
     "slm": "small model, greedy",
+    "maj1": "small model, one sample",
     "maj8": "small model, majority of 8 samples",
     "random": "selector at random steps",
     "head": "**selector (head)**, no LLM",
@@ -474,6 +475,7 @@ def sections() -> dict[str, str]:
         "training": ("train", training),
         "engines": ("engines", engines.markdown),
         "real_gguf": ("real_gguf_eval", real),
+        "real_gemma": ("real_gemma_eval", real),
         "escalation": ("escalate", escalation),
         "tokenizers": ("tokenizers", tokenizers),
         "pacing": ("pacing", pacing),

@@ -57,6 +57,11 @@ def test_named_tasks_are_those_of_the_file_so_many_of_them_spaced_out(tmp_path):
     assert "bfcl, multiple, svamp, gsm8k" in str(error.value)
 
 
+@pytest.mark.parametrize("file", sorted(RECIPE.glob("*.toml")), ids=lambda file: file.stem)
+def test_every_file_of_the_example_can_be_read(file):
+    read_config(file)
+
+
 @pytest.mark.real
 def test_the_files_parts_share_no_item(tmp_path, bfcl):
     pipeline = pair_file(tmp_path, bfcl)
