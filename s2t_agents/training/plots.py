@@ -37,11 +37,13 @@ def draw(report: EvalReport, folder: Path) -> list[Path]:
 
 def _pareto(pyplot: Any, report: EvalReport, file: Path) -> Path:
     figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for row in report.rows.values():
-        _point(axis, row.llm_calls, row)
-        axis.annotate(row.name, (row.llm_calls, row.accuracy), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    colors = {row.name: _point(axis, row.llm_calls, row) for row in report.rows.values()}
     axis.set(xlabel="LLM forwards per answer", ylabel="accuracy", title=f"{report.task}, {report.n} problems")
     axis.set_xscale("symlog", linthresh=1)
+    figure.draw_without_rendering()  # from here on, extents are those of the picture
+    taken: list[Any] = []
+    for row in sorted(report.rows.values(), key=lambda each: -each.accuracy):
+        taken.append(_name_beside(axis, row, colors[row.name], taken))
     return _saved(pyplot, figure, axis, file)
 
 
@@ -88,9 +90,25 @@ def draw_hits(hits: dict[str, Sequence[float]], file: Path) -> Path | None:
     return _saved(pyplot, figure, axis, file)
 
 
-def _point(axis: Any, x: float, row: RowReport) -> None:
+def _point(axis: Any, x: float, row: RowReport) -> Any:
+    """Draw a row's accuracy with its interval; gives the color."""
     low, high = row.ci95
-    axis.errorbar(x, row.accuracy, yerr=[[row.accuracy - low], [high - row.accuracy]], fmt="o", markersize=4, capsize=2)
+    error = [[row.accuracy - low], [high - row.accuracy]]
+    drawn = axis.errorbar(x, row.accuracy, yerr=error, fmt="o", markersize=4, capsize=2)
+    return drawn.lines[0].get_color()
+
+
+def _name_beside(axis: Any, row: RowReport, color: Any, taken: list[Any]) -> Any:
+    """Write a row's name at its point, or as far below as it overlaps no name there; gives its extent."""
+    place = (row.llm_calls, row.accuracy)
+    for below in range(len(taken) + 1):
+        offset = (6, 4 - 9 * below)
+        name = axis.annotate(row.name, place, textcoords="offset points", xytext=offset, fontsize=8, color=color)
+        extent = name.get_window_extent()
+        if not any(extent.overlaps(each) for each in taken):
+            break
+        name.remove()
+    return extent
 
 
 def _saved(pyplot: Any, figure: Any, axis: Any, file: Path) -> Path:
