@@ -4,7 +4,7 @@ import pytest
 import torch
 from sequences import read
 
-from s2t_agents.backends.torch import candidate_overlay as overlay
+from s2t_agents.backends.torch import attention, packed_batch
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
@@ -49,21 +49,21 @@ def test_recurrent_models_take_cloned_rows_and_all_others_the_overlay() -> None:
 def test_a_mask_that_lets_candidates_see_each_other_would_be_caught(
     name: str, ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def open_mask(config: object, positions: torch.Tensor, prefix: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(1, 1, len(positions), prefix + len(positions), dtype=dtype)
-
     def open_branching(seen: torch.Tensor, length: int, window: int | None, *, like: torch.Tensor) -> torch.Tensor:
         return torch.zeros(1, 1, len(seen), length, dtype=like.dtype)
 
-    monkeypatch.setattr("s2t_agents.backends.torch.model_runner.row_mask", open_mask)
-    monkeypatch.setattr("s2t_agents.backends.torch.decoder_batch.branching", open_branching)
+    monkeypatch.setattr(attention, "branching", open_branching)
+    monkeypatch.setattr(packed_batch, "branching", open_branching)
     assert error(tiny_model(name), ids) > 1e-2
 
 
 def test_a_mask_that_forgets_the_sliding_window_would_be_caught(
     ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(overlay, "layer_kinds", lambda config: ["full_attention"] * config.num_hidden_layers)
+    def without_window(seen: torch.Tensor, length: int, window: int | None, *, like: torch.Tensor) -> torch.Tensor:
+        return attention.branching(seen, length, None, like=like)
+
+    monkeypatch.setattr(packed_batch, "branching", without_window)
     assert error(tiny_model("gemma3"), ids) > 1e-3
 
 
@@ -85,10 +85,3 @@ def test_looking_ahead_leaves_logits_and_kv_bitwise_as_they_were(model: Language
         for name in ("keys", "values"):
             if isinstance(getattr(ours, name, None), torch.Tensor):
                 assert torch.equal(getattr(ours, name), getattr(theirs, name))
-
-
-def test_row_mask_shows_each_candidate_its_own_prefix_and_itself() -> None:
-    config = tiny_model("llama").torch_backend.config
-    mask = overlay.row_mask(config, torch.tensor([2, 3]), 3, torch.float32)
-    assert isinstance(mask, torch.Tensor)
-    assert (mask[0, 0] == 0).tolist() == [[True, True, False, True, False], [True, True, True, False, True]]

@@ -10,11 +10,10 @@ from sequences import moved, read
 from torch import Tensor
 from torch_models import runner
 
-from s2t_agents.backends.torch.decoder_batch import DecoderBatch
+from s2t_agents.backends.torch.decoder_batch import PREFETCHED, DecoderBatch
 from s2t_agents.backends.torch.kv_cache import KVCache
 from s2t_agents.backends.torch.llama_decoder import LlamaDecoder
 from s2t_agents.backends.torch.lora import Lora
-from s2t_agents.backends.torch.next_token_prefetch import PREFETCHED
 from s2t_agents.engine.engine import Engine
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence

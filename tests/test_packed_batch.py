@@ -11,8 +11,8 @@ from sequences import appended, read
 from torch import nn
 
 from s2t_agents.backends.base import Append, ScoreCandidates
+from s2t_agents.backends.torch.attention import branching, causal
 from s2t_agents.backends.torch.lora import Lora
-from s2t_agents.backends.torch.packed_batch import branching, causal
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ARCHITECTURES, tiny_model

@@ -1,4 +1,4 @@
-"""A read-only look one token past a prefix: K candidates in one forward, over KV that is never written.
+"""Candidate scoring over KV that is never written: K candidates one token past a prefix, in one forward.
 
 All K tokens stand in one row at position P = len(prefix). An additive mask lets each see the prefix and itself:
 
@@ -23,7 +23,7 @@ ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 
 
 class OverlayLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's KV seen through glass: ``update`` returns base and new together and keeps neither."""
+    """One layer's KV, read only: ``update`` returns base and new together and keeps neither."""
 
     def __init__(self, base: DynamicLayer) -> None:
         super().__init__()
@@ -75,40 +75,11 @@ def layer_kinds(config: Any) -> list[str]:
     return [uniform] * int(config.num_hidden_layers)
 
 
-def row_mask(config: Any, positions: Tensor, prefix: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """Additive mask for candidates in one row, each over the prefix before its own position.
+def rows_mask(config: Any, seen: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """Additive mask for a batch of left-padded prefixes, each with its own row of candidates, for training.
 
     Args:
         config: the decoder's config, for its layer kinds and window.
-        positions: ``[N]``, the position of each candidate; it sees prefix columns ``0..position-1`` and itself.
-        prefix: P, tokens in the KV below.
-        dtype: of the mask; the masked value is the dtype's minimum.
-
-    Returns:
-        ``[1, 1, N, P + N]``, or one such per layer kind where the model mixes kinds.
-    """
-    n = positions.shape[0]
-    columns = torch.arange(prefix, device=positions.device)
-    itself = torch.eye(n, dtype=torch.bool, device=positions.device)
-
-    def additive(seen: Tensor) -> Tensor:
-        mask = torch.zeros(n, prefix + n, dtype=dtype, device=positions.device)
-        return mask.masked_fill_(~torch.cat([seen, itself], dim=1), torch.finfo(dtype).min)[None, None]
-
-    window = getattr(config, "sliding_window", None) or 0
-    full = columns[None, :] < positions[:, None]
-    masks: dict[str, Tensor] = {}
-    for kind in dict.fromkeys(layer_kinds(config)):
-        near = columns[None, :] > positions[:, None] - window
-        masks[kind] = additive(full & near if kind == "sliding_attention" else full)
-    return masks if len(masks) > 1 else next(iter(masks.values()))
-
-
-def rows_mask(config: Any, seen: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """``row_mask`` for a batch of left-padded prefixes, each with its own row of candidates.
-
-    Args:
-        config: the decoder's config.
         seen: ``[B, C]`` bool, False for padding.
         positions: ``[B, N]``, the position of each candidate among its row's tokens.
         dtype: of the mask.

@@ -18,15 +18,24 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..base import Append, Output, ScoreCandidates, ScoreTree, StepOutput, Work
+from .attention import (
+    Attention,
+    BlockAttention,
+    ChunkAttention,
+    OverlayAttention,
+    PrefetchAttention,
+    SingleTokenAttention,
+)
 from .kv_cache import PrefetchedToken
-from .llama_decoder import Attention, DecoderLayer, LinearMap, LlamaDecoder, appending, following
+from .llama_decoder import LinearMap, LlamaDecoder
 from .lora import Lora, LoraLayer
-from .next_token_prefetch import PREFETCHED, PrefetchAttention
-from .packed_batch import branches_of, branching, positions_of
+from .packed_batch import positions_of
 from .packed_linear import FusedLinear
+
+PREFETCHED = 2
+"""Candidates whose next step is read along: nearly every pick is one of the SLM's two likeliest; each costs a row."""
 
 
 class DecoderBatch:
@@ -63,7 +72,7 @@ class DecoderBatch:
         scorings = [part for part in ordered if not isinstance(part, Append)]
         ids = torch.cat([part.ids for part in ordered])
         positions = [at for part in ordered for at in positions_of(part)]
-        hidden = self.step.rows(ids, positions, _side_by_side(_blocks(segments, scorings)), self._correcting(ordered))
+        hidden = self.step.rows(ids, positions, _attention_of(segments, scorings), self._correcting(ordered))
         ends = list(accumulate(len(segment.ids) for segment in segments))
         outputs: list[Output] = []
         if segments:
@@ -82,7 +91,15 @@ class DecoderBatch:
 
     @torch.inference_mode()
     def with_prefetch(self, scoring: ScoreCandidates[Any]) -> Tensor:
-        """Candidate scoring, and the next step of the first candidates, kept with the cache (``next_token_prefetch``).
+        """Candidate scoring, and the next step of the first candidates in the same forward, kept with the cache.
+
+            row        c9.0 c9.1 | c9.0' c9.1' ... c9.7'       the two likeliest as the base reads them, then all K as
+                                                               the adapter does
+            pick 1     the KV and the hidden state of c9.1 are at hand: the next step is the output layer alone
+
+        The base's rows go through the same kernels as a step of their own, so logits and KV are bitwise those of a
+        separate step; where that does not hold (``PackedLinears.rows_alike``), this is not to be called. A pick that is
+        not among the prefetched tokens costs a step as before.
 
         Returns:
             Last hidden states ``[K, H]``.
@@ -90,7 +107,7 @@ class DecoderBatch:
         first = ScoreCandidates(scoring.ids[:PREFETCHED], scoring.cache, scoring.length)
         m, ids = len(first.ids), torch.cat([first.ids, scoring.ids])
         reading = PrefetchAttention(scoring.cache)
-        over = _side_by_side([(m, reading), (len(scoring.ids), OverlayAttention(scoring))])
+        over = BlockAttention([(m, reading), (len(scoring.ids), OverlayAttention(scoring))])
         hidden = self.step.rows(ids, [scoring.length] * len(ids), over, self._correcting([first, scoring]))
         scoring.cache.prefetched = PrefetchedToken(scoring.length, first.ids.tolist(), hidden[:m], reading.layers)
         return hidden[m:]
@@ -131,53 +148,13 @@ def _place(part: Work) -> tuple[int, int]:
     return kind, 0 if part.lora is None else id(part.lora)
 
 
-def _blocks(segments: Sequence[Append[Any]], scorings: Sequence[Work]) -> list[tuple[int, Attention]]:
-    """Tokens over their own KV, which grows, then candidates over KV that stays: how many rows, and their attention."""
+def _attention_of(segments: Sequence[Append[Any]], scorings: Sequence[Work]) -> Attention:
+    """Tokens over their own KV, which grows, then candidates over KV that stays."""
     single = [segment.cache for segment in segments if len(segment.ids) == 1]
     chunks = [segment for segment in segments if len(segment.ids) > 1]
-    return [
-        *([(len(single), appending(single))] if single else []),
-        *((len(each.ids), following(each.cache, each.length)) for each in chunks),
+    blocks: list[tuple[int, Attention]] = [
+        *([(len(single), SingleTokenAttention(single))] if single else []),
+        *((len(each.ids), ChunkAttention(each.cache, each.length)) for each in chunks),
         *((len(scoring.ids), OverlayAttention(scoring)) for scoring in scorings),
     ]
-
-
-def _side_by_side(blocks: Sequence[tuple[int, Attention]]) -> Attention:
-    """The attention of rows that stand in blocks, each with its own."""
-    if len(blocks) == 1:
-        return blocks[0][1]
-    widths = [rows for rows, _ in blocks]
-
-    def attend(layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = zip(blocks, *(torch.split(each, widths) for each in (q, k, v)), strict=True)
-        return torch.cat([over(layer, index, *own) for (_, over), *own in parts])
-
-    return attend
-
-
-class OverlayAttention:
-    """Attention of candidates, or of a tree of tokens, over a prefix, their ancestors and themselves; in one block per
-    key head.
-
-    Args:
-        scoring: the candidates, or the tree, and the KV cache of their sequence.
-    """
-
-    def __init__(self, scoring: Work) -> None:
-        self._look = scoring
-        self._masks: dict[int | None, Tensor] = {}
-
-    def __call__(self, layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """From queries ``[K, heads, d]``, keys and values ``[K, key heads, d]`` to ``[K, heads * d]``."""
-        n, heads, d = k.shape
-        keys, values = self._look.cache.layers[index].write(k.transpose(0, 1)[None], v.transpose(0, 1)[None])
-        shared = q.shape[1] // heads  # queries per key head
-        block = q.view(n, heads, shared, d).permute(1, 0, 2, 3).reshape(1, heads, n * shared, d)
-        if layer.window not in self._masks:
-            seen = branches_of(self._look)
-            assert seen is not None
-            mask = branching(seen, keys.shape[-2], layer.window, like=q)
-            self._masks[layer.window] = mask.repeat_interleave(shared, dim=2)
-        mask = self._masks[layer.window]
-        out = functional.scaled_dot_product_attention(block, keys, values, attn_mask=mask, scale=layer.scale)
-        return out.view(heads, n, shared, d).transpose(0, 1).reshape(n, -1)
+    return blocks[0][1] if len(blocks) == 1 else BlockAttention(blocks)

@@ -126,7 +126,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 @dataclass
 class PrefetchedToken:
-    """The step after a sequence, computed beforehand for some tokens (``next_token_prefetch``).
+    """The step after a sequence, computed beforehand for some tokens (``DecoderBatch.with_prefetch``).
 
     Attributes:
         length: tokens in the sequence.

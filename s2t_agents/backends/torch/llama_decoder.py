@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.cache_utils import Cache
 
+from .attention import Attention, ChunkAttention, SingleTokenAttention
 from .candidate_overlay import layer_kinds
 from .fused_ops import PLAIN, Pointwise
 from .kv_cache import KVCache
-from .packed_batch import causal
 from .packed_linear import LIMIT, FusedLinear, PackedLinears
 
 PATTERN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -80,9 +79,6 @@ class DecoderLayer:
         return x, out
 
 
-Attention = Callable[[DecoderLayer, int, Tensor, Tensor, Tensor], Tensor]
-"""From a layer, its index, queries ``[N, heads, d]``, keys and values ``[N, key heads, d]`` to ``[N, heads * d]``."""
-
 LinearMap = Callable[[FusedLinear, Tensor], tuple[Tensor, ...]]
 """From a fused linear of linear modules and inputs ``[N, in]`` to the ``[N, out]`` of each module."""
 
@@ -113,58 +109,6 @@ class BatchMetadata:
     def gated(self, gate_up: FusedLinear, h: Tensor) -> Tensor:
         """The inner activations of an MLP, from ``[N, H]``."""
         return self.ops.gated(*self.affine(gate_up, h)) if self.gate is None else self.gate(gate_up, h)
-
-
-def appending(caches: Sequence[KVCache]) -> Attention:
-    """One token per sequence over its own KV, which its key and value join."""
-
-    def attend(layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return row_by_row(layer, q, k, v, [cache.layers[index].update for cache in caches])
-
-    return attend
-
-
-def following(cache: Cache, length: int) -> Attention:
-    """A chunk of one sequence's tokens over the ``length`` before it and itself; its KV joins the sequence's."""
-    masks: dict[int | None, Tensor] = {}
-
-    def attend(layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        n, heads = q.shape[:2]
-        own = (each.transpose(0, 1)[None] for each in (k, v))
-        keys, values = (for_each(heads, all_of) for all_of in cache.update(*own, index))
-        if layer.window not in masks:
-            masks[layer.window] = causal(n, length + n, layer.window, like=q)
-        seen = functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], keys, values, attn_mask=masks[layer.window], scale=layer.scale
-        )
-        return seen[0].transpose(0, 1).reshape(n, -1)
-
-    return attend
-
-
-def for_each(heads: int, shared: Tensor) -> Tensor:
-    """Keys, or values, ``[1, key heads, n, d]`` as every one of the query heads sees them, ``[1, heads, n, d]``."""
-    each = heads // shared.shape[1]
-    return shared[:, :, None].expand(-1, -1, each, -1, -1).reshape(1, heads, *shared.shape[2:])
-
-
-Placing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Puts a key and a value ``[1, key heads, 1, d]`` behind a sequence's own and gives all ``[1, key heads, n, d]``."""
-
-
-def row_by_row(layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor, places: Sequence[Placing]) -> Tensor:
-    """Attention row by row, each over what its place gives; shapes as in ``Attention``."""
-    n, heads, d = k.shape
-    # Queries that share a key stand in one block: attention then runs on the key heads, nothing is repeated.
-    q, k, v = q.view(n, heads, -1, d), k[:, :, None], v[:, :, None]
-    out = []
-    for row, place in enumerate(places):
-        keys, values = place(k[row : row + 1], v[row : row + 1])
-        if layer.window is not None:
-            keys, values = keys[..., -layer.window :, :], values[..., -layer.window :, :]
-        out.append(functional.scaled_dot_product_attention(q[row : row + 1], keys, values, scale=layer.scale))
-    together = out[0] if n == 1 else torch.cat(out)
-    return together.reshape(n, -1)
 
 
 class LlamaDecoder:
@@ -222,7 +166,7 @@ class LlamaDecoder:
         Returns:
             Logits ``[N, V]`` (fp32) and last hidden states ``[N, H]``.
         """
-        hidden = self.rows(ids, positions, appending(caches))
+        hidden = self.rows(ids, positions, SingleTokenAttention(caches))
         return self.logits(hidden), hidden
 
     def rows(self, ids: Tensor, positions: Sequence[int], over: Attention, affine: LinearMap | None = None) -> Tensor:
@@ -312,7 +256,7 @@ def _agrees(model: Any, step: LlamaDecoder, trial: Tensor) -> bool:
     ids = trial[None].to(model.device)
     cache = KVCache()
     theirs = model(input_ids=ids[:, :3], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-    ours = step.logits(step.rows(ids[0, :3], range(3), following(KVCache(), 0))[-1:])
+    ours = step.logits(step.rows(ids[0, :3], range(3), ChunkAttention(KVCache(), 0))[-1:])
     if not close(ours, theirs, model.dtype):
         return False
     ours, _ = step(ids[0, 3:], [3], [cache])

@@ -17,10 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from ..base import Append, Output, ScoreCandidates, ScoreTree, StepOutput, Work
-from .candidate_overlay import cloned_rows, overlay_of, row_mask
+from .candidate_overlay import cloned_rows
 from .cuda.graph_runner import GraphRunner, graph_runner_of
 from .decoder_batch import DecoderBatch
 from .kv_cache import KVCache
@@ -159,7 +158,7 @@ class ModelRunner:
         return StepOutput(logits[0], hidden[0])
 
     def _prefetched(self, item: Append[Any]) -> tuple[Tensor, Tensor] | None:
-        """The step, if the last candidate scoring has computed it on the way; see ``next_token_prefetch``."""
+        """The step, if the last candidate scoring has computed it on the way; see ``DecoderBatch.with_prefetch``."""
         assert self.llama_decoder is not None
         prefetched, item.cache.prefetched = item.cache.prefetched, None
         hidden = prefetched.take(int(item.ids), item.cache) if prefetched is not None else None
@@ -190,9 +189,11 @@ class ModelRunner:
     def _score(self, item: ScoreCandidates[Any]) -> Tensor:
         if self._written_out([item]):
             return self._score_written_out(item)
+        if self._packs:
+            (packed,) = through_modules(self.model, [item])
+            assert isinstance(packed, Tensor)
+            return packed
         with item.lora.on(self.model) if item.lora is not None else nullcontext():
-            if self._packs:
-                return self._one_row(item.ids, item.cache, item.length)
             out = self.decoder(
                 input_ids=item.ids[:, None],
                 position_ids=torch.full_like(item.ids, item.length)[:, None],
@@ -210,19 +211,6 @@ class ModelRunner:
             return self.decoder_batch.with_prefetch(item)
         (hidden,) = self.decoder_batch([item])
         assert isinstance(hidden, Tensor)
-        return hidden
-
-    def _one_row(self, candidates: Tensor, cache: Cache, length: int) -> Tensor:
-        """Candidates as one masked row over a read-only view of the cache, ``[K, H]``."""
-        positions = torch.full_like(candidates, length)
-        out = self.decoder(
-            input_ids=candidates[None],
-            position_ids=positions[None],
-            attention_mask=row_mask(self.config, positions, length, self.model.dtype),
-            past_key_values=overlay_of(cache),
-            use_cache=True,
-        )
-        hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
     def _keep_hidden(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..base import Append, Output, ScoreCandidates, ScoreTree, StepOutput, Work
+from ..base import Append, Output, ScoreTree, StepOutput, Work
+from .attention import branches_of, branching, causal
 from .candidate_overlay import layer_kinds, overlay_of
 
 NAME = "s2t_packed"
@@ -127,45 +128,6 @@ def attention_functions() -> Any:
 def own_attention(module: nn.Module, name: str) -> Any:
     """The attention function that this model uses by itself."""
     return attention_functions().get(name) or sys.modules[type(module).__module__].eager_attention_forward
-
-
-def causal(tokens: int, length: int, window: int | None, *, like: Tensor) -> Tensor:
-    """Additive mask ``[1, 1, tokens, length]`` of the last ``tokens`` of ``length``, within a window if any."""
-    ends = torch.arange(length - tokens, length, device=like.device)[:, None]
-    columns = torch.arange(length, device=like.device)[None]
-    hidden = columns > ends
-    if window is not None:
-        hidden = hidden | (columns <= ends - window)
-    mask = torch.zeros(tokens, length, dtype=like.dtype, device=like.device)
-    return mask.masked_fill_(hidden, torch.finfo(like.dtype).min)[None, None]
-
-
-def branches_of(part: Work) -> Tensor | None:
-    """``[T, T]`` bool: which of a part's tokens each of them sees; None where each sees those before it."""
-    if isinstance(part, ScoreCandidates):
-        return torch.eye(len(part.ids), dtype=torch.bool)
-    return part.ancestors if isinstance(part, ScoreTree) else None
-
-
-def branching(seen: Tensor, length: int, window: int | None, *, like: Tensor) -> Tensor:
-    """Additive mask ``[1, 1, T, length]`` of tokens that branch off a prefix.
-
-    Args:
-        seen: ``[T, T]`` bool: which of the new tokens each of them sees, itself included; the last of ``length``.
-        length: of prefix and new tokens.
-        window: how far each sees, itself included.
-        like: dtype and device of the mask.
-    """
-    tokens = len(seen)
-    depth = seen.sum(1, keepdim=True)
-    columns = torch.arange(length - tokens)[None]
-    prefix = (
-        torch.ones(tokens, 1, dtype=torch.bool) if window is None else columns > length - tokens + depth - 1 - window
-    )
-    near = seen if window is None else seen & (depth - depth.T < window)
-    hidden = ~torch.cat([prefix.expand(tokens, length - tokens), near], dim=1).to(like.device)
-    mask = torch.zeros(tokens, length, dtype=like.dtype, device=like.device)
-    return mask.masked_fill_(hidden, torch.finfo(like.dtype).min)[None, None]
 
 
 def through_modules(model: Any, parts: Sequence[Work]) -> list[Output]:

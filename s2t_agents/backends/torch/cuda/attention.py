@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..attention import AttentionLayer, for_each
 from ..fused_ops import PLAIN, Pointwise
-from ..llama_decoder import DecoderLayer, for_each
 
 CHUNK = 512
 """Tokens of values that one core of a GPU reads; capacities are multiples of it."""
@@ -32,8 +32,8 @@ class DecodeAttention:
         self._rows = torch.arange(len(positions), device=positions.device)
         self._masks: dict[int | None, Tensor] = {}
 
-    def __call__(self, layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See ``llama_decoder.Attention``."""
+    def __call__(self, layer: AttentionLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See ``attention.Attention``."""
         seen = self._seen(index, q.view(len(q), k.shape[1], -1, k.shape[-1]), k, v, layer.scale, layer.window)
         return seen.reshape(len(q), -1)
 
@@ -63,8 +63,8 @@ class PrefillAttention:
         self._kv, self._row, self._positions, self._ops = kv, row, positions, ops
         self._masks: dict[int | None, Tensor] = {}
 
-    def __call__(self, layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See ``llama_decoder.Attention``."""
+    def __call__(self, layer: AttentionLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See ``attention.Attention``."""
         (n, heads, _), (keys, values) = q.shape, self._kv[index]
         self._ops.placed(keys, values, self._row.expand(n), self._positions, k, v)
         if layer.window not in self._masks:
@@ -92,8 +92,8 @@ class CandidateAttention:
         self._kv, self._length, self._ops = kv, length, ops
         self._masks: dict[int | None, Tensor] = {}
 
-    def __call__(self, layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See ``llama_decoder.Attention``: the prefix's scores and the candidate's own share one softmax."""
+    def __call__(self, layer: AttentionLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See ``attention.Attention``: the prefix's scores and the candidate's own share one softmax."""
         keys, values = self._kv[index]
         (count, heads, d), window = k.shape, layer.window
         if window not in self._masks:  # the candidate itself takes one place of the window

@@ -21,8 +21,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ..attention import AttentionLayer
 from ..fused_ops import Pointwise
-from ..llama_decoder import BatchMetadata, DecoderLayer, LinearMap
+from ..llama_decoder import BatchMetadata, LinearMap
 from ..packed_linear import FusedLinear
 from . import triton_kernels
 from .decode_graphs import GraphBuilder
@@ -100,7 +101,7 @@ class PartedAttention:
     def __init__(self, kv: Sequence[Tensor], ends: Tensor, cos: Tensor, sin: Tensor, *, writes: bool) -> None:
         self._kv, self._ends, self._cos, self._sin, self._writes = kv, ends, cos, sin, writes
 
-    def __call__(self, layer: DecoderLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: AttentionLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """From ``[n, heads, d]`` and ``[n, key heads, d]`` to ``[n, heads * d]``."""
         keys, values = self._kv[index]
         (n, heads, d), (rows, key_heads, capacity, _) = q.shape, keys.shape
