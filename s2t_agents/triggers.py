@@ -37,10 +37,10 @@ class Trigger(ABC):
         return token_of(self)
 
     def __or__(self, other: Trigger) -> Trigger:
-        return when(lambda proposal: self(proposal) or other(proposal), f"({self!r} | {other!r})")
+        return any_of(self, other)
 
     def __and__(self, other: Trigger) -> Trigger:
-        return when(lambda proposal: self(proposal) and other(proposal), f"({self!r} & {other!r})")
+        return all_of(self, other)
 
 
 class when(Trigger):
@@ -61,6 +61,34 @@ class when(Trigger):
 
     def __repr__(self) -> str:
         return self._name
+
+
+class any_of(Trigger):
+    """Triggers where any of these does, asked in their order; ``a | b``."""
+
+    def __init__(self, *triggers: Trigger) -> None:
+        self.triggers = triggers
+
+    def __call__(self, proposal: Proposal) -> bool:
+        """Whether one of them triggers."""
+        return any(trigger(proposal) for trigger in self.triggers)
+
+    def __repr__(self) -> str:
+        return f"({' | '.join(map(repr, self.triggers))})"
+
+
+class all_of(Trigger):
+    """Triggers where all of these do, asked in their order; ``a & b``."""
+
+    def __init__(self, *triggers: Trigger) -> None:
+        self.triggers = triggers
+
+    def __call__(self, proposal: Proposal) -> bool:
+        """Whether all of them trigger."""
+        return all(trigger(proposal) for trigger in self.triggers)
+
+    def __repr__(self) -> str:
+        return f"({' & '.join(map(repr, self.triggers))})"
 
 
 class entropy(Trigger):
@@ -135,12 +163,20 @@ class at_random(Trigger):
 
 def always() -> Trigger:
     """Every step."""
-    return when(lambda _: True, "always()")
+    return when(_at_all, "always()")
 
 
 def never() -> Trigger:
     """No step."""
-    return when(lambda _: False, "never()")
+    return when(_at_none, "never()")
+
+
+def _at_all(proposal: Proposal) -> bool:
+    return True
+
+
+def _at_none(proposal: Proposal) -> bool:
+    return False
 
 
 def _check_finite(what: str, value: float) -> float:

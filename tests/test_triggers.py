@@ -1,12 +1,14 @@
 """Triggers decide on one step's proposal, and compose."""
 
 import math
+import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s2t_agents import ChatS2T
 from s2t_agents.errors import ConfigError
 from s2t_agents.proposal import Proposal, entropy_of
 from s2t_agents.scheduling.sequence import TokenSequence
@@ -78,6 +80,14 @@ def test_triggers_compose_with_or_and_and() -> None:
     assert [both(p) for p in (SURE, TORN, EVEN)] == [False, False, True]
     assert repr(either) == "(entropy(above=1.3) | margin(below=0.1))"
     assert (always() & never())(EVEN) is False
+
+
+def test_triggers_that_pickle_pickle_in_any_composition() -> None:
+    composed = (entropy(above=1.3) | margin(below=0.1)) & always() | never()
+    again = pickle.loads(pickle.dumps(composed))
+    assert repr(again) == repr(composed)
+    assert [again(p) for p in (SURE, TORN, EVEN)] == [False, True, True]
+    assert pickle.loads(pickle.dumps(ChatS2T(trigger=composed))).trigger(TORN)
 
 
 def test_at_random_hits_its_rate_and_repeats_with_its_seed() -> None:

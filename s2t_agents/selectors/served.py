@@ -21,7 +21,11 @@ def selection_at(proposal: Proposal) -> ServerSelection | None:
 
 def served() -> Trigger:
     """The steps at which the server's selector was triggered."""
-    return when(lambda proposal: selection_at(proposal) is not None, "served()")
+    return when(_was_selected, "served()")
+
+
+def _was_selected(proposal: Proposal) -> bool:
+    return selection_at(proposal) is not None
 
 
 class ServedSelector:
