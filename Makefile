@@ -74,7 +74,7 @@ real-demo: $(READY)  ## An agent on SmolLM2, and on a smaller copy of it correct
 kernels: $(TRITON)/.ready  ## The GPU's kernels on the CPU, by Triton's interpreter (a download of 190 MB)
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/test_triton_kernels.py
 
-bench: $(READY)  ## Measure speed beside the alternatives (15 to 30 minutes)
+bench: $(READY)  ## Measure speed beside the alternatives (7 to 15 minutes)
 	$(BIN)/s2t bench decode
 
 api: $(READY)  ## The API reference, from the docstrings: build/api/index.html

@@ -76,11 +76,23 @@ def pacing(
 
 
 @app.command()
-def decode(quick: Quick = False, as_json: AsJson = False) -> None:
-    """Time per token beside transformers and the published scheme, concurrent generations, turns. 15 to 30 minutes."""
-    from .speed import run, table
+def decode(
+    model: Annotated[list[str] | None, typer.Option(help="s2t-demo or qwen2.5-0.5b; both by default.")] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="decode, chat, parallel, loops, turns or growth; all by default.")
+    ] = None,
+    long: Annotated[bool, typer.Option("--long", help="Prompts of 4,096 and 8,192 tokens, and more repeats.")] = False,
+    quick: Quick = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time per token beside transformers and the published scheme, concurrent generations, turns.
 
-    _show(run(Console(stderr=True).print, quick=quick), as_json, table)
+    Seven minutes on two cores with AVX-512, twice as long without; --long takes three times as long.
+    """
+    from .speed import MODELS, PARTS, run, table
+
+    say = Console(stderr=True).print
+    _show(run(say, models=model or MODELS, parts=part or PARTS, long=long, quick=quick), as_json, table)
 
 
 @app.command()
@@ -170,6 +182,23 @@ def engines(
     if out is not None:
         result = joined(result, out)
     _show(result, as_json, table)
+
+
+@app.command()
+def served(
+    url: Annotated[str, typer.Argument(help="Of a server of OpenAI's completions API on this machine, as vLLM's.")],
+    checkpoint: Annotated[Path, typer.Option(help="What it serves.")],
+    dtype: Annotated[str, typer.Option(help="Of the weights, in both.")] = "bfloat16",
+    at_once: Annotated[list[int] | None, typer.Option(help="Numbers of sequences; 1, 4 and 8 by default.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each; the median counts.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens/s of several sequences at once beside a server with the same weights. A minute or two."""
+    from .served import run, table
+
+    say = Console(stderr=True).print
+    found = run(url, str(checkpoint), dtype=dtype, at_once=at_once or (1, 4, 8), repeats=repeats, say=say)
+    _show(found, as_json, table)
 
 
 def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], RenderableType]) -> None:

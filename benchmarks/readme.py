@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import against, engines
+from . import against, engines, served
 from .chat import CHAT
 from .speed import targets
 from .targets import Verdict, at_least, targets_of
@@ -480,6 +480,7 @@ def sections() -> dict[str, str]:
         "tokenizers": ("tokenizers", tokenizers),
         "pacing": ("pacing", pacing),
         "against": ("against", against.markdown),
+        "served": ("served", served.markdown),
         "speed": ("decode", speed),
         "speed_avx512": ("decode_avx512", speed),
         "gpu": ("gpu", gpu),

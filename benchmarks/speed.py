@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,38 +16,153 @@ from rich.table import Table
 
 from s2t_agents.backends.torch.cpu_features import widens
 from s2t_agents.bundled import SLM
+from s2t_agents.errors import ConfigError
 from s2t_agents.scheduling.language_model import LanguageModel
 
 from . import chat, decode, growth, loops, parallel, turns
 from .shapes import measured_model
 from .targets import CHAT, GREEDY, Verdict, targets_of
+from .targets import PARTS as TARGET_PARTS
+
+MODELS = (SLM, "qwen2.5-0.5b")
+
+PARTS = ("decode", "chat", "parallel", "loops", "turns", "growth")
 
 
-def run(say: Callable[[str], None] = lambda _: None, *, quick: bool = False) -> dict[str, Any]:
-    """Everything on the bundled SLM (one thread) and a Qwen2.5-0.5B of random weights (all cores, see ``usual_dtype``).
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured of one model.
+
+    Attributes:
+        decode: prefixes in tokens, with how often each row is run.
+        tokens: of an answer of ``decode``.
+        rates: of triggers that are run there; others are composed.
+        chat: tokens of questions to the chat model.
+        chat_tokens: of its answers.
+        chat_repeats: of each row.
+        parallel: generations at once.
+        parallel_tokens: of each.
+        growth: prefixes in tokens.
+        growth_ks: numbers of candidates.
+        growth_steps: of each.
+        turns: settings of ``turns.run``.
+        loops: settings of ``loops.run``.
+    """
+
+    decode: Sequence[tuple[int, int]]
+    tokens: int
+    rates: tuple[float, ...]
+    chat: Sequence[int]
+    chat_tokens: int
+    chat_repeats: int
+    parallel: Sequence[int]
+    parallel_tokens: int
+    growth: tuple[int, ...]
+    growth_ks: tuple[int, ...] = growth.KS
+    growth_steps: int = 7
+    turns: Mapping[str, int] = field(default_factory=dict)
+    loops: Mapping[str, int] = field(default_factory=dict)
+
+
+SMALL = Sizes(
+    decode=((128, 5), (896, 5)),
+    tokens=101,
+    rates=decode.RATES,
+    chat=(64, 512),
+    chat_tokens=101,
+    chat_repeats=5,
+    parallel=(1, 2, 4, 8, 16),
+    parallel_tokens=101,
+    growth=(128, 256, 512, 960),
+    growth_steps=9,
+    turns={"repeats": 5},
+)
+LARGE = Sizes(
+    decode=((128, 5), (1024, 3)),
+    tokens=21,
+    rates=(0.0, 0.2),
+    chat=(128,),
+    chat_tokens=32,
+    chat_repeats=5,
+    parallel=(1, 8),
+    parallel_tokens=32,
+    growth=(128, 1024),
+    growth_steps=5,
+    turns={"system": 128, "repeats": 2},
+)
+LONG = replace(
+    LARGE,
+    decode=((128, 7), (1024, 5), (4096, 3)),
+    chat_tokens=48,
+    chat_repeats=7,
+    parallel=(1, 4, 8, 16),
+    parallel_tokens=48,
+    growth=(128, 1024, 4096, 8192),
+    growth_steps=7,
+    turns={"system": 128, "repeats": 3},
+)
+QUICK = Sizes(
+    decode=((32, 1),),
+    tokens=6,
+    rates=(0.0, 0.2),
+    chat=(16,),
+    chat_tokens=6,
+    chat_repeats=1,
+    parallel=(2,),
+    parallel_tokens=6,
+    growth=(16,),
+    growth_ks=(1, 8),
+    growth_steps=3,
+    turns={"system": 32, "turns": 3, "repeats": 1},
+    loops={"at_once": 2, "system": 16, "new": 8, "turns": 2, "tokens": 12, "long_prompt": 32},
+)
+
+
+def run(
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    models: Sequence[str] = MODELS,
+    parts: Sequence[str] = PARTS,
+    long: bool = False,
+    quick: bool = False,
+) -> dict[str, Any]:
+    """The bundled SLM (one thread) and a Qwen2.5-0.5B of random weights (all cores, see ``usual_dtype``).
 
     Args:
         say: told what is measured next.
-        quick: a tiny random model in place of the second, and few tokens: shows that it runs, measures nothing.
+        models: some of ``MODELS``.
+        parts: some of ``PARTS``.
+        long: prompts of 4,096 and 8,192 tokens, too, and more repeats.
+        quick: few tokens, and a tiny random model in place of the second: shows that it runs, measures nothing.
 
     Returns:
-        See the parts; ``targets`` sets the figures beside what was wanted.
+        See the parts; ``targets`` sets the figures beside what was wanted, where all parts were measured.
+
+    Raises:
+        ConfigError: no such model or part.
     """
+    for given, known in ((models, MODELS), (parts, PARTS)):
+        if unknown := [each for each in given if each not in known]:
+            raise ConfigError(f"{unknown[0]!r} is not measured.", hint=f"One of {', '.join(known)}.")
     started, threads = time.perf_counter(), torch.get_num_threads()
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in PARTS if name in parts}
     try:
-        torch.set_num_threads(1)
-        say("the bundled model")
-        small = _small(quick)
-        torch.set_num_threads(threads)
-        say("the 0.5B shape")
-        large = _large(quick, say)
+        for name in models:
+            bundled = name == SLM
+            torch.set_num_threads(1 if bundled else threads)
+            dtype = torch.float32 if bundled else usual_dtype()
+            model = measured_model(name if bundled or not quick else "tiny", dtype=dtype)
+            sizes = QUICK if quick else SMALL if bundled else LONG if long else LARGE
+            for part in found:
+                say(f"{model.name}: {part}")
+                found[part] += MEASURED[part](model, sizes)
     finally:
         torch.set_num_threads(threads)
-    parts = {name: [*small[name], *large[name]] for name in small}
+    whole = set(parts) >= set(TARGET_PARTS) and set(models) >= set(MODELS)
     return {
         "bench": "decode",
-        **parts,
-        "targets": targets(parts),
+        **found,
+        **({"targets": targets(found)} if whole else {}),
         "not_measured": "the 1.5B shape and everything on a GPU (`s2t bench gpu` does that)",
         "threads": {"bundled": 1, "0.5B": threads},
         "cores": os.cpu_count(),
@@ -58,60 +174,48 @@ def run(say: Callable[[str], None] = lambda _: None, *, quick: bool = False) -> 
     }
 
 
-def _small(quick: bool) -> dict[str, list[dict[str, Any]]]:
-    model = measured_model(SLM, dtype=torch.float32)
-    tokens, repeats = (6, 1) if quick else (101, 5)
-    return {
-        "decode": [
-            decode.run(model, prefix=n, tokens=tokens, repeats=repeats) for n in ((128,) if quick else (128, 896))
-        ],
-        "chat": [chat.run(model, prefix=n, tokens=tokens, repeats=repeats) for n in ((16,) if quick else (64, 512))],
-        "parallel": [parallel.run(model, at_once=n, tokens=tokens) for n in ((2,) if quick else (1, 2, 4, 8, 16))],
-        "loops": [_loops(model, quick)],
-        "turns": [turns.run(model, repeats=1 if quick else 5)],
-        "growth": [
-            growth.run(model, prefixes=(32,) if quick else (128, 256, 512, 960), ks=(1, 8) if quick else growth.KS)
-        ],
-    }
+def _decode(model: LanguageModel, sizes: Sizes) -> list[dict[str, Any]]:
+    return [
+        decode.run(model, prefix=prefix, tokens=sizes.tokens, repeats=repeats, rates=sizes.rates)
+        for prefix, repeats in sizes.decode
+    ]
 
 
-def _large(quick: bool, say: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
-    model = measured_model("tiny" if quick else "qwen2.5-0.5b", dtype=usual_dtype())
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in PARTS}
-    for prefix, repeats in ((32, 1),) if quick else ((128, 7), (1024, 5), (4096, 3)):
-        say(f"  after {prefix} tokens")
-        found["decode"].append(decode.run(model, prefix=prefix, tokens=21, repeats=repeats, rates=(0.0, 0.2)))
-    say("  through the chat model")
-    found["chat"].append(
-        chat.run(model, prefix=16 if quick else 128, tokens=6 if quick else 48, repeats=1 if quick else 7)
-    )
-    for at_once in (2,) if quick else (1, 4, 8, 16):
-        say(f"  {at_once} at once")
-        found["parallel"].append(parallel.run(model, at_once=at_once, tokens=8 if quick else 48))
-    say("  agent loops")
-    found["loops"].append(_loops(model, quick))
-    say("  growth")
-    prefixes, ks = ((16,), (1, 8)) if quick else ((128, 1024, 4096, 8192), growth.KS)
-    found["growth"].append(growth.run(model, prefixes=prefixes, ks=ks, steps=3 if quick else 7))
-    say("  turns")
-    found["turns"].append(
-        turns.run(model, system=32 if quick else 128, turns=3 if quick else 10, repeats=1 if quick else 3)
-    )
-    return found
+def _chat(model: LanguageModel, sizes: Sizes) -> list[dict[str, Any]]:
+    return [
+        chat.run(model, prefix=prefix, tokens=sizes.chat_tokens, repeats=sizes.chat_repeats) for prefix in sizes.chat
+    ]
 
 
-PARTS = ("decode", "chat", "parallel", "loops", "turns", "growth")
+def _parallel(model: LanguageModel, sizes: Sizes) -> list[dict[str, Any]]:
+    return [parallel.run(model, at_once=count, tokens=sizes.parallel_tokens) for count in sizes.parallel]
+
+
+def _loops(model: LanguageModel, sizes: Sizes) -> list[dict[str, Any]]:
+    return [loops.run(model, **sizes.loops)]
+
+
+def _turns(model: LanguageModel, sizes: Sizes) -> list[dict[str, Any]]:
+    return [turns.run(model, **sizes.turns)]
+
+
+def _growth(model: LanguageModel, sizes: Sizes) -> list[dict[str, Any]]:
+    return [growth.run(model, prefixes=sizes.growth, ks=sizes.growth_ks, steps=sizes.growth_steps)]
+
+
+MEASURED: dict[str, Callable[[LanguageModel, Sizes], list[dict[str, Any]]]] = {
+    "decode": _decode,
+    "chat": _chat,
+    "parallel": _parallel,
+    "loops": _loops,
+    "turns": _turns,
+    "growth": _growth,
+}
 
 
 def usual_dtype() -> torch.dtype:
     """In which a bf16 checkpoint of that size is read on this machine."""
     return torch.float32 if widens(torch.bfloat16) else torch.bfloat16
-
-
-def _loops(model: LanguageModel, quick: bool) -> dict[str, Any]:
-    if quick:
-        return loops.run(model, at_once=2, system=16, new=8, turns=2, tokens=12, long_prompt=32)
-    return loops.run(model)
 
 
 def targets(parts: Mapping[str, Any]) -> dict[str, Verdict]:
@@ -126,7 +230,7 @@ def targets(parts: Mapping[str, Any]) -> dict[str, Verdict]:
 def table(result: dict[str, Any]) -> Group:
     """The result for people."""
     shown = []
-    for part in result["decode"]:
+    for part in result.get("decode", ()):
         title = f"{part['model']}, {part['dtype']}, after {part['prefix']} tokens"
         rows = Table(
             "",
@@ -157,7 +261,7 @@ def table(result: dict[str, Any]) -> Group:
         title="ChatS2T beside the bare engine",
         title_justify="left",
     )
-    for part in result["chat"]:
+    for part in result.get("chat", ()):
         for name, row in part["rows"].items():
             through.add_row(
                 f"{part['model']} after {part['prompt_tokens']['plain']}, {name}",
@@ -177,7 +281,8 @@ def table(result: dict[str, Any]) -> Group:
         title="generations at once",
         title_justify="left",
     )
-    kinds = [("", each) for each in result["parallel"]] + [("agent loops", each) for each in result["loops"]]
+    kinds = [("", each) for each in result.get("parallel", ())]
+    kinds += [("agent loops", each) for each in result.get("loops", ())]
     for kind, each in kinds:
         speeds = (f"{each['alone_tokens_per_s']:.1f}", f"{each['together_tokens_per_s']:.1f}", f"{each['ratio']:.2f}")
         share = f"{each['bound']['share']:.0%}" if "bound" in each else ""
@@ -187,7 +292,7 @@ def table(result: dict[str, Any]) -> Group:
     wanted = Table(
         "target", "wanted", "figure", "met", title="targets (* composed from measured parts)", title_justify="left"
     )
-    for name, each in result["targets"].items():
+    for name, each in result.get("targets", {}).items():
         wanted.add_row(name, each["wanted"], f"{each['figure']:.4g}", "yes" if each["met"] else "NO")
     return Group(*shown, through, at_once, wanted)
 

@@ -253,7 +253,7 @@ def audit(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def bench(context: typer.Context) -> None:
-    """Run benchmarks against a baseline: against, budget, decode, escalate, gpu, pacing, train. In a checkout only."""
+    """Run benchmarks against a baseline: against, decode, engines, escalate, gpu, served, ... In a checkout only."""
     checkout = Path(__file__).parent.parent
     if not (checkout / "benchmarks" / "commands.py").is_file():
         raise ConfigError(

@@ -178,7 +178,7 @@ class CompletionServer(ThreadingHTTPServer):
                 sequence.append(pending)
                 scores = sequence.logits.log_softmax(0)
                 token = int(scores.argmax()) if allowed is None else max(allowed, key=lambda each: float(scores[each]))
-                shown = {*scores.topk(min(body["logprobs"], len(scores))).indices.tolist(), token}
+                shown = {*scores.topk(min(body.get("logprobs", 1), len(scores))).indices.tolist(), token}
                 top = {f"token_id:{each}": float(scores[each]) for each in shown}
                 logprobs = {"tokens": [f"token_id:{token}"], "top_logprobs": [top]}
                 time.sleep(self.token_s)
