@@ -20,6 +20,7 @@ from s2t_agents.errors import ConfigError
 from s2t_agents.scheduling.language_model import LanguageModel
 
 from . import chat, decode, growth, loops, parallel, turns
+from .growth import KS
 from .shapes import measured_model
 from .targets import CHAT, GREEDY, Verdict, targets_of
 from .targets import PARTS as TARGET_PARTS
@@ -58,7 +59,7 @@ class Sizes:
     parallel: Sequence[int]
     parallel_tokens: int
     growth: tuple[int, ...]
-    growth_ks: tuple[int, ...] = growth.KS
+    growth_ks: tuple[int, ...] = KS
     growth_steps: int = 7
     turns: Mapping[str, int] = field(default_factory=dict)
     loops: Mapping[str, int] = field(default_factory=dict)
