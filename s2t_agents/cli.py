@@ -7,7 +7,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.markup import escape
 from . import __version__
 from .errors import ConfigError, S2TError
 from .training.commands import app as training
+
+if TYPE_CHECKING:
+    from .budget import TokenPrice
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -119,6 +122,10 @@ def serve(
     keys: Annotated[Path | None, typer.Option(help="Key file: agents, hashes of their keys, budgets.")] = None,
     usd: Annotated[str | None, typer.Option(help="What all agents together may spend, in US dollars.")] = None,
     escalations: Annotated[int | None, typer.Option(min=0, help="How often they may ask the larger model.")] = None,
+    llm_price: Annotated[
+        str | None, typer.Option(help="USD per million tokens that the larger model reads / writes, as 0.50/1.50.")
+    ] = None,
+    device_price: Annotated[str | None, typer.Option(help="What an hour of this machine costs, in USD.")] = None,
     budgets: Annotated[Path | None, typer.Option(help="SQLite file that keeps what was spent.")] = None,
     ledger: Annotated[Path | None, typer.Option(help="Ledger file: .jsonl, .db or .sqlite.")] = None,
     shadow: Annotated[
@@ -134,9 +141,10 @@ def serve(
     waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait behind them; more get 429.")] = 256,
 ) -> None:
     """Serve OpenAI's API: chat completions, completions, models."""
-    from .budget import Budget, SQLiteStore
+    from .budget import Budget, DevicePrice, SQLiteStore, money
     from .chat.chat_model import ChatS2T
     from .ledger import Ledger, Recording
+    from .llms.front import llm_of
     from .scheduling.admission import Concurrency
     from .server import Tenants
     from .server import serve as run
@@ -145,12 +153,18 @@ def serve(
     recording = Recording(steps=record_steps or record_text, text=record_text)
     if recording.steps and ledger is None:
         raise ConfigError("Steps were to be recorded, and there is no ledger.", hint="Give --ledger FILE.")
+    asked = llm_of(llm) if llm is not None else None
+    if llm_price is not None:
+        if asked is None:
+            raise ConfigError("--llm-price was given, and no LLM is asked.", hint="Give --llm.")
+        asked.price = _token_price(llm_price)
     limited = usd is not None or escalations is not None
     whole = Budget(name="server", usd=usd, escalations=escalations, store=store) if limited else None
     chat_model = ChatS2T(
         model=model,
         selector=selector,
-        escalation=llm,
+        escalation=asked,
+        device_price=DevicePrice(money.dollars(device_price, "--device-price")) if device_price is not None else None,
         budget=whole,
         ledger=Ledger.open(ledger, recording=recording) if ledger is not None else None,
         max_tokens=max_tokens,
@@ -164,6 +178,15 @@ def serve(
         typer.echo(f"s2t serves OpenAI's API at {url}/v1" + (f", its trace at {url}/trace" if trace else ""))
 
     run(chat_model, host=host, port=port, tenants=tenants, names=name or (), trace=trace, on_listening=print_address)
+
+
+def _token_price(text: str) -> TokenPrice:
+    from .budget import TokenPrice, money
+
+    read, slash, written = text.partition("/")
+    if not slash:
+        raise ConfigError(f"--llm-price is {text!r:.80}.", hint="Give USD per million tokens read/written: 0.50/1.50.")
+    return TokenPrice(money.dollars(read, "--llm-price"), money.dollars(written, "--llm-price"))
 
 
 @app.command()

@@ -73,6 +73,12 @@ def test_a_key_that_the_command_makes_opens_the_server_that_has_its_entry(tmp_pa
         (["--keys", "/no/such/file"], "s2t key"),
         (["--model", "/no/such/model"], "/no/such/model"),
         (["--usd", "much"], "usd"),
+        (["--usd", "1", "--llm", "s2t-demo-llm"], "no known price"),
+        (["--llm-price", "0.5", "--llm", "s2t-demo-llm"], "0.50/1.50"),
+        (["--llm-price", "x/1", "--llm", "s2t-demo-llm"], "--llm-price"),
+        (["--llm-price", "1/2"], "Give --llm"),
+        (["--device-price", "-1"], "--device-price"),
+        (["--trace"], "--ledger"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(options: list[str], message: str) -> None:

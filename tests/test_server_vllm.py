@@ -9,7 +9,7 @@ import httpx
 import pytest
 from server_support import QUESTION, STOCK_QUESTION, STOCK_TOOL, demo_model, serving_chat
 
-from s2t_agents import ChatS2T, OpenAILLM
+from s2t_agents import ChatS2T, Ledger, OpenAILLM
 from s2t_agents.server import Tenants
 from s2t_agents.server.tenants import AgentEntry, new_key
 
@@ -56,6 +56,15 @@ def test_a_chat_model_over_it_answers_as_the_local_one_token_for_token(url: str,
         [each["args"] for each in ours.tool_calls],
     )
     assert theirs.response_metadata["finish_reason"] == ours.response_metadata["finish_reason"]
+
+
+def test_an_answer_in_words_is_one_request() -> None:
+    ledger = Ledger()
+    with serving_chat(ChatS2T(model="s2t-demo", ledger=ledger)) as url:
+        said = remote(url).invoke(QUESTION)
+    assert said.response_metadata["finish_reason"] == "stop"
+    [record] = ledger.records()
+    assert record.completion_tokens == said.usage_metadata["output_tokens"]
 
 
 def test_an_llm_behind_it_scores_the_candidates_as_the_local_one() -> None:
@@ -124,6 +133,27 @@ def test_end_tokens_end_nothing_where_they_are_ignored_and_are_shown_if_wanted(u
     assert on["choices"][0]["text"].startswith(plain["choices"][0]["text"])
     shown = completed(url, **body, ignore_eos=True, skip_special_tokens=False)["choices"][0]["text"]
     assert shown.startswith(plain["choices"][0]["text"] + tokenizer.eos_token)
+
+
+def test_the_end_token_is_named_by_its_id_as_others_are(url: str) -> None:
+    tokenizer = local().engine.slm.tokenizer
+    chat = [{"role": "user", "content": "Good morning"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    body = {"prompt": prompt, "max_tokens": 40, "temperature": 0, "logprobs": 1}
+    by_id = completed(url, **body, return_tokens_as_token_ids=True)["choices"][0]["logprobs"]["tokens"]
+    by_text = completed(url, **body)["choices"][0]["logprobs"]["tokens"]
+    assert by_id[-1] == f"token_id:{tokenizer.eos_token_id}"
+    assert len(by_text) == len(by_id) - 1
+    after = completed(url, **{**body, "prompt": [*prompt, *(int(each[9:]) for each in by_id[:-1])]})
+    assert after["choices"][0]["text"] == ""
+
+
+def test_what_happens_anyway_may_be_said(url: str) -> None:
+    body = {"prompt": "hello", "max_tokens": 2, "temperature": 0}
+    said = completed(url, **body, repetition_penalty=1.0, top_k=-1, min_p=0.0, min_tokens=0, n=1, frequency_penalty=0)
+    assert said["choices"][0]["text"] == completed(url, **body)["choices"][0]["text"]
+    assert refused(url, **body, repetition_penalty=1.1) == "repetition_penalty"
+    assert refused(url, **body, top_k=5) == "top_k"
 
 
 @pytest.mark.parametrize(

@@ -19,20 +19,20 @@ class LogprobsReader:
     Args:
         generation: which.
         asked: whether the call asked for them.
-        name: how a token is called; by its text where it is not given.
+        name: how a token is called, end tokens too; where it is not given, by its text, which end tokens do not have.
     """
 
     def __init__(self, generation: Generation, asked: bool, *, name: Callable[[int], str] | None = None) -> None:
         self._generation, self._asked, self._name, self._read = generation, asked, name or generation.decode, 0
+        self._omitted = generation.eos_ids if name is None else frozenset[int]()
 
     def new(self) -> dict[str, Any]:
-        """``{"logprobs": {"content": [...]}}`` of the steps since the last call, without end tokens; {} for none."""
+        """``{"logprobs": {"content": [...]}}`` of the steps since the last call; {} for none."""
         if not self._asked:
             return {}
         steps = self._generation.account.steps[self._read :]
         self._read += len(steps)
-        eos_ids = self._generation.eos_ids
-        content = [self._entry(step) for step in steps if step.token_id not in eos_ids]
+        content = [self._entry(step) for step in steps if step.token_id not in self._omitted]
         return {"logprobs": {"content": content}} if content else {}
 
     def _entry(self, step: Step) -> dict[str, Any]:
