@@ -16,7 +16,7 @@ from langchain_core.tools import tool
 from pydantic import BaseModel, ConfigDict, RootModel, field_validator
 from typing_extensions import TypedDict
 
-from s2t_agents import Budget, ChatS2T
+from s2t_agents import Budget, ChatS2T, Ledger
 from s2t_agents.errors import BadSchema, ConfigError
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import tiny_model
@@ -292,7 +292,9 @@ FORM = {"type": "json_schema", "json_schema": {"name": "named", "schema": NAMED}
 
 
 def test_json_and_calls_are_whole_under_any_limit_and_say_whether_it_shortened_them() -> None:
-    form, call = chat("a").bind(response_format=FORM), chat("a").bind_tools([NAMED], tool_choice="any")
+    ledger = Ledger()
+    form = chat("a", ledger=ledger).bind(response_format=FORM)
+    call = chat("a").bind_tools([NAMED], tool_choice="any")
     whole, called = form.invoke("hello"), call.invoke("hello").tool_calls[0]["args"]
     assert json.loads(whole.text) == called == {"name": "a" * 12}
     kept = {True: 0, False: 0}
@@ -309,6 +311,7 @@ def test_json_and_calls_are_whole_under_any_limit_and_say_whether_it_shortened_t
         assert streamed.text == answer.text
         assert ("shortened" in streamed.response_metadata["s2t"]) == shortened
         kept[shortened] += 1
+        assert {record.shortened for record in ledger.records()[-2:]} == {shortened or None}
     assert all(kept.values())
     short = call.invoke("hello", max_tokens=60)
     assert short.response_metadata["finish_reason"] == "tool_calls"

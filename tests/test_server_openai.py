@@ -108,7 +108,7 @@ def test_a_budget_that_is_gone_is_asked_once_and_a_full_queue_again() -> None:
     llm = ScriptedLLM(lambda ids, candidates: [-0.1 * at for at in range(len(candidates))])
     ledger = Ledger()
     limits = AgentLimits(escalations=0, on_exhausted="raise")
-    tenants = Tenants({"ann": AgentEntry(keys=[LINE], budget=limits)}, parent=Budget(escalations=9))
+    tenants = Tenants({"poor": AgentEntry(keys=[LINE], budget=limits)}, parent=Budget(escalations=9))
     chat_model = demo_model(
         escalation=Escalation(llm, margin=1.0),
         trigger=when(lambda proposal: True),

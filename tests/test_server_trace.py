@@ -21,8 +21,8 @@ from s2t_agents.server import Tenants, create_app, live_trace
 from s2t_agents.server.tenants import AgentEntry, new_key
 
 TEXT = Recording(steps=True, text=True)
-ANN, ANN_LINE = new_key()
-BOB, BOB_LINE = new_key()
+EVE, EVE_LINE = new_key()
+EVELYN, EVELYN_LINE = new_key()
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=window.hit=1>"
 
 
@@ -55,10 +55,10 @@ def test_it_shows_the_ledger_as_it_is_now_and_text_where_that_was_recorded(tmp_p
             page = url.replace("/v1", "/trace")
             assert shown(httpx.get(page))["records"] == []
             ask(url)
-            ask(url, "Good morning", agent="bob")
+            ask(url, "Good morning", agent="max")
             told = shown(httpx.get(page))
-            assert [each["agent"] for each in told["records"]] == ["default", "bob"]
-            assert [each["name"] for each in told["agents"]] == ["default", "bob"]
+            assert [each["agent"] for each in told["records"]] == ["default", "max"]
+            assert [each["name"] for each in told["agents"]] == ["default", "max"]
             assert ("37 shells" in httpx.get(page).text) == (recording is TEXT)
             assert len(shown(httpx.get(page, params={"last": 1}))["records"]) == 1
             for wrong in ("0", "-1", "x", "1" * 30, "100001"):
@@ -84,30 +84,30 @@ def test_no_page_from_elsewhere_reads_or_frames_it() -> None:
 
 
 def test_a_key_shows_its_own_agent_and_nothing_of_others() -> None:
-    tenants = Tenants({"ann": AgentEntry(keys=[ANN_LINE]), "annabel": AgentEntry(keys=[BOB_LINE])})
+    tenants = Tenants({"eve": AgentEntry(keys=[EVE_LINE]), "evelyn": AgentEntry(keys=[EVELYN_LINE])})
     ledger = Ledger(recording=TEXT)
     with serving_chat(demo_model(ledger=ledger, max_tokens=8), tenants=tenants, trace=True) as url:
         page = url.replace("/v1", "/trace")
-        ask(url, "ANN'S SECRET", key=ANN)
-        ask(url, "ANN'S WRITER", key=ANN, agent="writer")
-        ask(url, "ANNABEL'S SECRET", key=BOB)
-        for refused in (None, ("ann", "wrong"), ("ann", ""), (ANN, "ann")):
+        ask(url, "EVE'S SECRET", key=EVE)
+        ask(url, "EVE'S WRITER", key=EVE, agent="writer")
+        ask(url, "EVELYN'S SECRET", key=EVELYN)
+        for refused in (None, ("eve", "wrong"), ("eve", ""), (EVE, "eve")):
             response = httpx.get(page, auth=refused)
             assert response.status_code == 401
             assert response.headers["www-authenticate"].startswith("Basic ")
             assert "SECRET" not in response.text
         assert httpx.get(page, headers={"Authorization": "Basic %%%"}).status_code == 401
         for response in (
-            httpx.get(page, headers={"Authorization": f"Bearer {ANN}"}),
-            httpx.get(page, auth=("anything", ANN)),  # as a browser sends a password
+            httpx.get(page, headers={"Authorization": f"Bearer {EVE}"}),
+            httpx.get(page, auth=("anything", EVE)),  # as a browser sends a password
         ):
             told = shown(response)
-            assert [each["agent"] for each in told["records"]] == ["ann", "ann/writer"]
-            assert {each["name"] for each in told["agents"]} == {"ann", "ann/writer"}
+            assert [each["agent"] for each in told["records"]] == ["eve", "eve/writer"]
+            assert {each["name"] for each in told["agents"]} == {"eve", "eve/writer"}
             assert told["total"] == 2
-            assert "ANNABEL" not in response.text.upper()
-        assert [each["agent"] for each in shown(httpx.get(page, auth=("", BOB)))["records"]] == ["annabel"]
-        assert httpx.get(f"{url}/models", auth=("", ANN)).status_code == 401  # a password is a key here alone
+            assert "EVELYN" not in response.text.upper()
+        assert [each["agent"] for each in shown(httpx.get(page, auth=("", EVELYN)))["records"]] == ["evelyn"]
+        assert httpx.get(f"{url}/models", auth=("", EVE)).status_code == 401  # a password is a key here alone
 
 
 @pytest.fixture(scope="module")
@@ -125,28 +125,28 @@ def until(true: Callable[[], bool], seconds: float = 20) -> None:
 
 def test_answers_appear_in_an_open_page_which_keeps_its_filters_and_what_is_read(browser: Browser) -> None:
     with serving_chat(demo_model(ledger=Ledger(recording=TEXT)), trace=True) as url:
-        ask(url, agent="ann")
-        ask(url, HOSTILE, agent="bob")
+        ask(url, agent="eve")
+        ask(url, HOSTILE, agent="max")
         browser.open(url.replace("/v1", "/trace"))
         assert browser.texts("#found") == ["2 of 2 answers"]
         assert "live" in " ".join(browser.texts("#live"))
-        browser.run("const s = document.getElementById('agent'); s.value = 'ann'; s.dispatchEvent(new Event('change'))")
+        browser.run("const s = document.getElementById('agent'); s.value = 'eve'; s.dispatchEvent(new Event('change'))")
         browser.click("#theme")
         theme = browser.run("return document.documentElement.dataset.theme")
-        ask(url, agent="ann")
+        ask(url, agent="eve")
         until(lambda: browser.texts("#found") == ["2 of 3 answers"])
-        assert set(browser.texts(".answer .name")) == {"ann"}
+        assert set(browser.texts(".answer .name")) == {"eve"}
         assert browser.run("return document.documentElement.dataset.theme") == theme
         browser.click(".answer > button")
         browser.click(".token")
-        ask(url, agent="ann")
+        ask(url, agent="eve")
         time.sleep(1.0)  # three reloads would have come
         assert browser.texts("#found") == ["2 of 3 answers"]
         assert browser.texts(".detail")
         browser.click(".answer > button")
         until(lambda: browser.texts("#found") == ["3 of 4 answers"])
         browser.click("#follow")
-        ask(url, agent="ann")
+        ask(url, agent="eve")
         time.sleep(1.0)
         assert browser.texts("#found") == ["3 of 4 answers"]
         assert browser.run("return window.hit") is None

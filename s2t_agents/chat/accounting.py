@@ -68,6 +68,7 @@ class Account:
         thought_tokens: how many of the first steps are reasoning, its tags included.
         thinking: whether the next step is reasoning.
         shadow: whether every token is the SLM's own, whatever selector and LLM say.
+        shortened: whether a call or JSON had to end for the token limit, so that texts in it may end early.
         telemetry: the answer's span; None without telemetry.
         work: what the answer takes from the budget; says which limit ended it.
     """
@@ -87,6 +88,7 @@ class Account:
     steps: list[Step] = field(default_factory=list)
     thought_tokens: int = 0
     thinking: bool = False
+    shortened: bool = False
     _start: float = field(default_factory=time.perf_counter)
     _first: float | None = None
     _last_escalation: EscalationRecord | None = None
@@ -181,6 +183,7 @@ class Account:
             **{key: getattr(summary, key) for key in _SUMMARY_FIELDS},
             **({} if summary.shadow is None else {"shadow": summary.shadow.model_dump()}),
             **_stopped_entry(self.work.stopped_by),
+            **({"shortened": True} if self.shortened else {}),
             **_ledger_error_entry(self.ledger_error),
         }
 
@@ -221,6 +224,7 @@ class Account:
             thought=self.summary.thought,
             stopped_by=self.work.stopped_by,
             shadow=self.summary.shadow,
+            shortened=self.shortened or None,
             **{key: getattr(self.summary, key) for key in _SUMMARY_FIELDS},
         )
 
@@ -408,6 +412,7 @@ def _cached_record(message: AIMessage, caller: Caller) -> GenerationRecord:
         prompt_tokens=usage["input_tokens"] if usage else 0,
         completion_tokens=usage["output_tokens"] if usage else 0,
         degraded=metadata["s2t"]["degraded"],
+        shortened=metadata["s2t"].get("shortened"),
         cached=True,
         cost_usd=Cost(local=Decimal(0), llm=Decimal(0)),
         thought=Thought(tokens=metadata["s2t"].get("thought", {}).get("tokens", 0)),

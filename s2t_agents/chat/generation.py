@@ -140,6 +140,7 @@ class Generation:
         if not self.parser.tool_calls and not self.invalid and (wrong := self.schemas.reply_error(self.parser.text)):
             self.invalid = [wrong]
         self.finish_reason = self._finish_reason(ended or stopped or stopped_late)
+        self.account.shortened = self._grammar is not None and self._grammar.shortened
 
     def _split_reasoning(self, token_id: int, text: str, detokenizer: Detokenizer) -> tuple[str, TextPieces]:
         """The reasoning text that a step adds, and the tokens and texts that belong to the answer."""
@@ -179,11 +180,6 @@ class Generation:
         cut = self.account.work.stopped_by is not None or len(self.account.steps) >= self._room
         whole = ended or (self.schemas.reply is not None and not self.invalid)
         return "length" if cut and not whole else "stop"
-
-    @property
-    def shortened(self) -> bool:
-        """Whether calls or JSON had to end for the token limit, so that texts in them may end early."""
-        return self._grammar is not None and self._grammar.shortened
 
     def as_messages(self) -> list[dict[str, Any]]:
         """The answer, whole or as far as it came, as ``gen_ai.output.messages``."""

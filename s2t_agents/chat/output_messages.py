@@ -93,10 +93,6 @@ def _metadata(generation: Generation) -> dict[str, Any]:
 
 
 def _validation_notes(generation: Generation) -> dict[str, Any]:
-    """What the grammar did not enforce, why the answer is invalid, whether its limit closed it; only what applies."""
-    notes = {
-        "relaxed": list(generation.schemas.relaxed),
-        "invalid": generation.invalid,
-        "shortened": generation.shortened,
-    }
+    """What the grammar did not enforce and why the answer is invalid; empty keys are left out."""
+    notes = {"relaxed": list(generation.schemas.relaxed), "invalid": generation.invalid}
     return {key: value for key, value in notes.items() if value}

@@ -294,7 +294,8 @@ class GenerationRecord(Frozen):
     """One generation. Every field that needs a unit: tokens, USD, ms, UTC.
 
     ``steps`` and ``prompt`` (the end of it, as text) are None where the ledger's ``Recording`` does not ask for them,
-    ``stopped_by`` where no limit of the budget ended the answer, ``shadow`` outside shadow mode; a record without them
+    ``stopped_by`` where no limit of the budget ended the answer, ``shadow`` outside shadow mode, ``shortened`` where no
+    call and no JSON had to end for the answer's token limit; a record without them
     is written as before there were any.
 
     Raises:
@@ -329,6 +330,7 @@ class GenerationRecord(Frozen):
     prompt: Text | None = None
     stopped_by: Refuser = None
     shadow: Shadow | None = None
+    shortened: bool | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_recorded(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -341,7 +343,7 @@ class GenerationRecord(Frozen):
         return self
 
 
-_RECORDED = ("steps", "prompt", "stopped_by", "shadow")
+_RECORDED = ("steps", "prompt", "stopped_by", "shadow", "shortened")
 
 
 class SummedReceipt(BaseModel):

@@ -210,6 +210,7 @@ def _answer(record: GenerationRecord) -> dict[str, Any]:
         "escalations": record.escalations,
         "refused": record.refused,
         "degraded": record.degraded,
+        "shortened": record.shortened,
         "cached": record.cached,
         "cost": {part: _text(getattr(record.cost_usd, part)) for part in ("local", "llm")},
         "latency": record.latency_ms.model_dump(),
