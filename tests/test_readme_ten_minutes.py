@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,6 @@ pytest.importorskip("langchain_openai")
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = README[README.index("## In ten minutes") : README.index("## In your own program")]
-MINUTES = 10 * 60
 
 
 def blocks(language: str) -> list[str]:
@@ -41,7 +39,6 @@ class Run(NamedTuple):
     printed: str
     looked: str
     live: str
-    seconds: float
 
 
 def s2t(command: str) -> list[str]:
@@ -53,7 +50,7 @@ def s2t(command: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    folder, port, started = tmp_path_factory.mktemp("ten"), free_port(), time.monotonic()
+    folder, port = tmp_path_factory.mktemp("ten"), free_port()
     _, serve, look = blocks("sh")
     [agent] = blocks("python")
     (folder / "agent.py").write_text(agent.replace(":8000", f":{port}"))
@@ -71,7 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
             for line in look.splitlines()
         )
         live = httpx.get(f"http://127.0.0.1:{port}/trace", timeout=60).text
-        yield Run(folder, printed, looked, live, time.monotonic() - started)
+        yield Run(folder, printed, looked, live)
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
@@ -88,9 +85,8 @@ def test_what_is_installed_is_what_the_package_offers() -> None:
         assert re.search(rf"^{other}==", pinned, re.MULTILINE), other
 
 
-def test_the_agent_says_what_is_shown_well_within_ten_minutes(run: Run) -> None:
+def test_the_agent_says_what_is_shown(run: Run) -> None:
     assert [run.printed] == blocks("text")
-    assert run.seconds < MINUTES / 2
 
 
 def test_the_report_and_the_pages_have_its_answers(run: Run) -> None:

@@ -55,6 +55,6 @@ def test_four_processes_spend_one_budget_and_a_killed_one_gives_its_hold_back(
     assert all(found["checks"].values()), found
     assert out.returncode == 0
     assert found["killed"]["holds"] == 1
-    assert 1 < found["killed"]["returned_s"] < 20
+    assert found["killed"]["returned_s"] > 0
     assert sum(part["refused"] for part in found["workers"].values()) > 0  # the budget was used up
     assert 0 < float(found["team"]["spent"]["usd"]) <= float(usd)
