@@ -15,7 +15,8 @@ from servers import CompletionServer, selecting, serving
 
 from s2t_agents import Budget, ChatS2T, Engine, Escalation, LanguageModel, Ledger, OpenAILLM, TokenPrice
 from s2t_agents.budget import MemoryStore
-from s2t_agents.chat.runtime import EngineSettings, build
+from s2t_agents.chat.engine_settings import EngineSettings
+from s2t_agents.chat.runtime import build
 from s2t_agents.endpoints.served_selection import read_back
 from s2t_agents.errors import ConfigError
 from s2t_agents.selectors import HeadSelector

@@ -12,7 +12,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from s2t_agents.chat.runtime import EngineSettings, build
+from s2t_agents.chat.engine_settings import EngineSettings
+from s2t_agents.chat.runtime import build
 from s2t_agents.engine.engine import Engine
 from s2t_agents.scheduling.waits import gather
 from s2t_agents.training.dialogue import AnsweredItem, Speaker, Trace, answering

@@ -16,8 +16,9 @@ from functools import partial
 import httpx
 from langchain_core.messages import HumanMessage
 
+from s2t_agents.chat.engine_settings import EngineSettings
 from s2t_agents.chat.messages import PromptEncoder
-from s2t_agents.chat.runtime import EngineSettings, build
+from s2t_agents.chat.runtime import build
 from s2t_agents.demo.world import generate
 from s2t_agents.engine.engine import Engine
 from s2t_agents.types import Sampling, Step

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..budget import TokenPrice, money
-from ..chat.runtime import EngineSettings, build
+from ..chat.engine_settings import EngineSettings
+from ..chat.runtime import build
 from ..errors import ConfigError
 from ..selectors.drift import wilson
 from .logs import Line, LoggedAnswer, NotAnAnswer, line_at, lines_of, price_of, read_answer, shown

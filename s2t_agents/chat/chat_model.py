@@ -57,11 +57,13 @@ from .call_arguments import (
     without_nones,
     without_own_arguments,
 )
+from .engine_settings import EngineSettings, escalation_of, model_of
 from .generation import Generation
 from .local_work import LocalWork
 from .logprobs import LogprobsReader
+from .model_profile import profile_of
 from .response_options import ResponseOptions, openai_tools, with_schema
-from .runtime import EngineSettings, Runtime, RuntimeCache, escalation_of, model_of, profile_of
+from .runtime import Runtime, RuntimeCache
 from .structured_output import Method, structured
 from .telemetry_messages import input_messages
 from .token_count import tokens_of_messages

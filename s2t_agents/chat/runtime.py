@@ -1,44 +1,35 @@
-"""From settings to an engine. Weights are loaded at the first call and shared by all chat models with the same ones."""
+"""From settings to an engine, and from messages to the input of a generation. Weights are loaded at the first call."""
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
-import torch
-from langchain_core.language_models import ModelProfile
 from langchain_core.messages import BaseMessage
-from pydantic import SecretStr
 
-from ..backends.loading import described, fitted_tokenizer
+from ..backends.loading import fitted_tokenizer
 from ..bundled import selector_path
-from ..engine.engine import MAX_K, Engine
+from ..engine.engine import Engine
 from ..errors import ConfigError, ContextOverflow
-from ..escalation import DEFAULT_MARGIN, Escalation
+from ..escalation import DEFAULT_MARGIN
 from ..fork_safety import LOADING, hold_while_forking
-from ..formats.reasoning import ReasoningFormat, ReasoningParser, has_reasoning
+from ..formats.reasoning import ReasoningParser
 from ..formats.tool_calls import PlainTextParser, ToolCallParser
 from ..grammar.grammar import CompiledGrammar, Grammar
 from ..grammar.thinking import ThinkingVocabulary, ThinkThenAnswer, cached_thinking_vocabulary
 from ..grammar.vocabulary import Vocabulary, cached_vocabulary
-from ..hub import ModelSource
 from ..identity import identity
-from ..llms.front import llm_of
-from ..redaction import without_secrets
-from ..scheduling.admission import Concurrency
 from ..scheduling.language_model import LanguageModel
-from ..selectors import Selector, calibrated_trigger, load_selector
+from ..selectors import calibrated_trigger, load_selector
 from ..selectors.config import SelectorConfig
 from ..selectors.drift import DriftWatch
 from ..selectors.served import SERVER, ServedSelector, served
-from ..triggers import Trigger
+from .engine_settings import EngineSettings, escalation_of
+from .loaded_models import shared_model
 from .local_work import LocalWork
 from .messages import PromptEncoder
 from .response_options import OutputSchemas, ResponseOptions
@@ -48,71 +39,6 @@ MAX_GRAMMARS = 64
 
 MAX_ENGINES = 4
 """Engines cached per chat model and its copies, for their own settings and a few that calls override."""
-
-_lock = threading.RLock()
-_loaded: WeakValueDictionary[str, LanguageModel] = WeakValueDictionary()
-hold_while_forking(sys.modules[__name__], "_lock", LOADING)
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What an engine is built from; equal settings share one engine.
-
-    The attributes are those of ``ChatS2T`` with the same names.
-    """
-
-    model: str | LanguageModel
-    selector: str | Path | Selector | None = None
-    escalation: Any = None
-    k: int | None = None
-    trigger: Trigger | None = None
-    device: str | None = None
-    dtype: torch.dtype | str | None = None
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    template_args: Mapping[str, Any] = field(default_factory=dict)
-    chat_template: str | None = None
-    concurrency: Concurrency | None = None
-    shadow: bool = False
-
-    def check(self) -> None:
-        """Validate the settings without reading any file.
-
-        Raises:
-            ConfigError: an invalid setting; the message names it.
-        """
-        if self.k is not None and not 1 <= self.k <= MAX_K:
-            raise ConfigError(f"k is {self.k}; between 1 and {MAX_K} candidates can be scored at a step.")
-        if self.trigger is not None and not isinstance(self.trigger, Trigger):
-            raise ConfigError(f"trigger is a {type(self.trigger).__name__}.", hint="Take one of s2t_agents.triggers.")
-        chosen = self.selector
-        if chosen is not None and not isinstance(chosen, (str, Path)) and not hasattr(chosen, "scores"):
-            raise ConfigError(f"selector is a {type(chosen).__name__}.", hint="Give a directory or a Selector.")
-        if self.shadow and chosen == SERVER:
-            raise ConfigError(
-                'shadow=True and selector="server": the model\'s server picks the tokens itself.',
-                hint="Give the selector's directory, or serve the model without it.",
-            )
-        torch_dtype(self.dtype)
-        ModelSource.of(self.model if isinstance(self.model, str) else self.model.name, self.model_kwargs)
-        if self.device is not None:
-            _check_device(self.device)
-
-    def identifying_params(self) -> dict[str, Any]:
-        """The settings that change an answer, as plain data: everything but device and concurrency."""
-        escalation = escalation_of(self.escalation)
-        return {
-            "model": without_secrets(self.model if isinstance(self.model, str) else self.model.name),
-            "loaded": None if isinstance(self.model, str) else repr(self.model),
-            "selector": identity(self.selector),
-            "escalation": escalation and [identity(each) for each in escalation.changing_answers],
-            "k": self.k,
-            "trigger": identity(self.trigger),
-            "dtype": identity(self.dtype),
-            "model_kwargs": identity(without_secrets(self.model_kwargs)),
-            "template_args": identity(without_secrets(self.template_args)),
-            "chat_template": self.chat_template,
-            "shadow": self.shadow,
-        }
 
 
 @dataclass(frozen=True)
@@ -312,133 +238,6 @@ def _tokenizer_of(model: str | LanguageModel, options: Mapping[str, Any]) -> Any
     if isinstance(model, LanguageModel):
         return model.tokenizer
     return fitted_tokenizer(model, **options)
-
-
-def shared_model(
-    model: str | LanguageModel, *, device: str | None, dtype: torch.dtype | str | None, options: Mapping[str, Any]
-) -> LanguageModel:
-    """The model, loaded once per (path, device, dtype, options) in this process while a reference to it exists.
-
-    Raises:
-        ConfigError: no such dtype.
-        ModelNotFound, UnsafeWeights: see ``backends.torch.loading``.
-    """
-    if isinstance(model, LanguageModel):
-        return model
-    key = repr((model, device, dtype, sorted((name, _sharing_key(value)) for name, value in options.items())))
-    with _lock:
-        found = _loaded.get(key)
-        if found is None:
-            found = LanguageModel.load(model, device=device, dtype=torch_dtype(dtype), **options)
-            _loaded[key] = found
-        return found
-
-
-def _sharing_key(value: Any) -> Any:
-    """What tells options apart; a secret is told from another, which its repr does not."""
-    if isinstance(value, SecretStr):
-        return sha256(value.get_secret_value().encode()).hexdigest()
-    return identity(value)
-
-
-def model_of(given: Any) -> str | LanguageModel:
-    """A ``model`` setting as a directory or hub id, or a loaded model.
-
-    Raises:
-        ConfigError: another type.
-    """
-    if isinstance(given, Path):
-        return str(given)
-    if isinstance(given, (str, LanguageModel)):
-        return given
-    raise ConfigError(f"model is a {type(given).__name__}.", hint="Give a directory, a hub id or a LanguageModel.")
-
-
-def torch_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype from its name, such as "bfloat16"."""
-    if name is None or isinstance(name, torch.dtype):
-        return name
-    found = getattr(torch, str(name).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(f"dtype is {name!r}; it must name a floating torch dtype.", hint="Say bfloat16 or float32.")
-    return found
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device is {name!r}.", hint='Say "cpu", "cuda" or "cuda:1".') from None
-
-
-def escalation_of(given: Any) -> Escalation | None:
-    """An ``escalation`` setting as an ``Escalation``; an LLM by its name, or alone, gets the calibrated margin.
-
-    Raises:
-        ConfigError: see ``llms.front.llm_of``.
-    """
-    return given if given is None or isinstance(given, Escalation) else Escalation(llm_of(given))
-
-
-def profile_of(
-    model: str | LanguageModel, max_tokens: int, options: Mapping[str, Any], chat_template: str | None = None
-) -> ModelProfile:
-    """LangChain's model profile; without ``max_input_tokens`` if ``config.json`` is not on disk, and without
-    ``reasoning_output`` if the tokenizer's is not. Reads no weights.
-    """
-    profile = ModelProfile(
-        name=model if isinstance(model, str) else model.name,
-        max_output_tokens=max_tokens,
-        text_inputs=True,
-        image_inputs=False,
-        audio_inputs=False,
-        pdf_inputs=False,
-        text_outputs=True,
-        tool_calling=True,
-        tool_choice=True,
-        tool_call_streaming=True,
-        structured_output=True,
-    )
-    window, reasons = _window_of(model, options), _reasons(model, options, chat_template)
-    if window is not None:
-        profile["max_input_tokens"] = window
-    if reasons is not None:
-        profile["reasoning_output"] = reasons
-    return profile
-
-
-def _reasons(model: str | LanguageModel, options: Mapping[str, Any], chat_template: str | None) -> bool | None:
-    """Whether the model may think before it answers; None where what says so is not on this disk."""
-    if isinstance(model, LanguageModel):
-        return (
-            ReasoningFormat.of(model.tokenizer, str(chat_template or model.tokenizer.chat_template or "")) is not None
-        )
-    try:
-        source = ModelSource.of(model, options)
-        file = source.file("tokenizer_config.json", here=True)
-        if file is None:
-            return None
-        config, jinja = source.json(file), source.file("chat_template.jinja", here=True)
-        template = chat_template or (jinja.read_text(encoding="utf-8") if jinja is not None else None)
-        written = str(template or config.get("chat_template") or "")
-        if has_reasoning(set(), written):  # mostly the template names the tags, and no other file is read
-            return True
-        added = list(config.get("added_tokens_decoder", {}).values())
-        if not added and (tokens := source.file("tokenizer.json", here=True)) is not None:
-            added = source.json(tokens).get("added_tokens", [])
-        return has_reasoning({str(token.get("content")) for token in added}, written)
-    except (ConfigError, OSError, ValueError, AttributeError):  # raised again when the model is loaded
-        return None
-
-
-def _window_of(model: str | LanguageModel, options: Mapping[str, Any]) -> int | None:
-    if isinstance(model, LanguageModel):
-        return model.context_window
-    try:
-        limit = described(model, options).get("max_position_embeddings")
-    except ConfigError:  # raised again when the model is loaded
-        return None
-    return limit if isinstance(limit, int) else None
 
 
 def _served(slm: LanguageModel) -> ServedSelector:
