@@ -6,6 +6,7 @@ import gc
 import random
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,12 @@ def filled(model: LanguageModel, ids: list[int]) -> KVCache:
 
 def answer(model: LanguageModel, prompt: list[int], scope: str | None = None, count: int = 12) -> list[int]:
     return [s.token_id for s in Engine(model).steps(prompt, Sampling(max_tokens=count), cache_scope=scope)]
+
+
+@cache
+def shared_model() -> LanguageModel:
+    """For tests that use nothing but its forwards."""
+    return tiny_model("qwen3")
 
 
 @pytest.fixture
@@ -93,9 +100,9 @@ def test_scopes_never_mix(model: LanguageModel) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(tokens.filter(lambda ids: len(ids) > 8), st.sampled_from("ab")), max_size=12))
+@given(st.lists(st.tuples(tokens.filter(lambda ids: len(ids) > 8), st.sampled_from("ab")), max_size=8))
 def test_bytes_never_pass_the_limit_and_what_is_found_is_right(kept: list[tuple[list[int], str]]) -> None:
-    model = tiny_model("qwen3")
+    model = shared_model()
     size = filled(model, [1, 2, 3]).nbytes
     past = PrefixCache(limit_bytes=3 * size)
     for ids, scope in kept:
