@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +22,10 @@ _OPTIONS = [
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
     *("--hide-scrollbars", "--force-device-scale-factor=1", "--disable-lcd-text"),
 ]
+
+
+class StaleElement(Exception):
+    """The page of this element is gone."""
 
 
 class Browser:
@@ -43,10 +47,14 @@ class Browser:
         return self._post("/execute/sync", script=script, args=list(arguments))
 
     def click(self, selector: str, at: int = 0) -> None:
-        """Click an element."""
-        found = self._post("/elements", using="css selector", value=selector)
-        self.run("arguments[0].scrollIntoView({block: 'center'})", found[at])
-        self._post(f"/element/{found[at][_KEY]}/click")
+        """Click an element; one of a page that loads itself anew meanwhile is found again."""
+        for _ in range(5):
+            found = self._post("/elements", using="css selector", value=selector)
+            with suppress(StaleElement, IndexError):
+                self.run("arguments[0].scrollIntoView({block: 'center'})", found[at])
+                self._post(f"/element/{found[at][_KEY]}/click")
+                return
+        raise AssertionError(f"{selector} is not there, or always gone again")
 
     def type(self, selector: str, text: str) -> None:
         """Type into an element."""
@@ -86,6 +94,8 @@ class Browser:
 
     def _post(self, path: str, **body: Any) -> Any:
         response = self._client.post(path, json=body)
+        if response.status_code == 404 and response.json()["value"]["error"] == "stale element reference":
+            raise StaleElement
         assert response.status_code == 200, response.text[:600]
         return response.json()["value"]
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from hypothesis import given
@@ -183,6 +184,18 @@ def test_budgets_burn_down_by_agent_and_run(tmp_path: Path) -> None:
     assert lines["escalations"]["left"] == [3, 2, 0]
     assert lines["usd"]["left"] == ["0.3", "0.2", "0.0"]
     assert {line["agent"] for line in lines.values()} == {"a"}
+
+
+def test_a_budget_is_one_line_however_many_runs_it_has_and_those_last_used_come_first(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path / "costs.jsonl")
+    for left in range(80):
+        for path in ("shared", f"own-{left}"):
+            state = {"path": path, "limit": {"escalations": 100}, "left": {"escalations": 100 - left}}
+            ledger.record(GenerationRecord(agent="a", run_id=uuid4().hex, budget=state))
+    write_trace(tmp_path / "costs.jsonl", tmp_path / "page.html")
+    lines = data_of((tmp_path / "page.html").read_text())["burndown"]
+    assert [line["run"] for line in lines[:3]] == ["own-79", "shared", "own-78"]
+    assert lines[1]["left"] == [100 - left for left in range(80)]
 
 
 @pytest.mark.parametrize(

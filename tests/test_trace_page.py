@@ -133,6 +133,9 @@ def test_everything_is_reached_by_keyboard(page: Browser) -> None:
     page.press("/")
     assert page.run("return document.activeElement.id") == "search"
     page.press(ESCAPE)
+    for shown in (1, 0):  # the answer that is marked, before any other key
+        page.press(ENTER)
+        assert page.run("return document.querySelectorAll('.inside').length") == shown
     page.press("j")
     page.press("j")
     page.press(ENTER)

@@ -38,7 +38,7 @@ class Summary:
         degraded: at least one emitted token was to be escalated and the LLM picked none.
         cost: USD.
         latency: milliseconds by part; ``total`` runs from the call to the moment this was computed.
-        budget: as ``BudgetState.as_dict()``; None without a budget, or if its store cannot be reached.
+        budget: its ``path``, and ``BudgetState.as_dict()``; None without a budget, or if its store cannot be reached.
         thought: the share of the reasoning in these numbers.
         shadow: what selector and LLM would have done; None outside shadow mode.
     """
@@ -292,7 +292,8 @@ def _budget_state(budget: Budget | None) -> dict[str, Any] | None:
     if budget is None:
         return None
     try:
-        return budget.state().as_dict()
+        state = budget.state()
+        return {"path": state.path, **state.as_dict()}
     except StoreUnavailable as error:
         _log.warning("the answer comes without its budget: %s", error)
         return None

@@ -125,7 +125,7 @@ def page_of(
         "total": total,
         "reload_s": reload_s,
         "agents": agents,
-        "burndown": list(_burndown(listed))[:MAX_CHARTS],
+        "burndown": list(_burndown(listed))[: -MAX_CHARTS - 1 : -1],
         "records": [_answer(record) for record in listed],
     }
     before, after = _template()
@@ -176,7 +176,10 @@ def _agents(ledger: Ledger) -> Iterator[dict[str, Any]]:
 
 
 def _burndown(records: list[GenerationRecord]) -> Iterator[dict[str, Any]]:
-    """What was left of each agent's budget after each answer, by thread or run and unit."""
+    """What was left of each agent's budget after each answer, by unit; the one that was last in use comes last.
+
+    Records of before budgets told their path are one line for each thread or run.
+    """
     lines: dict[tuple[str, str | None, str], tuple[Any, list[Any]]] = {}
     for record in records:
         budget = record.budget or {}
@@ -185,11 +188,11 @@ def _burndown(records: list[GenerationRecord]) -> Iterator[dict[str, Any]]:
             continue
         for unit, limit in limits.items():
             if unit in left:
-                key = (record.agent, record.thread_id or record.run_id, str(unit))
-                _, points = lines.setdefault(key, (limit, []))
+                key = (record.agent, budget.get("path") or record.thread_id or record.run_id, str(unit))
+                _, points = lines.pop(key, (limit, []))
                 lines[key] = (limit, [*points[1 - CHART_POINTS :], left[unit]])
-    for (agent, run, unit), (limit, points) in lines.items():
-        yield {"agent": agent, "run": run, "unit": unit, "limit": limit, "left": points}
+    for (agent, budget_or_run, unit), (limit, points) in lines.items():
+        yield {"agent": agent, "run": budget_or_run, "unit": unit, "limit": limit, "left": points}
 
 
 def _answer(record: GenerationRecord) -> dict[str, Any]:
