@@ -141,6 +141,7 @@ def serve(
     waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait behind them; more get 429.")] = 256,
 ) -> None:
     """Serve OpenAI's API: chat completions, completions, models."""
+    typer.echo(f"loading {model}", err=True)  # seconds, before anything else can be said
     from .budget import Budget, DevicePrice, SQLiteStore, money
     from .chat.chat_model import ChatS2T
     from .ledger import Ledger, Recording
