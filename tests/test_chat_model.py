@@ -65,7 +65,7 @@ def test_the_metadata_has_the_published_keys() -> None:
     assert set(s2t) == S2T_KEYS
     assert set(s2t["cost_usd"]) == {"local", "llm", "total"}
     assert set(s2t["latency_ms"]) == {"queue", "ttft", "propose", "select", "escalate", "total"}
-    assert set(s2t["budget"]) == {"limit", "held", "spent", "left"}
+    assert set(s2t["budget"]) == {"path", "limit", "held", "spent", "left"}
 
 
 def test_a_spent_budget_degrades_in_mid_answer_and_says_so() -> None:
