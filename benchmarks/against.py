@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -77,7 +79,7 @@ def run(
     chosen = QUICK if quick else MODELS if model is None else (model,)
     load, repeats, started = [os.getloadavg()[0]], 1 if quick else repeats, time.monotonic()
     models: dict[str, Any] = {}
-    with checkout(commit) as old:
+    with terminated_by_exit(), checkout(commit) as old:
         for number, name in enumerate(chosen, 1):
             until = started + 60 * minutes * number / len(chosen)
             models[name] = _measured({"old": old, "new": ROOT}, name, repeats, until, quick=quick, say=say)
@@ -93,6 +95,23 @@ def run(
         "load": load,
         "models": models,
     }
+
+
+@contextmanager
+def terminated_by_exit() -> Iterator[None]:
+    """Inside the block a SIGTERM, as of ``timeout``, ends the process by ``SystemExit``: what was made is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: Any) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

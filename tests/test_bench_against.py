@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -24,6 +25,12 @@ def left_behind() -> bool:
 def test_a_commit_that_is_not_there_is_refused_and_leaves_nothing() -> None:
     with pytest.raises(ConfigError, match="no-such-commit"), against.checkout("no-such-commit"):
         pytest.fail("there is none")
+    assert not left_behind()
+
+
+def test_a_bench_that_is_terminated_leaves_nothing() -> None:
+    with pytest.raises(SystemExit), against.terminated_by_exit(), against.checkout("HEAD"):
+        os.kill(os.getpid(), signal.SIGTERM)
     assert not left_behind()
 
 
