@@ -14,12 +14,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 from benchmarks import assets
 
 if TYPE_CHECKING:
     from servers import CompletionServer
+
+hypothesis.settings.register_profile("no clock", deadline=None)  # a busy machine fails no test
+hypothesis.settings.load_profile("no clock")
 
 LOOPBACK = ("127.", "localhost", "::1")
 
