@@ -136,6 +136,18 @@ def test_log_probabilities_that_no_selector_touched_tell_nothing() -> None:
     assert read_back({}) is None
 
 
+def test_a_server_without_the_plugin_is_told_once(
+    slm: LanguageModel, served: CompletionServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(slm) as plain:
+        for server, warnings in ((served, 0), (plain, 1)):
+            caplog.clear()
+            engine = build(far(server)).engine
+            for first in range(40, 54):
+                list(engine.steps([first, 20, 30], Sampling(max_tokens=20)))
+            assert ["without the plugin" in record.getMessage() for record in caplog.records].count(True) == warnings
+
+
 def test_only_a_server_selects_for_a_server_s_model(slm: LanguageModel) -> None:
     with pytest.raises(ConfigError, match="no server selects for it"):
         build(EngineSettings(slm, selector="server"))

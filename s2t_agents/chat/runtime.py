@@ -27,7 +27,7 @@ from ..scheduling.language_model import LanguageModel
 from ..selectors import calibrated_trigger, load_selector
 from ..selectors.config import SelectorConfig
 from ..selectors.drift import DriftWatch
-from ..selectors.served import SERVER, ServedSelector, served
+from ..selectors.served import SERVER, Served, ServedSelector
 from .engine_settings import EngineSettings, escalation_of
 from .loaded_models import shared_model
 from .local_work import LocalWork
@@ -260,7 +260,7 @@ def build(settings: EngineSettings) -> Runtime:
     config: SelectorConfig | None = None
     selector, trigger = settings.selector, settings.trigger
     if selector == SERVER:
-        selector, trigger = _served(slm), trigger or served()
+        selector, trigger = _served(slm), trigger or Served()
     elif isinstance(selector, (str, Path)):
         selector, config = load_selector(selector, slm)
     escalation = escalation_of(settings.escalation)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from ..endpoints.served_selection import ServerSelection
 from ..proposal import Proposal
-from ..triggers import Trigger, when
+from ..triggers import Trigger
+
+_log = logging.getLogger(__name__)
+
+UNSURE_NATS, UNSURE_STEPS = 1.0, 100
+"""A step that most triggers would take, and after how many of them without any triggered there is a warning."""
 
 SERVER = "server"
 """``ChatS2T(model="vllm://...", selector="server")``."""
@@ -19,13 +26,33 @@ def selection_at(proposal: Proposal) -> ServerSelection | None:
     return found
 
 
-def served() -> Trigger:
-    """The steps at which the server's selector was triggered."""
-    return when(_was_selected, "served()")
+class Served(Trigger):
+    """The steps at which the server's selector was triggered.
 
+    Nothing but a triggered step shows that there is one. Where many unsure steps show none, one warning is logged.
+    """
 
-def _was_selected(proposal: Proposal) -> bool:
-    return selection_at(proposal) is not None
+    def __init__(self) -> None:
+        self._unsure, self._settled = 0, False
+
+    def __call__(self, proposal: Proposal) -> bool:
+        """Whether the server's selector was triggered."""
+        triggered = selection_at(proposal) is not None
+        if triggered:
+            self._settled = True
+        elif not self._settled and proposal.entropy >= UNSURE_NATS:
+            self._unsure += 1
+            if self._unsure == UNSURE_STEPS:
+                self._settled = True
+                _log.warning(
+                    "%d steps had an entropy of %g nats or more, and the server's selector was triggered at none: it"
+                    " may run without the plugin. S2T_SELECTOR is set where it is started; its log tells the rest.",
+                    UNSURE_STEPS, UNSURE_NATS,
+                )  # fmt: skip
+        return triggered
+
+    def __repr__(self) -> str:
+        return "served()"
 
 
 class ServedSelector:
