@@ -60,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     )
     try:
         assert server.stdout is not None
-        assert f"127.0.0.1:{port}" in server.stdout.readline()
+        assert any(f"127.0.0.1:{port}" in line for line in server.stdout)  # up to the line that says so
         asked = [sys.executable, "agent.py"]
         printed = subprocess.run(asked, cwd=folder, text=True, capture_output=True, timeout=300, check=True).stdout
         looked = "".join(
