@@ -240,45 +240,6 @@ def test_idle_sequences_leave_the_context_and_nobody_notices(
     running.close()
 
 
-def test_what_runs_is_moved_to_the_first_cells_unless_it_shares_them(
-    tiny: LlamaCppBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    moved: list[int] = []
-    saved = Context.saved
-    monkeypatch.setattr(Context, "saved", lambda self, number: moved.append(number) or saved(self, number))
-    for sharing in (False, True):
-        moved.clear()
-        idle, front = tiny.new_cache(), tiny.new_cache()
-        read(tiny, idle, draw(300, 1))
-        idle.park()
-        read(tiny, front, draw(270, 2))
-        two = [front.fork(270), front.fork(270)] if sharing else [front, tiny.new_cache()]
-        for at in range(20):
-            tiny.forward([Append(draw(1, at), cache, cache.length) for cache in two])
-        assert len(moved) == (1 if sharing else 3)
-        for number, cache in enumerate(two):
-            known = 270 if sharing or not number else 0
-            expected = fresh(tiny, torch.cat([draw(270, 2)[:known], *(draw(1, at) for at in range(20)), draw(2, 3)]))
-            torch.testing.assert_close(read(tiny, cache, draw(2, 3)).logits, expected.logits, **CLOSE)
-        for cache in (*two, idle, front):
-            cache.close()
-
-
-def test_a_front_that_was_moved_out_comes_back_once_for_all_its_forks(tiny: LlamaCppBackend) -> None:
-    expected = [fresh(tiny, torch.cat([draw(600), draw(4, number)])) for number in range(6)]
-    front, other = tiny.new_cache(), tiny.new_cache()
-    read(tiny, front, draw(600))
-    front.park()
-    for at in range(40):
-        read(tiny, other, draw(1, at))
-    other.close()
-    forks = [front.fork(600) for _ in range(6)]  # of 1,024 tokens: there is no room for two copies
-    for number, fork in enumerate(forks):
-        same(read(tiny, fork, draw(4, number)), expected[number])
-    for fork in (*forks, front):
-        fork.close()
-
-
 def test_sequences_in_use_stay_where_they_are(tiny: LlamaCppBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Context, "saved", lambda self, number: pytest.fail("a sequence was moved"))
     paused, running = tiny.new_cache(), tiny.new_cache()

@@ -11,9 +11,8 @@ sequences left in the context slow down all others. Hence they are moved out.
 from __future__ import annotations
 
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -22,14 +21,15 @@ from numpy.typing import NDArray
 from ..statistics import LogitStatistics
 from .context import Context, NoRoom
 
-LOOK = 4
+LOOK = 8
 """Decodes between looks at what is idle."""
 
-IDLE = 8
-"""Decodes without it after which a parked sequence is idle."""
+IDLE = 16
+"""Decodes without it after which a parked sequence is idle. Moving 1,024 tokens takes as long as two decodes: sooner,
+and whatever runs, was measured slower with answers of a dozen tokens."""
 
-FEW_CELLS = 256
-"""Cells of idle sequences that are left where they are; a copy of so many takes less than a decode gains in a few."""
+FEW_CELLS = 512
+"""Cells of idle sequences that are left where they are."""
 
 
 class LastUse:
@@ -108,10 +108,9 @@ class SequenceSlots:
         self._parked[id(cache)] = weakref.ref(cache)
 
     def move_idle(self, running: Sequence[LlamaCppCache]) -> None:
-        """Before a decode of these caches: move idle sequences to host memory, everything parked if only one runs.
+        """Before a decode of these caches: move idle sequences to host memory if they have more cells than those.
 
-        Where those were more than half of what runs, the running ones are moved to the first cells, unless they share
-        some.
+        If only one sequence runs, everything parked is moved, and the running one to the first cells.
         """
         self._decodes += 1
         for cache in running:
@@ -120,18 +119,14 @@ class SequenceSlots:
             return
         self.reclaim()
         parked = [kept for ref in list(self._parked.values()) if (kept := ref()) is not None and kept.placed]
-        alone = len(running) == 1 and self.context.sequences - len(self._free) == len(parked) + 1
-        idle = [cache for cache in parked if alone or self._decodes - cache.last_use.decode > IDLE]
-        cells = sum(cache.length for cache in idle)
-        if cells <= FEW_CELLS:
+        idle = [cache for cache in parked if self._decodes - cache.last_use.decode > IDLE]
+        if sum(cache.length for cache in idle) <= FEW_CELLS + sum(cache.length for cache in running):
             return
-        for cache in idle:
+        alone = len(running) == 1 and self.context.sequences - len(self._free) == len(parked) + 1
+        for cache in parked if alone else idle:
             cache.leave()
-        if 2 * cells > sum(cache.length for cache in running):
-            owners = Counter(id(cache.shared) for cache in (*running, *parked) if cache.placed)
-            for cache in running:
-                if owners[id(cache.shared)] == 1:
-                    cache.leave()
+        if alone:
+            running[0].leave()
 
     def make_room(self) -> bool:
         """Move the cells of one parked cache to host memory; False where none is parked."""
@@ -151,10 +146,6 @@ class LlamaCppCache:
 
     Args:
         pool: where it lies. It takes a number when the first token is read.
-
-    Attributes:
-        last_use: of most of its cells.
-        shared: the same object in caches that may have more than ``FEW_CELLS`` cells in common.
     """
 
     def __init__(self, pool: SequenceSlots) -> None:
@@ -163,8 +154,6 @@ class LlamaCppCache:
         self._saved: NDArray[np.uint8] | None = None
         self.length = self.read = 0
         self.last_use = LastUse()
-        self.shared = object()
-        self._may_leave = False
 
     @property
     def placed(self) -> bool:
@@ -207,44 +196,26 @@ class LlamaCppCache:
             other = self._pool.new_cache()
             if not length:
                 return other
-            mostly = 2 * length > self.length
-            if mostly:
-                self._place_again()
-            if not self._shared_with(other, length):
+            if self._number is None:
                 other._number = self._placed()
                 self._pool.context.cut(other._number, length)
+            else:
+                other._number = self._pool.take()
+                if self._number is None:  # taking one has moved these very tokens
+                    self._pool.give_back(other._number)
+                    other._number = None
+                    return self.fork(length)
+                self._pool.context.share(self._number, other._number, length)
             other.length = other.read = length
-            if mostly:
+            if 2 * length > self.length:
                 other.last_use = self.last_use
             return other
-
-    def _place_again(self) -> None:
-        """Back into the context, where there is room, so that forks share these cells."""
-        if self._number is None:
-            with suppress(NoRoom):
-                _ = self.number
-            if self._may_leave:
-                self._pool.park(self)
-
-    def _shared_with(self, other: LlamaCppCache, length: int) -> bool:
-        """Give an empty cache the first cells of this one; False where these do not lie in the context."""
-        if self._number is None:
-            return False
-        number = self._pool.take()
-        if self._number is None:  # taking one has moved these very tokens
-            self._pool.give_back(number)
-            return False
-        self._pool.context.share(self._number, number, length)
-        other._number = number
-        if length > FEW_CELLS:
-            other.shared = self.shared
-        return True
 
     def leave(self) -> bool:
         """Move to host memory; False where nothing lies in the context."""
         if self._number is None:
             return False
-        self._saved, self.shared = self._pool.context.saved(self._number), object()
+        self._saved = self._pool.context.saved(self._number)
         self._pool.give_back(self._number)
         self._number = None
         return True
@@ -268,7 +239,6 @@ class LlamaCppCache:
 
     def park(self) -> None:
         """Its generation has ended: it may have to make room."""
-        self._may_leave = True
         self._pool.park(self)
 
     def close(self) -> None:
