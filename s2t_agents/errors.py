@@ -264,11 +264,12 @@ class EndpointBusy(EscalationFailed):
     Args:
         message: one line for people.
         wait_s: seconds until a retry, by the server's Retry-After; None if it gave none.
+        status: of the HTTP response; None where it is not known.
     """
 
-    def __init__(self, message: str, *, wait_s: float | None = None) -> None:
+    def __init__(self, message: str, *, wait_s: float | None = None, status: int | None = None) -> None:
         super().__init__(message)
-        self.wait_s = wait_s
+        self.wait_s, self.status = wait_s, status
 
 
 class EndpointRefused(EscalationFailed):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,14 @@ STOCK_TOOL: dict[str, Any] = {
 def demo_model(**settings: Any) -> ChatS2T:
     """The bundled pair."""
     return ChatS2T(**{**DEMO, "escalation": LocalLLM("s2t-demo-llm"), **settings})
+
+
+def until(true: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
     def complete(self, body: dict[str, Any]) -> None:
         """The right answer."""
         if not (self.server.takes_ids or isinstance(body["prompt"], str)):
-            self.reply({"error": {"message": "prompt: Input should be a valid string"}}, 422)
+            self.reply({"error": {"message": "prompt: Input should be a valid string"}}, self.server.refusal)
         elif body.get("stream"):
             self.stream(self.server.events(body))
         else:
@@ -101,7 +101,8 @@ class CompletionServer(ThreadingHTTPServer):
     Attributes:
         lists_prompts: knows ``prompt_logprobs``, as vLLM does.
         by_id: knows ``logprob_token_ids``, as vLLM does; else answers with its best.
-        takes_ids: takes token ids as prompt; else text alone, and refuses the rest.
+        takes_ids: takes token ids as prompt; else text alone, and refuses the rest with ``refusal``.
+        refusal: a status; llama-cpp-python's server has 500.
         names_ids: names tokens by their ids, as vLLM does when asked; else by their text.
         fault: takes the place of the right answer.
         listing_fault: takes the place of the list of models.
@@ -118,7 +119,7 @@ class CompletionServer(ThreadingHTTPServer):
     def __init__(self, model: LanguageModel, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.model, self.by_id, self.usage, self.lists_prompts = model, True, True, True
-        self.takes_ids = self.names_ids = True
+        self.takes_ids, self.names_ids, self.refusal = True, True, 422
         self.tokenize: Callable[[str], list[int]] | None = lambda text: model.tokenizer.encode(
             text, add_special_tokens=False
         )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_files import HEADS, INNER, KV_HEADS, WIDTH, write_gguf
+from training_fixtures import saved_head
 
 from s2t_agents.backends.llamacpp.gguf_header import read_header
 from s2t_agents.backends.llamacpp.tokenizer import read_tokenizer
@@ -16,10 +17,7 @@ from s2t_agents.backends.llamacpp.weights import CENTRED_AT_ONE, checkpoint_norm
 from s2t_agents.backends.torch.fingerprint import norms_of
 from s2t_agents.errors import AdapterMismatch
 from s2t_agents.scheduling.language_model import LanguageModel
-from s2t_agents.selectors import SelectorConfig, load_selector
-from s2t_agents.selectors.config import BaseIdentity
-from s2t_agents.selectors.head import HeadSelector
-from s2t_agents.selectors.reference import Reference
+from s2t_agents.selectors import load_selector
 from s2t_agents.testing import tiny_model
 
 pytest.importorskip("llama_cpp")
@@ -77,16 +75,6 @@ def gemma(folder: Path, seed: int = 0) -> tuple[LanguageModel, Path]:
     return LanguageModel(model, read_tokenizer(read_header(file)), name="gemma"), file
 
 
-def head_of(base: LanguageModel, folder: Path) -> Path:
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        selector = HeadSelector(base, width=8)
-        selector.out.weight.data.normal_(0, 0.2)
-    Reference.of(selector, base).save(folder)
-    selector.save(folder, SelectorConfig(kind="head", base=BaseIdentity.of(base), k=4))
-    return folder
-
-
 def agreement(caplog: pytest.LogCaptureFixture) -> int:
     (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     return int(said.partition("agree at ")[2].partition("%")[0])
@@ -96,7 +84,7 @@ def test_gemma_s_norms_are_its_checkpoint_s(tmp_path: Path, caplog: pytest.LogCa
     checkpoint, file = gemma(tmp_path)
     gguf = LanguageModel.load(str(file), n_ctx=512)
     assert gguf.checkpoint_fingerprint == checkpoint.checkpoint_fingerprint is not None
-    load_selector(head_of(gguf, tmp_path / "head"), checkpoint)
+    load_selector(saved_head(gguf, tmp_path / "head"), checkpoint)
     assert agreement(caplog) >= 95  # so the file is read as the model that it was made of
     other, _ = gemma(tmp_path, seed=5)
     with pytest.raises(AdapterMismatch, match="was trained for"):
@@ -127,6 +115,6 @@ def test_the_converter_s_one_is_taken_off_where_it_has_added_one(architecture: s
 def test_a_head_of_gemma_s_file_fits_its_checkpoint(
     gemma3_270m_gguf: Path, gemma3_270m: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    head_of(LanguageModel.load(str(gemma3_270m_gguf), n_ctx=512), tmp_path)
+    saved_head(LanguageModel.load(str(gemma3_270m_gguf), n_ctx=512), tmp_path)
     load_selector(tmp_path, LanguageModel.load(str(gemma3_270m)))
     assert agreement(caplog) >= 75

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_files import write_gguf
-from training_fixtures import save_model, tiny_pair, write_prompts
+from training_fixtures import save_model, saved_head, tiny_pair, write_prompts
 from typer.testing import CliRunner
 
 from examples.real_pair.quantise_gguf import quantise
@@ -21,8 +21,6 @@ from s2t_agents.errors import AdapterMismatch, ConfigError
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.selectors import SelectorConfig, load_selector
 from s2t_agents.selectors.config import BaseIdentity
-from s2t_agents.selectors.head import HeadSelector
-from s2t_agents.selectors.reference import Reference
 from s2t_agents.testing import tiny_model
 from s2t_agents.training.commands import app
 from s2t_agents.training.labels import along
@@ -172,14 +170,7 @@ def test_answers_are_read_as_they_are_read_in_bulk() -> None:
 @pytest.fixture
 def head(files: dict[str, Path], tmp_path: Path) -> Path:
     """A head for the file of 8 bits."""
-    base = LanguageModel.load(str(files["Q8_0"]), n_ctx=512)
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        selector = HeadSelector(base, width=8)
-        selector.out.weight.data.normal_(0, 0.2)
-    Reference.of(selector, base).save(tmp_path)
-    selector.save(tmp_path, SelectorConfig(kind="head", base=BaseIdentity.of(base), k=4))
-    return tmp_path
+    return saved_head(LanguageModel.load(str(files["Q8_0"]), n_ctx=512), tmp_path)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 from byte_models import random_tokenizer
+from langchain_core.messages import HumanMessage
 from sequences import read
-from servers import CompletionServer, serving
+from servers import CompletionServer, serving, status
 from test_other_tokenizer import asked, family
 from tokenizers import normalizers
 
 from s2t_agents import Budget, ChatS2T, TokenPrice
+from s2t_agents.chat.messages import PromptEncoder
 from s2t_agents.errors import EscalationFailed, TokenizerMismatch
 from s2t_agents.llms import LocalLLM, OpenAILLM, Question, served_question
+from s2t_agents.llms.token_map import side_of_tokens
+from s2t_agents.llms.token_texts import TokenTexts
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always
@@ -121,11 +126,12 @@ def test_it_pickles_with_its_tokenizer(llm: OpenAILLM) -> None:
 class TestAServerOfText:
     """It takes a prompt as text alone, or names tokens by their text, or both."""
 
-    @pytest.fixture(params=["takes text", "names texts", "both"])
+    @pytest.fixture(params=["takes text", "takes text, by 500", "names texts", "both"])
     def server(self, other: LanguageModel, request: pytest.FixtureRequest) -> Iterator[CompletionServer]:
         with serving(other) as running:
             running.by_id = False
-            running.takes_ids, running.names_ids = request.param == "names texts", request.param == "takes text"
+            running.takes_ids, running.names_ids = request.param == "names texts", "takes" in request.param
+            running.refusal = 500 if "500" in request.param else 422
             yield running
 
     def test_it_is_understood_where_its_tokenizer_is_another(
@@ -151,15 +157,54 @@ class TestAServerOfText:
             running.takes_ids, running.names_ids = takes_ids, names_ids
             same_where_known(ask_it(running), exact)
 
-    def test_a_question_whose_text_spells_a_control_token_is_never_sent(
-        self, llm: OpenAILLM, server: CompletionServer, other: LanguageModel
-    ) -> None:
-        if server.takes_ids:
-            pytest.skip("ids say what they are")
-        question = asked(tiny_model(), f"say {other.tokenizer.eos_token}", "the", CANDIDATES)
-        with pytest.raises(EscalationFailed, match="Input should be a valid string"):
-            llm.open().ask(question)
-        assert not [body for body in server.asked if isinstance(body["prompt"], str)]
+
+@pytest.mark.parametrize("refusal", [422, 500])
+def test_a_question_whose_text_spells_a_control_token_is_never_sent_as_text(
+    llm: OpenAILLM, server: CompletionServer, other: LanguageModel, refusal: int
+) -> None:
+    server.takes_ids, server.refusal = False, refusal
+    question = asked(tiny_model(), f"say {other.tokenizer.eos_token}", "the", CANDIDATES)
+    with pytest.raises(EscalationFailed, match="Input should be a valid string"):
+        llm.open().ask(question)
+    assert server.asked
+    assert not [body for body in server.asked if isinstance(body["prompt"], str)]
+
+
+def test_a_server_that_fails_is_not_taken_for_one_of_text(llm: OpenAILLM, server: CompletionServer) -> None:
+    server.fault = status(500, "out of memory")
+    with pytest.raises(EscalationFailed, match="out of memory"):
+        llm.open().ask(asked(tiny_model(), "say the", "the", CANDIDATES))
+    server.fault = None
+    assert llm.open().ask(asked(tiny_model(), "say the", "the", CANDIDATES)).note.startswith("exact")
+    assert not [body for body in server.asked if isinstance(body["prompt"], str)]
+
+
+def test_a_server_that_ignores_which_ids_are_wanted_is_asked_after_one_prompt_from_then_on(
+    llm: OpenAILLM, server: CompletionServer
+) -> None:
+    server.by_id = False
+    for _ in range(2):
+        llm.open().ask(asked(tiny_model(), "say the", "the", CANDIDATES))
+    first, then = (body["prompt"] for body in server.asked)
+    assert isinstance(first[0], list)
+    assert isinstance(then[0], int)
+
+
+@pytest.mark.real
+def test_real_tokenizers_prompts_are_read_as_they_are_and_no_text_becomes_a_control_token(real_tokenizer: Any) -> None:
+    ends = frozenset({real_tokenizer.eos_token_id})
+    side = side_of_tokens(real_tokenizer, ends, "real", None)
+    texts, encoder = TokenTexts(side, "real"), PromptEncoder(real_tokenizer, chat_template=side.template)
+    plain = encoder.encode([HumanMessage("Say  d\u00e9j\u00e0 vu, \u6771\u4eac?\n\n```py\nx = 1\n```")], [])
+    assert real_tokenizer(texts.prompt(plain))["input_ids"] == plain
+    for control in (real_tokenizer.eos_token, *list(side.control)[:3]):
+        with pytest.raises(EscalationFailed, match="are not read as they are"):
+            texts.prompt(encoder.encode([HumanMessage(f"Say {control} twice.")], []))
+    if side.view.byte_level:
+        for token in range(0, len(side.view.bytes_of), 97):
+            named = real_tokenizer.decode([token])
+            if side.view.bytes_of[token] and "\ufffd" not in named:
+                assert texts.id_of(named) == token
 
 
 def same_where_known(found: Sequence[float | None], expected: Sequence[float | None]) -> None:

@@ -6,13 +6,13 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
-from server_support import QUESTION, demo_model, serving_chat
+from server_support import QUESTION, demo_model, serving_chat, until
 
 from s2t_agents import Budget, ChatS2T, Escalation, Ledger
 from s2t_agents.errors import ExposedServer
@@ -52,13 +52,6 @@ def url(steps: Steps, ledger: Ledger) -> Iterator[str]:
     chat_model = ChatS2T(model=model, max_tokens=60_000, ledger=ledger, on_step=steps)
     with serving_chat(chat_model, names=["long"], limits=LIMITS) as url:
         yield url
-
-
-def until(true: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @contextmanager

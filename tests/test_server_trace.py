@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from browser import Browser, browsing
-from server_support import QUESTION, demo_model, serving_chat
+from server_support import QUESTION, demo_model, serving_chat, until
 
 from s2t_agents import Ledger
 from s2t_agents.errors import ConfigError
@@ -114,13 +114,6 @@ def test_a_key_shows_its_own_agent_and_nothing_of_others() -> None:
 def browser() -> Iterator[Browser]:
     with browsing() as browser:
         yield browser
-
-
-def until(true: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_answers_appear_in_an_open_page_which_keeps_its_filters_and_what_is_read(browser: Browser) -> None:

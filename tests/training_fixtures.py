@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.selectors import SelectorConfig
+from s2t_agents.selectors.config import BaseIdentity
+from s2t_agents.selectors.head import HeadSelector
+from s2t_agents.selectors.reference import Reference
 from s2t_agents.testing import tiny_model
 from s2t_agents.training import fit
 from s2t_agents.training.config import Adapter, Fit, Models, Rollouts, TrainConfig
@@ -41,6 +46,17 @@ def tiny_pair(architecture: str = "qwen3"):
         else tiny_model(architecture, seed=2)
     )
     return slm, llm, LocalTeacher(llm)
+
+
+def saved_head(base: LanguageModel, folder: Path) -> Path:
+    """A head of random weights that changes picks, with the reference that it was saved with."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        selector = HeadSelector(base, width=8)
+        selector.out.weight.data.normal_(0, 0.2)
+    Reference.of(selector, base).save(folder)
+    selector.save(folder, SelectorConfig(kind="head", base=BaseIdentity.of(base), k=4))
+    return folder
 
 
 def save_model(model, folder: Path) -> Path:

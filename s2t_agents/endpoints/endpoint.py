@@ -204,7 +204,8 @@ class Endpoint:
         message = self.redacted(_error_message(content)) or self.redacted(response.reason_phrase)
         message = f"{self.url.host} answered {response.status_code}: {' '.join(message.split())[:MAX_SHOWN_CHARS]}."
         if response.status_code in BUSY_STATUSES:
-            return EndpointBusy(message, wait_s=retry_after(response.headers.get("retry-after")))
+            wait_s = retry_after(response.headers.get("retry-after"))
+            return EndpointBusy(message, wait_s=wait_s, status=response.status_code)
         return status_error(response.status_code, message)
 
     def __getstate__(self) -> dict[str, Any]:

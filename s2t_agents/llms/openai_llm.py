@@ -39,8 +39,8 @@ from .served_question import ServedQuestion, by_bytes, by_tokens
 from .token_map import TokenMap, side_of, side_of_tokens
 from .token_texts import TokenTexts
 
-FORM = frozenset({400, 422})
-"""Statuses of a request whose form a server does not know."""
+FORM, BROKEN = frozenset({400, 422}), 500
+"""Statuses of a request whose form a server does not know; llama-cpp-python's answers 500, and names the field."""
 
 HEDGED_NOTE = "asked twice: the first request was late"
 
@@ -319,19 +319,18 @@ class OpenAILLM:
             content = await self.endpoint.post("completions", body, sent=sent)
         except (EndpointBusy, EndpointRefused) as error:
             owe(None)
-            if not isinstance(error, EndpointRefused):
-                raise
-            if by_id and "logprob_token_ids" in str(error):
+            if by_id and isinstance(error, EndpointRefused) and "logprob_token_ids" in str(error):
                 self._asks_by_id = False
                 return await self._post(request, owe, sent)
-            if takes_ids is None and error.status in FORM:
+            refused_form = error.status in FORM or (error.status == BROKEN and "prompt" in str(error))
+            if takes_ids is None and refused_form:
                 return await self._as_text(request, owe, sent, error)
             raise
         self._takes_ids = takes_ids is not False
         return content
 
     async def _as_text(
-        self, request: ServedQuestion, owe: ReportCharge, sent: Callable[[], None], refused: EndpointRefused
+        self, request: ServedQuestion, owe: ReportCharge, sent: Callable[[], None], refused: EscalationFailed
     ) -> bytes:
         """The prompt as text, once, to a server that has refused its ids; ``refused`` if that is no better."""
         self._takes_ids = False
