@@ -12,6 +12,7 @@ from random_schemas import object_schema, schema
 from templates import family
 from test_grammar import NOW, SPELT, TAGGED, WEATHER, Dice, calls_of, tool
 
+from s2t_agents.grammar.completion_search import SearchBudget
 from s2t_agents.grammar.grammar import CompiledGrammar, GrammarState, json_grammar, tool_grammar
 from s2t_agents.grammar.vocabulary import cached_vocabulary
 
@@ -111,3 +112,20 @@ def test_the_best_token_is_the_likeliest_that_the_mask_keeps(seed, slack, kind):
         state.accept(token)
         if token in words.eos_ids:
             break
+
+
+@pytest.mark.parametrize("items", [{"type": "integer"}, {"type": "number"}], ids=str)
+def test_what_no_search_has_found_after_one_token_is_not_searched_for_after_the_next(items, monkeypatch):
+    steps, spend = [], SearchBudget.spend
+
+    def counted(budget):
+        steps.append(budget)
+        return spend(budget)
+
+    parameters = {"type": "object", "properties": {"list": {"type": "array", "items": items, "minItems": 12}}}
+    grammar = tool_grammar(cached_vocabulary(family(TAGGED)), [tool("f", parameters | {"required": ["list"]})], "any")
+    limit = grammar.shortest_tokens + 6
+    monkeypatch.setattr(SearchBudget, "spend", counted)
+    ids = written(grammar, limit, ["best"], 0)
+    assert len(ids) >= limit - 4, "it has used its room"
+    assert len(steps) <= 3 * 200, "of the searches for at most so many tokens of the answer"

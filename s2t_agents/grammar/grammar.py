@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -191,6 +192,7 @@ class GrammarState:
         self._what = compiled.what
         self._detours = _DETOURS  # how a completion may go on after other tokens, tried before a search
         self._completions_after: dict[int, list[int]] = {}  # completions found for tokens that are legal now
+        self._in_vain: dict[int, int] = {}  # tokens beyond the known completion with which a search found nothing
         self._ended = self._shortened = False
 
     @property
@@ -241,6 +243,7 @@ class GrammarState:
         """An independent copy of the state; given the same tokens it makes the same decisions."""
         copied = copy.copy(self)
         copied._matcher, copied._completions_after = self._matcher.deep_copy(), dict(self._completions_after)
+        copied._in_vain = dict(self._in_vain)
         return copied
 
     def takes(self, token_id: int) -> bool:
@@ -269,20 +272,19 @@ class GrammarState:
         budget = SearchBudget(_MASK_SEARCH_STEPS)
         if path is not None and (first in path[:1] or self._completes_after(first, path)):
             return first  # which is legal, then
-        if self._is_legal(first) and (path is None or self._can_finish_after(first, path, budget)):
+        if self._is_legal(first) and (path is None or self._is_permitted(first, path, budget)):
             return first
         mask = self._legal()
-        legal = _best_of(logits, mask)
+        tried = self._most_likely(mask, logits)
+        legal = next(tried)
         if path is None:
             return legal
-        tried = self._most_likely(mask, logits)
-        found = next((token for token in tried if token != first and self._can_finish_after(token, path, budget)), None)
-        mask = self._mask_of_completion(mask, path)  # its token is allowed even where it was not tried
-        if found is not None:
-            mask[found] = True
-        permitted = _best_of(logits, mask)
-        self._shortened |= permitted != legal
-        return permitted
+        others = (token for token in chain([legal], tried) if token != first)
+        found = next((token for token in others if self._is_permitted(token, path, budget)), None)
+        permitted = {*self._next_of(path, mask), *([found] if found is not None else [])}
+        best = min(permitted, key=lambda token: (-float(logits[token]), token))
+        self._shortened |= best != legal
+        return best
 
     def allowed(self, logits: Tensor | None = None) -> Tensor:
         """Token mask ``[V]`` (bool, CPU); near the token limit, only tokens after which the answer can be completed.
@@ -313,10 +315,11 @@ class GrammarState:
         path = self._completion(self._left or 0)
         if path is None:  # no completion is known
             return mask
-        allowed = self._mask_of_completion(mask, path)
+        allowed = np.zeros_like(mask)
+        allowed[self._next_of(path, mask)] = True
         budget = SearchBudget(_MASK_SEARCH_STEPS)
         for at, token in enumerate(self._most_likely(mask, logits)):
-            allowed[token] = self._can_finish_after(token, path, budget) or allowed[token]
+            allowed[token] = self._is_permitted(token, path, budget) or allowed[token]
             self._shortened |= at == 0 and logits is not None and not allowed[token]
         return allowed
 
@@ -326,20 +329,17 @@ class GrammarState:
         if logits is None:
             yield from map(int, legal[:MAX_TRIED_WITHOUT_LOGITS])
             return
-        likely = logits.detach().float().cpu()[torch.from_numpy(legal)]
-        best = int(legal[int(likely.argmax())])
+        likely = logits.detach()[torch.from_numpy(legal).to(logits.device)].float().cpu()
+        best = int(legal[argmax(likely)])
         yield best  # mostly enough
         values, indices = likely.topk(min(MAX_TRIED, len(legal)))
         found = legal[indices.numpy()]
         order = np.lexsort((found, -values.numpy()))  # topk leaves the order of ties open
         yield from (int(token) for token in found[order] if token != best)
 
-    def _mask_of_completion(self, mask: Mask, path: list[int]) -> Mask:
-        """What the known completion goes on with: its first token, or the end."""
-        allowed = np.zeros_like(mask)
-        for token in path[:1] or [i for i in self._vocabulary.eos_ids if mask[i]]:
-            allowed[token] = True
-        return allowed
+    def _next_of(self, path: list[int], mask: Mask) -> list[int]:
+        """What a known completion goes on with: its first token, or those that end the answer."""
+        return path[:1] or [token for token in self._vocabulary.eos_ids if mask[token]]
 
     def _completion(self, left: int) -> list[int] | None:
         """A completion of the current state: the known one if it is still valid, else a new one."""
@@ -352,13 +352,38 @@ class GrammarState:
             self._known_completion = self._vocabulary.completion_search.find_completion(
                 self._matcher, self._vocabulary.mask, left
             )
+            self._in_vain = {}
         self._completion_holds = True
         return self._known_completion
 
+    def _is_permitted(self, token: int, path: list[int], budget: SearchBudget) -> bool:
+        """``_can_finish_after``, but no search is made twice in vain: not after another token that leaves the same legal
+        tokens, and no more room beyond the known completion.
+        """
+        if self._finishes_by(token, path):
+            return True
+        state = self._matcher.deep_copy()
+        if not state.consume_token(token):
+            return False
+        kind, slack = hash(state.compute_bitmask()), (self._left or 0) - len(path)
+        if slack <= self._in_vain.get(kind, -1):
+            return False
+        found = self._finds_after(token, path, budget)
+        if not found and budget.left > 0:
+            self._in_vain[kind] = slack
+        return found
+
     def _can_finish_after(self, token: int, path: list[int], budget: SearchBudget) -> bool:
         """Whether a completion after a legal token is known or found; ``path`` completes the state before it."""
-        if token in self._vocabulary.eos_ids or token in path[:1] or self._completes_after(token, path):
-            return True
+        return self._finishes_by(token, path) or self._finds_after(token, path, budget)
+
+    def _finishes_by(self, token: int, path: list[int]) -> bool:
+        """Whether a completion after a legal token is known."""
+        known = token in self._vocabulary.eos_ids or token in path[:1] or token in self._completions_after
+        return known or self._completes_after(token, path)
+
+    def _finds_after(self, token: int, path: list[int], budget: SearchBudget) -> bool:
+        """Whether a search finds a completion after a legal token."""
         found = self._search_after([token], self._left or 0, budget)
         if found is not None:
             self._completions_after[token] = found
@@ -400,6 +425,7 @@ class GrammarState:
         found = self._search_after(tokens, left, SearchBudget(_MASK_SEARCH_STEPS))
         if found is not None:
             self._known_completion, self._completion_holds = tokens + found, True
+            self._in_vain = {}
         return found is not None
 
     def _search_after(self, tokens: list[int], left: int, budget: SearchBudget) -> list[int] | None:
@@ -412,11 +438,6 @@ class GrammarState:
         return self._vocabulary.completion_search.find_completion(
             state, self._vocabulary.mask, room, first_found=True, budget=budget
         )
-
-
-def _best_of(logits: Tensor, mask: Mask) -> int:
-    """The most likely token ``[V]`` under a mask ``[V]``, the first of equally likely ones."""
-    return argmax(logits.masked_fill(~torch.from_numpy(mask).to(logits.device), -torch.inf))
 
 
 def tool_grammar(
