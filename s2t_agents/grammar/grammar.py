@@ -357,8 +357,8 @@ class GrammarState:
         return self._known_completion
 
     def _is_permitted(self, token: int, path: list[int], budget: SearchBudget) -> bool:
-        """``_can_finish_after``, but no search is made twice in vain: not after another token that leaves the same legal
-        tokens, and no more room beyond the known completion.
+        """``_can_finish_after``, but no search is made twice in vain: not after another token that leaves the same
+        legal tokens, and no more room beyond the known completion.
         """
         if self._finishes_by(token, path):
             return True
