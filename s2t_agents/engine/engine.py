@@ -24,6 +24,7 @@ from ..budget import Budget
 from ..errors import ConfigError, ContextOverflow, InputError
 from ..escalation import DEFAULT_MARGIN, Escalation, EscalationSession
 from ..grammar.grammar import Grammar
+from ..greedy import argmax
 from ..llms.question import Answer, Conversation, Question, candidates_of
 from ..proposal import Proposal, best_first
 from ..scheduling.admission import AdmissionQueue, AdmissionTicket, Concurrency
@@ -272,9 +273,8 @@ class Engine:
         banned = draw.sampling.banned_first if index == 0 else ()
         may_rerank = self.selector is not None or session is not None
         reads_all = may_rerank or draw.random or draw.sampling.logprobs is not None or banned
-        if grammar and not reads_all and self.slm.capabilities.all_logits:  # the best token alone: no mask
-            seen = prefix.statistics
-            token = grammar.best(prefix.logits, seen.best if seen is not None else None)
+        if not reads_all and self.slm.capabilities.all_logits:  # the best token alone: no mask
+            token = self._best(prefix, grammar)
             compute, grammar_s = prefix.compute.seconds - used, time.perf_counter() - computed
             timings = Timings(propose=computed - started, grammar=grammar_s, compute=compute)
             return Step(index, len(prefix), token, token, "slm", timings=timings)
@@ -332,6 +332,16 @@ class Engine:
                 compute=prefix.compute.seconds - used,
             ),
         )
+
+    def _best(self, prefix: TokenSequence, grammar: Grammar | None) -> int:
+        """The most likely legal token; mostly that is the most likely one."""
+        seen, text = prefix.statistics, self.slm.with_text
+        likeliest = seen.best if seen is not None else argmax(prefix.logits)
+        if grammar:
+            return grammar.best(prefix.logits, likeliest)
+        if text is None or text[likeliest]:
+            return likeliest
+        return argmax(prefix.logits.masked_fill(~text, -torch.inf))
 
     def _select(
         self, proposal: Proposal, session: EscalationSession | None, grammar: Grammar | None

@@ -100,7 +100,8 @@ class Scheduler:
                 else:
                     self._threads = threads
                     self._ensure_thread()
-                    self._changed.notify_all()
+                    if self._all_back:
+                        self._changed.notify_all()
                     self._wanted.notify()
             if here:
                 self._drive(requests, threads)
@@ -110,13 +111,20 @@ class Scheduler:
             self._drop(requests)
             raise
 
-    def pause(self) -> None:
-        """A generation has ended; without others, release the OpenMP threads, so that other operations have the cores.
+    def pause(self, caller: object) -> None:
+        """A generation has ended: no forward is held back for it. Without others, the OpenMP threads are released, so
+        that other operations have the cores.
 
         A hint that never blocks: garbage collection may end a generation inside any block of this very thread.
+
+        Args:
+            caller: as in ``run``.
         """
         if self._mutex.acquire(blocking=False):
             try:
+                if id(caller) in self._last:
+                    self._last -= {id(caller)}
+                    self._changed.notify_all()
                 if not self._waiting and self._thread is not None:
                     self._release_wanted = True
                     self._wanted.notify()
@@ -127,6 +135,11 @@ class Scheduler:
     def idle(self) -> bool:
         """Nothing waits and nothing runs."""
         return not self._waiting and self._driver is None
+
+    @property
+    def _all_back(self) -> bool:
+        """Every caller of the last forward that has not ended wants another."""
+        return self._last <= {request.caller for request in self._waiting}
 
     def _reset(self) -> None:
         """Also in a forked child: neither the thread nor the callers came along."""
@@ -188,7 +201,7 @@ class Scheduler:
         """What goes into the next forward: single tokens and candidates first, then chunks of prompts."""
         with self._mutex:
             until = time.monotonic() + min(PATIENCE * self._took_s, PATIENCE_S)
-            while not self._last <= {request.caller for request in self._waiting}:
+            while not self._all_back:
                 left = until - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     break

@@ -87,7 +87,7 @@ class TokenSequence:
             self.close()
             return
         try:
-            self.model.scheduler.pause()
+            self.model.scheduler.pause(self.cache)
             if self.cache.length == len(self):
                 self.model.prefix_cache.insert(self.ids, self.cache, self.scope)
             else:  # interrupted within a forward
@@ -221,7 +221,7 @@ class TokenSequence:
             yield forks
         finally:
             forks.close()
-            self.model.scheduler.pause()
+            self.model.scheduler.pause(forks)
 
     def close(self) -> None:
         """Give the KV cache back."""
@@ -262,7 +262,7 @@ class Forks:
             AppendRequest(torch.tensor([token]), cache, self._compute) if token is not None else None
             for token, cache in zip(ids, self._caches, strict=True)
         ]
-        self._model.scheduler.run([request for request in requests if request is not None])
+        self._model.scheduler.run([request for request in requests if request is not None], self)
         return [request.result().logits if request is not None else None for request in requests]
 
     def close(self) -> None:

@@ -178,11 +178,11 @@ def row_by_row(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, places: S
     # Queries that share a key stand in one block: attention then runs on the key heads, nothing is repeated.
     q, k, v = q.view(n, heads, -1, d), k[:, :, None], v[:, :, None]
     out = []
-    for row, place in enumerate(places):
-        keys, values = place(k[row : row + 1], v[row : row + 1])
+    for place, query, key, value in zip(places, q.split(1), k.split(1), v.split(1), strict=True):
+        keys, values = place(key, value)
         if layer.window is not None:
             keys, values = keys[..., -layer.window :, :], values[..., -layer.window :, :]
-        out.append(functional.scaled_dot_product_attention(q[row : row + 1], keys, values, scale=layer.scale))
+        out.append(functional.scaled_dot_product_attention(query, keys, values, scale=layer.scale))
     together = out[0] if n == 1 else torch.cat(out)
     return together.reshape(n, -1)
 

@@ -56,8 +56,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[1, heads, T, d]``; returns all keys and values, ``[1, heads, length + T, d]``."""
-        self.write(key_states, value_states)
-        self._set_length(self.keys.shape[-2] + key_states.shape[-2])
+        self.keys, self.values = self.write(key_states, value_states)
         return self.keys, self.values
 
     def write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,17 +79,14 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """A layer of its own with the first ``length`` tokens."""
         other = type(self)()
         if self.is_initialized:
-            other.lazy_initialization(self.keys, self.values)
-            other.update(self.keys[..., :length, :], self.values[..., :length, :])
+            other._copy_from(self.keys.narrow(-2, 0, length), self.values.narrow(-2, 0, length))
         return other
 
     def repeated(self, rows: int) -> GrowingLayer:
         """So many rows with these tokens each, ``[rows, heads, length, d]``, to grow in lockstep."""
         other = GrowingLayer()
         if self.is_initialized:
-            keys, values = (each.expand(rows, -1, -1, -1) for each in (self.keys, self.values))
-            other.lazy_initialization(keys, values)
-            other.update(keys, values)
+            other._copy_from(*(each.expand(rows, -1, -1, -1) for each in (self.keys, self.values)))
         return other
 
     @property
@@ -109,19 +105,33 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         super().reset()
         self._key_buffer = self._value_buffer = torch.empty(0)
 
+    def _copy_from(self, keys: Tensor, values: Tensor) -> None:
+        """Become these tokens ``[rows, heads, T, d]``, with the room that a sequence of theirs has."""
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        capacity = _capacity(keys.shape[-2])
+        self._key_buffer, self._value_buffer = room(keys, capacity), room(values, capacity)
+        self._set_length(keys.shape[-2])
+        self.keys.copy_(keys)
+        self.values.copy_(values)
+
     def _set_length(self, length: int) -> None:
         self.keys = self._key_buffer.narrow(-2, 0, length)
         self.values = self._value_buffer.narrow(-2, 0, length)
 
     def _grow(self, needed: int) -> None:
         length = self.keys.shape[-2]
-        capacity = -(-max(needed, length + length // 2) // GRAIN) * GRAIN
+        capacity = _capacity(max(needed, length + length // 2))
         for name in ("_key_buffer", "_value_buffer"):
             old = getattr(self, name)
             new = room(old, capacity)
             new[..., :length, :] = old[..., :length, :]
             setattr(self, name, new)
         self._set_length(length)
+
+
+def _capacity(tokens: int) -> int:
+    """Of a buffer for so many tokens."""
+    return -(-tokens // GRAIN) * GRAIN
 
 
 @dataclass
