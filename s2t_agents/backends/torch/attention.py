@@ -178,7 +178,7 @@ def row_by_row(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, places: S
     # Queries that share a key stand in one block: attention then runs on the key heads, nothing is repeated.
     q, k, v = q.view(n, heads, -1, d), k[:, :, None], v[:, :, None]
     out = []
-    for place, query, key, value in zip(places, q.split(1), k.split(1), v.split(1), strict=True):
+    for place, query, key, value in zip(places, *(each.chunk(n) for each in (q, k, v)), strict=True):
         keys, values = place(key, value)
         if layer.window is not None:
             keys, values = keys[..., -layer.window :, :], values[..., -layer.window :, :]

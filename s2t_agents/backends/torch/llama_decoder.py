@@ -184,8 +184,9 @@ class LlamaDecoder:
         """``rows`` where the rotations are at hand."""
         x = functional.embedding(ids, self._embed.weight)
         h = normed(self._layers[0].before, x)
-        for index, (layer, norm) in enumerate(zip(self._layers, self._norms, strict=True)):
-            x, h = rows.ops.added(*layer(index, x, h, rows), *norm_of(norm))
+        with self.linear.unchanging():
+            for index, (layer, norm) in enumerate(zip(self._layers, self._norms, strict=True)):
+                x, h = rows.ops.added(*layer(index, x, h, rows), *norm_of(norm))
         return h
 
     def logits(self, hidden: Tensor, affine: LinearMap | None = None) -> Tensor:

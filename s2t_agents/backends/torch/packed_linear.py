@@ -10,7 +10,8 @@ there is none: the modules' own weights come to lie one after another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -70,11 +71,11 @@ class FusedLinear:
 
     def split(self, out: Tensor) -> tuple[Tensor, ...]:
         """``[N, out]`` of all modules to that of each."""
-        return (out,) if len(self.widths) == 1 else torch.split(out, self.widths, -1)
+        return (out,) if len(self.widths) == 1 else out.split_with_sizes(self.widths, -1)
 
     def state(self) -> tuple[tuple[int, int, int], ...]:
         """What changes when a weight or bias is replaced or written to."""
-        return tuple(map(state_of, [t for p in self._parameters for t in p.values() if t is not None]))
+        return states_of(self._parameters)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """From ``[N, in]`` to each module's ``[N, out]``, as the modules themselves say it."""
@@ -110,11 +111,24 @@ class PackedLinears:
             self._copies = {fused: Copied(*fused.adjoin(), fused.state()) for fused in several}
         else:
             self._copies = {}
+        self._parameters = [module._parameters for fused in self._copies for module in fused.modules]
+        self._state = states_of(self._parameters)
+        self._checked = False
+        """All copies are what the modules' weights are, in this forward."""
 
     @torch.inference_mode()
     def _copy(self, fused: FusedLinear) -> Copied:
         weight, bias = fused.joined()
         return Copied(lay_out(weight) if self.laid_out else weight, bias, fused.state())
+
+    @contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """Inside the block no weight changes: what lies here is compared with the modules once, not at every call."""
+        self._checked = self._state == states_of(self._parameters)
+        try:
+            yield
+        finally:
+            self._checked = False
 
     def __len__(self) -> int:
         """How many fused linears are held here."""
@@ -145,7 +159,7 @@ class PackedLinears:
     def _current(self, fused: FusedLinear) -> Copied | None:
         """What lies here of a fused linear, unless its modules have changed since."""
         copy = self._copies.get(fused)
-        return None if copy is None or copy.state != fused.state() else copy
+        return copy if copy is None or self._checked or copy.state == fused.state() else None
 
     def _product(self, copy: Copied, x: Tensor) -> Tensor:
         if not self.laid_out:
@@ -190,6 +204,11 @@ def lay_out(weight: Tensor) -> Tensor:
     """A copy of a weight ``[out, in]`` in the layout of its kernel."""
     with torch.inference_mode():
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)  # type: ignore[no-any-return]
+
+
+def states_of(parameters: Sequence[Mapping[str, Tensor | None]]) -> tuple[tuple[int, int, int], ...]:
+    """``state_of`` of all parameters of some modules."""
+    return tuple([state_of(each) for named in parameters for each in named.values() if each is not None])
 
 
 def state_of(weight: Tensor) -> tuple[int, int, int]:
