@@ -51,7 +51,7 @@ QUICK = ("tiny",)
 def run(
     commit: str,
     *,
-    repeats: int = 5,
+    repeats: int = 10,
     minutes: float = 9.0,
     model: str | None = None,
     quick: bool = False,

@@ -134,7 +134,7 @@ def gpu(
 @app.command()
 def against(
     commit: Annotated[str, typer.Argument(help="Of this repository, beside the working tree.")],
-    repeats: Annotated[int, typer.Option(min=1, help="Turns of each row, at most; the median counts.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each row, at most; the median counts.")] = 10,
     minutes: Annotated[float, typer.Option(min=0, help="No turn begins that would not end within them.")] = 9.0,
     model: Annotated[str | None, typer.Option(help="Only s2t-demo, or only qwen2.5-0.5b.")] = None,
     quick: Quick = False,
