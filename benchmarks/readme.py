@@ -482,7 +482,7 @@ def sections() -> dict[str, str]:
         "against": ("against", against.markdown),
         "served": ("served", served.markdown),
         "speed": ("decode", speed),
-        "speed_avx512": ("decode_avx512", speed),
+        "speed_avx2": ("decode_avx2", speed),
         "gpu": ("gpu", gpu),
     }
     of_several = {

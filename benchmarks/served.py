@@ -1,9 +1,9 @@
 """Greedy tokens/s of several sequences at once: a server of OpenAI's completions API, as vLLM's, beside this engine.
 
 Both run the same checkpoint in the same precision on the same machine, and take turns. The server is started by whoever
-measures, and is idle while the engine computes::
+measures, and is idle while the engine computes. ``MODEL=folder examples/vllm/speed.sh`` does both with vLLM; beside any
+other server::
 
-    vllm serve CHECKPOINT --dtype bfloat16 --served-model-name slm --port 8000 --max-model-len 2048
     s2t bench served http://127.0.0.1:8000/v1 --checkpoint CHECKPOINT --dtype bfloat16
 """
 
@@ -32,6 +32,9 @@ from s2t_agents.types import Sampling
 from .shapes import precision_of, random_prompt
 
 TIMEOUT_S = 120.0
+
+PAUSE_S = 1.0
+"""Between two turns: OpenMP threads wait busily for a while after their last work, beside whoever comes next."""
 
 Answers = Callable[[int], list[list[float]]]
 """Answers to so many prompts at once: when each token came, by sequence."""
@@ -77,7 +80,7 @@ def run(
         say(f"{count} at once")
         for answers in ways.values():
             answers(count)  # reads the prompts
-        speeds = [{name: tokens_per_s(answers(count)) for name, answers in ways.items()} for _ in range(repeats)]
+        speeds = [{name: _rested(answers, count) for name, answers in ways.items()} for _ in range(repeats)]
         rows[str(count)] = {
             **{name: statistics.median(each[name] for each in speeds) for name in ways},
             "over_server": statistics.median(each["ours"] / each["server"] for each in speeds),
@@ -157,6 +160,12 @@ def _ours(model: LanguageModel, prompts: Sequence[Sequence[int]], tokens: int) -
             return list(pool.map(answer, prompts[:count]))
 
     return answers
+
+
+def _rested(answers: Answers, count: int) -> float:
+    """Tokens/s, measured after ``PAUSE_S``."""
+    time.sleep(PAUSE_S)
+    return tokens_per_s(answers(count))
 
 
 def tokens_per_s(answers: Sequence[Sequence[float]]) -> float:

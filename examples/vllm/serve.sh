@@ -26,7 +26,7 @@ serve() {
   shift 3
   log=$(mktemp)
   # without Dynamo the first request does not wait for a C++ compiler
-  HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1 PYTHONSAFEPATH=1 VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} \
+  HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=${TORCHDYNAMO_DISABLE:-1} PYTHONSAFEPATH=1 VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} \
     "$VLLM_VENV/bin/python" -m vllm.entrypoints.openai.api_server \
     --model "$model" --served-model-name "$name" --host 127.0.0.1 --port "$port" \
     --dtype float32 --max-model-len 1024 --max-num-seqs 16 --enforce-eager --enable-prompt-tokens-details "$@" \
