@@ -56,8 +56,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[1, heads, T, d]``; returns all keys and values, ``[1, heads, length + T, d]``."""
-        self.keys, self.values = self.write(key_states, value_states)
-        return self.keys, self.values
+        keys, values = self.write(key_states, value_states)
+        self._end_with(keys, values)
+        return keys, values
 
     def write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Put tokens behind the end without making them part of it.
@@ -113,6 +114,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._set_length(keys.shape[-2])
         self.keys.copy_(keys)
         self.values.copy_(values)
+
+    def _end_with(self, keys: Tensor, values: Tensor) -> None:
+        """These views of the buffers are all its tokens now."""
+        self.keys, self.values = keys, values
 
     def _set_length(self, length: int) -> None:
         self.keys = self._key_buffer.narrow(-2, 0, length)

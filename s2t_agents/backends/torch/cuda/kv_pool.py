@@ -120,6 +120,9 @@ class PooledLayer(GrowingLayer):
         self._key_buffer, self._value_buffer, self.slot = keys, values, slot
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
+    def _end_with(self, keys: Tensor, values: Tensor) -> None:
+        self.length = keys.shape[-2]
+
     def _set_length(self, length: int) -> None:
         self.length = length
 
