@@ -18,8 +18,9 @@ from typing import Any
 MAX_WAIT_S = 60.0
 """Seconds that a fork waits in all, for example for a model that is being loaded; locks still held are reset."""
 
-LOADING, FORWARD, BRIEF = 0, 1, 2
-"""Lock order, the same as in code that takes several locks."""
+BUILDING, SHARING, LOADING, FORWARD, BRIEF = range(5)
+"""Lock order, the same as in code that takes several locks: an engine that is built shares its model with others, which
+one thread loads, whose trial is a forward."""
 
 _locks: list[tuple[int, weakref.ref[Any], str]] = []
 _renewals: list[weakref.WeakMethod[Callable[[], None]]] = []
@@ -85,7 +86,7 @@ def hold_while_forking(owner: Any, name: str, order: int = BRIEF) -> None:
     Args:
         owner: object or module with the lock; held weakly.
         name: attribute name of the lock.
-        order: see ``LOADING``.
+        order: see ``BUILDING``.
     """
     _locks.append((order, weakref.ref(owner), name))
     _locks.sort(key=lambda each: each[0])

@@ -90,6 +90,27 @@ over.set()
 for thread in threads:
     thread.join(30)
 """
+IN_THE_MIDDLE_OF_LOADING = """
+from s2t_agents.chat import runtime
+
+def slow(*args):
+    inside.set()
+    forking.wait()
+    time.sleep(.3)  # the fork takes its locks meanwhile
+    return load(*args)
+
+inside, forking, load = threading.Event(), threading.Event(), runtime.load_selector
+right = ChatS2T(max_tokens=6).invoke(QUESTION).text
+runtime.load_selector = slow
+thread = threading.Thread(target=lambda: ChatS2T(max_tokens=2, selector="s2t-demo").invoke("hi"))
+thread.start()
+inside.wait()
+os.register_at_fork(before=forking.set)
+started = time.monotonic()
+in_child(lambda: ChatS2T(max_tokens=6).invoke(QUESTION).text == right)
+assert time.monotonic() - started < 30, "the fork and the thread have waited for each other"
+thread.join()
+"""
 SUSPENDED = """
 model = ChatS2T(max_tokens=20, concurrency=Concurrency(running=1, waiting=0))
 right = model.invoke(QUESTION).text
@@ -166,6 +187,7 @@ PROGRAMS = {
     "asking": ASKING,
     "two threads": TWO_THREADS,
     "loading": LOADING,
+    "in the middle of loading": IN_THE_MIDDLE_OF_LOADING,
     "suspended": SUSPENDED,
     "within": WITHIN,
 }

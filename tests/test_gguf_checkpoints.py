@@ -76,7 +76,8 @@ def gemma(folder: Path, seed: int = 0) -> tuple[LanguageModel, Path]:
 
 
 def agreement(caplog: pytest.LogCaptureFixture) -> int:
-    (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    ours = [record for record in caplog.records if record.name.startswith("s2t_agents")]
+    (said,) = [record.getMessage() for record in ours if record.levelno == logging.WARNING]
     return int(said.partition("agree at ")[2].partition("%")[0])
 
 

@@ -12,14 +12,14 @@ from weakref import WeakValueDictionary
 import torch
 from pydantic import SecretStr
 
-from ..fork_safety import LOADING, hold_while_forking
+from ..fork_safety import SHARING, hold_while_forking
 from ..identity import identity
 from ..scheduling.language_model import LanguageModel
 from .engine_settings import torch_dtype
 
 _lock = threading.RLock()
 _loaded: WeakValueDictionary[str, LanguageModel] = WeakValueDictionary()
-hold_while_forking(sys.modules[__name__], "_lock", LOADING)
+hold_while_forking(sys.modules[__name__], "_lock", SHARING)
 
 
 def shared_model(

@@ -16,7 +16,7 @@ from ..bundled import selector_path
 from ..engine.engine import Engine
 from ..errors import ConfigError, ContextOverflow
 from ..escalation import DEFAULT_MARGIN
-from ..fork_safety import LOADING, hold_while_forking
+from ..fork_safety import BUILDING, hold_while_forking
 from ..formats.reasoning import ReasoningParser
 from ..formats.tool_calls import PlainTextParser, ToolCallParser
 from ..grammar.grammar import CompiledGrammar, Grammar
@@ -183,7 +183,7 @@ class RuntimeCache:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # the same thread may fork while it loads
-        hold_while_forking(self, "_lock", LOADING)
+        hold_while_forking(self, "_lock", BUILDING)
         self._runtimes: list[tuple[EngineSettings, Runtime]] = []
         self._encoders: list[tuple[EngineSettings, PromptEncoder]] = []
 
