@@ -80,7 +80,7 @@ def run(
         say(f"{count} at once")
         for answers in ways.values():
             answers(count)  # reads the prompts
-        speeds = [{name: _rested(answers, count) for name, answers in ways.items()} for _ in range(repeats)]
+        speeds = [{name: _after_a_pause(answers, count) for name, answers in ways.items()} for _ in range(repeats)]
         rows[str(count)] = {
             **{name: statistics.median(each[name] for each in speeds) for name in ways},
             "over_server": statistics.median(each["ours"] / each["server"] for each in speeds),
@@ -162,7 +162,7 @@ def _ours(model: LanguageModel, prompts: Sequence[Sequence[int]], tokens: int) -
     return answers
 
 
-def _rested(answers: Answers, count: int) -> float:
+def _after_a_pause(answers: Answers, count: int) -> float:
     """Tokens/s, measured after ``PAUSE_S``."""
     time.sleep(PAUSE_S)
     return tokens_per_s(answers(count))

@@ -19,8 +19,8 @@ MAX_WAIT_S = 60.0
 """Seconds that a fork waits in all, for example for a model that is being loaded; locks still held are reset."""
 
 BUILDING, SHARING, LOADING, FORWARD, BRIEF = range(5)
-"""Lock order, the same as in code that takes several locks: an engine that is built shares its model with others, which
-one thread loads, whose trial is a forward."""
+"""Lock order, the same as in code that takes several locks: an engine is built (BUILDING) over a model that others may
+share (SHARING), which is read by one thread at a time (LOADING) and tried in a forward (FORWARD)."""
 
 _locks: list[tuple[int, weakref.ref[Any], str]] = []
 _renewals: list[weakref.WeakMethod[Callable[[], None]]] = []

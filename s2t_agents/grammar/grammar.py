@@ -192,7 +192,9 @@ class GrammarState:
         self._what = compiled.what
         self._detours = _DETOURS  # how a completion may go on after other tokens, tried before a search
         self._completions_after: dict[int, list[int]] = {}  # completions found for tokens that are legal now
-        self._in_vain: dict[int, int] = {}  # tokens beyond the known completion with which a search found nothing
+        self._failed_searches: dict[
+            int, int
+        ] = {}  # by a mask's hash: tokens beyond the known completion that were too few
         self._ended = self._shortened = False
 
     @property
@@ -243,7 +245,7 @@ class GrammarState:
         """An independent copy of the state; given the same tokens it makes the same decisions."""
         copied = copy.copy(self)
         copied._matcher, copied._completions_after = self._matcher.deep_copy(), dict(self._completions_after)
-        copied._in_vain = dict(self._in_vain)
+        copied._failed_searches = dict(self._failed_searches)
         return copied
 
     def takes(self, token_id: int) -> bool:
@@ -256,7 +258,7 @@ class GrammarState:
         if not self._near_limit:
             return True
         path = self._completion(self._left or 0)
-        return path is None or self._can_finish_after(token_id, path, SearchBudget(_MASK_SEARCH_STEPS))
+        return path is None or self._can_finish_after(token_id, path, SearchBudget(_MASK_SEARCH_STEPS), {})
 
     def best(self, logits: Tensor, likeliest: int | None = None) -> int:
         """The most likely token that ``allowed(logits)`` permits, the first of equally likely ones.
@@ -272,7 +274,9 @@ class GrammarState:
         budget = SearchBudget(_MASK_SEARCH_STEPS)
         if path is not None and (first in path[:1] or self._completes_after(first, path)):
             return first  # which is legal, then
-        if self._is_legal(first) and (path is None or self._is_permitted(first, path, budget)):
+        if self._is_legal(first) and (
+            path is None or self._can_finish_after(first, path, budget, self._failed_searches)
+        ):
             return first
         mask = self._legal()
         tried = self._most_likely(mask, logits)
@@ -280,7 +284,8 @@ class GrammarState:
         if path is None:
             return legal
         others = (token for token in chain([legal], tried) if token != first)
-        found = next((token for token in others if self._is_permitted(token, path, budget)), None)
+        failed = self._failed_searches
+        found = next((token for token in others if self._can_finish_after(token, path, budget, failed)), None)
         permitted = {*self._next_of(path, mask), *([found] if found is not None else [])}
         best = min(permitted, key=lambda token: (-float(logits[token]), token))
         self._shortened |= best != legal
@@ -319,7 +324,7 @@ class GrammarState:
         allowed[self._next_of(path, mask)] = True
         budget = SearchBudget(_MASK_SEARCH_STEPS)
         for at, token in enumerate(self._most_likely(mask, logits)):
-            allowed[token] = self._is_permitted(token, path, budget) or allowed[token]
+            allowed[token] = self._can_finish_after(token, path, budget, self._failed_searches) or allowed[token]
             self._shortened |= at == 0 and logits is not None and not allowed[token]
         return allowed
 
@@ -352,42 +357,39 @@ class GrammarState:
             self._known_completion = self._vocabulary.completion_search.find_completion(
                 self._matcher, self._vocabulary.mask, left
             )
-            self._in_vain = {}
+            self._failed_searches = {}
         self._completion_holds = True
         return self._known_completion
 
-    def _is_permitted(self, token: int, path: list[int], budget: SearchBudget) -> bool:
-        """``_can_finish_after``, but no search is made twice in vain: not after another token that leaves the same
-        legal tokens, and no more room beyond the known completion.
+    def _can_finish_after(
+        self, token: int, path: list[int], budget: SearchBudget, failed_searches: dict[int, int]
+    ) -> bool:
+        """Whether a completion after a legal token is known or found.
+
+        Args:
+            token: legal next.
+            path: completes the state before it.
+            budget: of the search.
+            failed_searches: see the attribute; a search that failed is not repeated after another token that leaves the
+                same mask and no more room.
         """
-        if self._finishes_by(token, path):
+        if token in self._vocabulary.eos_ids or token in path[:1] or token in self._completions_after:
             return True
-        state = self._matcher.deep_copy()
-        if not state.consume_token(token):
+        if self._completes_after(token, path):
+            return True
+        left = self._left or 0
+        state = self._after([token]) if left else None
+        if state is None:
             return False
-        kind, slack = hash(state.compute_bitmask()), (self._left or 0) - len(path)
-        if slack <= self._in_vain.get(kind, -1):
+        mask, spare = hash(state.compute_bitmask()), left - len(path)
+        if spare <= failed_searches.get(mask, -1):
             return False
-        found = self._finds_after(token, path, budget)
-        if not found and budget.left > 0:
-            self._in_vain[kind] = slack
-        return found
-
-    def _can_finish_after(self, token: int, path: list[int], budget: SearchBudget) -> bool:
-        """Whether a completion after a legal token is known or found; ``path`` completes the state before it."""
-        return self._finishes_by(token, path) or self._finds_after(token, path, budget)
-
-    def _finishes_by(self, token: int, path: list[int]) -> bool:
-        """Whether a completion after a legal token is known."""
-        known = token in self._vocabulary.eos_ids or token in path[:1] or token in self._completions_after
-        return known or self._completes_after(token, path)
-
-    def _finds_after(self, token: int, path: list[int], budget: SearchBudget) -> bool:
-        """Whether a search finds a completion after a legal token."""
-        found = self._search_after([token], self._left or 0, budget)
+        found = self._search_from(state, left - 1, budget)
         if found is not None:
             self._completions_after[token] = found
             self._learn_detour(found, path)
+        elif budget.left > 0:
+            failed_searches[mask] = spare
         return found is not None
 
     def _completes_after(self, token: int, path: list[int]) -> bool:
@@ -425,16 +427,22 @@ class GrammarState:
         found = self._search_after(tokens, left, SearchBudget(_MASK_SEARCH_STEPS))
         if found is not None:
             self._known_completion, self._completion_holds = tokens + found, True
-            self._in_vain = {}
+            self._failed_searches = {}
         return found is not None
 
     def _search_after(self, tokens: list[int], left: int, budget: SearchBudget) -> list[int] | None:
+        state = self._after(tokens) if len(tokens) <= left else None
+        return self._search_from(state, left - len(tokens), budget) if state is not None else None
+
+    def _after(self, tokens: list[int]) -> Matcher | None:
+        """The grammar's state after these tokens; None where they are not legal."""
         state = self._matcher.deep_copy()
-        if left < len(tokens) or not state.consume_tokens(tokens):
-            return None
+        return state if state.consume_tokens(tokens) else None
+
+    def _search_from(self, state: Matcher, room: int, budget: SearchBudget) -> list[int] | None:
+        """A completion of a state with at most so many tokens."""
         if state.is_accepting():
             return []
-        room = left - len(tokens)
         return self._vocabulary.completion_search.find_completion(
             state, self._vocabulary.mask, room, first_found=True, budget=budget
         )

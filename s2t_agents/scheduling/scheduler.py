@@ -100,7 +100,7 @@ class Scheduler:
                 else:
                     self._threads = threads
                     self._ensure_thread()
-                    if self._all_back:
+                    if self._callers_are_back:
                         self._changed.notify_all()
                     self._wanted.notify()
             if here:
@@ -111,8 +111,8 @@ class Scheduler:
             self._drop(requests)
             raise
 
-    def pause(self, caller: object) -> None:
-        """A generation has ended: no forward is held back for it. Without others, the OpenMP threads are released, so
+    def generation_ended(self, caller: object) -> None:
+        """No forward is held back for this caller any more. Without other requests, the OpenMP threads are released, so
         that other operations have the cores.
 
         A hint that never blocks: garbage collection may end a generation inside any block of this very thread.
@@ -137,8 +137,8 @@ class Scheduler:
         return not self._waiting and self._driver is None
 
     @property
-    def _all_back(self) -> bool:
-        """Every caller of the last forward that has not ended wants another."""
+    def _callers_are_back(self) -> bool:
+        """Every caller of the last forward waits for the next one, or its generation has ended."""
         return self._last <= {request.caller for request in self._waiting}
 
     def _reset(self) -> None:
@@ -201,7 +201,7 @@ class Scheduler:
         """What goes into the next forward: single tokens and candidates first, then chunks of prompts."""
         with self._mutex:
             until = time.monotonic() + min(PATIENCE * self._took_s, PATIENCE_S)
-            while not self._all_back:
+            while not self._callers_are_back:
                 left = until - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     break

@@ -87,7 +87,7 @@ class TokenSequence:
             self.close()
             return
         try:
-            self.model.scheduler.pause(self.cache)
+            self.model.scheduler.generation_ended(self.cache)
             if self.cache.length == len(self):
                 self.model.prefix_cache.insert(self.ids, self.cache, self.scope)
             else:  # interrupted within a forward
@@ -221,7 +221,7 @@ class TokenSequence:
             yield forks
         finally:
             forks.close()
-            self.model.scheduler.pause(forks)
+            self.model.scheduler.generation_ended(forks)
 
     def close(self) -> None:
         """Give the KV cache back."""

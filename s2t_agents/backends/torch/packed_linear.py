@@ -114,7 +114,7 @@ class PackedLinears:
         self._parameters = [module._parameters for fused in self._copies for module in fused.modules]
         self._state = states_of(self._parameters)
         self._checked = False
-        """All copies are what the modules' weights are, in this forward."""
+        """Inside ``unchanging``: no weight differs from its copy."""
 
     @torch.inference_mode()
     def _copy(self, fused: FusedLinear) -> Copied:
@@ -123,7 +123,7 @@ class PackedLinears:
 
     @contextmanager
     def unchanging(self) -> Iterator[None]:
-        """Inside the block no weight changes: what lies here is compared with the modules once, not at every call."""
+        """Inside the block no weight changes: the copies are compared with the modules once, not at every call."""
         self._checked = self._state == states_of(self._parameters)
         try:
             yield
