@@ -140,5 +140,5 @@ def test_a_failed_search_is_not_repeated_after_the_next_token(items, monkeypatch
 
 @pytest.mark.real
 @LISTED
-def test_on_real_tokenizers_neither(items, real_tokenizer, monkeypatch):
+def test_on_real_tokenizers_a_failed_search_is_not_repeated_either(items, real_tokenizer, monkeypatch):
     assert steps_of_searches(cached_vocabulary(real_tokenizer), items, monkeypatch) <= 3 * 200

@@ -81,6 +81,28 @@ def test_chunks_and_tokens_of_several_sequences_go_in_one_forward(name: str) -> 
         assert cache.get_seq_length() == len(old) + len(new)
 
 
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_weight_written_to_or_replaced_between_forwards_counts_in_the_next(name: str) -> None:
+    model = tiny_model(name)
+    layer = model.backend.decoder.layers[-1].mlp
+    changes = [
+        lambda: layer.down_proj.weight.mul_(3),
+        lambda: setattr(layer.up_proj, "weight", torch.nn.Parameter(-2 * layer.up_proj.weight, requires_grad=False)),
+        lambda: setattr(layer.gate_proj.weight, "data", layer.gate_proj.weight.data.flip(0).clone()),
+    ]
+    prompt, before = [3, 4, 5, 6], None
+    assert runner(model).llama_decoder is not None
+    for change in changes:
+        with torch.no_grad():
+            change()
+        cache = model.new_cache()
+        appended(model, torch.tensor(prompt), cache)
+        logits, _ = appended(model, torch.tensor([7]), cache)
+        torch.testing.assert_close(logits, full(model, [*prompt, 7]), rtol=1e-4, atol=1e-4)
+        assert before is None or not torch.allclose(logits, before, rtol=1e-3, atol=1e-3)
+        before = logits
+
+
 def test_long_prompts_and_a_first_token_go_the_models_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = tiny_model("qwen2"), []
     assert runner(model).llama_decoder is not None
