@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -23,6 +24,9 @@ from rich.console import Console
 
 from ..errors import S2TError
 from .progress import Post, draw, tell
+
+LIBRARIES = "s2t_agents.training.pipeline"
+"""Imports what a process of a crew needs, which takes seconds."""
 
 Piece = TypeVar("Piece")
 Made = TypeVar("Made")
@@ -38,8 +42,7 @@ class Crew:
     def __init__(self, count: int = 1) -> None:
         self.count = count
         self._pool: ProcessPoolExecutor | None = None
-        # spawned, not forked: torch's threads do not survive a fork
-        self._context = multiprocessing.get_context("spawn")
+        self._context = processes()
         # closed when it is over: unlike an Event, a pipe is no matter to a process that was killed
         self._over: Connection | None = None
         self._open: Connection | None = None
@@ -99,6 +102,18 @@ class Crew:
         finally:
             self._post.put(None)
             drawing.join()
+
+
+def processes() -> BaseContext:
+    """How they start. Not as forks of this process: torch's threads do not survive that.
+
+    On Linux they are forks of a process that has done nothing but import the libraries, once for all of them.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([LIBRARIES])
+    return context
 
 
 def _begin(threads: int, over: Connection, post: Any) -> None:
