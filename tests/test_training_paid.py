@@ -101,7 +101,7 @@ def agreement(slm, selector, path: Path) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_selector_agrees_more_at_what_was_paid_for_when_it_learnt_from_it(pair, rollouts, paid, kind, tmp_path):
     slm = pair[0]
-    settings = SMALL.model_copy(update={"epochs": 12, "lr": 1e-2, "patience": 50, "width": 64, "rate": 0.05})
+    settings = SMALL.model_copy(update={"epochs": 6, "lr": 1e-2, "patience": 50, "width": 64, "rate": 0.05})
     of = {}
     for name, files in {"without": (), "with": (paid,)}.items():
         train_with(slm, training(kind, rollouts, tmp_path / name, files, settings))

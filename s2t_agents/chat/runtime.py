@@ -35,7 +35,7 @@ from .messages import PromptEncoder
 from .response_options import OutputSchemas, ResponseOptions
 
 MAX_GRAMMARS = 64
-"""Compiled grammars cached per engine: an agent sends the same tools every turn."""
+"""Compiled grammars cached per engine, the last used: an agent sends the same tools every turn."""
 
 MAX_ENGINES = 4
 """Engines cached per chat model and its copies, for their own settings and a few that calls override."""
@@ -166,12 +166,12 @@ class Runtime:
 
     def _grammar(self, request: ResponseOptions) -> CompiledGrammar:
         key = request.cache_key
-        if key not in self._compiled:
-            compiled = request.compile(self._vocabulary)
-            while len(self._compiled) >= MAX_GRAMMARS:
-                self._compiled.pop(next(iter(self._compiled)), None)
-            self._compiled[key] = compiled
-        return self._compiled[key]
+        compiled = self._compiled.get(key) or request.compile(self._vocabulary)
+        self._compiled.pop(key, None)  # what was used last stands last
+        self._compiled[key] = compiled
+        for stale in list(self._compiled)[:-MAX_GRAMMARS]:
+            self._compiled.pop(stale, None)
+        return compiled
 
 
 class RuntimeCache:
