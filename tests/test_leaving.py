@@ -9,6 +9,7 @@ from pathlib import Path
 
 import forked
 import pytest
+from ending import ended
 
 from s2t_agents import Ledger
 
@@ -94,3 +95,41 @@ next(left)
     assert done.returncode == 0
     assert "Traceback" not in done.stderr, done.stderr
     assert len(Ledger.reading(tmp_path / "costs.jsonl").records()) == 1
+
+
+DAEMONS = """
+import threading
+
+def generate(start):
+    for _ in engine.steps([start, 66, 67], Sampling(max_tokens=90_000, ignore_eos=True)):
+        begun.release()
+
+begun = threading.Semaphore(0)
+for start in range(65, 65 + {threads}):
+    threading.Thread(target=generate, args=(start,), daemon=True).start()
+for _ in range(100):
+    begun.acquire()
+end_slowly()
+"""
+
+ENGINE = """
+from s2t_agents.engine.engine import Engine
+from s2t_agents.testing import tiny_model
+from s2t_agents.types import Sampling
+
+engine = Engine(tiny_model(max_position_embeddings=100_000))
+"""
+
+
+@pytest.mark.slow
+def test_a_generation_in_a_daemon_thread_ends_with_the_interpreter() -> None:
+    done = ended(ENGINE + DAEMONS.format(threads=1))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_what_runs_at_the_end_still_gets_an_answer_and_nothing_else_goes_on() -> None:
+    before = "import atexit\natexit.register(lambda: print(len(list(engine.steps([65], Sampling(max_tokens=5))))))\n"
+    program = before + ENGINE + DAEMONS.format(threads=2)  # registered first: runs after the package's own end
+    done = ended(program)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "5\n", "")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from ending import ended
 from gguf_files import write_gguf
 from sequences import appended
 from torch import Tensor
@@ -432,3 +433,21 @@ def test_it_says_nearly_what_the_dequantised_checkpoint_says(smol: LlamaCppBacke
     assert int(ours.logits.argmax()) == int(theirs.logits.argmax())
     assert (ours.logits.log_softmax(0) - theirs.logits.log_softmax(0)).abs().max() < 1.5
     assert (ours.hidden - theirs.hidden).norm() < 0.1 * theirs.hidden.norm()
+
+
+@pytest.mark.slow
+def test_weights_that_the_scheduler_gives_back_as_the_interpreter_ends(tmp_path: Path) -> None:
+    program = f"""
+from s2t_agents.engine.engine import Engine
+from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.types import Sampling
+
+def answer():
+    slm = LanguageModel.load({str(write_gguf(tmp_path / "tiny.gguf"))!r})
+    print(len(list(Engine(slm).steps([65, 66], Sampling(max_tokens=8, ignore_eos=True)))))
+
+answer()
+end_slowly()
+"""
+    done = ended(program)
+    assert (done.returncode, done.stdout) == (0, "8\n"), done.stderr

@@ -16,6 +16,7 @@ thread instead: there the hand-over would cost more than it gives.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 import weakref
@@ -36,6 +37,31 @@ PATIENCE_S = 0.05
 
 IDLE_S = 2.0
 """Seconds without work after which the scheduler's thread ends; the next request starts another."""
+
+LEAVING_S = 30.0
+"""How long the end of the interpreter waits for one forward, in seconds."""
+
+_schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+_threads: dict[threading.Thread, threading.Condition] = {}
+"""Schedulers' threads, and what wakes each."""
+_leaving = threading.Event()
+
+
+@atexit.register
+def _leave() -> None:
+    """The interpreter ends: wait for the forwards under way; no daemon thread begins another.
+
+    The end of the interpreter ends daemon threads where they next ask for its lock. In the middle of an engine's C++
+    code (torch gives the lock back for every operation, llama.cpp logs through Python) that aborts the process.
+    """
+    _leaving.set()
+    for thread, wanted in list(_threads.items()):
+        if thread.is_alive():  # those of a forked process stayed with its parent
+            with wanted:
+                wanted.notify_all()
+            thread.join(LEAVING_S)
+    for scheduler in list(_schedulers):
+        scheduler.stop_others()
 
 
 class Scheduler:
@@ -70,6 +96,7 @@ class Scheduler:
         self._threads = 1
         """OpenMP threads that the latest caller's operations run on."""
         self._release_wanted = False
+        _schedulers.add(self)
 
     def run(self, requests: Sequence[ForwardRequest], caller: object = None) -> None:
         """Return when all requests are done, each with its output or its error.
@@ -131,6 +158,10 @@ class Scheduler:
             finally:
                 self._mutex.release()
 
+    def stop_others(self) -> None:
+        """From now on only this thread computes, alone; others that want to wait for ever."""
+        self._backend.lock.acquire(timeout=LEAVING_S)
+
     @property
     def idle(self) -> bool:
         """Nothing waits and nothing runs."""
@@ -154,9 +185,10 @@ class Scheduler:
         return short and alone and self._last <= {request.caller for request in requests}
 
     def _ensure_thread(self) -> None:
-        if self._thread is None:
+        if self._thread is None and not _leaving.is_set():
             arguments = weakref.ref(self), self._wanted  # weak: an idle thread does not keep its model alive
             self._thread = threading.Thread(target=self._serve, args=arguments, name="s2t-scheduler", daemon=True)
+            _threads[self._thread] = self._wanted
             self._thread.start()
 
     def _drive(self, requests: Sequence[ForwardRequest], threads: int) -> None:
@@ -367,7 +399,15 @@ class Scheduler:
 
     @staticmethod
     def _serve(found: weakref.ref[Scheduler], wanted: threading.Condition) -> None:
-        """The scheduler's thread: iterates while there is work, releases its OpenMP threads when there is none.
+        """The scheduler's thread, see ``_iterate``."""
+        try:
+            Scheduler._iterate(found, wanted)
+        finally:
+            _threads.pop(threading.current_thread(), None)
+
+    @staticmethod
+    def _iterate(found: weakref.ref[Scheduler], wanted: threading.Condition) -> None:
+        """Iterate while there is work, release this thread's OpenMP threads when there is none.
 
         It holds its scheduler only while it works: an idle thread does not keep the model alive.
         """
@@ -375,7 +415,7 @@ class Scheduler:
         while True:
             with wanted:
                 scheduler = found()
-                if scheduler is None or scheduler._thread is not threading.current_thread():
+                if scheduler is None or scheduler._thread is not threading.current_thread() or _leaving.is_set():
                     return
                 work = bool(scheduler._waiting) and scheduler._driver is None
                 if work:
