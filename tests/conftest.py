@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("LANGSMITH_TRACING", "false")
 
+import gc
 import socket
 from collections.abc import Iterator
 from functools import cache
@@ -21,6 +22,13 @@ from benchmarks import assets
 
 if TYPE_CHECKING:
     from servers import CompletionServer
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: no garbage collection looks at them again."""
+    gc.collect()
+    gc.freeze()
+
 
 hypothesis.settings.register_profile("no clock", deadline=None)  # a busy machine fails no test
 hypothesis.settings.load_profile("no clock")

@@ -226,3 +226,19 @@ def test_each_row_sees_what_it_may_and_kv_is_as_promised(make: Callable[[], Rows
         for wanted, found in rows.kv_after(index, new):
             assert torch.equal(wanted[0], found[0])
             assert torch.equal(wanted[1], found[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shared", [1, 2, 3])
+def test_single_tokens_see_the_same_in_half_precision_however_many_queries_share_a_key(
+    shared: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    caches = [cache_of([tuple(part.to(dtype) for part in some_kv(tokens))]) for tokens in (1, 4, 17)]
+    q, k, v = (torch.randn(3, heads, D).to(dtype) for heads in (shared * KEY_HEADS, KEY_HEADS, KEY_HEADS))
+    out = attention.SingleTokenAttention(caches)(Layer(scale=0.3, window=None), 0, q, k, v)
+    for row, cache in enumerate(caches):
+        keys, values = (each.float().repeat_interleave(shared, dim=1).transpose(0, 1) for each in held(cache, 0))
+        weights = (keys @ q[row].float()[..., None] * 0.3).softmax(1)
+        seen = (weights * values).sum(1).flatten()
+        torch.testing.assert_close(out[row].float(), seen, atol=1e-5 if dtype == torch.float32 else 0.02, rtol=0.02)

@@ -1,6 +1,7 @@
 """LangChain's standard tests for chat models, inherited completely: models in this process and on a server."""
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -10,6 +11,12 @@ from langchain_tests.unit_tests import ChatModelUnitTests
 from servers import CompletionServer, serving
 
 from s2t_agents import ChatS2T, LanguageModel, LocalLLM
+
+
+@cache
+def llm() -> LocalLLM:
+    """Loaded once for all tests."""
+    return LocalLLM("s2t-demo-llm")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +78,7 @@ class Integration(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": "s2t-demo", "selector": "s2t-demo", "escalation": LocalLLM("s2t-demo-llm"), "max_tokens": 48}
+        return {"model": "s2t-demo", "selector": "s2t-demo", "escalation": llm(), "max_tokens": 48}
 
     @property
     def structured_output_kwargs(self) -> dict[str, Any]:

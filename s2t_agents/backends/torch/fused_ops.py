@@ -35,6 +35,13 @@ def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
 
+def turned_together(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """``turned`` in fewer calls."""
+    both = _rotated(torch.cat((q, k), 1), cos, sin)
+    q, k = both.split_with_sizes([q.shape[1], k.shape[1]], 1)
+    return q, k
+
+
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU gate, ``[N, H]``."""
     return functional.silu(gate) * up
@@ -111,8 +118,8 @@ class Pointwise:
     logit_statistics: Callable[[Tensor, Tensor, Tensor], Tensor] = logit_statistics
 
 
-PLAIN = Pointwise()
-"""One torch call after another."""
+PLAIN = Pointwise(turned=turned_together)
+"""One torch call after another, as few as can be."""
 
 
 @cache
