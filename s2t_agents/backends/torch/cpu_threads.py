@@ -79,7 +79,7 @@ def libgomp() -> ctypes.CDLL | None:
     home = Path(torch.__file__).parent
     for path in sorted([*home.glob("lib/libgomp*.so*"), *home.parent.glob("torch.libs/libgomp*.so*")]):
         try:
-            library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
+            library = ctypes.PyDLL(str(path), mode=ctypes.RTLD_LOCAL)  # so short that handing the GIL over costs more
         except OSError:
             continue
         if hasattr(library, "omp_pause_resource_all"):
