@@ -2,10 +2,9 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from servers import serving
@@ -105,8 +104,8 @@ def test_every_command_of_the_recipe(folder, server, data, row):
         words = [here.get(word, word.replace("runs/qwen", str(home / "runs"))) for word in words]
         run.append(words[1] if words[0] == "s2t" else "prepare")
         if words[0] == "python":
-            done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=True)
-            assert done.stdout.endswith("prompts\n")
+            done = forked.run(*words[1:])
+            assert done.stdout.endswith("prompts\n"), done.stderr
             continue
         shown = CliRunner().invoke(app, words[1:])
         assert shown.exit_code == 0, f"{words}: {shown.output}"
