@@ -192,9 +192,8 @@ class GrammarState:
         self._what = compiled.what
         self._detours = _DETOURS  # how a completion may go on after other tokens, tried before a search
         self._completions_after: dict[int, list[int]] = {}  # completions found for tokens that are legal now
-        self._failed_searches: dict[
-            int, int
-        ] = {}  # by a mask's hash: tokens beyond the known completion that were too few
+        self._failed_searches: dict[int, int] = {}
+        """By a mask's hash: tokens beyond the known completion that were too few."""
         self._ended = self._shortened = False
 
     @property

@@ -42,17 +42,17 @@ LEAVING_S = 30.0
 """How long the end of the interpreter waits for one forward, in seconds."""
 
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
-_threads: dict[threading.Thread, threading.Condition] = {}
+_threads: weakref.WeakKeyDictionary[threading.Thread, threading.Condition] = weakref.WeakKeyDictionary()
 """Schedulers' threads, and what wakes each."""
 _leaving = threading.Event()
 
 
 @atexit.register
 def _leave() -> None:
-    """The interpreter ends: wait for the forwards under way; no daemon thread begins another.
+    """At interpreter exit: wait for the forwards under way; no daemon thread begins another.
 
-    The end of the interpreter ends daemon threads where they next ask for its lock. In the middle of an engine's C++
-    code (torch gives the lock back for every operation, llama.cpp logs through Python) that aborts the process.
+    While Python finalizes, a daemon thread ends where it next acquires the GIL. Below an engine's C++ frames (torch
+    releases the GIL in every operation, llama.cpp logs through a Python callback) that is ``std::terminate``.
     """
     _leaving.set()
     for thread, wanted in list(_threads.items()):
@@ -159,7 +159,7 @@ class Scheduler:
                 self._mutex.release()
 
     def stop_others(self) -> None:
-        """From now on only this thread computes, alone; others that want to wait for ever."""
+        """Acquire the backend's lock for good: this thread may still run forwards, those of other threads block."""
         self._backend.lock.acquire(timeout=LEAVING_S)
 
     @property
@@ -399,15 +399,7 @@ class Scheduler:
 
     @staticmethod
     def _serve(found: weakref.ref[Scheduler], wanted: threading.Condition) -> None:
-        """The scheduler's thread, see ``_iterate``."""
-        try:
-            Scheduler._iterate(found, wanted)
-        finally:
-            _threads.pop(threading.current_thread(), None)
-
-    @staticmethod
-    def _iterate(found: weakref.ref[Scheduler], wanted: threading.Condition) -> None:
-        """Iterate while there is work, release this thread's OpenMP threads when there is none.
+        """The scheduler's thread: iterates while there is work, releases its OpenMP threads when there is none.
 
         It holds its scheduler only while it works: an idle thread does not keep the model alive.
         """

@@ -25,8 +25,8 @@ from rich.console import Console
 from ..errors import S2TError
 from .progress import Post, draw, tell
 
-LIBRARIES = "s2t_agents.training.pipeline"
-"""Imports what a process of a crew needs, which takes seconds."""
+PRELOADED = "s2t_agents.training.pipeline"
+"""Imported once, for all processes of a crew: it takes seconds."""
 
 Piece = TypeVar("Piece")
 Made = TypeVar("Made")
@@ -42,7 +42,7 @@ class Crew:
     def __init__(self, count: int = 1) -> None:
         self.count = count
         self._pool: ProcessPoolExecutor | None = None
-        self._context = processes()
+        self._context = process_context()
         # closed when it is over: unlike an Event, a pipe is no matter to a process that was killed
         self._over: Connection | None = None
         self._open: Connection | None = None
@@ -104,15 +104,15 @@ class Crew:
             drawing.join()
 
 
-def processes() -> BaseContext:
-    """How they start. Not as forks of this process: torch's threads do not survive that.
+def process_context() -> BaseContext:
+    """The start method: ``forkserver`` with the libraries preloaded on Linux, where it is safe; else ``spawn``.
 
-    On Linux they are forks of a process that has done nothing but import the libraries, once for all of them.
+    Never ``fork``: OpenMP's threads do not survive it.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([LIBRARIES])
+    context.set_forkserver_preload([PRELOADED])
     return context
 
 

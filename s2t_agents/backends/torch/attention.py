@@ -177,7 +177,7 @@ def row_by_row(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, places: S
     n, heads, d = k.shape
     # Queries that share a key stand in one block: attention then runs on the key heads, nothing is repeated.
     q, k, v = q.view(n, heads, -1, d), k[:, :, None], v[:, :, None]
-    queries, q = q.shape[2], with_company(q)
+    queries, q = q.shape[2], two_rows_at_least(q)
     out = []
     for place, query, key, value in zip(places, *(each.chunk(n) for each in (q, k, v)), strict=True):
         keys, values = place(key, value)
@@ -188,9 +188,13 @@ def row_by_row(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, places: S
     return together[:, :, :queries].reshape(n, -1)
 
 
-def with_company(q: Tensor) -> Tensor:
-    """Queries ``[n, key heads, m, d]``, a single one in half precision twice: alone it takes twice as long on a CPU."""
-    return q.expand(-1, -1, 2, -1) if q.shape[2] == 1 and q.dtype != torch.float32 else q
+def two_rows_at_least(q: Tensor) -> Tensor:
+    """Queries ``[n, key heads, m, d]``; with m = 1, in half precision on a CPU, each stands there twice.
+
+    torch's attention multiplies matrices there; for a single row in half precision it has no fast kernel.
+    """
+    slow = q.shape[2] == 1 and q.dtype != torch.float32 and q.device.type == "cpu"
+    return q.expand(-1, -1, 2, -1) if slow else q
 
 
 def causal(tokens: int, length: int, window: int | None, *, like: Tensor) -> Tensor:
