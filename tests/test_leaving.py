@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import forked
@@ -12,6 +13,7 @@ import pytest
 from ending import ended
 
 from s2t_agents import Ledger
+from s2t_agents.scheduling.computing import Computing
 
 WAYS = {
     "break": "async for _ in model.astream('hello'): break",
@@ -121,10 +123,108 @@ engine = Engine(tiny_model(max_position_embeddings=100_000))
 """
 
 
+CHAT = """
+import threading, time
+import torch
+from s2t_agents import ChatS2T
+from s2t_agents.escalation import Escalation
+from s2t_agents.llms import LocalLLM
+from s2t_agents.testing import tiny_model
+from s2t_agents.triggers import when
+
+tiny = tiny_model(max_position_embeddings=100_000)
+begun = threading.Semaphore(0)
+
+def in_daemon_thread(work):
+    threading.Thread(target=work, daemon=True).start()
+    for _ in range(20):
+        begun.acquire()
+    end_slowly()
+"""
+BETWEEN_FORWARDS = {
+    "a trigger's tensors": """
+        def seldom(proposal):
+            torch.rand(600, 600) @ torch.rand(600, 600)  # nearly all of a step
+            return False
+        model = ChatS2T(model=tiny, escalation=Escalation(LocalLLM(tiny)), trigger=when(seldom), max_tokens=90_000)
+        def work():
+            for _ in model.stream("hello"): begun.release()
+    """,
+    "a call's preparation": """
+        model = ChatS2T(model=tiny, max_tokens=2)
+        def work():
+            while True: model.invoke("hello " * 20); begun.release()
+    """,
+}
+
+
 @pytest.mark.slow
-def test_a_generation_in_a_daemon_thread_ends_with_the_interpreter() -> None:
-    done = ended(ENGINE + DAEMONS.format(threads=1))
+@pytest.mark.parametrize("what", BETWEEN_FORWARDS)
+def test_a_daemon_thread_computes_between_forwards_as_the_interpreter_ends(what: str) -> None:
+    done = ended(CHAT + textwrap.dedent(BETWEEN_FORWARDS[what]) + "in_daemon_thread(work)\n")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_whoever_computes_is_waited_for_and_nobody_else_begins() -> None:
+    computing, order = Computing(), []
+    inside, go_on = threading.Event(), threading.Event()
+
+    def under_way() -> None:
+        with computing, computing:
+            inside.set()
+            go_on.wait()
+            with computing:  # part of what is under way
+                order.append("computed")
+
+    def too_late() -> None:
+        order.append("tried")
+        with computing:
+            order.append("began")
+
+    first = threading.Thread(target=under_way)
+    first.start()
+    inside.wait()
+    threading.Timer(0.1, go_on.set).start()
+    computing.stop_others()
+    with computing:  # who ends the interpreter may
+        order.append("stopped")
+    first.join()
+    second = threading.Thread(target=too_late, daemon=True)
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    assert order == ["computed", "stopped", "tried"]
+
+
+@pytest.mark.slow
+def test_a_generation_that_waits_for_its_slot_holds_nothing_up() -> None:
+    program = (
+        """
+import atexit, time
+atexit.register(lambda: print(time.monotonic() - began < 3))  # registered first: runs last
+"""
+        + CHAT
+        + """
+from s2t_agents.scheduling.admission import Concurrency
+
+model = ChatS2T(model=tiny, max_tokens=90_000, concurrency=Concurrency(running=1))
+first = model.stream("hello")
+next(first)
+
+def work():
+    begun.release(20)
+    next(model.stream("hello"))
+
+def begin():
+    global began
+    began = time.monotonic()
+
+atexit.register(begin)
+in_daemon_thread(work)
+"""
+    )
+    done = ended(program)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
 @pytest.mark.slow

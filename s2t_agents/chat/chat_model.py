@@ -35,6 +35,7 @@ from ..ledger import Ledger
 from ..llms import LLMSelector
 from ..redaction import without_secrets
 from ..scheduling.admission import AdmissionTicket, Concurrency
+from ..scheduling.computing import computing
 from ..scheduling.language_model import LanguageModel
 from ..selectors import Selector
 from ..telemetry import AnswerRequest
@@ -253,6 +254,7 @@ class ChatS2T(ConfigurableChatModel):
         return slm if isinstance(slm, str) else slm.name
 
     @property
+    @computing  # of tensors' dtypes
     def _identifying_params(self) -> dict[str, Any]:
         """Everything that changes the output; the key of LangChain's cache, so without the remaining budget."""
         return {
@@ -432,6 +434,7 @@ class ChatS2T(ConfigurableChatModel):
             yield each if isinstance(each, AdmissionTicket) else output_messages.message_chunk(each, logprobs.new())
         yield output_messages.final_chunk(generation)
 
+    @computing
     def _start(
         self, messages: list[BaseMessage], stop: list[str] | None, call: Mapping[str, Any], *, streamed: bool = False
     ) -> Generation:

@@ -27,6 +27,7 @@ from math import inf
 from ..backends.base import Backend, Output, Work
 from ..backends.torch.cpu_threads import release_threads, wanted_threads, with_threads
 from ..fork_safety import hold_while_forking, renew_in_child
+from .computing import computing
 from .requests import AppendRequest, ForwardRequest, ScoreRequest, TreeRequest
 
 PATIENCE = 0.25
@@ -49,11 +50,12 @@ _leaving = threading.Event()
 
 @atexit.register
 def _leave() -> None:
-    """At interpreter exit: wait for the forwards under way; no daemon thread begins another.
+    """At interpreter exit: wait for the forwards under way and what is computed between them; no daemon thread begins
+    another.
 
-    While Python finalizes, a daemon thread ends where it next acquires the GIL. Below an engine's C++ frames (torch
-    releases the GIL in every operation, llama.cpp logs through a Python callback) that is ``std::terminate``.
+    ``scheduling.computing`` says why. llama.cpp aborts like torch: its C++ logs through a Python callback.
     """
+    computing.stop_others()  # first: they may wait for a forward
     _leaving.set()
     for thread, wanted in list(_threads.items()):
         if thread.is_alive():  # those of a forked process stayed with its parent

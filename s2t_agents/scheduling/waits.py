@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from ..backends.torch.cpu_threads import single_threaded
 from ..types import Step
+from .computing import computing
 from .requests import ForwardRequest
 from .scheduler import Scheduler
 
@@ -73,23 +74,27 @@ def drive_blocking(computation: Generator[Any, None, T]) -> Generator[Any, None,
     An error in a wait, as of an interrupt, is raised in the computation, which may have to clean up.
     """
     try:
-        item = next(computation)
+        with computing:
+            item = next(computation)
         while True:
-            if not isinstance(item, Wait) or item.shown:
+            waits = isinstance(item, Wait)
+            if not waits or item.shown:
                 yield item
-                item = next(computation)
-                continue
             try:
-                item.block()
+                if waits:
+                    item.block()
             except BaseException as error:  # noqa: BLE001 - the computation's own
-                item = computation.throw(error)
+                with computing:
+                    item = computation.throw(error)
             else:
-                item = next(computation)
+                with computing:
+                    item = next(computation)
     except StopIteration as end:
         result: T = end.value
         return result
     finally:
-        computation.close()
+        with computing:
+            computation.close()
 
 
 def finish(computation: Waiting[T]) -> T:
@@ -137,7 +142,8 @@ def gather(computations: Sequence[Waiting[T]]) -> list[T]:
     def resume(at: int) -> None:
         waits.pop(at, None)
         try:
-            waits[at] = next(computations[at])
+            with computing:
+                waits[at] = next(computations[at])
         except StopIteration as end:
             results[at] = end.value
 
@@ -150,8 +156,9 @@ def gather(computations: Sequence[Waiting[T]]) -> list[T]:
                 for at in [at for at in sorted(waits) if waits[at].over]:
                     resume(at)
     finally:
-        for computation in computations:
-            computation.close()
+        with computing:
+            for computation in computations:
+                computation.close()
     return [results[at] for at in range(len(computations))]
 
 
