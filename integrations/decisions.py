@@ -36,6 +36,7 @@ from pydantic import ConfigDict, PrivateAttr, SkipValidation, model_validator
 from torch import Tensor
 
 from s2t_agents.chat.chat_model import ChatS2T
+from s2t_agents.chat.content_blocks import is_media
 from s2t_agents.chat.output_messages import PROVIDER
 from s2t_agents.engine.engine import MAX_K
 from s2t_agents.errors import ConfigError, InputError
@@ -242,12 +243,9 @@ def _plain(value: Any) -> Any:
             told["tool_calls"] = [{"name": call["name"], "args": call["args"]} for call in value.tool_calls]
         return told
     if isinstance(value, Mapping):
-        if value.get("type") in _MEDIA:
+        if is_media(value):
             raise InputError(f"the state holds a {value['type']} block, and this model reads text alone.")
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_plain(each) for each in value]
     return value
-
-
-_MEDIA = frozenset({"image", "image_url", "audio", "input_audio", "video", "file"})

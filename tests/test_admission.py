@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
 import time
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from s2t_agents import ChatS2T, Engine
+from s2t_agents import ChatS2T, Engine, cli
 from s2t_agents.errors import ConfigError, Overloaded
 from s2t_agents.scheduling import admission
 from s2t_agents.scheduling.admission import AdmissionQueue, AdmissionTicket, Concurrency
@@ -24,6 +25,11 @@ from s2t_agents.types import Sampling, Step
 def admitted(queue: AdmissionQueue) -> Iterator[float]:
     with queue.enter() as ticket:
         yield ticket.wait()
+
+
+def test_the_server_admits_as_many_as_an_engine_by_default() -> None:
+    given = inspect.signature(cli.serve).parameters
+    assert Concurrency(given["running"].default, given["waiting"].default) == Concurrency()
 
 
 def test_never_more_run_than_the_limit_and_all_get_their_turn() -> None:

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import file_index
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "s2t_agents"
 PAGES = ["CONTRIBUTING.md", "README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 MAPS = ["docs/architecture.md", "CONTRIBUTING.md"]
 FILE = re.compile(r"(?<![\w/.])((?:[a-z_0-9]+/)*[a-z_0-9]+\.py)")
-PLACES = [PACKAGE, ROOT, ROOT / "benchmarks", ROOT / "tests", *(ROOT / "examples").rglob("*")]
+PLACES = [PACKAGE, ROOT, ROOT / "integrations", ROOT / "benchmarks", ROOT / "tests", *(ROOT / "examples").rglob("*")]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -39,6 +41,17 @@ def test_the_map_shows_every_folder_of_the_package() -> None:
     for folder in PACKAGE.iterdir():
         if folder.is_dir() and folder.name != "__pycache__":
             assert f"  {folder.name}/" in text, folder.name
+
+
+def test_the_list_of_every_file_is_as_the_files_are() -> None:
+    page = file_index.PAGE.read_text(encoding="utf-8")
+    assert page == file_index.written(page), "run python -m benchmarks.file_index"
+
+
+def test_every_file_says_what_it_is() -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*?) \|", file_index.file_list(), re.M)
+    assert len(rows) > 200
+    assert [name for name, what in rows if len(what.split()) < 3] == []
 
 
 def test_no_two_classes_of_the_package_have_one_name() -> None:

@@ -110,11 +110,30 @@ def test_what_cannot_be_answered_is_refused_by_name() -> None:
         ask("s", q=Choice(instructions="Which?", criteria={" ": None}))
     with pytest.raises(InputError, match="70 options; at most 64"):
         ask("s", q=Choice(instructions="Which?", criteria={str(n): None for n in range(70)}))
-    image = HumanMessage([{"type": "image", "base64": "aGk=", "mime_type": "image/png"}])
-    with pytest.raises(InputError, match="image block"):
-        ask([image], q=Noul(instructions="?"))
     with pytest.raises(ContextOverflow):
         ask("x" * 10_000, q=Noul(instructions="?"))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "image", "base64": "aGk=", "mime_type": "image/png"},
+        {"type": "input_image", "image_url": "data:image/png;base64,aGk="},
+        {"type": "media", "data": "aGk=", "mime_type": "audio/wav"},
+        {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "aGk="}},
+    ],
+    ids=lambda block: block["type"],
+)
+def test_a_block_that_is_no_text_is_refused(block: dict[str, Any]) -> None:
+    for state in ([HumanMessage([block])], {"seen": [block]}):
+        with pytest.raises(InputError, match=f"{block['type']} block"):
+            decider().invoke({"state": state, "questions": {"q": Noul(instructions="?")}})
+
+
+@pytest.mark.parametrize("kind", ["report", ["image"], {"image": 1}, None, 3], ids=str)
+def test_a_type_of_the_states_own_is_data(kind: Any) -> None:
+    state = {"type": kind, "source": {"type": "base64"}}
+    assert "q" in decider().invoke({"state": state, "questions": {"q": Noul(instructions="?")}}).nouls
 
 
 def test_a_model_that_has_begun_to_think_says_what_to_turn_off() -> None:

@@ -254,7 +254,7 @@ class ChatS2T(ConfigurableChatModel):
         return slm if isinstance(slm, str) else slm.name
 
     @property
-    @computing  # of tensors' dtypes
+    @computing  # a selector object's hash, a model's dtype
     def _identifying_params(self) -> dict[str, Any]:
         """Everything that changes the output; the key of LangChain's cache, so without the remaining budget."""
         return {

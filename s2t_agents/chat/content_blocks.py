@@ -124,6 +124,12 @@ def _result_texts(value: Any) -> Iterator[str]:
                 yield from _result_texts(item)
 
 
+def is_media(block: Mapping[str, Any]) -> bool:
+    """Whether a block is an image, a sound or a file, by its type or, of a document, by its source."""
+    kind = block.get("type")
+    return isinstance(kind, str) and (kind in _MEDIA or (kind in _DOCUMENTS and _is_media(block)))
+
+
 def _is_media(block: Mapping[str, Any]) -> bool:
     source = block.get("source")
     return isinstance(source, Mapping) and source.get("type", "text") not in {"text", "content"}

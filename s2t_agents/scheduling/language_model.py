@@ -15,7 +15,6 @@ from ..backends.torch.packed_linear import LIMIT
 from ..errors import ConfigError
 from ..redaction import without_secrets
 from ..tokenization.vocabulary import decodable_ids
-from .computing import computing
 from .prefix_cache import PrefixCache
 from .running_prefixes import RunningPrefixes
 from .scheduler import Scheduler
@@ -58,7 +57,6 @@ class LanguageModel:
         """Read a model; arguments and errors as ``backends.loading.load_backend``."""
         return cls.on(load_backend(path, **options))
 
-    @computing
     def __repr__(self) -> str:
         kind = f"{self.library}, {self.quantization}"
         if isinstance(self.backend, TorchBackend):

@@ -1,0 +1,135 @@
+"""Write the list of every file into ``docs/architecture.md``: ``python -m benchmarks.file_index``.
+
+Each with the first sentence of its docstring, the public names in it, and tests that import it (without
+any, tests of the files that do).
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "s2t_agents"
+PAGE = ROOT / "docs" / "architecture.md"
+BEGIN, END = "<!-- begin: every file -->\n", "<!-- end: every file -->\n"
+TESTS_SHOWN = 4
+"""Of the tests that import a file, those that import the least else."""
+
+
+def written(page: str) -> str:
+    """The page with the list as the files are now."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + file_list() + END + rest.split(END)[1]
+
+
+def file_list() -> str:
+    """A table for each folder, as Markdown."""
+    tests, folders = tests_by_module(), defaultdict[str, list[Path]](list)
+    for path in sorted(_files()):
+        if path.name != "__init__.py":
+            folders[path.parent.relative_to(ROOT).as_posix().removeprefix(f"{PACKAGE}/")].append(path)
+    return "".join(_table(folder, folders[folder], tests) for folder in sorted(folders))
+
+
+def tests_by_module() -> dict[str, list[str]]:
+    """Names of test files by the module that they import, those that import least else first."""
+    homes = _exported()
+    modules = {_module(path): _imported(path, homes) for path in _files()}
+    tests = {path.name: _imported(path, homes) & modules.keys() for path in sorted((ROOT / "tests").glob("test_*.py"))}
+    found = {module: [test for test in _special_first(tests) if module in tests[test]] for module in modules}
+    while lent := {
+        module: _special_first(
+            {test: tests[test] for user in modules if module in modules[user] for test in found[user]}
+        )
+        for module in modules
+        if not found[module]
+    }:
+        if not any(lent.values()):
+            break
+        found |= lent
+    return found
+
+
+def _special_first(tests: Mapping[str, Iterable[str]]) -> list[str]:
+    return sorted(tests, key=lambda test: len(set(tests[test])))
+
+
+def _files() -> list[Path]:
+    return [*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "integrations").glob("*.py")]
+
+
+def _imported(path: Path, homes: Mapping[str, tuple[str, str]]) -> set[str]:
+    package = _module(path).rpartition(".")[0]
+    return {_home(each, homes) for each in _imports(ast.parse(path.read_text(encoding="utf-8")), package)}
+
+
+def _table(folder: str, paths: Iterable[Path], tests: Mapping[str, Sequence[str]]) -> str:
+    rows = "".join(_row(path, tests[_module(path)]) for path in paths)
+    head = "| file | what it is | names | tests |\n|---|---|---|---|\n"
+    return f"<details><summary><code>{folder}/</code></summary>\n\n{head}{rows}\n</details>\n\n"
+
+
+def _row(path: Path, tests: Sequence[str]) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    what = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|").rstrip(".:")
+    stem = path.stem.strip("_")
+    shown = sorted(tests, key=lambda test: stem not in test)[:TESTS_SHOWN]
+    names = ", ".join(f"`{name}`" for name in _names(tree))
+    return f"| `{path.name}` | {what} | {names} | {', '.join(f'`{test}`' for test in shown)} |\n"
+
+
+def _names(tree: ast.Module) -> Iterator[str]:
+    """Public classes, functions and constants."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found = [node.name]
+        elif isinstance(node, ast.Assign):
+            found = [name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+            found = [name for name in found if name.isupper()]
+        else:
+            continue
+        yield from (name for name in found if not name.startswith("_"))
+
+
+def _module(path: Path) -> str:
+    inside = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(inside if inside[0] == PACKAGE else (PACKAGE, *inside))
+
+
+def _home(name: str, exported: Mapping[str, tuple[str, str]]) -> str:
+    """The module that a name comes from, through every ``__init__.py`` on the way."""
+    while name in exported:
+        module, inner = exported[name]
+        name = f"{module}.{inner}" if f"{module}.{inner}" in exported else module
+    return name
+
+
+def _imports(tree: ast.Module, package: str) -> Iterator[str]:
+    """Modules, and names as ``module.name``: one of the two is a file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            inside = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*inside, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def _exported() -> dict[str, tuple[str, str]]:
+    """Names that a package's ``__init__.py`` offers, as ``package.name``: where each comes from, and its name there."""
+    found: dict[str, tuple[str, str]] = {}
+    for path in (ROOT / PACKAGE).rglob("__init__.py"):
+        package = path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = f"{package}.{node.module}" if node.level else node.module
+                found |= {f"{package}.{alias.name}": (module, alias.name) for alias in node.names}
+    return found
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
