@@ -139,29 +139,36 @@ def in_daemon_thread(work):
     threading.Thread(target=work, daemon=True).start()
     for _ in range(20):
         begun.acquire()
-    end_slowly()
 """
-BETWEEN_FORWARDS = {
-    "a trigger's tensors": """
-        def seldom(proposal):
-            torch.rand(600, 600) @ torch.rand(600, 600)  # nearly all of a step
-            return False
-        model = ChatS2T(model=tiny, escalation=Escalation(LocalLLM(tiny)), trigger=when(seldom), max_tokens=90_000)
-        def work():
-            for _ in model.stream("hello"): begun.release()
-    """,
-    "a call's preparation": """
-        model = ChatS2T(model=tiny, max_tokens=2)
-        def work():
-            while True: model.invoke("hello " * 20); begun.release()
-    """,
-}
+BETWEEN_FORWARDS = (
+    CHAT
+    + """
+def seldom(proposal):
+    torch.rand(600, 600) @ torch.rand(600, 600)  # nearly all of a step
+    return False
+
+def step_after_step():
+    escalation = Escalation(LocalLLM(tiny))
+    model = ChatS2T(model=tiny, escalation=escalation, trigger=when(seldom), max_tokens=90_000)
+    for _ in model.stream("hello"):
+        begun.release()
+
+def call_after_call():
+    model = ChatS2T(model=tiny, max_tokens=2)
+    while True:
+        model.invoke("hello " * 20)
+        begun.release()
+
+in_daemon_thread(step_after_step)
+in_daemon_thread(call_after_call)
+end_slowly()
+"""
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", BETWEEN_FORWARDS)
-def test_a_daemon_thread_computes_between_forwards_as_the_interpreter_ends(what: str) -> None:
-    done = ended(CHAT + textwrap.dedent(BETWEEN_FORWARDS[what]) + "in_daemon_thread(work)\n")
+def test_daemon_threads_compute_between_forwards_as_the_interpreter_ends() -> None:
+    done = ended(BETWEEN_FORWARDS)
     assert (done.returncode, done.stderr) == (0, "")
 
 

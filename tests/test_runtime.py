@@ -6,8 +6,8 @@ import pytest
 from langchain_core.messages import HumanMessage
 
 from s2t_agents import ChatS2T
+from s2t_agents.chat import runtime
 from s2t_agents.chat.response_options import ResponseOptions
-from s2t_agents.chat.runtime import MAX_GRAMMARS
 from s2t_agents.grammar.grammar import CompiledGrammar
 from s2t_agents.grammar.vocabulary import Vocabulary
 
@@ -25,9 +25,10 @@ def test_a_grammar_in_use_is_compiled_once_however_many_others_come_and_go(monke
         return real(self, vocabulary)
 
     monkeypatch.setattr(ResponseOptions, "compile", noted)
+    monkeypatch.setattr(runtime, "MAX_GRAMMARS", 6)
     chat = ChatS2T(model="s2t-demo", max_tokens=1)
     question = [HumanMessage("2 + 2?")]
-    for other in range(MAX_GRAMMARS + 2):
+    for other in range(8):
         chat.bind_tools([tool("mine")]).invoke(question)
         chat.bind_tools([tool(f"other_{other}")]).invoke(question)
     assert compiled.count("mine") == 1
