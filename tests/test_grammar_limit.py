@@ -12,6 +12,7 @@ from random_schemas import object_schema, schema
 from templates import family
 from test_grammar import NOW, SPELT, TAGGED, WEATHER, Dice, calls_of, tool
 
+from s2t_agents.backends.loading import load_tokenizer
 from s2t_agents.grammar.completion_search import SearchBudget
 from s2t_agents.grammar.grammar import CompiledGrammar, GrammarState, json_grammar, tool_grammar
 from s2t_agents.grammar.vocabulary import cached_vocabulary
@@ -142,3 +143,43 @@ def test_a_failed_search_is_not_repeated_after_the_next_token(items, monkeypatch
 @LISTED
 def test_on_real_tokenizers_a_failed_search_is_not_repeated_either(items, real_tokenizer, monkeypatch):
     assert steps_of_searches(cached_vocabulary(real_tokenizer), items, monkeypatch) <= 3 * 200
+
+
+def digits_that_fit_after_a_bare_comma(words, slack):
+    """Of the second integer in a list of 24, the first of which a comma without its space follows."""
+    parameters = {
+        "type": "object",
+        "properties": {"list": {"type": "array", "items": {"type": "integer"}, "minItems": 24}},
+    }
+    grammar = tool_grammar(words, [tool("f", parameters | {"required": ["list"]})], "any")
+    state, without_limit = grammar.start(grammar.shortest_tokens + slack), grammar.start()
+    one, comma, space = (words.llguidance_tokenizer.tokenize_str(text)[0] for text in ("1", ",", " "))
+
+    def accept(*tokens):
+        for token in tokens:
+            state.accept(token)
+            without_limit.accept(token)
+
+    accept(*without_limit.forced())
+    while not without_limit.takes(one):
+        accept(int(state.allowed().nonzero()[0, 0]), *without_limit.forced())
+    for token in (one, comma, space, one):
+        if without_limit.takes(token):
+            assert state.takes(token), words.llguidance_tokenizer.decode_str([token])
+            accept(token)
+    count = 0
+    while state.takes(one):
+        accept(one)
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("slack", [6, 20, 30])
+def test_an_unusual_token_costs_itself_and_not_the_room_of_the_rest(slack):
+    for tokenizer in (load_tokenizer("s2t-demo"), family(TAGGED)):
+        assert digits_that_fit_after_a_bare_comma(cached_vocabulary(tokenizer), slack) >= slack - 4
+
+
+@pytest.mark.real
+def test_on_real_tokenizers_it_costs_no_more_either(real_tokenizer):
+    assert digits_that_fit_after_a_bare_comma(cached_vocabulary(real_tokenizer), 12) >= 8

@@ -8,6 +8,7 @@ search over single characters follows. Every completion found was consumed by th
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ Floats = npt.NDArray[np.float64]
 _ROLLOUTS = 6
 _FEW_LEGAL = 24  # legal tokens at a choice between constants or keys: there a random choice may find the shorter one
 _LONG_PATH = 12  # a longer completion may be shortened by the character search
+_JOINED_WITHIN = 8  # a rollout joins a known completion within so many of its own tokens and of the other's
 _BEAM_WIDTH, _SAME_MASK_LIMIT, _MAX_BRANCHING = 24, 2, 24
 _PROBE_CHARACTERS = """"0a1@.-:/+A_}] TZ2,z!#=\\'()[{*%&;?x9bceghtps\n""" + "".join(map(chr, range(33, 127)))
 _CLOSING, _QUOTE, _COMMA, _LAST = 0, 1, 2, 9
@@ -62,7 +64,14 @@ class CompletionSearch:
         self._punctuation = np.array([text.lstrip()[:1] in ("}", "]", ",") for text in texts])
 
     def find_completion(
-        self, matcher: Any, masks: Any, limit: int, *, first_found: bool = False, budget: SearchBudget | None = None
+        self,
+        matcher: Any,
+        masks: Any,
+        limit: int,
+        *,
+        known: Sequence[int] = (),
+        first_found: bool = False,
+        budget: SearchBudget | None = None,
     ) -> list[int] | None:
         """Tokens from a state to an accepting state, at most ``limit`` of them; None if no search finds any.
 
@@ -70,6 +79,7 @@ class CompletionSearch:
             matcher: the state to start from; not modified.
             masks: from a matcher to its token mask ``[V]`` (bool).
             limit: maximum number of tokens.
+            known: a completion of a state nearby: where its end completes a state on the way, the search ends there.
             first_found: return the first completion that a rollout finds, and skip the character search.
             budget: steps left for the search; a default number if None.
         """
@@ -78,7 +88,8 @@ class CompletionSearch:
         budget = budget or SearchBudget()
         for attempt in range(_ROLLOUTS // 2 if first_found else _ROLLOUTS):
             order = (self._short_first, self._long_first)[attempt % 2]
-            found = self._rollout(matcher.deep_copy(), masks, limit, order, rng if attempt > 1 else None, budget)
+            varied = rng if attempt > 1 else None
+            found = self._rollout(matcher.deep_copy(), masks, limit, order, varied, budget, known)
             if found is not None:
                 best, limit = found, len(found) - 1
                 if first_found:
@@ -96,9 +107,14 @@ class CompletionSearch:
         order: Floats,
         rng: random.Random | None,
         budget: SearchBudget,
+        known: Sequence[int],
     ) -> list[int] | None:
         path: list[int] = []
         while not matcher.is_accepting():
+            if len(path) <= _JOINED_WITHIN:
+                rest = self._end_of(known, matcher, limit - len(path))
+                if rest is not None:
+                    return path + rest
             step = matcher.compute_ff_tokens()
             if not step:
                 mask = masks(matcher)
@@ -109,6 +125,16 @@ class CompletionSearch:
                 return None
             path += step
         return path
+
+    def _end_of(self, known: Sequence[int], matcher: Any, room: int) -> list[int] | None:
+        """The end of a known completion that completes this state too, the shortest; without at most its first few."""
+        for dropped in reversed(range(min(len(known), _JOINED_WITHIN))):
+            rest = list(known[dropped:])
+            if len(rest) <= room and matcher.validate_tokens(rest) == len(rest):
+                copy = matcher.deep_copy()
+                if copy.consume_tokens(rest) and copy.is_accepting():
+                    return rest
+        return None
 
     def _character_search(self, matcher: Any, masks: Any, limit: int, budget: SearchBudget) -> list[int] | None:
         """Beam search over single characters: greedy rollouts do not find the shortest value of a pattern."""

@@ -383,7 +383,7 @@ class GrammarState:
         mask, spare = hash(state.compute_bitmask()), left - len(path)
         if spare <= failed_searches.get(mask, -1):
             return False
-        found = self._search_from(state, left - 1, budget)
+        found = self._search_from(state, left - 1, budget, path)
         if found is not None:
             self._completions_after[token] = found
             self._learn_detour(found, path)
@@ -423,27 +423,25 @@ class GrammarState:
         left = self._left or 0
         if path is not None and path[: len(tokens)] == tokens and path == self._completion(left):
             return True
-        found = self._search_after(tokens, left, SearchBudget(_MASK_SEARCH_STEPS))
+        state = self._after(tokens) if len(tokens) <= left else None
+        budget = SearchBudget(_MASK_SEARCH_STEPS)
+        found = self._search_from(state, left - len(tokens), budget, path or ()) if state is not None else None
         if found is not None:
             self._known_completion, self._completion_holds = tokens + found, True
             self._failed_searches = {}
         return found is not None
-
-    def _search_after(self, tokens: list[int], left: int, budget: SearchBudget) -> list[int] | None:
-        state = self._after(tokens) if len(tokens) <= left else None
-        return self._search_from(state, left - len(tokens), budget) if state is not None else None
 
     def _after(self, tokens: list[int]) -> Matcher | None:
         """The grammar's state after these tokens; None where they are not legal."""
         state = self._matcher.deep_copy()
         return state if state.consume_tokens(tokens) else None
 
-    def _search_from(self, state: Matcher, room: int, budget: SearchBudget) -> list[int] | None:
-        """A completion of a state with at most so many tokens."""
+    def _search_from(self, state: Matcher, room: int, budget: SearchBudget, known: Sequence[int]) -> list[int] | None:
+        """A completion of a state with at most so many tokens; one of a state nearby is ``known``."""
         if state.is_accepting():
             return []
         return self._vocabulary.completion_search.find_completion(
-            state, self._vocabulary.mask, room, first_found=True, budget=budget
+            state, self._vocabulary.mask, room, known=known, first_found=True, budget=budget
         )
 
 
