@@ -205,7 +205,7 @@ class Scheduler:
         if self._step_s > self._backend.limits.hand_over_s:
             release_threads()  # the caller's own OpenMP threads, if it has computed something itself
         for request in requests:
-            request.finished.wait()
+            request.wait()
 
     def _drop(self, requests: Sequence[ForwardRequest]) -> None:
         """The caller leaves: forget its requests, but wait for a forward in another thread that writes to their caches.
@@ -375,7 +375,7 @@ class Scheduler:
                 self._wanted.notify()
             self._changed.notify_all()
         for request in done:
-            request.finished.set()
+            request.finish()
 
     def _fail(self, error: BaseException) -> None:
         """The loop itself was broken off: every request under way gets the error."""
@@ -387,7 +387,7 @@ class Scheduler:
             self._wanted.notify()
         for request in running:
             request.error = error
-            request.finished.set()
+            request.finish()
 
     def _run_exclusively(self, requests: Sequence[ForwardRequest]) -> None:
         """In a thread that holds the backend's lock: to wait for others would be for ever."""
