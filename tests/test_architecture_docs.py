@@ -31,9 +31,9 @@ def test_every_name_that_stands_with_its_file_is_in_it(page: str) -> None:
     for file, names in re.findall(r"`((?:[a-z_0-9]+/)*[a-z_0-9]+\.py): ([A-Za-z_, ]+)`", text):
         source = (PACKAGE / file).read_text(encoding="utf-8")
         for name in names.split(", "):
-            assert re.search(rf"^(class|def) {name}\b|^    def {name}\b|^{name}\b.* = ", source, re.M), (
-                f"{name} in {file}"
-            )
+            assert re.search(
+                rf"^(class|def|async def) {name}\b|^    (async )?def {name}\b|^{name}\b.* = ", source, re.M
+            ), f"{name} in {file}"
 
 
 def test_the_map_shows_every_folder_of_the_package() -> None:
