@@ -1,6 +1,6 @@
 """Write the list of every file into ``docs/architecture.md``: ``python -m benchmarks.file_index``.
 
-Each with the first sentence of its docstring, the public names in it, and tests that import it (without
+Each with the first paragraph of its docstring, the public names in it, and tests that import it (without
 any, tests of the files that do).
 """
 

@@ -90,14 +90,14 @@ def _texts(block: Any, message: BaseMessage, where: str, skipped: list[str]) -> 
         yield from _texts(inner, message, where, skipped)
     elif kind in _TEXT:
         yield _text_in(block.get(_TEXT_KEYS.get(kind, "text")))
-    elif kind in _DOCUMENTS and not _is_media(block):
+    elif kind in _DOCUMENTS and not _has_media_source(block):
         header = [block[key] for key in ("title", "context") if isinstance(block.get(key), str)]
         yield "\n".join([*header, *_result_texts(block.get("source") if kind == "document" else block)])
     elif kind == "json" and isinstance(message, ToolMessage):
         yield json.dumps(block.get("json"), ensure_ascii=False)
     elif kind in _CACHE_POINTS or (from_model and kind in _REASONING | _CALLS.keys() | _CALL_CHUNKS):
         return
-    elif from_model and kind not in _MEDIA and not _is_media(block):
+    elif from_model and kind not in _MEDIA and not _has_media_source(block):
         found = [text for text in _result_texts(block) if text]
         if not found:
             skipped.append(kind)
@@ -127,10 +127,10 @@ def _result_texts(value: Any) -> Iterator[str]:
 def is_media(block: Mapping[str, Any]) -> bool:
     """Whether a block is an image, a sound or a file, by its type or, of a document, by its source."""
     kind = block.get("type")
-    return isinstance(kind, str) and (kind in _MEDIA or (kind in _DOCUMENTS and _is_media(block)))
+    return isinstance(kind, str) and (kind in _MEDIA or (kind in _DOCUMENTS and _has_media_source(block)))
 
 
-def _is_media(block: Mapping[str, Any]) -> bool:
+def _has_media_source(block: Mapping[str, Any]) -> bool:
     source = block.get("source")
     return isinstance(source, Mapping) and source.get("type", "text") not in {"text", "content"}
 

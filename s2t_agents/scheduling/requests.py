@@ -29,17 +29,17 @@ class ForwardRequest(ABC):
         self.cache, self.compute = cache, compute or ComputeTime()
         self.caller = id(cache)
         self.error: BaseException | None = None
-        self._going_on = threading.Lock()  # free once the caller can go on: an Event costs twice as much a token
-        self._going_on.acquire()
+        self._pending = threading.Lock()  # held until ``finish``; an Event costs twice as much a token
+        self._pending.acquire()
 
     def wait(self) -> None:
         """Block until ``finish``, once."""
-        self._going_on.acquire()
+        self._pending.acquire()
 
     def finish(self) -> None:
         """The caller can go on."""
-        if self._going_on.locked():
-            self._going_on.release()
+        if self._pending.locked():
+            self._pending.release()
 
     @property
     @abstractmethod
@@ -141,7 +141,7 @@ class AppendRequest(ForwardRequest):
     def renew(self) -> None:
         """There is time after all: it can be run again, and goes on after what is read."""
         self.expired = False
-        self._going_on.acquire(blocking=False)
+        self._pending.acquire(blocking=False)
 
     def result(self) -> StepOutput:
         """The output after the last token.
