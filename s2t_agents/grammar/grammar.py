@@ -15,7 +15,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -178,6 +178,18 @@ class CompiledGrammar:
         )
 
 
+class _FailedSearch(NamedTuple):
+    """A search for a completion that found none, and when it is worth repeating from a state with the same mask.
+
+    Attributes:
+        spare: tokens beyond the known completion that were too few.
+        retry_below: room in tokens below which it may end within its steps; 0 where it did.
+    """
+
+    spare: int
+    retry_below: int
+
+
 class GrammarState:
     """The state of one generation under a compiled grammar; a ``Grammar``."""
 
@@ -192,8 +204,8 @@ class GrammarState:
         self._what = compiled.what
         self._detours = _DETOURS  # how a completion may go on after other tokens, tried before a search
         self._completions_after: dict[int, list[int]] = {}  # completions found for tokens that are legal now
-        self._failed_searches: dict[int, int] = {}
-        """By a mask's hash: tokens beyond the known completion that were too few."""
+        self._failed_searches: dict[int, _FailedSearch] = {}
+        """By a mask's hash."""
         self._ended = self._shortened = False
 
     @property
@@ -361,7 +373,7 @@ class GrammarState:
         return self._known_completion
 
     def _can_finish_after(
-        self, token: int, path: list[int], budget: SearchBudget, failed_searches: dict[int, int]
+        self, token: int, path: list[int], budget: SearchBudget, failed_searches: dict[int, _FailedSearch]
     ) -> bool:
         """Whether a completion after a legal token is known or found.
 
@@ -369,26 +381,27 @@ class GrammarState:
             token: legal next.
             path: completes the state before it.
             budget: of the search.
-            failed_searches: see the attribute; a search that failed is not repeated after another token that leaves the
-                same mask and no more room.
+            failed_searches: by a mask's hash; one that failed is not repeated after another token that leaves the same
+                mask and no more room.
         """
         if token in self._vocabulary.eos_ids or token in path[:1] or token in self._completions_after:
             return True
         if self._completes_after(token, path):
             return True
-        left = self._left or 0
-        state = self._after([token]) if left else None
+        left, steps = self._left or 0, budget.left
+        state = self._after([token]) if left and steps > 0 else None
         if state is None:
             return False
         mask, spare = hash(state.compute_bitmask()), left - len(path)
-        if spare <= failed_searches.get(mask, -1):
+        failed = failed_searches.get(mask)
+        if failed is not None and spare <= failed.spare and left >= failed.retry_below:
             return False
         found = self._search_from(state, left - 1, budget, path)
         if found is not None:
             self._completions_after[token] = found
             self._learn_detour(found, path)
-        elif budget.left > 0:
-            failed_searches[mask] = spare
+        elif budget.left > 0 or steps == _MASK_SEARCH_STEPS:  # not one that other searches left too few steps
+            failed_searches[mask] = _FailedSearch(spare, 0 if budget.left > 0 else left // 2)
         return found is not None
 
     def _completes_after(self, token: int, path: list[int]) -> bool:
