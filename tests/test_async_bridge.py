@@ -120,6 +120,52 @@ async def test_a_cancellation_while_the_generator_closes_is_not_lost() -> None:
     assert closed
 
 
+async def test_an_answer_goes_on_while_the_event_loop_does_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "TURN_S", 20.0)
+    taken = 0
+
+    def answer() -> Generator[int | None, None, None]:
+        nonlocal taken
+        for _ in range(20):
+            taken += 1
+            yield None
+        yield 1
+
+    async with aclosing(ThreadedIterator(answer())) as items:
+        first = asyncio.ensure_future(anext(items))
+        await asyncio.sleep(0)
+        patience = time.monotonic() + 20
+        while taken < 20 and time.monotonic() < patience:
+            time.sleep(0.001)  # the loop is blocked: no step may need it
+        assert taken == 20
+        assert await first == 1
+
+
+async def test_a_cancelled_answer_takes_no_step_more_than_the_one_it_is_at() -> None:
+    at, go, taken = threading.Event(), threading.Event(), 0
+
+    def answer() -> Generator[int | None, None, None]:
+        nonlocal taken
+        while True:
+            taken += 1
+            at.set()
+            go.wait(20)
+            yield None
+
+    async def ask() -> None:
+        async with aclosing(ThreadedIterator(answer())) as items:
+            await anext(items)
+
+    task = asyncio.create_task(ask())
+    await asyncio.to_thread(at.wait, 20)
+    task.cancel()
+    await asyncio.sleep(0.01)
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert taken == 1
+
+
 async def test_an_error_comes_through() -> None:
     def fail() -> Generator[int, None, None]:
         yield 1

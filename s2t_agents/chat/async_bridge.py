@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -15,7 +17,10 @@ from ..scheduling.admission import AdmissionTicket
 T = TypeVar("T")
 
 THREADS = 256
-"""Worker threads, that is steps computed at once in this process; ``Concurrency`` limits running generations."""
+"""Worker threads, that is generations that compute at once in this process; ``Concurrency`` limits the running ones."""
+
+TURN_S = 0.05
+"""How long a thread goes on past items that are not passed on: to hand each over costs more than a small model's step."""
 
 _END: Any = object()
 
@@ -37,7 +42,7 @@ class ThreadedIterator(AsyncIterator[T], Generic[T]):
     """Async iterator over a blocking generator; each item is computed in a thread, in the caller's context.
 
     Two kinds of item are not passed on: for an ``AdmissionTicket`` the event loop waits until it is admitted, without
-    blocking a thread; None marks a point at which the caller can be cancelled.
+    blocking a thread; None marks a point at which the caller can be cancelled, or the event loop may have ended.
 
     ``aclose`` and a cancelled task return once the current item is computed and the generator is closed, even if they
     are cancelled again meanwhile: nothing keeps running, holds are released and the ledger record is written. If the
@@ -57,10 +62,10 @@ class ThreadedIterator(AsyncIterator[T], Generic[T]):
         self._items, self._on_item = items, on_item
         self._context = copy_context()
         self._step: Future[Any] | None = None
-        self._over = False
+        self._over = threading.Event()
 
     async def __anext__(self) -> T:
-        if self._over:
+        if self._over.is_set():
             raise StopAsyncIteration
         try:
             return await self._next()
@@ -70,9 +75,9 @@ class ThreadedIterator(AsyncIterator[T], Generic[T]):
 
     async def aclose(self) -> None:
         """Close the generator once the current item is computed; re-raises a cancellation that came meanwhile."""
-        if self._over:
+        if self._over.is_set():
             return
-        self._over = True
+        self._over.set()
         cancelled = await _wait_uncancelled(self._step) if self._step else None
         closed = _start(self._items.close)
         cancelled = await _wait_uncancelled(closed) or cancelled
@@ -81,9 +86,10 @@ class ThreadedIterator(AsyncIterator[T], Generic[T]):
             raise cancelled
 
     def __del__(self) -> None:
-        if getattr(self, "_over", True):
+        over, items, context = self._over, self._items, self._context
+        if over.is_set():
             return
-        self._over, items, context = True, self._items, self._context
+        over.set()
         if self._step is None or self._step.done():
             context.run(items.close)
         else:  # its task was destroyed in the middle of a step
@@ -91,7 +97,7 @@ class ThreadedIterator(AsyncIterator[T], Generic[T]):
 
     async def _next(self) -> T:
         while True:
-            self._step = _start(next, self._items, _END)
+            self._step = _start(_next_shown, self._items, self._over)
             await asyncio.wait([_completion_future(self._step)])  # a thread cannot be cancelled
             item = self._step.result()
             if item is _END:
@@ -102,6 +108,15 @@ class ThreadedIterator(AsyncIterator[T], Generic[T]):
                 if self._on_item:
                     await self._on_item(item)
                 return item  # type: ignore[no-any-return]
+
+
+def _next_shown(items: Generator[Any, None, None], over: threading.Event) -> Any:
+    """The next item, in a thread; None where the caller has left, or after a while without one to pass on."""
+    until = time.monotonic() + TURN_S
+    while True:
+        item = next(items, _END)
+        if item is not None or over.is_set() or time.monotonic() > until:
+            return item
 
 
 def _start(work: Callable[..., Any], *args: Any) -> Future[Any]:
