@@ -1,7 +1,7 @@
 """Write the list of every file into ``docs/architecture.md``: ``python -m benchmarks.file_index``.
 
-Each with the first paragraph of its docstring, the public names in it, and tests that import it (without
-any, tests of the files that do).
+Each with the first paragraph of its docstring, the public names in it, and tests that import it; without any, the files
+that import it, and where that is one alone, the tests that import that one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "s2t_agents"
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- begin: every file -->\n", "<!-- end: every file -->\n"
-TESTS_SHOWN = 4
+SHOWN = 4
 """Of the tests that import a file, those that import the least else."""
 
 
@@ -27,34 +27,36 @@ def written(page: str) -> str:
 
 def file_list() -> str:
     """A table for each folder, as Markdown."""
-    tests, folders = tests_by_module(), defaultdict[str, list[Path]](list)
+    readers, folders = readers_by_module(), defaultdict[str, list[Path]](list)
     for path in sorted(_files()):
         if path.name != "__init__.py":
             folders[path.parent.relative_to(ROOT).as_posix().removeprefix(f"{PACKAGE}/")].append(path)
-    return "".join(_table(folder, folders[folder], tests) for folder in sorted(folders))
+    return "".join(_table(folder, folders[folder], readers) for folder in sorted(folders))
 
 
-def tests_by_module() -> dict[str, list[str]]:
-    """Names of test files by the module that they import, those that import least else first."""
+def readers_by_module() -> dict[str, list[str]]:
+    """What imports each module, by name, those that import least else first: tests, or else files of the package.
+
+    Where one file alone imports a module, the tests that import that file come after it.
+    """
     homes = _exported()
     modules = {_module(path): _imported(path, homes) for path in _files()}
     tests = {path.name: _imported(path, homes) & modules.keys() for path in sorted((ROOT / "tests").glob("test_*.py"))}
-    found = {module: [test for test in _special_first(tests) if module in tests[test]] for module in modules}
-    while lent := {
-        module: _special_first(
-            {test: tests[test] for user in modules if module in modules[user] for test in found[user]}
-        )
-        for module in modules
-        if not found[module]
-    }:
-        if not any(lent.values()):
-            break
-        found |= lent
-    return found
+    tested = {each: _special_first(tests, each) for each in modules}
+    users = {each: _special_first(modules, each) for each in modules}
+    return {
+        each: tested[each]
+        or [_shown(user) for user in users[each]] + (tested[users[each][0]] if len(users[each]) == 1 else [])
+        for each in modules
+    }
 
 
-def _special_first(tests: Mapping[str, Iterable[str]]) -> list[str]:
-    return sorted(tests, key=lambda test: len(set(tests[test])))
+def _special_first(imports: Mapping[str, set[str]], module: str) -> list[str]:
+    return sorted((name for name, used in imports.items() if module in used), key=lambda name: len(imports[name]))
+
+
+def _shown(module: str) -> str:
+    return f"{module.removeprefix(PACKAGE + '.').replace('.', '/')}.py"
 
 
 def _files() -> list[Path]:
@@ -66,21 +68,28 @@ def _imported(path: Path, homes: Mapping[str, tuple[str, str]]) -> set[str]:
     return {_home(each, homes) for each in _imports(ast.parse(path.read_text(encoding="utf-8")), package)}
 
 
-def _table(folder: str, paths: Iterable[Path], tests: Mapping[str, Sequence[str]]) -> str:
-    rows = "".join(_row(path, tests[_module(path)]) for path in paths)
+def _table(folder: str, paths: Iterable[Path], readers: Mapping[str, Sequence[str]]) -> str:
+    rows = "".join(_row(path, readers[_module(path)]) for path in paths)
     head = "| file | what it is | names | tests |\n|---|---|---|---|\n"
     return f"<details><summary><code>{folder}/</code></summary>\n\n{head}{rows}\n</details>\n\n"
 
 
-def _row(path: Path, tests: Sequence[str]) -> str:
+def _row(path: Path, readers: Sequence[str]) -> str:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     what = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|").rstrip(".:")
     stem = path.stem.strip("_")
     own = f"test_{stem}.py"  # by its name, though it goes through other files
-    named = [own] if (ROOT / "tests" / own).exists() and own not in tests else []
-    shown = [*named, *sorted(tests, key=lambda test: stem not in test)][:TESTS_SHOWN]
+    tests = sorted((name for name in readers if name.startswith("test_")), key=lambda test: stem not in test)
+    users = [name for name in readers if not name.startswith("test_")]
+    if (ROOT / "tests" / own).exists():
+        tests, users = [own, *(test for test in tests if test != own)], []
+    through = f"through {_first(users)}" if users else ""
     names = ", ".join(f"`{name}`" for name in _names(tree))
-    return f"| `{path.name}` | {what} | {names} | {', '.join(f'`{test}`' for test in shown)} |\n"
+    return f"| `{path.name}` | {what} | {names} | {': '.join(filter(None, (through, _first(tests))))} |\n"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join([*(f"`{name}`" for name in names[:SHOWN]), *(["…"] if len(names) > SHOWN else [])])
 
 
 def _names(tree: ast.Module) -> Iterator[str]:

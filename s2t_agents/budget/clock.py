@@ -1,4 +1,4 @@
-"""The time of a budget store: a monotonic clock, and the calendar."""
+"""The time of a budget store: a monotonic clock, and the time of day in UTC."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Budgets that start afresh: per hour, per day, per week."""
+"""Budgets that start afresh after a fixed length of UTC time: per hour, per day, per week."""
 
 from __future__ import annotations
 

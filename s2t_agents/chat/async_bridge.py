@@ -20,7 +20,7 @@ THREADS = 256
 """Worker threads, that is generations that compute at once in this process; ``Concurrency`` limits the running ones."""
 
 TURN_S = 0.05
-"""How long a thread goes on past items that are not passed on: to hand each over costs more than a small model's step."""
+"""Seconds that a thread goes on past items that are not passed on: to hand each over takes as long as a small step."""
 
 _END: Any = object()
 

@@ -1,4 +1,4 @@
-"""Percentiles of the parts of the latency."""
+"""The percentiles that are kept of a latency; `grouped_totals` computes them."""
 
 from __future__ import annotations
 
