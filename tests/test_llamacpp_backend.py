@@ -20,7 +20,8 @@ from torch import Tensor
 
 from s2t_agents.backends.base import Append, ScoreCandidates, StepOutput
 from s2t_agents.backends.llamacpp.backend import LlamaCppBackend
-from s2t_agents.backends.llamacpp.context import Context, Interrupted
+from s2t_agents.backends.llamacpp.context import Context, Interrupted, Options
+from s2t_agents.backends.llamacpp.gguf_header import read_header
 from s2t_agents.errors import ConfigError, ModelNotFound, Overloaded
 from s2t_agents.scheduling.language_model import LanguageModel
 
@@ -78,8 +79,10 @@ def greedy(backend: LlamaCppBackend, prompt: Sequence[int], tokens: int) -> list
     return said
 
 
-def greedy_of_the_binding(path: Path, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-    llama = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False, flash_attn=True)
+def greedy_of_the_binding(path: Path, prompts: Sequence[Sequence[int]], tokens: int, **options: Any) -> list[list[int]]:
+    llama = llama_cpp.Llama(
+        str(path), n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False, flash_attn=True, **options
+    )
     said = []
     for prompt in prompts:
         llama.reset()
@@ -109,6 +112,29 @@ def test_greedy_on_real_weights_is_the_binding_s_own(
         for text in texts
     ]
     assert [greedy(smol, prompt, 16) for prompt in prompts] == greedy_of_the_binding(smollm2_gguf, prompts, 16)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("kind", "number"), [("q8_0", 8), ("q4_0", 2)])
+def test_over_quantised_kv_too(kind: str, number: int, smollm2_gguf: Path) -> None:
+    backend = LlamaCppBackend.load(smollm2_gguf, n_ctx=1024, n_threads=1, type_k=kind, type_v=kind)
+    chat = [{"role": "user", "content": "Why is the sky blue, and the evening red?"}]
+    prompt = backend.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    theirs = greedy_of_the_binding(smollm2_gguf, [prompt], 24, type_k=number, type_v=number)
+    assert [greedy(backend, prompt, 24)] == theirs
+    backend.close()
+
+
+@pytest.mark.real
+def test_by_default_kv_of_fewer_bits_holds_more_tokens_in_the_same_memory(smollm2_gguf: Path) -> None:
+    header = read_header(smollm2_gguf)
+    cells = {}
+    for kind in ("f32", "f16", "q8_0"):
+        context = Context(header, Options(n_threads=1, type_k=kind, type_v=kind))
+        cells[kind] = context.cells
+        context.close()
+    assert cells["f16"] / cells["f32"] == pytest.approx(2, rel=0.05)
+    assert cells["q8_0"] / cells["f16"] == pytest.approx(16 / 8.5, rel=0.05)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 9, 64])

@@ -12,7 +12,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +35,24 @@ KV_BYTES = 512 * 2**20
 
 LEAST_CELLS, MOST_WINDOWS = 8192, 8
 
-KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
-"""Number of the ggml type, by name."""
+
+class KVType(NamedTuple):
+    """A ggml type: its number, and the bits that a value takes, its block's scale included."""
+
+    number: int
+    bits: float
+
+
+KV_TYPES = {
+    "f32": KVType(0, 32),
+    "f16": KVType(1, 16),
+    "bf16": KVType(30, 16),
+    "q8_0": KVType(8, 8.5),
+    "q5_1": KVType(7, 6),
+    "q5_0": KVType(6, 5.5),
+    "q4_1": KVType(3, 5),
+    "q4_0": KVType(2, 4.5),
+}
 
 
 class NoRoom(Exception):
@@ -173,7 +189,7 @@ class Context:
     def _make(self, options: Options, sequences: int) -> Any:
         wanted = self._c.llama_context_default_params()
         threads = options.n_threads or os.cpu_count() or 1
-        wanted.n_ctx = options.n_ctx or self._room()
+        wanted.n_ctx = options.n_ctx or self._room(options)
         if wanted.n_ctx > (most := SEQUENCES * max(self.window, LEAST_CELLS)):
             raise ConfigError(
                 f"n_ctx is {options.n_ctx}; {SEQUENCES} sequences of {self.window:,} tokens have {most:,} at most.",
@@ -183,7 +199,7 @@ class Context:
         wanted.n_seq_max = sequences
         wanted.n_outputs_max = OUTPUTS
         wanted.n_threads = wanted.n_threads_batch = threads
-        wanted.type_k, wanted.type_v = KV_TYPES[options.type_k], KV_TYPES[options.type_v]
+        wanted.type_k, wanted.type_v = (KV_TYPES[each].number for each in (options.type_k, options.type_v))
         wanted.pooling_type = self._c.LLAMA_POOLING_TYPE_NONE
         wanted.embeddings = True
         wanted.swa_full = True  # else the KV before a sliding window is lost, and a sequence cannot be cut back
@@ -200,13 +216,14 @@ class Context:
             )
         return context
 
-    def _room(self) -> int:
+    def _room(self, options: Options) -> int:
         """Tokens that the default memory for KV holds."""
         window = self.window
         layers, heads = (int(ask(self._model)) for ask in (self._c.llama_model_n_layer, self._c.llama_model_n_head_kv))
         width = int(self._c.llama_model_n_embd(self._model)) // max(1, int(self._c.llama_model_n_head(self._model)))
         width = self._header.number(f"{self._header.architecture}.attention.key_length") or width
-        token = max(1, 2 * layers * heads * width * 2)
+        bits = KV_TYPES[options.type_k].bits + KV_TYPES[options.type_v].bits
+        token = max(1, int(layers * heads * width * bits / 8))
         return min(max(KV_BYTES // token, min(LEAST_CELLS, window)), MOST_WINDOWS * window)
 
     def read(self, runs: Sequence[Run]) -> None:
