@@ -14,7 +14,7 @@ import transformers
 from rich.console import Group
 from rich.table import Table
 
-from s2t_agents.backends.torch.cpu_features import widens
+from s2t_agents.backends.torch.cpu_features import is_emulated
 from s2t_agents.bundled import SLM
 from s2t_agents.errors import ConfigError
 from s2t_agents.scheduling.language_model import LanguageModel
@@ -216,7 +216,7 @@ MEASURED: dict[str, Callable[[LanguageModel, Sizes], list[dict[str, Any]]]] = {
 
 def usual_dtype() -> torch.dtype:
     """In which a bf16 checkpoint of that size is read on this machine."""
-    return torch.float32 if widens(torch.bfloat16) else torch.bfloat16
+    return torch.float32 if is_emulated(torch.bfloat16) else torch.bfloat16
 
 
 def targets(parts: Mapping[str, Any]) -> dict[str, Verdict]:

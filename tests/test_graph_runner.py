@@ -27,7 +27,7 @@ from s2t_agents.backends.torch.cuda import attention
 from s2t_agents.backends.torch.cuda.cuda_graph import Recorder, played
 from s2t_agents.backends.torch.cuda.graph_runner import GraphRunner, agrees
 from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST, KVPools, PooledKVCache, bucket
-from s2t_agents.backends.torch.fused_ops import PLAIN, Pointwise
+from s2t_agents.backends.torch.fused_ops import EAGER, PointwiseOps
 from s2t_agents.backends.torch.kv_cache import KVCache
 from s2t_agents.backends.torch.lora import Lora
 from s2t_agents.engine.engine import fetched, in_one_trip
@@ -54,7 +54,7 @@ def pooled_model(
     name: str = "qwen3",
     record: Recorder | None = None,
     pools: KVPools | None = None,
-    ops: Pointwise | None = None,
+    ops: PointwiseOps | None = None,
     often: int = 99,
     **overrides: Any,
 ) -> LanguageModel:
@@ -62,7 +62,7 @@ def pooled_model(
     model = tiny_model(name, max_position_embeddings=4096, **overrides)
     rows = runner(model).decoder_batch
     assert rows is not None
-    model.torch_backend.use_graphs(GraphRunner(rows, record or Tape(), pools, ops or PLAIN, often=often))
+    model.torch_backend.use_graphs(GraphRunner(rows, record or Tape(), pools, ops or EAGER, often=often))
     return LanguageModel.on(model.backend)
 
 

@@ -70,7 +70,7 @@ def test_a_larger_one_does_where_half_precision_is_slow(
         return dtype
 
     monkeypatch.setattr(loading, "SMALL_ON_CPU", 0)
-    monkeypatch.setattr(loading, "widens", lambda dtype: widened and dtype == torch.bfloat16)
+    monkeypatch.setattr(loading, "is_emulated", lambda dtype: widened and dtype == torch.bfloat16)
     assert read_as() == (torch.float32 if widened else torch.bfloat16)
     monkeypatch.setattr(loading, "WIDENED_ON_CPU", 0)  # not where that takes more memory than anybody expects
     assert read_as() == torch.bfloat16

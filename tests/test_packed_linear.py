@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch_models import runner
 
-from s2t_agents.backends.torch.cpu_features import lays_out
+from s2t_agents.backends.torch.cpu_features import supports_packed_weights
 from s2t_agents.backends.torch.llama_decoder import llama_decoder_of
 from s2t_agents.backends.torch.packed_linear import LEAST, FusedLinear, PackedLinears, gains
 from s2t_agents.testing import tiny_config, tiny_model, tiny_tokenizer
 
-pytestmark = pytest.mark.skipif(not lays_out(torch.float32), reason="this torch was built without oneDNN")
+pytestmark = pytest.mark.skipif(
+    not supports_packed_weights(torch.float32), reason="this torch was built without oneDNN"
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -41,7 +43,7 @@ def test_it_is_the_modules_own_map(dtype: torch.dtype, bias: bool, rows: int) ->
     module = layer(dtype, bias)
     fused = FusedLinear(module)
     packed = PackedLinears([fused])
-    assert packed.laid_out == lays_out(dtype)
+    assert packed.packed == supports_packed_weights(dtype)
     x = torch.randn(rows, 512, dtype=dtype)
     with torch.inference_mode():
         (said,) = packed(fused, x)
@@ -101,10 +103,10 @@ def test_past_the_limit_nothing_is_held_twice() -> None:
 
 def test_all_weights_of_a_model_are_laid_out_or_none() -> None:
     little, large = FusedLinear(layer(torch.float32, out=8)), FusedLinear(layer(torch.float32, out=2000))
-    assert PackedLinears([little, large]).laid_out  # it is the average that counts
-    assert not PackedLinears([*[FusedLinear(layer(torch.float32, out=8)) for _ in range(9)], large]).laid_out
-    assert not PackedLinears([FusedLinear(layer(torch.bfloat16)), large]).laid_out
-    assert not PackedLinears([]).laid_out
+    assert PackedLinears([little, large]).packed  # it is the average that counts
+    assert not PackedLinears([*[FusedLinear(layer(torch.float32, out=8)) for _ in range(9)], large]).packed
+    assert not PackedLinears([FusedLinear(layer(torch.bfloat16)), large]).packed
+    assert not PackedLinears([]).packed
 
 
 def test_what_neither_gains_nor_is_small_is_not_held_twice() -> None:
@@ -132,7 +134,7 @@ def test_a_models_lean_step_uses_them_and_says_what_the_model_says(dtype: torch.
     raw = AutoModelForCausalLM.from_config(tiny_config("qwen2", **wide)).to(dtype).eval().requires_grad_(False)
     step = llama_decoder_of(raw)
     assert step is not None
-    assert step.linear.laid_out == lays_out(dtype)
+    assert step.linear.packed == supports_packed_weights(dtype)
     plain = LanguageModel(raw, tiny_tokenizer(), name="plain", prepack=0)
     packed = LanguageModel(raw, tiny_tokenizer(), name="packed")
     said = []

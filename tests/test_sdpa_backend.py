@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from s2t_agents.backends.torch.sdpa_backend import planless
+from s2t_agents.backends.torch.sdpa_backend import without_cudnn_attention
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -21,20 +21,20 @@ def before(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 
 def test_inside_the_block_it_is_off_and_afterwards_as_before(before: bool) -> None:
-    with planless(CUDA):
+    with without_cudnn_attention(CUDA):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
-        with planless(CUDA):
+        with without_cudnn_attention(CUDA):
             assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_after_an_error_it_is_as_before(before: bool) -> None:
-    with pytest.raises(ValueError, match="forward"), planless(CUDA):
+    with pytest.raises(ValueError, match="forward"), without_cudnn_attention(CUDA):
         raise ValueError("forward")
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_elsewhere_nothing_is_set(before: bool) -> None:
-    with planless(CPU):
+    with without_cudnn_attention(CPU):
         assert torch.backends.cuda.cudnn_sdp_enabled() == before

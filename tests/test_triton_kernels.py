@@ -15,7 +15,7 @@ from torch_models import runner
 
 from s2t_agents.backends.torch.cuda.cuda_graph import played
 from s2t_agents.backends.torch.cuda.graph_runner import GraphRunner, agrees, graph_builders
-from s2t_agents.backends.torch.fused_ops import turned
+from s2t_agents.backends.torch.fused_ops import rotary_embedding
 from s2t_agents.testing import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value|divide by zero).*:RuntimeWarning")
@@ -45,13 +45,13 @@ def kernels() -> ModuleType:
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_product_of_one_row(kernels: ModuleType, n_in: int, n_out: int, with_bias: bool) -> None:
     x, weight, bias = torch.randn(1, n_in), torch.randn(n_out, n_in), torch.randn(n_out) if with_bias else None
-    assert torch.allclose(kernels.product(x, weight, bias), functional.linear(x, weight, bias), atol=1e-3)
+    assert torch.allclose(kernels.linear(x, weight, bias), functional.linear(x, weight, bias), atol=1e-3)
 
 
 def test_a_gated_product_of_one_row(kernels: ModuleType) -> None:
     x, weight = torch.randn(1, 600), torch.randn(2 * 37, 600) / 25
     gate, up = functional.linear(x, weight).chunk(2, -1)
-    assert torch.allclose(kernels.gated(x, weight), functional.silu(gate) * up, atol=1e-4)
+    assert torch.allclose(kernels.gate_up_silu(x, weight), functional.silu(gate) * up, atol=1e-4)
 
 
 @pytest.mark.parametrize(("d", "heads", "key_heads", "rows", "candidates", "lengths", "window"), SHAPES)
@@ -73,10 +73,10 @@ def test_attention_in_parts(
     q, k, v = torch.randn(n, heads, d), torch.randn(n, key_heads, d), torch.randn(n, key_heads, d)
     angles = torch.randn(rows, 1, d // 2).repeat(1, 1, 2)
     before, layer = kv.clone(), _Layer(d**-0.5, window or None)
-    over = kernels.PartedAttention([kv], torch.tensor(lengths), angles.cos(), angles.sin(), writes=not candidates)
+    over = kernels.SplitKVAttention([kv], torch.tensor(lengths), angles.cos(), angles.sin(), writes=not candidates)
     seen = over(layer, 0, q, k, v)
     where = angles.repeat_interleave(n // rows, 0)
-    q, k = turned(q, k, where.cos(), where.sin())
+    q, k = rotary_embedding(q, k, where.cos(), where.sin())
     for row in range(n):
         at = row // (n // rows)
         end = lengths[at]
@@ -126,7 +126,7 @@ def test_a_kernel_that_cannot_be_made_leaves_the_other_way(
         def __getitem__(self, grid: Any) -> Any:
             raise TypeError("no compiler")
 
-    monkeypatch.setattr(kernels.triton_kernels, "joined", Broken())
+    monkeypatch.setattr(kernels.triton_kernels, "merge_splits", Broken())
     model = tiny_model("qwen2")
     assert runner(model).decoder_batch is not None
     graph_runner = GraphRunner(runner(model).decoder_batch, played, builder=kernels.TritonGraphBuilder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 
-def lays_out(dtype: torch.dtype) -> bool:
+def supports_packed_weights(dtype: torch.dtype) -> bool:
     """Whether oneDNN, as torch was built here, takes weights of this dtype in its own layout at full speed."""
     needed = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
     if not torch.backends.mkldnn.enabled or not all(hasattr(torch.ops.mkldnn, name) for name in needed):
@@ -20,8 +20,8 @@ def lays_out(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def widens(dtype: torch.dtype) -> bool:
-    """Whether the CPU is known to have no instructions for a half-precision dtype."""
+def is_emulated(dtype: torch.dtype) -> bool:
+    """Whether the CPU is known to have no instructions for a half-precision dtype, so that torch computes in fp32."""
     known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     asked = known.get(dtype)
     supported = getattr(torch.ops.mkldnn, asked, None) if asked is not None else None

@@ -1,4 +1,4 @@
-"""What stands between a model's products: norms, rotations, gates, softmax. As torch has it, or fused by its compiler.
+"""What stands between a model's matrix products: norms, rotary embeddings, gates, softmax; eager, or compiled by torch.
 
 On a GPU a step of one token is a thousand small kernels that each do next to nothing. torch's compiler makes one of
 every function here; where it cannot (no Triton, no C compiler), the function itself runs, and the log says so once.
@@ -24,42 +24,42 @@ SIZES = 64
 """Kinds of inputs, in all models of a process, that a kernel is made for."""
 
 
-def added(x: Tensor, change: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, change: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """``x + change``, and its RMS norm; all ``[N, H]``."""
     x = x + change
     return x, functional.rms_norm(x, weight.shape, weight, epsilon)
 
 
-def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary positions on ``[N, heads, d]`` of both."""
     return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
 
-def turned_together(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_embedding_concatenated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """``turned`` in fewer torch calls; a compiler makes one kernel of ``turned`` as it is."""
     both = _rotated(torch.cat((q, k), 1), cos, sin)
     q, k = both.split_with_sizes([q.shape[1], k.shape[1]], 1)
     return q, k
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU gate, ``[N, H]``."""
     return functional.silu(gate) * up
 
 
-def placed(keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
+def write_kv(keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
     """Write ``k`` and ``v`` ``[N, heads, d]`` into ``[N, heads, C, d]`` each, one token at every row's position."""
     # Two buffers, not halves of one: of that, torch's compiler would copy all of it.
     keys[rows, :, positions] = k
     values[rows, :, positions] = v
 
 
-def weighed(scores: Tensor, mask: Tensor, scale: float) -> Tensor:
+def attention_weights(scores: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Attention weights ``[..., C]`` of products of queries and keys."""
     return (scores * scale + mask).softmax(-1, dtype=torch.float32).to(scores.dtype)
 
 
-def weighed_beside(before: Tensor, mask: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def candidate_weights(before: Tensor, mask: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention weights of candidates that see a prefix and each itself.
 
     Args:
@@ -80,7 +80,7 @@ def weighed_beside(before: Tensor, mask: Tensor, q: Tensor, k: Tensor, scale: fl
     return (past / total).to(before.dtype), (itself / total).to(before.dtype)
 
 
-def seen_beside(parts: Tensor, itself: Tensor, v: Tensor) -> Tensor:
+def candidate_outputs(parts: Tensor, itself: Tensor, v: Tensor) -> Tensor:
     """What candidates see, ``[K, heads * d]``.
 
     Args:
@@ -93,7 +93,7 @@ def seen_beside(parts: Tensor, itself: Tensor, v: Tensor) -> Tensor:
     return (past + own * v.transpose(0, 1)).transpose(0, 1).reshape(count, -1)
 
 
-def summed(parts: Tensor) -> Tensor:
+def sum_splits(parts: Tensor) -> Tensor:
     """``[N, heads, chunks, M, d]`` to ``[N, heads, M, d]``."""
     return parts.sum(2)
 
@@ -104,31 +104,31 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Pointwise:
+class PointwiseOps:
     """One way to compute all of them; see the functions of these names."""
 
-    added: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = added
-    turned: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = turned
-    gated: Callable[[Tensor, Tensor], Tensor] = gated
-    placed: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None] = placed
-    weighed: Callable[[Tensor, Tensor, float], Tensor] = weighed
-    weighed_beside: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = weighed_beside
-    seen_beside: Callable[[Tensor, Tensor, Tensor], Tensor] = seen_beside
-    summed: Callable[[Tensor], Tensor] = summed
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = add_rms_norm
+    rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rotary_embedding
+    silu_and_mul: Callable[[Tensor, Tensor], Tensor] = silu_and_mul
+    write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None] = write_kv
+    attention_weights: Callable[[Tensor, Tensor, float], Tensor] = attention_weights
+    candidate_weights: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = candidate_weights
+    candidate_outputs: Callable[[Tensor, Tensor, Tensor], Tensor] = candidate_outputs
+    sum_splits: Callable[[Tensor], Tensor] = sum_splits
     logit_statistics: Callable[[Tensor, Tensor, Tensor], Tensor] = logit_statistics
 
 
-PLAIN = Pointwise(turned=turned_together)
+EAGER = PointwiseOps(rotary_embedding=rotary_embedding_concatenated)
 """One torch call after another, as few as can be."""
 
 
 @cache
-def fused() -> Pointwise:
+def compiled_ops() -> PointwiseOps:
     """Each as few kernels as torch's compiler makes of it, for all sizes; made when first called."""
-    return Pointwise(*(Kernel(each.default) for each in fields(Pointwise)))
+    return PointwiseOps(*(CompiledOp(each.default) for each in fields(PointwiseOps)))
 
 
-class Kernel:
+class CompiledOp:
     """A function that runs compiled, or as it is from the first failure on.
 
     Args:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from .attention import Attention, ChunkAttention, SingleTokenAttention
 from .candidate_overlay import layer_kinds
-from .fused_ops import PLAIN, Pointwise
+from .fused_ops import EAGER, PointwiseOps
 from .kv_cache import KVCache
 from .packed_linear import LIMIT, FusedLinear, PackedLinears
 
@@ -73,8 +73,8 @@ class DecoderLayer:
         q, k, v = (each.view(n, -1, d) for each in rows.affine(self.qkv, h))
         if self.q_norm is not None:
             q, k = normed(self.q_norm, q), normed(self.k_norm, k)
-        (out,) = rows.affine(self.o, rows.over(self, index, *rows.ops.turned(q, k, rows.cos, rows.sin), v))
-        x, h = rows.ops.added(x, out, *norm_of(self.between))
+        (out,) = rows.affine(self.o, rows.over(self, index, *rows.ops.rotary_embedding(q, k, rows.cos, rows.sin), v))
+        x, h = rows.ops.add_rms_norm(x, out, *norm_of(self.between))
         (out,) = rows.affine(self.down, rows.gated(self.gate_up, h))
         return x, out
 
@@ -103,12 +103,12 @@ class BatchMetadata:
     sin: Tensor
     over: Attention
     affine: LinearMap
-    ops: Pointwise = PLAIN
+    ops: PointwiseOps = EAGER
     gate: Gate | None = None
 
     def gated(self, gate_up: FusedLinear, h: Tensor) -> Tensor:
         """The inner activations of an MLP, from ``[N, H]``."""
-        return self.ops.gated(*self.affine(gate_up, h)) if self.gate is None else self.gate(gate_up, h)
+        return self.ops.silu_and_mul(*self.affine(gate_up, h)) if self.gate is None else self.gate(gate_up, h)
 
 
 class LlamaDecoder:
@@ -186,7 +186,7 @@ class LlamaDecoder:
         h = normed(self._layers[0].before, x)
         with self.linear.unchanging():
             for index, (layer, norm) in enumerate(zip(self._layers, self._norms, strict=True)):
-                x, h = rows.ops.added(*layer(index, x, h, rows), *norm_of(norm))
+                x, h = rows.ops.add_rms_norm(*layer(index, x, h, rows), *norm_of(norm))
         return h
 
     def logits(self, hidden: Tensor, affine: LinearMap | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import ModelNotFound, UnsafeWeights
 from ...fork_safety import LOADING, hold_while_forking
 from ...hub import ModelSource
-from .cpu_features import widens
+from .cpu_features import is_emulated
 
 ONE_AT_A_TIME = threading.RLock()
 hold_while_forking(sys.modules[__name__], "ONE_AT_A_TIME", LOADING)
@@ -246,7 +246,7 @@ def _without_bars() -> Iterator[None]:
 
 def _exact_up_to(dtype: torch.dtype) -> int:
     """Parameters up to which a checkpoint of this dtype is read as fp32 on a CPU."""
-    return WIDENED_ON_CPU if widens(dtype) else SMALL_ON_CPU
+    return WIDENED_ON_CPU if is_emulated(dtype) else SMALL_ON_CPU
 
 
 def context_window(config: Any, tokenizer: Any) -> int:

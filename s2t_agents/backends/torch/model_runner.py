@@ -25,7 +25,7 @@ from .decoder_batch import DecoderBatch
 from .kv_cache import KVCache
 from .llama_decoder import CHUNK, LlamaDecoder, hooks_of, llama_decoder_of
 from .packed_batch import through_modules
-from .sdpa_backend import planless
+from .sdpa_backend import without_cudnn_attention
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class ModelRunner:
         rest = [at for at in range(len(batch)) if at not in outputs]
         if rest:
             work = self._on_device([batch[at] for at in rest])
-            with planless(self.device):
+            with without_cudnn_attention(self.device):
                 computed = self._wait([self._run_one(work[0])] if len(batch) == 1 else self._run_batch(work))
             outputs.update(zip(rest, computed, strict=True))
         return [outputs[at] for at in range(len(batch))]

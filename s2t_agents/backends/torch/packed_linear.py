@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .cpu_features import lays_out
+from .cpu_features import supports_packed_weights
 
 LIMIT = 4 * 1024**3
 """Bytes of weights that a model may hold twice; larger models keep one copy and torch's own kernels."""
@@ -102,9 +102,9 @@ class PackedLinears:
     def __init__(self, fused_linears: Sequence[FusedLinear], limit: int = LIMIT) -> None:
         weights = [module.weight for fused in fused_linears for module in fused.modules]
         fits = sum(weight.nbytes for weight in weights) <= limit
-        self.laid_out = fits and gains(weights)
+        self.packed = fits and gains(weights)
         """Whether copies lie here as oneDNN multiplies them."""
-        if self.laid_out or (fits and small(weights)):
+        if self.packed or (fits and small(weights)):
             self._copies = {fused: self._copy(fused) for fused in fused_linears}
         elif on("cuda", weights):
             several = [fused for fused in fused_linears if len(fused.modules) > 1]
@@ -119,7 +119,7 @@ class PackedLinears:
     @torch.inference_mode()
     def _copy(self, fused: FusedLinear) -> Copied:
         weight, bias = fused.joined()
-        return Copied(lay_out(weight) if self.laid_out else weight, bias, fused.state())
+        return Copied(pack(weight) if self.packed else weight, bias, fused.state())
 
     @contextmanager
     def unchanging(self) -> Iterator[None]:
@@ -145,7 +145,7 @@ class PackedLinears:
         if copy is None and len(fused.modules) == 1:
             (module,) = fused.modules
             weight, bias = module.weight, module.bias
-        elif copy is not None and not self.laid_out:
+        elif copy is not None and not self.packed:
             weight, bias = copy.weight, copy.bias
         else:
             return None
@@ -162,7 +162,7 @@ class PackedLinears:
         return copy if copy is None or self._checked or copy.state == fused.state() else None
 
     def _product(self, copy: Copied, x: Tensor) -> Tensor:
-        if not self.laid_out:
+        if not self.packed:
             return functional.linear(x, copy.weight, copy.bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, copy.weight, copy.bias, "none", [], "")
         return out
@@ -172,7 +172,7 @@ class PackedLinears:
     def rows_alike(self) -> bool:
         """Whether the weights lie here and a row among others is bitwise the row alone; tried once per shape."""
         shapes = {(copy.weight.shape, copy.bias is None): fused for fused, copy in self._copies.items()}
-        return self.laid_out and all(self._alike(fused) for fused in shapes.values())
+        return self.packed and all(self._alike(fused) for fused in shapes.values())
 
     def _alike(self, fused: FusedLinear) -> bool:
         weight = fused.modules[0].weight
@@ -186,7 +186,7 @@ class PackedLinears:
 def gains(weights: Sequence[Tensor]) -> bool:
     """Whether a model's weights are multiplied faster here when laid out beforehand."""
     dtypes = {weight.dtype for weight in weights}
-    return on("cpu", weights) and len(dtypes) == 1 and lays_out(*dtypes) and not small(weights)
+    return on("cpu", weights) and len(dtypes) == 1 and supports_packed_weights(*dtypes) and not small(weights)
 
 
 def small(weights: Sequence[Tensor]) -> bool:
@@ -200,7 +200,7 @@ def on(device: str, weights: Sequence[Tensor]) -> bool:
     return {weight.device.type for weight in weights} == {device}
 
 
-def lay_out(weight: Tensor) -> Tensor:
+def pack(weight: Tensor) -> Tensor:
     """A copy of a weight ``[out, in]`` in the layout of its kernel."""
     with torch.inference_mode():
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)  # type: ignore[no-any-return]

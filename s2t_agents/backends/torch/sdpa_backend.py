@@ -14,7 +14,7 @@ import torch
 
 
 @contextmanager
-def planless(device: torch.device) -> Iterator[None]:
+def without_cudnn_attention(device: torch.device) -> Iterator[None]:
     """Inside the block torch takes no attention kernel of cuDNN's; a setting of the process, restored at the end."""
     before = bool(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
     if device.type != "cuda" or not before:

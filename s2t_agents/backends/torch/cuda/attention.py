@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..attention import AttentionLayer, for_each
-from ..fused_ops import PLAIN, Pointwise
+from ..fused_ops import EAGER, PointwiseOps
 
 CHUNK = 512
 """Tokens of values that one core of a GPU reads; capacities are multiples of it."""
@@ -24,10 +24,10 @@ class DecodeAttention:
     Args:
         kv: ``[2, N, key heads, C, d]`` of each layer: keys and values.
         positions: ``[N]``, where each row's token stands.
-        ops: how what is no product is computed.
+        ops: how everything but matrix products is computed.
     """
 
-    def __init__(self, kv: Sequence[Tensor], positions: Tensor, ops: Pointwise = PLAIN) -> None:
+    def __init__(self, kv: Sequence[Tensor], positions: Tensor, ops: PointwiseOps = EAGER) -> None:
         self._kv, self._positions, self._ops = kv, positions, ops
         self._rows = torch.arange(len(positions), device=positions.device)
         self._masks: dict[int | None, Tensor] = {}
@@ -40,13 +40,13 @@ class DecodeAttention:
     def _seen(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """``[N, key heads, queries per key head, d]``, as ``q`` is."""
         keys, values = self._kv[layer]
-        self._ops.placed(keys, values, self._rows, self._positions, k, v)
+        self._ops.write_kv(keys, values, self._rows, self._positions, k, v)
         if window not in self._masks:
             ends = self._positions[:, None, None, None] + 1
             self._masks[window] = visible(ends, window, keys.shape[-2], q.dtype)
-        weights = self._ops.weighed(q @ keys.transpose(-1, -2), self._masks[window], scale)
+        weights = self._ops.attention_weights(q @ keys.transpose(-1, -2), self._masks[window], scale)
         parts = weighted(weights, values)
-        return parts[:, :, 0] if parts.shape[2] == 1 else self._ops.summed(parts)
+        return parts[:, :, 0] if parts.shape[2] == 1 else self._ops.sum_splits(parts)
 
 
 class PrefillAttention:
@@ -56,17 +56,17 @@ class PrefillAttention:
         kv: ``[2, rows, key heads, C, d]`` of each layer: keys and values.
         row: ``[1]``, which row.
         positions: ``[N]``, where the tokens stand.
-        ops: how what is no product is computed.
+        ops: how everything but matrix products is computed.
     """
 
-    def __init__(self, kv: Sequence[Tensor], row: Tensor, positions: Tensor, ops: Pointwise = PLAIN) -> None:
+    def __init__(self, kv: Sequence[Tensor], row: Tensor, positions: Tensor, ops: PointwiseOps = EAGER) -> None:
         self._kv, self._row, self._positions, self._ops = kv, row, positions, ops
         self._masks: dict[int | None, Tensor] = {}
 
     def __call__(self, layer: AttentionLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See ``attention.Attention``."""
         (n, heads, _), (keys, values) = q.shape, self._kv[index]
-        self._ops.placed(keys, values, self._row.expand(n), self._positions, k, v)
+        self._ops.write_kv(keys, values, self._row.expand(n), self._positions, k, v)
         if layer.window not in self._masks:
             self._masks[layer.window] = visible(self._positions[:, None] + 1, layer.window, keys.shape[-2], q.dtype)
         seen = functional.scaled_dot_product_attention(
@@ -85,10 +85,10 @@ class CandidateAttention:
     Args:
         kv: ``[2, 1, key heads, C, d]`` of each layer: keys and values.
         length: ``[1]``, tokens in the row.
-        ops: how what is no product is computed.
+        ops: how everything but matrix products is computed.
     """
 
-    def __init__(self, kv: Sequence[Tensor], length: Tensor, ops: Pointwise = PLAIN) -> None:
+    def __init__(self, kv: Sequence[Tensor], length: Tensor, ops: PointwiseOps = EAGER) -> None:
         self._kv, self._length, self._ops = kv, length, ops
         self._masks: dict[int | None, Tensor] = {}
 
@@ -100,8 +100,8 @@ class CandidateAttention:
             self._masks[window] = visible(self._length, window and window - 1, keys.shape[-2], q.dtype)
         q, k, v = q.view(count, heads, -1, d), k[:, :, None], v[:, :, None]
         before = q.transpose(0, 1).reshape(1, heads, -1, d) @ keys.transpose(-1, -2)
-        past, itself = self._ops.weighed_beside(before, self._masks[window], q, k, layer.scale)
-        return self._ops.seen_beside(weighted(past, values), itself, v)
+        past, itself = self._ops.candidate_weights(before, self._masks[window], q, k, layer.scale)
+        return self._ops.candidate_outputs(weighted(past, values), itself, v)
 
 
 def visible(ends: Tensor, window: int | None, capacity: int, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..fused_ops import Pointwise
+from ..fused_ops import PointwiseOps
 from ..llama_decoder import BatchMetadata, LinearMap, LlamaDecoder
 from ..lora import LoraLayer
 from ..packed_linear import FusedLinear, state_of
@@ -76,10 +76,10 @@ class Marked:
 
 @dataclass(frozen=True)
 class GraphBuilder:
-    """How bodies are made of torch's operations: the layers, what is no product in them, and how they are recorded."""
+    """How bodies are made of torch's operations: the layers, what is between their matrix products, how they are recorded."""
 
     llama_decoder: LlamaDecoder
-    ops: Pointwise
+    ops: PointwiseOps
     record: Recorder
 
     def outputs(self, hidden: Tensor, rows: BatchMetadata) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache
 
 from ...base import Append, Output, ScoreCandidates, StepOutput, Work
 from ..decoder_batch import DecoderBatch
-from ..fused_ops import PLAIN, Pointwise, fused
+from ..fused_ops import EAGER, PointwiseOps, compiled_ops
 from ..llama_decoder import close
 from .cuda_graph import RETRY_S, CudaGraphs, Recorder, out_of_memory
 from .decode_graphs import CandidateGraph, DecodeGraph, GraphBuilder, state_of_all
@@ -74,7 +74,7 @@ class GraphRunner:
         rows: the model's written-out decoder, and where adapters correct it.
         record: how bodies are recorded.
         pools: where sequences lie.
-        ops: how what is no product is computed.
+        ops: how everything but matrix products is computed.
         builder: of which kind bodies are.
         often: see ``prefill_graphs.OFTEN``.
 
@@ -89,7 +89,7 @@ class GraphRunner:
         rows: DecoderBatch,
         record: Recorder,
         pools: KVPools | None = None,
-        ops: Pointwise = PLAIN,
+        ops: PointwiseOps = EAGER,
         builder: type[GraphBuilder] = GraphBuilder,
         often: float = OFTEN,
     ) -> None:
@@ -314,7 +314,7 @@ def graph_runner_of(model: Any, rows: DecoderBatch) -> GraphRunner | None:
     if model.device.type != "cuda":
         return None
     for builder in graph_builders():
-        graph_runner = GraphRunner(rows, CudaGraphs(model.device), ops=fused(), builder=builder)
+        graph_runner = GraphRunner(rows, CudaGraphs(model.device), ops=compiled_ops(), builder=builder)
         if agrees(model, rows, graph_runner):
             return graph_runner
     return None

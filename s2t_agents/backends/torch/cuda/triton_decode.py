@@ -1,6 +1,6 @@
 """A step of few rows in Triton kernels: products with weights, and attention over rows of fixed capacity.
 
-    product     a program for every two outputs reads their weights once
+    linear      a program for every two outputs reads their weights once
     attention   row of capacity C | part 0 | part 1 | ... |     a program for each part and key head, then
                 one for each query head, which joins the parts with the token's own key and value
 
@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from ..attention import AttentionLayer
-from ..fused_ops import Pointwise
+from ..fused_ops import PointwiseOps
 from ..llama_decoder import BatchMetadata, LinearMap
 from ..packed_linear import FusedLinear
 from . import triton_kernels
@@ -55,7 +55,7 @@ class TritonGraphBuilder(GraphBuilder):
 
     def decode_metadata(self, kv: Sequence[Tensor], positions: Tensor, cos: Tensor, sin: Tensor) -> BatchMetadata:
         """See ``GraphBuilder``."""
-        over = PartedAttention(kv, positions, cos, sin, writes=True)
+        over = SplitKVAttention(kv, positions, cos, sin, writes=True)
         if len(positions) > 1:
             return BatchMetadata(cos, sin, over, self.llama_decoder.linear, self._ops)
         return BatchMetadata(cos, sin, over, self._affine, self._ops, self._gate)
@@ -64,30 +64,30 @@ class TritonGraphBuilder(GraphBuilder):
         self, kv: Sequence[Tensor], length: Tensor, cos: Tensor, sin: Tensor, affine: LinearMap
     ) -> BatchMetadata:
         """See ``GraphBuilder``."""
-        return BatchMetadata(cos, sin, PartedAttention(kv, length, cos, sin, writes=False), affine, self._ops)
+        return BatchMetadata(cos, sin, SplitKVAttention(kv, length, cos, sin, writes=False), affine, self._ops)
 
     @cached_property
-    def _ops(self) -> Pointwise:
-        return replace(self.ops, turned=unturned)
+    def _ops(self) -> PointwiseOps:
+        return replace(self.ops, rotary_embedding=unrotated)
 
     def _affine(self, fused: FusedLinear, x: Tensor) -> tuple[Tensor, ...]:
         matrix = self.llama_decoder.linear.matrix(fused)
-        return self.llama_decoder.linear(fused, x) if matrix is None else fused.split(product(x, *matrix))
+        return self.llama_decoder.linear(fused, x) if matrix is None else fused.split(linear(x, *matrix))
 
     def _gate(self, fused: FusedLinear, x: Tensor) -> Tensor:
         matrix = self.llama_decoder.linear.matrix(fused)
         if matrix is None or matrix[1] is not None:
-            return self.ops.gated(*self._affine(fused, x))
-        return gated(x, matrix[0])
+            return self.ops.silu_and_mul(*self._affine(fused, x))
+        return gate_up_silu(x, matrix[0])
 
 
-def unturned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """``PartedAttention`` turns queries and keys itself."""
+def unrotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """``SplitKVAttention`` rotates queries and keys itself."""
     return q, k
 
 
-class PartedAttention:
-    """Rows of fixed capacity in parts; see ``llama_decoder.Attention``, but that queries and keys are not turned yet.
+class SplitKVAttention:
+    """Attention over rows of fixed capacity, split into parts; see ``llama_decoder.Attention``, but that queries and keys are not rotated yet.
 
     Args:
         kv: ``[2, N, key heads, C, d]`` of each layer: keys and values.
@@ -111,7 +111,7 @@ class PartedAttention:
         seen = q.new_empty(n, heads, parts, d, dtype=torch.float32)
         weights = q.new_empty(n, heads, parts, 2, dtype=torch.float32)
         out = q.new_empty(n, heads * d)
-        turning = self._cos, self._sin
+        rotation = self._cos, self._sin
         places = self._cos.stride(0), keys.stride(0), keys.stride(1), parts
         sizes = {
             "WINDOW": layer.window or 0,
@@ -122,9 +122,9 @@ class PartedAttention:
             "PART": part,
         }
         _start(
-            triton_kernels.seen_in_parts,
+            triton_kernels.attend_splits,
             (n // together, key_heads, parts),
-            *(q, *turning, keys, values, self._ends, seen, weights, layer.scale, q.stride(0), *places),
+            *(q, *rotation, keys, values, self._ends, seen, weights, layer.scale, q.stride(0), *places),
             **sizes,
             ROWS=together,
             M=max(NARROWEST, triton.next_power_of_2(together * group)),
@@ -132,9 +132,9 @@ class PartedAttention:
         )
         strides = q.stride(0), k.stride(0), v.stride(0)
         _start(
-            triton_kernels.joined,
+            triton_kernels.merge_splits,
             (n, heads),
-            *(q, k, v, *turning, keys, values, self._ends, seen, weights, out, layer.scale, *strides, *places),
+            *(q, k, v, *rotation, keys, values, self._ends, seen, weights, out, layer.scale, *strides, *places),
             **sizes,
             PARTS=triton.next_power_of_2(parts),
             WRITES=self._writes,
@@ -142,22 +142,22 @@ class PartedAttention:
         return out
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``[1, in]`` times ``[out, in]``, with a bias ``[out]`` or without: ``[1, out]``."""
     n_out, n_in = weight.shape
     out = x.new_empty(1, n_out)
     given = (x, weight, x if bias is None else bias, out, n_out)
     sizes = {"N_IN": n_in, "BIAS": bias is not None, "OUT": OUTPUTS, "IN": INPUTS}
-    _start(triton_kernels.product, (triton.cdiv(n_out, OUTPUTS),), *given, **sizes)
+    _start(triton_kernels.linear, (triton.cdiv(n_out, OUTPUTS),), *given, **sizes)
     return out
 
 
-def gated(x: Tensor, weight: Tensor) -> Tensor:
+def gate_up_silu(x: Tensor, weight: Tensor) -> Tensor:
     """``[1, in]`` and gate and up, ``[2 * out, in]`` together, to ``silu(gate) * up``, ``[1, out]``."""
     n_out, n_in = weight.shape[0] // 2, weight.shape[1]
     out = x.new_empty(1, n_out)
     sizes = {"N_IN": n_in, "OUT": OUTPUTS, "IN": INPUTS // 2}
-    _start(triton_kernels.gated, (triton.cdiv(n_out, OUTPUTS),), x, weight, out, n_out, **sizes)
+    _start(triton_kernels.gate_up_silu, (triton.cdiv(n_out, OUTPUTS),), x, weight, out, n_out, **sizes)
     return out
 
 

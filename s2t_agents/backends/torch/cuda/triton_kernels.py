@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def product(x, weight, bias, out, n_out, N_IN: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr):
+def linear(x, weight, bias, out, n_out, N_IN: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr):
     """OUT outputs of ``weight [n_out, N_IN] @ x + bias``."""
     outputs = tl.program_id(0) * OUT + tl.arange(0, OUT)
     there = outputs < n_out
@@ -29,7 +29,7 @@ def product(x, weight, bias, out, n_out, N_IN: tl.constexpr, BIAS: tl.constexpr,
 
 
 @triton.jit
-def gated(x, weight, out, n_out, N_IN: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr):
+def gate_up_silu(x, weight, out, n_out, N_IN: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr):
     """OUT outputs of ``silu(gate @ x) * (up @ x)``; ``weight`` is gate ``[n_out, N_IN]`` and, behind it, up."""
     outputs = tl.program_id(0) * OUT + tl.arange(0, OUT)
     there = outputs < n_out
@@ -51,7 +51,7 @@ def gated(x, weight, out, n_out, N_IN: tl.constexpr, OUT: tl.constexpr, IN: tl.c
 
 
 @triton.jit
-def turned(x, cos, sin, where, real, D: tl.constexpr, WIDE: tl.constexpr):
+def apply_rope(x, cos, sin, where, real, D: tl.constexpr, WIDE: tl.constexpr):
     """Rotary positions on the heads ``[D]`` that begin at ``where`` ``[..., 1]``; 0 for those that are not ``real``."""
     d = tl.arange(0, WIDE)
     other, sign = (d + D // 2) % D, tl.where(d < D // 2, -1.0, 1.0)
@@ -64,12 +64,12 @@ def turned(x, cos, sin, where, real, D: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def seen_in_parts(
+def attend_splits(
     q, cos, sin, keys, values, ends, seen, weights, scale, q_row, cos_row, kv_row, kv_head, parts,
     WINDOW: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr,
     D: tl.constexpr, WIDE: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What ROWS rows' queries of one key head see of one part of a KV row that SHARE rows share.
+    """Attention of ROWS rows' queries of one key head over one split of a KV row that SHARE rows share.
 
     Writes the unweighed sum ``[D]`` to ``seen``, the highest score and the sum of weights to ``weights``.
     """
@@ -85,7 +85,7 @@ def seen_in_parts(
     row, query = first + m // GROUP, head * GROUP + m % GROUP
     real = m < ROWS * GROUP
     at = row * q_row + query * D
-    q_turned = turned(q, cos + base * cos_row, sin + base * cos_row, at[:, None], real[:, None], D, WIDE)
+    q_rotated = apply_rope(q, cos + base * cos_row, sin + base * cos_row, at[:, None], real[:, None], D, WIDE)
     d = tl.arange(0, WIDE)
     within = base.to(tl.int64) * kv_row + head.to(tl.int64) * kv_head
     top = tl.full([M], -1e30, tl.float32)
@@ -97,7 +97,7 @@ def seen_in_parts(
         there = visible[:, None] & (d < D)[None, :]
         k = tl.load(keys + within + column[:, None] * D + d[None, :], mask=there, other=0.0)
         v = tl.load(values + within + column[:, None] * D + d[None, :], mask=there, other=0.0)
-        scores = tl.dot(q_turned, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(q_rotated, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(visible[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         fade, share = tl.exp(top - higher), tl.exp(scores - higher[:, None])
@@ -111,19 +111,19 @@ def seen_in_parts(
 
 
 @triton.jit
-def joined(
+def merge_splits(
     q, k, v, cos, sin, keys, values, ends, seen, weights, out, scale, q_row, k_row, v_row, cos_row, kv_row, kv_head,
     parts, WINDOW: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
     PART: tl.constexpr, PARTS: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """What one query head of one row sees of all parts and of the row's own token, whose KV joins the row if WRITES."""
+    """Attention of a query head of a row over all splits and the row's own token, whose KV joins the row if WRITES."""
     row, query = tl.program_id(0), tl.program_id(1)
     base, head = row // SHARE, query // GROUP
     end = tl.load(ends + base).to(tl.int32)
     d = tl.arange(0, WIDE)
     c, s = cos + base * cos_row, sin + base * cos_row
-    q_own = turned(q, c, s, row * q_row + query * D, d < D, D, WIDE)
-    k_own = turned(k, c, s, row * k_row + head * D, d < D, D, WIDE)
+    q_own = apply_rope(q, c, s, row * q_row + query * D, d < D, D, WIDE)
+    k_own = apply_rope(k, c, s, row * k_row + head * D, d < D, D, WIDE)
     v_own = tl.load(v + row * v_row + head * D + d, mask=d < D, other=0.0)
     if WRITES:
         if query % GROUP == 0:
