@@ -16,9 +16,7 @@ from s2t_agents.backends.torch.llama_decoder import llama_decoder_of
 from s2t_agents.backends.torch.packed_linear import LEAST, FusedLinear, PackedLinears, gains
 from s2t_agents.testing import tiny_config, tiny_model, tiny_tokenizer
 
-pytestmark = pytest.mark.skipif(
-    not supports_packed_weights(torch.float32), reason="this torch was built without oneDNN"
-)
+pytestmark = pytest.mark.skipif(not supports_packed_weights(torch.float32), reason="torch was built without oneDNN")
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -36,7 +36,7 @@ def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
 
 
 def rotary_embedding_concatenated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """``turned`` in fewer torch calls; a compiler makes one kernel of ``turned`` as it is."""
+    """``rotary_embedding`` in fewer torch calls; a compiler makes one kernel of either."""
     both = _rotated(torch.cat((q, k), 1), cos, sin)
     q, k = both.split_with_sizes([q.shape[1], k.shape[1]], 1)
     return q, k

@@ -76,7 +76,7 @@ class Marked:
 
 @dataclass(frozen=True)
 class GraphBuilder:
-    """How bodies are made of torch's operations: the layers, what is between their matrix products, how they are recorded."""
+    """How bodies are made of torch's operations: the layers, what is between their products, how they are recorded."""
 
     llama_decoder: LlamaDecoder
     ops: PointwiseOps
