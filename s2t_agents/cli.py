@@ -7,7 +7,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -28,6 +28,13 @@ app.add_typer(training)  # collect, train, calibrate, eval, probe, pipeline
 console = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Model = Annotated[
+    str, typer.Option(help="The SLM: directory, GGUF file, hub id, or vllm://host:port/name; s2t-demo is bundled.")
+]
+Selector = Annotated[str | None, typer.Option(help="Directory of its selector; s2t-demo is bundled.")]
+LLM = Annotated[
+    str | None, typer.Option(help="The larger model to ask: directory, GGUF file, hub id, or URL#name of a server's.")
+]
 
 
 def _print_version(asked: bool) -> None:
@@ -48,7 +55,10 @@ def _s2t(
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Another seed, another problem that training never saw.")] = 35,
-    budget_escalations: Annotated[int, typer.Option(min=0, help="How often the large model may be asked.")] = 3,
+    escalations: Annotated[
+        int,
+        typer.Option("--escalations", "--budget-escalations", min=0, help="How often the large model may be asked."),
+    ] = 3,
     no_selector: Annotated[bool, typer.Option("--no-selector", help="Run without the selector.")] = False,
     no_llm: Annotated[bool, typer.Option("--no-llm", help="Never load the large model.")] = False,
     as_json: AsJson = False,
@@ -61,7 +71,7 @@ def demo(
     from .demo.world import demo_question
 
     torch.set_num_threads(1)  # so small a model is slower on more, and waits for busy cores
-    run = run_demo(demo_question(seed), escalations=budget_escalations, selector=not no_selector, llm=not no_llm)
+    run = run_demo(demo_question(seed), escalations=escalations, selector=not no_selector, llm=not no_llm)
     if as_json:
         typer.echo(json.dumps(run.as_json(), ensure_ascii=False))
     else:
@@ -70,9 +80,9 @@ def demo(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Option(help="Directory or hub id of a chat model; s2t-demo is bundled.")] = "s2t-demo",
-    selector: Annotated[str | None, typer.Option(help="Directory of its selector; s2t-demo is bundled.")] = None,
-    llm: Annotated[str | None, typer.Option(help="Directory or hub id of a larger model to ask.")] = None,
+    model: Model = "s2t-demo",
+    selector: Selector = None,
+    llm: LLM = None,
     escalations: Annotated[int, typer.Option(min=0, help="How often it may be asked in this chat.")] = 10,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
 ) -> None:
@@ -97,8 +107,8 @@ def chat(
 
 @app.command()
 def doctor(
-    model: Annotated[str, typer.Option(help="The SLM: directory, GGUF file or hub id.")] = "s2t-demo",
-    llm: Annotated[str, typer.Option(help="Whom to ask: directory, GGUF file, hub id, or URL#name.")] = "s2t-demo-llm",
+    model: Model = "s2t-demo",
+    llm: LLM = "s2t-demo-llm",
     as_json: AsJson = False,
 ) -> None:
     """What an SLM and an LLM can do together: tokenizers, how candidates are scored, cost of a question, price."""
@@ -113,9 +123,9 @@ def doctor(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help="Directory, GGUF file or hub id; s2t-demo is bundled.")] = "s2t-demo",
-    selector: Annotated[str | None, typer.Option(help="Directory of its selector; s2t-demo is bundled.")] = None,
-    llm: Annotated[str | None, typer.Option(help="Directory or hub id of a larger model to ask.")] = None,
+    model: Model = "s2t-demo",
+    selector: Selector = None,
+    llm: LLM = None,
     name: Annotated[list[str] | None, typer.Option(help="What clients may call the model; repeatable.")] = None,
     host: Annotated[str, typer.Option(help="An address; others than loopback need --keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
@@ -159,8 +169,19 @@ def serve(
         if asked is None:
             raise ConfigError("--llm-price was given, and no LLM is asked.", hint="Give --llm.")
         asked.price = _token_price(llm_price)
+    if usd is not None and asked is not None and asked.price is None:
+        raise ConfigError(
+            f"--usd was given, and what {asked.name!r} costs is not known.",
+            hint="Give --llm-price, or limit --escalations instead.",
+        )
     limited = usd is not None or escalations is not None
-    whole = Budget(name="server", usd=usd, escalations=escalations, store=store) if limited else None
+    whole = (
+        Budget(
+            name="server", usd=usd if usd is None else money.dollars(usd, "--usd"), escalations=escalations, store=store
+        )
+        if limited
+        else None
+    )
     chat_model = ChatS2T(
         model=model,
         selector=selector,
@@ -203,7 +224,7 @@ def key(agent: Annotated[str, typer.Argument(help="Name of the agent that the ke
 @app.command()
 def report(
     ledger: Annotated[Path, typer.Argument(help="A ledger's file: .jsonl, .db or .sqlite.")],
-    by: Annotated[str, typer.Option(help="agent, thread, run or day.")] = "agent",
+    by: Annotated[Literal["agent", "thread", "run", "day"], typer.Option(help="What a row is.")] = "agent",
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
 ) -> None:
@@ -211,9 +232,9 @@ def report(
     from .ledger.report import report_parts
 
     if as_json and as_csv:
-        raise ConfigError("--json and --csv were both given.", hint="Take one.")
+        raise ConfigError("--json and --csv were both given.", hint="Give one of them.")
     form = "json" if as_json else "csv" if as_csv else "table"
-    for part in report_parts(ledger, by, form):  # type: ignore[arg-type]
+    for part in report_parts(ledger, by, form):
         typer.echo(part, nl=False)
 
 
@@ -236,8 +257,8 @@ def trace(
 @app.command()
 def audit(
     log: Annotated[Path, typer.Argument(help="JSON lines: OpenAI-style requests and answers, or LangSmith runs.")],
-    model: Annotated[str, typer.Option(help="Directory, GGUF file or hub id; s2t-demo is bundled.")] = "s2t-demo",
-    selector: Annotated[str | None, typer.Option(help="Directory of its selector; s2t-demo is bundled.")] = None,
+    model: Model = "s2t-demo",
+    selector: Selector = None,
     asked: Annotated[
         str | None, typer.Option(help="Whose price a question has; by default each answer's model.")
     ] = None,

@@ -72,10 +72,28 @@ def test_the_benchmarks_have_a_help_of_their_own() -> None:
     assert all(name in out.stdout for name in ("budget", "decode", "escalate", "gpu", "pacing", "train"))
 
 
-def test_limits_are_checked_before_anything_runs() -> None:
-    out = s2t("demo", "--budget-escalations", "-1")
-    assert out.returncode == 2
-    assert "budget-escalations" in out.stderr
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("demo", "--escalations", "-1"),
+        ("demo", "--budget-escalations", "-1"),
+        ("serve", "--escalations", "-1"),
+        ("report", "costs.db", "--by", "moon"),
+        ("collect", "--part", "moon"),
+        ("eval", "--grading", "moon"),
+        ("serve", "--usd", "moon"),
+        ("serve", "--llm", "s2t-demo-llm", "--usd", "1"),
+    ],
+    ids=" ".join,
+)
+def test_options_are_checked_before_anything_runs_and_errors_name_them(wrong: tuple[str, ...]) -> None:
+    out = s2t(*wrong)
+    assert (out.returncode, out.stdout) == (2, "")
+    assert next(each for each in wrong[::-1] if each.startswith("--")).strip("-") in out.stderr
+
+
+def test_help_shows_brackets_as_they_are() -> None:
+    assert "[tasks.named]" in s2t("eval", "--help").stdout
 
 
 def test_report_adds_up_a_ledger_in_three_forms(tmp_path: Path) -> None:
@@ -88,7 +106,7 @@ def test_report_adds_up_a_ledger_in_three_forms(tmp_path: Path) -> None:
     assert found["groups"]["writer"]["completion_tokens"] == 8
     assert "critic" in s2t("report", str(path)).stdout
     assert s2t("report", str(path), "--csv").stdout.count("\n") == 3
-    for wrong, message in ((("--by", "moon"), "by='moon'"), (("--json", "--csv"), "both given")):
+    for wrong, message in ((("--by", "moon"), "moon"), (("--json", "--csv"), "both given")):
         out = s2t("report", str(path), *wrong)
         assert (out.returncode, message in out.stderr) == (2, True)
     assert "there is no such ledger" in s2t("report", "nothing.jsonl").stderr
