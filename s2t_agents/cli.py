@@ -233,7 +233,7 @@ def report(
 
     if as_json and as_csv:
         raise ConfigError("--json and --csv were both given.", hint="Give one of them.")
-    form = "json" if as_json else "csv" if as_csv else "table"
+    form: Literal["json", "csv", "table"] = "json" if as_json else "csv" if as_csv else "table"
     for part in report_parts(ledger, by, form):
         typer.echo(part, nl=False)
 

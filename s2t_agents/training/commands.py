@@ -184,8 +184,8 @@ def evaluate(
     task: Annotated[
         str | None,
         typer.Option(
-            help="A name of the config's \\[tasks.named]; demo, longer, larger, unseen, hard; talk, call, tool, word; or "
-            "a JSONL file. The config's test task by default."
+            help="A name of the config's \\[tasks.named]; demo, longer, larger, unseen, hard; talk, call, tool, word; "
+            "or a JSONL file. The config's test task by default."
         ),
     ] = None,
     grading: Annotated[
