@@ -1,4 +1,4 @@
-"""A budget in the hands of a LangGraph agent.
+"""Budgets of LangGraph agents: a middleware for ``create_agent``.
 
 ::
 
@@ -11,6 +11,7 @@
 before_agent  opens budget > thread > agent, brings back what a resumed thread had spent
 before_model  nothing left: a last answer from the finalization reserve, or the end (``end_when_exhausted``)
 model call    passes ``s2t_budget`` and ``s2t_agent`` to the model, tells it what is left (``tell_model``)
+tool call     what a tool asks of a model without a budget, as a sub-agent does, counts against the agent's
 after_model   puts cost and budget in the state; a refusal under "ask" interrupts here, where an answer counts once
 
 What an interrupted answer had paid for is in the state: it goes on where it stopped and pays for the rest alone.
@@ -21,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Annotated, Any, NotRequired
 
@@ -32,9 +33,11 @@ from langchain.agents.middleware.types import (
     ModelRequest,
     ModelResponse,
     PrivateStateAttr,
+    ToolCallRequest,
     hook_config,
 )
 from langchain_core.messages import AIMessage, SystemMessage
+from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.config import get_config
 from langgraph.types import Command, interrupt
 
@@ -44,6 +47,7 @@ from s2t_agents.budget.names import meter_name
 from s2t_agents.budget.quantities import COUNTED
 from s2t_agents.budget.refusals import refusal_question
 from s2t_agents.budget.terms import LimitsGiven
+from s2t_agents.chat.call_arguments import within_budget
 from s2t_agents.chat.unfinished_answers import Unfinished
 from s2t_agents.errors import BadLimit, BudgetExceeded, StoreUnavailable
 from s2t_agents.ledger import Cost
@@ -166,9 +170,10 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
     ) -> ModelResponse[Any] | ExtendedModelResponse[Any]:
         """Pass the budget to the model; note the question if it refuses and is set to ask."""
-        mine, prepared, unfinished = self._prepared(request)
+        mine, prepared, unfinished, arguments = self._prepared(request)
         try:
-            return _answered(handler(prepared), request.state, unfinished)
+            with _configured(arguments):
+                return _answered(handler(prepared), request.state, unfinished)
         except BudgetExceeded as refused:
             return _question(mine, refused, request.state, unfinished)
 
@@ -176,11 +181,24 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> ModelResponse[Any] | ExtendedModelResponse[Any]:
         """As :meth:`wrap_model_call`."""
-        mine, prepared, unfinished = self._prepared(request)
+        mine, prepared, unfinished, arguments = self._prepared(request)
         try:
-            return _answered(await handler(prepared), request.state, unfinished)
+            with _configured(arguments):
+                return _answered(await handler(prepared), request.state, unfinished)
         except BudgetExceeded as refused:
             return _question(mine, refused, request.state, unfinished)
+
+    def wrap_tool_call(self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Any]) -> Any:
+        """Run a tool within the agent's budget."""
+        with within_budget(self._of_tools()):
+            return handler(request)
+
+    async def awrap_tool_call(
+        self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Awaitable[Any]]
+    ) -> Any:
+        """As :meth:`wrap_tool_call`."""
+        with within_budget(self._of_tools()):
+            return await handler(request)
 
     @hook_config(can_jump_to=["model"])
     def after_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
@@ -212,6 +230,10 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
         """As :meth:`after_model`."""
         return self.after_model(state, runtime)
 
+    def _of_tools(self) -> Budget:
+        mine, _ = self._mine()
+        return mine.view(on_exhausted="degrade") if mine.on_exhausted == "ask" else mine  # nobody can be asked there
+
     def _mine(self, *, final: bool = False) -> tuple[Budget, str]:
         """The budget and name of the agent that is running."""
         config = get_config()
@@ -219,19 +241,18 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
         agent = self.agent or str(config.get("metadata", {}).get("lc_agent_name") or "agent")
         return self.budget_of(None if thread is None else str(thread), agent, final=final), agent
 
-    def _prepared(self, request: ModelRequest[Any]) -> tuple[Budget, ModelRequest[Any], Unfinished]:
+    def _prepared(self, request: ModelRequest[Any]) -> tuple[Budget, ModelRequest[Any], Unfinished, Mapping[str, Any]]:
         last = bool(request.state.get("s2t_final"))
         mine, agent = self._mine(final=last)
         if request.state.get("s2t_declined"):
             mine = mine.view(on_exhausted="degrade")
         unfinished = self._tries(mine.path).resume(request.state.get("s2t_unfinished"))
-        own = {"s2t_budget": mine, "s2t_agent": agent, "s2t_unfinished": unfinished}
-        prepared = request.override(model_settings={**request.model_settings, **own})
         if last:
-            prepared = _with_note(prepared.override(tools=[]), _LAST)
+            request = _with_note(request.override(tools=[]), _LAST)
         elif self.tell_model:
-            prepared = _with_note(prepared, _told(mine))
-        return mine, prepared, unfinished
+            request = _with_note(request, _told(mine))
+        arguments = {"s2t_budget": mine, "s2t_agent": agent, "s2t_unfinished": unfinished}
+        return mine, request, unfinished, arguments
 
     def _tries(self, path: str) -> Unfinished:
         """This process's tokens of the answers that an agent did not finish in a thread."""
@@ -240,6 +261,18 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
             others = dict(list(self._unfinished.items())[1 - AGENTS_KEPT :])
             self._unfinished = {**others, path: (found := Unfinished())}
         return found
+
+
+@contextlib.contextmanager
+def _configured(arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Arguments of ``ChatS2T`` for calls in this block, in their config: models of other makers ignore them there."""
+    config = get_config()
+    known = {**config.get("configurable", {}), **arguments}
+    token = var_child_runnable_config.set({**config, "configurable": known})
+    try:
+        yield
+    finally:
+        var_child_runnable_config.reset(token)
 
 
 def _answered(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from budget_support import FakeClock
 from langchain.agents import create_agent
+from langchain.agents.middleware import ModelFallbackMiddleware, wrap_model_call
 from langchain.agents.structured_output import ToolStrategy
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
@@ -20,14 +21,19 @@ from langgraph.types import Command
 from pydantic import BaseModel, Field
 from s2t_agents.integrations.langgraph import BudgetMiddleware
 
+from s2t_agents import ChatS2T, Ledger
 from s2t_agents.budget import Budget, Charge, SQLiteStore
+from s2t_agents.chat.attribution import configurable
 from s2t_agents.errors import BadLimit, BudgetExceeded
+from s2t_agents.escalation import Escalation
+from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
+from s2t_agents.triggers import always
 
 ASK_LLM = Charge(Decimal("0.01"), 50)
 
 
 class Spender(BaseChatModel):
-    """Escalates ``each`` times per answer on the budget it is handed; degrades, or lets the refusal out, as told."""
+    """Escalates ``each`` times per answer on its call's budget; degrades, or lets the refusal out, as told."""
 
     each: int = 1
     seen: list[dict[str, Any]] = Field(default_factory=list)
@@ -43,8 +49,9 @@ class Spender(BaseChatModel):
     def _generate(
         self, messages: list[BaseMessage], stop: Any = None, run_manager: Any = None, **call: Any
     ) -> ChatResult:
-        budget: Budget = call["s2t_budget"]
-        self.seen.append({**call, "messages": messages})
+        own = {key: configurable(key) for key in ("s2t_budget", "s2t_agent")}
+        budget: Budget = own["s2t_budget"]
+        self.seen.append({**call, **own, "messages": messages})
         asked = 0
         for _ in range(self.each):
             try:
@@ -62,6 +69,19 @@ class Spender(BaseChatModel):
         }
         answer = answer.model_copy(update={"response_metadata": {"s2t": {"cost_usd": cost}}})
         return ChatResult(generations=[ChatGeneration(message=answer)])
+
+
+class Foreign(BaseChatModel):
+    """A model of other makers: it knows none of our arguments."""
+
+    @property
+    def _llm_type(self) -> str:
+        return "foreign"
+
+    def _generate(
+        self, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None
+    ) -> ChatResult:
+        return ChatResult(generations=[ChatGeneration(message=AIMessage("from elsewhere"))])
 
 
 @tool
@@ -322,3 +342,56 @@ def test_without_more_local_work_the_run_ends_with_a_message() -> None:
     agent.invoke(HI, in_thread("a"))
     done = agent.invoke(Command(resume="no"), in_thread("a"))
     assert "is spent (tokens of answers)" in done["messages"][-1].text
+
+
+@wrap_model_call
+def elsewhere(request: Any, handler: Any) -> Any:
+    return handler(request.override(model=Foreign()))
+
+
+@pytest.mark.parametrize("other", [ModelFallbackMiddleware(Foreign()), elsewhere], ids=["fallback", "another model"])
+@pytest.mark.parametrize("outer", [True, False], ids=["budget outside", "budget inside"])
+def test_models_of_other_makers_answer_beside_the_middleware(other: Any, outer: bool) -> None:
+    middleware = [BudgetMiddleware(Budget(escalations=1)), other]
+    agent = create_agent(ChatS2T(model="/no/such/model"), middleware=middleware if outer else middleware[::-1])
+    assert agent.invoke({"messages": "hello"})["messages"][-1].text == "from elsewhere"
+
+
+def asking(ledger: Ledger) -> ChatS2T:
+    """A model that would ask at every token."""
+    escalation = Escalation(ScriptedLLM(last_candidate), margin=1.0)
+    return ChatS2T(
+        model=tiny_model(max_position_embeddings=4096),
+        max_tokens=6,
+        trigger=always(),
+        escalation=escalation,
+        ledger=ledger,
+    )
+
+
+@pytest.mark.parametrize("policy", ["degrade", "ask"])
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+async def test_what_a_tool_asks_of_a_model_without_a_budget_counts_against_its_agent(
+    policy: Any, is_async: bool
+) -> None:
+    ledger = Ledger()
+    model = asking(ledger)
+
+    @tool
+    async def write_later(task: str) -> str:
+        """Have it written."""
+        return str((await create_agent(model, name="writer").ainvoke({"messages": task}))["messages"][-1].text)
+
+    @tool
+    def write(task: str) -> str:
+        """Have it written."""
+        return str(create_agent(model, name="writer").invoke({"messages": task})["messages"][-1].text)
+
+    called = write_later if is_async else write
+    script = [AIMessage("", tool_calls=[{"name": called.name, "args": {"task": "x"}, "id": "1"}])]
+    budget = Budget(escalations=4, on_exhausted=policy, name="fleet")
+    agent = create_agent(Spender(each=1, script=script), [called], middleware=[BudgetMiddleware(budget)])
+    run = (await agent.ainvoke({"messages": "go"})) if is_async else agent.invoke({"messages": "go"})
+    assert budget.state().spent["escalations"] == 4
+    assert [each.escalations for each in ledger.totals("agent").values()] == [3]  # the writer's, under its own name
+    assert any(each.type == "tool" for each in run["messages"])  # which answered locally from there on

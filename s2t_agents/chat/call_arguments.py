@@ -7,6 +7,8 @@ are copied into the call's arguments first.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -184,13 +186,28 @@ def check_call(call: Collection[str], settings: Collection[str]) -> None:
         )
 
 
+_enclosing: ContextVar[Budget | None] = ContextVar("s2t_enclosing_budget", default=None)
+
+
+@contextmanager
+def within_budget(budget: Budget) -> Iterator[None]:
+    """Calls in this block that name no budget, of models that have none, count against this one."""
+    token = _enclosing.set(budget)
+    try:
+        yield
+    finally:
+        _enclosing.reset(token)
+
+
 def budget_of(call: Mapping[str, Any], default: Budget | None) -> Budget | None:
-    """The budget of one call: from its arguments, else the enclosing node's ``configurable``, else the model's.
+    """The budget of one call.
+
+    From its arguments, else the enclosing node's ``configurable``, else the model's, else of ``within_budget``.
 
     Raises:
         ConfigError: it is not a ``Budget``.
     """
-    budget = _call_or_configurable(call, "s2t_budget", default)
+    budget = _call_or_configurable(call, "s2t_budget", default if default is not None else _enclosing.get())
     if budget is None or isinstance(budget, Budget):
         return budget
     raise ConfigError(f"s2t_budget is {budget!r}; it must be a Budget.", hint="Say Budget(usd=..., escalations=...).")
