@@ -157,6 +157,20 @@ def test_a_cache_hit_tells_nothing_of_the_budget_of_whoever_asked_first() -> Non
     assert again.response_metadata["s2t"]["degraded"]  # of the text itself, whoever reads it
 
 
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+async def test_an_answer_that_a_budget_cut_off_is_no_answer_to_the_next_caller(is_async: bool) -> None:
+    model = chat(cache=InMemoryCache())
+
+    async def answer(**call: Any) -> AIMessage:
+        return await model.ainvoke("hello", **call) if is_async else model.invoke("hello", **call)
+
+    cut = await answer(s2t_budget=Budget(answer_tokens=2, on_exhausted="degrade"))
+    assert cut.response_metadata["s2t"]["stopped_by"]
+    whole = await answer(s2t_budget=Budget(answer_tokens=500))
+    assert whole.content == chat().invoke("hello").content != cut.content
+    assert not whole.response_metadata["s2t"].get("stopped_by")
+
+
 @pytest.mark.parametrize(
     "change",
     [

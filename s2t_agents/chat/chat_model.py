@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
@@ -273,7 +273,11 @@ class ChatS2T(ConfigurableChatModel):
         return super()._get_llm_string(stop=own, **identity(with_schema(without_own_arguments(kwargs))))
 
     def _convert_cached_generations(self, cache_val: list[CachedGeneration]) -> list[ChatGeneration]:
-        """Called on a cache hit: metadata and ledger record a cost of zero."""
+        """Called on a cache hit: metadata and ledger record a cost of zero.
+
+        Raises:
+            CutByBudget: another caller's budget ended the answer.
+        """
         return output_messages.cached_generations(super()._convert_cached_generations(cache_val), self.ledger)
 
     def _resolve_model_profile(self) -> ModelProfile:
@@ -407,11 +411,20 @@ class ChatS2T(ConfigurableChatModel):
 
     def _generate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
         with in_scope(CallScope()):  # LangChain may stream inside and call callbacks with the chunks
-            return super()._generate_with_cache(*args, **kwargs)
+            try:
+                return super()._generate_with_cache(*args, **kwargs)
+            except output_messages.CutByBudget:
+                return self._without_cache()._generate_with_cache(*args, **kwargs)
 
     async def _agenerate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
         with in_scope(CallScope()):
-            return await super()._agenerate_with_cache(*args, **kwargs)
+            try:
+                return await super()._agenerate_with_cache(*args, **kwargs)
+            except output_messages.CutByBudget:
+                return await self._without_cache()._agenerate_with_cache(*args, **kwargs)
+
+    def _without_cache(self) -> Self:
+        return self.model_copy(update={"cache": False})
 
     # ------------------------------------------------------------------ one call
 

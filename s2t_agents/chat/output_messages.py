@@ -55,8 +55,18 @@ def final_chunk(generation: Generation) -> ChatGenerationChunk:
     return ChatGenerationChunk(message=message)
 
 
+class CutByBudget(Exception):
+    """An answer in LangChain's cache is as long as the budget of the call that made it, which is not in the key."""
+
+
 def cached_generations(found: Sequence[ChatGeneration], ledger: Ledger | None) -> list[ChatGeneration]:
-    """Generations from LangChain's cache, with zero cost in metadata and ledger."""
+    """Generations from LangChain's cache, with zero cost in metadata and ledger.
+
+    Raises:
+        CutByBudget: one of them was ended by a budget.
+    """
+    if any(one.message.response_metadata.get("s2t", {}).get("stopped_by") for one in found):
+        raise CutByBudget
     return [
         one.model_copy(update={"message": cached_message(one.message, ledger)})
         if isinstance(one.message, AIMessage)
