@@ -142,7 +142,9 @@ def serve(
         bool, typer.Option("--shadow", help="Answer with the small model alone; record what would have changed.")
     ] = False,
     record_steps: Annotated[bool, typer.Option(help="Keep every step in the ledger, for s2t trace.")] = False,
-    record_text: Annotated[bool, typer.Option(help="Keep the text of prompts and steps, too.")] = False,
+    record_text: Annotated[
+        bool, typer.Option(help="Keep the text of prompts and steps, too; implies --record-steps.")
+    ] = False,
     trace: Annotated[
         bool, typer.Option("--trace", help="Show the ledger at /trace, live, to whoever may ask; a key shows its own.")
     ] = False,
@@ -163,7 +165,7 @@ def serve(
     store = SQLiteStore(budgets) if budgets is not None else None
     recording = Recording(steps=record_steps or record_text, text=record_text)
     if recording.steps and ledger is None:
-        raise ConfigError("Steps were to be recorded, and there is no ledger.", hint="Give --ledger FILE.")
+        raise ConfigError("--record-steps and --record-text need a ledger.", hint="Give --ledger FILE.")
     asked = llm_of(llm) if llm is not None else None
     if llm_price is not None:
         if asked is None:

@@ -1,4 +1,4 @@
-"""Budgets that hold: reserve before, settle after; held + settled never passes a limit.
+"""Budgets that hold: reserve before, settle after; nothing is reserved beyond a limit.
 
 A ``Charge`` is reserved (``Budget.reserve``: one atomic step of a ``BudgetStore`` over the whole chain of budgets). The
 ``Hold`` is settled with what the call really cost, released, or lapses. Stores count charges as ``Quantities``, whole

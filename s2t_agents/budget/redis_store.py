@@ -196,7 +196,7 @@ class RedisStore:
     def _damaged(self, root: str) -> BadStore:
         return BadStore(
             f"Redis holds something else than the budget {root!r} under {self._prefix}:{{{root}}}:*.",
-            hint="Take another prefix, or delete these keys: what was spent is then forgotten.",
+            hint="Use another prefix, or delete these keys: what was spent is then forgotten.",
         )
 
     def _script(self, op: str, keys: tuple[str, str, str], args: str) -> object:

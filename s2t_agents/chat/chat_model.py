@@ -89,7 +89,8 @@ class ChatS2T(ConfigurableChatModel):
         budget: limits what escalations spend; a call's ``s2t_budget`` overrides it.
         ledger: receives one record per generation.
         k: candidates per triggered step, 1 to 64; None takes the selector's, or 8.
-        trigger: decides which steps are re-ranked; None takes the selector's calibrated one.
+        trigger: decides which steps are re-ranked; None takes the selector's calibrated one, without a selector
+            ``entropy(above=0.5)`` (nats), at which a general model asks often.
         temperature: 0 is greedy.
         top_p: nucleus mass, used when temperature is above 0.
         max_tokens: limit of one answer in tokens, its reasoning included.

@@ -52,7 +52,7 @@ class EngineSettings:
         if self.k is not None and not 1 <= self.k <= MAX_K:
             raise ConfigError(f"k is {self.k}; between 1 and {MAX_K} candidates can be scored at a step.")
         if self.trigger is not None and not isinstance(self.trigger, Trigger):
-            raise ConfigError(f"trigger is a {type(self.trigger).__name__}.", hint="Take one of s2t_agents.triggers.")
+            raise ConfigError(f"trigger is a {type(self.trigger).__name__}.", hint="Use one of s2t_agents.triggers.")
         chosen = self.selector
         if chosen is not None and not isinstance(chosen, (str, Path)) and not hasattr(chosen, "scores"):
             raise ConfigError(f"selector is a {type(chosen).__name__}.", hint="Give a directory or a Selector.")
@@ -103,7 +103,7 @@ def torch_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
         return name
     found = getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(f"dtype is {name!r}; it must name a floating torch dtype.", hint="Say bfloat16 or float32.")
+        raise ConfigError(f"dtype is {name!r}; it must name a floating torch dtype.", hint="Use bfloat16 or float32.")
     return found
 
 

@@ -32,6 +32,6 @@ def checked_url(base_url: str, *, allow_http: bool) -> httpx.URL:
     if url.scheme == "http" and not is_loopback(url.host) and not allow_http:
         raise ConfigError(
             "plain http to another machine would send prompts and the key in the clear.",
-            hint="Take https, or say allow_http=True in a network that you trust.",
+            hint="Use https, or say allow_http=True in a network that you trust.",
         )
     return url.copy_with(path=url.path.rstrip("/") + "/")

@@ -131,7 +131,7 @@ class Pacing:
         if self.selections < 1:
             raise ConfigError(f"pacing over {self.selections} selections; a run has at least 1.")
         if not all(0 <= margin <= 1 for margin in self.margins):
-            raise ConfigError("pacing was given margins outside [0, 1].", hint="Take them from margins_of(records).")
+            raise ConfigError("pacing was given margins outside [0, 1].", hint="Use them from margins_of(records).")
 
     def pace_for(self, budget: Budget) -> Pace:
         """The pace of the run that this budget belongs to: one for a root budget, its views and all below them."""

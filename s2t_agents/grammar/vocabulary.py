@@ -54,7 +54,7 @@ class Vocabulary:
             llguidance_tokenizer: LLTokenizer = from_tokenizer(tokenizer, n_vocab=self.size, eos_token=ends)
         except ValueError as error:
             raise ConfigError(
-                f"A grammar cannot read this tokenizer: {error}.", hint="Take the tokenizer.json of the model's makers."
+                f"A grammar cannot read this tokenizer: {error}.", hint="Use the tokenizer.json of the model's makers."
             ) from error
         return llguidance_tokenizer
 

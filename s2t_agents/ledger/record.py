@@ -52,7 +52,7 @@ def _utc(moment: datetime) -> datetime:
     try:
         return moment.astimezone(UTC)
     except OverflowError:
-        raise ValueError(f"{moment} is no moment that can be told in UTC") from None
+        raise ValueError(f"{moment} is not a time that can be given in UTC") from None
 
 
 def _digits(usd: Decimal | None) -> str | None:

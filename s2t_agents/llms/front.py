@@ -1,4 +1,4 @@
-"""Whom ``escalation=`` names: weights on this machine, a server, or a chat model as judge."""
+"""The LLM that ``escalation=`` names: weights on this machine, a server, or a chat model as judge."""
 
 from __future__ import annotations
 

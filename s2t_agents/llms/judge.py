@@ -122,7 +122,7 @@ class ChatJudge:
             raise ConfigError(
                 f"{type(chat).__name__} has no structured output ({type(error).__name__}), so it cannot name a"
                 " continuation.",
-                hint="Take a chat model that binds tools.",
+                hint="Use a chat model that binds tools.",
             ) from None
 
     def __repr__(self) -> str:

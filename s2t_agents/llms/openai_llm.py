@@ -111,7 +111,7 @@ class OpenAILLM:
             raise ConfigError(
                 f"hedge_after_s is {hedge_after_s}; it must lie above 0 and under attempt_s ({attempt_s}) and timeout_s"
                 f" ({timeout_s}).",
-                hint="Take about the 95th percentile of the server's answers, or None for no second request.",
+                hint="Use about the 95th percentile of the server's answers, or None for no second request.",
             )
         self.name, self.price = model, price
         self.endpoint = Endpoint(

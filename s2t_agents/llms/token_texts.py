@@ -36,7 +36,7 @@ class TokenTexts:
                 return text
         raise EscalationFailed(
             f"{self._name!r} takes text alone, and these {len(ids)} tokens written as text are not read as they are.",
-            hint="Take a server that takes token ids as prompt, as vLLM does, or ChatJudge.",
+            hint="Use a server that takes token ids as prompt, as vLLM does, or ChatJudge.",
         )
 
     def id_of(self, text: str) -> int | None:
@@ -48,7 +48,7 @@ class TokenTexts:
         if not self._side.view.byte_level:
             raise EscalationFailed(
                 f"{self._name!r} names tokens by their text, which does not tell those of SentencePiece apart.",
-                hint="Take a server that knows return_tokens_as_token_ids, as vLLM does, or ChatJudge.",
+                hint="Use a server that knows return_tokens_as_token_ids, as vLLM does, or ChatJudge.",
             )
         return self._ids.get(text)
 

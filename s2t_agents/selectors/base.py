@@ -63,7 +63,7 @@ class LearnedSelector(nn.Module):
 
 
 def scoring(selector: Selector, proposal: Proposal) -> Waiting[Tensor]:
-    """A selector's scores; one that is none of ours blocks."""
+    """A selector's scores; one that is no ``LearnedSelector`` computes them in one go, and blocks."""
     if isinstance(selector, LearnedSelector):
         return (yield from selector.scoring(proposal))
     return selector.scores(proposal)

@@ -119,7 +119,7 @@ class Calibration(BaseModel):
         if not low <= rate <= high:
             raise ConfigError(
                 f"no threshold is known for a trigger rate of {rate:g}; calibration knows {low:g} to {high:g}.",
-                hint="Take a trigger rate between them.",
+                hint="Use a trigger rate between them.",
             )
         below = max(row for row in self.entropy_at if row[0] <= rate)
         above = min(row for row in self.entropy_at if row[0] >= rate)

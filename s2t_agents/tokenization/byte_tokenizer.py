@@ -176,13 +176,13 @@ def _check(serialized: dict[str, Any], byte_level: bool, name: str) -> None:
             raise TokenizerMismatch(
                 f"the tokenizer of {name!r} changes text before it is encoded (normalizer {kind}), so its tokens"
                 " do not have the bytes of the text.",
-                hint="Take another LLM, or a chat model as judge (ChatJudge), which reads text.",
+                hint="Use another LLM, or a chat model as judge (ChatJudge), which reads text.",
             )
     model = serialized["model"]
     if not byte_level and not model.get("byte_fallback"):
         raise TokenizerMismatch(
             f"the tokenizer of {name!r} ({model['type']}) is neither byte-level nor has it tokens for bytes.",
-            hint="Take another LLM, or a chat model as judge (ChatJudge), which reads text.",
+            hint="Use another LLM, or a chat model as judge (ChatJudge), which reads text.",
         )
 
 

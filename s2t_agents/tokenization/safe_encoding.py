@@ -171,7 +171,7 @@ def _encode_or_raise(tokenizer: Tokenizer, text: str) -> list[int]:
             raise
         raise UnsafeWeights(
             f"the model's tokenizer fails on a text of {len(text)} characters: {first_line(error)}.",
-            hint="Take the tokenizer.json of the model's makers.",
+            hint="Use the tokenizer.json of the model's makers.",
         ) from error
 
 

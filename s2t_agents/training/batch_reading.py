@@ -38,7 +38,7 @@ def logits_along(
     if not model.capabilities.truncation:
         raise ConfigError(
             f"{model.name!r} has recurrent layers and cannot read padded batches.",
-            hint="Take a model whose layers are all attention.",
+            hint="Use a model whose layers are all attention.",
         )
     places = {row: at for at, row in enumerate(dict.fromkeys(map(tuple, prompts)))}
     ids, mask = left_padded(list(places), model.device)

@@ -108,7 +108,7 @@ def task_named(name: str, n: int, seed: int, grading: Grading = "numeric", other
     if not Path(name).is_file():
         raise ConfigError(
             f"task is {name!r}, which is no task and no file.",
-            hint=f"Take {', '.join([*others, *SPLITS, *PROBLEM_KINDS])}, or a JSONL file of prompts.",
+            hint=f"Use {', '.join([*others, *SPLITS, *PROBLEM_KINDS])}, or a JSONL file of prompts.",
         )
     return JsonlTaskConfig(task="jsonl", path=Path(name), grading=grading, count=n)
 

@@ -250,7 +250,7 @@ def check_same_ids(slm: LanguageModel, llm: LanguageModel) -> None:
     if differing:
         raise TokenizerMismatch(
             f"{llm.name!r} and {slm.name!r} disagree on {len(differing)} token ids, {differing[0]!r} first.",
-            hint="Take an LLM of the same family.",
+            hint="Use an LLM of the same family.",
         )
 
 

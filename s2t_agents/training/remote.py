@@ -58,7 +58,7 @@ class RemoteTeacher:
         if differing:
             raise TokenizerMismatch(
                 f"{model!r} and {slm.name!r} disagree on {len(differing)} token ids, {differing[0]!r} first.",
-                hint="Take an LLM of the same family.",
+                hint="Use an LLM of the same family.",
             )
         endpoint = Endpoint(
             server, api_key=None, api_key_env=api_key_env, connect_s=CONNECT_S, allow_http=True, verify=True

@@ -91,7 +91,7 @@ class Options:
                 raise ConfigError(f"{name} is {value!r}.", hint=f"Give a whole number from {least} on.")
         for name in ("type_k", "type_v"):
             if getattr(self, name) not in KV_TYPES:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}.", hint=f"Say one of {', '.join(KV_TYPES)}.")
+                raise ConfigError(f"{name} is {getattr(self, name)!r}.", hint=f"Use one of {', '.join(KV_TYPES)}.")
 
 
 Run = tuple[Sequence[int] | NDArray[np.int32], int, int]

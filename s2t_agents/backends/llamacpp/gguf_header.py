@@ -365,11 +365,15 @@ def block_sizes() -> Mapping[int, tuple[int, int]]:
     """Values and bytes of a block, by the number of the ggml type.
 
     Raises:
-        ConfigError: the package gguf is missing.
+        ConfigError: the package gguf is missing, or hidden by a file of that name.
     """
     try:
         from gguf import GGML_QUANT_SIZES
     except ImportError as error:
+        if not isinstance(error, ModuleNotFoundError):
+            raise ConfigError(
+                f"GGUF files need the package gguf, and {error.path!r} is another.", hint="Rename it."
+            ) from error
         raise ConfigError("GGUF files need the package gguf.", hint="pip install 's2t-agents[llamacpp]'") from error
     return {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
 

@@ -188,7 +188,7 @@ def _check_report(origin: ModelSource, model: Any, report: Mapping[str, Any]) ->
     if mismatched:
         raise UnsafeWeights(
             f"the weights at {origin.name!r} have other sizes than its config says: {mismatched[0]} first.",
-            hint="Take config and weights of one model.",
+            hint="Use config and weights of one model.",
         )
     if lacking := sorted(map(str, report["missing_keys"])):
         raise UnsafeWeights(
