@@ -250,7 +250,7 @@ def gpu(report: dict[str, Any], made: dict[str, Any]) -> str:
 
 
 def speed_brief(stored: dict[str, dict[str, Any]]) -> str:
-    """What a token takes after a thousand, on a CPU and on a GPU, and the targets in a sentence each."""
+    """What a token takes after a thousand, on a CPU and on a GPU, and the targets that were missed."""
     (cpu, made_cpu), (device, made_device) = ((each["report"], each["made"]) for each in stored.values())
     rows, told = list[dict[str, Any]](), list[str]()
     parts = _gpu_parts(device)
@@ -259,15 +259,14 @@ def speed_brief(stored: dict[str, dict[str, Any]]) -> str:
         (cpu, made_cpu, targets(cpu), "s2t bench decode"),
         (device, made_device, _gpu_targets(device), "s2t bench gpu --json"),
     ):
-        told += ["", f"{in_words(judged_by)} {_made_by(report, made, command)}"]
+        told += ["", *missed(judged_by), "", _made_by(report, made, command)]
     return "\n".join([*per_token({"decode": rows}, SHORT), *told])
 
 
-def in_words(found: dict[str, Verdict]) -> str:
-    """Targets missed, with what was wanted, then how many were met."""
-    missed = [f"{name} {each['figure']:.4g} ({each['wanted']})" for name, each in found.items() if not each["met"]]
-    met_count = len(found) - len(missed)
-    return f"**Missed:** {'; '.join(missed) or 'none'}. Met: {met_count} of {len(found)} targets."
+def missed(found: dict[str, Verdict]) -> list[str]:
+    """The targets that were missed, and how many there are."""
+    rows = [f"| {name} | {each['wanted']} | {each['figure']:.4g} |" for name, each in found.items() if not each["met"]]
+    return [f"| missed ({len(rows)} of {len(found)} targets) | wanted | measured |", "|---|---|---|", *rows]
 
 
 def _gpu_parts(report: dict[str, Any]) -> dict[str, Any]:
@@ -323,7 +322,10 @@ ALL = (
 
 def per_token(report: dict[str, Any], names: tuple[str, ...] = ALL) -> list[str]:
     """ms a token of each row, after each prefix."""
-    lines = ["| ms a token (over our greedy) | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    heads = " | ".join(
+        {"generate": "transformers' `generate`", "engine": "ours, greedy"}.get(name, name) for name in names
+    )
+    lines = [f"| ms a token (over our greedy) | {heads} |", "|---" * (len(names) + 1) + "|"]
     for part in report["decode"]:
         cells = [part["rows"][name] for name in names]
         told = " | ".join(f"{figure(row['ms_per_token'])} ({row['over_greedy']:.2f}x)" for row in cells)
