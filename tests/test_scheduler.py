@@ -242,8 +242,8 @@ def test_generations_with_selections_at_once_say_what_each_says_alone(name: str)
 
 
 def patient(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.5) -> None:
-    monkeypatch.setattr("s2t_agents.scheduling.scheduler.PATIENCE", 1e6)
-    monkeypatch.setattr("s2t_agents.scheduling.scheduler.PATIENCE_S", seconds)
+    monkeypatch.setattr("s2t_agents.scheduling.scheduler.BATCH_WAIT", 1e6)
+    monkeypatch.setattr("s2t_agents.scheduling.scheduler.BATCH_WAIT_S", seconds)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])

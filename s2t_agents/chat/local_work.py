@@ -21,7 +21,7 @@ from ..errors import BudgetExceeded, StoreUnavailable
 from ..scheduling.admission import AdmissionTicket
 from ..types import RefusedBy, Step
 
-HOLD_S = 3600.0
+ANSWER_HOLD_S = 3600.0
 """Seconds after which a hold lapses should this process die: longer than an answer takes."""
 TRIES = 100
 """Reservations of what is left, where others take some of it in between."""
@@ -68,7 +68,7 @@ class LocalWork:
         for _ in range(TRIES):
             charge = Charge(Decimal(0), escalations=0, answers=0 if self._begun else 1, answer_tokens=wanted)
             try:
-                self._hold = self._budget.reserve(charge, ttl_s=HOLD_S)
+                self._hold = self._budget.reserve(charge, ttl_s=ANSWER_HOLD_S)
                 break
             except BudgetExceeded as refused:
                 left = int(self._budget.available().get("answer_tokens", 0))

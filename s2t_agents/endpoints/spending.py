@@ -14,7 +14,7 @@ from ..errors import HoldClosed, StoreUnavailable
 
 T = TypeVar("T")
 
-HOLD_S = 3600.0
+REQUEST_HOLD_S = 3600.0
 """Seconds after which a hold lapses should this process die: longer than any request."""
 
 
@@ -36,7 +36,7 @@ class Spending:
         Raises:
             BudgetExceeded, UnpricedModel, StoreUnavailable: as ``Budget.reserve``; the request must not be sent.
         """
-        return Payment(self, self.budget.reserve(self.charge(input_tokens, output_tokens), ttl_s=HOLD_S))
+        return Payment(self, self.budget.reserve(self.charge(input_tokens, output_tokens), ttl_s=REQUEST_HOLD_S))
 
     async def holding(self, input_tokens: int, output_tokens: int) -> Payment:
         """``hold`` in a thread, so that no store stops an event loop; a cancelled caller holds nothing."""

@@ -11,7 +11,7 @@ import threading
 import time
 from contextlib import ContextDecorator
 
-LEAVING_S = 5.0
+COMPUTING_EXIT_S = 5.0
 """How long the end of the interpreter waits for what is computed between two forwards, in seconds.
 
 An LLM that is asked at that moment has so long to answer.
@@ -46,10 +46,10 @@ class Computing(ContextDecorator):
             del self._depths[thread]
 
     def stop_others(self) -> None:
-        """For interpreter exit: this thread may still compute; return when no other does, or after ``LEAVING_S``."""
+        """For interpreter exit: only this thread may still compute; wait for the others, ``COMPUTING_EXIT_S`` at most."""
         self._never.acquire(blocking=False)
         self._exiting = threading.get_ident()
-        until = time.monotonic() + LEAVING_S
+        until = time.monotonic() + COMPUTING_EXIT_S
         while self._others() and time.monotonic() < until:
             time.sleep(POLL_S)
 

@@ -30,16 +30,16 @@ from ..fork_safety import hold_while_forking, renew_in_child
 from .computing import computing
 from .requests import AppendRequest, ForwardRequest, ScoreRequest, TreeRequest
 
-PATIENCE = 0.25
-"""How long a forward is held back for the callers of the last one, as a share of what that took."""
+BATCH_WAIT = 0.25
+"""How long a batch waits for the callers of the last one, as a share of what that took."""
 
-PATIENCE_S = 0.05
+BATCH_WAIT_S = 0.05
 """And at most so long, in seconds."""
 
 IDLE_S = 2.0
 """Seconds without work after which the scheduler's thread ends; the next request starts another."""
 
-LEAVING_S = 30.0
+FORWARD_EXIT_S = 30.0
 """How long the end of the interpreter waits for one forward, in seconds."""
 
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
@@ -61,7 +61,7 @@ def _leave() -> None:
         if thread.is_alive():  # those of a forked process stayed with its parent
             with wanted:
                 wanted.notify_all()
-            thread.join(LEAVING_S)
+            thread.join(FORWARD_EXIT_S)
     for scheduler in list(_schedulers):
         scheduler.stop_others()
 
@@ -162,7 +162,7 @@ class Scheduler:
 
     def stop_others(self) -> None:
         """Acquire the backend's lock for good: this thread may still run forwards, those of other threads block."""
-        self._backend.lock.acquire(timeout=LEAVING_S)
+        self._backend.lock.acquire(timeout=FORWARD_EXIT_S)
 
     @property
     def idle(self) -> bool:
@@ -234,7 +234,7 @@ class Scheduler:
     def _schedule(self) -> tuple[list[ForwardRequest], list[Work]]:
         """What goes into the next forward: single tokens and candidates first, then chunks of prompts."""
         with self._mutex:
-            until = time.monotonic() + min(PATIENCE * self._took_s, PATIENCE_S)
+            until = time.monotonic() + min(BATCH_WAIT * self._took_s, BATCH_WAIT_S)
             while not self._callers_are_back:
                 left = until - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
