@@ -46,7 +46,7 @@ class Computing(ContextDecorator):
             del self._depths[thread]
 
     def stop_others(self) -> None:
-        """For interpreter exit: only this thread may still compute; wait for the others, ``COMPUTING_EXIT_S`` at most."""
+        """For interpreter exit: only this thread may compute now; wait for others, ``COMPUTING_EXIT_S`` at most."""
         self._never.acquire(blocking=False)
         self._exiting = threading.get_ident()
         until = time.monotonic() + COMPUTING_EXIT_S
