@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from s2t_agents import ChatS2T, Escalation
-from s2t_agents.budget import PER_DAY, Budget, Charge, SQLiteStore, sqlite_store
+from s2t_agents.budget import PER_DAY, Budget, Charge, SQLiteStore, SystemClock, sqlite_store
 from s2t_agents.errors import BadStore, ConfigError, S2TError, StoreUnavailable
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
@@ -313,6 +313,42 @@ def test_a_busy_file_is_waited_for_when_it_is_opened_too(tmp_path: Path, clock: 
         SQLiteStore(path, wait_s=0.4)
     assert clock.now == pytest.approx(0.4)
     other.close()
+
+
+@pytest.mark.parametrize("wait_s", [0, 0.2])
+@pytest.mark.parametrize("step", ["reserve", "settle", "extend", "state", "child"])
+def test_a_thread_that_is_long_at_work_is_waited_for_as_long_as_was_said(
+    tmp_path: Path, step: str, wait_s: float
+) -> None:
+    class Stuck(SystemClock):
+        def monotonic(self) -> float:  # asked inside a transaction
+            if threading.current_thread() is not threading.main_thread():
+                inside.set()
+                assert go_on.wait(60)
+            return super().monotonic()
+
+    inside, go_on = threading.Event(), threading.Event()
+    budget = Budget(escalations=50, store=SQLiteStore(tmp_path / "budget.db", wait_s=wait_s, clock=Stuck()))
+    hold = budget.reserve(ONE)
+    steps: dict[str, Any] = {
+        "reserve": lambda: budget.reserve(ONE),
+        "settle": lambda: hold.settle(ONE),
+        "extend": lambda: budget.extend(escalations=1),
+        "state": budget.state,
+        "child": lambda: budget.child("child"),
+    }
+    thread = threading.Thread(target=budget.state)
+    thread.start()
+    assert inside.wait(60)
+    try:
+        with pytest.raises(StoreUnavailable, match="locked by another thread"):
+            steps[step]()
+    finally:
+        go_on.set()
+        thread.join()
+    budget.reserve(ONE).settle(ONE)  # and what is owed
+    assert budget.state().spent["escalations"] == (2 if step == "settle" else 1)
+    assert budget.state().limit["escalations"] == 50
 
 
 @pytest.mark.parametrize("wait_s", [-1, float("nan"), float("inf"), 10**9])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import forked
 import pytest
+
+import s2t_agents
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
@@ -180,7 +185,50 @@ in_child(lambda: done == [1] and model.invoke(QUESTION).text == right)
 thread.join()
 assert model.invoke(QUESTION).text == right
 """
+IN_THE_MIDDLE_OF_BOOKING = """
+from decimal import Decimal
+from s2t_agents.budget import Budget, Charge, SQLiteStore, SystemClock
+
+class Slow(SystemClock):
+    def monotonic(self):  # asked inside a transaction
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            forking.wait()
+            time.sleep(.3)  # the fork takes its locks meanwhile
+        return super().monotonic()
+
+inside, forking = threading.Event(), threading.Event()
+budget = Budget(escalations=9, store=SQLiteStore(tempfile.mkdtemp() + "/budget.db", clock=Slow()))
+thread = threading.Thread(target=lambda: budget.reserve(Charge(Decimal(0))).settle(Charge(Decimal(0))))
+thread.start()
+inside.wait()
+os.register_at_fork(before=forking.set)
+in_child(lambda: budget.reserve(Charge(Decimal(0))).settle(Charge(Decimal(0))) is None)
+thread.join()
+assert budget.state().spent["escalations"] == 2
+"""
+GRADING = """
+from s2t_agents.training.equivalence import MathEquivalence
+from s2t_agents.training.math_judge import shared_judge
+
+def equal():
+    return math.vote("item", "\\\\boxed{1/2}") == first and shared_judge().equal("1/3", "2/6")
+
+math = MathEquivalence()
+first = math.vote("item", "\\\\boxed{0.5}")
+assert shared_judge().equal("1/2", "2/4")
+worker = shared_judge().worker_pid
+over, threads = busily(lambda: shared_judge().equal("2/7", "4/14"), 1)
+for number in range(3):
+    in_child(lambda: equal() and shared_judge().worker_pid != worker)
+over.set()
+for thread in threads:
+    thread.join(30)
+assert equal() and shared_judge().worker_pid == worker
+"""
 PROGRAMS = {
+    "in the middle of booking": IN_THE_MIDDLE_OF_BOOKING,
+    "grading": GRADING,
     "a library's call": LIBRARY,
     "two forks at once": TWO_FORKS_AT_ONCE,
     "busy": BUSY,
@@ -218,3 +266,50 @@ assert not holder.lock.acquire(blocking=False)
 os._exit(0)
 """
     assert forked.run("-c", START + program).returncode == 0
+
+
+FREE_OTHERWISE = {
+    ("fork_safety.py", "_lock"): "made anew in the child",
+    ("budget/memory_store.py", "_lock"): "a child is refused before it takes it",
+    ("backends/torch/cuda/cuda_graph.py", "CAPTURING"): "no child of a process that uses CUDA can use CUDA",
+    ("endpoints/event_loop.py", "_lock"): "made anew in the child, with the loop",
+    ("scheduling/computing.py", "_never"): "taken as the interpreter ends",
+    ("scheduling/requests.py", "_pending"): "one request's, and the child has none of another thread's",
+    ("training/equivalence.py", "_lock"): "made anew in the child",
+}
+
+
+def locks_of(module: ast.Module) -> Iterator[str]:
+    """The names that locks get, as attributes or in the module; a condition over another lock is that lock."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            pairs = [
+                pair
+                for target in targets
+                for pair in (
+                    zip(target.elts, node.value.elts, strict=True)
+                    if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+                    else [(target, node.value)]
+                )
+            ]
+            for target, value in pairs:
+                shared = isinstance(value, ast.Call) and ast.unparse(value.func) == "threading.Condition" and value.args
+                kinds = {ast.unparse(each) for each in ast.walk(value) if isinstance(each, ast.Attribute)}
+                if not shared and kinds & {"threading.Lock", "threading.RLock", "threading.Condition"}:
+                    yield target.attr if isinstance(target, ast.Attribute) else ast.unparse(target)
+
+
+def test_every_lock_of_the_package_is_free_in_a_child() -> None:
+    package = Path(s2t_agents.__file__).parent
+    found, held = set(), set()
+    for path in package.rglob("*.py"):
+        module, name = ast.parse(path.read_text()), path.relative_to(package).as_posix()
+        found |= {(name, lock) for lock in locks_of(module)}
+        held |= {
+            (name, ast.literal_eval(call.args[1]))
+            for call in ast.walk(module)
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "hold_while_forking"
+        }
+    assert len(found) > 20
+    assert found - held == set(FREE_OTHERWISE)

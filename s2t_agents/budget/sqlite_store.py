@@ -38,7 +38,8 @@ from s2t_agents.budget.sqlite_rows import (
 )
 from s2t_agents.budget.state import BudgetState
 from s2t_agents.budget.store import Chain, Closing, Refusal, Terms
-from s2t_agents.errors import BadStore, ConfigError, StoreUnavailable
+from s2t_agents.errors import BadLimit, BadStore, ConfigError, StoreUnavailable
+from s2t_agents.fork_safety import hold_while_forking
 
 MAX_WAIT_S = 86_400
 LATCH_S = 0.004
@@ -73,9 +74,11 @@ class SQLiteStore:
         self.path, self._wait_s = Path(path).absolute(), wait_s
         self._clock = clock or SystemClock()
         self._lock = threading.RLock()
+        hold_while_forking(self, "_lock")
         self._connection: sqlite3.Connection | None = None
         self._pid, self._file = 0, (0, 0)
-        verify(self.path, APPLICATION_ID, "budget store")
+        with self._lock:  # a fork waits: SQLite has locks of its own
+            verify(self.path, APPLICATION_ID, "budget store")
         with self._transaction() as rows:
             reset_after_reboot(rows, boot_id(), self._now_us(), self._clock.wall())
 
@@ -197,35 +200,42 @@ class SQLiteStore:
             StoreUnavailable: others kept it busy for ``wait_s`` seconds, be they threads or processes; or it cannot be
                 read or written.
             BadStore: what is in it is no budget.
+            BadLimit: more than a budget counts.
         """
         until = time.monotonic() + self._wait_s
         pause_s = LATCH_S
-        while True:
-            with self._lock:  # never for long: while one thread waits for other processes, the others may try
-                rows, state = None, "opening"
-                try:
-                    rows = self._connected()
-                    rows.execute("BEGIN IMMEDIATE")
-                    state = "open"
-                    yield rows
-                    state = "writing"
-                    rows.execute("COMMIT")
-                    return
-                except BaseException as error:
-                    if rows is not None:
-                        with contextlib.suppress(sqlite3.Error):
-                            rows.execute("ROLLBACK")
-                    if state != "opening" or not busy(error) or time.monotonic() >= until:
-                        problem = self._problem(error, untouched=state != "writing")
-                        if problem is error:
-                            raise
-                        raise problem from error
+        while True:  # the lock is never held for long: while one thread waits for other processes, the others may try
+            rows, state, ours = None, "opening", False
+            try:
+                ours = self._lock.acquire(timeout=max(LATCH_S, until - time.monotonic()))
+                if not ours:
+                    raise TimeoutError("it is locked by another thread of this process")
+                rows = self._connected()
+                rows.execute("BEGIN IMMEDIATE")
+                state = "open"
+                yield rows
+                state = "writing"
+                rows.execute("COMMIT")
+                return
+            except BaseException as error:
+                if rows is not None:
+                    with contextlib.suppress(sqlite3.Error):
+                        rows.execute("ROLLBACK")
+                waits = busy(error) or isinstance(error, TimeoutError)
+                if state != "opening" or not waits or time.monotonic() >= until:
+                    problem = self._problem(error, untouched=state != "writing")
+                    if problem is error:
+                        raise
+                    raise problem from error
+            finally:
+                if ours:
+                    self._lock.release()
             time.sleep(min(pause_s, max(0.0, until - time.monotonic())))
             pause_s = min(2 * pause_s, PAUSE_S)
 
     def _problem(self, error: BaseException, *, untouched: bool) -> BaseException:
         """The error to raise for one inside a transaction; the same where SQLite and the content are not at fault."""
-        if isinstance(error, StoreUnavailable) or not isinstance(error, Exception):
+        if isinstance(error, StoreUnavailable | BadLimit) or not isinstance(error, Exception):
             return error
         if (damage := damage_of(error)) is not None:
             return BadStore(f"{self.path}: {damage}.", hint=DAMAGED, untouched=untouched)

@@ -11,6 +11,7 @@ import threading
 from importlib.util import find_spec
 
 from ..errors import ConfigError
+from ..fork_safety import renew_in_child
 from .math_judge import shared_judge
 
 LONGEST = 1000
@@ -37,7 +38,11 @@ class MathEquivalence:
                 hint="pip install 's2t-agents[train]', or use numeric grading.",
             )
         self._lock = threading.Lock()
+        renew_in_child(self._renew)
         self._votes: dict[str, dict[str, str]] = {}  # by item: expression -> the first expression equal to it
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()  # what it guards is whole at any moment
 
     def gradable(self, answer: str) -> bool:
         """Any text: what is no mathematics is equal to itself only."""

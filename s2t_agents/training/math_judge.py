@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from ..errors import S2TError
+from ..fork_safety import hold_while_forking, renew_in_child
 
 LIMIT_S = 5.0
 """Seconds for one comparison; what takes longer counts as not equal."""
@@ -35,7 +36,9 @@ class MathJudge:
     def __init__(self, limit_s: float = LIMIT_S) -> None:
         self.limit_s = limit_s
         self._lock = threading.Lock()
+        hold_while_forking(self, "_lock")
         self._worker: subprocess.Popen[str] | None = None
+        renew_in_child(self._forget)
 
     @property
     def worker_pid(self) -> int | None:
@@ -98,6 +101,9 @@ class MathJudge:
             timer.cancel()
             timer.join()
         return None if late.is_set() or not answer else answer
+
+    def _forget(self) -> None:
+        self._worker = None  # the parent's: a child that asked it would take the parent's answers
 
     def _end(self) -> None:
         worker, self._worker = self._worker, None

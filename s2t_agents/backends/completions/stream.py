@@ -21,6 +21,7 @@ from ...endpoints.completions import LOGPROB_TOLERANCE, LogProb, PartialModel, l
 from ...endpoints.endpoint import Endpoint
 from ...endpoints.spending import Payment
 from ...errors import EndpointBusy, EndpointRefused, EscalationFailed
+from ...fork_safety import hold_while_forking
 
 DATA = b"data:"
 DONE = b"[DONE]"
@@ -130,6 +131,7 @@ class CompletionStream:
         self._error: BaseException | None = None
         self._over = self._written = False
         self._changed = threading.Condition()
+        hold_while_forking(self, "_changed")
         self._sent = False
         self._payment = payment
         self._task = asyncio.run_coroutine_threadsafe(self._read(endpoint, body), event_loop.shared_loop())

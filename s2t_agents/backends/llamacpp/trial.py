@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import ConfigError, ModelNotFound, UnsafeWeights
+from ...fork_safety import hold_while_forking
 from .context import Context, Options
 from .gguf_header import GGUFHeader, read_header
 
@@ -35,6 +36,7 @@ REFUSED, NO_MODEL = 3, 4
 
 _tried: set[tuple[tuple[str, int, int, int], ...]] = set()
 _lock = threading.Lock()
+hold_while_forking(sys.modules[__name__], "_lock")
 
 
 def try_out(header: GGUFHeader) -> None:
