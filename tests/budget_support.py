@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import itertools
 import shutil
 import socket
@@ -18,6 +19,19 @@ import pytest
 from s2t_agents.budget import Budget, BudgetStore, Charge, MemoryStore, RedisStore, SQLiteStore
 
 ONE = Charge(Decimal(0))
+FULL = 3 * 10**6
+"""Dollars: as much again and again is soon more than a budget counts."""
+TRAPS = [*decimal.BasicContext.traps]
+CONTEXTS = {
+    "two digits": decimal.Context(prec=2),
+    "six digits": decimal.Context(prec=6),
+    "nothing rounded": decimal.Context(prec=6, traps=TRAPS),
+    "nothing rounded, many digits": decimal.Context(prec=28, traps=TRAPS),
+    "no traps": decimal.Context(prec=3, traps=[]),
+    "rounded down": decimal.Context(prec=4, rounding=decimal.ROUND_DOWN),
+    "small exponents": decimal.Context(prec=9, Emin=-2, Emax=2, traps=TRAPS),
+}
+"""A program's own ways to compute, by what they do."""
 STORES = ("memory", "sqlite", "redis")
 SHARED = ("sqlite", "redis")
 _names = itertools.count()

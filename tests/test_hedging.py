@@ -1,6 +1,7 @@
 """Hedged requests: off by default; a slow request gets one copy; both reserved before and settled after."""
 
 import asyncio
+import decimal
 import pickle
 import threading
 import time
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import servers
+from budget_support import CONTEXTS
 from servers import CompletionServer
 
 from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
@@ -16,8 +18,10 @@ from s2t_agents.endpoints import event_loop
 from s2t_agents.errors import ConfigError, EscalationFailed
 from s2t_agents.escalation import Escalation
 from s2t_agents.llms import CircuitBreaker, LocalLLM, OpenAILLM, Question
+from s2t_agents.llms.request_costs import total_charge
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always, when
+from s2t_agents.types import Charge
 
 PROMPT = [10, 20, 30, 40, 50]
 CANDIDATES = [1, 2, 3]
@@ -111,6 +115,17 @@ def test_the_quote_covers_both_requests(server: CompletionServer) -> None:
     quote = hedging(server).open().quote(question())
     assert (quote.usd, quote.llm_tokens) == (2 * ONE, 12)
     assert hedging(server, price=None).open().quote(question()).usd is None
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_the_quote_covers_both_requests_in_any_decimal_context(server: CompletionServer, name: str) -> None:
+    llm = hedging(server, price=TokenPrice(Decimal("123.456789"), Decimal("0.123456")))
+    with decimal.localcontext(CONTEXTS[name]):
+        one = total_charge([Charge(Decimal("0.123456789012"), 5)])
+        two = total_charge([Charge(Decimal("0.123456789012"), 5)] * 2)
+        quote = llm.open().quote(question())
+    assert (one, two) == (Charge(Decimal("0.123456789012"), 5), Charge(Decimal("0.246913578024"), 10))
+    assert quote == llm.open().quote(question())
 
 
 @pytest.mark.parametrize(

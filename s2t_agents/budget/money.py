@@ -7,7 +7,9 @@ for any price list known today. 64-bit stores hold 9.2 million dollars of them.
 from __future__ import annotations
 
 import decimal
+from collections.abc import Iterable
 from decimal import Decimal
+from functools import reduce
 
 from s2t_agents.errors import BadLimit
 
@@ -16,8 +18,18 @@ MAX_USD = Decimal(1_000_000)
 MAX_COUNT = 10**15
 MAX_PICO = 2**62  # 4.6 million dollars in one amount; stores add 64-bit integers
 
-_EXACT = decimal.Context(prec=60, rounding=decimal.ROUND_HALF_EVEN)  # never the caller's thread-wide context
-_ONE_PICO = Decimal(1).scaleb(-DECIMALS)
+_EXACT = decimal.Context(  # never the caller's thread-wide context; what is left out here comes from DefaultContext
+    prec=60,
+    rounding=decimal.ROUND_HALF_EVEN,
+    Emin=decimal.MIN_EMIN,
+    Emax=decimal.MAX_EMAX,
+    capitals=1,
+    clamp=0,
+    flags=[],
+    traps=[decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow],
+)
+_ONE_PICO = Decimal((0, (1,), -DECIMALS))
+_MOST_USD = _EXACT.scaleb(Decimal(MAX_PICO), -DECIMALS)
 
 Dollars = float | str | int | Decimal
 _DOLLARS = (float, str, int, Decimal)
@@ -55,9 +67,7 @@ def limit_pico(value: Dollars, what: str) -> int:
     Raises:
         BadLimit: as in :func:`dollars`, or finer than a pico-dollar, or above a million dollars.
     """
-    amount = dollars(value, what)
-    if amount > MAX_USD:
-        raise BadLimit(f"{what}={value!r} is above {MAX_USD:,} USD.", hint="Leave it out (None) for no limit.")
+    amount = _up_to_max(value, what, "Leave it out (None) for no limit.")
     whole = pico(amount)
     if usd(whole) != amount:
         raise BadLimit(
@@ -67,16 +77,34 @@ def limit_pico(value: Dollars, what: str) -> int:
     return whole
 
 
+def price(value: Dollars, what: str) -> Decimal:
+    """Read a price, in USD per million tokens or per hour.
+
+    Raises:
+        BadLimit: as in :func:`dollars`, or above a million dollars.
+    """
+    return _up_to_max(value, what, "Prices are in USD per million tokens, or per hour.")
+
+
+def _up_to_max(value: Dollars, what: str, hint: str) -> Decimal:
+    amount = dollars(value, what)
+    if amount > MAX_USD:
+        raise BadLimit(f"{what}={value!r} is above {MAX_USD:,} USD.", hint=hint)
+    return amount
+
+
 def pico(amount: Decimal) -> int:
     """Whole pico-dollars, rounded up: a fraction is never given away.
 
     Raises:
         BadLimit: more than any budget can hold.
     """
-    whole = int(_EXACT.scaleb(amount, DECIMALS).to_integral_value(decimal.ROUND_CEILING, _EXACT))
-    if whole > MAX_PICO:
-        raise BadLimit(f"{amount} USD is more than can be counted.", hint="Check the price and the token count.")
-    return whole
+    if amount > _MOST_USD:  # before it is computed with: any exponent can be compared
+        raise BadLimit(
+            f"{amount} USD is more than can be counted: {_MOST_USD:,} in one amount.",
+            hint="Check the price and the token count.",
+        )
+    return int(_EXACT.scaleb(amount.quantize(_ONE_PICO, decimal.ROUND_CEILING, _EXACT), DECIMALS))
 
 
 def usd(whole: int) -> Decimal:
@@ -88,7 +116,17 @@ def usd(whole: int) -> Decimal:
 
 def written(whole: int, exponent: int) -> Decimal:
     """Dollars from pico-dollars, with ``-exponent`` digits after the point."""
-    return _EXACT.scaleb(Decimal(whole), -DECIMALS).quantize(Decimal(1).scaleb(exponent), context=_EXACT)
+    return rounded(_EXACT.scaleb(Decimal(whole), -DECIMALS), exponent)
+
+
+def rounded(amount: Decimal, exponent: int) -> Decimal:
+    """Dollars to the nearest that has ``-exponent`` digits after the point."""
+    return amount.quantize(Decimal((0, (1,), exponent)), context=_EXACT)
+
+
+def total(amounts: Iterable[Decimal]) -> Decimal:
+    """Exact sum of any number of amounts, whatever precision the caller's decimal context has."""
+    return reduce(add, amounts, Decimal(0))
 
 
 def add(a: Decimal, b: Decimal) -> Decimal:

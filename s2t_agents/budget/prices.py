@@ -25,7 +25,7 @@ class TokenPrice:
         long_prompts: (tokens, price) pairs, ascending: the price of a whole call whose prompt is longer than that.
 
     Raises:
-        BadLimit: a price that is negative, NaN, infinite or in another currency.
+        BadLimit: a price that is negative, NaN, infinite, above a million or in another currency.
     """
 
     input_usd_per_mtok: Decimal
@@ -39,7 +39,7 @@ class TokenPrice:
         for field in ("input_usd_per_mtok", "output_usd_per_mtok", "cached_input_usd_per_mtok"):
             value = getattr(self, field)
             if value is not None or field != "cached_input_usd_per_mtok":
-                object.__setattr__(self, field, money.dollars(value, field))
+                object.__setattr__(self, field, money.price(value, field))
 
     def cost(self, *, input_tokens: int, cached_tokens: int = 0, output_tokens: int = 0) -> Decimal:
         """USD for one call, to the pico-dollar. One escalation is its prefix plus one token out.
@@ -82,13 +82,13 @@ class DevicePrice:
         usd_per_hour: USD per device-hour: what the machine is rented for, or its power and wear. 0 is free.
 
     Raises:
-        BadLimit: negative, NaN, infinite or in another currency.
+        BadLimit: negative, NaN, infinite, above a million or in another currency.
     """
 
     usd_per_hour: Decimal
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "usd_per_hour", money.dollars(self.usd_per_hour, "usd_per_hour"))
+        object.__setattr__(self, "usd_per_hour", money.price(self.usd_per_hour, "usd_per_hour"))
 
     def cost(self, seconds: float) -> Decimal:
         """USD for so many measured device-seconds, to the nearest pico-dollar."""

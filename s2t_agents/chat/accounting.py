@@ -15,7 +15,7 @@ from typing import Any
 
 from langchain_core.messages import AIMessage
 
-from ..budget import Budget, DevicePrice
+from ..budget import Budget, DevicePrice, money
 from ..engine.engine import Engine
 from ..errors import StoreUnavailable
 from ..ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Shadow, Thought
@@ -284,7 +284,7 @@ def _total_usd(reports: Sequence[EscalationReport]) -> Decimal | None:
     """USD of some escalations; None if the cost of one is unknown."""
     charges = [report.actual for report in reports if report.actual]
     known = [charge.usd for charge in charges if charge.usd is not None]
-    return sum(known, Decimal(0)) if len(known) == len(charges) else None
+    return money.total(known) if len(known) == len(charges) else None
 
 
 def _budget_state(budget: Budget | None) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from s2t_agents.budget import money
 from s2t_agents.errors import LedgerError
 from s2t_agents.ledger.grouped_totals import By, GroupedTotals
 from s2t_agents.ledger.latency import SHARES, Quantiles
@@ -116,7 +116,7 @@ def _table(by: str, grouped: GroupedTotals, width: int | None) -> Iterator[str]:
 
 
 def _money(cost: CostSum) -> str:
-    known = f"{cost.known.quantize(Decimal('0.000001')):f}" if cost.known else "0"
+    known = f"{money.rounded(cost.known, -6):f}" if cost.known else "0"
     return f"{known} + {cost.unknown}?" if cost.unknown else known
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from decimal import Decimal
 
+from ..budget import money
 from ..types import Charge
 from .question import Question
 
@@ -44,5 +44,5 @@ def total_charge(charges: Sequence[Charge]) -> Charge | None:
     if not charges:
         return None
     known = [charge.usd for charge in charges if charge.usd is not None]
-    usd = sum(known, Decimal(0)) if len(known) == len(charges) else None
+    usd = money.total(known) if len(known) == len(charges) else None
     return Charge(usd=usd, llm_tokens=sum(charge.llm_tokens for charge in charges))
