@@ -10,11 +10,12 @@ import sys
 import threading
 import time
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
-from budget_support import Place, open_store, place, redis_server, shared_place  # noqa: F401
+from budget_support import FakeClock, Place, open_store, place, redis_server, shared_place  # noqa: F401
 from langchain_core.messages import AIMessage
 
 from s2t_agents import Budget, ChatS2T, Ledger
@@ -309,6 +310,31 @@ def test_a_warning_comes_once_for_each_limit_of_which_a_share_is_spent(place: Pl
     run.extend(answers=1)
     agent.reserve(Charge(Decimal(0), escalations=0)).settle(Charge(Decimal(0), escalations=0))
     assert (told[-1].limit, told[-1].spent, len(told)) == (6, 5, 4)  # a raised limit is told of again
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.55, 0.6, 0.7, 0.8, 0.9, 1])
+@pytest.mark.parametrize("limit", ["0.05", "0.1", "0.3", "0.7", "1", "3"])
+def test_a_warning_comes_at_exactly_the_share_and_not_before(limit: str, share: float) -> None:
+    told: list[LimitWarning] = []
+    settings: dict[str, Any] = {"on_warning": told.append, "warn_at": share}
+    usd, count = Decimal(limit), int(Decimal(limit) * 100)
+    dollars, counts, timed = Budget(usd=usd, **settings), Budget(answers=count, **settings), FakeClock(mono=0.0)
+    deadline = Budget(seconds=count, clock=timed, **settings)
+    due, least = usd * Decimal(str(share)), Decimal("1E-12")
+    for step, times in ((due - least, 0), (least, 1), (least, 1)):
+        dollars.reserve(Charge(Decimal(0))).settle(Charge(step))
+        assert len(told) == times
+    told.clear()
+    for answers in range(1, count + 1):
+        counts.reserve(Charge(Decimal(0), answers=1)).settle(Charge(Decimal(0), answers=1))
+        assert bool(told) == (Fraction(answers) >= Fraction(str(share)) * count)
+    told.clear()
+    for tenths in range(10 * count):
+        timed.mono = tenths / 10
+        deadline.warn()
+        passed = Fraction(str(deadline.state().spent["seconds"])) >= Fraction(str(share)) * count
+        assert bool(told) == passed
+        assert share == 1 or (deadline.seconds_to_next() == deadline.seconds_left()) == passed
 
 
 def test_the_share_is_a_setting_and_a_broken_callback_takes_nothing_down(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,10 +6,12 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal
 
+from s2t_agents.budget import money
 from s2t_agents.budget.meter_handle import MeterHandle
 from s2t_agents.budget.quantities import NOTHING
-from s2t_agents.budget.state import BudgetState
+from s2t_agents.budget.state import BudgetState, Number
 from s2t_agents.errors import BadLimit, StoreUnavailable
 from s2t_agents.types import LimitWarning
 
@@ -52,7 +54,7 @@ class Warner:
             state = meter.store.read_state(meter.path)
             for unit, limit in state.limit.items():
                 spent = state.spent[unit]
-                if spent is None or not limit or float(spent) < self.share * float(limit):
+                if spent is None or not limit or self._until_due(limit, spent) > 0:
                     continue
                 once = f"warned of {unit} {limit} {window} at {self.share:g}"
                 if (meter.path, once) not in self._told:
@@ -65,10 +67,16 @@ class Warner:
 
     def seconds_to(self, state: BudgetState) -> float | None:
         """Seconds until a deadline's warning is due; None where it has none, or was."""
-        if not (limit := float(state.limit.get("seconds", 0))):
+        limit, passed = state.limit.get("seconds"), state.spent.get("seconds")
+        if not limit or passed is None:
             return None
-        due = self.share * limit - (limit - float(state.left["seconds"]))
-        return due if due > 0 else None
+        due = self._until_due(limit, passed)
+        return float(due) if due > 0 else None
+
+    def _until_due(self, limit: Number, spent: Number) -> Decimal:
+        """How much more may be spent of a limit before its warning is due, exactly; a float means what it prints as."""
+        share, whole, used = (Decimal(str(number)) for number in (self.share, limit, spent))
+        return money.subtract(money.multiply(share, whole), used)
 
     def _tell(self, warning: LimitWarning) -> None:
         try:
