@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from decimal import Decimal
+from typing import Any
 
 import pytest
-from budget_support import ONE, Place, place, redis_server  # noqa: F401
+from budget_support import FULL, ONE, Place, place, redis_server  # noqa: F401
 
 from s2t_agents.budget import PER_DAY, Budget, Charge
 from s2t_agents.errors import BadLimit, BudgetExceeded, HoldClosed, UnpricedModel
@@ -250,6 +252,50 @@ def test_a_named_grant_counts_once_and_its_first_amount_stands(place: Place) -> 
     assert budget.extend(escalations=1)
     assert budget.state().limit == {"usd": 1, "escalations": 6}
     assert child.state().limit == {"escalations": 5}
+
+
+LARGEST: dict[str, Any] = {
+    "usd": Decimal(1_000_000),
+    **dict.fromkeys(("escalations", "llm_tokens", "answers", "answer_tokens"), 10**15),
+    "seconds": 315_360_000,
+}
+
+
+@pytest.mark.parametrize("unit", LARGEST)
+def test_a_limit_is_raised_to_the_largest_that_can_be_given_and_no_further(place: Place, unit: str) -> None:
+    largest = LARGEST[unit]
+    half = largest // 2
+    budget = place.budget(**{unit: half})
+    budget.extend(**{unit: half})
+    for more in (half, largest, Decimal("1E-12") if unit == "usd" else 1):
+        with pytest.raises(BadLimit, match=f"limit in {unit} would be .*, above {largest:,}") as refused:
+            budget.extend(**{unit: more}, once="a grant")
+        assert refused.value.hint
+        assert budget.state().limit[unit] == largest
+    assert budget.reserve(Charge(Decimal(0))).open
+
+
+@pytest.mark.parametrize("unit", [*LARGEST][:-1])
+def test_a_sum_beyond_what_a_budget_counts_is_refused_and_nothing_is_changed(place: Place, unit: str) -> None:
+    most = Decimal(FULL) if unit == "usd" else 10**15
+    nothing = Charge(Decimal(0), escalations=0)
+    one = replace(nothing, **{unit: most})
+    parent = place.budget(name="parent")
+    budget = parent.child("child")
+    held = [budget.reserve(nothing) for _ in range(12)]
+    for hold in held[: 3 if unit == "usd" else 9]:
+        hold.settle(one)
+    state = budget.state()
+    assert state.spent[unit] == state.overrun[unit] == (9 * 10**6 if unit == "usd" else 9 * 10**15)
+    with pytest.raises(BadLimit, match=f"sum in {unit} would be .*, above the 9,000,000"), held[-1]:
+        held[-1].settle(one)
+    assert not held[-1].open  # its block was left, which gives it back
+    with pytest.raises(BadLimit, match=f"sum in {unit} would be .*, above the 9,000,000"):
+        budget.child("other").reserve(one)
+    assert (budget.state().spent, budget.state().holds) == (state.spent, state.holds - 1)
+    held[-2].close(one)  # the answer that it was for goes on
+    assert (budget.state().spent, parent.state().spent) == (state.spent, state.spent)
+    budget.reserve(nothing).settle(nothing)
 
 
 def test_an_unknown_price_is_refused_anywhere_under_a_dollar_limit(place: Place) -> None:

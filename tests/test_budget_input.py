@@ -8,9 +8,10 @@ from decimal import Decimal, localcontext
 from typing import Any
 
 import pytest
+from budget_support import CONTEXTS
 from pydantic import ValidationError
 
-from s2t_agents.budget import Budget, Charge, MemoryStore, SystemClock, Window
+from s2t_agents.budget import Budget, Charge, DevicePrice, MemoryStore, SystemClock, TokenPrice, Window
 from s2t_agents.budget.extension import extension_from
 from s2t_agents.budget.names import meter_name
 from s2t_agents.budget.refusals import refusal_question
@@ -85,6 +86,7 @@ def test_a_charge_is_one_escalation_unless_it_says_otherwise() -> None:
 
 BAD_CHARGES: list[Any] = [
     *(Charge(Decimal("-0.1")), Charge(NAN), Charge(INF), Charge("5 EUR"), Charge(True)),  # type: ignore[arg-type]
+    *(Charge(Decimal(text)) for text in ("1E+7", "1E+999986", "1E+999999", "9E+999999999999", "4611686.018427387905")),
     *(Charge(Decimal(10**12)), Charge(llm_tokens=-1), Charge(llm_tokens=10**16), Charge(llm_tokens=0.5)),  # type: ignore[arg-type]
     *(Charge(escalations=-1), Charge(escalations=True), Charge(llm_tokens="7"), None, 3, {"usd": 1}),  # type: ignore[arg-type]
 ]
@@ -104,6 +106,32 @@ def test_a_charge_that_no_budget_can_count_is_refused_and_nothing_is_held_or_spe
             Receipt(step=0, prefix_tokens=1, outcome="failed", actual=bad)
 
 
+@pytest.mark.parametrize("usd", ["1E-13", "1E-999", "1E-999999", "1E-999999999999", "9E-1999999999999999997"])
+def test_a_fraction_of_a_pico_dollar_counts_as_one(usd: str) -> None:
+    budget = Budget(usd=1)
+    budget.reserve(Charge(Decimal(usd))).settle(Charge(Decimal(usd)))
+    assert budget.state().spent["usd"] == Decimal("1E-12")
+
+
+@pytest.mark.parametrize("usd", ["1000001", "1E+999999", "1E+999999999999"])
+def test_a_price_is_a_million_at_most(usd: str) -> None:
+    for make in (
+        lambda: TokenPrice(Decimal(usd), Decimal(1)),
+        lambda: TokenPrice(Decimal(1), Decimal(1), Decimal(usd)),
+        lambda: DevicePrice(Decimal(usd)),
+    ):
+        with pytest.raises(BadLimit, match="above 1,000,000 USD"):
+            make()
+
+
+@pytest.mark.parametrize("offset_s", [5 * 10**9 + 1, 2**62, -(2**70), 10**400])
+def test_a_window_that_no_store_can_count_is_refused(offset_s: int) -> None:
+    with pytest.raises(BadLimit, match="offset_s=.* is not from -5,000,000,000 to 5,000,000,000"):
+        Window(60, offset_s=offset_s)
+    with pytest.raises(BadLimit, match="1 to 1,000,000,000"):
+        Window(abs(offset_s))
+
+
 def test_a_hold_that_was_given_no_charge_is_still_open() -> None:
     budget = Budget(usd=1)
     with budget.reserve(Charge(Decimal("0.5"))) as hold:
@@ -113,9 +141,10 @@ def test_a_hold_that_was_given_no_charge_is_still_open() -> None:
     assert budget.state().spent["usd"] == Decimal("0.1")
 
 
-def test_charges_add_exactly_whatever_the_callers_decimal_context() -> None:
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_charges_add_exactly_whatever_the_callers_decimal_context(name: str) -> None:
     budget = Budget()
-    with localcontext(prec=2):
+    with localcontext(CONTEXTS[name]):
         for _ in range(10):
             budget.reserve(Charge(Decimal("0.1001"), 10)).settle(Charge(Decimal("0.1001"), 10))
         assert budget.state().spent == {"usd": Decimal("1.001"), "escalations": 10, "llm_tokens": 100}

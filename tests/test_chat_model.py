@@ -1,17 +1,20 @@
 """ChatS2T as a LangChain chat model: answers, and metadata of steps, costs and picks."""
 
 import asyncio
+import decimal
 import threading
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from budget_support import CONTEXTS, FULL
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 from langchain_core.runnables import RunnableLambda
 
 from s2t_agents import Budget, ChatS2T, DevicePrice, Ledger, LocalLLM, TokenPrice
-from s2t_agents.budget import Charge, SQLiteStore
+from s2t_agents.budget import Charge, SQLiteStore, money
 from s2t_agents.errors import (
     BudgetExceeded,
     ConfigError,
@@ -22,6 +25,7 @@ from s2t_agents.errors import (
     UnsafeWeights,
 )
 from s2t_agents.escalation import Escalation
+from s2t_agents.ledger.report import Format, report
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
 from s2t_agents.types import RefusedBy
@@ -130,6 +134,38 @@ def test_costs_are_known_only_where_prices_are() -> None:
     assert all(each > 0 for each in seconds)
     assert cost["local"] == pytest.approx(sum(seconds) * 3.6 / 3600)
     assert cost["total"] == pytest.approx(cost["local"] + cost["llm"])
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_every_account_of_an_answer_is_the_same_in_any_decimal_context(name: str) -> None:
+    price = TokenPrice(Decimal("0.151234"), Decimal("0.601234"))
+    budget, ledger = Budget(usd=1), Ledger()
+    model = escalating(None, price=price, device_price=DevicePrice(Decimal("123.456")), ledger=ledger)
+    with decimal.localcontext(CONTEXTS[name]):
+        answer = model.invoke("hello", s2t_budget=budget)
+        costs = ledger.total().cost_usd
+        shown = [report(ledger, format=format) for format in get_args(Format)]
+        again = ledger.what_if(Budget(usd=1))
+    [record] = ledger.records()
+    asked = [receipt.actual for receipt in record.receipts if receipt.actual]
+    spent = budget.state().spent["usd"]
+    assert len(asked) > 2
+    assert sum(Fraction(charge.usd or 0) for charge in asked) == Fraction(spent or 0) > 0
+    assert costs.llm.usd == record.cost_usd.llm == again.spent.usd == spent
+    assert costs.total.usd == money.add(costs.local.known, costs.llm.known)
+    assert answer.response_metadata["s2t"]["cost_usd"]["llm"] == float(spent or 0)
+    assert "ledger_error" not in answer.response_metadata["s2t"]
+    assert shown == [report(ledger, format=format) for format in get_args(Format)]
+
+
+def test_a_charge_beyond_all_that_a_budget_counts_costs_the_llm_and_not_the_answer() -> None:
+    budget = Budget()
+    for _ in range(3):
+        budget.reserve(Charge(Decimal(0))).settle(Charge(Decimal(FULL)))
+    s2t = escalating(None, price=TokenPrice(Decimal(1), Decimal(5))).invoke("hello", s2t_budget=budget)
+    assert s2t.response_metadata["s2t"]["tokens"] == 12
+    assert s2t.response_metadata["s2t"]["degraded"]
+    assert (budget.state().holds, budget.state().spent["usd"]) == (0, 3 * FULL)
 
 
 def test_streaming_says_the_same_and_reports_on_the_last_chunk_alone() -> None:

@@ -335,6 +335,23 @@ def test_what_if_uses_the_whole_chain_and_spends_nothing(ledger: Ledger) -> None
     assert run.state().spent["escalations"] == 0
 
 
+@pytest.mark.parametrize("raised", ["root", "child", "both"])
+@pytest.mark.parametrize("unit", ["usd", "escalations", "llm_tokens", "seconds"])
+def test_what_if_goes_by_the_limits_as_they_are_now(ledger: Ledger, raised: str, unit: str) -> None:
+    one = {"usd": Decimal("0.1"), "escalations": 1, "llm_tokens": 10, "seconds": 10}[unit]
+    budgets = [Budget(**{unit: one if raised != "child" else 2 * one})]
+    budgets.append(budgets[0].child("agent", **{unit: one if raised != "root" else 2 * one}))
+    for budget in budgets:
+        if budget.state().limit[unit] == one:
+            budget.extend(**{unit: one})
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    for at in (0, 12, 24):
+        ledger.record(GenerationRecord(started_at=start + timedelta(seconds=at), receipts=(picked(1, 5, 5),)))
+    again = ledger.what_if(budgets[-1])
+    assert (again.allowed, again.refused) == (2, 1)
+    assert ledger.what_if(budgets[-1].fresh()) == again
+
+
 def test_the_selector_decides_what_would_have_stood() -> None:
     scored = (
         ReceiptCandidate(token_id=1, selector=-2.0),

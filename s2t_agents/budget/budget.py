@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import secrets
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any, Self, Unpack, get_args
 
@@ -15,7 +16,7 @@ from s2t_agents.budget.hold import Hold
 from s2t_agents.budget.limit_warnings import WARN_AT, OnWarning, Warner
 from s2t_agents.budget.memory_store import MemoryStore
 from s2t_agents.budget.meter_handle import MeterHandle
-from s2t_agents.budget.quantities import UNITS, Quantities, quantities_of
+from s2t_agents.budget.quantities import UNITS, Quantities, limits_from, quantities_of
 from s2t_agents.budget.refusals import budget_exceeded
 from s2t_agents.budget.state import BudgetState, Number
 from s2t_agents.budget.store import BudgetStore, Link, Terms
@@ -166,11 +167,16 @@ class Budget:
         return Budget.__new__(Budget)._set_up(self._meter, self.parent, mode, final=as_final, warner=self._warner)
 
     def fresh(self, clock: Clock | None = None) -> Budget:
-        """The same limits, from the root down to here, on new meters in memory: for what-if replays."""
+        """The limits as they are now, from the root down to here, on new meters in memory: for what-if replays.
+
+        Raises:
+            StoreUnavailable: the store cannot be reached.
+        """
         store: BudgetStore = MemoryStore(clock)
         copy: Budget | None = None
         for budget in self.chain:
-            copy = _opened(copy, budget.name, budget._meter.terms, budget.on_exhausted, store, budget._final)
+            terms = replace(budget._meter.terms, limits=limits_from(budget.state().limit))
+            copy = _opened(copy, budget.name, terms, budget.on_exhausted, store, budget._final)
         return copy or self
 
     @property
@@ -206,7 +212,7 @@ class Budget:
             ttl_s: seconds after which the hold lapses if its process dies. Choose it longer than the call.
 
         Raises:
-            BadLimit: no charge that can be counted.
+            BadLimit: no charge that can be counted, alone or with all that is spent and held.
             BudgetExceeded: it does not fit; says which unit of which budget.
             UnpricedModel: ``charge.usd`` is None under a dollar limit.
             StoreUnavailable: the store cannot be reached, so nothing may be spent.
@@ -259,7 +265,7 @@ class Budget:
             Whether this call counted.
 
         Raises:
-            BadLimit: as for :class:`Budget`, or a unit that has no limit here.
+            BadLimit: as for :class:`Budget`, also for the limit as it would be; or a unit that has no limit here.
         """
         more = terms_of(
             {

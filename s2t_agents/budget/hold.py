@@ -60,7 +60,7 @@ class Hold:
             actual: the real cost.
 
         Raises:
-            BadLimit: no charge that can be counted; the hold stays open.
+            BadLimit: no charge that can be counted, alone or with all that is spent; the hold stays open.
             HoldClosed: settled or released before; or lapsed, and then the cost *was* booked, as overrun.
             StoreUnavailable: not booked yet; it will be before the next reservation through this budget.
         """
@@ -68,13 +68,12 @@ class Hold:
         again, self.actual = self.actual is not None, actual
         try:
             spent = quantities_of(actual)
+            if spent.unpriced and not self._want.unpriced:
+                spent = spent._replace(usd=self._want.usd, unpriced=0)
+            closing = self._store.settle(self.id, spent)
         except BadLimit:
             self.actual = None
             raise
-        if spent.unpriced and not self._want.unpriced:
-            spent = spent._replace(usd=self._want.usd, unpriced=0)
-        try:
-            closing = self._store.settle(self.id, spent)
         except StoreUnavailable:
             self._unsettled.add(self.id, spent)
             self._closed = "settled"
@@ -107,7 +106,13 @@ class Hold:
         """Settle what is owed, or release for None; where that fails, it is made up for as the class says."""
         # lapsed: booked as overrun; store down: settled later; interrupted: leaving the block finishes it
         with contextlib.suppress(HoldClosed, StoreUnavailable), self:
-            self.settle(owed) if owed is not None else self.release()
+            if owed is None:
+                self.release()
+                return
+            try:
+                self.settle(owed)
+            except BadLimit:  # with all that is spent it cannot be counted; what was held can
+                self.settle(self.reserved)
 
     @property
     def open(self) -> bool:

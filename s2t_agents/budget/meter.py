@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from s2t_agents.budget.quantities import NOTHING, UNITS, Counts, Limits, excess, minus, plus, raised
+from s2t_agents.budget.quantities import (
+    LARGEST_TOTAL,
+    NOTHING,
+    UNITS,
+    Counts,
+    Limits,
+    check_total,
+    excess,
+    minus,
+    plus,
+    raised,
+)
 from s2t_agents.budget.state import BudgetState, state_of
 from s2t_agents.budget.store import Refusal, Terms
+
+LEAST_TOTAL = LARGEST_TOTAL.unpriced
+"""No sum up to here needs a second look, whatever its unit."""
 
 _new = tuple.__new__  # a reservation makes several meters, and this takes half the time of Meter(...)
 
@@ -60,9 +74,16 @@ class Meter(NamedTuple):
         return None
 
     def reserve(self, want: Counts) -> Meter:
-        """The meter with ``want`` held."""
+        """The meter with ``want`` held.
+
+        Raises:
+            BadLimit: as ``check_total``.
+        """
         terms, limits, deadline, window, spent, held, over = self
-        return _new(Meter, (terms, limits, deadline, window, spent, plus(held, want), over))
+        held = plus(held, want)
+        if max(spent) + max(held) > LEAST_TOTAL:
+            check_total(plus(spent, held))
+        return _new(Meter, (terms, limits, deadline, window, spent, held, over))
 
     def release(self, reserved: Counts) -> Meter:
         """The meter with a hold of ``reserved`` gone, unused."""
@@ -70,18 +91,29 @@ class Meter(NamedTuple):
         return _new(Meter, (terms, limits, deadline, window, spent, minus(held, reserved), over))
 
     def settle(self, reserved: Counts, actual: Counts) -> Meter:
-        """The meter with a hold of ``reserved`` replaced by a charge of ``actual``."""
+        """The meter with a hold of ``reserved`` replaced by a charge of ``actual``.
+
+        Raises:
+            BadLimit: as ``check_total``.
+        """
         terms, limits, deadline, window, spent, held, over = self
         if actual != reserved:
             over = plus(over, excess(actual, reserved))
-        return _new(Meter, (terms, limits, deadline, window, plus(spent, actual), minus(held, reserved), over))
+        spent = plus(spent, actual)
+        if max(spent) > LEAST_TOTAL:
+            check_total(spent)
+        return _new(Meter, (terms, limits, deadline, window, spent, minus(held, reserved), over))
 
     def overrun(self, actual: Counts) -> Meter:
         """The meter with a charge that nothing was held for."""
         return self.settle(NOTHING, actual)
 
     def extend(self, more: Counts, now_us: int) -> Meter:
-        """The meter with higher limits; more time counts from now if the deadline has passed."""
+        """The meter with higher limits; more time counts from now if the deadline has passed.
+
+        Raises:
+            BadLimit: as ``check_limits``.
+        """
         if self.deadline_us is None or not more.seconds:
             return self._replace(limits=raised(self.limits, more))
         passed = max(0, now_us - self.deadline_us)

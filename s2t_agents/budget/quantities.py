@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Generic, NamedTuple, TypeVar
 
@@ -46,6 +47,12 @@ Limits = Quantities[int | None]
 
 NOTHING: Counts = Quantities(0, 0, 0, 0, 0, 0, 0)
 UNLIMITED: Limits = Quantities(None, None, None, None, None, None, None)
+
+MAX_SECONDS = 10 * 365 * 86_400
+LARGEST_LIMIT: Counts = Quantities(money.pico(money.MAX_USD), *(money.MAX_COUNT,) * 4, MAX_SECONDS * 1_000_000, 0)
+"""What a limit may be, raised or not."""
+LARGEST_TOTAL: Counts = Quantities(9 * 10**18, *(9 * 10**15,) * 4, 0, 9 * 10**15)
+"""What one meter adds up: it fits SQLite's 64-bit integers, and the doubles of the scripts that Redis runs."""
 
 _new = tuple.__new__  # a reservation makes several, and this takes half the time of Quantities(...)
 
@@ -97,8 +104,43 @@ def excess(actual: Counts, reserved: Counts) -> Counts:
 
 
 def raised(limits: Limits, by: Counts) -> Limits:
-    """Limits with so much more; a unit without a limit stays without."""
-    return Quantities(*(None if limit is None else limit + more for limit, more in zip(limits, by, strict=True)))
+    """Limits with so much more; a unit without a limit stays without.
+
+    Raises:
+        BadLimit: as :func:`check_limits`.
+    """
+    more = Quantities(*(None if limit is None else limit + more for limit, more in zip(limits, by, strict=True)))
+    check_limits(more)
+    return more
+
+
+def check_limits(limits: Limits) -> None:
+    """Refuse raised limits that no budget may be opened with.
+
+    Raises:
+        BadLimit: naming the limit, and the largest.
+    """
+    for unit, limit, largest in zip(UNITS, limits, LARGEST_LIMIT, strict=False):
+        if limit is not None and limit > largest:
+            raise BadLimit(
+                f"The limit in {unit} would be {public(unit, limit):,}, above {public(unit, largest):,}.",
+                hint="Raise it by less, or open a budget without this limit.",
+            )
+
+
+def check_total(total: Counts) -> None:
+    """Refuse to hold or book what would make a meter's sum more than it can count.
+
+    Raises:
+        BadLimit: naming the sum, and the largest.
+    """
+    for unit, number, largest in zip((*UNITS, "charges of unknown price"), total, LARGEST_TOTAL, strict=True):
+        if number > largest:
+            raise BadLimit(
+                f"The sum in {unit} would be {public(unit, number):,}, above the {public(unit, largest):,} that one "
+                "budget counts.",
+                hint="Open a budget of another name.",
+            )
 
 
 def public(unit: str, value: int) -> Decimal | int | float:
@@ -106,3 +148,14 @@ def public(unit: str, value: int) -> Decimal | int | float:
     if unit == "usd":
         return money.usd(value)
     return value / 1e6 if unit == "seconds" else value
+
+
+def limits_from(public_limits: Mapping[str, Decimal | int | float]) -> Limits:
+    """Limits in stored numbers, from those in public units; a unit that is not among them has none."""
+    stored: dict[str, int] = {}
+    for unit, limit in public_limits.items():
+        if isinstance(limit, Decimal):
+            stored[unit] = money.pico(limit)
+        else:
+            stored[unit] = round(limit * 1e6) if unit == "seconds" else int(limit)
+    return UNLIMITED._replace(**stored)

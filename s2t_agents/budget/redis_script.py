@@ -39,6 +39,11 @@ local function amount(a)
   return type(a) == 'table' and whole(a[1]) and whole(a[2]) and a[2] < PART and whole(a[3]) and whole(a[4])
     and whole(a[5]) and whole(a[6] or 0) and whole(a[7] or 0)
 end
+local function within(a, most)  -- a sum, which may be more than a double holds exactly
+  local enough = a[1] < most[1] or (a[1] == most[1] and a[2] <= most[2])
+  for i = 3, 7 do enough = enough and (a[i] or 0) <= most[i] end
+  return enough
+end
 local function unpacked(packed)
   local ok, found = pcall(cmsgpack.unpack, packed)
   sound(ok and type(found) == 'table')
@@ -207,30 +212,31 @@ return m and m[TERMS]
 """
 
 _RESERVE = r"""
--- hold, ttl in us, want {7}, then per link: path, need {7}
+-- hold, ttl in us, want {7}, the largest sum {7}, then per link: path, need {7}
 lapse()
 local want, paths, meters, births = args[5], {}, {}, {}
-for at = 6, #args, 2 do
+for at = 7, #args, 2 do
   local path = args[at]
   local m = load(path)
   if not m then return {'missing', path} end
   local unit = refusing(m, want, args[at + 1])
   if unit == 0 then return {'refused', path, '0', texts({m[MICROS], m[MICROS] + now - m[DEADLINE]})} end
   if unit then return {'refused', path, tostring(unit), texts(m[LIMIT]), texts(m[SPENT]), texts(m[HELD])} end
+  plus(m[HELD], want, 1)
+  m[COUNT] = m[COUNT] + 1
+  local all = {unpack(m[HELD])}
+  plus(all, m[SPENT], 1)
+  if not within(all, args[6]) then return {'above', texts(all)} end
   paths[#paths + 1], meters[#meters + 1], births[#births + 1] = path, m, m[BIRTH] or 0
 end
 call('HSET', HOLDS, args[3], cmsgpack.pack({0, want, paths, now + args[4], births}))
 call('ZADD', EXPIRY, text(now + args[4]), args[3])
-for i, m in ipairs(meters) do
-  plus(m[HELD], want, 1)
-  m[COUNT] = m[COUNT] + 1
-  save(paths[i], m)
-end
+for i, m in ipairs(meters) do save(paths[i], m) end
 return {'held'}
 """
 
 _FINISH = r"""
--- hold, then what was used {7}, or nothing to release
+-- hold, then what was used {7} and the largest sum {7}, or nothing to release
 local packed = call('HGET', HOLDS, args[3])
 if not packed then return 'gone' end
 local hold, actual = unpacked_hold(packed), args[4]
@@ -245,6 +251,7 @@ for at, path in ipairs(hold[3]) do
     local counted = held_by(hold, at, m)
     if counted then let_go(m, hold[2]) end
     if actual then book(m, counted and hold[2] or {0, 0, 0, 0, 0, 0, 0}, actual) end
+    if actual and not within(m[SPENT], args[5]) then return {'above', texts(m[SPENT])} end
     late = late or not counted
     paths[#paths + 1], meters[#meters + 1] = path, m
   end
@@ -257,7 +264,7 @@ return late and 'late' or 'done'
 """
 
 _EXTEND = r"""
--- path, amount {7}, microseconds, what names the grant (empty: nothing does)
+-- path, amount {7}, microseconds, what names the grant (empty: nothing does), the largest limit {7} and microseconds
 local m = load(args[3])
 if not m then return 'missing' end
 local grant = args[3] .. '\0' .. args[6]  -- no path holds a NUL
@@ -270,6 +277,9 @@ if m[DEADLINE] and micros > 0 then
   local past = math.max(0, now - m[DEADLINE])
   m[MICROS], m[DEADLINE] = m[MICROS] + micros + past, m[DEADLINE] + past + micros
 end
+local given, time = {}, m[MICROS] or 0  -- 0 where there is no limit
+for i = 1, 7 do given[i] = limit[i] or 0 end
+if not within(given, args[7]) or time > args[8] then return {'above', texts(limit), text(time)} end
 save(args[3], m)
 if args[6] ~= '' then call('HSET', METERS, grant, 1) end
 return 'done'
@@ -289,7 +299,7 @@ SCRIPTS = {
     "find_terms": _CLOCK + _METER + _FIND_TERMS,
     "reserve": _CLOCK + _ADD + _MORE + _TEXT + _METER + _REFUSE + _LAPSE + _RESERVE,
     "finish": _CLOCK + _ADD + _MORE + _TEXT + _METER + _BOOK + _LAPSE + _FINISH,
-    "extend": _CLOCK + _ADD + _METER + _EXTEND,
+    "extend": _CLOCK + _ADD + _TEXT + _METER + _EXTEND,
     "read_state": _CLOCK + _ADD + _TEXT + _METER + _LAPSE + _READ_STATE,
 }
 """By operation: only what it needs, since Redis defines every function anew at each call."""

@@ -14,7 +14,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from s2t_agents.budget.clock import Clock
-from s2t_agents.budget.quantities import COUNTED, NOTHING, UNITS, Counts, Limits, Quantities, plus
+from s2t_agents.budget.quantities import (
+    COUNTED,
+    LARGEST_LIMIT,
+    LARGEST_TOTAL,
+    NOTHING,
+    UNITS,
+    Counts,
+    Limits,
+    Quantities,
+    check_limits,
+    check_total,
+    plus,
+)
 from s2t_agents.budget.redis_script import DAMAGED, PART, SCRIPTS
 from s2t_agents.budget.redis_url import FORM, PASSWORD_ENV, address_of, password_in
 from s2t_agents.budget.state import BudgetState, state_of
@@ -115,9 +127,11 @@ class RedisStore:
         for path, final in chain:
             need = want if final else plus(want, self._keep[path])
             links += [path, _amount(need)]
-        answer = cast(list[Any], self._run(hold_id, "reserve", hold_id, ttl_us, _amount(want), *links))
+        answer = cast(list[Any], self._run(hold_id, "reserve", hold_id, ttl_us, _amount(want), _LARGEST_TOTAL, *links))
         if answer[0] == "held":
             return None
+        if answer[0] == "above":
+            check_total(cast(Counts, _numbers(answer[1])))
         if answer[0] == "missing":
             raise self._missing(answer[1])
         path, i = answer[1], int(answer[2]) - 1
@@ -130,7 +144,7 @@ class RedisStore:
 
     def settle(self, hold_id: str, actual: Counts) -> Closing:
         """Replace the hold by what was used."""
-        return self._closing(self._run(hold_id, "finish", hold_id, _amount(actual)))
+        return self._closing(self._run(hold_id, "finish", hold_id, _amount(actual), _LARGEST_TOTAL))
 
     def release(self, hold_id: str) -> Closing:
         """Give the hold back."""
@@ -138,9 +152,12 @@ class RedisStore:
 
     def extend(self, path: str, more: Counts, once: str = "") -> bool:
         """Raise the limits."""
-        said = self._run(path, "extend", path, _amount(more), more.seconds, once)
+        largest = (_amount(LARGEST_LIMIT), LARGEST_LIMIT.seconds)
+        said = self._run(path, "extend", path, _amount(more), more.seconds, once, *largest)
         if said == "missing":
             raise self._missing(path)
+        if isinstance(said, list):
+            check_limits(_numbers(said[1], None)._replace(seconds=int(said[2]), unpriced=None))
         return said == "done"
 
     def read_state(self, path: str) -> BudgetState:
@@ -208,6 +225,8 @@ class RedisStore:
 
     def _closing(self, said: object) -> Closing:
         if isinstance(said, list):
+            if said[0] == "above":
+                check_total(cast(Counts, _numbers(said[1])))
             raise self._missing(str(said[1]))
         return Closing(said)
 
@@ -228,6 +247,9 @@ def _amount(counted: Counts) -> tuple[int, ...]:
     """As the scripts count: micro-dollars, the pico-dollars below, and the rest."""
     usd, escalations, llm_tokens, answers, answer_tokens, _, unpriced = counted
     return (*divmod(usd, PART), escalations, llm_tokens, unpriced, answers, answer_tokens)
+
+
+_LARGEST_TOTAL = _amount(LARGEST_TOTAL)
 
 
 def _numbers(texts: list[str], missing: int | None = 0) -> Limits:

@@ -12,6 +12,7 @@ from s2t_agents.budget.meter import Meter
 from s2t_agents.budget.quantities import Counts, Limits, Quantities
 from s2t_agents.budget.store import Terms
 from s2t_agents.budget.window import Window
+from s2t_agents.errors import BadLimit
 
 APPLICATION_ID = 0x5332_5442  # "S2TB"
 SCHEMA = """
@@ -126,7 +127,10 @@ def load_meter(rows: sqlite3.Connection, path: str) -> Meter | None:
     def amount(part: str) -> Counts:
         return counts(row[name] for name in _columns(part, _AMOUNT))
 
-    window = None if row["window_s"] is None else Window(row["window_s"], row["window_offset_s"])
+    try:
+        window = None if row["window_s"] is None else Window(row["window_s"], row["window_offset_s"])
+    except BadLimit as bad:
+        raise ValueError("a meter has a window that none can have") from bad
     terms = Terms.of(of("terms"), of("keep"), row["terms_us"], window)
     limits: Limits = Quantities._make((*of("limit"), row["limit_us"], None))
     return Meter(terms, limits, row["deadline_us"], row["window"], amount("spent"), amount("held"), amount("over"))

@@ -6,14 +6,13 @@ import math
 from typing import Literal, TypedDict
 
 from s2t_agents.budget import money
-from s2t_agents.budget.quantities import NOTHING, UNITS, Counts, Limits, Quantities, quantities_of
+from s2t_agents.budget.quantities import MAX_SECONDS, NOTHING, UNITS, Counts, Limits, Quantities, quantities_of
 from s2t_agents.budget.store import Terms
 from s2t_agents.budget.window import Window
 from s2t_agents.errors import BadLimit
 from s2t_agents.types import Charge
 
 OnExhausted = Literal["degrade", "raise", "ask"]
-MAX_SECONDS = 10 * 365 * 86_400
 
 
 class LimitsGiven(TypedDict, total=False):

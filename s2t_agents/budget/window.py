@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from s2t_agents.errors import BadLimit
 
+MAX_SECONDS = 10**9
+MAX_OFFSET_S = 5 * 10**9
+"""In microseconds still exact in the doubles that Redis' scripts count in, also as a distance from now."""
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -20,17 +24,23 @@ class Window:
             starts at midnight in Berlin's winter is ``Window(86_400, offset_s=-3_600)``.
 
     Raises:
-        BadLimit: a length under one second or not whole.
+        BadLimit: a length under one second or not whole, or a start further than 5,000,000,000 seconds (158 years) away
+            from 1970.
     """
 
     seconds: int
     offset_s: int = 0
 
     def __post_init__(self) -> None:
-        if type(self.seconds) is not int or not 1 <= self.seconds <= 10**9 or type(self.offset_s) is not int:
+        if type(self.seconds) is not int or not 1 <= self.seconds <= MAX_SECONDS or type(self.offset_s) is not int:
             raise BadLimit(
-                f"Window({self.seconds!r}, offset_s={self.offset_s!r}) must be whole seconds, from 1 up.",
+                f"Window({self.seconds!r}, offset_s={self.offset_s!r}) must be whole seconds, 1 to {MAX_SECONDS:,}.",
                 hint="Use PER_HOUR, PER_DAY or PER_WEEK.",
+            )
+        if abs(self.offset_s) > MAX_OFFSET_S:
+            raise BadLimit(
+                f"offset_s={self.offset_s!r} is not from -{MAX_OFFSET_S:,} to {MAX_OFFSET_S:,}.",
+                hint="Give the seconds into a window, or since 1970, at which one starts.",
             )
 
     def index(self, wall_s: float) -> int:

@@ -102,7 +102,7 @@ class EscalationSession:
             return None, self._reported(question, None, _report("failed", None, None, started, _reason(error)))
         try:
             hold = self._budget.reserve(quote, ttl_s=self._hold_s) if self._budget else None
-        except (BudgetExceeded, StoreUnavailable, UnpricedModel) as error:
+        except (BudgetExceeded, StoreUnavailable, UnpricedModel, BadLimit) as error:
             report = self._reported(question, None, _refused(error, quote, started))
             if isinstance(error, BudgetExceeded) and self._budget and self._budget.on_exhausted != "degrade":
                 raise
@@ -198,7 +198,7 @@ def _reason(error: BaseException) -> str:
     return str(error) if isinstance(error, S2TError) else f"{type(error).__name__} while the LLM was asked."
 
 
-def _refused(error: BudgetError | UnpricedModel, quote: Charge, started: float) -> EscalationReport:
+def _refused(error: BudgetError | UnpricedModel | BadLimit, quote: Charge, started: float) -> EscalationReport:
     limit = RefusedBy(error.budget, error.unit, error.limit) if isinstance(error, BudgetExceeded) else None
     return replace(_report("refused", quote, None, started, str(error)), refused_by=limit)
 
