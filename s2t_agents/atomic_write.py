@@ -1,9 +1,10 @@
-"""Atomic file writes, and a lock for folders that only one run may write at a time."""
+"""Atomic file writes, and locks: of files that several append to, of folders that only one run may write at a time."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ except ImportError:  # Windows: open files cannot be deleted, and there is no lo
 
 LOCK = ".run.lock"
 _PART_SUFFIX = ".part"
+_LOOK_S = 0.005
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -41,6 +43,27 @@ def write_whole(path: Path, data: bytes) -> None:
         raise S2TError(
             f"{path} could not be written: {error.strerror}.", hint="What was written before is kept; run again."
         ) from error
+
+
+def lock_to_append(file: IO[bytes], until: float) -> None:
+    """Take an open file's lock, which closing it gives back; without effect where the system has none.
+
+    Args:
+        file: what several processes append to.
+        until: when to give up, in seconds of ``time.monotonic()``: a stopped process may hold the lock for ever.
+
+    Raises:
+        TimeoutError: another process kept it locked.
+        OSError: the file system has no locks.
+    """
+    while fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise TimeoutError("another process kept it locked") from None
+            time.sleep(_LOOK_S)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import pytest
 from s2t_agents import Budget, ChatS2T
 from s2t_agents.engine.engine import Engine
 from s2t_agents.errors import ConfigError, EscalationFailed, InputError
-from s2t_agents.escalation import Escalation, PaidGroup, read_groups
+from s2t_agents.escalation import Escalation, PaidGroup, paid_groups, read_groups
 from s2t_agents.escalation.paid_groups import PaidGroups
+from s2t_agents.ledger import GenerationRecord, Ledger
 from s2t_agents.llms import Answer, LocalLLM, Question
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
@@ -130,6 +132,82 @@ def test_a_disk_that_does_not_take_it_costs_a_warning_and_not_the_answer(
     steps = list(Engine(tiny_model(), trigger=always(), escalation=escalation).steps(PROMPT, Sampling(max_tokens=3)))
     assert [step.picked_by for step in steps] == ["llm"] * 3
     assert "was not recorded" in caplog.text
+
+
+def test_a_file_that_another_process_keeps_locked_costs_a_warning_and_not_the_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(paid_groups, "WAIT_S", 0.05)
+    path = tmp_path / "groups.jsonl"
+    with path.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        escalation = Escalation(ScriptedLLM(last_candidate), margin=1.0, record=path)
+        engine = Engine(tiny_model(), trigger=always(), escalation=escalation)
+        steps = list(engine.steps(PROMPT, Sampling(max_tokens=3)))
+        assert [step.picked_by for step in steps] == ["llm"] * 3
+        assert caplog.text.count("another process kept it locked") == 3
+        assert list(read_groups(path)) == []
+    assert len(record(path, ScriptedLLM(last_candidate))) == 8
+
+
+def ledger_lines(path: Path) -> None:
+    Ledger.open(path.with_suffix(".jsonl")).record(GenerationRecord())
+    path.with_suffix(".jsonl").rename(path)
+
+
+def ledger_in_sqlite(path: Path) -> None:
+    Ledger.open(path.with_suffix(".db")).close()
+    path.with_suffix(".db").rename(path)
+
+
+FOREIGN = {
+    "a ledger": ledger_lines,
+    "a ledger of SQLite": ledger_in_sqlite,
+    "a ledger without records": lambda path: path.write_bytes(b'{"s2t_ledger": 1}\n'),
+    "text": lambda path: path.write_bytes(b"my notes, no newline at the end"),
+    "other JSON lines": lambda path: path.write_bytes(b'{"format":1,"messages":[]}\n'),
+    "JSON of another format": lambda path: path.write_bytes(b'{"format":2,"slm_model":{}}\n'),
+    "text after blank lines": lambda path: path.write_bytes(b"\n \n[]"),
+    "bytes": lambda path: path.write_bytes(bytes(range(256)) * 99),
+    "a folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN)
+def test_a_file_that_holds_something_else_is_refused_at_construction_and_left_alone(
+    tmp_path: Path, make: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "groups"
+    make(path)
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(ConfigError, match=r"groups'.*not changed"):
+        Escalation(ScriptedLLM(last_candidate), record=path)
+    assert before == (path.read_bytes() if path.is_file() else None)
+
+
+@pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN)
+def test_a_file_that_became_something_else_is_left_alone_and_costs_a_warning(
+    tmp_path: Path, make: Callable[[Path], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "groups"
+    escalation = Escalation(ScriptedLLM(last_candidate), margin=1.0, record=path)
+    make(path)
+    before = path.read_bytes() if path.is_file() else None
+    steps = list(Engine(tiny_model(), trigger=always(), escalation=escalation).steps(PROMPT, Sampling(max_tokens=2)))
+    assert [step.picked_by for step in steps] == ["llm"] * 2
+    assert "was not recorded" in caplog.text
+    assert before == (path.read_bytes() if path.is_file() else None)
+
+
+@pytest.mark.parametrize("left", [b"", b"\n", b"{", b'{"form', b'{"format":1,"slm_model":{"na'])
+def test_a_file_of_its_own_goes_on_wherever_its_first_line_was_torn(tmp_path: Path, left: bytes) -> None:
+    path = tmp_path / "groups.jsonl"
+    path.write_bytes(left)
+    first = record(path, ScriptedLLM(last_candidate))
+    escalation = Escalation(ScriptedLLM(last_candidate), margin=1.0, record=path)
+    list(Engine(tiny_model(), k=4, trigger=always(), escalation=escalation).steps(PROMPT, Sampling(max_tokens=8)))
+    assert list(read_groups(path)) == first * 2
 
 
 def test_a_folder_that_is_not_there_is_refused_at_construction(tmp_path: Path) -> None:

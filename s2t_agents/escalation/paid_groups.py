@@ -10,12 +10,14 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import IO, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from ..atomic_write import lock_to_append
 from ..backends.torch.fingerprint import same_weights
 from ..errors import ConfigError, InputError
 from ..fork_safety import hold_while_forking
@@ -23,14 +25,14 @@ from ..llms.question import Answer, Question
 from ..scheduling.language_model import LanguageModel
 from ..selectors.config import BaseIdentity
 
-try:
-    import fcntl
-except ImportError:  # Windows appends without the lock: one writing process there
-    fcntl = None  # type: ignore[assignment]
-
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 hold_while_forking(sys.modules[__name__], "_lock")
+
+WAIT_S = 1.0
+"""Seconds that one generation waits for others that write its file, all its groups together."""
+_BEGINNING = b'{"format":1,"slm_model":'
+_LOOK_BYTES = 4096
 
 
 class PaidGroup(BaseModel):
@@ -77,7 +79,7 @@ class PaidGroup(BaseModel):
 
 
 class PaidGroups:
-    """Appends groups to a file; made at the first one.
+    """Appends one generation's groups to a file; made at the first one.
 
     Args:
         path: the file.
@@ -85,10 +87,10 @@ class PaidGroups:
     """
 
     def __init__(self, path: Path, llm_model: str) -> None:
-        self.path, self._llm_model = path, llm_model
+        self.path, self._llm_model, self._patience_s = path, llm_model, WAIT_S
 
     def add(self, question: Question, answer: Answer) -> None:
-        """Keep one paid selection. A disk that does not take it costs a warning, never the answer."""
+        """Keep one paid selection. A file that does not take it costs a warning, never the answer."""
         if question.prefix is None:
             return
         try:
@@ -103,31 +105,69 @@ class PaidGroups:
                 then=answer.then,
             )
             self._append(group.model_dump_json().encode() + b"\n")
-        except (OSError, ValidationError) as error:
+        except (OSError, ValueError) as error:
             _log.warning("a paid selection was not recorded in %s: %s", self.path, error)
 
     def _append(self, line: bytes) -> None:
-        with _lock:
-            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-            try:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX)
+        began = time.monotonic()
+        if not _lock.acquire(timeout=self._patience_s):
+            raise TimeoutError("other threads kept it")
+        try:
+            with open(self.path, "ab+", buffering=0, opener=_owners_alone) as file:
+                lock_to_append(file, began + self._patience_s)
+                if not _is_ours(file):
+                    raise OSError("it holds something else now, and was left as it is")
                 if _torn(file):
                     line = b"\n" + line
-                written = os.write(file, line)
-            finally:
-                os.close(file)
+                written = file.write(line)
+        finally:
+            _lock.release()
+            self._patience_s = max(0.0, self._patience_s - (time.monotonic() - began))
         if written != len(line):
             raise OSError("the disk took only part of it")
 
 
-def _torn(file: int) -> bool:
+def _owners_alone(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def check_appendable(path: Path) -> None:
+    """Refuse what holds something else than groups; nothing at all, and the beginning of a group, pass.
+
+    Raises:
+        ConfigError: naming the file, which is left as it is.
+    """
+    other = "Choose another file for paid selections; this one was not changed."
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"record is {str(path)!r}, and there is no such folder.", hint="Make it first.")
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise ConfigError(f"record is {str(path)!r}, which is not a file.", hint=other)
+    try:
+        with path.open("rb") as file:
+            ours = _is_ours(file)
+    except OSError as error:
+        raise ConfigError(f"record is {str(path)!r}, which cannot be read: {error.strerror}.", hint=other) from None
+    if not ours:
+        raise ConfigError(f"record is {str(path)!r}, which holds something else.", hint=other)
+
+
+def _is_ours(file: IO[bytes]) -> bool:
+    """Whether the first line that is not blank is a group or the beginning of one; so is an empty file."""
+    file.seek(0)
+    first, *_ = file.read(_LOOK_BYTES).lstrip().split(b"\n", 1)
+    written = b"".join(first.split())
+    return written.startswith(_BEGINNING) or _BEGINNING.startswith(written)
+
+
+def _torn(file: IO[bytes]) -> bool:
     """Whether the last line was not finished: its writer was killed, or the disk was full."""
-    size = os.fstat(file).st_size
+    size = file.seek(0, os.SEEK_END)
     if not size:
         return False
-    os.lseek(file, size - 1, os.SEEK_SET)  # appending is always at the end
-    return os.read(file, 1) != b"\n"
+    file.seek(size - 1)  # appending is always at the end
+    return file.read(1) != b"\n"
 
 
 def read_groups(path: str | Path, slm: LanguageModel | None = None) -> Iterator[PaidGroup]:

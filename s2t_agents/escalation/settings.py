@@ -12,7 +12,7 @@ from ..llms.base import LLMSelector
 from ..llms.question import Conversation
 from ..types import EscalationRecord
 from .pacing import Pacing
-from .paid_groups import PaidGroups
+from .paid_groups import PaidGroups, check_appendable
 from .session import EscalationSession, llm_deadline_s
 
 LONGEST_HOLD_S = 86_400
@@ -31,13 +31,14 @@ class Escalation:
         pacing: spreads a budget over a run, so that it is spent where the selector is least sure; None asks first
             come, first served.
         record: a file (JSON lines) that takes every paid selection as a training group. It holds the conversations
-            that were asked about, as token ids.
+            that were asked about, as token ids. Where others keep the file locked, a generation waits a second for
+            it, and then records nothing.
         hold_s: seconds after which what is held for a question comes back, should this process be killed; longer than
             the LLM's own deadline. None takes a minute more than that deadline, and five minutes at least.
 
     Raises:
-        ConfigError: a margin out of range, a record in a folder that is not there, or a hold that would lapse while the
-            LLM may still answer.
+        ConfigError: a margin out of range, a record in a folder that is not there or in a file that holds something
+            else, or a hold that would lapse while the LLM may still answer.
     """
 
     llm: LLMSelector
@@ -49,8 +50,8 @@ class Escalation:
     def __post_init__(self) -> None:
         if self.margin is not None and not 0 <= self.margin <= 1:
             raise ConfigError(f"escalation margin is {self.margin}; it must lie in [0, 1].")
-        if self.record is not None and not Path(self.record).absolute().parent.is_dir():
-            raise ConfigError(f"record is {str(self.record)!r}, and there is no such folder.", hint="Make it first.")
+        if self.record is not None:
+            check_appendable(Path(self.record))
         deadline = llm_deadline_s(self.llm)
         if self.hold_s is not None and not (deadline or 0) < self.hold_s <= LONGEST_HOLD_S:
             raise ConfigError(

@@ -1,7 +1,8 @@
 """Records as JSON lines: append-only, readable by anything, proof against a killed writer.
 
 Line 1 names the format; every other line is a record. Each append is one ``write`` to a file opened for
-appending, under the file's lock where the system has one. A writer killed in the middle leaves at most the
+appending, under the file's lock where the system has one (on Windows: one writing process).
+A writer killed in the middle leaves at most the
 beginning of one line. The next writer closes it with a seal (``{"torn": bytes}``), and readers step over it, also
 where a seal was torn in its turn; blank lines, an editor's line ends and the headers of files that were joined are
 stepped over as well. Any other line that is not a record is corruption, and an error. Nothing is synced
@@ -25,20 +26,15 @@ from typing import IO, Any
 
 from pydantic_core import from_json
 
+from s2t_agents.atomic_write import lock_to_append
 from s2t_agents.errors import LedgerError
 from s2t_agents.fork_safety import hold_while_forking
 from s2t_agents.ledger.record import GenerationRecord, SummedRecord
-
-try:
-    import fcntl
-except ImportError:  # Windows appends without the lock: one writing process there
-    fcntl = None  # type: ignore[assignment]
 
 HEADER = b'{"s2t_ledger": 1}\n'
 _HEADER_OF_AN_EDITOR = b'{"s2t_ledger": 1}\r'
 _SEAL = b'{"torn": %d}\n'
 _SEAL_OR_ITS_BEGINNING = re.compile(rb'\{("(t(o(r(n("(:( (\d+\}?)?)?)?)?)?)?)?)?)?')
-_LOOK_S = 0.005
 
 
 class JsonlLedger:
@@ -131,7 +127,7 @@ class JsonlLedger:
     def _appending(self, until: float) -> Iterator[IO[bytes]]:
         """The file that is at the path now, locked, with its header."""
         with self.path.open("ab+", buffering=0) as file:
-            _lock(file, self.path, until)
+            lock_to_append(file, until)
             file.seek(0)
             header = file.read(len(HEADER))
             if HEADER.startswith(header):
@@ -241,17 +237,3 @@ def _check(path: Path, header: bytes) -> None:
     """Nothing at all, and the beginning of a header, are a ledger that is empty."""
     if not HEADER.startswith(header) and header != _HEADER_OF_AN_EDITOR:
         raise LedgerError(f"{path} is not a ledger of JSON lines.", hint="Choose another file; it was not changed.")
-
-
-def _lock(file: IO[bytes], path: Path, until: float) -> None:
-    """Take the file's lock; a stopped process may hold it for ever."""
-    if fcntl is None:
-        return
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise LedgerError(f"{path}: another process kept it locked.", hint=_NOT_KEPT) from None
-            time.sleep(_LOOK_S)
