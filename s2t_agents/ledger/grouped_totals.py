@@ -21,6 +21,7 @@ from s2t_agents.ledger.totals import NO_SUMS, PARTS, Sums, Totals, add_sums, par
 By = Literal["agent", "thread", "run", "day"]
 
 NO_KEY = "(none)"
+"""Of answers without a thread, or a run; one of that name is told in quotes."""
 
 GROUPS_BYTES = 128 * 2**20
 """Bytes for groups that are kept apart: a quarter of a million of them, if their names are short."""
@@ -30,8 +31,8 @@ GROUP_BYTES = 480
 
 _KEYS: dict[str, Callable[[GenerationRecord], str]] = {
     "agent": lambda record: record.agent,
-    "thread": lambda record: record.thread_id or NO_KEY,
-    "run": lambda record: record.run_id or NO_KEY,
+    "thread": lambda record: _key(record.thread_id),
+    "run": lambda record: _key(record.run_id),
     "day": lambda record: record.started_at.date().isoformat(),
 }
 
@@ -106,6 +107,12 @@ class GroupedTotals:
                 p50, p95, p99 = (float(each[number]) for each in values)
                 found[part] = Quantiles(count=count, p50=p50, p95=p95, p99=p99)
         return found
+
+
+def _key(name: str | None) -> str:
+    if name is None:
+        return NO_KEY
+    return f'"{name}"' if name.strip('"') == NO_KEY else name
 
 
 def _packed(sums: list[int]) -> Sums:

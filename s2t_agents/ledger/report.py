@@ -38,7 +38,8 @@ def report(ledger: Ledger | str | Path, by: By = "agent", format: Format = "tabl
 
     Args:
         ledger: an open one, or the path of a ledger file (``.jsonl``, ``.db``), which must exist.
-        by: ``"agent"``, ``"thread"``, ``"run"`` or ``"day"`` (UTC).
+        by: ``"agent"``, ``"thread"``, ``"run"`` or ``"day"`` (UTC). Answers without a thread or run are in the group
+            ``(none)``; one that is itself named so is told in quotes.
         format: ``"table"``, ``"json"`` (one object) or ``"csv"`` (one line a group). Unknown costs are
             ``?`` in the table (with what is known), null in JSON and empty in CSV, never 0.
         width: columns of the table; by default the terminal's, at least 120.
