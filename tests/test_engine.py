@@ -43,6 +43,21 @@ def tokens(steps: Sequence[Step]) -> list[int]:
     return [step.token_id for step in steps]
 
 
+def test_a_trigger_and_a_selector_that_count_as_false_are_used() -> None:
+    class EmptyTrigger(list[int]):
+        def __call__(self, proposal: Proposal) -> bool:
+            return True
+
+    class EmptySelector(Reversed):
+        def __len__(self) -> int:
+            return 0
+
+    [step] = Engine(tiny_model(), trigger=EmptyTrigger(), selector=EmptySelector()).steps(
+        PROMPT, Sampling(max_tokens=1)
+    )
+    assert step.picked_by == "selector"
+
+
 def reference(model: LanguageModel, prompt: list[int], n: int) -> list[int]:
     out = model.model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=n, pad_token_id=0)
     return out[0, len(prompt) :].tolist()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import csv
 import decimal
+import io
+import json
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -20,9 +23,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from s2t_agents.budget import Budget, Charge
-from s2t_agents.errors import LedgerError
-from s2t_agents.ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Totals
+from s2t_agents.budget import Budget, Charge, MemoryStore
+from s2t_agents.errors import ConfigError, LedgerError
+from s2t_agents.ledger import Cost, GenerationRecord, Latency, Ledger, MemoryLedger, Receipt, ReceiptCandidate, Totals
+from s2t_agents.ledger.report import report
 from s2t_agents.types import RefusedBy
 
 usd = st.one_of(st.none(), st.integers(0, 10**15).map(lambda n: Decimal(n).scaleb(-12)))
@@ -229,6 +233,43 @@ def test_days_are_utc_days(ledger: Ledger) -> None:
     ledger.record(GenerationRecord(started_at=late))
     assert list(ledger.totals("day")) == ["2026-03-02"]
     assert list(ledger.totals("thread")) == ["(none)"]
+
+
+@pytest.mark.parametrize("by", ["thread", "run"])
+def test_no_name_is_taken_for_none(by: Any) -> None:
+    ledger = Ledger()
+    for name in (None, "", "(none)", '"(none)"', '"', "none", None):
+        ledger.record(GenerationRecord(**{f"{by}_id": name}))
+    groups = {"(none)": 2, "": 1, '"(none)"': 1, '""(none)""': 1, '"': 1, "none": 1}
+    assert {key: sums.generations for key, sums in ledger.totals(by).items()} == groups
+    told = json.loads(report(ledger, by, "json"))["groups"]
+    assert {key: group["generations"] for key, group in told.items()} == groups
+    rows = csv.DictReader(io.StringIO(report(ledger, by, "csv")))
+    assert {row[by]: int(row["generations"]) for row in rows} == groups
+
+
+@pytest.mark.parametrize("store", ["costs.db", Path("costs.jsonl"), b"costs.db", "", [], {}, Ledger, 0, False])
+def test_what_is_no_store_is_refused_with_the_way_to_open_a_file(store: Any) -> None:
+    with pytest.raises(ConfigError, match=r"this is no store.*Ledger\.open\(path\)"):
+        Ledger(store)
+
+
+def test_a_store_that_counts_as_false_while_it_is_empty_is_used() -> None:
+    class Counting(MemoryLedger):
+        def __len__(self) -> int:
+            return sum(1 for _ in self)
+
+    store = Counting()
+    Ledger(store).record(GenerationRecord())
+    assert len(store) == 1
+
+    class Meters(MemoryStore):
+        def __len__(self) -> int:
+            return len(self._meters)
+
+    meters = Meters()
+    assert Budget(escalations=1, name="own", store=meters).state().left["escalations"] == 1
+    assert len(meters) == 1
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ class Budget:
             }
         )
         mode, warner = _checked_mode(on_exhausted), _warner(on_warning, warn_at)
-        handle = MeterHandle.open_root(name, terms, store or MemoryStore(clock))
+        handle = MeterHandle.open_root(name, terms, MemoryStore(clock) if store is None else store)
         self._set_up(handle, None, mode, final=False, warner=warner)
 
     def _set_up(

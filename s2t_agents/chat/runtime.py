@@ -260,7 +260,7 @@ def build(settings: EngineSettings) -> Runtime:
     config: SelectorConfig | None = None
     selector, trigger = settings.selector, settings.trigger
     if selector == SERVER:
-        selector, trigger = _served(slm), trigger or Served()
+        selector, trigger = _served(slm), Served() if trigger is None else trigger
     elif isinstance(selector, (str, Path)):
         selector, config = load_selector(selector, slm)
     escalation = escalation_of(settings.escalation)

@@ -119,7 +119,7 @@ class Engine:
         if not 1 <= k <= MAX_K:
             raise ConfigError(f"k is {k}; between 1 and {MAX_K} candidates can be scored at a step.")
         self.slm, self.k = slm, k
-        self.trigger = trigger or entropy(above=DEFAULT_ENTROPY)
+        self.trigger = entropy(above=DEFAULT_ENTROPY) if trigger is None else trigger
         self.selector, self.escalation, self.threshold = selector, escalation, threshold
         self.admission = AdmissionQueue(concurrency or Concurrency())
         self.drift, self.shadow = drift, shadow
@@ -348,7 +348,7 @@ class Engine:
     ) -> Waiting[Selection]:
         """Rank the candidates locally; ask the LLM where that is not sure enough."""
         started = time.perf_counter()
-        local = (yield from scoring(self.selector, proposal)) if self.selector else None
+        local = (yield from scoring(self.selector, proposal)) if self.selector is not None else None
         scores = (local if local is not None else proposal.candidate_log_probs).detach()
         picked_by: Picker = "selector" if local is not None else "slm"
         given, slm, found = fetched(scores, proposal.candidate_log_probs, proposal.candidates)

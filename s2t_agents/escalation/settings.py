@@ -97,7 +97,7 @@ class Escalation:
             self.llm,
             budget,
             self.margin if self.margin is not None else threshold,
-            pace=self.pacing.pace_for(budget) if self.pacing and budget else None,
+            pace=self.pacing.pace_for(budget) if self.pacing is not None and budget is not None else None,
             groups=PaidGroups(Path(self.record), self.llm.name) if self.record is not None else None,
             on_asked=on_asked,
             hold_s=self.hold_s,

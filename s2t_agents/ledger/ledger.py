@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from s2t_agents.budget import Budget
-from s2t_agents.errors import LedgerError
+from s2t_agents.errors import ConfigError, LedgerError
 from s2t_agents.ledger.grouped_totals import By, GroupedTotals
 from s2t_agents.ledger.latency import Quantiles
 from s2t_agents.ledger.record import GenerationRecord
@@ -36,13 +36,21 @@ class Ledger:
     Args:
         store: where records are kept; memory by default.
         recording: what is kept beside sums and receipts: steps, text.
+
+    Raises:
+        ConfigError: what was given for a store is none, as the path of a file.
     """
 
     recording = Recording()
 
     def __init__(self, store: LedgerStore | None = None, *, recording: Recording | None = None) -> None:
-        self._store: LedgerStore = store or MemoryLedger()
-        self.recording = recording or Recording()
+        if not isinstance(store, LedgerStore | None):
+            raise ConfigError(
+                f"Ledger({store!r:.80}): this is no store, which has append, close and a way to iterate over records.",
+                hint="For a file there is Ledger.open(path); Ledger() keeps records in memory.",
+            )
+        self._store: LedgerStore = MemoryLedger() if store is None else store
+        self.recording = Recording() if recording is None else recording
 
     @classmethod
     def open(cls, path: str | Path, *, recording: Recording | None = None) -> Ledger:

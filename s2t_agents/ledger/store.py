@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from s2t_agents.errors import LedgerError
 from s2t_agents.ledger.record import GenerationRecord, SummedRecord
 
 
+@runtime_checkable
 class LedgerStore(Protocol):
     """Append and read. Implementations are safe for threads and raise ``LedgerError``."""
 

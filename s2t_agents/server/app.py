@@ -74,7 +74,7 @@ def create_app(
         ConfigError: as the chat model, whose engine is built; its message names the setting. A trace without a ledger.
         UnpricedModel: a dollar budget of an agent over an LLM without a price.
     """
-    tenants = tenants or Tenants()
+    tenants = Tenants() if tenants is None else tenants
     engine = chat_model.engine
     if engine.escalation is not None:
         for budget in tenants.budgets:

@@ -150,7 +150,7 @@ def serve(
         ExposedServer: another address than a loopback one, without keys.
         ConfigError: an address that cannot be had, or as ``create_app``.
     """
-    tenants = tenants or Tenants()
+    tenants = Tenants() if tenants is None else tenants
     check_exposure(host, tenants)
     with listen(host, port) as bound:
         app = create_app(chat_model, tenants=tenants, names=names, trace=trace)
