@@ -212,3 +212,37 @@ def test_what_is_no_ledger_gives_no_page(tmp_path: Path, make: Callable[[Path], 
     with pytest.raises(LedgerError, match=message):
         make(tmp_path)
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("name", ["itself", "relative", "symlink", "hard link", "symlink of its folder"])
+def test_a_page_never_takes_the_place_of_its_ledger(
+    tmp_path: Path, ending: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "kept" / f"costs.{ending}"
+    path.parent.mkdir()
+    ledger = Ledger.open(path)
+    ledger.record(GenerationRecord(agent="a"))
+    ledger.close()
+    before = path.read_bytes()
+    monkeypatch.chdir(path.parent)
+    (tmp_path / "symlink").symlink_to(path)
+    (tmp_path / "hard link").hardlink_to(path)
+    (tmp_path / "folder").symlink_to(path.parent)
+    pages = {
+        "itself": path,
+        "relative": Path("..", "kept", path.name),
+        "symlink": tmp_path / "symlink",
+        "hard link": tmp_path / "hard link",
+        "symlink of its folder": tmp_path / "folder" / path.name,
+    }
+    with pytest.raises(ConfigError, match="would replace the ledger itself"):
+        write_trace(path, pages[name])
+    assert path.read_bytes() == pages[name].read_bytes() == before
+
+
+def test_a_page_makes_no_folder(tmp_path: Path) -> None:
+    Ledger.open(tmp_path / "costs.jsonl").record(GenerationRecord())
+    with pytest.raises(ConfigError, match="no such folder"):
+        write_trace(tmp_path / "costs.jsonl", tmp_path / "none" / "page.html")
+    assert not (tmp_path / "none").exists()

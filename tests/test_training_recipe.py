@@ -146,6 +146,17 @@ def test_math_answers_are_read_from_their_boxes():
     assert prepare.boxed("no box") == ""
 
 
+def test_problems_are_not_written_over_themselves(tmp_path):
+    source, link = tmp_path / "train.jsonl", tmp_path / "link.jsonl"
+    source.write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    link.hardlink_to(source)
+    before = source.read_bytes()
+    for target in (source, link):
+        with pytest.raises(SystemExit, match="is the file that is read"):
+            script("prepare").prepare(source, target)
+    assert source.read_bytes() == before
+
+
 def test_the_training_benchmark_runs():
     result = bench(shape="tiny", prefix=100, groups=4, k=4, repeats=1)
     assert result["ratio"] > 1

@@ -35,6 +35,8 @@ def prompt_of(row: dict[str, str]) -> tuple[str, str]:
 
 def prepare(source: Path, target: Path) -> int:
     """Convert a file; returns how many prompts were written. Problems without an answer are left out."""
+    if target.exists() and target.samefile(source):
+        raise SystemExit(f"{target} is the file that is read; give another one to write.")
     target.parent.mkdir(parents=True, exist_ok=True)
     rows = [prompt_of(json.loads(line)) for line in source.read_text(encoding="utf-8").split("\n") if line.strip()]
     lines = [

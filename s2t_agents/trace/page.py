@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..atomic_write import write_whole
-from ..errors import LedgerError
+from ..errors import ConfigError, LedgerError
 from ..ledger import GenerationRecord, Ledger, ReceiptCandidate, StepRecord
 
 MAX_ANSWERS = 100_000
@@ -43,10 +43,15 @@ def write_trace(ledger: Path, page: Path, *, last: int = 2000, agent: str | None
 
     Raises:
         LedgerError: no such ledger, or a damaged one; no answer of that agent; ``last`` out of range.
+        ConfigError: the page would take the ledger's place, by whatever name, or has no folder.
         S2TError: the page cannot be written.
     """
     check_last(last)
     opened = Ledger.reading(ledger)
+    if page.exists() and page.samefile(ledger):
+        raise ConfigError(f"The page {page} would replace the ledger itself.", hint="Choose another file for the page.")
+    if not page.absolute().parent.is_dir():
+        raise ConfigError(f"{page}: there is no such folder.", hint="Make it first.")
     made = trace_of(opened, name=ledger.name, last=last, whose=None if agent is None else agent.__eq__)
     if agent is not None and not made.total:
         raise LedgerError(f"{ledger} has no answer of the agent {agent!r:.200}.", hint="s2t report lists the agents.")
