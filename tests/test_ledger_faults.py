@@ -402,6 +402,61 @@ def test_a_report_from_a_folder_that_cannot_be_written(tmp_path: Path, name: str
         ledger.close()  # SQLite gives a file back when no connection of the process holds it
 
 
+def copied_beside_a_writer(folder: Path, *endings: str) -> Path:
+    """A ledger of three records, copied while its writer has it open: its log is not yet in the file."""
+    (folder / "own").mkdir()
+    (folder / "data").mkdir()
+    ledger = Ledger.open(folder / "own" / "costs.db")
+    for _ in range(3):
+        ledger.record(GenerationRecord())
+    for ending in endings:
+        shutil.copy(folder / "own" / f"costs.db{ending}", folder / "data")
+    ledger.close()
+    return folder / "data" / "costs.db"
+
+
+LEFT = [("", "-wal"), ("", "-wal", "-shm")]
+
+
+@pytest.mark.parametrize("endings", LEFT, ids=" ".join)
+def test_a_copied_log_is_read_and_nothing_is_made_beside_it(tmp_path: Path, endings: tuple[str, ...]) -> None:
+    path = copied_beside_a_writer(tmp_path, *endings)
+    before = state(path.parent)
+    assert Ledger.reading(path).total().generations == 3
+    assert set(state(path.parent)) == set(before)
+    assert state(path.parent)["costs.db"] == before["costs.db"]
+    assert state(path.parent)["costs.db-wal"] == before["costs.db-wal"]
+
+
+@pytest.mark.parametrize("endings", LEFT, ids=" ".join)
+def test_a_copied_log_is_read_in_a_folder_that_cannot_be_written(tmp_path: Path, endings: tuple[str, ...]) -> None:
+    copied_beside_a_writer(tmp_path, *endings)
+    for view in read_only(tmp_path):
+        assert Ledger.reading(view / "costs.db").total().generations == 3
+
+
+def test_no_room_for_the_copy_of_a_log_is_told_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copied_beside_a_writer(tmp_path, "", "-wal")
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sqlite, "copyfile", full)
+    with pytest.raises(LedgerError, match=r"without its -shm file.*No space left.*TMPDIR"):
+        Ledger.reading(path).total()
+
+
+def test_a_sound_file_that_cannot_be_read_now_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "costs.db"
+    Ledger.open(path).close()
+    path.with_name("costs.db-wal").mkdir()
+    with pytest.raises(LedgerError) as told:
+        Ledger.reading(path).total()
+    assert "damaged" not in str(told.value)
+
+
 # ---------------------------------------------------------------------- size
 
 

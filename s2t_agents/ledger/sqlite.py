@@ -14,9 +14,11 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from s2t_agents.budget.sqlite_file import DAMAGED, connect, identity, recognise, verify
+from s2t_agents.budget.sqlite_file import DAMAGED, connect, damage_of, identity, recognise, verify
 from s2t_agents.errors import BadStore, LedgerError
 from s2t_agents.fork_safety import hold_while_forking
 from s2t_agents.ledger.record import GenerationRecord, SummedRecord
@@ -134,41 +136,74 @@ class SQLiteLedger:
 
 
 def read_records(path: Path, kind: type[GenerationRecord] = GenerationRecord) -> Iterator[GenerationRecord]:
-    """Every record of a file, one by one, as it was when this began. Changes nothing in it.
+    """Every record of a file, one by one, as it was when this began. Changes nothing in its folder.
+
+    A write-ahead log without its index (a copy of the file and its ``-wal`` alone) is read from a copy in the temporary
+    folder, which has to have room for both.
 
     Args:
         path: the file.
         kind: how much of each is read.
 
     Raises:
-        LedgerError: not a ledger, or damaged, with the number of the record that cannot be read.
+        LedgerError: not a ledger; damaged, with the number of the record that cannot be read; no room for the copy.
     """
     try:
         if not recognise(path, APPLICATION_ID, "ledger"):
             return
-        before = _state(path)
-        alone = not path.with_name(f"{path.name}-wal").exists()
-        with closing(_opened_to_read(path, alone)) as connection:
+        with _opened_to_read(path) as connection:
             for number, text in connection.execute("SELECT number, record FROM records ORDER BY number"):
                 try:
                     record = kind.model_validate_json(text)
                 except Exception:  # noqa: BLE001 - validators may raise anything
                     raise LedgerError(f"{path}: record {number} cannot be read.", hint=DAMAGED) from None
                 yield record
-        if alone and _state(path) != before:
-            raise LedgerError(f"{path} was written to while it was read.", hint="Read it again.")
     except BadStore as error:
         raise LedgerError(str(error)) from None
     except (sqlite3.Error, OSError) as error:
-        raise LedgerError(f"{path}: {error}.", hint=DAMAGED) from None
+        hint = DAMAGED if damage_of(error) else "It cannot be read now; it was not changed."
+        raise LedgerError(f"{path}: {error}.", hint=hint) from None
 
 
-def _opened_to_read(path: Path, alone: bool) -> sqlite3.Connection:
+@contextmanager
+def _opened_to_read(path: Path) -> Iterator[sqlite3.Connection]:
     """Open to read beside writers, killed ones too; where it is not open elsewhere, without SQLite's extra files."""
-    how = "mode=ro&immutable=1" if alone else "mode=ro"
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)
-    connection.text_factory = bytes  # also what is no text at all gets its number
-    return connection
+    before = _state(path)
+    log, index = (path.with_name(f"{path.name}{ending}") for ending in ("-wal", "-shm"))
+    if not log.exists():
+        with _connected(path, "mode=ro&immutable=1") as connection:
+            yield connection
+        if _state(path) != before:
+            raise LedgerError(f"{path} was written to while it was read.", hint="Read it again.")
+    elif index.exists():
+        with _connected(path, "mode=ro") as connection:
+            yield connection
+    else:  # a copy or a backup: SQLite would make the log's index beside it, or fail where it cannot
+        with TemporaryDirectory(prefix="s2t-ledger-") as folder:
+            _copy(path, log, Path(folder))
+            if index.exists() or _state(path) != before:
+                raise LedgerError(f"{path} was opened to write while it was read.", hint="Read it again.")
+            with _connected(Path(folder, path.name), "mode=ro") as connection:
+                yield connection
+
+
+def _copy(path: Path, log: Path, folder: Path) -> None:
+    try:
+        for file in (path, log):
+            copyfile(file, folder / file.name)
+    except OSError as error:
+        raise LedgerError(
+            f"{path} has a write-ahead log without its -shm file, so a copy is read, and {folder} did not take it:"
+            f" {error.strerror or error}.",
+            hint="Make room there, or name another folder in the environment variable TMPDIR.",
+        ) from None
+
+
+@contextmanager
+def _connected(path: Path, how: str) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)) as connection:
+        connection.text_factory = bytes  # also what is no text at all gets its number
+        yield connection
 
 
 def _state(path: Path) -> tuple[int, int, int]:
