@@ -272,6 +272,11 @@ def test_a_store_that_counts_as_false_while_it_is_empty_is_used() -> None:
     assert len(meters) == 1
 
 
+ODD: list[Any] = [float("nan"), float("inf"), float("-inf"), "NaN", "Infinity", "-inf", "sNaN"]
+OUT_OF_DIGITS: list[Any] = [10**400, "1e999999999", "1e-999999999"]
+REFUSED = {"step": 0, "prefix_tokens": 1, "outcome": "refused"}
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -285,6 +290,12 @@ def test_a_store_that_counts_as_false_while_it_is_empty_is_used() -> None:
         {"latency_ms": {"total": -1}},
         {"id": ""},
         {"tokens": 3},
+        *({"steps": [{"token": 1, "by": "slm", "entropy": odd}]} for odd in ODD),
+        *({"budget": {"limit": {"usd": odd}}} for odd in ODD if isinstance(odd, float)),
+        *({"budget": {"left": [{"a": (0, odd)}]}} for odd in ODD if isinstance(odd, float)),
+        *({"budget": {"path": path}} for path in ([], ["x"], {}, 1, True)),
+        *({"stopped_by": {"budget": "b", "unit": "usd", "limit": odd}} for odd in (*ODD, *OUT_OF_DIGITS)),
+        *({"receipts": [{**REFUSED, "refused_by": {"budget": "b", "unit": "usd", "limit": odd}}]} for odd in ODD),
     ],
 )
 def test_records_that_can_not_be(bad: dict[str, Any]) -> None:

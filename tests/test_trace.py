@@ -13,13 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2t_agents import ChatS2T, Escalation, Ledger
+from s2t_agents import Budget, ChatS2T, Escalation, Ledger
+from s2t_agents.chat.step_records import recorded
 from s2t_agents.errors import ConfigError, LedgerError
 from s2t_agents.ledger import GenerationRecord, ReceiptCandidate, Recording, StepRecord, StepTimes
 from s2t_agents.ledger.record import SummedRecord
 from s2t_agents.testing import ScriptedLLM, tiny_model
 from s2t_agents.trace import page_of, write_trace
 from s2t_agents.triggers import when
+from s2t_agents.types import Step
 
 ENDINGS = ["jsonl", "db"]
 
@@ -212,6 +214,44 @@ def test_what_is_no_ledger_gives_no_page(tmp_path: Path, make: Callable[[Path], 
     with pytest.raises(LedgerError, match=message):
         make(tmp_path)
     assert not (tmp_path / "page.html").exists()
+
+
+FOREIGN = {
+    "an entropy that is none": {"steps": [{"token": 1, "by": "slm", "entropy": float("nan")}]},
+    "an entropy as text": {"steps": [{"token": 1, "by": "slm", "entropy": "Infinity"}]},
+    "a budget's number": {"budget": {"limit": {"usd": float("nan")}, "left": {"usd": 1}}},
+    "a budget's path": {"budget": {"limit": {"usd": 1}, "left": {"usd": 1}, "path": ["x"]}},
+    "a limit": {
+        "receipts": [
+            {
+                "step": 0,
+                "prefix_tokens": 1,
+                "outcome": "refused",
+                "refused_by": {"budget": "b", "unit": "usd", "limit": "NaN"},
+            }
+        ]
+    },
+    "a limit of a billion digits": {"stopped_by": {"budget": "b", "unit": "usd", "limit": "1e999999999"}},
+}
+
+
+@pytest.mark.parametrize("fields", FOREIGN.values(), ids=FOREIGN)
+def test_numbers_that_no_page_can_tell_are_refused_with_their_line(tmp_path: Path, fields: dict[str, Any]) -> None:
+    path = tmp_path / "costs.jsonl"
+    record = json.loads(GenerationRecord(agent="a").model_dump_json()) | fields
+    path.write_text('{"s2t_ledger": 1}\n' + json.dumps(record) + "\n" + GenerationRecord().model_dump_json() + "\n")
+    with pytest.raises(LedgerError, match="line 2, is not a record"):
+        write_trace(path, tmp_path / "page.html")
+    with pytest.raises(LedgerError, match="line 2, is not a record"):
+        Ledger.reading(path).what_if(Budget(escalations=1))
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("entropy", [float("nan"), float("inf"), -float("inf")])
+def test_an_entropy_that_is_no_number_is_recorded_as_unknown(entropy: float) -> None:
+    step = Step(index=0, prefix_tokens=1, token_id=1, wanted_id=1, picked_by="slm", entropy=entropy)
+    [kept] = recorded(Recording(steps=True), [step], str, str)["steps"]
+    assert kept.entropy is None
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

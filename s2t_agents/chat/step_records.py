@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isfinite
 from typing import Any
 
 from ..ledger import ReceiptCandidate, Recording, StepRecord, StepTimes
@@ -38,7 +39,7 @@ def _step(step: Step, decode: Callable[[int], str] | None) -> StepRecord:
         shadow=step.shadow.token_id if step.shadow is not None and step.shadow.flipped else None,
         shadow_by=step.shadow.picked_by if step.shadow is not None and step.shadow.flipped else None,
         triggered=step.triggered,
-        entropy=step.entropy,
+        entropy=step.entropy if step.entropy is not None and isfinite(step.entropy) else None,  # logits may be NaN
         candidates=tuple(
             ReceiptCandidate(
                 token_id=each.token_id,

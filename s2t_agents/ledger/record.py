@@ -5,6 +5,7 @@ Plain frozen data. As JSON, dollars are strings (exact) and infinite scores the 
 
 from __future__ import annotations
 
+import math
 import re
 import uuid
 from datetime import UTC, datetime
@@ -30,6 +31,8 @@ from s2t_agents.budget.quantities import quantities_of
 from s2t_agents.types import Charge, Outcome, Picker, RefusedBy
 
 WholeNumber = Annotated[int, Field(ge=0, le=money.MAX_COUNT)]
+MAX_EXPONENT = 30
+"""Decimal places of a limit, on either side of the point."""
 Millis = Annotated[float, Field(ge=0, le=money.MAX_COUNT, allow_inf_nan=False)]
 
 
@@ -80,6 +83,31 @@ def _limit_json(refused_by: RefusedBy | None) -> dict[str, Any] | None:
     return {"budget": refused_by.budget, "unit": refused_by.unit, "limit": shown}
 
 
+def _tellable(refused_by: RefusedBy | None) -> RefusedBy | None:
+    """The limit, which is a number that can be written out in digits."""
+    limit = Decimal(0 if refused_by is None else refused_by.limit)
+    if not limit.is_finite() or abs(limit.adjusted()) > MAX_EXPONENT:
+        raise ValueError(f"limit: {limit!s:.40} is no number that a budget has")
+    return refused_by
+
+
+def _told_budget(budget: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A budget's state, of which every number is finite and the path, where it has one, a text."""
+    if budget is not None:
+        if not isinstance(budget.get("path"), str | None):
+            raise ValueError("the path of the budget is no text")
+        _check_finite(budget)
+    return budget
+
+
+def _check_finite(value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"budget: {value} is no number that a budget has")
+    if isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            _check_finite(each)
+
+
 def _storable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
@@ -89,7 +117,8 @@ Text = Annotated[str, AfterValidator(_storable)]
 DIGITS = PlainSerializer(_digits, when_used="json")
 Usd = Annotated[Decimal | None, BeforeValidator(_exact_dollars), DIGITS]
 Booked = Annotated[Charge | None, AfterValidator(_countable), PlainSerializer(_charge_json, when_used="json")]
-Refuser = Annotated[RefusedBy | None, PlainSerializer(_limit_json, when_used="json")]
+Refuser = Annotated[RefusedBy | None, AfterValidator(_tellable), PlainSerializer(_limit_json, when_used="json")]
+BudgetJson = Annotated[dict[str, Any] | None, AfterValidator(_told_budget)]
 Utc = Annotated[AwareDatetime, AfterValidator(_utc)]
 
 
@@ -280,7 +309,7 @@ class StepRecord(Frozen):
     shadow: int | None = None
     shadow_by: Picker | None = None
     triggered: bool = False
-    entropy: float | None = None
+    entropy: Annotated[float, Field(allow_inf_nan=False)] | None = None
     candidates: tuple[ReceiptCandidate, ...] = ()
     ms: StepTimes = StepTimes()
 
@@ -299,7 +328,8 @@ class GenerationRecord(Frozen):
     is written as before there were any.
 
     Raises:
-        pydantic.ValidationError: negative counts, a moment without a time zone, a cached answer that cost something.
+        pydantic.ValidationError: negative counts, a moment without a time zone, a cached answer that cost something, an
+            entropy or a number of a budget that is not finite.
     """
 
     id: Text = Field(default_factory=lambda: uuid.uuid4().hex, min_length=1)
@@ -321,7 +351,7 @@ class GenerationRecord(Frozen):
     cached: bool = False
     cost_usd: Cost = Cost()
     latency_ms: Latency = Latency()
-    budget: dict[str, Any] | None = None
+    budget: BudgetJson = None
     receipts: tuple[Receipt, ...] = ()
     error: Text | None = None
     trace_id: Text | None = None
