@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 
 from s2t_agents.errors import LedgerError
 from s2t_agents.ledger import Cost, GenerationRecord, Latency, Ledger
@@ -275,6 +276,63 @@ def test_the_table_explains_its_question_marks_and_counts_errors() -> None:
     failed = report(only(cost_usd=free, error="StoreUnavailable: down"))
     assert "errors" in failed
     assert re.search(r"total .* 1 .* 0/0/0 .* 1 ", failed)
+
+
+AGENTS = ["researcher", "writer", "summariser-of-documents", "東京の記者", "x" * 90]
+SIZES = {
+    "small": {"prompt_tokens": 3, "completion_tokens": 1},
+    "unknown costs": {"prompt_tokens": 2_000, "selections": 12, "cost_usd": Cost(llm=Decimal("0.123456"))},
+    "large": {
+        "prompt_tokens": 41_234_567,
+        "completion_tokens": 2_345_678,
+        "selections": 123_456,
+        "flips": 12_345,
+        "escalations": 12_345,
+        "refused": 1_234,
+        "error": "StoreUnavailable: down",
+        "latency_ms": Latency(total=1_234_567.8),
+        "cost_usd": Cost(local=Decimal("23.456789"), llm=Decimal("1234.567891")),
+    },
+}
+
+
+@pytest.mark.parametrize("width", [None, 1, 40, 80, 100, 120, 121, 160, 500])
+@pytest.mark.parametrize("fields", SIZES.values(), ids=SIZES)
+def test_a_table_cuts_no_figure_and_no_name_however_wide_it_is(
+    fields: dict[str, Any], width: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(sys, "__stdout__", io.StringIO())  # no terminal: a pipe
+    ledger = Ledger()
+    for agent in AGENTS:
+        ledger.record(GenerationRecord(agent=agent, **fields))
+    shown = report(ledger, width=width)
+    sums = ledger.totals()["writer"]
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    for agent in AGENTS[:4]:
+        assert agent in shown
+    assert shown.count("x") >= 90
+    spent = sums.cost_usd
+    for cost in (spent.local, spent.llm, spent.total):
+        figure = f"{cost.known:.6f}" if cost.known else "0"
+        assert (f"{figure} + {cost.unknown}?" if cost.unknown else figure) in shown
+    assert f"{sums.prompt_tokens:,}/{sums.completion_tokens:,}" in shown
+    assert f"{sums.escalations:,}/{sums.refused:,}/0" in shown
+    widest = max(cell_len(line) for line in shown.splitlines())
+    if width is None:
+        assert shown.count("Costs by agent") == 1
+    elif width >= 120:
+        assert widest <= width
+
+
+@pytest.mark.parametrize("columns", [100, 120])
+def test_a_narrow_terminal_gets_the_columns_below_each_other(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    ledger = Ledger()
+    ledger.record(GenerationRecord(agent="writer", **SIZES["large"]))
+    shown = report(ledger)
+    assert max(map(len, shown.splitlines())) <= columns
+    assert shown.count("writer") == shown.count("Costs by agent") > 1
 
 
 def test_a_report_on_nothing(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,7 +26,8 @@ from s2t_agents.ledger.totals import PARTS, CostSum, Totals
 Format = Literal["table", "json", "csv"]
 
 TOTAL = "total"
-MIN_WIDTH = 120
+NAME_WIDTH = 60
+"""Columns of a table for a name, at most; a longer one takes several lines."""
 ROWS = 1000
 """Groups that a table shows one by one: to lay out more takes longer than to add them up."""
 _COUNTS = ("generations", "prompt_tokens", "completion_tokens", "triggers", "selections", "flips", "escalations")
@@ -42,7 +44,8 @@ def report(ledger: Ledger | str | Path, by: By = "agent", format: Format = "tabl
             ``(none)``; one that is itself named so is told in quotes.
         format: ``"table"``, ``"json"`` (one object) or ``"csv"`` (one line a group). Unknown costs are
             ``?`` in the table (with what is known), null in JSON and empty in CSV, never 0.
-        width: columns of the table; by default the terminal's, at least 120.
+        width: columns of the table, into which its parts go one below the other where it has more; no figure is ever
+            cut. By default those of the terminal, and no limit where standard output is none.
 
     Raises:
         LedgerError: no such file, not a ledger, a line that is no record, or no such grouping or format.
@@ -96,24 +99,57 @@ def _csv(by: str, grouped: GroupedTotals) -> Iterator[str]:
 
 def _table(by: str, grouped: GroupedTotals, width: int | None) -> Iterator[str]:
     whole = grouped.total()
-    table = Table(title=f"Costs by {by}", caption=_legend(whole))
-    table.add_column(by, overflow="fold")
     columns = {head: cell for head, cell in _COLUMNS.items() if head != _ERRORS or whole.errors}
-    for head in (*columns, "ms\np50/p95/p99"):
-        table.add_column(head, justify="right", no_wrap=True)
+    rows = []
     groups = iter(grouped)
     for key, sums, latency in islice(groups, ROWS):
-        cells = [cell(sums) for cell in columns.values()]
-        table.add_row(Text(_printable(key)), *cells, _three(latency.get("total")))
+        rows.append([_printable(key), *(cell(sums) for cell in columns.values()), _three(latency.get("total"))])
     if len(grouped) > ROWS:
         others = sum((sums for _, sums, _ in groups), Totals())
         name = f"({len(grouped) - ROWS:,} others: see --csv)"
-        table.add_row(name, *(cell(others) for cell in columns.values()), "")
-    table.add_section()
-    table.add_row(TOTAL, *(cell(whole) for cell in columns.values()), "", style="bold")
+        rows.append([name, *(cell(others) for cell in columns.values()), ""])
+    rows.append([TOTAL, *(cell(whole) for cell in columns.values()), ""])
+    names, *figures = ([head, *cells] for head, *cells in zip((by, *columns, "ms\np50/p95/p99"), *rows, strict=True))
     out = io.StringIO()
-    Console(file=out, width=width or max(MIN_WIDTH, shutil.get_terminal_size().columns)).print(table)
-    yield out.getvalue()
+    console = Console(file=out, width=_UNLIMITED)
+    parts = list(_parts(names, figures, width or shutil.get_terminal_size((_UNLIMITED, 0)).columns))
+    for number, part in enumerate(parts, 1):
+        table = Table(title=f"Costs by {by}" + (f", {number} of {len(parts)}" if len(parts) > 1 else ""))
+        table.add_column(by, max_width=NAME_WIDTH, overflow="fold")
+        for head, *_ in part:
+            table.add_column(head, justify="right", no_wrap=True)
+        for at in range(1, len(names)):
+            table.add_row(
+                Text(names[at]),
+                *(column[at] for column in part),
+                style="bold" if at == len(names) - 1 else None,
+                end_section=at == len(names) - 2,
+            )
+        console.print(table)
+    yield out.getvalue() + _legend(whole)
+
+
+_UNLIMITED = 100_000
+_EDGES = 3
+"""Columns around the text of each cell."""
+
+
+def _parts(names: list[str], figures: list[list[str]], width: int) -> Iterator[list[list[str]]]:
+    """Columns that go beside each other and their rows' names, into so much width; one at least."""
+    room = left = width - 1 - _EDGES - min(NAME_WIDTH, _width(names))
+    part: list[list[str]] = []
+    for column in figures:
+        takes = _EDGES + _width(column)
+        if part and takes > left:
+            yield part
+            part, left = [], room
+        part.append(column)
+        left -= takes
+    yield part
+
+
+def _width(column: list[str]) -> int:
+    return max(cell_len(line) for cell in column for line in cell.split("\n"))
 
 
 def _money(cost: CostSum) -> str:
@@ -134,10 +170,10 @@ _COLUMNS: dict[str, Callable[[Totals], str]] = {
 }
 
 
-def _legend(whole: Totals) -> str | None:
+def _legend(whole: Totals) -> str:
     settings = {"device_price": whole.cost_usd.local, "the LLM's price": whole.cost_usd.llm}
     missing = [setting for setting, cost in settings.items() if cost.unknown]
-    return f"n?: the cost of n answers is unknown. Set {' and '.join(missing)}." if missing else None
+    return f"n?: the cost of n answers is unknown. Set {' and '.join(missing)}.\n" if missing else ""
 
 
 def _three(quantiles: Quantiles | None) -> str:
