@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from observers import cache_key
@@ -14,7 +17,7 @@ from servers import CompletionServer, Handler, serving
 
 from s2t_agents import Budget, ChatS2T, Escalation, Ledger, OpenAILLM
 from s2t_agents.errors import ConfigError, EscalationFailed, ModelNotFound
-from s2t_agents.llms import Question
+from s2t_agents.llms import CircuitBreaker, Question
 from s2t_agents.testing import tiny_model
 from s2t_agents.training.remote import RemoteTeacher
 from s2t_agents.triggers import always
@@ -124,6 +127,56 @@ def test_no_echo_of_the_key_comes_through(server: CompletionServer, key: str, ec
     clean(key, everything(caught.value), caplog.text, repr(llm))
     assert key.encode() not in pickle.dumps(caught.value)
     assert "s2t" not in caplog.text or caught.value
+
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "verbatim": str,
+    "quoted for a URL": lambda key: quote(key, safe=""),
+    "percent-encoded": lambda key: "".join(f"%{ord(char):02x}" for char in key),
+    "as JSON": lambda key: json.dumps(key)[1:-1],
+    "as JSON in JSON": lambda key: json.dumps(json.dumps(key)[1:-1])[1:-1],
+    "with JSON's slash": lambda key: json.dumps(key)[1:-1].replace("/", r"\/"),
+    "as JSON's code units": lambda key: "".join(f"\\u{ord(char):04X}" for char in key),
+    "as a repr": lambda key: repr(key)[1:-1],
+}
+FORMS = ["{}", '{{"error": {{"message": "{}"}}}}', '{{"error": "{}", ']
+
+
+@pytest.mark.parametrize(("fill", "end"), [("", 0), ("x", 200), (" ", 4096), ("\n\t", 1 << 16)])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_no_part_of_the_key_comes_through_wherever_a_text_is_cut(
+    server: CompletionServer, spelling: str, fill: str, end: int
+) -> None:
+    key = "sk+live/4f9A7c\\2E'8b1D6h3K."
+    spelled = SPELLINGS[spelling](key)
+    llm = OpenAILLM(server.url, server.model.name, api_key=key, attempts=1, breaker=CircuitBreaker(failures=99))
+    for form, cut in product(FORMS, (len(spelled) // 2, -1)):  # so much of the key stands before the end
+        before = max(0, end - form.index("{}") - len(spelled[:cut]))
+        body = form.format((fill * end)[:before] + spelled + "!").encode()
+        server.fault = said(lambda _, body=body: body, 403)
+        try:
+            with pytest.raises(EscalationFailed, match="answered 403") as caught:
+                llm.open().ask(Question(PROMPT, [65, 66]))
+        finally:
+            server.fault = None
+        shown = everything(caught.value)
+        assert not [at for at in range(len(key) - 4) if key[at : at + 5] in shown], shown
+    llm.close()
+
+
+@pytest.mark.parametrize("ends", ["", ".", "...", "'", "\\"])
+def test_nor_a_key_that_ends_as_a_sentence_does(server: CompletionServer, ends: str) -> None:
+    key = KEYS[0] + ends
+    llm = OpenAILLM(server.url, server.model.name, api_key=key, attempts=1, breaker=CircuitBreaker(failures=99))
+    for echo in ("no http", "no status", "bad chunk", "reason phrase 401", "plain text"):
+        server.fault = ECHOES[echo]
+        try:
+            with pytest.raises(EscalationFailed) as caught:
+                llm.open().ask(Question(PROMPT, [65, 66]))
+        finally:
+            server.fault = None
+        clean(KEYS[0], everything(caught.value))
+    llm.close()
 
 
 @pytest.mark.parametrize("echo", ["reason phrase 401", "openai's error", "a token's name", "no status"])

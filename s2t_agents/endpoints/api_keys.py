@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from ..errors import ConfigError
 
@@ -34,23 +35,34 @@ class _KeyFilter(logging.Filter):
 _key_filter = _KeyFilter()
 
 
-def key_spellings(key: str) -> frozenset[str]:
-    """A key verbatim, and as escaped in a repr or in JSON."""
-    escaped = repr(key)[1:-1]
-    return frozenset({key, escaped, escaped.replace("'", "\\'"), json.dumps(key)[1:-1]})
+@lru_cache(maxsize=1024)
+def _spellings(key: str) -> re.Pattern[str]:
+    """A key verbatim, with backslashes as in a repr or in JSON, and with any characters percent-encoded."""
+    return re.compile("".join(map(_spelled, re.findall(r"\\+|[^\\]", key))))
+
+
+def _spelled(part: str) -> str:
+    """The pattern of one character, or of a run of backslashes, which escaping doubles (at most twice)."""
+    code = f"{ord(part[0]):02x}"
+    if part[0] == "\\":
+        return rf"(?:(?i:%{code}|\\{{1,4}}+(?:u00|x){code})|\\){{{len(part)},{4 * len(part)}}}+"
+    return rf"(?:(?i:%{code})|\\{{0,4}}+(?:(?i:u00{code}|x{code})|{re.escape(part)}))"
 
 
 def redact(text: str, keys: Iterable[str]) -> str:
-    """A text with every key redacted, the longest first, since one may be part of another."""
+    """A text with every key redacted, the longest first, since one may be part of another.
+
+    The text must be whole: of a key that was cut off, what is left is not found.
+    """
     for key in sorted(keys, key=len, reverse=True):
-        text = text.replace(key, REDACTED)
+        text = _spellings(key).sub(REDACTED, text)
     return text
 
 
 def redact_in_logs(key: str) -> None:
     """Redact a key in the logs of the HTTP packages from now on, at every level."""
     if key not in _key_filter.keys:
-        _key_filter.keys |= key_spellings(key)
+        _key_filter.keys |= {key}
         for name in HTTP_LOGGERS:
             logging.getLogger(name).addFilter(_key_filter)  # has no effect the second time
 

@@ -15,7 +15,7 @@ import httpx
 from pydantic import SecretStr
 
 from ..errors import ConfigError, EndpointBusy, EndpointDown, EscalationFailed
-from .api_keys import check_key, key_spellings, redact, redact_in_logs
+from .api_keys import check_key, redact, redact_in_logs
 from .connections import Connections
 from .loopback import is_loopback
 from .statuses import BUSY_STATUSES, retry_after, status_error
@@ -153,8 +153,8 @@ class Endpoint:
 
     def _broken(self, error: httpx.HTTPError | httpx.InvalidURL) -> EscalationFailed:
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.UnsupportedProtocol):
-            return EndpointDown(f"{self.url.host} cannot be reached: {self.redacted(_error_text(error))}.")
-        return EscalationFailed(f"{self.url.host} broke off: {self.redacted(_error_text(error))}.")
+            return EndpointDown(f"{self.url.host} cannot be reached: {self._error_text(error)}.")
+        return EscalationFailed(f"{self.url.host} broke off: {self._error_text(error)}.")
 
     def _new_client(self) -> httpx.AsyncClient:
         problem, here = "", is_loopback(self.url.host)
@@ -169,7 +169,7 @@ class Endpoint:
                 follow_redirects=False,  # the key must only go to its host
             )
         except (OSError, ImportError, TypeError) as error:
-            problem = self.redacted(_error_text(error))
+            problem = self._error_text(error)
         except (ValueError, httpx.InvalidURL) as error:
             problem = f"a proxy's URL cannot be used ({type(error).__name__})"  # the message may contain the password
         raise ConfigError(
@@ -196,9 +196,12 @@ class Endpoint:
         return key
 
     def redacted(self, text: str) -> str:
-        """A text from the server with the key redacted."""
+        """A text from the server with the key redacted; whole, since half a key is not found."""
         key = self._secret()
-        return redact(text, key_spellings(key)) if key else text
+        return redact(text, [key]) if key else text
+
+    def _error_text(self, error: Exception) -> str:
+        return self.redacted(str(error) or type(error).__name__).rstrip(".")
 
     def _status_error(self, response: httpx.Response, content: bytes) -> EscalationFailed:
         message = self.redacted(_error_message(content)) or self.redacted(response.reason_phrase)
@@ -261,7 +264,7 @@ def _check_length(content: bytearray, most_bytes: int = MAX_BODY_BYTES) -> None:
 
 def _error_message(content: bytes) -> str:
     """The message in an error body, in OpenAI's form or another one."""
-    text = content[:4096].decode(errors="replace")
+    text = content.decode(errors="replace")
     try:
         error = json.loads(text)
         error = error.get("error", error) if isinstance(error, dict) else error
@@ -269,7 +272,3 @@ def _error_message(content: bytes) -> str:
     except (ValueError, RecursionError):
         pass
     return text
-
-
-def _error_text(error: Exception) -> str:
-    return (str(error) or type(error).__name__).rstrip(".")
