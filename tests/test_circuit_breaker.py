@@ -130,6 +130,66 @@ def test_a_question_from_before_it_opened_lets_no_second_try_through(clock: Hour
     assert b.state == "closed"
 
 
+ENDS = {
+    "success": None,
+    "no connection": EndpointDown("refused"),
+    "too late": EscalationFailed("late"),
+    "busy without a time": EndpointBusy("503"),
+    "a shorter time": EndpointBusy("429", wait_s=5),
+    "interrupted": KeyboardInterrupt(),
+    "the caller's fault": QuestionRefused("400: too long"),
+}
+
+
+def end(question: ExitStack, how: BaseException | None) -> None:
+    question.__exit__(type(how) if how else None, how, None)
+
+
+@pytest.mark.parametrize("end_s", [0.0, 1.0, 590.0])
+@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize("failures", [1, 3])
+def test_questions_already_under_way_do_not_shorten_the_time_it_asked_for(
+    clock: Hours, failures: int, how: str, end_s: float
+) -> None:
+    b = CircuitBreaker(failures=failures, cooldown_s=30, clock=clock)
+    with ExitStack() as under_way:
+        under_way.enter_context(b.attempt())
+        fail(b, EndpointBusy("429", wait_s=600))
+        clock.now += end_s
+        end(under_way, ENDS[how])
+    assert b.state == "open"
+    clock.now += 599.9 - end_s
+    assert refuses(b)
+    clock.now += 30  # a connection that failed at last has its own cooldown
+    succeed(b)
+    assert b.state == "closed"
+
+
+@pytest.mark.parametrize("how", ["success", "no connection"])
+def test_nor_does_the_one_that_tries(clock: Hours, how: str) -> None:
+    b = breaker(clock)
+    with ExitStack() as old, ExitStack() as trial:
+        old.enter_context(b.attempt())
+        fail(b, EndpointDown("refused"))
+        clock.now += 30
+        trial.enter_context(b.attempt())
+        end(old, EndpointBusy("429", wait_s=600))
+        end(trial, ENDS[how])
+    clock.now += 599.9
+    assert refuses(b)
+    clock.now += 0.1
+    succeed(b)
+    assert b.state == "closed"
+
+
+def test_a_success_under_way_closes_one_that_was_not_asked_to_wait(clock: Hours) -> None:
+    b = breaker(clock)
+    with b.attempt():
+        fail(b, EndpointDown("refused"))
+        assert b.state == "open"
+    assert b.state == "closed"
+
+
 @pytest.mark.parametrize("setting", [{"failures": 0}, {"cooldown_s": -1}, {"cooldown_s": float("nan")}])
 def test_settings_that_can_not_work_are_refused(setting: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="a breaker needs"):

@@ -3,10 +3,13 @@
 closed ──failures in a row, or no connection ───────> open ──cooldown──> half-open ──one question──> closed
                                                         ^                    │ fails
                                                         └────────────────────┘
+
+Where it said for how long (Retry-After), it gets none until then, whatever becomes of questions already under way.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +45,8 @@ class CircuitBreaker:
         self._max_failures, self._cooldown, self._clock = failures, cooldown_s, clock
         self._failures_in_row = 0
         self._opens_at: float | None = None
+        self._asked_until = -math.inf
+        """The end of the longest wait that the endpoint has asked for."""
         self._probing = False
         self._lock = threading.Lock()
         hold_while_forking(self, "_lock")
@@ -85,7 +90,8 @@ class CircuitBreaker:
                     self._record_failure(error, is_probe=is_probe)
             raise
         with self._lock:
-            self._failures_in_row, self._opens_at, self._probing = 0, None, False
+            self._failures_in_row, self._probing = 0, self._probing and not is_probe
+            self._opens_at = self._asked_until if self._clock() < self._asked_until else None
 
     def _refuse_if_open(self) -> None:
         if self._opens_at is None:
@@ -98,11 +104,8 @@ class CircuitBreaker:
 
     def _record_failure(self, error: EscalationFailed, *, is_probe: bool) -> None:
         self._failures_in_row += 1
-        retry_after_s = error.wait_s if isinstance(error, EndpointBusy) else None
-        if (
-            isinstance(error, EndpointDown)
-            or retry_after_s is not None
-            or is_probe
-            or self._failures_in_row >= self._max_failures
-        ):
-            self._opens_at = self._clock() + (self._cooldown if retry_after_s is None else retry_after_s)
+        now, retry_after_s = self._clock(), error.wait_s if isinstance(error, EndpointBusy) else None
+        if retry_after_s is not None:
+            self._opens_at = self._asked_until = max(self._asked_until, now + retry_after_s)
+        elif isinstance(error, EndpointDown) or is_probe or self._failures_in_row >= self._max_failures:
+            self._opens_at = max(self._asked_until, now + self._cooldown)
