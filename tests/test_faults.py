@@ -20,8 +20,9 @@ from servers import CompletionServer
 
 from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
 from s2t_agents.endpoints import retries
+from s2t_agents.errors import EndpointBusy
 from s2t_agents.escalation import Escalation
-from s2t_agents.llms import CircuitBreaker, OpenAILLM, openai_llm
+from s2t_agents.llms import CircuitBreaker, OpenAILLM, Question, openai_llm
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always
 
@@ -247,6 +248,35 @@ def test_retry_after_is_waited_for_when_it_fits_and_not_when_it_does_not(
     assert (len(server.asked), len(wanted)) == (1, 1)
     assert wanted[0] >= 3000
     assert llm.breaker.state == "open"  # left alone for as long as it said
+
+
+DATES = {
+    "as HTTP has it": "%a, %d %b %Y %H:%M:%S GMT",
+    "of RFC 850": "%A, %d-%b-%y %H:%M:%S GMT",
+    "of C's asctime": "%a %b %d %H:%M:%S %Y",
+    "of no zone that is known": "%a, %d %b %Y %H:%M:%S -0000",
+    "of no zone": "%a, %d %b %Y %H:%M:%S",
+    "with an offset": "%a, %d %b %Y %H:%M:%S +0000",
+}
+
+
+@pytest.mark.parametrize("zone", ["UTC0", "EST5", "JST-9"])
+@pytest.mark.parametrize("date", DATES)
+def test_retry_after_as_a_date_is_gmt_whatever_this_machines_zone(
+    server: CompletionServer, date: str, zone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        llm = dead_line(server.url, timeout_s=30.0, attempt_s=30.0, connect_s=30.0, attempts=1)
+        at = time.strftime(DATES[date], time.gmtime(time.time() + 1800))
+        server.fault = servers.status(429, Retry_After=at)
+        with pytest.raises(EndpointBusy) as caught:
+            llm.open().ask(Question([1, 2, 3], [65, 66]))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert caught.value.wait_s == pytest.approx(1800, abs=300)
 
 
 def test_what_may_have_cost_something_is_not_tried_again(server: CompletionServer) -> None:

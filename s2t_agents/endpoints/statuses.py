@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import time
+from datetime import UTC
 
 from ..errors import EndpointRefused, QuestionRefused
 
@@ -25,7 +26,8 @@ def retry_after(value: str | None) -> float | None:
     if value.strip().isdecimal():
         return min(float(value), 3600.0)
     try:
-        at = email.utils.parsedate_to_datetime(value).timestamp()
+        at = email.utils.parsedate_to_datetime(value)
+        at_s = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()  # HTTP's dates are GMT, also those without it
     except (ValueError, TypeError, OverflowError):
         return None
-    return min(max(0.0, at - time.time()), 3600.0)
+    return min(max(0.0, at_s - time.time()), 3600.0)
