@@ -11,6 +11,7 @@ import pytest
 import torch
 from budget_support import FakeClock
 
+from s2t_agents import ChatS2T, Ledger
 from s2t_agents.budget import Budget, Charge, MemoryStore, SQLiteStore, TokenPrice
 from s2t_agents.budget.quantities import Counts
 from s2t_agents.budget.store import Closing
@@ -209,6 +210,66 @@ def test_a_cost_that_no_budget_can_count_is_booked_as_what_was_held(owed: Any) -
     assert (scores, report.outcome, report.actual) == ([-2.0, -1.0], "picked", report.reserved)
     state = budget.state()
     assert (state.spent["usd"], state.spent["escalations"], state.holds) == (Decimal("0.000016"), 1, 0)
+
+
+class Stating(ScriptedLLM):
+    """An LLM of the caller's own that quotes a cent and states these costs, one after the other."""
+
+    def __init__(self, *stated: Charge | None) -> None:
+        super().__init__(last_candidate)
+        self.stated, self.fails = stated, False
+
+    def quote(self, question: Question) -> Charge:
+        return Charge(Decimal("0.01"), 5)
+
+    def ask(self, question: Question) -> Answer:
+        for charge in self.stated:
+            question.owe(charge)
+        if self.fails:
+            raise EscalationFailed("no")
+        return Answer(tuple(self.answer(question.ids, question.candidates)))
+
+
+FREE = Charge(Decimal(0), escalations=0)
+QUOTE = Charge(Decimal("0.01"), 5)
+
+
+@pytest.mark.parametrize(
+    ("stated", "answered", "failed"),
+    [
+        ((), QUOTE, None),
+        ((None,), QUOTE, None),
+        ((QUOTE, None), QUOTE, None),
+        ((FREE,), FREE, FREE),
+        ((QUOTE, FREE), FREE, FREE),
+        ((Charge(None, 0),), Charge(None, 0), Charge(None, 0)),
+        ((Charge(Decimal("0.001"), 2),), Charge(Decimal("0.001"), 2), Charge(Decimal("0.001"), 2)),
+    ],
+)
+def test_an_answer_of_which_nothing_is_stated_costs_its_quote(
+    stated: Sequence[Charge | None], answered: Charge, failed: Charge | None
+) -> None:
+    for fails, cost in ((False, answered), (True, failed)):
+        llm, budget = Stating(*stated), Budget(usd="1", escalations=2)
+        llm.fails = fails
+        answer, report = ask(llm, budget)
+        assert ((answer is None), report.actual) == (fails, cost)
+        state, due = budget.state(), cost or FREE
+        usd = QUOTE.usd if due.usd is None else due.usd  # dollars that are not known are booked as held
+        spent = tuple(state.spent[unit] for unit in ("usd", "llm_tokens", "escalations"))
+        assert (*spent, state.holds) == (usd, due.llm_tokens, due.escalations, 0)
+
+
+def test_a_budget_limits_an_llm_that_states_nothing() -> None:
+    ledger, budget = Ledger(), Budget(escalations=2)
+    chat = ChatS2T(
+        model=tiny_model(), trigger=always(), escalation=Escalation(Stating(), margin=1.0), budget=budget,
+        ledger=ledger, max_tokens=5,
+    )  # fmt: skip
+    s2t = chat.invoke("hello").response_metadata["s2t"]
+    assert (s2t["escalations"], s2t["refused"], s2t["cost_usd"]["llm"]) == (2, 3, 0.02)
+    assert budget.state().spent["escalations"] == ledger.total().escalations == 2
+    assert ledger.total().cost_usd.llm.usd == Decimal("0.02")
 
 
 @pytest.mark.parametrize("usd", [0.25, "0.25", Decimal("0.250")])

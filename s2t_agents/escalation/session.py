@@ -131,13 +131,15 @@ class EscalationSession:
             reason = _reason(error)
             raise
         finally:
+            if question.owed is None and outcome == "picked":
+                question.owe(quote)  # unknown is not free
             owed = question.owed = _counted_or(quote, question.owed)
             try:
                 if hold is not None:
                     hold.close(owed)
             finally:
                 report = self._reported(question, answer, _report(outcome, quote, owed, started, reason))
-        if answer is not None and self._groups is not None and owed is not None:
+        if answer is not None and self._groups is not None:
             self._groups.add(question, answer)
         return answer, report
 

@@ -25,6 +25,9 @@ class LLMSession(Protocol):
     def ask(self, question: Question) -> Answer:
         """Ask the LLM. The cost, also of a failed question, is reported by ``question.owe``; at most the quote.
 
+        An answer of which no cost was reported costs the quote; a free one reports a ``Charge`` of zero. A failed
+        question of which none was reported costs nothing.
+
         Raises:
             EscalationFailed: no usable answer.
         """

@@ -63,7 +63,8 @@ class Question:
     def owe(self, charge: Charge | None) -> None:
         """Report the cost incurred so far, whether an answer comes or not; the budget is settled with the last report.
 
-        A session reports the maximum once the LLM may have begun to work, and the actual cost when it is known.
+        A session reports the maximum once the LLM may have begun to work, and the actual cost when it is known. An
+        answer without any report costs its quote.
         """
         self.owed = charge
 
