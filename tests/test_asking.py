@@ -26,6 +26,7 @@ from s2t_agents.errors import BudgetExceeded, ConfigError, EscalationFailed
 from s2t_agents.llms.question import Answer, Question
 from s2t_agents.testing import ScriptedLLM, last_candidate
 from s2t_agents.triggers import when
+from tests.thinking_models import model_of
 
 QUESTION = "Ann has 37 shells and finds 48 more. How many are there now?"
 TOKENS = 8
@@ -323,6 +324,61 @@ def test_a_caller_who_keeps_what_was_unfinished_pays_for_the_rest_alone(whole: s
     assert not again.as_dict()
     model.invoke(QUESTION, s2t_unfinished=again)  # finished: the next answer is a new one
     assert len(llm.asked) == 2 * TOKENS
+
+
+def first(ids: Sequence[int], candidates: Sequence[int]) -> list[float]:
+    return [-float(at) for at in range(len(candidates))]
+
+
+def second(ids: Sequence[int], candidates: Sequence[int]) -> list[float]:
+    return [-1.0, -0.1, *[-2.0] * (len(candidates) - 2)]
+
+
+WRITERS: dict[str, dict[str, Any]] = {
+    "LLM picks": {},
+    "LLM picks every third token": {"trigger": when(lambda proposal: len(proposal.prefix) % 3 == 0)},
+    "LLM and selector pick": {"margin": 0.9999},
+    "thinks": {"model": model_of("special", False), "selector": None, "max_tokens": 60, "scores": first},
+}
+SUMMED = ("completion_tokens", "triggers", "selections", "flips", "escalations")
+SUMMED += tuple(f"thought_{name.removeprefix('completion_')}" for name in SUMMED if name != "flips")
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize(
+    "limits", [{"escalations": 0}, {"escalations": 1}, {"answer_tokens": 1}, {"answer_tokens": 3, "escalations": 2}]
+)
+def test_the_records_of_all_tries_add_up_to_the_answer_that_nothing_interrupts(
+    writer: str, limits: dict[str, int]
+) -> None:
+    options = {"trigger": when(lambda proposal: True), "selector": "s2t-demo", "max_tokens": TOKENS, **WRITERS[writer]}
+    llm = ScriptedLLM(options.pop("scores", second), price=PRICE)
+    escalation = Escalation(llm, margin=options.pop("margin", 1.0))
+
+    def answered(budget: Budget) -> tuple[Any, Ledger]:
+        ledger, unfinished = Ledger(), Unfinished()
+        model = ChatS2T(escalation=escalation, ledger=ledger, **options)
+        for _ in range(100):
+            try:
+                return model.invoke(QUESTION, s2t_budget=budget, s2t_unfinished=unfinished), ledger
+            except BudgetExceeded as refused:
+                budget.extend(**{refused.unit: 1 if refused.unit == "escalations" else 7})
+        raise AssertionError("it never ends")
+
+    enough = {"escalations": 100, "answers": 1, "answer_tokens": 1000, "usd": "1", "on_exhausted": "raise"}
+    whole, once = answered(Budget(**enough))
+    message, tries = answered(budget := Budget(**enough | limits))
+    assert message.content == whole.content
+    assert message.usage_metadata["output_tokens"] == whole.usage_metadata["output_tokens"]
+    assert len(tries.records()) > len(once.records()) == 1
+    spent, total, wanted = budget.state().spent, tries.total(), once.total()
+    assert {name: getattr(total, name) for name in SUMMED} == {name: getattr(wanted, name) for name in SUMMED}
+    assert (total.completion_tokens, total.escalations) == (spent["answer_tokens"], spent["escalations"])
+    assert total.cost_usd.llm.usd == wanted.cost_usd.llm.usd == spent["usd"]
+    assert total.cost_usd.thought == wanted.cost_usd.thought
+    told, last = message.response_metadata["s2t"], tries.records()[-1]
+    assert told["tokens"] == whole.response_metadata["s2t"]["tokens"]
+    assert {name: told[name] for name in SUMMED[1:5]} == {name: getattr(last, name) for name in SUMMED[1:5]}
 
 
 def test_another_conversation_is_another_answer() -> None:

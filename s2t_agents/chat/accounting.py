@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from langchain_core.messages import AIMessage
@@ -31,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts, cost and latency of one generation.
+    """Counts, cost and latency of one generation, without what an interrupted try of the same answer had counted.
 
     Attributes:
         refused: escalations that the budget refused, including one for which it raised.
@@ -139,14 +140,20 @@ class Account:
 
     @property
     def reports(self) -> list[EscalationReport]:
-        """The report of every escalation, in order."""
+        """The report of every escalation of this try, in order."""
         last = self.unemitted_escalation
-        return [*(step.escalation for step in self.steps if step.escalation), *([last.report] if last else [])]
+        return [*_reports(self.steps), *([last.report] if last else [])]
 
     @property
     def reused_tokens(self) -> int:
         """Prompt tokens whose KV came from the prefix cache."""
         return sum(step.reused_tokens for step in self.steps)
+
+    @property
+    def replayed_tokens(self) -> int:
+        """How many of the first tokens an interrupted try of this answer had generated, and counted."""
+        same = (step.token_id == token for step, token in zip(self.steps, self.work.begun, strict=False))
+        return sum(takewhile(bool, same))
 
     def count(self, true_of: Callable[[Step], bool]) -> int:
         """Number of steps that fulfil a predicate."""
@@ -155,10 +162,10 @@ class Account:
     @cached_property
     def summary(self) -> Summary:
         """Computed at the first access, which must be after the last step."""
-        became = Counter(report.outcome for report in self.reports if not report.replayed)
+        became = Counter(report.outcome for report in self.reports)
         return Summary(
             triggers=self.count(lambda step: step.triggered),
-            selections=self.count(lambda step: step.picked_by in ("selector", "llm")),
+            selections=self.count(_selected),
             flips=self.count(lambda step: step.flipped),
             escalations=became["picked"],
             refused=became["refused"],
@@ -171,7 +178,10 @@ class Account:
         )
 
     def metadata(self) -> dict[str, Any]:
-        """The message's ``response_metadata["s2t"]``: counts in tokens, costs in USD, times in ms."""
+        """The message's ``response_metadata["s2t"]``: counts in tokens, costs in USD, times in ms.
+
+        The tokens are those of the whole message, everything else is of this try.
+        """
         summary = self.summary
         return {
             "tokens": len(self.steps),
@@ -179,7 +189,11 @@ class Account:
             "trace_id": self.trace_id,
             "cost_usd": {part: _as_float(getattr(summary.cost, part)) for part in ("local", "llm", "total")},
             "latency_ms": {part: getattr(summary.latency, part) for part in _LATENCY_PARTS},
-            "thought": {**summary.thought.model_dump(), "llm_usd": _as_float(summary.thought.llm_usd)},
+            "thought": {
+                **summary.thought.model_dump(),
+                "tokens": self.thought_tokens,
+                "llm_usd": _as_float(summary.thought.llm_usd),
+            },
             **{key: getattr(summary, key) for key in _SUMMARY_FIELDS},
             **({} if summary.shadow is None else {"shadow": summary.shadow.model_dump()}),
             **_stopped_entry(self.work.stopped_by),
@@ -215,7 +229,7 @@ class Account:
             started_at=self.started_at,
             finish_reason=finish_reason,
             prompt_tokens=self.prompt_tokens,
-            completion_tokens=len(self.steps),
+            completion_tokens=len(self.steps) - self.replayed_tokens,
             cost_usd=self.summary.cost,
             latency_ms=self.summary.latency,
             receipts=self._receipts(decode),
@@ -243,14 +257,14 @@ class Account:
         return Cost(local=local, llm=_total_usd(self.reports))
 
     def _thought(self) -> Thought:
-        steps = self.steps[: self.thought_tokens]
-        reports = [step.escalation for step in steps if step.escalation]
+        steps = self.steps[self.replayed_tokens : self.thought_tokens]
+        reports = _reports(steps)
         if self.unemitted_escalation is not None and self.thinking:
             reports.append(self.unemitted_escalation.report)
         return Thought(
             tokens=len(steps),
             triggers=sum(step.triggered for step in steps),
-            selections=sum(step.picked_by in ("selector", "llm") for step in steps),
+            selections=sum(map(_selected, steps)),
             escalations=sum(report.outcome == "picked" for report in reports),
             llm_usd=_total_usd(reports),
         )
@@ -297,6 +311,16 @@ def _budget_state(budget: Budget | None) -> dict[str, Any] | None:
     except StoreUnavailable as error:
         _log.warning("the answer comes without its budget: %s", error)
         return None
+
+
+def _selected(step: Step) -> bool:
+    """Whether selector or LLM picked the token, in this try."""
+    return step.picked_by in ("selector", "llm") and not (step.escalation is not None and step.escalation.replayed)
+
+
+def _reports(steps: Sequence[Step]) -> list[EscalationReport]:
+    """The reports of some steps' escalations, without those of an earlier try."""
+    return [step.escalation for step in steps if step.escalation is not None and not step.escalation.replayed]
 
 
 def receipt(step: Step, decode: Callable[[int], str]) -> Receipt:

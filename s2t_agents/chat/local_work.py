@@ -35,12 +35,13 @@ class LocalWork:
         begun: tokens of an interrupted try at this answer, which that try has settled.
 
     Attributes:
+        begun: as given.
         stopped_by: the limit that ended the answer; None if none did.
     """
 
     def __init__(self, budget: Budget | None, begun: Sequence[int] = ()) -> None:
         self._budget = budget if budget is not None and budget.limits_local_work else None
-        self._begun = begun
+        self.begun = begun
         self._hold: Hold | None = None
         self._cut: BudgetExceeded | None = None
         self._room = 0
@@ -64,9 +65,9 @@ class LocalWork:
         """
         if self._budget is None:
             return tokens
-        wanted = max(0, tokens - len(self._begun))
+        wanted = max(0, tokens - len(self.begun))
         for _ in range(TRIES):
-            charge = Charge(Decimal(0), escalations=0, answers=0 if self._begun else 1, answer_tokens=wanted)
+            charge = Charge(Decimal(0), escalations=0, answers=0 if self.begun else 1, answer_tokens=wanted)
             try:
                 self._hold = self._budget.reserve(charge, ttl_s=ANSWER_HOLD_S)
                 break
@@ -77,7 +78,7 @@ class LocalWork:
                 wanted, self._cut = min(wanted, left), self._cut or refused
         else:
             raise self._cut or AssertionError
-        self._room = min(tokens, len(self._begun) + wanted)
+        self._room = min(tokens, len(self.begun) + wanted)
         return self._room
 
     def release(self) -> None:
@@ -137,7 +138,7 @@ class LocalWork:
             with closing(steps):
                 for each in steps:
                     if isinstance(each, Step):
-                        same = replayed == count < len(self._begun) and each.token_id == self._begun[count]
+                        same = replayed == count < len(self.begun) and each.token_id == self.begun[count]
                         replayed, count, last = replayed + same, count + 1, each
                     yield each
                     if self.left_s() <= 0:

@@ -322,6 +322,9 @@ class StepRecord(Frozen):
 class GenerationRecord(Frozen):
     """One generation. Every field that needs a unit: tokens, USD, ms, UTC.
 
+    One that resumes an interrupted answer counts what it did itself: ``completion_tokens`` are its own, while ``steps``
+    and ``receipts`` begin with those of the earlier tries.
+
     ``steps`` and ``prompt`` (the end of it, as text) are None where the ledger's ``Recording`` does not ask for them,
     ``stopped_by`` where no limit of the budget ended the answer, ``shadow`` outside shadow mode, ``shortened`` where no
     call and no JSON had to end for the answer's token limit; a record without them
