@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
+from langchain_core.caches import InMemoryCache
+from langchain_core.globals import set_llm_cache
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
@@ -28,7 +30,7 @@ from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import Trigger, always, when
-from s2t_agents.types import Sampling, Step
+from s2t_agents.types import Charge, Sampling, Step
 
 PROMPT = [10, 20, 30, 40, 50]
 PRICE = TokenPrice(Decimal(3), Decimal(15), Decimal("0.3"))
@@ -212,6 +214,31 @@ def test_a_reply_without_an_account_costs_what_was_held(at_start: Trigger) -> No
     report = answer(judge(first_shown, usage=None), at_start, Budget(usd="1"))[0].escalation
     assert report is not None
     assert report.actual == report.reserved
+
+
+@pytest.mark.parametrize("choose", [first_shown, lambda text: 99], ids=["picked", "failed"])
+@pytest.mark.parametrize("usage", [USAGE, None, {**USAGE, "input_token_details": {"cache_read": 120}}])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_reply_from_langchains_cache_costs_nothing(
+    everywhere: bool, usage: Any, choose: Callable[[str], int], at_start: Trigger
+) -> None:
+    cache, budget = InMemoryCache(), Budget(usd="1", escalations=9)
+    llm = judge(choose, usage=usage)
+    if everywhere:
+        set_llm_cache(cache)
+    else:
+        llm.chat.cache = cache
+    try:
+        once, *again = [answer(llm, at_start, budget)[0].escalation for _ in range(3)]
+    finally:
+        set_llm_cache(None)
+    assert len(llm.chat.asked) == 1  # type: ignore[attr-defined]
+    assert once is not None
+    assert once.actual.escalations == budget.state().spent["escalations"] == 1
+    assert once.actual.usd == budget.state().spent["usd"] > 0
+    for report in again:
+        assert report is not None
+        assert (report.outcome, report.actual) == (once.outcome, Charge(Decimal(0), escalations=0))
 
 
 @pytest.mark.parametrize("output", [-1, 10**9, 10**16])

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache, partial
 from hashlib import sha256
 from typing import Any, Literal, TypeGuard
@@ -219,11 +220,13 @@ class ChatJudge:
             reply.set_exception(error)
 
     def _reported_charge(self, reply: object, worst: Charge) -> Charge | None:
-        """The cost by the reply's usage metadata; None if missing or implausible."""
+        """The cost by the reply's usage metadata; None if missing or implausible. Nobody was asked for a cached one."""
         raw = reply.get("raw") if isinstance(reply, Mapping) else None
         usage: Any = raw.usage_metadata if isinstance(raw, AIMessage) else None
         if not isinstance(usage, Mapping):
             return None
+        if _is_int(cost := usage.get("total_cost")) and cost == 0:  # how LangChain marks what comes from its cache
+            return Charge(Decimal(0), escalations=0)
         details = usage.get("input_token_details")
         held = details.get("cache_read") if isinstance(details, Mapping) else None
         read, written, cached = usage.get("input_tokens"), usage.get("output_tokens"), held or 0
