@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -202,3 +203,20 @@ def test_modules_that_the_documentation_named_before_still_import(name: str) -> 
     assert public
     assert all(getattr(old, each) is getattr(new, each) for each in public)
     del sys.modules[f"s2t_agents.{name}"]
+
+
+NAME = re.compile(r"(?<![\w./-])s2t_agents(?:\.[A-Za-z_]\w*)+")
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
+def test_every_dotted_name_in_the_documentation_can_be_resolved(page: str) -> None:
+    names = sorted(set(NAME.findall((ROOT / page).read_text())))
+    assert [name for name in names if not name.endswith(".py") and not _resolves(name)] == []
+
+
+def _resolves(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
