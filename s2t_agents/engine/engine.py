@@ -47,8 +47,8 @@ DEFAULT_ENTROPY = 0.5
 class Selection:
     """A second look at one step: the scores that decide, who gave them, and what it took.
 
-    ``then`` follows the best candidate: further tokens of the LLM's answer. ``instead`` is a token that
-    it wrote itself.
+    ``then`` follows the best candidate: its continuation, which the LLM chose with it (a judge's is the SLM's own
+    preview). ``instead`` is a token that the LLM wrote itself.
     """
 
     scores: Tensor
