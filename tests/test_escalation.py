@@ -16,7 +16,15 @@ from s2t_agents.budget import Budget, Charge, MemoryStore, SQLiteStore, TokenPri
 from s2t_agents.budget.quantities import Counts
 from s2t_agents.budget.store import Closing
 from s2t_agents.engine.engine import Engine
-from s2t_agents.errors import BudgetExceeded, ConfigError, EscalationFailed, ModelNotFound, S2TError, UnpricedModel
+from s2t_agents.errors import (
+    BudgetExceeded,
+    ConfigError,
+    EscalationFailed,
+    ModelNotFound,
+    S2TError,
+    StoreUnavailable,
+    UnpricedModel,
+)
 from s2t_agents.escalation import Escalation, Pacing
 from s2t_agents.llms.question import Answer, Question
 from s2t_agents.scheduling.waits import finish
@@ -374,3 +382,27 @@ def test_numbers_of_any_library_are_scores(number: Any) -> None:
     [step] = engine.steps([10, 20, 30], Sampling(max_tokens=1))
     assert step.picked_by == "llm"
     assert step.candidates[0].llm == float(number)
+
+
+class Gone(MemoryStore):
+    """A store that cannot be reached, as often as it is tried."""
+
+    tried = 0
+
+    def reserve(self, *args: Any, **options: Any) -> Any:
+        self.tried += 1
+        raise StoreUnavailable("the store is gone.")
+
+
+@pytest.mark.parametrize("pacing", [None, Pacing(selections=100)], ids=["each", "paced"])
+def test_an_answer_waits_once_for_a_store_that_is_gone(pacing: Pacing | None) -> None:
+    store = Gone()
+    llm = ScriptedLLM(last_candidate)
+    escalation = Escalation(llm, margin=1.0, pacing=pacing)
+    model = ChatS2T(model=tiny_model(), max_tokens=6, trigger=always(), escalation=escalation)
+    for again in (1, 2):
+        answer = model.invoke("hello", s2t_budget=Budget(escalations=9, store=store))
+        s2t = answer.response_metadata["s2t"]
+        assert (store.tried, s2t["escalations"], llm.asked) == (again, 0, [])
+        assert s2t["refused"] > 1
+        assert s2t["degraded"]

@@ -290,7 +290,7 @@ class Account:
         return Latency(ttft=ttft, total=(time.perf_counter() - self._start) * MS, **by_verb)
 
 
-_LATENCY_PARTS = ("queue", "ttft", "propose", "select", "escalate", "total")
+_LATENCY_PARTS = ("queue", "ttft", "propose", "grammar", "select", "escalate", "total")
 _SUMMARY_FIELDS = ("triggers", "selections", "flips", "escalations", "refused", "degraded", "budget")
 
 
@@ -423,7 +423,7 @@ def cached_message(message: AIMessage, ledger: Ledger | None) -> AIMessage:
     return message.model_copy(update={"response_metadata": metadata})
 
 
-_OF_THE_CALL = ("ledger_error", "stopped_by", "shadow")
+_OF_THE_CALL = ("ledger_error", "shadow")
 
 
 def _cached_record(message: AIMessage, caller: Caller) -> GenerationRecord:

@@ -27,7 +27,7 @@ from ..types import Charge, EscalationRecord, EscalationReport, Outcome, Refused
 from .pacing import Pace
 from .paid_groups import PaidGroups
 
-HOLD_S = 300.0
+ESCALATION_HOLD_S = 300.0
 """Seconds after which a hold lapses should this process die, at least."""
 HOLD_LONGER_S = 60.0
 """Seconds by which a hold outlives the LLM's own deadline."""
@@ -65,6 +65,7 @@ class EscalationSession:
         self._llm, self._budget, self.margin = llm, budget, margin
         self._pace, self._groups, self._on_asked = pace, groups, on_asked
         self._hold_s = _hold_s(llm) if hold_s is None else hold_s
+        self._unreachable: StoreUnavailable | None = None  # one answer waits once for a store that is gone
         self._llm_session: LLMSession = llm.open()
 
     def __enter__(self) -> EscalationSession:
@@ -75,7 +76,7 @@ class EscalationSession:
 
     def should_escalate(self, margin: float) -> bool:
         """Whether a selection with this confidence margin is put to the LLM."""
-        if self._pace is None or self._budget is None:
+        if self._pace is None or self._budget is None or self._unreachable is not None:
             return margin < self.margin
         try:
             return self._pace.should_escalate(margin, self._budget, at_most=self.margin)
@@ -83,7 +84,7 @@ class EscalationSession:
             return margin < self.margin
 
     def escalating(self, question: Question) -> Waiting[tuple[Answer | None, EscalationReport | None]]:
-        """Put a question to the LLM, if the budget holds what it may cost.
+        """Put a question to the LLM, if the budget holds what it may cost; none more once its store was unreachable.
 
         Returns:
             The answer (None: the local pick stands) and the report (None: there was nothing to ask).
@@ -101,9 +102,12 @@ class EscalationSession:
         except Exception as error:  # noqa: BLE001 - an LLM of the caller's own may raise anything
             return None, self._reported(question, None, _report("failed", None, None, started, _reason(error)))
         try:
+            if self._unreachable is not None:
+                raise self._unreachable
             hold = self._budget.reserve(quote, ttl_s=self._hold_s) if self._budget else None
         except (BudgetExceeded, StoreUnavailable, UnpricedModel, BadLimit) as error:
             report = self._reported(question, None, _refused(error, quote, started))
+            self._unreachable = error if isinstance(error, StoreUnavailable) else None
             if isinstance(error, BudgetExceeded) and self._budget and self._budget.on_exhausted != "degrade":
                 raise
             return None, report
@@ -159,7 +163,7 @@ def llm_deadline_s(llm: LLMSelector) -> float | None:
 def _hold_s(llm: LLMSelector) -> float:
     """Seconds until a hold lapses: longer than the question may take, since others could then spend the same money."""
     deadline = llm_deadline_s(llm)
-    return HOLD_WITHOUT_DEADLINE_S if deadline is None else max(HOLD_S, deadline + HOLD_LONGER_S)
+    return HOLD_WITHOUT_DEADLINE_S if deadline is None else max(ESCALATION_HOLD_S, deadline + HOLD_LONGER_S)
 
 
 def checked_answer(answer: object, question: Question) -> Answer:
