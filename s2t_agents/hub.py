@@ -31,13 +31,13 @@ OWN_OPTIONS = frozenset(
 """Options that this package sets itself."""
 
 MAX_JSON_BYTES = 64_000_000
-"""Largest JSON file that is read; real configs have a few thousand bytes."""
+"""Largest file that is read whole (JSON, a tokenizer, a template); the largest real ones have 35 million."""
 
 MAX_NAME_CHARS = 255
 """Longest file name; file systems refuse longer ones."""
 
 MAX_MODULES = 4096
-"""Layers, heads and experts that a config may have if the weights do not give a lower limit."""
+"""Layers, heads, experts, labels that a config may have if the weights do not give a lower limit."""
 
 _CHECKPOINTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.pkl")
 _NOT_A_MODEL = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$|mmproj|imatrix", re.IGNORECASE)
@@ -47,16 +47,23 @@ _PART = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 MOST_PARTS = 1_000
 """Parts of a split GGUF model that are downloaded."""
 
-_COUNT_KEYS = re.compile(r".*(layer|block|expert|head|stage)s?|depth", re.IGNORECASE)
+_COUNT_KEYS = re.compile(
+    r".*(layer|block|expert|head|stage|label|level|group|flow|function|codebook|quantizer)s?|.*depth|.*dense_replace",
+    re.IGNORECASE,
+)
+"""Numbers of a config by which transformers makes one object each, some of them before it knows the weights."""
 _LAYER_COUNT_KEYS = re.compile(r"(num|n)_(\w+_)?layers?")
-_READ_PATTERNS = (
-    "*.safetensors",
+_READ_WHOLE = (
     "*.index.json",
     "*config.json",
     "tokenizer.*",
     "*token*.json",
     "chat_template.*",
+    "additional_chat_templates/*.jinja",
     "vocab.*",
+    "merges.*",
+    "tekken.json",
+    "*.model",
 )
 
 
@@ -248,11 +255,12 @@ class ModelSource:
         return read
 
     def check_files(self) -> None:
-        """Refuse a path that is not a folder, and entries that are not regular files (reading a pipe may not end).
+        """Refuse a path that is no folder, and in one what is no regular file (reading a pipe may not end) or too large.
 
         Raises:
             ModelNotFound: a URL, a file, GGUF.
-            UnsafeWeights: a directory, pipe, device or broken link instead of a file.
+            UnsafeWeights: a directory, pipe, device or broken link instead of a file; a file that is read whole and
+                has more than ``MAX_JSON_BYTES``.
         """
         if "://" in self.path and not Path(self.path).exists():
             raise ModelNotFound(
@@ -263,9 +271,15 @@ class ModelSource:
             if Path(self.path).is_file():
                 raise ModelNotFound(f"{self.name!r} is a file.", hint="Give the directory that it lies in.")
             return
-        for pattern in _READ_PATTERNS:
-            if odd := sorted(each.name for each in self.folder.glob(pattern) if not each.is_file()):
-                raise UnsafeWeights(f"{odd[0]} in {self.name!r} is no regular file.", hint="Copy the model again.")
+        whole = {each for pattern in _READ_WHOLE for each in self.folder.glob(pattern)}
+        for file in sorted({*whole, *self.folder.glob("*.safetensors")}):
+            if not file.is_file():
+                raise UnsafeWeights(f"{file.name} in {self.name!r} is no regular file.", hint="Copy the model again.")
+            if file in whole and (size := file.stat().st_size) > MAX_JSON_BYTES:
+                raise UnsafeWeights(
+                    f"{file.name} in {self.name!r} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read.",
+                    hint="Copy the model again.",
+                )
 
     def check_weights(self) -> None:
         """Refuse a folder without a causal LM's safetensors weights, judged by file names.
@@ -368,7 +382,7 @@ def _is_impossible(key: str, value: Any, max_layers: int) -> bool:
         return isnan(value)
     if not isinstance(value, int):
         return False
-    return (bool(_COUNT_KEYS.fullmatch(key)) and value > max_layers) or (key == "num_hidden_layers" and value < 1)
+    return (bool(_COUNT_KEYS.fullmatch(key)) and abs(value) > max_layers) or (key == "num_hidden_layers" and value < 1)
 
 
 def is_rust_panic(error: BaseException) -> bool:

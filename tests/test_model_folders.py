@@ -108,6 +108,27 @@ def index(**files: str) -> Damage:
     return write
 
 
+def sparse(name: str) -> Damage:
+    """More than any real file, and no room on the disk."""
+
+    def write(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        with (folder / name).open("wb") as file:
+            file.truncate(3 * 2**30)
+
+    return write
+
+
+COUNTS: list[dict[str, Any]] = [  # of each, transformers makes as many objects as it says, or takes it from another one
+    {"num_labels": 10**9},
+    {"num_codebooks": 10**9},
+    {"vision_config": {"num_labels": 10**9}},
+    {"first_k_dense_replace": -(10**9)},
+    {"first_k_dense_replace": 10**9},
+]
+WHOLE = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+WHOLE += ["added_tokens.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/x.jinja"]
+WHOLE += ["vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "preprocessor_config.json"]
 NORM = "model.norm.weight"
 EMBEDDING = "model.embed_tokens.weight"
 DAMAGED: dict[str, Damage] = {
@@ -214,6 +235,26 @@ def test_a_damaged_folder_is_one_named_error(damage: Damage, folder: Path) -> No
     with pytest.raises(ConfigError) as caught:
         ChatS2T(model=str(folder), max_tokens=4).invoke("hello")
     assert str(folder) in str(caught.value) or "chat template" in str(caught.value)
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("read", [LanguageModel.load, load_tokenizer])
+def test_a_count_beyond_any_model_is_refused_before_it_is_made(
+    read: Callable[[str], Any], counts: dict[str, Any], folder: Path
+) -> None:
+    config(**counts)(folder)
+    edited("tokenizer_config.json", lambda read: {**read, "tokenizer_class": None})(folder)  # the config says it then
+    with pytest.raises(UnsafeWeights, match=r"says \w+=-?10+;"):
+        read(str(folder))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_no_file_that_would_be_read_whole_is_larger_than_the_limit(name: str, folder: Path) -> None:
+    sparse(name)(folder)
+    model = ChatS2T(model=str(folder), max_tokens=4)
+    assert model.profile is not None
+    with pytest.raises(UnsafeWeights, match=rf"{Path(name).name}.* bytes"):
+        model.invoke("hello")
 
 
 def test_all_else_in_a_folder_is_passed_over(folder: Path) -> None:

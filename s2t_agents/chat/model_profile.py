@@ -49,6 +49,7 @@ def _reasons(model: str | LanguageModel, options: Mapping[str, Any], chat_templa
         )
     try:
         source = ModelSource.of(model, options)
+        source.check_files()
         file = source.file("tokenizer_config.json", here=True)
         if file is None:
             return None

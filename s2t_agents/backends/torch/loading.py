@@ -64,7 +64,7 @@ def load_tokenizer(path: str, **options: Any) -> Any:
 
     origin = ModelSource.of(path, options)
     origin.check_files()
-    origin.config(here=True)
+    origin.check_counts(origin.config(here=True) or {}, 0)  # transformers may make the config on the way
     with origin.reading("tokenizer"):
         return AutoTokenizer.from_pretrained(origin.path, **origin.hub)
 
