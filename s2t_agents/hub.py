@@ -17,7 +17,6 @@ from typing import Any
 
 from .bundled import model_path
 from .errors import ConfigError, ModelNotFound, S2TError, UnsafeWeights
-from .redaction import without_secrets
 
 HUB_OPTIONS = frozenset({"token", "cache_dir", "local_files_only", "proxies", "force_download"})
 """Options for reaching the hub, independent of the model."""
@@ -124,8 +123,9 @@ class ModelSource:
             here: look on this disk only.
 
         Raises:
-            ModelNotFound: the file is not there, or a folder holds several and none is named.
+            ModelNotFound: a URL; the file is not there, or a folder holds several and none is named.
         """
+        self._refuse_url()
         named = self.weights.get("gguf_file")
         if named is not None:
             return None if "quantization_config" in self.weights else self._named_gguf(str(named), here)
@@ -255,18 +255,14 @@ class ModelSource:
         return read
 
     def check_files(self) -> None:
-        """Refuse a path that is no folder, and in one what is no regular file (reading a pipe may not end) or too large.
+        """Refuse a path that is no folder, and one with pipes, which may not end when read, or with too large files.
 
         Raises:
             ModelNotFound: a URL, a file, GGUF.
             UnsafeWeights: a directory, pipe, device or broken link instead of a file; a file that is read whole and
                 has more than ``MAX_JSON_BYTES``.
         """
-        if "://" in self.path and not Path(self.path).exists():
-            raise ModelNotFound(
-                f"{without_secrets(self.name)!r} is a URL.",
-                hint="Give a directory or a hub id, such as 'Qwen/Qwen3-0.6B'.",
-            )
+        self._refuse_url()
         if self.folder is None:
             if Path(self.path).is_file():
                 raise ModelNotFound(f"{self.name!r} is a file.", hint="Give the directory that it lies in.")
@@ -280,6 +276,13 @@ class ModelSource:
                     f"{file.name} in {self.name!r} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read.",
                     hint="Copy the model again.",
                 )
+
+    def _refuse_url(self) -> None:
+        """It is not repeated: any part may be a secret."""
+        if "://" in self.path and not Path(self.path).exists():
+            raise ModelNotFound(
+                "the model's name is a URL.", hint="Give a directory or a hub id, such as 'Qwen/Qwen3-0.6B'."
+            )
 
     def check_weights(self) -> None:
         """Refuse a folder without a causal LM's safetensors weights, judged by file names.

@@ -66,6 +66,11 @@ def without_secrets(value: Any) -> Any:
     return None if isinstance(value, (SecretStr, SecretBytes)) else value
 
 
+def url_without_secrets(value: Any) -> Any:
+    """A URL without user and password and without secrets in its query; anything else as it is."""
+    return without_secrets(value) if isinstance(value, str) and "://" in value else value
+
+
 def _redact_text(text: str) -> str:
     if (header := _HEADER.fullmatch(text)) and _is_secret_name(header[1]):
         return f"{header[1]}: {_REDACTED}"

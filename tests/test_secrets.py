@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from observers import cache_key, traced
 from pydantic import SecretStr
 
 from s2t_agents import ChatS2T, LocalLLM
+from s2t_agents.errors import ConfigError
 from s2t_agents.redaction import without_secrets
 
 KEY = "S3CRET"
@@ -76,6 +79,62 @@ def test_a_name_with_credentials_is_shown_without() -> None:
     model = ChatS2T(model=f"https://user:{KEY}@hub/model")
     said = written(model)
     assert [name for name in ("repr", "str", "dict", "cache key", "trace", "dumps") if KEY in said[name]] == []
+
+
+URLS = [
+    f"https://user:{KEY}@hub/v1",
+    f"https://hub/v1?api_key={KEY}",
+    f"vllm://user:{KEY}@127.0.0.1:1/m",
+    f"vllm://{KEY}@127.0.0.1:1/m",
+    f"vllm://127.0.0.1:1/m?token={KEY}",
+]
+MALFORMED_URLS = [
+    f"https://hub:{KEY}/v1",
+    f"https://hub/{KEY}/v1",
+    f"https://[{KEY}]/v1",
+    f"https://{KEY}/x.gguf",
+    f"https://user:{KEY}@hub/v1#m",
+    f"vllm://127.0.0.1:{KEY}/m",
+    f"vllm://127.0.0.1:1/m#{KEY}",
+    f"vllm://{KEY}",
+    f"vllm://[{KEY}/m",
+    f"vllm://127.0.0.1:1 {KEY}/m",
+    f"vllm://127.0.0.1:1:{KEY}/m",
+]
+USES: dict[str, Callable[[str], Any]] = {
+    "model": lambda url: ChatS2T(model=url).invoke("x"),
+    "model with a file": lambda url: ChatS2T(model=url, model_kwargs={"gguf_file": "x.gguf"}).invoke("x"),
+    "model on a device": lambda url: ChatS2T(model=url, device="cpu").invoke("x"),
+    "selector": lambda url: ChatS2T(selector=url).invoke("x"),
+    "escalation": lambda url: ChatS2T(escalation=url).invoke("x"),
+    "local LLM": lambda url: ChatS2T(escalation=LocalLLM(url)).invoke("x"),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize("url", [*URLS, *MALFORMED_URLS])
+def test_a_url_that_is_refused_is_not_quoted(url: str, use: Callable[[str], Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        use(url)
+    assert KEY not in str(caught.value)
+    frames = traceback.TracebackException.from_exception(caught.value)
+    while frames is not None:
+        assert KEY not in str(frames)
+        frames = frames.__cause__ or frames.__context__  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("field", ["model", "selector"])
+@pytest.mark.parametrize("url", URLS)
+def test_no_writing_holds_what_is_secret_in_a_url(url: str, field: str) -> None:
+    model = ChatS2T(**{field: url})
+    assert [name for name, text in written(model).items() if KEY in text] == []
+    assert KEY.encode() not in pickle.dumps(LocalLLM(url))
+
+
+def test_names_and_addresses_without_secrets_are_pickled_as_they_are() -> None:
+    for name in ("acme/model@main", "/data/a;token=x/m", "vllm://127.0.0.1:1/acme/model@v2", "https://hub/v1"):
+        model = pickle.loads(pickle.dumps(ChatS2T(model=name, selector=name)))
+        assert (model.model, model.selector) == (name, name)
 
 
 def test_what_is_no_secret_stays() -> None:

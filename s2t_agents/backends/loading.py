@@ -114,9 +114,10 @@ def _of_a_server(address: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a server, with the tokenizer and the end tokens of its model.
 
     Raises:
-        ConfigError: a device or dtype, which are the server's.
+        ConfigError: no such address; a device or dtype, which are the server's.
         ModelNotFound: no such tokenizer here.
     """
+    served_name = split_address(address)[1]
     kept = dict(options)
     for name in ("device", "dtype"):
         if kept.pop(name, None) is not None:
@@ -125,7 +126,7 @@ def _of_a_server(address: str, options: Mapping[str, Any]) -> dict[str, Any]:
     given = kept.get("tokenizer")
     if given is not None and not isinstance(given, str | Path):
         return kept
-    path = split_address(address)[1] if given is None else str(given)
+    path = served_name if given is None else str(given)
     try:
         kept["tokenizer"] = load_tokenizer(path, **source)
     except ModelNotFound as error:

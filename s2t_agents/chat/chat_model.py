@@ -33,7 +33,7 @@ from ..hub import options_for_other_model
 from ..identity import identity
 from ..ledger import Ledger
 from ..llms import LLMSelector
-from ..redaction import without_secrets
+from ..redaction import url_without_secrets, without_secrets
 from ..scheduling.admission import AdmissionTicket, Concurrency
 from ..scheduling.computing import computing
 from ..scheduling.language_model import LanguageModel
@@ -72,6 +72,7 @@ from .unfinished_answers import EMPTY_ANSWER, conversation_key
 
 _MAY_HOLD_SECRETS = ("model_kwargs", "template_args", "metadata")
 """Dicts of the user's, which may hold secrets: redacted in dumps, pickles and reprs."""
+_MAY_BE_URLS = ("model", "selector", "escalation")
 
 
 class ChatS2T(ConfigurableChatModel):
@@ -229,11 +230,17 @@ class ChatS2T(ConfigurableChatModel):
         """
         state = super().__getstate__()
         clean = {name: without_secrets(getattr(self, name)) for name in _MAY_HOLD_SECRETS}
-        return {**state, "__dict__": {**state["__dict__"], "model": self.model_name, "api_key": None, **clean}}
+        clean |= {name: url_without_secrets(getattr(self, name)) for name in _MAY_BE_URLS}
+        clean["model"] = url_without_secrets(self.model_name)
+        return {**state, "__dict__": {**state["__dict__"], "api_key": None, **clean}}
 
     @field_serializer(*_MAY_HOLD_SECRETS)
     def _serialize_without_secrets(self, value: Any) -> Any:
         return without_secrets(value)
+
+    @field_serializer(*_MAY_BE_URLS)
+    def _serialize_url_without_secrets(self, value: Any) -> Any:
+        return url_without_secrets(value)
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         return [(name, without_secrets(value)) for name, value in super().__repr_args__()]

@@ -15,7 +15,7 @@ from ..escalation import Escalation
 from ..hub import ModelSource
 from ..identity import identity
 from ..llms.front import llm_of
-from ..redaction import without_secrets
+from ..redaction import url_without_secrets, without_secrets
 from ..scheduling.admission import Concurrency
 from ..scheduling.language_model import LanguageModel
 from ..selectors import Selector
@@ -72,7 +72,7 @@ class EngineSettings:
         return {
             "model": without_secrets(self.model if isinstance(self.model, str) else self.model.name),
             "loaded": None if isinstance(self.model, str) else repr(self.model),
-            "selector": identity(self.selector),
+            "selector": identity(url_without_secrets(self.selector)),
             "escalation": escalation and [identity(each) for each in escalation.changing_answers],
             "k": self.k,
             "trigger": identity(self.trigger),

@@ -11,6 +11,7 @@ from ..backends.loading import described
 from ..errors import ConfigError
 from ..formats.reasoning import ReasoningFormat, has_reasoning
 from ..hub import ModelSource
+from ..redaction import url_without_secrets
 from ..scheduling.language_model import LanguageModel
 
 
@@ -21,7 +22,7 @@ def profile_of(
     ``reasoning_output`` if the tokenizer's is not. Reads no weights.
     """
     profile = ModelProfile(
-        name=model if isinstance(model, str) else model.name,
+        name=url_without_secrets(model if isinstance(model, str) else model.name),
         max_output_tokens=max_tokens,
         text_inputs=True,
         image_inputs=False,

@@ -9,7 +9,6 @@ from langchain_core.language_models import BaseChatModel
 
 from ..backends.completions.backend import SCHEME, server_url, split_address
 from ..errors import ConfigError
-from ..redaction import without_secrets
 from .base import LLMSelector
 from .judge import ChatJudge
 from .local_llm import LocalLLM
@@ -48,7 +47,7 @@ def _served(address: str) -> OpenAILLM:
     url, _, model = address.partition("#")
     if not model:
         raise ConfigError(
-            f"escalation is the URL {without_secrets(url)!r} and does not say which model.",
+            "escalation is a URL that does not say which model.",
             hint='Put the model\'s name behind a "#": "https://host/v1#name"; or take OpenAILLM(url, name, ...).',
         )
     return OpenAILLM(url, model)

@@ -18,7 +18,7 @@ from ..errors import EscalationFailed, TokenizerMismatch
 from ..fork_safety import hold_while_forking
 from ..hub import first_line
 from ..identity import identity
-from ..redaction import without_secrets
+from ..redaction import url_without_secrets, without_secrets
 from ..scheduling.idle_sequences import IdleSequences
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.sequence import TokenSequence
@@ -84,7 +84,7 @@ class LocalLLM:
     def __getstate__(self) -> dict[str, Any]:
         """Pickles as its settings; weights and caches are loaded again when needed."""
         options = {"chat_template": self.chat_template, **without_secrets(self._options)}
-        return {"name": self.name, "price": self.price, "options": options}
+        return {"name": url_without_secrets(self.name), "price": self.price, "options": options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["name"], price=state["price"], **state["options"])  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from operator import eq
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,9 @@ from ..errors import AdapterMismatch, ConfigError, ModelNotFound
 from ..scheduling.language_model import LanguageModel
 
 CONFIG_FILE = "selector.json"
+
+_URL = re.compile(r"[A-Za-z][\w+.-]+:/")
+"""How a path begins that was a URL."""
 
 
 class BaseIdentity(BaseModel):
@@ -155,8 +159,9 @@ class SelectorConfig(BaseModel):
         """
         file = path / CONFIG_FILE
         if not file.is_file():
+            where = "a URL" if _URL.match(str(path)) else repr(str(path))  # any part of a URL may be a secret
             raise ModelNotFound(
-                f"no selector at {str(path)!r}: {CONFIG_FILE} is missing.", hint="Train one with `s2t train`."
+                f"no selector at {where}: {CONFIG_FILE} is missing.", hint="Train one with `s2t train`."
             )
         try:
             return cls.model_validate_json(file.read_bytes())

@@ -11,6 +11,7 @@ The server names its best 20 tokens a position, all others are unknown: their lo
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,6 @@ from ...endpoints.spending import Spending
 from ...endpoints.tokenizer_check import TokenizerSample, verify_tokenizer
 from ...errors import ConfigError, EndpointBusy, EscalationFailed, ModelServerRefused
 from ...fork_safety import FORWARD, hold_while_forking
-from ...redaction import without_secrets
 from ..base import Capabilities, Limits, Output, ScoreCandidates, StepOutput, Work
 from ..statistics import LogitStatistics
 from ..torch.fingerprint import tokenizer_fingerprint
@@ -42,6 +42,8 @@ from .stream import CompletionStream, Prediction
 
 SCHEME = "vllm://"
 """Of addresses: ``vllm://host:port/name``, the name as the server lists it."""
+
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^][:/@?#\s]+)(:[0-9]+)?")
 
 UNKNOWN_WEIGHTS = "server-"
 """How a fingerprint begins that tells addresses apart, not weights."""
@@ -438,25 +440,28 @@ def split_address(address: str) -> tuple[str, str]:
     """Host with port, and the model's name, of ``vllm://host:port/name``.
 
     Raises:
-        ConfigError: one of them is missing.
+        ConfigError: something else; it is not repeated, since any part may be a key.
     """
     host, _, name = address.removeprefix(SCHEME).partition("/")
-    if not host or not name:
+    if not name or not _is_host(host) or not {"?", "#"}.isdisjoint(name):
         raise ConfigError(
-            f"the model's address is {without_secrets(address)!r}.",
-            hint="It reads vllm://host:port/name, the name as the server lists it.",
+            "the URL of the model's server cannot be read.",
+            hint="It reads vllm://host:port/name, the name as the server lists it; give the key as api_key.",
         )
     return host, name
 
 
-def server_url(host: str, *, allow_http: bool) -> str:
-    """The base URL of ``host:port``: plain HTTP on this machine, and elsewhere where it is permitted.
-
-    Raises:
-        ConfigError: no host.
-    """
+def _is_host(host: str) -> bool:
+    """Whether it is a host, or one with a port, and nothing beside."""
+    if _HOST.fullmatch(host) is None:
+        return False
     try:
-        plain = allow_http or is_loopback(httpx.URL(f"http://{host}").host)
+        return 0 < (httpx.URL(f"http://{host}").port or 80) < 65536
     except httpx.InvalidURL:
-        raise ConfigError(f"the server's address is {without_secrets(host)!r}; that is no host:port.") from None
+        return False
+
+
+def server_url(host: str, *, allow_http: bool) -> str:
+    """The base URL of a host as ``split_address`` gives it: plain HTTP on this machine, and where it is permitted."""
+    plain = allow_http or is_loopback(httpx.URL(f"http://{host}").host)
     return f"{'http' if plain else 'https'}://{host}/v1"
