@@ -1,8 +1,12 @@
 """Faults of a judge: which count against its circuit breaker, and which against the question."""
 
+import asyncio
+import os
+import signal
 import threading
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
@@ -236,10 +240,40 @@ def test_whatever_a_chat_model_raises_leaves_the_local_pick(error: Exception) ->
     useless(error)
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_an_interruption_is_no_fault_of_the_judge_and_passes(stop: type[BaseException]) -> None:
-    with pytest.raises(stop):
-        ChatJudge(Unchecked(reply=stop()), price=TokenPrice(1, 1)).open().ask(question())
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="a signal of one's own")
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, asyncio.CancelledError])
+def test_an_interruption_of_the_caller_is_no_fault_of_the_judge_and_passes(
+    stop: type[BaseException], release: threading.Event
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise stop
+
+    def late(text: str) -> int:
+        os.kill(os.getpid(), signal.SIGUSR1)  # Python's handlers run in the main thread, which waits for the judge
+        release.wait(20)
+        return 1
+
+    before = signal.signal(signal.SIGUSR1, interrupted)
+    try:
+        with pytest.raises(stop):
+            judge(late).open().ask(question())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+STOPS = [KeyboardInterrupt(), SystemExit(3), GeneratorExit(), asyncio.CancelledError(), CancelledError()]
+STOPS += [BaseExceptionGroup("all", [SystemExit(3)]), type("Own", (BaseException,), {})()]
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=lambda stop: type(stop).__name__)
+def test_what_stops_the_judges_own_thread_leaves_the_local_pick(stop: BaseException) -> None:
+    def stopped(self: object, *_: object) -> Any:
+        raise stop
+
+    broken = type("Broken", (), {"number": property(stopped)})()
+    useless(stop)
+    useless({"parsed": broken})
+    useless(type("Status", (Exception,), {"status_code": property(stopped), "response": broken})())
 
 
 def test_what_a_useless_reply_says_that_it_cost_is_paid() -> None:

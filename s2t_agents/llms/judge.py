@@ -187,37 +187,37 @@ class ChatJudge:
             raise OutOfTime("the deadline has passed.")
         with self.breaker.attempt():
             question.owe(worst := self.quote(prompt))
-            reply = self._invoke(question, prompt, seconds)
-            if (spent := self._reported_charge(reply, worst)) is not None:
+            heard = self._invoke(question, prompt, seconds)
+            if (spent := self._reported_charge(heard.reply, worst)) is not None:
                 question.owe(spent)
-            number = _number_in(reply)
+            number = heard.number
             if number is None or not 1 <= number <= len(prompt.previews):
                 raise EscalationFailed(f"the judge was to name 1 to {len(prompt.previews)} and named none of them.")
             return number
 
-    def _invoke(self, question: Question, prompt: JudgePrompt, seconds: float) -> object:
-        reply: Future[object] = Future()
-        run_judge = with_current_scopes(partial(self._invoke_in_thread, reply, prompt))
+    def _invoke(self, question: Question, prompt: JudgePrompt, seconds: float) -> _Heard:
+        waited: Future[_Heard] = Future()
+        run_judge = with_current_scopes(partial(self._invoke_in_thread, waited, prompt))
         threading.Thread(target=run_judge, name="s2t-judge", daemon=True).start()
         try:
-            return reply.result(seconds)
+            heard = waited.result(seconds)
         except TimeoutError:
             late = OutOfTime if seconds < self.timeout_s else EscalationFailed
             raise late(f"no answer within {seconds:.3g} s.") from None
-        except EscalationFailed:
-            raise
-        except Exception as error:  # noqa: BLE001 - any error of the chat model
-            fault = self._fault(question, error)
-        raise fault  # raised outside the handlers: no exception chain, since a provider's error may contain secrets
+        if heard.error is not None:  # no exception chain: a provider's error may contain secrets
+            raise heard.error if isinstance(heard.error, EscalationFailed) else self._fault(question, heard)
+        return heard
 
-    def _invoke_in_thread(self, reply: Future[Any], prompt: JudgePrompt) -> None:
+    def _invoke_in_thread(self, waited: Future[_Heard], prompt: JudgePrompt) -> None:
         """Call the chat model in a thread: it can be abandoned at the deadline, and, without the caller's callbacks,
-        its tokens do not appear in the caller's stream."""
+        its tokens do not appear in the caller's stream. No interruption of the caller's arrives here."""
         try:
             judge = self.chat.with_structured_output(choice_among(len(prompt.previews)), include_raw=True)
-            reply.set_result(judge.invoke(prompt.messages, {"run_name": "s2t_judge"}))
-        except BaseException as error:  # noqa: BLE001 - handed to the caller
-            reply.set_exception(error)
+            reply = judge.invoke(prompt.messages, {"run_name": "s2t_judge"})
+        except BaseException as error:  # noqa: BLE001 - a chat model may raise anything
+            waited.set_result(_Heard(error=error, status=_status_of(error), wait_s=_retry_after_s(error)))
+        else:
+            waited.set_result(_Heard(reply, _number_in(reply)))
 
     def _reported_charge(self, reply: object, worst: Charge) -> Charge | None:
         """The cost by the reply's usage metadata; None if missing or implausible. Nobody was asked for a cached one."""
@@ -237,17 +237,15 @@ class ChatJudge:
         cached = min(max(cached, 0), read)
         return charge(self.price, input_tokens=read, cached_tokens=cached, output_tokens=written)
 
-    def _fault(self, question: Question, error: Exception) -> EscalationFailed:
+    def _fault(self, question: Question, heard: _Heard) -> EscalationFailed:
         """Classify an error of the chat model; its message may contain secrets, so only its class is shown."""
+        error, status = heard.error, heard.status
         kind = type(error).__name__
-        status = _getattr_or_none(error, "status_code")
-        if _is_int(status) and status >= 400:
+        if status is not None and status >= 400:
             question.owe(None)
             message = f"the judge's provider answered {status} ({kind})."
             return (
-                EndpointBusy(message, wait_s=_retry_after_s(error))
-                if status in BUSY_STATUSES
-                else status_error(status, message)
+                EndpointBusy(message, wait_s=heard.wait_s) if status in BUSY_STATUSES else status_error(status, message)
             )
         if isinstance(error, (ConfigError, InputError)):  # of a ChatS2T, before it has run
             question.owe(None)
@@ -288,26 +286,47 @@ class JudgeSession:
         return self._prompt[1]
 
 
+@dataclass(frozen=True)
+class _Heard:
+    """What came of one call of the chat model: a reply, or an error. All is read in the call's own thread, where what
+    foreign code raises on the way is no interruption of the caller's."""
+
+    reply: object = None
+    number: int | None = None
+    error: BaseException | None = None
+    status: int | None = None
+    wait_s: float | None = None
+
+
 def _number_in(reply: object) -> int | None:
-    """The number in a reply; None if it has none in the requested form."""
-    parsed = reply.get("parsed") if isinstance(reply, Mapping) else None
+    """The number in a reply; None if it has none in the requested form, or if reading it raises."""
+    try:
+        parsed = reply.get("parsed") if isinstance(reply, Mapping) else None
+    except BaseException:  # noqa: BLE001 - a mapping of another's may raise anything
+        return None
     number = _getattr_or_none(parsed, "number")
-    return number if _is_int(number) else None
+    return int.__pos__(number) if _is_int(number) else None  # a plain one, whatever a subclass says of itself
 
 
 def _getattr_or_none(of: object, name: str) -> Any:
     """An attribute of a foreign object; None if missing, or if reading it raises."""
     try:
         return getattr(of, name, None)
-    except Exception:  # noqa: BLE001 - a property may raise anything
+    except BaseException:  # noqa: BLE001 - a property may raise anything
         return None
+
+
+def _status_of(error: BaseException) -> int | None:
+    """The HTTP status in a provider's error."""
+    status = _getattr_or_none(error, "status_code")
+    return status if _is_int(status) else None
 
 
 def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _retry_after_s(error: Exception) -> float | None:
+def _retry_after_s(error: BaseException) -> float | None:
     """Seconds of the Retry-After header in the provider's response; None if the client exposes none."""
     headers = _getattr_or_none(_getattr_or_none(error, "response"), "headers")
     value = headers.get("retry-after") if isinstance(headers, Mapping) else None
