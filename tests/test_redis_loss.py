@@ -361,6 +361,60 @@ def test_a_url_that_cannot_be_read_is_refused_at_once_and_not_repeated(url: Any)
         assert part not in told
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("socket_type=9", "socket_keepalive_options=5", "redis_connect_func=x", "credential_provider=x"),
+        *("event_dispatcher=1", "command_packer=1", "parser_class=x", "cache=1", "host=x", "retry=5", "driver_info=x"),
+        *("ssl_password=SeKr3t", "ssl_keyfile=/x", "ssl_keyfile=/x&ssl_password=SeKr3t", "ssl_ocsp_context=x"),
+        *("ssl_min_version=5", "maintenance_state=x", "legacy_responses=0", "protocol=9", "ssl_cert_reqs=zz"),
+    ],
+)
+def test_an_option_that_no_text_can_give_is_refused_at_once(option: str) -> None:
+    for scheme in ("redis", "rediss"):
+        with pytest.raises(ConfigError, match="Redis URL") as caught:
+            RedisStore(f"{scheme}://127.0.0.1:1/0?{option}")
+        assert "SeKr3t" not in str(caught.value)
+
+
+OPTIONS_TAKEN = ["", "ssl_certfile=/x", "ssl_certfile=/x&ssl_keyfile=/x", "ssl_ca_certs=/x", "ssl_ca_path=/x"]
+OPTIONS_TAKEN += ["ssl_ca_data=x", "ssl_ciphers=x", "ssl_check_hostname=0", "ssl_cert_reqs=none", "protocol=3"]
+OPTIONS_TAKEN += ["socket_keepalive=1", "socket_read_size=0", "health_check_interval=5", "max_connections=2"]
+OPTIONS_TAKEN += ["client_name=a%20b", "username=%20"]
+
+
+@pytest.mark.parametrize("option", OPTIONS_TAKEN)
+def test_an_option_that_is_taken_is_at_worst_a_store_that_cannot_be_used(
+    option: str, redis_server: RedisServer
+) -> None:
+    """The server speaks no TLS: the errors of certificates come before that."""
+    scheme = "rediss" if option.startswith("ssl") else "redis"
+    store = RedisStore(f"{scheme}://127.0.0.1:{redis_server.port}/0?{option}", prefix=uuid.uuid4().hex, timeout_s=5)
+    with contextlib.suppress(StoreUnavailable):
+        Budget(escalations=1, store=store).state()
+    store.close()
+
+
+@pytest.mark.parametrize("byte", [0xC0, 0xC2, 0xFF, 0x00, 0xA0, 0xCB], ids=hex)
+def test_a_meter_with_any_damaged_byte_is_read_or_is_a_bad_store(tree: Tree, byte: int) -> None:
+    """MessagePack's nil, false, -1, 0, an empty text, a double."""
+    store = RedisStore(tree.url, prefix=tree.prefix, timeout_s=5, clock=tree.clock)
+    tree.stores.append(store)
+    for limits in ({"usd": 1}, {"escalations": 3, "answers": 2, "seconds": 60.0}):
+        name = f"meter-{len(limits)}"
+        budget = Budget(name=name, store=store, **limits)  # type: ignore[arg-type]
+        budget.reserve(ONE)
+        key = f"{tree.prefix}:{{{name}}}:meters"
+        whole = tree.console.hget(key, name)
+        assert isinstance(whole, bytes)
+        for at in range(len(whole)):
+            tree.console.hset(key, name, whole[:at] + bytes([byte]) + whole[at + 1 :])
+            with contextlib.suppress(S2TError):
+                budget.state()
+            with contextlib.suppress(S2TError):
+                budget.reserve(ONE).release()
+
+
 def test_urls_that_can_be_read_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for url in (
         *("redis://localhost", "redis://localhost:6379/0", "rediss://u:p%2Fw@h.example:6380/3", "redis://[::1]:6379/0"),

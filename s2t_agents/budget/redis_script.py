@@ -75,9 +75,9 @@ local function more(a1, a2, b1, b2) return a1 > b1 or (a1 == b1 and a2 > b2) end
 
 _TEXT = r"""
 local function text(n) return string.format('%.0f', n) end
-local function texts(list)
+local function texts(list, length)  -- false and nil are empty
   local out = {}
-  for i, n in ipairs(list) do out[i] = n and text(n) or '' end
+  for i = 1, length do out[i] = list[i] and text(list[i]) or '' end
   return out
 end
 """
@@ -91,8 +91,10 @@ local function load(path)
   sound(type(m[TERMS]) == 'string' and type(limit) == 'table' and amount(m[SPENT]) and amount(m[HELD]))
   sound(amount(m[OVER]) and whole(m[COUNT]) and whole(m[BIRTH] or 0))
   for i = 1, 7 do sound(not limit[i] or whole(limit[i])) end
+  for i = 1, 4 do sound(limit[i] ~= nil) end
   sound(not limit[1] == not limit[2])
-  sound(not m[DEADLINE] or (whole(m[DEADLINE]) and whole(m[MICROS])))
+  sound(not m[MICROS] or whole(m[MICROS]))
+  sound(not m[DEADLINE] or (whole(m[DEADLINE]) and m[MICROS]))
   sound(not m[WINDOW_US] or (whole(m[WINDOW_US]) and m[WINDOW_US] > 0 and type(m[OFFSET_US]) == 'number'
     and type(m[WINDOW]) == 'number' and m[WINDOW] == m[WINDOW]))
   if m[WINDOW_US] then
@@ -220,13 +222,15 @@ for at = 7, #args, 2 do
   local m = load(path)
   if not m then return {'missing', path} end
   local unit = refusing(m, want, args[at + 1])
-  if unit == 0 then return {'refused', path, '0', texts({m[MICROS], m[MICROS] + now - m[DEADLINE]})} end
-  if unit then return {'refused', path, tostring(unit), texts(m[LIMIT]), texts(m[SPENT]), texts(m[HELD])} end
+  if unit == 0 then return {'refused', path, '0', texts({m[MICROS], m[MICROS] + now - m[DEADLINE]}, 2)} end
+  if unit then
+    return {'refused', path, tostring(unit), texts(m[LIMIT], 7), texts(m[SPENT], 7), texts(m[HELD], 7)}
+  end
   plus(m[HELD], want, 1)
   m[COUNT] = m[COUNT] + 1
   local all = {unpack(m[HELD])}
   plus(all, m[SPENT], 1)
-  if not within(all, args[6]) then return {'above', texts(all)} end
+  if not within(all, args[6]) then return {'above', texts(all, 7)} end
   paths[#paths + 1], meters[#meters + 1], births[#births + 1] = path, m, m[BIRTH] or 0
 end
 call('HSET', HOLDS, args[3], cmsgpack.pack({0, want, paths, now + args[4], births}))
@@ -251,7 +255,7 @@ for at, path in ipairs(hold[3]) do
     local counted = held_by(hold, at, m)
     if counted then let_go(m, hold[2]) end
     if actual then book(m, counted and hold[2] or {0, 0, 0, 0, 0, 0, 0}, actual) end
-    if actual and not within(m[SPENT], args[5]) then return {'above', texts(m[SPENT])} end
+    if actual and not within(m[SPENT], args[5]) then return {'above', texts(m[SPENT], 7)} end
     late = late or not counted
     paths[#paths + 1], meters[#meters + 1] = path, m
   end
@@ -279,7 +283,7 @@ if m[DEADLINE] and micros > 0 then
 end
 local given, time = {}, m[MICROS] or 0  -- 0 where there is no limit
 for i = 1, 7 do given[i] = limit[i] or 0 end
-if not within(given, args[7]) or time > args[8] then return {'above', texts(limit), text(time)} end
+if not within(given, args[7]) or time > args[8] then return {'above', texts(limit, 7), text(time)} end
 save(args[3], m)
 if args[6] ~= '' then call('HSET', METERS, grant, 1) end
 return 'done'
@@ -291,7 +295,8 @@ lapse()
 local m = load(args[3])
 if not m then return {} end
 local left = m[DEADLINE] and math.max(0, m[DEADLINE] - now)
-return {texts(m[LIMIT]), texts(m[SPENT]), texts(m[HELD]), texts(m[OVER]), texts({m[MICROS], left, m[COUNT]})}
+return {
+  texts(m[LIMIT], 7), texts(m[SPENT], 7), texts(m[HELD], 7), texts(m[OVER], 7), texts({m[MICROS], left, m[COUNT]}, 3)}
 """
 
 SCRIPTS = {

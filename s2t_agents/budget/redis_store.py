@@ -253,14 +253,15 @@ _LARGEST_TOTAL = _amount(LARGEST_TOTAL)
 
 
 def _numbers(texts: list[str], missing: int | None = 0) -> Limits:
-    """The inverse of :func:`_amount`; an empty text is no limit.
+    """The inverse of :func:`_amount`.
 
     Args:
-        texts: seven; fewer where the meter is from before answers were counted.
-        missing: what the others are.
+        texts: seven.
+        missing: what an empty one is: there is no limit, or the meter is from before answers were counted.
     """
-    found = [int(text) if text else None for text in texts]
-    high, low, escalations, llm_tokens, unpriced, answers, answer_tokens = (found + [missing] * 3)[:7]
+    high, low, escalations, llm_tokens, unpriced, answers, answer_tokens = (
+        int(text) if text else missing for text in texts
+    )
     usd = None if high is None or low is None else high * PART + low
     return Quantities(usd, escalations, llm_tokens, answers, answer_tokens, 0, unpriced)
 

@@ -10,13 +10,15 @@ from s2t_agents.errors import ConfigError
 PASSWORD_ENV = "S2T_REDIS_PASSWORD"
 """Where a store that was pickled without its password looks for it."""
 FORM = "As redis://localhost:6379/0; inside its parts / is written %2F, # %23, ? %3F, @ %40."
-OURS = frozenset(
+OPTIONS = frozenset(
     {
-        *("decode_responses", "encoding", "encoding_errors", "retry", "retry_on_error", "retry_on_timeout"),
-        *("socket_timeout", "socket_connect_timeout", "timeout", "connection_class"),
+        *("db", "username", "client_name", "protocol", "max_connections"),
+        *("socket_keepalive", "socket_read_size", "health_check_interval"),
+        *("ssl_cert_reqs", "ssl_check_hostname", "ssl_ca_certs", "ssl_ca_path", "ssl_ca_data", "ssl_ciphers"),
+        *("ssl_certfile", "ssl_keyfile"),
     }
 )
-"""Options that the store sets itself."""
+"""Options, beside a password, that a URL may have: those that a text can give, without what the store sets itself."""
 
 
 def address_of(url: str) -> tuple[str, str | None]:
@@ -37,12 +39,14 @@ def address_of(url: str) -> tuple[str, str | None]:
     if not fits:
         raise ConfigError("the Redis URL cannot be read.", hint=FORM)
     names = [name for name, _ in options]
-    if len(set(names)) != len(names) or not OURS.isdisjoint(names):
+    if len(set(names)) != len(names) or not OPTIONS.issuperset({*names} - {"password"}):
         raise ConfigError(
-            f"the Redis URL repeats an option, or has one of {', '.join(sorted(OURS))}, which the store sets itself.",
-            hint="Give timeout_s to the store, and every option once.",
+            f"the Redis URL repeats an option, or has another one than {', '.join(sorted(OPTIONS))}.",
+            hint="Give timeout_s to the store, every option once, and a key file that is not encrypted.",
         )
     given = dict(options)
+    if "ssl_keyfile" in given and "ssl_certfile" not in given:
+        raise ConfigError("the Redis URL has ssl_keyfile without ssl_certfile.", hint="Give both, or none.")
     in_options = given.pop("password", None)
     password = unquote(parts.password) if parts.password else in_options
     user, at, host = parts.netloc.rpartition("@")
