@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -94,6 +94,13 @@ def hold_while_forking(owner: Any, name: str, order: int = BRIEF) -> None:
         _locks[:] = [each for each in _locks if each[1]() is not None]
 
 
+def registered_locks() -> Iterator[tuple[Any, str]]:
+    """Owner and attribute name of every lock that is taken before a fork, in the order in which they are taken."""
+    for _, owner, name in tuple(_locks):
+        if (living := owner()) is not None:
+            yield living, name
+
+
 def renew_in_child(renew: Callable[[], None]) -> None:
     """Register a method that is called in every child; its object is held weakly."""
     _renewals.append(weakref.WeakMethod(renew))
@@ -103,8 +110,8 @@ def renew_in_child(renew: Callable[[], None]) -> None:
 
 def _before() -> None:
     until = time.monotonic() + MAX_WAIT_S
-    for _, owner, name in tuple(_locks):
-        lock = getattr(owner(), name, None)
+    for owner, name in registered_locks():
+        lock = getattr(owner, name, None)
         if lock is None or any(lock is each for each in (*_held.taken, *_held.stuck)):
             continue
         taken = lock.acquire(timeout=max(0.0, until - time.monotonic()))

@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Sequence
-from operator import attrgetter
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ from s2t_agents.engine.engine import Engine
 from s2t_agents.engine.sampling import nucleus
 from s2t_agents.errors import BudgetExceeded, ConfigError, ContextOverflow, EscalationFailed, InputError
 from s2t_agents.escalation import Escalation
+from s2t_agents.fork_safety import registered_locks
 from s2t_agents.llms import LocalLLM
 from s2t_agents.proposal import Proposal
 from s2t_agents.scheduling.language_model import LanguageModel
@@ -183,29 +183,37 @@ def test_nothing_is_computed_before_it_is_asked_for_and_closing_stops_the_model(
     assert (forwards, llm.closed) == ([5, 1], 1)
 
 
-LOCKS = [
-    "slm.scheduler._mutex",
-    "slm.prefix_cache._lock",
-    "slm.running._lock",
-    "admission._mutex",
-    "drift._lock",
-    "llm.idle._lock",
-]
+class Built:
+    """An engine with all that it shares among generations, and the locks that were registered for it, by name."""
+
+    def __init__(self) -> None:
+        others = list(registered_locks())
+        self.model = tiny_model()
+        self.llm = LocalLLM(self.model)
+        drift = DriftWatch(SimpleNamespace(trigger_rate_ci95=(0.0, 1.0), escalation_rate_ci95=(0.0, 1.0)))  # type: ignore[arg-type]
+        self.engine = Engine(self.model, trigger=always(), escalation=Escalation(self.llm, margin=1.0), drift=drift)
+        known = {(id(owner), name) for owner, name in others}
+        own = [(owner, name) for owner, name in registered_locks() if (id(owner), name) not in known]
+        self.locks = {f"{type(owner).__name__}.{name}": getattr(owner, name) for owner, name in own}
+
+
+LOCKS = sorted(Built().locks)
+
+
+def test_the_locks_of_an_engine_are_found() -> None:
+    assert {name.partition(".")[0] for name in LOCKS} >= {"Scheduler", "PrefixCache", "IdleSequences", "DriftWatch"}
 
 
 @pytest.mark.parametrize("name", LOCKS)
 def test_an_abandoned_generation_may_be_collected_in_any_block_of_ours(name: str) -> None:
     """Garbage collection runs at any allocation, and closes the generator on the spot."""
-    model = tiny_model()
-    llm = LocalLLM(model)
-    drift = DriftWatch(SimpleNamespace(trigger_rate_ci95=(0.0, 1.0), escalation_rate_ci95=(0.0, 1.0)))  # type: ignore[arg-type]
-    engine = Engine(model, trigger=always(), escalation=Escalation(llm, margin=1.0), drift=drift)
+    built = Built()
+    engine, model, llm, lock = built.engine, built.model, built.llm, built.locks[name]
     gc.collect()
     abandoned: dict[str, Any] = {"steps": engine.steps(PROMPT, Sampling(max_tokens=5))}
     abandoned["itself"] = abandoned
     next(abandoned["steps"])
     del abandoned
-    lock = attrgetter(name)(SimpleNamespace(slm=model, llm=llm, admission=engine.admission, drift=drift))
 
     def collect() -> None:
         with lock:
