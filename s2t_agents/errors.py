@@ -12,7 +12,7 @@ S2TError
 │   ├── BadSchema                     a tool or output schema that no answer can fit, or that is not JSON
 │   └── ExposedServer                 a server for other machines that asks for no key
 ├── InputError (ValueError)           messages that cannot be rendered
-│   ├── ContextOverflow               the prompt does not fit the context window
+│   ├── ContextOverflow (ContextOverflowError)  the prompt does not fit the context window
 │   └── BadRequest                    a request to the server with a parameter that is missing, malformed or unknown
 │       └── UnknownModel              it names a model that is not served
 ├── UnknownKey                        a request to the server without a valid key

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,15 @@ def imported_layers(path: Path) -> set[str]:
 @pytest.mark.parametrize(("layer", "path"), modules(), ids=lambda value: getattr(value, "stem", value))
 def test_imports_go_one_way(layer: str, path: Path) -> None:
     upward = {name for name in imported_layers(path) if name in RANK and RANK[name] > RANK[layer]}
-    sideways = {n for n in imported_layers(path) if n in RANK and RANK[n] == RANK[layer] and n != layer} - {"selectors"}
-    same_shelf = LAYERS[RANK[layer]]
     assert not upward, f"{path.name} imports {upward} from above"
-    assert not sideways or len(same_shelf) > 1
+
+
+def test_layers_on_one_line_import_each_other_in_one_direction() -> None:
+    beside: dict[str, set[str]] = {name: set() for name in RANK}
+    for layer, path in modules():
+        beside[layer] |= {name for name in imported_layers(path) if RANK.get(name) == RANK[layer] and name != layer}
+    assert any(beside.values())
+    TopologicalSorter(beside).prepare()  # CycleError names the cycle
 
 
 def test_training_uses_nothing_above_the_chat_model_but_the_demo_world() -> None:
@@ -179,15 +185,34 @@ def test_the_wheel_has_of_the_demo_what_commands_use_and_nothing_that_trained_th
     assert names == used
 
 
+def drawn_parents(tree: str) -> dict[str, set[str]]:
+    """Each class of a drawn tree with its parents: the line above at the level before, and those in brackets."""
+    line_of = re.compile(r"(?P<indent>[│├└─ ]*)(?P<name>\w+)(?: \((?P<also>\w+)\))?(?:  .*)?")
+    parents: dict[str, set[str]] = {}
+    above: list[str] = []
+    for line in tree.splitlines():
+        found = line_of.fullmatch(line)
+        assert found, line
+        level = len(found["indent"]) // 4
+        above = [*above[:level], found["name"]]
+        assert len(above) == level + 1, f"{line} hangs in the air"
+        assert found["name"] not in parents, f"{line} is drawn twice"
+        parents[found["name"]] = {*above[-2:-1], *({found["also"]} - {None})}
+    return parents
+
+
 def test_the_error_tree_is_drawn_as_it_is() -> None:
     from s2t_agents import errors
 
+    paragraphs = str(errors.__doc__).split("\n\n")
+    [tree] = [each for each in paragraphs if each.startswith("S2TError\n")]
     defined = {
-        name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.S2TError)
+        name: value
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.S2TError)
     }
-    drawn = str(errors.__doc__)
-    assert all(name in drawn for name in defined), defined
-    assert all(issubclass(getattr(errors, name), errors.S2TError) for name in defined)
+    bases = {name: {base.__name__ for base in value.__bases__} for name, value in defined.items()}
+    assert drawn_parents(tree) == {**bases, "S2TError": set()}
 
 
 def test_weights_in_the_repository_stay_under_24_mb() -> None:
