@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from base64 import b64decode
+from collections import UserList, deque
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote_plus
@@ -11,14 +12,22 @@ from urllib.parse import unquote_plus
 from pydantic import SecretBytes, SecretStr
 
 _SECRET_NAME = re.compile(
-    r"(.*[_-])?(auth|token|authorization|cookie|secret|pass|passwd|passphrase|pwd|jwt|bearer|otp|credentials?)"
-    r"|(.*[_-])?(api|access|signing|signature|encryption|ssh|master|license|shared|function|subscription)_?key"
-    r"|.*(api|access|account|private|secret|session|auth|hf)[_-]?(key|token|secret|id_secret)"
+    r"(.*[_-])?(auth|token|authorization|cookies?|secret|pass|passwd|passphrase|pwd?|jwts?|bearer|otp)"
+    r"|(.*[_-])?(cred(ential)?s?|sas)"
+    r"|(.*[_-])?(api|access|signing|signature|encryption|ssh|master|license|shared|function|subscription)_?keys?"
+    r"|.*(api|access|account|private|secret|session|auth|hf|refresh|id|csrf|github)[_-]?(key|token|secret|id_secret)s?"
+    r"|tokens"
     r"|.*[_-]pat|.*secret.*|.*password.*|.*service_?account.*|session_?id|sas[_-]?token|use_auth_token"
     r"|set-cookie",
     re.IGNORECASE,
 )
-"""Names of secrets. Numbers and flags under these names are not secret (``token=True``: use this machine's login)."""
+"""Names of secrets, ``camelCase`` written as ``camel_Case``. Numbers and flags under these names are not secret
+(``token=True``: use this machine's login)."""
+
+_OF_A_TOKENIZER = re.compile(r"(bos|eos|pad|unk|sep|cls|mask|image|audio|video)_token", re.IGNORECASE)
+"""Tokens that are no secrets."""
+
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 _HEADERS_NAME = re.compile(r"(.*[_-])?(headers|cookies)", re.IGNORECASE)
 """Names of mappings, or of lists of pairs, of which every value may be secret."""
@@ -27,8 +36,8 @@ _SECRET_QUERY_NAME = re.compile(r".*(key|sig|signature)|code", re.IGNORECASE)
 """Further names of secrets in a URL's query."""
 
 _URL_USERINFO = re.compile(r"(?<=://)[^/?#\s@]*(?:@[^/?#\s@]*)*@")
-_UNESCAPED_PASSWORD = re.compile(r"(?<=://)[^/?#\s@:]*:(?!\d*(?:[/?#\s]|$))[^\s]*@")
-"""A password in a URL with an unescaped / or #; digits after a host's colon are a port."""
+_UNESCAPED_PASSWORD = re.compile(r"(?<=://)[^/?#\s@:]*:(?!\d*(?:[/?#\s]|$))(?:[^\s]*@|\S[^@]{0,200}@)")
+"""A password in a URL with an unescaped /, # or blank; digits after a host's colon are a port."""
 _PROXY_USERINFO = re.compile(r"(?!mailto:)[^\s/@:]+:[^\s/]+@(?=[^\s/@]+(/\S*)?$)", re.IGNORECASE)
 """User and password of a proxy given without a scheme."""
 _QUERY_ENTRY = re.compile(r"(?<=[?&;#])([^=&;#?\s]+)=([^&;#\s]*)")
@@ -54,14 +63,18 @@ def without_secrets(value: Any) -> Any:
             for name, each in value.items()
             if not ((_is_secret_name(name) and _may_hold_secret(each)) or _holds_headers(name, each))
         }
+        if _names_a_secret(value):
+            kept.pop("value", None)
         return value if _is_unchanged(kept, value) and _is_unchanged(kept.values(), value.values()) else kept
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (list, tuple, set, frozenset, deque, UserList)):
         pairs = _are_pairs(value)
         each_clean = [
             _redact_pair(each) if pairs and _is_secret_name(each[0]) else without_secrets(each) for each in value
         ]
         if _is_unchanged(each_clean, value):
             return value
+        if isinstance(value, deque):
+            return deque(each_clean, value.maxlen)
         return type(value)(*each_clean) if hasattr(value, "_fields") else type(value)(each_clean)
     return None if isinstance(value, (SecretStr, SecretBytes)) else value
 
@@ -83,7 +96,7 @@ def _redact_text(text: str) -> str:
 
 def _redact_query_entry(entry: re.Match[str]) -> str:
     name = unquote_plus(entry[1])
-    return f"{entry[1]}={_REDACTED}" if _SECRET_NAME.fullmatch(name) or _SECRET_QUERY_NAME.fullmatch(name) else entry[0]
+    return f"{entry[1]}={_REDACTED}" if _is_secret_name(name) or _SECRET_QUERY_NAME.fullmatch(name) else entry[0]
 
 
 def _is_basic_auth(text: str) -> bool:
@@ -97,12 +110,27 @@ def _holds_headers(name: Any, value: Any) -> bool:
     return (
         isinstance(name, str)
         and bool(_HEADERS_NAME.fullmatch(name))
-        and (_is_nonempty_mapping(value) or _are_pairs(value))
+        and (_is_nonempty_mapping(value) or _are_pairs(value) or _are_named_values(value))
     )
 
 
 def _is_nonempty_mapping(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value)
+
+
+def _are_named_values(value: Any) -> bool:
+    """Whether it is a list of ``{"name": ..., "value": ...}``, such as headers."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_named_value, value))
+
+
+def _is_named_value(value: Any) -> bool:
+    return isinstance(value, Mapping) and "value" in value and ("name" in value or "key" in value)
+
+
+def _names_a_secret(value: Mapping[Any, Any]) -> bool:
+    """Whether it is ``{"name": ..., "value": ...}`` with a secret name."""
+    names = (value.get("name"), value.get("key"))
+    return _is_named_value(value) and any(map(_is_secret_name, names)) and _may_hold_secret(value["value"])
 
 
 def _are_pairs(value: Any) -> bool:
@@ -120,10 +148,14 @@ def _redact_pair(pair: Any) -> Any:
 
 def _is_secret_name(name: Any) -> bool:
     text = name.decode("latin-1") if isinstance(name, bytes) else name
-    return isinstance(text, str) and _SECRET_NAME.fullmatch(text) is not None
+    if not isinstance(text, str) or _OF_A_TOKENIZER.fullmatch(text):
+        return False
+    return _SECRET_NAME.fullmatch(_CAMEL.sub("_", text)) is not None
 
 
 def _may_hold_secret(value: Any) -> bool:
+    if isinstance(value, (list, tuple)) and value:
+        return any(map(_may_hold_secret, value))  # ids of tokens are none
     return not (value is None or isinstance(value, (bool, int, float)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import traceback
+from collections import UserList, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,13 @@ PLACES: list[dict[str, Any]] = [
     {"environment": {"DB_PASS": KEY, "GITHUB_PAT": KEY, "JWT": KEY, "HF_TOKEN": KEY}},
     {"passphrase": KEY, "pwd": KEY, "signing_key": KEY, "ssh_key": KEY, "session_id": KEY, "service_account_json": KEY},
     {f"https://user:{KEY}@hub": 1},
+    {"refreshToken": KEY, "idToken": KEY, "githubToken": KEY, "csrfToken": KEY, "dbPass": KEY, "proxyPass": KEY},
+    {"apiKeys": [KEY], "api_keys": {"a": KEY}, "access_tokens": [KEY], "creds": KEY, "sas": KEY, "jwts": KEY},
+    {"tokens": [KEY], "clientCredentials": KEY, "dbPwd": KEY},
+    {"named headers": 1, "headers": [{"name": "X-Any", "value": KEY}]},
+    {"env": [{"name": "TOKEN", "value": KEY}, {"key": "DB_PASS", "value": KEY}], "cookies": f"a={KEY}"},
+    {"queue": deque([{"token": KEY}], 3), "list": UserList([{"a": deque([f"Bearer {KEY}"])}])},
+    {"odd url": f"https://hub/?pw={KEY}&dbPass={KEY}", "a": f"https://u:{KEY} x@hub", "b": f"https://u:x\n{KEY}@hub"},
     {"aws_secret_access_key": KEY, "client_secret": [KEY], "apikey": KEY, "private_key": KEY.encode()},
 ]
 
@@ -161,6 +169,16 @@ def test_what_is_no_secret_stays() -> None:
         "bytes": b"abc",
         "keys": ("a", "b"),
         "bos_token_id": 3,
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "suppress_tokens": [1, 2],
+        "stop_tokens": ["x"],
+        "extra_special_tokens": ["<a>"],
+        "maxNewTokens": 5,
+        "tokens": 7,
+        "params": [{"name": "size", "value": "large"}],
+        "queue": deque(["a"]),
+        "said": "https://hub: mail ann@example.org, or http://hub:80 and write to ann@example.org",
     }
     assert without_secrets(plain) is plain
     assert pickle.loads(pickle.dumps(ChatS2T(model_kwargs=plain))).model_kwargs == plain
