@@ -93,7 +93,7 @@ def real(report: dict[str, Any], made: dict[str, Any]) -> str:
     """``evaluation`` of the real pair, with what its rows take of time, and how often the LLM is asked."""
     lines = evaluation(report, made).split("\n")
     rows = list(report["rows"].values())
-    lines[0] += " LLM asked at | agreement | MB | s |"
+    lines[0] += " LLM asked at | agreement | MB | s an answer |"
     lines[1] += "---|---|---|---|"
     for at, row in enumerate(rows, 2):
         asked = "-" if row["name"] == "llm" else f"{row['llm_calls'] / max(1e-9, row['tokens']):.1%}"
@@ -101,7 +101,7 @@ def real(report: dict[str, Any], made: dict[str, Any]) -> str:
         lines[at] += f"| {row['seconds'] / report['n']:.2f} |"
     lines[-2] += (
         " LLM asked at: share of the tokens. Agreement: with the LLM's pick, at triggered steps. MB: of weights, "
-        "those of the small model packed. s: seconds an answer, in bulk."
+        "those of the small model packed. Seconds: in bulk."
     )
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..atomic_write import write_whole
 from ..selectors.config import Calibration, SelectorConfig
+from .verdicts import of_training
 
 
 def write_card(folder: Path) -> None:
@@ -36,7 +37,9 @@ def _training(config: SelectorConfig) -> str:
     settings = config.training.get("settings", {})
     lines = [f"| {name.replace('_', ' ')} | {value} |" for name, value in rows.items()]
     lines += [f"| `{name}` | {value} |" for name, value in settings.items()]
-    return "\n".join(["## Training", "", "| | |", "|---|---|", *lines, ""])
+    verdict = of_training(config.training)
+    said = [verdict, ""] if verdict else []
+    return "\n".join(["## Training", "", *said, "| | |", "|---|---|", *lines, ""])
 
 
 def _calibration(c: Calibration) -> str:

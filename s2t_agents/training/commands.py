@@ -24,7 +24,9 @@ app = typer.Typer(no_args_is_help=True, help="Train and measure selectors.")
 
 BUNDLED = Path(__file__).parent.parent / "demo" / "selector.toml"
 
-Config = Annotated[Path, typer.Argument(help="TOML file; the bundled demo's when left out.")]
+Config = Annotated[
+    Path, typer.Argument(help="TOML file; default: the bundled pair's (29 minutes in all).", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Kinds = Annotated[
     list[str] | None, typer.Option("--kind", help="head, activated, adapted or published; all in the file by default.")
@@ -99,6 +101,7 @@ def _collected(pipeline: Pipeline, part: Part, usd: Decimal | None) -> tuple[Bas
     from .pipeline import first_selector
     from .served_costs import spent_in
     from .shards import CollectedFolder, read_manifest, read_shards
+    from .verdicts import graded, of_rollouts
 
     settings = pipeline.collecting(part)
     if part == "again":
@@ -107,13 +110,17 @@ def _collected(pipeline: Pipeline, part: Part, usd: Decimal | None) -> tuple[Bas
         folder = run(settings, crew, usd=usd).parent
     spent = spent_in(folder)
     shards = read_shards(folder)
+    right = f"{sum(int(s.right.sum()) for s in shards) / max(1, sum(map(len, shards))):.1%}"
     rows: dict[str, object] = {
         "folder": folder,
         "trajectories": sum(map(len, shards)),
         "steps": sum(len(shard.ids) for shard in shards),
-        "right": f"{sum(int(s.right.sum()) for s in shards) / max(1, sum(map(len, shards))):.1%}",
+        "right": right if graded(settings) else "not graded",
     }
-    made = CollectedFolder(**read_manifest(folder).model_dump())
+    verdict = of_rollouts(settings, shards)
+    made = CollectedFolder(**read_manifest(folder).model_dump(), verdict=verdict)
+    if verdict is not None:
+        rows["verdict"] = verdict
     if spent is not None:
         dollars = spent.spent["usd"]
         made = made.model_copy(update={"served_usd": dollars, "served_tokens": spent.spent["llm_tokens"]})
@@ -127,7 +134,8 @@ def train(
     config: Config = BUNDLED,
     kind: Kinds = None,
     paid: Annotated[
-        list[Path] | None, typer.Option(help="Paid selections (Escalation's record) to learn from besides.")
+        list[Path] | None,
+        typer.Option(help="Paid selections (Escalation's record) to learn from, beside the rollouts."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -144,6 +152,7 @@ def _trained(pipeline: Pipeline, kinds: Sequence[Kind]) -> Iterator[tuple[BaseMo
     from ..selectors import SelectorConfig
     from .crew import Crew
     from .train import train as run
+    from .verdicts import of_training
     from .workers import Workers
 
     workers = Workers()
@@ -152,6 +161,8 @@ def _trained(pipeline: Pipeline, kinds: Sequence[Kind]) -> Iterator[tuple[BaseMo
             folder = run(pipeline.training(kind), crew)
         if workers.first:
             made = SelectorConfig.load(folder)
+            if verdict := of_training(made.training):
+                made = made.model_copy(update={"training": {**made.training, "verdict": verdict}})
             rows = {"folder": folder, **{k: v for k, v in made.training.items() if k != "settings"}}
             yield made, _pairs(f"selector: {kind}", rows)
 

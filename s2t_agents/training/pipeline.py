@@ -8,16 +8,18 @@ from itertools import combinations
 
 from ..atomic_write import sole_run
 from ..scheduling.language_model import LanguageModel
-from ..selectors.config import Calibration
+from ..selectors.config import Calibration, SelectorConfig
 from .calibrate import calibrate_with
 from .collect import collect
-from .config import KINDS, Kind, Pipeline
+from .config import KINDS, Kind, Part, Pipeline
 from .crew import Crew
 from .evaluate import EvalReport, evaluate
 from .plots import draw_reliability
 from .probe import Sufficiency, probe
+from .shards import read_shards
 from .tasks import disjoint
 from .train import train, train_with
+from .verdicts import of_rollouts, of_training
 
 
 def pipeline(config: Pipeline, say: Callable[[str], None] = lambda _: None) -> tuple[Sufficiency, EvalReport]:
@@ -45,23 +47,31 @@ def _pipeline(config: Pipeline, say: Callable[[str], None]) -> tuple[Sufficiency
         disjoint(one, other)
     with Crew(config.processes) as crew:
         say(f"collect train: {len(tasks[0].items)} items of {tasks[0].name}")
-        collect(config.collecting("train"), crew)
+        _collect(config, "train", crew, say)
         say(f"collect heldout: {len(tasks[1].items)} items of {tasks[1].name}")
-        collect(config.collecting("heldout"), crew)
+        _collect(config, "heldout", crew, say)
         if again is not None:
             say(f"collect again: {len(tasks[3].items)} items, on policy")
             first_selector(config)
-            collect(config.collecting("again"), crew)
+            _collect(config, "again", crew, say)
         for kind in kinds:
             say(f"train {kind}")
             with crew.shown():
-                train(config.training(kind), crew)
+                folder = train(config.training(kind), crew)
+            if verdict := of_training(SelectorConfig.load(folder).training):
+                say(f"{kind}: {verdict}")
         for kind in crew.each(partial(_calibrate, config), kinds):
             say(f"{kind} is calibrated")
         say("probe")
         sufficiency = probe(config.probing())
         say(f"evaluate: {len(tasks[2].items)} items of {tasks[2].name}")
         return sufficiency, evaluate(config.evaluating(), crew)
+
+
+def _collect(config: Pipeline, part: Part, crew: Crew, say: Callable[[str], None]) -> None:
+    settings = config.collecting(part)
+    if verdict := of_rollouts(settings, read_shards(collect(settings, crew).parent)):
+        say(f"{part}: {verdict}")
 
 
 def first_selector(config: Pipeline) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,19 @@ from ..atomic_write import write_whole
 from ..selectors.config import Calibration
 from .report import EvalReport, RowReport
 
+_log = logging.getLogger(__name__)
 
+
+@cache
 def _pyplot() -> Any:
-    """matplotlib without a display, or None where it is not installed."""
+    """matplotlib without a display, or None where it is not installed, which is said once."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
+        _log.warning("no plots: matplotlib is not installed (extra train)")
         return None
     return pyplot
 

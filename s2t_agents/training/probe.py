@@ -24,6 +24,7 @@ from .groups import choose, read_for, threshold_for
 from .plots import draw_hits
 from .shards import Shard
 from .statistics import roc_auc, wilson
+from .verdicts import of_difference
 
 RATES = (0.01, 0.05, 0.1)
 
@@ -56,6 +57,8 @@ class Sufficiency(BaseModel):
         steps: of all rollouts.
         disagreement: share of them where the LLM's best token is not the SLM's.
         accuracy: share of trajectories whose answer was right.
+        answers_differing: share of trajectories with such a step; None in reports of older versions.
+        verdict: what that comes to where there is little to learn; None otherwise.
         rows: Hit@K.
         auc: ROC-AUC of each LLM-free ranking for finding the disagreements; None where there are none.
     """
@@ -67,6 +70,8 @@ class Sufficiency(BaseModel):
     accuracy: float
     rows: tuple[HitRow, ...]
     auc: dict[str, float | None]
+    answers_differing: float | None = None
+    verdict: str | None = None
 
 
 def probe(config: ProbeConfig) -> Sufficiency:
@@ -94,14 +99,20 @@ def probe_with(slm: LanguageModel, config: ProbeConfig) -> Sufficiency:
     learned = _learned(slm, config)
     if learned is not None:
         rankings["probe"] = learned
+    disagreement = float(differs.float().mean())
+    lengths = torch.cat([shard.ends.diff(prepend=shard.ends.new_zeros(1)) for shard in shards])
+    owner = torch.arange(len(lengths)).repeat_interleave(lengths)
+    differing = len(set(owner[differs].tolist())) / len(lengths)
     k = min(shard.candidates.shape[1] for shard in shards)
     rows = [_row(by, values, rate, rank, k) for by, values in rankings.items() for rate in RATES]
     return Sufficiency(
         steps=len(rank),
-        disagreement=float(differs.float().mean()),
+        disagreement=disagreement,
         accuracy=float(torch.cat([shard.right for shard in shards]).float().mean()),
         rows=tuple(rows),
         auc={by: roc_auc(values, differs) for by, values in rankings.items() if by != "kl"},
+        answers_differing=differing,
+        verdict=of_difference(disagreement, differing),
     )
 
 
@@ -143,9 +154,11 @@ def _learned(slm: LanguageModel, config: ProbeConfig) -> Tensor | None:
 
 def table(report: Sufficiency) -> Table:
     """The report for people."""
+    answers = "" if report.answers_differing is None else f", in {report.answers_differing:.1%} of the answers"
     shown = Table(
-        title=f"{report.steps:,} steps; the LLM disagrees at {report.disagreement:.1%}; "
-        + ", ".join(f"AUC {name} {'-' if auc is None else f'{auc:.3f}'}" for name, auc in report.auc.items())
+        title=f"{report.steps:,} steps; the LLM disagrees at {report.disagreement:.1%}{answers}; "
+        + ", ".join(f"AUC {name} {'-' if auc is None else f'{auc:.3f}'}" for name, auc in report.auc.items()),
+        caption=report.verdict,
     )
     ks = [k for k in (1, 2, 4, 8, 16) if k <= len(report.rows[0].hits)]
     for name in ("steps ranked by", "top", "steps", *(f"Hit@{k}" for k in ks), "recall"):

@@ -69,7 +69,7 @@ class EvalReport(BaseModel):
         settings: of the rows.
         rows: by name.
         sweeps: more rows, by what varies ("k", "rate") and then by name.
-        seconds: for everything.
+        seconds: of the run that finished it; what earlier, killed runs took is in the rows alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -134,7 +134,7 @@ class Tally:
 
 def table(report: EvalReport, rows: dict[str, RowReport] | None = None) -> Table:
     """The report for people; ``rows`` picks others than the main ones."""
-    shown = Table(title=f"{report.task}, {report.n} problems, seed {report.seed} ({report.seconds:.0f} s in all)")
+    shown = Table(title=f"{report.task}, {report.n} problems, seed {report.seed} ({report.seconds:.0f} s this run)")
     for at, name in enumerate(COLUMNS):
         shown.add_column(name, justify="right" if at else "left")
     for row in (rows or report.rows).values():
@@ -147,13 +147,13 @@ COLUMNS = (
     "accuracy",
     "95%",
     "gap closed",
-    "broken",
+    "harm",
     "tokens",
     "SLM forwards",
     "LLM calls",
     "LLM tokens",
     "$",
-    "s",
+    "s an answer",
     "triggers",
     "flips",
     "agreement",
@@ -172,7 +172,7 @@ def _cells(row: RowReport) -> tuple[str, ...]:
         f"{row.llm_calls:.1f}",
         f"{row.llm_tokens:.0f}",
         "-" if row.cost_usd is None else f"{row.cost_usd:.6f}",
-        f"{row.seconds:.0f}",
+        f"{row.seconds / row.n:.2f}",
         f"{row.trigger_rate:.1%}",
         f"{row.flip_rate:.1%}",
         share(row.agreement),

@@ -61,15 +61,17 @@ class Manifest(BaseModel):
 
 
 class CollectedFolder(Manifest):
-    """A finished folder's manifest, with what servers were paid for it.
+    """A finished folder's manifest, with what servers were paid for it, and what is wrong with it.
 
     Attributes:
         served_usd: by all runs in the folder; None where nothing was on a server, or its price is unknown.
         served_tokens: read and written there, those from a prefix cache left out.
+        verdict: where not one answer is right; None otherwise.
     """
 
     served_usd: Decimal | None = None
     served_tokens: int = 0
+    verdict: str | None = None
 
 
 @dataclass(frozen=True)
