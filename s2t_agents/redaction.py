@@ -161,3 +161,8 @@ def _may_hold_secret(value: Any) -> bool:
 
 def _is_unchanged(ones: Any, others: Any) -> bool:
     return len(ones) == len(others) and all(one is other for one, other in zip(ones, others, strict=True))
+
+
+def one_line(text: str) -> str:
+    """A text from outside for a line of a log: what would end the line, or steer a terminal, is escaped."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

@@ -1,11 +1,12 @@
 """The incremental detokenizer: pieces join to the text of decoding at once, in whole characters."""
 
 import pytest
+from byte_models import random_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import BYTE_TOKENS, FAMILIES, family
 
-from s2t_agents.tokenization.detokenizer import Detokenizer
+from s2t_agents.tokenization.detokenizer import Detokenizer, token_bytes
 
 BYTE_LEVEL = ("qwen2_5", "qwen3", "llama3")
 TEXTS = st.text(max_size=30) | st.text(alphabet="aé天👩‍🚀 \n▁<|tool_call>", max_size=30)
@@ -95,3 +96,11 @@ def test_cost_grows_with_the_tokens_not_with_their_square():
     pieces(Wrapped, ids)
     assert max(decoded) <= 2
     assert len(decoded) <= 2 * len(ids)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "pieces"])
+@pytest.mark.parametrize("text", ["\U0001f600", "天é", "a\u200d\U0001f680"])
+def test_the_bytes_of_tokens_that_are_parts_of_characters_join_to_the_text(kind, text):
+    tokenizer = random_tokenizer(kind, 1)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert b"".join(token_bytes(tokenizer, i) for i in ids).decode() == text

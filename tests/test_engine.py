@@ -16,7 +16,7 @@ from torch import Tensor
 from s2t_agents.backends.base import Append
 from s2t_agents.budget import Budget
 from s2t_agents.engine.engine import Engine
-from s2t_agents.engine.sampling import nucleus
+from s2t_agents.engine.sampling import Draw, nucleus
 from s2t_agents.errors import BudgetExceeded, ConfigError, ContextOverflow, EscalationFailed, InputError
 from s2t_agents.escalation import Escalation
 from s2t_agents.fork_safety import registered_locks
@@ -276,6 +276,25 @@ def test_the_nucleus_is_that_of_the_whole_vocabulary_in_order(spread: float, top
     ordered, order = probs.sort(descending=True)
     beyond = ordered.cumsum(0) - ordered >= top_p
     assert torch.equal(nucleus(probs, top_p), probs.scatter(0, order[beyond], 0.0))
+
+
+@pytest.mark.parametrize("temperature", [1e-37, 1e-38, 1e-45, 1e-46, 5e-324])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    draw = Draw(Sampling(temperature=temperature, seed=1))
+    logits = torch.tensor([-torch.inf, 3.0, 300.0, 299.99, -300.0])
+    for scores in (logits, -logits[1:], logits.half().float() * 1e30):
+        assert {draw.one_of_all(scores), draw.one_of(scores)} == {int(scores.argmax())}
+    engine = Engine(tiny_model())
+    cold = engine.steps(PROMPT, Sampling(temperature=temperature, max_tokens=5))
+    assert tokens(list(cold)) == tokens(list(engine.steps(PROMPT, Sampling(max_tokens=5))))
+
+
+@pytest.mark.parametrize("top_p", [1e-8, 1e-45, 1e-46, 5e-324])
+def test_a_top_p_near_zero_is_greedy(top_p: float) -> None:
+    draw = Draw(Sampling(temperature=2.0, top_p=top_p))
+    for size in (5, 5000):
+        logits = torch.arange(float(size)) / size
+        assert draw.one_of_all(logits) == size - 1
 
 
 def test_top_p_orders_the_whole_vocabulary_only_where_its_head_holds_too_little(

@@ -202,14 +202,30 @@ def test_hints_and_neutral_values_change_nothing(client: httpx.Client, hint: dic
         ({"temperature": -1}, "temperature", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"seed": 2**64}, "seed", "invalid_value"),
-        ({"stop": ""}, "stop.constrained-str", "invalid_value"),
+        ({"stop": ""}, "stop", "invalid_value"),
+        ({"stop": 5}, "stop", "invalid_value"),
+        ({"stop": ["a"] * 17}, "stop", "invalid_value"),
+        ({"stop": ["a", ""]}, "stop.1", "invalid_value"),
+        ({"stop": [None]}, "stop.0", "invalid_value"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", None),
         ({"tool_choice": "required"}, "tool_choice", None),
+        ({"tool_choice": "any"}, "tool_choice", "invalid_value"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice.type", "invalid_value"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function", "missing_required_parameter"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type", "invalid_value"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name", "missing_required_parameter"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"content": "x"}]}, "messages.0.role", "missing_required_parameter"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "invalid_value"),
+        ({"messages": [{"role": "user", "content": [5]}]}, "messages.0.content.0", "invalid_value"),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "x"}]}]},
+            "messages.0.content.0.type",
+            "missing_required_parameter",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}] * 10_001}]}, "messages", "invalid_value"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id", "missing_required_parameter"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages.0.tool_calls", "invalid_value"),
         (
@@ -218,7 +234,8 @@ def test_hints_and_neutral_values_change_nothing(client: httpx.Client, hint: dic
             "unsupported_content",
         ),
         ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
-        ({"chat_template_kwargs": {"x": "<|im_end|>"}}, None, "invalid_value"),
+        ({"chat_template_kwargs": {"x": "<|im_end|>"}}, "chat_template_kwargs.x", "invalid_value"),
+        ({"chat_template_kwargs": {str(at): 1 for at in range(33)}}, "chat_template_kwargs", "invalid_value"),
     ],
 )
 def test_what_would_be_ignored_is_refused_by_name(
@@ -227,7 +244,8 @@ def test_what_would_be_ignored_is_refused_by_name(
     error = refused(client, {**ASK, **given})
     assert error["type"] == "invalid_request_error"
     assert error["code"] == code
-    assert param is None or error["param"] == param
+    assert error["param"] == param
+    assert not any(word in error["message"] for word in ("{'", "Value error", "constrained", "NamedTool"))
 
 
 @pytest.mark.parametrize(
@@ -267,6 +285,7 @@ def test_log_probabilities_are_those_of_the_small_model(client: httpx.Client) ->
         assert each["logprob"] <= max(scores.values()) + 1e-6
         assert each["logprob"] == pytest.approx(scores.get(each["token"], each["logprob"]))
         assert bytes(each["bytes"]).decode() == each["token"]
+    assert answer["choices"][0]["logprobs"]["refusal"] is None
     parts = [event["choices"][0]["logprobs"] for event in events_of(client, body)]
     assert [each["token"] for part in parts if part for each in part["content"]] == [one["token"] for one in content]
     assert posted(client, ASK)["choices"][0]["logprobs"] is None
@@ -274,6 +293,51 @@ def test_log_probabilities_are_those_of_the_small_model(client: httpx.Client) ->
     assert any(each["logprob"] == 0.0 for each in forced)
     assert refused(client, {**ASK, "top_logprobs": 3})["param"] == "top_logprobs"
     assert refused(client, {**ASK, "logprobs": True, "top_logprobs": 21})["param"] == "top_logprobs"
+
+
+def test_the_bytes_of_tokens_join_to_the_answer(client: httpx.Client) -> None:
+    body = {**ASK, "temperature": 2.0, "seed": 3, "max_tokens": 200, "logprobs": True, "top_logprobs": 20}
+    choice = posted(client, body)["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert any("\N{REPLACEMENT CHARACTER}" in each["token"] for each in content)
+    assert b"".join(bytes(each["bytes"]) for each in content).decode(errors="replace") == choice["message"]["content"]
+    assert all(each["bytes"] is not None for one in content for each in one["top_logprobs"])
+
+
+@pytest.mark.parametrize("small", [{"temperature": 1e-38}, {"temperature": 5e-324}, {"temperature": 1, "top_p": 1e-46}])
+def test_the_smallest_temperature_and_top_p_answer_as_zero_does(client: httpx.Client, small: dict[str, Any]) -> None:
+    for path, body in (("chat/completions", ASK), ("completions", {"model": "s2t-demo", "prompt": QUESTION})):
+        cold, greedy = (client.post(path, json={**body, **given}) for given in (small, {"temperature": 0}))
+        assert cold.status_code == 200, cold.text
+        assert whole(cold.json())["choices"] == whole(greedy.json())["choices"]
+
+
+@pytest.mark.parametrize("prompt", ["ab c" * 300_000, [1] * 500_000, [[1] * 500_000]])
+def test_a_prompt_that_cannot_fit_is_refused_by_its_length(client: httpx.Client, prompt: Any) -> None:
+    answer = client.post("completions", json={"model": "s2t-demo", "prompt": prompt})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert isinstance(prompt, list) or "at least" in answer.json()["error"]["message"]  # it was not encoded
+
+
+def test_no_error_names_a_path_of_the_servers() -> None:
+    model = tiny_model()
+    model.name = "/srv/models/hidden/tiny.gguf"
+    long = [5] * 600
+    with serving_chat(ChatS2T(model=model)) as url, httpx.Client(base_url=url, timeout=30) as client:
+        assert client.get("models").json()["data"][0]["id"] != model.name
+        for path, body in (
+            ("completions", {"model": "tiny", "prompt": long}),
+            ("completions", {"model": "tiny", "prompt": "word " * 6000}),
+            ("completions", {"model": "tiny", "prompt": [10**6]}),
+            ("completions", {"model": "tiny", "prompt": []}),
+            ("completions", {"model": "other", "prompt": "x"}),
+            ("chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "word " * 6000}]}),
+        ):
+            body["model"] = client.get("models").json()["data"][0]["id"] if body["model"] == "tiny" else body["model"]
+            answer = client.post(path, json=body)
+            assert 400 <= answer.status_code < 500
+            assert "/srv" not in answer.text, answer.text
 
 
 def test_a_completion_continues_a_text_and_token_ids_alike(client: httpx.Client, model: ChatS2T) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import forked
 import httpx
 import pytest
 from server_support import QUESTION, demo_model, serving_chat, until
 
-from s2t_agents import Budget, ChatS2T, Escalation, Ledger
+from s2t_agents import Budget, ChatS2T, Concurrency, Escalation, Ledger
+from s2t_agents.budget import SQLiteStore
 from s2t_agents.errors import ExposedServer
 from s2t_agents.server import Tenants, listening, serve
 from s2t_agents.server.app import ServerLimits
@@ -235,3 +241,168 @@ def test_answers_that_run_when_the_server_closes_end_with_an_error_event(monkeyp
     [*_, last] = [line for line in lines if line]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "server_closing"
     assert ledger.records()[0].finish_reason == "aborted"
+
+
+SOON = {"GET": b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", "CRLF": b"\r\n", "much": b"x" * 200_000, "none": b""}
+
+
+@pytest.mark.parametrize("then", SOON)
+def test_a_client_that_sends_more_and_leaves_stops_the_model(url: str, steps: Steps, ledger: Ledger, then: str) -> None:
+    with stops(steps, ledger), raw(url) as client:
+        before = steps.count
+        client.sendall(request_bytes(LONG))
+        until(lambda: steps.count > before)
+        client.sendall(SOON[then])
+        time.sleep(0.1)
+    assert ledger.records()[-1].completion_tokens < 60_000
+
+
+HEADS = {
+    415: b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\n",
+    404: b"POST /nothing HTTP/1.1\r\nHost: localhost\r\n",
+    421: b"POST /v1/models HTTP/1.1\r\nHost: evil.example\r\n",
+    200: b"GET /health HTTP/1.1\r\nHost: localhost\r\n",
+}
+
+
+@pytest.mark.parametrize("rest", [b"", b"x", b"x" * 100])
+@pytest.mark.parametrize("status", HEADS)
+def test_what_was_answered_before_its_body_came_keeps_no_connection(
+    url: str, monkeypatch: pytest.MonkeyPatch, status: int, rest: bytes
+) -> None:
+    monkeypatch.setattr(listening, "HEADER_S", 0.3)
+    with raw(url) as client:
+        client.sendall(HEADS[status] + b"Content-Length: 100\r\n\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.1 %d" % status)
+        client.sendall(rest)
+        while client.recv(4096):  # a body or the end; the client's timeout fails
+            pass
+
+
+@pytest.mark.parametrize("before", [b"", HEADS[404] + b"Transfer-Encoding: chunked\r\n\r\n"])
+@pytest.mark.parametrize("malformed", [b"ZZZ\r\n\r\n", b"\x16\x03\x01\r\n\r\n"])
+def test_malformed_http_is_refused_in_the_same_shape_and_no_fault_of_ours(
+    url: str, caplog: pytest.LogCaptureFixture, before: bytes, malformed: bytes
+) -> None:
+    with raw(url) as client:
+        if before:
+            client.sendall(before)
+            assert client.recv(4096).startswith(b"HTTP/1.1 404")
+        client.sendall(malformed)
+        answer = b"".join(iter(lambda: client.recv(4096), b""))
+        if not before:
+            assert answer.startswith(b"HTTP/1.1 400")
+            assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+    assert not [each for each in caplog.records if each.name == "asyncio"]
+
+
+def test_small_packets_go_out_at_once() -> None:
+    async def without_delay() -> bool:
+        accepted: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
+
+        class Taking(asyncio.Protocol):
+            def connection_made(self, transport: Any) -> None:
+                accepted.set_result(transport.get_extra_info("socket"))
+
+        with listening.listen("127.0.0.1", 0) as bound:
+            async with await asyncio.get_running_loop().create_server(Taking, sock=bound):
+                _, writer = await asyncio.open_connection(*bound.getsockname())
+                found = (await accepted).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                writer.close()
+        return bool(found)
+
+    assert asyncio.run(without_delay())
+
+
+def test_the_address_is_told_when_clients_can_connect() -> None:
+    class Told(Exception):
+        pass
+
+    def connect(host: str, port: int) -> None:
+        with socket.create_connection((host, port)):
+            raise Told
+
+    with pytest.raises(Told):
+        serve(ChatS2T(model=tiny_model()), port=0, on_listening=connect)
+
+
+def test_answers_that_have_not_begun_when_the_server_closes_are_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "CLOSING_S", 1)
+    steps, ledger, responses = Steps(), Ledger(), list[httpx.Response]()
+    model = tiny_model(max_position_embeddings=1 << 16, seed=8)
+    chat_model = ChatS2T(
+        model=model, max_tokens=60_000, ledger=ledger, on_step=steps, concurrency=Concurrency(1, waiting=8)
+    )
+    prompt = {"model": "long", "prompt": "hello", "max_tokens": 60_000, "ignore_eos": True}
+
+    def post(url: str, path: str, body: dict[str, Any]) -> None:
+        responses.append(httpx.post(f"{url}/{path}", json=body, timeout=60))
+
+    asked = [
+        ("chat/completions", LONG),
+        ("completions", prompt),
+        *(2 * [("chat/completions", {**LONG, "stream": True})]),
+    ]
+    with serving_chat(chat_model, names=["long"]) as url:
+        threads = [threading.Thread(target=post, args=(url, "completions", prompt))]
+        threads[0].start()
+        until(lambda: steps.count > 0)
+        threads += [threading.Thread(target=post, args=(url, *each)) for each in asked]
+        for thread in threads[1:]:
+            thread.start()
+        until(lambda: chat_model.engine.admission.waiting == len(asked))
+    for thread in threads:
+        thread.join(30)
+    assert [each.status_code for each in responses] == [503] * 5
+    for each in responses:
+        assert each.json()["error"]["code"] == "server_closing"
+        assert each.headers["retry-after"]
+        assert each.headers["x-request-id"]
+
+
+STOPPED = """
+import sys
+from s2t_agents import Budget, ChatS2T, Ledger
+from s2t_agents.budget import SQLiteStore
+from s2t_agents.server import listening, serve
+from s2t_agents.testing import tiny_model
+listening.CLOSING_S = 1
+folder = sys.argv[1]
+serve(
+    ChatS2T(
+        model=tiny_model(max_position_embeddings=1 << 16, seed=8),
+        max_tokens=60_000,
+        ledger=Ledger.open(folder + "/ledger.jsonl"),
+        budget=Budget(name="server", answer_tokens=1_000_000, store=SQLiteStore(folder + "/budget.db")),
+    ),
+    port=0,
+    names=["long"],
+    on_listening=lambda host, port: print(port, flush=True),
+)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_running_answers_with_their_event_record_and_budget(tmp_path: Path, number: int) -> None:
+    out = tmp_path / "out"
+    process = forked.start("-c", STOPPED, str(tmp_path), out=str(out), error=str(tmp_path / "error"))
+    try:
+        until(lambda: out.exists() and out.read_text().endswith("\n"), 120)
+        url = f"http://127.0.0.1:{out.read_text().strip()}/v1/chat/completions"
+        with httpx.stream("POST", url, json={**LONG, "stream": True}, timeout=60) as got:
+            lines = got.iter_lines()
+            next(lines)
+            assert process.pid is not None
+            os.kill(process.pid, number)
+            last = [line for line in lines if line][-1]
+        process.join(60)
+        assert process.exitcode is not None
+    finally:
+        process.kill()
+        process.join()
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "server_closing"
+    [record] = Ledger.reading(tmp_path / "ledger.jsonl").records()
+    assert record.finish_reason == "aborted"
+    state = Budget(name="server", answer_tokens=1_000_000, store=SQLiteStore(tmp_path / "budget.db")).state()
+    assert state.holds == 0
+    assert state.spent["answer_tokens"] == record.completion_tokens > 0

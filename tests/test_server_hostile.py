@@ -5,16 +5,23 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import sys
 from typing import Any
 
 import httpx
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from server_support import STOCK_TOOL
+from starlette.requests import Request
 
 from s2t_agents import ChatS2T
+from s2t_agents.errors import BadRequest
 from s2t_agents.server import create_app
+from s2t_agents.server.chat_requests import ChatRequest, chat_request
+from s2t_agents.server.completions import CompletionRequest, completion_request
+from s2t_agents.server.request_bodies import BodyLimits, json_object
 from s2t_agents.testing import tiny_model
 
 leaves = (
@@ -135,3 +142,63 @@ def test_requests_that_are_nearly_right(app: Any, body: dict[str, Any]) -> None:
 @example(data=b'{"messages": [{"role": "user", "content": "\\udc00"}], "model": "tiny"}')
 def test_bodies_of_any_kind(app: Any, data: bytes) -> None:
     check(post(app, data))
+
+
+MANY = 5000
+PLAIN: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "u"}]}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {**PLAIN, "stop": [1] * MANY},
+        {**PLAIN, "tools": [{}] * MANY},
+        {**PLAIN, "messages": [{}] * MANY},
+        {**PLAIN, "messages": [{"role": "user", "content": [0] * MANY}]},
+        {**PLAIN, "messages": [{"role": "assistant", "tool_calls": [{}] * MANY}]},
+        {**PLAIN, "messages": [{"role": "user", "content": "u", **{f"x{at}": 0 for at in range(MANY)}}]},
+        {**PLAIN, "chat_template_kwargs": {f"x{at}": "" for at in range(MANY)}},
+        {**PLAIN, "response_format": {f"x{at}": 0 for at in range(MANY)}},
+        {**PLAIN, **{f"x{at}": 0 for at in range(MANY)}},
+        {"model": "tiny", "prompt": [1.5] * MANY},
+        {"model": "tiny", "prompt": [[1.5] * MANY]},
+        {"model": "tiny", "prompt": [[]] + [0] * MANY},
+        {"model": "tiny", "prompt": "x", "allowed_token_ids": ["x"] * MANY},
+    ],
+)
+def test_many_faults_are_one_refusal_and_few_errors(body: dict[str, Any]) -> None:
+    kind = CompletionRequest if "prompt" in body else ChatRequest
+    with pytest.raises(ValidationError) as found:
+        kind.model_validate(body)
+    assert found.value.error_count() < 40
+    with pytest.raises(BadRequest) as refused:
+        (completion_request if "prompt" in body else chat_request)(body)
+    assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("depth", [1, 190])
+def test_each_number_of_a_body_is_looked_at_once(depth: int) -> None:
+    numbers = 10_000
+    data = b'{"metadata":' + b"[" * depth + b"0.5," * numbers + b"0" + b"]" * depth + b"}"
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": data, "more_body": False}
+
+    request = Request({"type": "http", "headers": [(b"content-type", b"application/json")]}, receive)
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        found = asyncio.run(json_object(request, BodyLimits()))
+    finally:
+        sys.setprofile(before)
+    assert list(found) == ["metadata"]
+    assert calls < 10 * numbers
+    data = data.replace(b"[0.5", b"[1e999", 1)
+    with pytest.raises(BadRequest, match="beyond"):
+        asyncio.run(json_object(Request(request.scope, receive), BodyLimits()))

@@ -302,9 +302,18 @@ class ChatS2T(ConfigurableChatModel):
         params["ls_max_tokens"] = _value_or(kwargs.get("max_tokens"), self.max_tokens)
         return params
 
-    def get_token_ids(self, text: str) -> list[int]:
-        """The text in this model's token ids; reads no weights."""
-        return self.runtimes.encoder(self._settings({})).text_ids(text)
+    def get_token_ids(self, text: str, *, limit: int | None = None) -> list[int]:
+        """The text in this model's token ids; reads no weights.
+
+        Args:
+            text: any; control tokens in it are text.
+            limit: maximum number of tokens; None has none.
+
+        Raises:
+            InputError: text that is not Unicode.
+            ContextOverflow: more than ``limit`` tokens; a text that cannot fit is refused before it is encoded.
+        """
+        return self.runtimes.encoder(self._settings({})).text_ids(text, limit=limit)
 
     def get_num_tokens_from_messages(
         self,

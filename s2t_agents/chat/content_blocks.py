@@ -14,6 +14,7 @@ from typing import Any
 from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 
 from ..errors import InputError
+from ..redaction import one_line
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def text_of(message: BaseMessage, where: str) -> str:
     skipped: list[str] = []
     texts = [text for block in content for text in _texts(block, message, where, skipped)]
     if skipped:
-        _log.debug("%s: nothing for this model in %s.", where, ", ".join(skipped))
+        _log.debug("%s: nothing for this model in %s.", where, one_line(", ".join(skipped)))
     return "".join(texts)
 
 

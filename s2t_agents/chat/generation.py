@@ -17,7 +17,7 @@ from ..grammar.grammar import Grammar
 from ..ledger import Ledger
 from ..scheduling.admission import AdmissionTicket
 from ..telemetry import AnswerRequest, begin
-from ..tokenization.detokenizer import Detokenizer
+from ..tokenization.detokenizer import Detokenizer, token_bytes
 from ..types import Step
 from .accounting import Account
 from .response_options import OutputSchemas
@@ -192,3 +192,7 @@ class Generation:
     def decode(self, token_id: int) -> str:
         """One token as text."""
         return str(self._tokenizer.decode([token_id]))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's bytes, which need not be whole characters."""
+        return token_bytes(self._tokenizer, token_id)

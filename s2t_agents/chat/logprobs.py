@@ -27,13 +27,13 @@ class LogprobsReader:
         self._omitted = generation.eos_ids if name is None else frozenset[int]()
 
     def new(self) -> dict[str, Any]:
-        """``{"logprobs": {"content": [...]}}`` of the steps since the last call; {} for none."""
+        """``{"logprobs": {"content": [...], "refusal": None}}`` of the steps since the last call; {} for none."""
         if not self._asked:
             return {}
         steps = self._generation.account.steps[self._read :]
         self._read += len(steps)
         content = [self._entry(step) for step in steps if step.token_id not in self._omitted]
-        return {"logprobs": {"content": content}} if content else {}
+        return {"logprobs": {"content": content, "refusal": None}} if content else {}
 
     def _entry(self, step: Step) -> dict[str, Any]:
         known = step.logprobs
@@ -45,5 +45,6 @@ class LogprobsReader:
 
     def _token(self, token_id: int, score: float | None) -> dict[str, Any]:
         text = self._name(token_id)
-        in_part = "\N{REPLACEMENT CHARACTER}" in text  # a part of a character
-        return {"token": text, "bytes": None if in_part else list(text.encode()), "logprob": score}
+        in_part = "\N{REPLACEMENT CHARACTER}" in text  # a part of a character, which clients put together by its bytes
+        data = self._generation.token_bytes(token_id) if in_part else text.encode()
+        return {"token": text, "bytes": list(data), "logprob": score}

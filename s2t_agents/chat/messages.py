@@ -228,13 +228,23 @@ class PromptEncoder:
         if fewest > limit:
             raise _overflow(f"at least {fewest}", limit)
 
-    def text_ids(self, text: str) -> list[int]:
+    def text_ids(self, text: str, *, limit: int | None = None) -> list[int]:
         """Token ids of a text, without control tokens.
+
+        Args:
+            text: any.
+            limit: maximum number of tokens; a text that cannot fit is refused before it is encoded.
 
         Raises:
             InputError: text that is not Unicode.
+            ContextOverflow: more than ``limit`` tokens.
         """
-        return self._encoder.encode(Sources().text(text, "The text"))
+        if limit is not None:
+            self._refuse_too_long([text], limit)
+        ids = self._encoder.encode(Sources().text(text, "The text"))
+        if limit is not None and len(ids) > limit:
+            raise _overflow(str(len(ids)), limit)
+        return ids
 
     def render(
         self,

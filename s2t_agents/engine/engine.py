@@ -177,7 +177,7 @@ class Engine:
             S2TError: of the deadline.
         """
         sampling = sampling or Sampling()
-        self._check_prompt(prompt)
+        self.check_prompt(prompt)
         if self.shadow and budget is not None:
             budget = budget.view(on_exhausted="degrade")  # what no token depends on ends no answer
         with self.admission.enter(deadline) as ticket:
@@ -198,13 +198,19 @@ class Engine:
                     timings = Timings(queue=queued_s)
                     yield from self._loop(prefix, prompt[reused:], sampling, grammar, session, begun, timings, counts)
 
-    def _check_prompt(self, prompt: Sequence[int]) -> None:
+    def check_prompt(self, prompt: Sequence[int]) -> None:
+        """Refuse a prompt by its length, as ``generation`` does.
+
+        Raises:
+            InputError: an empty prompt.
+            ContextOverflow: the prompt leaves no room in the context window.
+        """
         if not prompt:
             raise InputError("the prompt is empty: 0 tokens.", hint="Send at least one message.")
         window = self.slm.context_window
         if len(prompt) >= window:
             raise ContextOverflow(
-                f"the prompt has {len(prompt)} tokens, the context window of {self.slm.name!r} {window}.",
+                f"the prompt has {len(prompt)} tokens, the context window of the model {window}.",
                 hint="Shorten or summarise the conversation.",
             )
 

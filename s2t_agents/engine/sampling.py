@@ -25,15 +25,19 @@ class Draw:
 
     def one_of_all(self, logits: Tensor) -> int:
         """A token from the whole distribution ``[V]``, with temperature and top-p."""
-        probs = (logits.cpu() / self.sampling.temperature).softmax(0)
+        probs = self._probs(logits.cpu())
         if self.sampling.top_p < 1:
             probs = nucleus(probs, self.sampling.top_p)
         return int(torch.multinomial(probs, 1, generator=self._generator))
 
     def one_of(self, scores: Tensor) -> int:
         """A position among candidates' scores ``[K]``, with temperature."""
-        probs = (scores.float().cpu() / self.sampling.temperature).softmax(0)
-        return int(torch.multinomial(probs, 1, generator=self._generator))
+        return int(torch.multinomial(self._probs(scores.float().cpu()), 1, generator=self._generator))
+
+    def _probs(self, scores: Tensor) -> Tensor:
+        """Probabilities at the temperature; the likeliest alone where it is too small for float32."""
+        below_best = scores - scores.max()  # no positive number is left that could overflow
+        return (below_best / max(self.sampling.temperature, torch.finfo(torch.float32).tiny)).softmax(0)
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
@@ -42,4 +46,5 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     if ordered.sum() < top_p:
         ordered, order = probs.sort(descending=True)
     beyond = ordered.cumsum(0) - ordered >= top_p  # keeps the token that crosses the mass
+    beyond[0] = False  # a tiny top_p is 0 in float32
     return torch.zeros_like(probs).scatter(0, order, ordered.masked_fill(beyond, 0.0))

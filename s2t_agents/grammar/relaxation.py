@@ -19,6 +19,7 @@ from llguidance import LLMatcher
 
 from ..errors import BadSchema
 from ..fork_safety import delay_fork
+from ..redaction import one_line
 from .canonical_schema import Schema, canonicalize, check_json, format_path, format_value, subschemas
 from .schema_rules import MAX_VALUE_BYTES, json_rule
 from .shortest_value import ShortestValue, Unsatisfiable, shortest_value, unsatisfiable_definitions
@@ -98,7 +99,7 @@ def _relax_json(text: str, what: str, only_objects: bool) -> RelaxedSchema:
     done, shortest = budget.compile(what)
     notes = tuple(dict.fromkeys(budget.notes))
     if notes:
-        _log.warning("%s: the grammar does not enforce %s; answers are checked.", what, "; ".join(notes))
+        _log.warning("%s: the grammar does not enforce %s; answers are checked.", what, one_line("; ".join(notes)))
     return RelaxedSchema(done, whole.schema, shortest, notes)
 
 

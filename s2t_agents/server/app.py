@@ -31,7 +31,7 @@ from ..errors import ConfigError, UnknownModel
 from .chat_answers import chat_completion, chat_events
 from .chat_requests import chat_request
 from .completions import Completion, TokenizeRequest, completion_request
-from .error_responses import body_of, error_body, shape_of
+from .error_responses import CLOSING, CLOSING_TEXT, body_of, error_body, shape_of
 from .exchange import EventStream, log_error, while_connected
 from .live_trace import LiveTrace
 from .parameters import parse
@@ -232,6 +232,11 @@ class ErrorsAsJson:
             response = await http_error(Request(scope), error)
         except ClientDisconnect:
             return
+        except asyncio.CancelledError:  # the server closes; the request's task ends here in any case
+            if begun:
+                return
+            body = body_of(CLOSING_TEXT, CLOSING.kind, CLOSING.code)
+            response = JSONResponse(body, CLOSING.status, headers=dict(CLOSING.headers))
         except Exception as failed:  # noqa: BLE001 - whatever it was, the client gets an answer
             log_error(failed, request_id)
             if begun:

@@ -15,18 +15,22 @@ from langchain_core.messages import (
     ToolCall,
     ToolMessage,
 )
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import from_json
 
 from ..errors import BadRequest
 from ..types import MAX_LOGPROBS
-from .parameters import Parameters, SamplingParameters, parse
+from .parameters import Parameters, Part, SamplingParameters, parse
+
+MAX_PARTS = 10_000
+"""Messages of a conversation; and their parts and calls, together."""
+MAX_TEMPLATE_ARGS = 32
 
 _DROPPED_WITH_MESSAGE = frozenset({"annotations", "audio", "function_call"})
 """Keys of an answer that clients send back with it, where they are empty."""
 
 
-class ContentPart(Parameters, extra="ignore"):
+class ContentPart(Part):
     """One part of a message's content; others than text are refused, which no field here can hold."""
 
     type: str
@@ -34,14 +38,14 @@ class ContentPart(Parameters, extra="ignore"):
     refusal: str | None = None
 
 
-class CalledFunction(Parameters, extra="ignore"):
+class CalledFunction(Part):
     """Name and arguments (JSON) of a call in the history."""
 
     name: str = Field(min_length=1)
     arguments: str = "{}"
 
 
-class HistoryCall(Parameters, extra="ignore"):
+class HistoryCall(Part):
     """A tool call in the history."""
 
     id: str
@@ -53,9 +57,9 @@ class ChatTurn(Parameters):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[HistoryCall] | None = None
+    tool_calls: Annotated[list[HistoryCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
@@ -206,16 +210,24 @@ class ChatRequest(SamplingParameters):
     template's own) are not OpenAI's.
     """
 
-    messages: list[ChatTurn] = Field(min_length=1, max_length=10_000)
+    messages: list[ChatTurn] = Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31)
     max_thinking_tokens: int | None = Field(default=None, ge=0, le=2**31)
-    chat_template_kwargs: Annotated[dict[str, bool | int | float | None], Field(max_length=32)] | None = None
-    tools: Annotated[list[OfferedTool], Field(max_length=1024)] | None = None
+    chat_template_kwargs: dict[str, bool | int | float | None] | None = None
+    tools: Annotated[list[OfferedTool], Field(max_length=1024, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _few(cls, given: Any) -> Any:
+        """Before each is looked at: ``max_length`` of a mapping comes after."""
+        if isinstance(given, dict) and len(given) > MAX_TEMPLATE_ARGS:
+            raise ValueError(f"it has {len(given)} entries; at most {MAX_TEMPLATE_ARGS} are taken")
+        return given
 
     def langchain_messages(self) -> list[BaseMessage]:
         """The conversation.
@@ -254,6 +266,14 @@ def chat_request(body: dict[str, Any]) -> ChatRequest:
     Raises:
         BadRequest: a parameter that is missing, malformed, unknown or not supported.
     """
+    parts = _parts_of(body.get("messages"))
+    if parts > MAX_PARTS:  # before each is read
+        raise BadRequest(
+            f"The messages have {parts} parts and calls; at most {MAX_PARTS} are taken.",
+            param="messages",
+            code="invalid_value",
+            hint="Join texts.",
+        )
     request = parse(ChatRequest, body)
     both = request.max_tokens, request.max_completion_tokens
     if None not in both and both[0] != both[1]:
@@ -263,3 +283,10 @@ def chat_request(body: dict[str, Any]) -> ChatRequest:
     if not request.tools and request.tool_choice not in (None, "none", "auto"):
         raise BadRequest("There is a tool_choice and no tools.", param="tool_choice", hint="Send tools.")
     return request
+
+
+def _parts_of(messages: Any) -> int:
+    """Parts and calls of all messages, as they came."""
+    turns = [each for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
+    lists = [turn[name] for turn in turns for name in ("content", "tool_calls") if isinstance(turn.get(name), list)]
+    return sum(map(len, lists))

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from langchain_core.messages import HumanMessage
 from pydantic import Field
@@ -42,16 +42,20 @@ MAX_LOGPROB_IDS = 128
 """Tokens whose log-probabilities a request may ask for by id."""
 
 
+_FAIL_FAST = Field(fail_fast=True)
+Ids = Annotated[list[int], _FAIL_FAST]
+
+
 class CompletionRequest(SamplingParameters):
     """A request for a completion; a list of one prompt is one prompt.
 
     The parameters after ``logprobs`` are vLLM's, by which ``ChatS2T(model="vllm://...")`` and ``OpenAILLM`` ask.
     """
 
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(min_length=1)
+    prompt: str | Ids | Annotated[list[str], _FAIL_FAST] | Annotated[list[Ids], _FAIL_FAST] = Field(min_length=1)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    logprob_token_ids: list[int] | None = Field(default=None, min_length=1, max_length=MAX_LOGPROB_IDS)
-    allowed_token_ids: list[int] | None = Field(default=None, min_length=1)
+    logprob_token_ids: Ids | None = Field(default=None, min_length=1, max_length=MAX_LOGPROB_IDS)
+    allowed_token_ids: Ids | None = Field(default=None, min_length=1)
     return_tokens_as_token_ids: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -71,9 +75,10 @@ def completion_request(body: Mapping[str, Any]) -> CompletionRequest:
     Raises:
         BadRequest: a parameter that is missing, malformed, unknown or not supported; several prompts.
     """
-    request = parse(CompletionRequest, body)
-    if isinstance(request.prompt, list) and not isinstance(request.prompt[0], int) and len(request.prompt) > 1:
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) > 1 and isinstance(prompt[0], str | list):  # before each is read
         raise BadRequest("There are several prompts.", param="prompt", hint="Send one request for each.")
+    request = parse(CompletionRequest, body)
     if request.logprob_token_ids is not None and request.logprobs is None:
         raise BadRequest("logprob_token_ids needs logprobs.", param="logprob_token_ids")
     return request
@@ -208,8 +213,10 @@ class Completion:
         given: Any = self._request.prompt
         if isinstance(given, list) and not isinstance(given[0], int):
             [given] = given
+        engine = self._chat_model.engine
         if isinstance(given, str):
-            return self._chat_model.get_token_ids(given)
+            return self._chat_model.get_token_ids(given, limit=engine.slm.context_window - 1)
+        engine.check_prompt(given)  # by its length, before each id is looked at
         return self._known(given, "prompt")
 
     def _known(self, ids: Sequence[int], name: str) -> list[int]:
@@ -224,7 +231,14 @@ class Completion:
         """The tokens that may come; None for all."""
         if self._request.allowed_token_ids is None:
             return None
-        slm, ids = self._chat_model.engine.slm, self._known(self._request.allowed_token_ids, "allowed_token_ids")
+        slm, given = self._chat_model.engine.slm, self._request.allowed_token_ids
+        if len(given) > slm.vocab_size:
+            raise BadRequest(
+                f"allowed_token_ids has {len(given)} ids; the vocabulary has {slm.vocab_size} tokens.",
+                param="allowed_token_ids",
+                hint="Send each once.",
+            )
+        ids = self._known(given, "allowed_token_ids")
         with_text = slm.with_text
         legal = [token for token in ids if with_text is None or bool(with_text[token])]
         if not legal:

@@ -39,6 +39,8 @@ _INVALID = "invalid_request_error"
 INTERNAL = ErrorShape(500, "server_error", "internal_error", headers=_NO_RETRY, shown=False)
 CLOSING = ErrorShape(503, "server_error", "server_closing", headers=_RETRY)
 
+CLOSING_TEXT = "The server is closing; the answer is not complete."
+
 SHAPES: Mapping[type[Exception], ErrorShape] = {
     errors.BadRequest: ErrorShape(400, _INVALID),
     errors.UnknownModel: ErrorShape(404, _INVALID, "model_not_found"),

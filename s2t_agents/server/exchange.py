@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from .error_responses import CLOSING, body_of, error_body, event_of, shape_of
+from ..redaction import one_line
+from .error_responses import CLOSING, CLOSING_TEXT, body_of, error_body, event_of, shape_of
 
 T = TypeVar("T")
 
@@ -99,7 +100,7 @@ class EventStream:
             if not begun or isinstance(error, ClientDisconnect):
                 raise
             if isinstance(error, asyncio.CancelledError):  # the server closes, or the client has left and reads nothing
-                body = body_of("The server is closing; the answer is not complete.", CLOSING.kind, CLOSING.code)
+                body = body_of(CLOSING_TEXT, CLOSING.kind, CLOSING.code)
             else:
                 body = error_body(error, self._request_id)
                 log_error(error, self._request_id)
@@ -127,6 +128,6 @@ async def _within(seconds: float, sending: Awaitable[None]) -> None:
 def log_error(error: BaseException, request_id: str) -> None:
     """Log what the client does not see: unexpected errors with their place, ours in a line."""
     if shape_of(error).shown:
-        _log.debug("request %s: %s", request_id, error)
+        _log.debug("request %s: %s", request_id, one_line(str(error)))
     else:
-        _log.error("request %s: %s", request_id, error, exc_info=error)
+        _log.error("request %s: %s", request_id, one_line(str(error)), exc_info=error)

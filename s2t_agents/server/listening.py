@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from ..chat.chat_model import ChatS2T
 from ..endpoints.loopback import is_loopback
 from ..errors import ConfigError, ExposedServer
 from .app import create_app
+from .error_responses import body_of
 from .tenants import Tenants
 
 HEADER_BYTES = 16 << 10
@@ -29,45 +31,78 @@ SEND_BYTES = 64 << 10
 """Bytes that the system buffers for a client that does not read; more would hide that it has stopped."""
 CLOSING_S = 10
 """Seconds that running answers get when the server ends."""
+SETTLING_S = 10
+"""Seconds that those which it then cancels get to tell their clients, to be recorded, and to settle their budgets."""
+AHEAD_BYTES = 1 << 20
+"""Bytes of further requests that are read while an answer is computed; only who is read is seen to leave."""
 CONNECTIONS = 1024
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's protocol, which also ends connections whose headers never end."""
+    """uvicorn's protocol, which also ends connections whose headers, or a refused request's body, never end.
+
+    A client that leaves is noticed whatever it sent before, and malformed HTTP is told in OpenAI's shape.
+    """
 
     def connection_made(self, transport: Any) -> None:
         """Start the clock."""
         super().connection_made(transport)
-        self._headers_by: asyncio.TimerHandle | None = None
-        self._has_served = False
+        self._due: asyncio.TimerHandle | None = None
         self._follow_clock()
 
     def data_received(self, data: bytes) -> None:
         """Read, and stop or start the clock."""
         super().data_received(data)
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < AHEAD_BYTES:
+            self.flow.resume_reading()
         self._follow_clock()
 
     def on_response_complete(self) -> None:
         """The next request may take its time to begin."""
-        self._has_served = True
         super().on_response_complete()
         self._follow_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clock."""
         super().connection_lost(exc)
-        if self._headers_by is not None:
-            self._headers_by.cancel()
+        if self._due is not None:
+            self._due.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse malformed HTTP; a request that was answered before the rest of it came gets no second response."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(body_of(msg, "invalid_request_error", None)).encode()
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+            ]
+            head = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _follow_clock(self) -> None:
-        """The clock runs while headers are waited for."""
-        begun = not self._has_served or bool(self.conn.trailing_data[0])
-        waits = begun and self.conn.their_state is h11.IDLE
-        if waits and self._headers_by is None:
-            self._headers_by = self.loop.call_later(HEADER_S, self.transport.close)
-        elif not waits and self._headers_by is not None:
-            self._headers_by.cancel()
-            self._headers_by = None
+        """The clock runs while headers are waited for, or the rest of a body whose request is answered already."""
+        theirs = self.conn.their_state
+        idle = self.timeout_keep_alive_task is not None  # then uvicorn's own clock runs
+        refused = theirs is h11.SEND_BODY and self.conn.our_state is h11.DONE
+        waits = refused or (theirs is h11.IDLE and not idle)
+        if waits and self._due is None:
+            self._due = self.loop.call_later(HEADER_S, self.transport.close)
+        elif not waits and self._due is not None:
+            self._due.cancel()
+            self._due = None
+
+
+class SettlingServer(uvicorn.Server):
+    """uvicorn's server, which waits for the answers that it cancels: the signal that it was sent ends the process."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close, and wait for what was cancelled."""
+        await super().shutdown(sockets)
+        if self.server_state.tasks and not self.force_exit:
+            await asyncio.wait(list(self.server_state.tasks), timeout=SETTLING_S)
 
 
 def check_exposure(host: str, tenants: Tenants) -> None:
@@ -84,14 +119,14 @@ def check_exposure(host: str, tenants: Tenants) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """A socket to listen on.
 
     Raises:
         ConfigError: the address cannot be had.
     """
     try:
         [(family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        found = socket.socket(family, socket.SOCK_STREAM)
+        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named: else asyncio sets no TCP_NODELAY
         try:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
@@ -108,7 +143,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def server_of(app: Starlette) -> uvicorn.Server:
     """A uvicorn server with this module's limits; run it with ``sockets=[listen(...)]``."""
-    return uvicorn.Server(
+    return SettlingServer(
         uvicorn.Config(
             app,
             http=BoundedProtocol,
@@ -144,7 +179,7 @@ def serve(
         tenants: who may ask.
         names: what clients may call the model.
         trace: show the ledger at ``/trace``, to whoever may ask.
-        on_listening: called with host and port once the weights are loaded.
+        on_listening: called with host and port once the weights are loaded and clients can connect.
 
     Raises:
         ExposedServer: another address than a loopback one, without keys.
@@ -154,6 +189,7 @@ def serve(
     check_exposure(host, tenants)
     with listen(host, port) as bound:
         app = create_app(chat_model, tenants=tenants, names=names, trace=trace)
+        bound.listen()
         if on_listening is not None:
             on_listening(*bound.getsockname()[:2])
         server_of(app).run(sockets=[bound])

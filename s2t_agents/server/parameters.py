@@ -5,11 +5,12 @@ Hints are ignored; what would change an answer and is not served is refused by n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from ..errors import BadRequest
 
@@ -55,10 +56,27 @@ Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Parsed = TypeVar("Parsed", bound="Parameters")
 
 
-class Parameters(BaseModel):
-    """A part of a request: strictly typed, closed to what is not known."""
+class Part(BaseModel):
+    """A part of a request: strictly typed; what is not known is left out.
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    Lists say ``fail_fast``: a request has millions of entries, and an error for each would take gigabytes.
+    """
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class Parameters(Part, extra="forbid"):
+    """A part of a request that is closed to what is not known."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown_key(cls, given: Any) -> Any:
+        """One is enough for a refusal."""
+        if not isinstance(given, dict) or len(given) <= len(cls.model_fields):
+            return given
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next((name for name in given if name not in known), None)
+        return {name: value for name, value in given.items() if name in known or name == unknown}
 
 
 class StreamOptions(Parameters):
@@ -76,15 +94,16 @@ class SamplingParameters(Parameters):
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     max_tokens: int | None = Field(default=None, ge=1, le=2**31)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
-    @model_validator(mode="after")
-    def _options_of_a_stream(self) -> SamplingParameters:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options are for stream=true alone")
-        return self
+    @field_validator("stream_options")
+    @classmethod
+    def _of_a_stream(cls, given: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if given is not None and not info.data.get("stream"):
+            raise ValueError("it is for stream=true alone")
+        return given
 
     @property
     def with_usage(self) -> bool:
@@ -106,7 +125,7 @@ def parse(kind: type[Parsed], body: Mapping[str, Any]) -> Parsed:
     try:
         return kind.model_validate({name: value for name, value in body.items() if _is_given(name, value)})
     except ValidationError as error:
-        raise _refusal(error, kind.model_fields) from None
+        raise _refusal(error, body, kind.model_fields) from None
 
 
 def _is_given(name: str, value: Any) -> bool:
@@ -117,20 +136,57 @@ def _is_given(name: str, value: Any) -> bool:
     if any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in NEUTRAL[name]):
         return False
     raise BadRequest(
-        f"{name}={value!r:.80} is not supported.",
+        f"{name} is {_shown(value)}, which is not supported.",
         param=name,
         code="unsupported_parameter",
         hint=_WAYS_OUT.get(name, "Leave it out."),
     )
 
 
-def _refusal(error: ValidationError, known: Collection[str]) -> BadRequest:
-    found = error.errors(include_url=False)[0]
-    path = ".".join(str(part)[:60] for part in found["loc"])
+def _refusal(error: ValidationError, body: Mapping[str, Any], known: Collection[str]) -> BadRequest:
+    where, found, *others = _most_telling(error.errors(include_url=False), body)
+    path = ".".join(str(part)[:60] for part in where)
     if found["type"] == "extra_forbidden":
-        close = get_close_matches(path, known, n=1)
+        close = get_close_matches(path, known, n=1) if len(where) == 1 else []
         hint = f"Did you mean {close[0]}?" if close else "Leave it out: it would have no effect."
         return BadRequest(f"Unknown parameter: {path!r}.", param=path, code="unknown_parameter", hint=hint)
     if found["type"] == "missing":
         return BadRequest(f"Missing parameter: {path!r}.", param=path, code="missing_required_parameter")
-    return BadRequest(f"{path} is {found['input']!r:.120}: {found['msg']}.", param=path, code="invalid_value")
+    wanted = dict.fromkeys([_said(found), *(_said(each).removeprefix("Input should be ") for each in others)])
+    return BadRequest(f"{path} is {_shown(found['input'])}: {' or '.join(wanted)}.", param=path, code="invalid_value")
+
+
+def _most_telling(errors: Sequence[ErrorDetails], body: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Path and errors of the first fault: of a union's alternatives, those that the value came closest to."""
+    located = [(_located(each, body), each) for each in errors]
+    first = located[0][0]
+    inside = [each for each in located if each[0][: len(first)] == first]
+    deepest = max((path for path, _ in inside), key=len)
+    here = [each for path, each in inside if path == deepest]
+    return deepest, *([each for each in here if not each["type"].endswith("_type")] or here)
+
+
+def _located(error: ErrorDetails, body: Mapping[str, Any]) -> tuple[int | str, ...]:
+    """Where it is in the body: pydantic's path without the names of a union's alternatives."""
+    path: list[int | str] = []
+    here: Any = body
+    for part in error["loc"]:
+        if part in here if isinstance(here, dict) else isinstance(here, list) and isinstance(part, int):
+            path.append(part)
+            here = here[part]
+    return (*path, error["loc"][-1]) if error["type"] == "missing" else tuple(path)
+
+
+def _said(error: ErrorDetails) -> str:
+    if error["type"] in ("model_type", "dict_type"):  # pydantic's words name classes
+        return "Input should be an object"
+    return error["msg"].removeprefix("Value error, ")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, in a time that does not depend on its size."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return f"{(value[:120] if isinstance(value, str) else value)!r:.120}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from ..errors import BadRequest
 
 _DRAINED_S = 2.0
+_LARGE = 64 << 10
+"""Bytes of a body from which it is read beside the event loop."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,18 @@ async def json_object(request: Request, limits: BodyLimits) -> dict[str, Any]:
         raise HTTPException(415, f"Content-Type is {media!r:.80}; send application/json.")
     if request.headers.get("content-encoding", "identity") != "identity":
         raise HTTPException(415, "The body is compressed; send it as it is.")
+    body = await _body(request, limits)
+    return await asyncio.to_thread(_parsed, body) if len(body) > _LARGE else _parsed(body)
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
     try:
-        found = from_json(await _body(request, limits), allow_inf_nan=False)
+        found = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise BadRequest(f"The body is no JSON: {error}.", param=None) from None
     if not isinstance(found, dict):
         raise BadRequest("The body is no JSON object.", param=None)
-    if any(isinstance(each, float) and math.isinf(each) for each in _leaves(found)):
+    if _holds_infinity(found):
         raise BadRequest("The body holds a number beyond all floating-point numbers.", param=None)
     return found
 
@@ -95,12 +101,15 @@ async def _drain(request: Request, size: int) -> None:
         return
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        for each in value.values():
-            yield from _leaves(each)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _leaves(each)
-    else:
-        yield value
+def _holds_infinity(value: Any) -> bool:
+    """Whether a number was too large for a float; in time that grows with the size alone, at any depth."""
+    unseen = [value]
+    while unseen:
+        here = unseen.pop()
+        if isinstance(here, dict):
+            unseen.extend(here.values())
+        elif isinstance(here, list):
+            unseen.extend(here)
+        elif isinstance(here, float) and math.isinf(here):
+            return True
+    return False

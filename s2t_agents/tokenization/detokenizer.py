@@ -83,6 +83,16 @@ class Detokenizer:
         return str(both[len(before) :])
 
 
+def token_bytes(tokenizer: Any, token_id: int) -> bytes:
+    """Bytes of a token of a fast Hugging Face tokenizer; they need not be whole characters."""
+    core = tokenizer.backend_tokenizer
+    token = core.id_to_token(token_id) or ""
+    if decoder_config(core.decoder).get("type") == "ByteLevel":
+        return byte_level_bytes(token)
+    byte = byte_of_token(token)
+    return str(core.decode([token_id], skip_special_tokens=False)).encode() if byte is None else bytes([byte])
+
+
 def byte_level_bytes(token: str) -> bytes:
     """Bytes of a byte-level token; UTF-8 for an added token with characters outside the alphabet."""
     try:
