@@ -299,9 +299,10 @@ def test_the_bytes_of_tokens_join_to_the_answer(client: httpx.Client) -> None:
     body = {**ASK, "temperature": 2.0, "seed": 3, "max_tokens": 200, "logprobs": True, "top_logprobs": 20}
     choice = posted(client, body)["choices"][0]
     content = choice["logprobs"]["content"]
-    assert any("\N{REPLACEMENT CHARACTER}" in each["token"] for each in content)
+    told = [each for one in content for each in one["top_logprobs"]]
+    assert any("\N{REPLACEMENT CHARACTER}" in each["token"] for each in told)
+    assert all(each["bytes"] for each in told if each["token"])
     assert b"".join(bytes(each["bytes"]) for each in content).decode(errors="replace") == choice["message"]["content"]
-    assert all(each["bytes"] is not None for one in content for each in one["top_logprobs"])
 
 
 @pytest.mark.parametrize("small", [{"temperature": 1e-38}, {"temperature": 5e-324}, {"temperature": 1, "top_p": 1e-46}])
@@ -309,7 +310,7 @@ def test_the_smallest_temperature_and_top_p_answer_as_zero_does(client: httpx.Cl
     for path, body in (("chat/completions", ASK), ("completions", {"model": "s2t-demo", "prompt": QUESTION})):
         cold, greedy = (client.post(path, json={**body, **given}) for given in (small, {"temperature": 0}))
         assert cold.status_code == 200, cold.text
-        assert whole(cold.json())["choices"] == whole(greedy.json())["choices"]
+        assert cold.json()["choices"] == greedy.json()["choices"]
 
 
 @pytest.mark.parametrize("prompt", ["ab c" * 300_000, [1] * 500_000, [[1] * 500_000]])
@@ -322,7 +323,7 @@ def test_a_prompt_that_cannot_fit_is_refused_by_its_length(client: httpx.Client,
 
 def test_no_error_names_a_path_of_the_servers() -> None:
     model = tiny_model()
-    model.name = "/srv/models/hidden/tiny.gguf"
+    model.backend.name = "/srv/models/hidden/tiny.gguf"
     long = [5] * 600
     with serving_chat(ChatS2T(model=model)) as url, httpx.Client(base_url=url, timeout=30) as client:
         assert client.get("models").json()["data"][0]["id"] != model.name
@@ -338,6 +339,27 @@ def test_no_error_names_a_path_of_the_servers() -> None:
             answer = client.post(path, json=body)
             assert 400 <= answer.status_code < 500
             assert "/srv" not in answer.text, answer.text
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x1b[31m", "\u2028"])
+def test_no_text_of_a_request_ends_a_line_of_the_log(
+    client: httpx.Client, caplog: pytest.LogCaptureFixture, end: str
+) -> None:
+    caplog.set_level("DEBUG", "s2t_agents")
+    name = f"a{end}ERROR of mine"
+    odd = {"type": "object", "properties": {name: {"type": "string", "pattern": f"(({end}x", "format": f"f{end}"}}}
+    bodies: list[dict[str, Any]] = [
+        {**ASK, "tools": [{"type": "function", "function": {"name": name, "parameters": odd}}]},
+        {**ASK, "response_format": {"type": "json_schema", "json_schema": {"name": name, "schema": odd}}},
+        {**ASK, "tools": [{"type": "function", "function": {"name": "f", "parameters": {**odd, "enum": [name]}}}]},
+        {**ASK, name: 1},
+        {**ASK, "messages": [{"role": "tool", "content": name, "tool_call_id": name}]},
+    ]
+    for body in bodies:
+        assert client.post("chat/completions", json={**body, "max_tokens": 40}).status_code in (200, 400)
+    told = [each.getMessage() for each in caplog.records if each.name.startswith("s2t_agents")]
+    assert any("does not enforce" in each for each in told)
+    assert [each for each in told if end in each] == []
 
 
 def test_a_completion_continues_a_text_and_token_ids_alike(client: httpx.Client, model: ChatS2T) -> None:

@@ -350,7 +350,7 @@ def test_answers_that_have_not_begun_when_the_server_closes_are_503(monkeypatch:
         threads += [threading.Thread(target=post, args=(url, *each)) for each in asked]
         for thread in threads[1:]:
             thread.start()
-        until(lambda: chat_model.engine.admission.waiting == len(asked))
+        until(lambda: chat_model.engine.admission.queued == len(asked))
     for thread in threads:
         thread.join(30)
     assert [each.status_code for each in responses] == [503] * 5
