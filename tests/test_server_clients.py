@@ -29,7 +29,7 @@ from s2t_agents.testing import ScriptedLLM, tiny_model
 from s2t_agents.triggers import when
 
 LONG: dict[str, Any] = {"model": "long", "messages": [{"role": "user", "content": "hello"}]}
-LIMITS = ServerLimits(BodyLimits(size=100_000, seconds=0.5), send_s=0.5)
+LIMITS = ServerLimits(BodyLimits(size=100_000, seconds=0.5, brackets=4_000), send_s=0.5)
 
 
 class Steps:
@@ -174,6 +174,9 @@ def test_large_bodies_headers_and_other_forms_are_refused(url: str) -> None:
     ):
         assert response.status_code == status, response.text
         assert response.json()["error"]["type"] == "invalid_request_error"
+    many = post(json={**LONG, "metadata": [[]] * 5000})
+    assert many.status_code == 400
+    assert "brackets" in many.json()["error"]["message"]
     with raw(url) as client:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Much: " + b"x" * 40_000)
         assert client.recv(100).startswith(b"HTTP/1.1 4")

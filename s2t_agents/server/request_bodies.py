@@ -25,17 +25,19 @@ class BodyLimits:
     Attributes:
         size: bytes.
         seconds: until it has come.
+        brackets: that open lists and objects, those in texts too: millions of empty lists are small and slow to make.
     """
 
     size: int = 4 << 20
     seconds: float = 30.0
+    brackets: int = 200_000
 
 
 async def json_object(request: Request, limits: BodyLimits) -> dict[str, Any]:
     """The request's body, a JSON object.
 
     Raises:
-        BadRequest: it is none, or holds an infinite number.
+        BadRequest: it is none, holds an infinite number, or more lists and objects than the limit.
         HTTPException: 408 too slow, 413 too large, 415 not declared as JSON (which also keeps other web pages from
             posting it out of a browser), or compressed.
         ClientDisconnect: the client left.
@@ -46,6 +48,8 @@ async def json_object(request: Request, limits: BodyLimits) -> dict[str, Any]:
     if request.headers.get("content-encoding", "identity") != "identity":
         raise HTTPException(415, "The body is compressed; send it as it is.")
     body = await _body(request, limits)
+    if body.count(b"[") + body.count(b"{") > limits.brackets:
+        raise BadRequest(f"The body has more than {limits.brackets:,} opening brackets.", param=None, hint="Send less.")
     return await asyncio.to_thread(_parsed, body) if len(body) > _LARGE else _parsed(body)
 
 
