@@ -173,7 +173,7 @@ def serve(
         asked.price = _token_price(llm_price)
     if usd is not None and asked is not None and asked.price is None:
         raise ConfigError(
-            f"--usd was given, and what {asked.name!r} costs is not known.",
+            f"--usd was given, and {asked.name!r} has no known price.",
             hint="Give --llm-price, or limit --escalations instead.",
         )
     limited = usd is not None or escalations is not None

@@ -213,7 +213,7 @@ def test_a_named_prompt_file_is_graded_as_asked_or_as_the_config_does(folder, wh
     assert (graded(None), graded("exact")) == ("math", "exact")
     assert evaluation(config, None, None, None, [], None, sweep=False, grading="exact").task.grading == "exact"
     shown = CliRunner().invoke(app, ["eval", str(folder / "whole.toml"), "--grading", "guess"])
-    assert (shown.exit_code, "grading is 'guess'" in shown.stderr) == (2, True)
+    assert (shown.exit_code, "guess" in shown.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
