@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from langchain_core.messages import (
     AIMessage,
     ChatMessage,
+    FunctionMessage,
     HumanMessage,
     RemoveMessage,
     SystemMessage,
@@ -229,6 +231,52 @@ def test_a_strict_template_shows_each_result_with_its_call_under_one_id():
     single = one_call_each(to_template([HumanMessage("x"), AIMessage("", tool_calls=calls), *results]))
     assert [turn["content"] for turn in single if turn["role"] == "tool"] == ["sunny", "wet"]
     assert [turn["role"] for turn in single] == ["user", "assistant", "tool", "assistant", "tool"]
+
+
+FOUR = {city: {"name": "weather", "args": {"of": city}, "id": city} for city in ("Paris", "Rome", "Oslo", "Bonn")}
+
+
+def calling(*cities):
+    return AIMessage("", tool_calls=[FOUR[city] for city in cities])
+
+
+def answers(cities):
+    return [ToolMessage(f"it is {city}", tool_call_id=city) for city in cities.split()]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("later", "shown"),
+    [
+        (answers("Bonn Oslo Rome Paris"), "Paris? Rome? Oslo? Bonn? Paris Rome Oslo Bonn"),
+        (answers("Oslo Paris Bonn Rome"), "Paris? Rome? Oslo? Bonn? Paris Rome Oslo Bonn"),
+        (answers("Bonn Oslo"), "Oslo? Bonn? Paris? Rome? Oslo Bonn"),  # some are missing
+        (answers("Rome Paris Rome"), "Paris? Rome? Oslo? Bonn? Paris Rome Rome"),  # one in two messages
+        (  # some come after other turns
+            [*answers("Bonn"), HumanMessage("wait"), AIMessage("I do"), *answers("Rome Paris")],
+            "Bonn? Paris? Rome? Oslo? Bonn Paris Rome",
+        ),
+        (  # an id is used again in a later turn
+            [*answers("Oslo Bonn Rome Paris"), AIMessage("So"), calling("Rome", "Paris"), *answers("Paris Rome")],
+            "Paris? Rome? Oslo? Bonn? Paris Rome Oslo Bonn Rome? Paris? Rome Paris",
+        ),
+        (  # a late one comes with those of the turn before it
+            [*answers("Paris Oslo Rome"), HumanMessage("go"), calling("Paris", "Rome"), *answers("Bonn Rome Paris")],
+            "Paris? Rome? Oslo? Bonn? Paris Rome Oslo Paris? Rome? Paris Rome Bonn",
+        ),
+    ],
+)
+def test_results_stand_in_the_order_of_the_calls_that_they_answer(name, later, shown):
+    said = ENCODERS[name].render([HumanMessage("x"), calling(*FOUR), *later], [WEATHER])
+    marks = re.findall(r'"of": "(\w+)"|it is (\w+)', said)
+    assert " ".join(f"{call}?" if call else answer for call, answer in marks) == shown
+
+
+def test_results_of_the_older_kind_answer_the_calls_of_one_turn_in_order():
+    twice = AIMessage("", tool_calls=[{"name": "f", "args": {"n": n}, "id": str(n)} for n in (1, 2)])
+    older = [FunctionMessage(text, name="f") for text in ("one", "two")]
+    turns = to_template([HumanMessage("x"), twice, HumanMessage("y"), twice, *older])
+    assert [turn["tool_call_id"] for turn in turns[4:]] == ["call00003", "call00004"]
 
 
 def test_thoughts_that_a_provider_hides_are_silent():

@@ -84,7 +84,7 @@ def to_template(messages: Sequence[BaseMessage]) -> list[Turn]:
         elif isinstance(message, ToolMessage):
             turn |= _tool_call_fields(message, calls, where)
         elif isinstance(message, FunctionMessage):
-            turn |= _function_call_fields(message, calls, where)
+            turn |= _function_call_fields(message, turns, where)
         turns.append(turn)
     return turns
 
@@ -128,16 +128,20 @@ def _tool_call_fields(message: ToolMessage, calls: _Calls, where: str) -> Turn:
     return {"tool_call_id": own, "name": message.name or name}
 
 
-def _function_call_fields(message: FunctionMessage, calls: _Calls, where: str) -> Turn:
-    """Id and name of a legacy function result: it belongs to the last call of that function."""
-    made = [(own, name) for same in calls.values() for own, name in same if name == message.name]
-    if not made:
-        raise InputError(
-            f"{where} answers a call of {message.name!r}, which no earlier AIMessage made.",
-            hint="Keep the AIMessage with that call in the history.",
-        )
-    own, name = made[-1]
-    return {"tool_call_id": own, "name": name}
+def _function_call_fields(message: FunctionMessage, turns: Sequence[Turn], where: str) -> Turn:
+    """Id and name of a legacy function result: it answers the first open call in the last turn that calls it."""
+    for turn in reversed(turns):
+        made = [call["id"] for call in turn.get("tool_calls", ()) if call["function"]["name"] == message.name]
+        if made:
+            answered = {turn.get("tool_call_id") for turn in turns}
+            return {
+                "tool_call_id": next((own for own in made if own not in answered), made[-1]),
+                "name": message.name,
+            }
+    raise InputError(
+        f"{where} answers a call of {message.name!r}, which no earlier AIMessage made.",
+        hint="Keep the AIMessage with that call in the history.",
+    )
 
 
 @dataclass(frozen=True)
@@ -286,6 +290,7 @@ class PromptEncoder:
         untraced = [self._split_reasoning(turn) for turn in to_template(messages)]
         turns = [_traced_turn(turn, sources, _message_label(at, messages[at])) for at, turn in enumerate(untraced)]
         traced_tools = [sources.value(tool, f"Tool {at}", _is_tool_text) for at, tool in enumerate(tools)]
+        turns = template_fallbacks.results_by_call(turns)
         template_error, missing = None, list[str]()
         for form_turns, form_tools in self._candidate_forms(turns, traced_tools):
             try:

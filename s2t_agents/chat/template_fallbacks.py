@@ -2,9 +2,46 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
+from ..tokenization.traced_text import concat
 from .hermes_tools import Turn, join_nonempty
+
+
+def results_by_call(turns: Sequence[Turn]) -> list[Turn]:
+    """The conversation with results in the order of the calls that they answer, since most templates show no ids.
+
+    Results are sorted among those next to them, the calls of the latest turns first; several of one call there become
+    one. Calls that are answered later, or never, come after the others of their turn.
+    """
+    blocks = [(kind, list(each)) for kind, each in itertools.groupby(turns, _kind)]
+    answered: dict[str, int] = {}
+    for number, (kind, block) in enumerate(blocks):
+        if kind == "tool":
+            answered = {turn["tool_call_id"]: number for turn in block} | answered
+    places: dict[str, tuple[int, int]] = {}
+    result: list[Turn] = []
+    for number, (kind, block) in enumerate(blocks):
+        if kind == "calls":
+            for turn in block:
+                calls = sorted(turn["tool_calls"], key=lambda call: answered.get(call["id"], len(blocks)))
+                places |= {call["id"]: (-number, len(places) + at) for at, call in enumerate(calls)}
+                result.append({**turn, "tool_calls": calls})
+        elif kind == "tool":
+            one_each: dict[str, Turn] = {}
+            for turn in sorted(block, key=lambda turn: places[turn["tool_call_id"]]):
+                before = one_each.get(turn["tool_call_id"])
+                text = turn["content"] if before is None else concat([before["content"], "\n", turn["content"]])
+                one_each[turn["tool_call_id"]] = {**turn, "content": text}
+            result += one_each.values()
+        else:
+            result += block
+    return result
+
+
+def _kind(turn: Turn) -> str:
+    return "calls" if "tool_calls" in turn else "tool" if turn["role"] == "tool" else "other"
 
 
 def fallback_forms(turns: list[Turn]) -> Iterator[list[Turn]]:
