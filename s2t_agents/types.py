@@ -237,7 +237,9 @@ class Sampling:
             raise ConfigError(f"top_p is {self.top_p!r}; it must lie in (0, 1].")
         if not (isinstance(self.max_tokens, Integral) and self.max_tokens >= 1):
             raise ConfigError(f"max_tokens is {self.max_tokens!r}; at least 1 token is needed for an answer.")
-        if self.seed is not None and not (isinstance(self.seed, Integral) and -(2**63) <= self.seed < 2**64):
+        seed = self.seed
+        whole = isinstance(seed, Integral) and not isinstance(seed, bool)
+        if seed is not None and not (whole and -(2**63) <= seed < 2**64):
             raise ConfigError(f"seed is {self.seed!r}; it must be a whole number of 64 bits.")
         top = self.logprobs
         if top is not None and not (isinstance(top, Integral) and 0 <= top <= MAX_LOGPROBS):

@@ -15,10 +15,12 @@ from langchain_core.tools import tool
 from pydantic import BaseModel
 
 from s2t_agents import Budget, ChatS2T, Ledger
+from s2t_agents.chat.response_options import parse_tool_choice
 from s2t_agents.errors import BadSchema, ConfigError, ContextOverflow, InputError
 from s2t_agents.escalation import Escalation
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
+from s2t_agents.types import Sampling
 
 
 def chat(**settings: Any) -> ChatS2T:
@@ -84,6 +86,69 @@ def test_choices_and_formats_that_fit_nothing_are_refused_when_they_are_bound() 
         model.with_structured_output(
             {"title": "t", "type": "object", "properties": {"x": {"enum": []}}, "required": ["x"]}, method="json_schema"
         )
+
+
+MEANINGLESS = [
+    {"typo": "add"},
+    {"function": "add"},
+    {"type": "function"},
+    {},
+    {"type": "add"},
+    {"tool": {}},
+    {"any": {}, "x": 1},
+]
+
+
+@pytest.mark.parametrize("choice", MEANINGLESS, ids=str)
+def test_a_mapping_that_chooses_nothing_is_refused(choice: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match='This is no tool_choice: .*Use "auto"'):
+        ChatS2T(model="/never/loaded").bind_tools([add], tool_choice=choice)
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_allowed_tools_are_refused_with_what_to_do_instead(inner: bool) -> None:
+    allowed = {"mode": "required", "tools": [{"type": "function", "name": "add"}]}
+    choice = {"type": "allowed_tools", **({"allowed_tools": allowed} if inner else allowed)}
+    with pytest.raises(ConfigError, match="Bind only the tools that are allowed"):
+        ChatS2T(model="/never/loaded").bind_tools([add], tool_choice=choice)
+
+
+@pytest.mark.parametrize(
+    ("choice", "meaning"),
+    [
+        ({"tool": {"name": "auto"}}, ("any", "auto")),
+        ({"type": "tool", "name": "add"}, ("any", "add")),
+        ({"type": "function", "function": {"name": "add"}}, ("any", "add")),
+        ({"name": "add"}, ("any", "add")),
+        ({"any": {}}, ("any", None)),
+        ({"auto": {}}, ("auto", None)),
+        ({"type": "required"}, ("any", None)),
+        ({"type": "any", "disable_parallel_tool_use": True}, ("any", None)),
+        ({"type": "none"}, ("none", None)),
+    ],
+)
+def test_mappings_of_other_providers_choose(choice: dict[str, Any], meaning: tuple[str, str | None]) -> None:
+    assert parse_tool_choice(choice) == meaning
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [("max_completion_tokens", "max_tokens"), ("max_output_tokens", "max_tokens"), ("stop_sequences", "stop")],
+)
+def test_names_of_other_chat_models_lead_to_the_ones_here(given: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"Did you mean {name}\\?"):
+        ChatS2T(model="/never/loaded").invoke("hi", **{given: 5})
+
+
+def test_a_seed_that_is_a_truth_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match="seed is True"):
+        Sampling(seed=True)
+
+
+@pytest.mark.parametrize("given", [add, Trip])
+def test_a_call_with_tools_in_another_form_names_the_way(given: Any) -> None:
+    with pytest.raises(BadSchema, match="Use bind_tools"):
+        ChatS2T(model="/never/loaded").invoke("hi", tools=[given])
 
 
 ORPHAN = ToolMessage("2", tool_call_id="nobody")

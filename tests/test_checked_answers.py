@@ -44,19 +44,31 @@ PICKY = {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItem
 PICKED = {"title": "picked", "description": "d", "type": "object", "properties": {"x": PICKY}, "required": ["x"]}
 
 
-def test_a_call_that_does_not_fit_is_invalid_with_the_reason_and_streams_to_the_same() -> None:
-    bound = chat("a", '"').bind_tools([PICKED], tool_choice="any")
+RELAXED = [
+    (PICKED, ("a", '"'), "x", "uniqueItems"),
+    ({**PICKED, "properties": {"x": {"type": "integer", "not": {"minimum": 0}}}}, ("0", "}"), "x", "not"),
+]
+
+
+@pytest.mark.parametrize(("schema", "wishes", "place", "keyword"), RELAXED, ids=["uniqueItems", "not"])
+def test_a_call_that_does_not_fit_is_a_call_with_the_reason_and_streams_to_the_same(
+    schema: dict[str, Any], wishes: tuple[str, ...], place: str, keyword: str
+) -> None:
+    """Its JSON is sound: whoever runs the tool answers with an error that the model can read."""
+    bound = chat(*wishes).bind_tools([schema], tool_choice="any")
     answer = bound.invoke("hello")
-    assert not answer.tool_calls
-    (wrong,) = answer.invalid_tool_calls
-    assert "x: " in wrong["error"]
-    assert "uniqueItems" in wrong["error"]
-    assert answer.response_metadata["s2t"]["relaxed"] == ["picked.x: uniqueItems"]
-    assert answer.response_metadata["s2t"]["invalid"] == [wrong["error"]]
+    assert not answer.invalid_tool_calls
+    assert [call["name"] for call in answer.tool_calls] == ["picked"]
+    (reason,) = answer.response_metadata["s2t"]["invalid"]
+    assert f"{place}: " in reason
+    assert keyword in reason
+    assert answer.response_metadata["s2t"]["relaxed"] == [f"picked.{place}: {keyword}"]
+    assert answer.response_metadata["finish_reason"] == "tool_calls"
     streamed: Any = reduce(add, bound.stream("hello"))
-    assert not streamed.tool_calls
-    assert [call["args"] for call in streamed.invalid_tool_calls] == [wrong["args"]]
-    assert streamed.response_metadata["s2t"]["invalid"] == [wrong["error"]]
+    assert not streamed.invalid_tool_calls
+    assert [call["args"] for call in streamed.tool_calls] == [call["args"] for call in answer.tool_calls]
+    assert json.loads(streamed.tool_call_chunks[0]["args"]) == answer.tool_calls[0]["args"]
+    assert streamed.response_metadata["s2t"]["invalid"] == [reason]
 
 
 def test_a_call_that_fits_says_nothing_of_faults() -> None:

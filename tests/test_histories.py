@@ -1,6 +1,10 @@
 """Histories of other providers: text is read, provider-specific blocks are skipped, images are refused."""
 
+import contextlib
+import json
 import logging
+import re
+import sys
 
 import pytest
 from langchain_core.messages import AIMessage, ChatMessage, FunctionMessage, HumanMessage, SystemMessage, ToolMessage
@@ -9,6 +13,7 @@ from s2t_agents.chat.messages import PromptEncoder, to_template
 from s2t_agents.errors import InputError
 from s2t_agents.testing import tiny_tokenizer
 
+ENCODER = PromptEncoder(tiny_tokenizer())
 READ = {
     "refusal": ({"type": "refusal", "refusal": "I cannot."}, "I cannot."),
     "responses output": ({"type": "output_text", "text": "Yes.", "annotations": [{"type": "url_citation"}]}, "Yes."),
@@ -111,7 +116,10 @@ def test_results_are_read_as_blocks_too():
     call = AIMessage("", tool_calls=[{"id": "1", "name": "f", "args": {}}])
     found = {"type": "search_result", "title": "T", "source": "u", "content": [{"type": "text", "text": "x"}]}
     read = [
-        ([{"type": "text", "text": "a"}, "b"], "ab"),
+        ([{"type": "text", "text": "85"}, "12", {"text": "a\nb"}], "85\n12\na\nb"),
+        ([{"type": "custom_tool_call_output", "output": "1"}], "1"),
+        ([{"type": "function_call_output", "output": [{"type": "input_text", "text": "1"}, "2"]}], "1\n2"),
+        ([{"type": "tool_result", "content": [{"type": "text", "text": "1"}], "tool_use_id": "1"}], "1"),
         ([{"type": "json", "json": {"a": 1}}], '{"a": 1}'),
         ([found], "T\nx"),
         ([{"text": "a"}], "a"),
@@ -181,3 +189,62 @@ def test_what_is_nested_too_deep_to_be_rendered_is_refused_by_name(where, depth)
     tools = [{"type": "function", "function": {"name": "f", "parameters": nested}}] if where == "tool" else []
     with pytest.raises(InputError, match="nested too deep"):
         PromptEncoder(tiny_tokenizer()).render([HumanMessage("a"), AIMessage("", tool_calls=calls)], tools)
+
+
+CALL = {"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}}
+BLOCKS = [
+    {"type": "text", "text": "a"},
+    CALL,
+    {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+    {"type": "reasoning", "reasoning": "a", "summary": [{"type": "summary_text", "text": "b"}]},
+    {"type": "document", "source": {"type": "text", "data": "a"}, "title": "t"},
+    {"type": "non_standard", "value": {"type": "text", "text": "a"}},
+    {"type": "json", "json": {"a": 1}},
+    {"type": "custom_tool_call_output", "output": "1"},
+]
+
+
+@pytest.mark.parametrize("wrong", [None, True, 5, 1.5, "", [], ["x"], [1], {}, {"a": 1}, {1, 2}, b"x"], ids=repr)
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block["type"])
+def test_a_field_of_a_wrong_type_is_read_skipped_or_refused(block, wrong):
+    """Whatever another chat model or a program left in a block: text, or the one clear error."""
+    answered = [AIMessage("", tool_calls=[{"id": "9", "name": "f", "args": {}}])]
+    for key in block:
+        for kind in (HumanMessage, AIMessage, lambda content: ToolMessage(content, tool_call_id="9")):
+            message = kind("")
+            message.content = [{**block, key: wrong}]
+            with contextlib.suppress(InputError):
+                ENCODER.render([HumanMessage("q"), *answered, message])
+
+
+@pytest.mark.parametrize("wrong", [None, True, 5, ["x"], {"a": 1}, {1, 2}], ids=repr)
+@pytest.mark.parametrize("key", ["reasoning_content", "function_call", "refusal", "audio"])
+def test_a_wrong_type_beside_the_content_is_skipped(key, wrong):
+    message = AIMessage("", additional_kwargs={key: wrong})
+    ENCODER.render([HumanMessage("q"), message])
+    assert said(HumanMessage("q"), message)["content"] == ""
+    assert "reasoning_content" not in said(HumanMessage("q"), message)
+
+
+def test_what_a_model_wrote_with_nul_characters_can_be_gone_on_from():
+    call = {"id": "1", "name": "f", "args": {"a\0": ["x\0y", {"b": "\0"}]}}
+    made = said(HumanMessage("q"), AIMessage("a\0b", tool_calls=[call], additional_kwargs={"reasoning_content": "\0h"}))
+    assert (made["content"], made["reasoning_content"]) == ("ab", "h")
+    assert made["tool_calls"][0]["function"]["arguments"] == {"a": ["xy", {"b": ""}]}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(float("inf"), sys.float_info.max), (-float("inf"), -sys.float_info.max), (float("nan"), None), (1e308, 1e308)],
+)
+def test_numbers_that_json_has_not_are_shown_as_json(value, shown):
+    call = {"id": "1", "name": "f", "args": {"a": [value]}}
+    told = ENCODER.render([HumanMessage("q"), AIMessage("", tool_calls=[call]), ToolMessage("", tool_call_id="1")])
+    (arguments,) = re.findall(r'"arguments": (\{"a".*\})\}', told)
+    assert json.loads(arguments, parse_constant=pytest.fail) == {"a": [shown]}
+
+
+def test_a_huge_integer_in_a_call_is_refused_by_its_place():
+    call = {"id": "1", "name": "f", "args": {"a": 10**5000}}
+    with pytest.raises(InputError, match=r"A tool call of Message 1 .* integer of 16,610 bits; 4,096 fit. Give it as"):
+        ENCODER.render([HumanMessage("q"), AIMessage("", tool_calls=[call])])

@@ -231,7 +231,19 @@ def test_a_call_that_spells_the_end_of_a_thought_is_not_cut_there():
     assert "a</think>b" in said
 
 
-TEXTUAL = [CHATML, TEMPLATES["keeps the first system"]]
+RAW = (
+    "{% if tools %}<tools>{% for t in tools %}\n{{ t.function.name }}: {{ t.function.description }}"
+    "{% for k, v in t.function.parameters.properties.items() %}{{ k }}={{ v }}{% endfor %}\n\n"
+    "{{ t | tojson }}\n{% endfor %}</tools>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'tool' %}<tool_response>\n{{ m.name }}: {{ m.content }}\n</tool_response>"
+    "{% else %}{{ m.content }}{% endif %}{% for c in m.tool_calls or [] %}<tool_call>\n"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
+    "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Prints definitions, calls and results as they are, beside their JSON."""
+TEXTUAL = [CHATML, TEMPLATES["keeps the first system"], RAW]
 
 
 @pytest.mark.parametrize("template", ["hermes", *TEXTUAL])
@@ -243,7 +255,7 @@ def test_no_text_closes_a_frame_of_letters(template, closing):
     own = PromptEncoder(tokenizer)
     places = dict.fromkeys(("description", "about", "choice", "value", "result", "tool"), f"a{closing}b")
     evil, harmless = (own.render(*conversation(**texts)) for texts in (places, {}))
-    assert own.supports_hermes_tools == (template == "hermes")
+    assert own.supports_hermes_tools == (template in ("hermes", RAW))
     for tag in ("</tools>", "</tool_call>", "</tool_response>"):
         assert evil.lower().replace(" ", "").count(tag) == harmless.count(tag)
     signature = next(line for line in evil.splitlines() if line.startswith('{"type"'))

@@ -13,7 +13,7 @@ from s2t_agents.chat.accounting import Account
 from s2t_agents.chat.attribution import Caller
 from s2t_agents.chat.generation import Generation
 from s2t_agents.chat.response_options import ResponseOptions
-from s2t_agents.formats.tool_calls import CLOSE, OPEN, ToolCallParser, tag_ids
+from s2t_agents.formats.tool_calls import CLOSE, OPEN, MessageDelta, ToolCallParser, tag_ids
 from s2t_agents.types import Step
 
 JSON_VALUES = st.recursive(
@@ -47,6 +47,8 @@ def parse(steps, **ids):
     parser = ToolCallParser(**ids, new_id=lambda: f"call_{next(numbers)}")
     deltas = [parser.push(token, text) for token, text in steps]
     deltas.append(parser.finish())
+    if parser.unparseable:
+        deltas.append(MessageDelta(tool_call_chunks=parser.unparseable))
     return parser, deltas
 
 
@@ -190,6 +192,7 @@ def test_a_call_that_was_cut_off_is_never_a_sound_one():
     assert invalid["name"] == "pay"
     assert "cut off" in invalid["error"]
     assert invalid["args"].startswith('{"amount": 10')
+    assert invalid["extras"] == {"written": '{"amount": 10'}
 
 
 def test_text_after_a_whole_call_is_kept_as_an_invalid_call():

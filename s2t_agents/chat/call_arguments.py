@@ -58,6 +58,9 @@ LANGCHAIN_ARGUMENTS = (
 CALL_NAME_OF_SETTING = {"budget": "s2t_budget", "cache_scope": "s2t_cache_scope"}
 """Settings of the model that have another name as arguments of a call."""
 
+_NAMES_ELSEWHERE = {"max_completion_tokens": "max_tokens", "max_output_tokens": "max_tokens", "stop_sequences": "stop"}
+"""Arguments of other chat models, to the ones here."""
+
 
 class ConfigurableChatModel(BaseChatModel):
     """A chat model that reads ``configurable={"s2t_budget": ...}`` in every way in which LangChain calls a model.
@@ -179,7 +182,7 @@ def check_call(call: Collection[str], settings: Collection[str]) -> None:
                 else f"Say it in ChatS2T({name}=...)."
             )
             raise ConfigError(f"{name} is a setting of the model, not of a call.", hint=way_out)
-        close = get_close_matches(name, known, n=1)
+        close = [_NAMES_ELSEWHERE[name]] if name in _NAMES_ELSEWHERE else get_close_matches(name, known, n=1)
         raise ConfigError(
             f"{name} is no argument of a call.",
             hint=f"Did you mean {close[0]}?" if close else f"Calls take {', '.join(known)}.",

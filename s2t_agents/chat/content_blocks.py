@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
+from langchain_core.messages import AIMessage, BaseMessage, FunctionMessage, ToolMessage
 
 from ..errors import InputError
 from ..redaction import one_line
@@ -28,6 +28,7 @@ _MEDIA = frozenset({
 _CALLS = {"tool_use": "input", "tool_call": "args", "invalid_tool_call": "args", "function_call": "arguments"}
 _CALL_CHUNKS = frozenset({"tool_call_chunk", "input_json_delta"})
 _REASONING = frozenset({"reasoning", "thinking", "reasoning_content", "redacted_thinking", "thought"})
+_OUTPUTS = frozenset({"custom_tool_call_output", "function_call_output", "tool_result"})
 _CACHE_POINTS = frozenset({"cache_point", "cachePoint"})
 _RESULT_KEYS = (
     *("text", "output", "outputs", "stdout", "stderr", "logs", "results", "result", "content"),
@@ -41,6 +42,9 @@ _Call = tuple[str | None, str, Any]
 def text_of(message: BaseMessage, where: str) -> str:
     """The text of a message's content.
 
+    Blocks of a result are separate texts and stand on lines of their own; in other messages a text goes on from block
+    to block (citations cut one sentence into several), as in LangChain's ``message.text``.
+
     Raises:
         InputError: a block that is not text, such as an image.
     """
@@ -51,17 +55,19 @@ def text_of(message: BaseMessage, where: str) -> str:
     texts = [text for block in content for text in _texts(block, message, where, skipped)]
     if skipped:
         _log.debug("%s: nothing for this model in %s.", where, one_line(", ".join(skipped)))
-    return "".join(texts)
+    return ("\n" if isinstance(message, ToolMessage | FunctionMessage) else "").join(texts)
 
 
 def reasoning_of(message: AIMessage) -> str:
-    """The reasoning text in a message's content blocks."""
-    return "".join(
+    """The reasoning text in a message's content blocks, or what other chat models keep beside the content."""
+    text = "".join(
         text
         for block in _mappings(message)
-        if block.get("type") in _REASONING and block["type"] != "redacted_thinking"
+        if str(block.get("type")) in _REASONING - {"redacted_thinking"}
         for text in _reasoning_texts(block)
     )
+    beside = message.additional_kwargs.get("reasoning_content")
+    return text or (beside if isinstance(beside, str) else "")
 
 
 def calls_of(message: AIMessage) -> list[_Call]:
@@ -71,7 +77,7 @@ def calls_of(message: AIMessage) -> list[_Call]:
     known = {call_id for call_id, _, _ in calls}
     for block in _mappings(message):
         kind = str(block.get("type"))
-        call_id = block.get("call_id") or block.get("id")
+        call_id = _text_or_none(block.get("call_id") or block.get("id"))
         if kind in _CALLS and call_id not in known and (not calls or call_id is not None):
             calls.append(_parsed_call(call_id, block.get("name"), block.get(_CALLS[kind], block.get("args"))))
     function_call = message.additional_kwargs.get("function_call")
@@ -84,6 +90,8 @@ def _texts(block: Any, message: BaseMessage, where: str, skipped: list[str]) -> 
     if isinstance(block, str):
         yield block
         return
+    if not isinstance(block, Mapping):
+        raise InputError(f"{where} holds a {type(block).__name__} in place of a content block.")
     kind = str(block.get("type") or next((key for key in block if key != "index"), "untyped"))
     from_model = isinstance(message, AIMessage)
     if kind == "non_standard" and isinstance(block.get("value"), Mapping):
@@ -95,7 +103,11 @@ def _texts(block: Any, message: BaseMessage, where: str, skipped: list[str]) -> 
         header = [block[key] for key in ("title", "context") if isinstance(block.get(key), str)]
         yield "\n".join([*header, *_result_texts(block.get("source") if kind == "document" else block)])
     elif kind == "json" and isinstance(message, ToolMessage):
-        yield json.dumps(block.get("json"), ensure_ascii=False)
+        yield _json_text(block.get("json"), where)
+    elif kind in _OUTPUTS and isinstance(message, ToolMessage):
+        output = block.get("output", block.get("content"))
+        parts = output if isinstance(output, list) else [_text_in(output)]
+        yield "\n".join(text for part in parts for text in _texts(part, message, where, skipped))
     elif kind in _CACHE_POINTS or (from_model and kind in _REASONING | _CALLS.keys() | _CALL_CHUNKS):
         return
     elif from_model and kind not in _MEDIA and not _has_media_source(block):
@@ -133,7 +145,7 @@ def is_media(block: Mapping[str, Any]) -> bool:
 
 def _has_media_source(block: Mapping[str, Any]) -> bool:
     source = block.get("source")
-    return isinstance(source, Mapping) and source.get("type", "text") not in {"text", "content"}
+    return isinstance(source, Mapping) and source.get("type", "text") not in ("text", "content")
 
 
 def _text_in(value: Any) -> str:
@@ -155,6 +167,13 @@ def _reasoning_texts(block: Mapping[str, Any]) -> Iterator[str]:
         yield "\n\n".join(_text_in(part.get("text")) for part in summary if isinstance(part, Mapping))
 
 
+def _json_text(value: Any, where: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where} holds a 'json' content block that is no JSON: {error}.") from error
+
+
 def _mappings(message: AIMessage) -> list[Mapping[str, Any]]:
     content: Any = message.content
     return [block for block in content or () if isinstance(block, Mapping)] if not isinstance(content, str) else []
@@ -167,14 +186,18 @@ def _refusal_or_transcript(message: BaseMessage) -> str:
     return next((text for text in (refusal, spoken) if isinstance(text, str)), "")
 
 
-def _parsed_call(call_id: Any, name: Any, arguments: Any) -> _Call:
+def _parsed_call(call_id: str | None, name: Any, arguments: Any) -> _Call:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
         except ValueError:
             return _invalid_call(call_id, name, arguments)
-    return None if call_id is None else str(call_id), str(name or "unknown"), {} if arguments is None else arguments
+    return call_id, str(name or "unknown"), {} if arguments is None else arguments
 
 
-def _invalid_call(call_id: Any, name: Any, arguments: Any) -> _Call:
-    return call_id, name or "unknown", {"invalid_arguments": arguments or ""}
+def _invalid_call(call_id: str | None, name: Any, arguments: Any) -> _Call:
+    return call_id, str(name or "unknown"), {"invalid_arguments": arguments or ""}
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else str(value)

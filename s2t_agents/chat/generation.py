@@ -136,7 +136,7 @@ class Generation:
         for last in (delta, self.parser.finish()):
             if last:
                 yield last
-        self.invalid = [str(call["error"]) for call in self.parser.invalid_tool_calls]
+        self.invalid = list(self.parser.errors)
         if not self.parser.tool_calls and not self.invalid and (wrong := self.schemas.reply_error(self.parser.text)):
             self.invalid = [wrong]
         self.finish_reason = self._finish_reason(ended or stopped or stopped_late)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..formats.tool_calls import CLOSE, OPEN
@@ -33,9 +33,9 @@ class HermesTags:
         self._closing_pattern = _closing_pattern(letters)
         self._closing_json = _closing_pattern([*letters, *cut_at])
 
-    def escape_text(self, text: str) -> str:
-        r"""The text with ``<\/tag`` for ``</tag``, which is the same string in JSON."""
-        return _escape_closing_tags(text, self._closing_pattern)
+    def escape_text(self, text: str, of: Callable[[str], bool] = bool) -> str:
+        r"""The text with ``<\/tag`` for each ``</tag`` that ``of`` chooses, which is the same string in JSON."""
+        return _escape_closing_tags(text, self._closing_pattern, of)
 
     def escape_json(self, value: Any) -> str:
         """A value as JSON with closing tags escaped."""
@@ -82,15 +82,16 @@ class HermesTags:
 
 
 def _closing_pattern(tags: Sequence[str]) -> re.Pattern[str]:
-    return re.compile(rf"<\s*(?=/\s*(?:{'|'.join(tags)})\b)" if tags else r"(?!)", re.IGNORECASE)
+    return re.compile(rf"(<\s*)/\s*(?:{'|'.join(tags)})\b" if tags else r"(?!)", re.IGNORECASE)
 
 
-def _escape_closing_tags(text: str, closing: re.Pattern[str]) -> str:
-    """The text with a backslash inserted into each closing tag."""
+def _escape_closing_tags(text: str, closing: re.Pattern[str], of: Callable[[str], bool] = bool) -> str:
+    """The text with a backslash inserted into each closing tag that is chosen."""
     parts, last = [], 0
     for match in closing.finditer(text):
-        parts += [text[last : match.end()], "\\"]
-        last = match.end()
+        if of(text[match.start() : match.end()]):
+            parts += [text[last : match.end(1)], "\\"]
+            last = match.end(1)
     return concat([*parts, text[last:]]) if parts else text
 
 

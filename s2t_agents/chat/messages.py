@@ -75,10 +75,10 @@ def to_template(messages: Sequence[BaseMessage]) -> list[Turn]:
     turns: list[Turn] = []
     for at, message in enumerate(messages):
         where = _message_label(at, message)
-        turn: Turn = {
-            "role": _role_of(message, where),
-            "content": check_text(content_blocks.text_of(message, where), where),
-        }
+        text = content_blocks.text_of(message, where)
+        if isinstance(message, AIMessage):
+            text = _without_nul(text)
+        turn: Turn = {"role": _role_of(message, where), "content": check_text(text, where)}
         if isinstance(message, AIMessage):
             turn |= _calls_and_reasoning(message, calls, numbers)
         elif isinstance(message, ToolMessage):
@@ -109,10 +109,20 @@ def _calls_and_reasoning(message: AIMessage, calls: _Calls, numbers: Iterator[in
     for call_id, name, args in content_blocks.calls_of(message):
         own = f"call{next(numbers):05d}"
         entered.setdefault(own if call_id is None else call_id, []).append((own, name))
-        tool_calls.append({"type": "function", "id": own, "function": {"name": name, "arguments": args}})
+        function = {"name": name, "arguments": _without_nul(args)}
+        tool_calls.append({"type": "function", "id": own, "function": function})
     calls |= entered  # a reused id refers to this turn's call from here on
-    thought = content_blocks.reasoning_of(message) or message.additional_kwargs.get("reasoning_content") or ""
+    thought = _without_nul(content_blocks.reasoning_of(message))
     return ({"tool_calls": tool_calls} if tool_calls else {}) | ({"reasoning_content": thought} if thought else {})
+
+
+def _without_nul(value: Any) -> Any:
+    """What a model wrote, without NUL characters: it may write them, and no prompt can hold them."""
+    if isinstance(value, str):
+        return value.replace("\0", "")
+    if isinstance(value, Mapping):
+        return {_without_nul(key): _without_nul(item) for key, item in value.items()}
+    return [_without_nul(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _tool_call_fields(message: ToolMessage, calls: _Calls, where: str) -> Turn:
@@ -300,7 +310,8 @@ class PromptEncoder:
                 continue
             left_out = sources.left_out(rendered)
             if not left_out:
-                return RenderedConversation(form_turns, form_tools, rendered)
+                _, tags = self._template(form_tools)
+                return RenderedConversation(form_turns, form_tools, tags.escape_text(rendered, sources.is_framed))
             missing = missing or left_out
         if template_error is None or missing:
             raise InputError(
@@ -316,31 +327,26 @@ class PromptEncoder:
             first = base_turns if self.supports_system else template_fallbacks.system_in_user(base_turns)
             for form in template_fallbacks.fallback_forms(first):
                 yield (
-                    template_fallbacks.in_parts(self._escaped_turns(form, form_tools), self._roles_read_as_parts),
+                    template_fallbacks.in_parts(self._with_reasoning(form), self._roles_read_as_parts),
                     form_tools,
                 )
 
-    def _escaped_turns(self, turns: list[Turn], tools: Sequence[Any]) -> list[Turn]:
-        """Turns with closing tags escaped in results and call names, and reasoning under the template's variable."""
-        _, tags = self._template(tools)
-        escaped = []
+    def _with_reasoning(self, turns: list[Turn]) -> list[Turn]:
+        """Turns with reasoning under the template's variable, or without it."""
+        renamed = []
         for turn in turns:
             if "reasoning_content" in turn:
                 thought = {self._reasoning_variable: turn["reasoning_content"]} if self._reasoning_variable else {}
                 turn = {key: value for key, value in turn.items() if key != "reasoning_content"} | thought
-            if turn["role"] == "tool":
-                turn = {**turn, "content": tags.escape_text(turn["content"])}
-            if "tool_calls" in turn:
-                turn = {**turn, "tool_calls": [_escaped_call(call, tags) for call in turn["tool_calls"]]}
-            escaped.append(turn)
-        return escaped
+            renamed.append(turn)
+        return renamed
 
     def _template(self, tools: Sequence[Any]) -> tuple[ChatTemplate, hermes_tools.HermesTags]:
         """The compiled template, and the escaping of its tags that are ordinary text to the tokenizer."""
         source = self._chat_template or self._tokenizer_template(tools)
         if source not in self._templates:
             tags = hermes_tools.HermesTags([tag for tag in self._plain_tags if f"</{tag}>" in source])
-            self._templates[source] = ChatTemplate(source, as_json=tags.escape_text), tags
+            self._templates[source] = ChatTemplate(source), tags
         return self._templates[source]
 
     def _tokenizer_template(self, tools: Sequence[Any]) -> str:
@@ -469,10 +475,12 @@ def _traced_turn(turn: Turn, sources: Sources, where: str) -> Turn:
     content = traced["content"]
     cut = turn["role"] == "assistant" and "reasoning_content" not in turn
     closed = content.rfind("</think>") + 1 if cut else 0
-    traced["content"] = sources.text(content, where, needed_from=closed and closed + len("/think>"))
+    is_result = turn["role"] == "tool"
+    needed_from = closed and closed + len("/think>")
+    traced["content"] = sources.text(content, where, needed_from=needed_from, framed=is_result)
     for key in ("reasoning_content", "name"):
         if key in traced:
-            traced[key] = sources.text(traced[key], where, needed_from=len(traced[key]))
+            traced[key] = sources.text(traced[key], where, needed_from=len(traced[key]), framed=is_result)
     if "tool_calls" in turn:
         traced["tool_calls"] = [
             {**call, "function": _traced_function(call["function"], sources, f"A tool call of {where}")}
@@ -483,11 +491,7 @@ def _traced_turn(turn: Turn, sources: Sources, where: str) -> Turn:
 
 def _traced_function(function: Turn, sources: Sources, where: str) -> Turn:
     arguments = sources.value(function["arguments"], where, lambda path, is_key: True)
-    return {"name": sources.text(function["name"], where), "arguments": arguments}
-
-
-def _escaped_call(call: Turn, tags: hermes_tools.HermesTags) -> Turn:
-    return {**call, "function": {**call["function"], "name": tags.escape_text(call["function"]["name"])}}
+    return {"name": sources.text(function["name"], where, framed=True), "arguments": arguments}
 
 
 def _is_tool_text(path: tuple[str, ...], is_key: bool) -> bool:

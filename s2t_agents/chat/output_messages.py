@@ -45,9 +45,13 @@ def message_chunk(delta: MessageDelta, logprobs: Mapping[str, Any]) -> ChatGener
 
 
 def final_chunk(generation: Generation) -> ChatGenerationChunk:
-    """The last chunk, with usage and metadata; LangChain adds these up, so they come once."""
+    """The last chunk, with usage and metadata; LangChain adds these up, so they come once.
+
+    It also ends the arguments of invalid calls, so that LangChain reads them as such: that text is not the model's.
+    """
     message = AIMessageChunk(
         content="",
+        tool_call_chunks=generation.parser.unparseable,
         usage_metadata=_usage(generation),
         response_metadata=_metadata(generation),
         chunk_position="last",

@@ -10,7 +10,7 @@ from typing import Any
 
 from langchain_core.messages import BaseMessage, SystemMessage
 
-from ..errors import ConfigError
+from ..errors import BadSchema, ConfigError
 from ..formats.tool_calls import PlainTextParser, ToolCallParser
 from ..grammar.grammar import CompiledGrammar, json_grammar, tool_grammar
 from ..grammar.lark_rules import CHOICES, arguments_of, functions_of, reply_of
@@ -49,13 +49,21 @@ class ResponseOptions:
         models do not stop.
 
         Raises:
-            ConfigError: an unknown response format.
+            ConfigError: an unknown tool choice or response format.
+            BadSchema: a tool that is not in OpenAI's form.
         """
+        tools = tuple(call.get("tools") or ())
+        for tool in tools:
+            if not isinstance(tool, Mapping):
+                raise BadSchema(
+                    f"tools holds a {type(tool).__name__}; a call takes OpenAI's form alone.",
+                    hint="Use bind_tools([...]), which takes functions, tools and classes.",
+                )
         choice, tool = parse_tool_choice(call.get("tool_choice"))
         parallel = call.get("parallel_tool_calls")
         reply, schema_in_prompt = _parse_response_format(call.get("response_format"))
         return cls(
-            tools=tuple(call.get("tools") or ()),
+            tools=tools,
             tool_choice=choice,
             tool=tool,
             parallel=choice == "auto" if parallel is None else bool(parallel),
@@ -205,12 +213,23 @@ def openai_tools(tools: Sequence[Any], *, strict: bool | None) -> list[dict[str,
 def parse_tool_choice(choice: Any) -> tuple[str, str | None]:
     """A tool choice as "auto", "any" or "none", and the name of the one tool to call.
 
-    A plain string that is a mode is the mode; OpenAI's mapping form can name any tool, even one called "auto".
+    A plain string that is a mode is the mode; the mappings of OpenAI, Anthropic and Bedrock can name any tool, even one
+    called "auto".
+
+    Raises:
+        ConfigError: a mapping that names neither a mode nor a tool.
     """
     if isinstance(choice, Mapping):
-        named = choice.get("function", choice)
-        name = named.get("name") if isinstance(named, Mapping) else None
-        return ("any", str(name)) if name is not None else parse_tool_choice(choice.get("type"))
+        named = choice.get("function", choice.get("tool", choice))
+        if isinstance(named, Mapping) and isinstance(named.get("name"), str):
+            return "any", named["name"]
+        kind = choice.get("type", *(choice if len(choice) == 1 else ()))  # Bedrock's {"any": {}}
+        if kind in ("required", *CHOICES):
+            return parse_tool_choice(kind)
+        hint = 'Use "auto", "any", "none" or a tool\'s name.'
+        if kind == "allowed_tools":
+            hint = "Bind only the tools that are allowed."
+        raise ConfigError(f"This is no tool_choice: {choice!r:.200}.", hint=hint)
     if choice is None or isinstance(choice, bool):
         return "any" if choice else "auto", None
     word = "any" if choice == "required" else str(choice)

@@ -46,12 +46,15 @@ def structured(
             Enum, a Literal: the answer is its JSON value) or a JSON schema; None is any object, for "json_mode".
         method: "function_calling" gives the schema as a tool and forces one call of it; "json_schema" shows it in the
             system message; "json_mode" does not show it.
-        include_raw: return ``{"raw", "parsed", "parsing_error"}`` and raise nothing.
+        include_raw: return ``{"raw", "parsed", "parsing_error"}``; an answer that does not fit is in "parsing_error",
+            and raises nothing when invoked.
         strict: make every property required, as OpenAI's strict mode does ("function_calling", "json_schema").
 
     The finished answer is validated against the whole schema; if it is invalid, or its class refuses it, the parser
-    raises LangChain's ``OutputParserException`` with the reason. A schema whose values are not objects becomes the one
-    argument of the tool.
+    raises LangChain's ``OutputParserException`` with the reason. A stream shows what is parsed so far: an answer that
+    does not fit raises at its end if the schema says so, but one that only the class refuses gives no object, as in
+    LangChain's own parsers, and a stream with ``include_raw`` raises. A schema whose values are not objects becomes the
+    one argument of the tool.
 
     Raises:
         ConfigError: an unknown method, or no schema where one is needed.
@@ -207,6 +210,7 @@ def _check_message(message: Any) -> None:
     wrong = [*wrong, *(str(call["error"]) for call in message.invalid_tool_calls if call["error"])]
     if wrong or message.invalid_tool_calls:
         reason = wrong[0] if wrong else "the call is not whole"
+        calls = [*message.tool_calls, *message.invalid_tool_calls]
         raise OutputParserException(
-            f"The answer does not fit its schema: {reason}.", llm_output=message.text or str(message.invalid_tool_calls)
+            f"The answer does not fit its schema: {reason}.", llm_output=message.text or str(calls)
         )

@@ -63,13 +63,17 @@ class ToolCallParser:
         open_id: token id of ``<tool_call>``; None if it is ordinary text.
         close_id: token id of ``</tool_call>``, likewise.
         after_text: whether a call may follow text; otherwise an answer that begins as text is all text.
-        validate: from tool name and arguments to the reason why they do not fit the schema; "" if they do.
+        validate: from tool name and arguments to the reason why they do not fit the schema; "" if they do. Such a call
+            is a call all the same: its JSON is sound, and whoever runs the tool can tell the model what is wrong.
         new_id: makes the ids of the calls.
 
     Attributes:
         text: all text so far.
         tool_calls: the complete, valid calls.
-        invalid_tool_calls: everything else between tags, with the reason.
+        invalid_tool_calls: everything else between tags, with the reason; ``extras["written"]`` is the text as it was
+            generated.
+        errors: the reasons of all calls that are invalid or do not fit.
+        unparseable: chunks that end a stream, so that LangChain's lenient JSON parser rejects the invalid calls.
     """
 
     def __init__(
@@ -84,6 +88,8 @@ class ToolCallParser:
         self.text = ""
         self.tool_calls: list[ToolCall] = []
         self.invalid_tool_calls: list[InvalidToolCall] = []
+        self.errors: list[str] = []
+        self.unparseable: list[ToolCallChunk] = []
         self._ids = {OPEN: open_id, CLOSE: close_id}
         self._calls_after_text = after_text
         self._validate = validate
@@ -193,23 +199,27 @@ class ToolCallParser:
             arguments, error = call.body.parsed_arguments(), ""
         except (ValueError, RecursionError) as problem:
             arguments, error = {}, str(problem)
-        if call.body.name is not None and not error:
-            error = self._validate(call.body.name, arguments)
         if call.body.name is None or error:
-            sent = call.emit_invalid(delta)
-            reason = error or call.body.error or "the call names no tool"
-            self._add_invalid(call, call.body.name, sent, reason)
+            self._add_invalid(call, delta, error or call.body.error or "the call names no tool")
             return
+        if reason := self._validate(call.body.name, arguments):
+            self.errors.append(reason)
         call.complete(delta)
         self.tool_calls.append(tool_call(name=call.body.name, args=arguments, id=call.id))
         if call.body.rest:
             extra = _ToolCallStream(self._index, self._new_id())
             self._index += 1
             extra.body.raw = call.body.rest
-            self._add_invalid(extra, None, extra.emit_invalid(delta), call.body.error)
+            self._add_invalid(extra, delta, call.body.error)
 
-    def _add_invalid(self, call: _ToolCallStream, name: str | None, args: str, error: str) -> None:
-        self.invalid_tool_calls.append(invalid_tool_call(name=name, args=args, id=call.id, error=error))
+    def _add_invalid(self, call: _ToolCallStream, delta: MessageDelta, error: str) -> None:
+        written = call.emit_rest(delta)
+        tail = _unparseable_suffix(written)
+        if tail:
+            self.unparseable.append(tool_call_chunk(name=None, args=tail, id=None, index=call.index))
+        made = invalid_tool_call(name=call.body.name, args=written + tail, id=call.id, error=error)
+        self.invalid_tool_calls.append({**made, "extras": {"written": written}})
+        self.errors.append(error)
 
 
 class PlainTextParser:
@@ -224,6 +234,8 @@ class PlainTextParser:
         self.text = ""
         self.tool_calls: list[ToolCall] = []
         self.invalid_tool_calls: list[InvalidToolCall] = []
+        self.errors: list[str] = []
+        self.unparseable: list[ToolCallChunk] = []
 
     def is_tag(self, token_id: int) -> bool:
         """Always False."""
@@ -261,12 +273,10 @@ class _ToolCallStream:
         if not self._sent:
             self._chunk("{}", delta)
 
-    def emit_invalid(self, delta: MessageDelta) -> str:
-        """Emit text that makes LangChain's lenient JSON parser reject the call; returns all arguments emitted."""
-        text = "" if self._name_sent else self.body.raw
-        tail = _unparseable_suffix(self._sent + text)
-        if text + tail or not self._name_sent:
-            self._chunk(text + tail, delta)
+    def emit_rest(self, delta: MessageDelta) -> str:
+        """Emit the whole text of a call that names no tool; returns all arguments emitted."""
+        if not self._name_sent:
+            self._chunk(self.body.raw, delta)
         return self._sent
 
     def _chunk(self, args: str, delta: MessageDelta) -> None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
-from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.messages import AIMessage, AIMessageChunk, InvalidToolCall
 from langchain_core.messages.ai import UsageMetadata
 from pydantic_core import to_json
 
@@ -34,7 +34,7 @@ def chat_completion(message: AIMessage, *, answer_id: str, model: str) -> dict[s
     """OpenAI's ``chat.completion`` of an answer."""
     calls = [
         *(_call(call["id"], call["name"], to_json(call["args"]).decode()) for call in message.tool_calls),
-        *(_call(call["id"], call["name"], call["args"] or "") for call in message.invalid_tool_calls),
+        *(_call(call["id"], call["name"], _written(call)) for call in message.invalid_tool_calls),
     ]
     reasoning = message.additional_kwargs.get("reasoning_content")
     shown: dict[str, Any] = {
@@ -74,10 +74,11 @@ async def chat_events(
 
     async with aclosing(chunks):  # type: ignore[type-var]
         async for chunk in chunks:
-            delta, metadata = _delta(chunk), chunk.response_metadata
+            metadata = chunk.response_metadata
+            finished = "finish_reason" in metadata
+            delta = {} if finished else _delta(chunk)  # what the last chunk adds to a call is for LangChain alone
             called = called or "tool_calls" in delta
             usage = chunk.usage_metadata or usage
-            finished = "finish_reason" in metadata
             logprobs = metadata.get("logprobs")
             if not (delta or finished or logprobs):
                 continue
@@ -123,6 +124,11 @@ def _delta(chunk: AIMessageChunk) -> dict[str, Any]:
 
 def _call(call_id: str | None, name: str | None, arguments: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _written(call: InvalidToolCall) -> str:
+    """The arguments as the model wrote them."""
+    return str(call.get("extras", {}).get("written", call["args"] or ""))
 
 
 def _finish_reason(metadata: Mapping[str, Any], called: bool) -> str:

@@ -51,16 +51,15 @@ class ChatTemplate:
 
     Args:
         source: Jinja, as in ``tokenizer.chat_template``.
-        as_json: applied to the JSON text of values from outside, to escape it; must not change the value.
 
     Raises:
         ConfigError: an invalid template.
     """
 
-    def __init__(self, source: str, *, as_json: Callable[[str], str] = lambda text: text) -> None:
+    def __init__(self, source: str) -> None:
         if not isinstance(source, str) or len(source) > MAX_TEMPLATE_CHARS:
             raise ConfigError(f"The chat template is no text of at most {MAX_TEMPLATE_CHARS:,} characters.", hint=_HINT)
-        self._environment = _TracingEnvironment(as_json)
+        self._environment = _TracingEnvironment()
         try:
             self._template = self._environment.from_string(source)
         except TemplateSyntaxError as error:
@@ -154,12 +153,12 @@ class _GenerationTag(Extension):
 class _TracingEnvironment(BoundedEnvironment):
     code_generator_class = _TracingCodeGenerator
 
-    def __init__(self, as_json: Callable[[str], str]) -> None:
+    def __init__(self) -> None:
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols], finalize=_to_printable
         )
         self.filters = {name: _traced_filter(name, body) for name, body in self.filters.items()}
-        self.filters["tojson"] = functools.partial(_to_json, as_json)
+        self.filters["tojson"] = _to_json
         self.filters["join"] = _join
         self.globals |= {
             "raise_exception": _raise_exception,
@@ -255,6 +254,5 @@ def _join(environment: Environment, value: Any, d: str = "", attribute: str | in
     return as_traced(str(d)).join(map(str, parts))
 
 
-def _to_json(as_json: Callable[[str], str], x: Any, ensure_ascii: bool = False, **layout: Any) -> str:
-    text = json_text(x, ensure_ascii=ensure_ascii, **layout)
-    return tainted(as_json(str.__str__(text)), text) if isinstance(text, TracedStr) else text
+def _to_json(x: Any, ensure_ascii: bool = False, **layout: Any) -> str:
+    return json_text(x, ensure_ascii=ensure_ascii, **layout)

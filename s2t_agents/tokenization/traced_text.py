@@ -10,10 +10,13 @@ If an operation cannot be tracked by character, its whole result counts as text 
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, SupportsIndex, cast
 
 from ..errors import InputError
+from .bounded_jinja import MAX_INT_BITS
 
 
 class Span(NamedTuple):
@@ -222,14 +225,16 @@ class Sources:
     def __init__(self) -> None:
         self._texts: list[tuple[str, str, int]] = []
         """Text, its label for messages, and the first character that must be rendered."""
+        self._framed: set[int] = set()
 
-    def text(self, text: str, where: str, *, needed_from: int = 0) -> TracedStr:
+    def text(self, text: str, where: str, *, needed_from: int = 0, framed: bool = False) -> TracedStr:
         """Register a string from outside.
 
         Args:
             text: the string.
             where: what it belongs to, for messages.
             needed_from: the first character that must be rendered.
+            framed: whether it must stay between the tags that a template writes around it.
 
         Raises:
             InputError: not valid text, see ``check_text``.
@@ -237,11 +242,20 @@ class Sources:
         if isinstance(text, TracedStr):
             return text
         check_text(text, where)
+        number = len(self._texts)
         self._texts.append((text, where, needed_from))
-        return TracedStr(text, [Span(len(text), frozenset({len(self._texts) - 1}), 0)] if text else ())
+        if framed:
+            self._framed.add(number)
+        return TracedStr(text, [Span(len(text), frozenset({number}), 0)] if text else ())
+
+    def is_framed(self, text: str) -> bool:
+        """Whether any character comes from a text that must stay between a template's tags."""
+        return not self._framed.isdisjoint(_sources(text))
 
     def value(self, value: Any, where: str, needed: Callable[[tuple[str, ...], bool], bool], *path: str) -> Any:
-        """A JSON value with all strings in it, including keys, registered.
+        """A JSON value with all strings in it, including keys, registered as framed.
+
+        JSON has no infinity: the largest number stands for it, and null for what is no number.
 
         Args:
             value: the value.
@@ -251,19 +265,28 @@ class Sources:
             path: the keys that lead to the value.
 
         Raises:
-            InputError: not valid text, see ``check_text``; a value that is not JSON.
+            InputError: not valid text, see ``check_text``; a value that is not JSON; an integer of more than
+                ``MAX_INT_BITS`` bits.
         """
         if isinstance(value, str):
-            return self.text(value, where, needed_from=0 if needed(path, False) else len(value))
+            return self.text(value, where, needed_from=0 if needed(path, False) else len(value), framed=True)
         if isinstance(value, Mapping):
             traced = {}
             for key, item in value.items():
                 below = (*path, str(key))
-                name = self.text(str(key), where, needed_from=0 if needed(below, True) else len(str(key)))
+                needed_from = 0 if needed(below, True) else len(str(key))
+                name = self.text(str(key), where, needed_from=needed_from, framed=True)
                 traced[name] = self.value(item, where, needed, *below)
             return traced
         if isinstance(value, list | tuple):
             return [self.value(item, where, needed, *path) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return None if math.isnan(value) else math.copysign(sys.float_info.max, value)
+        if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
+            raise InputError(
+                f"{where} holds an integer of {value.bit_length():,} bits; {MAX_INT_BITS:,} fit.",
+                hint="Give it as text.",
+            )
         if value is None or isinstance(value, bool | int | float):
             return value
         raise InputError(f"{where} holds a {type(value).__name__}, which is no JSON.", hint="Convert it to text.")
