@@ -6,14 +6,15 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from langchain_core.messages import AIMessageChunk
+from langchain_core.messages import AIMessage, AIMessageChunk
 from templates import family
 
 from s2t_agents.chat.accounting import Account
 from s2t_agents.chat.attribution import Caller
 from s2t_agents.chat.generation import Generation
 from s2t_agents.chat.response_options import ResponseOptions
-from s2t_agents.formats.tool_calls import CLOSE, OPEN, MessageDelta, ToolCallParser, tag_ids
+from s2t_agents.formats.tool_calls import CLOSE, OPEN, MessageDelta, ToolCallParser, as_written, tag_ids
+from s2t_agents.server.chat_answers import chat_completion, chat_events
 from s2t_agents.types import Step
 
 JSON_VALUES = st.recursive(
@@ -192,7 +193,25 @@ def test_a_call_that_was_cut_off_is_never_a_sound_one():
     assert invalid["name"] == "pay"
     assert "cut off" in invalid["error"]
     assert invalid["args"].startswith('{"amount": 10')
-    assert invalid["extras"] == {"written": '{"amount": 10'}
+    assert as_written(invalid["args"]) == '{"amount": 10'
+
+
+@pytest.mark.parametrize("text", ['{"amount": 10', '{"of": "a', '{"of": [1, ', "{"])
+async def test_an_http_client_gets_a_call_that_was_cut_off_as_it_was_written(text):
+    parser, deltas = parse(spelt(f'{OPEN}{{"name": "pay", "arguments": {text}'))
+    answer = AIMessage("", invalid_tool_calls=parser.invalid_tool_calls)
+    (shown,) = chat_completion(answer, answer_id="1", model="m")["choices"][0]["message"]["tool_calls"]
+    assert shown["function"] == {"name": "pay", "arguments": text}
+
+    async def chunks():
+        for delta in deltas:
+            metadata = {"finish_reason": "length"} if delta is deltas[-1] and parser.unparseable else {}
+            yield AIMessageChunk("", tool_call_chunks=delta.tool_call_chunks, response_metadata=metadata)
+
+    events = [event async for event in chat_events(chunks(), answer_id="1", model="m", with_usage=False)]
+    told = [json.loads(event.removeprefix(b"data: ")) for event in events[:-1]]
+    calls = [call for event in told for call in event["choices"][0]["delta"].get("tool_calls", ())]
+    assert "".join(call["function"]["arguments"] for call in calls) == text
 
 
 def test_text_after_a_whole_call_is_kept_as_an_invalid_call():

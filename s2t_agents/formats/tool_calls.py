@@ -70,7 +70,7 @@ class ToolCallParser:
     Attributes:
         text: all text so far.
         tool_calls: the complete, valid calls.
-        invalid_tool_calls: everything else between tags, with the reason; ``extras["written"]`` is the text as it was
+        invalid_tool_calls: everything else between tags, with the reason; ``as_written`` gives the text as it was
             generated.
         errors: the reasons of all calls that are invalid or do not fit.
         unparseable: chunks that end a stream, so that LangChain's lenient JSON parser rejects the invalid calls.
@@ -218,7 +218,7 @@ class ToolCallParser:
         if tail:
             self.unparseable.append(tool_call_chunk(name=None, args=tail, id=None, index=call.index))
         made = invalid_tool_call(name=call.body.name, args=written + tail, id=call.id, error=error)
-        self.invalid_tool_calls.append({**made, "extras": {"written": written}})
+        self.invalid_tool_calls.append(made)
         self.errors.append(error)
 
 
@@ -297,12 +297,24 @@ class _ToolCallStream:
         )
 
 
+_TAILS = ("", "]", "}", '"]', '"}', '""]', '""}')
+
+
+def as_written(args: str) -> str:
+    """The arguments of an invalid call without what was appended to make them unparseable."""
+    for tail in _TAILS[1:]:
+        text = args.removesuffix(tail)
+        if text != args and _unparseable_suffix(text) == tail:
+            return text
+    return args
+
+
 def _unparseable_suffix(args: str) -> str:
     """The shortest suffix with which ``parse_partial_json`` does not repair incomplete arguments to a dict.
 
     Without it ``{"amount": 10``, cut off from 1000, would become a valid call for 10.
     """
-    for tail in ("", "]", "}", '"]', '"}', '""]', '""}'):
+    for tail in _TAILS:
         try:
             readable = not args + tail or isinstance(parse_partial_json(args + tail), dict)
         except (ValueError, RecursionError):

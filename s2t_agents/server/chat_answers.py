@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
-from langchain_core.messages import AIMessage, AIMessageChunk, InvalidToolCall
+from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.messages.ai import UsageMetadata
 from pydantic_core import to_json
 
+from ..formats.tool_calls import as_written
 from .error_responses import event_of
 
 DONE = event_of("[DONE]")
@@ -34,7 +35,7 @@ def chat_completion(message: AIMessage, *, answer_id: str, model: str) -> dict[s
     """OpenAI's ``chat.completion`` of an answer."""
     calls = [
         *(_call(call["id"], call["name"], to_json(call["args"]).decode()) for call in message.tool_calls),
-        *(_call(call["id"], call["name"], _written(call)) for call in message.invalid_tool_calls),
+        *(_call(call["id"], call["name"], as_written(call["args"] or "")) for call in message.invalid_tool_calls),
     ]
     reasoning = message.additional_kwargs.get("reasoning_content")
     shown: dict[str, Any] = {
@@ -124,11 +125,6 @@ def _delta(chunk: AIMessageChunk) -> dict[str, Any]:
 
 def _call(call_id: str | None, name: str | None, arguments: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _written(call: InvalidToolCall) -> str:
-    """The arguments as the model wrote them."""
-    return str(call.get("extras", {}).get("written", call["args"] or ""))
 
 
 def _finish_reason(metadata: Mapping[str, Any], called: bool) -> str:
