@@ -297,16 +297,14 @@ class _ToolCallStream:
         )
 
 
-_TAILS = ("", "]", "}", '"]', '"}', '""]', '""}')
+_TAILS = ("", "\n]", "\n}", '\n"]', '\n"}', '\n""]', '\n""}')
+"""The line break shows where what was written ends."""
 
 
 def as_written(args: str) -> str:
     """The arguments of an invalid call without what was appended to make them unparseable."""
-    for tail in _TAILS[1:]:
-        text = args.removesuffix(tail)
-        if text != args and _unparseable_suffix(text) == tail:
-            return text
-    return args
+    text, mark, tail = args.rpartition("\n")
+    return text if mark + tail in _TAILS[1:] else args
 
 
 def _unparseable_suffix(args: str) -> str:
