@@ -12,12 +12,14 @@ from typing import Any, Literal, NotRequired, Required
 import pytest
 import torch
 from langchain_core.exceptions import OutputParserException
-from langchain_core.tools import tool
+from langchain_core.tools import StructuredTool, tool
 from pydantic import BaseModel, ConfigDict, RootModel, field_validator
 from typing_extensions import TypedDict
 
 from s2t_agents import Budget, ChatS2T, Ledger
 from s2t_agents.errors import BadSchema, ConfigError
+from s2t_agents.grammar.canonical_schema import canonicalize
+from s2t_agents.grammar.validation import SchemaValidator
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import tiny_model
 
@@ -274,6 +276,59 @@ def test_tools_keep_their_recursion_and_the_prompt_shows_it() -> None:
         assert shown["$defs"]["Node"]["properties"]["children"]["items"] == {"$ref": "#/$defs/Node"}
         assert shown["properties"]["tree"]["$ref"] == "#/$defs/Node"
         assert list(shown["properties"]) == ["tree", "times"]
+
+
+LINK = {
+    "type": "object",
+    "properties": {"v": {"type": "integer"}, "next": {"anyOf": [{"$ref": "#/$defs/L"}, {"type": "null"}]}},
+    "required": ["v", "next"],
+}
+PLACES: dict[str, dict[str, Any]] = {
+    "definition": {"properties": {"x": {"$ref": "#/$defs/L"}}, "required": ["x"], "$defs": {"L": LINK}},
+    "root": {"properties": {"of": {"type": "array", "items": {"$ref": "#"}}}},
+    "property": {"properties": {"a/b": {"type": "array", "items": {"$ref": "#/properties/a~1b"}}}},
+    "each other": {
+        "properties": {"x": {"$ref": "#/definitions/A"}},
+        "definitions": {
+            "A": {"type": "object", "properties": {"b": {"$ref": "#/definitions/B"}}},
+            "B": {"type": "array", "items": {"$ref": "#/definitions/A"}},
+        },
+    },
+    "anchor": {"properties": {"x": {"$ref": "#l"}}, "$defs": {"L": {"$anchor": "l", "items": {"$ref": "#l"}}}},
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_tools_of_servers_keep_their_recursion(name: str) -> None:
+    """Their arguments are a JSON schema, not a class."""
+    asked = {"type": "object", **PLACES[name]}
+    served = StructuredTool(name="served", description="d", args_schema=asked, func=lambda **_: 1)
+    bound: Any = chat().bind_tools([served])
+    assert bound.kwargs["tools"][0]["function"]["parameters"] == asked
+
+
+def test_a_call_of_a_servers_tool_fits_its_schema_below_the_first_level() -> None:
+    asked = {"type": "object", **PLACES["definition"]}
+    served = StructuredTool(name="served", description="d", args_schema=asked, func=lambda **_: 1)
+    model = ChatS2T(model=tiny_model(max_position_embeddings=4096), max_tokens=200, temperature=1.0)
+    for seed in range(4):
+        (call,) = model.bind_tools([served], tool_choice="any").invoke("hello", seed=seed).tool_calls
+        assert not SchemaValidator(canonicalize(asked).schema).error_of(call["args"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strict", [None, True])
+@pytest.mark.parametrize("root", [PICKED, {"type": "array", "items": {"const": 1}, "minItems": 1, "maxItems": 1}])
+def test_openais_named_schemas_bind(method: Any, strict: bool | None, root: dict[str, Any]) -> None:
+    named = {"name": "named", "description": "d", "schema": root, "strict": True}
+    model = chat("b", '"') if root is PICKED else chat()
+    for given in (named, {"type": "json_schema", "json_schema": named}):
+        asked = model.with_structured_output(given, method=method, strict=strict, include_raw=True)
+        answer = asked.invoke("hello")
+        shown = answer["raw"].text or (answer["raw"].tool_calls + answer["raw"].invalid_tool_calls)[0]["name"]
+        assert shown == "named" or "x" in shown or shown == "[1]"
+        assert answer["parsed"] in ([1], None)
+        assert answer["parsed"] or "uniqueItems" in str(answer["parsing_error"])
 
 
 @pytest.mark.parametrize("name", ["array", "enum", "string"])

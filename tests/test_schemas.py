@@ -90,6 +90,7 @@ def test_what_a_grammar_can_not_enforce_is_relaxed_told_and_checked(name: str) -
     assert fits(of(field), {"x": good})
     assert not fits(of(field), {"x": bad})
     assert takes(of(field), {"x": bad}) == (name != "format" and bool(ready.notes))
+    assert all(note.endswith("(not checked)") == (name == "format") for note in ready.notes)
     if ready.notes:
         assert all(note.startswith("x") for note in ready.notes)
 
@@ -234,6 +235,190 @@ def spoilt(r: random.Random, asked: dict[str, Any]) -> dict[str, Any]:
     return {**copy.deepcopy(asked), **{key: SPOILERS[key] for key in SPOILERS if r.random() < 0.3}}
 
 
+FORMATS = {
+    "date": (["2024-02-29", "2000-02-29", "0004-02-29", "9999-12-31"], ["2023-02-29", "1900-02-29", "0000-01-01"]),
+    "time": (["23:59:59Z", "00:00:00.125+23:59"], ["10:00:60Z", "24:00:00Z", "10:00:00"]),
+    "date-time": (
+        ["2024-02-29T10:00:00Z", "0001-01-01t00:00:00.5-01:00"],
+        ["2023-02-29T10:00:00Z", "0000-01-01T00:00:00Z", "2023-01-01T10:00:60Z", "2023-01-01"],
+    ),
+    "uuid1": (["00000000-0000-1000-8000-00000000000a"], ["00000000-0000-4000-8000-000000000000", "a"]),
+    "uuid4": (["00000000-0000-4000-b000-00000000000A"], ["00000000-0000-1000-8000-000000000000", "a"]),
+    "uuid8": (["00000000-0000-8000-8000-000000000000"], ["00000000-0000-8000-7000-000000000000", "a"]),
+    "base64": (["", "YQ==", "YWI=", "YWJj"], ["Y", "YQ=", "Y Q="]),
+    "base64url": (["YQ==", "YQ", "_-8="], ["Y", "/w=="]),
+    "json-pointer": (["", "/a~1b/0"], ["a", "/~2"]),
+    "relative-json-pointer": (["0#", "1/a"], ["/a", "01"]),
+    "idn-email": (["ä@ö"], ["ä", "@"]),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_held_by_the_grammar_and_by_the_check(name: str) -> None:
+    good, bad = FORMATS[name]
+    for asked in (of({**STRING, "format": name}), of({**STRING, "format": name, "pattern": "^(?:.|\\n)*$"})):
+        assert relax_schema(asked, "it").notes == ()
+        for text in (*good, *bad):
+            assert takes(asked, {"x": text}) == (text in good), text
+            assert fits(asked, {"x": text}) == (text in good), text
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("regex", "^(?<year>[0-9]+)$", "("),
+        ("ipv4network", "10.0.0.0/8", "10.0.0.1/8"),
+        ("ipv6network", "fe80::/10", "fe80"),
+        ("ipvanyaddress", "::1", "1.2.3"),
+        ("ipv4interface", "10.0.0.1/8", "10.0.0.1/99"),
+    ],
+)
+def test_formats_beyond_the_grammar_are_told_and_checked(name: str, good: str, bad: str) -> None:
+    asked = of({**STRING, "format": name})
+    assert relax_schema(asked, "it").notes == (f'x: format "{name}"',)
+    assert takes(asked, {"x": bad})
+    assert fits(asked, {"x": good})
+    assert not fits(asked, {"x": bad})
+
+
+def test_a_format_says_nothing_of_values_that_are_given() -> None:
+    asked = of({**STRING, "format": "date", "enum": ["today"]})
+    assert takes(asked, {"x": "today"})
+    assert fits(asked, {"x": "today"})
+
+
+def test_a_format_that_is_an_expression_without_end_is_read_not_compiled() -> None:
+    assert fits(of({**STRING, "format": "regex"}), {"x": "((((a{1000}){1000}){1000}){1000})"})
+    assert fits(of({**STRING, "pattern": "^((a{1000}){1000}){1000}$"}), {"x": "a"})  # which cannot be checked
+
+
+# ---------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"type": "integer"},
+        {"type": ["integer", "null"]},
+        {"type": "integer", "minimum": -(10**18)},
+        {"type": "integer", "exclusiveMaximum": 2**62 + 10**18},
+        {"type": "integer", "multipleOf": 1},
+        {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        {"allOf": [{"type": "integer"}, {"minimum": -(10**18)}]},
+    ],
+)
+def test_integers_have_64_bits(field: dict[str, Any]) -> None:
+    assert relax_schema(of(field), "it").notes == ()
+    for asked, wrapped in ((of(field), lambda n: n), (of({"type": "array", "items": field}), lambda n: [n])):
+        for good in (0, -7, 10**17, -(10**18), 2**62):
+            assert takes(asked, {"x": wrapped(good)}), good
+        for bad in (2**63, -(2**63) - 2048, 10**19, 10**400):
+            assert not takes(asked, {"x": wrapped(bad)}), bad
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"type": "integer", "minimum": 10**20},
+        {"allOf": [{"type": "integer"}, {"minimum": 10**20}]},
+    ],
+)
+def test_a_schema_with_larger_numbers_gets_them(field: dict[str, Any]) -> None:
+    assert takes(of(field), {"x": 10**30})
+    assert fits(of(field), {"x": 10**30})
+
+
+@pytest.mark.parametrize("field", [{}, {"type": "number"}, {"type": "number", "minimum": 0}, {"type": "integer"}])
+@pytest.mark.parametrize("text", ["1e999", "-1e999", "1" + "0" * 400])
+def test_a_number_that_no_double_holds_is_no_valid_answer(field: dict[str, Any], text: str) -> None:
+    said = SchemaValidator(canonicalize(of({"type": "array", "items": field})).schema)
+    assert said.error_of({"x": [1e300, json.loads(text)]}).startswith("x[1]: ")
+    assert not said.error_of({"x": [3]})
+
+
+# ---------------------------------------------------------------------- wrong values of keywords
+
+KEYWORDS = [
+    "$anchor",
+    "$defs",
+    "$dynamicRef",
+    "$id",
+    "$recursiveRef",
+    "$ref",
+    "$schema",
+    "additionalItems",
+    "additionalProperties",
+    "allOf",
+    "anyOf",
+    "const",
+    "contains",
+    "default",
+    "definitions",
+    "dependencies",
+    "dependentRequired",
+    "dependentSchemas",
+    "description",
+    "else",
+    "enum",
+    "exclusiveMaximum",
+    "exclusiveMinimum",
+    "format",
+    "if",
+    "items",
+    "maxContains",
+    "maxItems",
+    "maxLength",
+    "maxProperties",
+    "maximum",
+    "minContains",
+    "minItems",
+    "minLength",
+    "minProperties",
+    "minimum",
+    "multipleOf",
+    "not",
+    "nullable",
+    "oneOf",
+    "pattern",
+    "patternProperties",
+    "prefixItems",
+    "properties",
+    "propertyNames",
+    "required",
+    "then",
+    "title",
+    "type",
+    "unevaluatedItems",
+    "unevaluatedProperties",
+    "uniqueItems",
+]
+BASES: list[dict[str, Any]] = [
+    {},
+    {"type": "object", "dependencies": {"a": ["b"]}, "properties": {"a": STRING}, "if": True, "required": ["a"]},
+    {"type": "array", "contains": True, "items": {"type": "boolean"}},
+    {"type": ["integer", "number", "string"], "minimum": 1},
+]
+ANYTHING: list[Any] = [
+    *(None, True, False, 0, -1, 1.5, 10**30, 10**400, -(10**400), 1e300, 1e-300, float("inf"), float("-inf")),
+    *("", "a", "#", "(", [], [1], [[]], [None], ["a"], [{}], {}, {"a": 5}, {"a": "b"}, {"a": [1]}, {"a": {"a": []}}),
+    *({"a": None}, {"(": True}, {"$ref": 5}),
+]
+
+
+@pytest.mark.parametrize("keyword", KEYWORDS)
+def test_a_keyword_with_any_value_is_taken_noted_or_refused_as_ours(keyword: str) -> None:
+    for base in BASES:
+        for value in ANYTHING:
+            asked = of({**base, keyword: value})
+            try:
+                ready = relax_schema(asked, "it")
+            except BadSchema:
+                continue
+            check = SchemaValidator(ready.whole)
+            for each in ({"a": "b"}, [True], 3, 1.5, "a", None):
+                assert isinstance(check.error_of({"x": each}), str), (asked, each)
+
+
 # ---------------------------------------------------------------------- checks
 
 
@@ -317,6 +502,9 @@ HUGE = {
         {"type": "object", "properties": dict.fromkeys(NAMES, STRING), "required": NAMES},
         "x: required",
     ),
+    "pattern": ({**STRING, "pattern": "^a{5000}$"}, "x: pattern"),
+    "pattern of alternatives": ({**STRING, "pattern": "^(a|b|c){3000}x$"}, "x: pattern"),
+    "pattern of patterns": ({**STRING, "pattern": "^(a{1000}){1000}$"}, "x: pattern"),
 }  # fmt: skip
 
 
@@ -382,3 +570,38 @@ def test_what_several_members_say_alike_is_followed_once() -> None:
         defs[f"m{at}"] = {"type": "object", "patternProperties": {"^[a-z]+$": below}, "additionalProperties": below}
         defs[name] = {"type": "object", "properties": two}
     assert takes(of({"$ref": "#/$defs/n0"}, **{"$defs": defs}), {"x": {"p0": {"a": {}}}})
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        (
+            {"type": "object", "properties": {"a": {}}, "additionalProperties": False, "minProperties": 3},
+            "minProperties 3",
+        ),
+        ({"type": "object", "propertyNames": {"enum": ["a"]}, "minProperties": 2}, "minProperties 2"),
+        ({"type": "object", "propertyNames": {"const": "a"}, "minProperties": 2}, "minProperties 2"),
+        ({"type": "object", "propertyNames": False, "minProperties": 1}, "minProperties 1"),
+        (
+            {"properties": {"a": {}, "b": False}, "type": "object", "additionalProperties": False, "minProperties": 2},
+            "",
+        ),
+        ({"type": "object", "properties": {"a": {}, "b": {}, "c": {}}, "required": ["a", "b"], "maxProperties": 1}, ""),
+        ({"type": "array", "items": {"enum": ["a", "b"]}, "uniqueItems": True, "minItems": 3}, "minItems 3"),
+        ({"type": "array", "items": {"type": "boolean"}, "uniqueItems": True, "minItems": 3}, "minItems 3"),
+        ({"type": "array", "items": {"$ref": "#/$defs/w"}, "uniqueItems": True, "minItems": 2}, "minItems 2"),
+        (
+            {"type": "array", "prefixItems": [{}], "items": {"const": 1}, "uniqueItems": True, "minItems": 3},
+            "minItems 3",
+        ),
+    ],
+)
+def test_counts_that_no_value_reaches_are_refused(field: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadSchema, match=f"No answer can fit it: x: {said}"):
+        relax_schema(of(field, **{"$defs": {"w": {"enum": ["one"]}}}), "it")
+
+
+def test_unique_items_of_few_values_end_with_the_last_value() -> None:
+    asked = of({"type": "array", "items": {"enum": ["a", "b"]}, "uniqueItems": True})
+    assert takes(asked, {"x": ["a", "b"]})
+    assert not takes(asked, {"x": ["a", "b", "a"]})

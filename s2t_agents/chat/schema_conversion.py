@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import is_dataclass
 from enum import Enum
 from typing import Any, get_origin
+from urllib.parse import unquote
 
 from langchain_core.tools import BaseTool, StructuredTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
@@ -34,6 +35,7 @@ def openai_tool(given: Any, *, strict: bool | None = None) -> dict[str, Any]:
     Raises:
         BadSchema: not a tool.
     """
+    given = _unwrapped(given)
     try:
         if _is_titled_schema(given) and "properties" not in given:
             made = {"name": given["title"], "description": given.get("description", "")}
@@ -43,9 +45,15 @@ def openai_tool(given: Any, *, strict: bool | None = None) -> dict[str, Any]:
             schema = json_schema(given)
             made = {"name": schema.pop("title"), "description": schema.pop("description", "")}
             return {"type": "function", "function": {**made, "parameters": schema}}
-        one = convert_to_openai_tool(given, strict=strict)
-        function = {key: value for key, value in one["function"].items() if key != "strict"}
         whole = _recursive_schema(given)
+        if whole is not None and isinstance(given, BaseTool):  # LangChain refuses some references
+            one: dict[str, Any] = {
+                "type": "function",
+                "function": {"name": given.name, "description": given.description},
+            }
+        else:
+            one = convert_to_openai_tool(given, strict=strict)
+        function = {key: value for key, value in one["function"].items() if key != "strict"}
         if whole is not None:
             function["parameters"] = _without_titles(
                 {k: v for k, v in whole.items() if k not in ("title", "description")}
@@ -64,6 +72,7 @@ def json_schema(given: Any, *, strict: bool | None = None) -> dict[str, Any]:
     Raises:
         BadSchema: not a schema.
     """
+    given = _unwrapped(given)
     try:
         if is_dataclass(given) or _is_pydantic_only_type(given):
             return {"title": _name_of(given), **_schema_of(given)}
@@ -129,6 +138,16 @@ def _move_references(node: Any) -> Any:
     return out
 
 
+def _unwrapped(given: Any) -> Any:
+    """The schema, titled by its name, inside OpenAI's ``json_schema`` form or its inner ``{"name", "schema"}``."""
+    if isinstance(given, dict) and given.get("type") == "json_schema" and isinstance(given.get("json_schema"), dict):
+        given = given["json_schema"]
+    if not (isinstance(given, dict) and isinstance(given.get("schema"), dict) and isinstance(given.get("name"), str)):
+        return given
+    described = {"description": given["description"]} if isinstance(given.get("description"), str) else {}
+    return {**given["schema"], "title": given["name"], **described}
+
+
 def _is_titled_schema(given: Any) -> bool:
     return isinstance(given, dict) and "title" in given and not any(key in given for key in _TOOL_KEYS)
 
@@ -178,42 +197,50 @@ def _recursive_schema(given: Any) -> dict[str, Any] | None:
         source = given.tool_call_schema
     elif callable(given) and not isinstance(given, type):
         source = StructuredTool.from_function(given).tool_call_schema if given.__doc__ else None
-    if not (isinstance(source, type) and is_basemodel_subclass(source)):
+    if source is not given and isinstance(source, dict):  # a tool of an MCP server
+        schema = source
+    elif isinstance(source, type) and is_basemodel_subclass(source):
+        schema = _schema_of(source)
+    else:
         return None
-    schema = _schema_of(source)
     return schema if _is_recursive(schema) else None
 
 
 def _is_recursive(schema: Mapping[str, Any]) -> bool:
-    defs = {**schema.get("definitions", {}), **schema.get("$defs", {})}
-    referred = {name: set(_references(inner)) & defs.keys() for name, inner in defs.items()}
-    for start in referred:
-        seen: set[str] = set()
-        waiting = list(referred[start])
-        while waiting:
-            name = waiting.pop()
-            if name == start:
-                return True
-            if name not in seen:
-                seen.add(name)
-                waiting += referred[name]
-    return "#" in {each.get("$ref") for each in _mappings_in(schema)}
-
-
-def _references(node: Any) -> list[str]:
-    return [each["$ref"].split("/")[-1] for each in _mappings_in(node) if isinstance(each.get("$ref"), str)]
-
-
-def _mappings_in(node: Any) -> list[Mapping[str, Any]]:
-    found, waiting = [], [node]
+    """Whether a local reference leads to a schema that holds it; an anchor counts as one that does."""
+    open_nodes, done = set[int](), set[int]()
+    waiting: list[tuple[Any, bool]] = [(schema, True)]
     while waiting:
-        here = waiting.pop()
+        here, entering = waiting.pop()
+        if not entering:
+            open_nodes.discard(id(here))
+            done.add(id(here))
+        elif id(here) in open_nodes:
+            return True
+        elif isinstance(here, Mapping | list) and id(here) not in done:
+            open_nodes.add(id(here))
+            below = list(here.values()) if isinstance(here, Mapping) else here
+            reference = here.get("$ref") if isinstance(here, Mapping) else None
+            if isinstance(reference, str) and reference.startswith("#"):
+                if reference.removeprefix("#")[:1] not in ("", "/"):
+                    return True
+                below = [*below, _target(schema, reference)]
+            waiting += [(here, False), *((each, True) for each in below)]
+    return False
+
+
+def _target(schema: Mapping[str, Any], reference: str) -> Any:
+    """What a JSON pointer such as ``#/$defs/N`` points to; None if it is nowhere."""
+    here: Any = schema
+    for part in reference.removeprefix("#").split("/")[1:]:
+        name = unquote(part).replace("~1", "/").replace("~0", "~")
         if isinstance(here, Mapping):
-            found.append(here)
-            waiting += here.values()
-        elif isinstance(here, list):
-            waiting += here
-    return found
+            here = here.get(name)
+        elif isinstance(here, list) and name.isdecimal() and int(name) < len(here):
+            here = here[int(name)]
+        else:
+            return None
+    return here
 
 
 def _without_titles(node: Any) -> Any:

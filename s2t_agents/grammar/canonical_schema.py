@@ -65,7 +65,7 @@ class CanonicalSchema:
 
     Attributes:
         schema: the schema.
-        notes: what was left out, as ``path: keyword``.
+        notes: what was left out, and so is not checked either, as ``path: keyword (not checked)``.
     """
 
     schema: Schema
@@ -169,7 +169,7 @@ class _SchemaReader:
             stack += [(each, base) for each in node.values()]
 
     def _note(self, path: tuple[str, ...], what: str) -> None:
-        self.notes.append(f"{format_path(path)}: {what}")
+        self.notes.append(f"{format_path(path)}: {what} (not checked)")
 
     def read_definitions(self) -> Schema:
         """The canonical forms of the referenced schemas, by name."""
@@ -317,9 +317,9 @@ class _SchemaReader:
             return
         if isinstance(value, str):
             value = _parse_number(value, value)
-        if not isinstance(value, int | float) or math.isnan(value):
+        if not isinstance(value, int | float) or value != value:
             self._note(path, f"{key} {format_value(value)}")
-        elif math.isinf(value):
+        elif _is_beyond_double(value):
             lower = key.lower().endswith("minimum")
             if key not in _BOUNDS or lower != (value < 0):
                 self._note(path, f"{key} {format_value(value)}")
@@ -371,14 +371,26 @@ class _SchemaReader:
             out["required"] = list(dict.fromkeys(names))
         elif isinstance(required, str):
             self._note(path, f"required {format_value(required)}")
-        dependencies = node.get("dependencies")
-        if isinstance(dependencies, Mapping):
-            given = {k: v for k, v in dependencies.items() if isinstance(v, Mapping | bool)}
-            self._map("dependentSchemas", {**node.get("dependentSchemas", {}), **given}, out, path, depth)
-            dependencies = {k: [v] if isinstance(v, str) else v for k, v in dependencies.items() if k not in given}
-        wanted = {**(dependencies or {}), **(node.get("dependentRequired") or {})}
-        if wanted and all(isinstance(each, list) for each in wanted.values()):
+        wanted: Schema = {}
+        dependencies = self._mapping(node, "dependencies", path)
+        given = {k: v for k, v in dependencies.items() if isinstance(v, Mapping | bool)}
+        if given:
+            schemas = node.get("dependentSchemas")
+            schemas = schemas if isinstance(schemas, Mapping) else {}
+            self._map("dependentSchemas", {**schemas, **given}, out, path, depth)
+        wanted = {k: [v] if isinstance(v, str) else v for k, v in dependencies.items() if k not in given}
+        wanted |= self._mapping(node, "dependentRequired", path)
+        for name in [name for name, each in wanted.items() if not _are_names(each)]:
+            self._note(path, f"dependentRequired {format_value({name: wanted.pop(name)})}")
+        if wanted:
             out["dependentRequired"] = wanted
+
+    def _mapping(self, node: Mapping[str, Any], key: str, path: tuple[str, ...]) -> Mapping[str, Any]:
+        """A keyword's mapping; an empty one, noted, where it is something else."""
+        value = node.get(key) or {}
+        if not isinstance(value, Mapping):
+            self._note(path, f"{key} {format_value(value)}")
+        return value if isinstance(value, Mapping) else {}
 
 
 def format_value(value: Any) -> str:
@@ -404,6 +416,17 @@ def _joined(base: str, url: str) -> str:
         return urljoin(base, url)
     except ValueError:
         return url
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _is_beyond_double(value: float) -> bool:
+    try:
+        return math.isinf(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return True
 
 
 def _parse_number(text: str, other: Any) -> Any:

@@ -210,8 +210,8 @@ class GrammarState:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more may come."""
-        return bool(self._ended or self._matcher.is_stopped())
+        """Whether nothing more may come; after a matcher that failed, the next mask raises ``BadSchema``."""
+        return bool(self._ended or (self._matcher.is_stopped() and not self._matcher.is_error()))
 
     @property
     def shortened(self) -> bool:

@@ -1,8 +1,9 @@
 """From a schema to the one that the grammar enforces: equal where llguidance can express it, looser elsewhere.
 
-Every value that fits the original fits the relaxed schema, with one exception: an object schema that names properties
-permits no others unless it says so ("closed"). What is not enforced is noted by path and keyword; ``validation`` checks
-the finished answer against the whole schema.
+Every value that fits the original fits the relaxed schema, with two exceptions: an object schema that names properties
+permits no others unless it says so ("closed"), and an integer has 64 bits unless the schema has larger numbers. What is
+not enforced is noted by path and keyword; ``validation`` checks the finished answer against the whole schema, but for
+what is noted as not checked.
 """
 
 from __future__ import annotations
@@ -20,14 +21,28 @@ from llguidance import LLMatcher
 from ..errors import BadSchema
 from ..fork_safety import delay_fork
 from ..redaction import one_line
-from .canonical_schema import Schema, canonicalize, check_json, format_path, format_value, subschemas
-from .schema_rules import MAX_VALUE_BYTES, json_rule
-from .shortest_value import ShortestValue, Unsatisfiable, shortest_value, unsatisfiable_definitions
+from .canonical_schema import TYPES, Schema, canonicalize, check_json, format_path, format_value, subschemas
+from .schema_rules import FORMAT_PATTERNS, MAX_VALUE_BYTES, json_rule
+from .shortest_value import (
+    ShortestValue,
+    Unsatisfiable,
+    excluding_count,
+    shortest_value,
+    unsatisfiable_definitions,
+)
+from .validation import CHECKED_FORMATS, is_pattern
 
 _log = logging.getLogger(__name__)
 
-FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
-"""Formats that the grammar enforces."""
+FORMATS = ("duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+"""Formats that the grammar enforces by llguidance's rules, besides ``FORMAT_PATTERNS``."""
+
+MAX_INTEGER = 2**63 - 1
+"""Largest integer that the grammar writes, unless the schema itself has a larger number: checkpointers and most JSON
+readers hold 64 bits."""
+
+MIN_INTEGER = -(2**63) + 1024
+"""The smallest one: llguidance bounds integers by doubles."""
 
 MAX_COUNTED_LENGTH = 20_000
 """Longest string length that the grammar enforces, in characters."""
@@ -44,8 +59,12 @@ MAX_TRIALS = 400
 MAX_TRIED_BYTES = 2**16
 """Shortest value, in bytes, beyond which a schema is not compiled by trial."""
 
+_SHARED_PREFIX = "s2t.shared-"
+"""Names of definitions that no canonical schema has."""
+
 _MATCH_ALL_PATTERNS = ("", ".*", "^.*$", "^.*", ".*$", "^", "$")
 _NOT_ENFORCED = ("uniqueItems", "dependentRequired", "dependentSchemas")
+_FINITE_TYPES = {"null": 1, "boolean": 2}
 _IN_PLACE = ("allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas")
 _OBJECT_KEYWORDS = (
     "properties",
@@ -147,6 +166,7 @@ class _SchemaRelaxer:
         self.whole, self.notes = whole, notes
         self.defs: Mapping[str, Any] = whole.get("$defs", {})
         self.open_definitions = self._open_definitions()
+        self.has_large_numbers = _has_large_numbers(whole)
         self.trials = MAX_TRIALS
         self.long = False
 
@@ -200,18 +220,10 @@ class _SchemaRelaxer:
         return out
 
     def _strings(self, out: Schema, path: tuple[str, ...]) -> None:
-        if "format" in out and out["format"] not in FORMATS:
-            self.note(path, f"format {format_value(out.pop('format'))}")
         if "pattern" in out and (error := grammar_error({"type": "string", "pattern": out["pattern"]})):
-            self.note(path, f"pattern {format_value(out.pop('pattern'))} ({error})")
-        if (
-            "pattern" in out
-            and "format" in out
-            and grammar_error({"type": "string", **_only_keys(out, "pattern", "format")})
-        ):
-            self.note(
-                path, f"format {format_value(out.pop('format'))}"
-            )  # the pattern is an assertion, the format an annotation
+            unchecked = "" if is_pattern(out["pattern"]) else ", not checked"
+            self.note(path, f"pattern {format_value(out.pop('pattern'))} ({error}{unchecked})")
+        self._format(out, path)
         if out.get("maxLength", 0) > MAX_COUNTED_LENGTH:
             self.note(path, f"maxLength {out.pop('maxLength')}")
         for min_key, max_key in (("minLength", "maxLength"), ("minItems", "maxItems")):
@@ -221,6 +233,23 @@ class _SchemaRelaxer:
         if out.get("minLength", 0) > MAX_COUNTED_LENGTH:
             self.note(path, f"minLength {out['minLength']}")
             self.long = True
+
+    def _format(self, out: Schema, path: tuple[str, ...]) -> None:
+        """A format by llguidance's rule or by a pattern; left to a pattern beside it if both are too much."""
+        name = out.pop("format", None)
+        if name is None or "enum" in out or "const" in out:  # an annotation of values that are given
+            return
+        rule: Schema = {"format": name} if name in FORMATS else {}
+        if name in FORMAT_PATTERNS:
+            rule = {"pattern": FORMAT_PATTERNS[name]}
+            rule = {"allOf": [rule]} if "pattern" in out else rule
+        if not rule or ("pattern" in out and grammar_error({"type": "string", "pattern": out["pattern"], **rule})):
+            unchecked = "" if name in CHECKED_FORMATS else " (not checked)"
+            self.note(path, f"format {format_value(name)}{unchecked}")
+        elif "allOf" in rule:
+            out["allOf"] = [*out.get("allOf", []), *rule["allOf"]]
+        else:
+            out.update(rule)
 
     def _numbers(self, out: Schema, path: tuple[str, ...]) -> None:
         keys = [key for key in _NUMBER_KEYWORDS if key in out]
@@ -232,6 +261,13 @@ class _SchemaRelaxer:
                 worst = max(keys, key=lambda key: (key == "multipleOf", abs(out[key])))
                 keys.remove(worst)
                 self.note(path, f"{worst} {format_value(out.pop(worst))}")
+        types = _type_list(out) if "type" in out else set[str]()
+        if "integer" not in types or "number" in types or {"enum", "const"} & out.keys() or self.has_large_numbers:
+            return
+        if not {"minimum", "exclusiveMinimum"} & out.keys():
+            out["minimum"] = MIN_INTEGER
+        if not {"maximum", "exclusiveMaximum"} & out.keys():
+            out["maximum"] = MAX_INTEGER
 
     def _enum(self, out: Schema, path: tuple[str, ...]) -> None:
         if "enum" not in out or len(json.dumps(out["enum"])) <= MAX_ENUM_BYTES:
@@ -256,6 +292,9 @@ class _SchemaRelaxer:
         condition = [key for key in ("if", "then", "else") if out.pop(key, None) is not None]
         if len(condition) > 1:
             self.note(path, "if")
+        if "uniqueItems" in out and (values := self._count_of(out.get("items"))) is not None:
+            most = values + len(out.get("prefixItems", ()))
+            out["maxItems"] = min(out.get("maxItems", most), most)
         for key in _NOT_ENFORCED:
             if key in out:
                 del out[key]
@@ -282,6 +321,7 @@ class _SchemaRelaxer:
     def _property_names(self, out: Schema, path: tuple[str, ...]) -> None:
         """``propertyNames`` as properties or patterns where equivalent."""
         names = out.pop("propertyNames", True)
+        names = {"enum": []} if names is False else names
         if names is True or names in ({}, {"type": "string"}):
             return
         rules = {key: value for key, value in names.items() if key != "type"} if isinstance(names, dict) else {}
@@ -397,7 +437,7 @@ class _SchemaRelaxer:
         """Drop property counts unless no named property is optional, or the count is at most one (llguidance)."""
         shortest_value, most = out.get("minProperties", 0), out.get("maxProperties")
         optional = set(out.get("properties", ())) - set(out.get("required", ()))
-        if not optional or (not shortest_value and most is None):
+        if not optional or (not shortest_value and most is None) or excluding_count(out):
             return
         shortest_value -= len(out.get("required", ()))
         few = shortest_value <= 1 and most in (None, 1) and len(optional) <= 40 and not out.get("required")
@@ -406,6 +446,16 @@ class _SchemaRelaxer:
         for key in ("minProperties", "maxProperties"):
             if key in out:
                 self.note(path, f"{key} {out.pop(key)}")
+
+    def _count_of(self, node: Any) -> int | None:
+        """How many values fit a schema, at most; None if they are not counted."""
+        node = self._resolved(node)
+        if not isinstance(node, dict):
+            return None
+        if (values := _values(node)) is not None:
+            return len(values)
+        counts = [_FINITE_TYPES.get(kind) for kind in (_type_list(node) if "type" in node else TYPES)]
+        return None if None in counts else sum(each or 0 for each in counts)
 
     def _open_definitions(self) -> set[str]:
         """Definitions whose objects must fit other schemas too somewhere: these stay open."""
@@ -457,6 +507,10 @@ class _SchemaRelaxer:
             return found, ""
         for name in unsatisfiable_definitions(root):
             root["$defs"][name] = False
+        shared: Schema = {}
+        root.update(self._mapped(root, (), partial(_share_leaves, shared)))
+        if shared:
+            root["$defs"] = {**root.get("$defs", {}), **shared}
         if self.long:  # after the search, so that errors give the true shortest value
             root.update(self._mapped(root, (), _cap_min_length))
         return found, grammar_error(root) if found.size <= MAX_TRIED_BYTES else ""
@@ -602,6 +656,27 @@ class _SchemaRelaxer:
             if key in out:
                 out[key] = self._mapped(out[key], (*path, step), change)
         return out
+
+
+def _share_leaves(shared: Schema, node: Schema, path: tuple[str, ...]) -> Schema:
+    """Move a bounded number or a pattern to a definition, which is compiled once: half a millisecond each."""
+    if not path or "type" not in node or len(node) == 1 or node.keys() - {"type", "pattern", *_NUMBER_KEYWORDS}:
+        return node
+    known = next((name for name, each in shared.items() if each == node), f"{_SHARED_PREFIX}{len(shared)}")
+    shared[known] = node
+    return {"$ref": f"#/$defs/{known}"}
+
+
+def _has_large_numbers(schema: Any) -> bool:
+    """Whether a number in a schema is beyond 64 bits."""
+    waiting = [schema]
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, dict | list):
+            waiting += here.values() if isinstance(here, dict) else here
+        elif isinstance(here, int | float) and abs(here) > MAX_INTEGER:
+            return True
+    return False
 
 
 def _cap_min_length(node: Schema, path: tuple[str, ...]) -> Schema:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass
 from functools import lru_cache
-from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from llguidance import LLTokenizer
 from .canonical_schema import Schema, format_path, format_value
 from .completion_search import CompletionSearch, SearchBudget
 from .matcher import Matcher
-from .schema_rules import MAX_VALUE_BYTES, json_rule
+from .schema_rules import MAX_VALUE_BYTES, json_rule, parsed_pattern, shortest_match
 
 _MAX_ROUNDS = 24
 _MAX_TEXT_BYTES = 20_000  # longest value whose text is kept
@@ -70,6 +68,15 @@ def unsatisfiable_definitions(schema: Schema) -> list[str]:
     search = _Search(schema)
     search.root()
     return search.unsatisfiable if "$defs" in schema else []
+
+
+def excluding_count(node: Schema) -> str:
+    """The property count of an object schema that no object reaches or keeps; "" if there is none."""
+    if len(node.get("required", ())) > node.get("maxProperties", math.inf):
+        return "maxProperties"
+    closed = node.get("additionalProperties") is False and not node.get("patternProperties")
+    possible = sum(inner is not False for inner in node.get("properties", {}).values())
+    return "minProperties" if closed and node.get("minProperties", 0) > possible else ""
 
 
 class _Search:
@@ -175,8 +182,7 @@ class _Search:
     def _array(self, node: Schema, path: tuple[str, ...]) -> Found:
         count = node.get("minItems", 0)
         if count > node.get("maxItems", math.inf):
-            key = "minItems" if count > MAX_VALUE_BYTES else "maxItems"
-            return Unsatisfiable(format_path(path), key, node[key])
+            return Unsatisfiable(format_path(path), "minItems", count)
         sizes, texts, blames = 0, list[str | None](), list[tuple[int, str, str, Any]]()
         schemas = node.get("prefixItems", [])[:count]
         items = [self.of(each, (*path, "[]")) for each in schemas]
@@ -200,10 +206,8 @@ class _Search:
     def _object(self, node: Schema, path: tuple[str, ...]) -> Found:
         properties, required = node.get("properties", {}), node.get("required", [])
         others = node.get("additionalProperties", True)
-        if len(required) > node.get("maxProperties", math.inf):
-            return Unsatisfiable(format_path(path), "maxProperties", node["maxProperties"])
-        if others is False and not node.get("patternProperties") and node.get("minProperties", 0) > len(properties):
-            return Unsatisfiable(format_path(path), "minProperties", node["minProperties"])
+        if key := excluding_count(node):
+            return Unsatisfiable(format_path(path), key, node[key])
         wanted = set(required)
         names = [
             *(name for name in properties if name in wanted),
@@ -315,10 +319,14 @@ def _string(node: Schema, path: tuple[str, ...]) -> Found:
     rules: Schema = {key: node[key] for key in keys if key in node}
     if "pattern" not in rules and "format" not in rules:
         return ShortestValue(count + 2, f'"{"a" * count}"' if count <= _MAX_TEXT_BYTES else None, blame)
-    text = _shortest_string(json.dumps(rules)) if count <= 200 else None
+    fewest = shortest_match(rules.get("pattern", ""))
+    text = _shortest_string(json.dumps(rules)) if count <= 200 and fewest <= _MAX_TEXT_BYTES else None
     key = "pattern" if "pattern" in rules else "format"
-    size = len(text.encode()) if text is not None else count + 2
-    return ShortestValue(count + 2, text, blame or (size, format_path(path), key, rules[key]))
+    least = max(count, fewest) + 2
+    size = len(text.encode()) if text is not None else least
+    return ShortestValue(
+        least, text, blame if blame and count >= fewest else (size, format_path(path), key, rules[key])
+    )
 
 
 @lru_cache(maxsize=2048)
@@ -344,10 +352,8 @@ def _accepts(matcher: Any, text: str) -> bool:
 
 def _example_of_pattern(pattern: str) -> str:
     """A short text that matches a pattern, built from its parts; "" if Python cannot parse the pattern."""
-    try:
-        return str(_example_of_parts(_parser.parse(pattern)))
-    except (re.error, RecursionError, OverflowError):
-        return ""
+    parts = parsed_pattern(pattern)
+    return "" if parts is None else str(_example_of_parts(parts))
 
 
 def _example_of_parts(parts: Any) -> str:
@@ -363,7 +369,7 @@ def _example_of_parts(parts: Any) -> str:
         elif name == "ANY":
             out += "a"
         elif name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
-            out += _example_of_parts(value[2]) * min(value[0], 400)
+            out += _example_of_parts(value[2]) * min(value[0], _MAX_TEXT_BYTES)
         elif name == "SUBPATTERN":
             out += _example_of_parts(value[3])
         elif name == "BRANCH":

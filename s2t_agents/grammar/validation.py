@@ -1,16 +1,19 @@
 """Validation of finished JSON against the whole schema with jsonschema, for what the grammar could not enforce.
 
 Validation is bounded: patterns have a time limit, keywords are counted, and nothing is fetched (a canonical schema has
-only local references). A value that cannot be checked within the limits is invalid. ``format`` is an annotation, as in
-JSON Schema; the grammar enforces the formats that it supports.
+only local references). A value that cannot be checked within the limits is invalid, and so is a number that no double
+holds (``1e999``). ``format`` is an annotation, as in JSON Schema, but for ``CHECKED_FORMATS``.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import regex
@@ -18,12 +21,16 @@ from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.validators import extend
 
 from .canonical_schema import Schema, format_path, format_value
+from .schema_rules import FORMAT_PATTERNS, parsed_pattern, shortest_match
 
 MAX_SECONDS = 0.5
 """Time limit of one validation, and of all its patterns together."""
 
 MAX_KEYWORDS = 200_000
 """Keywords that one validation may evaluate: nested alternatives multiply."""
+
+MAX_MATCH = 100_000
+"""Characters of a pattern's shortest match: a longer one is not checked, since ``regex`` writes its repetitions out."""
 
 _Keyword = Callable[[Any, Any, Any, Any], Iterator[ValidationError] | None]
 
@@ -54,8 +61,15 @@ class _Limits:
             raise _LimitExceeded from None
 
 
+def is_pattern(text: str) -> bool:
+    """Whether a pattern can be checked."""
+    return _compiled(text) is not None
+
+
 @lru_cache(maxsize=1024)
 def _compiled(pattern: str) -> Any:
+    if shortest_match(pattern) > MAX_MATCH:
+        return None
     try:
         return regex.compile(_as_python(pattern), regex.ASCII if pattern.isascii() else 0)
     except (regex.error, RecursionError, OverflowError):
@@ -124,20 +138,55 @@ def _additional_properties(validator: Any, inner: Any, instance: Any, schema: An
             yield from validator.descend(value, inner, path=name)
 
 
+def _is_address(read: Callable[[str], Any], text: str) -> bool:
+    try:
+        read(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_regex(text: str) -> bool:
+    """Whether Python's ``re`` reads an expression; it is not compiled, since a model may have written any."""
+    return parsed_pattern(re.sub(r"\(\?<(?![=!])", "(?P<", text)) is not None
+
+
+_FORMAT_CHECKS: dict[str, Callable[[str], bool]] = {
+    "regex": _is_regex,
+    "ipv4network": partial(_is_address, ipaddress.IPv4Network),
+    "ipv6network": partial(_is_address, ipaddress.IPv6Network),
+    "ipvanynetwork": partial(_is_address, ipaddress.ip_network),
+    "ipv4interface": partial(_is_address, ipaddress.IPv4Interface),
+    "ipv6interface": partial(_is_address, ipaddress.IPv6Interface),
+    "ipvanyinterface": partial(_is_address, ipaddress.ip_interface),
+    "ipvanyaddress": partial(_is_address, ipaddress.ip_address),
+}
+CHECKED_FORMATS = (*FORMAT_PATTERNS, *_FORMAT_CHECKS)
+"""Formats that are checked."""
+
+
+def _format(validator: Any, name: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
+    if not isinstance(instance, str) or "enum" in schema or "const" in schema:
+        return
+    pattern, check = FORMAT_PATTERNS.get(name), _FORMAT_CHECKS.get(name)
+    fits = validator.format_checker.search(pattern, instance) if pattern else check is None or check(instance)
+    if not fits:
+        yield ValidationError(f"{format_value(instance)} is no {name}")
+
+
 _OWN_KEYWORDS: dict[str, _Keyword] = {
     "pattern": _pattern,
     "patternProperties": _pattern_properties,
     "additionalProperties": _additional_properties,
+    "format": _format,
 }
-_ANNOTATIONS = ("format", "$dynamicRef")
 _Validator: Any = extend(
     Draft202012Validator,
     {
         name: _with_limit(_OWN_KEYWORDS.get(name, keyword))
         for name, keyword in Draft202012Validator.VALIDATORS.items()
-        if name not in _ANNOTATIONS
-    }
-    | {"format": lambda *_: None},
+        if name != "$dynamicRef"
+    },
 )
 
 
@@ -153,6 +202,8 @@ class SchemaValidator:
 
     def error_of(self, value: Any) -> str:
         """Why a JSON value is invalid: path, message and keyword; "" if it is valid."""
+        if beyond := _beyond_double(value):
+            return beyond
         try:
             errors = _Validator(self._schema, format_checker=_Limits()).iter_errors(value)
             error = next(iter(errors), None)
@@ -161,6 +212,20 @@ class SchemaValidator:
         except RecursionError:
             return "could not be checked against its schema: it refers to itself without end"
         return _format_error(error) if error is not None else ""
+
+
+def _beyond_double(value: Any) -> str:
+    """Where a number in a value is too large for a double, which JSON's readers make infinite; "" if none is."""
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), value)]
+    while waiting:
+        path, here = waiting.pop()
+        if isinstance(here, dict):
+            waiting += [((*path, f".{name}"), each) for name, each in here.items()]
+        elif isinstance(here, list):
+            waiting += [((*path, f"[{at}]"), each) for at, each in enumerate(here)]
+        elif isinstance(here, int | float) and not abs(here) <= sys.float_info.max:
+            return f"{format_path(path)}: {format_value(here)} is no number up to {sys.float_info.max:.1e}"
+    return ""
 
 
 def _format_error(error: ValidationError) -> str:
