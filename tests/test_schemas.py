@@ -605,3 +605,14 @@ def test_unique_items_of_few_values_end_with_the_last_value() -> None:
     asked = of({"type": "array", "items": {"enum": ["a", "b"]}, "uniqueItems": True})
     assert takes(asked, {"x": ["a", "b"]})
     assert not takes(asked, {"x": ["a", "b", "a"]})
+
+
+def test_a_grammar_too_large_to_follow_is_refused_and_never_finished() -> None:
+    grammar = json_grammar(cached_vocabulary(family(TAGGED)), of({**STRING, "pattern": "^(a{1000}){1000}$"}))
+    state = grammar.start()
+    for token in grammar.vocabulary.encode_answers([['{"x": ']])[0]:
+        state.accept(token)
+    for _ in range(2):
+        with pytest.raises(BadSchema, match="too large to follow"):
+            state.allowed()
+        assert not state.finished
