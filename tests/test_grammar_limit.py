@@ -150,10 +150,10 @@ def test_on_real_tokenizers_a_failed_search_is_not_repeated_either(items, count,
 
 
 def digits_that_fit_after_a_bare_comma(words, slack):
-    """Of the second integer in a list of 24, the first of which a comma without its space follows."""
+    """Of the second number in a list of 24, the first of which a comma without its space follows."""
     parameters = {
         "type": "object",
-        "properties": {"list": {"type": "array", "items": {"type": "integer"}, "minItems": 24}},
+        "properties": {"list": {"type": "array", "items": {"type": "number"}, "minItems": 24}},
     }
     grammar = tool_grammar(words, [tool("f", parameters | {"required": ["list"]})], "any")
     state, without_limit = grammar.start(grammar.shortest_tokens + slack), grammar.start()

@@ -587,12 +587,12 @@ def test_what_several_members_say_alike_is_followed_once() -> None:
             "",
         ),
         ({"type": "object", "properties": {"a": {}, "b": {}, "c": {}}, "required": ["a", "b"], "maxProperties": 1}, ""),
-        ({"type": "array", "items": {"enum": ["a", "b"]}, "uniqueItems": True, "minItems": 3}, "minItems 3"),
-        ({"type": "array", "items": {"type": "boolean"}, "uniqueItems": True, "minItems": 3}, "minItems 3"),
-        ({"type": "array", "items": {"$ref": "#/$defs/w"}, "uniqueItems": True, "minItems": 2}, "minItems 2"),
+        ({"type": "array", "items": {"enum": ["a", "b"]}, "uniqueItems": True, "minItems": 3}, "maxItems 2"),
+        ({"type": "array", "items": {"type": "boolean"}, "uniqueItems": True, "minItems": 3}, "maxItems 2"),
+        ({"type": "array", "items": {"$ref": "#/$defs/w"}, "uniqueItems": True, "minItems": 2}, "maxItems 1"),
         (
             {"type": "array", "prefixItems": [{}], "items": {"const": 1}, "uniqueItems": True, "minItems": 3},
-            "minItems 3",
+            "maxItems 2",
         ),
     ],
 )
@@ -607,12 +607,12 @@ def test_unique_items_of_few_values_end_with_the_last_value() -> None:
     assert not takes(asked, {"x": ["a", "b", "a"]})
 
 
-def test_a_grammar_too_large_to_follow_is_refused_and_never_finished() -> None:
-    grammar = json_grammar(cached_vocabulary(family(TAGGED)), of({**STRING, "pattern": "^(a{1000}){1000}$"}))
+def test_a_grammar_that_failed_is_refused_and_not_finished() -> None:
+    grammar = json_grammar(cached_vocabulary(family(TAGGED)), of(STRING))
     state = grammar.start()
-    for token in grammar.vocabulary.encode_answers([['{"x": ']])[0]:
-        state.accept(token)
-    for _ in range(2):
-        with pytest.raises(BadSchema, match="too large to follow"):
-            state.allowed()
-        assert not state.finished
+    (illegal,) = grammar.vocabulary.encode_answers([["}"]])[0]
+    with pytest.raises(ValueError, match="not legal"):
+        state.accept(illegal)  # llguidance's matcher fails with it, as it does where a grammar grows too large
+    assert not state.finished
+    with pytest.raises(BadSchema, match="too large to follow"):
+        state.allowed()

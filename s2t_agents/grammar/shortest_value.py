@@ -182,7 +182,8 @@ class _Search:
     def _array(self, node: Schema, path: tuple[str, ...]) -> Found:
         count = node.get("minItems", 0)
         if count > node.get("maxItems", math.inf):
-            return Unsatisfiable(format_path(path), "minItems", count)
+            key = "minItems" if count > MAX_VALUE_BYTES else "maxItems"
+            return Unsatisfiable(format_path(path), key, node[key])
         sizes, texts, blames = 0, list[str | None](), list[tuple[int, str, str, Any]]()
         schemas = node.get("prefixItems", [])[:count]
         items = [self.of(each, (*path, "[]")) for each in schemas]
