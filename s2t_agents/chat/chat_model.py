@@ -450,8 +450,7 @@ class ChatS2T(ConfigurableChatModel):
     ) -> Generator[ChatResult | AdmissionTicket | None, None, None]:
         """A ticket while queued, None after every step (so that an async caller can cancel), then the result."""
         generation = self._start(messages, stop, call)
-        for each in generation.deltas():
-            yield each if isinstance(each, AdmissionTicket) else None
+        yield from generation.run()
         yield output_messages.chat_result(generation, LogprobsReader(generation, bool(call.get("logprobs"))).new())
 
     def _chunk_items(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, TypeVar
 
 from ..engine.stop_strings import StopStrings
 from ..formats.reasoning import ReasoningParser, TextPieces
@@ -23,9 +23,11 @@ from .accounting import Account
 from .response_options import OutputSchemas
 from .telemetry_messages import output_message
 
+T = TypeVar("T")
+
 
 class Generation:
-    """One streamed answer. Iterate ``deltas`` once; afterwards the attributes describe the whole answer.
+    """One answer. Iterate ``deltas`` or ``run`` once; afterwards the attributes describe the whole answer.
 
     Closing the iterator early stops the model within a step; the ledger still records the work done.
 
@@ -71,23 +73,39 @@ class Generation:
         asked: AnswerRequest | None = None,
     ) -> None:
         self._steps, self.account, self._tokenizer, self.eos_ids = steps, account, tokenizer, eos_ids
-        self._with_special = with_special
+        self._detokenizer = Detokenizer(tokenizer, with_special=with_special)
         self._room, self._grammar, self._stop = room, grammar, StopStrings(stop)
         self._ledger, self._on_step, self._asked = ledger, on_step, asked
         self.parser, self.thoughts, self.schemas = parser, thoughts, schemas or OutputSchemas()
         self.invalid: list[str] = []
         self.finish_reason = "aborted"
+        self._ended = self._stopped = False
 
     def deltas(self) -> Generator[AdmissionTicket | MessageDelta, None, None]:
         """One delta per step, empty ones included, so that the consumer can stop after any step.
 
         An ``AdmissionTicket`` comes first while the generation waits in the engine's queue.
         """
+        yield from self._recorded(self._read_each())
+
+    def run(self) -> Generator[AdmissionTicket | None, None, None]:
+        """The whole answer, for the attributes alone: None after each step.
+
+        Texts are read at the end, which takes less than between forwards; step by step if one may end the answer.
+        """
+        if self._stop:
+            for each in self.deltas():
+                yield each if isinstance(each, AdmissionTicket) else None
+        else:
+            yield from self._recorded(self._read_together())
+
+    def _recorded(self, items: Generator[T, None, None]) -> Generator[T, None, None]:
+        """These items, and at their end, or where they fail, the ledger's record and telemetry."""
         error: Exception | None = None
         telemetry = self.account.telemetry = begin(self._asked) if self._asked is not None else None
         try:
-            with closing(self._steps):
-                yield from self._read_steps()
+            with closing(self._steps), closing(items):
+                yield from items
         except Exception as problem:
             error = problem
             raise
@@ -110,28 +128,47 @@ class Generation:
                     output=self.as_messages,
                 )
 
-    def _read_steps(self) -> Generator[AdmissionTicket | MessageDelta, None, None]:
-        detokenizer = Detokenizer(self._tokenizer, with_special=self._with_special)
-        ended = stopped = False
-        for step in self._steps:
-            if isinstance(step, AdmissionTicket):
-                yield step
-                continue
-            self.account.add(step)
-            if self._on_step:
-                self._on_step(step)
-            ended = step.token_id in self.eos_ids
-            text = "" if ended else detokenizer.push(step.token_id)
-            reasoning, pieces = self._split_reasoning(step.token_id, text, detokenizer)
-            delta, stopped = self._parse_pieces(pieces)
-            delta.reasoning = reasoning
-            yield delta
-            if ended or stopped:
+    def _read_each(self) -> Generator[AdmissionTicket | MessageDelta, None, None]:
+        for each in self._counted():
+            yield each if isinstance(each, AdmissionTicket) else self._read(each)
+            if self._ended:
                 break
-        reasoning, pieces = ("", []) if stopped else self._split_rest(detokenizer.flush())
+        yield from self._read_rest()
+
+    def _read_together(self) -> Generator[AdmissionTicket | None, None, None]:
+        try:
+            for each in self._counted():
+                yield each if isinstance(each, AdmissionTicket) else None
+        finally:
+            for step in self.account.steps:
+                self._read(step)
+        for _ in self._read_rest():
+            pass
+
+    def _counted(self) -> Generator[AdmissionTicket | Step, None, None]:
+        for each in self._steps:
+            if isinstance(each, Step):
+                self.account.add(each)
+                if self._on_step:
+                    self._on_step(each)
+            yield each
+
+    def _read(self, step: Step) -> MessageDelta:
+        """What a step adds to the message."""
+        ended = step.token_id in self.eos_ids
+        text = "" if ended else self._detokenizer.push(step.token_id)
+        reasoning, pieces = self._split_reasoning(step.token_id, text)
+        delta, stopped = self._parse_pieces(pieces)
+        delta.reasoning = reasoning
+        self._ended, self._stopped = ended or stopped, stopped
+        return delta
+
+    def _read_rest(self) -> Generator[MessageDelta, None, None]:
+        """What was held back until now; the answer is judged after it."""
+        reasoning, pieces = ("", []) if self._stopped else self._split_rest(self._detokenizer.flush())
         delta, stopped_late = self._parse_pieces(pieces)
         delta.reasoning = reasoning
-        if not (stopped or stopped_late):
+        if not (self._stopped or stopped_late):
             delta.add(self.parser.push(None, self._stop.flush()))
         for last in (delta, self.parser.finish()):
             if last:
@@ -139,17 +176,17 @@ class Generation:
         self.invalid = list(self.parser.errors)
         if not self.parser.tool_calls and not self.invalid and (wrong := self.schemas.reply_error(self.parser.text)):
             self.invalid = [wrong]
-        self.finish_reason = self._finish_reason(ended or stopped or stopped_late)
+        self.finish_reason = self._finish_reason(self._ended or stopped_late)
         self.account.shortened = self._grammar is not None and self._grammar.shortened
 
-    def _split_reasoning(self, token_id: int, text: str, detokenizer: Detokenizer) -> tuple[str, TextPieces]:
+    def _split_reasoning(self, token_id: int, text: str) -> tuple[str, TextPieces]:
         """The reasoning text that a step adds, and the tokens and texts that belong to the answer."""
         if self.thoughts is None:
             return "", [(token_id, text)]
         inside = self.thoughts.thinking
         reasoning, pieces = self.thoughts.push(token_id, text)
         if inside and not self.thoughts.thinking:
-            detokenizer.flush()  # an incomplete character at the end of the reasoning is not part of the answer
+            self._detokenizer.flush()  # an incomplete character at the end of the reasoning is not part of the answer
         self.account.thought_tokens, self.account.thinking = self.thoughts.tokens, self.thoughts.thinking
         return reasoning, pieces
 

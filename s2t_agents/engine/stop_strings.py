@@ -30,6 +30,10 @@ class StopStrings:
         self._held = ""
         self._stopped = False
 
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._stops)
+
     @property
     def stopped(self) -> bool:
         """Whether a stop string was completed; everything pushed later is dropped."""
