@@ -170,7 +170,7 @@ class Account:
             escalations=became["picked"],
             refused=became["refused"],
             degraded=self.count(lambda step: step.escalation is not None and step.escalation.outcome != "picked") > 0,
-            cost=self._cost(),
+            cost=self.cost,
             latency=self._latency(),
             budget=_budget_state(self.budget),
             thought=self._thought(),
@@ -250,8 +250,9 @@ class Account:
             receipts.append(_receipt(self.unemitted_escalation, decode, step=at))
         return tuple(receipts)
 
-    def _cost(self) -> Cost:
-        """USD; the local part is the device price times this generation's share of its forward passes."""
+    @property
+    def cost(self) -> Cost:
+        """USD of the steps so far; the local part is the device price times this generation's share of its forward passes."""
         seconds = sum(step.timings.compute for step in self.steps)
         local = self.device_price.cost(seconds) if self.device_price else None
         return Cost(local=local, llm=_total_usd(self.reports))

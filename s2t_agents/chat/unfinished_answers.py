@@ -140,7 +140,7 @@ class Unfinished:
                     yield each
         except Exception:
             broken = True
-            self._costs.append(account.summary.cost)
+            self._costs.append(account.cost)
             raise
         finally:
             if len(tokens) <= MAX_ANSWER_TOKENS:
