@@ -161,7 +161,7 @@ class Account:
 
     @cached_property
     def summary(self) -> Summary:
-        """Computed at the first access, which must be after the last step."""
+        """Computed at the first access, which must be after the last step, its text read."""
         became = Counter(report.outcome for report in self.reports)
         return Summary(
             triggers=self.count(lambda step: step.triggered),
@@ -252,7 +252,7 @@ class Account:
 
     @property
     def cost(self) -> Cost:
-        """USD of the steps so far; the local part is the device price times this generation's share of its forward passes."""
+        """USD of the steps so far; the local part is the device price times this generation's share of its forwards."""
         seconds = sum(step.timings.compute for step in self.steps)
         local = self.device_price.cost(seconds) if self.device_price else None
         return Cost(local=local, llm=_total_usd(self.reports))
