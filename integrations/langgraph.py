@@ -189,7 +189,7 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
             return _question(mine, refused, request.state, unfinished)
 
     def wrap_tool_call(self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Any]) -> Any:
-        """Run a tool within the agent's budget."""
+        """Run a tool within the agent's budget, by a context variable: what a tool calls has the node's own config."""
         with within_budget(self._of_tools()):
             return handler(request)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_files import write_gguf
-from training_fixtures import save_model, saved_head, tiny_pair, write_prompts
+from training_fixtures import JSONL_TASKS, save_model, saved_head, tiny_pair, write_prompts
 from typer.testing import CliRunner
 
 from examples.real_pair.quantise_gguf import quantise
@@ -28,7 +28,8 @@ from s2t_agents.training.stepwise import outputs_along
 
 pytest.importorskip("llama_cpp")
 
-TOML = """
+TOML = (
+    """
 out = "{out}"
 
 [models]
@@ -36,17 +37,9 @@ slm = "{slm}"
 llm = "{llm}"
 dtype = "float32"
 
-[tasks.train]
-task = "jsonl"
-path = "{folder}/train.jsonl"
-
-[tasks.heldout]
-task = "jsonl"
-path = "{folder}/heldout.jsonl"
-
-[tasks.test]
-task = "jsonl"
-path = "{folder}/test.jsonl"
+"""
+    + JSONL_TASKS
+    + """
 
 [collect]
 k = 8
@@ -75,6 +68,7 @@ agreement = 4
 budgets = [1]
 llm_trigger_entropy = 0.0
 """
+)
 
 
 def norms(name: str, values: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from training_fixtures import save_model, tiny_pair, write_prompts
+from training_fixtures import JSONL_TASKS, save_model, tiny_pair, write_prompts
 from typer.testing import CliRunner
 
 from s2t_agents.errors import ConfigError
@@ -17,7 +17,8 @@ from s2t_agents.training.commands import BUNDLED, app
 from s2t_agents.training.config import Models, read_config
 from s2t_agents.training.pipeline import pipeline
 
-TOML = """
+TOML = (
+    """
 out = "{out}"
 seed = 3
 
@@ -26,22 +27,12 @@ slm = "{folder}/slm"
 llm = "{folder}/llm"
 device = "cpu"
 
-[tasks.train]
-task = "jsonl"
-path = "{folder}/train.jsonl"
-
-[tasks.heldout]
-task = "jsonl"
-path = "{folder}/heldout.jsonl"
-
 [tasks.again]
 task = "jsonl"
 path = "{folder}/again.jsonl"
-
-[tasks.test]
-task = "jsonl"
-path = "{folder}/test.jsonl"
-
+"""
+    + JSONL_TASKS
+    + """
 [collect]
 k = 8
 max_tokens = 12
@@ -76,6 +67,7 @@ votes = 2
 agreement = 2
 batch = 3
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from training_fixtures import save_model, tiny_pair, write_prompts
+from training_fixtures import JSONL_TASKS, save_model, tiny_pair, write_prompts
 from typer.testing import CliRunner
 
 from s2t_agents.selectors import SelectorConfig
@@ -20,21 +20,16 @@ from s2t_agents.training.pipeline import pipeline
 from s2t_agents.training.report import COLUMNS, EvalReport, Tally, table
 from s2t_agents.training.shards import read_shards
 
-TOML = """
+TOML = (
+    """
 out = "{folder}/runs"
 [models]
 slm = "{folder}/slm"
 llm = "{folder}/llm"
 device = "cpu"
-[tasks.train]
-task = "jsonl"
-path = "{folder}/train.jsonl"
-[tasks.heldout]
-task = "jsonl"
-path = "{folder}/heldout.jsonl"
-[tasks.test]
-task = "jsonl"
-path = "{folder}/test.jsonl"
+"""
+    + JSONL_TASKS
+    + """
 [collect]
 k = 8
 max_tokens = 12
@@ -56,6 +51,7 @@ budgets = [1]
 votes = 0
 agreement = 2
 """
+)
 
 
 def config_in(folder: Path, **changed: str) -> Path:

@@ -24,6 +24,19 @@ SMALL = Fit(
     k=4, rate=0.5, epochs=2, batch=4, evaluate_every=3, warmup=2, validation=0.3, width=16, adapter=Adapter(rank=2)
 )
 
+JSONL_TASKS = """
+[tasks.train]
+task = "jsonl"
+path = "{folder}/train.jsonl"
+[tasks.heldout]
+task = "jsonl"
+path = "{folder}/heldout.jsonl"
+[tasks.test]
+task = "jsonl"
+path = "{folder}/test.jsonl"
+"""
+"""Tasks of a TOML config, to be formatted with their folder."""
+
 
 def write_prompts(path: Path, count: int = 12, *, first: int = 0) -> Path:
     rows = [

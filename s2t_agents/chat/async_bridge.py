@@ -97,7 +97,7 @@ class ThreadedIterator(AsyncIterator[T], Generic[T]):
 
     async def _next(self) -> T:
         while True:
-            self._step = _start(_next_shown, self._items, self._over)
+            self._step = _start(_next_item, self._items, self._over)
             await asyncio.wait([_completion_future(self._step)])  # a thread cannot be cancelled
             item = self._step.result()
             if item is _END:
@@ -110,7 +110,7 @@ class ThreadedIterator(AsyncIterator[T], Generic[T]):
                 return item  # type: ignore[no-any-return]
 
 
-def _next_shown(items: Generator[Any, None, None], over: threading.Event) -> Any:
+def _next_item(items: Generator[Any, None, None], over: threading.Event) -> Any:
     """The next item, in a thread; None where the caller has left, or after a while without one to pass on."""
     until = time.monotonic() + TURN_S
     while True:

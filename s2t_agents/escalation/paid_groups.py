@@ -113,7 +113,7 @@ class PaidGroups:
         if not _lock.acquire(timeout=self._patience_s):
             raise TimeoutError("other threads kept it")
         try:
-            with open(self.path, "ab+", buffering=0, opener=_owners_alone) as file:
+            with open(self.path, "ab+", buffering=0, opener=_open_private) as file:
                 lock_to_append(file, began + self._patience_s)
                 if not _is_ours(file):
                     raise OSError("it holds something else now, and was left as it is")
@@ -127,7 +127,7 @@ class PaidGroups:
             raise OSError("the disk took only part of it")
 
 
-def _owners_alone(path: str, flags: int) -> int:
+def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 

@@ -83,7 +83,7 @@ def _limit_json(refused_by: RefusedBy | None) -> dict[str, Any] | None:
     return {"budget": refused_by.budget, "unit": refused_by.unit, "limit": shown}
 
 
-def _tellable(refused_by: RefusedBy | None) -> RefusedBy | None:
+def _finite_limit(refused_by: RefusedBy | None) -> RefusedBy | None:
     """The limit, which is a number that can be written out in digits."""
     limit = Decimal(0 if refused_by is None else refused_by.limit)
     if not limit.is_finite() or abs(limit.adjusted()) > MAX_EXPONENT:
@@ -91,7 +91,7 @@ def _tellable(refused_by: RefusedBy | None) -> RefusedBy | None:
     return refused_by
 
 
-def _told_budget(budget: dict[str, Any] | None) -> dict[str, Any] | None:
+def _finite_state(budget: dict[str, Any] | None) -> dict[str, Any] | None:
     """A budget's state, of which every number is finite and the path, where it has one, a text."""
     if budget is not None:
         if not isinstance(budget.get("path"), str | None):
@@ -117,8 +117,8 @@ Text = Annotated[str, AfterValidator(_storable)]
 DIGITS = PlainSerializer(_digits, when_used="json")
 Usd = Annotated[Decimal | None, BeforeValidator(_exact_dollars), DIGITS]
 Booked = Annotated[Charge | None, AfterValidator(_countable), PlainSerializer(_charge_json, when_used="json")]
-Refuser = Annotated[RefusedBy | None, AfterValidator(_tellable), PlainSerializer(_limit_json, when_used="json")]
-BudgetJson = Annotated[dict[str, Any] | None, AfterValidator(_told_budget)]
+Refuser = Annotated[RefusedBy | None, AfterValidator(_finite_limit), PlainSerializer(_limit_json, when_used="json")]
+BudgetJson = Annotated[dict[str, Any] | None, AfterValidator(_finite_state)]
 Utc = Annotated[AwareDatetime, AfterValidator(_utc)]
 
 

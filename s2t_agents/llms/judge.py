@@ -187,37 +187,37 @@ class ChatJudge:
             raise OutOfTime("the deadline has passed.")
         with self.breaker.attempt():
             question.owe(worst := self.quote(prompt))
-            heard = self._invoke(question, prompt, seconds)
-            if (spent := self._reported_charge(heard.reply, worst)) is not None:
+            outcome = self._invoke(question, prompt, seconds)
+            if (spent := self._reported_charge(outcome.reply, worst)) is not None:
                 question.owe(spent)
-            number = heard.number
+            number = outcome.number
             if number is None or not 1 <= number <= len(prompt.previews):
                 raise EscalationFailed(f"the judge was to name 1 to {len(prompt.previews)} and named none of them.")
             return number
 
-    def _invoke(self, question: Question, prompt: JudgePrompt, seconds: float) -> _Heard:
-        waited: Future[_Heard] = Future()
+    def _invoke(self, question: Question, prompt: JudgePrompt, seconds: float) -> _Outcome:
+        waited: Future[_Outcome] = Future()
         run_judge = with_current_scopes(partial(self._invoke_in_thread, waited, prompt))
         threading.Thread(target=run_judge, name="s2t-judge", daemon=True).start()
         try:
-            heard = waited.result(seconds)
+            outcome = waited.result(seconds)
         except TimeoutError:
             late = OutOfTime if seconds < self.timeout_s else EscalationFailed
             raise late(f"no answer within {seconds:.3g} s.") from None
-        if heard.error is not None:  # no exception chain: a provider's error may contain secrets
-            raise heard.error if isinstance(heard.error, EscalationFailed) else self._fault(question, heard)
-        return heard
+        if outcome.error is not None:  # no exception chain: a provider's error may contain secrets
+            raise outcome.error if isinstance(outcome.error, EscalationFailed) else self._fault(question, outcome)
+        return outcome
 
-    def _invoke_in_thread(self, waited: Future[_Heard], prompt: JudgePrompt) -> None:
+    def _invoke_in_thread(self, waited: Future[_Outcome], prompt: JudgePrompt) -> None:
         """Call the chat model in a thread: it can be abandoned at the deadline, and, without the caller's callbacks,
         its tokens do not appear in the caller's stream. No interruption of the caller's arrives here."""
         try:
             judge = self.chat.with_structured_output(choice_among(len(prompt.previews)), include_raw=True)
             reply = judge.invoke(prompt.messages, {"run_name": "s2t_judge"})
         except BaseException as error:  # noqa: BLE001 - a chat model may raise anything
-            waited.set_result(_Heard(error=error, status=_status_of(error), wait_s=_retry_after_s(error)))
+            waited.set_result(_Outcome(error=error, status=_status_of(error), wait_s=_retry_after_s(error)))
         else:
-            waited.set_result(_Heard(reply, _number_in(reply)))
+            waited.set_result(_Outcome(reply, _number_in(reply)))
 
     def _reported_charge(self, reply: object, worst: Charge) -> Charge | None:
         """The cost by the reply's usage metadata; None if missing or implausible. Nobody was asked for a cached one."""
@@ -237,15 +237,17 @@ class ChatJudge:
         cached = min(max(cached, 0), read)
         return charge(self.price, input_tokens=read, cached_tokens=cached, output_tokens=written)
 
-    def _fault(self, question: Question, heard: _Heard) -> EscalationFailed:
+    def _fault(self, question: Question, outcome: _Outcome) -> EscalationFailed:
         """Classify an error of the chat model; its message may contain secrets, so only its class is shown."""
-        error, status = heard.error, heard.status
+        error, status = outcome.error, outcome.status
         kind = type(error).__name__
         if status is not None and status >= 400:
             question.owe(None)
             message = f"the judge's provider answered {status} ({kind})."
             return (
-                EndpointBusy(message, wait_s=heard.wait_s) if status in BUSY_STATUSES else status_error(status, message)
+                EndpointBusy(message, wait_s=outcome.wait_s)
+                if status in BUSY_STATUSES
+                else status_error(status, message)
             )
         if isinstance(error, (ConfigError, InputError)):  # of a ChatS2T, before it has run
             question.owe(None)
@@ -287,8 +289,8 @@ class JudgeSession:
 
 
 @dataclass(frozen=True)
-class _Heard:
-    """What came of one call of the chat model: a reply, or an error. All is read in the call's own thread, where what
+class _Outcome:
+    """The outcome of one call of the chat model: a reply, or an error. All is read in the call's own thread, where what
     foreign code raises on the way is no interruption of the caller's."""
 
     reply: object = None
