@@ -85,7 +85,7 @@ def shown(*words: str) -> str:
 
 def test_a_training_that_learned_nothing_says_so_everywhere(made):
     file, said = made
-    sentence = "Learned nothing: no look in "
+    sentence = "Learned nothing: no evaluation in "
     assert sentence in shown("train", str(file))
     figures = json.loads(shown("train", str(file), "--json"))["training"]
     assert figures["best_step"] == 0

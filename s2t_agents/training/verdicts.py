@@ -59,6 +59,6 @@ def of_training(figures: Mapping[str, Any]) -> str | None:
     if figures.get("best_step") != 0:
         return None
     return (
-        f"Learned nothing: no look in {figures['steps']} steps beat the untrained order "
+        f"Learned nothing: no evaluation in {figures['steps']} steps beat the untrained order "
         f"(agreement {figures['agreement_untrained']:.1%}), so this selector changes nothing."
     )
