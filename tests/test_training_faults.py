@@ -20,7 +20,7 @@ from s2t_agents.selectors.config import BaseIdentity
 from s2t_agents.selectors.learned_trigger import save_probe
 from s2t_agents.testing import tiny_model
 from s2t_agents.training.calibrate import calibrate_with
-from s2t_agents.training.collect import collect_with
+from s2t_agents.training.collect import collect, collect_with
 from s2t_agents.training.config import (
     CalibrateConfig,
     EvaluateConfig,
@@ -111,14 +111,11 @@ def test_a_shard_that_does_not_fit_on_disk_is_named_and_those_before_are_kept(fo
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_on_disk_is_named_and_the_training_goes_on_later(folder, tmp_path):
     file = config_file(folder, tmp_path / "out")
-    config = read_config(file)
-    text = file.read_text()
-    text = text[: text.index("[tasks.again]")] + text[text.index("[tasks.test]") :]
-    file.write_text(text)
+    again = f'[tasks.again]\ntask = "jsonl"\npath = "{folder}/again.jsonl"\n'
+    assert again in file.read_text()
+    file.write_text(file.read_text().replace(again, ""))
     config = read_config(file)
     slm = config.models.load_slm()
-    from s2t_agents.training.collect import collect
-
     collect(config.collecting("train"))
     failed = limited(2000, "train", str(file), "--kind", "head")
     assert failed.returncode == 2
