@@ -1,8 +1,8 @@
 """Every error this package raises on purpose, in one tree.
 
-S2TError
+S2TError (ModelError)
 ├── ConfigError (ValueError)          a setting that cannot work, found before anything is loaded or spent
-│   ├── ModelNotFound                 no such model path, or the hub cannot be reached
+│   ├── ModelNotFound (ModelNotFoundError)  no such model path, or the hub cannot be reached
 │   ├── UnsafeWeights                 a model whose files are pickled, damaged, or need code of their own to be run
 │   ├── AdapterMismatch               a selector trained for another base model or tokenizer
 │   ├── TokenizerMismatch             tokens of SLM and LLM cannot be compared
@@ -11,22 +11,22 @@ S2TError
 │   ├── BadStore (StoreUnavailable)   a budget store that is corrupt, foreign or of another version; left untouched
 │   ├── BadSchema                     a tool or output schema that no answer can fit, or that is not JSON
 │   └── ExposedServer                 a server for other machines that asks for no key
-├── InputError (ValueError)           messages that cannot be rendered
+├── InputError (ValueError, ModelInvalidRequestError)  messages that cannot be rendered
 │   ├── ContextOverflow (ContextOverflowError)  the prompt does not fit the context window
 │   └── BadRequest                    a request to the server with a parameter that is missing, malformed or unknown
 │       └── UnknownModel              it names a model that is not served
-├── UnknownKey                        a request to the server without a valid key
+├── UnknownKey (ModelAuthenticationError)  a request to the server without a valid key
 ├── BudgetError
 │   ├── BudgetExceeded                a reservation did not fit; nothing was spent
 │   ├── HoldClosed                    settle or release of a hold that was settled, released or expired before
 │   └── StoreUnavailable              the budget store cannot be reached; nothing may be spent (retryable)
-├── Overloaded                        too many generations at once; nothing has run (retryable)
+├── Overloaded (ModelRateLimitError)  too many generations at once; nothing has run (retryable)
 ├── FolderInUse                       another run holds the lock of the folder; nothing was changed (retryable)
 ├── LedgerError                       a ledger file that is corrupt, foreign or cannot be written
 ├── ModelServerError                  the server of the model itself (``vllm://...``) gave no usable answer (retryable)
-│   ├── ModelServerDown               it cannot be reached, or failed just before and is left alone for a while
-│   ├── ModelServerBusy               it declined for now: 429 or 5xx
-│   └── ModelServerRefused            it refused the request: any other status
+│   ├── ModelServerDown (ModelConnectionError)         not reached, or failed just before and left alone for a while
+│   ├── ModelServerBusy (ModelRateLimitError)          it declined for now: 429 or 5xx
+│   └── ModelServerRefused (ModelInvalidRequestError)  it refused the request: any other status
 └── EscalationFailed                  the LLM gave no usable answer; the caller keeps the local pick (retryable)
     ├── EndpointDown                  its server cannot be reached: no connection, no TLS, no such host
     ├── EndpointBusy                  its server declined for now: 429 or 5xx; nothing was spent
@@ -35,7 +35,8 @@ S2TError
     └── OutOfTime                     the caller's deadline passed before the LLM's; not a failure of the LLM
 
 Each message names the value, the limit and the way out; ``hint`` holds the way out alone, ``retryable`` says
-whether the same call may work later.
+whether the same call may work later. In brackets: the class of Python or LangChain that it also is. LangChain's
+retries (``ModelRetryMiddleware``) leave a ``ModelError`` alone that is not retryable.
 """
 
 from __future__ import annotations
@@ -43,10 +44,18 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Any
 
-from langchain_core.exceptions import ContextOverflowError
+from langchain_core.exceptions import (
+    ContextOverflowError,
+    ModelAuthenticationError,
+    ModelConnectionError,
+    ModelError,
+    ModelInvalidRequestError,
+    ModelNotFoundError,
+    ModelRateLimitError,
+)
 
 
-class S2TError(Exception):
+class S2TError(ModelError):
     """Root of the tree.
 
     Args:
@@ -59,6 +68,10 @@ class S2TError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(f"{message} {hint}".strip())
         self.hint = hint
+
+    def __init_subclass__(cls) -> None:
+        """``is_retryable``: what LangChain calls ``retryable``."""
+        cls.is_retryable = cls.retryable
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies with all fields; Exception's default would call ``__init__`` without the keywords."""
@@ -75,7 +88,7 @@ class ConfigError(S2TError, ValueError):
     """A setting that cannot work."""
 
 
-class ModelNotFound(ConfigError):
+class ModelNotFound(ConfigError, ModelNotFoundError):
     """No model at this path, and the hub did not give one."""
 
 
@@ -107,7 +120,7 @@ class ExposedServer(ConfigError):
     """A server that listens to other machines and asks for no key."""
 
 
-class InputError(S2TError, ValueError):
+class InputError(S2TError, ModelInvalidRequestError, ValueError):
     """Messages that cannot be rendered into a prompt."""
 
 
@@ -134,7 +147,7 @@ class UnknownModel(BadRequest):
     """A request that names a model which is not served."""
 
 
-class UnknownKey(S2TError):
+class UnknownKey(S2TError, ModelAuthenticationError):
     """A request to the server without a valid key; the key itself is in no message."""
 
 
@@ -202,7 +215,7 @@ class BadStore(ConfigError, StoreUnavailable):
     retryable = False
 
 
-class Overloaded(S2TError):
+class Overloaded(S2TError, ModelRateLimitError):
     """Too many generations at once: the queue is full, or the wait was too long. Nothing has run."""
 
     retryable = True
@@ -224,11 +237,11 @@ class ModelServerError(S2TError):
     retryable = True
 
 
-class ModelServerDown(ModelServerError):
+class ModelServerDown(ModelServerError, ModelConnectionError):
     """The model's server cannot be reached, or failed just before and is left alone for a while."""
 
 
-class ModelServerBusy(ModelServerError):
+class ModelServerBusy(ModelServerError, ModelRateLimitError):
     """The model's server declined for now.
 
     Args:
@@ -242,7 +255,7 @@ class ModelServerBusy(ModelServerError):
         self.wait_s = wait_s
 
 
-class ModelServerRefused(ModelServerError):
+class ModelServerRefused(ModelServerError, ModelInvalidRequestError):
     """The model's server refused the request, and asking again will not help."""
 
     retryable = False
