@@ -13,7 +13,7 @@ import pytest
 
 from s2t_agents import Budget, ChatS2T, Ledger, TokenPrice
 from s2t_agents.budget import Charge
-from s2t_agents.engine import engine as engine_steps
+from s2t_agents.engine import decode_loop
 from s2t_agents.errors import BudgetExceeded
 from s2t_agents.escalation import Escalation
 from s2t_agents.ledger import GenerationRecord, Receipt
@@ -101,7 +101,7 @@ def test_a_question_interrupted_before_the_llm_worked_says_what_was_held_and_no_
 
 
 def test_an_answer_that_came_and_was_never_used_is_on_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = engine_steps.decisive, []
+    real, calls = decode_loop.decisive, []
 
     def interrupted(answer: Answer) -> Any:
         calls.append(answer)
@@ -110,7 +110,7 @@ def test_an_answer_that_came_and_was_never_used_is_on_the_record(monkeypatch: py
         return real(answer)
 
     model = chat(ScriptedLLM(last_candidate, price=PRICE))
-    monkeypatch.setattr(engine_steps, "decisive", interrupted)
+    monkeypatch.setattr(decode_loop, "decisive", interrupted)
     record = given_up(model, KeyboardInterrupt)
     receipt = record.receipts[AT]
     assert (receipt.outcome, receipt.pick, receipt.actual) == ("picked", None, receipt.reserved)

@@ -30,7 +30,7 @@ from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST, KVPools, PooledKVCa
 from s2t_agents.backends.torch.fused_ops import EAGER, PointwiseOps
 from s2t_agents.backends.torch.kv_cache import KVCache
 from s2t_agents.backends.torch.lora import Lora
-from s2t_agents.engine.engine import fetched, in_one_trip
+from s2t_agents.engine.decode_loop import fetched, in_one_trip
 from s2t_agents.proposal import Proposal
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence

@@ -8,7 +8,7 @@ import torch
 from sequences import read
 
 from s2t_agents.backends.base import StepOutput, Work
-from s2t_agents.engine.engine import predetermined
+from s2t_agents.engine.decode_loop import predetermined
 from s2t_agents.llms.previews import END_MARK, continuations, previews
 from s2t_agents.proposal import Proposal
 from s2t_agents.scheduling.language_model import LanguageModel

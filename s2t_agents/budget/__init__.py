@@ -13,18 +13,18 @@ import warnings
 from collections.abc import Callable
 from decimal import Decimal
 
-from s2t_agents.budget.budget import Budget
-from s2t_agents.budget.clock import Clock, SystemClock
-from s2t_agents.budget.hold import Hold
-from s2t_agents.budget.memory_store import MemoryStore
-from s2t_agents.budget.prices import DevicePrice, TokenPrice, known_price
-from s2t_agents.budget.redis_store import RedisStore
-from s2t_agents.budget.sqlite_store import SQLiteStore
-from s2t_agents.budget.state import BudgetState
-from s2t_agents.budget.store import BudgetStore
-from s2t_agents.budget.terms import OnExhausted
-from s2t_agents.budget.window import PER_DAY, PER_HOUR, PER_WEEK, Window
-from s2t_agents.types import Charge, LimitWarning
+from ..types import Charge, LimitWarning
+from .budget import Budget
+from .clock import Clock, SystemClock
+from .hold import Hold
+from .memory_store import MemoryStore
+from .prices import DevicePrice, TokenPrice, known_price
+from .redis_store import RedisStore
+from .sqlite_store import SQLiteStore
+from .state import BudgetState
+from .store import BudgetStore
+from .terms import OnExhausted
+from .window import PER_DAY, PER_HOUR, PER_WEEK, Window
 
 __all__ = [
     "PER_DAY",

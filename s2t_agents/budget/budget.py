@@ -10,20 +10,20 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any, Self, Unpack, get_args
 
-from s2t_agents.budget import money
-from s2t_agents.budget.clock import Clock
-from s2t_agents.budget.hold import Hold
-from s2t_agents.budget.limit_warnings import WARN_AT, OnWarning, Warner
-from s2t_agents.budget.memory_store import MemoryStore
-from s2t_agents.budget.meter_handle import MeterHandle
-from s2t_agents.budget.quantities import UNITS, Quantities, limits_from, quantities_of
-from s2t_agents.budget.refusals import budget_exceeded
-from s2t_agents.budget.state import BudgetState, Number
-from s2t_agents.budget.store import BudgetStore, Link, Terms
-from s2t_agents.budget.terms import LimitsGiven, OnExhausted, micros_of, terms_of
-from s2t_agents.budget.window import Window
-from s2t_agents.errors import BadLimit, ConfigError, StoreUnavailable, UnpricedModel
-from s2t_agents.types import Charge
+from ..errors import BadLimit, ConfigError, StoreUnavailable, UnpricedModel
+from ..types import Charge
+from . import money
+from .clock import Clock
+from .hold import Hold
+from .limit_warnings import WARN_AT, OnWarning, Warner
+from .memory_store import MemoryStore
+from .meter_handle import MeterHandle
+from .quantities import UNITS, Quantities, limits_from, quantities_of
+from .refusals import budget_exceeded
+from .state import BudgetState, Number
+from .store import BudgetStore, Link, Terms
+from .terms import LimitsGiven, OnExhausted, micros_of, terms_of
+from .window import Window
 
 _hold_numbers = itertools.count()
 _process_key = secrets.token_hex(8)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
-from s2t_agents.budget.quantities import UNITS
-from s2t_agents.errors import BadLimit
+from ..errors import BadLimit
+from .quantities import UNITS
 
 _FIRST_WORD = re.compile(r"\W*([a-z]+)", re.IGNORECASE)
 _NOES = frozenset({"no", "none", "nope", "never", "n"})

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from s2t_agents.budget.quantities import Counts, quantities_of
-from s2t_agents.budget.store import BudgetStore, Closing
-from s2t_agents.budget.unsettled import UnsettledCharges
-from s2t_agents.errors import BadLimit, HoldClosed, StoreUnavailable
-from s2t_agents.types import Charge
+from ..errors import BadLimit, HoldClosed, StoreUnavailable
+from ..types import Charge
+from .quantities import Counts, quantities_of
+from .store import BudgetStore, Closing
+from .unsettled import UnsettledCharges
 
 
 class Hold:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
 
-from s2t_agents.budget import money
-from s2t_agents.budget.meter_handle import MeterHandle
-from s2t_agents.budget.quantities import NOTHING
-from s2t_agents.budget.state import BudgetState, Number
-from s2t_agents.errors import BadLimit, StoreUnavailable
-from s2t_agents.types import LimitWarning
+from ..errors import BadLimit, StoreUnavailable
+from ..types import LimitWarning
+from . import money
+from .meter_handle import MeterHandle
+from .quantities import NOTHING
+from .state import BudgetState, Number
 
 WARN_AT = 0.8
 """The share of a limit at which a warning comes, by default."""

@@ -7,12 +7,12 @@ import threading
 import time
 from typing import NamedTuple
 
-from s2t_agents.budget.clock import Clock, SystemClock
-from s2t_agents.budget.meter import Meter
-from s2t_agents.budget.quantities import Counts
-from s2t_agents.budget.state import BudgetState
-from s2t_agents.budget.store import Chain, Closing, Refusal, Terms
-from s2t_agents.errors import StoreUnavailable
+from ..errors import StoreUnavailable
+from .clock import Clock, SystemClock
+from .meter import Meter
+from .quantities import Counts
+from .state import BudgetState
+from .store import Chain, Closing, Refusal, Terms
 
 TOMBSTONES = 100_000
 """Expired holds remembered, so that settling one late is still booked."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from s2t_agents.budget.quantities import (
+from .quantities import (
     LARGEST_TOTAL,
     NOTHING,
     UNITS,
@@ -16,8 +16,8 @@ from s2t_agents.budget.quantities import (
     plus,
     raised,
 )
-from s2t_agents.budget.state import BudgetState, state_of
-from s2t_agents.budget.store import Refusal, Terms
+from .state import BudgetState, state_of
+from .store import Refusal, Terms
 
 LEAST_TOTAL = LARGEST_TOTAL.unpriced
 """No sum up to here needs a second look, whatever its unit."""

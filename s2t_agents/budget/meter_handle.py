@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from s2t_agents.budget.names import checked_name
-from s2t_agents.budget.quantities import UNITS, public
-from s2t_agents.budget.store import BudgetStore, Terms
-from s2t_agents.budget.unsettled import UnsettledCharges
-from s2t_agents.errors import BadLimit
+from ..errors import BadLimit
+from .names import checked_name
+from .quantities import UNITS, public
+from .store import BudgetStore, Terms
+from .unsettled import UnsettledCharges
 
 
 @dataclass(frozen=True, slots=True)

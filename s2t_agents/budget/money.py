@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from decimal import Decimal
 from functools import reduce
 
-from s2t_agents.errors import BadLimit
+from ..errors import BadLimit
 
 DECIMALS = 12
 MAX_USD = Decimal(1_000_000)

@@ -6,7 +6,7 @@ import hashlib
 import re
 from typing import Any
 
-from s2t_agents.errors import ConfigError
+from ..errors import ConfigError
 
 MAX_NAME = 200
 _UNUSABLE = re.compile(r"[/\0\ud800-\udfff]")  # the separator, and lone surrogates, which not every store can hold

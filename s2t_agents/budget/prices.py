@@ -8,8 +8,8 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from functools import cache
 
-from s2t_agents.budget import money
-from s2t_agents.errors import BadLimit
+from ..errors import BadLimit
+from . import money
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Generic, NamedTuple, TypeVar
 
-from s2t_agents.budget import money
-from s2t_agents.errors import BadLimit
-from s2t_agents.types import Charge
+from ..errors import BadLimit
+from ..types import Charge
+from . import money
 
 N = TypeVar("N", int, int | None)
 

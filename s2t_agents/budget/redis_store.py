@@ -13,8 +13,9 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from s2t_agents.budget.clock import Clock
-from s2t_agents.budget.quantities import (
+from ..errors import BadLimit, BadStore, ConfigError, StoreUnavailable
+from .clock import Clock
+from .quantities import (
     COUNTED,
     LARGEST_LIMIT,
     LARGEST_TOTAL,
@@ -27,12 +28,11 @@ from s2t_agents.budget.quantities import (
     check_total,
     plus,
 )
-from s2t_agents.budget.redis_script import DAMAGED, PART, SCRIPTS
-from s2t_agents.budget.redis_url import FORM, PASSWORD_ENV, address_of, password_in
-from s2t_agents.budget.state import BudgetState, state_of
-from s2t_agents.budget.store import Chain, Closing, Refusal, Terms
-from s2t_agents.budget.window import Window
-from s2t_agents.errors import BadLimit, BadStore, ConfigError, StoreUnavailable
+from .redis_script import DAMAGED, PART, SCRIPTS
+from .redis_url import FORM, PASSWORD_ENV, address_of, password_in
+from .state import BudgetState, state_of
+from .store import Chain, Closing, Refusal, Terms
+from .window import Window
 
 if TYPE_CHECKING:
     import redis

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
-from s2t_agents.errors import ConfigError
+from ..errors import ConfigError
 
 PASSWORD_ENV = "S2T_REDIS_PASSWORD"
 """Where a store that was pickled without its password looks for it."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from decimal import Decimal
 
-from s2t_agents.budget.quantities import LOCAL, public
-from s2t_agents.budget.store import Refusal
-from s2t_agents.budget.terms import OnExhausted
-from s2t_agents.errors import BudgetExceeded
+from ..errors import BudgetExceeded
+from .quantities import LOCAL, public
+from .store import Refusal
+from .terms import OnExhausted
 
 _ONE = {
     "usd": "USD",

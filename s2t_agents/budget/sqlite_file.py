@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import quote
 
-from s2t_agents.errors import BadStore
+from ..errors import BadStore
 
 VERSION = 1
 DAMAGED = "The file is damaged; move it away and keep it, it was not changed."

@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from s2t_agents.budget.meter import Meter
-from s2t_agents.budget.quantities import Counts, Limits, Quantities
-from s2t_agents.budget.store import Terms
-from s2t_agents.budget.window import Window
-from s2t_agents.errors import BadLimit
+from ..errors import BadLimit
+from .meter import Meter
+from .quantities import Counts, Limits, Quantities
+from .store import Terms
+from .window import Window
 
 APPLICATION_ID = 0x5332_5442  # "S2TB"
 SCHEMA = """

@@ -19,11 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from s2t_agents.budget.clock import Clock, SystemClock
-from s2t_agents.budget.meter import Meter
-from s2t_agents.budget.quantities import Counts
-from s2t_agents.budget.sqlite_file import DAMAGED, busy, connect, damage_of, identity, verify
-from s2t_agents.budget.sqlite_rows import (
+from ..errors import BadLimit, BadStore, ConfigError, StoreUnavailable
+from ..fork_safety import hold_while_forking
+from .clock import Clock, SystemClock
+from .meter import Meter
+from .quantities import Counts
+from .sqlite_file import DAMAGED, busy, connect, damage_of, identity, verify
+from .sqlite_rows import (
     APPLICATION_ID,
     LATER,
     SCHEMA,
@@ -36,10 +38,8 @@ from s2t_agents.budget.sqlite_rows import (
     save_hold,
     save_meter,
 )
-from s2t_agents.budget.state import BudgetState
-from s2t_agents.budget.store import Chain, Closing, Refusal, Terms
-from s2t_agents.errors import BadLimit, BadStore, ConfigError, StoreUnavailable
-from s2t_agents.fork_safety import hold_while_forking
+from .state import BudgetState
+from .store import Chain, Closing, Refusal, Terms
 
 MAX_WAIT_S = 86_400
 LATCH_S = 0.004

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Decimal
 
-from s2t_agents.budget.quantities import LOCAL, UNITS, Counts, Limits, public
+from .quantities import LOCAL, UNITS, Counts, Limits, public
 
 Number = Decimal | int | float
 

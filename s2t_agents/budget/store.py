@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
-from s2t_agents.budget.quantities import COUNTED, NOTHING, UNLIMITED, Counts, Limits, Quantities
-from s2t_agents.budget.state import BudgetState
-from s2t_agents.budget.window import Window
+from .quantities import COUNTED, NOTHING, UNLIMITED, Counts, Limits, Quantities
+from .state import BudgetState
+from .window import Window
 
 
 class Link(NamedTuple):

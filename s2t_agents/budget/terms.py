@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Literal, TypedDict
 
-from s2t_agents.budget import money
-from s2t_agents.budget.quantities import MAX_SECONDS, NOTHING, UNITS, Counts, Limits, Quantities, quantities_of
-from s2t_agents.budget.store import Terms
-from s2t_agents.budget.window import Window
-from s2t_agents.errors import BadLimit
-from s2t_agents.types import Charge
+from ..errors import BadLimit
+from ..types import Charge
+from . import money
+from .quantities import MAX_SECONDS, NOTHING, UNITS, Counts, Limits, Quantities, quantities_of
+from .store import Terms
+from .window import Window
 
 OnExhausted = Literal["degrade", "raise", "ask"]
 

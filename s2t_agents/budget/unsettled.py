@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections import deque
 
-from s2t_agents.budget.quantities import Counts
-from s2t_agents.budget.store import BudgetStore
+from .quantities import Counts
+from .store import BudgetStore
 
 _log = logging.getLogger(__name__)
 

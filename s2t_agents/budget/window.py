@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from s2t_agents.errors import BadLimit
+from ..errors import BadLimit
 
 MAX_SECONDS = 10**9
 MAX_OFFSET_S = 5 * 10**9

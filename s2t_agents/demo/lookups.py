@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from s2t_agents.demo.lexicon import ITEMS, NAMES, PLACES
-from s2t_agents.demo.problem import Call
-from s2t_agents.demo.schemas import ParameterType, function_tool
+from .lexicon import ITEMS, NAMES, PLACES
+from .problem import Call
+from .schemas import ParameterType, function_tool
 
 VERBS = ("get", "find", "read", "check", "fetch", "load", "look_up", "query")
 UNSEEN_VERBS = ("request", "tell", "search")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from s2t_agents.demo.arithmetic import Move
+from .arithmetic import Move
 
 Kind = Literal["word", "tool", "call", "talk"]
 Split = Literal["train", "heldout", "longer", "larger", "unseen", "hard"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from s2t_agents.demo.lexicon import LANGUAGES, WORDS, foreign, made_up, span
-from s2t_agents.demo.schemas import ParameterType
+from .lexicon import LANGUAGES, WORDS, foreign, made_up, span
+from .schemas import ParameterType
 
 _VERBS = ("create", "make", "add", "register", "open", "enter", "store", "list", "note")
 _NOUNS = ("client", "company", "account", "user", "shop", "firm", "member", "guest", "customer", "school", "band")

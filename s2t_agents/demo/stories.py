@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from random import Random
 
-from s2t_agents.demo.arithmetic import Move, Sign, totals
-from s2t_agents.demo.lexicon import ITEMS, NAMES, PLACES
+from .arithmetic import Move, Sign, totals
+from .lexicon import ITEMS, NAMES, PLACES
 
 CARRY = 0.3
 """Share of steps which carry or borrow; low enough that forgetting every carry still solves many problems."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from s2t_agents.demo.lexicon import ITEMS, LANGUAGES, NAMES, PLACES, district, foreign, made_up, span
-from s2t_agents.demo.lookups import TOPICS, draw_lookup
-from s2t_agents.demo.problem import Call
-from s2t_agents.demo.record_problems import RecordProblem, documented
-from s2t_agents.demo.schemas import ParameterType, function_tool
+from .lexicon import ITEMS, LANGUAGES, NAMES, PLACES, district, foreign, made_up, span
+from .lookups import TOPICS, draw_lookup
+from .problem import Call
+from .record_problems import RecordProblem, documented
+from .schemas import ParameterType, function_tool
 
 Value = str | int
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from random import Random
 
-from s2t_agents.demo import lookups, stories, tool_call_problems
-from s2t_agents.demo.arithmetic import work
-from s2t_agents.demo.problem import (
+from . import lookups, stories, tool_call_problems
+from .arithmetic import work
+from .problem import (
     Call,
     Kind,
     Message,
@@ -28,7 +28,7 @@ from s2t_agents.demo.problem import (
     tool_call_message,
     tool_result_message,
 )
-from s2t_agents.demo.smalltalk import draw_talk
+from .smalltalk import draw_talk
 
 __all__ = [
     "Call",

@@ -4,9 +4,9 @@ Flow: ``GenerationRecord`` -> ``Ledger.record`` -> ``LedgerStore`` (memory, JSON
 / ``what_if`` / ``report``.
 """
 
-from s2t_agents.ledger.latency import Quantiles
-from s2t_agents.ledger.ledger import Ledger
-from s2t_agents.ledger.record import (
+from .latency import Quantiles
+from .ledger import Ledger
+from .record import (
     Cost,
     GenerationRecord,
     Latency,
@@ -17,10 +17,10 @@ from s2t_agents.ledger.record import (
     StepTimes,
     Thought,
 )
-from s2t_agents.ledger.recording import Recording
-from s2t_agents.ledger.store import LedgerStore, MemoryLedger
-from s2t_agents.ledger.totals import CostSum, RunningTotal, Totals
-from s2t_agents.ledger.what_if import WhatIf
+from .recording import Recording
+from .store import LedgerStore, MemoryLedger
+from .totals import CostSum, RunningTotal, Totals
+from .what_if import WhatIf
 
 __all__ = [
     "Cost",

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from s2t_agents.errors import LedgerError
-from s2t_agents.ledger.latency import SHARES, Quantiles, percentile_rank
-from s2t_agents.ledger.record import GenerationRecord
-from s2t_agents.ledger.totals import NO_SUMS, PARTS, Sums, Totals, add_sums, part_times, sums_of, totals_from
+from ..errors import LedgerError
+from .latency import SHARES, Quantiles, percentile_rank
+from .record import GenerationRecord
+from .totals import NO_SUMS, PARTS, Sums, Totals, add_sums, part_times, sums_of, totals_from
 
 By = Literal["agent", "thread", "run", "day"]
 

@@ -26,10 +26,10 @@ from typing import IO, Any
 
 from pydantic_core import from_json
 
-from s2t_agents.atomic_write import lock_to_append
-from s2t_agents.errors import LedgerError
-from s2t_agents.fork_safety import hold_while_forking
-from s2t_agents.ledger.record import GenerationRecord, SummedRecord
+from ..atomic_write import lock_to_append
+from ..errors import LedgerError
+from ..fork_safety import hold_while_forking
+from .record import GenerationRecord, SummedRecord
 
 HEADER = b'{"s2t_ledger": 1}\n'
 _HEADER_OF_AN_EDITOR = b'{"s2t_ledger": 1}\r'

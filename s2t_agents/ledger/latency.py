@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from s2t_agents.ledger.record import Frozen
+from .record import Frozen
 
 
 class Quantiles(Frozen):

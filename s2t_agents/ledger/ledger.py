@@ -9,15 +9,15 @@ from functools import reduce
 from pathlib import Path
 from typing import TypeVar
 
-from s2t_agents.budget import Budget
-from s2t_agents.errors import ConfigError, LedgerError
-from s2t_agents.ledger.grouped_totals import By, GroupedTotals
-from s2t_agents.ledger.latency import Quantiles
-from s2t_agents.ledger.record import GenerationRecord
-from s2t_agents.ledger.recording import Recording
-from s2t_agents.ledger.store import LedgerStore, MemoryLedger, ReadOnly, records_to_sum
-from s2t_agents.ledger.totals import NO_SUMS, RunningTotal, Totals, add_sums, sums_of, totals_from
-from s2t_agents.ledger.what_if import WhatIf, replay
+from ..budget import Budget
+from ..errors import ConfigError, LedgerError
+from .grouped_totals import By, GroupedTotals
+from .latency import Quantiles
+from .record import GenerationRecord
+from .recording import Recording
+from .store import LedgerStore, MemoryLedger, ReadOnly, records_to_sum
+from .totals import NO_SUMS, RunningTotal, Totals, add_sums, sums_of, totals_from
+from .what_if import WhatIf, replay
 
 _scopes: ContextVar[tuple[tuple[Ledger, RunningTotal], ...]] = ContextVar("s2t_ledger_scopes", default=())
 
@@ -63,7 +63,7 @@ class Ledger:
         Raises:
             LedgerError: another ending, a corrupt or foreign file (left as it is), or no way to write there.
         """
-        from s2t_agents.ledger import jsonl, sqlite
+        from . import jsonl, sqlite
 
         kinds: dict[str, Callable[[Path], LedgerStore]] = {"jsonl": jsonl.JsonlLedger, "sqlite": sqlite.SQLiteLedger}
         return cls(_of_kind(path, kinds)(Path(path)), recording=recording)
@@ -75,7 +75,7 @@ class Ledger:
         Raises:
             LedgerError: another ending, or no such file; damage inside raises when it is read.
         """
-        from s2t_agents.ledger import jsonl, sqlite
+        from . import jsonl, sqlite
 
         read = _of_kind(path, {"jsonl": jsonl.read_records, "sqlite": sqlite.read_records})
         if not Path(path).is_file():

@@ -26,9 +26,9 @@ from pydantic import (
 )
 from pydantic import model_validator as whole
 
-from s2t_agents.budget import money
-from s2t_agents.budget.quantities import quantities_of
-from s2t_agents.types import Charge, Outcome, Picker, RefusedBy
+from ..budget import money
+from ..budget.quantities import quantities_of
+from ..types import Charge, Outcome, Picker, RefusedBy
 
 WholeNumber = Annotated[int, Field(ge=0, le=money.MAX_COUNT)]
 MAX_EXPONENT = 30

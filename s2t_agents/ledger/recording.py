@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from s2t_agents.errors import ConfigError
+from ..errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from s2t_agents.budget import money
-from s2t_agents.errors import LedgerError
-from s2t_agents.ledger.grouped_totals import By, GroupedTotals
-from s2t_agents.ledger.latency import SHARES, Quantiles
-from s2t_agents.ledger.ledger import Ledger
-from s2t_agents.ledger.totals import PARTS, CostSum, Totals
+from ..budget import money
+from ..errors import LedgerError
+from .grouped_totals import By, GroupedTotals
+from .latency import SHARES, Quantiles
+from .ledger import Ledger
+from .totals import PARTS, CostSum, Totals
 
 Format = Literal["table", "json", "csv"]
 

@@ -18,10 +18,10 @@ from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from s2t_agents.budget.sqlite_file import DAMAGED, connect, damage_of, identity, recognise, verify
-from s2t_agents.errors import BadStore, LedgerError
-from s2t_agents.fork_safety import hold_while_forking
-from s2t_agents.ledger.record import GenerationRecord, SummedRecord
+from ..budget.sqlite_file import DAMAGED, connect, damage_of, identity, recognise, verify
+from ..errors import BadStore, LedgerError
+from ..fork_safety import hold_while_forking
+from .record import GenerationRecord, SummedRecord
 
 APPLICATION_ID = 0x5332_544C  # "S2TL"
 _SCHEMA = """

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from s2t_agents.errors import LedgerError
-from s2t_agents.ledger.record import GenerationRecord, SummedRecord
+from ..errors import LedgerError
+from .record import GenerationRecord, SummedRecord
 
 
 @runtime_checkable

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, computed_field
 
-from s2t_agents.budget import money
-from s2t_agents.fork_safety import hold_while_forking
-from s2t_agents.ledger.record import DIGITS, Frozen, GenerationRecord, Latency
+from ..budget import money
+from ..fork_safety import hold_while_forking
+from .record import DIGITS, Frozen, GenerationRecord, Latency
 
 PARTS = tuple(Latency.model_fields)
 

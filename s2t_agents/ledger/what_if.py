@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from decimal import Decimal
 
-from s2t_agents.budget import Budget
-from s2t_agents.budget.quantities import charge_of, plus, quantities_of
-from s2t_agents.errors import BudgetExceeded, UnpricedModel
-from s2t_agents.ledger.record import Frozen, GenerationRecord, Receipt
-from s2t_agents.types import Charge
+from ..budget import Budget
+from ..budget.quantities import charge_of, plus, quantities_of
+from ..errors import BudgetExceeded, UnpricedModel
+from ..types import Charge
+from .record import Frozen, GenerationRecord, Receipt
 
 FREE = Charge(Decimal(0), escalations=0)
 
