@@ -2,9 +2,9 @@
 
     python examples/llm_local.py
 
-Any Hugging Face pair with one tokenizer works the same: ChatS2T(model="Qwen/Qwen3-0.6B", ...,
-LocalLLM("Qwen/Qwen3-8B", device="cuda")). Its weights are read at the first question, and it only ever reads what is
-new since the last one.
+Any pair of Hugging Face models or GGUF files works the same: ChatS2T(model="Qwen/Qwen3-0.6B", ...,
+LocalLLM("Qwen/Qwen3-8B", device="cuda")); with another tokenizer the candidates are scored by their bytes. Its weights
+are read at the first question, and it only ever reads what is new since the last one.
 """
 
 from s2t_agents import Budget, ChatS2T, Escalation, LocalLLM

@@ -2,8 +2,8 @@
 
     python examples/llm_openai_server.py --url http://127.0.0.1:8000/v1 --model s2t-demo-llm
 
-The server must take token ids and name tokens by id, as vLLM does; examples/vllm starts one with the bundled LLM. With
-the server down the answer still comes, marked as degraded.
+Best is a server that takes token ids and names tokens by id, as vLLM does; examples/vllm starts one with the bundled
+LLM, and so does "s2t serve --model s2t-demo-llm". With the server down the answer still comes, marked as degraded.
 """
 
 import argparse

@@ -25,11 +25,11 @@ S2TError (ModelError)
 ├── LedgerError                       a ledger file that is corrupt, foreign or cannot be written
 ├── ModelServerError                  the server of the model itself (``vllm://...``) gave no usable answer (retryable)
 │   ├── ModelServerDown (ModelConnectionError)         not reached, or failed just before and left alone for a while
-│   ├── ModelServerBusy (ModelRateLimitError)          it declined for now: 429 or 5xx
+│   ├── ModelServerBusy (ModelRateLimitError)          it declined for now (429, 503, ...)
 │   └── ModelServerRefused (ModelInvalidRequestError)  it refused the request: any other status
 └── EscalationFailed                  the LLM gave no usable answer; the caller keeps the local pick (retryable)
     ├── EndpointDown                  its server cannot be reached: no connection, no TLS, no such host
-    ├── EndpointBusy                  its server declined for now: 429 or 5xx; nothing was spent
+    ├── EndpointBusy                  its server declined for now (429, 503, ...); nothing was spent
     ├── EndpointRefused               its server refused the request: any other status; nothing was spent
     │   └── QuestionRefused           it refused this question (too long, say) and may take another; nothing was spent
     └── OutOfTime                     the caller's deadline passed before the LLM's; not a failure of the LLM
@@ -93,7 +93,7 @@ class ModelNotFound(ConfigError, ModelNotFoundError):
 
 
 class UnsafeWeights(ConfigError):
-    """A model whose files are not valid safetensors, config and tokenizer, or need code that was not permitted."""
+    """A model whose files are no valid safetensors, GGUF, config or tokenizer, or need code that is not permitted."""
 
 
 class AdapterMismatch(ConfigError):

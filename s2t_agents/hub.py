@@ -71,7 +71,7 @@ class ModelSource:
     """A model's name and its ``from_pretrained`` options.
 
     Attributes:
-        name: directory, hub id or bundled name.
+        name: directory, GGUF file, hub id or bundled name.
         hub: options for config, tokenizer, weights and generation config; ``trust_remote_code`` is False by default.
         weights: options for the weights only, such as ``quantization_config``.
     """

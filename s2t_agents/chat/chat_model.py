@@ -78,16 +78,20 @@ _MAY_BE_URLS = ("model", "selector", "escalation")
 class ChatS2T(ConfigurableChatModel):
     """A local chat model whose tokens are re-ranked by a selector, or by an LLM, at steps where it is unsure.
 
-    With neither ``selector`` nor ``escalation`` it is a plain local chat model for any Hugging Face checkpoint.
+    With neither ``selector`` nor ``escalation`` it is a plain local chat model for any Hugging Face checkpoint or GGUF
+    file.
 
     >>> llm = ChatS2T(selector="s2t-demo", escalation=LocalLLM("s2t-demo-llm"), budget=Budget(escalations=3))
     >>> llm.invoke("Ann has 37 shells and finds 48 more. How many are there now?").response_metadata["s2t"]
 
     Args:
-        model: directory or hub id of the SLM ("s2t-demo" is bundled), or a loaded ``LanguageModel``.
-        selector: directory of a trained selector ("s2t-demo" for the bundled one), or any ``Selector``.
-        escalation: the LLM to ask where the selector is unsure too, or an ``Escalation`` with its own margin.
-        budget: limits what escalations spend; a call's ``s2t_budget`` overrides it.
+        model: directory, hub id or GGUF file of the SLM ("s2t-demo" is bundled), ``vllm://host:port/name`` of one on a
+            server, or a loaded ``LanguageModel``.
+        selector: directory of a trained selector ("s2t-demo" for the bundled one), "server" for the one that runs in
+            the model's server, or any ``Selector``.
+        escalation: the LLM to ask where the selector is unsure too: its name or address, a LangChain chat model, a
+            ``LocalLLM``, ``OpenAILLM`` or ``ChatJudge``; or an ``Escalation`` with its own margin.
+        budget: limits what escalations, and answers themselves, spend; a call's ``s2t_budget`` overrides it.
         ledger: receives one record per generation.
         k: candidates per triggered step, 1 to 64; None takes the selector's, or 8.
         trigger: decides which steps are re-ranked; None takes the selector's calibrated one, without a selector
@@ -105,7 +109,8 @@ class ChatS2T(ConfigurableChatModel):
         concurrency: how many generations run at once and how many may queue.
         cache_scope: the prefix cache is shared within one scope only; give each tenant its own.
             A call's ``s2t_cache_scope``, or the enclosing node's ``configurable``, overrides it.
-        model_kwargs: passed to ``from_pretrained``, such as ``revision`` or ``quantization_config``; ``revision``,
+        model_kwargs: passed to ``from_pretrained``, such as ``revision`` or ``quantization_config``, to llama.cpp
+            (``n_ctx``, ...) or to the server's client (``tokenizer``, ``api_key_env``, ...); ``revision``,
             ``subfolder`` and ``trust_remote_code`` do not apply to another model that a call names.
         chat_template: replaces the tokenizer's: a Jinja template (a text with a brace or a line break in it), or the
             path of a file that holds one, which is read at construction.

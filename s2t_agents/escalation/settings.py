@@ -34,7 +34,8 @@ class Escalation:
             that were asked about, as token ids. Where others keep the file locked, a generation waits a second for
             it, and then records nothing.
         hold_s: seconds after which what is held for a question comes back, should this process be killed; longer than
-            the LLM's own deadline. None takes a minute more than that deadline, and five minutes at least.
+            the LLM's own deadline. None takes a minute more than that deadline, and five minutes at least; an hour for
+            an LLM without a deadline, such as a ``LocalLLM``.
 
     Raises:
         ConfigError: a margin out of range, a record in a folder that is not there or in a file that holds something

@@ -75,10 +75,10 @@ class LLMSelector(Protocol):
     price: Price | None
 
     def check(self, slm: LanguageModel) -> None:
-        """Refuse an SLM with another tokenizer, before anything is spent.
+        """Refuse an SLM whose candidates it cannot score, before anything is spent.
 
         Raises:
-            TokenizerMismatch: their token ids differ.
+            TokenizerMismatch: their tokens cannot be compared.
         """
         ...
 

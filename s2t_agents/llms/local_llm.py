@@ -50,7 +50,7 @@ class LocalLLM:
         price: of its tokens, for dollar budgets; None if unknown.
         device: where it runs; may differ from the SLM's.
         dtype: None chooses as for the SLM.
-        options: passed to ``from_pretrained``.
+        options: as of ``ChatS2T(model_kwargs=...)``; ``tokenizer`` replaces the model's.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ class OpenAILLM:
     make sure that it is the SLM's.
 
     A failing server does not fail the answer: within ``timeout_s``, and within the budget's deadline, there is an LLM
-    pick or the local pick stands. Only requests that cost nothing (429, 5xx) are retried.
+    pick or the local pick stands. Only requests that cost nothing (429, 503, ...) are retried.
 
     Args:
         base_url: up to and including the version, as ``http://127.0.0.1:8000/v1``. Other machines need https.

@@ -135,7 +135,7 @@ class LanguageModel:
 
     @property
     def library(self) -> str:
-        """What computes it: ``torch`` or ``llama.cpp``."""
+        """What computes it: ``torch``, ``llama.cpp`` or ``server``."""
         return self.backend.library
 
     @property

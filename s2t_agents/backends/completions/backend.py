@@ -64,7 +64,7 @@ class ServerOptions:
         verify: as in httpx: True, or an ``ssl.SSLContext``.
         connect_s: seconds for one connection.
         timeout_s: seconds without a token after which a request has failed; reading the prompt comes before the first.
-        attempts: requests for one token, where the server declines (429, 5xx) or breaks off.
+        attempts: requests for one token, where the server declines for now (429, 503, ...) or breaks off.
         read_ahead: tokens that one request may write; what the answer does not use of them is wasted.
         context_window: tokens; None asks the server, which may not say.
         eos_token_ids: tokens that end an answer; None takes the tokenizer's.
