@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from budget_support import FakeClock
 from langchain_core.caches import InMemoryCache
 from langchain_core.globals import set_llm_cache
 from langchain_core.language_models import BaseChatModel
@@ -347,7 +348,7 @@ def test_a_late_answer_is_no_answer(at_start: Trigger, release: threading.Event)
     assert report is not None
     assert report.outcome == "failed"
     assert report.actual == report.reserved  # it was sent: the provider will bill it
-    hurried = answer(judge(late, timeout_s=30), at_start, Budget(seconds=2))[0].escalation
+    hurried = answer(judge(late, timeout_s=30), at_start, Budget(seconds=2, clock=FakeClock()))[0].escalation
     assert hurried is not None
     assert "no answer within" in hurried.reason
 
