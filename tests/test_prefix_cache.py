@@ -20,6 +20,7 @@ from sequences import appended, read
 from torch_models import watched_forwards
 
 from s2t_agents import ChatS2T, Engine
+from s2t_agents.backends.completions.backend import CompletionCache
 from s2t_agents.backends.torch.kv_cache import KVCache
 from s2t_agents.scheduling import prefix_cache
 from s2t_agents.scheduling.language_model import LanguageModel
@@ -112,6 +113,44 @@ def test_bytes_never_pass_the_limit_and_what_is_found_is_right(kept: list[tuple[
         assert length == len(ids)  # the newest is there
         assert cache is not None
         assert cache.get_seq_length() == length
+
+
+few = st.lists(st.integers(0, 2), min_size=8, max_size=14)
+"""Tokens of which many sequences share a beginning."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(few, st.sampled_from("ab")), max_size=16), st.lists(few, min_size=1, max_size=6))
+def test_the_longest_common_prefix_of_a_scope_is_found(
+    kept: list[tuple[list[int], str]], asked: list[list[int]]
+) -> None:
+    past = PrefixCache()
+    for ids, scope in kept:
+        past.insert(ids, CompletionCache(ids), scope)
+    for scope in "ab":
+        mine = [ids for ids, owner in kept if owner == scope]
+        for prompt in asked:
+            shared = max((common_prefix(ids, prompt[:-1]) for ids in mine), default=0)
+            assert past.longest(prompt, scope) == (shared if shared >= 8 else 0)
+            assert past.match(prompt, scope)[1] == past.longest(prompt, scope)
+    heads = {(tuple(ids), scope) for ids, scope in kept}
+    longest = {one for one in heads if not any(one != two and _begins(two, one) for two in heads)}
+    assert {(tuple(entry.ids), entry.scope) for entry in past.entries} == longest
+    assert past.nbytes == sum(entry.cache.nbytes for entry in past.entries)
+
+
+def _begins(one: tuple[tuple[int, ...], str], two: tuple[tuple[int, ...], str]) -> bool:
+    return one[1] == two[1] and one[0][: len(two[0])] == two[0]
+
+
+def test_a_search_compares_few_entries_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    past, compared = PrefixCache(), []
+    for first in range(500):
+        past.insert([first, *range(10)], CompletionCache([first, *range(10)]))
+    own = prefix_cache.common_prefix
+    monkeypatch.setattr(prefix_cache, "common_prefix", lambda *two: compared.append(two) or own(*two))
+    assert past.match([77, *range(12)])[1] == 11
+    assert len(compared) <= 2
 
 
 def test_nothing_is_kept_at_a_limit_of_nothing_and_the_oldest_goes_first(model: LanguageModel) -> None:

@@ -6,16 +6,23 @@
 One cache for all generations over a model, bounded in bytes; the least recently used entry is evicted first. An entry
 never changes once it is inserted: ``match`` gives a fork, which costs far less than reading the tokens again.
 
+Each scope's entries are sorted by their tokens, and none is the beginning of another. The one that shares most with a
+prompt stands beside the place where the prompt would: a search takes a few comparisons, however many entries there are.
+
 Garbage collection may end an abandoned generation at any allocation, inside these blocks too, and insert it then. So
-the lock is reentrant, the list of entries is replaced in one go (at worst what was inserted in between is lost), and an
-evicted cache is not closed but dropped: a match may be forking it.
+the lock is reentrant, what comes in the middle of a block is not kept, and an evicted cache is not closed but dropped:
+a match may be forking it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -36,11 +43,17 @@ SHORTEST = 8
 
 @dataclass(frozen=True, eq=False)
 class CachedPrefix:
-    """One entry: its scope, its tokens ``[n]`` and their KV cache."""
+    """One entry: its scope, its tokens ``[n]``, their KV cache and its bytes."""
 
     scope: str | None
     ids: NDArray[np.int64]
     cache: SequenceCache
+    nbytes: int
+
+    @cached_property
+    def key(self) -> bytes:
+        """What it is sorted by."""
+        return _key(self.ids)
 
 
 class PrefixCache:
@@ -48,11 +61,16 @@ class PrefixCache:
 
     Args:
         limit_bytes: never passed; 0 caches nothing.
+
+    Attributes:
+        nbytes: of all entries.
     """
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
-        self.limit_bytes = limit_bytes
-        self._entries: list[CachedPrefix] = []  # least recently used first
+        self.limit_bytes, self.nbytes = limit_bytes, 0
+        self._entries: dict[CachedPrefix, None] = {}  # least recently used first
+        self._sorted: dict[str | None, list[CachedPrefix]] = {}  # by scope
+        self._in_use = False
         self._lock = threading.RLock()
         hold_while_forking(self, "_lock")
 
@@ -64,12 +82,6 @@ class PrefixCache:
         """What is cached, the least recently used first."""
         return tuple(self._entries)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all entries."""
-        with self._lock:
-            return _bytes(self._entries)
-
     def match(self, ids: Ids, scope: str | None = None) -> tuple[SequenceCache | None, int]:
         """A fork of the longest common prefix, of all tokens but the last at most.
 
@@ -80,47 +92,88 @@ class PrefixCache:
         Returns:
             The fork and its tokens; None and 0 where nothing fits.
         """
-        with self._lock:
-            entries = self._entries
-            found, length = _longest(entries, ids, scope)
+        with self._exclusive():
+            found, length = self._longest(ids, scope)
             if found is None:
                 return None, 0
-            self._entries = [*(entry for entry in entries if entry is not found), found]
+            self._entries[found] = self._entries.pop(found)
         return found.cache.fork(length), length
 
     def longest(self, ids: Ids, scope: str | None = None) -> int:
         """How many tokens ``match`` would find."""
-        with self._lock:
-            return _longest(self._entries, ids, scope)[1]
+        with self._exclusive():
+            return self._longest(ids, scope)[1]
 
     def insert(self, ids: Sequence[int], cache: SequenceCache, scope: str | None = None) -> None:
         """Take over the KV cache of ``ids``, which nothing else may write to any more.
 
-        Entries that are the beginning of this one go; so do, if room is needed, the least recently used.
+        An entry that is the beginning of this one goes; so do, if room is needed, the least recently used.
         """
         try:
             cache.park()
         except torch.OutOfMemoryError:  # the answer is there, and its KV goes with it
             return
-        entry = CachedPrefix(scope, np.asarray(ids, dtype=np.int64), cache)
-        size = cache.nbytes
-        if len(ids) < SHORTEST or size > self.limit_bytes:
+        entry = CachedPrefix(scope, np.asarray(ids, dtype=np.int64), cache, cache.nbytes)
+        if len(ids) < SHORTEST or entry.nbytes > self.limit_bytes:
             return
-        with self._lock:
-            entries = self._entries
-            shared = [(each, common_prefix(each.ids, entry.ids)) for each in entries if each.scope == scope]
-            if any(length == len(entry.ids) for _, length in shared):
+        with self._exclusive() as outermost:
+            if not outermost:
                 return
-            covered = [each for each, length in shared if length == len(each.ids)]
-            staying = [each for each in entries if each not in covered]
-            while staying and _bytes(staying) + size > self.limit_bytes:
-                staying.pop(0)
-            self._entries = [*staying, entry]
+            before, after = self._beside(entry.key, scope)
+            if after is not None and after.key.startswith(entry.key):
+                return
+            if before is not None and entry.key.startswith(before.key):
+                self._evict(before)
+            while self.nbytes + entry.nbytes > self.limit_bytes:
+                self._evict(next(iter(self._entries)))
+            beside = self._sorted.setdefault(scope, [])
+            beside.insert(bisect_left(beside, entry.key, key=_key_of), entry)
+            self._entries[entry] = None
+            self.nbytes += entry.nbytes
 
     def clear(self) -> None:
         """Evict everything."""
+        with self._exclusive():
+            self._entries, self._sorted, self.nbytes = {}, {}, 0
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[bool]:
+        """Nobody else is in such a block; False inside another one of the same thread."""
         with self._lock:
-            self._entries = []
+            outermost, self._in_use = not self._in_use, True
+            try:
+                yield outermost
+            finally:
+                self._in_use = not outermost
+
+    def _beside(self, key: bytes, scope: str | None) -> tuple[CachedPrefix | None, CachedPrefix | None]:
+        """The entries before and after the place where a key stands; one that is equal comes after."""
+        entries = self._sorted.get(scope, ())
+        at = bisect_left(entries, key, key=_key_of)
+        return (entries[at - 1] if at else None), (entries[at] if at < len(entries) else None)
+
+    def _longest(self, ids: Ids, scope: str | None) -> tuple[CachedPrefix | None, int]:
+        wanted = np.asarray(ids[:-1], dtype=np.int64)
+        beside = [each for each in self._beside(_key(wanted), scope) if each is not None]
+        shared = [(common_prefix(each.ids, wanted), each) for each in beside]
+        length, found = max(shared, key=lambda each: each[0], default=(0, None))
+        return (found, length) if length >= SHORTEST else (None, 0)
+
+    def _evict(self, entry: CachedPrefix) -> None:
+        del self._entries[entry]
+        self.nbytes -= entry.nbytes
+        beside = self._sorted[entry.scope]
+        del beside[bisect_left(beside, entry.key, key=_key_of)]
+        if not beside:
+            del self._sorted[entry.scope]
+
+
+def _key(ids: NDArray[np.int64]) -> bytes:
+    """Bytes in the order of the tokens; those of a beginning are a beginning."""
+    return ids.astype(">i8").tobytes()
+
+
+_key_of = attrgetter("key")
 
 
 def common_prefix(one: Ids, other: Ids) -> int:
@@ -128,14 +181,3 @@ def common_prefix(one: Ids, other: Ids) -> int:
     n = min(len(one), len(other))
     differing = np.flatnonzero(np.asarray(one[:n], dtype=np.int64) != np.asarray(other[:n], dtype=np.int64))
     return int(differing[0]) if len(differing) else n
-
-
-def _longest(entries: Sequence[CachedPrefix], ids: Ids, scope: str | None) -> tuple[CachedPrefix | None, int]:
-    wanted = np.asarray(ids[:-1], dtype=np.int64)
-    mine = [(common_prefix(entry.ids, wanted), entry) for entry in entries if entry.scope == scope]
-    length, found = max(mine, key=lambda each: each[0], default=(0, None))
-    return (found, length) if length >= SHORTEST else (None, 0)
-
-
-def _bytes(entries: Sequence[CachedPrefix]) -> int:
-    return sum(entry.cache.nbytes for entry in entries)
