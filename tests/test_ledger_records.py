@@ -404,6 +404,34 @@ def test_what_if_goes_by_the_limits_as_they_are_now(ledger: Ledger, raised: str,
     assert ledger.what_if(budgets[-1].fresh()) == again
 
 
+@pytest.mark.parametrize("outcome", ["failed", "interrupted"])
+def test_what_if_spends_nothing_on_a_question_that_cost_nothing(ledger: Ledger, outcome: Any) -> None:
+    cost = Charge(Decimal("0.1"), 10)
+    unpaid = Receipt(step=1, prefix_tokens=9, outcome=outcome, reserved=cost)
+    ledger.record(GenerationRecord(receipts=(unpaid, unpaid, picked(3, 5, 5))))
+    again = ledger.what_if(Budget(usd="0.1", escalations=1))
+    assert (again.allowed, again.refused) == (3, 0)
+    assert again.spent == cost
+
+
+def test_what_if_goes_by_the_records_times_not_by_their_places(ledger: Ledger) -> None:
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    for at in (2, 0, 1):
+        record = GenerationRecord(id=f"at {at}", started_at=start + timedelta(hours=at), receipts=(picked(1, 5, 6),))
+        ledger.record(record)
+    again = ledger.what_if(Budget(escalations=1))
+    assert (again.newly_refused, again.first_change) == (2, ("at 1", 1))
+
+
+def test_what_if_refuses_a_question_of_unknown_price_under_a_dollar_limit(ledger: Ledger) -> None:
+    unknown = Charge(None, 10)
+    receipt = Receipt(step=1, prefix_tokens=9, wanted=5, pick=5, outcome="picked", reserved=unknown, actual=unknown)
+    ledger.record(GenerationRecord(receipts=(receipt,)))
+    assert ledger.what_if(Budget(usd=1)).newly_refused == 1
+    free = ledger.what_if(Budget(escalations=1))
+    assert (free.allowed, free.spent) == (1, unknown)
+
+
 def test_the_selector_decides_what_would_have_stood() -> None:
     scored = (
         ReceiptCandidate(token_id=1, selector=-2.0),

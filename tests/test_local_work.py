@@ -22,7 +22,7 @@ from s2t_agents import Budget, ChatS2T, Ledger
 from s2t_agents.budget import PER_DAY, Charge, LimitWarning, MemoryStore, SQLiteStore
 from s2t_agents.budget.quantities import Counts
 from s2t_agents.chat.unfinished_answers import Unfinished
-from s2t_agents.errors import BadLimit, BudgetExceeded, ContextOverflow, StoreUnavailable
+from s2t_agents.errors import BadLimit, BudgetExceeded, ContextOverflow, HoldClosed, StoreUnavailable
 from s2t_agents.testing import tiny_model
 
 TOKENS = 12
@@ -368,6 +368,41 @@ def test_a_warning_that_the_store_could_not_keep_comes_with_the_next_charge() ->
     budget.reserve(one).settle(one)
     budget.reserve(one).settle(one)
     assert [warning.unit for warning in told] == ["answers"]
+
+
+def test_a_new_window_warns_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[LimitWarning] = []
+    now = [1_800_000_000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    budget = Budget(answers=2, window=PER_DAY, on_warning=told.append, warn_at=0.5)
+    one = Charge(Decimal(0), escalations=0, answers=1)
+    for day in (1, 2, 3):
+        for _ in range(2):
+            budget.reserve(one).settle(one)
+        assert len(told) == day
+        now[0] += 86_400
+
+
+@pytest.mark.parametrize("view", ["itself", "another mode", "its last answer"])
+def test_every_view_of_a_budget_warns(view: str) -> None:
+    told: list[LimitWarning] = []
+    run = Budget(answers=1, on_warning=told.append)
+    seen = {"itself": run, "another mode": run.view(on_exhausted="raise"), "its last answer": run.final()}[view]
+    one = Charge(Decimal(0), escalations=0, answers=1)
+    seen.reserve(one).settle(one)
+    assert [warning.unit for warning in told] == ["answers"]
+
+
+def test_a_charge_that_comes_after_its_hold_lapsed_warns_too() -> None:
+    told: list[LimitWarning] = []
+    clock = FakeClock()
+    budget = Budget(answers=1, on_warning=told.append, clock=clock)
+    one = Charge(Decimal(0), escalations=0, answers=1)
+    hold = budget.reserve(one, ttl_s=1)
+    clock.advance(2)
+    with pytest.raises(HoldClosed):
+        hold.settle(one)
+    assert [(warning.unit, warning.spent) for warning in told] == [("answers", 1)]
 
 
 def test_a_deadline_warns_in_the_middle_of_an_answer() -> None:
