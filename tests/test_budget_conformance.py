@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from budget_support import FULL, ONE, Place, place, redis_server  # noqa: F401
+from budget_support import FULL, ONE, Place, place, redis_server, shared_place  # noqa: F401
 
 from s2t_agents.budget import PER_DAY, Budget, Charge
 from s2t_agents.errors import BadLimit, BudgetExceeded, HoldClosed, UnpricedModel
@@ -298,6 +298,16 @@ def test_a_sum_beyond_what_a_budget_counts_is_refused_and_nothing_is_changed(pla
     budget.reserve(nothing).settle(nothing)
 
 
+def test_a_cost_that_is_too_much_to_add_up_is_booked_as_what_was_held(place: Place) -> None:
+    budget, full = place.budget(), Charge(Decimal(FULL))
+    for _ in range(2):
+        budget.reserve(full).settle(full)
+    hold = budget.reserve(Charge(Decimal(1)))
+    hold.close(Charge(Decimal(FULL) + 1))
+    state = budget.state()
+    assert (state.spent["usd"], state.holds, hold.open) == (2 * FULL + 1, 0, False)
+
+
 def test_an_unknown_price_is_refused_anywhere_under_a_dollar_limit(place: Place) -> None:
     run = place.budget(usd=1)
     agent = run.child("agent", escalations=5)
@@ -363,6 +373,15 @@ def test_a_shared_budget_pickles_and_a_private_one_says_why_not(place: Place) ->
     assert agent.state().spent["escalations"] == 1
     assert twin.parent is not None
     assert twin.parent.state().spent["escalations"] == 1
+
+
+def test_the_view_of_a_last_answer_pickles_as_one(shared_place: Place) -> None:
+    run = shared_place.budget(escalations=1, reserve_for_final=Charge(Decimal(0)))
+    plain, last = pickle.loads(pickle.dumps((run, run.final())))
+    with pytest.raises(BudgetExceeded):
+        plain.reserve(ONE)
+    last.reserve(ONE).settle(ONE)
+    assert run.state().spent["escalations"] == 1
 
 
 def test_odd_names_are_names(place: Place) -> None:

@@ -111,6 +111,7 @@ def test_a_file_locked_for_too_long_refuses_and_the_cost_is_booked_later(tmp_pat
         budget.reserve(CENT)
     with pytest.raises(StoreUnavailable, match="locked"):
         hold.settle(CENT)
+    assert not hold.open
     other.execute("ROLLBACK")
     other.close()
     budget.reserve(CENT).release()

@@ -164,6 +164,32 @@ def test_after_a_reboot_holds_are_free_and_deadlines_go_on(tmp_path: Path, monke
     assert late.open
 
 
+def test_after_a_reboot_what_was_held_is_there_again_and_so_is_more_time(tmp_path: Path, monkeypatch: Any) -> None:
+    clock = FakeClock(mono=5_000_000.0)
+    store = SQLiteStore(tmp_path / "b.db", clock=clock)
+    budget = Budget(usd=1, seconds=1_000, store=store)
+    budget.reserve(Charge(Decimal("0.9"), escalations=0), ttl_s=900)
+    budget.extend(seconds=500)
+    store.close()
+
+    monkeypatch.setattr(sqlite_module, "boot_id", lambda: "another boot")
+    rebooted = FakeClock(mono=12.0, date=clock.date + 300)
+    again = Budget(usd=1, seconds=1_000, store=SQLiteStore(tmp_path / "b.db", clock=rebooted))
+    assert again.seconds_left() == pytest.approx(1_200, abs=1)
+    again.reserve(Charge(Decimal(1), escalations=0))
+
+
+def test_without_a_boot_id_the_clock_is_held_against_the_last_time_the_file_was_opened(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(sqlite_module, "boot_id", lambda: "")
+    for mono, holds in ((100.0, 0), (5_000.0, 1), (1_000.0, 0)):
+        budget = Budget(usd=1, store=SQLiteStore(tmp_path / "b.db", clock=FakeClock(mono=mono)))
+        assert budget.state().holds == holds
+        if not holds:
+            budget.reserve(ONE, ttl_s=90_000)
+
+
 def test_without_a_boot_id_a_clock_that_went_back_tells_of_the_reboot(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(sqlite_module, "boot_id", lambda: "")
     first = Budget(usd=1, store=SQLiteStore(tmp_path / "b.db", clock=FakeClock(mono=5_000.0)))

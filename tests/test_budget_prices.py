@@ -27,6 +27,11 @@ def test_without_a_cached_price_cached_tokens_cost_as_much_as_others() -> None:
     assert price.cost(input_tokens=100, cached_tokens=90) == price.cost(input_tokens=100)
 
 
+def test_cached_tokens_may_be_free() -> None:
+    price = TokenPrice(Decimal(2), Decimal(8), cached_input_usd_per_mtok=Decimal(0))
+    assert price.cost(input_tokens=1_000_000, cached_tokens=900_000) == Decimal("0.2")
+
+
 def test_a_long_prompt_can_cost_more_per_token() -> None:
     price = TokenPrice(Decimal(1), Decimal(2), long_prompts=((200, TokenPrice(Decimal(10), Decimal(20))),))
     assert price.cost(input_tokens=200) == Decimal("0.0002")
