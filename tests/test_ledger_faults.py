@@ -227,6 +227,27 @@ def test_a_file_that_another_process_keeps_locked_is_not_waited_for_for_ever(tmp
     assert len(ledger.records()) == 1
 
 
+@pytest.mark.parametrize("name", ["costs.jsonl", "costs.db"])
+def test_a_record_waits_until_another_writer_is_done(tmp_path: Path, name: str) -> None:
+    import fcntl
+
+    path = tmp_path / name
+    ledger = Ledger.open(path)
+    if name.endswith("db"):
+        other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN IMMEDIATE")
+        done = other.close
+    else:
+        file = path.open("ab")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = file.close
+    timer = threading.Timer(0.2, done)
+    timer.start()
+    ledger.record(GenerationRecord())
+    timer.join()
+    assert len(ledger.records()) == 1
+
+
 # ---------------------------------------------------------------------- torn lines
 
 

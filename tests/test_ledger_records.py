@@ -14,6 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from functools import reduce
+from itertools import islice
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,16 @@ def test_what_is_recorded_is_read_back_whole(ledger: Ledger) -> None:
     assert ledger.records(agent="planner", thread_id="t1", run_id="r1") == [FULL]
     assert [record.agent for record in ledger.records()] == ["planner", "writer"]
     assert ledger.records(thread_id="nobody's") == []
+
+
+def test_what_is_kept_while_records_are_read_is_read_the_next_time(ledger: Ledger) -> None:
+    for _ in range(2):
+        ledger.record(GenerationRecord())
+    read = 0
+    for _ in islice(ledger, 9):
+        ledger.record(GenerationRecord())
+        read += 1
+    assert (read, len(ledger.records())) == (2, 4)
 
 
 def test_text_that_no_file_can_hold_is_kept_escaped(ledger: Ledger) -> None:
@@ -211,6 +222,15 @@ def test_answers_from_the_cache_are_free_and_not_timed(ledger: Ledger) -> None:
     assert ledger.latency() == {"default": {}}
     with pytest.raises(ValidationError, match="cache costs nothing"):
         GenerationRecord(cached=True, cost_usd=Cost(local=Decimal(1)))
+
+
+def test_sums_of_any_size_are_exact(ledger: Ledger) -> None:
+    most = Decimal(1_000_000)
+    for _ in range(11):  # more pico-dollars than 64 bits hold
+        ledger.record(GenerationRecord(cost_usd=Cost(local=Decimal(0), llm=most)))
+    ledger.record(GenerationRecord(cost_usd=Cost(local=Decimal("0.000000000001"), llm=Decimal(0))))
+    for sums in (ledger.total(), ledger.totals()["default"]):
+        assert sums.cost_usd.total.usd == 11 * most + Decimal("0.000000000001")
 
 
 def test_failures_and_refusals_count(ledger: Ledger) -> None:
