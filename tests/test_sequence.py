@@ -11,6 +11,7 @@ from sequences import moved, read
 from torch_models import watched_forwards
 
 from s2t_agents.backends.base import Append, Work
+from s2t_agents.scheduling.idle_sequences import IdleSequences
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 
@@ -80,6 +81,48 @@ def test_a_forward_that_fails_in_mid_prompt_raises_its_own_error(name: str) -> N
     watched_forwards(model, fail_at_the_third)
     with pytest.raises(ValueError, match="out of luck"):
         read(model, list(range(50)))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_a_sequence_holds_what_it_held_after_a_forward_that_fails_in_mid_prompt(name: str) -> None:
+    model, forwards = tiny_model(name), list[int]()
+    model.backend.limits = replace(model.backend.limits, prefill_alone=7)
+
+    def fail_at_the_third(batch: list[Work]) -> None:
+        forwards.append(len(batch))
+        if len(forwards) == 3:
+            raise ValueError("out of luck")
+
+    prefix = TokenSequence(model)
+    watched_forwards(model, fail_at_the_third)
+    prefix.append(list(range(5)))
+    with pytest.raises(ValueError, match="out of luck"):
+        prefix.append(list(range(5, 50)))
+    assert (len(prefix), prefix.cache.length) == (5, 5)
+    prefix.append(list(range(5, 50)))
+    assert torch.allclose(prefix.logits, full(name, list(range(50))), atol=1e-4)
+
+
+@pytest.mark.parametrize("by", ["number", "bytes"])
+def test_the_oldest_idle_sequence_makes_way_and_gives_its_kv_back(by: str) -> None:
+    model = tiny_model("qwen3")
+    sequences = [read(model, list(range(start, start + 20))) for start in range(3)]
+    room = sum(each.cache.nbytes for each in sequences[1:])
+    idle = IdleSequences(2) if by == "number" else IdleSequences(9, room)
+    for each in sequences:
+        idle.put(each)
+    assert len(idle) == 2
+    assert [each.cache.nbytes > 0 for each in sequences] == [False, True, True]
+
+
+def test_an_idle_sequence_that_shares_too_little_is_left_where_it_is() -> None:
+    idle = IdleSequences(2)
+    kept = read(tiny_model("qwen3"), list(range(20)))
+    idle.put(kept)
+    other = [*range(9), 99]
+    assert idle.take(other, None, sharing=10) is None
+    assert len(idle) == 1
+    assert idle.take(other, None, sharing=9) is kept
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
