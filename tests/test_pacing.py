@@ -17,6 +17,7 @@ from s2t_agents.budget import Charge
 from s2t_agents.errors import ConfigError, InputError
 from s2t_agents.escalation import Escalation, Pace, Pacing, margins_of
 from s2t_agents.ledger import GenerationRecord, Receipt, ReceiptCandidate
+from s2t_agents.llms.question import Answer, Question
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always, entropy
 
@@ -88,6 +89,12 @@ def test_the_bar_falls_as_the_budget_runs_out_and_rises_as_it_is_left_over() -> 
     assert bar(20, after=60) > bar(5, after=60)
     assert bar(20, after=60) == pytest.approx(0.5, abs=0.02)  # 20 of the 40 to come
     assert bar(40, after=60) == math.inf
+
+
+def test_the_bar_lies_between_two_margins_where_a_part_of_a_question_is_left_over() -> None:
+    known = (0.2, 0.4, 0.6, 0.8)  # three of eight to come can be paid for: the bar is in the middle, at 0.3
+    assert Pace(8, known).decide(0.29, 3.0)
+    assert not Pace(8, known).decide(0.31, 3.0)
 
 
 def test_with_nothing_left_it_leaves_the_refusal_to_the_budget() -> None:
@@ -171,6 +178,23 @@ def test_a_dollar_budget_is_paced_too() -> None:
     asked = [len(ids) for ids, _ in llm.asked]
     assert 5 <= len(asked) < 30
     assert asked[-1] - asked[0] > 2 * len(asked)  # spread over the answer, not one after the other
+
+
+def test_the_next_questions_are_expected_to_cost_what_the_last_ones_did_not_what_was_held_for_them() -> None:
+    class Cheaper(ScriptedLLM):
+        def ask(self, question: Question) -> Answer:
+            answer = super().ask(question)
+            question.owe(Charge(Decimal("0.001"), 10))
+            return answer
+
+    pacing, budget = Pacing(60), Budget(usd=1)
+    escalation = Escalation(
+        Cheaper(last_candidate, price=TokenPrice(Decimal(1000), Decimal(1000))), margin=1.0, pacing=pacing
+    )
+    settings = {"model": tiny_model(), "trigger": always(), "escalation": escalation, "budget": budget}
+    answer = ChatS2T(**settings, max_tokens=1).invoke("hello")
+    assert answer.response_metadata["s2t"]["escalations"] == 1
+    assert pacing.pace_for(budget).affordable(budget) == pytest.approx(999)
 
 
 def test_receipts_without_scores_have_no_margin() -> None:
