@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from decimal import Decimal
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ def receiver(providers: tuple[Receiver, TracerProvider, MeterProvider]) -> Recei
 
 
 def chat(**settings: Any) -> ChatS2T:
-    return ChatS2T(model=tiny_model(), **{"max_tokens": 6, **settings})
+    return ChatS2T(**{"model": tiny_model(), "max_tokens": 6, **settings})
 
 
 def asking(budget: Budget | None = None, **settings: Any) -> ChatS2T:
@@ -232,6 +234,30 @@ def test_metrics_have_the_conventions_names_units_and_sums(receiver: Receiver, p
     assert mine("s2t.cost", **{names.COST_PART: "llm"}) == pytest.approx(s2t["cost_usd"]["llm"])
     left = {(t[names.BUDGET], t[names.BUDGET_UNIT]): value for t, value in receiver.points("s2t.budget.left")}
     assert left["metered", "escalations"] == 0
+
+
+def test_times_are_seconds_failures_say_their_kind_and_only_streams_have_a_first_chunk(
+    receiver: Receiver, providers: Any
+) -> None:
+    slm = tiny_model(seed=9)
+    whole = chat(model=slm).invoke("hello").response_metadata["s2t"]
+    streamed: Any = reduce(add, chat(model=slm).stream("hello")).response_metadata["s2t"]  # type: ignore[arg-type]
+    with pytest.raises(BudgetExceeded):
+        asking(Budget(escalations=0, on_exhausted="raise"), model=slm).invoke("hello")
+    providers[2].force_flush()
+
+    def mine(metric: str) -> dict[Any, Any]:
+        points = receiver.points(metric)
+        return {told.get(names.ERROR_TYPE): value for told, value in points if told[names.REQUEST_MODEL] == slm.name}
+
+    took = mine("gen_ai.client.operation.duration")
+    assert set(took) == {None, "BudgetExceeded"}
+    assert took[None][1] * 1000 == pytest.approx(whole["latency_ms"]["total"] + streamed["latency_ms"]["total"])
+    count, first = mine("gen_ai.client.operation.time_to_first_chunk")[None]
+    assert receiver.unit("gen_ai.client.operation.time_to_first_chunk") == "s"
+    assert (count, first * 1000) == (1, pytest.approx(streamed["latency_ms"]["ttft"]))
+    spans = [attributes(span) for span in receiver.named(f"chat {slm.name}")]
+    assert [told.get(names.TIME_TO_FIRST_CHUNK) for told in spans] == [None, pytest.approx(first), None]
 
 
 def test_a_name_that_no_exporter_takes_is_escaped(receiver: Receiver) -> None:
