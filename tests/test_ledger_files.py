@@ -97,6 +97,17 @@ def test_a_torn_line_is_stepped_over_and_sealed(tmp_path: Path, cut: int) -> Non
     assert path.read_bytes().startswith(whole[:-cut])  # nothing that was there is gone
 
 
+@pytest.mark.parametrize("left", [b"\n", b'\n{"to'])
+def test_a_writer_killed_between_a_torn_line_and_its_seal_loses_nothing_more(tmp_path: Path, left: bytes) -> None:
+    path = tmp_path / "costs.jsonl"
+    for agent in ("first", "torn"):
+        Ledger.open(path).record(GenerationRecord(agent=agent))
+    path.write_bytes(path.read_bytes()[:-40] + left)
+    for agent in ("next", "last"):
+        Ledger.open(path).record(GenerationRecord(agent=agent))
+    assert [record.agent for record in Ledger.reading(path)] == ["first", "next", "last"]
+
+
 def test_corruption_is_said_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "costs.jsonl"
     ledger = Ledger.open(path)
