@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import itertools
+import socketserver
+import threading
 import uuid
 from decimal import Decimal
 from functools import partial
@@ -80,6 +83,50 @@ def test_an_answer_lost_on_the_way_is_not_booked_twice(
             budget.reserve(CENT)
     budget.reserve(CENT).release()
     assert budget.state().spent["usd"] == CENT.usd
+
+
+def test_a_reservation_whose_answer_was_lost_is_given_back(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = Budget(usd=1, store=store_on(redis_server))
+    through, calls = redis.Redis.execute_command, itertools.count()
+
+    def first_lost(*args: Any, **options: Any) -> Any:
+        answer = through(*args, **options)
+        if next(calls) == 0:
+            raise redis.TimeoutError("Timeout reading from socket")
+        return answer
+
+    with monkeypatch.context() as network:
+        network.setattr(redis.Redis, "execute_command", first_lost)
+        with pytest.raises(StoreUnavailable):
+            budget.reserve(Charge(Decimal(1)))
+    assert budget.state().holds == 0
+    budget.reserve(Charge(Decimal(1)))
+
+
+def test_what_a_server_may_have_done_is_sent_to_it_once() -> None:
+    sent: list[bytes] = []
+
+    class HangsUp(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            while data := self.request.recv(65_536):
+                if b"EVAL" in data:
+                    sent.append(data)
+                    return
+                self.request.sendall(b"+OK\r\n" * (1 + data.count(b"\r\n*")))
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+    with Server(("127.0.0.1", 0), HangsUp) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        store = RedisStore(f"redis://127.0.0.1:{server.server_address[1]}/0?protocol=2", timeout_s=2)
+        with pytest.raises(StoreUnavailable):
+            store.release("run/a hold")
+        store.close()
+        server.shutdown()
+    assert len(sent) == 1
 
 
 def test_the_servers_own_clock_lets_a_hold_lapse(redis_server: RedisServer) -> None:
