@@ -124,8 +124,9 @@ def test_the_finalization_reserve_is_for_the_last_answer_only(place: Place) -> N
     with pytest.raises(BudgetExceeded, match="kept for a last answer 1"):
         run.reserve(ONE)
     run.final().reserve(ONE)
-    with pytest.raises(BudgetExceeded):
+    with pytest.raises(BudgetExceeded) as over:
         run.final().reserve(ONE)
+    assert "kept" not in str(over.value)
 
 
 def test_a_childs_last_answer_does_not_take_its_parents_reserve(place: Place) -> None:
@@ -352,6 +353,22 @@ def test_a_window_starts_afresh_and_never_reopens(place: Place) -> None:
     assert budget.state().spent["usd"] == Decimal("0.4")
     place.advance(2 * 86_400)
     assert budget.state().left == {"usd": 1}
+
+
+def test_a_new_window_forgets_overruns_too(place: Place) -> None:
+    budget = place.budget(escalations=5, window=PER_DAY)
+    budget.reserve(ONE).settle(Charge(Decimal(0), escalations=3))
+    assert budget.state().overrun == {"escalations": 2}
+    place.advance(86_400)
+    assert budget.state().overrun == {}
+
+
+def test_more_time_after_the_deadline_raises_the_limit_by_what_has_passed_since(place: Place) -> None:
+    budget = place.budget(seconds=10)
+    place.advance(15)
+    budget.extend(seconds=20)
+    state = budget.state()
+    assert [part["seconds"] for part in (state.limit, state.spent, state.left)] == pytest.approx([35, 15, 20])
 
 
 def test_copies_are_the_same_meter(place: Place) -> None:
