@@ -516,7 +516,7 @@ def test_a_table_of_many_groups_adds_the_rest_up(monkeypatch: pytest.MonkeyPatch
     ledger = Ledger()
     for number in range(8):
         ledger.record(GenerationRecord(run_id=f"run{number}", completion_tokens=1))
-    text = module.report(ledger, "run")
+    text = module.report(ledger, "run", width=200)
     assert "run2" in text
     assert "run3" not in text
     [others] = [line for line in text.splitlines() if "(5 others: see --csv)" in line]
