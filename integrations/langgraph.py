@@ -24,7 +24,7 @@ import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NotRequired, cast
 
 from langchain.agents.middleware.types import (
     AgentMiddleware,
@@ -96,7 +96,8 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
     Args:
         budget: what all agents and threads share.
         per_thread: limits of each thread (keywords of Budget); kept over the thread's whole life.
-        per_agent: limits of each agent within its thread.
+        per_agent: limits of each agent within its thread: the same for all, or of each by its name,
+            ``{"researcher": {"escalations": 8}, "writer": {"escalations": 2}}``; one without a name there has none.
         agent: the agent's name; by default what ``create_agent(name=...)`` was given.
         tell_model: add what is left to the system message of every call.
         end_when_exhausted: when a unit is used up, give one last answer, without tools, if a finalization
@@ -110,17 +111,36 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
         budget: Budget,
         *,
         per_thread: LimitsGiven | None = None,
-        per_agent: LimitsGiven | None = None,
+        per_agent: LimitsGiven | Mapping[str, LimitsGiven] | None = None,
         agent: str | None = None,
         tell_model: bool = False,
         end_when_exhausted: bool = False,
     ) -> None:
         super().__init__()
         self.budget, self.agent = budget, agent
-        self.per_thread, self.per_agent = per_thread or {}, per_agent or {}
+        self.per_thread = per_thread or {}
+        self.per_agent: Mapping[str, Any] = per_agent or {}
         self.tell_model, self.end_when_exhausted = tell_model, end_when_exhausted
         self._unfinished: dict[str, Unfinished] = {}
-        budget.fresh().child("thread", **self.per_thread).child("agent", **self.per_agent)  # bad limits show here
+        trial = budget.fresh().child("thread", **self.per_thread)  # bad limits show here
+        for name in self.per_agent:
+            trial.child(meter_name(name), **self.limits_of(name))
+
+    def limits_of(self, agent: str) -> LimitsGiven:
+        """The limits of an agent within its thread.
+
+        Raises:
+            BadLimit: ``per_agent`` has agents and limits beside each other.
+        """
+        by_name = [isinstance(value, Mapping) for value in self.per_agent.values()]
+        if not any(by_name):
+            return cast(LimitsGiven, self.per_agent)
+        if not all(by_name):
+            raise BadLimit(
+                f"per_agent has agents and limits side by side: {', '.join(self.per_agent)}.",
+                hint='Give limits for all, {"escalations": 5}, or of each agent, {"researcher": {"escalations": 5}}.',
+            )
+        return cast(LimitsGiven, self.per_agent.get(agent, {}))
 
     def budget_of(self, thread_id: str | None, agent: str, *, final: bool = False) -> Budget:
         """The budget of one agent in one thread; outside a thread, of the agent alone.
@@ -132,7 +152,7 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
         if thread_id is not None:
             above = above.child(meter_name(f"thread {thread_id}"), **self.per_thread)
             above = above.final() if final else above
-        mine = above.child(meter_name(agent), **self.per_agent)
+        mine = above.child(meter_name(agent), **self.limits_of(agent))
         return mine.final() if final else mine
 
     # The hooks are synchronous inside; LangGraph's async names call them, since nothing in them waits.

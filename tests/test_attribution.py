@@ -153,6 +153,17 @@ def test_thread_and_run_are_recorded(drive: Callable[[Any], None]) -> None:
     assert record.run_id
 
 
+@pytest.mark.parametrize("drive", [by_invoke, by_ainvoke])
+def test_a_thread_is_recorded_outside_a_graph_too(drive: Callable[[Any], None]) -> None:
+    model = chat()
+    plain = RunnableLambda(lambda said: said["messages"]) | model
+    drive(plain.with_config(configurable={"thread_id": "t-1"}))
+    drive(plain.with_config(metadata={"thread_id": "t-2"}, configurable={"thread_id": "less near"}))
+    drive(plain)
+    assert model.ledger is not None
+    assert sorted(model.ledger.totals("thread")) == ["(none)", "t-1", "t-2"]
+
+
 def test_an_explicit_name_wins_wherever_it_is_said() -> None:
     model = chat()
     model.invoke("hi", s2t_agent="call")

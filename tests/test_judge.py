@@ -172,7 +172,7 @@ def test_candidates_that_all_read_the_same_are_not_asked_about(monkeypatch: pyte
     from s2t_agents.llms import previews as module
 
     monkeypatch.setattr(module, "preview_text", lambda prefix, tokens: "the same")
-    llm, budget = judge(first_shown), Budget(usd="1", escalations=0)
+    llm, budget = judge(first_shown), Budget(usd="1", escalations=1)
     steps = answer(llm, always(), budget)
     assert llm.chat.asked == []  # type: ignore[attr-defined]
     assert budget.state().spent["usd"] == 0
@@ -351,6 +351,41 @@ def test_a_late_answer_is_no_answer(at_start: Trigger, release: threading.Event)
     hurried = answer(judge(late, timeout_s=30), at_start, Budget(seconds=2, clock=FakeClock()))[0].escalation
     assert hurried is not None
     assert "no answer within" in hurried.reason
+
+
+@pytest.mark.parametrize("limits", [{"escalations": 0}, {"usd": "0.0000001"}, {"usd": "0"}, {"llm_tokens": 100}])
+def test_without_room_for_the_least_that_a_question_costs_nothing_is_previewed(
+    limits: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from s2t_agents.llms import judge as module
+
+    made: list[int] = []
+    real = module.previews
+    monkeypatch.setattr(module, "previews", lambda *given: (made.append(1), real(*given))[1])
+    llm, budget = judge(lambda text: 1), Budget(**limits)
+    alone = [step.token_id for step in Engine(tiny_model()).steps(PROMPT, Sampling(max_tokens=20))]
+    steps = answer(llm, always(), budget)
+    assert [step.token_id for step in steps] == alone
+    reports = [step.escalation for step in steps]
+    assert all(each and each.outcome == "refused" and each.reserved and each.reserved.usd for each in reports)
+    assert made == llm.chat.asked == []  # type: ignore[attr-defined]
+    assert not any(budget.state().held.values())
+
+
+def test_the_least_that_a_question_costs_is_no_more_than_its_quote(at_start: Trigger) -> None:
+    llm, seen = judge(lambda text: 1, preview_tokens=3), list[tuple[Charge, Charge | None]]()
+
+    class Session(type(llm.open())):  # type: ignore[misc]
+        def quote(self, question: Question) -> Charge | None:
+            seen.append((self.least(question), super().quote(question)))
+            return seen[-1][1]
+
+    llm.open = lambda: Session(llm)  # type: ignore[method-assign]
+    answer(llm, always(), Budget(usd="1"))
+    assert len(seen) > 1
+    for least, quote in seen:
+        assert least.usd
+        assert quote is None or (least.usd <= quote.usd and least.llm_tokens < quote.llm_tokens)  # type: ignore[operator]
 
 
 def test_a_judge_that_is_down_is_left_alone_and_nothing_is_previewed_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

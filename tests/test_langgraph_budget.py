@@ -119,6 +119,20 @@ def test_each_thread_and_agent_spends_its_own_child() -> None:
     assert budget.state().spent["escalations"] == 4
 
 
+def test_agents_have_limits_by_their_names_within_each_thread() -> None:
+    limits = BudgetMiddleware(
+        Budget(escalations=10), per_thread={"escalations": 5}, per_agent={"one": {"escalations": 1}, "two": {}}
+    )
+    said = {}
+    for name in ("one", "two", "nobody's"):
+        agent = create_agent(Spender(each=3), [], name=name, middleware=[limits], checkpointer=InMemorySaver())
+        said[name] = agent.invoke(HI, in_thread("a"))["messages"][-1].text
+    assert said == {"one": "asked 1", "two": "asked 3", "nobody's": "asked 1"}  # the thread has five
+    for wrong in ({"one": {"escalations": -1}}, {"one": {"euros": 1}}, {"one": {}, "escalations": 1}):
+        with pytest.raises(BadLimit):
+            BudgetMiddleware(Budget(), per_agent=wrong)  # type: ignore[arg-type]
+
+
 def test_cost_and_what_is_left_are_in_the_state_as_plain_json() -> None:
     budget = Budget(usd="0.05", escalations=10)
     model = Spender(script=[call_look()])

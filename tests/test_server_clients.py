@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -375,7 +376,7 @@ serve(
     ChatS2T(
         model=tiny_model(max_position_embeddings=1 << 16, seed=8),
         max_tokens=60_000,
-        ledger=Ledger.open(folder + "/ledger.jsonl"),
+        ledger=Ledger.open(folder + sys.argv[2]),
         budget=Budget(name="server", answer_tokens=1_000_000, store=SQLiteStore(folder + "/budget.db")),
     ),
     port=0,
@@ -385,10 +386,13 @@ serve(
 """
 
 
+@pytest.mark.parametrize("ledger", ["/ledger.jsonl", "/ledger.db"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_running_answers_with_their_event_record_and_budget(tmp_path: Path, number: int) -> None:
+def test_a_signal_ends_running_answers_with_their_event_record_and_budget(
+    tmp_path: Path, number: int, ledger: str
+) -> None:
     out = tmp_path / "out"
-    process = forked.start("-c", STOPPED, str(tmp_path), out=str(out), error=str(tmp_path / "error"))
+    process = forked.start("-c", STOPPED, str(tmp_path), ledger, out=str(out), error=str(tmp_path / "error"))
     try:
         until(lambda: out.exists() and out.read_text().endswith("\n"), 120)
         url = f"http://127.0.0.1:{out.read_text().strip()}/v1/chat/completions"
@@ -404,7 +408,8 @@ def test_a_signal_ends_running_answers_with_their_event_record_and_budget(tmp_pa
         process.kill()
         process.join()
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "server_closing"
-    [record] = Ledger.reading(tmp_path / "ledger.jsonl").records()
+    (tmp_path / "elsewhere").mkdir()  # all is in the file
+    [record] = Ledger.reading(shutil.copy(f"{tmp_path}{ledger}", tmp_path / "elsewhere")).records()
     assert record.finish_reason == "aborted"
     state = Budget(name="server", answer_tokens=1_000_000, store=SQLiteStore(tmp_path / "budget.db")).state()
     assert state.holds == 0

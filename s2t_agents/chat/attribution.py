@@ -24,7 +24,7 @@ _metadata: ContextVar[Mapping[str, Any]] = ContextVar("s2t_caller_metadata", def
 
 @dataclass(frozen=True)
 class Caller:
-    """The agent that a call is charged to, and its thread and run id if LangGraph gives them."""
+    """The agent that a call is charged to, and its thread and run id where they are known."""
 
     agent: str = DEFAULT_AGENT
     thread_id: str | None = None
@@ -68,10 +68,13 @@ def configurable(key: str) -> Any:
 
 
 def current_caller(agent: str | None = None) -> Caller:
-    """The caller of this context; ``agent`` overrides what the metadata says."""
+    """The caller of this context; ``agent`` overrides what config and metadata say.
+
+    The thread is the metadata's ``thread_id``, where LangGraph puts it, or the ``configurable``'s of a call outside it.
+    """
     metadata = _metadata.get()
     named = agent or configurable("s2t_agent") or agent_of(metadata)
-    thread = metadata.get("thread_id")
+    thread = metadata.get("thread_id", configurable("thread_id"))
     return Caller(str(named), None if thread is None else str(thread), metadata.get("run_id"))
 
 

@@ -67,6 +67,8 @@ class EscalationSession:
         self._hold_s = _hold_s(llm) if hold_s is None else hold_s
         self._unreachable: StoreUnavailable | None = None  # one answer waits once for a store that is gone
         self._llm_session: LLMSession = llm.open()
+        least = getattr(self._llm_session, "least", None) if budget is not None else None
+        self._prices = (self._llm_session.quote,) if least is None else (least, self._llm_session.quote)
 
     def __enter__(self) -> EscalationSession:
         return self
@@ -94,23 +96,27 @@ class EscalationSession:
         """
         started = time.perf_counter()
         question.conversation = self._conversation
-        try:
-            quote = self._llm_session.quote(question)
-            if quote is None:
-                return None, None
-            quote = _counted(quote)
-        except Exception as error:  # noqa: BLE001 - an LLM of the caller's own may raise anything
-            return None, self._reported(question, None, _report("failed", None, None, started, _reason(error)))
-        try:
-            if self._unreachable is not None:
-                raise self._unreachable
-            hold = self._budget.reserve(quote, ttl_s=self._hold_s) if self._budget else None
-        except (BudgetExceeded, StoreUnavailable, UnpricedModel, BadLimit) as error:
-            report = self._reported(question, None, _refused(error, quote, started))
-            self._unreachable = error if isinstance(error, StoreUnavailable) else None
-            if isinstance(error, BudgetExceeded) and self._budget and self._budget.on_exhausted != "degrade":
-                raise
-            return None, report
+        hold: Hold | None = None
+        for price in self._prices:
+            if hold is not None:
+                hold.close(None)  # the budget has room for the least that it may cost
+            try:
+                priced = price(question)
+                if priced is None:
+                    return None, None
+                quote = _counted(priced)
+            except Exception as error:  # noqa: BLE001 - an LLM of the caller's own may raise anything
+                return None, self._reported(question, None, _report("failed", None, None, started, _reason(error)))
+            try:
+                if self._unreachable is not None:
+                    raise self._unreachable
+                hold = self._budget.reserve(quote, ttl_s=self._hold_s) if self._budget else None
+            except (BudgetExceeded, StoreUnavailable, UnpricedModel, BadLimit) as error:
+                report = self._reported(question, None, _refused(error, quote, started))
+                self._unreachable = error if isinstance(error, StoreUnavailable) else None
+                if isinstance(error, BudgetExceeded) and self._budget and self._budget.on_exhausted != "degrade":
+                    raise
+                return None, report
         answer, report = yield from self._ask(question, hold, quote, started)
         if self._pace is not None:
             self._pace.add_charge(report.actual or quote)

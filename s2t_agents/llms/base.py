@@ -12,7 +12,11 @@ from .question import Answer, Question
 
 
 class LLMSession(Protocol):
-    """The LLM's side of one generation; may hold a KV cache."""
+    """The LLM's side of one generation; may hold a KV cache.
+
+    One whose ``quote`` takes work may have a method ``least(question) -> Charge``, a cost that no quote for it
+    is below: where the budget has no room for it, no quote is asked for.
+    """
 
     def quote(self, question: Question) -> Charge | None:
         """The maximum cost of the question, which the budget reserves; None if there is nothing to choose.

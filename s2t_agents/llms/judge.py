@@ -165,6 +165,16 @@ class ChatJudge:
         except RuntimeError as error:
             raise EscalationFailed(f"the previews for the judge broke down: {first_line(error)}.") from error
         random.Random(repr((self.seed, tuple(question.ids)))).shuffle(shuffled)
+        return self.prompt_with(question, shuffled)
+
+    def prompt_with(self, question: Question, shuffled: Sequence[Preview]) -> JudgePrompt:
+        """The judge's prompt for a question with these previews.
+
+        Raises:
+            EscalationFailed: the question has no prefix to continue.
+        """
+        if question.prefix is None:
+            raise EscalationFailed("a judge needs the SLM's prefix to continue it.")
         so_far = transcript(question.prefix.model.tokenizer, question.ids, self.context_chars)
         lines = [f"{n}: {json.dumps(preview.text, ensure_ascii=False)}" for n, preview in enumerate(shuffled, start=1)]
         text = f"{CONVERSATION_HEADER}\n{so_far}\n\nHow it may go on, right after its last character:\n"
@@ -172,7 +182,7 @@ class ChatJudge:
 
     def quote(self, prompt: JudgePrompt) -> Charge:
         """The maximum cost of this prompt and a reply."""
-        schema = json.dumps(choice_among(len(prompt.previews)).model_json_schema())
+        schema = json.dumps(choice_among(len(prompt.previews) or 2).model_json_schema())
         read = sum(self.count_tokens(text) for text in [schema, *(str(m.content) for m in prompt.messages)])
         return charge(self.price, input_tokens=read + OVERHEAD_TOKENS, output_tokens=self.reply_tokens)
 
@@ -265,6 +275,11 @@ class JudgeSession:
     def __init__(self, judge: ChatJudge) -> None:
         self._judge = judge
         self._prompt: tuple[Question, JudgePrompt] | None = None
+
+    def least(self, question: Question) -> Charge:
+        """What the question costs at least, by its prompt without previews: those take forwards."""
+        self._judge.breaker.check()
+        return self._judge.quote(self._judge.prompt_with(question, []))
 
     def quote(self, question: Question) -> Charge | None:
         """The maximum cost; generates the previews. None if all previews have the same text."""

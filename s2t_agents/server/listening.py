@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import h11
@@ -96,13 +97,27 @@ class BoundedProtocol(H11Protocol):
 
 
 class SettlingServer(uvicorn.Server):
-    """uvicorn's server, which waits for the answers that it cancels: the signal that it was sent ends the process."""
+    """uvicorn's server, which waits for the answers that it cancels: the signal that it was sent ends the process.
+
+    Attributes:
+        before_signal: called before that signal ends the process, which runs no more code then.
+    """
+
+    before_signal: Callable[[], None] | None = None
+    _signalled = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Shut down."""
+        self._signalled = True
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close, and wait for what was cancelled."""
         await super().shutdown(sockets)
         if self.server_state.tasks and not self.force_exit:
             await asyncio.wait(list(self.server_state.tasks), timeout=SETTLING_S)
+        if self._signalled and self.before_signal is not None:
+            self.before_signal()
 
 
 def check_exposure(host: str, tenants: Tenants) -> None:
@@ -141,7 +156,7 @@ def listen(host: str, port: int) -> socket.socket:
     return found
 
 
-def server_of(app: Starlette) -> uvicorn.Server:
+def server_of(app: Starlette) -> SettlingServer:
     """A uvicorn server with this module's limits; run it with ``sockets=[listen(...)]``."""
     return SettlingServer(
         uvicorn.Config(
@@ -192,4 +207,7 @@ def serve(
         bound.listen()
         if on_listening is not None:
             on_listening(*bound.getsockname()[:2])
-        server_of(app).run(sockets=[bound])
+        server = server_of(app)
+        if chat_model.ledger is not None:
+            server.before_signal = chat_model.ledger.close  # else its last records stay in a file beside it
+        server.run(sockets=[bound])
