@@ -96,10 +96,11 @@ def test_sums_step_over_steps() -> None:
 scores = st.none() | st.floats(allow_nan=False)
 steps_of_any_kind = st.builds(
     StepRecord,
-    token=st.integers(0, 10**6),
+    token=st.integers(0, 9) | st.integers(0, 10**6),
     by=st.sampled_from(["slm", "selector", "llm", "grammar"]),
     text=st.none() | st.text(),
     wanted=st.none() | st.integers(0, 9),
+    shadow=st.none() | st.integers(0, 9),
     triggered=st.booleans(),
     entropy=st.none() | st.floats(0, 20),
     candidates=st.lists(
@@ -118,8 +119,12 @@ def test_steps_survive_json_and_the_page_tells_them(steps: list[StepRecord]) -> 
     assert GenerationRecord.model_validate_json(record.model_dump_json()) == record
     page = page_of([record], agents=[], name="x", total=1)
     told = data_of(page)["records"][0]["steps"]
-    assert [each.get("token", 0) for each in told] == [each.token for each in steps]
-    assert [each.get("text") or "" for each in told] == [(each.text or "") for each in record.steps or ()]
+    for name in ("token", "text", "wanted", "shadow", "entropy"):
+        assert [each.get(name) for each in told] == [getattr(step, name) for step in steps]
+    assert [each.get("critical", False) for each in told] == [step.triggered for step in steps]
+    assert [[c["id"] for c in each.get("candidates", [])] for each in told] == [
+        [c.token_id for c in step.candidates] for step in steps
+    ]
 
 
 HOSTILE = [

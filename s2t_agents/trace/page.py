@@ -250,12 +250,12 @@ def _step(step: StepRecord) -> dict[str, Any]:
         "shadow_text": next(
             (each.text for each in step.candidates if each.token_id == step.shadow and each.text), None
         ),
-        "critical": step.triggered,
+        "critical": step.triggered or None,
         "entropy": step.entropy,
-        "candidates": [_candidate(each) for each in step.candidates],
-        "ms": step.ms.model_dump(exclude_none=True),
+        "candidates": [_candidate(each) for each in step.candidates] or None,
+        "ms": step.ms.model_dump(exclude_none=True) or None,
     }
-    return {name: value for name, value in found.items() if value not in (None, False, [], {})}
+    return {name: value for name, value in found.items() if value is not None}  # token 0 and an entropy of 0 stay
 
 
 def _candidate(candidate: ReceiptCandidate) -> dict[str, Any]:
