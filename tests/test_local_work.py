@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from budget_support import FakeClock, Place, open_store, place, redis_server, shared_place  # noqa: F401
+from budget_support import ONE, FakeClock, Place, open_store, place, redis_server, shared_place  # noqa: F401
 from langchain_core.messages import AIMessage
 
 from s2t_agents import Budget, ChatS2T, Ledger
@@ -310,6 +310,20 @@ def test_a_warning_comes_once_for_each_limit_of_which_a_share_is_spent(place: Pl
     run.extend(answers=1)
     agent.reserve(Charge(Decimal(0), escalations=0)).settle(Charge(Decimal(0), escalations=0))
     assert (told[-1].limit, told[-1].spent, len(told)) == (6, 5, 4)  # a raised limit is told of again
+
+
+def test_a_warning_comes_again_with_each_window_of_the_stores_clock(place: Place) -> None:
+    told: list[LimitWarning] = []
+    run = place.budget(escalations=4, window=PER_DAY, on_warning=told.append, warn_at=0.5, name="run")
+    twin = place.budget(escalations=4, window=PER_DAY, on_warning=told.append, warn_at=0.5, name="run")
+    free = Charge(Decimal(0), escalations=0)
+    for day in range(1, 4):
+        for budget in (run, twin, run, twin):
+            budget.reserve(ONE).settle(ONE)
+        assert [warning.spent for warning in told] == [2] * day
+        place.advance(86_400 if day < 3 else -86_400)
+    run.reserve(free).settle(free)  # a clock set back opens no window again
+    assert len(told) == 3
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.55, 0.6, 0.7, 0.8, 0.9, 1])

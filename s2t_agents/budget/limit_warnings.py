@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -49,14 +48,13 @@ class Warner:
         The store keeps that it was called, so that one process of all calls it. A raised limit, and a new window, can
         warn again.
         """
-        window = meter.terms.window.index(time.time()) if meter.terms.window is not None else 0
         try:
             state = meter.store.read_state(meter.path)
             for unit, limit in state.limit.items():
                 spent = state.spent[unit]
                 if spent is None or not limit or self._until_due(limit, spent) > 0:
                     continue
-                once = f"warned of {unit} {limit} {window} at {self.share:g}"
+                once = f"warned of {unit} {limit} {state.window} at {self.share:g}"
                 if (meter.path, once) not in self._told:
                     first = meter.store.extend(meter.path, NOTHING, once)
                     self._told.add((meter.path, once))  # not before: a store that was away is asked again

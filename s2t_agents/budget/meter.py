@@ -125,4 +125,4 @@ class Meter(NamedTuple):
         spent = self.spent
         if self.deadline_us is not None and self.limits.seconds is not None:
             spent = spent._replace(seconds=self.limits.seconds - max(0, self.deadline_us - now_us))
-        return state_of(path, self.limits, self.terms.keep, spent, self.held, self.over, holds)
+        return state_of(path, self.limits, self.terms.keep, spent, self.held, self.over, holds, self.window)

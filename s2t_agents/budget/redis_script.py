@@ -296,7 +296,8 @@ local m = load(args[3])
 if not m then return {} end
 local left = m[DEADLINE] and math.max(0, m[DEADLINE] - now)
 return {
-  texts(m[LIMIT], 7), texts(m[SPENT], 7), texts(m[HELD], 7), texts(m[OVER], 7), texts({m[MICROS], left, m[COUNT]}, 3)}
+  texts(m[LIMIT], 7), texts(m[SPENT], 7), texts(m[HELD], 7), texts(m[OVER], 7),
+  texts({m[MICROS], left, m[COUNT], m[WINDOW]}, 4)}
 """
 
 SCRIPTS = {

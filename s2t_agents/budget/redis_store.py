@@ -165,11 +165,11 @@ class RedisStore:
         found = cast(list[list[str]], self._run(path, "read_state", path))
         if not found:
             raise self._missing(path)
-        micros, left, holds = (int(number) if number else None for number in found[4])
+        micros, left, holds, window = (int(number) if number else None for number in found[4])
         limits = _numbers(found[0], None)._replace(seconds=micros, unpriced=None)
         spent, held, over = (cast(Counts, _numbers(texts)) for texts in found[1:4])
         passed = spent._replace(seconds=(micros or 0) - (left or 0))
-        return state_of(path, limits, self._keep.get(path, NOTHING), passed, held, over, holds or 0)
+        return state_of(path, limits, self._keep.get(path, NOTHING), passed, held, over, holds or 0, window or 0)
 
     def close(self) -> None:
         """Close the connections; the next use opens new ones."""

@@ -26,6 +26,7 @@ class BudgetState:
         overrun: the part of ``spent`` that went over what was reserved for it.
         unpriced: how many settled costs had no known price.
         holds: how many reservations are open.
+        window: the number of the window of time that ``spent`` belongs to, by the store's clock; 0 without windows.
     """
 
     path: str
@@ -37,6 +38,7 @@ class BudgetState:
     overrun: dict[str, Number]
     unpriced: int
     holds: int
+    window: int = 0
 
     def as_dict(self) -> dict[str, dict[str, int | float | str | None]]:
         """``{"limit": ..., "held": ..., "spent": ..., "left": ...}`` for JSON; dollars are exact strings."""
@@ -54,7 +56,7 @@ def _plain(value: Number | None) -> int | float | str | None:
 
 
 def state_of(
-    path: str, limits: Limits, keep: Counts, spent: Counts, held: Counts, over: Counts, holds: int
+    path: str, limits: Limits, keep: Counts, spent: Counts, held: Counts, over: Counts, holds: int, window: int
 ) -> BudgetState:
     """A meter's stored numbers in public units; ``spent.seconds`` is the time that has passed of a deadline."""
     limited = [(i, unit, total) for i, unit in enumerate(UNITS) if (total := limits[i]) is not None]
@@ -75,4 +77,5 @@ def state_of(
         overrun={unit: public(unit, over[i]) for i, unit in enumerate(UNITS) if over[i]},
         unpriced=spent.unpriced,
         holds=holds,
+        window=window,
     )
