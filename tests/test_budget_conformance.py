@@ -14,7 +14,7 @@ import pytest
 from budget_support import FULL, ONE, Place, place, redis_server, shared_place  # noqa: F401
 
 from s2t_agents.budget import PER_DAY, Budget, Charge
-from s2t_agents.errors import BadLimit, BudgetExceeded, HoldClosed, UnpricedModel
+from s2t_agents.errors import BadLimit, BudgetExceeded, HoldClosed, StoreUnavailable, UnpricedModel
 
 
 def cents(n: int, escalations: int = 0, tokens: int = 0) -> Charge:
@@ -307,6 +307,34 @@ def test_a_cost_that_is_too_much_to_add_up_is_booked_as_what_was_held(place: Pla
     hold.close(Charge(Decimal(FULL) + 1))
     state = budget.state()
     assert (state.spent["usd"], state.holds, hold.open) == (2 * FULL + 1, 0, False)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("unit", [*LARGEST][:-1])
+def test_a_charge_that_waits_and_is_more_than_can_be_counted_blocks_no_reservation(
+    place: Place, monkeypatch: pytest.MonkeyPatch, unit: str, full: bool
+) -> None:
+    most, times = (FULL, 3) if unit == "usd" else (10**15, 9)
+    nothing = Charge(Decimal(0), escalations=0)
+    one, half, whole = (replace(nothing, **{unit: number}) for number in (1, most // 2, most))
+    budget = place.budget(name="run")
+    waiting, other = budget.reserve(one), budget.child("agent").reserve(one)
+    for at, hold in enumerate([budget.reserve(nothing) for _ in range(times)], 1):
+        hold.settle(whole if full or at < times else half)
+    before = budget.state().spent[unit]
+
+    def down(*_: object) -> None:
+        raise StoreUnavailable("down")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(place.store, "settle", down)
+        for hold, charge in ((waiting, whole), (other, one)):
+            with pytest.raises(StoreUnavailable):
+                hold.settle(charge)
+    for _ in range(2):
+        budget.reserve(nothing).settle(nothing)
+    assert budget.state().spent[unit] == before + (0 if full else 2)  # what was held, where that can be counted
+    assert budget.state().holds == 0
 
 
 def test_an_unknown_price_is_refused_anywhere_under_a_dollar_limit(place: Place) -> None:

@@ -75,7 +75,7 @@ class Hold:
             self.actual = None
             raise
         except StoreUnavailable:
-            self._unsettled.add(self.id, spent)
+            self._unsettled.add(self.id, spent, self._want)
             self._closed = "settled"
             raise
         self._closed = "settled"
