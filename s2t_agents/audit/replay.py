@@ -16,8 +16,6 @@ from ..scheduling.waits import Waiting, gather
 from ..selectors.base import confidence_margin, scoring
 from .logs import LoggedAnswer, NotAnAnswer
 
-AT_ONCE = 8
-"""Answers whose forwards run together."""
 MAX_ANSWER = 2048
 """Tokens of an answer that are read; the rest is left out."""
 
@@ -59,18 +57,11 @@ class ReplayedAnswer:
 
 
 def replay(runtime: Runtime, answers: Sequence[LoggedAnswer]) -> list[ReplayedAnswer | NotAnAnswer]:
-    """Each answer along the log, in order; what the model cannot be shown says why."""
-    found: list[ReplayedAnswer | NotAnAnswer] = []
-    for some in _batched(answers):
-        encoded = [_encoded(runtime, each) for each in some]
-        ids = [each for each in encoded if not isinstance(each, NotAnAnswer)]
-        replayed = iter(gather([_along(runtime, prompt, answer) for prompt, answer in ids]))
-        found += [each if isinstance(each, NotAnAnswer) else next(replayed) for each in encoded]
-    return found
-
-
-def _batched(answers: Sequence[LoggedAnswer]) -> list[Sequence[LoggedAnswer]]:
-    return [answers[at : at + AT_ONCE] for at in range(0, len(answers), AT_ONCE)]
+    """Each answer along the log, in order, their forwards together; what the model cannot be shown says why."""
+    encoded = [_encoded(runtime, each) for each in answers]
+    ids = [each for each in encoded if not isinstance(each, NotAnAnswer)]
+    replayed = iter(gather([_along(runtime, prompt, answer) for prompt, answer in ids]))
+    return [each if isinstance(each, NotAnAnswer) else next(replayed) for each in encoded]
 
 
 def _encoded(runtime: Runtime, logged: LoggedAnswer) -> tuple[list[int], list[int]] | NotAnAnswer:

@@ -18,8 +18,10 @@ from ..chat.runtime import build
 from ..errors import ConfigError
 from ..selectors.drift import wilson
 from .logs import Line, LoggedAnswer, NotAnAnswer, line_at, lines_of, price_of, read_answer, shown
-from .replay import AT_ONCE, ReplayedAnswer, replay
+from .replay import ReplayedAnswer, replay
 
+AT_ONCE = 8
+"""Answers whose forwards run together."""
 RESAMPLES = 1000
 FEWEST = 10
 """Answers from which an interval is given."""

@@ -8,7 +8,7 @@ import os
 import secrets
 from dataclasses import replace
 from decimal import Decimal
-from typing import Any, Self, Unpack, get_args
+from typing import Any, Self, Unpack, cast, get_args
 
 from ..errors import BadLimit, ConfigError, StoreUnavailable, UnpricedModel
 from ..types import Charge
@@ -18,7 +18,7 @@ from .hold import Hold
 from .limit_warnings import WARN_AT, OnWarning, Warner
 from .memory_store import MemoryStore
 from .meter_handle import MeterHandle
-from .quantities import UNITS, Quantities, limits_from, quantities_of
+from .quantities import UNITS, Quantities, quantities_of
 from .refusals import budget_exceeded
 from .state import BudgetState, Number
 from .store import BudgetStore, Link, Terms
@@ -175,7 +175,7 @@ class Budget:
         store: BudgetStore = MemoryStore(clock)
         copy: Budget | None = None
         for budget in self.chain:
-            terms = replace(budget._meter.terms, limits=limits_from(budget.state().limit))
+            terms = replace(budget._meter.terms, limits=terms_of(cast(LimitsGiven, budget.state().limit)).limits)
             copy = _opened(copy, budget.name, terms, budget.on_exhausted, store, budget._final)
         return copy or self
 

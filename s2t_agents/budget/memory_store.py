@@ -186,12 +186,7 @@ class MemoryStore:
 
     def _commit(self, meters: dict[str, Meter], hold_id: str, held: _HoldRecord | None) -> None:
         self._journal = (meters, hold_id, held, None)
-        self._meters.update(meters)  # as in _replay, which finishes it after an interrupt
-        if held is None:
-            self._holds.pop(hold_id, None)
-        else:
-            self._holds[hold_id] = held
-        self._journal = None
+        self._replay()
 
     def _replay(self) -> None:
         """Carry out what is written down. Doing it twice changes nothing: the values are absolute."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from decimal import Decimal
 from typing import Generic, NamedTuple, TypeVar
 
@@ -148,14 +147,3 @@ def public(unit: str, value: int) -> Decimal | int | float:
     if unit == "usd":
         return money.usd(value)
     return value / 1e6 if unit == "seconds" else value
-
-
-def limits_from(public_limits: Mapping[str, Decimal | int | float]) -> Limits:
-    """Limits in stored numbers, from those in public units; a unit that is not among them has none."""
-    stored: dict[str, int] = {}
-    for unit, limit in public_limits.items():
-        if isinstance(limit, Decimal):
-            stored[unit] = money.pico(limit)
-        else:
-            stored[unit] = round(limit * 1e6) if unit == "seconds" else int(limit)
-    return UNLIMITED._replace(**stored)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import BadLimit
 
-MAX_SECONDS = 10**9
+MAX_LENGTH_S = 10**9
 MAX_OFFSET_S = 5 * 10**9
 """In microseconds still exact in the doubles that Redis' scripts count in, also as a distance from now."""
 
@@ -32,9 +32,9 @@ class Window:
     offset_s: int = 0
 
     def __post_init__(self) -> None:
-        if type(self.seconds) is not int or not 1 <= self.seconds <= MAX_SECONDS or type(self.offset_s) is not int:
+        if type(self.seconds) is not int or not 1 <= self.seconds <= MAX_LENGTH_S or type(self.offset_s) is not int:
             raise BadLimit(
-                f"Window({self.seconds!r}, offset_s={self.offset_s!r}) must be whole seconds, 1 to {MAX_SECONDS:,}.",
+                f"Window({self.seconds!r}, offset_s={self.offset_s!r}) must be whole seconds, 1 to {MAX_LENGTH_S:,}.",
                 hint="Use PER_HOUR, PER_DAY or PER_WEEK.",
             )
         if abs(self.offset_s) > MAX_OFFSET_S:
