@@ -21,10 +21,10 @@ from typing import Any
 
 from ..errors import BadLimit, BadStore, ConfigError, StoreUnavailable
 from ..fork_safety import hold_while_forking
+from ..sqlite_file import DAMAGED, OwnFile, busy, damage_of
 from .clock import Clock, SystemClock
 from .meter import Meter
 from .quantities import Counts
-from .sqlite_file import DAMAGED, busy, connect, damage_of, identity, verify
 from .sqlite_rows import (
     APPLICATION_ID,
     LATER,
@@ -75,10 +75,8 @@ class SQLiteStore:
         self._clock = clock or SystemClock()
         self._lock = threading.RLock()
         hold_while_forking(self, "_lock")
-        self._connection: sqlite3.Connection | None = None
-        self._pid, self._file = 0, (0, 0)
         with self._lock:  # a fork waits: SQLite has locks of its own
-            verify(self.path, APPLICATION_ID, "budget store")
+            self._file = OwnFile(self.path, APPLICATION_ID, SCHEMA, "budget store", LATER)
         with self._transaction() as rows:
             reset_after_reboot(rows, boot_id(), self._now_us(), self._clock.wall())
 
@@ -139,9 +137,7 @@ class SQLiteStore:
     def close(self) -> None:
         """Close the file; the next use opens it again."""
         with self._lock:
-            if self._connection is not None and self._pid == os.getpid():
-                self._connection.close()
-            self._connection = None
+            self._file.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _opened, (str(self.path), self._wait_s)
@@ -210,7 +206,9 @@ class SQLiteStore:
                 ours = self._lock.acquire(timeout=max(LATCH_S, until - time.monotonic()))
                 if not ours:
                     raise TimeoutError("it is locked by another thread of this process")
-                rows = self._connected()
+                rows = self._file.connection(LATCH_S)
+                if rows.in_transaction:  # a second Ctrl-C interrupted the rollback of the first
+                    rows.rollback()
                 rows.execute("BEGIN IMMEDIATE")
                 state = "open"
                 yield rows
@@ -244,23 +242,6 @@ class SQLiteStore:
             hint="Nothing was reserved or booked.",
             untouched=untouched,
         )
-
-    def _connected(self) -> sqlite3.Connection:
-        """This process's connection to the file that is at the path now."""
-        if self._pid != os.getpid():
-            _inherited.append(self._connection)
-            self._connection = None
-        if self._connection is None:
-            self._connection = connect(self.path, APPLICATION_ID, SCHEMA, LATCH_S, LATER)
-            self._pid, self._file = os.getpid(), identity(self.path)
-        elif identity(self.path) != self._file:
-            raise StoreUnavailable(f"{self.path} was removed or replaced while in use.", hint="Put it back.")
-        if self._connection.in_transaction:  # a second Ctrl-C interrupted the rollback of the first
-            self._connection.rollback()
-        return self._connection
-
-
-_inherited: list[sqlite3.Connection | None] = []  # a parent's connections: closing one here could drop its locks
 
 
 def _opened(path: str, wait_s: float) -> SQLiteStore:

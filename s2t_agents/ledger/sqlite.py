@@ -7,7 +7,6 @@ refuses everything: SQLite would go on writing to the file that was moved.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 import time
@@ -18,9 +17,9 @@ from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..budget.sqlite_file import DAMAGED, connect, damage_of, identity, recognise, verify
-from ..errors import BadStore, LedgerError
+from ..errors import BadStore, LedgerError, StoreUnavailable
 from ..fork_safety import hold_while_forking
+from ..sqlite_file import DAMAGED, OwnFile, damage_of, recognise
 from .record import GenerationRecord, SummedRecord
 
 APPLICATION_ID = 0x5332_544C  # "S2TL"
@@ -53,10 +52,11 @@ class SQLiteLedger:
         self.path, self._wait_s = path.absolute(), wait_s
         self._lock = threading.RLock()  # the garbage collector may end a lost stream in the middle of an append
         hold_while_forking(self, "_lock")
+        self._closed = False
         try:
-            verify(self.path, APPLICATION_ID, "ledger")
-            self._connect()
-        except (BadStore, sqlite3.Error, OSError) as error:
+            self._file = OwnFile(self.path, APPLICATION_ID, _SCHEMA, "ledger")
+            self._file.connection(wait_s)
+        except (StoreUnavailable, sqlite3.Error, OSError) as error:
             raise LedgerError(str(error)) from None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -99,9 +99,10 @@ class SQLiteLedger:
         return read_records(self.path, kind)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, for good."""
         with self._lock:
-            self._connection.close()
+            self._closed = True
+            self._file.close()
 
     @contextmanager
     def _exclusive(self) -> Iterator[sqlite3.Connection]:
@@ -110,29 +111,18 @@ class SQLiteLedger:
         if not self._lock.acquire(timeout=self._wait_s):
             raise LedgerError(f"{self.path}: database is locked.", hint="The record was not kept.")
         try:
+            if self._closed:
+                raise LedgerError(f"{self.path} was closed.", hint="Open the ledger again.")
             try:
-                connection = self._connected()
+                connection = self._file.connection(self._wait_s)
                 connection.execute(f"PRAGMA busy_timeout={max(0, int(1000 * (until - time.monotonic())))}")
+            except StoreUnavailable as gone:
+                raise LedgerError(str(gone)) from None
             except (sqlite3.Error, OSError) as error:
                 raise LedgerError(f"{self.path}: {error}.", hint="It was not touched.") from None
             yield connection
         finally:
             self._lock.release()
-
-    def _connected(self) -> sqlite3.Connection:
-        """This process's connection (SQLite forbids using one across a fork) to the file that is at the path now."""
-        if identity(self.path) != self._file:
-            raise LedgerError(
-                f"{self.path} was removed or replaced while in use.", hint="Put it back, or open the ledger again."
-            )
-        if os.getpid() != self._pid:
-            self._inherited = self._connection  # never closed here: that could disturb the parent's locks
-            self._connect()
-        return self._connection
-
-    def _connect(self) -> None:
-        self._connection = connect(self.path, APPLICATION_ID, _SCHEMA, self._wait_s)
-        self._pid, self._file = os.getpid(), identity(self.path)
 
 
 def read_records(path: Path, kind: type[GenerationRecord] = GenerationRecord) -> Iterator[GenerationRecord]:

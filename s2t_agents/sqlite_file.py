@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import quote
 
-from ..errors import BadStore
+from .errors import BadStore, StoreUnavailable
 
 VERSION = 1
 DAMAGED = "The file is damaged; move it away and keep it, it was not changed."
@@ -19,21 +19,11 @@ _MAGIC = b"SQLite format 3\0"
 _HEADER_BYTES = 100
 
 
-def verify(path: Path, application_id: int, what: str) -> None:
-    """Look before opening: only a missing, empty or own file passes.
-
-    Raises:
-        BadStore: a directory, something else than SQLite, another program's database, or a damaged file.
-    """
-    if recognise(path, application_id, what):
-        _check_pages(path)
-
-
 def recognise(path: Path, application_id: int, what: str) -> bool:
-    """As ``verify``, by the file's first bytes alone: whether there is something in it.
+    """Look before opening, at the file's first bytes alone: whether there is something in it.
 
     Raises:
-        BadStore: see ``verify``; damage further on is not seen.
+        BadStore: a directory, something else than SQLite, another program's database, or a file that is cut off.
     """
     if not path.parent.is_dir():
         raise BadStore(f"{path}: there is no directory {path.parent}.", hint="Make it, or choose another place.")
@@ -103,50 +93,101 @@ def damage_of(error: Exception) -> str | None:
     return f"its rows cannot be read ({type(error).__name__})"
 
 
-def connect(
-    path: Path,
-    application_id: int,
-    schema: str,
-    wait_s: float,
-    later: Mapping[str, Sequence[str]] = MappingProxyType({}),
-) -> sqlite3.Connection:
-    """Open for work: write-ahead log, transactions by hand, the schema made once.
+class OwnFile:
+    """A SQLite file of ours, and this process's connection to it. Its owner has the lock for threads.
+
+    SQLite forbids using a connection across a fork, and would go on writing to a file that was moved.
 
     Args:
-        path: the file.
+        path: the file; made when it does not exist.
         application_id: marks the file as ours.
         schema: statements that make it.
-        wait_s: seconds that SQLite waits for others.
+        what: the file is, for messages.
         later: definitions of the columns that each table got after files of the schema alone were written; those that
             a file lacks are added.
 
     Raises:
-        sqlite3.Error: locked for longer than ``wait_s`` seconds, or not writable.
+        BadStore: as :func:`recognise`; or a damaged file.
     """
-    connection = sqlite3.connect(path, timeout=wait_s, isolation_level=None, check_same_thread=False)
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-        (found,) = connection.execute("PRAGMA application_id").fetchone()
-        if found == 0:  # before the write-ahead log, so that the file itself carries its mark from the start
-            for statement in schema.split(";"):
-                connection.execute(statement)
-            connection.execute(f"PRAGMA application_id={application_id}")
-            connection.execute(f"PRAGMA user_version={VERSION}")
-        for table, columns in later.items():
-            known = {name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})")}
-            for column in columns:
-                if column.partition(" ")[0] not in known:
-                    connection.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
-        connection.execute("COMMIT")
-        _write_ahead(connection, time.monotonic() + wait_s)
-        connection.execute("PRAGMA synchronous=NORMAL")
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+
+    def __init__(
+        self,
+        path: Path,
+        application_id: int,
+        schema: str,
+        what: str,
+        later: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> None:
+        if recognise(path, application_id, what):
+            _check_pages(path)
+        self._path, self._application_id, self._what = path, application_id, what
+        self._schema, self._later = schema, later
+        self._connection: sqlite3.Connection | None = None
+        self._pid, self._identity = 0, (0, 0)
+
+    def connection(self, wait_s: float) -> sqlite3.Connection:
+        """This process's connection to the file that is at the path now, in which transactions are made by hand.
+
+        Args:
+            wait_s: seconds that SQLite waits for others, from when it is opened.
+
+        Raises:
+            StoreUnavailable: the file was removed or replaced since it was opened.
+            sqlite3.Error: locked for longer than ``wait_s`` seconds, or not writable.
+        """
+        if self._connection is not None and _identity(self._path) != self._identity:
+            raise StoreUnavailable(
+                f"{self._path} was removed or replaced while in use.",
+                hint=f"Put it back, or open the {self._what} again.",
+            )
+        self._leave_inherited()
+        if self._connection is None:
+            opened = self._open(wait_s)
+            self._pid, self._identity = os.getpid(), _identity(self._path)
+            self._connection = opened
+        return self._connection
+
+    def close(self) -> None:
+        """Close the connection; the next use opens another."""
+        self._leave_inherited()
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def _leave_inherited(self) -> None:
+        if self._connection is not None and self._pid != os.getpid():
+            _inherited.append(self._connection)
+            self._connection = None
+
+    def _open(self, wait_s: float) -> sqlite3.Connection:
+        """In write-ahead mode, with every table and column."""
+        connection = sqlite3.connect(self._path, timeout=wait_s, isolation_level=None, check_same_thread=False)
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            (found,) = connection.execute("PRAGMA application_id").fetchone()
+            if found == 0:  # before the write-ahead log, so that the file itself carries its mark from the start
+                for statement in self._schema.split(";"):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA application_id={self._application_id}")
+                connection.execute(f"PRAGMA user_version={VERSION}")
+            for table, columns in self._later.items():
+                known = {name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})")}
+                for column in columns:
+                    if column.partition(" ")[0] not in known:
+                        connection.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+            connection.execute("COMMIT")
+            _write_ahead(connection, time.monotonic() + wait_s)
+            connection.execute("PRAGMA synchronous=NORMAL")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
 
-def identity(path: Path) -> tuple[int, int]:
+_inherited: list[sqlite3.Connection] = []  # a parent's connections: closing one here could drop its locks
+
+
+def _identity(path: Path) -> tuple[int, int]:
     """Which file is at a path now; (0, 0) if there is none."""
     try:
         found = os.stat(path)
