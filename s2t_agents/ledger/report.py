@@ -101,11 +101,10 @@ def _table(by: str, grouped: GroupedTotals, width: int | None) -> Iterator[str]:
     whole = grouped.total()
     columns = {head: cell for head, cell in _COLUMNS.items() if head != _ERRORS or whole.errors}
     rows = []
-    groups = iter(grouped)
-    for key, sums, latency in islice(groups, ROWS):
+    for key, sums, latency in islice(grouped, ROWS):
         rows.append([_printable(key), *(cell(sums) for cell in columns.values()), _three(latency.get("total"))])
     if len(grouped) > ROWS:
-        others = sum((sums for _, sums, _ in groups), Totals())
+        others = grouped.total(skip=ROWS)
         name = f"({len(grouped) - ROWS:,} others: see --csv)"
         rows.append([name, *(cell(others) for cell in columns.values()), ""])
     rows.append([TOTAL, *(cell(whole) for cell in columns.values()), ""])
