@@ -15,7 +15,7 @@ from ..types import Charge
 from . import money
 from .clock import Clock
 from .hold import Hold
-from .limit_warnings import WARN_AT, OnWarning, Warner
+from .limit_warnings import WARN_AT, OnWarning, Warner, checked_share
 from .memory_store import MemoryStore
 from .meter_handle import MeterHandle
 from .quantities import UNITS, Quantities, quantities_of
@@ -232,7 +232,7 @@ class Budget:
             refused = meter.store.reserve(self._chain, hold_id, want, ttl_us)
             if refused is None:
                 warn = self.warn if any(budget._warner for budget in self.chain) else None
-                return Hold(meter.store, meter.unsettled, meter.path, hold_id, charge, want, warn)
+                return Hold(meter, hold_id, charge, want, warn)
         except BaseException as error:  # also Ctrl-C after the store held it: it would never be settled
             if isinstance(error, StoreUnavailable) and error.untouched:
                 raise
@@ -356,9 +356,8 @@ def _opened(
 
 
 def _warner(on_warning: OnWarning | None, warn_at: float) -> Warner | None:
-    """Raises ``BadLimit`` for a share that is none, also where no warning is wanted."""
-    warner = Warner(on_warning or print, warn_at)
-    return None if on_warning is None else warner
+    share = checked_share(warn_at)  # also where no warning is wanted
+    return None if on_warning is None else Warner(on_warning, share)
 
 
 def _checked_mode(on_exhausted: OnExhausted) -> OnExhausted:

@@ -9,9 +9,9 @@ from typing import Self
 
 from ..errors import BadLimit, HoldClosed, StoreUnavailable
 from ..types import Charge
+from .meter_handle import MeterHandle
 from .quantities import Counts, quantities_of
-from .store import BudgetStore, Closing
-from .unsettled import UnsettledCharges
+from .store import Closing
 
 
 class Hold:
@@ -33,21 +33,19 @@ class Hold:
     finishes it; if the store is unavailable, it is settled before the next reservation through this budget.
     """
 
-    __slots__ = ("_closed", "_settled", "_store", "_unsettled", "_want", "actual", "id", "path", "reserved")
+    __slots__ = ("_closed", "_meter", "_settled", "_want", "actual", "id", "path", "reserved")
 
     def __init__(
         self,
-        store: BudgetStore,
-        unsettled: UnsettledCharges,
-        path: str,
+        meter: MeterHandle,
         hold_id: str,
         reserved: Charge,
         want: Counts,
         settled: Callable[[], None] | None = None,
     ) -> None:
-        self._store, self._unsettled, self._want, self._settled = store, unsettled, want, settled
+        self._meter, self._want, self._settled = meter, want, settled
         self._closed = ""
-        self.id, self.path, self.reserved = hold_id, path, reserved
+        self.id, self.path, self.reserved = hold_id, meter.path, reserved
         self.actual: Charge | None = None
 
     def settle(self, actual: Charge) -> None:
@@ -70,12 +68,12 @@ class Hold:
             spent = quantities_of(actual)
             if spent.unpriced and not self._want.unpriced:
                 spent = spent._replace(usd=self._want.usd, unpriced=0)
-            closing = self._store.settle(self.id, spent)
+            closing = self._meter.store.settle(self.id, spent)
         except BadLimit:
             self.actual = None
             raise
         except StoreUnavailable:
-            self._unsettled.add(self.id, spent, self._want)
+            self._meter.unsettled.add(self.id, spent, self._want)
             self._closed = "settled"
             raise
         self._closed = "settled"
@@ -98,7 +96,7 @@ class Hold:
         """
         self._check_open("release")
         self._closed = "released"
-        if self._store.release(self.id) is not Closing.DONE:
+        if self._meter.store.release(self.id) is not Closing.DONE:
             self._closed = "lapsed"
             raise self._gone("release")
 

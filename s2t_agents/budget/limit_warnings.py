@@ -22,25 +22,25 @@ _log = logging.getLogger(__name__)
 OnWarning = Callable[[LimitWarning], None]
 
 
+def checked_share(share: float) -> float:
+    """The share of a limit at which a warning comes; ``BadLimit`` where it is none."""
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise BadLimit(f"warn_at={share!r} is not a share of a limit.", hint="Give 0.8 for 80%, 1 at most.")
+    return share
+
+
 @dataclass(frozen=True)
 class Warner:
     """The callback, and the share of a limit at which it is called.
 
     Args:
         tell: called in the thread that settles; what it raises is logged.
-        share: of a limit, above 0 and at most 1.
-
-    Raises:
-        BadLimit: another share.
+        share: of a limit, above 0 and at most 1 (see :func:`checked_share`).
     """
 
     tell: OnWarning
-    share: float = WARN_AT
+    share: float
     _told: set[tuple[str, str]] = field(default_factory=set, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share <= 1:
-            raise BadLimit(f"warn_at={self.share!r} is not a share of a limit.", hint="Give 0.8 for 80%, 1 at most.")
 
     def look(self, meter: MeterHandle) -> None:
         """Call ``tell`` for the limits of a meter of which the share is spent; where the store is away, the next time.
