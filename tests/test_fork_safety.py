@@ -226,7 +226,39 @@ for thread in threads:
     thread.join(30)
 assert equal() and shared_judge().worker_pid == worker
 """
+FILES = """
+from decimal import Decimal
+from pathlib import Path
+from s2t_agents.budget import Charge, SQLiteStore
+from s2t_agents.errors import S2TError
+from s2t_agents.ledger import GenerationRecord
+
+def refused(use):
+    try:
+        use()
+    except S2TError as error:
+        return "removed or replaced" in str(error)
+
+folder, charge = Path(tempfile.mkdtemp()), Charge(Decimal("0.1"))
+store, ledger = SQLiteStore(folder / "budget.db"), Ledger.open(folder / "costs.db")
+budget = Budget(usd=1, store=store)
+names = [file.name for file in folder.iterdir()]
+for name in names:
+    (folder / name).rename(folder / f"moved-{name}")
+in_child(lambda: refused(lambda: budget.reserve(charge)))
+in_child(lambda: refused(lambda: ledger.record(GenerationRecord())))
+assert not [name for name in names if (folder / name).exists()]
+for name in names:
+    (folder / f"moved-{name}").rename(folder / name)
+hold = budget.reserve(charge)
+in_child(lambda: store.close() is None and budget.reserve(charge).settle(charge) is None)
+in_child(lambda: ledger.record(GenerationRecord()) is None and ledger.close() is None)
+hold.settle(charge)
+ledger.record(GenerationRecord())
+assert budget.state().spent["usd"] == Decimal("0.2") and ledger.total().generations == 2
+"""
 PROGRAMS = {
+    "its files": FILES,
     "in the middle of booking": IN_THE_MIDDLE_OF_BOOKING,
     "grading": GRADING,
     "a library's call": LIBRARY,
