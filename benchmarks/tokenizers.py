@@ -102,7 +102,9 @@ class Measured:
 
     def open(self) -> MeasuredSession:
         """A session of both ways."""
-        return MeasuredSession(self, self.llm.token_map(self.slm))
+        tokens = self.llm.token_map(self.slm)
+        assert tokens is not None, "these models have the same tokens"
+        return MeasuredSession(self, tokens)
 
 
 class MeasuredSession:

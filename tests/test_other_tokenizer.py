@@ -171,9 +171,11 @@ def test_a_control_token_that_both_have_stands_for_itself() -> None:
     call = slm.tokenizer.convert_tokens_to_ids("<tool_call>")
     llm = family("byte-level", added=["<tool_call>"])
     tokens = LocalLLM(llm).token_map(slm)
+    assert tokens is not None
     assert tokens.of(call) == frozenset({llm.tokenizer.convert_tokens_to_ids("<tool_call>")})
     assert tokens.of(slm.tokenizer.eos_token_id) == llm.eos_ids
     without = LocalLLM(family("byte-level", seed=4)).token_map(slm)
+    assert without is not None
     assert without.of(call) == b"<tool_call>"
 
 

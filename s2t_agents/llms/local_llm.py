@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.loading import load_tokenizer
-from ..backends.torch.fingerprint import shared_ids
-from ..endpoints.tokenizer_check import Tokenizing
-from ..errors import EscalationFailed, TokenizerMismatch
+from ..errors import EscalationFailed
 from ..fork_safety import hold_while_forking
 from ..hub import first_line
 from ..identity import identity
@@ -23,12 +21,11 @@ from ..scheduling.idle_sequences import IdleSequences
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.sequence import TokenSequence
 from ..scheduling.waits import Waiting, finish
-from ..tokenization.byte_tokenizer import refuse_changed_bytes
 from ..types import Charge, Price
 from .base import WaitingSession
 from .byte_session import ByteSession
 from .question import Answer, Question, charge
-from .token_map import TokenMap, side_of
+from .token_map import ComparedTokens, Side, side_of
 
 MAX_IDLE_CACHES = 4
 """KV caches kept after a generation, for the next turn of the same conversation."""
@@ -37,7 +34,7 @@ RELOAD_S = 300.0
 """Seconds until loading is tried again after a failure: loading large weights takes minutes."""
 
 
-class LocalLLM:
+class LocalLLM(ComparedTokens):
     """A model on this machine, of the SLM's family or any other.
 
     With the SLM's tokenizer it scores the candidates' tokens. With another one it scores their bytes, exactly
@@ -63,10 +60,9 @@ class LocalLLM:
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
+        super().__init__()
         self.name = model if isinstance(model, str) else model.name
         self.price, self.chat_template = price, chat_template
-        self._shared: dict[str, bool] = {}
-        self._maps: dict[str, TokenMap] = {}
         self._given = self._model = None if isinstance(model, str) else model
         self._options: dict[str, Any] = {"device": device, "dtype": dtype, **options}
         self._lock = threading.Lock()
@@ -94,42 +90,13 @@ class LocalLLM:
         """Whether the weights are in memory."""
         return self._model is not None
 
-    def check(self, slm: Tokenizing) -> None:
-        """Compare the tokenizers, without reading weights.
-
-        Raises:
-            TokenizerMismatch: they differ, and one of them cannot be followed byte by byte.
-            ModelNotFound: the LLM has no tokenizer.
-        """
-        if not self.shares_tokens(slm):
-            refuse_changed_bytes(slm.tokenizer, slm.name)
-            refuse_changed_bytes(self.given_tokenizer(), self.name)
-
-    def shares_tokens(self, slm: Tokenizing) -> bool:
-        """Whether every token of the SLM has the same id here."""
-        known = slm.tokenizer_fingerprint
-        if known not in self._shared:
-            self._shared[known] = not shared_ids(slm.tokenizer, self.given_tokenizer())
-        return self._shared[known]
-
-    def token_map(self, slm: LanguageModel) -> TokenMap:
-        """Between the tokens of an SLM with another tokenizer and this model's.
-
-        Raises:
-            EscalationFailed: the model cannot be loaded, or a tokenizer cannot be followed byte by byte.
-        """
-        known = slm.tokenizer_fingerprint
-        if known not in self._maps:
-            model = self.load()
-            try:
-                self._maps[known] = TokenMap(side_of(slm, None), side_of(model, self.chat_template))
-            except TokenizerMismatch as error:
-                raise EscalationFailed(f"{self.name!r} cannot be asked: {error}") from error
-        return self._maps[known]
-
     def given_tokenizer(self) -> Any:
         """Its tokenizer, without reading weights."""
         return self._model.given_tokenizer if self._model else self._read_tokenizer()
+
+    def side(self) -> Side:
+        """See ``ComparedTokens``; loads the weights."""
+        return side_of(self.load(), self.chat_template)
 
     def _read_tokenizer(self) -> Any:
         return self._options.get("tokenizer") or load_tokenizer(self.name, **_from_pretrained(self._options))
@@ -178,8 +145,8 @@ class LocalSession(WaitingSession):
     def _other(self, question: Question) -> ByteSession | None:
         """Who answers this question by bytes; None where the tokens are the same."""
         slm = question.prefix.model if question.prefix is not None else None
-        if self._by_bytes is None and slm is not None and not self._llm.shares_tokens(slm):
-            self._by_bytes = ByteSession(self._llm, self._llm.token_map(slm))
+        if self._by_bytes is None and slm is not None and (tokens := self._llm.token_map(slm)) is not None:
+            self._by_bytes = ByteSession(self._llm, tokens)
         return self._by_bytes
 
     def quote(self, question: Question) -> Charge:

@@ -18,7 +18,7 @@ from tenacity import (
 )
 
 from ..backends.loading import load_tokenizer
-from ..backends.torch.fingerprint import shared_ids, tokenizer_fingerprint
+from ..backends.torch.fingerprint import tokenizer_fingerprint
 from ..backends.torch.loading import ends_listed
 from ..endpoints import event_loop
 from ..endpoints.circuit_breaker import CircuitBreaker
@@ -28,7 +28,6 @@ from ..endpoints.tokenizer_check import TokenizerSample, Tokenizing, verify_toke
 from ..errors import ConfigError, EndpointBusy, EndpointRefused, EscalationFailed, OutOfTime, TokenizerMismatch
 from ..identity import identity
 from ..scheduling.language_model import LanguageModel
-from ..tokenization.byte_tokenizer import refuse_changed_bytes
 from ..types import Charge, Price
 from . import completions
 from .byte_plan import Planner
@@ -36,7 +35,7 @@ from .hedging import hedged
 from .question import Answer, Question, charge
 from .request_costs import ReportCharge, RequestCosts, total_charge
 from .served_question import ServedQuestion, by_bytes, by_tokens
-from .token_map import TokenMap, side_of, side_of_tokens
+from .token_map import ComparedTokens, Side, side_of, side_of_tokens
 from .token_texts import TokenTexts
 
 FORM, BROKEN = frozenset({400, 422}), 500
@@ -45,7 +44,7 @@ FORM, BROKEN = frozenset({400, 422}), 500
 HEDGED_NOTE = "asked twice: the first request was late"
 
 
-class OpenAILLM:
+class OpenAILLM(ComparedTokens):
     """A model behind ``/v1/completions``, as vLLM serves it: of the SLM's tokenizer, or of another one that is given.
 
     If the server supports ``logprob_token_ids``, every candidate is scored; otherwise its top 20 tokens are read, and
@@ -113,6 +112,7 @@ class OpenAILLM:
                 f" ({timeout_s}).",
                 hint="Use about the 95th percentile of the server's answers, or None for no second request.",
             )
+        super().__init__()
         self.name, self.price = model, price
         self.endpoint = Endpoint(
             base_url,
@@ -130,7 +130,6 @@ class OpenAILLM:
         self._texts: dict[str, TokenTexts] = {}
         self._tokenizer, self.chat_template = tokenizer, chat_template
         self._given = {"tokenizer": identity(tokenizer), "chat_template": chat_template}  # before it is loaded
-        self._maps: dict[str, TokenMap] = {}
         self._end_ids: Sequence[int] = ()
         self._unverified: dict[str, TokenizerSample] = {}
 
@@ -156,9 +155,7 @@ class OpenAILLM:
             TokenizerMismatch: it tokenizes a sample text differently; or the tokenizer that was given for it, or the
                 SLM's, cannot be followed byte by byte.
         """
-        if not self.shares_tokens(slm):
-            refuse_changed_bytes(slm.tokenizer, slm.name)
-            refuse_changed_bytes(self.given_tokenizer(), self.name)
+        super().check(slm)
         spelling = TokenizerSample.of(self._spelled_like(slm))
         self._unverified[spelling.fingerprint] = spelling
         try:
@@ -174,30 +171,11 @@ class OpenAILLM:
             self._tokenizer = load_tokenizer(str(self._tokenizer))
         return self._tokenizer
 
-    def shares_tokens(self, slm: Tokenizing) -> bool:
-        """Whether every token of the SLM has the same id on the server, as far as it was said."""
+    def side(self) -> Side:
+        """See ``ComparedTokens``."""
         tokenizer = self.given_tokenizer()
-        return tokenizer is None or not shared_ids(slm.tokenizer, tokenizer)
-
-    def token_map(self, slm: LanguageModel) -> TokenMap | None:
-        """Between the SLM's tokens and the server's; None where they are the same.
-
-        Raises:
-            EscalationFailed: a tokenizer cannot be followed byte by byte.
-        """
-        known = slm.tokenizer_fingerprint
-        if self._tokenizer is None or (known not in self._maps and self.shares_tokens(slm)):
-            return None
-        if known not in self._maps:
-            tokenizer = self.given_tokenizer()
-            ends = frozenset(i for i in (*self._end_ids, tokenizer.eos_token_id) if i is not None)
-            try:
-                self._maps[known] = TokenMap(
-                    side_of(slm, None), side_of_tokens(tokenizer, ends, self.name, self.chat_template)
-                )
-            except TokenizerMismatch as error:
-                raise EscalationFailed(f"{self.name!r} cannot be asked: {error}") from error
-        return self._maps[known]
+        ends = frozenset(i for i in (*self._end_ids, tokenizer.eos_token_id) if i is not None)
+        return side_of_tokens(tokenizer, ends, self.name, self.chat_template)
 
     def texts(self, slm: LanguageModel) -> TokenTexts:
         """The server's tokens as text.

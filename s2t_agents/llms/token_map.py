@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+from ..backends.torch.fingerprint import shared_ids
+from ..endpoints.tokenizer_check import Tokenizing
+from ..errors import EscalationFailed, TokenizerMismatch
 from ..formats.reasoning import ReasoningFormat, Tag
 from ..formats.tool_calls import CLOSE, OPEN
 from ..scheduling.language_model import LanguageModel
-from ..tokenization.byte_tokenizer import ByteTokenizer
+from ..tokenization.byte_tokenizer import ByteTokenizer, refuse_changed_bytes
 from .covering import Places
 
 Counterpart = bytes | frozenset[int] | None
@@ -121,6 +125,67 @@ class TokenMap:
                 found.append(Run(text, min(counterpart)))
                 text = b""
         return [*found, Run(text)]
+
+
+class ComparedTokens(ABC):
+    """An LLM whose tokens may be others than the SLM's; two tokenizers are compared once, whatever is asked.
+
+    Attributes:
+        name: of the LLM.
+    """
+
+    name: str
+
+    def __init__(self) -> None:
+        self._same: dict[str, bool] = {}  # by the fingerprint of the SLM's tokenizer
+        self._maps: dict[str, TokenMap] = {}
+
+    @abstractmethod
+    def given_tokenizer(self) -> Any:
+        """Its tokenizer, without reading weights; None where it was not said to be another than the SLM's."""
+
+    @abstractmethod
+    def side(self) -> Side:
+        """Its side of a map; errors as ``side_of``, and ``EscalationFailed`` where it cannot be loaded."""
+
+    def know_as(self, other: ComparedTokens) -> None:
+        """Share with another LLM of the same tokenizer what either has compared."""
+        self._same, self._maps = other._same, other._maps
+
+    def check(self, slm: Tokenizing) -> None:
+        """Compare the tokenizers, without reading weights.
+
+        Raises:
+            TokenizerMismatch: they differ, and one of them cannot be followed byte by byte.
+            ModelNotFound: the LLM has no tokenizer.
+        """
+        if not self.shares_tokens(slm):
+            refuse_changed_bytes(slm.tokenizer, slm.name)
+            refuse_changed_bytes(self.given_tokenizer(), self.name)
+
+    def shares_tokens(self, slm: Tokenizing) -> bool:
+        """Whether every token of the SLM has the same id there, as far as it was said."""
+        known = slm.tokenizer_fingerprint
+        if known not in self._same:
+            tokenizer = self.given_tokenizer()
+            self._same[known] = tokenizer is None or not shared_ids(slm.tokenizer, tokenizer)
+        return self._same[known]
+
+    def token_map(self, slm: LanguageModel) -> TokenMap | None:
+        """Between the SLM's tokens and the LLM's; None where they are the same.
+
+        Raises:
+            EscalationFailed: the LLM cannot be loaded, or a tokenizer cannot be followed byte by byte.
+        """
+        if self.shares_tokens(slm):
+            return None
+        known = slm.tokenizer_fingerprint
+        if known not in self._maps:
+            try:
+                self._maps[known] = TokenMap(side_of(slm, None), self.side())
+            except TokenizerMismatch as error:
+                raise EscalationFailed(f"{self.name!r} cannot be asked: {error}") from error
+        return self._maps[known]
 
 
 def _written(tag: Tag, known: bool) -> Counterpart:

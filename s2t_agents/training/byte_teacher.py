@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -30,21 +31,23 @@ class ByteTeacher:
     Args:
         model: loaded.
         slm: whose candidates it scores.
-        conversations: of the trajectories to come; without them it reads their prompts as plain text.
 
     Raises:
         TokenizerMismatch: a tokenizer that cannot be followed byte by byte.
     """
 
-    def __init__(self, model: LanguageModel, slm: LanguageModel, conversations: Sequence[Conversation] = ()) -> None:
-        self._model, self._slm, self._conversations = model, slm, conversations
+    def __init__(self, model: LanguageModel, slm: LanguageModel) -> None:
+        self._slm = slm
+        self._conversations: Sequence[Conversation] = ()
         self._llm = LocalLLM(model)
         self._llm.check(slm)
         self.identity = ModelIdentity.of(model)
 
     def about(self, conversations: Sequence[Conversation]) -> ByteTeacher:
-        """See ``labels.ReadsConversations``."""
-        return ByteTeacher(self._model, self._slm, conversations)
+        """See ``labels.ReadsConversations``; without them it reads prompts as plain text."""
+        asked = copy(self)  # with the same LLM: its tokens are compared once
+        asked._conversations = conversations
+        return asked
 
     def opinions(
         self, trajectories: Sequence[Trajectory], slm: Sequence[Tensor], candidates: Sequence[Tensor]

@@ -14,6 +14,7 @@ from torch import Tensor, inf
 
 from ..llms.local_llm import LocalLLM, LocalSession
 from ..llms.question import Answer, Question
+from ..llms.token_map import ComparedTokens
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.prefix_cache import common_prefix
 from ..scheduling.sequence import TokenSequence
@@ -25,13 +26,16 @@ class CountedLLM(LocalLLM):
 
     Args:
         model: loaded.
+        like: another one of the same model, whose tokens were compared before; None has none.
 
     Attributes:
         asked: the longest sequence that it was last asked about: these tokens are paid for.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, like: ComparedTokens | None = None) -> None:
         super().__init__(model)
+        if like is not None:
+            self.know_as(like)
         self.asked: Sequence[int] = ()
 
     def open(self) -> CountedSession:

@@ -113,7 +113,8 @@ class RowMaker:
 
     def __init__(self, slm: LanguageModel, llm: LanguageModel, settings: EvaluationRows, seed: int) -> None:
         self._slm, self._llm, self._settings, self._seed = slm, llm, settings, seed
-        self.same_ids = CountedLLM(llm).shares_tokens(slm)
+        self._compared = CountedLLM(llm)
+        self.same_ids = self._compared.shares_tokens(slm)
 
     def alone(self) -> Row:
         """The SLM, greedy."""
@@ -166,7 +167,7 @@ class RowMaker:
         more = None if larger is None else f"hybrid_{larger}"
 
         def engine(item: Item) -> Engine:
-            escalation = Escalation(CountedLLM(self._llm), margin=margin)
+            escalation = Escalation(CountedLLM(self._llm, self._compared), margin=margin)
             return Engine(self._slm, k=k, trigger=ready.trigger, selector=ready.selector, escalation=escalation)
 
         return Row(f"hybrid_{limit}", engine, k, forwards=ready.forwards, escalations=limit, more=more)
@@ -175,7 +176,8 @@ class RowMaker:
         trigger = self._for_llm(calibration)
 
         def engine(item: Item) -> Engine:
-            return Engine(self._slm, k=k, trigger=trigger, escalation=Escalation(llm(self._llm), margin=1.0))
+            escalation = Escalation(llm(self._llm, self._compared), margin=1.0)
+            return Engine(self._slm, k=k, trigger=trigger, escalation=escalation)
 
         return Row(name, engine, k)
 
