@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from ..endpoints.completions import (
     ID_PREFIX,
-    LOGPROB_TOLERANCE,
     TOP_LOGPROBS,
-    LogProb,
+    OneTokenLogprobs,
     PartialModel,
     Usage,
-    UsageDetails,
+    checked,
     logprobs_by_id,
 )
 from ..errors import EscalationFailed
@@ -25,12 +23,8 @@ MAX_EXTRA_TOKENS = 64
 """Tokens that a server may count beyond the request's, for tokens that it adds."""
 
 
-class _Logprobs(PartialModel):
-    top_logprobs: tuple[dict[str, LogProb], ...] = Field(min_length=1, max_length=1)
-
-
 class _Choice(PartialModel):
-    logprobs: _Logprobs
+    logprobs: OneTokenLogprobs
     index: int = 0
 
 
@@ -39,12 +33,6 @@ class OneTokenCompletion(PartialModel):
 
     choices: tuple[_Choice, ...] = Field(min_length=1)
     usage: Usage | None = None
-
-
-_KNOWN_FIELDS = frozenset(
-    name for form in (OneTokenCompletion, _Choice, _Logprobs, Usage, UsageDetails) for name in form.model_fields
-)
-"""Field names that an error may show; other keys of a response are text of the server."""
 
 
 def request_body(
@@ -72,20 +60,11 @@ def parse_completion(content: bytes, prompt_tokens: int, prompts: int = 1) -> On
     Raises:
         EscalationFailed: not JSON, missing fields, NaN, invalid log-probabilities, or implausible token counts.
     """
-    try:
-        completion = OneTokenCompletion.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = (
-            ".".join(str(at) if at in _KNOWN_FIELDS or isinstance(at, int) else "*" for at in first["loc"]) or "body"
-        )
-        fault = f"the server's reply cannot be used: {where}: {first['msg']}."
-    else:
-        if len(completion.choices) != prompts:
-            raise EscalationFailed(f"the server was given {prompts} prompts and answered {len(completion.choices)}.")
-        _check_usage(completion, prompt_tokens, prompts)
-        return completion
-    raise EscalationFailed(fault)  # raised outside the handler: no exception chain, which would show the response
+    completion = OneTokenCompletion.read(content, "the server's reply cannot be used")
+    if len(completion.choices) != prompts:
+        raise EscalationFailed(f"the server was given {prompts} prompts and answered {len(completion.choices)}.")
+    _check_usage(completion, prompt_tokens, prompts)
+    return completion
 
 
 def _check_usage(completion: OneTokenCompletion, prompt_tokens: int, prompts: int) -> None:
@@ -108,10 +87,7 @@ def rows_of(completion: OneTokenCompletion, id_of: Callable[[str], int | None]) 
         EscalationFailed: invalid ids, or probabilities above 1 in sum.
     """
     choices = sorted(completion.choices, key=lambda each: each.index)
-    rows = [_by_id(each.logprobs.top_logprobs[0], id_of) for each in choices]
-    if any(sum(map(math.exp, row.values())) > 1 + LOGPROB_TOLERANCE for row in rows):
-        raise EscalationFailed("the server's log-probabilities add up to more than 1.")
-    return rows
+    return [checked(_by_id(each.logprobs.top_logprobs[0], id_of)) for each in choices]
 
 
 def _by_id(top: Mapping[str, float], id_of: Callable[[str], int | None]) -> dict[int, float]:

@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
 from ..endpoints import event_loop
 from ..endpoints.completions import (
-    LOGPROB_TOLERANCE,
     TOP_LOGPROBS,
     LogProb,
+    OneTokenLogprobs,
     PartialModel,
     Usage,
-    UsageDetails,
+    checked,
     logprobs_by_id,
 )
 from ..endpoints.endpoint import Endpoint
@@ -56,25 +55,14 @@ class _PromptLogProb(PartialModel):
     logprob: LogProb
 
 
-class _ReadLogprobs(PartialModel):
-    top_logprobs: tuple[dict[str, LogProb], ...] = Field(min_length=1, max_length=1)
-
-
 class _ReadChoice(PartialModel):
-    logprobs: _ReadLogprobs
+    logprobs: OneTokenLogprobs
     prompt_logprobs: tuple[dict[int, _PromptLogProb] | None, ...] | None = None
 
 
 class _Read(PartialModel):
     choices: tuple[_ReadChoice, ...] = Field(min_length=1, max_length=1)
     usage: Usage | None = None
-
-
-_KNOWN_FIELDS = frozenset(
-    name
-    for form in (_Read, _ReadChoice, _ReadLogprobs, _PromptLogProb, Usage, UsageDetails)
-    for name in form.model_fields
-)
 
 
 @dataclass
@@ -171,15 +159,9 @@ class ServedReader:
         return request_body(self.model, [prompt], candidates, by_id=self.by_id and bool(candidates))
 
     def _checked(self, listed: Listed) -> Listed:
-        if not listed or any(not 0 <= token < self.vocab_size for token in listed):
-            raise EscalationFailed(
-                f"{self._host} listed {len(listed)} tokens, the largest {max(listed, default=None)}; the tokenizer has"
-                f" {self.vocab_size}.",
-                hint="Name the tokenizer of the model that it serves.",
-            )
-        if sum(map(math.exp, listed.values())) > 1 + LOGPROB_TOLERANCE:
-            raise EscalationFailed(f"{self._host} listed log-probabilities that add up to more than 1.")
-        return listed
+        if not listed:
+            raise EscalationFailed(f"{self._host} listed no tokens at a position.")
+        return checked(listed, vocab_size=self.vocab_size)
 
     @property
     def _host(self) -> str:
@@ -208,7 +190,8 @@ class ServedReader:
                 content = await self.endpoint.post(
                     "completions", body, sent=lambda: sent.append(True), most_bytes=MOST_BYTES
                 )
-            answer = await asyncio.to_thread(self._parsed, content)
+            fault = f"{self._host} gave no usable log-probabilities"
+            answer = await asyncio.to_thread(_Read.read, content, fault, hint="Is it a vLLM server with this model?")
             usage = answer.usage or usage
             return answer
         except TimeoutError:
@@ -220,15 +203,6 @@ class ServedReader:
             if payment is not None:
                 counts = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
                 await payment.closing(counts if sent else None)
-
-    def _parsed(self, content: bytes) -> _Read:
-        try:
-            return _Read.model_validate_json(content)
-        except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            where = ".".join(str(at) if at in _KNOWN_FIELDS or isinstance(at, int) else "*" for at in first["loc"])
-            fault = f"{self._host} gave no usable log-probabilities: {where or 'body'}: {first['msg']}."
-        raise EscalationFailed(fault, hint="Is it a vLLM server with this model?")  # no chain: it would show the body
 
 
 def _may_work_later(error: BaseException) -> bool:

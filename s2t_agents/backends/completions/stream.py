@@ -7,17 +7,16 @@ request ──> "token_id:17": -0.1, "token_id:4": -2.9, ...     one prediction 
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from ...endpoints import event_loop
-from ...endpoints.completions import LOGPROB_TOLERANCE, LogProb, PartialModel, logprobs_by_id, token_id
+from ...endpoints.completions import LogProb, PartialModel, checked, logprobs_by_id, token_id
 from ...endpoints.endpoint import Endpoint
 from ...endpoints.spending import Payment
 from ...errors import EndpointBusy, EndpointRefused, EscalationFailed
@@ -63,27 +62,17 @@ class _StreamChunk(PartialModel):
     error: _StreamError | None = None
 
 
-_KNOWN_FIELDS = frozenset(name for form in (_StreamChunk, _StreamChoice, _StreamLogprobs) for name in form.model_fields)
-
-
 def predictions(event: bytes, vocab_size: int) -> tuple[list[Prediction], bool]:
     """The positions that one event holds, none where it holds other things, as token counts; and is it the last one?
 
     Raises:
         EscalationFailed: not JSON, an error, token ids or log-probabilities that cannot be.
     """
-    try:
-        chunk = _StreamChunk.model_validate_json(event)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(at) if at in _KNOWN_FIELDS or isinstance(at, int) else "*" for at in first["loc"])
-        fault = f"the server's stream cannot be used: {where or 'event'}: {first['msg']}."
-    else:
-        if chunk.error is not None:
-            raise EscalationFailed("the server broke its stream off with an error of its own.")
-        found = [each for choice in chunk.choices for each in _positions(choice.logprobs, vocab_size)]
-        return found, any(choice.finish_reason is not None for choice in chunk.choices)
-    raise EscalationFailed(fault)  # raised outside the handler: no exception chain, which would show the response
+    chunk = _StreamChunk.read(event, "the server's stream cannot be used")
+    if chunk.error is not None:
+        raise EscalationFailed("the server broke its stream off with an error of its own.")
+    found = [each for choice in chunk.choices for each in _positions(choice.logprobs, vocab_size)]
+    return found, any(choice.finish_reason is not None for choice in chunk.choices)
 
 
 def _positions(logprobs: _StreamLogprobs | None, vocab_size: int) -> list[Prediction]:
@@ -92,22 +81,16 @@ def _positions(logprobs: _StreamLogprobs | None, vocab_size: int) -> list[Predic
     if len(logprobs.tokens) != len(logprobs.top_logprobs):
         raise EscalationFailed("the server's stream gives other numbers of tokens than of log-probabilities.")
     return [
-        _checked(token_id(token), logprobs_by_id(top), vocab_size)
+        _prediction(token_id(token), logprobs_by_id(top), vocab_size)
         for token, top in zip(logprobs.tokens, logprobs.top_logprobs, strict=True)
     ]
 
 
-def _checked(token: int, logprobs: dict[int, float], vocab_size: int) -> Prediction:
+def _prediction(token: int, logprobs: dict[int, float], vocab_size: int) -> Prediction:
     if token not in logprobs:
         raise EscalationFailed("the server wrote a token without its log-probability.", hint="Ask it for logprobs.")
-    if outside := next((each for each in logprobs if each >= vocab_size), None):
-        raise EscalationFailed(
-            f"the server wrote token {outside}; the tokenizer has {vocab_size}.",
-            hint='Give the tokenizer of the model that it serves: model_kwargs={"tokenizer": ...}.',
-        )
-    if sum(map(math.exp, logprobs.values())) > 1 + LOGPROB_TOLERANCE:
-        raise EscalationFailed("the server's log-probabilities add up to more than 1.")
-    return Prediction(token, logprobs)
+    hint = 'Give the tokenizer of the model that it serves: model_kwargs={"tokenizer": ...}.'
+    return Prediction(token, checked(logprobs, vocab_size=vocab_size, hint=hint))
 
 
 class CompletionStream:
