@@ -14,11 +14,11 @@ from typing import Any
 import httpx
 from pydantic import SecretStr
 
-from ..errors import ConfigError, EndpointBusy, EndpointDown, EscalationFailed
+from ..errors import ConfigError, EndpointDown, EscalationFailed
 from .api_keys import check_key, redact, redact_in_logs
 from .connections import Connections
 from .loopback import is_loopback
-from .statuses import BUSY_STATUSES, retry_after, status_error
+from .statuses import retry_after, status_error
 from .urls import checked_url
 
 MAX_BODY_BYTES = 1 << 20
@@ -206,10 +206,7 @@ class Endpoint:
     def _status_error(self, response: httpx.Response, content: bytes) -> EscalationFailed:
         message = self.redacted(_error_message(content)) or self.redacted(response.reason_phrase)
         message = f"{self.url.host} answered {response.status_code}: {' '.join(message.split())[:MAX_SHOWN_CHARS]}."
-        if response.status_code in BUSY_STATUSES:
-            wait_s = retry_after(response.headers.get("retry-after"))
-            return EndpointBusy(message, wait_s=wait_s, status=response.status_code)
-        return status_error(response.status_code, message)
+        return status_error(response.status_code, message, retry_after(response.headers.get("retry-after")))
 
     def __getstate__(self) -> dict[str, Any]:
         """State without the key and the connections."""

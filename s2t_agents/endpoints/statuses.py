@@ -6,16 +6,24 @@ import email.utils
 import time
 from datetime import UTC
 
-from ..errors import EndpointRefused, QuestionRefused
+from ..errors import EndpointBusy, EndpointRefused, QuestionRefused
 
-BUSY_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
-QUESTION_STATUSES = frozenset({400, 413, 422})
+_BUSY_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
+_QUESTION_STATUSES = frozenset({400, 413, 422})
 """Statuses caused by the request itself, such as a prompt that is too long."""
 
 
-def status_error(status: int, message: str) -> EndpointRefused:
-    """The error of a status that is neither 200 nor retryable."""
-    kind = QuestionRefused if status in QUESTION_STATUSES else EndpointRefused
+def status_error(status: int, message: str, wait_s: float | None = None) -> EndpointBusy | EndpointRefused:
+    """The error of a status other than 200.
+
+    Args:
+        status: as the server answered.
+        message: of the error.
+        wait_s: seconds until a retry, by its Retry-After; None if it gave none.
+    """
+    if status in _BUSY_STATUSES:
+        return EndpointBusy(message, wait_s=wait_s, status=status)
+    kind = QuestionRefused if status in _QUESTION_STATUSES else EndpointRefused
     return kind(message, status=status)
 
 

@@ -21,10 +21,9 @@ from pydantic import BaseModel, Field, create_model
 from ..budget import known_price
 from ..call_scope import with_current_scopes
 from ..endpoints.circuit_breaker import CircuitBreaker
-from ..endpoints.statuses import BUSY_STATUSES, retry_after, status_error
+from ..endpoints.statuses import retry_after, status_error
 from ..errors import (
     ConfigError,
-    EndpointBusy,
     EndpointDown,
     EndpointRefused,
     EscalationFailed,
@@ -253,12 +252,7 @@ class ChatJudge:
         kind = type(error).__name__
         if status is not None and status >= 400:
             question.owe(None)
-            message = f"the judge's provider answered {status} ({kind})."
-            return (
-                EndpointBusy(message, wait_s=outcome.wait_s)
-                if status in BUSY_STATUSES
-                else status_error(status, message)
-            )
+            return status_error(status, f"the judge's provider answered {status} ({kind}).", outcome.wait_s)
         if isinstance(error, (ConfigError, InputError)):  # of a ChatS2T, before it has run
             question.owe(None)
             refusal = QuestionRefused if isinstance(error, InputError) else EndpointRefused
