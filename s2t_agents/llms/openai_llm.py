@@ -244,10 +244,7 @@ class OpenAILLM(ComparedTokens):
             wait=retry_wait,
             reraise=True,
         )
-        async for attempt in retrying:
-            with attempt:
-                return await self._ask(request, costs)
-        raise EscalationFailed("no attempt was made.")  # not reached: reraise is set
+        return await retrying(self._ask, request, costs)
 
     async def _ask(self, request: ServedQuestion, costs: RequestCosts) -> Answer:
         """One request, hedged if configured; not hedged while the circuit breaker probes the endpoint."""

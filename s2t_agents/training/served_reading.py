@@ -174,10 +174,7 @@ class ServedReader:
             wait=retry_wait,
             reraise=True,
         )
-        async for attempt in retrying:
-            with attempt:
-                return await self._request(body)
-        raise EscalationFailed("no attempt was made.")  # not reached: reraise is set
+        return await retrying(self._request, body)
 
     async def _request(self, body: dict[str, Any]) -> _Read:
         """One request, paid for: what it cost by the server's count; all that was held where it broke off."""
