@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .llms.question import Answer, Question, charge
+from .budget.charges import charge_for
+from .llms.question import Answer, Question
 from .scheduling.language_model import LanguageModel
 from .types import Charge, Price
 
@@ -189,7 +190,7 @@ class ScriptedLLM:
 
     def quote(self, question: Question) -> Charge:
         """The cost of the whole prefix and one output token."""
-        return charge(self.price, input_tokens=len(question.ids))
+        return charge_for(self.price, input_tokens=len(question.ids))
 
     def ask(self, question: Question) -> Answer:
         """Call the function; an answer is charged, a raised error is not."""

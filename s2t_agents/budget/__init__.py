@@ -7,6 +7,7 @@ numbers; ``Budget.state`` shows a meter as a ``BudgetState``.
 budget, hold           what callers use                     store, meter             the protocol, and the arithmetic
 quantities, money      from charges to whole numbers        memory_, sqlite_, redis_ the stores
 terms, window, prices  limits and prices as they are given  state, refusals          what callers are shown
+charges                what requests cost, and in sum
 """
 
 import warnings

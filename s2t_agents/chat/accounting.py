@@ -16,7 +16,8 @@ from typing import Any
 
 from langchain_core.messages import AIMessage
 
-from ..budget import Budget, DevicePrice, money
+from ..budget import Budget, DevicePrice
+from ..budget.charges import sum_of
 from ..engine.engine import Engine
 from ..errors import StoreUnavailable
 from ..ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Shadow, Thought
@@ -297,9 +298,7 @@ _SUMMARY_FIELDS = ("triggers", "selections", "flips", "escalations", "refused", 
 
 def _total_usd(reports: Sequence[EscalationReport]) -> Decimal | None:
     """USD of some escalations; None if the cost of one is unknown."""
-    charges = [report.actual for report in reports if report.actual]
-    known = [charge.usd for charge in charges if charge.usd is not None]
-    return money.total(known) if len(known) == len(charges) else None
+    return sum_of(report.actual for report in reports if report.actual).usd
 
 
 def _budget_state(budget: Budget | None) -> dict[str, Any] | None:

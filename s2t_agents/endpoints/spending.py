@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ..budget import Budget, Charge, Hold, TokenPrice
+from ..budget.charges import charge_for
 from ..errors import HoldClosed, StoreUnavailable
 
 T = TypeVar("T")
@@ -49,8 +50,7 @@ class Spending:
     def charge(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> Charge:
         """Of a request that is no question to an LLM."""
         counts = {"input_tokens": input_tokens, "cached_tokens": cached_tokens, "output_tokens": output_tokens}
-        usd = None if self.price is None else self.price.cost(**counts)
-        return Charge(usd=usd, escalations=0, llm_tokens=input_tokens - cached_tokens + output_tokens)
+        return charge_for(self.price, **counts, escalations=0)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ..budget.charges import charge_for
 from ..errors import EscalationFailed
 from ..hub import first_line
 from ..scheduling.idle_sequences import IdleSequences
@@ -17,7 +18,7 @@ from ..scheduling.waits import Waiting
 from ..types import Charge, Price
 from .base import WaitingSession
 from .byte_plan import Planner
-from .question import Answer, Question, charge
+from .question import Answer, Question
 from .token_map import TokenMap
 
 
@@ -54,7 +55,7 @@ class ByteSession(WaitingSession):
         new = 0
         if self._prefix.ids != plan.ids:
             new = len(plan.ids) - min(self._prefix.common_prefix(plan.ids), len(plan.ids) - 1)
-        return charge(self._llm.price, input_tokens=new + len(plan.covering.tree.ids))
+        return charge_for(self._llm.price, input_tokens=new + len(plan.covering.tree.ids))
 
     def asking(self, question: Question) -> Waiting[Answer]:
         """Score every candidate that the LLM has something for, in one forward.

@@ -19,6 +19,7 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, System
 from pydantic import BaseModel, Field, create_model
 
 from ..budget import known_price
+from ..budget.charges import charge_for
 from ..call_scope import with_current_scopes
 from ..endpoints.circuit_breaker import CircuitBreaker
 from ..endpoints.statuses import retry_after, status_error
@@ -36,7 +37,7 @@ from ..identity import token_of
 from ..scheduling.language_model import LanguageModel
 from ..types import Charge, Price
 from .previews import Preview, previews
-from .question import Answer, Question, charge
+from .question import Answer, Question
 from .transcript import transcript
 
 SYSTEM_PROMPT = """\
@@ -183,7 +184,7 @@ class ChatJudge:
         """The maximum cost of this prompt and a reply."""
         schema = json.dumps(choice_among(len(prompt.previews) or 2).model_json_schema())
         read = sum(self.count_tokens(text) for text in [schema, *(str(m.content) for m in prompt.messages)])
-        return charge(self.price, input_tokens=read + OVERHEAD_TOKENS, output_tokens=self.reply_tokens)
+        return charge_for(self.price, input_tokens=read + OVERHEAD_TOKENS, output_tokens=self.reply_tokens)
 
     def choose(self, question: Question, prompt: JudgePrompt) -> int:
         """Ask the judge; returns the number that it chooses, from 1.
@@ -244,7 +245,7 @@ class ChatJudge:
         if min(read, written) < 0 or read + written > worst.llm_tokens + MAX_REASONING_TOKENS:
             return None
         cached = min(max(cached, 0), read)
-        return charge(self.price, input_tokens=read, cached_tokens=cached, output_tokens=written)
+        return charge_for(self.price, input_tokens=read, cached_tokens=cached, output_tokens=written)
 
     def _fault(self, question: Question, outcome: _Outcome) -> EscalationFailed:
         """Classify an error of the chat model; its message may contain secrets, so only its class is shown."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.loading import load_tokenizer
+from ..budget.charges import charge_for
 from ..errors import EscalationFailed
 from ..fork_safety import hold_while_forking
 from ..hub import first_line
@@ -24,7 +25,7 @@ from ..scheduling.waits import Waiting, finish
 from ..types import Charge, Price
 from .base import WaitingSession
 from .byte_session import ByteSession
-from .question import Answer, Question, charge
+from .question import Answer, Question
 from .token_map import ComparedTokens, Side, side_of
 
 MAX_IDLE_CACHES = 4
@@ -153,7 +154,7 @@ class LocalSession(WaitingSession):
         """The cost of the tokens not in the KV cache, and of one output token."""
         if (other := self._other(question)) is not None:
             return other.quote(question)
-        return charge(self._llm.price, input_tokens=self.uncached_tokens(question.ids, scope_of(question)))
+        return charge_for(self._llm.price, input_tokens=self.uncached_tokens(question.ids, scope_of(question)))
 
     def asking(self, question: Question) -> Waiting[Answer]:
         """Score every candidate.

@@ -20,6 +20,7 @@ from tenacity import (
 from ..backends.loading import load_tokenizer
 from ..backends.torch.fingerprint import tokenizer_fingerprint
 from ..backends.torch.loading import ends_listed
+from ..budget.charges import charge_for
 from ..endpoints import event_loop
 from ..endpoints.circuit_breaker import CircuitBreaker
 from ..endpoints.endpoint import Endpoint
@@ -32,7 +33,7 @@ from ..types import Charge, Price
 from . import completions
 from .byte_plan import Planner
 from .hedging import hedged
-from .question import Answer, Question, charge
+from .question import Answer, Question
 from .request_costs import ReportCharge, RequestCosts, total_charge
 from .served_question import ServedQuestion, by_bytes, by_tokens
 from .token_map import ComparedTokens, Side, side_of, side_of_tokens
@@ -213,7 +214,7 @@ class OpenAILLM(ComparedTokens):
 
     def max_charge(self, request: ServedQuestion) -> Charge:
         """The maximum cost of one request: all prompts, uncached, and one output token of each."""
-        return charge(self.price, input_tokens=request.prompt_tokens, output_tokens=len(request.prompts))
+        return charge_for(self.price, input_tokens=request.prompt_tokens, output_tokens=len(request.prompts))
 
     def complete(self, question: Question, request: ServedQuestion) -> Answer:
         """Ask the server one question, as this request.
@@ -270,7 +271,7 @@ class OpenAILLM(ComparedTokens):
         if completion.usage is not None:
             used = completion.usage
             owe(
-                charge(
+                charge_for(
                     self.price,
                     input_tokens=used.prompt_tokens,
                     cached_tokens=used.cached_tokens,

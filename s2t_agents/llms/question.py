@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from ..formats.reasoning import ReasoningFormat
 from ..grammar.grammar import Grammar
 from ..scheduling.sequence import TokenSequence
-from ..types import Candidate, Charge, Price
+from ..types import Candidate, Charge
 
 
 class Conversation(Protocol):
@@ -93,20 +93,3 @@ def candidates_of(question: Question, answer: Answer | None) -> tuple[Candidate,
     llm = answer.scores if answer else nothing
     columns = zip(question.candidates, question.slm, question.selector or nothing, llm, strict=True)
     return tuple(Candidate(*column) for column in columns)
-
-
-def charge(price: Price | None, *, input_tokens: int, cached_tokens: int = 0, output_tokens: int = 1) -> Charge:
-    """The cost of a request. Cached tokens have their own price and do not count as LLM tokens.
-
-    Args:
-        price: None leaves the dollars unknown.
-        input_tokens: of the whole prompt, cached tokens included.
-        cached_tokens: how many of them were in the LLM's prefix cache.
-        output_tokens: tokens generated.
-    """
-    usd = (
-        price.cost(input_tokens=input_tokens, cached_tokens=cached_tokens, output_tokens=output_tokens)
-        if price is not None
-        else None
-    )
-    return Charge(usd=usd, llm_tokens=input_tokens - cached_tokens + output_tokens)

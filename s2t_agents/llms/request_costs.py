@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from ..budget import money
+from ..budget.charges import sum_of
 from ..types import Charge
 from .question import Question
 
@@ -34,15 +35,11 @@ class RequestCosts:
 
         def owe(charge: Charge | None) -> None:
             self._charges[at] = charge
-            self._question.owe(total_charge([new_request for new_request in self._charges if new_request is not None]))
+            self._question.owe(total_charge([each for each in self._charges if each is not None]))
 
         return owe
 
 
 def total_charge(charges: Sequence[Charge]) -> Charge | None:
-    """The sum; None for no charges; dollars None if one of them is unknown."""
-    if not charges:
-        return None
-    known = [charge.usd for charge in charges if charge.usd is not None]
-    usd = money.total(known) if len(known) == len(charges) else None
-    return Charge(usd=usd, llm_tokens=sum(charge.llm_tokens for charge in charges))
+    """The sum, which is one escalation; None for no charges."""
+    return replace(sum_of(charges), escalations=1) if charges else None
