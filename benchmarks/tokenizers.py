@@ -29,6 +29,7 @@ from s2t_agents.llms import LocalLLM
 from s2t_agents.llms.byte_plan import Planner
 from s2t_agents.llms.byte_session import ByteSession
 from s2t_agents.llms.covering import Covering, Places
+from s2t_agents.llms.kept_prefix import KeptPrefix
 from s2t_agents.llms.question import Answer, Question
 from s2t_agents.llms.served_question import MOST_IDS, by_bytes
 from s2t_agents.llms.token_map import TokenMap
@@ -112,7 +113,8 @@ class MeasuredSession:
 
     def __init__(self, measured: Measured, tokens: TokenMap) -> None:
         self._of, self._tokens = measured, tokens
-        self._session, self._planner = ByteSession(measured.llm, tokens), Planner(measured.llm.name, tokens)
+        llm, self._planner = measured.llm, Planner(measured.llm.name, tokens)
+        self._session = ByteSession(llm.name, llm.price, KeptPrefix(llm.load, llm.idle), tokens)
         self._same, self._every = TokenSequence(measured.llm.load()), TokenSequence(measured.llm.load())
         self._first, self._planned_s = True, 0.0
 

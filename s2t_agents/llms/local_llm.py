@@ -20,11 +20,11 @@ from ..identity import identity
 from ..redaction import url_without_secrets, without_secrets
 from ..scheduling.idle_sequences import IdleSequences
 from ..scheduling.language_model import LanguageModel
-from ..scheduling.sequence import TokenSequence
 from ..scheduling.waits import Waiting, finish
 from ..types import Charge, Price
 from .base import WaitingSession
 from .byte_session import ByteSession
+from .kept_prefix import KeptPrefix, check_fits
 from .question import Answer, Question
 from .token_map import ComparedTokens, Side, side_of
 
@@ -139,22 +139,21 @@ class LocalSession(WaitingSession):
     """
 
     def __init__(self, llm: LocalLLM) -> None:
-        self._llm = llm
-        self._prefix: TokenSequence | None = None
+        self._llm, self._kept = llm, KeptPrefix(llm.load, llm.idle)
         self._by_bytes: ByteSession | None = None
 
     def _other(self, question: Question) -> ByteSession | None:
         """Who answers this question by bytes; None where the tokens are the same."""
         slm = question.prefix.model if question.prefix is not None else None
         if self._by_bytes is None and slm is not None and (tokens := self._llm.token_map(slm)) is not None:
-            self._by_bytes = ByteSession(self._llm, tokens)
+            self._by_bytes = ByteSession(self._llm.name, self._llm.price, self._kept, tokens)
         return self._by_bytes
 
     def quote(self, question: Question) -> Charge:
         """The cost of the tokens not in the KV cache, and of one output token."""
         if (other := self._other(question)) is not None:
             return other.quote(question)
-        return charge_for(self._llm.price, input_tokens=self.uncached_tokens(question.ids, scope_of(question)))
+        return charge_for(self._llm.price, input_tokens=self.uncached_tokens(question.ids, question.scope))
 
     def asking(self, question: Question) -> Waiting[Answer]:
         """Score every candidate.
@@ -165,19 +164,15 @@ class LocalSession(WaitingSession):
         if (other := self._other(question)) is not None:
             return (yield from other.asking(question))
         cost = self.quote(question)
-        try:
-            scores = yield from self.scoring(question.ids, question.candidates, scope_of(question))
-        except RuntimeError as error:
-            self._prefix = None  # its KV cache may be inconsistent
-            raise EscalationFailed(f"the LLM broke down on this machine: {first_line(error)}.") from error
+        with self._kept.asked():
+            scores = yield from self.scoring(question.ids, question.candidates, question.scope)
         question.owe(cost)
         return Answer(tuple(scores))
 
     def uncached_tokens(self, ids: Sequence[int], scope: str | None = None) -> int:
         """Number of tokens of ``ids`` that are not in the KV cache."""
-        if self._prefix is None:
-            self._prefix = self._llm.idle.take(ids, scope)
-        return len(ids) - (self._prefix.common_prefix(ids) if self._prefix else 0)
+        sequence = self._kept.found(ids, scope)
+        return len(ids) - (sequence.common_prefix(ids) if sequence else 0)
 
     def scores(self, ids: Sequence[int], candidates: Sequence[int], scope: str | None = None) -> list[float]:
         """``scoring``, blocking."""
@@ -186,10 +181,7 @@ class LocalSession(WaitingSession):
     def scoring(self, ids: Sequence[int], candidates: Sequence[int], scope: str | None = None) -> Waiting[list[float]]:
         """Log-probabilities of the candidates after ``ids``; one forward pass over the new tokens."""
         model = self._llm.load()
-        if len(ids) >= model.context_window:
-            raise EscalationFailed(
-                f"a prefix of {len(ids)} tokens does not fit the LLM's context of {model.context_window}."
-            )
+        check_fits(model, len(ids))
         rows = model.vocab_size
         if outside := next((token for token in ids if token >= rows), None):
             raise EscalationFailed(f"the LLM has no embedding for token {outside} of the prefix: it has {rows}.")
@@ -199,20 +191,10 @@ class LocalSession(WaitingSession):
 
     def reading(self, model: LanguageModel, ids: Sequence[int], scope: str | None) -> Waiting[Tensor]:
         """The LLM's logits ``[V]`` after ``ids``."""
-        if self._prefix is None:
-            self._prefix = self._llm.idle.take(ids, scope) or TokenSequence(model, scope)
-        yield from self._prefix.moving_to(ids)
-        return self._prefix.logits
+        sequence = self._kept.take(ids, scope)
+        yield from sequence.moving_to(ids)
+        return sequence.logits
 
     def close(self) -> None:
         """Keep the KV cache for the next turn."""
-        if self._by_bytes is not None:
-            self._by_bytes.close()
-        if self._prefix is not None:
-            self._llm.idle.put(self._prefix)
-            self._prefix = None
-
-
-def scope_of(question: Question) -> str | None:
-    """The cache scope of a question; None for the default scope."""
-    return question.prefix.scope if question.prefix is not None else None
+        self._kept.close()

@@ -60,6 +60,11 @@ class Question:
     owed: Charge | None = None
     conversation: Conversation | None = None
 
+    @property
+    def scope(self) -> str | None:
+        """Its cache scope; None for the default scope."""
+        return self.prefix.scope if self.prefix is not None else None
+
     def owe(self, charge: Charge | None) -> None:
         """Report the cost incurred so far, whether an answer comes or not; the budget is settled with the last report.
 
