@@ -1,4 +1,4 @@
-"""Redaction of secrets in settings, for dumps, pickles, traces, cache keys and logs."""
+"""Redaction of secrets in settings, for dumps, pickles, traces, cache keys and logs; texts from outside, escaped."""
 
 from __future__ import annotations
 
@@ -166,3 +166,8 @@ def _is_unchanged(ones: Any, others: Any) -> bool:
 def one_line(text: str) -> str:
     """A text from outside for a line of a log: what would end the line, or steer a terminal, is escaped."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def storable(text: str) -> str:
+    """A text from outside for a file, a response or an exporter: lone surrogates, which none takes, are escaped."""
+    return text.encode(errors="backslashreplace").decode()

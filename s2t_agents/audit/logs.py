@@ -22,6 +22,7 @@ from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
 
 from ..budget import TokenPrice, known_price, money
 from ..errors import BadLimit
+from ..redaction import one_line
 
 MAX_LINE = 8 << 20
 """Bytes of a line; a longer one is stepped over."""
@@ -277,4 +278,4 @@ def price_of(model: str | None, known: dict[str, TokenPrice | None]) -> TokenPri
 
 def shown(name: str) -> str:
     """A name from a log as one line of a terminal."""
-    return "".join(each if each.isprintable() else "?" for each in name)[:80]
+    return one_line(name)[:80]

@@ -28,6 +28,7 @@ from pydantic import model_validator as whole
 
 from ..budget import money
 from ..budget.quantities import quantities_of
+from ..redaction import storable
 from ..types import Charge, Outcome, Picker, RefusedBy
 
 WholeNumber = Annotated[int, Field(ge=0, le=money.MAX_COUNT)]
@@ -108,11 +109,7 @@ def _check_finite(value: Any) -> None:
             _check_finite(each)
 
 
-def _storable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
-
-
-Text = Annotated[str, AfterValidator(_storable)]
+Text = Annotated[str, AfterValidator(storable)]
 """Lone surrogates, which no file takes, as their escapes."""
 DIGITS = PlainSerializer(_digits, when_used="json")
 Usd = Annotated[Decimal | None, BeforeValidator(_exact_dollars), DIGITS]

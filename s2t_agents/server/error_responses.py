@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .. import errors
+from ..redaction import storable
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ def error_body(error: BaseException, request_id: str) -> dict[str, Any]:
 
 def body_of(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
     """OpenAI's JSON of an error."""
-    text = message.encode(errors="backslashreplace").decode()  # lone surrogates fit no response
-    return {"error": {"message": text, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": storable(message), "type": kind, "param": param, "code": code}}
 
 
 def event_of(body: Mapping[str, Any] | str) -> bytes:

@@ -17,6 +17,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ..ledger import GenerationRecord
+from ..redaction import storable
 from ..types import EscalationRecord, Sampling
 from . import names
 
@@ -84,7 +85,7 @@ class AnswerRequest:
             names.TEMPERATURE: float(sampling.temperature),
             names.TOP_P: float(sampling.top_p) if sampling.temperature else None,
             names.SEED: sampling.seed,
-            names.STOP_SEQUENCES: tuple(map(_storable, self.stop)) or None,
+            names.STOP_SEQUENCES: tuple(map(storable, self.stop)) or None,
             names.STREAM: self.streamed or None,
             names.OUTPUT_TYPE: "json" if self.structured else None,
         }
@@ -103,7 +104,7 @@ def begin(request: AnswerRequest) -> AnswerTelemetry | None:
     from opentelemetry import metrics
     from opentelemetry.trace import SpanKind
 
-    name = _storable(f"{request.operation} {request.model}")
+    name = storable(f"{request.operation} {request.model}")
     span = instruments.tracer.start_span(name, kind=SpanKind.INTERNAL, attributes=request.attributes())
     metered = not type(metrics.get_meter_provider()).__module__.startswith("opentelemetry.metrics")  # the API's own
     return AnswerTelemetry(request, span, instruments) if metered or span.is_recording() else None
@@ -136,14 +137,14 @@ class AnswerTelemetry:
             return
         now = time.time_ns()
         span = self._instruments.tracer.start_span(
-            _storable(f"chat {llm}"),
+            storable(f"chat {llm}"),
             context=set_span_in_context(self._span),
             kind=SpanKind.CLIENT,
             start_time=now - int(report.wait_s * 1e9),
             attributes={
                 names.OPERATION: "chat",
                 names.PROVIDER: names.PROVIDER_NAME,
-                names.REQUEST_MODEL: _storable(llm),
+                names.REQUEST_MODEL: storable(llm),
             },
         )
         paid = report.actual
@@ -235,18 +236,18 @@ class AnswerTelemetry:
             if usd is not None:  # unknown is not 0
                 made.cost.add(float(usd), {**ours, names.COST_PART: part})
         for unit, left in _figures(record, "left").items() if budget is not None else ():
-            made.left.set(left, {names.BUDGET: _storable(budget or ""), names.BUDGET_UNIT: unit})
+            made.left.set(left, {names.BUDGET: storable(budget or ""), names.BUDGET_UNIT: unit})
 
     def _conventional(self, record: GenerationRecord) -> dict[str, Any]:
         return {
             names.OPERATION: self._request.operation,
             names.PROVIDER: names.PROVIDER_NAME,
-            names.REQUEST_MODEL: _storable(self._request.model),
+            names.REQUEST_MODEL: storable(self._request.model),
             names.RESPONSE_MODEL: record.model,
         }
 
     def _counted(self) -> dict[str, Any]:
-        return {names.REQUEST_MODEL: _storable(self._request.model), names.AGENT: _storable(self._request.agent)}
+        return {names.REQUEST_MODEL: storable(self._request.model), names.AGENT: storable(self._request.agent)}
 
 
 class Instruments:
@@ -292,16 +293,11 @@ def _figures(record: GenerationRecord, part: str) -> dict[str, float]:
 def _known(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes that have a value; texts as every exporter takes them."""
     return {
-        name: _storable(value) if isinstance(value, str) else value
+        name: storable(value) if isinstance(value, str) else value
         for name, value in attributes.items()
         if value is not None
     }
 
 
-def _storable(text: str) -> str:
-    """Lone surrogates, which no exporter takes, as their escapes."""
-    return text.encode(errors="backslashreplace").decode()
-
-
 def _json(value: Any) -> str:
-    return _storable(json.dumps(value, ensure_ascii=False, default=str))
+    return storable(json.dumps(value, ensure_ascii=False, default=str))
