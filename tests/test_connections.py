@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from s2t_agents.endpoints import connections, event_loop
-from s2t_agents.endpoints.endpoint import Endpoint
+from s2t_agents.endpoints.endpoint import Access, Endpoint
 
 Request = Callable[[Endpoint], Coroutine[Any, Any, None]]
 LINES = [b"data: 1\n\n", b"data: 2\n\n", b"data: [DONE]\n\n", b""]
@@ -49,7 +49,7 @@ async def asked() -> AsyncIterator[tuple[Endpoint, Server]]:
     handler = Server()
     async with await asyncio.start_server(handler, "127.0.0.1", 0) as listening:
         url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1"
-        endpoint = Endpoint(url, api_key=None, api_key_env=None, connect_s=5, allow_http=False, verify=True)
+        endpoint = Endpoint(url, Access())
         yield endpoint, handler
         await endpoint.close()
         async with asyncio.timeout(5):

@@ -9,6 +9,7 @@ import os
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -25,8 +26,40 @@ MAX_BODY_BYTES = 1 << 20
 """Maximum size of a response body in bytes; one with K log-probabilities has a few thousand."""
 KEEP_ALIVE_S = 4.0
 """Shorter than the 5 s after which common servers close idle connections, so a closed one is never reused."""
+MAX_SECONDS = 3600
+"""Longest time limit."""
 MAX_SHOWN_CHARS = 200
 """Characters of a server's error message that are shown."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """How a server is connected to.
+
+    Attributes:
+        api_key: sent as a bearer token; never shown, and not pickled.
+        api_key_env: name of the environment variable with the key instead; is pickled.
+        allow_http: permit plain HTTP to other machines.
+        verify: as in httpx: True, or an ``ssl.SSLContext``.
+        connect_s: seconds for one connection, TLS included.
+    """
+
+    api_key: SecretStr | str | None = field(default=None, repr=False)
+    api_key_env: str | None = None
+    allow_http: bool = False
+    verify: Any = True
+    connect_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Check the limit (ConfigError)."""
+        check_seconds(connect_s=self.connect_s)
+
+
+def check_seconds(**limits: float) -> None:
+    """Refuse time limits that are none (ConfigError)."""
+    for name, value in limits.items():
+        if not 0 < value <= MAX_SECONDS:
+            raise ConfigError(f"{name} is {value}; it must lie above 0 and at most at {MAX_SECONDS} seconds.")
 
 
 class Endpoint:
@@ -34,32 +67,19 @@ class Endpoint:
 
     Args:
         base_url: up to and including the version, as ``https://host/v1``.
-        api_key: sent as a bearer token; never shown, and not pickled.
-        api_key_env: name of the environment variable with the key instead; is pickled.
-        connect_s: seconds for one connection, TLS included.
-        allow_http: permit plain HTTP to other machines.
-        verify: as in httpx: True, or an ``ssl.SSLContext``.
+        access: how it is connected to.
 
     Raises:
         ConfigError: an invalid URL, plain HTTP to another machine, or a key that is not valid in a header.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        api_key: SecretStr | str | None,
-        api_key_env: str | None,
-        connect_s: float,
-        allow_http: bool,
-        verify: Any,
-    ) -> None:
-        self.url = checked_url(base_url, allow_http=allow_http)
-        self._key = SecretStr(api_key) if isinstance(api_key, str) else api_key
-        self._key_env = api_key_env
+    def __init__(self, base_url: str, access: Access) -> None:
+        self.url = checked_url(base_url, allow_http=access.allow_http)
+        self._key = SecretStr(access.api_key) if isinstance(access.api_key, str) else access.api_key
+        self._key_env = access.api_key_env
         if self._key is not None:
             check_key(self._key.get_secret_value())
-        self._connect_s, self._verify = connect_s, verify
+        self._connect_s, self._verify = access.connect_s, access.verify
         self._tls: ssl.SSLContext | None = None
         self._connections = Connections()
 

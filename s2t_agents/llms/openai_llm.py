@@ -23,7 +23,7 @@ from ..backends.torch.loading import ends_listed
 from ..budget.charges import charge_for
 from ..endpoints import event_loop
 from ..endpoints.circuit_breaker import CircuitBreaker
-from ..endpoints.endpoint import Endpoint
+from ..endpoints.endpoint import Access, Endpoint, check_seconds
 from ..endpoints.retries import retry_wait
 from ..endpoints.tokenizer_check import TokenizerSample, Tokenizing, verify_tokenizer
 from ..errors import ConfigError, EndpointBusy, EndpointRefused, EscalationFailed, OutOfTime, TokenizerMismatch
@@ -102,9 +102,7 @@ class OpenAILLM(ComparedTokens):
         allow_http: bool = False,
         verify: Any = True,
     ) -> None:
-        for name, value in {"timeout_s": timeout_s, "attempt_s": attempt_s, "connect_s": connect_s}.items():
-            if not 0 < value <= 3600:
-                raise ConfigError(f"{name} is {value}; it must lie above 0 and at most at 3600 seconds.")
+        check_seconds(timeout_s=timeout_s, attempt_s=attempt_s)
         if attempts < 1:
             raise ConfigError(f"attempts is {attempts}; at least 1 request is needed for an answer.")
         if hedge_after_s is not None and not 0 < hedge_after_s < min(attempt_s, timeout_s):
@@ -115,14 +113,10 @@ class OpenAILLM(ComparedTokens):
             )
         super().__init__()
         self.name, self.price = model, price
-        self.endpoint = Endpoint(
-            base_url,
-            api_key=api_key,
-            api_key_env=api_key_env,
-            connect_s=connect_s,
-            allow_http=allow_http,
-            verify=verify,
+        access = Access(
+            api_key=api_key, api_key_env=api_key_env, allow_http=allow_http, verify=verify, connect_s=connect_s
         )
+        self.endpoint = Endpoint(base_url, access)
         self.timeout_s, self.attempt_s, self.connect_s, self.attempts = timeout_s, attempt_s, connect_s, attempts
         self.hedge_after_s = hedge_after_s
         self.breaker = breaker or CircuitBreaker()

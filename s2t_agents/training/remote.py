@@ -16,15 +16,13 @@ from ..backends.loading import load_tokenizer
 from ..backends.statistics import FLOOR
 from ..backends.torch.fingerprint import shared_ids, tokenizer_fingerprint
 from ..endpoints.completions import TOP_LOGPROBS
-from ..endpoints.endpoint import Endpoint
+from ..endpoints.endpoint import Access, Endpoint
 from ..endpoints.spending import Spending
 from ..errors import TokenizerMismatch
 from ..scheduling.language_model import LanguageModel
 from .labels import Opinion, Trajectory, listed_along
 from .served_reading import Listed, ServedReader
 from .shards import ModelIdentity
-
-CONNECT_S = 5.0
 
 
 class RemoteTeacher:
@@ -60,9 +58,7 @@ class RemoteTeacher:
                 f"{model!r} and {slm.name!r} disagree on {len(differing)} token ids, {differing[0]!r} first.",
                 hint="Use an LLM of the same family.",
             )
-        endpoint = Endpoint(
-            server, api_key=None, api_key_env=api_key_env, connect_s=CONNECT_S, allow_http=True, verify=True
-        )
+        endpoint = Endpoint(server, Access(api_key_env=api_key_env, allow_http=True))
         words = max(theirs.get_vocab().values()) + 1
         self._reader = ServedReader(endpoint, model, words, spending=spending)
         self.identity = ModelIdentity(

@@ -14,19 +14,18 @@ import hashlib
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import torch
-from pydantic import SecretStr
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, stop_before_delay
 from torch import Tensor
 
 from ...endpoints import event_loop
 from ...endpoints.circuit_breaker import CircuitBreaker
 from ...endpoints.completions import TOP_LOGPROBS
-from ...endpoints.endpoint import Endpoint
+from ...endpoints.endpoint import Access, Endpoint, check_seconds
 from ...endpoints.loopback import is_loopback
 from ...endpoints.retries import retry_wait
 from ...endpoints.served_selection import ServerSelection, read_back
@@ -54,15 +53,10 @@ FIRST = 1e-3
 
 
 @dataclass(frozen=True)
-class ServerOptions:
-    """How a server is asked.
+class ServerOptions(Access):
+    """How a server is connected to, and how it is asked.
 
     Attributes:
-        api_key: bearer token; never shown, not pickled.
-        api_key_env: name of an environment variable with the key instead.
-        allow_http: permit plain HTTP to other machines.
-        verify: as in httpx: True, or an ``ssl.SSLContext``.
-        connect_s: seconds for one connection.
         timeout_s: seconds without a token after which a request has failed; reading the prompt comes before the first.
         attempts: requests for one token, where the server declines for now (429, 503, ...) or breaks off.
         read_ahead: tokens that one request may write; what the answer does not use of them is wasted.
@@ -70,11 +64,6 @@ class ServerOptions:
         eos_token_ids: tokens that end an answer; None takes the tokenizer's.
     """
 
-    api_key: SecretStr | str | None = field(default=None, repr=False)
-    api_key_env: str | None = None
-    allow_http: bool = False
-    verify: Any = True
-    connect_s: float = 5.0
     timeout_s: float = 60.0
     attempts: int = 3
     read_ahead: int = 256
@@ -83,9 +72,8 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         """Check the limits (ConfigError)."""
-        for name in ("connect_s", "timeout_s"):
-            if not 0 < getattr(self, name) <= 3600:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie above 0 and at most at 3600 seconds.")
+        super().__post_init__()
+        check_seconds(timeout_s=self.timeout_s)
         for name in ("attempts", "read_ahead"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
@@ -242,14 +230,7 @@ class CompletionsBackend:
             raise ConfigError(
                 f"a server takes no such option: {error}.", hint=f"It takes tokenizer, {known}."
             ) from error
-        endpoint = Endpoint(
-            server_url(host, allow_http=wanted.allow_http),
-            api_key=wanted.api_key,
-            api_key_env=wanted.api_key_env,
-            connect_s=wanted.connect_s,
-            allow_http=wanted.allow_http,
-            verify=wanted.verify,
-        )
+        endpoint = Endpoint(server_url(host, allow_http=wanted.allow_http), wanted)
         backend = cls(name, endpoint, tokenizer, options=wanted)
         backend.connect()
         return backend
