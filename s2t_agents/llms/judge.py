@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, partial
 from hashlib import sha256
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
-import httpx
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 from pydantic import BaseModel, Field, create_model
@@ -22,21 +21,13 @@ from ..budget import known_price
 from ..budget.charges import charge_for
 from ..call_scope import with_current_scopes
 from ..endpoints.circuit_breaker import CircuitBreaker
-from ..endpoints.statuses import retry_after, status_error
-from ..errors import (
-    ConfigError,
-    EndpointDown,
-    EndpointRefused,
-    EscalationFailed,
-    InputError,
-    OutOfTime,
-    QuestionRefused,
-)
+from ..errors import ConfigError, EscalationFailed, OutOfTime
 from ..hub import first_line
 from ..identity import token_of
 from ..scheduling.language_model import LanguageModel
 from ..types import Charge, Price
 from .previews import Preview, previews
+from .provider_errors import ProviderError, attribute_of, is_int
 from .question import Answer, Question
 from .transcript import transcript
 
@@ -215,7 +206,7 @@ class ChatJudge:
             late = OutOfTime if seconds < self.timeout_s else EscalationFailed
             raise late(f"no answer within {seconds:.3g} s.") from None
         if outcome.error is not None:  # no exception chain: a provider's error may contain secrets
-            raise outcome.error if isinstance(outcome.error, EscalationFailed) else self._fault(question, outcome)
+            raise outcome.error.fault(question)
         return outcome
 
     def _invoke_in_thread(self, waited: Future[_Outcome], prompt: JudgePrompt) -> None:
@@ -225,7 +216,7 @@ class ChatJudge:
             judge = self.chat.with_structured_output(choice_among(len(prompt.previews)), include_raw=True)
             reply = judge.invoke(prompt.messages, {"run_name": "s2t_judge"})
         except BaseException as error:  # noqa: BLE001 - a chat model may raise anything
-            waited.set_result(_Outcome(error=error, status=_status_of(error), wait_s=_retry_after_s(error)))
+            waited.set_result(_Outcome(error=ProviderError.of(error)))
         else:
             waited.set_result(_Outcome(reply, _number_in(reply)))
 
@@ -235,33 +226,17 @@ class ChatJudge:
         usage: Any = raw.usage_metadata if isinstance(raw, AIMessage) else None
         if not isinstance(usage, Mapping):
             return None
-        if _is_int(cost := usage.get("total_cost")) and cost == 0:  # how LangChain marks what comes from its cache
+        if is_int(cost := usage.get("total_cost")) and cost == 0:  # how LangChain marks what comes from its cache
             return Charge(Decimal(0), escalations=0)
         details = usage.get("input_token_details")
         held = details.get("cache_read") if isinstance(details, Mapping) else None
         read, written, cached = usage.get("input_tokens"), usage.get("output_tokens"), held or 0
-        if not (_is_int(read) and _is_int(written) and _is_int(cached)):
+        if not (is_int(read) and is_int(written) and is_int(cached)):
             return None
         if min(read, written) < 0 or read + written > worst.llm_tokens + MAX_REASONING_TOKENS:
             return None
         cached = min(max(cached, 0), read)
         return charge_for(self.price, input_tokens=read, cached_tokens=cached, output_tokens=written)
-
-    def _fault(self, question: Question, outcome: _Outcome) -> EscalationFailed:
-        """Classify an error of the chat model; its message may contain secrets, so only its class is shown."""
-        error, status = outcome.error, outcome.status
-        kind = type(error).__name__
-        if status is not None and status >= 400:
-            question.owe(None)
-            return status_error(status, f"the judge's provider answered {status} ({kind}).", outcome.wait_s)
-        if isinstance(error, (ConfigError, InputError)):  # of a ChatS2T, before it has run
-            question.owe(None)
-            refusal = QuestionRefused if isinstance(error, InputError) else EndpointRefused
-            return refusal(f"the judge cannot take the question: {error}")
-        if _is_connection_failure(error):
-            question.owe(None)
-            return EndpointDown(f"the judge cannot be reached ({kind}).")
-        return EscalationFailed(f"the judge failed ({kind}).")
 
 
 class JudgeSession:
@@ -300,14 +275,11 @@ class JudgeSession:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """The outcome of one call of the chat model: a reply, or an error. All is read in the call's own thread, where what
-    foreign code raises on the way is no interruption of the caller's."""
+    """The outcome of one call of the chat model: a reply, or an error; read in the call's own thread."""
 
     reply: object = None
     number: int | None = None
-    error: BaseException | None = None
-    status: int | None = None
-    wait_s: float | None = None
+    error: ProviderError | None = None
 
 
 def _number_in(reply: object) -> int | None:
@@ -316,44 +288,8 @@ def _number_in(reply: object) -> int | None:
         parsed = reply.get("parsed") if isinstance(reply, Mapping) else None
     except BaseException:  # noqa: BLE001 - a mapping of another's may raise anything
         return None
-    number = _getattr_or_none(parsed, "number")
-    return int.__pos__(number) if _is_int(number) else None  # a plain one, whatever a subclass says of itself
-
-
-def _getattr_or_none(of: object, name: str) -> Any:
-    """An attribute of a foreign object; None if missing, or if reading it raises."""
-    try:
-        return getattr(of, name, None)
-    except BaseException:  # noqa: BLE001 - a property may raise anything
-        return None
-
-
-def _status_of(error: BaseException) -> int | None:
-    """The HTTP status in a provider's error."""
-    status = _getattr_or_none(error, "status_code")
-    return status if _is_int(status) else None
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _retry_after_s(error: BaseException) -> float | None:
-    """Seconds of the Retry-After header in the provider's response; None if the client exposes none."""
-    headers = _getattr_or_none(_getattr_or_none(error, "response"), "headers")
-    value = headers.get("retry-after") if isinstance(headers, Mapping) else None
-    return retry_after(value) if isinstance(value, str) else None
-
-
-def _is_connection_failure(error: BaseException | None) -> bool:
-    """Whether the error, or one in its chain, is a failure to connect."""
-    for _ in range(8):
-        if error is None:
-            return False
-        if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, ConnectionRefusedError)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    number = attribute_of(parsed, "number")
+    return int.__pos__(number) if is_int(number) else None  # a plain one, whatever a subclass says of itself
 
 
 def _utf8_bytes(text: str) -> int:
