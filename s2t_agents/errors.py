@@ -306,3 +306,15 @@ class QuestionRefused(EndpointRefused):
 
 class OutOfTime(EscalationFailed):
     """The caller's deadline passed before the LLM's time limit; not a failure of the LLM."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for use inside another message."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
+    return reason.rstrip(".")
+
+
+def is_rust_panic(error: BaseException) -> bool:
+    """Whether it is a panic of Rust code, which pyo3 raises as a ``BaseException``."""
+    return type(error).__name__ == "PanicException"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundled import model_path
-from .errors import ConfigError, ModelNotFound, S2TError, UnsafeWeights
+from .errors import ConfigError, ModelNotFound, S2TError, UnsafeWeights, first_line, is_rust_panic
 
 HUB_OPTIONS = frozenset({"token", "cache_dir", "local_files_only", "proxies", "force_download"})
 """Options for reaching the hub, independent of the model."""
@@ -388,21 +388,9 @@ def _is_impossible(key: str, value: Any, max_layers: int) -> bool:
     return (bool(_COUNT_KEYS.fullmatch(key)) and abs(value) > max_layers) or (key == "num_hidden_layers" and value < 1)
 
 
-def is_rust_panic(error: BaseException) -> bool:
-    """Whether it is a panic of Rust code, which pyo3 raises as a ``BaseException``."""
-    return type(error).__name__ == "PanicException"
-
-
 def options_for_other_model(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options without those that apply to this repository only."""
     return {key: value for key, value in options.items() if key not in REPOSITORY_OPTIONS}
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for use inside another message."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
-    return reason.rstrip(".")
 
 
 def _adapter_error(name: str) -> ModelNotFound:

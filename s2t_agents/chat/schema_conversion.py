@@ -18,8 +18,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel, PydanticUserError, TypeAdapter
 from typing_extensions import is_typeddict
 
-from ..errors import BadSchema
-from ..hub import first_line
+from ..errors import BadSchema, first_line
 
 _FAILURES = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, PydanticUserError, RecursionError)
 _TOOL_KEYS = ("name", "function", "input_schema", "toolSpec")

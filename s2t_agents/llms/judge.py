@@ -21,8 +21,7 @@ from ..budget import known_price
 from ..budget.charges import charge_for
 from ..call_scope import with_current_scopes
 from ..endpoints.circuit_breaker import CircuitBreaker
-from ..errors import ConfigError, EscalationFailed, OutOfTime
-from ..hub import first_line
+from ..errors import ConfigError, EscalationFailed, OutOfTime, first_line
 from ..identity import token_of
 from ..scheduling.language_model import LanguageModel
 from ..types import Charge, Price

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from ..errors import EscalationFailed
-from ..hub import first_line
+from ..errors import EscalationFailed, first_line
 from ..scheduling.idle_sequences import IdleSequences
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.sequence import TokenSequence

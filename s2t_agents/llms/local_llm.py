@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ..backends.loading import load_tokenizer
 from ..budget.charges import charge_for
-from ..errors import EscalationFailed
+from ..errors import EscalationFailed, first_line
 from ..fork_safety import hold_while_forking
-from ..hub import first_line
 from ..identity import identity
 from ..redaction import url_without_secrets, without_secrets
 from ..scheduling.idle_sequences import IdleSequences

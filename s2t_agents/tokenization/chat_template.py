@@ -25,8 +25,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.utils import Namespace
 
-from ..errors import ConfigError
-from ..hub import first_line
+from ..errors import ConfigError, first_line
 from .bounded_jinja import BoundedEnvironment, TemplateTooCostly, refuse_wide_format
 from .traced_text import TracedStr, as_traced, concat, tainted, traced_call
 

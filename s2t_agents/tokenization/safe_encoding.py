@@ -20,9 +20,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from ..errors import ConfigError, UnsafeWeights
+from ..errors import ConfigError, UnsafeWeights, first_line, is_rust_panic
 from ..fork_safety import delay_fork
-from ..hub import first_line, is_rust_panic
 from .traced_text import template_spans
 
 _SPACE = re.compile(r"[\s▁]*")

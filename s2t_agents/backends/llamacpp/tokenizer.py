@@ -12,8 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ...errors import ConfigError, S2TError, UnsafeWeights
-from ...hub import first_line, is_rust_panic
+from ...errors import ConfigError, S2TError, UnsafeWeights, first_line, is_rust_panic
 from .gguf_header import GGUFHeader
 
 _NUMBERS = r"\p{N}{1,3}"
