@@ -1,4 +1,4 @@
-"""The source of a model: a folder or hub id, its ``from_pretrained`` options, and checks of its files before loading.
+"""The source of a model: a folder or hub id, its ``from_pretrained`` options, its files.
 
 Options of ``from_pretrained`` are split here only: those that select files apply to config, tokenizer and weights; the
 rest apply to the weights.
@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,6 @@ OWN_OPTIONS = frozenset(
 MAX_JSON_BYTES = 64_000_000
 """Largest file that is read whole (JSON, a tokenizer, a template); the largest real ones have 35 million."""
 
-MAX_NAME_CHARS = 255
-"""Longest file name; file systems refuse longer ones."""
-
-MAX_MODULES = 4096
-"""Layers, heads, experts, labels that a config may have if the weights do not give a lower limit."""
-
 _CHECKPOINTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.pkl")
 _NOT_A_MODEL = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$|mmproj|imatrix", re.IGNORECASE)
 """GGUF files that are later parts of a split model, an image encoder, or statistics for quantization."""
@@ -45,25 +38,6 @@ _NOT_A_MODEL = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$|mmproj|imatrix", re.
 _PART = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 MOST_PARTS = 1_000
 """Parts of a split GGUF model that are downloaded."""
-
-_COUNT_KEYS = re.compile(
-    r".*(layer|block|expert|head|stage|label|level|group|flow|function|codebook|quantizer)s?|.*depth|.*dense_replace",
-    re.IGNORECASE,
-)
-"""Numbers of a config by which transformers makes one object each, some of them before it knows the weights."""
-_LAYER_COUNT_KEYS = re.compile(r"(num|n)_(\w+_)?layers?")
-_READ_WHOLE = (
-    "*.index.json",
-    "*config.json",
-    "tokenizer.*",
-    "*token*.json",
-    "chat_template.*",
-    "additional_chat_templates/*.jinja",
-    "vocab.*",
-    "merges.*",
-    "tekken.json",
-    "*.model",
-)
 
 
 @dataclass(frozen=True)
@@ -125,7 +99,7 @@ class ModelSource:
         Raises:
             ModelNotFound: a URL; the file is not there, or a folder holds several and none is named.
         """
-        self._refuse_url()
+        self.refuse_url()
         named = self.weights.get("gguf_file")
         if named is not None:
             return None if "quantization_config" in self.weights else self._named_gguf(str(named), here)
@@ -254,114 +228,12 @@ class ModelSource:
             raise UnsafeWeights(f"{file.name} of {self.name!r} is no JSON object but a {type(read).__name__}.")
         return read
 
-    def check_files(self) -> None:
-        """Refuse a path that is no folder, and one with pipes, which may not end when read, or with too large files.
-
-        Raises:
-            ModelNotFound: a URL, a file, GGUF.
-            UnsafeWeights: a directory, pipe, device or broken link instead of a file; a file that is read whole and
-                has more than ``MAX_JSON_BYTES``.
-        """
-        self._refuse_url()
-        if self.folder is None:
-            if Path(self.path).is_file():
-                raise ModelNotFound(f"{self.name!r} is a file.", hint="Give the directory that it lies in.")
-            return
-        whole = {each for pattern in _READ_WHOLE for each in self.folder.glob(pattern)}
-        for file in sorted({*whole, *self.folder.glob("*.safetensors")}):
-            if not file.is_file():
-                raise UnsafeWeights(f"{file.name} in {self.name!r} is no regular file.", hint="Copy the model again.")
-            if file in whole and (size := file.stat().st_size) > MAX_JSON_BYTES:
-                raise UnsafeWeights(
-                    f"{file.name} in {self.name!r} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read.",
-                    hint="Copy the model again.",
-                )
-
-    def _refuse_url(self) -> None:
-        """It is not repeated: any part may be a secret."""
+    def refuse_url(self) -> None:
+        """Refuse a URL as the name (ModelNotFound); it is not repeated: any part may be a secret."""
         if "://" in self.path and not Path(self.path).exists():
             raise ModelNotFound(
                 "the model's name is a URL.", hint="Give a directory or a hub id, such as 'Qwen/Qwen3-0.6B'."
             )
-
-    def check_weights(self) -> None:
-        """Refuse a folder without a causal LM's safetensors weights, judged by file names.
-
-        Raises:
-            ModelNotFound: an adapter, a sentence embedder, GGUF; no config.
-            UnsafeWeights: pickles only; shards that are missing or outside the folder; as ``check_files``.
-        """
-        self.check_files()
-        folder = self.folder
-        if folder is None:
-            return
-        if not (folder / "config.json").is_file():
-            self._refuse_without_config(folder)
-        if (folder / "adapter_config.json").is_file():
-            raise _adapter_error(self.name)
-        if (folder / "modules.json").is_file():
-            raise ModelNotFound(f"{self.name!r} is a sentence embedder: it writes no text.", hint="Give a chat model.")
-        if (generation := self.file("generation_config.json")) is not None:
-            self.json(generation)  # transformers ignores an invalid one, and the end tokens in it
-        self._refuse_pickles(folder)
-        self._check_shards(folder)
-
-    def _refuse_without_config(self, folder: Path) -> None:
-        if (folder / "adapter_config.json").is_file():
-            raise _adapter_error(self.name)
-        raise ModelNotFound(f"no model at {self.name!r}: it holds no config.json.", hint=self.hint)
-
-    def _refuse_pickles(self, folder: Path) -> None:
-        if any(folder.glob("*.safetensors")) or "gguf_file" in self.weights:
-            return
-        if any(folder.glob("*.safetensors.index.json")):
-            return  # _check_shards names the missing shards
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
-        found = f"only {pickles[0]}" if pickles else "no weights"
-        raise UnsafeWeights(
-            f"{self.name!r} holds {found}; only safetensors files are read.",
-            hint="Convert them with save_pretrained(safe_serialization=True) on a machine that trusts them.",
-        )
-
-    def _check_shards(self, folder: Path) -> None:
-        for shard in self.shards(folder):
-            if Path(shard).name != shard:
-                raise UnsafeWeights(f"{self.name!r} names weights outside its own folder: {shard!r}.")
-            if len(shard) > MAX_NAME_CHARS or not (folder / shard).is_file():
-                raise UnsafeWeights(f"{self.name!r} lacks its weights file {shard!r:.80}.", hint="Download it again.")
-
-    def shards(self, folder: Path) -> list[str]:
-        """Names of the weight files that would be read, by the index."""
-        variant = f".{self.weights['variant']}" if self.weights.get("variant") else ""
-        index = folder / f"model.safetensors.index{variant}.json"
-        if (folder / f"model{variant}.safetensors").is_file():
-            return [f"model{variant}.safetensors"]
-        if not index.is_file():
-            return []
-        files = self.json(index).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(each, str) for each in files.values()):
-            raise UnsafeWeights(f"{index.name} of {self.name!r} has no weight_map from tensors to files.")
-        return sorted(set(files.values()))
-
-    def check_counts(self, config: Mapping[str, Any], max_layers: int) -> None:
-        """Refuse a config with no layers, with so many that creating them does not end, or with NaN.
-
-        Args:
-            config: ``config.json``.
-            max_layers: the number of tensors in the weight files, an upper bound of the layers.
-
-        Raises:
-            UnsafeWeights: naming the key.
-        """
-        for key, value in config.items():
-            if isinstance(value, dict):
-                self.check_counts(value, max_layers)
-            elif _is_impossible(key, value, max(max_layers, MAX_MODULES)):
-                raise UnsafeWeights(f"the config of {self.name!r} says {key}={value}; that is no model.")
-            elif _LAYER_COUNT_KEYS.fullmatch(key) and isinstance(value, int) and value > max_layers > 0:
-                raise UnsafeWeights(
-                    f"the config of {self.name!r} says {key}={value}; its files have {max_layers} tensors."
-                )
 
 
 def _is_visible_gguf(path: Path) -> bool:
@@ -380,21 +252,6 @@ def _begins_as_gguf(path: Path) -> bool:
         return False
 
 
-def _is_impossible(key: str, value: Any, max_layers: int) -> bool:
-    if isinstance(value, float):
-        return isnan(value)
-    if not isinstance(value, int):
-        return False
-    return (bool(_COUNT_KEYS.fullmatch(key)) and abs(value) > max_layers) or (key == "num_hidden_layers" and value < 1)
-
-
 def options_for_other_model(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options without those that apply to this repository only."""
     return {key: value for key, value in options.items() if key not in REPOSITORY_OPTIONS}
-
-
-def _adapter_error(name: str) -> ModelNotFound:
-    return ModelNotFound(
-        f"{name!r} holds an adapter, which is no model by itself.",
-        hint="Merge it into its base (peft: merge_and_unload, save_pretrained) and give that.",
-    )

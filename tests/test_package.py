@@ -28,7 +28,7 @@ LAYERS = [  # imports go down this list only, or stay on their own line
     {"telemetry"},
     {"endpoints"},
     {"bundled"},
-    {"hub"},
+    {"hub", "checkpoint_checks"},
     {"tokenization"},
     {"formats"},
     {"grammar"},

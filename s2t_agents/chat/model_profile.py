@@ -8,6 +8,7 @@ from typing import Any
 from langchain_core.language_models import ModelProfile
 
 from ..backends.loading import described
+from ..checkpoint_checks import check_files
 from ..errors import ConfigError
 from ..formats.reasoning import ReasoningFormat, has_reasoning
 from ..hub import ModelSource
@@ -50,7 +51,7 @@ def _reasons(model: str | LanguageModel, options: Mapping[str, Any], chat_templa
         )
     try:
         source = ModelSource.of(model, options)
-        source.check_files()
+        check_files(source)
         file = source.file("tokenizer_config.json", here=True)
         if file is None:
             return None

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ...checkpoint_checks import check_counts, check_files, check_weights, shards
 from ...errors import ModelNotFound, UnsafeWeights
 from ...fork_safety import LOADING, hold_while_forking
 from ...hub import ModelSource
@@ -63,8 +64,8 @@ def load_tokenizer(path: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     origin = ModelSource.of(path, options)
-    origin.check_files()
-    origin.check_counts(origin.config(here=True) or {}, 0)  # transformers may make the config on the way
+    check_files(origin)
+    check_counts(origin, origin.config(here=True) or {}, 0)  # transformers may make the config on the way
     with origin.reading("tokenizer"):
         return AutoTokenizer.from_pretrained(origin.path, **origin.hub)
 
@@ -115,17 +116,17 @@ def check_sizes(origin: ModelSource) -> None:
     Raises:
         ModelNotFound, UnsafeWeights: see ``load_weights``.
     """
-    origin.check_weights()
+    check_weights(origin)
     config = origin.config(here=True)
     if config is None:
         return
     folder = origin.folder
-    files = [folder / shard for shard in origin.shards(folder)] if folder is not None else []
+    files = [folder / shard for shard in shards(origin, folder)] if folder is not None else []
     tensors, size = 0, sum(file.stat().st_size for file in files)
     for file in files:
         with origin.reading("weights"), safe_open(file, "pt") as opened:
             tensors += len(opened.keys())
-    origin.check_counts(config, tensors)
+    check_counts(origin, config, tensors)
     if not files or origin.hub["trust_remote_code"]:
         return  # nothing to compare with, or code that need not know of empty tensors
     with origin.reading("config"):
