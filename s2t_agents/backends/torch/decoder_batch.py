@@ -42,16 +42,16 @@ class DecoderBatch:
     """The written-out forward of one model for chunks of tokens and candidates together.
 
     Args:
-        step: the model's written-out decoder.
+        decoder: the model's written-out decoder.
         base: the model, whose linear layers the corrections name.
 
     Attributes:
-        step: as given.
+        decoder: as given.
         base: as given.
     """
 
-    def __init__(self, step: LlamaDecoder, base: nn.Module) -> None:
-        self.step, self.base = step, base
+    def __init__(self, decoder: LlamaDecoder, base: nn.Module) -> None:
+        self.decoder, self.base = decoder, base
         self._layers: WeakKeyDictionary[Lora, dict[nn.Module, LoraLayer]] = WeakKeyDictionary()
 
     @torch.inference_mode()
@@ -72,13 +72,13 @@ class DecoderBatch:
         scorings = [part for part in ordered if not isinstance(part, Append)]
         ids = torch.cat([part.ids for part in ordered])
         positions = [at for part in ordered for at in positions_of(part)]
-        hidden = self.step.rows(ids, positions, _attention_of(segments, scorings), self._correcting(ordered))
+        hidden = self.decoder.rows(ids, positions, _attention_of(segments, scorings), self._correcting(ordered))
         ends = list(accumulate(len(segment.ids) for segment in segments))
         outputs: list[Output] = []
         if segments:
             last = hidden[[end - 1 for end in ends]]
             outputs += [
-                StepOutput(*row) for row in zip(self.step.logits(last), (row.clone() for row in last), strict=True)
+                StepOutput(*row) for row in zip(self.decoder.logits(last), (row.clone() for row in last), strict=True)
             ]
         rest = (
             torch.split(hidden[ends[-1] if ends else 0 :], [len(scoring.ids) for scoring in scorings])
@@ -86,7 +86,7 @@ class DecoderBatch:
             else []
         )
         for scoring, rows in zip(scorings, rest, strict=True):
-            outputs.append(self.step.logits(rows) if isinstance(scoring, ScoreTree) else rows)
+            outputs.append(self.decoder.logits(rows) if isinstance(scoring, ScoreTree) else rows)
         return [outputs[order.index(at)] for at in range(len(parts))]
 
     @torch.inference_mode()
@@ -108,7 +108,7 @@ class DecoderBatch:
         m, ids = len(first.ids), torch.cat([first.ids, scoring.ids])
         reading = PrefetchAttention(scoring.cache)
         over = BlockAttention([(m, reading), (len(scoring.ids), OverlayAttention(scoring))])
-        hidden = self.step.rows(ids, [scoring.length] * len(ids), over, self._correcting([first, scoring]))
+        hidden = self.decoder.rows(ids, [scoring.length] * len(ids), over, self._correcting([first, scoring]))
         scoring.cache.prefetched = PrefetchedToken(scoring.length, first.ids.tolist(), hidden[:m], reading.layers)
         return hidden[m:]
 
@@ -122,7 +122,7 @@ class DecoderBatch:
                 adapted.append((slice(start, end), self.corrections(lora)))
             start = end
 
-        linear = self.step.linear
+        linear = self.decoder.linear
 
         def affine(fused: FusedLinear, x: Tensor) -> tuple[Tensor, ...]:
             outputs = linear(fused, x)

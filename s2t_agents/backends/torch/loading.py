@@ -29,7 +29,7 @@ SMALL_ON_CPU = 300_000_000
 """Up to so many parameters a model runs in fp32 on a CPU: exact, and not slower there."""
 
 WIDENED_ON_CPU = 2_000_000_000
-"""And up to so many where the CPU has no instructions for the checkpoint's half precision, see ``processor``."""
+"""And up to so many where the CPU has no instructions for the checkpoint's half precision, see ``cpu_features``."""
 
 VALUES_PER_BYTE = 8
 """Most weights that a byte holds in the tightest quantisation."""

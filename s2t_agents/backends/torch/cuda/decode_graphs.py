@@ -156,7 +156,7 @@ class DecodeGraph:
         return [replace(each, token=token) for each, token in zip(in_flight, ids, strict=True)]
 
     def after(self, in_flight: Sequence[InFlightRow], rows: Sequence[int]) -> list[InFlightRow]:
-        """Begin the step after those that are under builder, with the tokens that they will want.
+        """Begin the step after those that are under way, with the tokens that they will want.
 
         Args:
             in_flight: rows of one step, or of several.

@@ -71,7 +71,7 @@ class GraphRunner:
     """The step and the selection of one model over KV pools. Not thread-safe: used under the model's lock.
 
     Args:
-        rows: the model's written-out decoder, and where adapters correct it.
+        eager: the model's written-out decoder, and where adapters correct it.
         record: how bodies are recorded.
         pools: where sequences lie.
         ops: how everything but matrix products is computed.
@@ -86,19 +86,19 @@ class GraphRunner:
 
     def __init__(
         self,
-        rows: DecoderBatch,
+        eager: DecoderBatch,
         record: Recorder,
         pools: KVPools | None = None,
         ops: PointwiseOps = EAGER,
         builder: type[GraphBuilder] = GraphBuilder,
         often: float = OFTEN,
     ) -> None:
-        self._rows, self._builder = rows, builder(rows.step, ops, record)
+        self._eager, self._builder = eager, builder(eager.decoder, ops, record)
         self.pools = pools or KVPools()
         self._decode_graphs: WeakKeyDictionary[KVPool, dict[tuple[int, int], DecodeGraph]] = WeakKeyDictionary()
         self._scoring_graphs: WeakKeyDictionary[KVPool, ScoringGraphsBy] = WeakKeyDictionary()
-        self.prefill_graphs = PrefillGraphs(rows, self._builder, often)
-        self._parameters = [module._parameters for module in rows.base.modules() if module._parameters]
+        self.prefill_graphs = PrefillGraphs(eager, self._builder, often)
+        self._parameters = [module._parameters for module in eager.base.modules() if module._parameters]
         self._addresses = self._weights_lie()
         self.failed = False
         self._resumes = 0.0
@@ -259,9 +259,9 @@ class GraphRunner:
             if pool is None or cache.slot is None:
                 return None
             candidates = -(-len(scoring.ids) // GRAIN) * GRAIN
-            corrections = self._rows.corrections(scoring.lora) if scoring.lora is not None else {}
+            corrections = self._eager.corrections(scoring.lora) if scoring.lora is not None else {}
             known = self._scoring_graphs.setdefault(pool, WeakKeyDictionary()).setdefault(
-                scoring.lora or self._rows.base, {}
+                scoring.lora or self._eager.base, {}
             )
             key = (cache.slot.row, candidates)
             if key not in known or known[key].state != state_of_all(corrections):
@@ -294,7 +294,7 @@ class GraphRunner:
 def _all_begun(
     steps: DecodeGraph, in_flight: Sequence[InFlightRow | None], rows: Sequence[int], appends: Sequence[TokenAppend]
 ) -> list[InFlightRow]:
-    """The steps of all sequences: those under builder, and new ones for the rest."""
+    """The steps of all sequences: those under way, and new ones for the rest."""
     missing = [(row, append) for row, append, each in zip(rows, appends, in_flight, strict=True) if each is None]
     fresh: Iterator[InFlightRow] = iter(())
     if missing:
@@ -309,13 +309,13 @@ def _goes_on(steps: DecodeGraph, appends: Sequence[TokenAppend], now: Sequence[I
     return 2 * sure >= len(appends) and all(each.position < steps.last for each in now)
 
 
-def graph_runner_of(model: Any, rows: DecoderBatch) -> GraphRunner | None:
+def graph_runner_of(model: Any, eager: DecoderBatch) -> GraphRunner | None:
     """The graph runner of a model on CUDA, if its graphs can be captured and agree with the written-out decoder."""
     if model.device.type != "cuda":
         return None
     for builder in graph_builders():
-        graph_runner = GraphRunner(rows, CudaGraphs(model.device), ops=compiled_ops(), builder=builder)
-        if agrees(model, rows, graph_runner):
+        graph_runner = GraphRunner(eager, CudaGraphs(model.device), ops=compiled_ops(), builder=builder)
+        if agrees(model, eager, graph_runner):
             return graph_runner
     return None
 
@@ -331,7 +331,7 @@ def graph_builders() -> list[type[GraphBuilder]]:
 
 
 @torch.inference_mode()
-def agrees(model: Any, rows: DecoderBatch, graph_runner: GraphRunner) -> bool:
+def agrees(model: Any, eager: DecoderBatch, graph_runner: GraphRunner) -> bool:
     """Two tokens after three, both ways: the second is a replay at another position; and candidates after them."""
     ids = torch.tensor([1, 2, 3, 4, 5], device=model.device) % model.get_input_embeddings().weight.shape[0]
     cache = PooledKVCache()
@@ -342,16 +342,16 @@ def agrees(model: Any, rows: DecoderBatch, graph_runner: GraphRunner) -> bool:
             return False
         ours, _ = step
         cache.crop(-1)
-        theirs, _ = rows.step(ids[at : at + 1], [at], [cache])
+        theirs, _ = eager.decoder(ids[at : at + 1], [at], [cache])
         if not close(ours, theirs[0], model.dtype):
             _log.warning("%s: the logits are not those of the eager step", _WITHOUT)
             return False
     scoring = ScoreCandidates(ids, cache, 5)
-    scored, (eager,) = graph_runner.score_candidates(scoring), rows([scoring])
+    scored, (rows,) = graph_runner.score_candidates(scoring), eager([scoring])
     if scored is None:
         return False
-    assert isinstance(eager, Tensor)
-    if not close(rows.step.logits(scored), rows.step.logits(eager), model.dtype):
+    assert isinstance(rows, Tensor)
+    if not close(eager.decoder.logits(scored), eager.decoder.logits(rows), model.dtype):
         _log.warning("%s: candidates' logits are not those of the eager way", _WITHOUT)
         return False
     return True

@@ -89,7 +89,7 @@ def unrotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, T
 class SplitKVAttention:
     """Attention over rows of fixed capacity, split into parts.
 
-    See ``llama_decoder.Attention``, but that queries and keys are not rotated yet.
+    See ``attention.Attention``, but that queries and keys are not rotated yet.
 
     Args:
         kv: ``[2, N, key heads, C, d]`` of each layer: keys and values.
