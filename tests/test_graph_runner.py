@@ -194,8 +194,12 @@ def test_what_is_kept_of_a_generation_leaves_its_row_and_serves_the_next() -> No
     assert all(
         isinstance(entry.cache, PooledKVCache) and entry.cache.pool is None for entry in ours.prefix_cache.entries
     )
-    (pool,) = runner(ours).graph_runner.pools.pools  # type: ignore[union-attr]
-    assert (pool.rows, pool.free()) == (1, [0])
+    following = read(ours, some_ids(9))
+    following.append([7])
+    assert isinstance(following.cache, PooledKVCache)
+    assert following.cache.slot is not None
+    assert following.cache.slot.pool is not None
+    assert (following.cache.slot.row, following.cache.slot.pool.rows) == (0, 1)
 
 
 def test_several_sequences_take_a_step_together_whoever_sits_out() -> None:

@@ -15,8 +15,7 @@ from torch_models import runner
 
 from s2t_agents.backends.base import Append
 from s2t_agents.backends.torch.cuda import graph_runner
-from s2t_agents.backends.torch.cuda.cuda_graph import played
-from s2t_agents.backends.torch.cuda.decode_graphs import CandidateGraph
+from s2t_agents.backends.torch.cuda.cuda_graph import Body, played
 from s2t_agents.backends.torch.cuda.kv_pool import SMALLEST, KVPool, KVPools, PooledKVCache
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
@@ -47,14 +46,29 @@ def together(model: LanguageModel, prefixes: list[TokenSequence], token: int) ->
         prefix.ids.append(token)
 
 
+class Bodies:
+    """A recorder that knows which of the bodies that it was given are still there: a graph keeps its own."""
+
+    def __init__(self) -> None:
+        self._given: list[weakref.ref[Any]] = []
+
+    def __call__(self, body: Body) -> Body:
+        self._given.append(weakref.ref(body))
+        return body
+
+    def of(self, graph: str) -> list[weakref.ref[Any]]:
+        """Those of a class of graphs."""
+        return [each for each in self._given if (body := each()) and body.__qualname__.startswith(graph)]
+
+
 def test_an_arena_that_all_have_left_is_gone_at_once_with_all_that_was_made_for_it(no_collection: None) -> None:
-    model = pooled_model(record=played)
-    graph_runner: Any = runner(model).graph_runner
+    bodies = Bodies()
+    model = pooled_model(record=bodies)
     one, other = (read(model, some_ids(9 + n, n)) for n in range(2))
     one.append([4])
     one.score_candidates(CANDIDATES)
     left = arena_of(one)
-    gone = [weakref.ref(each) for each in (left, *graph_runner.graphs_over(left))]
+    gone = [weakref.ref(left), *bodies.of("DecodeGraph"), *bodies.of("CandidateGraph")]
     assert len(gone) == 3
     del left
     together(model, [one, other], 5)
@@ -72,40 +86,40 @@ def test_without_memory_for_a_row_the_eager_step_is_taken() -> None:
 
 
 def test_an_empty_arena_makes_room_for_one_that_is_wanted() -> None:
-    pools = KVPools(limit_bytes=2 * ROW)  # one row of the second bucket
-    model = pooled_model(pools=pools)
+    model = pooled_model(pools=KVPools(limit_bytes=2 * ROW))  # one row of the second bucket
+    arenas = []
     for length in (5, SMALLEST + 5):
         prefix = read(model, some_ids(length))
         prefix.append([1])
         assert is_seated(prefix)
+        arenas.append((weakref.ref(arena_of(prefix)), arena_of(prefix).capacity))
         del prefix
         gc.collect()
-    assert [pool.capacity for pool in pools.pools] == [2 * SMALLEST]
+    assert [(capacity, there() is not None) for there, capacity in arenas] == [
+        (SMALLEST, False),
+        (2 * SMALLEST, True),
+    ]
 
 
 def test_selections_are_kept_for_the_adapters_there_are_as_they_are_now(no_collection: None) -> None:
-    model = pooled_model(record=played)
-    graph_runner: Any = runner(model).graph_runner
+    bodies = Bodies()
+    model = pooled_model(record=bodies)
     prefix = read(model, some_ids(9))
     prefix.append([4])
 
-    def made() -> list[Any]:
-        graphs = graph_runner.graphs_over(arena_of(prefix))
-        return [weakref.ref(each) for each in graphs if isinstance(each, CandidateGraph)]
-
     lora = some_lora(model)
     prefix.score_candidates(CANDIDATES, lora)
-    (first,) = made()
+    (first,) = bodies.of("CandidateGraph")
     with torch.no_grad():
         lora.layers[0].b.mul_(2)
     expected = read(eager_model(), [*some_ids(9), 4]).score_candidates(CANDIDATES, lora)
     assert torch.allclose(prefix.score_candidates(CANDIDATES, lora), expected, atol=1e-4)
-    (second,) = made()
+    (second,) = bodies.of("CandidateGraph")
     assert first() is None
     prefix.score_candidates(CANDIDATES)
-    assert len(made()) == 2
+    assert len(bodies.of("CandidateGraph")) == 2
     del lora
-    (bare,) = made()
+    (bare,) = bodies.of("CandidateGraph")
     assert second() is None
     assert bare() is not None
 

@@ -76,7 +76,7 @@ def test_chunks_are_captured_once_their_length_comes_often() -> None:
     captured = []
     for seed in range(4):
         prefix.append(some_ids(20, seed))
-        captured.append(len(runner(model).graph_runner.prefill_graphs))
+        captured.append(runner(model).graph_runner.captured["prefill"])
     assert captured == [0, 0, 1, 1]
 
 

@@ -28,15 +28,6 @@ from .model_runner import ModelRunner
 from .packed_linear import LIMIT
 from .recurrent_state import keeps_a_cache, resumes_in_chunks
 
-PREFILL = 1024
-"""Tokens of a prompt per forward; bounds the memory of a forward."""
-
-PREFILL_BESIDE = 256
-"""The same beside decoding sequences, on a CPU: a chunk of this size costs about as much as a batch of decode steps."""
-
-HAND_OVER_S = 0.01
-"""Seconds of a step on a CPU from which the hand-over to the scheduler's thread (0.1 ms) is worth its OpenMP team."""
-
 
 class TorchBackend:
     """A causal LM of ``transformers`` and its tokenizer; see ``base.Backend``.
@@ -81,11 +72,12 @@ class TorchBackend:
             tree_scoring=attention_only,
         )
         chunks = attention_only or resumes_in_chunks(model, self.new_cache, name)
-        self.limits = Limits(
-            prefill_alone=PREFILL if chunks else self.context_window,
-            prefill_beside=self.context_window if not chunks else PREFILL_BESIDE if cpu else PREFILL,
-            hand_over_s=HAND_OVER_S if cpu else inf,
-        )
+        limits = Limits()
+        if not cpu:
+            limits = replace(limits, prefill_beside=limits.prefill_alone, hand_over_s=inf)
+        if not chunks:
+            limits = replace(limits, prefill_alone=self.context_window, prefill_beside=self.context_window)
+        self.limits = limits
         self.runner = ModelRunner(
             model, packs=attention_only, resumes_in_chunks=chunks, graphs=attention_only and graphs, prepack=prepack
         )

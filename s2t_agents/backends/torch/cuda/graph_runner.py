@@ -112,16 +112,9 @@ class GraphRunner:
         """How many bodies of each kind there are."""
         return {
             "decode": sum(len(each) for each in self._decode_graphs.values()),
-            "prefill": len(self.prefill_graphs),
+            "prefill": len(self.prefill_graphs.sizes),
             "candidates": sum(len(each) for by in self._scoring_graphs.values() for each in by.values()),
         }
-
-    def graphs_over(self, pool: KVPool) -> list[DecodeGraph | CandidateGraph]:
-        """The captured decode steps and candidate scorings over a KV pool."""
-        graphs: list[DecodeGraph | CandidateGraph] = list(self._decode_graphs.get(pool, {}).values())
-        if pool in self._scoring_graphs:
-            graphs += [each for by_size in self._scoring_graphs[pool].values() for each in by_size.values()]
-        return graphs
 
     def serve(self, parts: Sequence[Work]) -> dict[int, Output]:
         """Steps of one token each in one graph, chunks and candidate scorings in one each.

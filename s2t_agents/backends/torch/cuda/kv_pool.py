@@ -301,11 +301,6 @@ class KVPools:
         self._alive: weakref.WeakSet[KVPool] = weakref.WeakSet()
         """Those, and replaced ones that still hold sequences."""
 
-    @property
-    def pools(self) -> list[KVPool]:
-        """The KV pools that sequences are put into."""
-        return list(self._by_capacity.values())
-
     def slot(self, caches: Sequence[PooledKVCache], lengths: Sequence[int]) -> list[KVPool | None]:
         """Allocate slots: all in one KV pool where there is memory for it, else by capacity, as many as possible.
 

@@ -57,10 +57,6 @@ class PrefillGraphs:
         """How often chunks of about each length were."""
         self._tried, self._resumes = False, 0.0
 
-    def __len__(self) -> int:
-        """How many graphs there are."""
-        return sum(len(each) for each in self._known.values())
-
     @property
     def sizes(self) -> list[int]:
         """Tokens of each graph."""
