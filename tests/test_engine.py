@@ -168,7 +168,7 @@ def test_nothing_is_computed_before_it_is_asked_for_and_closing_stops_the_model(
     forwards: list[int] = []
     real = model.backend.forward
 
-    def counted(batch: Sequence[Append[Any]]) -> Any:
+    def counted(batch: Sequence[Append]) -> Any:
         forwards.extend(len(work.ids) for work in batch)
         return real(batch)
 

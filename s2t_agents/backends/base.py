@@ -11,10 +11,11 @@ of requests, queues, grammars or budgets. ``tests/test_backend_conformance.py`` 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,65 +51,62 @@ class Capabilities:
     tree_scoring: bool = False
 
 
-class SequenceCache(Protocol):
-    """The KV cache of one sequence. Not thread-safe; the scheduler serialises what touches it."""
+class SequenceCache:
+    """The KV cache of one sequence. Not thread-safe; the scheduler serialises what touches it.
+
+    No ``ABC``, whose ``isinstance`` takes longer: it is asked at every token.
+    """
 
     @property
+    @abstractmethod
     def length(self) -> int:
         """Tokens in it."""
-        ...
 
     @property
+    @abstractmethod
     def read(self) -> int:
         """Tokens whose forward is done in every layer; at most ``length``."""
-        ...
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of device or host memory."""
-        ...
 
+    @abstractmethod
     def fork(self, length: int) -> SequenceCache:
         """An independent cache with the first ``length`` tokens.
 
         Without ``Capabilities.truncation`` only the whole length can be forked.
         """
-        ...
 
+    @abstractmethod
     def truncate(self, length: int) -> None:
         """Forget all tokens after the first ``length``; also undoes a forward that failed half-way."""
-        ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give everything back at once; a cache that is dropped gives it back when it is collected. Its length is 0."""
 
     def mark_read(self, length: int) -> None:
         """A forward over the first ``length`` tokens is done: ``read`` counts them from now on."""
-        ...
 
     def expect(self, length: int) -> None:
         """Its generation will ask for no prediction at this length, or after: what is computed ahead ends there."""
-        ...
 
     def park(self) -> None:
         """Its generation has ended: give back what only running sequences need. The tokens stay."""
-        ...
-
-    def close(self) -> None:
-        """Give everything back at once; a cache that is dropped gives it back when it is collected. Its length is 0."""
-        ...
 
     def statistics(self) -> LogitStatistics | None:
         """Of the logits after the last token, where the forward has computed them on the way; None elsewhere."""
-        ...
+        return None
 
     def unbilled_s(self) -> float:
         """Seconds of device time that its last forward took while no caller waited; reset by the call."""
-        ...
-
-
-Cache = TypeVar("Cache", bound=SequenceCache)
+        return 0.0
 
 
 @dataclass(frozen=True)
-class Append(Generic[Cache]):
+class Append:
     """Tokens to append to one sequence; a prompt may come in several of these (chunked prefill).
 
     Attributes:
@@ -119,13 +117,13 @@ class Append(Generic[Cache]):
     """
 
     ids: Tensor
-    cache: Cache
+    cache: Any
     length: int
     lora: Any | None = None
 
 
 @dataclass(frozen=True)
-class ScoreCandidates(Generic[Cache]):
+class ScoreCandidates:
     """Candidates after one sequence: each attends to the sequence and itself, and nothing is kept.
 
     Attributes:
@@ -136,13 +134,13 @@ class ScoreCandidates(Generic[Cache]):
     """
 
     ids: Tensor
-    cache: Cache
+    cache: Any
     length: int
     lora: Any | None = None
 
 
 @dataclass(frozen=True)
-class ScoreTree(Generic[Cache]):
+class ScoreTree:
     """A tree of tokens after one sequence: each attends to the sequence, its ancestors and itself, and nothing is kept.
 
     It may follow an ``Append`` to the same cache in one batch: then it comes after those tokens.
@@ -156,7 +154,7 @@ class ScoreTree(Generic[Cache]):
 
     ids: Tensor
     parents: Tensor
-    cache: Cache
+    cache: Any
     length: int
     lora: None = None
 
@@ -182,7 +180,7 @@ class StepOutput(NamedTuple):
     hidden: Tensor
 
 
-Work = Append[Any] | ScoreCandidates[Any] | ScoreTree[Any]
+Work = Append | ScoreCandidates | ScoreTree
 """What one sequence wants of a forward."""
 
 Output = StepOutput | Tensor

@@ -113,7 +113,7 @@ class AppendRequest(ForwardRequest):
         """All tokens are read, or it failed, or has expired."""
         return self._length == self._end or self.error is not None or self.expired
 
-    def work(self, tokens: int) -> Append[SequenceCache]:
+    def work(self, tokens: int) -> Append:
         """The next so many tokens."""
         read = self._length - self._start
         return Append(self._ids[read : read + tokens], self.cache, self._length, self._lora)
@@ -166,7 +166,7 @@ class ScoreRequest(ForwardRequest):
 
     single_forward = True
 
-    def __init__(self, work: ScoreCandidates[SequenceCache], compute: ComputeTime | None = None) -> None:
+    def __init__(self, work: ScoreCandidates, compute: ComputeTime | None = None) -> None:
         super().__init__(work.cache, compute)
         self._work = work
         self._hidden: Tensor | None = None
@@ -181,7 +181,7 @@ class ScoreRequest(ForwardRequest):
         """They are scored, or it failed."""
         return self._hidden is not None or self.error is not None
 
-    def work(self, tokens: int) -> ScoreCandidates[SequenceCache]:
+    def work(self, tokens: int) -> ScoreCandidates:
         """All of it."""
         return self._work
 
@@ -216,9 +216,7 @@ class TreeRequest(ForwardRequest):
 
     single_forward = True
 
-    def __init__(
-        self, work: ScoreTree[SequenceCache], after: AppendRequest | None, compute: ComputeTime | None = None
-    ) -> None:
+    def __init__(self, work: ScoreTree, after: AppendRequest | None, compute: ComputeTime | None = None) -> None:
         super().__init__(work.cache, compute)
         self._work, self.after = work, after
         self._logits: Tensor | None = None
@@ -234,7 +232,7 @@ class TreeRequest(ForwardRequest):
         failed = self.after is not None and self.after.error is not None
         return self._logits is not None or self.error is not None or failed
 
-    def work(self, tokens: int) -> ScoreTree[SequenceCache]:
+    def work(self, tokens: int) -> ScoreTree:
         """All of it."""
         return self._work
 

@@ -33,8 +33,7 @@ from ...endpoints.spending import Spending
 from ...endpoints.tokenizer_check import TokenizerSample, verify_tokenizer
 from ...errors import ConfigError, EndpointBusy, EscalationFailed, ModelServerRefused
 from ...fork_safety import FORWARD, hold_while_forking
-from ..base import Capabilities, Limits, Output, ScoreCandidates, StepOutput, Work
-from ..statistics import LogitStatistics
+from ..base import Capabilities, Limits, Output, ScoreCandidates, SequenceCache, StepOutput, Work
 from ..torch.fingerprint import tokenizer_fingerprint
 from .faults import model_server_errors
 from .stream import CompletionStream, Prediction
@@ -79,7 +78,7 @@ class ServerOptions(Access):
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
 
 
-class CompletionCache:
+class CompletionCache(SequenceCache):
     """One sequence on the server: its token ids here, its KV there; see ``base.SequenceCache``."""
 
     def __init__(self, ids: Sequence[int] = ()) -> None:
@@ -115,9 +114,6 @@ class CompletionCache:
             self.park()
             del self.ids[length:]
 
-    def mark_read(self, length: int) -> None:
-        """Nothing to do."""
-
     def expect(self, length: int) -> None:
         """No request reads further ahead."""
         self.end = length
@@ -136,14 +132,6 @@ class CompletionCache:
     def __del__(self) -> None:
         if self.stream is not None:
             self.stream.abandon()
-
-    def statistics(self) -> LogitStatistics | None:
-        """None are computed on the way."""
-        return None
-
-    def unbilled_s(self) -> float:
-        """None: the server's time is not known."""
-        return 0.0
 
 
 class CompletionsBackend:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..statistics import LogitStatistics
+from ..base import SequenceCache
 from .context import Context, NoRoom
 
 LOOK = 8
@@ -141,18 +141,19 @@ class SequenceSlots:
         return False
 
 
-class LlamaCppCache:
+class LlamaCppCache(SequenceCache):
     """The KV of one sequence; see ``base.SequenceCache``.
 
     Args:
         pool: where it lies. It takes a number when the first token is read.
     """
 
+    length = read = 0
+
     def __init__(self, pool: SequenceSlots) -> None:
         self._pool = pool
         self._number: int | None = None
         self._saved: NDArray[np.uint8] | None = None
-        self.length = self.read = 0
         self.last_use = LastUse()
 
     @property
@@ -234,9 +235,6 @@ class LlamaCppCache:
         """See ``base.SequenceCache``."""
         self.read = length
 
-    def expect(self, length: int) -> None:
-        """Nothing is computed ahead."""
-
     def park(self) -> None:
         """Its generation has ended: it may have to make room."""
         self._pool.park(self)
@@ -247,14 +245,6 @@ class LlamaCppCache:
         self.length = self.read = 0
         if number is not None:
             self._pool.abandon(number)
-
-    def statistics(self) -> LogitStatistics | None:
-        """The engine computes none."""
-        return None
-
-    def unbilled_s(self) -> float:
-        """0: nothing runs while no caller waits."""
-        return 0.0
 
     def __del__(self) -> None:
         if self._number is not None:

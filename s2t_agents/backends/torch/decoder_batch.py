@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, groupby
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -90,7 +89,7 @@ class DecoderBatch:
         return [outputs[order.index(at)] for at in range(len(parts))]
 
     @torch.inference_mode()
-    def with_prefetch(self, scoring: ScoreCandidates[Any]) -> Tensor:
+    def with_prefetch(self, scoring: ScoreCandidates) -> Tensor:
         """Candidate scoring, and the next step of the first candidates in the same forward, kept with the cache.
 
             row        c9.0 c9.1 | c9.0' c9.1' ... c9.7'       the two likeliest as the base reads them, then all K as
@@ -148,7 +147,7 @@ def _place(part: Work) -> tuple[int, int]:
     return kind, 0 if part.lora is None else id(part.lora)
 
 
-def _attention_of(segments: Sequence[Append[Any]], scorings: Sequence[Work]) -> Attention:
+def _attention_of(segments: Sequence[Append], scorings: Sequence[Work]) -> Attention:
     """Tokens over their own KV, which grows, then candidates over KV that stays."""
     single = [segment.cache for segment in segments if len(segment.ids) == 1]
     chunks = [segment for segment in segments if len(segment.ids) > 1]

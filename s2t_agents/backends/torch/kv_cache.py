@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from ..statistics import LogitStatistics
+from ..base import SequenceCache
 
 GRAIN = 256
 """Tokens by which a buffer grows at least."""
@@ -169,7 +169,7 @@ class PrefetchedToken:
         return self.hidden[row : row + 1]
 
 
-class KVCache(Cache):  # type: ignore[misc]
+class KVCache(Cache, SequenceCache):  # type: ignore[misc]
     """The KV cache of one sequence, all of it kept, for models whose every layer is attention; see ``SequenceCache``.
 
     Attributes:
@@ -178,12 +178,12 @@ class KVCache(Cache):  # type: ignore[misc]
     """
 
     layer_class = GrowingLayer
+    read = 0
 
     def __init__(self, layers: Sequence[GrowingLayer] | None = None) -> None:
         super().__init__(layer_class_to_replicate=self.layer_class)
         self.layers = list(layers or ())
         self.prefetched: PrefetchedToken | None = None
-        self.read = 0
 
     @property
     def length(self) -> int:
@@ -210,9 +210,6 @@ class KVCache(Cache):  # type: ignore[misc]
             extra = layer.get_seq_length() - length
             if extra > 0:
                 layer.crop(-extra)
-
-    def expect(self, length: int) -> None:
-        """Nothing to do: what is computed ahead is one token at most."""
 
     def mark_read(self, length: int) -> None:
         """A forward over the first ``length`` tokens is done."""
@@ -244,16 +241,8 @@ class KVCache(Cache):  # type: ignore[misc]
         """What was computed past its end does not hold any more."""
         self.prefetched = None
 
-    def statistics(self) -> LogitStatistics | None:
-        """Of the logits after the last token, where the forward has computed them on the way."""
-        return None
 
-    def unbilled_s(self) -> float:
-        """Seconds of its last step that the device worked while no caller waited; reset by the call."""
-        return 0.0
-
-
-class RecurrentCache(DynamicCache):  # type: ignore[misc]
+class RecurrentCache(DynamicCache, SequenceCache):  # type: ignore[misc]
     """The state of one sequence in a model with recurrent layers: it cannot be cut, only forked whole."""
 
     @property
@@ -288,23 +277,6 @@ class RecurrentCache(DynamicCache):  # type: ignore[misc]
             if isinstance(layer, DynamicLayer) and layer.is_croppable and layer.get_seq_length() > length:
                 layer.crop(length - layer.get_seq_length())
 
-    def mark_read(self, length: int) -> None:
-        """Nothing to remember."""
-
-    def expect(self, length: int) -> None:
-        """Nothing is computed ahead."""
-
-    def park(self) -> None:
-        """Nothing to give back."""
-
     def close(self) -> None:
         """Give everything back."""
         self.layers: list[Any] = []
-
-    def statistics(self) -> LogitStatistics | None:
-        """None."""
-        return None
-
-    def unbilled_s(self) -> float:
-        """Nothing."""
-        return 0.0

@@ -132,7 +132,7 @@ class ModelRunner:
             return [StepOutput(*row) for row in zip(*self._single_tokens(batch), strict=True)]
         return self.decoder_batch(batch)
 
-    def _append(self, item: Append[Any]) -> StepOutput:
+    def _append(self, item: Append) -> StepOutput:
         if self._written_out([item]):
             return self._append_written_out(item)
         if item.length and len(item.ids) > 1 and not self._resumes_in_chunks:
@@ -148,7 +148,7 @@ class ModelRunner:
             )
         return StepOutput(logits[0, -1].float(), hidden[0, -1])
 
-    def _append_written_out(self, item: Append[Any]) -> StepOutput:
+    def _append_written_out(self, item: Append) -> StepOutput:
         assert self.decoder_batch is not None
         if len(item.ids) > 1 or item.lora is not None:
             (output,) = self.decoder_batch([item])
@@ -157,7 +157,7 @@ class ModelRunner:
         logits, hidden = self._prefetched(item) or self._single_tokens([item])
         return StepOutput(logits[0], hidden[0])
 
-    def _prefetched(self, item: Append[Any]) -> tuple[Tensor, Tensor] | None:
+    def _prefetched(self, item: Append) -> tuple[Tensor, Tensor] | None:
         """The step, if the last candidate scoring has computed it on the way; see ``DecoderBatch.with_prefetch``."""
         assert self.llama_decoder is not None
         prefetched, item.cache.prefetched = item.cache.prefetched, None
@@ -186,7 +186,7 @@ class ModelRunner:
         """Where the decoder's modules keep hooks; a path around the modules would miss them."""
         return hooks_of(self.decoder)
 
-    def _score(self, item: ScoreCandidates[Any]) -> Tensor:
+    def _score(self, item: ScoreCandidates) -> Tensor:
         if self._written_out([item]):
             return self._score_written_out(item)
         if self._packs:
@@ -203,7 +203,7 @@ class ModelRunner:
         hidden: Tensor = out.last_hidden_state[:, -1]
         return hidden
 
-    def _score_written_out(self, item: ScoreCandidates[Any]) -> Tensor:
+    def _score_written_out(self, item: ScoreCandidates) -> Tensor:
         """Candidates, and with an adapter the base's next step for the likeliest of them, in one forward."""
         assert self.decoder_batch is not None
         assert self.llama_decoder is not None

@@ -242,7 +242,7 @@ class GraphRunner:
         return key[0], known[key]
 
     @torch.inference_mode()
-    def score_candidates(self, scoring: ScoreCandidates[Any]) -> Tensor | None:
+    def score_candidates(self, scoring: ScoreCandidates) -> Tensor | None:
         """Last hidden state after each candidate, ``[K, H]``; None where only the eager path is left."""
         cache, length = scoring.cache, scoring.length
         if not length or not self._takes(cache):
