@@ -166,47 +166,47 @@ class ScoreRequest(ForwardRequest):
 
     single_forward = True
 
-    def __init__(self, work: ScoreCandidates, compute: ComputeTime | None = None) -> None:
+    def __init__(self, work: ScoreCandidates | ScoreTree, compute: ComputeTime | None = None) -> None:
         super().__init__(work.cache, compute)
         self._work = work
-        self._hidden: Tensor | None = None
+        self._scored: Tensor | None = None
 
     @property
     def rows(self) -> int:
-        """Candidates."""
+        """Candidates, or tokens of a tree."""
         return len(self._work.ids)
 
     @property
     def done(self) -> bool:
         """They are scored, or it failed."""
-        return self._hidden is not None or self.error is not None
+        return self._scored is not None or self.error is not None
 
-    def work(self, tokens: int) -> ScoreCandidates:
+    def work(self, tokens: int) -> ScoreCandidates | ScoreTree:
         """All of it."""
         return self._work
 
     def complete(self, work: Work, output: Output) -> None:
-        """Keep the hidden states."""
+        """Keep what was computed."""
         assert isinstance(output, Tensor)
-        self._hidden = output
+        self._scored = output
 
     def undo(self) -> None:
         """Nothing to do: scoring leaves nothing behind."""
 
     def result(self) -> Tensor:
-        """Last hidden states ``[K, H]``.
+        """Last hidden states ``[K, H]``; of a tree, logits ``[N, V]``.
 
         Raises:
             BaseException: what the forward raised.
         """
         if self.error is not None:
             raise self.error
-        assert self._hidden is not None
-        return self._hidden
+        assert self._scored is not None
+        return self._scored
 
 
-class TreeRequest(ForwardRequest):
-    """A tree of tokens to be scored after a sequence, whose cache stays as it is.
+class TreeRequest(ScoreRequest):
+    """A tree of tokens to be scored after a sequence, and after tokens that are appended to it meanwhile.
 
     Args:
         work: the tree; its ``length`` counts the tokens of ``after``.
@@ -214,35 +214,14 @@ class TreeRequest(ForwardRequest):
         compute: see ``ForwardRequest``.
     """
 
-    single_forward = True
-
     def __init__(self, work: ScoreTree, after: AppendRequest | None, compute: ComputeTime | None = None) -> None:
-        super().__init__(work.cache, compute)
-        self._work, self.after = work, after
-        self._logits: Tensor | None = None
-
-    @property
-    def rows(self) -> int:
-        """Tokens of the tree."""
-        return len(self._work.ids)
+        super().__init__(work, compute)
+        self.after = after
 
     @property
     def done(self) -> bool:
         """They are scored, or it failed, or what it comes after did."""
-        failed = self.after is not None and self.after.error is not None
-        return self._logits is not None or self.error is not None or failed
-
-    def work(self, tokens: int) -> ScoreTree:
-        """All of it."""
-        return self._work
-
-    def complete(self, work: Work, output: Output) -> None:
-        """Keep the logits."""
-        assert isinstance(output, Tensor)
-        self._logits = output
-
-    def undo(self) -> None:
-        """Nothing to do: scoring leaves nothing behind."""
+        return super().done or (self.after is not None and self.after.error is not None)
 
     def result(self) -> Tensor:
         """Logits ``[N, V]``.
@@ -250,8 +229,6 @@ class TreeRequest(ForwardRequest):
         Raises:
             BaseException: what the forward raised, or the one before.
         """
-        error = self.error or (self.after.error if self.after is not None else None)
-        if error is not None:
-            raise error
-        assert self._logits is not None
-        return self._logits
+        if self.error is None and self.after is not None and self.after.error is not None:
+            raise self.after.error
+        return super().result()
