@@ -167,7 +167,7 @@ class DecisionS2T(BaseDecisionModel):
             sums = [first.get(name[0], -torch.inf) for name in names]
             with prefix.forks(len(names)) as forks:
                 for at in range(1, max(map(len, names))):
-                    seen = forks.append([name[at - 1] if at < len(name) else None for name in names])
+                    seen = yield from forks.appending([name[at - 1] if at < len(name) else None for name in names])
                     for n, logits in enumerate(seen):
                         if logits is not None:
                             sums[n] += float(logits.log_softmax(0)[names[n][at]])

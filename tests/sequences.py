@@ -27,6 +27,11 @@ def moved(sequence: TokenSequence, ids: Sequence[int]) -> int:
     return finish(sequence.moving_to(ids))
 
 
+def scored_after(sequence: TokenSequence, candidates: Tensor, lora: Any = None) -> Tensor:
+    """Last hidden states ``[K, H]`` of candidates ``[K]`` after it."""
+    return finish(sequence.scoring_candidates(candidates, lora))
+
+
 @torch.inference_mode()
 def appended(model: LanguageModel, ids: Tensor, cache: SequenceCache) -> StepOutput:
     """Append ``ids`` ``[T]`` to a cache: logits ``[V]`` and last hidden state ``[H]``."""

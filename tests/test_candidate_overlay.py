@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sequences import read
+from sequences import read, scored_after
 
 from s2t_agents.backends.torch import attention, packed_batch
 from s2t_agents.scheduling.language_model import LanguageModel
@@ -28,7 +28,7 @@ def reference(model: LanguageModel, ids: list[int]) -> torch.Tensor:
 
 
 def looked_ahead(model: LanguageModel, prefix: TokenSequence) -> torch.Tensor:
-    return model.model.get_output_embeddings()(prefix.score_candidates(CANDIDATES))
+    return model.model.get_output_embeddings()(scored_after(prefix, CANDIDATES))
 
 
 def error(model: LanguageModel, ids: list[int]) -> float:
@@ -77,7 +77,7 @@ def test_looking_ahead_leaves_logits_and_kv_bitwise_as_they_were(model: Language
     watched, alone = TokenSequence(model), TokenSequence(model)
     for prefix in (watched, alone):
         prefix.append(ids)
-    watched.score_candidates(CANDIDATES)
+    scored_after(watched, CANDIDATES)
     for prefix in (watched, alone):
         prefix.append([17])
     assert torch.equal(watched.logits, alone.logits)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sequences import read
+from sequences import read, scored_after
 from torch import Tensor
 
 from s2t_agents.backends.base import Append
@@ -74,7 +74,7 @@ def test_greedy_equals_transformers_generate(name: str) -> None:
 def test_a_selector_that_agrees_with_the_slm_changes_nothing(name: str) -> None:
     class Agreeing:
         def scores(self, proposal: Proposal) -> Tensor:
-            proposal.prefix.score_candidates(proposal.candidates)
+            scored_after(proposal.prefix, proposal.candidates)
             return proposal.candidate_log_probs
 
     model = tiny_model(name)

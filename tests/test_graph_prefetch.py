@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sequences import moved
+from sequences import moved, scored_after
 from test_graph_runner import eager_model, greedy, pooled_model, read, same, some_ids
 
 from s2t_agents import Engine
@@ -100,7 +100,7 @@ def test_whatever_is_done_to_a_sequence_it_says_what_the_eager_one_says(
                 cache_of(one).park()
             case "look":
                 candidates = torch.tensor([5, 9, 200])
-                assert torch.allclose(one.score_candidates(candidates), other.score_candidates(candidates), atol=1e-4)
+                assert torch.allclose(scored_after(one, candidates), scored_after(other, candidates), atol=1e-4)
         same(one, other)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from sequences import appended, moved, read
+from sequences import appended, moved, read, scored_after
 from tape import Tape
 from torch_models import runner
 
@@ -116,8 +116,7 @@ def test_a_played_selection_says_what_the_overlay_says(name: str, more: dict[str
         one.append([token])
         other.append([token])
         looked = [
-            prefix.score_candidates(CANDIDATES, some_lora(prefix.model) if with_lora else None)
-            for prefix in (one, other)
+            scored_after(prefix, CANDIDATES, some_lora(prefix.model) if with_lora else None) for prefix in (one, other)
         ]
         assert torch.allclose(*looked, atol=1e-4)
         same(one, other)
@@ -131,7 +130,7 @@ def test_graphs_are_made_once_and_played_for_every_token_and_sequence() -> None:
         prefix = read(model, some_ids(9, seed))
         for token in some_ids(6, seed):
             prefix.append([token])
-            prefix.score_candidates(CANDIDATES, lora)
+            scored_after(prefix, CANDIDATES, lora)
         del prefix
         gc.collect()
     assert tape.recorded == 2
@@ -261,7 +260,7 @@ def test_weights_that_were_replaced_are_not_played_from_where_they_lay(name: str
         token = int(other.logits.argmax()) if prefetched else 4 + turn
         one.append([token])
         other.append([token])
-        looked = [prefix.score_candidates(CANDIDATES) for prefix in (one, other)]
+        looked = [scored_after(prefix, CANDIDATES) for prefix in (one, other)]
         assert torch.allclose(*looked, atol=1e-4)
         same(one, other)
 
@@ -286,7 +285,7 @@ def test_looking_ahead_never_writes_to_the_row() -> None:
     assert isinstance(prefix.cache, PooledKVCache)
     assert prefix.cache.slot is not None
     before = prefix.cache.slot.pool.kv.clone()
-    prefix.score_candidates(CANDIDATES)
+    scored_after(prefix, CANDIDATES)
     assert torch.equal(prefix.cache.slot.pool.kv, before)
 
 
@@ -323,7 +322,7 @@ def test_after_a_failed_capture_all_goes_the_eager_way_and_the_log_says_it_once(
             for prefix in (one, other):
                 prefix.append([token])
             same(one, other)
-            assert torch.allclose(one.score_candidates(CANDIDATES), other.score_candidates(CANDIDATES), atol=1e-4)
+            assert torch.allclose(scored_after(one, CANDIDATES), scored_after(other, CANDIDATES), atol=1e-4)
     assert [record.message for record in caplog.records] == [
         "steps and selections go on without captured graphs: operation not permitted when stream is capturing"
     ]
@@ -336,7 +335,7 @@ def test_with_somebodys_hook_on_the_decoder_a_selection_goes_through_the_modules
     seen = []
     handle = model.torch_backend.decoder.layers[0].mlp.register_forward_hook(lambda *_: seen.append("look"))  # type: ignore[index,union-attr]
     try:
-        prefix.score_candidates(CANDIDATES)
+        scored_after(prefix, CANDIDATES)
     finally:
         handle.remove()
     assert seen == ["look"]
@@ -446,7 +445,7 @@ def test_a_selection_that_goes_the_eager_way_spoils_no_step_that_is_under_way() 
         other.append([token])
     hook = ours.model.get_decoder().register_forward_hook(lambda *given: None)  # nothing is played while it is there
     try:
-        assert torch.allclose(one.score_candidates(CANDIDATES), other.score_candidates(CANDIDATES), atol=1e-4)
+        assert torch.allclose(scored_after(one, CANDIDATES), scored_after(other, CANDIDATES), atol=1e-4)
     finally:
         hook.remove()
     for _ in range(3):

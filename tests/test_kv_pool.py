@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from sequences import scored_after
 from test_graph_runner import CANDIDATES, eager_model, is_seated, pooled_model, read, same, some_ids, some_lora
 from torch_models import runner
 
@@ -66,7 +67,7 @@ def test_an_arena_that_all_have_left_is_gone_at_once_with_all_that_was_made_for_
     model = pooled_model(record=bodies)
     one, other = (read(model, some_ids(9 + n, n)) for n in range(2))
     one.append([4])
-    one.score_candidates(CANDIDATES)
+    scored_after(one, CANDIDATES)
     left = arena_of(one)
     gone = [weakref.ref(left), *bodies.of("DecodeGraph"), *bodies.of("CandidateGraph")]
     assert len(gone) == 3
@@ -108,15 +109,15 @@ def test_selections_are_kept_for_the_adapters_there_are_as_they_are_now(no_colle
     prefix.append([4])
 
     lora = some_lora(model)
-    prefix.score_candidates(CANDIDATES, lora)
+    scored_after(prefix, CANDIDATES, lora)
     (first,) = bodies.of("CandidateGraph")
     with torch.no_grad():
         lora.layers[0].b.mul_(2)
-    expected = read(eager_model(), [*some_ids(9), 4]).score_candidates(CANDIDATES, lora)
-    assert torch.allclose(prefix.score_candidates(CANDIDATES, lora), expected, atol=1e-4)
+    expected = scored_after(read(eager_model(), [*some_ids(9), 4]), CANDIDATES, lora)
+    assert torch.allclose(scored_after(prefix, CANDIDATES, lora), expected, atol=1e-4)
     (second,) = bodies.of("CandidateGraph")
     assert first() is None
-    prefix.score_candidates(CANDIDATES)
+    scored_after(prefix, CANDIDATES)
     assert len(bodies.of("CandidateGraph")) == 2
     del lora
     (bare,) = bodies.of("CandidateGraph")

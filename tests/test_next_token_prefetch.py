@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from sequences import moved, read
+from sequences import moved, read, scored_after
 from torch import Tensor
 from torch_models import runner
 
@@ -85,7 +85,7 @@ def with_pick(model: LanguageModel, at: int, forwards: list[int]) -> tuple[Token
     token = [int(CANDIDATES[at])]
     plain, ours = read(model, IDS), read(model, IDS)
     plain.append(token)
-    ours.score_candidates(CANDIDATES, adapter(model))
+    scored_after(ours, CANDIDATES, adapter(model))
     forwards.clear()
     ours.append(token)
     assert same(ours, plain)
@@ -110,7 +110,7 @@ def test_candidates_are_scored_as_without_it(model: LanguageModel) -> None:
 
     (without,) = runner(model).decoder_batch([ScoreCandidates(CANDIDATES, prefix.cache, len(IDS), lora)])
     assert isinstance(without, Tensor)
-    assert torch.equal(prefix.score_candidates(CANDIDATES, lora), without)
+    assert torch.equal(scored_after(prefix, CANDIDATES, lora), without)
 
 
 def test_a_pick_that_was_not_read_costs_its_step(model: LanguageModel, forwards: list[int]) -> None:
@@ -122,7 +122,7 @@ def test_it_never_outlives_the_end_that_it_was_read_after(model: LanguageModel) 
     token = int(CANDIDATES[0])
     other = [*IDS[:-1], IDS[-1] ^ 1]
     plain, ours = read(model, IDS), read(model, IDS)
-    ours.score_candidates(CANDIDATES, adapter(model))
+    scored_after(ours, CANDIDATES, adapter(model))
     for prefix in (plain, ours):
         moved(prefix, other)  # as long as before, and another sequence
         prefix.append([token])
@@ -132,7 +132,7 @@ def test_it_never_outlives_the_end_that_it_was_read_after(model: LanguageModel) 
 def test_several_tokens_after_a_selection_are_read_as_ever(model: LanguageModel) -> None:
     tokens = CANDIDATES[:2].tolist()
     plain, ours = read(model, IDS), read(model, IDS)
-    ours.score_candidates(CANDIDATES, adapter(model))
+    scored_after(ours, CANDIDATES, adapter(model))
     for prefix in (plain, ours):
         prefix.append(tokens)
     assert same(ours, plain)
@@ -173,6 +173,6 @@ def test_where_rows_differ_by_company_nothing_is_read_ahead(forwards: list[int])
     prefix = read(model, IDS)
     assert runner(model).llama_decoder is not None
     forwards.clear()
-    prefix.score_candidates(CANDIDATES, adapter(model))
+    scored_after(prefix, CANDIDATES, adapter(model))
     assert not runner(model).llama_decoder.linear.rows_alike
     assert forwards == [len(CANDIDATES)]

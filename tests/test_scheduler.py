@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sequences import read
+from sequences import read, scored_after
 from torch_models import watched_forwards
 
 from s2t_agents import Engine
@@ -278,7 +278,7 @@ def test_a_look_that_fails_tells_its_own_caller_alone() -> None:
         prefix = read(model, [1, 2])
         for _ in range(10):
             with pytest.raises(IndexError):
-                prefix.score_candidates(torch.tensor([10**6]))
+                scored_after(prefix, torch.tensor([10**6]))
             told.append(len(prefix))
         prefix.append([3])
 
@@ -306,7 +306,7 @@ def test_a_forward_that_is_broken_off_tells_its_caller_and_the_others_go_on() ->
 
     def scoring() -> None:
         with pytest.raises(KeyboardInterrupt):
-            prefix.score_candidates(torch.tensor([5, 6]))
+            scored_after(prefix, torch.tensor([5, 6]))
 
     def others() -> list[int]:
         assert hit.wait(10)

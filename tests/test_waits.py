@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from sequences import read
 from test_selectors import activated, adapted, head, published
 
 from s2t_agents.backends.base import Work
@@ -16,7 +17,8 @@ from s2t_agents.escalation import Escalation
 from s2t_agents.llms import LocalLLM
 from s2t_agents.scheduling.admission import Concurrency
 from s2t_agents.scheduling.language_model import LanguageModel
-from s2t_agents.scheduling.waits import Waiting, gather, steps_of
+from s2t_agents.scheduling.sequence import TokenSequence
+from s2t_agents.scheduling.waits import Waiting, finish, gather, steps_of
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always, entropy
 from s2t_agents.types import Sampling, Step
@@ -159,6 +161,26 @@ def test_one_computation_may_run_several_generations_after_another() -> None:
 
     prompts = [*PROMPTS[:3], [1]]
     assert gather([dialogue(prompt) for prompt in prompts]) == [singly(prompt) for prompt in prompts]
+
+
+def test_what_several_append_to_forks_goes_through_the_model_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    prefixes = [read(model, prompt) for prompt in PROMPTS[:3]]
+
+    def forked(prefix: TokenSequence) -> Waiting[list[list[int]]]:
+        found: list[list[int]] = [[7], [8]]
+        with prefix.forks(2) as forks:
+            for _ in range(3):
+                rows = yield from forks.appending([each[-1] for each in found])
+                for each, logits in zip(found, rows, strict=True):
+                    assert logits is not None
+                    each.append(int(logits.argmax()))
+        return found
+
+    expected = [finish(forked(prefix)) for prefix in prefixes]
+    batches = watched(model, monkeypatch)
+    assert gather([forked(prefix) for prefix in prefixes]) == expected
+    assert [len(batch) for batch in batches] == [6, 6, 6]
 
 
 def test_nothing_to_run_is_nothing_found() -> None:

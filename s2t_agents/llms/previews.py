@@ -15,6 +15,7 @@ import torch
 
 from ..grammar.grammar import Grammar
 from ..scheduling.sequence import TokenSequence
+from ..scheduling.waits import finish
 from .continuation import GreedyContinuation, decode_without_eos
 
 END_MARK = "(the answer ends here)"
@@ -65,7 +66,7 @@ def continuations(
         for _ in range(1, limit):
             if all(branch.finished for branch in branches):
                 break
-            rows = forks.append([None if branch.finished else branch.tokens[-1] for branch in branches])
+            rows = finish(forks.appending([None if each.finished else each.tokens[-1] for each in branches]))
             for branch, logits in zip(branches, rows, strict=True):
                 if logits is not None:
                     branch.advance(logits)

@@ -24,8 +24,7 @@ class TokenSequence:
     """Grows token by token; ``logits`` and ``hidden`` are those after its last token.
 
     Not thread-safe: one generation owns it. As a context manager it gives its KV cache to the prefix cache in the end,
-    if that is where it came from. Methods that run the model are computations with waits in them; ``append`` and
-    ``score_candidates`` block.
+    if that is where it came from. Methods that run the model are computations with waits in them; ``append`` blocks.
 
     Args:
         model: reads the tokens.
@@ -149,7 +148,7 @@ class TokenSequence:
         yield from self.appending(ids[keep:])
         return len(ids) - keep
 
-    def score_candidates(self, candidates: Tensor, lora: Any | None = None) -> Tensor:
+    def scoring_candidates(self, candidates: Tensor, lora: Any | None = None) -> Waiting[Tensor]:
         """Last hidden state ``[K, H]`` after each of the candidates ``[K]``, as if it alone had followed the sequence,
         which stays as it is. One forward; the output layer is not run.
 
@@ -157,10 +156,6 @@ class TokenSequence:
             candidates: token ids.
             lora: adapter that is on at the candidates only; None scores them with the base model.
         """
-        return finish(self.scoring_candidates(candidates, lora))
-
-    def scoring_candidates(self, candidates: Tensor, lora: Any | None = None) -> Waiting[Tensor]:
-        """``score_candidates``, to wait for."""
         request = ScoreRequest(ScoreCandidates(candidates, self.cache, len(self), lora), self.compute)
         yield Forwards(self.model.scheduler, [request])
         return request.result()
@@ -255,14 +250,13 @@ class Forks:
         self._model, self._compute = sequence.model, sequence.compute
         self._caches = [sequence.cache.fork(len(sequence)) for _ in range(count)]
 
-    @torch.inference_mode()
-    def append(self, ids: Sequence[int | None]) -> list[Tensor | None]:
+    def appending(self, ids: Sequence[int | None]) -> Waiting[list[Tensor | None]]:
         """Append a token to each, ``[K]``; logits ``[V]`` (fp32) after it. None leaves a continuation as it is."""
         requests = [
             AppendRequest(torch.tensor([token]), cache, self._compute) if token is not None else None
             for token, cache in zip(ids, self._caches, strict=True)
         ]
-        self._model.scheduler.run([request for request in requests if request is not None], self)
+        yield Forwards(self._model.scheduler, [request for request in requests if request is not None], self)
         return [request.result().logits if request is not None else None for request in requests]
 
     def close(self) -> None:

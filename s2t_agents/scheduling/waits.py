@@ -49,10 +49,11 @@ class Forwards(Wait):
     Args:
         scheduler: of the model.
         requests: at least one.
+        caller: see ``Scheduler.run``.
     """
 
-    def __init__(self, scheduler: Scheduler, requests: Sequence[ForwardRequest]) -> None:
-        self.scheduler, self.requests = scheduler, requests
+    def __init__(self, scheduler: Scheduler, requests: Sequence[ForwardRequest], caller: object = None) -> None:
+        self.scheduler, self.requests, self._caller = scheduler, requests, caller
 
     @property
     def over(self) -> bool:
@@ -61,7 +62,7 @@ class Forwards(Wait):
 
     def block(self) -> None:
         """Run them."""
-        self.scheduler.run(self.requests)
+        self.scheduler.run(self.requests, self._caller)
 
 
 Waiting = Generator[Wait, None, T]
