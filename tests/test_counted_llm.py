@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from s2t_agents.engine.engine import Engine
+from s2t_agents.engine.engine import Engine, steps_of
 from s2t_agents.escalation import Escalation
 from s2t_agents.grammar.grammar import tool_grammar
 from s2t_agents.grammar.vocabulary import cached_vocabulary
 from s2t_agents.scheduling.language_model import LanguageModel
-from s2t_agents.scheduling.waits import gather, steps_of
+from s2t_agents.scheduling.waits import gather
 from s2t_agents.testing import tiny_model
 from s2t_agents.training.counted_llm import CountedLLM, TakeoverLLM
 from s2t_agents.training.dialogue import Speaker, Trace

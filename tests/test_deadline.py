@@ -14,11 +14,12 @@ from torch_models import watched_forwards
 
 from s2t_agents import Budget, ChatS2T, Concurrency, Engine, Ledger
 from s2t_agents.backends.base import Work
+from s2t_agents.engine.engine import steps_of
 from s2t_agents.errors import BudgetExceeded, Overloaded
 from s2t_agents.scheduling.admission import AdmissionQueue
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
-from s2t_agents.scheduling.waits import Waiting, gather, steps_of
+from s2t_agents.scheduling.waits import Waiting, gather
 from s2t_agents.testing import RECURRENT, tiny_model
 from s2t_agents.types import Sampling, Step
 

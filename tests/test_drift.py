@@ -10,7 +10,8 @@ import torch
 from training_fixtures import QUICK, tiny_pair, write_prompts
 
 from s2t_agents import ChatS2T, Escalation, LocalLLM
-from s2t_agents.scheduling.waits import finish, gather, steps_of
+from s2t_agents.engine.engine import steps_of
+from s2t_agents.scheduling.waits import finish, gather
 from s2t_agents.selectors import SelectorConfig
 from s2t_agents.selectors.config import BaseIdentity, Calibration
 from s2t_agents.selectors.drift import FEWEST, FEWEST_ANSWERS, DriftWatch, LiveRate

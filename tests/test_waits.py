@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -11,14 +12,14 @@ from test_selectors import activated, adapted, head, published
 
 from s2t_agents.backends.base import Work
 from s2t_agents.budget import Budget
-from s2t_agents.engine.engine import Engine
-from s2t_agents.errors import ContextOverflow
+from s2t_agents.engine.engine import Engine, steps_of
+from s2t_agents.errors import ContextOverflow, Overloaded
 from s2t_agents.escalation import Escalation
 from s2t_agents.llms import LocalLLM
 from s2t_agents.scheduling.admission import Concurrency
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
-from s2t_agents.scheduling.waits import Waiting, finish, gather, steps_of
+from s2t_agents.scheduling.waits import Wait, Waiting, finish, gather
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always, entropy
 from s2t_agents.types import Sampling, Step
@@ -161,6 +162,90 @@ def test_one_computation_may_run_several_generations_after_another() -> None:
 
     prompts = [*PROMPTS[:3], [1]]
     assert gather([dialogue(prompt) for prompt in prompts]) == [singly(prompt) for prompt in prompts]
+
+
+class Failing(Wait):
+    """A wait that cannot be brought about."""
+
+    over = False
+
+    def __init__(self, error: BaseException, *, lasting: bool = False) -> None:
+        self._error, self.lasting = error, lasting
+
+    def block(self) -> None:
+        raise self._error
+
+
+def singly(computations: Sequence[Waiting[Any]]) -> list[Any]:
+    return [finish(each) for each in computations]
+
+
+@pytest.mark.parametrize("driver", [singly, gather])
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError("gone"), Overloaded("no slot"), KeyboardInterrupt()], ids=repr)
+def test_a_wait_that_fails_is_raised_in_its_own_computation(driver: Any, lasting: bool, error: BaseException) -> None:
+    engine = Engine(tiny_model())
+    expected = tokens(list(engine.steps(PROMPTS[0], SAMPLING)))
+
+    def told(times: int) -> Waiting[list[BaseException]]:
+        found = []
+        for _ in range(times):
+            try:
+                yield Failing(error, lasting=lasting)
+            except BaseException as seen:  # noqa: BLE001 - an interrupt is among them
+                found.append(seen)
+        return found
+
+    def answer() -> Waiting[list[int]]:
+        return tokens((yield from steps_of(engine.generation(PROMPTS[0], SAMPLING, cache_scope="other"))))
+
+    assert driver([told(1), answer(), told(3)]) == [[error], expected, [error] * 3]
+
+
+@pytest.mark.parametrize("driver", [singly, gather])
+def test_a_slot_that_does_not_become_free_is_each_generations_own_error(driver: Any) -> None:
+    engine = Engine(tiny_model(), concurrency=Concurrency(running=1, waiting=9, wait_s=0.05))
+
+    def told(prompt: list[int]) -> Waiting[object]:
+        try:
+            return tokens((yield from steps_of(engine.generation(prompt, SAMPLING))))
+        except Overloaded as error:
+            return type(error)
+
+    with engine.admission.enter() as ticket:
+        ticket.wait()
+        assert driver([told(prompt) for prompt in PROMPTS[:3]]) == [Overloaded] * 3
+    assert driver([told(PROMPTS[0])]) == [tokens(list(engine.steps(PROMPTS[0], SAMPLING, cache_scope="other")))]
+
+
+def test_a_failed_wait_that_nobody_answers_ends_all_with_its_error() -> None:
+    closed = []
+
+    def failing() -> Waiting[None]:
+        try:
+            yield Failing(RuntimeError("gone"))
+        finally:
+            closed.append("own")
+
+    def other() -> Waiting[None]:
+        try:
+            while True:
+                yield Failing(RuntimeError("not looked at"))
+        except GeneratorExit:
+            closed.append("other")
+            raise
+
+    with pytest.raises(RuntimeError, match="gone"):
+        gather([failing(), other()])
+    assert closed == ["own", "other"]
+
+
+def test_a_generation_may_end_where_its_wait_fails() -> None:
+    def generation() -> Generator[Wait | Step, None, None]:
+        with suppress(RuntimeError):
+            yield Failing(RuntimeError("gone"))
+
+    assert gather([steps_of(generation())]) == [[]]
 
 
 def test_what_several_append_to_forks_goes_through_the_model_together(monkeypatch: pytest.MonkeyPatch) -> None:

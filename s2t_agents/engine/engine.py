@@ -18,7 +18,7 @@ from ..scheduling.admission import AdmissionQueue, AdmissionTicket, Concurrency
 from ..scheduling.deadline import Deadline
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.sequence import TokenSequence
-from ..scheduling.waits import Wait, drive_blocking
+from ..scheduling.waits import Wait, Waiting, drive_blocking
 from ..selectors.base import Selector
 from ..selectors.drift import DriftWatch
 from ..triggers import Trigger, entropy
@@ -193,3 +193,23 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, the context window of the model {window}.",
                 hint="Shorten or summarise the conversation.",
             )
+
+
+def steps_of(generation: Generator[Wait | Step, None, None]) -> Waiting[list[Step]]:
+    """All steps of an ``Engine.generation``, for ``scheduling.waits.gather``, or to ``yield from``."""
+    steps: list[Step] = []
+    try:
+        item = next(generation)
+        while True:
+            if isinstance(item, Step):
+                steps.append(item)
+                item = next(generation)
+                continue
+            try:
+                yield item
+            except BaseException as error:  # noqa: BLE001 - the generation's own
+                item = generation.throw(error)
+            else:
+                item = next(generation)
+    except StopIteration:
+        return steps

@@ -64,7 +64,7 @@ class AdmissionTicket(Wait):
         admitted: done when the slot is there. Only the queue completes it: it takes no cancellation.
     """
 
-    shown = True
+    lasting = True
 
     def __init__(self, queue: AdmissionQueue, deadline: Deadline | None = None) -> None:
         self.admitted: Future[None] = Future()

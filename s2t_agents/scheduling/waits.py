@@ -15,11 +15,10 @@ There is one loop of steps, whichever driver runs it: nothing in it depends on t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..backends.torch.cpu_threads import single_threaded
-from ..types import Step
 from .computing import computing
 from .requests import ForwardRequest
 from .scheduler import Scheduler
@@ -30,8 +29,9 @@ T = TypeVar("T")
 class Wait(ABC):
     """Something that has to happen before a computation can go on."""
 
-    shown = False
-    """Whether a blocking driver yields it to its consumer first, who may wait in another way (without a thread)."""
+    lasting = False
+    """Whether it may take as long as other generations do. A blocking driver yields it to its consumer first, who may
+    wait in another way (without a thread); ``gather`` blocks for any other first."""
 
     @property
     @abstractmethod
@@ -70,7 +70,7 @@ Waiting = Generator[Wait, None, T]
 
 
 def drive_blocking(computation: Generator[Any, None, T]) -> Generator[Any, None, T]:
-    """What a computation yields, its waits brought about in this thread; of the waits, only those that are ``shown``.
+    """What a computation yields, its waits brought about in this thread; of the waits, only those that are ``lasting``.
 
     An error in a wait, as of an interrupt, is raised in the computation, which may have to clean up.
     """
@@ -79,7 +79,7 @@ def drive_blocking(computation: Generator[Any, None, T]) -> Generator[Any, None,
             item = next(computation)
         while True:
             waits = isinstance(item, Wait)
-            if not waits or item.shown:
+            if not waits or item.lasting:
                 yield item
             try:
                 if waits:
@@ -103,27 +103,10 @@ def finish(computation: Waiting[T]) -> T:
     driven = drive_blocking(computation)
     try:
         while True:
-            next(driven).block()  # a wait that is shown
+            next(driven)  # a wait that is lasting: the driver blocks for it when it is asked for more
     except StopIteration as end:
         result: T = end.value
         return result
-
-
-def steps_of(generation: Generator[Wait | Step, None, None]) -> Waiting[list[Step]]:
-    """All steps of an ``Engine.generation``, for ``gather``, or to ``yield from``."""
-    steps: list[Step] = []
-    item = next(generation, None)
-    while item is not None:
-        if isinstance(item, Step):
-            steps.append(item)
-        else:
-            try:
-                yield item
-            except BaseException as error:  # noqa: BLE001 - the generation's own
-                item = generation.throw(error)
-                continue
-        item = next(generation, None)
-    return steps
 
 
 def gather(computations: Sequence[Waiting[T]]) -> list[T]:
@@ -132,19 +115,20 @@ def gather(computations: Sequence[Waiting[T]]) -> list[T]:
     What shares a forward depends on the computations alone, never on the timing of threads.
 
     Args:
-        computations: each a generator of its waits, as ``steps_of``, or one that goes on from it.
+        computations: each a generator of its waits, as the engine's ``steps_of``, or one that goes on from it. What its
+            wait raises is raised in it.
 
     Raises:
-        BaseException: what the first of them raised; the others are closed.
+        BaseException: what the first of them raised, or an interrupt of their forwards; the others are closed.
     """
     results: dict[int, T] = {}
     waits: dict[int, Wait] = {}
 
-    def resume(at: int) -> None:
+    def resume(at: int, error: BaseException | None = None) -> None:
         waits.pop(at, None)
         try:
             with computing:
-                waits[at] = next(computations[at])
+                waits[at] = next(computations[at]) if error is None else computations[at].throw(error)
         except StopIteration as end:
             results[at] = end.value
 
@@ -153,9 +137,9 @@ def gather(computations: Sequence[Waiting[T]]) -> list[T]:
             for at in range(len(computations)):
                 resume(at)
             while waits:
-                _bring_about([waits[at] for at in sorted(waits)], computations)
-                for at in [at for at in sorted(waits) if waits[at].over]:
-                    resume(at)
+                failed = _bring_about(waits, computations)
+                for at in [at for at in sorted(waits) if at in failed or waits[at].over]:
+                    resume(at, failed.get(at))
     finally:
         with computing:
             for computation in computations:
@@ -163,13 +147,23 @@ def gather(computations: Sequence[Waiting[T]]) -> list[T]:
     return [results[at] for at in range(len(computations))]
 
 
-def _bring_about(waits: Sequence[Wait], caller: object) -> None:
-    """All forwards that are waited for, those of one scheduler together; without any, the wait that ends soonest."""
+def _bring_about(waits: Mapping[int, Wait], caller: object) -> dict[int, BaseException]:
+    """All forwards that are waited for, those of one scheduler together; without any, a wait that others bring about.
+
+    Returns:
+        What that wait raised, by its key.
+    """
     wanted: dict[Scheduler, list[ForwardRequest]] = {}
-    for wait in waits:
-        if isinstance(wait, Forwards):
+    for at in sorted(waits):
+        if isinstance(wait := waits[at], Forwards):
             wanted.setdefault(wait.scheduler, []).extend(wait.requests)
     for scheduler, requests in wanted.items():
         scheduler.run(requests, caller)
-    if not any(wait.over for wait in waits):
-        min(waits, key=lambda wait: wait.shown).block()
+    if any(wait.over for wait in waits.values()):
+        return {}
+    first = min(sorted(waits), key=lambda at: waits[at].lasting)
+    try:
+        waits[first].block()
+    except BaseException as error:  # noqa: BLE001 - the computation's own
+        return {first: error}
+    return {}

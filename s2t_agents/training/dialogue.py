@@ -16,13 +16,13 @@ from langchain_core.messages import convert_to_messages
 from ..budget import Budget
 from ..chat.asked_conversation import AskedConversation
 from ..chat.messages import PromptEncoder
-from ..engine.engine import Engine
+from ..engine.engine import Engine, steps_of
 from ..errors import ContextOverflow
 from ..formats.tool_calls import ToolCallParser
 from ..grammar.grammar import CompiledGrammar, Grammar, tool_grammar
 from ..grammar.vocabulary import cached_vocabulary
 from ..scheduling.language_model import LanguageModel
-from ..scheduling.waits import Waiting, steps_of
+from ..scheduling.waits import Waiting
 from ..tokenization.detokenizer import Detokenizer
 from ..types import Sampling, Step
 from .tasks import Item, Message, Task
