@@ -71,7 +71,12 @@ class Proposal:
 
     @property
     def hidden(self) -> Tensor:
-        """``[H]``: the SLM's last hidden state at this step."""
+        """``[H]``: the SLM's last hidden state at this step.
+
+        Raises:
+            ConfigError: the backend gives none.
+        """
+        self.prefix.model.require("hidden_states")
         return self.prefix.hidden
 
     @cached_property

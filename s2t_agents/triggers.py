@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from .backends.base import Need
 from .backends.torch.fingerprint import tensors_fingerprint
 from .errors import ConfigError
 from .identity import new_token, token_of
@@ -27,7 +28,12 @@ class Trigger(ABC):
 
     A subclass whose ``repr`` tells every setting shares cached answers with its equals; without a ``repr`` of its own,
     an object shares them with no other.
+
+    Attributes:
+        needs: what the SLM's backend must be capable of; an engine with another one is refused.
     """
+
+    needs: tuple[Need, ...] = ()
 
     @abstractmethod
     def __call__(self, proposal: Proposal) -> bool:
@@ -67,7 +73,7 @@ class any_of(Trigger):
     """Triggers where any of these does, asked in their order; ``a | b``."""
 
     def __init__(self, *triggers: Trigger) -> None:
-        self.triggers = triggers
+        self.triggers, self.needs = triggers, _needs_of(triggers)
 
     def __call__(self, proposal: Proposal) -> bool:
         """Whether one of them triggers."""
@@ -81,7 +87,7 @@ class all_of(Trigger):
     """Triggers where all of these do, asked in their order; ``a & b``."""
 
     def __init__(self, *triggers: Trigger) -> None:
-        self.triggers = triggers
+        self.triggers, self.needs = triggers, _needs_of(triggers)
 
     def __call__(self, proposal: Proposal) -> bool:
         """Whether all of them trigger."""
@@ -128,6 +134,8 @@ class probe(Trigger):
         above: threshold of the probability of a disagreement.
     """
 
+    needs = ("hidden_states",)
+
     def __init__(self, weight: Tensor, bias: float, *, above: float) -> None:
         self.weight, self.bias, self.above = weight, bias, _check_finite("probe(above=)", above)
 
@@ -169,6 +177,10 @@ def always() -> Trigger:
 def never() -> Trigger:
     """No step."""
     return when(_at_none, "never()")
+
+
+def _needs_of(triggers: Iterable[Trigger]) -> tuple[Need, ...]:
+    return tuple(need for trigger in triggers for need in trigger.needs)
 
 
 def _at_all(proposal: Proposal) -> bool:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import servers
+import torch
 from pydantic import SecretStr
 from servers import CompletionServer, serving
+from test_selectors import activated, adapted, head, published
 
 from s2t_agents import Budget, ChatS2T, Engine, Escalation, LanguageModel, Ledger, LocalLLM
 from s2t_agents.backends.completions.backend import CompletionsBackend, server_url
@@ -25,9 +27,11 @@ from s2t_agents.errors import (
     ModelServerRefused,
     TokenizerMismatch,
 )
+from s2t_agents.proposal import Proposal
 from s2t_agents.scheduling.sequence import TokenSequence
+from s2t_agents.scheduling.waits import finish
 from s2t_agents.testing import tiny_model
-from s2t_agents.triggers import always, entropy
+from s2t_agents.triggers import Trigger, always, entropy, never, probe, when
 from s2t_agents.types import Sampling, Step
 
 PROMPT = [10, 20, 30, 40, 50]
@@ -88,6 +92,44 @@ def chat(server: CompletionServer, **more: Any) -> ChatS2T:
 
 def near(server: CompletionServer, **more: Any) -> ChatS2T:
     return ChatS2T(model=server.model, max_tokens=96, **more)
+
+
+# ------------------------------------------------------------- what it cannot do
+
+PROBE = probe(torch.zeros(3), 0.0, above=0.5)
+
+
+@pytest.mark.parametrize("trigger", [PROBE, PROBE | always(), entropy(above=1.0) & (never() | PROBE)], ids=repr)
+def test_a_trigger_that_reads_hidden_states_is_refused_before_a_token_is_asked_for(
+    server: CompletionServer, trigger: Trigger
+) -> None:
+    with pytest.raises(ConfigError, match="no hidden states"):
+        Engine(remote(server), trigger=trigger)
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("kind", [activated, adapted, head, published])
+def test_a_selector_of_another_backend_is_refused_before_a_token_is_asked_for(
+    server: CompletionServer, kind: Any
+) -> None:
+    with pytest.raises(ConfigError, match="CompletionsBackend"):
+        Engine(remote(server), selector=kind(server.model, trained=False))
+    assert server.asked == []
+
+
+def test_what_a_condition_reads_of_hidden_states_is_an_error_that_names_the_backend(server: CompletionServer) -> None:
+    with pytest.raises(ConfigError, match=r"no hidden states .*CompletionsBackend"):
+        greedy(remote(server), trigger=when(lambda proposal: bool(proposal.hidden.sum() > 0)), selector=Agreeing())
+
+
+def test_candidates_cannot_be_scored_on_a_server(server: CompletionServer) -> None:
+    with pytest.raises(ConfigError, match="cannot score candidates"):
+        finish(TokenSequence(remote(server)).scoring_candidates(torch.tensor([1, 2])))
+
+
+class Agreeing:
+    def scores(self, proposal: Proposal) -> torch.Tensor:
+        return proposal.candidate_log_probs
 
 
 # ------------------------------------------------------------- the same tokens

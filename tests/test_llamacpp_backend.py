@@ -24,6 +24,8 @@ from s2t_agents.backends.llamacpp.context import Context, Interrupted, Options
 from s2t_agents.backends.llamacpp.gguf_header import read_header
 from s2t_agents.errors import ConfigError, ModelNotFound, Overloaded
 from s2t_agents.scheduling.language_model import LanguageModel
+from s2t_agents.scheduling.sequence import TokenSequence
+from s2t_agents.scheduling.waits import finish
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
@@ -198,6 +200,18 @@ def test_more_candidates_than_numbers_are_scored(tiny: LlamaCppBackend) -> None:
     torch.testing.assert_close(scored[:4], few, **CLOSE)
     for cache in caches:
         cache.close()
+
+
+def test_an_adapter_is_refused_wherever_it_would_be_on(tiny: LlamaCppBackend) -> None:
+    model = LanguageModel.on(tiny)
+    with pytest.raises(ConfigError, match="no adapter"):
+        TokenSequence(model, lora=object())
+    sequence = TokenSequence(model)
+    sequence.append([1, 2, 3])
+    with pytest.raises(ConfigError, match="no adapter"):
+        finish(sequence.scoring_candidates(torch.tensor([5, 6]), object()))
+    assert finish(sequence.scoring_candidates(torch.tensor([5, 6]))).shape == (2, tiny.hidden_size)
+    sequence.close()
 
 
 def test_forks_share_a_front_and_go_their_own_ways(tiny: LlamaCppBackend) -> None:

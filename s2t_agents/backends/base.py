@@ -15,12 +15,15 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .statistics import LogitStatistics
+
+Need = Literal["candidate_scoring", "candidate_lora", "hidden_states"]
+"""A capability that triggers and selectors may need; the others are the scheduler's and the engine's."""
 
 
 @dataclass(frozen=True)

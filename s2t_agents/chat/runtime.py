@@ -241,7 +241,7 @@ def _tokenizer_of(model: str | LanguageModel, options: Mapping[str, Any]) -> Any
 
 
 def _served(slm: LanguageModel) -> ServedSelector:
-    if slm.capabilities.all_logits:
+    if not slm.capabilities.concurrent_forwards:
         raise ConfigError(
             f"{slm.name!r} runs here, so no server selects for it.", hint="Give the selector's directory instead."
         )

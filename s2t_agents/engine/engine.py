@@ -69,7 +69,7 @@ class Engine:
         shadow: every token is the SLM's own; selector and LLM are asked as ever, and what they say is reported alone.
 
     Raises:
-        ConfigError: K out of range.
+        ConfigError: K out of range; trigger or selector needs what the SLM's backend cannot do.
     """
 
     def __init__(
@@ -90,6 +90,8 @@ class Engine:
         self.slm, self.k = slm, k
         self.trigger = entropy(above=DEFAULT_ENTROPY) if trigger is None else trigger
         self.selector, self.escalation, self.threshold = selector, escalation, threshold
+        for each in (self.trigger, selector):
+            slm.require(*getattr(each, "needs", ()))
         self.admission = AdmissionQueue(concurrency or Concurrency())
         self.drift, self.shadow = drift, shadow
 

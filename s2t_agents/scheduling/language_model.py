@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..backends.base import Backend, Capabilities, SequenceCache
+from ..backends.base import Backend, Capabilities, Need, SequenceCache
 from ..backends.loading import load_backend
 from ..backends.torch.backend import TorchBackend
 from ..backends.torch.packed_linear import LIMIT
@@ -18,6 +18,12 @@ from ..tokenization.vocabulary import decodable_ids
 from .prefix_cache import PrefixCache
 from .running_prefixes import RunningPrefixes
 from .scheduler import Scheduler
+
+LACKS: dict[Need, str] = {
+    "candidate_scoring": "cannot score candidates beside each other",
+    "candidate_lora": "takes no adapter for single tokens",
+    "hidden_states": "gives no hidden states",
+}
 
 
 class LanguageModel:
@@ -112,6 +118,19 @@ class LanguageModel:
     def capabilities(self) -> Capabilities:
         """What its backend can do with it."""
         return self.backend.capabilities
+
+    def require(self, *needs: Need) -> None:
+        """Refuse what its backend cannot do.
+
+        Raises:
+            ConfigError: it lacks one of these capabilities.
+        """
+        for need in needs:
+            if not getattr(self.capabilities, need):
+                raise ConfigError(
+                    f"{self.name!r} {LACKS[need]} ({type(self.backend).__name__}), which a trigger or selector needs.",
+                    hint="Load the checkpoint in PyTorch, or take a trigger and a selector that do without.",
+                )
 
     @property
     def lock(self) -> Any:

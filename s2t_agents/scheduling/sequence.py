@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from ..backends.base import BestLogits, ScoreCandidates, ScoreTree, SequenceCache
+from ..backends.base import BestLogits, Need, ScoreCandidates, ScoreTree, SequenceCache
 from ..backends.statistics import LogitStatistics
 from .compute_time import ComputeTime
 from .deadline import Deadline
@@ -38,6 +38,9 @@ class TokenSequence:
         hidden: ``[H]``.
         cache: its KV cache.
         compute: the share of the model's compute time that went into this sequence and its candidates.
+
+    Raises:
+        ConfigError: an adapter that the backend cannot put on.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class TokenSequence:
         lora: Any | None = None,
         deadline: Deadline | None = None,
     ) -> None:
+        model.require(*_needed_by(lora))
         self.model, self.scope, self.lora, self._deadline = model, scope, lora, deadline
         self.ids: list[int] = []
         self.logits: Tensor = torch.empty(0)
@@ -155,7 +159,11 @@ class TokenSequence:
         Args:
             candidates: token ids.
             lora: adapter that is on at the candidates only; None scores them with the base model.
+
+        Raises:
+            ConfigError: the backend cannot do that.
         """
+        self.model.require("candidate_scoring", *_needed_by(lora))
         request = ScoreRequest(ScoreCandidates(candidates, self.cache, len(self), lora), self.compute)
         yield Forwards(self.model.scheduler, [request])
         return request.result()
@@ -233,6 +241,10 @@ class TokenSequence:
             self.cache.truncate(length)
             del self.ids[length:]
         return length
+
+
+def _needed_by(lora: Any | None) -> tuple[Need, ...]:
+    return () if lora is None else ("candidate_lora",)
 
 
 class Forks:

@@ -38,6 +38,8 @@ class ActivatedSelector(LearnedSelector):
         temperature, caution: see ``LearnedSelector``.
     """
 
+    needs = ("candidate_scoring", "candidate_lora")
+
     def __init__(self, base: LanguageModel, lora: Lora, *, temperature: float = 1.0, caution: float = 0.0) -> None:
         super().__init__(base, temperature=temperature, caution=caution)
         self.lora = lora

@@ -34,6 +34,8 @@ class AdaptedSelector(LearnedSelector):
         temperature, caution: see ``LearnedSelector``.
     """
 
+    needs = ("candidate_lora",)
+
     def __init__(self, base: LanguageModel, lora: Lora, *, temperature: float = 1.0, caution: float = 0.0) -> None:
         super().__init__(base, temperature=temperature, caution=caution)
         self.lora = lora

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..backends.base import Need
 from ..backends.torch.fingerprint import module_fingerprint
 from ..proposal import Proposal
 from ..scheduling.language_model import LanguageModel
@@ -34,7 +35,12 @@ class LearnedSelector(nn.Module):
         temperature: divides the scores; calibrated, so that their softmax is a probability.
         caution: nats by which another candidate must exceed the SLM's best token; calibrated, so that answers without
             mistakes do not change.
+
+    Attributes:
+        needs: what the base's backend must be capable of.
     """
+
+    needs: ClassVar[tuple[Need, ...]]
 
     def __init__(self, base: LanguageModel, *, temperature: float = 1.0, caution: float = 0.0) -> None:
         super().__init__()

@@ -33,6 +33,8 @@ class HeadSelector(LearnedSelector):
         temperature, caution: see ``LearnedSelector``.
     """
 
+    needs = ("hidden_states",)
+
     def __init__(
         self, base: LanguageModel, *, width: int = 256, temperature: float = 1.0, caution: float = 0.0
     ) -> None:

@@ -45,6 +45,7 @@ class PublishedSelector(LearnedSelector):
         temperature, caution: see ``LearnedSelector``.
     """
 
+    needs = ("candidate_scoring", "candidate_lora")
     bins: Tensor
 
     def __init__(self, base: LanguageModel, lora: Lora, *, temperature: float = 1.0, caution: float = 0.0) -> None:

@@ -131,7 +131,7 @@ class Collector:
         """Every pass over these items, all passes together; each drawn answer from a seed of its item and sample."""
         settings, slm = self._settings, self._slm
         rows = len(items) * (settings.samples + 1)
-        running = rows if slm.library != "server" else min(rows, SERVED_RUNNING)
+        running = rows if not slm.capabilities.concurrent_forwards else min(rows, SERVED_RUNNING)
         engine = Engine(slm, concurrency=Concurrency(running=running, waiting=rows, wait_s=math.inf))
         passes: list[tuple[Engine, int | None]] = [(engine, sample) for sample in range(settings.samples)]
         if settings.greedy:
