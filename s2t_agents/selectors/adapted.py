@@ -10,8 +10,6 @@ Its file is in half precision; it computes in fp32.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -21,11 +19,10 @@ from ..proposal import Proposal
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.waits import Waiting
 from .adapted_prefix import AdaptedPrefixes
-from .base import LearnedSelector
-from .config import SelectorConfig
+from .lora_selector import LoraSelector
 
 
-class AdaptedSelector(LearnedSelector):
+class AdaptedSelector(LoraSelector):
     """Scores candidates by the adapted SLM's log-probabilities.
 
     Args:
@@ -35,12 +32,11 @@ class AdaptedSelector(LearnedSelector):
     """
 
     needs = ("candidate_lora",)
+    stored_as = torch.float16
 
     def __init__(self, base: LanguageModel, lora: Lora, *, temperature: float = 1.0, caution: float = 0.0) -> None:
-        super().__init__(base, temperature=temperature, caution=caution)
-        self.lora = lora
+        super().__init__(base, lora, temperature=temperature, caution=caution)
         self.prefixes = AdaptedPrefixes(base, lora)
-        self.to(base.device)
 
     @torch.inference_mode()
     def scoring(self, proposal: Proposal) -> Waiting[Tensor]:
@@ -61,16 +57,3 @@ class AdaptedSelector(LearnedSelector):
         """
         adapted = logits.log_softmax(-1).gather(-1, candidates)
         return torch.where(slm > FLOOR, adapted - slm, 0.0)
-
-    def save(self, path: Path, config: SelectorConfig) -> None:
-        """Write a PEFT-compatible directory: adapter, ``selector.json``."""
-        self.lora.save(path, base_name=config.base.name, dtype=torch.float16)
-        config.save(path)
-
-    @classmethod
-    def load(cls, path: Path, base: LanguageModel, config: SelectorConfig) -> AdaptedSelector:
-        """Read a directory written by ``save``; errors as ``ActivatedSelector.load``."""
-        config.check_base(base)
-        lora = Lora.load(path, base.model).float()
-        selector = cls(base, lora, temperature=config.temperature, caution=config.caution)
-        return selector.to(base.device).requires_grad_(False)

@@ -71,7 +71,7 @@ class HeadSelector(LearnedSelector):
 
     @classmethod
     def load(cls, path: Path, base: LanguageModel, config: SelectorConfig) -> HeadSelector:
-        """Read a directory written by ``save``; errors as ``ActivatedSelector.load``."""
+        """Read a directory written by ``save``; errors as ``LoraSelector.load``."""
         config.check_base(base)
         return cls.read(path, base, config)
 

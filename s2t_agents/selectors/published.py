@@ -13,30 +13,22 @@ bin the same weight, so it starts as greedy decoding too.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..atomic_write import write_whole
-from ..backends.torch.loading import read_tensors
 from ..backends.torch.lora import Lora
-from ..errors import AdapterMismatch
 from ..proposal import Proposal
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.waits import Waiting
 from .adapted_prefix import AdaptedPrefixes
-from .base import LearnedSelector
-from .config import SelectorConfig
+from .lora_selector import LoraSelector
 
-ROWS_FILE = "score_rows.safetensors"
 BINS = 16
 SPAN = 24.0
 """Nats between the lowest and the highest bin: enough to overrule any order of the SLM's candidates."""
 
 
-class PublishedSelector(LearnedSelector):
+class PublishedSelector(LoraSelector):
     """Scores candidates with an adapter that is active on the prefix as well.
 
     Args:
@@ -46,11 +38,11 @@ class PublishedSelector(LearnedSelector):
     """
 
     needs = ("candidate_scoring", "candidate_lora")
+    scorer = "rows"
     bins: Tensor
 
     def __init__(self, base: LanguageModel, lora: Lora, *, temperature: float = 1.0, caution: float = 0.0) -> None:
-        super().__init__(base, temperature=temperature, caution=caution)
-        self.lora = lora
+        super().__init__(base, lora, temperature=temperature, caution=caution)
         self.rows = nn.Linear(base.hidden_size, BINS, bias=False)
         nn.init.zeros_(self.rows.weight)
         self.register_buffer("bins", torch.linspace(0, 1, BINS), persistent=False)
@@ -69,22 +61,3 @@ class PublishedSelector(LearnedSelector):
         """From adapted hidden states ``[..., H]`` to corrections ``[...]``."""
         expected: Tensor = self.rows(hidden.float()).softmax(-1) @ self.bins
         return SPAN * (expected - 0.5)
-
-    def save(self, path: Path, config: SelectorConfig) -> None:
-        """Write a PEFT-compatible directory: adapter, score rows, ``selector.json``."""
-        self.lora.save(path, base_name=config.base.name)
-        write_whole(path / ROWS_FILE, save({"weight": self.rows.weight.detach().cpu().contiguous()}))
-        config.save(path)
-
-    @classmethod
-    def load(cls, path: Path, base: LanguageModel, config: SelectorConfig) -> PublishedSelector:
-        """Read a directory written by ``save``; errors as ``ActivatedSelector.load``."""
-        config.check_base(base)
-        selector = cls(base, Lora.load(path, base.model), temperature=config.temperature, caution=config.caution)
-        weight = read_tensors(path / ROWS_FILE).get("weight", torch.empty(0))
-        if weight.shape != selector.rows.weight.shape:
-            raise AdapterMismatch(
-                f"{path / ROWS_FILE} is {tuple(weight.shape)}, not {tuple(selector.rows.weight.shape)}."
-            )
-        selector.rows.weight.data = weight.float()
-        return selector.to(base.device).requires_grad_(False)
