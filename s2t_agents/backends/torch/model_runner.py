@@ -42,11 +42,15 @@ class ModelRunner:
         resumes_in_chunks: several tokens after a cache are read as in one go; else token by token.
         graphs: single tokens run as captured graphs.
         prepack: bytes of weights that a CPU may hold a second time, see ``packed_linear``.
+
+    Attributes:
+        graph_runner: the captured graphs; None before the first single token, and where none can be captured.
     """
 
     def __init__(self, model: Any, *, packs: bool, resumes_in_chunks: bool, graphs: bool, prepack: int) -> None:
         self.model, self._packs, self._resumes_in_chunks = model, packs, resumes_in_chunks
         self._graphs, self._prepack = graphs, prepack
+        self.graph_runner: GraphRunner | None = None
         self.decoder: nn.Module = model.get_decoder()
         self.config, self.device = model.config.get_text_config(), model.device
         self._last_hidden: Tensor | None = None
@@ -73,15 +77,13 @@ class ModelRunner:
 
     def use_graphs(self, graph_runner: GraphRunner | None) -> None:
         """From now on single tokens go through these graphs; None makes some at the first."""
-        self._graphs = True
-        if graph_runner is not None:
-            vars(self)["graph_runner"] = graph_runner
+        self._graphs, self.graph_runner = True, graph_runner
 
-    @cached_property
-    def graph_runner(self) -> GraphRunner | None:
-        """Captured graphs: on CUDA, where the decoder can be written out."""
-        batch = self.decoder_batch if self._graphs else None
-        return graph_runner_of(self.model, batch) if batch is not None else None
+    def _capture(self) -> None:
+        """Capture graphs: on CUDA, where the decoder can be written out. What fails is not tried again."""
+        if self.decoder_batch is not None:
+            self.graph_runner = graph_runner_of(self.model, self.decoder_batch)
+        self._graphs = self.graph_runner is not None
 
     @cached_property
     def llama_decoder(self) -> LlamaDecoder | None:
@@ -97,16 +99,18 @@ class ModelRunner:
         """Outputs of the items that captured graphs could run, by their place."""
         if not self._graphs or any(self._hooks):
             return {}
-        short = any(isinstance(item, ScoreCandidates) or len(item.ids) == 1 for item in batch)
-        if not (short or "graph_runner" in vars(self)) or self.graph_runner is None:
-            return {}  # nothing is compiled before the first single token: there may never be one
+        if self.graph_runner is None:  # nothing is compiled before the first single token: there may never be one
+            if any(isinstance(item, ScoreCandidates) or len(item.ids) == 1 for item in batch):
+                self._capture()
+            if self.graph_runner is None:
+                return {}
         outputs: dict[int, Output] = dict(self.graph_runner.serve(batch))
         return self._wait(outputs) if any(isinstance(batch[at], ScoreCandidates) for at in outputs) else outputs
 
     def _on_device(self, batch: Sequence[Work]) -> list[Work]:
         """The same items for an eager forward, their tokens on the model's device."""
-        if vars(self).get("graph_runner") is not None:
-            vars(self)["graph_runner"].pass_over(batch)
+        if self.graph_runner is not None:
+            self.graph_runner.pass_over(batch)
         if self.device.type == "cpu":
             return list(batch)
         return [replace(item, ids=item.ids.to(self.device)) for item in batch]
