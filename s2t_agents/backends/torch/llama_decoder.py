@@ -116,10 +116,10 @@ class LlamaDecoder:
 
     Args:
         model: a causal LM of a known architecture; see ``llama_decoder_of``.
-        prepack: bytes of weights that may be held twice, see ``prepack``.
+        prepack: bytes of weights that may be held twice, see ``packed_linear``.
     """
 
-    def __init__(self, model: Any, prepack: int = LIMIT) -> None:
+    def __init__(self, model: Any, prepack: int) -> None:
         decoder, config = model.get_decoder(), model.config
         self._embed = decoder.embed_tokens
         self._head = FusedLinear(model.get_output_embeddings())
@@ -231,17 +231,17 @@ def llama_decoder_of(model: Any, prepack: int = LIMIT) -> LlamaDecoder | None:
     """The written-out decoder: for known architectures with plain layers, if a trial gives the same logits."""
     if type(model).__name__ not in PATTERN or not _plain(model):
         return None
-    step = LlamaDecoder(model, prepack)
+    decoder = LlamaDecoder(model, prepack)
     vocab: int = model.get_input_embeddings().weight.shape[0]
     trials = (torch.arange(1, 5) + trial * vocab // TRIALS for trial in range(TRIALS))
-    return step if any(_agrees(model, step, ids % vocab) for ids in trials) else None
+    return decoder if any(_agrees(model, decoder, ids % vocab) for ids in trials) else None
 
 
 def _plain(model: Any) -> bool:
     """Whether every layer is what the pattern says: no quantised or replaced modules, fixed rotations."""
-    config, decoder = model.config, model.get_decoder()
+    config, layers = model.config, model.get_decoder().layers
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    linears = [m for layer in decoder.layers for m in layer.modules() if hasattr(m, "in_features")]
+    linears = [m for layer in layers for m in layer.modules() if hasattr(m, "in_features")]
     return (
         rotation in FIXED_ROTATIONS
         and config.hidden_act == "silu"
@@ -252,15 +252,15 @@ def _plain(model: Any) -> bool:
 
 
 @torch.inference_mode()
-def _agrees(model: Any, step: LlamaDecoder, trial: Tensor) -> bool:
+def _agrees(model: Any, decoder: LlamaDecoder, trial: Tensor) -> bool:
     """Three tokens, and one after them, of four ``[4]``, both ways."""
     ids = trial[None].to(model.device)
     cache = KVCache()
     theirs = model(input_ids=ids[:, :3], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-    ours = step.logits(step.rows(ids[0, :3], range(3), ChunkAttention(KVCache(), 0))[-1:])
+    ours = decoder.logits(decoder.rows(ids[0, :3], range(3), ChunkAttention(KVCache(), 0))[-1:])
     if not close(ours, theirs, model.dtype):
         return False
-    ours, _ = step(ids[0, 3:], [3], [cache])
+    ours, _ = decoder(ids[0, 3:], [3], [cache])
     cache.crop(-1)
     theirs = model(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True).logits[:, -1].float()
     return close(ours, theirs, model.dtype)
