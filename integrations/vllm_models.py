@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.models import gemma3, llama, mistral, qwen2, qwen3
 
-from ..backends.torch.fingerprint import embedding_fingerprint, same_weights
+from ..backends.fingerprint import embedding_fingerprint, same_weights
 from ..bundled import selector_path
 from ..endpoints.served_selection import MOST_CANDIDATES
 from ..errors import AdapterMismatch, ConfigError

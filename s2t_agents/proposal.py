@@ -110,5 +110,5 @@ def best_first(scores: Tensor, k: int, best: Tensor | None = None) -> tuple[Tens
 
 def entropy_of(log_probs: Tensor) -> Tensor:
     """Entropy in nats, from log-probabilities ``[..., V]`` to ``[...]``; illegal tokens (-inf) add nothing."""
-    # No second logarithm, and no exp() of its own: MKL's would start threads for it (see torch/cpu_threads.py).
+    # No second logarithm, and no exp() of its own: MKL's would start threads for it (see backends/cpu_threads.py).
     return -(log_probs.softmax(-1) * log_probs.clamp_min(FLOOR)).sum(-1)

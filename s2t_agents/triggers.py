@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .backends.base import Need
-from .backends.torch.fingerprint import tensors_fingerprint
+from .backends.fingerprint import tensors_fingerprint
 from .errors import ConfigError
 from .identity import new_token, token_of
 from .proposal import Proposal

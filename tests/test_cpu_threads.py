@@ -19,7 +19,7 @@ import torch
 from sequences import read
 from torch_models import watched_forwards
 
-from s2t_agents.backends.torch import cpu_threads
+from s2t_agents.backends import cpu_threads
 from s2t_agents.engine.engine import Engine
 from s2t_agents.llms.previews import continuations
 from s2t_agents.scheduling.language_model import LanguageModel
@@ -237,7 +237,7 @@ def in_a_process_of_its_own(body: str) -> None:
         import os
         import time
         import torch
-        from s2t_agents.backends.torch import cpu_threads
+        from s2t_agents.backends import cpu_threads
         torch.set_num_threads(2)
         cpu_threads.release_threads()
         def threads():  # once those that are ending have ended

@@ -11,10 +11,10 @@ import torch
 from gguf_files import HEADS, INNER, KV_HEADS, WIDTH, write_gguf
 from training_fixtures import saved_head
 
+from s2t_agents.backends.fingerprint import norms_of
 from s2t_agents.backends.llamacpp.gguf_header import read_header
 from s2t_agents.backends.llamacpp.tokenizer import read_tokenizer
 from s2t_agents.backends.llamacpp.weights import CENTRED_AT_ONE, checkpoint_norms
-from s2t_agents.backends.torch.fingerprint import norms_of
 from s2t_agents.errors import AdapterMismatch
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.selectors import load_selector

@@ -6,8 +6,8 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..backends.fingerprint import tokenizer_fingerprint
 from ..backends.loading import fitted_tokenizer
-from ..backends.torch.fingerprint import tokenizer_fingerprint
 from ..errors import S2TError
 from ..llms import ChatJudge, LLMSelector, LocalLLM, OpenAILLM
 from ..llms.covering import Covering, Places

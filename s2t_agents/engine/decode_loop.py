@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..backends.torch.cpu_threads import single_threaded
+from ..backends.cpu_threads import single_threaded
 from ..escalation import EscalationSession
 from ..grammar.grammar import Grammar
 from ..greedy import argmax

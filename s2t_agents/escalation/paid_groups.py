@@ -18,7 +18,7 @@ from typing import IO, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..atomic_write import lock_to_append
-from ..backends.torch.fingerprint import same_weights
+from ..backends.fingerprint import same_weights
 from ..errors import ConfigError, InputError
 from ..fork_safety import hold_while_forking
 from ..llms.question import Answer, Question

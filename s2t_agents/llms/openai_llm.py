@@ -17,8 +17,8 @@ from tenacity import (
     stop_before_delay,
 )
 
+from ..backends.fingerprint import tokenizer_fingerprint
 from ..backends.loading import load_tokenizer
-from ..backends.torch.fingerprint import tokenizer_fingerprint
 from ..backends.torch.loading import ends_listed
 from ..budget.charges import charge_for
 from ..endpoints import event_loop

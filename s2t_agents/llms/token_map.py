@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from ..backends.torch.fingerprint import shared_ids
+from ..backends.fingerprint import shared_ids
 from ..endpoints.tokenizer_check import Tokenizing
 from ..errors import EscalationFailed, TokenizerMismatch
 from ..formats.reasoning import ReasoningFormat, Tag

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from math import inf
 
 from ..backends.base import Backend, Output, Work
-from ..backends.torch.cpu_threads import release_threads, wanted_threads, with_threads
+from ..backends.cpu_threads import release_threads, wanted_threads, with_threads
 from ..fork_safety import hold_while_forking, renew_in_child
 from .computing import computing
 from .requests import AppendRequest, ForwardRequest, ScoreRequest, TreeRequest

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ..backends.torch.cpu_threads import single_threaded
+from ..backends.cpu_threads import single_threaded
 from .computing import computing
 from .requests import ForwardRequest
 from .scheduler import Scheduler

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.base import Need
-from ..backends.torch.fingerprint import module_fingerprint
+from ..backends.fingerprint import module_fingerprint
 from ..proposal import Proposal
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.waits import Waiting, finish

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..atomic_write import write_whole
-from ..backends.torch.fingerprint import same_weights
+from ..backends.fingerprint import same_weights
 from ..errors import AdapterMismatch, ConfigError, ModelNotFound
 from ..scheduling.language_model import LanguageModel
 

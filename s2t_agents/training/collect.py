@@ -17,7 +17,7 @@ import torch
 
 from ..atomic_write import sole_run
 from ..backends.completions.backend import CompletionsBackend
-from ..backends.torch.fingerprint import shared_ids
+from ..backends.fingerprint import shared_ids
 from ..budget import Budget
 from ..endpoints.spending import Spending
 from ..engine.engine import Engine

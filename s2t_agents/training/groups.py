@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..backends.completions.backend import UNKNOWN_WEIGHTS
+from ..backends.fingerprint import same_weights
 from ..backends.statistics import FLOOR
-from ..backends.torch.fingerprint import same_weights
 from ..errors import ConfigError, InputError
 from ..scheduling.language_model import LanguageModel
 from .labels import Trajectory, along

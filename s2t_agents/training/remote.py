@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends.fingerprint import shared_ids, tokenizer_fingerprint
 from ..backends.loading import load_tokenizer
 from ..backends.statistics import FLOOR
-from ..backends.torch.fingerprint import shared_ids, tokenizer_fingerprint
 from ..endpoints.completions import TOP_LOGPROBS
 from ..endpoints.endpoint import Access, Endpoint
 from ..endpoints.spending import Spending

@@ -34,7 +34,7 @@ from ...endpoints.tokenizer_check import TokenizerSample, verify_tokenizer
 from ...errors import ConfigError, EndpointBusy, EscalationFailed, ModelServerRefused
 from ...fork_safety import FORWARD, hold_while_forking
 from ..base import Capabilities, Limits, Output, ScoreCandidates, SequenceCache, StepOutput, Work
-from ..torch.fingerprint import tokenizer_fingerprint
+from ..fingerprint import tokenizer_fingerprint
 from .faults import model_server_errors
 from .stream import CompletionStream, Prediction
 

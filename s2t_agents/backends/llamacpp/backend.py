@@ -128,7 +128,7 @@ class LlamaCppBackend:
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         """Hash of the tokenizer's ids."""
-        from ..torch.fingerprint import tokenizer_fingerprint
+        from ..fingerprint import tokenizer_fingerprint
 
         return tokenizer_fingerprint(self.given_tokenizer)
 
@@ -146,8 +146,8 @@ class LlamaCppBackend:
 
     @cached_property
     def checkpoint_fingerprint(self) -> str | None:
-        """Hash of the normalisation weights; see ``torch.fingerprint.checkpoint_fingerprint``."""
-        from ..torch.fingerprint import checkpoint_fingerprint
+        """Hash of the normalisation weights; see ``fingerprint.checkpoint_fingerprint``."""
+        from ..fingerprint import checkpoint_fingerprint
 
         return checkpoint_fingerprint(checkpoint_norms(self._header))
 

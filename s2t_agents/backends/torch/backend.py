@@ -16,11 +16,11 @@ from transformers.cache_utils import Cache
 from ...fork_safety import FORWARD, hold_while_forking
 from ...tokenization.vocabulary import drop_tokens_without_embedding
 from ..base import Capabilities, Limits, Output, SequenceCache, Work
+from ..cpu_threads import release_threads
+from ..fingerprint import checkpoint_fingerprint, norms_of, tokenizer_fingerprint, weights_fingerprint
 from .candidate_overlay import overlay_is_exact, overlay_of, rows_mask
-from .cpu_threads import release_threads
 from .cuda.graph_runner import GraphRunner
 from .cuda.kv_pool import PooledKVCache
-from .fingerprint import checkpoint_fingerprint, norms_of, tokenizer_fingerprint, weights_fingerprint
 from .grouped_attention import grouped_attention
 from .kv_cache import KVCache, RecurrentCache
 from .loading import ONE_AT_A_TIME, context_window, default_device, end_ids, load_tokenizer, load_weights
