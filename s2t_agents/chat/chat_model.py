@@ -177,7 +177,9 @@ class ChatS2T(ConfigurableChatModel):
     def _check(self) -> None:
         self._sampling({})
         parse_max_thinking_tokens(self.max_thinking_tokens)
-        self._settings({}).check()
+        settings = self._settings({})
+        settings.check()
+        self.runtimes.keep(settings)
         if (escalation := escalation_of(self.escalation)) is not None:
             escalation.check_price(self.budget)
 
@@ -238,6 +240,11 @@ class ChatS2T(ConfigurableChatModel):
         clean |= {name: url_without_secrets(getattr(self, name)) for name in _MAY_BE_URLS}
         clean["model"] = url_without_secrets(self.model_name)
         return {**state, "__dict__": {**state["__dict__"], "api_key": None, **clean}}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """As ``__init__``: the engine of its own settings is kept."""
+        super().__setstate__(state)
+        self.runtimes.keep(self._settings({}))
 
     @field_serializer(*_MAY_HOLD_SECRETS)
     def _serialize_without_secrets(self, value: Any) -> Any:

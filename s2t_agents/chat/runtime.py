@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from ..bundled import selector_path
 from ..engine.engine import Engine
 from ..errors import ConfigError, ContextOverflow
 from ..escalation import DEFAULT_MARGIN
-from ..fork_safety import BUILDING, hold_while_forking
 from ..formats.reasoning import ReasoningParser
 from ..formats.tool_calls import PlainTextParser, ToolCallParser
 from ..grammar.grammar import CompiledGrammar, Grammar
@@ -32,6 +30,7 @@ from .engine_settings import EngineSettings, escalation_of
 from .loaded_models import shared_model
 from .local_work import LocalWork
 from .messages import PromptEncoder
+from .recent import Recent
 from .response_options import OutputSchemas, ResponseOptions
 
 MAX_GRAMMARS = 64
@@ -62,19 +61,18 @@ class GenerationRequest:
     thoughts: ReasoningParser | None = None
 
 
-@dataclass(frozen=True)
 class Runtime:
     """The engine and prompt encoder of one ``ChatS2T``, with caches of compiled grammars and encoders.
 
-    Attributes:
+    Args:
         engine: generates steps.
         encoder: messages to token ids.
     """
 
-    engine: Engine
-    encoder: PromptEncoder
-    _compiled: dict[str, CompiledGrammar] = field(default_factory=dict)
-    _encoders: dict[str, PromptEncoder] = field(default_factory=dict)
+    def __init__(self, engine: Engine, encoder: PromptEncoder) -> None:
+        self.engine, self.encoder = engine, encoder
+        self._grammars = Recent[str, CompiledGrammar](MAX_GRAMMARS)
+        self._encoders = Recent[str, PromptEncoder](MAX_ENGINES)
 
     def prepare(
         self,
@@ -158,20 +156,10 @@ class Runtime:
         if not template_args:
             return self.encoder
         key = repr(identity(sorted(template_args.items())))
-        if key not in self._encoders:
-            while len(self._encoders) >= MAX_ENGINES:
-                self._encoders.pop(next(iter(self._encoders)), None)
-            self._encoders[key] = self.encoder.with_template_args(template_args)
-        return self._encoders[key]
+        return self._encoders.get(key, lambda: self.encoder.with_template_args(template_args))
 
     def _grammar(self, request: ResponseOptions) -> CompiledGrammar:
-        key = request.cache_key
-        compiled = self._compiled.get(key) or request.compile(self._vocabulary)
-        self._compiled.pop(key, None)  # what was used last stands last
-        self._compiled[key] = compiled
-        for stale in list(self._compiled)[:-MAX_GRAMMARS]:
-            self._compiled.pop(stale, None)
-        return compiled
+        return self._grammars.get(request.cache_key, lambda: request.compile(self._vocabulary))
 
 
 class RuntimeCache:
@@ -182,14 +170,18 @@ class RuntimeCache:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # the same thread may fork while it loads
-        hold_while_forking(self, "_lock", BUILDING)
-        self._runtimes: list[tuple[EngineSettings, Runtime]] = []
-        self._encoders: list[tuple[EngineSettings, PromptEncoder]] = []
+        self._own: EngineSettings | None = None
+        self._own_runtime = Recent[EngineSettings, Runtime](1)
+        self._others = Recent[EngineSettings, Runtime](MAX_ENGINES - 1)
+        self._encoders = Recent[EngineSettings, PromptEncoder](MAX_ENGINES)
 
     def __len__(self) -> int:
         """Number of engines in the cache."""
-        return len(self._runtimes)
+        return len(self._own_runtime) + len(self._others)
+
+    def keep(self, settings: EngineSettings) -> None:
+        """Never give up the engine of these settings: those of the chat model that the cache was made for."""
+        self._own = self._own or settings
 
     def get(self, settings: EngineSettings) -> Runtime:
         """The runtime for these settings; built, with its weights loaded, on first use.
@@ -197,13 +189,8 @@ class RuntimeCache:
         Raises:
             ConfigError, AdapterMismatch, TokenizerMismatch, ModelNotFound, UnsafeWeights: as ``build``.
         """
-        with self._lock:
-            for known, runtime in self._runtimes:
-                if known == settings:
-                    return runtime
-            runtime = build(settings)
-            self._runtimes = [*self._runtimes[1 - MAX_ENGINES :], (settings, runtime)]
-            return runtime
+        runtimes = self._own_runtime if settings == self._own else self._others
+        return runtimes.get(settings, lambda: build(settings))
 
     def encoder(self, settings: EngineSettings) -> PromptEncoder:
         """The prompt encoder alone, for counting tokens; reads no weights."""
@@ -213,13 +200,9 @@ class RuntimeCache:
             template_args=settings.template_args,
             chat_template=settings.chat_template,
         )
-        with self._lock:
-            for known, encoder in self._encoders:
-                if known == wanted:
-                    return encoder
-            encoder = encoder_of(settings, _tokenizer_of(settings.model, settings.model_kwargs))
-            self._encoders = [*self._encoders[1 - MAX_ENGINES :], (wanted, encoder)]
-            return encoder
+        return self._encoders.get(
+            wanted, lambda: encoder_of(settings, _tokenizer_of(settings.model, settings.model_kwargs))
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RuntimeCache:
         return self

@@ -16,6 +16,7 @@ from langchain_core.messages import convert_to_messages
 from ..budget import Budget
 from ..chat.asked_conversation import AskedConversation
 from ..chat.messages import PromptEncoder
+from ..chat.recent import Recent
 from ..engine.engine import Engine, steps_of
 from ..errors import ContextOverflow
 from ..formats.tool_calls import ToolCallParser
@@ -106,7 +107,7 @@ class Speaker:
     def __init__(self, model: LanguageModel, template: str | None = None) -> None:
         self.model = model
         self._encoder = PromptEncoder(model.tokenizer, chat_template=template)
-        self._compiled: dict[str, CompiledGrammar] = {}
+        self._grammars = Recent[str, CompiledGrammar](GRAMMARS_KEPT)
 
     def encode(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[int]:
         """Ids up to where the assistant speaks, as ``ChatS2T`` makes them.
@@ -125,13 +126,12 @@ class Speaker:
         """
         if item.calls is None:
             return None
-        key = json.dumps([item.tools, item.calls.several])
-        if key not in self._compiled:
-            words = cached_vocabulary(self.model.tokenizer, self.model.vocab_size, sorted(self.model.eos_ids))
-            if len(self._compiled) >= GRAMMARS_KEPT:
-                self._compiled.pop(next(iter(self._compiled)))
-            self._compiled[key] = tool_grammar(words, item.tools, "any", parallel=item.calls.several)
-        return self._compiled[key].start(min(max_tokens, self.model.context_window - len(prompt)))
+        tools, several = item.tools, item.calls.several
+        words = cached_vocabulary(self.model.tokenizer, self.model.vocab_size, sorted(self.model.eos_ids))
+        compiled = self._grammars.get(
+            json.dumps([tools, several]), lambda: tool_grammar(words, tools, "any", parallel=several)
+        )
+        return compiled.start(min(max_tokens, self.model.context_window - len(prompt)))
 
     def read(self, ids: Sequence[int]) -> Reply:
         """Text and tool calls of a completion, its end token included or not."""
