@@ -21,6 +21,7 @@ S2TError (ModelError)
 │   ├── HoldClosed                    settle or release of a hold that was settled, released or expired before
 │   └── StoreUnavailable              the budget store cannot be reached; nothing may be spent (retryable)
 ├── Overloaded (ModelRateLimitError)  too many generations at once; nothing has run (retryable)
+├── AnswerTimeout (ModelTimeoutError)  an answer was not whole within ``timeout=`` (retryable)
 ├── FolderInUse                       another run holds the lock of the folder; nothing was changed (retryable)
 ├── LedgerError                       a ledger file that is corrupt, foreign or cannot be written
 ├── ModelServerError                  the server of the model itself (``vllm://...``) gave no usable answer (retryable)
@@ -52,6 +53,7 @@ from langchain_core.exceptions import (
     ModelInvalidRequestError,
     ModelNotFoundError,
     ModelRateLimitError,
+    ModelTimeoutError,
 )
 
 
@@ -217,6 +219,12 @@ class BadStore(ConfigError, StoreUnavailable):
 
 class Overloaded(S2TError, ModelRateLimitError):
     """Too many generations at once: the queue is full, or the wait was too long. Nothing has run."""
+
+    retryable = True
+
+
+class AnswerTimeout(S2TError, ModelTimeoutError):
+    """An answer that was not whole within its ``timeout``; what it cost is in the ledger and in the budget."""
 
     retryable = True
 

@@ -46,6 +46,9 @@ class AfterForwards:
     def left_s(self) -> float:
         return 0.0 if self.left <= 0 else 1.0
 
+    def end_s(self) -> float:
+        return math.inf
+
     def check(self) -> None:
         self.checked += 1
         if not self.moves:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
@@ -54,6 +55,9 @@ LANGCHAIN_ARGUMENTS = (
     "structured_output_format",
 )
 """Arguments of LangChain or of other chat models that are accepted: they hold here anyway, or LangChain reads them."""
+
+LIMITS = ("timeout",)
+"""Limits of one call that change no answer: in no trace or cache key."""
 
 CALL_NAME_OF_SETTING = {"budget": "s2t_budget", "cache_scope": "s2t_cache_scope"}
 """Settings of the model that have another name as arguments of a call."""
@@ -136,8 +140,8 @@ def with_configurable(config: RunnableConfig | None, call: Mapping[str, Any]) ->
 
 
 def without_own_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The call's arguments without ``OWN_ARGUMENTS``."""
-    return {key: value for key, value in call.items() if key not in OWN_ARGUMENTS}
+    """The call's arguments without ``OWN_ARGUMENTS`` and ``LIMITS``."""
+    return {key: value for key, value in call.items() if key not in OWN_ARGUMENTS and key not in LIMITS}
 
 
 def without_nones(settings: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
@@ -171,7 +175,7 @@ def check_call(call: Collection[str], settings: Collection[str]) -> None:
     Raises:
         ConfigError: naming the argument and the closest known one.
     """
-    known = [*MODEL_ARGUMENTS, *OWN_ARGUMENTS]
+    known = [*MODEL_ARGUMENTS, *LIMITS, *OWN_ARGUMENTS]
     for name in call:
         if name in known or name in LANGCHAIN_ARGUMENTS:
             continue
@@ -238,6 +242,22 @@ def unfinished_of(call: Mapping[str, Any]) -> Unfinished | None:
     if found is None or isinstance(found, Unfinished):
         return found
     raise ConfigError(f"s2t_unfinished is a {type(found).__name__}.", hint="Give the Unfinished of the earlier try.")
+
+
+def timeout_of(given: Any) -> float | None:
+    """A ``timeout`` in seconds; None sets no limit.
+
+    Raises:
+        ConfigError: not a number above 0.
+    """
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, Real) or not given > 0:
+        raise ConfigError(
+            f"timeout is {given!r:.80}; it must be a number of seconds above 0.",
+            hint="Give what a whole answer may take, such as 30; None sets no limit.",
+        )
+    return float(given)
 
 
 def template_args_of(call: Mapping[str, Any]) -> dict[str, Any]:

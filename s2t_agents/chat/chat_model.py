@@ -54,6 +54,7 @@ from .call_arguments import (
     check_call,
     settings_error,
     template_args_of,
+    timeout_of,
     unfinished_of,
     without_nones,
     without_own_arguments,
@@ -120,7 +121,10 @@ class ChatS2T(ConfigurableChatModel):
         shadow: every token is the SLM's own. Selector and LLM are asked all the same, within the budget; what they
             would have changed, and what it cost, is in ``response_metadata["s2t"]["shadow"]`` and in the ledger.
         streaming: True streams under ``invoke`` too, for LangChain callbacks that need tokens.
-        api_key, max_retries, timeout: accepted and unused, so that settings of a hosted model need no change.
+        timeout: seconds that an answer may take from the call to its last token, waiting in the queue, the prompt and
+            questions to the LLM included, loading the weights not: then ``AnswerTimeout``, within a step. A call may
+            override it; None sets no limit.
+        api_key, max_retries: accepted and unused, so that settings of a hosted model need no change.
         runtimes: cache of engines; copies of the model share it.
 
     Raises:
@@ -156,7 +160,7 @@ class ChatS2T(ConfigurableChatModel):
     streaming: bool | None = None
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
     max_retries: int | None = None
-    timeout: float | None = None
+    timeout: SkipValidation[float | None] = None
     runtimes: RuntimeCache = Field(default_factory=RuntimeCache, exclude=True, repr=False)
     callbacks: Callbacks = Field(default=None, exclude=True, repr=False)
 
@@ -177,6 +181,7 @@ class ChatS2T(ConfigurableChatModel):
     def _check(self) -> None:
         self._sampling({})
         parse_max_thinking_tokens(self.max_thinking_tokens)
+        timeout_of(self.timeout)
         settings = self._settings({})
         settings.check()
         self.runtimes.keep(settings)
@@ -484,6 +489,7 @@ class ChatS2T(ConfigurableChatModel):
         request = ResponseOptions.of(call)
         runtime = self.runtimes.get(self._settings(call))
         engine = runtime.engine
+        timeout = timeout_of(_value_or(call.get("timeout"), self.timeout))
         budget, scope = budget_of(call, self.budget), cache_scope_of(call, self.cache_scope)
         if engine.escalation is not None:
             engine.escalation.check_price(budget)
@@ -491,7 +497,7 @@ class ChatS2T(ConfigurableChatModel):
         thinking_limit = _value_or(call.get("max_thinking_tokens"), self.max_thinking_tokens)
         unfinished, key = unfinished_of(call), conversation_key(engine.slm.name, request.cache_key, messages)
         begun = unfinished.begin(key, engine.slm.vocab_size) if unfinished is not None else EMPTY_ANSWER
-        work = LocalWork(budget, begun.tokens)
+        work = LocalWork(budget, begun.tokens, timeout_s=timeout)
         try:
             prepared = runtime.prepare(
                 request,

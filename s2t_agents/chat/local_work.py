@@ -17,7 +17,7 @@ from dataclasses import replace
 from decimal import Decimal
 
 from ..budget import Budget, Charge, Hold
-from ..errors import BudgetExceeded, StoreUnavailable
+from ..errors import AnswerTimeout, BudgetExceeded, StoreUnavailable
 from ..scheduling.admission import AdmissionTicket
 from ..types import RefusedBy, Step
 
@@ -33,20 +33,23 @@ class LocalWork:
     Args:
         budget: what limits it; one without limits on local work is not asked.
         begun: tokens of an interrupted try at this answer, which that try has settled.
+        timeout_s: seconds from now in which the answer has to be whole; None sets no limit.
 
     Attributes:
         begun: as given.
         stopped_by: the limit that ended the answer; None if none did.
     """
 
-    def __init__(self, budget: Budget | None, begun: Sequence[int] = ()) -> None:
+    def __init__(self, budget: Budget | None, begun: Sequence[int] = (), *, timeout_s: float | None = None) -> None:
         self._budget = budget if budget is not None and budget.limits_local_work else None
         self.begun = begun
         self._hold: Hold | None = None
         self._cut: BudgetExceeded | None = None
         self._room = 0
-        self._next_look: float | None = None
-        """When to look at the budget's clock again, by ``time.perf_counter``; None without a deadline."""
+        self._next_look = math.inf
+        """When to look at the budget's clock again, by ``time.perf_counter``; infinite without a deadline."""
+        self._timeout_s, self._made = timeout_s, 0
+        self._end = math.inf if timeout_s is None else time.perf_counter() + timeout_s
         self._late: BudgetExceeded | None = None
         self.stopped_by: RefusedBy | None = None
 
@@ -88,19 +91,30 @@ class LocalWork:
 
     def left_s(self) -> float:
         """See ``Deadline``."""
-        return math.inf if self._next_look is None else self._next_look - time.perf_counter()
+        return min(self._next_look, self._end) - time.perf_counter()
+
+    def end_s(self) -> float:
+        """See ``Deadline``: of the timeout; the budget is asked itself."""
+        return self._end - time.perf_counter()
 
     def check(self) -> None:
         """See ``Deadline``; warns where a warning is due.
 
         Raises:
-            BudgetExceeded: there is no time left.
+            AnswerTimeout: the timeout has passed.
+            BudgetExceeded: the budget has no time left.
             StoreUnavailable: the store cannot be reached.
         """
+        if self.end_s() <= 0:
+            raise self._timed_out()
+        if self._budget is not None:
+            self._look()
+
+    def _look(self) -> None:
         assert self._budget is not None
         self._budget.warn()
         self._next_look = _next_look(self._budget)
-        if self.left_s() <= 0 and (late := _refusal(self._budget, 0)):
+        if self._next_look <= time.perf_counter() and (late := _refusal(self._budget, 0)):
             self._late = late
             raise late
 
@@ -119,8 +133,11 @@ class LocalWork:
             eos_ids: tokens that end an answer; one without them that has used all of its tokens is cut off.
 
         Raises:
+            AnswerTimeout: a token came after the timeout.
             BudgetExceeded: tokens or time ran out, and the budget's ``on_exhausted`` is not "degrade".
         """
+        if self._timeout_s is not None:
+            steps = self._in_time(steps)
         budget, hold = self._budget, self._hold
         if budget is None or hold is None:
             yield from steps
@@ -141,8 +158,8 @@ class LocalWork:
                         same = replayed == count < len(self.begun) and each.token_id == self.begun[count]
                         replayed, count, last = replayed + same, count + 1, each
                     yield each
-                    if self.left_s() <= 0:
-                        self.check()
+                    if self._next_look <= time.perf_counter():
+                        self._look()
                 if self._cut is not None and last is not None and count >= self._room and last.token_id not in eos_ids:
                     settle()
                     self._stop(_refusal(budget, self._cut.wanted) or self._cut, budget)
@@ -153,19 +170,38 @@ class LocalWork:
         finally:
             settle()
 
+    def _in_time(
+        self, steps: Generator[AdmissionTicket | Step, None, None]
+    ) -> Generator[AdmissionTicket | Step, None, None]:
+        """Pass the steps on up to the first that comes after the timeout; how slowly they are read does not matter."""
+        with closing(steps):
+            for each in steps:
+                late = self.end_s() <= 0
+                self._made += isinstance(each, Step)
+                yield each
+                if late:
+                    raise self._timed_out()
+
+    def _timed_out(self) -> AnswerTimeout:
+        came = f"{self._made} tokens came" if self._made else "no token came"
+        return AnswerTimeout(
+            f"the answer was not whole within timeout={self._timeout_s:g} seconds: {came}.",
+            hint="Give it more time, ask for fewer tokens (max_tokens), or let fewer answers run at once (concurrency).",
+        )
+
     def _stop(self, refused: BudgetExceeded, budget: Budget) -> None:
         if budget.on_exhausted != "degrade":
             raise refused
         self.stopped_by = RefusedBy(refused.budget, refused.unit, refused.limit)
 
 
-def _next_look(budget: Budget) -> float | None:
+def _next_look(budget: Budget) -> float:
     """When to look at the budget's clock again; there is no time left where this has passed."""
     try:
         left = budget.seconds_to_next()
     except StoreUnavailable:
         left = 0.0  # unknown: the reservation that follows says so
-    return None if left is None else time.perf_counter() + left
+    return math.inf if left is None else time.perf_counter() + left
 
 
 def _refusal(budget: Budget, tokens: Decimal | float) -> BudgetExceeded | None:

@@ -42,7 +42,8 @@ class GenerationOptions(TypedDict, total=False):
         begun: tokens that the completion begins with, as far as they are legal: they are not chosen again.
         conversation: what the prompt was made of, for an LLM with another tokenizer; without it such an LLM reads the
             prompt's text as a text and no conversation.
-        deadline: ends its wait for a slot and the reading of its prompt; between steps the consumer ends it.
+        deadline: ends its wait for a slot, the reading of its prompt and its questions to the LLM; between steps the
+            consumer ends it.
     """
 
     grammar: Grammar | None
@@ -158,7 +159,11 @@ class Engine:
             with (yield from TokenSequence.from_prefix_cache(self.slm, prompt, cache_scope, deadline)) as prefix:
                 escalations = (
                     self.escalation.open_session(
-                        budget, threshold=self.threshold, on_asked=on_asked, conversation=conversation
+                        budget,
+                        threshold=self.threshold,
+                        on_asked=on_asked,
+                        conversation=conversation,
+                        deadline=deadline,
                     )
                     if self.escalation
                     else nullcontext()

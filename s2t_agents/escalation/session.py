@@ -22,6 +22,7 @@ from ..errors import (
 )
 from ..llms.base import LLMSelector, LLMSession, asking
 from ..llms.question import Answer, Conversation, Question, candidates_of
+from ..scheduling.deadline import Deadline
 from ..scheduling.waits import Waiting
 from ..types import Charge, EscalationRecord, EscalationReport, Outcome, RefusedBy
 from .pacing import Pace
@@ -47,6 +48,7 @@ class EscalationSession:
         on_asked: called after every question, also where the caller was interrupted or the budget raises.
         hold_s: seconds after which a question's hold lapses should this process die; None goes by the LLM's deadline.
         conversation: what is answered, for an LLM with another tokenizer.
+        deadline: of the generation; no question takes longer than until its end.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class EscalationSession:
         on_asked: Callable[[EscalationRecord], None] | None = None,
         hold_s: float | None = None,
         conversation: Conversation | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
-        self._conversation = conversation
+        self._conversation, self._deadline = conversation, deadline
         self._llm, self._budget, self.margin = llm, budget, margin
         self._pace, self._groups, self._on_asked = pace, groups, on_asked
         self._hold_s = _hold_s(llm) if hold_s is None else hold_s
@@ -130,8 +133,8 @@ class EscalationSession:
         outcome: Outcome = "failed"
         reason = ""
         try:
-            if self._budget is not None and question.seconds is None:
-                question.seconds = self._budget.seconds_left()
+            if question.seconds is None:
+                question.seconds = self._seconds_left()
             answer = checked_answer((yield from asking(self._llm_session, question)), question)
             outcome, reason = "picked", answer.note
         except Exception as error:  # noqa: BLE001 - a dead or broken LLM never takes the answer down
@@ -152,6 +155,13 @@ class EscalationSession:
         if answer is not None and self._groups is not None:
             self._groups.add(question, answer)
         return answer, report
+
+    def _seconds_left(self) -> float | None:
+        """Seconds that a question may take; None sets no limit."""
+        of_budget = self._budget.seconds_left() if self._budget is not None else None
+        of_answer = self._deadline.end_s() if self._deadline is not None else math.inf
+        least = of_answer if of_budget is None else min(of_budget, of_answer)
+        return least if least < math.inf else None
 
     def _reported(self, question: Question, answer: Answer | None, report: EscalationReport) -> EscalationReport:
         """The report, after ``on_asked`` was called with it."""

@@ -10,6 +10,7 @@ from ..budget import Budget
 from ..errors import ConfigError, UnpricedModel
 from ..llms.base import LLMSelector
 from ..llms.question import Conversation
+from ..scheduling.deadline import Deadline
 from ..types import EscalationRecord
 from .pacing import Pacing
 from .paid_groups import PaidGroups, check_appendable
@@ -85,6 +86,7 @@ class Escalation:
         threshold: float,
         on_asked: Callable[[EscalationRecord], None] | None = None,
         conversation: Conversation | None = None,
+        deadline: Deadline | None = None,
     ) -> EscalationSession:
         """The escalations of one generation.
 
@@ -93,6 +95,7 @@ class Escalation:
             threshold: the selector's calibrated margin.
             on_asked: called after every question.
             conversation: what is answered, for an LLM with another tokenizer.
+            deadline: of the generation.
         """
         return EscalationSession(
             self.llm,
@@ -103,4 +106,5 @@ class Escalation:
             on_asked=on_asked,
             hold_s=self.hold_s,
             conversation=conversation,
+            deadline=deadline,
         )

@@ -12,6 +12,10 @@ class Deadline(Protocol):
         """Seconds until ``check`` is to be called, at most 0 where it is now; infinite without a deadline."""
         ...
 
+    def end_s(self) -> float:
+        """Seconds until the generation ends in any case, which no question to an LLM outlasts; infinite if never."""
+        ...
+
     def check(self) -> None:
         """Go on, if there is time after all.
 

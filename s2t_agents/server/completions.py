@@ -19,6 +19,7 @@ from ..call_scope import CallScope, scoped_items
 from ..chat.accounting import Account
 from ..chat.async_bridge import ThreadedIterator
 from ..chat.attribution import current_caller
+from ..chat.call_arguments import timeout_of
 from ..chat.chat_model import ChatS2T
 from ..chat.generation import Generation
 from ..chat.local_work import LocalWork
@@ -156,7 +157,7 @@ class Completion:
         engine = model.engine
         budget = tenant.budget or model.budget
         prompt, grammar = self._prompt_ids(), self._allowed()
-        work = LocalWork(budget)
+        work = LocalWork(budget, timeout_s=timeout_of(model.timeout))
         fitting = max(1, engine.slm.context_window - len(prompt))  # with none the engine refuses the prompt
         sampling = Sampling(
             temperature=model.temperature if asked.temperature is None else asked.temperature,

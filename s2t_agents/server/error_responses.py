@@ -52,6 +52,7 @@ SHAPES: Mapping[type[Exception], ErrorShape] = {
     errors.ConfigError: ErrorShape(400, _INVALID),  # of the call: settings were checked before the server listened
     errors.BudgetExceeded: ErrorShape(429, "insufficient_quota", "insufficient_quota", headers=_NO_RETRY),
     errors.Overloaded: ErrorShape(429, "rate_limit_error", "overloaded", headers=_RETRY),
+    errors.AnswerTimeout: ErrorShape(504, "server_error", "timeout", headers=_RETRY),
     errors.StoreUnavailable: ErrorShape(503, "server_error", "budget_unavailable", headers=_RETRY, shown=False),
     errors.BadStore: ErrorShape(503, "server_error", "budget_unavailable", headers=_NO_RETRY, shown=False),
     errors.ModelServerError: ErrorShape(502, "server_error", "model_unavailable", headers=_RETRY, shown=False),
