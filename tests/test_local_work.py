@@ -252,6 +252,113 @@ def test_a_store_that_is_away_stops_answers_only_where_it_limits_them(tmp_path: 
                 chat().invoke("hello", s2t_budget=budget)
 
 
+class Leaving(MemoryStore):
+    """A store that goes away, and may come back."""
+
+    away = False
+
+    def _there(self) -> None:
+        if self.away:
+            raise StoreUnavailable("the store is away")
+
+    def reserve(self, *args: Any) -> Any:
+        self._there()
+        return super().reserve(*args)
+
+    def settle(self, *args: Any) -> Any:
+        self._there()
+        return super().settle(*args)
+
+    def release(self, *args: Any) -> Any:
+        self._there()
+        return super().release(*args)
+
+    def read_state(self, *args: Any) -> Any:
+        self._there()
+        return super().read_state(*args)
+
+    def extend(self, *args: Any) -> Any:
+        self._there()
+        return super().extend(*args)
+
+
+@pytest.fixture(params=["sqlite", "own"])
+def leaving(request: Any, tmp_path: Path) -> tuple[Any, Any]:
+    """A store, and what takes it away."""
+    if request.param == "own":
+        store = Leaving()
+        return store, lambda: setattr(store, "away", True)
+    path = tmp_path / "budget.db"
+    return SQLiteStore(path, wait_s=0.05), lambda: path.exists() and path.rename(tmp_path / "moved.db")
+
+
+@pytest.mark.parametrize("child", [False, True], ids=["alone", "below another"])
+@pytest.mark.parametrize("mode", ["degrade", "raise", "ask"])
+def test_an_answer_at_work_goes_on_without_its_store_to_the_deadline_known_last(
+    mode: Any, child: bool, leaving: tuple[Any, Any]
+) -> None:
+    store, leave = leaving
+
+    def slow(trace: str, step: Any) -> None:
+        if step.index == 1:
+            leave()
+        time.sleep(0.05)
+
+    model = chat(max_tokens=200, on_step=slow, ledger=(ledger := Ledger()))
+    model.engine  # noqa: B018 - loading is not on the clock
+    budget = Budget(seconds=1, name="short", store=store, on_exhausted=mode, on_warning=lambda warning: None)
+    call = {"s2t_budget": budget.child("agent", seconds=500, on_exhausted=mode) if child else budget}
+    if mode == "degrade":
+        answer = model.invoke("hello", **call)
+        assert s2t(answer)["stopped_by"] == {"budget": "short", "unit": "seconds", "limit": 1}
+        assert answer.response_metadata["finish_reason"] == "length"
+    else:
+        with pytest.raises(StoreUnavailable):
+            model.invoke("hello", **call)
+    [record] = ledger.records()
+    assert 2 < record.completion_tokens < 200
+
+
+@pytest.mark.parametrize("mode", ["degrade", "raise", "ask"])
+@pytest.mark.parametrize("limits", [{}, {"answer_tokens": 8}], ids=["time", "and tokens"])
+def test_a_warning_that_cannot_be_given_ends_no_answer(
+    limits: dict[str, int], mode: Any, leaving: tuple[Any, Any]
+) -> None:
+    store, leave = leaving
+
+    def slow(trace: str, step: Any) -> None:
+        if step.index == 1:
+            leave()
+            time.sleep(0.3)
+
+    model = chat(on_step=slow)
+    settings: dict[str, Any] = {"on_warning": lambda warning: None, "warn_at": 0.005, "on_exhausted": mode}
+    budget = Budget(seconds=60, store=store, **settings, **limits)
+    if limits and mode != "degrade":
+        with pytest.raises(BudgetExceeded, match="limit 8"):
+            model.invoke("hello", s2t_budget=budget)
+    else:
+        assert length(model.invoke("hello", s2t_budget=budget)) == limits.get("answer_tokens", TOKENS)
+
+
+def test_a_store_that_came_back_with_more_time_lets_the_answer_go_on() -> None:
+    store = Leaving()
+
+    def slow(trace: str, step: Any) -> None:
+        if step.index == 1:
+            store.away = True
+            time.sleep(0.3)  # a warning is due
+        if step.index == 3:
+            store.away = False
+            budget.extend(seconds=600)
+            time.sleep(1)
+
+    model = chat(on_step=slow)
+    model.engine  # noqa: B018 - loading is not on the clock
+    budget = Budget(seconds=1, store=store, on_warning=lambda warning: None, warn_at=0.1)
+    assert length(model.invoke("hello", s2t_budget=budget)) == TOKENS
+
+
 # ------------------------------------------------------------------ the budget itself
 
 

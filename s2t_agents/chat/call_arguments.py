@@ -252,7 +252,7 @@ def timeout_of(given: Any) -> float | None:
     """
     if given is None:
         return None
-    if isinstance(given, bool) or not isinstance(given, Real) or not given > 0:
+    if isinstance(given, bool) or not isinstance(given, Real) or not float(given) > 0:
         raise ConfigError(
             f"timeout is {given!r:.80}; it must be a number of seconds above 0.",
             hint="Give what a whole answer may take, such as 30; None sets no limit.",

@@ -3,7 +3,7 @@
 prompt known ──> reserve: one answer and all tokens that it may have, or as many as are left
      │
 queue, prompt, steps ──> deadline over? ──yes──> the answer ends here, or BudgetExceeded, as the budget says
-     │no
+     │no                 (store away: the deadline known last)
 end ──> settle the tokens that came; release if none did
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Collection, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from decimal import Decimal
+from typing import NamedTuple
 
 from ..budget import Budget, Charge, Hold
 from ..errors import AnswerTimeout, BudgetExceeded, StoreUnavailable
@@ -25,6 +26,21 @@ ANSWER_HOLD_S = 3600.0
 """Seconds after which a hold lapses should this process die: longer than an answer takes."""
 TRIES = 100
 """Reservations of what is left, where others take some of it in between."""
+
+
+class KnownDeadline(NamedTuple):
+    """A budget's deadline, as its store had it last.
+
+    Attributes:
+        at: when, by ``time.perf_counter``.
+        limit: whose; None without one.
+    """
+
+    at: float
+    limit: RefusedBy | None
+
+
+NEVER = KnownDeadline(math.inf, None)
 
 
 class LocalWork:
@@ -50,7 +66,8 @@ class LocalWork:
         """When to look at the budget's clock again, by ``time.perf_counter``; infinite without a deadline."""
         self._timeout_s, self._made = timeout_s, 0
         self._end = math.inf if timeout_s is None else time.perf_counter() + timeout_s
-        self._late: BudgetExceeded | None = None
+        self._known = NEVER
+        self._late: BudgetExceeded | StoreUnavailable | None = None
         self.stopped_by: RefusedBy | None = None
 
     def reserve(self, tokens: int) -> int:
@@ -73,6 +90,7 @@ class LocalWork:
             charge = Charge(Decimal(0), escalations=0, answers=0 if self.begun else 1, answer_tokens=wanted)
             try:
                 self._hold = self._budget.reserve(charge, ttl_s=ANSWER_HOLD_S)
+                self._schedule(self._budget)
                 break
             except BudgetExceeded as refused:
                 left = int(self._budget.available().get("answer_tokens", 0))
@@ -103,7 +121,7 @@ class LocalWork:
         Raises:
             AnswerTimeout: the timeout has passed.
             BudgetExceeded: the budget has no time left.
-            StoreUnavailable: the store cannot be reached.
+            StoreUnavailable: it had none by the deadline known last, and its store cannot be reached.
         """
         if self.end_s() <= 0:
             raise self._timed_out()
@@ -112,11 +130,22 @@ class LocalWork:
 
     def _look(self) -> None:
         assert self._budget is not None
-        self._budget.warn()
-        self._next_look = _next_look(self._budget)
-        if self._next_look <= time.perf_counter() and (late := _refusal(self._budget, 0)):
-            self._late = late
-            raise late
+        try:
+            self._budget.warn()
+            self._schedule(self._budget)
+            over = self._next_look <= time.perf_counter()
+            self._late = _refusal(self._budget, 0) if over else None
+        except StoreUnavailable as away:  # whatever is due meanwhile waits for it, but for the end
+            self._next_look = self._known.at
+            self._late = away if self._known.at <= time.perf_counter() else None
+        if self._late is not None:
+            raise self._late
+
+    def _schedule(self, budget: Budget) -> None:
+        """Note the deadline, and when to look at the budget's clock again."""
+        left = budget.seconds_to_next()
+        if left is not None:
+            self._next_look, self._known = time.perf_counter() + left, _deadline_of(budget)
 
     @property
     def too_short(self) -> BudgetExceeded | None:
@@ -135,6 +164,7 @@ class LocalWork:
         Raises:
             AnswerTimeout: a token came after the timeout.
             BudgetExceeded: tokens or time ran out, and the budget's ``on_exhausted`` is not "degrade".
+            StoreUnavailable: the same, by the deadline known last.
         """
         if self._timeout_s is not None:
             steps = self._in_time(steps)
@@ -150,7 +180,6 @@ class LocalWork:
                 used = replace(hold.reserved, answer_tokens=count - replayed)
                 hold.close(used if count else None)
 
-        self._next_look = _next_look(budget)
         try:
             with closing(steps):
                 for each in steps:
@@ -162,8 +191,8 @@ class LocalWork:
                         self._look()
                 if self._cut is not None and last is not None and count >= self._room and last.token_id not in eos_ids:
                     settle()
-                    self._stop(_refusal(budget, self._cut.wanted) or self._cut, budget)
-        except BudgetExceeded as refused:
+                    self._stop(_still_refused(budget, self._cut), budget)
+        except (BudgetExceeded, StoreUnavailable) as refused:
             if refused is not self._late:
                 raise
             self._stop(refused, budget)
@@ -186,22 +215,27 @@ class LocalWork:
         came = f"{self._made} tokens came" if self._made else "no token came"
         return AnswerTimeout(
             f"the answer was not whole within timeout={self._timeout_s:g} seconds: {came}.",
-            hint="Give it more time, ask for fewer tokens (max_tokens), or let fewer answers run at once (concurrency).",
+            hint="Give it more time, ask for fewer tokens (max_tokens), or let fewer run at once (concurrency).",
         )
 
-    def _stop(self, refused: BudgetExceeded, budget: Budget) -> None:
+    def _stop(self, refused: BudgetExceeded | StoreUnavailable, budget: Budget) -> None:
         if budget.on_exhausted != "degrade":
             raise refused
-        self.stopped_by = RefusedBy(refused.budget, refused.unit, refused.limit)
+        if isinstance(refused, BudgetExceeded):
+            self.stopped_by = RefusedBy(refused.budget, refused.unit, refused.limit)
+        else:
+            self.stopped_by = self._known.limit
 
 
-def _next_look(budget: Budget) -> float:
-    """When to look at the budget's clock again; there is no time left where this has passed."""
-    try:
-        left = budget.seconds_to_next()
-    except StoreUnavailable:
-        left = 0.0  # unknown: the reservation that follows says so
-    return math.inf if left is None else time.perf_counter() + left
+def _deadline_of(budget: Budget) -> KnownDeadline:
+    """The nearest deadline in the chain of a budget, as its store has it now."""
+    now, states = time.perf_counter(), [each.state() for each in budget.chain]
+    timed = [
+        KnownDeadline(now + float(state.left["seconds"]), RefusedBy(state.path, "seconds", state.limit["seconds"]))
+        for state in states
+        if "seconds" in state.limit
+    ]
+    return min(timed, key=lambda each: each.at, default=NEVER)
 
 
 def _refusal(budget: Budget, tokens: Decimal | float) -> BudgetExceeded | None:
@@ -215,3 +249,11 @@ def _refusal(budget: Budget, tokens: Decimal | float) -> BudgetExceeded | None:
     except BudgetExceeded as refused:
         return refused
     return None
+
+
+def _still_refused(budget: Budget, cut: BudgetExceeded) -> BudgetExceeded:
+    """The refusal as it is now; as it was, where it no longer is one, or where the store cannot be reached."""
+    try:
+        return _refusal(budget, cut.wanted) or cut
+    except StoreUnavailable:
+        return cut
