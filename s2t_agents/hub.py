@@ -140,11 +140,17 @@ class ModelSource:
     @property
     def hint(self) -> str:
         """The hint of an error about missing files."""
-        if Path(self.path).exists() or self.path.startswith((".", "/")):
+        if self.is_path:
             return "Check that the directory holds config.json, tokenizer.json and *.safetensors."
         return (
-            "Give a local directory, or a hub id with the hub reachable (HF_HUB_OFFLINE unset); 's2t-demo' is bundled."
+            "It is to run on this machine: give a directory, a hub id with the hub reachable (HF_HUB_OFFLINE unset), "
+            "a .gguf file, or vllm://host:port/name for a model that is served; 's2t-demo' is bundled."
         )
+
+    @property
+    def is_path(self) -> bool:
+        """Whether the name is meant as a path of this machine."""
+        return Path(self.path).exists() or self.path.startswith((".", "/"))
 
     @contextmanager
     def reading(self, what: str) -> Iterator[None]:
@@ -232,7 +238,8 @@ class ModelSource:
         """Refuse a URL as the name (ModelNotFound); it is not repeated: any part may be a secret."""
         if "://" in self.path and not Path(self.path).exists():
             raise ModelNotFound(
-                "the model's name is a URL.", hint="Give a directory or a hub id, such as 'Qwen/Qwen3-0.6B'."
+                "the model's name is a URL.",
+                hint="Give a directory, a hub id, such as 'Qwen/Qwen3-0.6B', or vllm://host:port/name if it is served.",
             )
 
 

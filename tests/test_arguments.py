@@ -13,8 +13,8 @@ from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableLambda
 from observers import cache_key, traced
 
-from s2t_agents import Budget, ChatS2T, Ledger
-from s2t_agents.errors import ConfigError
+from s2t_agents import Budget, ChatS2T, Ledger, LocalLLM
+from s2t_agents.errors import ConfigError, ModelNotFound
 from s2t_agents.escalation import Escalation
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
 from s2t_agents.triggers import always
@@ -248,6 +248,26 @@ def test_what_a_setting_cannot_be_is_one_line_at_construction(settings: dict[str
         ChatS2T(**{"model": "never/loaded", **settings})
     assert "\n" not in str(refused.value)
     assert "SECRET" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["gpt-4o-mini", "openai:gpt-4o", "anthropic/some-model", "llama3:8b"])
+def test_a_name_of_no_model_here_says_how_those_elsewhere_are_named(name: str) -> None:
+    here = r"a directory, a hub id .*, a \.gguf file, or vllm://host:port/name"
+    elsewhere = r'ChatJudge\(init_chat_model\("openai:gpt-4o-mini"\)\).* OpenAILLM\(url, name\)'
+    for model in (ChatS2T(model=name), chat().bind(model=name)):
+        with pytest.raises(ModelNotFound, match=here) as refused:
+            model.invoke("hello")
+        assert "ChatJudge" not in str(refused.value)
+    for llm in (name, LocalLLM(name), Escalation(LocalLLM(name))):
+        with pytest.raises(ModelNotFound, match=elsewhere):
+            chat(escalation=llm).invoke("hello")
+
+
+@pytest.mark.parametrize("setting", ["model", "escalation"])
+def test_a_path_where_nothing_is_remains_a_path(setting: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"Check that the directory holds") as refused:
+        ChatS2T(**{"model": tiny_model(), setting: str(tmp_path / "nothing")}).invoke("hello")
+    assert "ChatJudge" not in str(refused.value)
 
 
 def test_none_is_the_default_and_a_path_is_a_path(tmp_path: Path) -> None:

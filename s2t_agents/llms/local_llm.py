@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..backends.loading import load_tokenizer
 from ..budget.charges import charge_for
-from ..errors import EscalationFailed, first_line
+from ..errors import EscalationFailed, ModelNotFound, first_line
 from ..fork_safety import hold_while_forking
+from ..hub import ModelSource
 from ..identity import identity
 from ..redaction import url_without_secrets, without_secrets
 from ..scheduling.idle_sequences import IdleSequences
@@ -32,6 +33,13 @@ MAX_IDLE_CACHES = 4
 
 RELOAD_S = 300.0
 """Seconds until loading is tried again after a failure: loading large weights takes minutes."""
+
+
+NOT_HERE = (
+    'An LLM that runs elsewhere is asked by ChatJudge(init_chat_model("openai:gpt-4o-mini")), or any other chat model, '
+    "or by OpenAILLM(url, name)."
+)
+"""The way out for a name that is no model's here."""
 
 
 class LocalLLM(ComparedTokens):
@@ -99,7 +107,12 @@ class LocalLLM(ComparedTokens):
         return side_of(self.load(), self.chat_template)
 
     def _read_tokenizer(self) -> Any:
-        return self._options.get("tokenizer") or load_tokenizer(self.name, **_from_pretrained(self._options))
+        try:
+            return self._options.get("tokenizer") or load_tokenizer(self.name, **_from_pretrained(self._options))
+        except ModelNotFound as error:
+            if ModelSource.of(self.name, {}).is_path:
+                raise
+            raise ModelNotFound(str(error), hint=NOT_HERE) from error
 
     def open(self) -> LocalSession:
         """A session with its own KV cache."""
