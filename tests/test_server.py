@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ import pytest
 from server_support import QUESTION, STOCK_QUESTION, STOCK_TOOL, demo_model, serving_chat
 
 from s2t_agents import Budget, ChatS2T, Concurrency, Escalation, Ledger, errors
+from s2t_agents.budget import Charge
 from s2t_agents.server.error_responses import INTERNAL, error_body, shape_of
 from s2t_agents.testing import ScriptedLLM, tiny_model
 from s2t_agents.triggers import when
@@ -453,6 +455,8 @@ def test_an_exhausted_budget_that_raises_is_a_quota_that_no_client_asks_for_agai
             assert response.status_code == 429
             assert response.json()["error"]["type"] == "insufficient_quota"
             assert response.headers["x-should-retry"] == "false"
+            message = response.json()["error"]["message"]
+            assert message.endswith(": limit 2, spent 2, held 0. Who runs the server can allow more.")
     assert len(llm.asked) == 2
 
 
@@ -462,6 +466,13 @@ def test_a_budget_that_degrades_answers_and_says_so() -> None:
         found = posted(client, ASK)["s2t"]
     assert (found["escalations"], found["degraded"]) == (2, True)
     assert found["budget"]["left"] == {"escalations": 0}
+
+
+def _refused(unit: str, mode: Any) -> errors.BudgetExceeded:
+    budget = Budget(**{unit: 0}, name="run", on_exhausted=mode)
+    with pytest.raises(errors.BudgetExceeded) as refused:
+        budget.reserve(Charge(Decimal(1), 1, escalations=1, answers=1, answer_tokens=1))
+    return refused.value
 
 
 def test_every_error_of_this_package_has_a_shape_and_the_servers_own_are_not_shown() -> None:
@@ -475,6 +486,11 @@ def test_every_error_of_this_package_has_a_shape_and_the_servers_own_are_not_sho
         assert shape is not INTERNAL or "secret" not in str(error_body(error, "r1"))
         assert 400 <= shape.status < 600
         assert bool(shape.headers.get("Retry-After")) == kind.retryable or shape is INTERNAL, kind
+    for unit in ("usd", "escalations", "llm_tokens", "answers", "answer_tokens", "seconds"):
+        for mode in ("degrade", "raise", "ask"):
+            refused = error_body(_refused(unit, mode), "r1")["error"]["message"]
+            assert "budget 'run'" in refused.lower()
+            assert not any(word in refused for word in ("extend", "BudgetMiddleware", "on_exhausted"))
     unexpected = error_body(KeyError("/srv/secret/place"), "r1")["error"]
     assert "secret" not in str(unexpected)
     assert "r1" in unexpected["message"]

@@ -144,10 +144,11 @@ def test_no_key_is_in_a_log_an_error_or_a_record(
         (f'[agents.ann]\nkeys = ["{ANN_LINE}"]\nbudgets = 1\n', "agents.ann.budgets"),
         (f'[agents.ann]\nkeys = ["{ANN_LINE}"]\nbudget = {{ dollars = 1 }}\n', "budget.dollars"),
         (f'[agents.ann]\nkeys = ["{ANN_LINE}"]\nbudget = {{ usd = -1 }}\n', "usd"),
+        (f'[agents.ann]\nkeys = ["{ANN_LINE}"]\nbudget = {{ usd = 1, on_exhausted = "ask" }}\n', "budget.on_exhausted"),
         (f'[agents."a b"]\nkeys = ["{ANN_LINE}"]\n', "a b"),
         ("[[[", "line 1"),
     ],
-    ids=[f"file {number}" for number in range(10)],  # the texts hold new keys, and every test process must say the same
+    ids=[f"file {number}" for number in range(11)],  # the texts hold new keys, and every test process must say the same
 )
 def test_a_key_file_that_is_none_is_refused_with_the_place_and_without_its_keys(
     tmp_path: Path, text: str, message: str

@@ -178,6 +178,11 @@ def test_a_long_ledger_shows_its_newest_and_sums_all(tmp_path: Path, ending: str
     assert data["total"] == 30
     assert write_trace(path, page, agent="b") == 15
     assert {each["name"] for each in data_of(page.read_text())["agents"]} == {"b"}
+    for name in ("b/writer", "b/writer/again", "bc", "b2/writer", "c/b"):
+        ledger.record(GenerationRecord(agent=name))
+    assert write_trace(path, page, agent="b") == 17
+    assert write_trace(path, page, agent="b/writer") == 2
+    assert {each["name"] for each in data_of(page.read_text())["agents"]} == {"b/writer", "b/writer/again"}
 
 
 def test_budgets_burn_down_by_agent_and_run(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ class ErrorShape:
         code: OpenAI's ``code``.
         headers: of the response.
         shown: whether the client sees the message, which may name files and settings of the server.
+        hint: a client's way out, in place of the error's own, which is for a program on this machine; None leaves that.
     """
 
     status: int
@@ -30,6 +31,7 @@ class ErrorShape:
     code: str | None = None
     headers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     shown: bool = True
+    hint: str | None = None
 
 
 _RETRY = {"Retry-After": "1"}
@@ -50,9 +52,17 @@ SHAPES: Mapping[type[Exception], ErrorShape] = {
     errors.InputError: ErrorShape(400, _INVALID),
     errors.BadSchema: ErrorShape(400, _INVALID, "invalid_schema"),
     errors.ConfigError: ErrorShape(400, _INVALID),  # of the call: settings were checked before the server listened
-    errors.BudgetExceeded: ErrorShape(429, "insufficient_quota", "insufficient_quota", headers=_NO_RETRY),
-    errors.Overloaded: ErrorShape(429, "rate_limit_error", "overloaded", headers=_RETRY),
-    errors.AnswerTimeout: ErrorShape(504, "server_error", "timeout", headers=_RETRY),
+    errors.BudgetExceeded: ErrorShape(
+        429, "insufficient_quota", "insufficient_quota", headers=_NO_RETRY, hint="Who runs the server can allow more."
+    ),
+    errors.Overloaded: ErrorShape(429, "rate_limit_error", "overloaded", headers=_RETRY, hint="Try again later."),
+    errors.AnswerTimeout: ErrorShape(
+        504,
+        "server_error",
+        "timeout",
+        headers=_RETRY,
+        hint="Ask for a shorter answer (max_tokens), or try again later.",
+    ),
     errors.StoreUnavailable: ErrorShape(503, "server_error", "budget_unavailable", headers=_RETRY, shown=False),
     errors.BadStore: ErrorShape(503, "server_error", "budget_unavailable", headers=_NO_RETRY, shown=False),
     errors.ModelServerError: ErrorShape(502, "server_error", "model_unavailable", headers=_RETRY, shown=False),
@@ -80,9 +90,12 @@ def shape_of(error: BaseException) -> ErrorShape:
 def error_body(error: BaseException, request_id: str) -> dict[str, Any]:
     """OpenAI's JSON of an error; one that is not shown names the request, for the server's log."""
     shape = shape_of(error)
-    message = (
-        str(error) if shape.shown else f"{HTTPStatus(shape.status).phrase}; the server's log has request {request_id}."
-    )
+    if shape.shown:
+        message = str(error)
+        if shape.hint is not None and isinstance(error, errors.S2TError):
+            message = f"{message.removesuffix(error.hint).strip()} {shape.hint}"
+    else:
+        message = f"{HTTPStatus(shape.status).phrase}; the server's log has request {request_id}."
     param, code = getattr(error, "param", None), getattr(error, "code", None)
     return body_of(message, shape.kind, code or shape.code, param)
 

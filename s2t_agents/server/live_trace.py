@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse, Response
 
 from ..errors import LedgerError, UnknownKey
 from ..ledger import Ledger
-from ..trace import check_last, trace_of
+from ..trace import check_last, part_of, trace_of
 from .tenants import Tenant, Tenants
 
 RELOAD_S = 3.0
@@ -71,8 +71,7 @@ class LiveTrace:
         """Whose answers a tenant sees: all without keys, else those of its own agent and of the parts of it."""
         if not self._tenants.with_keys:
             return None
-        own = (tenant.agent or "").partition("/")[0]
-        return lambda agent: agent == own or agent.startswith(f"{own}/")
+        return part_of((tenant.agent or "").partition("/")[0])
 
 
 def with_key(headers: Mapping[str, str]) -> Mapping[str, str]:

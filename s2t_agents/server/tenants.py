@@ -21,7 +21,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..budget import PER_DAY, PER_HOUR, PER_WEEK, Budget, BudgetStore, OnExhausted
+from ..budget import PER_DAY, PER_HOUR, PER_WEEK, Budget, BudgetStore
 from ..errors import BadRequest, ConfigError, UnknownKey
 
 AGENT_HEADER = "x-s2t-agent"
@@ -53,7 +53,7 @@ class Tenant:
 
 
 class AgentLimits(BaseModel):
-    """A key file's limits of one agent; as for ``Budget``."""
+    """A key file's limits of one agent; as for ``Budget``, but that no request can ask a person for more."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -63,7 +63,7 @@ class AgentLimits(BaseModel):
     answers: int | None = None
     answer_tokens: int | None = None
     window: Literal["hour", "day", "week"] | None = None
-    on_exhausted: OnExhausted = "degrade"
+    on_exhausted: Literal["degrade", "raise"] = "degrade"
 
     def open(self, name: str, parent: Budget | None, store: BudgetStore | None) -> Budget:
         """The agent's budget: below the parent, or a root of its own.

@@ -36,7 +36,7 @@ def write_trace(ledger: Path, page: Path, *, last: int = 2000, agent: str | None
         ledger: the file, which is only read.
         page: the file that is written, or replaced.
         last: how many answers the page shows, the newest; its sums are of all.
-        agent: shows answers of this agent alone.
+        agent: shows answers of this agent and of its parts alone.
 
     Returns:
         How many answers the page shows.
@@ -52,11 +52,16 @@ def write_trace(ledger: Path, page: Path, *, last: int = 2000, agent: str | None
         raise ConfigError(f"The page {page} would replace the ledger itself.", hint="Choose another file for the page.")
     if not page.absolute().parent.is_dir():
         raise ConfigError(f"{page}: there is no such folder.", hint="Make it first.")
-    made = trace_of(opened, name=ledger.name, last=last, whose=None if agent is None else agent.__eq__)
+    made = trace_of(opened, name=ledger.name, last=last, whose=None if agent is None else part_of(agent))
     if agent is not None and not made.total:
         raise LedgerError(f"{ledger} has no answer of the agent {agent!r:.200}.", hint="s2t report lists the agents.")
     write_whole(page, made.html.encode())
     return min(last, made.total)
+
+
+def part_of(agent: str) -> Callable[[str], bool]:
+    """Whether a name is this agent's or that of a part of it, as ``researcher/writer`` of ``researcher``."""
+    return lambda name: name == agent or name.startswith(f"{agent}/")
 
 
 def check_last(last: int) -> None:
