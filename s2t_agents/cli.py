@@ -7,7 +7,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -16,9 +16,6 @@ from rich.markup import escape
 from . import __version__
 from .errors import ConfigError, S2TError
 from .training.commands import app as training
-
-if TYPE_CHECKING:
-    from .budget import TokenPrice
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -153,64 +150,43 @@ def serve(
     waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait behind them; more get 429.")] = 256,
 ) -> None:
     """Serve OpenAI's API: chat completions, completions, models."""
-    typer.echo(f"loading {model}", err=True)  # seconds, before anything else can be said
-    from .budget import Budget, DevicePrice, SQLiteStore, money
-    from .chat.chat_model import ChatS2T
-    from .ledger import Ledger, Recording
-    from .llms.front import llm_of
-    from .scheduling.admission import Concurrency
-    from .server import Tenants
     from .server import serve as run
+    from .server.setup import Setup
 
-    store = SQLiteStore(budgets) if budgets is not None else None
-    recording = Recording(steps=record_steps or record_text, text=record_text)
-    if recording.steps and ledger is None:
-        raise ConfigError("--record-steps and --record-text need a ledger.", hint="Give --ledger FILE.")
-    asked = llm_of(llm) if llm is not None else None
-    if llm_price is not None:
-        if asked is None:
-            raise ConfigError("--llm-price was given, and no LLM is asked.", hint="Give --llm.")
-        asked.price = _token_price(llm_price)
-    if usd is not None and asked is not None and asked.price is None:
-        raise ConfigError(
-            f"--usd was given, and {asked.name!r} has no known price.",
-            hint="Give --llm-price, or limit --escalations instead.",
-        )
-    limited = usd is not None or escalations is not None
-    whole = (
-        Budget(
-            name="server", usd=usd if usd is None else money.dollars(usd, "--usd"), escalations=escalations, store=store
-        )
-        if limited
-        else None
-    )
-    chat_model = ChatS2T(
+    chat_model, tenants = Setup(
         model=model,
         selector=selector,
-        escalation=asked,
-        device_price=DevicePrice(money.dollars(device_price, "--device-price")) if device_price is not None else None,
-        budget=whole,
-        ledger=Ledger.open(ledger, recording=recording) if ledger is not None else None,
-        max_tokens=max_tokens,
+        llm=llm,
+        keys=keys,
+        usd=usd,
+        escalations=escalations,
+        llm_price=llm_price,
+        device_price=device_price,
+        budgets=budgets,
+        ledger=ledger,
         shadow=shadow,
-        concurrency=Concurrency(running, waiting),
-    )
-    tenants = Tenants.from_file(keys, parent=whole, store=store) if keys is not None else Tenants()
+        record_steps=record_steps,
+        record_text=record_text,
+        trace=trace,
+        max_tokens=max_tokens,
+        running=running,
+        waiting=waiting,
+    ).build()
 
     def print_address(host: str, port: int) -> None:
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         typer.echo(f"s2t serves OpenAI's API at {url}/v1" + (f", its trace at {url}/trace" if trace else ""))
 
-    run(chat_model, host=host, port=port, tenants=tenants, names=name or (), trace=trace, on_listening=print_address)
-
-
-def _token_price(text: str) -> TokenPrice:
-    from .budget import TokenPrice, money
-
-    read, slash, written = text.partition("/")
-    if not slash:
-        raise ConfigError(f"--llm-price is {text!r:.80}.", hint="Give USD per million tokens read/written: 0.50/1.50.")
-    return TokenPrice(money.dollars(read, "--llm-price"), money.dollars(written, "--llm-price"))
+    run(
+        chat_model,
+        host=host,
+        port=port,
+        tenants=tenants,
+        names=name or (),
+        trace=trace,
+        on_loading=lambda: typer.echo(f"loading {model}", err=True),
+        on_listening=print_address,
+    )
 
 
 @app.command()
@@ -245,7 +221,7 @@ def trace(
     ledger: Annotated[Path, typer.Argument(help="A ledger's file: .jsonl, .db or .sqlite.")],
     out: Annotated[Path | None, typer.Option(help="The page; beside the ledger by default.")] = None,
     last: Annotated[int, typer.Option(min=1, help="Show so many answers, the newest.")] = 2000,
-    agent: Annotated[str | None, typer.Option(help="Show this agent's alone.")] = None,
+    agent: Annotated[str | None, typer.Option(help="Show this agent's and its parts' alone.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """One HTML page of what each answer did: who picked which token, why, at what price, in what time."""

@@ -83,6 +83,8 @@ def test_the_benchmarks_have_a_help_of_their_own() -> None:
         ("eval", "--grading", "moon"),
         ("serve", "--usd", "moon"),
         ("serve", "--llm", "s2t-demo-llm", "--usd", "1"),
+        ("serve", "--budgets", "spent.db"),
+        ("serve", "--trace"),
     ],
     ids=" ".join,
 )
@@ -90,6 +92,7 @@ def test_options_are_checked_before_anything_runs_and_errors_name_them(wrong: tu
     out = s2t(*wrong)
     assert (out.returncode, out.stdout) == (2, "")
     assert next(each for each in wrong[::-1] if each.startswith("--")).strip("-") in out.stderr
+    assert "loading" not in out.stderr
 
 
 def test_help_shows_brackets_as_they_are() -> None:

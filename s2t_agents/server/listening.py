@@ -183,6 +183,7 @@ def serve(
     tenants: Tenants | None = None,
     names: Sequence[str] = (),
     trace: bool = False,
+    on_loading: Callable[[], None] | None = None,
     on_listening: Callable[[str, int], None] | None = None,
 ) -> None:
     """Serve until interrupted; running answers get ``CLOSING_S`` to end, then an error event.
@@ -194,6 +195,7 @@ def serve(
         tenants: who may ask.
         names: what clients may call the model.
         trace: show the ledger at ``/trace``, to whoever may ask.
+        on_loading: called before the weights are loaded, once all else is known to work.
         on_listening: called with host and port once the weights are loaded and clients can connect.
 
     Raises:
@@ -203,6 +205,8 @@ def serve(
     tenants = Tenants() if tenants is None else tenants
     check_exposure(host, tenants)
     with listen(host, port) as bound:
+        if on_loading is not None:
+            on_loading()
         app = create_app(chat_model, tenants=tenants, names=names, trace=trace)
         bound.listen()
         if on_listening is not None:
