@@ -11,7 +11,7 @@ from templates import family
 
 from s2t_agents.chat.accounting import Account
 from s2t_agents.chat.attribution import Caller
-from s2t_agents.chat.generation import Generation
+from s2t_agents.chat.generation import Generation, GenerationRequest
 from s2t_agents.chat.response_options import ResponseOptions
 from s2t_agents.formats.tool_calls import CLOSE, OPEN, MessageDelta, ToolCallParser, as_written, tag_ids
 from s2t_agents.server.chat_answers import chat_completion, chat_events
@@ -244,10 +244,8 @@ def answered(request, text, name="llama3"):
     generation = Generation(
         (Step(at, at, i, i, "slm") for at, i in enumerate(ids)),
         Account("m", 1, Caller()),
-        parser=request.parser(tokenizer),
-        tokenizer=tokenizer,
-        eos_ids=frozenset([tokenizer.eos_token_id]),
-        room=400,
+        GenerationRequest([1], None, 400, request.parser(tokenizer), frozenset([tokenizer.eos_token_id])),
+        tokenizer,
     )
     deltas = list(generation.deltas())
     assert "".join(delta.text for delta in deltas) == generation.parser.text

@@ -18,7 +18,6 @@ from langchain_core.messages import AIMessage
 
 from ..budget import Budget, DevicePrice
 from ..budget.charges import sum_of
-from ..engine.engine import Engine
 from ..errors import StoreUnavailable
 from ..ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Shadow, Thought
 from ..telemetry import AnswerTelemetry
@@ -95,30 +94,6 @@ class Account:
     _first: float | None = None
     _last_escalation: EscalationRecord | None = None
     ledger_error: str | None = None
-
-    @classmethod
-    def of(
-        cls,
-        engine: Engine,
-        prompt: Sequence[int],
-        caller: Caller,
-        *,
-        device_price: DevicePrice | None,
-        budget: Budget | None,
-        work: LocalWork,
-    ) -> Account:
-        """The account of one generation of an engine, before its first step."""
-        return cls(
-            model=engine.slm.name,
-            prompt_tokens=len(prompt),
-            prompt=prompt,
-            caller=caller,
-            llm=engine.escalation.llm.name if engine.escalation else None,
-            device_price=device_price,
-            budget=budget,
-            work=work,
-            shadow=engine.shadow,
-        )
 
     def add(self, step: Step) -> None:
         """Count one step."""

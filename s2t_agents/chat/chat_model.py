@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -38,12 +38,11 @@ from ..scheduling.admission import AdmissionTicket, Concurrency
 from ..scheduling.computing import computing
 from ..scheduling.language_model import LanguageModel
 from ..selectors import Selector
-from ..telemetry import AnswerRequest
 from ..tokenization.chat_template import chat_template_of
 from ..triggers import Trigger
 from ..types import Sampling, Step
 from . import output_messages
-from .accounting import Account
+from .answer import AnswerContext, begin_answer
 from .asked_conversation import AskedConversation
 from .async_bridge import ThreadedIterator
 from .attribution import current_caller, with_caller_handler
@@ -486,7 +485,7 @@ class ChatS2T(ConfigurableChatModel):
     ) -> Generation:
         """Validate the call and build its generation; the model does not run yet."""
         check_call(call, type(self).model_fields)
-        request = ResponseOptions.of(call)
+        options = ResponseOptions.of(call)
         runtime = self.runtimes.get(self._settings(call))
         engine = runtime.engine
         timeout = timeout_of(_value_or(call.get("timeout"), self.timeout))
@@ -495,15 +494,16 @@ class ChatS2T(ConfigurableChatModel):
             engine.escalation.check_price(budget)
         sampling = self._sampling(call, banned_first=tuple(engine.slm.eos_ids))
         thinking_limit = _value_or(call.get("max_thinking_tokens"), self.max_thinking_tokens)
-        unfinished, key = unfinished_of(call), conversation_key(engine.slm.name, request.cache_key, messages)
+        unfinished, key = unfinished_of(call), conversation_key(engine.slm.name, options.cache_key, messages)
         begun = unfinished.begin(key, engine.slm.vocab_size) if unfinished is not None else EMPTY_ANSWER
         work = LocalWork(budget, begun.tokens, timeout_s=timeout)
         try:
-            prepared = runtime.prepare(
-                request,
+            request = runtime.prepare(
+                options,
                 messages,
                 sampling.max_tokens,
                 work,
+                stop=_as_list(_value_or(stop, self.stop)),
                 max_thinking_tokens=parse_max_thinking_tokens(thinking_limit),
                 template_args=template_args_of(call),
             )
@@ -511,52 +511,21 @@ class ChatS2T(ConfigurableChatModel):
             work.release()
             raise
         caller = current_caller(call.get("s2t_agent"))
-        account = Account.of(engine, prepared.prompt, caller, device_price=self.device_price, budget=budget, work=work)
-        on_step, sampling = self.on_step, replace(sampling, max_tokens=prepared.room)
-        stops = _as_list(_value_or(stop, self.stop))
-        asked = AnswerRequest(
-            operation="chat",
-            model=engine.slm.name,
-            llm=account.llm,
-            agent=account.caller.agent,
-            thread_id=account.caller.thread_id,
-            sampling=sampling,
-            stop=stops,
-            streamed=streamed,
-            structured=request.reply is not None,
-            messages=lambda: input_messages(messages),
-        )
-        steps = engine.run(
-            prepared.prompt,
+        return begin_answer(
+            engine,
+            request,
             sampling,
-            grammar=prepared.grammar,
-            budget=budget,
-            cache_scope=scope,
-            on_asked=account.record_escalation,
-            begun=begun.tokens,
-            deadline=work,
+            AnswerContext(caller, work, budget, scope, self.device_price, self.ledger, self.on_step),
+            operation="chat",
+            streamed=streamed,
+            messages=lambda: input_messages(messages),
             conversation=AskedConversation(
-                request.prompt(messages),
-                request.tools,
-                len(prepared.prompt),
-                thinking=prepared.thoughts is not None and prepared.thoughts.thinking,
+                options.prompt(messages),
+                options.tools,
+                len(request.prompt),
+                thinking=request.thoughts is not None and request.thoughts.thinking,
             ),
-        )
-        steps = work.limiting(steps, engine.slm.eos_ids)
-        return Generation(
-            steps if unfinished is None else unfinished.recording(key, begun, steps, account),
-            account,
-            parser=prepared.parser,
-            tokenizer=engine.slm.tokenizer,
-            eos_ids=engine.slm.eos_ids,
-            room=prepared.room,
-            grammar=prepared.grammar,
-            schemas=prepared.schemas,
-            thoughts=prepared.thoughts,
-            stop=stops,
-            ledger=self.ledger,
-            on_step=(lambda step: on_step(account.trace_id, step)) if on_step else None,
-            asked=asked,
+            recording=partial(unfinished.recording, key, begun) if unfinished is not None else None,
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ..engine.stop_strings import StopStrings
@@ -26,6 +27,35 @@ from .telemetry_messages import output_message
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class GenerationRequest:
+    """The input of one generation.
+
+    Attributes:
+        prompt: token ids.
+        grammar: state of the grammar that masks the logits; it says whether ``room`` shortened the answer.
+            None masks nothing.
+        room: maximum number of completion tokens; an answer that used them all finishes with "length", unless it is
+            JSON of its schema, which is whole then.
+        parser: streaming parser of text and tool calls.
+        eos_ids: tokens that end an answer.
+        schemas: validate the finished answer.
+        thoughts: splits reasoning from the answer; None for a model without a reasoning format.
+        stop: stop strings; they apply to the text, not inside reasoning and tool calls.
+        with_special: whether special tokens have a text; only for an answer that is plain text.
+    """
+
+    prompt: Sequence[int]
+    grammar: Grammar | None
+    room: int
+    parser: ToolCallParser | PlainTextParser
+    eos_ids: frozenset[int]
+    schemas: OutputSchemas = field(default_factory=OutputSchemas)
+    thoughts: ReasoningParser | None = None
+    stop: Sequence[str] = ()
+    with_special: bool = False
+
+
 class Generation:
     """One answer. Iterate ``deltas`` or ``run`` once; afterwards the attributes describe the whole answer.
 
@@ -34,16 +64,8 @@ class Generation:
     Args:
         steps: the engine's generator.
         account: accumulates the steps.
-        parser: streaming parser of text and tool calls.
+        request: what is generated.
         tokenizer: the SLM's.
-        eos_ids: tokens that end an answer.
-        with_special: whether special tokens have a text; only for an answer that is plain text.
-        schemas: validate the finished answer.
-        room: maximum number of completion tokens; an answer that used them all finishes with "length", unless it is
-            JSON of its schema, which is whole then.
-        grammar: the state that the steps advance; says whether ``room`` shortened the answer. None without one.
-        thoughts: splits reasoning from the answer; None for a model without a reasoning format.
-        stop: stop strings; they apply to the text, not inside reasoning and tool calls.
         ledger: receives the record at the end, however the generation ends; a failure to record does not fail the
             answer, which is marked with ``ledger_error``.
         on_step: called with every step.
@@ -58,25 +80,19 @@ class Generation:
         self,
         steps: Generator[AdmissionTicket | Step, None, None],
         account: Account,
-        *,
-        parser: ToolCallParser | PlainTextParser,
+        request: GenerationRequest,
         tokenizer: Any,
-        eos_ids: frozenset[int],
-        room: int,
-        with_special: bool = False,
-        grammar: Grammar | None = None,
-        schemas: OutputSchemas | None = None,
-        thoughts: ReasoningParser | None = None,
-        stop: Sequence[str] = (),
+        *,
         ledger: Ledger | None = None,
         on_step: Callable[[Step], None] | None = None,
         asked: AnswerRequest | None = None,
     ) -> None:
-        self._steps, self.account, self._tokenizer, self.eos_ids = steps, account, tokenizer, eos_ids
-        self._detokenizer = Detokenizer(tokenizer, with_special=with_special)
-        self._room, self._grammar, self._stop = room, grammar, StopStrings(stop)
+        self._steps, self.account, self._tokenizer = steps, account, tokenizer
+        self._room, self._grammar, self._stop = request.room, request.grammar, StopStrings(request.stop)
+        self._detokenizer = Detokenizer(tokenizer, with_special=request.with_special)
         self._ledger, self._on_step, self._asked = ledger, on_step, asked
-        self.parser, self.thoughts, self.schemas = parser, thoughts, schemas or OutputSchemas()
+        self.parser, self.thoughts, self.schemas = request.parser, request.thoughts, request.schemas
+        self.eos_ids = request.eos_ids
         self.invalid: list[str] = []
         self.finish_reason = "aborted"
         self._ended = self._stopped = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from ..engine.engine import Engine
 from ..errors import ConfigError, ContextOverflow
 from ..escalation import DEFAULT_MARGIN
 from ..formats.reasoning import ReasoningParser
-from ..formats.tool_calls import PlainTextParser, ToolCallParser
 from ..grammar.grammar import CompiledGrammar, Grammar
 from ..grammar.thinking import ThinkingVocabulary, ThinkThenAnswer, cached_thinking_vocabulary
 from ..grammar.vocabulary import Vocabulary, cached_vocabulary
@@ -27,38 +25,18 @@ from ..selectors.config import SelectorConfig
 from ..selectors.drift import DriftWatch
 from ..selectors.served import SERVER, Served, ServedSelector
 from .engine_settings import EngineSettings, escalation_of
+from .generation import GenerationRequest
 from .loaded_models import shared_model
 from .local_work import LocalWork
 from .messages import PromptEncoder
 from .recent import Recent
-from .response_options import OutputSchemas, ResponseOptions
+from .response_options import ResponseOptions
 
 MAX_GRAMMARS = 64
 """Compiled grammars cached per engine, the last used: an agent sends the same tools every turn."""
 
 MAX_ENGINES = 4
 """Engines cached per chat model and its copies, for their own settings and a few that calls override."""
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """The input of one generation.
-
-    Attributes:
-        prompt: token ids.
-        grammar: state of the grammar that masks the logits.
-        room: maximum number of completion tokens.
-        parser: streaming parser of text and tool calls.
-        schemas: validate the finished answer.
-        thoughts: splits reasoning from the answer; None for a model without a reasoning format.
-    """
-
-    prompt: list[int]
-    grammar: Grammar
-    room: int
-    parser: ToolCallParser | PlainTextParser
-    schemas: OutputSchemas
-    thoughts: ReasoningParser | None = None
 
 
 class Runtime:
@@ -76,21 +54,23 @@ class Runtime:
 
     def prepare(
         self,
-        request: ResponseOptions,
+        options: ResponseOptions,
         messages: Sequence[BaseMessage],
         max_tokens: int,
         work: LocalWork,
         *,
+        stop: Sequence[str] = (),
         max_thinking_tokens: int | None = None,
         template_args: Mapping[str, Any] | None = None,
     ) -> GenerationRequest:
         """Encode the prompt and start the grammar of one call; the model does not run yet.
 
         Args:
-            request: tools, tool choice and response format.
+            options: tools, tool choice and response format.
             messages: the conversation.
             max_tokens: limit of reasoning and answer together.
             work: reserves the tokens that the answer may have; to be released where nothing comes of it.
+            stop: stop strings.
             max_thinking_tokens: limit of the reasoning, without its tags.
             template_args: template variables of this call; they override the model's.
 
@@ -105,14 +85,14 @@ class Runtime:
         window = self.engine.slm.context_window
         tokenizer = self.engine.slm.tokenizer
         encoder = self._encoder(template_args or {})
-        prompt = encoder.encode(request.prompt(messages), request.tools, limit=window - 1)
+        prompt = encoder.encode(options.prompt(messages), options.tools, limit=window - 1)
         room = min(max_tokens, window - len(prompt))
-        compiled = self._grammar(request)
+        compiled = self._grammar(options)
         thinking = self._thinking
         phase = thinking.format.phase_after(tokenizer, prompt) if thinking is not None else "answer"
         tokens_to_close = (
             thinking.tokens_to_close
-            if thinking is not None and phase == "thought" and request.requires_structure
+            if thinking is not None and phase == "thought" and options.requires_structure
             else 0
         )
         if room < max_tokens and not compiled.fits(room - tokens_to_close):
@@ -121,7 +101,7 @@ class Runtime:
                 f"answer has {compiled.shortest_tokens + tokens_to_close}.",
                 hint="Shorten the conversation or the tools.",
             )
-        parser, schemas = request.parser(tokenizer), request.schemas
+        parser, schemas = options.parser(tokenizer), options.schemas
         reader = ReasoningParser(thinking.format, phase) if thinking is not None else None
         room = work.reserve(room)
         grammar: Grammar
@@ -129,13 +109,14 @@ class Runtime:
             if thinking is None or phase == "answer":
                 grammar = compiled.start(room)
             else:
-                limit, structured = max_thinking_tokens, request.requires_structure
+                limit, structured = max_thinking_tokens, options.requires_structure
                 grammar = ThinkThenAnswer(thinking, compiled, phase=phase, room=room, limit=limit, forced=structured)
         except ConfigError:
             if work.too_short is not None:  # the budget's room, not what was asked for
                 raise work.too_short from None
             raise
-        return GenerationRequest(prompt, grammar, room, parser, schemas, reader)
+        eos_ids = self.engine.slm.eos_ids
+        return GenerationRequest(prompt, grammar, room, parser, eos_ids, schemas, reader, stop)
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
@@ -158,8 +139,8 @@ class Runtime:
         key = repr(identity(sorted(template_args.items())))
         return self._encoders.get(key, lambda: self.encoder.with_template_args(template_args))
 
-    def _grammar(self, request: ResponseOptions) -> CompiledGrammar:
-        return self._grammars.get(request.cache_key, lambda: request.compile(self._vocabulary))
+    def _grammar(self, options: ResponseOptions) -> CompiledGrammar:
+        return self._grammars.get(options.cache_key, lambda: options.compile(self._vocabulary))
 
 
 class RuntimeCache:

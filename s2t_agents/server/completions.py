@@ -9,19 +9,18 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Annotated, Any
 
 from langchain_core.messages import HumanMessage
 from pydantic import Field
 
 from ..call_scope import CallScope, scoped_items
-from ..chat.accounting import Account
+from ..chat.answer import AnswerContext, begin_answer
 from ..chat.async_bridge import ThreadedIterator
 from ..chat.attribution import current_caller
 from ..chat.call_arguments import timeout_of
 from ..chat.chat_model import ChatS2T
-from ..chat.generation import Generation
+from ..chat.generation import Generation, GenerationRequest
 from ..chat.local_work import LocalWork
 from ..chat.logprobs import LogprobsReader
 from ..chat.telemetry_messages import input_messages
@@ -30,7 +29,6 @@ from ..errors import BadRequest
 from ..formats.tool_calls import PlainTextParser
 from ..grammar.allowed_tokens import AllowedTokens
 from ..scheduling.admission import AdmissionTicket
-from ..telemetry import AnswerRequest
 from ..types import MAX_LOGPROBS, Sampling
 from .chat_answers import DONE
 from .error_responses import event_of
@@ -168,46 +166,26 @@ class Completion:
             logprob_ids=self._known(asked.logprob_token_ids or (), "logprob_token_ids"),
             ignore_eos=asked.ignore_eos,
         )
-        eos_ids = frozenset[int]() if asked.ignore_eos else engine.slm.eos_ids
-        room = work.reserve(sampling.max_tokens)  # last: what is held here is settled by the steps
-        sampling = replace(sampling, max_tokens=room)
-        account = Account.of(
-            engine, prompt, current_caller(tenant.agent), device_price=model.device_price, budget=budget, work=work
-        )
-        on_step, stops = model.on_step, asked.stops or ()
-        request = AnswerRequest(
-            operation="text_completion",
-            model=engine.slm.name,
-            llm=account.llm,
-            agent=account.caller.agent,
-            thread_id=account.caller.thread_id,
-            sampling=sampling,
-            stop=stops,
-            streamed=bool(asked.stream),
-            structured=False,
-            messages=lambda: input_messages([HumanMessage(engine.slm.tokenizer.decode(prompt))]),
-        )
-        steps = engine.run(
+        request = GenerationRequest(
             prompt,
-            sampling,
-            grammar=grammar,
-            budget=budget,
-            cache_scope=tenant.cache_scope or model.cache_scope,
-            on_asked=account.record_escalation,
-            deadline=work,
-        )
-        return Generation(
-            work.limiting(steps, eos_ids),
-            account,
-            parser=PlainTextParser(),
-            tokenizer=engine.slm.tokenizer,
-            eos_ids=eos_ids,
-            room=room,
+            grammar,
+            work.reserve(sampling.max_tokens),  # last: what is held here is settled by the steps
+            PlainTextParser(),
+            frozenset[int]() if asked.ignore_eos else engine.slm.eos_ids,
+            stop=asked.stops or (),
             with_special=not asked.skip_special_tokens,
-            stop=stops,
-            ledger=model.ledger,
-            on_step=(lambda step: on_step(account.trace_id, step)) if on_step else None,
-            asked=request,
+        )
+        scope = tenant.cache_scope or model.cache_scope
+        return begin_answer(
+            engine,
+            request,
+            sampling,
+            AnswerContext(
+                current_caller(tenant.agent), work, budget, scope, model.device_price, model.ledger, model.on_step
+            ),
+            operation="text_completion",
+            streamed=bool(asked.stream),
+            messages=lambda: input_messages([HumanMessage(engine.slm.tokenizer.decode(prompt))]),
         )
 
     def _prompt_ids(self) -> Sequence[int]:
