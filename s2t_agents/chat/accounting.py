@@ -14,19 +14,17 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-from langchain_core.messages import AIMessage
-
 from ..budget import Budget, DevicePrice
 from ..budget.charges import sum_of
 from ..errors import StoreUnavailable
-from ..ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, ReceiptCandidate, Shadow, Thought
+from ..ledger import Cost, GenerationRecord, Latency, Ledger, Receipt, Shadow, Thought
 from ..telemetry import AnswerTelemetry
-from ..types import Charge, EscalationRecord, EscalationReport, RefusedBy, Step
-from .attribution import Caller, current_caller
+from ..types import EscalationRecord, EscalationReport, RefusedBy, Step
+from .attribution import Caller
 from .local_work import LocalWork
-from .step_records import recorded
+from .receipts import receipt, receipt_of
+from .step_records import MS, recorded
 
-MS = 1000.0
 _log = logging.getLogger(__name__)
 
 
@@ -174,23 +172,21 @@ class Account:
             **({} if summary.shadow is None else {"shadow": summary.shadow.model_dump()}),
             **_stopped_entry(self.work.stopped_by),
             **({"shortened": True} if self.shortened else {}),
-            **_ledger_error_entry(self.ledger_error),
+            **({} if self.ledger_error is None else {"ledger_error": self.ledger_error}),
         }
 
     def write_record(
         self,
         ledger: Ledger,
-        finish_reason: str,
+        record: Callable[[], GenerationRecord],
         *,
         decode: Callable[[int], str],
         prompt_text: Callable[[], str],
-        error: str | None = None,
     ) -> None:
-        """Write the record to a ledger; a failure is kept in ``ledger_error`` and does not raise."""
+        """Write ``record`` to a ledger, with the steps that it keeps; a failure is kept in ``ledger_error``."""
 
         def made() -> GenerationRecord:
-            record = self.record(finish_reason, decode=decode, error=error)
-            return record.model_copy(update=recorded(ledger.recording, self.steps, decode, prompt_text))
+            return record().model_copy(update=recorded(ledger.recording, self.steps, decode, prompt_text))
 
         self.ledger_error = record_in_ledger(ledger, made)
 
@@ -220,10 +216,10 @@ class Account:
 
     def _receipts(self, decode: Callable[[int], str]) -> tuple[Receipt, ...]:
         """One receipt per escalation, the last one perhaps without a step."""
-        receipts = [receipt(step, decode) for step in self.steps if step.escalation]
+        receipts = [receipt_of(step, decode) for step in self.steps if step.escalation]
         if self.unemitted_escalation is not None:
             at = self.unemitted_escalation.prefix_tokens - self.prompt_tokens
-            receipts.append(_receipt(self.unemitted_escalation, decode, step=at))
+            receipts.append(receipt(self.unemitted_escalation, decode, step=at))
         return tuple(receipts)
 
     @property
@@ -298,43 +294,6 @@ def _reports(steps: Sequence[Step]) -> list[EscalationReport]:
     return [step.escalation for step in steps if step.escalation is not None and not step.escalation.replayed]
 
 
-def receipt(step: Step, decode: Callable[[int], str]) -> Receipt:
-    """The ledger's receipt of a step's escalation."""
-    assert step.escalation is not None
-    question = EscalationRecord(step.prefix_tokens, step.candidates, step.escalation)
-    would = step.shadow.token_id if step.shadow is not None else None
-    return _receipt(question, decode, step=step.index, wanted=step.wanted_id, pick=step.token_id, would_pick=would)
-
-
-def _receipt(
-    question: EscalationRecord,
-    decode: Callable[[int], str],
-    *,
-    step: int,
-    wanted: int | None = None,
-    pick: int | None = None,
-    would_pick: int | None = None,
-) -> Receipt:
-    report = question.report
-    return Receipt(
-        step=step,
-        prefix_tokens=question.prefix_tokens,
-        candidates=tuple(
-            ReceiptCandidate(token_id=c.token_id, text=decode(c.token_id), slm=c.slm, selector=c.selector, llm=c.llm)
-            for c in question.candidates
-        ),
-        wanted=wanted,
-        pick=pick,
-        would_pick=would_pick,
-        outcome=report.outcome,
-        reserved=report.reserved,
-        actual=Charge(Decimal(0), escalations=0) if report.replayed else report.actual,
-        refused_by=report.refused_by,
-        wait_ms=report.wait_s * MS,
-        reason=report.reason,
-    )
-
-
 def record_in_ledger(ledger: Ledger, record: Callable[[], GenerationRecord]) -> str | None:
     """Write a record to a ledger. An error does not raise; it is logged as a warning once per ledger and reason.
 
@@ -365,56 +324,5 @@ def _stopped_entry(limit: RefusedBy | None) -> dict[str, dict[str, Any]]:
     return {"stopped_by": {"budget": limit.budget, "unit": limit.unit, "limit": shown}}
 
 
-def _ledger_error_entry(ledger_error: str | None) -> dict[str, str]:
-    return {} if ledger_error is None else {"ledger_error": ledger_error}
-
-
 def _as_float(usd: Decimal | None) -> float | None:
     return None if usd is None else float(usd)
-
-
-def cached_message(message: AIMessage, ledger: Ledger | None) -> AIMessage:
-    """A message from LangChain's cache, with zero cost and latency in its metadata.
-
-    The budget of the call that generated it is removed (another caller must not see it); ``degraded`` is kept.
-
-    Args:
-        message: as cached; its metadata describe the call that generated it.
-        ledger: receives a record with ``cached=True``.
-    """
-    s2t = message.response_metadata.get("s2t")
-    if s2t is None:
-        return message
-    idle: dict[str, Any] = dict.fromkeys(("triggers", "selections", "flips", "escalations", "refused"), 0)
-    free = {key: dict.fromkeys(s2t[key], 0.0) for key in ("cost_usd", "latency_ms")}
-    failed = record_in_ledger(ledger, lambda: _cached_record(message, current_caller())) if ledger is not None else None
-    s2t = {key: value for key, value in s2t.items() if key not in _OF_THE_CALL}
-    if "thought" in s2t:
-        idle["thought"] = {**dict.fromkeys(s2t["thought"], 0), "tokens": s2t["thought"]["tokens"], "llm_usd": 0.0}
-    metadata = {
-        **message.response_metadata,
-        "s2t": {**s2t, **idle, **free, "budget": None, **_ledger_error_entry(failed)},
-    }
-    return message.model_copy(update={"response_metadata": metadata})
-
-
-_OF_THE_CALL = ("ledger_error", "shadow")
-
-
-def _cached_record(message: AIMessage, caller: Caller) -> GenerationRecord:
-    usage, metadata = message.usage_metadata, message.response_metadata
-    return GenerationRecord(
-        agent=caller.agent,
-        thread_id=caller.thread_id,
-        run_id=caller.run_id,
-        model=str(metadata.get("model_name", "")),
-        finish_reason=str(metadata.get("finish_reason", "")),
-        prompt_tokens=usage["input_tokens"] if usage else 0,
-        completion_tokens=usage["output_tokens"] if usage else 0,
-        degraded=metadata["s2t"]["degraded"],
-        shortened=metadata["s2t"].get("shortened"),
-        cached=True,
-        cost_usd=Cost(local=Decimal(0), llm=Decimal(0)),
-        thought=Thought(tokens=metadata["s2t"].get("thought", {}).get("tokens", 0)),
-        trace_id=metadata["s2t"]["trace_id"],
-    )

@@ -46,6 +46,7 @@ from .answer import AnswerContext, begin_answer
 from .asked_conversation import AskedConversation
 from .async_bridge import ThreadedIterator
 from .attribution import current_caller, with_caller_handler
+from .cached_answers import CutByBudget, cached_generations
 from .call_arguments import (
     ConfigurableChatModel,
     budget_of,
@@ -302,7 +303,7 @@ class ChatS2T(ConfigurableChatModel):
         Raises:
             CutByBudget: another caller's budget ended the answer.
         """
-        return output_messages.cached_generations(super()._convert_cached_generations(cache_val), self.ledger)
+        return cached_generations(super()._convert_cached_generations(cache_val), self.ledger)
 
     def _resolve_model_profile(self) -> ModelProfile:
         """LangChain's model profile: text, tools, reasoning; what the files on disk do not say is left out."""
@@ -446,14 +447,14 @@ class ChatS2T(ConfigurableChatModel):
         with in_scope(CallScope()):  # LangChain may stream inside and call callbacks with the chunks
             try:
                 return super()._generate_with_cache(*args, **kwargs)
-            except output_messages.CutByBudget:
+            except CutByBudget:
                 return self._without_cache()._generate_with_cache(*args, **kwargs)
 
     async def _agenerate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
         with in_scope(CallScope()):
             try:
                 return await super()._agenerate_with_cache(*args, **kwargs)
-            except output_messages.CutByBudget:
+            except CutByBudget:
                 return await self._without_cache()._agenerate_with_cache(*args, **kwargs)
 
     def _without_cache(self) -> Self:

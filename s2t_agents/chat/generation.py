@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from ..engine.stop_strings import StopStrings
@@ -127,17 +128,12 @@ class Generation:
             raise
         finally:
             error_text = None if error is None else f"{type(error).__name__}: {error}"
+            record = cache(partial(self.account.record, self.finish_reason, decode=self.decode, error=error_text))
             if self._ledger is not None:
-                self.account.write_record(
-                    self._ledger,
-                    self.finish_reason,
-                    decode=self.decode,
-                    prompt_text=self._prompt_text,
-                    error=error_text,
-                )
+                self.account.write_record(self._ledger, record, decode=self.decode, prompt_text=self._prompt_text)
             if telemetry is not None:
                 telemetry.end(
-                    lambda: self.account.record(self.finish_reason, decode=self.decode, error=error_text),
+                    record,
                     reused_tokens=self.account.reused_tokens,
                     budget=self.account.budget.path if self.account.budget is not None else None,
                     error=error,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk
@@ -10,8 +10,6 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
 from ..formats.tool_calls import MessageDelta
-from ..ledger import Ledger
-from .accounting import cached_message
 from .generation import Generation
 
 PROVIDER = "s2t"
@@ -57,26 +55,6 @@ def final_chunk(generation: Generation) -> ChatGenerationChunk:
         chunk_position="last",
     )
     return ChatGenerationChunk(message=message)
-
-
-class CutByBudget(Exception):
-    """An answer in LangChain's cache is as long as the budget of the call that made it, which is not in the key."""
-
-
-def cached_generations(found: Sequence[ChatGeneration], ledger: Ledger | None) -> list[ChatGeneration]:
-    """Generations from LangChain's cache, with zero cost in metadata and ledger.
-
-    Raises:
-        CutByBudget: one of them was ended by a budget.
-    """
-    if any(one.message.response_metadata.get("s2t", {}).get("stopped_by") for one in found):
-        raise CutByBudget
-    return [
-        one.model_copy(update={"message": cached_message(one.message, ledger)})
-        if isinstance(one.message, AIMessage)
-        else one
-        for one in found
-    ]
 
 
 def _reasoning_kwargs(reasoning: str) -> dict[str, Any]:

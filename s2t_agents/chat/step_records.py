@@ -7,7 +7,7 @@ from math import isfinite
 from typing import Any
 
 from ..ledger import ReceiptCandidate, Recording, StepRecord, StepTimes
-from ..types import Step
+from ..types import Candidate, Step
 
 PROMPT_CHARACTERS = 20_000
 """Characters of a prompt's end that are recorded."""
@@ -40,22 +40,29 @@ def _step(step: Step, decode: Callable[[int], str] | None) -> StepRecord:
         shadow_by=step.shadow.picked_by if step.shadow is not None and step.shadow.flipped else None,
         triggered=step.triggered,
         entropy=step.entropy if step.entropy is not None and isfinite(step.entropy) else None,  # logits may be NaN
-        candidates=tuple(
-            ReceiptCandidate(
-                token_id=each.token_id,
-                text=decode(each.token_id) if decode else "",
-                slm=each.slm,
-                selector=each.selector,
-                llm=each.llm,
-            )
-            for each in step.candidates
-        ),
+        candidates=candidate_records(step.candidates, decode),
         ms=StepTimes(
             propose=_ms(times.propose),
             grammar=_ms(times.grammar),
             select=_ms(times.select),
             escalate=_ms(times.escalate),
         ),
+    )
+
+
+def candidate_records(
+    candidates: Sequence[Candidate], decode: Callable[[int], str] | None
+) -> tuple[ReceiptCandidate, ...]:
+    """Candidates with their scores; without their texts where ``decode`` is None."""
+    return tuple(
+        ReceiptCandidate(
+            token_id=each.token_id,
+            text=decode(each.token_id) if decode else "",
+            slm=each.slm,
+            selector=each.selector,
+            llm=each.llm,
+        )
+        for each in candidates
     )
 
 
