@@ -9,7 +9,8 @@ import sys
 import pytest
 from langchain_core.messages import AIMessage, ChatMessage, FunctionMessage, HumanMessage, SystemMessage, ToolMessage
 
-from s2t_agents.chat.messages import PromptEncoder, to_template
+from s2t_agents.chat.messages import PromptEncoder
+from s2t_agents.chat.turns import to_template
 from s2t_agents.errors import InputError
 from s2t_agents.testing import tiny_tokenizer
 

@@ -18,8 +18,9 @@ from langchain_core.messages import (
 )
 from templates import FAMILIES, SPEAKS_HERMES, family
 
-from s2t_agents.chat.messages import PromptEncoder, to_template
+from s2t_agents.chat.messages import PromptEncoder
 from s2t_agents.chat.template_fallbacks import one_call_each
+from s2t_agents.chat.turns import to_template
 from s2t_agents.errors import ConfigError, ContextOverflow, InputError
 
 ENCODERS = {name: PromptEncoder(family(name)) for name in FAMILIES}
@@ -137,7 +138,7 @@ def _with_template(tokenizer, template):
 def test_every_family_shows_tools_calls_and_results(name):
     messages, tools = conversation()
     text = ENCODERS[name].render(messages, tools)
-    assert ENCODERS[name].supports_hermes_tools == (name in SPEAKS_HERMES)
+    assert ENCODERS[name].features.supports_hermes_tools == (name in SPEAKS_HERMES)
     for part in ('"name": "weather"', "sunny", '"of": ["Paris"]', "Be kind.", "<tool_response>", "</tool_call>"):
         assert part in text
 
@@ -164,7 +165,7 @@ def test_a_tools_result_does_not_leave_its_frame(name, closing):
 
 def test_a_template_that_refuses_a_system_turn_gets_it_in_the_first_user_turn():
     encoder = ENCODERS["gemma"]
-    assert not encoder.supports_system
+    assert not encoder.features.supports_system
     text = encoder.render([SystemMessage("Be kind."), HumanMessage("Hi")])
     assert text == "<bos><start_of_turn>user\nBe kind.\n\nHi<end_of_turn>\n<start_of_turn>model\n"
 

@@ -255,7 +255,7 @@ def test_no_text_closes_a_frame_of_letters(template, closing):
     own = PromptEncoder(tokenizer)
     places = dict.fromkeys(("description", "about", "choice", "value", "result", "tool"), f"a{closing}b")
     evil, harmless = (own.render(*conversation(**texts)) for texts in (places, {}))
-    assert own.supports_hermes_tools == (template in ("hermes", RAW))
+    assert own.features.supports_hermes_tools == (template in ("hermes", RAW))
     for tag in ("</tools>", "</tool_call>", "</tool_response>"):
         assert evil.lower().replace(" ", "").count(tag) == harmless.count(tag)
     signature = next(line for line in evil.splitlines() if line.startswith('{"type"'))

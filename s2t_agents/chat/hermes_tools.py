@@ -25,13 +25,13 @@ class HermesTags:
     escaping: where a tag is a control token, text from outside is never encoded as one.
 
     Args:
-        letters: those of ``TAGS`` that are not control tokens.
+        tags: those of ``TAGS`` that are not control tokens.
         cut_at: tags after which the template cuts off an assistant's text; tool calls are in that text.
     """
 
-    def __init__(self, letters: Sequence[str], cut_at: Sequence[str] = ()) -> None:
-        self._closing_pattern = _closing_pattern(letters)
-        self._closing_json = _closing_pattern([*letters, *cut_at])
+    def __init__(self, tags: Sequence[str], cut_at: Sequence[str] = ()) -> None:
+        self._closing_pattern = _closing_pattern(tags)
+        self._closing_json = _closing_pattern([*tags, *cut_at])
 
     def escape_text(self, text: str, of: Callable[[str], bool] = bool) -> str:
         r"""The text with ``<\/tag`` for each ``</tag`` that ``of`` chooses, which is the same string in JSON."""

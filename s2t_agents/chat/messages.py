@@ -1,8 +1,9 @@
-"""LangChain messages to chat template turns to token ids.
+"""A conversation to token ids, by the model's chat template.
 
-``to_template`` makes the turns; ``PromptEncoder`` renders them with the model's chat template and encodes the result so
-that no text from outside becomes a control token (``tokenization.safe_encoding``). For templates without Hermes tool
-calls, tools, calls and results are put in as text (``hermes_tools``), so that one parser and one grammar serve all.
+``to_template`` (``turns``) makes the turns; ``PromptEncoder`` renders them with the model's chat template and encodes
+the result so that no text from outside becomes a control token (``tokenization.safe_encoding``). For templates without
+Hermes tool calls (``template_features``), tools, calls and results are put in as text (``hermes_tools``), so that one
+parser and one grammar serve all.
 
 All given text is in the rendered prompt: if the template drops some of it or refuses the conversation, stricter forms
 are tried (``template_fallbacks``); if none renders everything, the conversation is refused.
@@ -10,148 +11,23 @@ are tried (``template_fallbacks``); if none renders everything, the conversation
 
 from __future__ import annotations
 
-import itertools
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
-from langchain_core.messages import (
-    AIMessage,
-    BaseMessage,
-    ChatMessage,
-    FunctionMessage,
-    HumanMessage,
-    SystemMessage,
-    ToolMessage,
-)
+from langchain_core.messages import BaseMessage, HumanMessage, ToolMessage
 
 from ..errors import ConfigError, ContextOverflow, InputError
 from ..formats.reasoning import ReasoningFormat, reasoning_variable, split_reasoning, tag_pairs
-from ..formats.tool_calls import CLOSE, OPEN
 from ..tokenization.chat_template import ChatTemplate
 from ..tokenization.safe_encoding import SafeEncoder
-from ..tokenization.traced_text import Sources, check_text
-from . import content_blocks, hermes_tools, template_fallbacks
-
-Turn = hermes_tools.Turn
-
-_ROLES = (
-    (SystemMessage, "system"),
-    (HumanMessage, "user"),
-    (AIMessage, "assistant"),
-    (ToolMessage, "tool"),
-    (FunctionMessage, "tool"),
-)
-_ROLE_ALIASES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "ai": "assistant",
-}
-_Calls = dict[str, list[tuple[str, str]]]
-"""LangChain's id of a tool call (some providers reuse ids) to our ids and tool names of the calls without a result."""
-
-
-def to_template(messages: Sequence[BaseMessage]) -> list[Turn]:
-    """Turns as Hugging Face chat templates read them: role, content (always text), tool_calls, tool_call_id, name.
-
-    Call ids are renumbered in order (``call00001``: nine letters and digits, which some templates require), so that a
-    prompt does not change with random ids. Arguments that are not JSON are kept under ``invalid_arguments``.
-
-    Raises:
-        InputError: no messages; a message or content block that cannot be rendered; a tool result without a
-            matching call; text that is not Unicode.
-    """
-    if not messages:
-        raise InputError("There are no messages.", hint="Pass at least one HumanMessage.")
-    calls: _Calls = {}
-    numbers = itertools.count(1)
-    turns: list[Turn] = []
-    for at, message in enumerate(messages):
-        where = _message_label(at, message)
-        text = content_blocks.text_of(message, where)
-        if isinstance(message, AIMessage):
-            text = _without_nul(text)
-        turn: Turn = {"role": _role_of(message, where), "content": check_text(text, where)}
-        if isinstance(message, AIMessage):
-            turn |= _calls_and_reasoning(message, calls, numbers)
-        elif isinstance(message, ToolMessage):
-            turn |= _tool_call_fields(message, calls, where)
-        elif isinstance(message, FunctionMessage):
-            turn |= _function_call_fields(message, turns, where)
-        turns.append(turn)
-    return turns
-
-
-def _message_label(at: int, message: BaseMessage) -> str:
-    return f"Message {at} ({type(message).__name__})"
-
-
-def _role_of(message: BaseMessage, where: str) -> str:
-    role = next((role for kind, role in _ROLES if isinstance(message, kind)), None)
-    if isinstance(message, ChatMessage):
-        role = _ROLE_ALIASES.get(message.role.lower())
-    if role is None:
-        raise InputError(f"{where} cannot be rendered.", hint="Use System-, Human-, AI- and ToolMessages.")
-    return role
-
-
-def _calls_and_reasoning(message: AIMessage, calls: _Calls, numbers: Iterator[int]) -> Turn:
-    """Tool calls and reasoning of an assistant turn; records the calls in ``calls`` under their original ids."""
-    entered: _Calls = {}
-    tool_calls = []
-    for call_id, name, args in content_blocks.calls_of(message):
-        own = f"call{next(numbers):05d}"
-        entered.setdefault(own if call_id is None else call_id, []).append((own, name))
-        function = {"name": name, "arguments": _without_nul(args)}
-        tool_calls.append({"type": "function", "id": own, "function": function})
-    calls |= entered  # a reused id refers to this turn's call from here on
-    thought = _without_nul(content_blocks.reasoning_of(message))
-    return ({"tool_calls": tool_calls} if tool_calls else {}) | ({"reasoning_content": thought} if thought else {})
-
-
-def _without_nul(value: Any) -> Any:
-    """What a model wrote, without NUL characters: it may write them, and no prompt can hold them."""
-    if isinstance(value, str):
-        return value.replace("\0", "")
-    if isinstance(value, Mapping):
-        return {_without_nul(key): _without_nul(item) for key, item in value.items()}
-    return [_without_nul(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _tool_call_fields(message: ToolMessage, calls: _Calls, where: str) -> Turn:
-    """Id and tool name of a result; calls that share an id are matched in order."""
-    if message.tool_call_id not in calls:
-        known = ", ".join(map(repr, calls)) or "none at all"
-        raise InputError(
-            f"{where} answers tool call {message.tool_call_id!r}, which no earlier AIMessage made (calls: {known}).",
-            hint="Keep the AIMessage with that call in the history.",
-        )
-    same = calls[message.tool_call_id]
-    own, name = same.pop(0) if len(same) > 1 else same[0]
-    return {"tool_call_id": own, "name": message.name or name}
-
-
-def _function_call_fields(message: FunctionMessage, turns: Sequence[Turn], where: str) -> Turn:
-    """Id and name of a legacy function result: it answers the first open call in the last turn that calls it."""
-    for turn in reversed(turns):
-        made = [call["id"] for call in turn.get("tool_calls", ()) if call["function"]["name"] == message.name]
-        if made:
-            answered = {turn.get("tool_call_id") for turn in turns}
-            return {
-                "tool_call_id": next((own for own in made if own not in answered), made[-1]),
-                "name": message.name,
-            }
-    raise InputError(
-        f"{where} answers a call of {message.name!r}, which no earlier AIMessage made.",
-        hint="Keep the AIMessage with that call in the history.",
-    )
+from ..tokenization.traced_text import Sources
+from . import hermes_tools, template_fallbacks
+from .hermes_tools import Turn
+from .template_features import TemplateFeatures
+from .turns import message_label, to_template
 
 
 @dataclass(frozen=True)
@@ -177,6 +53,9 @@ class PromptEncoder:
         template_args: additional template variables, such as ``{"enable_thinking": False}``. Text in them is trusted:
             control tokens in it are encoded as control tokens.
         chat_template: source that replaces the tokenizer's template.
+
+    Attributes:
+        features: what the template can render.
 
     Raises:
         ConfigError: no chat template, an invalid one, or no fast tokenizer.
@@ -205,6 +84,7 @@ class PromptEncoder:
         self._hermes_tags = hermes_tools.HermesTags(plain_tags, cut_at=["think"] if "</think>" in str(template) else [])
         self._templates: dict[str, tuple[ChatTemplate, hermes_tools.HermesTags]] = {}
         self._plain_tags = plain_tags
+        self.features = TemplateFeatures(self._rendered)
 
     def encode(
         self,
@@ -298,7 +178,7 @@ class PromptEncoder:
     ) -> RenderedConversation:
         sources = Sources()
         untraced = [self._split_reasoning(turn) for turn in to_template(messages)]
-        turns = [_traced_turn(turn, sources, _message_label(at, messages[at])) for at, turn in enumerate(untraced)]
+        turns = [_traced_turn(turn, sources, message_label(at, messages[at])) for at, turn in enumerate(untraced)]
         traced_tools = [sources.value(tool, f"Tool {at}", _is_tool_text) for at, tool in enumerate(tools)]
         turns = template_fallbacks.results_by_call(turns)
         template_error, missing = None, list[str]()
@@ -322,12 +202,12 @@ class PromptEncoder:
 
     def _candidate_forms(self, turns: list[Turn], tools: list[Any]) -> Iterator[tuple[list[Turn], list[Any]]]:
         """Turns and tools, from the given form to the most changed one."""
-        for native in (True, False) if self.supports_hermes_tools else (False,):
+        for native in (True, False) if self.features.supports_hermes_tools else (False,):
             base_turns, form_tools = (turns, tools) if native else (self._hermes_tags.to_text_turns(turns, tools), [])
-            first = base_turns if self.supports_system else template_fallbacks.system_in_user(base_turns)
+            first = base_turns if self.features.supports_system else template_fallbacks.system_in_user(base_turns)
             for form in template_fallbacks.fallback_forms(first):
                 yield (
-                    template_fallbacks.in_parts(self._with_reasoning(form), self._roles_read_as_parts),
+                    template_fallbacks.in_parts(self._with_reasoning(form), self.features.roles_read_as_parts),
                     form_tools,
                 )
 
@@ -403,64 +283,6 @@ class PromptEncoder:
         cuts = self.reasoning is not None and self.reasoning.closing.text in answer
         kept = thought or (self._reasoning_variable and cuts)
         return {**turn, "content": answer} | ({"reasoning_content": thought} if kept else {})
-
-    @cached_property
-    def _roles_read_as_parts(self) -> frozenset[str]:
-        """The roles whose content the template reads only as a list of parts."""
-        roles = ("user", "assistant", "system")
-        best, shown_best = frozenset[str](), -1
-        for count in range(len(roles) + 1):
-            for chosen in map(frozenset, itertools.combinations(roles, count)):
-                form_tools = max(
-                    self._count_rendered_roles(chosen, roles), self._count_rendered_roles(chosen, roles[:2])
-                )
-                if form_tools > shown_best:
-                    best, shown_best = chosen, form_tools
-        return best | {"tool"} if "user" in best else best
-
-    def _count_rendered_roles(self, parts: frozenset[str], roles: Sequence[str]) -> int:
-        """For how many of these roles the template renders the text."""
-        order = [role for role in ("system", "user", "assistant", "user") if role in roles]
-        turns = [{"role": role, "content": f"s2t-{role}"} for role in order]
-        try:
-            rendered = self._rendered(template_fallbacks.in_parts(turns, parts), ())
-        except TemplateError:
-            return 0
-        if "'type'" in rendered or '"type"' in rendered:  # the list itself was rendered
-            return 0
-        return sum(f"s2t-{role}" in rendered for role in roles)
-
-    @cached_property
-    def supports_system(self) -> bool:
-        """Whether the template renders a system turn."""
-        turns = [{"role": "system", "content": "s2t-probe"}, {"role": "user", "content": "x"}]
-        try:
-            return "s2t-probe" in self._rendered(template_fallbacks.in_parts(turns, self._roles_read_as_parts), ())
-        except TemplateError:
-            return False
-
-    @cached_property
-    def supports_hermes_tools(self) -> bool:
-        """Whether the template renders tools, and calls and results in the Hermes format."""
-        function = {"name": "probe_tool", "description": "d", "parameters": {"type": "object", "properties": {}}}
-        call = {"name": "probe_call", "arguments": {"x": 1}}
-        turns: list[Turn] = [
-            {"role": "user", "content": "x"},
-            {"role": "assistant", "content": "", "tool_calls": [_probe_call(call)]},
-            {"role": "tool", "content": "probe_result", "name": "probe_call", "tool_call_id": "call00001"},
-        ]
-        try:
-            probe_turns = template_fallbacks.in_parts(turns, self._roles_read_as_parts)
-            rendered = self._rendered(probe_turns, [{"type": "function", "function": function}])
-            bodies = re.findall(f"{OPEN}\\s*(.*?)\\s*{CLOSE}", rendered, re.DOTALL)
-            has_call = bool(bodies) and json.loads(bodies[-1]) == call
-        except (TemplateError, json.JSONDecodeError):
-            return False
-        return has_call and "probe_tool" in rendered and "probe_result" in rendered
-
-
-def _probe_call(function: Turn) -> Turn:
-    return {"type": "function", "id": "call00001", "function": function}
 
 
 def _overflow(tokens: str, limit: int) -> ContextOverflow:
