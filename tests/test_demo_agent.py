@@ -11,9 +11,10 @@ import torch
 from langchain_core.messages import convert_to_messages
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
+from s2t_agents import Budget, ChatS2T, Ledger
 from s2t_agents.bundled import LLM, SLM
 from s2t_agents.chat.messages import PromptEncoder
-from s2t_agents.demo.agent import run_demo, tools_of
+from s2t_agents.demo.agent import DEVICE_PRICE, DemoRun, Traces, run_demo, tools_of
 from s2t_agents.demo.world import demo_question, generate
 from s2t_agents.engine.engine import Engine
 from s2t_agents.scheduling.language_model import LanguageModel
@@ -76,6 +77,27 @@ def test_the_command_prints_one_object_with_the_published_keys() -> None:
     assert run["s2t"]["escalations"] <= 2
     assert run["per_agent"]["solver"]["completion_tokens"] == run["s2t"]["tokens"]
     assert any(message["role"] == "tool" for message in run["messages"])
+
+
+@pytest.mark.parametrize("limits", [{"answer_tokens": 4}, {"max_tokens": 2}, {}], ids=str)
+def test_a_run_adds_up_whatever_ended_its_answers(limits: dict[str, int]) -> None:
+    problem, ledger = demo_question(3), Ledger()
+    model = ChatS2T(model=SLM, ledger=ledger, max_tokens=limits.get("max_tokens", 40), device_price=DEVICE_PRICE)
+    tools = tools_of(problem)
+    calling = model.bind_tools(tools, tool_choice="any") if not limits else model
+    budgets = [Budget(answer_tokens=limits["answer_tokens"]) if "answer_tokens" in limits else None for _ in range(3)]
+    messages = [calling.invoke(problem.question, s2t_budget=budget) for budget in budgets]
+    told = [message.response_metadata["s2t"] for message in messages]
+    assert all(("stopped_by" in each) == ("answer_tokens" in limits) for each in told)
+    found = json.loads(json.dumps(DemoRun(problem, messages, model, Traces(), ledger).as_json()))["s2t"]
+    assert set(found) == set(told[0]) - {"stopped_by", "shortened"}
+    for key in ("tokens", "reused_tokens", "triggers", "selections", "flips", "escalations", "refused"):
+        assert found[key] == sum(each[key] for each in told)
+    assert set(found["cost_usd"]) == set(told[0]["cost_usd"])
+    assert found["cost_usd"]["local"] == pytest.approx(sum(each["cost_usd"]["local"] for each in told))
+    assert found["latency_ms"]["total"] == pytest.approx(sum(each["latency_ms"]["total"] for each in told), abs=0.01)
+    assert found["thought"].keys() == told[0]["thought"].keys()
+    assert found["trace_id"] == told[-1]["trace_id"]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of resident memory is read from /proc")

@@ -73,9 +73,10 @@ def name_of(worker: int) -> str:
 def work(given: argparse.Namespace) -> None:
     """One process of agents: answers every n-th question and prints a line of JSON for each."""
     from langchain.agents import create_agent
+    from langchain_core.messages import AIMessage
 
     from s2t_agents import ChatS2T, Escalation, OpenAILLM
-    from s2t_agents.demo.agent import summed, tools_of
+    from s2t_agents.demo.agent import tools_of
     from s2t_agents.demo.world import demo_question, grade
 
     name = name_of(given.worker)
@@ -93,13 +94,12 @@ def work(given: argparse.Namespace) -> None:
         problem = demo_question(1000 + at)
         agent = create_agent(model, tools=tools_of(problem), system_prompt=problem.system, name=name)
         found = agent.invoke({"messages": [{"role": "user", "content": problem.question}]}, {"recursion_limit": 12})
-        answers = [each for each in found["messages"] if "s2t" in getattr(each, "response_metadata", {})]
+        answers = [each.response_metadata["s2t"] for each in found["messages"] if isinstance(each, AIMessage)]
         line = {
             "question": at,
             "right": grade(found["messages"][-1].text, problem),
-            "trace_ids": [each.response_metadata["s2t"]["trace_id"] for each in answers],
-            "escalations": summed(answers)["escalations"],
-            "refused": summed(answers)["refused"],
+            "trace_ids": [each["trace_id"] for each in answers],
+            **{key: sum(each[key] for each in answers) for key in ("escalations", "refused")},
         }
         print(json.dumps(line), flush=True)
 

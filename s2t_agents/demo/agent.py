@@ -15,7 +15,7 @@ from langchain_core.tools import BaseTool, StructuredTool
 from ..budget import Budget, DevicePrice, TokenPrice
 from ..bundled import LLM, SLM
 from ..chat.chat_model import ChatS2T
-from ..ledger import Ledger
+from ..ledger import CostSum, Ledger
 from ..llms import LocalLLM
 from ..types import Step
 from .problem import Problem, grade
@@ -25,6 +25,9 @@ DEVICE_PRICE = DevicePrice(Decimal("0.10"))
 """USD per hour: about what two cores are rented for. Only an example, as is the LLM's price."""
 LLM_PRICE = TokenPrice(Decimal("0.50"), Decimal("1.50"))
 """USD per million tokens in and out, as if the bundled large model were hosted."""
+
+COUNTS = ("triggers", "selections", "flips", "escalations", "refused")
+THOUGHT_COUNTS = ("tokens", "triggers", "selections", "escalations")
 
 
 @dataclass
@@ -66,9 +69,36 @@ class DemoRun:
             "expected": self.problem.expected,
             "correct": self.correct,
             "messages": convert_to_openai_messages(list(self.messages)),
-            "s2t": summed(self.messages),
+            "s2t": self.sums(),
             "per_agent": {agent: totals.model_dump(mode="json") for agent, totals in self.ledger.totals().items()},
         }
+
+    def sums(self) -> dict[str, Any]:
+        """The run under the keys of ``response_metadata["s2t"]``; trace id and budget are the last answer's."""
+        total = self.ledger.total()
+        answers = [each.response_metadata["s2t"] for each in self.messages if isinstance(each, AIMessage)]
+        cost = total.cost_usd
+        return {
+            "tokens": total.completion_tokens,
+            "reused_tokens": sum(each["reused_tokens"] for each in answers),
+            "trace_id": answers[-1]["trace_id"],
+            "cost_usd": {"local": _usd(cost.local), "llm": _usd(cost.llm), "total": _usd(cost.total)},
+            "latency_ms": {
+                part: total.latency_us[part] / 1000 if part in total.latency_us else None
+                for part in answers[-1]["latency_ms"]
+            },
+            "thought": {
+                **{key: getattr(total, f"thought_{key}") for key in THOUGHT_COUNTS},
+                "llm_usd": _usd(cost.thought),
+            },
+            **{key: getattr(total, key) for key in COUNTS},
+            "degraded": total.degraded > 0,
+            "budget": answers[-1]["budget"],
+        }
+
+
+def _usd(cost: CostSum) -> float | None:
+    return None if cost.usd is None else float(cost.usd)
 
 
 def run_demo(
@@ -111,23 +141,3 @@ def _tool(problem: Problem, function: Mapping[str, Any]) -> BaseTool:
     return StructuredTool.from_function(
         run, name=function["name"], description=function["description"], args_schema=dict(function["parameters"])
     )
-
-
-def summed(messages: Sequence[BaseMessage]) -> dict[str, Any]:
-    """``response_metadata["s2t"]`` over all answers: counts, costs and times add up, the budget is the last one's."""
-    parts = [m.response_metadata["s2t"] for m in messages if isinstance(m, AIMessage) and "s2t" in m.response_metadata]
-    total: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            total[key] = _sum(key, total.get(key), value)
-    return total
-
-
-def _sum(key: str, before: Any, value: Any) -> Any:
-    if key in ("budget", "trace_id") or before is None:
-        return value
-    if key == "degraded":
-        return before or value
-    if isinstance(value, dict):
-        return {k: None if v is None or before[k] is None else round(before[k] + v, 12) for k, v in value.items()}
-    return before + value

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..types import Picker, Step
-from .agent import AGENT, DEVICE_PRICE, LLM_PRICE, DemoRun, summed
+from .agent import AGENT, DEVICE_PRICE, LLM_PRICE, DemoRun
 
 COLOURS: dict[Picker, str] = {"selector": "black on green", "llm": "black on yellow"}
 
@@ -25,7 +25,7 @@ def show(run: DemoRun, console: Console) -> None:
         console.print(_panel(message, run, tokenizer))
     verdict = Text(" right ", "black on green") if run.correct else Text(" wrong ", "white on red")
     console.print(Text.assemble("expected ", (run.problem.expected, "bold"), "  ", verdict))
-    console.print(_numbers(summed(run.messages)))
+    console.print(_numbers(run.sums()))
     console.print(
         f"[dim]Prices are examples: this machine at ${DEVICE_PRICE.usd_per_hour}/h, the LLM as if hosted at "
         f"${LLM_PRICE.input_usd_per_mtok} / ${LLM_PRICE.output_usd_per_mtok} per million tokens in / out.[/dim]"
