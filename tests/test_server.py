@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -466,6 +467,21 @@ def test_a_budget_that_degrades_answers_and_says_so() -> None:
         found = posted(client, ASK)["s2t"]
     assert (found["escalations"], found["degraded"]) == (2, True)
     assert found["budget"]["left"] == {"escalations": 0}
+
+
+@pytest.mark.parametrize("body", [("/chat/completions", ASK), ("/completions", {"model": "s2t-demo", "prompt": "Ann"})])
+def test_an_answer_that_is_late_is_told_so(body: tuple[str, dict[str, Any]]) -> None:
+    chat_model = demo_model(timeout=0.5, on_step=lambda trace, step: time.sleep(0.3), ledger=(ledger := Ledger()))
+    with serving_chat(chat_model) as url, httpx.Client(base_url=url, timeout=60) as client:
+        path, asked = body
+        response = client.post(path, json=asked)
+        told = response.json()["error"]
+        assert (response.status_code, told["code"]) == (504, "timeout")
+        assert told["message"].endswith("Ask for a shorter answer (max_tokens), or try again later.")
+        with client.stream("POST", path, json={**asked, "stream": True}) as stream:
+            lines = [line for line in stream.iter_lines() if line]
+        assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+    assert [(record.error or "").split(":")[0] for record in ledger.records()] == ["AnswerTimeout"] * 2
 
 
 def _refused(unit: str, mode: Any) -> errors.BudgetExceeded:
