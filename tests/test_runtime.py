@@ -138,3 +138,25 @@ def test_recent_values_are_kept_by_equality_and_an_error_keeps_nothing() -> None
     recent.get([3], object)
     assert recent.get([1], object) is one
     assert len(recent) == 2
+
+
+def test_a_value_that_takes_long_keeps_nobody_from_another() -> None:
+    recent, begun, goes_on = Recent[str, str](4), threading.Event(), threading.Event()
+    made: list[str] = []
+
+    def slowly() -> str:
+        begun.set()
+        goes_on.wait(60)
+        made.append("slow")
+        return "slow"
+
+    recent.get("kept", lambda: "kept")
+    threads = [threading.Thread(target=recent.get, args=("slow", slowly)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(60)
+    assert (recent.get("kept", lambda: ""), recent.get("new", lambda: "new")) == ("kept", "new")
+    goes_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert made == ["slow"]

@@ -12,6 +12,16 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
+class _Entry(Generic[K, V]):
+    """One key, and its value once that is made."""
+
+    def __init__(self, key: K) -> None:
+        self.key = key
+        self.made: list[V] = []
+        self.lock = threading.RLock()  # the same thread may fork while it makes the value
+        hold_while_forking(self, "lock", BUILDING)
+
+
 class Recent(Generic[K, V]):
     """The values of the last keys that were asked for; threads may share it.
 
@@ -23,22 +33,31 @@ class Recent(Generic[K, V]):
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._lock = threading.RLock()  # the same thread may fork while it makes a value
-        hold_while_forking(self, "_lock", BUILDING)
-        self._kept: list[tuple[K, V]] = []  # what was used last stands last
+        self._lock = threading.RLock()  # garbage collection may run anything inside
+        hold_while_forking(self, "_lock")
+        self._kept: list[_Entry[K, V]] = []  # what was used last stands last
 
     def __len__(self) -> int:
-        """Number of values that are kept."""
+        """Number of values that are kept, or being made."""
         return len(self._kept)
 
     def get(self, key: K, make: Callable[[], V]) -> V:
         """The value of a key, made where none is kept: once, also for callers at the same time.
 
+        Callers with other keys do not wait meanwhile.
+
         Raises:
             BaseException: of ``make``; nothing is kept then.
         """
         with self._lock:
-            found = next((each for each in self._kept if each[0] == key), None) or (key, make())
-            others = [each for each in self._kept if each is not found]
-            self._kept = [*others, found][-self._size :]
-            return found[1]
+            entry = next((each for each in self._kept if each.key == key), None) or _Entry[K, V](key)
+            self._kept = [*(each for each in self._kept if each is not entry), entry][-self._size :]
+        with entry.lock:
+            if not entry.made:
+                try:
+                    entry.made.append(make())
+                except BaseException:
+                    with self._lock:
+                        self._kept = [each for each in self._kept if each is not entry]
+                    raise
+            return entry.made[0]
