@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -199,6 +200,39 @@ def served(
     say = Console(stderr=True).print
     found = run(url, str(checkpoint), dtype=dtype, at_once=at_once or (1, 4, 8), repeats=repeats, say=say)
     _show(found, as_json, table)
+
+
+@app.command()
+def ledger(
+    megabytes: Annotated[int, typer.Option(min=1, help="Of each ledger.")] = 500, as_json: AsJson = False
+) -> None:
+    """Seconds and memory of `s2t report` on a large ledger."""
+    from .ledger import run, table
+
+    _show(run(megabytes, say=lambda text: typer.echo(text, err=True)), as_json, table)
+
+
+@app.command()
+def schemas(
+    folder: Annotated[Path, typer.Argument(help="Of JSON schemas, or of JSON lines with tools, as in BFCL.")],
+    as_json: AsJson = False,
+) -> None:
+    """How many schemas of a folder bind, how long that takes, what is given up."""
+    from .schemas import run, table
+
+    logging.disable(logging.WARNING)
+    _show(run(folder), as_json, table)
+
+
+@app.command()
+def soak(minutes: Annotated[float, typer.Option(min=0.1, help="Memory is judged from 3 on.")] = 5.0) -> None:
+    """Eight agents, cancelled at random, on tight budgets: one line of JSON, and failure if anything is left behind."""
+    from .soak import run
+
+    result = run(minutes)
+    typer.echo(json.dumps(result))
+    if result["leaked"]:
+        raise typer.Exit(1)
 
 
 def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], RenderableType]) -> None:

@@ -1,11 +1,7 @@
-"""``s2t report`` on a large ledger: seconds and megabytes, each report in a process of its own.
-
-python -m benchmarks.ledger --megabytes 500 --out benchmarks/results/ledger.json
-"""
+"""``s2t report`` on a large ledger: seconds and megabytes, each report in a process of its own."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -14,7 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from rich.table import Table
 
 from s2t_agents.ledger import Cost, GenerationRecord, Latency, Receipt, ReceiptCandidate
 
@@ -22,24 +22,26 @@ KINDS = {"three receipts": 3, "no receipts": 0}
 GROUPINGS = ("agent", "run")
 
 
-def main() -> None:
-    """Write ledgers, report on them, print one line for each."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=500)
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+def run(megabytes: int = 500, *, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Write ledgers of that size and report on them; ``say`` is told each report's figures as they come."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for kind, receipts in KINDS.items():
             path = Path(folder, f"{receipts}.jsonl")
-            records = write(path, receipts, given.megabytes * 2**20)
+            records = write(path, receipts, megabytes * 2**20)
             for by in GROUPINGS:
                 rows.append({"records": kind, "count": records, "by": by, **measured(path, by)})
-                print(json.dumps(rows[-1]), flush=True)
+                say(json.dumps(rows[-1]))
             path.unlink()
-    if given.out:
-        report = {"megabytes": given.megabytes, "cores": os.cpu_count(), "rows": rows}
-        given.out.write_text(json.dumps(report, indent=1) + "\n")
+    return {"megabytes": megabytes, "cores": os.cpu_count(), "rows": rows}
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The result for people."""
+    shown = Table(*result["rows"][0], title=f"s2t report on {result['megabytes']} MB")
+    for row in result["rows"]:
+        shown.add_row(*map(str, row.values()))
+    return shown
 
 
 def write(path: Path, receipts: int, size: int) -> int:
@@ -82,7 +84,3 @@ def measured(path: Path, by: str) -> dict[str, float]:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)  # its peak is that of the largest child so far
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"seconds": round(seconds, 1), "cpu_s": round(cpu, 1), "peak_mb_at_most": round(after.ru_maxrss / 1024)}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""How many schemas of a folder bind, how long that takes, what is given up: ``python -m benchmarks.schemas FOLDER``.
+"""How many schemas of a folder bind, how long that takes, what is given up.
 
 A file is one JSON schema (``*.json``), or JSON lines whose ``function`` holds tools, as in BFCL. Each is made ready as
 ``bind_tools`` does, and its grammar is started over the demo pair's tokenizer.
@@ -6,19 +6,18 @@ A file is one JSON schema (``*.json``), or JSON lines whose ``function`` holds t
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from s2t_agents.backends.torch.loading import load_tokenizer
 from s2t_agents.bundled import model_path
-from s2t_agents.errors import S2TError
+from s2t_agents.errors import ConfigError, S2TError
 from s2t_agents.grammar.grammar import json_grammar, tool_grammar
 from s2t_agents.grammar.relaxation import relax_schema
 from s2t_agents.grammar.vocabulary import cached_vocabulary
@@ -41,19 +40,18 @@ def cases(folder: Path) -> Iterator[tuple[str, Any, bool]]:
                 yield f"{file.relative_to(folder)}:{number}", tools, True
 
 
-def main() -> int:
-    """Print one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    logging.disable(logging.WARNING)
+def run(folder: Path) -> dict[str, Any]:
+    """How many bind and how fast, what is relaxed, slow or refused.
+
+    Raises:
+        ConfigError: there is no schema in the folder.
+    """
     words = cached_vocabulary(load_tokenizer(model_path("s2t-demo")))
     seconds: list[float] = []
     refused: dict[str, str] = {}
     slow: dict[str, float] = {}
     exact, notes = 0, Counter[str]()
-    for name, asked, is_tools in cases(given.folder):
+    for name, asked, is_tools in cases(folder):
         begun = time.perf_counter()
         try:
             if is_tools:
@@ -69,9 +67,9 @@ def main() -> int:
         if seconds[-1] > 1:
             slow[name] = round(seconds[-1], 2)
     if not seconds:
-        parser.error(f"no schemas in {given.folder}")
+        raise ConfigError(f"There are no schemas in {folder}.", hint="Name a folder of *.json files.")
     ordered = sorted(seconds)
-    result = {
+    return {
         "schemas": len(ordered),
         "bound": len(ordered) - len(refused),
         "bound_percent": round(100 * (1 - len(refused) / len(ordered)), 2),
@@ -85,13 +83,11 @@ def main() -> int:
         "relaxed": dict(notes.most_common()),
         "refused": refused,
     }
-    if given.json:
-        print(json.dumps(result, indent=1))
-        return 0
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The result for people."""
+    shown = Table(show_header=False)
     for key, value in result.items():
-        print(f"{key:14} {value}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        shown.add_row(key, str(value))
+    return shown

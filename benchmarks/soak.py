@@ -1,16 +1,11 @@
-"""Eight agents for minutes, cancelled at random, on tight budgets: what is left behind at the end?
-
-``python -m benchmarks.soak --minutes 5`` prints one JSON line and fails if anything leaked.
-"""
+"""Eight agents for minutes, cancelled at random, on tight budgets: what is left behind at the end?"""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import ctypes
 import gc
-import json
 import random
 import resource
 import threading
@@ -138,16 +133,8 @@ def leaks(result: dict[str, Any]) -> list[str]:
     return found
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Soak: 8 agents, random cancellations, tight budgets.")
-    parser.add_argument("--minutes", type=float, default=5.0)
+def run(minutes: float = 5.0) -> dict[str, Any]:
+    """``soak`` on one thread, and what ``leaks`` finds in it, as ``leaked``."""
     torch.set_num_threads(1)
-    result = asyncio.run(soak(parser.parse_args().minutes))
-    print(json.dumps(result))
-    if found := leaks(result):
-        raise SystemExit(f"leaked: {', '.join(found)}")
-
-
-if __name__ == "__main__":
-    main()
+    result = asyncio.run(soak(minutes))
+    return {**result, "leaked": leaks(result)}

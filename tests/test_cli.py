@@ -69,7 +69,9 @@ def test_without_a_checkout_the_benchmarks_are_said_to_be_missing_in_one_line(tm
 def test_the_benchmarks_have_a_help_of_their_own() -> None:
     out = s2t("bench", "--help")
     assert out.returncode == 0
-    assert all(name in out.stdout for name in ("budget", "decode", "escalate", "gpu", "pacing", "train"))
+    assert all(
+        name in out.stdout for name in ("budget", "decode", "gpu", "ledger", "pacing", "schemas", "soak", "train")
+    )
 
 
 @pytest.mark.parametrize(
