@@ -54,7 +54,7 @@ def run(model: LanguageModel, *, prefix: int, tokens: int = 101, repeats: int = 
     messages = timed_chat.conversation(SYSTEM, prefix)
     plain = encoder.encode(messages, ())
     with_tool = encoder.encode(messages, (tool(timed_chat.least),))
-    engine, theirs = Engine(model), Generate(model, plain, tokens)
+    engine, theirs = Engine(model), Generate(model, [plain])
 
     def bare(prompt: list[int]) -> Run:
         def stepped(scope: str) -> list[float]:
@@ -67,7 +67,7 @@ def run(model: LanguageModel, *, prefix: int, tokens: int = 101, repeats: int = 
         return lambda scope: timed_chat.answer(messages, scope=scope, **options).chosen
 
     rows: dict[str, Run] = {
-        "generate": lambda scope: list(theirs(theirs.read)),
+        "generate": lambda scope: theirs(tokens),
         "engine": bare(plain),
         "chat": through_chat(),
         "chat, streamed": through_chat(stream=True),

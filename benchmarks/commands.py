@@ -166,7 +166,8 @@ def engines(
     as_json: AsJson = False,
 ) -> None:
     """Tokens/s, first tokens and memory of llama.cpp, of both of our backends, and of transformers, on one model."""
-    from .engines import joined, run, table
+    from .engines import joined, run
+    from .engines_report import table
 
     say = Console(stderr=True).print
     result = run(

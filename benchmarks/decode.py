@@ -15,7 +15,7 @@ import copy
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ WHOLE_ROWS = 4096
 """Tokens of K prefixes up to which the published scheme's selection is timed whole."""
 
 
-Run = Callable[[bool], Iterator[float]]
+Run = Callable[[bool], Iterable[float]]
 """One answer of a row, and the time at which each token came; told whether the prompt's KV may be found again."""
 
 
@@ -138,16 +138,16 @@ def _row(timed: Timed, rows: dict[str, Timed]) -> dict[str, Any]:
 
 def _rows(model: LanguageModel, prompt: list[int], tokens: int, rates: tuple[float, ...]) -> dict[str, Run]:
     """Per row a run that gives the time of every token."""
-    theirs = Generate(model, prompt, tokens)
+    theirs = Generate(model, [prompt])
     rows: dict[str, Run] = {
-        "generate": theirs,
+        "generate": lambda warm: theirs(tokens, cold=not warm),
         "engine": lambda warm: stepped(Engine(model, k=K), prompt, tokens, warm=warm),
     }
     for kind, selector in selectors(model).items():
         for rate in rates:
             engine = Engine(model, k=K, trigger=at_rate(rate), selector=selector)
             rows[f"{kind}@{rate:g}"] = lambda warm, engine=engine: stepped(engine, prompt, tokens, warm=warm)  # type: ignore[misc]
-    rows["maj8"] = lambda warm: theirs(warm, rows=8, do_sample=True)
+    rows["maj8"] = lambda warm: theirs(tokens, [0] * 8, cold=not warm, do_sample=True)
     return rows
 
 
@@ -179,50 +179,50 @@ def stepped(engine: Engine, prompt: list[int], tokens: int, *, warm: bool = Fals
         yield time.perf_counter()
 
 
+class Watch(StoppingCriteria):  # type: ignore[misc]
+    """Notes when each token came, and stops nothing."""
+
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """A token of every row has come."""
+        self.stamps.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 class Generate:
-    """transformers' own answers to one prompt.
+    """transformers' own answers, in a batch; the first leaves the KV of all prompts to those after it.
 
     Args:
         model: whose ``generate`` is called.
-        prompt: token ids.
-        tokens: of each answer.
+        prompts: token ids, of one length.
     """
 
-    def __init__(self, model: LanguageModel, prompt: list[int], tokens: int) -> None:
-        self._model, self._prompt, self._tokens = model, prompt, tokens
-        self._read: DynamicCache | None = None
-
-    @property
-    def read(self) -> bool:
-        """Whether the prompt's KV is at hand: the first run leaves it."""
-        return self._read is not None
+    def __init__(self, model: LanguageModel, prompts: Sequence[Sequence[int]]) -> None:
+        self._model, self._ids = model.model, torch.tensor(prompts, device=model.device)
+        self._kv: DynamicCache | None = None
 
     @torch.inference_mode()
-    def __call__(self, warm: bool, *, rows: int = 1, **options: Any) -> Iterator[float]:
-        """When each token of ``rows`` answers at once came; ``warm``: all but the prompt's last token is read."""
-        stamps: list[float] = []
+    def __call__(self, tokens: int, rows: Sequence[int] = (0,), *, cold: bool = False, **options: Any) -> list[float]:
+        """When each token of the answers came.
 
-        class Watch(StoppingCriteria):  # type: ignore[misc]
-            def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-                stamps.append(time.perf_counter())
-                return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-        settings = {"do_sample": False, "max_new_tokens": self._tokens, "pad_token_id": 0, **options}
-        if warm:
-            settings["past_key_values"] = self._kv(rows)
-        ids = torch.tensor([self._prompt] * rows, device=self._model.device)
-        self._model.model.generate(ids, stopping_criteria=StoppingCriteriaList([Watch()]), **settings)
-        if self._read is None:  # behind the last stamp: no warm run is to wait for it
-            self._read = DynamicCache()
-            self._model.model(input_ids=ids[:1, :-1], past_key_values=self._read, use_cache=True, logits_to_keep=1)
-        yield from stamps
-
-    def _kv(self, rows: int) -> DynamicCache:
-        """A copy of the prompt's KV, for so many rows; the first, cold run has left it."""
-        assert self._read is not None
-        kv = copy.deepcopy(self._read)
-        kv.batch_repeat_interleave(rows)
-        return kv
+        Args:
+            tokens: of each answer.
+            rows: the number of each answer's prompt.
+            cold: read the prompts whether or not all but their last token is at hand.
+            **options: of ``generate``.
+        """
+        watch, at = Watch(), torch.tensor(rows, device=self._ids.device)
+        settings = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": 0, **options}
+        if self._kv is not None and not cold:
+            settings["past_key_values"] = copy.deepcopy(self._kv)
+            settings["past_key_values"].batch_select_indices(at)
+        self._model.generate(self._ids[at], stopping_criteria=StoppingCriteriaList([watch]), **settings)
+        if self._kv is None:  # behind the last stamp: no warm run is to wait for it
+            self._kv = DynamicCache()
+            self._model(input_ids=self._ids[:, :-1], past_key_values=self._kv, use_cache=True, logits_to_keep=1)
+        return watch.stamps
 
 
 @torch.inference_mode()

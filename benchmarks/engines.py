@@ -14,7 +14,6 @@ generate                 ``transformers`` on the same weights
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import platform
@@ -22,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,10 +31,6 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from rich.console import Group
-from rich.table import Table
-from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from s2t_agents.atomic_write import write_whole
 from s2t_agents.engine.engine import Engine
@@ -45,7 +40,7 @@ from s2t_agents.types import Sampling
 
 from . import turns
 from .bare_llama import BareLlama
-from .decode import MS, K, at_rate
+from .decode import MS, Generate, K, at_rate
 from .llama_server import LlamaServer, available
 from .shapes import random_prompt
 from .timed_chat import TimedChat
@@ -258,7 +253,7 @@ class Rows:
     ) -> None:
         self._models, self._bare, self._server, self._prompts, self._length = models, bare, server, prompts, length
         self._scope = uuid4().hex
-        self._generate = {name: Generating(model, prompts) for name, model in models.torch.items()}
+        self._generate = {name: Generate(model, prompts) for name, model in models.torch.items()}
 
     def rows(self, n: int, tokens: int) -> dict[str, Answer]:
         """Every row at ``n`` sequences of so many tokens.
@@ -282,7 +277,7 @@ class Rows:
             rows |= {CHAT: self._chat(n, long, None), TOOL: self._chat(n, long, "any")}
         for name, model in self._models.torch.items():
             rows[f"ours, torch {name}"] = self._engine(Engine(model, k=K), n, -(-tokens // 2))
-            rows[f"generate {name}"] = partial(self._generate[name], n, -(-tokens // 2))
+            rows[f"generate {name}"] = self._batch(name, n, -(-tokens // 2))
         return rows
 
     def _engine(self, engine: Engine, n: int, tokens: int) -> Answer:
@@ -291,6 +286,9 @@ class Rows:
             return [time.perf_counter() for _ in steps]
 
         return lambda: _together(one, self._prompts[:n])
+
+    def _batch(self, name: str, n: int, tokens: int) -> Answer:
+        return lambda: [self._generate[name](tokens, range(n))] * n
 
     def _over_http(self, server: LlamaServer, tokens: int) -> list[list[float]]:
         text = self._models.gguf.tokenizer.decode(self._prompts[0])
@@ -313,51 +311,6 @@ def _together(one: Callable[[Any], list[float]], each: Sequence[Any]) -> list[li
         return list(pool.map(one, each))
 
 
-class Generating:
-    """``generate`` on some prompts in a batch; the KV of all is read once.
-
-    Args:
-        model: whose ``generate`` is called.
-        prompts: of one length.
-    """
-
-    def __init__(self, model: LanguageModel, prompts: list[list[int]]) -> None:
-        self._model, self._ids, self._kept = model.model, torch.tensor(prompts), DynamicCache()
-
-    @torch.inference_mode()
-    def __call__(self, n: int, tokens: int) -> list[list[float]]:
-        """Answers to the first ``n`` prompts; one prompt that nobody has read is read on the way."""
-        watch, past = Watch(), None
-        read = self._kept.get_seq_length() > 0
-        if n > 1 and not read:
-            self._model(input_ids=self._ids[:, :-1], past_key_values=self._kept, use_cache=True, logits_to_keep=1)
-            read = True
-        if read:
-            past = copy.deepcopy(self._kept)
-            past.batch_select_indices(torch.arange(n))
-        self._model.generate(
-            self._ids[:n],
-            past_key_values=past,
-            do_sample=False,
-            max_new_tokens=tokens,
-            pad_token_id=0,
-            stopping_criteria=StoppingCriteriaList([watch]),
-        )
-        return [watch.stamps] * n
-
-
-class Watch(StoppingCriteria):  # type: ignore[misc]
-    """Notes when each token came, and stops nothing."""
-
-    def __init__(self) -> None:
-        self.stamps: list[float] = []
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """A token of every row has come."""
-        self.stamps.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
-
 def _turns(models: Models, quick: bool) -> dict[str, dict[str, float]]:
     """ms to the first token of turn ten, and of reading its new tokens alone, on both of our backends."""
     found = {}
@@ -375,69 +328,6 @@ def memory(gguf: Path, checkpoint: Path, *, quick: bool = False) -> dict[str, fl
         done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
         found[name] = float(json.loads(done.stdout.splitlines()[-1]))
     return found
-
-
-def table(result: dict[str, Any]) -> Group:
-    """The result for people."""
-    shown = []
-    for length, heads, lines in tables_of(result):
-        title = f"{result['model']}, prompts of {length} tokens" if length else None
-        rows = Table(*heads, title=title, title_justify="left")
-        for line in lines:
-            rows.add_row(*line)
-        shown.append(rows)
-    return Group(*shown)
-
-
-def tables_of(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Heads and cells: of every length of prompts, and, without a length, of turn ten and memory."""
-    for length, part in result["rows"].items():
-        firsts, at_once = result["first_token_ms"][length], part["at_once"]
-        names = dict.fromkeys(name for rows in at_once.values() for name in rows)
-        lines = [
-            [
-                name,
-                *(_cell(rows.get(name)) for rows in at_once.values()),
-                f"{firsts[name]:.0f}" if name in firsts else "",
-            ]
-            for name in names
-        ]
-        yield length, ["tokens/s; CPU ms a token", *(f"{n} at once" for n in at_once), "first token, ms"], lines
-    if "memory_mb" in result:
-        turn = result["turn_ten"]
-        lines = [
-            [
-                name,
-                *((f"{turn[name][what]:.0f}" if name in turn else "") for what in ("kept", "new_alone")),
-                f"{mb:.0f}",
-            ]
-            for name, mb in result["memory_mb"].items()
-        ]
-        yield "", ["", "first token of turn 10, ms", "its new tokens alone", "peak memory, MB"], lines
-
-
-def of_cpu_time(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """The same of a run on a machine that had other work: what took CPU time, without what took a while."""
-    for length, part in result["rows"].items():
-        at_once = part["at_once"]
-        names = dict.fromkeys(name for rows in at_once.values() for name in rows)
-        lines = [
-            [name, *(_cpu_cell(rows.get(name)) for rows in at_once.values())]  # a head runs alone only
-            for name in names
-        ]
-        yield length, ["CPU ms a token", *(f"{n} at once" for n in at_once)], lines
-    if "memory_mb" in result:
-        yield "", ["", "peak memory, MB"], [[name, f"{mb:.0f}"] for name, mb in result["memory_mb"].items()]
-
-
-def _cpu_cell(row: dict[str, float] | None) -> str:
-    return "" if row is None else f"{row['cpu_ms']:.1f} ({row['over_bare_cpu']:.2f})"
-
-
-def _cell(row: dict[str, float] | None) -> str:
-    if row is None:
-        return ""
-    return f"{row['tokens_per_s']:.0f} ({row['over_bare']:.2f}); {_cpu_cell(row)}"
 
 
 def by_number(found: dict[str, Any]) -> dict[str, Any]:
@@ -461,37 +351,3 @@ def joined(result: dict[str, Any], file: Path) -> dict[str, Any]:
         result = {**stored, **result}
     write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
     return result
-
-
-def markdown(report: dict[str, Any], made: dict[str, Any]) -> str:
-    """The tables for the documentation, with where and when they were made.
-
-    ``made["load"]``, if it is there, is that of other work on the machine.
-    """
-    lines: list[str] = []
-    for length, heads, rows in of_cpu_time(report) if "load" in made else tables_of(report):
-        heads[0] = f"prompts of {int(length):,} tokens: {heads[0]}" if length else ""
-        lines += [
-            f"| {' | '.join(heads)} |",
-            "|---" * len(heads) + "|",
-            *(f"| {' | '.join(row)} |" for row in rows),
-            "",
-        ]
-    every = [row for part in report["rows"].values() for rows in part["at_once"].values() for row in rows.values()]
-    if "load" in made:
-        figures = (
-            f"CPU time of the process: the machine had other work (load {made['load']}), so that its wall-clock says "
-            f"nothing. In brackets: tokens per CPU time"
-        )
-    else:
-        figures = (
-            "Tokens/s of all sequences together after their prompts are read, and ms of the process's CPU time a "
-            "token; in brackets both"
-        )
-    what = (
-        f"{figures} beside bare llama.cpp in the same turn, 1 is equal and more is faster. Turns: at least "
-        f"{min(row['turns'] for row in every)}. {report['model']} ({report['quantization']}), and the checkpoint that "
-        f"it dequantises to; threads: {report['threads']}. {made['hardware']}, commit {made['commit']}, "
-        f"{made['date']}. Made by `{made['command']}`."
-    )
-    return "\n".join([*lines, what])

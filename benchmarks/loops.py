@@ -140,5 +140,5 @@ def _step(model: LanguageModel, at_once: int, tokens: int) -> float:
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(gaps, range(at_once)))  # reads the prompts
         ours = [gap for each in pool.map(gaps, range(at_once)) for gap in each]
-    theirs = [b - a for a, b in pairwise(Generate(model, prompts[0], tokens)(False, rows=at_once))]
+    theirs = [b - a for a, b in pairwise(Generate(model, prompts[:1])(tokens, [0] * at_once))]
     return min(statistics.median(ours), statistics.median(theirs))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import against, engines, served
+from . import against, engines_report, served
 from .chat import CHAT
 from .speed import targets
 from .targets import Verdict, at_least, targets_of
@@ -475,7 +475,7 @@ def sections() -> dict[str, str]:
         "again": ("demo_again", evaluation),
         "trainings": ("demo_trainings", trainings),
         "training": ("train", training),
-        "engines": ("engines", engines.markdown),
+        "engines": ("engines", engines_report.markdown),
         "real_gguf": ("real_gguf_eval", real),
         "real_gemma": ("real_gemma_eval", real),
         "escalation": ("escalate", escalation),

@@ -12,7 +12,7 @@ import torch
 from gguf_files import write_gguf
 from training_fixtures import save_model
 
-from benchmarks import engines, llama_server
+from benchmarks import engines, engines_report, llama_server
 from s2t_agents.testing import tiny_model
 
 pytest.importorskip("llama_cpp")
@@ -43,11 +43,11 @@ def test_every_engine_is_there_beside_bare_llama_cpp(quick: dict[str, Any]) -> N
     )
     assert set(quick["memory_mb"]) == {"llama.cpp", "ours, llama.cpp", "ours, torch fp32", "ours, torch bf16"}
     assert min(quick["memory_mb"].values()) > 10
-    assert engines.table(quick).renderables
-    page = engines.markdown(quick, {"hardware": "2 cores", "commit": "abc", "date": "today", "command": "this"})
+    assert engines_report.table(quick).renderables
+    page = engines_report.markdown(quick, {"hardware": "2 cores", "commit": "abc", "date": "today", "command": "this"})
     assert "| ours, llama.cpp, head at 1% |" in page
     assert "commit abc" in page
-    loaded = engines.markdown(quick, {"hardware": "", "commit": "", "date": "", "command": "", "load": "20"})
+    loaded = engines_report.markdown(quick, {"hardware": "", "commit": "", "date": "", "command": "", "load": "20"})
     assert "first token" not in loaded
 
 
