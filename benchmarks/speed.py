@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -230,72 +230,58 @@ def targets(parts: Mapping[str, Any]) -> dict[str, Verdict]:
 
 def table(result: dict[str, Any]) -> Group:
     """The result for people."""
-    shown = []
-    for part in result.get("decode", ()):
-        title = f"{part['model']}, {part['dtype']}, after {part['prefix']} tokens"
-        rows = Table(
-            "",
-            "ms a token",
-            "tokens/s",
-            "over generate",
-            "over greedy",
-            "first token cold / warm, ms",
-            title=title,
-            title_justify="left",
-        )
-        for name, row in part["rows"].items():
-            star = " *" if row.get("composed") else ""
-            cells = (
-                f"{row['ms_per_token']:.2f}",
-                f"{row['tokens_per_s']:.1f}",
-                f"{row['over_generate']:.2f}",
-                f"{row['over_greedy']:.3f}",
-            )
-            rows.add_row(name + star, *cells, _first(row))
-        shown.append(rows)
-    through = Table(
-        "through the chat model",
-        "ms a token",
-        "over engine",
-        "over generate",
-        "first token cold / warm, ms",
-        title="ChatS2T beside the bare engine",
-        title_justify="left",
+    return Group(
+        *map(_steps, result.get("decode", ())),
+        _through_chat(result.get("chat", ())),
+        _at_once(result.get("parallel", ()), result.get("loops", ())),
+        _targets(result.get("targets", {})),
     )
-    for part in result.get("chat", ()):
+
+
+def _titled(title: str, *heads: str) -> Table:
+    return Table(*heads, title=title, title_justify="left")
+
+
+FIRST = "first token cold / warm, ms"
+
+
+def _steps(part: dict[str, Any]) -> Table:
+    title = f"{part['model']}, {part['dtype']}, after {part['prefix']} tokens"
+    shown = _titled(title, "", "ms a token", "tokens/s", "over generate", "over greedy", FIRST)
+    for name, row in part["rows"].items():
+        star = " *" if row.get("composed") else ""
+        speeds = f"{row['ms_per_token']:.2f}", f"{row['tokens_per_s']:.1f}"
+        shown.add_row(name + star, *speeds, f"{row['over_generate']:.2f}", f"{row['over_greedy']:.3f}", _first(row))
+    return shown
+
+
+def _through_chat(parts: Iterable[dict[str, Any]]) -> Table:
+    heads = ("through the chat model", "ms a token", "over engine", "over generate", FIRST)
+    shown = _titled("ChatS2T beside the bare engine", *heads)
+    for part in parts:
         for name, row in part["rows"].items():
-            through.add_row(
-                f"{part['model']} after {part['prompt_tokens']['plain']}, {name}",
-                f"{row['ms_per_token']:.2f}",
-                f"{row['over_engine']:.3f}",
-                f"{row['over_generate']:.2f}",
-                _first(row),
-            )
-    at_once = Table(
-        "at once",
-        "one by one, tokens/s",
-        "together",
-        "ratio",
-        "p99 gap, ms",
-        "equal",
-        "of the bound",
-        title="generations at once",
-        title_justify="left",
-    )
-    kinds = [("", each) for each in result.get("parallel", ())]
-    kinds += [("agent loops", each) for each in result.get("loops", ())]
-    for kind, each in kinds:
-        speeds = (f"{each['alone_tokens_per_s']:.1f}", f"{each['together_tokens_per_s']:.1f}", f"{each['ratio']:.2f}")
+            what = f"{part['model']} after {part['prompt_tokens']['plain']}, {name}"
+            ratios = f"{row['over_engine']:.3f}", f"{row['over_generate']:.2f}"
+            shown.add_row(what, f"{row['ms_per_token']:.2f}", *ratios, _first(row))
+    return shown
+
+
+def _at_once(prompts: Iterable[dict[str, Any]], loops: Iterable[dict[str, Any]]) -> Table:
+    heads = ("at once", "one by one, tokens/s", "together", "ratio", "p99 gap, ms", "equal", "of the bound")
+    shown = _titled("generations at once", *heads)
+    for kind, each in [*(("", each) for each in prompts), *(("agent loops", each) for each in loops)]:
+        what = f"{each['model']} {each['at_once']} {kind}"
+        speeds = f"{each['alone_tokens_per_s']:.1f}", f"{each['together_tokens_per_s']:.1f}", f"{each['ratio']:.2f}"
         share = f"{each['bound']['share']:.0%}" if "bound" in each else ""
-        at_once.add_row(
-            f"{each['model']} {each['at_once']} {kind}", *speeds, f"{each['gap_ms_p99']:.1f}", str(each["equal"]), share
-        )
-    wanted = Table(
-        "target", "wanted", "figure", "met", title="targets (* composed from measured parts)", title_justify="left"
-    )
-    for name, each in result.get("targets", {}).items():
-        wanted.add_row(name, each["wanted"], f"{each['figure']:.4g}", "yes" if each["met"] else "NO")
-    return Group(*shown, through, at_once, wanted)
+        shown.add_row(what, *speeds, f"{each['gap_ms_p99']:.1f}", str(each["equal"]), share)
+    return shown
+
+
+def _targets(found: Mapping[str, Verdict]) -> Table:
+    shown = _titled("targets (* composed from measured parts)", "target", "wanted", "figure", "met")
+    for name, each in found.items():
+        shown.add_row(name, each["wanted"], f"{each['figure']:.4g}", "yes" if each["met"] else "NO")
+    return shown
 
 
 def _first(row: dict[str, Any]) -> str:
