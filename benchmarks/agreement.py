@@ -103,12 +103,12 @@ def _greedy(model: LanguageModel, ids: list[int], tokens: int) -> list[int]:
     return [step.token_id for step in Engine(model).steps(ids, Sampling(max_tokens=tokens))]
 
 
-def _conversation(model: LanguageModel, ids: list[int], *, new: int = 20, tokens: int = 4) -> list[list[int]]:
+def _conversation(model: LanguageModel, ids: list[int]) -> list[list[int]]:
     """Answers of a conversation long enough for its turns to be read by graphs."""
     said: list[list[int]] = []
     for turn in range(OFTEN + 2):
-        ids = [*ids, *random_prompt(model, new, seed=100 + turn)]
-        said.append(_greedy(model, ids, tokens))
+        ids = [*ids, *random_prompt(model, 20, seed=100 + turn)]
+        said.append(_greedy(model, ids, 4))
         ids = [*ids, *said[-1]]
     return said
 

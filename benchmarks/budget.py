@@ -1,7 +1,7 @@
 """How fast budgets are: reserve + settle pairs per second, on every store, at 1 and 16 threads.
 
 One budget, limited in dollars, escalations and tokens, shared by all threads. Redis is a server of
-the benchmark's own on a free loopback port (or the one it is given), and is set beside two bare PINGs, which no pair
+the benchmark's own on a free loopback port, and is set beside two bare PINGs, which no pair
 can beat.
 """
 
@@ -33,25 +33,23 @@ TARGETS = {"memory": 50_000.0, "sqlite": 2_000.0}
 _CHARGE = Charge(Decimal("0.000142"), llm_tokens=940)
 
 
-def run(seconds: float = 1.0, *, redis_url: str | None = None, folder: str | Path | None = None) -> dict[str, Any]:
+def run(seconds: float = 1.0) -> dict[str, Any]:
     """Measure.
 
     Args:
         seconds: how long each of the cases runs.
-        redis_url: a Redis server to use; by default one is started, where ``redis-server`` is installed.
-        folder: where the SQLite file goes; by default a temporary folder.
 
     Returns:
         ``{"pairs_per_s": {store: {threads: n}}, "round_trips_per_s": {threads: n}, "targets": ..., "met": ...}`` with
         threads as text, as in JSON; Redis is left out, with a reason in ``"skipped"``, where there is no server.
     """
     pairs: dict[str, dict[str, float]] = {"memory": _rates([_spender(MemoryStore())], seconds)[0]}
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    with tempfile.TemporaryDirectory() as place:
         store = SQLiteStore(Path(place) / "budget.db")
         pairs["sqlite"] = _rates([_spender(store)], seconds)[0]
         store.close()
     result: dict[str, Any] = {"pairs_per_s": pairs, "targets": {**TARGETS}, "skipped": {}}
-    with _redis(redis_url) as url:
+    with _redis() as url:
         if url is None:
             result["skipped"]["redis"] = "redis-server is not installed"
         else:
@@ -143,11 +141,11 @@ def _met(rates: dict[str, float], target: float | dict[str, float]) -> bool:
 
 
 @contextmanager
-def _redis(url: str | None) -> Iterator[str | None]:
-    """The URL of a server: the given one, or one that lives as long as the block, or None."""
+def _redis() -> Iterator[str | None]:
+    """The URL of a server that lives as long as the block; None where ``redis-server`` is not installed."""
     program = shutil.which("redis-server")
-    if url is not None or program is None:
-        yield url
+    if program is None:
+        yield None
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

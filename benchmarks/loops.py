@@ -108,10 +108,10 @@ def _common(one: list[int], other: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _reading(model: LanguageModel, tokens: int, repeats: int = 3) -> float:
+def _reading(model: LanguageModel, tokens: int) -> float:
     """Seconds per token of a prompt read alone: the engine's first token, or transformers' forward."""
     prompt, ours, theirs = random_prompt(model, tokens), [], []
-    for _ in range(repeats):
+    for _ in range(3):
         started = time.perf_counter()
         steps = Engine(model).steps(prompt, cache_scope=uuid4().hex)
         next(steps)

@@ -45,7 +45,7 @@ SHAPES = {
 TEMPLATE = Path(__file__).parent / "demo_pair" / "chat_template.jinja"
 
 
-def measured_model(name: str, *, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> LanguageModel:
+def measured_model(name: str, *, dtype: torch.dtype, device: str = "cpu") -> LanguageModel:
     """A model of ``SHAPES`` with random weights, or the bundled one; it never ends an answer by itself.
 
     Shapes of Qwen's vocabulary have its tokenizer where the cache has that (`make real`), so that a grammar costs what
@@ -55,7 +55,6 @@ def measured_model(name: str, *, dtype: torch.dtype, device: str = "cpu", seed: 
         name: a key of ``SHAPES``, or a path or bundled name.
         dtype: of a random model's weights.
         device: where it runs.
-        seed: of the weights.
     """
     if name not in SHAPES:
         loaded = LanguageModel.load(name, device=device)
@@ -64,7 +63,7 @@ def measured_model(name: str, *, dtype: torch.dtype, device: str = "cpu", seed: 
         from transformers import AutoModelForCausalLM
 
         with torch.random.fork_rng(), torch.device(device):
-            torch.manual_seed(seed)
+            torch.manual_seed(0)
             raw = AutoModelForCausalLM.from_config(tiny_config("qwen2", **SHAPES[name]))
         raw, tokenizer = raw.to(device=device, dtype=dtype).eval().requires_grad_(False), tokenizer_of(name)
         raw.get_input_embeddings().weight[tokenizer.pad_token_id] = 0  # never the largest logit

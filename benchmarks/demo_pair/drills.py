@@ -65,8 +65,8 @@ def write_sums(sums: tuple[tuple[int, Move], ...], rng: Random | None = None, no
     return " ".join(f"{op.left} {op.sign} {op.right} = {op.written(rng, noise)}." for op in operations)
 
 
-def draw_copy(rng: Random, longest: int = 12) -> tuple[str, str]:
-    """Something to repeat: the question, and what it wants repeated (2 to `longest` pieces of all sorts).
+def draw_copy(rng: Random) -> tuple[str, str]:
+    """Something to repeat: the question, and what it wants repeated (2 to 12 pieces of all sorts).
 
     A third of them are in other scripts alone, whose bytes take copying in its purest form.
     """
@@ -75,7 +75,7 @@ def draw_copy(rng: Random, longest: int = 12) -> tuple[str, str]:
         return rng.choice(("Repeat '{}'", "Say '{}'", "Copy this: '{}'")).format(quoted), quoted
     known = (*ITEMS, *NAMES, *PLACES, *WORDS, *LANGUAGES)
     pieces = []
-    for _ in range(rng.randint(2, longest)):
+    for _ in range(rng.randint(2, 12)):
         luck = rng.random()
         if luck < 0.45:
             pieces.append(rng.choice(known))

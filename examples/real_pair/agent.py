@@ -48,7 +48,7 @@ def agent(model: ChatS2T) -> Any:
     return graph.compile()
 
 
-def models(llm: str, slm: str, *, selector: Path | None = None, escalations: int = 40) -> dict[str, ChatS2T]:
+def models(llm: str, slm: str, *, selector: Path | None = None) -> dict[str, ChatS2T]:
     """The four, by what they are; without a selector there are three."""
     asked = Escalation(LocalLLM(llm), margin=1.0)
     name = "3 and 4 bits, with its selector"
@@ -62,7 +62,7 @@ def models(llm: str, slm: str, *, selector: Path | None = None, escalations: int
             max_tokens=320,
             trigger=entropy(above=0.5),
             escalation=asked,
-            budget=Budget(escalations=escalations),
+            budget=Budget(escalations=40),
         ),
     }
 
