@@ -49,7 +49,7 @@ NAMES = {
     "head": "**selector (head)**, no LLM",
     "activated": "**selector (activated)**, no LLM",
     "adapted": "**selector (adapted)**, no LLM",
-    "published": "selector (LoRA on the prefix too), no LLM",
+    "published": "selector (published), no LLM",
     "llm_select": "LLM selects at every trigger",
     "takeover": "LLM writes at every trigger",
     "llm": "large model alone",
