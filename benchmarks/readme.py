@@ -250,23 +250,18 @@ def gpu(report: dict[str, Any], made: dict[str, Any]) -> str:
 
 
 def speed_brief(stored: dict[str, dict[str, Any]]) -> str:
-    """What a token takes after a thousand, on a CPU and on a GPU, and the targets that were missed."""
+    """What a token takes after a thousand, on a CPU and on a GPU, and how many targets were missed."""
     (cpu, made_cpu), (device, made_device) = ((each["report"], each["made"]) for each in stored.values())
-    rows, told = list[dict[str, Any]](), list[str]()
-    parts = _gpu_parts(device)
-    rows += [part for part in (*cpu["decode"], *parts["decode"]) if 800 <= part["prefix"] <= 1100]
-    for report, made, judged_by, command in (
-        (cpu, made_cpu, targets(cpu), "s2t bench decode"),
-        (device, made_device, _gpu_targets(device), "s2t bench gpu --json"),
-    ):
-        told += ["", *missed(judged_by), "", _made_by(report, made, command)]
-    return "\n".join([*per_token({"decode": rows}, SHORT), *told])
+    every = (*cpu["decode"], *_gpu_parts(device)["decode"])
+    lines = per_token({"decode": [part for part in every if 800 <= part["prefix"] <= 1100]}, SHORT)
+    on_cpu, on_gpu = _made_by(cpu, made_cpu, "s2t bench decode"), _made_by(device, made_device, "s2t bench gpu --json")
+    lines += ["", f"{missed(targets(cpu))} {on_cpu}", "", f"{missed(_gpu_targets(device))} {on_gpu}"]
+    return "\n".join(lines)
 
 
-def missed(found: dict[str, Verdict]) -> list[str]:
-    """The targets that were missed, and how many there are."""
-    rows = [f"| {name} | {each['wanted']} | {each['figure']:.4g} |" for name, each in found.items() if not each["met"]]
-    return [f"| missed ({len(rows)} of {len(found)} targets) | wanted | measured |", "|---|---|---|", *rows]
+def missed(found: dict[str, Verdict]) -> str:
+    """How many targets were missed, of how many."""
+    return f"**{sum(not each['met'] for each in found.values())} of {len(found)} targets missed**:"
 
 
 def _gpu_parts(report: dict[str, Any]) -> dict[str, Any]:
