@@ -135,6 +135,29 @@ def test_text_that_no_file_can_hold_is_kept_escaped(ledger: Ledger) -> None:
     assert record.receipts[0].reason == record.receipts[0].candidates[0].text == "x\\ud800"
 
 
+MOST, LEAST = Decimal(1_000_000), Decimal("0.000000000001")
+
+
+@pytest.mark.parametrize(
+    ("local", "llm"), [(LEAST, MOST), (MOST, LEAST), (MOST, MOST), (MOST, Decimal(0)), (MOST, None)]
+)
+def test_every_cost_that_is_recorded_is_read_back(ledger: Ledger, local: Decimal, llm: Decimal | None) -> None:
+    record = GenerationRecord(cost_usd=Cost(local=local, llm=llm))
+    ledger.record(record)
+    assert ledger.records() == [record]
+    assert ledger.total().cost_usd.total.usd == record.cost_usd.total
+    assert GenerationRecord(**record.model_dump()) == record
+
+
+@pytest.mark.parametrize("usd", [0.0000001, "0.1", 1, Decimal("1e-400"), Decimal("4e6")])
+def test_every_charge_that_is_recorded_is_read_back(ledger: Ledger, usd: Any) -> None:
+    receipt = Receipt(step=0, prefix_tokens=1, outcome="picked", reserved=Charge(usd), actual=Charge(usd))
+    record = GenerationRecord(receipts=(receipt,))
+    ledger.record(record)
+    assert ledger.records() == [record]
+    assert record.receipts[0].actual == Charge(Decimal(str(usd)))
+
+
 def test_json_keeps_every_digit() -> None:
     text = FULL.model_dump_json()
     assert '"llm":"0.000000000001"' in text

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import uuid
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Self
@@ -41,14 +42,14 @@ _AS_WRITTEN = re.compile(r"(0|[1-9]\d{0,5})(\.\d{0,11}[1-9])?", re.ASCII)
 """Dollars as records hold them already, read without further checks: a report reads millions."""
 
 
-def _exact_dollars(value: Any) -> Any:
+def _exact_dollars(value: Any, *, most: Decimal = money.MAX_USD) -> Any:
     if value is None:
         return None
     if isinstance(value, str) and _AS_WRITTEN.fullmatch(value):
         return Decimal(value)
     amount = money.dollars(value, "cost in USD")
-    if amount > money.MAX_USD:
-        raise ValueError(f"cost in USD: {value!r:.40} is above {money.MAX_USD:,}")
+    if amount > most:
+        raise ValueError(f"cost in USD: {value!r:.40} is above {most:,}")
     return money.round_usd(amount)
 
 
@@ -64,10 +65,13 @@ def _digits(usd: Decimal | None) -> str | None:
 
 
 def _countable(charge: Charge | None) -> Charge | None:
-    """The charge, which no record may hold unless a budget can count it."""
-    if charge is not None:
-        quantities_of(charge)
-    return charge
+    """The charge, in exact dollars; no record may hold one that no budget can count."""
+    if charge is None:
+        return None
+    quantities_of(charge)
+    if isinstance(charge.usd, Decimal | None):
+        return charge
+    return replace(charge, usd=money.dollars(charge.usd, "Charge.usd"))
 
 
 def _charge_json(charge: Charge | None) -> dict[str, Any] | None:
@@ -212,8 +216,9 @@ class Cost(Frozen):
         if not isinstance(data, dict) or "total" not in data:
             return data
         parts = {key: value for key, value in data.items() if key != "total"}
-        total, (local, llm) = _exact_dollars(data["total"]), (_exact_dollars(parts.get(k)) for k in ("local", "llm"))
+        local, llm = (_exact_dollars(parts.get(k)) for k in ("local", "llm"))
         known = None if local is None or llm is None else money.add(local, llm)
+        total = _exact_dollars(data["total"], most=2 * money.MAX_USD)
         if total != known:
             raise ValueError(f"total {total} is not local {local} + llm {llm} ({known})")
         return parts
