@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
-from budget_support import FULL, ONE, Place, place, redis_server, shared_place  # noqa: F401
+from budget_support import FULL, ONE, Place, make_place, place, redis_server, shared_place  # noqa: F401
 
-from s2t_agents.budget import PER_DAY, Budget, Charge
+from s2t_agents.budget import PER_DAY, Budget, Charge, memory_store
 from s2t_agents.errors import BadLimit, BudgetExceeded, HoldClosed, StoreUnavailable, UnpricedModel
 
 
@@ -206,6 +209,63 @@ def test_releasing_a_lapsed_hold_says_so_and_costs_nothing(place: Place) -> None
     with pytest.raises(HoldClosed):
         hold.release()
     assert budget.state().left == {"usd": 1}
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_a_turn_takes_no_more_steps_the_more_holds_have_lapsed(kind: str, tmp_path: Path) -> None:
+    place = make_place(kind, tmp_path)
+    agent = place.budget(usd=1).child("agent", escalations=10**6)
+    steps = 0
+
+    def count(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal steps
+        steps += event == "line"
+        return count
+
+    def turn() -> int:
+        """One of the many that lost a hold: the lines that it ran."""
+        nonlocal steps
+        place.advance(6)
+        steps, before = 0, sys.gettrace()
+        sys.settrace(count)
+        try:
+            agent.reserve(ONE, ttl_s=5)  # for nobody: it lapses before the next turn
+            agent.reserve(ONE).settle(ONE)
+            agent.state()
+        finally:
+            sys.settrace(before)
+        return steps
+
+    turns = [turn() for _ in range(300)]
+    assert max(turns[100:]) <= max(turns[10:50])
+
+
+@pytest.mark.parametrize("held_s", [5, 500])
+def test_memory_remembers_the_holds_that_lapsed_last(monkeypatch: pytest.MonkeyPatch, held_s: int) -> None:
+    monkeypatch.setattr(memory_store, "TOMBSTONES", 3)
+    place = make_place("memory", Path())
+    budget = place.budget(usd=1)
+    lost = []
+    for _ in range(5):
+        lost.append(budget.reserve(cents(10), ttl_s=held_s))
+        budget.reserve(ONE, ttl_s=held_s).release()
+        place.advance(held_s + 1)
+    assert budget.state().holds == 0
+    for hold in lost:
+        with pytest.raises(HoldClosed):
+            hold.settle(cents(10))
+    assert budget.state().spent["usd"] == Decimal("0.3")
+
+
+def test_holds_lapse_in_the_order_of_their_time_whatever_was_closed_between(place: Place) -> None:
+    budget = place.budget(usd=1)
+    kept = {ttl: budget.reserve(cents(1), ttl_s=ttl) for ttl in (50, 20, 90, 10, 70)}
+    for _ in range(200):  # more than are kept, closed long before their time
+        budget.reserve(cents(1), ttl_s=30).settle(ONE)
+    kept.pop(20).release()
+    for now in range(0, 100, 5):
+        assert budget.state().holds == sum(ttl > now for ttl in kept)
+        place.advance(5)
 
 
 def test_a_deadline_refuses_what_comes_after_it(place: Place) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import OrderedDict
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from ..errors import StoreUnavailable
@@ -15,7 +17,10 @@ from .state import BudgetState
 from .store import Chain, Closing, Refusal, Terms
 
 TOMBSTONES = 100_000
-"""Expired holds remembered, so that settling one late is still booked."""
+"""Lapsed holds remembered, so that settling one late is still booked."""
+
+SPARE_TIMES = 64
+"""Times of holds that are closed already, kept beside as many as there are holds."""
 
 PATIENCE = 32
 """How often an operation lets other threads go first before it queues for the lock."""
@@ -25,12 +30,20 @@ class _HoldRecord(NamedTuple):
     chain: Chain
     want: Counts
     expires_us: int
-    expired: bool
 
 
 _Grant = tuple[str, str]
 """A meter's path and what names the grant; without a name it is not remembered."""
-_Change = tuple[dict[str, Meter], str, _HoldRecord | None, _Grant | None]
+
+
+class _Change(NamedTuple):
+    """What an operation does, in absolute values: the meters and the hold that there are after it, and a grant."""
+
+    meters: dict[str, Meter]
+    hold_id: str = ""
+    held: _HoldRecord | None = None
+    lapsed: _HoldRecord | None = None
+    grant: _Grant | None = None
 
 
 class MemoryStore:
@@ -51,9 +64,9 @@ class MemoryStore:
         self._pid = os.getpid()
         self._meters: dict[str, Meter] = {}
         self._holds: dict[str, _HoldRecord] = {}
+        self._lapsed: OrderedDict[str, _HoldRecord] = OrderedDict()
+        self._times: list[tuple[int, str]] = []  # a heap of when holds lapse; some of these are closed already
         self._granted: set[_Grant] = set()
-        self._expired: list[str] = []
-        self._next_expiry_us = 2**63
         self._journal: _Change | None = None
 
     def open_meter(self, path: str, terms: Terms) -> Terms:
@@ -85,9 +98,10 @@ class MemoryStore:
                     return refused
                 changed[path] = meter.reserve(want)
             expires_us = now_us + ttl_us
-            if expires_us < self._next_expiry_us:
-                self._next_expiry_us = expires_us
-            self._commit(changed, hold_id, _HoldRecord(chain, want, expires_us, False))
+            if len(self._times) > 2 * len(self._holds) + SPARE_TIMES:
+                self._times = sorted((held.expires_us, open_id) for open_id, held in self._holds.items())
+            heappush(self._times, (expires_us, hold_id))
+            self._commit(_Change(changed, hold_id, _HoldRecord(chain, want, expires_us)))
         return None
 
     def settle(self, hold_id: str, actual: Counts) -> Closing:
@@ -106,8 +120,7 @@ class MemoryStore:
             if once and (path, once) in self._granted:
                 return False
             after = self._current_meter(path).extend(more, now_us)
-            self._journal = ({path: after}, "", None, (path, once))
-            self._replay()
+            self._commit(_Change({path: after}, grant=(path, once)))
             return True
 
     def read_state(self, path: str) -> BudgetState:
@@ -115,9 +128,7 @@ class MemoryStore:
         self._check_process()
         with self._lock:
             now_us = self._expire_holds()
-            holds = sum(
-                1 for held in self._holds.values() if not held.expired and any(link.path == path for link in held.chain)
-            )
+            holds = sum(any(link.path == path for link in held.chain) for held in self._holds.values())
             return self._current_meter(path).state(path, now_us, holds)
 
     def close(self) -> None:
@@ -126,22 +137,22 @@ class MemoryStore:
     def _close_hold(self, hold_id: str, actual: Counts | None) -> Closing:
         self._check_process()
         with self._lock:
-            if self._journal is not None or self._now_us() >= self._next_expiry_us:
-                self._expire_holds()
-            held = self._holds.get(hold_id)
+            self._expire_holds()
+            lapsed = self._lapsed.get(hold_id)
+            held = lapsed or self._holds.get(hold_id)
             if held is None:
                 return Closing.GONE
             changed: dict[str, Meter] = {}
             for path, _ in held.chain:
                 meter = self._current_meter(path)
-                if held.expired:  # its reservation was given back when it expired: all of it is overrun
+                if lapsed:  # its reservation was given back when it lapsed: all of it is overrun
                     changed[path] = meter.overrun(actual) if actual else meter
                 elif actual is None:
                     changed[path] = meter.release(held.want)
                 else:
                     changed[path] = meter.settle(held.want, actual)
-            self._commit(changed, hold_id, None)
-            return Closing.LATE if held.expired else Closing.DONE
+            self._commit(_Change(changed, hold_id))
+            return Closing.LATE if lapsed else Closing.DONE
 
     def _check_process(self) -> None:
         """Refuse a forked copy; then give a busy lock a moment.
@@ -171,28 +182,26 @@ class MemoryStore:
         if self._journal is not None:
             self._replay()
         now_us = self._now_us()
-        if now_us < self._next_expiry_us:
-            return now_us
-        for hold_id, held in [item for item in self._holds.items() if not item[1].expired]:
-            if held.expires_us <= now_us:
+        while self._times and self._times[0][0] <= now_us:
+            hold_id = self._times[0][1]
+            held = self._holds.get(hold_id)
+            if held is not None:
                 back = {path: self._current_meter(path).release(held.want) for path, _ in held.chain}
-                self._commit(back, hold_id, held._replace(expired=True))
-                self._expired.append(hold_id)
-        while len(self._expired) > TOMBSTONES:
-            self._holds.pop(self._expired.pop(0), None)
-        waiting = (held.expires_us for held in self._holds.values() if not held.expired)
-        self._next_expiry_us = min(waiting, default=2**63)
+                self._commit(_Change(back, hold_id, lapsed=held))
+            heappop(self._times)
+        while len(self._lapsed) > TOMBSTONES:
+            self._lapsed.popitem(last=False)
         return now_us
 
-    def _commit(self, meters: dict[str, Meter], hold_id: str, held: _HoldRecord | None) -> None:
-        self._journal = (meters, hold_id, held, None)
+    def _commit(self, change: _Change) -> None:
+        self._journal = change
         self._replay()
 
     def _replay(self) -> None:
         """Carry out what is written down. Doing it twice changes nothing: the values are absolute."""
         if self._journal is None:
             return
-        meters, hold_id, held, grant = self._journal
+        meters, hold_id, held, lapsed, grant = self._journal
         self._meters.update(meters)
         if grant is not None and grant[1]:
             self._granted.add(grant)
@@ -200,4 +209,8 @@ class MemoryStore:
             self._holds.pop(hold_id, None)
         else:
             self._holds[hold_id] = held
+        if lapsed is None:
+            self._lapsed.pop(hold_id, None)
+        else:
+            self._lapsed[hold_id] = lapsed
         self._journal = None
