@@ -5,9 +5,12 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import socketserver
 import threading
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -105,28 +108,63 @@ def test_a_reservation_whose_answer_was_lost_is_given_back(
     budget.reserve(Charge(Decimal(1)))
 
 
-def test_what_a_server_may_have_done_is_sent_to_it_once() -> None:
-    sent: list[bytes] = []
-
-    class HangsUp(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            while data := self.request.recv(65_536):
-                if b"EVAL" in data:
-                    sent.append(data)
-                    return
-                self.request.sendall(b"+OK\r\n" * (1 + data.count(b"\r\n*")))
+@contextmanager
+def answering(handle: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The address of a server on a free loopback port that treats every connection so."""
 
     class Server(socketserver.ThreadingTCPServer):
         daemon_threads = True
 
-    with Server(("127.0.0.1", 0), HangsUp) as server:
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            handle(self.request)
+
+    with Server(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        store = RedisStore(f"redis://127.0.0.1:{server.server_address[1]}/0?protocol=2", timeout_s=2)
+        yield f"127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_what_a_server_may_have_done_is_sent_to_it_once() -> None:
+    sent: list[bytes] = []
+
+    def hang_up(client: socket.socket) -> None:
+        while data := client.recv(65_536):
+            if b"EVAL" in data:
+                sent.append(data)
+                return
+            client.sendall(b"+OK\r\n" * (1 + data.count(b"\r\n*")))
+
+    with answering(hang_up) as address:
+        store = RedisStore(f"redis://{address}/0?protocol=2", timeout_s=2)
         with pytest.raises(StoreUnavailable):
             store.release("run/a hold")
         store.close()
-        server.shutdown()
     assert len(sent) == 1
+
+
+@pytest.mark.parametrize("options", ["", "?protocol=2"])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *(b"", b"+OK\r\n", b":1\r\n", b"*0\r\n", b"*1\r\n:1\r\n", b"#t\r\n", b"~1\r\n*0\r\n", b"%1\r\n*0\r\n:3\r\n"),
+        *(b"%1\r\n+proto\r\n:3\r\n", b"$-1\r\n", b"$abc\r\n", b"*1\r\n" * 3000, b"\xff\xfe\r\n", b"-ERR unknown\r\n"),
+        *(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n"),
+    ],
+    ids=lambda reply: repr(reply[:20]),
+)
+def test_what_is_no_redis_server_is_a_store_that_cannot_be_used_at_its_address(reply: bytes, options: str) -> None:
+    def answer(client: socket.socket) -> None:
+        while reply and client.recv(65_536):
+            client.sendall(reply)
+
+    with answering(answer) as address:
+        store = RedisStore(f"redis://user:secret@{address}/0{options}", timeout_s=0.05)
+        for _ in range(2):  # no connection is kept that was greeted in vain
+            with pytest.raises(StoreUnavailable, match=address) as caught:
+                Budget(usd=1, store=store)
+            assert "secret" not in str(caught.value)
+        store.close()
 
 
 def test_the_servers_own_clock_lets_a_hold_lapse(redis_server: RedisServer) -> None:
@@ -145,5 +183,5 @@ def test_a_url_that_can_not_be_and_a_secret_that_is_not_shown() -> None:
 
 
 def test_no_server_at_all() -> None:
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(StoreUnavailable, match="Redis at 127.0.0.1:1 "):
         Budget(usd=1, store=RedisStore("redis://127.0.0.1:1/0"))

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
 
 from ..errors import BadLimit, BadStore, ConfigError, StoreUnavailable
 from .clock import Clock
@@ -81,6 +82,8 @@ class RedisStore:
         except ImportError:
             raise ConfigError("The redis package is not installed.", hint="pip install s2t-agents[redis]") from None
         self._address, password = address_of(url)
+        parts = urlsplit(self._address)
+        self._place = parts.netloc.rpartition("@")[2] or parts.path
         if password_env is not None:
             password = password_in(password_env, also=password)
         self._protected, self._password_env = password is not None, password_env
@@ -195,6 +198,9 @@ class RedisStore:
             fault = self._fault(root, str(error))
         except ValueError:  # a reply that is no text
             fault = self._damaged(root)
+        except Exception:  # noqa: BLE001 - redis-py checks few of the replies that it reads
+            self._client.connection_pool.disconnect(inuse_connections=False)  # this one too: it was greeted in vain
+            fault = BadStore(f"What answers at {self._place} is no Redis server.", hint="Check the address.")
         raise fault  # out here it carries no chain: what a server says may have the password in it
 
     def _now_us(self) -> int:
@@ -207,12 +213,13 @@ class RedisStore:
         password = self._client.connection_pool.connection_kwargs.get("password")
         shown = said.replace(password, "***") if password else said
         return StoreUnavailable(
-            f"The budget store on Redis cannot be used: {shown}.", hint="Nothing may be spent until it is back."
+            f"The budget store on Redis at {self._place} cannot be used: {shown}.",
+            hint="Nothing may be spent until it is back.",
         )
 
     def _damaged(self, root: str) -> BadStore:
         return BadStore(
-            f"Redis holds something else than the budget {root!r} under {self._prefix}:{{{root}}}:*.",
+            f"Redis at {self._place} holds something else than the budget {root!r} under {self._prefix}:{{{root}}}:*.",
             hint="Use another prefix, or delete these keys: what was spent is then forgotten.",
         )
 
