@@ -231,8 +231,7 @@ class Budget:
         try:
             refused = meter.store.reserve(self._chain, hold_id, want, ttl_us)
             if refused is None:
-                warn = self.warn if any(budget._warner for budget in self.chain) else None
-                return Hold(meter, hold_id, charge, want, warn)
+                return Hold(meter, hold_id, charge, want, None if self._warner is None else self.warn)
         except BaseException as error:  # also Ctrl-C after the store held it: it would never be settled
             if isinstance(error, StoreUnavailable) and error.untouched:
                 raise

@@ -226,7 +226,7 @@ def reset_after_reboot(rows: sqlite3.Connection, boot: str, now_us: int, wall_s:
     rows.execute("UPDATE holds SET lapsed = 1, expires_us = ?", (now_us,))
     rows.execute(f"UPDATE meters SET {', '.join(f'{name} = 0' for name in _columns('held', _AMOUNT))}")
     rows.execute(
-        "UPDATE meters SET deadline_us = ? + CAST(max(0, deadline_wall - ?) * 1000000 AS INTEGER)"
+        "UPDATE meters SET deadline_us = ? + CAST((deadline_wall - ?) * 1000000 AS INTEGER)"
         " WHERE deadline_wall IS NOT NULL",
         (now_us, wall_s),
     )

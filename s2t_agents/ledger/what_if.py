@@ -66,12 +66,12 @@ class _ReplayClock:
 
 
 def replay(records: Iterable[GenerationRecord], budget: Budget) -> WhatIf:
-    """Put every receipt to a fresh copy of ``budget``, in the order given."""
+    """Put every receipt to a fresh copy of ``budget``; the records are in the order of their time."""
     clock = _ReplayClock()
     fresh: Budget | None = None
     seen = WhatIf()
     for record in records:
-        clock.now = max(clock.now, record.started_at.timestamp())
+        clock.now = record.started_at.timestamp()
         fresh = fresh or budget.fresh(clock)
         seen = seen.model_copy(update={"generations": seen.generations + 1})
         for receipt in record.receipts:
