@@ -210,6 +210,23 @@ def test_a_budget_is_one_line_however_many_runs_it_has_and_those_last_used_come_
     assert lines[1]["left"] == [100 - left for left in range(80)]
 
 
+def test_a_budget_of_several_agents_is_one_line_in_each_unit_and_one_that_was_not_used_none(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path / "costs.jsonl")
+    for left in range(8, 0, -1):
+        limit = {"usd": "0.9", "answers": 9, "escalations": 9 if left > 4 else 12}  # it was extended
+        fin = {"path": "fin", "limit": limit, "left": {"usd": f"0.{left}", "answers": 9, "escalations": left}}
+        own = {"path": "fin/own", "limit": {"usd": "2", "escalations": 9}, "left": {"usd": "2", "escalations": left}}
+        for agent, budget in ((f"agent {left % 4}", fin), ("one", own)):
+            ledger.record(GenerationRecord(agent=agent, thread_id=str(left), budget=budget))
+    write_trace(tmp_path / "costs.jsonl", tmp_path / "page.html")
+    lines = data_of((tmp_path / "page.html").read_text())["burndown"]
+    told = {(line["run"], line["unit"], line["limit"]): line["left"] for line in lines}
+    assert len(lines) == len(told) == 3
+    assert {line["agent"] for line in lines} == {None}
+    assert told["fin/own", "escalations", 9] == told["fin", "escalations", 12] == [*range(8, 0, -1)]
+    assert told["fin", "usd", "0.9"] == [f"0.{left}" for left in range(8, 0, -1)]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

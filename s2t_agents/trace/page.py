@@ -186,23 +186,26 @@ def _agents(ledger: Ledger) -> Iterator[dict[str, Any]]:
 
 
 def _burndown(records: list[GenerationRecord]) -> Iterator[dict[str, Any]]:
-    """What was left of each agent's budget after each answer, by unit; the one that was last in use comes last.
+    """What was left of each budget after each answer, by unit; the one that was last in use comes last.
 
-    Records of before budgets told their path are one line for each thread or run.
+    A budget is one line, whichever agents share it; one of which nothing was spent is left out. Records of before
+    budgets told their path are one line for each agent's thread or run.
     """
-    lines: dict[tuple[str, str | None, str], tuple[Any, list[Any]]] = {}
+    lines: dict[tuple[str | None, str | None, str], tuple[Any, list[Any]]] = {}
     for record in records:
         budget = record.budget or {}
         limits, left = budget.get("limit"), budget.get("left")
         if not isinstance(limits, dict) or not isinstance(left, dict):
             continue
+        path = budget.get("path")
+        owner = (None, path) if path else (record.agent, record.thread_id or record.run_id)
         for unit, limit in limits.items():
             if unit in left:
-                key = (record.agent, budget.get("path") or record.thread_id or record.run_id, str(unit))
-                _, points = lines.pop(key, (limit, []))
-                lines[key] = (limit, [*points[1 - CHART_POINTS :], left[unit]])
+                _, points = lines.pop((*owner, str(unit)), (limit, []))
+                lines[*owner, str(unit)] = (limit, [*points[1 - CHART_POINTS :], left[unit]])
     for (agent, budget_or_run, unit), (limit, points) in lines.items():
-        yield {"agent": agent, "run": budget_or_run, "unit": unit, "limit": limit, "left": points}
+        if any(point != limit for point in points):
+            yield {"agent": agent, "run": budget_or_run, "unit": unit, "limit": limit, "left": points}
 
 
 def _answer(record: GenerationRecord) -> dict[str, Any]:
