@@ -250,6 +250,14 @@ def test_the_report_as_csv(filled: Path) -> None:
     assert (rows[1]["total_usd"], rows[1]["unknown_costs"]) == ("", "1")
 
 
+@pytest.mark.parametrize(
+    ("ms", "told"), [(12.000000000000043, "12.0"), (0.1 + 0.2, "0.3"), (0.0004, "0.0"), (1234.56789, "1234.568")]
+)
+def test_the_times_in_the_csv_are_whole_microseconds(ms: float, told: str) -> None:
+    [row] = csv.DictReader(io.StringIO(report(only(latency_ms=Latency(total=ms, propose=ms)), format="csv")))
+    assert {row[f"{part}_p{share}_ms"] for part in ("total", "propose") for share in (50, 95, 99)} == {told}
+
+
 def test_the_report_as_a_table(filled: Path) -> None:
     text = report(Ledger.reading(filled), "agent", width=220)
     assert "planner" in text

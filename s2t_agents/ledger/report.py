@@ -90,7 +90,8 @@ def _csv(by: str, grouped: GroupedTotals) -> Iterator[str]:
     costs = [f"{part}_usd" for part in ("local", "llm", "total")]
     yield row([by, *_COUNTS, *_ALSO, *costs, "unknown_costs", *quantiles])
     for key, sums, found in grouped:
-        cells = [getattr(found[part], f"p{share}") if part in found else "" for part in PARTS for share in SHARES]
+        split = (found[part].model_dump() if part in found else {} for part in PARTS)
+        cells = [round(part[f"p{share}"], 3) if part else "" for part in split for share in SHARES]  # microseconds
         cost = sums.cost_usd
         usd = ["" if each.usd is None else f"{each.usd:f}" for each in (cost.local, cost.llm, cost.total)]
         counts = [getattr(sums, name) for name in (*_COUNTS, *_ALSO)]
