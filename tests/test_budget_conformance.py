@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from budget_support import FULL, ONE, Place, make_place, place, redis_server, shared_place  # noqa: F401
 
-from s2t_agents.budget import PER_DAY, Budget, Charge, memory_store
+from s2t_agents.budget import PER_DAY, Budget, Charge, Window, memory_store
 from s2t_agents.errors import BadLimit, BudgetExceeded, HoldClosed, StoreUnavailable, UnpricedModel
 
 
@@ -245,16 +245,33 @@ def test_memory_remembers_the_holds_that_lapsed_last(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(memory_store, "TOMBSTONES", 3)
     place = make_place("memory", Path())
     budget = place.budget(usd=1)
-    lost = []
-    for _ in range(5):
-        lost.append(budget.reserve(cents(10), ttl_s=held_s))
+    lost = {}
+    for cost in (1, 2, 4, 8, 16):
+        lost[cost] = budget.reserve(cents(cost), ttl_s=held_s)
         budget.reserve(ONE, ttl_s=held_s).release()
         place.advance(held_s + 1)
+    assert budget.state().holds == 0
+    for cost, hold in lost.items():
+        with pytest.raises(HoldClosed):
+            hold.settle(cents(cost))
+    assert budget.state().spent["usd"] == Decimal("0.28")
+
+
+def test_a_shared_store_forgets_a_hold_a_week_after_it_lapsed(place: Place) -> None:
+    budget = place.budget(usd=1)
+    lost = []
+    for seconds in (7 * 86_400, 9):
+        lost.append(budget.reserve(cents(10), ttl_s=5))
+        place.advance(6)
+        assert budget.state().holds == 0
+        place.advance(seconds)
+    budget.reserve(ONE, ttl_s=1)
+    place.advance(2)
     assert budget.state().holds == 0
     for hold in lost:
         with pytest.raises(HoldClosed):
             hold.settle(cents(10))
-    assert budget.state().spent["usd"] == Decimal("0.3")
+    assert budget.state().spent["usd"] == Decimal("0.2" if place.kind == "memory" else "0.1")
 
 
 def test_holds_lapse_in_the_order_of_their_time_whatever_was_closed_between(place: Place) -> None:
@@ -441,6 +458,16 @@ def test_a_window_starts_afresh_and_never_reopens(place: Place) -> None:
     assert budget.state().spent["usd"] == Decimal("0.4")
     place.advance(2 * 86_400)
     assert budget.state().left == {"usd": 1}
+
+
+def test_a_window_begins_at_its_offset(place: Place) -> None:
+    budget = place.budget(usd=1, window=Window(86_400, offset_s=6 * 3_600))
+    budget.reserve(cents(100)).settle(cents(100))  # at eight o'clock
+    place.advance(17 * 3_600)  # at one: the day of the calendar is another
+    with pytest.raises(BudgetExceeded):
+        budget.reserve(cents(100))
+    place.advance(6 * 3_600)
+    budget.reserve(cents(100))
 
 
 def test_a_new_window_forgets_overruns_too(place: Place) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import linecache
+import sqlite3
 import sys
 from decimal import Decimal
 from pathlib import Path
@@ -18,7 +19,8 @@ from budget_support import ONE, FakeClock, Place, make_place, place, redis_serve
 import s2t_agents.budget as package
 from s2t_agents.budget import PER_DAY, Budget, Charge, Hold, SQLiteStore
 from s2t_agents.budget import sqlite_store as sqlite_module
-from s2t_agents.errors import BudgetExceeded
+from s2t_agents.errors import BudgetExceeded, StoreUnavailable
+from s2t_agents.sqlite_file import OwnFile
 
 OURS = str(Path(package.__file__).parent)
 COST = Charge(Decimal("0.3"), 10)
@@ -120,6 +122,57 @@ def test_ctrl_c_between_the_store_and_the_caller_gives_the_hold_back(place: Plac
     monkeypatch.setattr(place.store, "reserve", interrupted)
     with pytest.raises(Stop):
         budget.reserve(COST)
+    assert budget.state().holds == 0
+
+
+class Failing:
+    """A connection on which statements fail, once each: before they are run, or after."""
+
+    def __init__(self, connection: Any, before: dict[str, BaseException], after: dict[str, BaseException]) -> None:
+        self._connection, self._before, self._after = connection, before, after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def execute(self, sql: str, *values: Any) -> Any:
+        if sql in self._before:
+            raise self._before.pop(sql)
+        found = self._connection.execute(sql, *values)
+        if sql in self._after:
+            raise self._after.pop(sql)
+        return found
+
+
+def failing(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, BaseException], dict[str, BaseException]]:
+    """What fails from now on before and after it is run, by statement."""
+    before: dict[str, BaseException] = {}
+    after: dict[str, BaseException] = {}
+    connect = OwnFile.connection
+    monkeypatch.setattr(OwnFile, "connection", lambda *given: Failing(connect(*given), before, after))
+    return before, after
+
+
+def test_ctrl_c_again_while_the_first_is_rolled_back_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, _ = failing(monkeypatch)
+    budget = make_place("sqlite", tmp_path).budget(usd=1)
+    before.update({"COMMIT": Stop(), "ROLLBACK": Stop()})
+    with pytest.raises(Stop):
+        budget.extend(usd=1)
+    assert not before
+    assert budget.state().limit["usd"] == 1
+    budget.reserve(COST).settle(COST)
+    assert (budget.state().holds, budget.state().spent["usd"]) == (0, COST.usd)
+
+
+def test_a_commit_that_fails_may_have_held_and_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, after = failing(monkeypatch)
+    budget = make_place("sqlite", tmp_path).budget(usd=1)
+    after["COMMIT"] = sqlite3.OperationalError("disk I/O error")
+    with pytest.raises(StoreUnavailable, match="disk"):
+        budget.reserve(COST)
+    assert not after
     assert budget.state().holds == 0
 
 

@@ -233,6 +233,22 @@ def filled(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
+def test_a_ledger_that_is_written_while_it_is_read_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "costs.db"
+    for _ in range(2):
+        ledger = Ledger.open(path)
+        ledger.record(GenerationRecord())
+        ledger.close()
+    reading = iter(Ledger.reading(path))
+    next(reading)
+    ledger = Ledger.open(path)
+    ledger.record(GenerationRecord())
+    ledger.close()  # what it wrote is in the file itself
+    with pytest.raises(LedgerError, match="written to while it was read"):
+        list(reading)
+    assert len(list(Ledger.reading(path))) == 3
+
+
 def test_the_report_as_json(filled: Path) -> None:
     said = json.loads(report(Ledger.reading(filled), "agent", "json"))
     assert said["groups"]["planner"]["cost_usd"]["total"]["usd"] == "0.042"
