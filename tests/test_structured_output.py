@@ -1,6 +1,7 @@
 """Structured output and forced tool calls: always valid against the schema."""
 
 from typing import Any, TypedDict
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -114,6 +115,47 @@ def test_strict_requires_what_is_optional() -> None:
     for method in ("function_calling", "json_schema"):
         raw = model.with_structured_output(Maybe, method=method, strict=True, include_raw=True).invoke("hello")
         assert "note" in (raw["raw"].text or str(raw["raw"].tool_calls[0]["args"]))
+
+
+def pointer(*names: str) -> str:
+    """A JSON pointer to these names, one in the other, below ``$defs``."""
+    return "".join(f"/{name.replace('~', '~0').replace('/', '~1')}" for name in ("$defs", *names))
+
+
+@pytest.mark.parametrize("write", [str, quote], ids=["plain", "in percent"])
+@pytest.mark.parametrize("name", ["a/b", "a~b", "a%b", "a b", "größe", 'a"b', "a~1b", "a%2Fb", "0"])
+def test_a_definition_that_is_no_object_is_found_however_it_is_named(name: str, write: Any) -> None:
+    digit = {"type": "integer", "minimum": 3, "maximum": 9}
+    defs = {
+        name: digit,
+        f"{name} again": {"$ref": f"#{write(pointer(name))}"},
+        "in": {"type": "object", "properties": {name: digit}},
+        "list": {"prefixItems": [{}, {"$ref": f"#{write(pointer(f'{name} again'))}"}]},
+    }
+    for path in ([name], [f"{name} again"], ["in", "properties", name], ["list", "prefixItems", "1"]):
+        schema = {"title": "digit", "$ref": f"#{write(pointer(*path))}", "$defs": defs}
+        assert chat(max_tokens=48).with_structured_output(schema).invoke("hello") in range(3, 10), path
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        {"$ref": "#digit", "$defs": {"n": {"$anchor": "digit", "type": "integer", "minimum": 3, "maximum": 9}}},
+        {"$id": "https://example.com/s.json", "$ref": "s.json#/$defs/n", "$defs": {"n": {"enum": [3, 4]}}},
+        {"$ref": "#/%24defs/n", "$defs": {"n": {"enum": [3, 4]}}},
+        {"anyOf": [{"$ref": "#/$defs/n~1m"}, {"type": "null"}], "$defs": {"n/m": {"enum": [3, 4]}}},
+        {"prefixItems": [{"enum": [3]}], "items": False, "minItems": 1},
+    ],
+    ids=["anchor", "identifier", "keyword in percent", "alternatives", "prefixItems"],
+)
+def test_a_value_that_is_no_object_is_found_behind_references_of_every_kind(root: dict[str, Any]) -> None:
+    answer = chat(max_tokens=48).with_structured_output({"title": "digit", **root}).invoke("hello")
+    assert answer is None or answer == [3] or answer in range(3, 10)
+
+
+def test_alternatives_in_a_circle_bind() -> None:
+    defs = {"n": {"anyOf": [{"$ref": "#/$defs/n"}, {"enum": [3, 4]}]}}
+    chat().with_structured_output({"title": "digit", "anyOf": [{"$ref": "#/$defs/n"}], "$defs": defs})
 
 
 # ---------------------------------------------------------------------- tools

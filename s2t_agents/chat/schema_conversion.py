@@ -19,6 +19,7 @@ from pydantic import BaseModel, PydanticUserError, TypeAdapter
 from typing_extensions import is_typeddict
 
 from ..errors import BadSchema, first_line
+from ..grammar.canonical_schema import canonicalize, follow_pointer, resolved
 
 _FAILURES = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, PydanticUserError, RecursionError)
 _TOOL_KEYS = ("name", "function", "input_schema", "toolSpec")
@@ -89,26 +90,21 @@ def json_schema(given: Any, *, strict: bool | None = None) -> dict[str, Any]:
 
 
 def is_object(schema: Mapping[str, Any]) -> bool:
-    """Whether the values of a schema are objects, judged by its root, references and alternatives."""
-    seen: set[str] = set()
-    here: Any = schema
-    while isinstance(here, Mapping) and isinstance(here.get("$ref"), str) and here["$ref"] not in seen:
-        seen.add(here["$ref"])
-        target: Any = schema
-        for part in here["$ref"].removeprefix("#").strip("/").split("/"):
-            target = target.get(part) if part and isinstance(target, Mapping) else target
-        here = target
-    if not isinstance(here, Mapping):
-        return True
-    if "type" in here:
-        return bool(here["type"] == "object")
-    if "enum" in here or "const" in here:
-        return False
-    options = here.get("anyOf") or here.get("oneOf")
-    if isinstance(options, list):
-        defs = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        return all(isinstance(each, Mapping) and is_object({**each, **defs}) for each in options)
-    return "items" not in here
+    """Whether the values of a schema are objects, judged by its root, references and alternatives.
+
+    Raises:
+        BadSchema: it is not JSON.
+    """
+    root = canonicalize(schema).schema
+    options: list[Any] = [root]
+    for option in options:
+        here = resolved(option, root)
+        if not isinstance(here, dict) or here.get("type") == "object":
+            continue
+        if here.keys() & {"type", "enum", "const", "items", "prefixItems"}:
+            return False
+        options += [each for key in ("anyOf", "oneOf") for each in here.get(key, ()) if each not in options]
+    return True
 
 
 def wrap_in_object(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,8 +127,9 @@ def _move_references(node: Any) -> Any:
     if not isinstance(node, Mapping):
         return node
     out = {key: _move_references(value) for key, value in node.items()}
-    given = node.get("$ref")
-    if isinstance(given, str) and given.startswith("#") and not given.startswith(("#/$defs/", "#/definitions/")):
+    given: Any = node.get("$ref")
+    pointer = unquote(given) if isinstance(given, str) else ""
+    if pointer == "#" or (pointer.startswith("#/") and not pointer.startswith(("#/$defs/", "#/definitions/"))):
         out["$ref"] = f"#/properties/{VALUE_ARGUMENT}{given[1:]}"
     return out
 
@@ -223,23 +220,9 @@ def _is_recursive(schema: Mapping[str, Any]) -> bool:
             if isinstance(reference, str) and reference.startswith("#"):
                 if reference.removeprefix("#")[:1] not in ("", "/"):
                     return True
-                below = [*below, _target(schema, reference)]
+                below = [*below, follow_pointer(schema, reference)]
             waiting += [(here, False), *((each, True) for each in below)]
     return False
-
-
-def _target(schema: Mapping[str, Any], reference: str) -> Any:
-    """What a JSON pointer such as ``#/$defs/N`` points to; None if it is nowhere."""
-    here: Any = schema
-    for part in reference.removeprefix("#").split("/")[1:]:
-        name = unquote(part).replace("~1", "/").replace("~0", "~")
-        if isinstance(here, Mapping):
-            here = here.get(name)
-        elif isinstance(here, list) and name.isdecimal() and int(name) < len(here):
-            here = here[int(name)]
-        else:
-            return None
-    return here
 
 
 def _without_titles(node: Any) -> Any:

@@ -130,6 +130,34 @@ def subschemas(schema: Any) -> Iterator[tuple[tuple[str, ...], str, Any]]:
             yield ((_PATH_STEPS[key],) if key in _PATH_STEPS else ()), key, inner
 
 
+def follow_pointer(root: Any, pointer: str) -> Any:
+    """What a JSON pointer such as ``/$defs/a~1b`` or ``#/$defs/a~1b`` leads to in any schema; None if it is nowhere."""
+    here = root
+    for part in pointer.split("/")[1:]:
+        names = [name.replace("~1", "/").replace("~0", "~") for name in (part, unquote(part))]
+        if isinstance(here, Mapping):
+            here = next((here[name] for name in names if name in here), None)
+        elif isinstance(here, list) and part.isdecimal() and len(part) < 10 and int(part) < len(here):
+            here = here[int(part)]
+        else:
+            return None
+    return here
+
+
+def definition(root: Schema, reference: str) -> Any:
+    """What a reference of a canonical schema, ``#`` or ``#/$defs/NAME``, leads to."""
+    return root if reference == "#" else root["$defs"][reference.removeprefix("#/$defs/")]
+
+
+def resolved(node: Any, root: Schema) -> Any:
+    """A subschema of a canonical schema; where it is only a reference, what that leads to (itself in a circle)."""
+    seen = set[str]()
+    while isinstance(node, dict) and node.keys() - {"$defs"} == {"$ref"} and node["$ref"] not in seen:
+        seen.add(node["$ref"])
+        node = definition(root, node["$ref"])
+    return node
+
+
 class _SchemaReader:
     def __init__(self, root: Any) -> None:
         self.root = root
@@ -267,7 +295,7 @@ class _SchemaReader:
             found = self._anchors.get(fragment, [])
             return found[0] if len(found) == 1 or (found and not dynamic) else None
         for start in (here, self.root):
-            target = _follow_pointer(start, fragment)
+            target = follow_pointer(start, fragment)
             if isinstance(target, (Mapping, bool)):
                 return target
         return None
@@ -442,16 +470,3 @@ def _finite(value: Any) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _follow_pointer(here: Any, pointer: str) -> Any:
-    for part in pointer.split("/")[1:]:
-        names = [part, unquote(part)]
-        names = [name.replace("~1", "/").replace("~0", "~") for name in names]
-        if isinstance(here, Mapping):
-            here = next((here[name] for name in names if name in here), None)
-        elif isinstance(here, list) and part.isdecimal() and int(part) < len(here):
-            here = here[int(part)]
-        else:
-            return None
-    return here

@@ -21,7 +21,17 @@ from llguidance import LLMatcher
 from ..errors import BadSchema
 from ..fork_safety import delay_fork
 from ..redaction import one_line
-from .canonical_schema import TYPES, Schema, canonicalize, check_json, format_path, format_value, subschemas
+from .canonical_schema import (
+    TYPES,
+    Schema,
+    canonicalize,
+    check_json,
+    definition,
+    format_path,
+    format_value,
+    resolved,
+    subschemas,
+)
 from .schema_rules import FORMAT_PATTERNS, MAX_VALUE_BYTES, json_rule
 from .shortest_value import (
     ShortestValue,
@@ -128,12 +138,8 @@ def _as_object(schema: Schema, what: str) -> None:
     Raises:
         BadSchema: it permits no objects.
     """
-    here, seen = schema, set[str]()
-    while set(here) - {"$defs"} == {"$ref"} and here["$ref"] not in seen:
-        seen.add(here["$ref"])
-        target = schema if here["$ref"] == "#" else schema["$defs"][here["$ref"].removeprefix("#/$defs/")]
-        here = target if isinstance(target, dict) else {}
-    given = here.get("type", "object")
+    here = resolved(schema, schema)
+    given = here.get("type", "object") if isinstance(here, dict) else "object"
     if "object" not in (given if isinstance(given, list) else [given]):
         raise BadSchema(f"No answer can fit {what}: arguments are objects, not type {format_value(given)}.")
     if here is schema and "$ref" not in here:
@@ -360,7 +366,7 @@ class _SchemaRelaxer:
         for each in out["allOf"]:
             if isinstance(each, dict):
                 for other in kept:
-                    known = self._resolved(other)
+                    known = resolved(other, self.whole)
                     if isinstance(known, dict):
                         each = {key: each[key] for key in each if not _implied_by(known, each, key)}
             if each not in ({}, True) and each not in kept:
@@ -373,17 +379,10 @@ class _SchemaRelaxer:
             out.update(kept[0])
 
     def _are_disjoint(self, options: list[Any]) -> bool:
-        known = [self._resolved(each) for each in options]
+        known = [resolved(each, self.whole) for each in options]
         if len(known) > 40:
             return False
         return all(_disjoint(a, b) for at, a in enumerate(known) for b in known[at + 1 :])
-
-    def _resolved(self, node: Any) -> Any:
-        seen = set()
-        while isinstance(node, dict) and set(node) == {"$ref"} and node["$ref"] not in seen:
-            seen.add(node["$ref"])
-            node = self.whole if node["$ref"] == "#" else self.defs.get(node["$ref"].removeprefix("#/$defs/"))
-        return node
 
     def _patterns(self, out: Schema, path: tuple[str, ...]) -> None:
         """Keep ``patternProperties`` that llguidance supports; merge overlapping patterns, or drop them."""
@@ -449,7 +448,7 @@ class _SchemaRelaxer:
 
     def _count_of(self, node: Any) -> int | None:
         """How many values fit a schema, at most; None if they are not counted."""
-        node = self._resolved(node)
+        node = resolved(node, self.whole)
         if not isinstance(node, dict):
             return None
         if (values := _values(node)) is not None:
@@ -466,10 +465,11 @@ class _SchemaRelaxer:
             if not isinstance(node, dict):
                 continue
             within = joined or _is_conjunction(node)
-            name = node.get("$ref", "").removeprefix("#/$defs/")
+            reference = node.get("$ref", "")
+            name = reference.removeprefix("#/$defs/")
             if name and within and name not in open_definitions:
                 open_definitions.add(name)
-                waiting.append((self.whole if name == "#" else self.defs.get(name), True))
+                waiting.append((definition(self.whole, reference), True))
             for _, key, inner in subschemas(node):
                 waiting.append((inner, (within or key == "allOf") if key in (*_IN_PLACE, "then", "else") else False))
         return open_definitions

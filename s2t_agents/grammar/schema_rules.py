@@ -9,7 +9,7 @@ from functools import lru_cache
 from re import _parser  # type: ignore[attr-defined]  # nothing public tells the width of a pattern
 from typing import Any
 
-Schema = dict[str, Any]
+from .canonical_schema import Schema, definition
 
 JSON_STYLE = {
     "whitespace_flexible": False,
@@ -90,7 +90,7 @@ def _short_value_bytes(schema: Any, root: Any, referred: dict[str, int]) -> int:
     if isinstance(reference := schema.get("$ref"), str):
         if reference not in referred:
             referred[reference] = 0  # a recursive reference adds nothing the second time
-            referred[reference] = _short_value_bytes(_resolved(reference, root), root, referred)
+            referred[reference] = _short_value_bytes(definition(root, reference), root, referred)
         return referred[reference]
     choices = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else [])]
     if choices:
@@ -141,11 +141,3 @@ def _list(schema: Mapping[str, Any], key: str) -> list[Any]:
 def _number(schema: Mapping[str, Any], key: str) -> int:
     value = schema.get(key)
     return int(value) if isinstance(value, int) else 0
-
-
-def _resolved(reference: str, root: Any) -> Any:
-    here = root
-    for part in reference.removeprefix("#").strip("/").split("/"):
-        if part:
-            here = here.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(here, Mapping) else None
-    return here

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLTokenizer
 
-from .canonical_schema import Schema, format_path, format_value
+from .canonical_schema import Schema, definition, format_path, format_value, resolved
 from .completion_search import CompletionSearch, SearchBudget
 from .matcher import Matcher
 from .schema_rules import MAX_VALUE_BYTES, json_rule, parsed_pattern, shortest_match
@@ -90,7 +90,8 @@ class _Search:
         for _ in range(_MAX_ROUNDS):
             changed = False
             for name in reversed(names):
-                found = self.of(self._body(name), () if name == "#" else (name.removeprefix("#/").replace("/", "."),))
+                path = () if name == "#" else (name.removeprefix("#/").replace("/", "."),)
+                found = self.of(definition(self.schema, name), path)
                 if _shorter(found, self.known[name]) or (
                     _rests_on_itself(self.known[name]) and found != self.known[name]
                 ):
@@ -111,9 +112,6 @@ class _Search:
             for name, each in self.known.items()
             if isinstance(each, Unsatisfiable) and name != "#"
         ]
-
-    def _body(self, name: str) -> Any:
-        return self.schema if name == "#" else self.schema["$defs"][name.removeprefix("#/$defs/")]
 
     def of(self, node: Any, path: tuple[str, ...]) -> Found:
         if node is False:
@@ -146,8 +144,7 @@ class _Search:
 
     def _kinds_of(self, node: Any) -> set[str]:
         """The types that a schema permits; empty if it does not restrict them."""
-        if isinstance(node, dict) and set(node) == {"$ref"}:
-            node = self._body(node["$ref"]) if node["$ref"] in self.known else None
+        node = resolved(node, self.schema)
         given = node.get("type") if isinstance(node, dict) else None
         kinds = set(given if isinstance(given, list) else [given] if given else [])
         return kinds | {"integer"} if "number" in kinds else kinds
