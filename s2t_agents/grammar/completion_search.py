@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from .matcher import Mask, Matcher
 
 Floats = npt.NDArray[np.float64]
 
@@ -65,8 +66,7 @@ class CompletionSearch:
 
     def find_completion(
         self,
-        matcher: Any,
-        masks: Any,
+        matcher: Matcher,
         limit: int,
         *,
         known: Sequence[int] = (),
@@ -77,7 +77,6 @@ class CompletionSearch:
 
         Args:
             matcher: the state to start from; not modified.
-            masks: from a matcher to its token mask ``[V]`` (bool).
             limit: maximum number of tokens.
             known: a completion of a state nearby: where its end completes a state on the way, the search ends there.
             first_found: return the first completion that a rollout finds, and skip the character search.
@@ -89,20 +88,19 @@ class CompletionSearch:
         for attempt in range(_ROLLOUTS // 2 if first_found else _ROLLOUTS):
             order = (self._short_first, self._long_first)[attempt % 2]
             varied = rng if attempt > 1 else None
-            found = self._rollout(matcher.deep_copy(), masks, limit, order, varied, budget, known)
+            found = self._rollout(matcher.deep_copy(), limit, order, varied, budget, known)
             if found is not None:
                 best, limit = found, len(found) - 1
                 if first_found:
                     return best
         if not first_found and (best is None or len(best) > _LONG_PATH):
-            letters = self._character_search(matcher, masks, limit, budget)
-            best = letters if letters is not None else best
+            shorter = self._character_search(matcher, limit, budget)
+            best = shorter if shorter is not None else best
         return best
 
     def _rollout(
         self,
-        matcher: Any,
-        masks: Any,
+        matcher: Matcher,
         limit: int,
         order: Floats,
         rng: random.Random | None,
@@ -117,7 +115,7 @@ class CompletionSearch:
                     return path + rest
             step = matcher.compute_ff_tokens()
             if not step:
-                mask = masks(matcher)
+                mask = matcher.mask()
                 if not mask.any():
                     return None
                 step = [self._pick_token(mask, order, rng)]
@@ -126,7 +124,7 @@ class CompletionSearch:
             path += step
         return path
 
-    def _end_of(self, known: Sequence[int], matcher: Any, room: int) -> list[int] | None:
+    def _end_of(self, known: Sequence[int], matcher: Matcher, room: int) -> list[int] | None:
         """The end of a known completion that completes this state too, the shortest; without at most its first few."""
         for dropped in reversed(range(min(len(known), _JOINED_WITHIN))):
             rest = list(known[dropped:])
@@ -136,14 +134,14 @@ class CompletionSearch:
                     return rest
         return None
 
-    def _character_search(self, matcher: Any, masks: Any, limit: int, budget: SearchBudget) -> list[int] | None:
+    def _character_search(self, matcher: Matcher, limit: int, budget: SearchBudget) -> list[int] | None:
         """Beam search over single characters: greedy rollouts do not find the shortest value of a pattern."""
         front = [(matcher, list[int]())]
         while front:
-            next_front: list[tuple[Any, list[int]]] = []
+            next_front: list[tuple[Matcher, list[int]]] = []
             seen: dict[bytes, int] = {}
             for state, path in front:
-                for step in self._next_steps(state, masks):
+                for step in self._next_steps(state):
                     if len(path) + len(step) > limit:
                         continue
                     if not budget.spend():
@@ -153,24 +151,24 @@ class CompletionSearch:
                         continue
                     if copy.is_accepting():
                         return [*path, *step]
-                    kind = masks(copy).tobytes()
+                    kind = copy.compute_bitmask()
                     seen[kind] = seen.get(kind, 0) + 1
                     if seen[kind] <= _SAME_MASK_LIMIT:
                         next_front.append((copy, [*path, *step]))
             front = next_front[:_BEAM_WIDTH]
         return None
 
-    def _next_steps(self, matcher: Any, masks: Any) -> list[list[int]]:
+    def _next_steps(self, matcher: Matcher) -> list[list[int]]:
         forced = matcher.compute_ff_tokens()
         if forced:
             return [list(forced)]
-        mask = masks(matcher)
+        mask = matcher.mask()
         chosen = [i for i in self._single if mask[i]][:_MAX_BRANCHING]
         if not chosen:
             chosen = np.flatnonzero(mask)[:_MAX_BRANCHING].tolist()
         return [[i] for i in (*(i for i in self._enders if mask[i]), *chosen)]
 
-    def _pick_token(self, mask: npt.NDArray[np.bool_], order: Floats, rng: random.Random | None) -> int:
+    def _pick_token(self, mask: Mask, order: Floats, rng: random.Random | None) -> int:
         """The best-ranked token, or a random one if that does not end the value, which helps with patterns."""
         if len(self._letters) and mask[self._letters].all():
             mask = mask & ~self._punctuation

@@ -25,10 +25,10 @@ from ..errors import BadSchema, ConfigError
 from ..greedy import argmax
 from .completion_search import SearchBudget
 from .lark_rules import CHOICES, arguments_of, auto_start, call_rules, call_texts, functions_of, reply_of, text_rule
-from .matcher import Matcher
+from .matcher import Mask, Matcher
 from .schema_rules import json_rule, longest_minimum_bytes
 from .shortest_value import ShortestValue
-from .vocabulary import Mask, Vocabulary
+from .vocabulary import Vocabulary
 
 MAX_TRIED = 64
 """Near the limit, how many of the most likely legal tokens are tried for a completion that fits."""
@@ -147,9 +147,8 @@ class CompiledGrammar:
             )
             if known is not None:
                 limit = min(limit, len(known) - 1)
-            found = self.vocabulary.completion_search.find_completion(
-                self._matcher, self.vocabulary.mask, limit, first_found=known is not None
-            )
+            find = self.vocabulary.completion_search.find_completion
+            found = find(self._matcher, limit, first_found=known is not None)
             self._shortest = found if found is not None else known
         return self._shortest
 
@@ -316,12 +315,12 @@ class GrammarState:
     def _is_legal(self, token: int) -> bool:
         """Whether the mask would permit one token, without computing it."""
         if token in self._vocabulary.eos_ids:  # llguidance validates them as the end alone, even if they have a text
-            return bool(self._vocabulary.mask(self._matcher)[token])
+            return bool(self._matcher.mask()[token])
         return self._matcher.validate_tokens([token]) == 1
 
     def _legal(self) -> Mask:
         """Token mask ``[V]`` of the grammar alone, without the limit."""
-        mask = self._vocabulary.mask(self._matcher)
+        mask = self._matcher.mask()
         if self._matcher.is_error():
             error = _llguidance_reason(self._matcher.get_error())
             raise BadSchema(f"The grammar of {self._what} became too large to follow: {error}.", hint=_SIMPLIFY_HINT)
@@ -365,9 +364,7 @@ class GrammarState:
             or len(known) > left
             or not (self._completion_holds or self._vocabulary.completes(self._matcher, known))
         ):
-            self._known_completion = self._vocabulary.completion_search.find_completion(
-                self._matcher, self._vocabulary.mask, left
-            )
+            self._known_completion = self._vocabulary.completion_search.find_completion(self._matcher, left)
             self._failed_searches = {}
         self._completion_holds = True
         return self._known_completion
@@ -454,7 +451,7 @@ class GrammarState:
         if state.is_accepting():
             return []
         return self._vocabulary.completion_search.find_completion(
-            state, self._vocabulary.mask, room, known=known, first_found=True, budget=budget
+            state, room, known=known, first_found=True, budget=budget
         )
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 from llguidance import LLMatcher, LLTokenizer
 
 from ..fork_safety import delay_fork
 
+Mask = npt.NDArray[np.bool_]
+
 
 class Matcher:
-    """A grammar state, with the interface of ``llguidance.LLMatcher``.
+    """A grammar state, with the interface of ``llguidance.LLMatcher`` and its mask as an array.
 
     Args:
         core: llguidance's tokenizer.
@@ -18,12 +22,14 @@ class Matcher:
     """
 
     def __init__(self, core: LLTokenizer, source: str) -> None:
+        self._size: int = core.vocab_size
         with delay_fork:
             self._matcher = LLMatcher(core, source, log_level=0)
 
     def deep_copy(self) -> Matcher:
         """An independent copy of the state."""
         copied = Matcher.__new__(Matcher)
+        copied._size = self._size
         with delay_fork:
             copied._matcher = self._matcher.deep_copy()
         return copied
@@ -69,3 +75,8 @@ class Matcher:
         """The token mask, one bit per token, little-endian."""
         with delay_fork:
             return bytes(self._matcher.compute_bitmask())
+
+    def mask(self) -> Mask:
+        """The token mask ``[V]`` (bool)."""
+        bits = np.frombuffer(self.compute_bitmask(), dtype=np.uint8)
+        return np.unpackbits(bits, count=self._size, bitorder="little").view(np.bool_)

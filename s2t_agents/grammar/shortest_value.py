@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from llguidance import LLTokenizer
 
 from .canonical_schema import Schema, definition, format_path, format_value, resolved
@@ -338,12 +336,12 @@ def _shortest_string(rules: str) -> str | None:
     spelt = json.dumps(_example_of_pattern(json.loads(rules).get("pattern", "")), ensure_ascii=False)
     if _accepts(matcher, spelt):
         return spelt
-    found = order.find_completion(matcher, _mask, 400, budget=SearchBudget(20_000))
+    found = order.find_completion(matcher, 400, budget=SearchBudget(20_000))
     text = bytes(found or b"").decode(errors="replace")
     return text if found is not None and _accepts(matcher, text) else None
 
 
-def _accepts(matcher: Any, text: str) -> bool:
+def _accepts(matcher: Matcher, text: str) -> bool:
     state = matcher.deep_copy()
     return bool(state.consume_tokens(list(text.encode())) and state.is_accepting())
 
@@ -415,8 +413,3 @@ def _byte_vocabulary() -> tuple[LLTokenizer, CompletionSearch]:
 
     texts = [chr(value) if value < 128 else "\ufffd" for value in range(_END_ID)]
     return LLTokenizer(TokenizerWrapper(_ByteTokenizer())), CompletionSearch([*texts, ""], enders=set())
-
-
-def _mask(matcher: Any) -> npt.NDArray[np.bool_]:
-    bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-    return np.unpackbits(bits, count=_END_ID + 1, bitorder="little").view(np.bool_)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
-import numpy.typing as npt
 from llguidance import LLTokenizer
 from llguidance.hf import from_tokenizer
 
@@ -18,8 +16,6 @@ from ..tokenization.safe_encoding import SafeEncoder
 from ..tokenization.vocabulary import fill_unused_ids
 from .completion_search import CompletionSearch
 from .matcher import Matcher
-
-Mask = npt.NDArray[np.bool_]
 
 
 class Vocabulary:
@@ -65,11 +61,6 @@ class Vocabulary:
             return [
                 [i for part in each for i in ([part] if isinstance(part, int) else encode(part))] for each in answers
             ]
-
-    def mask(self, matcher: Any) -> Mask:
-        """Token mask ``[V]`` (bool) of a matcher's state."""
-        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-        return np.unpackbits(bits, count=self.size, bitorder="little").view(np.bool_)
 
     def completes(self, matcher: Matcher, tokens: Sequence[int]) -> bool:
         """Whether these tokens complete an answer from a matcher's state on; the state does not change."""
