@@ -9,6 +9,7 @@ import torch
 from random_schemas import object_schema, schema
 from templates import family
 
+from s2t_agents.chat.response_options import ResponseOptions
 from s2t_agents.errors import BadSchema, ConfigError
 from s2t_agents.formats.tool_calls import CLOSE, OPEN, ToolCallParser
 from s2t_agents.grammar.grammar import MAX_TRIED, json_grammar, tool_grammar
@@ -109,7 +110,9 @@ def test_500_random_schemas_come_out_whole_and_valid_within_any_limit(name, bloc
         jsonschema.validate(json.loads(text), asked)
 
         parameters = {"type": "object", "properties": {"value": {"type": "string"}}} | object_schema(r, 1)
-        tools = tool_grammar(words, [tool("weather", parameters), NOW], r.choice(["any", "weather"]))
+        several = r.choice([True, False])
+        asked = [tool("weather", parameters), *([NOW] if several else [])]
+        tools = tool_grammar(words, asked, "any", parallel=several)
         parser = calls_of(name, generate(tools, max_tokens=tools.shortest_tokens + slack, seed=seed))
         assert not parser.invalid_tool_calls
         assert parser.tool_calls
@@ -142,7 +145,7 @@ def test_any_a_name_and_none(name):
     one, other = call("weather", {"city": "x"}), call("now", {})
     required = tool_grammar(words, [WEATHER, NOW], "any")
     assert [accepts(required, text) for text in (one, other, f"{one}\n{other}", "Hi")] == [True, True, True, False]
-    named = tool_grammar(words, [WEATHER, NOW], "now")
+    named = ResponseOptions((WEATHER, NOW), "any", tool="now").compile(words)
     assert [accepts(named, text) for text in (one, other, f"{other}\n{other}", "Hi")] == [False, True, False, False]
     silent = tool_grammar(words, [WEATHER, NOW], "none")
     assert accepts(silent, "Hi")
@@ -166,7 +169,7 @@ def test_a_tool_without_parameters_is_called_without_arguments(parameters):
 
 
 def test_what_has_no_choice_in_it_is_forced():
-    grammar = tool_grammar(cached_vocabulary(family(TAGGED)), [WEATHER], "weather")
+    grammar = tool_grammar(cached_vocabulary(family(TAGGED)), [WEATHER], "any")
     state = grammar.start()
     forced = state.forced()
     assert family(TAGGED).decode(forced) == f'{OPEN}\n{{"name": "weather", "arguments": {{"city":'
@@ -245,7 +248,7 @@ def test_without_logits_every_legal_token_of_a_small_vocabulary_is_tried():
 @pytest.mark.parametrize("tools", [[], [NOW]])
 def test_a_choice_that_names_no_tool_is_refused(tools):
     with pytest.raises(ConfigError, match="fits no tool"):
-        tool_grammar(cached_vocabulary(family(TAGGED)), tools, "weather")
+        ResponseOptions(tuple(tools), "any", tool="weather").compile(cached_vocabulary(family(TAGGED)))
 
 
 def test_a_limit_that_can_hold_no_answer_is_refused_before_anything_is_generated():

@@ -26,7 +26,7 @@ def controls(tokenizer: Any) -> dict[int, str]:
 
 def written(words: Vocabulary, one: dict[str, Any]) -> list[int]:
     """The only call that a grammar leaves, or one of them: its shortest."""
-    grammar = tool_grammar(words, [one], one["function"]["name"])
+    grammar = tool_grammar(words, [one], "any", parallel=False)
     ids = grammar.shortest(600)
     assert ids is not None
     state = grammar.start()

@@ -72,7 +72,9 @@ def test_any_choice_among_the_allowed_tokens_ends_complete_within_any_limit_that
     jsonschema.validate(json.loads(words.llguidance_tokenizer.decode_str(ids)), asked)
 
     parameters = {"type": "object", "properties": {"value": {"type": "string"}}} | object_schema(lot, 1)
-    tools = tool_grammar(words, [tool("weather", parameters), NOW], lot.choice(["any", "weather"]))
+    several = lot.choice([True, False])
+    bound = [tool("weather", parameters), *([NOW] if several else [])]
+    tools = tool_grammar(words, bound, "any", parallel=several)
     parser = calls_of(name, written(tools, tools.shortest_tokens + slack, hows, seed))
     assert parser.tool_calls
     assert not parser.invalid_tool_calls

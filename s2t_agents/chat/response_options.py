@@ -6,18 +6,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 from langchain_core.messages import BaseMessage, SystemMessage
 
 from ..errors import BadSchema, ConfigError
 from ..formats.tool_calls import PlainTextParser, ToolCallParser
 from ..grammar.grammar import CompiledGrammar, json_grammar, tool_grammar
-from ..grammar.lark_rules import CHOICES, arguments_of, functions_of, reply_of
+from ..grammar.lark_rules import Choice, arguments_of, functions_of, reply_of
 from ..grammar.validation import SchemaValidator, cached_validator
 from ..grammar.vocabulary import Vocabulary
 from .schema_conversion import json_schema, openai_tool
 
+_CHOICES: tuple[Choice, ...] = get_args(Choice)
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
@@ -28,14 +29,14 @@ class ResponseOptions:
     Attributes:
         tools: in OpenAI's form.
         tool_choice: "auto", "any" or "none".
-        tool: name of the one tool to call; overrides ``tool_choice``. None names no tool.
+        tool: name of the one tool to call, with ``tool_choice`` "any"; None names no tool.
         parallel: whether one answer may hold several tool calls.
         reply: JSON schema of an answer that is not a tool call; None permits any text.
         schema_in_prompt: whether the prompt shows ``reply``; not with "json_object", which the user describes.
     """
 
     tools: tuple[Mapping[str, Any], ...] = ()
-    tool_choice: str = "auto"
+    tool_choice: Choice = "auto"
     tool: str | None = None
     parallel: bool = True
     reply: Mapping[str, Any] | None = None
@@ -83,11 +84,11 @@ class ResponseOptions:
 
         Raises:
             BadSchema: a malformed tool, or a schema that no grammar can express.
-            ConfigError: a tool choice that names no tool.
+            ConfigError: a tool choice that fits no tool.
         """
-        for function in functions_of(self.tools, "auto").values():
+        for function in functions_of(self.tools).values():
             arguments_of(function)
-        functions_of(self._callable_tools, self.tool_choice)
+        self._callable_tools()
         if self.reply is not None:
             reply_of(self.reply)
 
@@ -100,18 +101,23 @@ class ResponseOptions:
         if self.reply is not None and not self.may_call:
             return json_grammar(vocabulary, self.reply)
         several = self.parallel and self.tool is None
-        return tool_grammar(vocabulary, self._callable_tools, self.tool_choice, parallel=several, reply=self.reply)
+        return tool_grammar(vocabulary, self._callable_tools(), self.tool_choice, parallel=several, reply=self.reply)
 
-    @property
     def _callable_tools(self) -> Sequence[Mapping[str, Any]]:
-        """The tools that may be called: all, or the one that the tool choice names."""
-        if self.tool is None:
+        """The tools that may be called: all, or the one that the tool choice names.
+
+        Raises:
+            BadSchema: not a tool.
+            ConfigError: the tool choice fits none.
+        """
+        functions = functions_of(self.tools)
+        if self.tool in functions:
+            return [{"type": "function", "function": functions[self.tool]}]
+        if self.tool is None and (functions or self.tool_choice != "any"):
             return self.tools
-        named = functions_of(self.tools, "auto")
-        if self.tool in named:
-            return [{"type": "function", "function": named[self.tool]}]
+        wanted = self.tool if self.tool is not None else self.tool_choice
         raise ConfigError(
-            f"tool_choice={self.tool!r} fits no tool (tools: {', '.join(map(repr, named)) or 'none bound'}).",
+            f"tool_choice={wanted!r} fits no tool (tools: {', '.join(map(repr, functions)) or 'none bound'}).",
             hint='Use "auto", "any", "none" or a tool\'s name.',
         )
 
@@ -132,7 +138,7 @@ class ResponseOptions:
         Raises:
             BadSchema: as ``check``.
         """
-        functions = functions_of(self._callable_tools, "auto") if self.may_call else {}
+        functions = functions_of(self._callable_tools()) if self.may_call else {}
         calls = {name: arguments_of(function) for name, function in functions.items()}
         reply = reply_of(self.reply) if self.reply is not None else None
         notes = [_tool_note(name, note) for name, each in calls.items() for note in each.notes]
@@ -210,7 +216,7 @@ def openai_tools(tools: Sequence[Any], *, strict: bool | None) -> list[dict[str,
     return [openai_tool(tool, strict=strict) for tool in tools]
 
 
-def parse_tool_choice(choice: Any) -> tuple[str, str | None]:
+def parse_tool_choice(choice: Any) -> tuple[Choice, str | None]:
     """A tool choice as "auto", "any" or "none", and the name of the one tool to call.
 
     A plain string that is a mode is the mode; the mappings of OpenAI, Anthropic and Bedrock can name any tool, even one
@@ -224,7 +230,7 @@ def parse_tool_choice(choice: Any) -> tuple[str, str | None]:
         if isinstance(named, Mapping) and isinstance(named.get("name"), str):
             return "any", named["name"]
         kind = choice.get("type", *(choice if len(choice) == 1 else ()))  # Bedrock's {"any": {}}
-        if kind in ("required", *CHOICES):
+        if kind in ("required", *_CHOICES):
             return parse_tool_choice(kind)
         hint = 'Use "auto", "any", "none" or a tool\'s name.'
         if kind == "allowed_tools":
@@ -233,7 +239,7 @@ def parse_tool_choice(choice: Any) -> tuple[str, str | None]:
     if choice is None or isinstance(choice, bool):
         return "any" if choice else "auto", None
     word = "any" if choice == "required" else str(choice)
-    return (word, None) if word in CHOICES else ("any", word)
+    return next(((mode, None) for mode in _CHOICES if mode == word), ("any", word))
 
 
 def with_schema(call: Mapping[str, Any]) -> dict[str, Any]:

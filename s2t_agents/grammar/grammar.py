@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import BadSchema, ConfigError
 from ..greedy import argmax
 from .completion_search import SearchBudget
-from .lark_rules import CHOICES, arguments_of, auto_start, call_rules, call_texts, functions_of, reply_of, text_rule
+from .lark_rules import Choice, arguments_of, auto_start, call_rules, call_texts, functions_of, reply_of, text_rule
 from .matcher import Mask, Matcher
 from .schema_rules import json_rule, longest_minimum_bytes
 from .shortest_value import ShortestValue
@@ -458,7 +458,7 @@ class GrammarState:
 def tool_grammar(
     vocabulary: Vocabulary,
     tools: Sequence[Mapping[str, Any]],
-    tool_choice: str = "auto",
+    choice: Choice = "auto",
     *,
     parallel: bool = True,
     reply: Mapping[str, Any] | None = None,
@@ -468,50 +468,39 @@ def tool_grammar(
     Args:
         vocabulary: of the model's tokenizer.
         tools: in OpenAI's form; their schemas are always enforced, so ``strict`` adds nothing.
-        tool_choice: ``"auto"`` (text, calls or both), ``"any"`` (calls only), ``"none"`` (text only), or a
-            tool's name (one call of it).
+        choice: ``"auto"`` (text, calls or both), ``"any"`` (calls only) or ``"none"`` (text only, as without tools).
         parallel: whether several calls are legal.
         reply: schema of an answer that is not a tool call, instead of free text.
 
     Raises:
         BadSchema: a tool's schema that cannot be expressed; the message names the tool.
-        ConfigError: an unknown ``tool_choice``.
     """
-    functions = functions_of(tools, tool_choice)
-    if tool_choice == "none" or not functions:
+    functions = functions_of(tools)
+    if choice == "none" or not functions:
         return CompiledGrammar(vocabulary, f"start: text\n{text_rule()}", margin=4, what="text")
-    named = tool_choice not in CHOICES
-    chosen = [functions[tool_choice]] if named else list(functions.values())
-    schemas = [arguments_of(function) for function in chosen]
-    rules = call_rules(
-        vocabulary,
-        [function["name"] for function in chosen],
-        [each.schema for each in schemas],
-        several=parallel and not named,
-    )
-    ready = reply_of(reply) if reply is not None and tool_choice == "auto" else None
-    said_instead = ready.schema if ready is not None else None
-    rules.append(auto_start(vocabulary, said_instead) if tool_choice == "auto" else "start: calls")
-    names = max(len(json.dumps(function["name"]).encode()) for function in chosen)
-    margin = (
-        96
-        + names
-        + 2 * max(longest_minimum_bytes(each.schema) for each in [*schemas, *([ready] if ready is not None else [])])
-    )
+    names = list(functions)
+    arguments = [arguments_of(function) for function in functions.values()]
+    rules = call_rules(vocabulary, names, [each.schema for each in arguments], several=parallel)
+    replies = [reply_of(reply)] if reply is not None and choice == "auto" else []
+    if choice == "auto":
+        rules.append(auto_start(vocabulary, replies[0].schema if replies else None))
+    else:
+        rules.append("start: calls")
+    longest_name = max(len(json.dumps(name).encode()) for name in names)
+    margin = 96 + longest_name + 2 * max(longest_minimum_bytes(each.schema) for each in [*arguments, *replies])
+    shortest = [each.shortest_value for each in arguments]
     hints = [
-        call_texts(vocabulary, function["name"], each.shortest_value.text)
-        for function, each in zip(chosen, schemas, strict=True)
-        if each.shortest_value.text is not None
+        call_texts(vocabulary, name, value.text)
+        for name, value in zip(names, shortest, strict=True)
+        if value.text is not None
     ]
-    shortest = min((each.shortest_value for each in schemas), key=lambda each: each.size)
-    what = "these tools" if len(chosen) > 1 else f"the arguments of tool {chosen[0]['name']!r}"
     return CompiledGrammar(
         vocabulary,
         "\n".join(rules) + "\n",
         margin=margin,
-        what=what,
-        shortest_value=shortest if tool_choice != "auto" else None,
-        hints=hints if tool_choice != "auto" else (),
+        what="these tools" if len(names) > 1 else f"the arguments of tool {names[0]!r}",
+        shortest_value=min(shortest, key=lambda each: each.size) if choice != "auto" else None,
+        hints=hints if choice != "auto" else (),
     )
 
 

@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from ..errors import BadSchema, ConfigError
+from ..errors import BadSchema
 from ..formats.tool_calls import CLOSE, OPEN
 from .relaxation import RelaxedSchema, relax_schema
 from .schema_rules import json_rule, parameters_of
 from .vocabulary import Vocabulary
 
-CHOICES = ("auto", "any", "none")
-"""Tool choices that are modes, not names of tools."""
+Choice = Literal["auto", "any", "none"]
+"""Whether an answer may be text, calls or both, only calls, or only text."""
 
 _CALL_END = "}\n"
 
 
-def functions_of(tools: Sequence[Mapping[str, Any]], tool_choice: str) -> dict[str, dict[str, Any]]:
+def functions_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The tools' functions by name.
 
     Raises:
         BadSchema: not a tool.
-        ConfigError: a tool choice that names no tool.
     """
-    functions = {function["name"]: function for function in map(_function, tools)}
-    if tool_choice not in (*CHOICES, *functions) or (tool_choice == "any" and not functions):
-        known = ", ".join(map(repr, functions)) or "none bound"
-        raise ConfigError(
-            f"tool_choice={tool_choice!r} fits no tool (tools: {known}).",
-            hint='Use "auto", "any", "none" or a tool\'s name.',
-        )
-    return functions
+    return {function["name"]: function for function in map(_function, tools)}
 
 
 def _function(tool: Any) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from ..budget import Budget
 from ..chat.asked_conversation import AskedConversation
 from ..chat.messages import PromptEncoder
 from ..chat.recent import Recent
+from ..chat.response_options import ResponseOptions
 from ..engine.engine import Engine, steps_of
 from ..errors import ContextOverflow
 from ..formats.tool_calls import ToolCallParser
-from ..grammar.grammar import CompiledGrammar, Grammar, tool_grammar
+from ..grammar.grammar import CompiledGrammar, Grammar
 from ..grammar.vocabulary import cached_vocabulary
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.waits import Waiting
@@ -126,11 +127,10 @@ class Speaker:
         """
         if item.calls is None:
             return None
-        tools, several = item.tools, item.calls.several
         words = cached_vocabulary(self.model.tokenizer, self.model.vocab_size, sorted(self.model.eos_ids))
-        compiled = self._grammars.get(
-            json.dumps([tools, several]), lambda: tool_grammar(words, tools, "any", parallel=several)
-        )
+        options = ResponseOptions(item.tools, "any", parallel=item.calls.several)
+        key = json.dumps([item.tools, item.calls.several])
+        compiled = self._grammars.get(key, lambda: options.compile(words))
         return compiled.start(min(max_tokens, self.model.context_window - len(prompt)))
 
     def read(self, ids: Sequence[int]) -> Reply:
