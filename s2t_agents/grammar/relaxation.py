@@ -124,9 +124,9 @@ def _relax_json(text: str, what: str, only_objects: bool) -> RelaxedSchema:
     whole = canonicalize(json.loads(text), what)
     if only_objects:
         _as_object(whole.schema, what)
-    budget = _SchemaRelaxer(whole.schema, list(whole.notes))
-    done, shortest = budget.compile(what)
-    notes = tuple(dict.fromkeys(budget.notes))
+    relaxer = _SchemaRelaxer(whole.schema, list(whole.notes))
+    done, shortest = relaxer.compile(what)
+    notes = tuple(dict.fromkeys(relaxer.notes))
     if notes:
         _log.warning("%s: the grammar does not enforce %s; answers are checked.", what, one_line("; ".join(notes)))
     return RelaxedSchema(done, whole.schema, shortest, notes)
@@ -434,12 +434,11 @@ class _SchemaRelaxer:
 
     def _property_counts(self, out: Schema, path: tuple[str, ...]) -> None:
         """Drop property counts unless no named property is optional, or the count is at most one (llguidance)."""
-        shortest_value, most = out.get("minProperties", 0), out.get("maxProperties")
+        least, most = out.get("minProperties", 0), out.get("maxProperties")
         optional = set(out.get("properties", ())) - set(out.get("required", ()))
-        if not optional or (not shortest_value and most is None) or excluding_count(out):
+        if not optional or (not least and most is None) or excluding_count(out):
             return
-        shortest_value -= len(out.get("required", ()))
-        few = shortest_value <= 1 and most in (None, 1) and len(optional) <= 40 and not out.get("required")
+        few = least <= 1 and most in (None, 1) and len(optional) <= 40 and not out.get("required")
         if few and out.get("additionalProperties") is False and "patternProperties" not in out:
             return
         for key in ("minProperties", "maxProperties"):
@@ -714,10 +713,6 @@ def _is_conjunction(node: Schema) -> bool:
     """Whether a schema applies several subschemas in place, which must all fit."""
     in_place = [key for key in _IN_PLACE if key in node]
     return len(in_place) > 1 or "if" in node or (bool(in_place) and any(key in node for key in _OBJECT_KEYWORDS))
-
-
-def _only_keys(node: Schema, *keys: str) -> Schema:
-    return {key: node[key] for key in keys if key in node}
 
 
 def _names_type(node: Schema, kind: str) -> bool:
