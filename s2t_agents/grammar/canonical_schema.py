@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin
@@ -56,7 +56,10 @@ _SCHEMA_KEYWORDS = (
 _SCHEMA_MAPS = ("properties", "patternProperties", "dependentSchemas")
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 _SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
-_PATH_STEPS = {"additionalProperties": ".*", "items": "[]", "prefixItems": "[]", "patternProperties": "."}
+_WITH_SUBSCHEMAS = (*_SCHEMA_LISTS, "items", *_SCHEMA_KEYWORDS, "if", "then", "else", *_SCHEMA_MAPS, "$defs")
+"""In the order in which subschemas are changed, and so noted."""
+
+_PATH_STEPS = {"additionalProperties": ".*", "items": "[]", "prefixItems": "[]"}
 
 
 @dataclass
@@ -115,19 +118,33 @@ def format_path(path: tuple[str, ...]) -> str:
     return "".join(path).lstrip(".") or "(root)"
 
 
-def subschemas(schema: Any) -> Iterator[tuple[tuple[str, ...], str, Any]]:
-    """The direct subschemas of a canonical schema, each as (path suffix, keyword, subschema)."""
-    if not isinstance(schema, dict):
-        return
-    for key in ("properties", "patternProperties", "dependentSchemas", "$defs"):
-        for name, inner in schema.get(key, {}).items():
-            yield (f".{name}",), key, inner
-    for key in (*_SCHEMA_KEYWORDS, "items", "if", "then", "else"):
-        if key in schema:
-            yield ((_PATH_STEPS[key],) if key in _PATH_STEPS else ()), key, schema[key]
-    for key in _SCHEMA_LISTS:
-        for inner in schema.get(key, ()):
-            yield ((_PATH_STEPS[key],) if key in _PATH_STEPS else ()), key, inner
+def map_subschemas(node: Schema, path: tuple[str, ...], change: Callable[[Any, tuple[str, ...], str], Any]) -> Schema:
+    """A copy of a canonical schema with its direct subschemas changed, each given with its path and keyword."""
+    out = dict(node)
+    for key in (key for key in _WITH_SUBSCHEMAS if key in node):
+        value, here = node[key], (*path, *_path_step(key))
+        if key in _SCHEMA_LISTS:
+            out[key] = [change(each, here, key) for each in value]
+        elif key in _SCHEMA_MAPS or key == "$defs":
+            start = ("$defs",) if key == "$defs" else path
+            out[key] = {name: change(each, (*start, f".{name}"), key) for name, each in value.items()}
+        else:
+            out[key] = change(value, here, key)
+    return out
+
+
+def subschemas(node: Schema) -> list[tuple[str, Any]]:
+    """The direct subschemas of a canonical schema, each with its keyword."""
+    found: list[tuple[str, Any]] = []
+    map_subschemas(node, (), lambda each, _, key: found.append((key, each)))
+    return found
+
+
+def rewritten(node: Schema, path: tuple[str, ...], change: Callable[[Schema, tuple[str, ...]], Schema]) -> Schema:
+    """A canonical schema with every subschema changed, the outer ones first."""
+    return map_subschemas(
+        change(node, path), path, lambda each, at, _: rewritten(each, at, change) if isinstance(each, dict) else each
+    )
 
 
 def follow_pointer(root: Any, pointer: str) -> Any:

@@ -14,12 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
-from urllib.parse import unquote
-
-from llguidance import LLMatcher
 
 from ..errors import BadSchema
-from ..fork_safety import delay_fork
 from ..redaction import one_line
 from .canonical_schema import (
     TYPES,
@@ -29,10 +25,12 @@ from .canonical_schema import (
     definition,
     format_path,
     format_value,
+    map_subschemas,
     resolved,
+    rewritten,
     subschemas,
 )
-from .schema_rules import FORMAT_PATTERNS, MAX_VALUE_BYTES, json_rule
+from .schema_rules import FORMAT_PATTERNS, MAX_VALUE_BYTES
 from .shortest_value import (
     ShortestValue,
     Unsatisfiable,
@@ -40,6 +38,7 @@ from .shortest_value import (
     shortest_value,
     unsatisfiable_definitions,
 )
+from .trial_relaxation import grammar_error, relax_by_trial
 from .validation import CHECKED_FORMATS, is_pattern
 
 _log = logging.getLogger(__name__)
@@ -62,9 +61,6 @@ MAX_ENUM_BYTES = 100_000
 
 MAX_OPTIONAL_PROPERTIES = 500
 """Optional properties of one object that the grammar names, the first ones."""
-
-MAX_TRIALS = 400
-"""Compilations that may be tried to find what llguidance refuses."""
 
 MAX_TRIED_BYTES = 2**16
 """Shortest value, in bytes, beyond which a schema is not compiled by trial."""
@@ -148,35 +144,54 @@ def _as_object(schema: Schema, what: str) -> None:
         schema.update({"type": "object", **rest})
 
 
-@lru_cache(maxsize=4096)
-def _validate_rule(source: str) -> str:
-    with delay_fork:
-        return str(LLMatcher.validate_grammar(f"start: value\nvalue: {source}\n"))
-
-
-def grammar_error(schema: Mapping[str, Any]) -> str:
-    """llguidance's error for a schema; "" if it compiles."""
-    error = _validate_rule(json_rule(schema)).strip()
-    lines = error.split("failed to compile JSON schema: ")[-1].splitlines() or [""]
-    messages = [line.strip() for line in lines if line.strip()]
-    if messages and messages[0] == "regex parse error:":  # the reason follows the quoted pattern
-        why = [line.removeprefix("error: ") for line in messages if line.startswith("error: ")]
-        return why[0].rstrip(".") if why else "no such expression"
-    return messages[0].rstrip(".") if messages else ""
-
-
 class _SchemaRelaxer:
-    """Relaxes one schema: first by keyword, then by trial compilation."""
+    """Relaxes one schema: by keyword, then by trial what llguidance still refuses."""
 
     def __init__(self, whole: Schema, notes: list[str]) -> None:
         self.whole, self.notes = whole, notes
         self.defs: Mapping[str, Any] = whole.get("$defs", {})
         self.open_definitions = self._open_definitions()
         self.has_large_numbers = _has_large_numbers(whole)
-        self.trials = MAX_TRIALS
         self.long = False
 
-    # ------------------------------------------------------------------ by keywords
+    def compile(self, what: str) -> tuple[Schema, ShortestValue]:
+        """A relaxed schema that llguidance compiles, and its shortest value.
+
+        Raises:
+            BadSchema: no answer fits.
+        """
+        before = list(self.notes)
+        root = self.root(close=True)
+        found, error = self._try(root)
+        if isinstance(found, Unsatisfiable) or error.startswith("Unsatisfiable"):
+            self.notes = before
+            root = self.root(close=False)
+            found, error = self._try(root)
+        if isinstance(found, Unsatisfiable):
+            raise BadSchema(f"No answer can fit {what}: {found.describe()}.", hint="Correct that part of the schema.")
+        if found.size > MAX_VALUE_BYTES:
+            raise BadSchema(
+                f"No model's window holds an answer that fits {what}: it has {found.size} bytes or more"
+                f"{f', of which {found.describe_blame()}' if found.blame else ''}.",
+                hint="Ask for less.",
+            )
+        if error.startswith("Unsatisfiable"):
+            raise BadSchema(f"No answer can fit {what}: {error}.", hint="Correct that part of the schema.")
+        return (relax_by_trial(root, what, self.note), found) if error else (root, found)
+
+    def _try(self, root: Schema) -> tuple[ShortestValue | Unsatisfiable, str]:
+        found = shortest_value(root)
+        if isinstance(found, Unsatisfiable):
+            return found, ""
+        for name in unsatisfiable_definitions(root):
+            root["$defs"][name] = False
+        shared: Schema = {}
+        root.update(rewritten(root, (), partial(_share_leaves, shared)))
+        if shared:
+            root["$defs"] = {**root.get("$defs", {}), **shared}
+        if self.long:  # after the search, so that errors give the true shortest value
+            root.update(rewritten(root, (), _cap_min_length))
+        return found, grammar_error(root) if found.size <= MAX_TRIED_BYTES else ""
 
     def root(self, *, close: bool) -> Schema:
         """The whole schema, relaxed by keyword."""
@@ -208,19 +223,13 @@ class _SchemaRelaxer:
             return False
         self._conditions(out, path)
         self._property_names(out, path)
-        for key in ("allOf", "anyOf", "oneOf"):
-            if key in out:
-                out[key] = [self.relax(each, path, joined=within or key == "allOf") for each in out[key]]
+
+        def relax(each: Any, at: tuple[str, ...], key: str) -> Any:
+            return self.relax(each, at, joined=key == "allOf" or (within and key in ("anyOf", "oneOf")))
+
+        out = map_subschemas(out, path, relax)
         self._one_of(out, path)
         self._deduplicate_all_of(out)
-        if "prefixItems" in out:
-            out["prefixItems"] = [self.relax(each, (*path, "[]")) for each in out["prefixItems"]]
-        for key, step in (("items", "[]"), ("additionalProperties", ".*")):
-            if key in out:
-                out[key] = self.relax(out[key], (*path, step))
-        for key in ("properties", "patternProperties"):
-            if key in out:
-                out[key] = {name: self.relax(each, (*path, f".{name}")) for name, each in out[key].items()}
         self._patterns(out, path)
         self._objects(node, out, path, joined)
         return out
@@ -469,192 +478,9 @@ class _SchemaRelaxer:
             if name and within and name not in open_definitions:
                 open_definitions.add(name)
                 waiting.append((definition(self.whole, reference), True))
-            for _, key, inner in subschemas(node):
+            for key, inner in subschemas(node):
                 waiting.append((inner, (within or key == "allOf") if key in (*_IN_PLACE, "then", "else") else False))
         return open_definitions
-
-    # ------------------------------------------------------------------ by trial
-
-    def compile(self, what: str) -> tuple[Schema, ShortestValue]:
-        """A relaxed schema that llguidance compiles, and its shortest value.
-
-        Raises:
-            BadSchema: no answer fits.
-        """
-        before = list(self.notes)
-        root = self.root(close=True)
-        found, error = self._try(root)
-        if isinstance(found, Unsatisfiable) or error.startswith("Unsatisfiable"):
-            self.notes = before
-            root = self.root(close=False)
-            found, error = self._try(root)
-        if isinstance(found, Unsatisfiable):
-            raise BadSchema(f"No answer can fit {what}: {found.describe()}.", hint="Correct that part of the schema.")
-        if found.size > MAX_VALUE_BYTES:
-            raise BadSchema(
-                f"No model's window holds an answer that fits {what}: it has {found.size} bytes or more"
-                f"{f', of which {found.describe_blame()}' if found.blame else ''}.",
-                hint="Ask for less.",
-            )
-        if error.startswith("Unsatisfiable"):
-            raise BadSchema(f"No answer can fit {what}: {error}.", hint="Correct that part of the schema.")
-        return (self._relax_by_trial(root, what), found) if error else (root, found)
-
-    def _try(self, root: Schema) -> tuple[ShortestValue | Unsatisfiable, str]:
-        found = shortest_value(root)
-        if isinstance(found, Unsatisfiable):
-            return found, ""
-        for name in unsatisfiable_definitions(root):
-            root["$defs"][name] = False
-        shared: Schema = {}
-        root.update(self._mapped(root, (), partial(_share_leaves, shared)))
-        if shared:
-            root["$defs"] = {**root.get("$defs", {}), **shared}
-        if self.long:  # after the search, so that errors give the true shortest value
-            root.update(self._mapped(root, (), _cap_min_length))
-        return found, grammar_error(root) if found.size <= MAX_TRIED_BYTES else ""
-
-    def _relax_by_trial(self, root: Schema, what: str) -> Schema:
-        """Find what llguidance refuses, in subschemas and then in the whole, and drop it."""
-        stubs = dict.fromkeys(root.get("$defs", {}), True)
-        body = {key: value for key, value in root.items() if key != "$defs"}
-        parts = {
-            name: self._relax_part(inner, (f"$defs.{name}",), stubs) for name, inner in root.get("$defs", {}).items()
-        }
-        done = self._relax_part(body, (), stubs)
-        root = done if isinstance(done, dict) else {}
-        if parts:
-            root["$defs"] = parts
-        for relax_step in (self._cut_circular_refs, self._drop_alternatives, self._drop_definitions):
-            error = grammar_error(root)
-            if not error:
-                return root
-            if error.startswith("Unsatisfiable"):
-                break
-            root = relax_step(root, error)
-        error = grammar_error(root)
-        if error.startswith("Unsatisfiable"):
-            raise BadSchema(f"No answer can fit {what}: {error}.", hint="Correct that part of the schema.")
-        if error:
-            self.note((), f"everything ({error})")
-            return {"type": root["type"]} if root.get("type") in ("object", "array", "string") else {}
-        return root
-
-    def _refused(self, node: Any, stubs: Mapping[str, Any]) -> str:
-        self.trials -= 1
-        error = grammar_error({**node, "$defs": stubs} if stubs else node) if isinstance(node, dict) else ""
-        return "" if error.startswith("Unsatisfiable") else error
-
-    def _relax_part(self, node: Any, path: tuple[str, ...], stubs: Mapping[str, Any]) -> Any:
-        """A subschema without what llguidance refuses in it, with all references stubbed."""
-        error = self._refused(node, stubs)
-        if not error:
-            return node
-        if self.trials <= 0:
-            self.note(path, f"everything in it ({error})")
-            return True
-        out = dict(node)
-        for key in ("properties", "patternProperties"):
-            if key in out:
-                out[key] = {name: self._relax_part(each, (*path, f".{name}"), stubs) for name, each in out[key].items()}
-        for key in ("allOf", "anyOf", "prefixItems"):
-            if key in out:
-                out[key] = [self._relax_part(each, path, stubs) for each in out[key]]
-        for key, step in (("items", "[]"), ("additionalProperties", ".*")):
-            if key in out:
-                out[key] = self._relax_part(out[key], (*path, step), stubs)
-        for key in (
-            "",
-            "pattern",
-            "format",
-            "patternProperties",
-            "allOf",
-            "anyOf",
-            "$ref",
-            "enum",
-            "required",
-            "properties",
-        ):
-            if key and key not in out:
-                continue
-            if key:
-                del out[key]
-                self.note(path, f"{key} ({error})")
-            if not self._refused(out, stubs):
-                return out
-        return True
-
-    def _cut_circular_refs(self, root: Schema, error: str) -> Schema:
-        """Drop circular references that have sibling keywords, one after the other."""
-        for _ in range(len(self.defs) + 1):
-            if "circular references" not in error:
-                break
-            target = f"#{unquote(error.rpartition('#')[2])}"
-            before = root
-            for targets in ({target}, self._references_to(target, root)):
-                root = dict(self._mapped(root, (), partial(self._without_references, targets=targets)))
-                if root != before:
-                    break
-            else:
-                break
-            error = grammar_error(root)
-        return root
-
-    def _references_to(self, target: str, root: Schema) -> set[str]:
-        """References whose definitions lead to this one in place, not through a property or an item."""
-        bodies = {f"#/$defs/{name}": inner for name, inner in root.get("$defs", {}).items()}
-        known, size = {target}, 0
-        while len(known) > size:
-            size = len(known)
-            known |= {name for name, inner in bodies.items() if known & _in_place(inner)}
-        return known
-
-    def _without_references(self, node: Schema, path: tuple[str, ...], *, targets: set[str]) -> Schema:
-        """Drop a reference and keep its sibling keywords; keep the reference if these say little."""
-        if node.get("$ref") in targets and len(node.keys() - {"$defs"}) > 1:
-            little = not node.keys() & {"properties", "required", "allOf", "anyOf", "items"}
-            kept = {key: node[key] for key in node if (key == "$ref") == little or key == "$defs"}
-            self.note(path, ", ".join(key for key in node if key not in kept))
-            return kept
-        rest = [each for each in node.get("allOf", ()) if not (isinstance(each, dict) and each.get("$ref") in targets)]
-        if len(rest) < len(node.get("allOf", ())):
-            self.note(path, "allOf with a $ref that comes back to it")
-            return {**{key: node[key] for key in node if key != "allOf"}, **({"allOf": rest} if rest else {})}
-        return node
-
-    def _drop_alternatives(self, root: Schema, error: str) -> Schema:
-        """Drop alternatives of conjunctions, whose combinations multiply."""
-        return dict(self._mapped(root, (), self._drop_alternatives_of))
-
-    def _drop_alternatives_of(self, node: Schema, path: tuple[str, ...]) -> Schema:
-        joined = [key for key in ("allOf", "anyOf", "$ref") if key in node]
-        if "allOf" in node or (len(joined) and len(node) > 1):
-            self.note(path, joined[0])
-            rest = {key: value for key, value in node.items() if key not in joined}
-            return rest or {joined[0]: node[joined[0]]} if joined != ["allOf"] else rest
-        return node
-
-    def _drop_definitions(self, root: Schema, error: str) -> Schema:
-        """Drop the definitions of a schema that is too large as a whole."""
-        defs = root.pop("$defs", {})
-        self.note((), f"$defs ({error})")
-        return {**root, "$defs": dict.fromkeys(defs, True)} if defs else root
-
-    def _mapped(self, node: Any, path: tuple[str, ...], change: Any) -> Any:
-        if not isinstance(node, dict):
-            return node
-        out = dict(change(node, path))
-        for key in ("properties", "patternProperties", "$defs"):
-            if key in out:
-                start = ("$defs",) if key == "$defs" else path
-                out[key] = {name: self._mapped(each, (*start, f".{name}"), change) for name, each in out[key].items()}
-        for key in ("allOf", "anyOf", "prefixItems"):
-            if key in out:
-                out[key] = [self._mapped(each, path, change) for each in out[key]]
-        for key, step in (("items", "[]"), ("additionalProperties", ".*")):
-            if key in out:
-                out[key] = self._mapped(out[key], (*path, step), change)
-        return out
 
 
 def _share_leaves(shared: Schema, node: Schema, path: tuple[str, ...]) -> Schema:
@@ -680,15 +506,6 @@ def _has_large_numbers(schema: Any) -> bool:
 
 def _cap_min_length(node: Schema, path: tuple[str, ...]) -> Schema:
     return {**node, "minLength": MAX_COUNTED_LENGTH} if node.get("minLength", 0) > MAX_COUNTED_LENGTH else node
-
-
-def _in_place(node: Any) -> set[str]:
-    """References that a schema applies in place."""
-    if not isinstance(node, dict):
-        return set()
-    inner = [each for key in ("allOf", "anyOf") for each in node.get(key, ())]
-    own = {node["$ref"]} if "$ref" in node else set[str]()
-    return own.union(*map(_in_place, inner))
 
 
 def _implied_by(known: Schema, other: Schema, key: str) -> bool:
