@@ -73,6 +73,26 @@ def test_a_call_that_does_not_fit_is_a_call_with_the_reason_and_streams_to_the_s
     assert streamed.response_metadata["s2t"]["invalid"] == [reason]
 
 
+@pytest.mark.parametrize("field", [{"type": "number"}, {}, {"type": "number", "minimum": 0}, {"type": "array"}])
+@pytest.mark.parametrize("wishes", [("e", "9"), ("9",)], ids=["exponent", "digits"])
+def test_a_call_with_a_number_that_no_double_holds_is_no_call_and_streams_to_the_same(
+    field: dict[str, Any], wishes: tuple[str, ...]
+) -> None:
+    """Its reader would make it infinite, and run the tool with that."""
+    schema = {"title": "n", "description": "d", "type": "object", "properties": {"x": field}, "required": ["x"]}
+    bound = chat(*wishes, "[", max_tokens=500).bind_tools([schema], tool_choice="any")
+    streamed: Any = reduce(add, bound.stream("hello"))
+    for answer in (bound.invoke("hello"), streamed):
+        assert not answer.tool_calls
+        (call,) = answer.invalid_tool_calls
+        assert call["name"] == "n"
+        (reason,) = answer.response_metadata["s2t"]["invalid"]
+        assert "is no number up to 1.8e+308" in reason
+        assert "Infinity" not in json.dumps(answer.model_dump())
+    with pytest.raises(OutputParserException, match="no number up to"):
+        chat(*wishes, "[", max_tokens=500).with_structured_output(schema).invoke("hello")
+
+
 def test_a_call_that_fits_says_nothing_of_faults() -> None:
     answer = chat("b").bind_tools([{**PICKED, "properties": {"x": {"const": 1}}}], tool_choice="any").invoke("hello")
     assert answer.tool_calls

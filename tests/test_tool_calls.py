@@ -169,7 +169,8 @@ MALFORMED = [
     '{"name": "f", "arguments": [1]}', '{"name": "f", "arguments": "{}"}', '{"name": "f", "arguments": {"a": 1',
     '{"name": "f", "arguments": {"a": "cut', '{"name": "f", "arguments": {"a": tru}}', '{"name": "", "arguments": {}}',
     '{"name": "f", "arguments": {"a": "\\', '{"name": "f", "name": "g"}',
-    '{"name": "f", "arguments": {"a": "\\ud800"}}',
+    '{"name": "f", "arguments": {"a": "\\ud800"}}', '{"name": "f", "arguments": {"a": [1, -1e999]}}',
+    '{"name": "f", "arguments": {"a": {"b": NaN}}}', '{"name": "f", "arguments": {"a": 1' + "0" * 5000 + "}}",
     '{"name": "f", "arguments": ' + '{"a": ' * 5000, '{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}",
 ]  # fmt: skip
 

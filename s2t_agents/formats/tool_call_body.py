@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 _SPACE = " \t\n\r"
@@ -68,12 +69,13 @@ class ToolCallBodyParser:
         """The arguments as a dict; ``{}`` for a call without arguments.
 
         Raises:
-            ValueError: incomplete, not a JSON object, or not Unicode text.
+            ValueError: incomplete, not a JSON object, not Unicode text, or with a number that no double holds
+                (``1e999``), which JSON's readers make infinite.
         """
         if not self.closed and "arguments" not in self._seen:
             raise ValueError(self.error or "the call was cut off")
         text = self.arguments or "{}"
-        parsed = json.loads(text)
+        parsed = json.loads(text, parse_float=_finite, parse_int=_whole, parse_constant=_finite)
         if not isinstance(parsed, dict):
             raise ValueError(f"arguments must be a JSON object, not {type(parsed).__name__}")
         json.dumps(parsed, ensure_ascii=False).encode()  # refuses lone surrogates
@@ -164,3 +166,15 @@ class ToolCallBodyParser:
         if not name:
             self._fail(f"name must be a string, not {text}")
         self.name = name or None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not abs(number) <= sys.float_info.max:
+        raise ValueError(f"{text[:60]} is no number up to {sys.float_info.max:.1e}")
+    return number
+
+
+def _whole(text: str) -> int:
+    _finite(text)
+    return int(text)
