@@ -65,7 +65,11 @@ def unsatisfiable_definitions(schema: Schema) -> list[str]:
     """Names of the definitions of a relaxed schema that no value fits."""
     search = _Search(schema)
     search.root()
-    return search.unsatisfiable if "$defs" in schema else []
+    return [
+        name.removeprefix("#/$defs/")
+        for name, each in search.known.items()
+        if isinstance(each, Unsatisfiable) and name != "#"
+    ]
 
 
 def excluding_count(node: Schema) -> str:
@@ -101,15 +105,6 @@ class _Search:
                 name: ShortestValue(1) if isinstance(each, Unsatisfiable) else each for name, each in self.known.items()
             }
         return self.known["#"]
-
-    @property
-    def unsatisfiable(self) -> list[str]:
-        """Definitions that no value fits."""
-        return [
-            name.removeprefix("#/$defs/")
-            for name, each in self.known.items()
-            if isinstance(each, Unsatisfiable) and name != "#"
-        ]
 
     def of(self, node: Any, path: tuple[str, ...]) -> Found:
         if node is False:
