@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from s2t_agents.errors import ConfigError
 from s2t_agents.training import calibrate, fit, probe, shards, train
-from s2t_agents.training.choices import evaluation
+from s2t_agents.training.choices import evaluation, lacking
 from s2t_agents.training.commands import BUNDLED, app
 from s2t_agents.training.config import Models, read_config
 from s2t_agents.training.pipeline import pipeline
@@ -97,6 +97,7 @@ def made(out: Path) -> dict[str, bytes]:
         found[str(file.relative_to(out))] = file.read_bytes()
     report = json.loads((out / "evaluation" / "report.json").read_text())
     report.pop("seconds")
+    report.pop("selectors")
     for row in report["rows"].values():
         row.pop("seconds")
     found["report"] = json.dumps(report, sort_keys=True).encode()
@@ -245,6 +246,48 @@ def test_the_configs_own_task_takes_n_and_seed_too(folder, whole):
     assert (chosen(bundled, "hard").task.count, chosen(bundled, "hard").seed) == (500, 0)
     config = read_config(folder / "whole.toml")
     assert (chosen(config).seed, len(chosen(config, n=2).task.open().items)) == (3, 2)
+
+
+@pytest.mark.parametrize("slm", ["s2t-demo", "another"])
+def test_only_the_configs_own_selectors_are_evaluated_and_those_missing_are_never_replaced(
+    folder, whole, tmp_path, slm, monkeypatch
+):
+    config = read_config(folder / "whole.toml")
+    config = config.model_copy(update={"models": Models(slm=slm), "out": tmp_path / "out"})
+    assert chosen(config).selectors == {}  # before any training
+    (tmp_path / "out" / "head").mkdir(parents=True)
+    (tmp_path / "out" / "head" / "training.json").write_text("{}")
+    assert chosen(config).selectors == {}  # after one that failed
+    assert set(lacking(config, [])) == {"head", "activated"}
+    for kind in ("activated", "published"):  # the second is no kind of this config
+        shutil.copytree(folder / "whole" / "activated", tmp_path / "out" / kind)
+    assert chosen(config).selectors == {"activated": tmp_path / "out" / "activated"}
+    assert lacking(config, chosen(config).selectors) == {"head": tmp_path / "out" / "head"}
+    monkeypatch.chdir(tmp_path)
+    elsewhere = config.model_copy(update={"out": Path("nowhere")})
+    assert chosen(elsewhere).selectors == {}
+    assert lacking(elsewhere, [])["head"] == tmp_path / "nowhere" / "head"
+    assert set(chosen(config, selectors=[Path("s2t-demo")]).selectors) == {"head"}  # asked for
+
+
+def test_bundled_selectors_are_evaluated_with_the_bundled_config_until_its_own_are_there(folder, whole, tmp_path):
+    config = read_config(BUNDLED).model_copy(update={"out": tmp_path})
+    assert set(chosen(config, bundled=True).selectors) == {"head", "activated", "published"}
+    shutil.copytree(folder / "whole" / "head", tmp_path / "head")
+    assert chosen(config, bundled=True).selectors == {"head": tmp_path / "head"}
+
+
+def test_eval_names_the_selectors_that_it_takes_and_those_that_are_not_there(folder, whole, tmp_path):
+    file = config_file(folder, tmp_path / "out")
+    for part in ("head", "rollouts"):
+        shutil.copytree(folder / "whole" / part, tmp_path / "out" / part)
+    shown = CliRunner().invoke(app, ["eval", str(file), "--n", "2"])
+    assert shown.exit_code == 0, shown.output
+    assert f"no activated selector at {tmp_path / 'out' / 'activated'}" in shown.stderr
+    assert "no head selector" not in shown.stderr
+    assert f"head: {tmp_path / 'out' / 'head'}" in shown.stdout.replace("\n", "")
+    found = CliRunner().invoke(app, ["eval", str(file), "--n", "2", "--json"])
+    assert json.loads(found.stdout)["selectors"] == {"head": str(tmp_path / "out" / "head")}
 
 
 def test_a_grading_for_the_demo_world_is_refused():

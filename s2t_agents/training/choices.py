@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..bundled import SELECTORS, SLM
+from ..bundled import SELECTORS, selector_path
 from ..errors import ConfigError, S2TError
 from ..selectors.config import CONFIG_FILE, SelectorConfig
 from .config import KINDS, EvaluateConfig, EvaluationRows, Kind, Part, Pipeline
@@ -35,6 +35,7 @@ def evaluation(
     *,
     sweep: bool,
     grading: Grading | None = None,
+    bundled: bool = False,
 ) -> EvaluateConfig:
     """The evaluation that a command line asks for, over what the config says.
 
@@ -43,10 +44,11 @@ def evaluation(
         task: a name of the config's ``[tasks.named]``, or as in ``task_named``; None takes the config's own test task.
         n: problems; None takes as many as the config's own task has, and ``PROBLEMS`` of one that it does not have.
         seed: of sampling, and of the problems of a demo task; None takes the config's own, and 0 for a named task.
-        selectors: directories, one of a kind; the config's own where there is none.
+        selectors: directories or names of bundled ones, one of a kind; the config's own where there is none.
         out: folder of the report.
         sweep: over K and the trigger rate besides.
         grading: of a JSONL file; None grades as the config grades its own test file.
+        bundled: see ``found_selectors``.
 
     Raises:
         ConfigError: no such task or selector; two selectors of one kind; a grading for the demo world; prompts that
@@ -65,7 +67,7 @@ def evaluation(
         chosen = task_named(task, n or PROBLEMS, seed or 0, graded, pipeline.tasks.named)
     chosen = _graded(chosen, grading)
     check_unseen(pipeline, chosen)
-    found = found_selectors(pipeline, selectors)
+    found = found_selectors(pipeline, selectors, bundled=bundled)
     if not found:
         rows = with_trigger(pipeline, rows)
     return EvaluateConfig(
@@ -160,20 +162,27 @@ def _far_apart(one: TaskConfig, other: TaskConfig) -> bool:
     return one.split != other.split or one.first + one.count <= other.first or other.first + other.count <= one.first
 
 
-def found_selectors(pipeline: Pipeline, given: Sequence[Path]) -> dict[Kind, Path]:
-    """Selectors by kind: those given, else those of the config's folder, else, for the bundled model, the bundled ones.
+def found_selectors(pipeline: Pipeline, given: Sequence[Path], *, bundled: bool = False) -> dict[Kind, Path]:
+    """Selectors by kind: those given, else those that the config trains, as far as they are there (see ``lacking``).
+
+    Args:
+        pipeline: the config.
+        given: directories, or names of bundled selectors.
+        bundled: take the bundled ones where none of the config's own is there; for the bundled config alone.
 
     Raises:
         ConfigError: two of one kind were given.
     """
     if given:
-        return _by_kind(given)
-    own: dict[Kind, Path] = {
-        kind: pipeline.selector(kind) for kind in KINDS if (pipeline.selector(kind) / CONFIG_FILE).exists()
-    }
-    if own or pipeline.models.slm != SLM:
-        return own
-    return _by_kind([folder for folder in dict.fromkeys(SELECTORS.values()) if (folder / CONFIG_FILE).exists()])
+        return _by_kind([selector_path(folder) for folder in given])
+    own = {kind: pipeline.selector(kind) for kind in pipeline.train or KINDS}
+    found = {kind: folder for kind, folder in own.items() if (folder / CONFIG_FILE).exists()}
+    return found if found or not bundled else _by_kind(list(dict.fromkeys(SELECTORS.values())))
+
+
+def lacking(pipeline: Pipeline, found: Collection[Kind]) -> dict[Kind, Path]:
+    """The selectors that the config trains and that are not among those found, by kind."""
+    return {kind: pipeline.selector(kind).absolute() for kind in pipeline.train if kind not in found}
 
 
 def with_trigger(pipeline: Pipeline, rows: EvaluationRows) -> EvaluationRows:

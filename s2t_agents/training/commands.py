@@ -210,14 +210,15 @@ def evaluate(
         int | None, typer.Option(min=0, help="Seed of problems and sampling; the config's by default, 0 with --task.")
     ] = None,
     selector: Annotated[
-        list[Path] | None, typer.Option(help="Selector directories, one of a kind; the config's by default.")
+        list[Path] | None,
+        typer.Option(help="Selector directories, one of a kind, or s2t-demo; those that the config trains by default."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report and plots.")] = None,
     sweep: Annotated[bool, typer.Option(help="Sweep over K and the trigger rate, too.")] = False,
     json: Json = False,
 ) -> None:
     """Compare all strategies on the same problems: accuracy, cost, time."""
-    from .choices import evaluation
+    from .choices import evaluation, lacking
     from .config import read_config
     from .crew import Crew
     from .evaluate import evaluate as run
@@ -225,7 +226,11 @@ def evaluate(
 
     with _one_line_errors():
         pipeline = read_config(config)
-        settings = evaluation(pipeline, task, n, seed, selector or [], out, sweep=sweep, grading=grading)
+        settings = evaluation(
+            pipeline, task, n, seed, selector or [], out, sweep=sweep, grading=grading, bundled=config == BUNDLED
+        )
+        for kind, folder in () if selector else lacking(pipeline, settings.selectors).items():
+            typer.echo(f"s2t: no {kind} selector at {folder}: left out. Train it, or name one: --selector.", err=True)
         with Crew(pipeline.processes) as crew:
             report = run(settings, crew)
         _show(json, report, lambda: table(report))

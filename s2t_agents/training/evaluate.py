@@ -171,6 +171,7 @@ class Evaluation:
             slm=ModelIdentity.of(self._slm).model_dump(),
             llm=ModelIdentity.of(self._llm).model_dump(),
             hybrid=self._chosen.kind if self._chosen else None,
+            selectors={kind: str(folder) for kind, folder in self._config.selectors.items()},
             settings=settings.model_dump(mode="json"),
             rows={row.name: reports[row.name] for row in self._rows},
             sweeps={what: {row.name: reports[row.name] for row in part} for what, part in self._sweeps.items()},

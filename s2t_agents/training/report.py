@@ -66,6 +66,7 @@ class EvalReport(BaseModel):
         seed: of random triggers and votes.
         slm: name and fingerprint of the small model; llm likewise.
         hybrid: kind of selector in the hybrid and random rows; None where there was no selector.
+        selectors: folder of each, by kind; empty in reports of older versions.
         settings: of the rows.
         rows: by name.
         sweeps: more rows, by what varies ("k", "rate") and then by name.
@@ -80,6 +81,7 @@ class EvalReport(BaseModel):
     slm: dict[str, str]
     llm: dict[str, str]
     hybrid: str | None
+    selectors: dict[str, str] = {}
     settings: dict[str, Any]
     rows: dict[str, RowReport]
     sweeps: dict[str, dict[str, RowReport]] = {}
@@ -134,7 +136,10 @@ class Tally:
 
 def table(report: EvalReport, rows: dict[str, RowReport] | None = None) -> Table:
     """The report for people; ``rows`` picks others than the main ones."""
-    shown = Table(title=f"{report.task}, {report.n} problems, seed {report.seed} ({report.seconds:.0f} s this run)")
+    shown = Table(
+        title=f"{report.task}, {report.n} problems, seed {report.seed} ({report.seconds:.0f} s this run)",
+        caption="\n".join(f"{kind}: {folder}" for kind, folder in report.selectors.items()),
+    )
     for at, name in enumerate(COLUMNS):
         shown.add_column(name, justify="right" if at else "left")
     for row in (rows or report.rows).values():
