@@ -232,7 +232,7 @@ def test_prompts_that_changed_since_the_last_collection_are_read_anew(pair, tmp_
     config = CollectConfig(models=models, task=task, out=tmp_path / "out", rollouts=QUICK)
     collect(config)
     write_prompts(tmp_path / "prompts.jsonl", 8)
-    with pytest.raises(ConfigError, match="other prompts_hash, items, shards"):
+    with pytest.raises(ConfigError, match=r"prompts \(hash\) is .* number of prompts is 4 there and 8 now"):
         collect(config)
 
 
@@ -262,10 +262,22 @@ def test_a_full_disk_is_named_and_whole_shards_are_kept(pair, tmp_path, monkeypa
 def test_a_folder_of_other_rollouts_is_refused(pair, tmp_path):
     slm, _, teacher = pair
     collect_with(slm, teacher, prompts(tmp_path), QUICK, tmp_path / "rollouts")
-    with pytest.raises(ConfigError, match="other settings"):
-        collect_with(slm, teacher, prompts(tmp_path), QUICK.model_copy(update={"k": 4}), tmp_path / "rollouts")
-    with pytest.raises(ConfigError, match="other task, prompts_hash, items"):
+    changed = QUICK.model_copy(update={"k": 4, "max_tokens": 9})
+    with pytest.raises(
+        ConfigError, match=r"settings: k is 8 there and 4 now; max_tokens is 12 there and 9 now\."
+    ):
+        collect_with(slm, teacher, prompts(tmp_path), changed, tmp_path / "rollouts")
+    with pytest.raises(ConfigError, match=r"task is .*-12 there.*prompts \(hash\) is .*number of prompts is 12 there"):
         collect_with(slm, teacher, prompts(tmp_path, 11), QUICK, tmp_path / "rollouts")
+
+
+def test_a_folder_in_which_no_shard_was_made_blocks_nobody(pair, tmp_path):
+    slm, _, teacher = pair
+    collect_with(slm, teacher, prompts(tmp_path), QUICK, tmp_path / "rollouts")
+    for file in (tmp_path / "rollouts").glob("shard-*"):
+        file.unlink()
+    collect_with(slm, teacher, prompts(tmp_path), QUICK.model_copy(update={"k": 4}), tmp_path / "rollouts")
+    assert read_manifest(tmp_path / "rollouts").settings["k"] == 4
 
 
 def test_the_manifest_names_models_prompts_and_settings(pair, tmp_path):

@@ -348,7 +348,7 @@ def test_answers_of_another_evaluation_are_not_taken(pair, made, tmp_path, chang
     config = settings(made, rows=rows, out=tmp_path / "out", selectors={"head": made / "head"})
     task = JsonlTask(write_prompts(tmp_path / "prompts.jsonl", 2), "numeric")
     evaluate_with(slm, llm, task, config)
-    with pytest.raises(ConfigError, match="evaluation with other (seed|settings)"):
+    with pytest.raises(ConfigError, match="other settings: (seed is 0 there and 1|max_tokens is 6 there and 7) now"):
         evaluate_with(slm, llm, task, config.model_copy(update=changed))
     dearer = rows.model_copy(update={"llm_usd_per_million": 3.0})  # a price changes no answer
     assert evaluate_with(slm, llm, task, config.model_copy(update={"rows": dearer})).rows["llm"].cost_usd

@@ -219,6 +219,7 @@ def test_a_selector_of_another_tokenizer_is_refused(pair, foreign):
 def test_a_broken_settings_file_of_a_training_is_named(pair, foreign):
     (foreign / "out").mkdir()
     (foreign / "out" / "training.json").write_text("{")
+    (foreign / "out" / "checkpoint.pt").touch()
     config = TrainConfig(models=Models(), kind="head", rollouts=(foreign / "rollouts",), out=foreign / "out", fit=SMALL)
     with pytest.raises(InputError, match=r"training.json is not JSON.*Delete the folder"):
         train_with(pair[0], config)

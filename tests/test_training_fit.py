@@ -149,7 +149,29 @@ def test_a_finished_training_is_left_alone_and_another_is_refused(pair, rollouts
     written = (tmp_path / "head" / "head.safetensors").stat().st_mtime_ns
     train_with(slm, training("head", rollouts, tmp_path / "head"))
     assert (tmp_path / "head" / "head.safetensors").stat().st_mtime_ns == written
-    with pytest.raises(ConfigError, match="other settings"):
+    others = SMALL.model_copy(update={"lr": 1.0, "k": 3})
+    message = r"other settings: k is 4 there and 3 now; lr is 0.001 there and 1.0 now\. .*mv .*/head .*/head-before"
+    with pytest.raises(ConfigError, match=message):
+        train_with(slm, training("head", rollouts, tmp_path / "head", others))
+
+
+@pytest.mark.parametrize("wrong", [{"k": 9}, {"validation": 1e-9}, {"validation": 1 - 1e-9}])
+def test_a_training_that_is_refused_leaves_nothing_that_blocks_the_corrected_one(pair, rollouts, tmp_path, wrong):
+    slm, _, _ = pair
+    out = tmp_path / "head"
+    with pytest.raises(S2TError, match=r"keeps 8 candidates|are too few"):
+        train_with(slm, training("head", rollouts, out, SMALL.model_copy(update=wrong)))
+    assert not out.exists()
+    out.mkdir()
+    (out / "training.json").write_text('{"fit": {"k": 9}}')  # of an older version, which wrote it first
+    train_with(slm, training("head", rollouts, out))
+    assert (out / "selector.json").exists()
+
+
+def test_a_half_trained_selector_of_other_settings_is_refused(pair, rollouts, tmp_path):
+    slm, _, _ = pair
+    killed_at_its_first_checkpoint(lambda: train_with(slm, training("head", rollouts, tmp_path / "head")))
+    with pytest.raises(ConfigError, match="half-trained selector of other settings: lr is"):
         train_with(slm, training("head", rollouts, tmp_path / "head", SMALL.model_copy(update={"lr": 1.0})))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from ..atomic_write import write_whole
 from ..errors import ConfigError, InputError
 from .dialogue import AnsweredItem
+from .differences import differences
 from .report import Tally
 from .shards import MANIFEST
 
@@ -36,15 +37,12 @@ class Kept:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self._folder = folder
         file, wanted = folder / MANIFEST, json.loads(json.dumps(manifest))
-        if not file.exists():
+        if not any(folder.glob("[0-9]*-*.json")):
             write_whole(file, (json.dumps(wanted, indent=2) + "\n").encode())
-            return
-        found = _read(file)
-        differing = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-        if differing:
+        elif differing := differences(_read(file), wanted):
             raise ConfigError(
-                f"{folder} holds answers of an evaluation with other {', '.join(differing)}.",
-                hint="Evaluate into another folder, or delete this one.",
+                f"{folder} holds answers of an evaluation with other settings: {differing}.",
+                hint="Put them back, or give another folder: --out.",
             )
 
     def get(self, chunk: int, row: str) -> Tally | None:

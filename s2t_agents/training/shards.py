@@ -22,6 +22,7 @@ from torch import Tensor
 from ..atomic_write import write_whole
 from ..errors import ConfigError, InputError, ModelNotFound
 from ..scheduling.language_model import LanguageModel
+from .differences import differences
 
 MANIFEST = "manifest.json"
 
@@ -143,24 +144,24 @@ def open_folder(folder: Path, manifest: Manifest) -> list[int]:
         ConfigError: the folder holds rollouts of other models, prompts or settings, or of unknown ones.
         S2TError: it cannot be written.
     """
-    file = folder / MANIFEST
-    if file.exists():
-        differing = [
-            name for name in Manifest.model_fields if getattr(read_manifest(folder), name) != getattr(manifest, name)
-        ]
-        if differing:
-            raise ConfigError(
-                f"{folder} holds rollouts made with other {', '.join(differing)}.",
-                hint="Collect into another folder, or delete this one.",
-            )
-    else:
-        if any(shard_file(folder, number).exists() for number in range(manifest.shards)):
-            raise ConfigError(
-                f"{folder} holds shards, but {MANIFEST} is missing: nobody knows what they were made from.",
-                hint="Collect into another folder, or delete this one.",
-            )
-        write_whole(file, (manifest.model_dump_json(indent=2) + "\n").encode())
+    made = any(shard_file(folder, number).exists() for number in range(manifest.shards))
+    if made and not (folder / MANIFEST).exists():
+        raise ConfigError(
+            f"{folder} holds shards, but {MANIFEST} is missing: nobody knows what they were made from.",
+            hint="Collect into another folder, or delete this one.",
+        )
+    if made and (differing := differences(*(_deciding(each) for each in (read_manifest(folder), manifest)))):
+        raise ConfigError(
+            f"{folder} holds rollouts made with other settings: {differing}.",
+            hint=f"Put them back, give another `out`, or move that folder away: mv {folder} {folder}-before.",
+        )
+    if not made:
+        write_whole(folder / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
     return [number for number in range(manifest.shards) if not shard_file(folder, number).exists()]
+
+
+def _deciding(manifest: Manifest) -> dict[str, Any]:
+    return manifest.model_dump(mode="json", exclude={"shards"})  # which follows from the others
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -12,13 +12,14 @@ from typing import Any
 from ..atomic_write import sole_run, write_whole
 from ..errors import ConfigError, InputError
 from ..scheduling.language_model import LanguageModel
-from ..selectors.config import BaseIdentity, SelectorConfig
+from ..selectors.config import CONFIG_FILE, BaseIdentity, SelectorConfig
 from ..selectors.learned_trigger import save_probe
 from ..selectors.reference import Reference
 from .card import write_card
 from .collect import check_same_ids
 from .config import TrainConfig
 from .crew import Crew
+from .differences import differences
 from .disagreement import fit_probe, hidden_along
 from .fit import CHECKPOINT, State, fit
 from .groups import choose, read_for, split
@@ -80,8 +81,11 @@ def _train_as(config: TrainConfig, count: int, port: int, rank: int) -> None:
 
 def _train(slm: LanguageModel, config: TrainConfig, workers: Workers) -> None:
     settings = config.fit
-    paid = read_paid(slm, config.paid, settings.k)  # before anything is written
-    if _finished(config, slm, workers):
+    paid = read_paid(slm, config.paid, settings.k)
+    made_from = _made_from(config, slm)
+    finished = _finished(config.out, made_from)
+    workers.wait()  # no process writes before all have looked
+    if finished:
         return
     llm = _llm(slm, config)
     shards = read_for(slm, config.rollouts, settings.k)
@@ -100,6 +104,8 @@ def _train(slm: LanguageModel, config: TrainConfig, workers: Workers) -> None:
     states = [of[id(example)] for example in learn] + (hidden_along(slm, paid.examples) if paid.examples else [])
     train_objective = objective_for(selector, [*learn, *paid.examples], states, settings, llm)
     validation = objective_for(selector, hold, [of[id(example)] for example in hold], settings)
+    if workers.first:
+        write_whole(config.out / SETTINGS, (json.dumps(made_from, indent=2) + "\n").encode())
     state = fit(selector, slm, train_objective, validation, settings, config.out, workers)
     if workers.first:
         save_probe(config.out, probe.weight, probe.bias)
@@ -145,13 +151,9 @@ def _figures(
     }
 
 
-def _finished(config: TrainConfig, slm: LanguageModel, workers: Workers) -> bool:
-    """Whether this very training was finished before; begins it otherwise.
-
-    Raises:
-        ConfigError: something else was trained there.
-    """
-    made_from = {
+def _made_from(config: TrainConfig, slm: LanguageModel) -> dict[str, Any]:
+    """All that decides the weights."""
+    return {
         "kind": config.kind,
         # how memory is spent changes no weights: a run that had too little may go on with checkpointing
         "fit": config.fit.model_dump(mode="json", exclude={"checkpointing"} | _unused(config)),
@@ -159,16 +161,21 @@ def _finished(config: TrainConfig, slm: LanguageModel, workers: Workers) -> bool
         "rollouts": [_digest(folder / MANIFEST) for folder in config.rollouts],
         **({"paid": [_digest(file) for file in config.paid]} if config.paid else {}),
     }
-    file = config.out / SETTINGS
-    if file.exists() and _read(file) != made_from:
+
+
+def _finished(out: Path, made_from: dict[str, Any]) -> bool:
+    """Whether this very training was finished before. A folder where none was begun in earnest says nothing.
+
+    Raises:
+        ConfigError: something else was trained there, or is half trained.
+    """
+    finished, begun = (out / CONFIG_FILE).exists(), (out / CHECKPOINT).exists()
+    file = out / SETTINGS
+    if (finished or begun) and file.exists() and (differing := differences(_read(file), made_from)):
         raise ConfigError(
-            f"{config.out} holds a selector of other settings, rollouts, paid selections or weights.",
-            hint="Train into another folder, or delete this one.",
+            f"{out} holds a{'' if finished else ' half-trained'} selector of other settings: {differing}.",
+            hint=f"Put them back, give another `out`, or move that folder away: mv {out} {out}-before.",
         )
-    if not file.exists() and workers.first:
-        write_whole(file, (json.dumps(made_from, indent=2) + "\n").encode())
-    finished = (config.out / "selector.json").exists()
-    workers.wait()  # no process writes before all have looked
     return finished
 
 
