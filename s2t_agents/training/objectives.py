@@ -125,9 +125,9 @@ class AdapterObjective:
         for batch in batches(costs, self._tokens):
             part = [chosen[at] for at in batch]
             k = part[0].candidates.shape[1]
-            step = max(1, self._max_row // k)
-            for first in range(0, max(len(example.positions) for example in part), step):
-                yield self._scored(part, slice(first, first + step))
+            groups = max(1, self._max_row // k)
+            for first in range(0, max(len(example.positions) for example in part), groups):
+                yield self._scored(part, slice(first, first + groups))
 
     def _scored(self, examples: Sequence[Example], steps: slice) -> Scored:
         """The groups ``steps`` of each of these examples."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..selectors.drift import wilson
 
-__all__ = ["best_temperature", "expected_calibration_error", "reliability", "roc_auc", "wilson"]
+__all__ = ["best_temperature", "reliability", "roc_auc", "wilson"]
 
 
 def roc_auc(scores: Tensor, positive: Tensor) -> float | None:
@@ -48,9 +48,3 @@ def reliability(confidence: Tensor, right: Tensor, bins: int = 10) -> tuple[tupl
             mean, share = float(confidence[inside].mean()), float(right[inside].float().mean())
             rows.append((round(mean, 4), round(share, 4), count))
     return tuple(rows)
-
-
-def expected_calibration_error(rows: tuple[tuple[float, float, int], ...]) -> float:
-    """Mean distance between confidence and share right, over ``reliability``'s rows."""
-    total = sum(count for *_, count in rows)
-    return sum(abs(confidence - share) * count for confidence, share, count in rows) / max(1, total)
