@@ -2,7 +2,10 @@
 
 import errno
 import itertools
+import json
 import os
+import queue
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +23,9 @@ from s2t_agents.engine.engine import Engine
 from s2t_agents.errors import ConfigError, InputError, ModelNotFound, S2TError, TokenizerMismatch
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import tiny_model
+from s2t_agents.training import progress
 from s2t_agents.training import shards as shard_files
-from s2t_agents.training.collect import check_same_ids, collect, collect_with
+from s2t_agents.training.collect import Collector, check_same_ids, collect, collect_with
 from s2t_agents.training.config import CollectConfig, Models, Rollouts
 from s2t_agents.training.crew import Crew
 from s2t_agents.training.dialogue import Speaker
@@ -236,6 +240,59 @@ def test_prompts_that_changed_since_the_last_collection_are_read_anew(pair, tmp_
         collect(config)
 
 
+BAD = {
+    "too long": "word " * 600,
+    "a NUL": "one \0 two",
+    "an image": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:x"}}]}],
+}
+
+
+@pytest.mark.parametrize("prompt", BAD.values(), ids=BAD)
+def test_prompts_that_cannot_be_read_are_named_before_the_first_answer(pair, tmp_path, prompt):
+    slm, _, teacher = pair
+    good = write_prompts(tmp_path / "good.jsonl", 12).read_text().splitlines()
+    bad = [json.dumps({"id": name, "prompt": prompt, "answer": "1"}) for name in ("first", "second")]
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("\n".join([*good[:9], bad[0], *good[9:], bad[1]]))
+    message = rf"2 of 14 prompts cannot be used, id 'first' of {file}, line 10 first: "
+    with pytest.raises(InputError, match=message):
+        collect_with(slm, teacher, JsonlTask(file, "numeric"), QUICK, tmp_path / "rollouts")
+    assert not (tmp_path / "rollouts").exists()
+
+
+@pytest.mark.parametrize(("items", "size"), [(1, 4), (20, 4), (80, 10), (700, 88), (2000, 128)])
+def test_few_prompts_are_collected_in_small_shards(pair, tmp_path, monkeypatch, items, size):
+    slm, _, teacher = pair
+    monkeypatch.setattr(Collector, "make", lambda self, number, progress: 0)
+    collect_with(slm, teacher, prompts(tmp_path, items), Rollouts(), tmp_path / "rollouts")
+    manifest = read_manifest(tmp_path / "rollouts")
+    assert (manifest.settings["shard_items"], manifest.shards) == (size, -(-items // size))
+
+
+@pytest.mark.parametrize("later", [None, 2, 6])
+def test_a_collection_goes_on_with_the_shards_that_it_was_begun_with(pair, tmp_path, later):
+    slm, _, teacher = pair
+    collect_with(slm, teacher, prompts(tmp_path), QUICK, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "begun")
+    (tmp_path / "begun" / "shard-00001.safetensors").unlink()
+    changed = QUICK.model_copy(update={"shard_items": later})
+    collect_with(slm, teacher, prompts(tmp_path), changed, tmp_path / "begun")
+    assert files(tmp_path / "begun") == files(tmp_path / "whole")
+
+
+def test_progress_counts_answers_and_labels_within_a_shard(pair, tmp_path, monkeypatch):
+    slm, _, teacher = pair
+    post = queue.SimpleQueue()
+    monkeypatch.setattr(progress, "TELL_S", 0.0)
+    monkeypatch.setattr(progress, "_post", post)
+    settings = QUICK.model_copy(update={"shard_items": 12, "samples": 1})
+    collect_with(slm, teacher, prompts(tmp_path), settings, tmp_path / "rollouts")
+    told = [post.get() for _ in range(post.qsize())]
+    assert {each.total for each in told} == {48, None}  # 12 prompts, greedy and one sample, answered and labelled
+    assert [each.done for each in told[:25]] == list(range(25))
+    assert told[-1].done == 48
+
+
 def test_a_full_disk_is_named_and_whole_shards_are_kept(pair, tmp_path, monkeypatch):
     slm, _, teacher = pair
     task = prompts(tmp_path)
@@ -263,9 +320,7 @@ def test_a_folder_of_other_rollouts_is_refused(pair, tmp_path):
     slm, _, teacher = pair
     collect_with(slm, teacher, prompts(tmp_path), QUICK, tmp_path / "rollouts")
     changed = QUICK.model_copy(update={"k": 4, "max_tokens": 9})
-    with pytest.raises(
-        ConfigError, match=r"settings: k is 8 there and 4 now; max_tokens is 12 there and 9 now\."
-    ):
+    with pytest.raises(ConfigError, match=r"settings: k is 8 there and 4 now; max_tokens is 12 there and 9 now\."):
         collect_with(slm, teacher, prompts(tmp_path), changed, tmp_path / "rollouts")
     with pytest.raises(ConfigError, match=r"task is .*-12 there.*prompts \(hash\) is .*number of prompts is 12 there"):
         collect_with(slm, teacher, prompts(tmp_path, 11), QUICK, tmp_path / "rollouts")
@@ -317,6 +372,14 @@ def test_no_rollouts_and_broken_shards_are_named(pair, tmp_path):
         (['{"prompt": "a", "answer": "1"}', '{"prompt": "b"}'], "no answer for 1 of 2 prompts, id '2'"),
         (['{"prompt": "", "answer": "1"}'], "line 1: no prompt"),
         (["{"], "line 1: not JSON"),
+        (['{"prompt": " \\n", "answer": "1"}'], "line 1: no prompt"),
+        (['{"prompt": "a", "answer": "1"}', '{"prompt": "a", "answer": "1", "tool": []}'], "line 2: .*mean 'tools'"),
+        (['{"prompt": "a", "answers": "1"}'], "line 1: .*mean 'answer'"),
+        (['{"prompt": "a", "answer": "1", "id": null}'], "line 1: id is null"),
+        (['{"prompt": "a", "answer": "1", "id": [1]}'], r"line 1: id is \[1\]"),
+        (['{"prompt": "a", "answer": "1", "tools": [{"x": 1}]}'], "line 1: .*a tool has no name"),
+        (['{"prompt": [{"role": "user", "content": null}], "answer": "1"}'], "line 1: .*has no content"),
+        (['{"prompt": [{"role": "assistant", "content": "b"}], "answer": "1"}'], "line 1: .*ends with the assistant"),
     ],
 )
 def test_prompt_files_that_can_not_be_used(tmp_path, lines, message):
@@ -326,6 +389,27 @@ def test_prompt_files_that_can_not_be_used(tmp_path, lines, message):
         JsonlTask(file, "numeric")
 
 
+def test_a_byte_order_mark_and_other_fields_are_no_fault(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a", "answer": "1", "source": "log"}\n', encoding="utf-8-sig")
+    assert len(JsonlTask(file, "numeric").items) == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"first": 10}, "holds 10 prompts, 0 of them from first = 10 on"),
+        ({"first": 12, "count": 3}, "holds 10 prompts, 0 of them from first = 12 on, and count is 3"),
+        ({"first": 6, "count": 5}, "holds 10 prompts, 4 of them from first = 6 on, and count is 5"),
+        ({"count": 11}, "holds 10 prompts, 10 of them from first = 0 on, and count is 11"),
+    ],
+)
+def test_a_part_beyond_the_end_of_a_file_is_named_with_what_there_is(tmp_path, part, message):
+    file = write_prompts(tmp_path / "prompts.jsonl", 10)
+    with pytest.raises(InputError, match=message):
+        JsonlTask(file, "numeric", **part)
+
+
 def test_answers_are_not_needed_to_collect(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a"}\n')
@@ -333,8 +417,10 @@ def test_answers_are_not_needed_to_collect(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"gone.jsonl cannot be read"):
+    with pytest.raises(InputError, match=r"gone.jsonl cannot be read: [^.]*\. Give a JSONL file of prompts\.$"):
         JsonlTask(tmp_path / "gone.jsonl", "numeric")
+    with pytest.raises(InputError, match=f"starts at the working directory, {Path.cwd()}"):
+        JsonlTask(Path("gone.jsonl"), "numeric")
 
 
 def test_parts_of_one_file_share_nothing_and_overlaps_are_refused(tmp_path):

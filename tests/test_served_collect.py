@@ -350,7 +350,9 @@ def test_the_command_shows_what_was_spent(
     slm: CompletionServer, llm: CompletionServer, folder: Path, tmp_path: Path
 ) -> None:
     toml = tmp_path / "pair.toml"
-    task = f'task = "jsonl"\npath = "{write_prompts(tmp_path / "prompts.jsonl")}"'
+    train, heldout, test = (
+        f'task = "jsonl"\npath = "{write_prompts(tmp_path / f"{first}.jsonl", first=first)}"' for first in (0, 100, 200)
+    )
     toml.write_text(
         f"""
 out = "{tmp_path / "runs"}"
@@ -363,11 +365,11 @@ llm_tokenizer = "{folder / "llm"}"
 llm_server = "{llm.url}"
 llm_price = {{ input = 0.5, output = 1.5, cached = 0.05 }}
 [tasks.train]
-{task}
+{train}
 [tasks.heldout]
-{task}
+{heldout}
 [tasks.test]
-{task}
+{test}
 [collect]
 k = 8
 max_tokens = 12

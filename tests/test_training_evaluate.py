@@ -1,6 +1,7 @@
 """The table: the same problems for all rows, decisions that are the engine's, figures that add up."""
 
 import json
+import queue
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from training_fixtures import QUICK, prompts, tiny_pair, write_prompts
 from s2t_agents.errors import ConfigError, InputError
 from s2t_agents.selectors import SelectorConfig
 from s2t_agents.selectors.config import BaseIdentity
+from s2t_agents.training import progress
 from s2t_agents.training.calibrate import calibrate_with
 from s2t_agents.training.choices import found_selectors, with_trigger
 from s2t_agents.training.collect import collect_with
@@ -316,6 +318,22 @@ def test_a_killed_run_goes_on_where_it_was(pair, made, tmp_path):
     last = Interrupted(file, "numeric")
     assert figures(evaluate_with(slm, llm, last, config)) == figures(whole)
     assert last.graded == 0
+
+
+def test_progress_counts_answers_within_a_row(pair, made, tmp_path, monkeypatch):
+    slm, llm, _ = pair
+    post = queue.SimpleQueue()
+    monkeypatch.setattr(progress, "TELL_S", 0.0)
+    monkeypatch.setattr(progress, "_post", post)
+    task = JsonlTask(write_prompts(tmp_path / "prompts.jsonl", 5), "numeric")
+    rows = EvaluationRows(max_tokens=4, agreement=0, k=4, budgets=(1, 2), votes=3, batch=4)
+    config = settings(made, rows=rows, selectors={"head": made / "head"}, out=tmp_path / "out")
+    for whole in (0, 1):  # the second time, from what was kept
+        evaluate_with(slm, llm, task, config)
+        told = [post.get() for _ in range(post.qsize())]
+        assert told[0].total == 5 * (9 + 2)  # nine rows, one of them with three samples
+        assert told[-1].done == told[0].total
+        assert len({each.done for each in told}) > 16 or whole
 
 
 def test_a_majority_of_no_samples_is_no_row(pair, made, tmp_path):

@@ -303,10 +303,15 @@ slm = "{slm}"
 device = "cpu"
 [tasks.train]
 task = "demo"
+count = 10
 [tasks.heldout]
 task = "demo"
+first = 10
+count = 10
 [tasks.test]
 task = "demo"
+first = 20
+count = 10
 [train.head]
 k = 4
 rate = 1

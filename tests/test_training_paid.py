@@ -186,6 +186,12 @@ def test_more_paid_selections_are_another_training(pair, rollouts, paid, tmp_pat
         train_with(slm, training("head", rollouts, tmp_path / "head", (file,)))
 
 
+def test_a_file_of_paid_selections_that_is_not_there_is_named_with_the_way_out(pair, rollouts, tmp_path):
+    with pytest.raises(InputError, match=r"payed.jsonl: No such file in .*Escalation\(record="):
+        train_with(pair[0], training("head", rollouts, tmp_path / "head", (tmp_path / "payed.jsonl",)))
+    assert not (tmp_path / "head").exists()
+
+
 def test_one_line_of_the_config_gives_them_to_every_kind(tmp_path):
     tasks = {part: {"task": "demo", "count": 4, "split": "train", "first": 9} for part in ("train", "heldout", "test")}
     config = Pipeline.model_validate(

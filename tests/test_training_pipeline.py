@@ -11,7 +11,7 @@ from training_fixtures import JSONL_TASKS, save_model, tiny_pair, write_prompts
 from typer.testing import CliRunner
 
 from s2t_agents.errors import ConfigError
-from s2t_agents.training import calibrate, fit, probe, shards, train
+from s2t_agents.training import calibrate, evaluate, fit, probe, shards, train
 from s2t_agents.training.choices import evaluation, lacking
 from s2t_agents.training.commands import BUNDLED, app
 from s2t_agents.training.config import Models, read_config
@@ -212,8 +212,12 @@ def test_a_named_prompt_file_is_graded_as_asked_or_as_the_config_does(folder, wh
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("k = 8", "k = 99"), "collect.k: Input should be less than or equal to 64"),
-        (("seed = 3", "sede = 3"), "sede: Extra inputs are not permitted"),
+        (("k = 8", "k = 99"), "collect.k: Input should be less than or equal to 64, it is 99"),
+        (("seed = 3", "sede = 3"), "sede: Extra inputs are not permitted (did you mean seed?)"),
+        (("[collect]", "[colect]"), "colect: Extra inputs are not permitted (did you mean collect?)"),
+        (("[train.head]", "[train.haed]"), "train.haed: Input should be 'head', 'activated', 'adapted' or 'published'"),
+        (('test.jsonl"', 'test.jsonl"\nfrist = 1'), "frist: Extra inputs are not permitted (did you mean first?)"),
+        (("votes = 2", "votes = -7"), "evaluate.votes: Input should be greater than or equal to 0, it is -7"),
         (("[calibrate]", "[calibrate"), "is not TOML"),
         (("/slm", "/nowhere"), "no tokenizer at"),
         (("heldout.jsonl", "train.jsonl"), "share 12 prompts"),
@@ -290,6 +294,37 @@ def test_eval_names_the_selectors_that_it_takes_and_those_that_are_not_there(fol
     assert json.loads(found.stdout)["selectors"] == {"head": str(tmp_path / "out" / "head")}
 
 
+@pytest.mark.parametrize(
+    ("command", "where", "name", "kept"),
+    [
+        ("collect", shards, "write_whole", "Whole shards are kept; the same command goes on"),
+        ("train", fit, "save_checkpoint", "The last checkpoint is kept; the same command goes on"),
+        ("calibrate", calibrate, "write_card", "the same command calibrates the others"),
+        ("eval", evaluate, "gather", "Without --out nothing is kept"),
+        ("eval --out", evaluate, "gather", "Rows that are done are kept in {out}; the same command goes on"),
+        ("probe", probe, "write_whole", "the same command begins anew"),
+        ("pipeline", shards, "write_whole", "All that is finished is kept; the same command goes on"),
+    ],
+)
+def test_an_interruption_says_what_is_kept(folder, whole, tmp_path, monkeypatch, command, where, name, kept):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    file = config_file(folder, out)
+    if command not in ("collect", "pipeline"):
+        shutil.copytree(folder / "whole", out)
+    if command == "train":
+        shutil.rmtree(out / "head")
+    monkeypatch.setattr(where, name, interrupted)
+    name, *options = command.split()
+    shown = CliRunner().invoke(app, [name, str(file), *options, *([str(out)] if options else [])])
+    assert shown.exit_code == 130
+    line = shown.stderr.strip().splitlines()[-1]
+    assert line.startswith("s2t: interrupted. ")
+    assert kept.format(out=out) in line
+
+
 def test_a_grading_for_the_demo_world_is_refused():
     for task in (None, "demo", "talk"):
         with pytest.raises(ConfigError, match="grading is 'exact', but the demo world grades its own problems"):
@@ -314,7 +349,7 @@ def test_an_unknown_task_is_refused_before_anything_is_loaded_and_the_known_ones
 @pytest.mark.parametrize("part", ["train", "heldout", "again"])
 def test_problems_that_the_config_learns_or_calibrates_on_are_no_test(folder, whole, part):
     config = read_config(folder / "whole.toml")
-    with pytest.raises(ConfigError, match=f"{part} and {part} share 4 prompts"):
+    with pytest.raises(ConfigError, match=rf"\[tasks.{part}\] and the test task share 4 prompts"):
         chosen(config, str(folder / f"{part}.jsonl"), n=4)
 
 
@@ -333,11 +368,29 @@ def test_demo_problems_that_were_trained_on_are_no_test():
         chosen(config.model_copy(update={"tasks": tasks}))
 
 
-def test_calibrating_on_prompts_that_were_trained_on_is_refused(folder, tmp_path):
+@pytest.mark.parametrize(
+    "command", ["collect --part train", "collect --part heldout", "train", "calibrate", "pipeline"]
+)
+@pytest.mark.parametrize(("part", "shared"), [("heldout", "train"), ("test", "train"), ("test", "heldout")])
+def test_parts_that_share_prompts_are_refused_before_the_work(folder, tmp_path, monkeypatch, command, part, shared):
+    monkeypatch.setattr(Models, "load_slm", lambda self: pytest.fail("a model was loaded"))
     file = config_file(folder, tmp_path / "out")
-    file.write_text(file.read_text().replace("heldout.jsonl", "train.jsonl"))
-    shown = CliRunner().invoke(app, ["calibrate", str(file)])
-    assert (shown.exit_code, "share 12 prompts" in shown.stderr) == (2, True)
+    file.write_text(file.read_text().replace(f"/{part}.jsonl", f"/{shared}.jsonl"))
+    name, *options = command.split()
+    shown = CliRunner().invoke(app, [name, str(file), *options])
+    assert shown.exit_code == 2
+    assert f"[tasks.{shared}] and [tasks.{part}] share" in shown.stderr
+
+
+def test_more_problems_than_the_config_gives_a_task_are_refused(folder, whole):
+    config = read_config(folder / "whole.toml")
+    with pytest.raises(ConfigError, match="n is 5, but the config's part holds 4 problems"):
+        chosen(config, n=5)
+    part = config.tasks.test.model_copy(update={"count": 3})
+    tasks = config.tasks.model_copy(update={"test": part})
+    with pytest.raises(ConfigError, match="n is 4, but the config's part holds 3 problems"):
+        chosen(config.model_copy(update={"tasks": tasks}), n=4)
+    assert len(chosen(config, str(folder / "test.jsonl")).task.open().items) == 4  # as many as there are
 
 
 def test_a_place_where_no_report_can_be_is_refused_before_the_work(folder, whole, tmp_path, monkeypatch):
@@ -346,6 +399,17 @@ def test_a_place_where_no_report_can_be_is_refused_before_the_work(folder, whole
     call = ["eval", str(folder / "whole.toml"), "--out", str(tmp_path / "file" / "report")]
     shown = CliRunner().invoke(app, call)
     assert (shown.exit_code, "cannot be made" in shown.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["collect --part heldout", "train --kind head", "pipeline"])
+def test_an_out_that_cannot_be_written_is_told_before_a_model_is_loaded(folder, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(Models, "load_slm", lambda self: pytest.fail("a model was loaded"))
+    (tmp_path / "file").touch()
+    file = config_file(folder, tmp_path / "config")
+    file.write_text(TOML.format(out=tmp_path / "file" / "out", folder=folder))
+    name, *options = command.split()
+    shown = CliRunner().invoke(app, [name, str(file), *options])
+    assert (shown.exit_code, "cannot be written" in shown.stderr) == (2, True), shown.output
 
 
 @pytest.mark.parametrize("command", ["pipeline", "train", "calibrate", "collect --part again"])

@@ -1,6 +1,7 @@
 """A stage that ended without a fault and brought nothing says so, on the terminal and in JSON."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,14 @@ from training_fixtures import JSONL_TASKS, save_model, tiny_pair, write_prompts
 from typer.testing import CliRunner
 
 from s2t_agents.selectors import SelectorConfig
+from s2t_agents.selectors.config import Calibration
+from s2t_agents.selectors.drift import wilson
 from s2t_agents.training import verdicts
 from s2t_agents.training.card import write_card
 from s2t_agents.training.commands import app
 from s2t_agents.training.config import read_config
 from s2t_agents.training.pipeline import pipeline
-from s2t_agents.training.report import COLUMNS, EvalReport, Tally, table
+from s2t_agents.training.report import COLUMNS, EvalReport, RowReport, Tally, table
 from s2t_agents.training.shards import read_shards
 
 TOML = (
@@ -139,7 +142,7 @@ def test_probe_says_where_the_models_hardly_differ(made, tmp_path):
     assert found["verdict"].startswith(sentence)
     assert found["answers_differing"] == 0
     other = json.loads(shown("probe", str(made[0]), "--json"))
-    assert other["verdict"] is None
+    assert other["verdict"].startswith("The top 1% by kl are 2 steps, too few to judge Hit@K by (under 50)")
     assert other["answers_differing"] == 1
     assert "in 100.0% of the answers" in shown("probe", str(made[0]))
 
@@ -149,6 +152,108 @@ def test_probe_says_where_the_models_hardly_differ(made, tmp_path):
 )
 def test_what_counts_is_how_many_answers_could_change(steps, answers, hardly):
     assert (verdicts.of_difference(steps, answers) is not None) is hardly
+
+
+@pytest.mark.parametrize(("steps", "few"), [(1, True), (16, True), (49, True), (50, False), (900, False)])
+def test_a_row_of_few_steps_says_so(steps, few):
+    assert (verdicts.of_hits("entropy", 0.05, steps) is not None) is few
+
+
+@pytest.mark.parametrize(
+    ("changed", "said", "unsaid"),
+    [
+        (
+            {"validation_groups": 2, "validation_trajectories": 1},
+            "2 validation groups in 1 answers are too few",
+            "Still",
+        ),
+        ({"validation_groups": 115, "validation_trajectories": 58}, "Learned nothing", "too few"),
+        ({"best_step": 93, "agreement": 0.75}, "Still improving at the last of 93 steps (agreement 75.0%)", "Learned"),
+    ],
+)
+def test_what_a_training_comes_to(changed, said, unsaid):
+    verdict = verdicts.of_training({"best_step": 0, "steps": 93, "agreement_untrained": 1.0, **changed})
+    assert said in verdict
+    assert unsaid not in verdict
+
+
+def calibration(**figures) -> Calibration:
+    rates = {"trigger_rate": 0.05, "escalation_rate": 0.2}
+    intervals = {f"{name}_ci95": (0.0, 1.0) for name in rates}
+    return Calibration(trigger_entropy=0.1, escalation_margin=0.1, problems=80, seed=0, **rates, **intervals, **figures)
+
+
+@pytest.mark.parametrize(
+    ("alarms", "agreement", "greedy", "said"),
+    [
+        ((5, 19), (43, 78), 0.35, ["It changes 26.3% (95% 11.8% to 48.8%)", "`false_alarms = 0.05`"]),
+        ((1, 19), (60, 78), 0.35, []),  # 5.3%, but perhaps far less
+        ((0, 0), (60, 78), 0.35, []),
+        ((0, 19), (30, 78), 0.35, ["no more for sure than the small model alone (35.0%)"]),
+        ((0, 19), (10, 78), 0.35, ["less (12.8% (95%", "do not use it"]),
+        ((9, 19), (30, 78), 0.35, ["It changes 47.4%", "no more for sure"]),
+    ],
+)
+def test_what_a_calibration_comes_to_is_told_by_its_intervals(alarms, agreement, greedy, said):
+    found = calibration(
+        agreement=agreement[0] / agreement[1],
+        agreement_ci95=wilson(*agreement),
+        agreement_greedy=greedy,
+        false_alarms=alarms[0] / alarms[1] if alarms[1] else None,
+        false_alarms_ci95=wilson(*alarms) if alarms[1] else None,
+    )
+    verdict = verdicts.of_calibration(found)
+    assert (verdict is None) is (not said)
+    for each in said:
+        assert each in verdict
+
+
+def row(name: str, mended: int, broken: int, flipped: int = 9) -> RowReport:
+    """80 problems, of which the small model alone gets 52 right."""
+    slm = [at < 52 for at in range(80)]
+    right = [at >= broken if at < 52 else at < 52 + mended for at in range(80)]
+    tally = Tally(name, right=right)
+    tally.count.update(steps=400, flipped=flipped)
+    return tally.report(slm, slm, None)
+
+
+@pytest.mark.parametrize(
+    ("llm", "head", "said"),
+    [
+        ((22, 5), (10, 8), ["head makes 10 answers right and 8 wrong, no sure gain", "head breaks 15.4%"]),
+        ((22, 5), (20, 1), []),
+        ((22, 5), (0, 0, 0), ["head changes nothing (flips 0%)"]),
+        ((22, 5), (28, 9), ["head breaks 17.3%"]),
+        ((4, 3), (20, 1), ["The LLM alone makes 4 answers right and 3 wrong, no sure gain: there may be no gap"]),
+        ((22, 5), (2, 0), ["head makes 2 answers right and 0 wrong, no sure gain"]),
+    ],
+)
+def test_what_a_table_comes_to(llm, head, said):
+    rows = {"slm": row("slm", 0, 0, 0), "head": row("head", *head), "llm": row("llm", *llm)}
+    verdict = verdicts.of_table(rows)
+    assert (verdict or "").count("no sure gain") == " ".join(said).count("no sure gain")
+    assert (verdict is None) is (not said)
+    for each in said:
+        assert each in verdict
+
+
+def test_calibrate_and_eval_say_what_their_figures_come_to(made):
+    file, said = made
+    found = json.loads(shown("calibrate", str(file), "--json"))
+    assert found["verdict"] in " ".join(said)
+    assert found["verdict"] in (file.parent / "runs" / "head" / "README.md").read_text()
+    assert "verdict" in shown("calibrate", str(file))
+    table_of = json.loads(shown("eval", str(file), "--json"))
+    assert "head changes nothing (flips 0%)" in table_of["verdict"]
+    assert "head changes nothing (flips 0%)" in " ".join(shown("eval", str(file)).split())
+
+
+def test_shares_of_different_steps_have_different_names_and_figures_are_short(made):
+    of_training, of_calibration = (" ".join(shown(command, str(made[0])).split()) for command in ("train", "calibrate"))
+    assert "agreement (held-back steps of high entropy or KL)" in of_training
+    assert "agreement (triggered steps)" in of_calibration
+    assert max(len(figure) for figure in re.findall(r"\d\.\d+", of_calibration)) < 10
+    assert "(0" not in of_calibration  # no tuples
 
 
 @pytest.mark.parametrize(("n", "seconds", "each"), [(4, 10.0, "2.50"), (500, 20.0, "0.04"), (1, 0.5, "0.50")])

@@ -33,6 +33,16 @@ WORTH = 0.02
 """The probe replaces the entropy trigger where it finds so much more of the disagreements at the same rate."""
 
 
+class Calibrated(Calibration):
+    """A calibration, with what is wrong with the selector by its figures.
+
+    Attributes:
+        verdict: see ``verdicts.of_calibration``.
+    """
+
+    verdict: str | None = None
+
+
 def calibrate(config: CalibrateConfig) -> Calibration:
     """Set a selector's caution, temperature and thresholds, write them into its ``selector.json`` and its card.
 

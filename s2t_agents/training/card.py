@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..atomic_write import write_whole
 from ..selectors.config import Calibration, SelectorConfig
-from .verdicts import of_training
+from .verdicts import of_calibration, of_training
 
 
 def write_card(folder: Path) -> None:
@@ -65,4 +65,6 @@ def _calibration(c: Calibration) -> str:
     bins = [f"| {confidence:.2f} | {right:.2f} | {count} |" for confidence, right, count in c.reliability]
     table = [f"| {name} | {value} |" for name, value in rows]
     head = ["| confidence | agreement | steps |", "|---|---|---|"]
-    return "\n".join(["## Calibration", "", "| | |", "|---|---|", *table, "", *head, *bins, ""])
+    verdict = of_calibration(c)
+    said = [verdict, ""] if verdict else []
+    return "\n".join(["## Calibration", "", *said, "| | |", "|---|---|", *table, "", *head, *bins, ""])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -10,10 +11,10 @@ import torch
 from ..bundled import SELECTORS, selector_path
 from ..errors import ConfigError, S2TError
 from ..selectors.config import CONFIG_FILE, SelectorConfig
-from .config import KINDS, EvaluateConfig, EvaluationRows, Kind, Part, Pipeline
+from .config import KINDS, EvaluateConfig, EvaluationRows, Kind, Pipeline
 from .groups import threshold_for
 from .shards import MANIFEST, read_manifest, read_shards
-from .tasks import DemoTaskConfig, Grading, JsonlTaskConfig, Split, TaskConfig, disjoint
+from .tasks import DemoTaskConfig, Grading, JsonlTaskConfig, Split, Task, TaskConfig, disjoint
 
 SEED_STRIDE = 100_000
 """Problems between the first ones of two seeds, so that different seeds share no problem."""
@@ -64,7 +65,7 @@ def evaluation(
         assert task is not None
         own = pipeline.tasks.test
         graded: Grading = own.grading if isinstance(own, JsonlTaskConfig) else "numeric"
-        chosen = task_named(task, n or PROBLEMS, seed or 0, graded, pipeline.tasks.named)
+        chosen = task_named(task, n, seed or 0, graded, pipeline.tasks.named)
     chosen = _graded(chosen, grading)
     check_unseen(pipeline, chosen)
     found = found_selectors(pipeline, selectors, bundled=bundled)
@@ -89,12 +90,14 @@ PROBLEM_KINDS = ("talk", "call", "tool", "word")
 """Kinds of the demo world's problems that it takes too."""
 
 
-def task_named(name: str, n: int, seed: int, grading: Grading = "numeric", others: Collection[str] = ()) -> TaskConfig:
+def task_named(
+    name: str, n: int | None, seed: int, grading: Grading = "numeric", others: Collection[str] = ()
+) -> TaskConfig:
     """A split of the demo world (``SPLITS``), one of its kinds (``PROBLEM_KINDS``), or a JSONL file.
 
     Args:
         name: of the task.
-        n: problems.
+        n: problems; None takes ``PROBLEMS``, or all of a file that holds fewer.
         seed: of them.
         grading: of a JSONL file.
         others: names that the config has besides, for the error.
@@ -104,25 +107,34 @@ def task_named(name: str, n: int, seed: int, grading: Grading = "numeric", other
     """
     first = seed * SEED_STRIDE
     if name in SPLITS:
-        return DemoTaskConfig(split=SPLITS[name], first=first, count=n)
+        return DemoTaskConfig(split=SPLITS[name], first=first, count=n or PROBLEMS)
     if name in PROBLEM_KINDS:
-        return DemoTaskConfig(split="heldout", first=first, count=n, kinds=(name,))
+        return DemoTaskConfig(split="heldout", first=first, count=n or PROBLEMS, kinds=(name,))
     if not Path(name).is_file():
         raise ConfigError(
             f"task is {name!r}, which is no task and no file.",
             hint=f"Use {', '.join([*others, *SPLITS, *PROBLEM_KINDS])}, or a JSONL file of prompts.",
         )
-    return JsonlTaskConfig(task="jsonl", path=Path(name), grading=grading, count=n)
+    whole = JsonlTaskConfig(task="jsonl", path=Path(name), grading=grading)
+    return whole.model_copy(update={"count": n or min(PROBLEMS, len(whole.open().items))})
 
 
 def _part_of(own: TaskConfig, n: int | None, seed: int | None) -> TaskConfig:
-    """So many problems of the config's own task: of a demo task those of another seed, of public data spaced out."""
+    """So many problems of the config's own task: of a demo task those of another seed, of public data spaced out.
+
+    Raises:
+        ConfigError: more than the config gives it.
+    """
     if isinstance(own, DemoTaskConfig):
         return own.model_copy(update={"count": n or own.count, "first": own.first + (seed or 0) * SEED_STRIDE})
-    if n is None or isinstance(own, JsonlTaskConfig):
-        return own.model_copy(update={"count": n or own.count})
-    apart = max(1, len(own.open().items) // n)
-    return own.model_copy(update={"count": n, "every": own.every * apart})
+    if n is None:
+        return own
+    there = len(own.open().items)
+    if n > there:
+        raise ConfigError(f"n is {n}, but the config's part holds {there} problems.", hint="Ask for no more.")
+    if isinstance(own, JsonlTaskConfig):
+        return own.model_copy(update={"count": n})
+    return own.model_copy(update={"count": n, "every": own.every * max(1, there // n)})
 
 
 def _graded(task: TaskConfig, grading: Grading | None) -> TaskConfig:
@@ -137,22 +149,45 @@ def _graded(task: TaskConfig, grading: Grading | None) -> TaskConfig:
     return task.model_copy(update={"grading": grading})
 
 
-def check_unseen(pipeline: Pipeline, task: TaskConfig, parts: Sequence[Part] = ("train", "heldout", "again")) -> None:
-    """Refuse a task that shares prompts with these parts of the config; one that cannot be opened here is passed over.
+PARTS = ("train", "heldout", "again", "test")
+
+
+def check_parts(pipeline: Pipeline) -> None:
+    """Refuse a config whose parts share prompts; a part that cannot be opened here is passed over.
+
+    Raises:
+        ConfigError: naming the parts and the first shared prompt.
+    """
+    there: dict[str, TaskConfig] = {part: task for part in PARTS if (task := getattr(pipeline.tasks, part)) is not None}
+    near = [pair for pair in combinations(there, 2) if not _far_apart(*(there[part] for part in pair))]
+    opened = {part: _opened(there[part]) for part in {part for pair in near for part in pair}}
+    for part, other in near:
+        if (one := opened[part]) is not None and (another := opened[other]) is not None:
+            disjoint(one, another, (f"[tasks.{part}]", f"[tasks.{other}]"))
+
+
+def check_unseen(pipeline: Pipeline, task: TaskConfig) -> None:
+    """Refuse a test task that shares prompts with other parts of the config; those that cannot be opened here are
+    passed over.
 
     Raises:
         ConfigError: naming the first shared prompt.
         InputError: the task itself cannot be opened.
     """
-    for part in parts:
+    for part in PARTS[:3]:
         seen: TaskConfig | None = getattr(pipeline.tasks, part)
         if seen is None or _far_apart(seen, task):
             continue
-        try:
-            opened = seen.open()
-        except S2TError:  # a selector may be tested where its training prompts are not
-            continue
-        disjoint(opened, task.open())
+        if (opened := _opened(seen)) is not None:
+            disjoint(opened, task.open(), (f"[tasks.{part}]", "the test task"))
+
+
+def _opened(task: TaskConfig) -> Task | None:
+    """None where it cannot be opened: a selector may be tested where its training prompts are not."""
+    try:
+        return task.open()
+    except S2TError:
+        return None
 
 
 def _far_apart(one: TaskConfig, other: TaskConfig) -> bool:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ from ..types import Sampling
 from .byte_teacher import ByteTeacher
 from .config import CollectConfig, Models, Rollouts
 from .crew import Crew
-from .dialogue import AnsweredItem, Speaker, answering
+from .dialogue import AnsweredItem, Speaker, answering, check_prompts
 from .labels import Labels, LocalTeacher, Teacher, label
-from .progress import bar
+from .progress import HIDDEN, Bar, bar, counted
 from .served_costs import CollectingRun
 from .settings import ServedPrice
-from .shards import MANIFEST, Manifest, ModelIdentity, Shard, open_folder, write_shard
+from .shards import MANIFEST, Manifest, ModelIdentity, Shard, missing_shards, open_folder, read_manifest, write_shard
 from .tasks import Item, Task, prompts_hash
 
 
@@ -70,20 +71,26 @@ def collect(config: CollectConfig, crew: Crew | None = None, *, usd: Decimal | N
         raise ConfigError("collect makes no rollouts: greedy is off and samples is 0.")
     crew = crew or Crew()
     run = CollectingRun.of(config.models, config.out, usd)
-    collector = _open(config, run)
-    make = collector.make if crew.count == 1 else partial(_make, config, run)
-    collector.finish(partial(crew.each, make))
+    with sole_run(config.out):  # a folder that cannot be written is told before the models are loaded
+        collector = _open(config, run)
+        collector.finish(None if crew.count == 1 else partial(crew.each, partial(_make, config, run)))
     return config.out / MANIFEST
 
 
 def collect_with(slm: LanguageModel, teacher: Teacher, task: Task, settings: Rollouts, out: Path) -> None:
     """``collect`` on models that are loaded already."""
-    collector = Collector(slm, teacher, task, settings, out)
-    collector.finish(partial(map, collector.make))
+    with sole_run(out):
+        Collector(slm, teacher, task, settings, out).finish()
 
 
 SERVED_RUNNING = 32
 """Answers at a time of an SLM on a server: each has a connection."""
+
+SHARDS = 8
+"""Of few prompts, so that an interruption costs an eighth of the work."""
+SMALLEST, LARGEST = 4, 128
+"""Items of a shard where none is set: fewer make the forwards dearer, more lose too much. With a server it has
+``SERVED_RUNNING`` at least."""
 
 
 class Collector:
@@ -94,40 +101,49 @@ class Collector:
         self._policy = load_selector(settings.selector, slm) if settings.selector else None
         self._speaker = Speaker(slm)
 
-    def finish(self, each: Callable[[Sequence[int]], Iterable[int]]) -> None:
+    def finish(self, each: Callable[[Sequence[int]], Iterable[int]] | None = None) -> None:
         """Make what is not there yet.
 
         Args:
-            each: makes the shards of these numbers, here or elsewhere, and gives each one's items as it is done.
+            each: makes the shards of these numbers elsewhere, and gives each one's answers as it is done; None makes
+                them here.
         """
-        size, items = self._settings.shard_items, len(self._task.items)
+        size, items = self._shard_items(), self._task.items
         manifest = Manifest(
             slm=ModelIdentity.of(self._slm),
             llm=self._teacher.identity,
             task=self._task.name,
             prompts_hash=prompts_hash(self._task),
-            items=items,
-            shards=-(-items // size),
-            settings=_settings_of(self._settings),
+            items=len(items),
+            shards=-(-len(items) // size),
+            settings=_settings_of(self._settings.model_copy(update={"shard_items": size})),
         )
-        with sole_run(self._out):
-            self._finish(each, manifest)
+        todo = missing_shards(self._out, manifest)
+        asked = [item for number in todo for item in items[number * size : (number + 1) * size]]
+        check_prompts(self._speaker, asked)
+        open_folder(self._out, manifest)
+        answers = len(asked) * (self._settings.greedy + self._settings.samples)
+        with bar(f"collect {self._task.name}: answers, and their labels", 2 * answers) as progress:
+            for made in each(todo) if each else (self.make(number, progress) for number in todo):
+                progress.advance(2 * made if each else 0)
 
-    def _finish(self, each: Callable[[Sequence[int]], Iterable[int]], manifest: Manifest) -> None:
-        size, items = self._settings.shard_items, len(self._task.items)
-        todo = open_folder(self._out, manifest)
-        with bar(f"collect {self._task.name}", sum(min(size, items - number * size) for number in todo)) as progress:
-            for made in each(todo):
-                progress.advance(made)
+    def _shard_items(self) -> int:
+        """Items of a shard: of a collection that was begun its own, else as set, else few of few."""
+        if any(self._out.glob("shard-*.safetensors")) and (self._out / MANIFEST).exists():
+            return int(read_manifest(self._out).settings["shard_items"])
+        served = self._slm.library == "server" or not isinstance(self._teacher, LocalTeacher | ByteTeacher)
+        least = SERVED_RUNNING if served else SMALLEST
+        return self._settings.shard_items or max(least, min(LARGEST, -(-len(self._task.items) // SHARDS)))
 
-    def make(self, number: int) -> int:
-        """Make and write one shard; returns how many items it holds."""
-        first = number * self._settings.shard_items
-        items = self._task.items[first : first + self._settings.shard_items]
-        write_shard(self._out, number, self._labelled(self._answers(items), first))
-        return len(items)
+    def make(self, number: int, progress: Bar = HIDDEN) -> int:
+        """Make and write one shard of a folder that was opened; returns how many answers it holds."""
+        size = int(read_manifest(self._out).settings["shard_items"])
+        first = number * size
+        answers = self._answers(self._task.items[first : first + size], progress)
+        write_shard(self._out, number, self._labelled(answers, first, progress))
+        return len(answers)
 
-    def _answers(self, items: Sequence[Item]) -> list[AnsweredItem]:
+    def _answers(self, items: Sequence[Item], progress: Bar) -> list[AnsweredItem]:
         """Every pass over these items, all passes together; each drawn answer from a seed of its item and sample."""
         settings, slm = self._settings, self._slm
         rows = len(items) * (settings.samples + 1)
@@ -146,13 +162,13 @@ class Collector:
         slm.prefix_cache.clear()  # a shard depends on nothing that was before it
         return gather(
             [
-                answering(self._speaker, self._task, item, engine, partial(sampling, item, sample))
+                counted(answering(self._speaker, self._task, item, engine, partial(sampling, item, sample)), progress)
                 for engine, sample in passes
                 for item in items
             ]
         )
 
-    def _labelled(self, answers: Sequence[AnsweredItem], first: int) -> Shard:
+    def _labelled(self, answers: Sequence[AnsweredItem], first: int, progress: Bar) -> Shard:
         """The shard of these answers; ``first`` is the place of the shard's first item."""
         place = {answer.item.id: first + at for at, answer in reversed(list(enumerate(answers)))}
         trajectories = [
@@ -167,7 +183,12 @@ class Collector:
             for prompt in answer.prompts
         ]
         conversations = [conversation for answer in answers for conversation in answer.conversations]
-        labels = label(self._slm, self._teacher, trajectories, self._settings.k, grammars, conversations)
+        last_turns = set(accumulate(len(answer.traces) for answer in answers))
+
+        def done(batch: Sequence[int]) -> None:
+            progress.advance(sum(at + 1 in last_turns for at in batch))
+
+        labels = label(self._slm, self._teacher, trajectories, self._settings.k, grammars, conversations, done)
         _check_numbers(self._slm, self._teacher, labels)
 
         def flat(name: str, dtype: torch.dtype) -> torch.Tensor:

@@ -34,14 +34,17 @@ Kinds = Annotated[
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(kept: str) -> Iterator[None]:
     """Whatever the package refuses becomes one line on stderr and exit code 2, as in ``cli.main``; so does a file
-    system that refuses."""
+    system that refuses. Ctrl-C is a line, too, which says what is kept, and exit code 130."""
     try:
         yield
     except (S2TError, OSError) as error:
         typer.echo(f"s2t: {error}", err=True)
         raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        typer.echo(f"s2t: interrupted. {kept}", err=True)
+        raise typer.Exit(130) from None
 
 
 def _show(json: bool, model: BaseModel, table: Callable[[], Table]) -> None:
@@ -69,8 +72,14 @@ def _console() -> Console:
 def _pairs(title: str, rows: dict[str, object]) -> Table:
     shown = Table("", "", title=title, show_header=False)
     for name, value in rows.items():
-        shown.add_row(name, str(value))
+        shown.add_row(name, _cell(value))
     return shown
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, tuple):
+        return " to ".join(map(_cell, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @app.command()
@@ -86,12 +95,14 @@ def collect(
 ) -> None:
     """Make labelled rollouts; run again to go on after an interruption."""
     from ..budget.money import dollars
+    from .choices import check_parts
     from .config import read_config
 
-    with _one_line_errors():
+    with _one_line_errors("Whole shards are kept; the same command goes on behind them."):
         pipeline = read_config(config)
         parts: tuple[Part, ...] = ("train", "heldout") if part == "both" else (part,)
         limit = None if usd is None else dollars(usd, "--usd")
+        check_parts(pipeline)
         _show_each(json, (_collected(pipeline, name, limit) for name in parts))
 
 
@@ -140,12 +151,15 @@ def train(
     json: Json = False,
 ) -> None:
     """Train selectors on the collected rollouts; run again to go on after an interruption."""
+    from .choices import check_parts
     from .config import read_config
 
-    with _one_line_errors():
+    with _one_line_errors("The last checkpoint is kept; the same command goes on from it."):
         pipeline = read_config(config)
         pipeline = pipeline.model_copy(update={"paid": (*pipeline.paid, *(paid or ()))})
-        _show_each(json, _trained(pipeline, pipeline.kinds(kind)))
+        kinds = pipeline.kinds(kind)
+        check_parts(pipeline)
+        _show_each(json, _trained(pipeline, kinds))
 
 
 def _trained(pipeline: Pipeline, kinds: Sequence[Kind]) -> Iterator[tuple[BaseModel, Table]]:
@@ -163,30 +177,38 @@ def _trained(pipeline: Pipeline, kinds: Sequence[Kind]) -> Iterator[tuple[BaseMo
             made = SelectorConfig.load(folder)
             if verdict := of_training(made.training):
                 made = made.model_copy(update={"training": {**made.training, "verdict": verdict}})
-            rows = {"folder": folder, **{k: v for k, v in made.training.items() if k != "settings"}}
+            figures = {name: value for name, value in made.training.items() if name != "settings"}
+            of = " (held-back steps of high entropy or KL)"
+            rows = {name + (of if name.startswith("agreement") else ""): value for name, value in figures.items()}
+            rows = {"folder": folder, **rows}
             yield made, _pairs(f"selector: {kind}", rows)
 
 
 @app.command()
 def calibrate(config: Config = BUNDLED, kind: Kinds = None, json: Json = False) -> None:
     """Set temperature and thresholds on held-out rollouts."""
-    from .choices import check_unseen
+    from .choices import check_parts
     from .config import read_config
 
-    with _one_line_errors():
+    with _one_line_errors("Selectors that are calibrated stay so; the same command calibrates the others."):
         pipeline = read_config(config)
         kinds = pipeline.kinds(kind)
-        check_unseen(pipeline, pipeline.tasks.heldout, ("train", "again"))
+        check_parts(pipeline)
         _show_each(json, _calibrated(pipeline, kinds))
 
 
 def _calibrated(pipeline: Pipeline, kinds: Sequence[Kind]) -> Iterator[tuple[BaseModel, Table]]:
+    from .calibrate import Calibrated
     from .pipeline import calibrate_kind
+    from .verdicts import of_calibration
 
     slm = pipeline.models.load_slm()
     for kind in kinds:
-        found = calibrate_kind(pipeline, kind, slm)
-        yield found, _pairs(f"calibration: {kind}", found.model_dump(exclude={"reliability", "entropy_at"}))
+        figures = calibrate_kind(pipeline, kind, slm)
+        found = Calibrated(**figures.model_dump(), verdict=of_calibration(figures))
+        rows = found.model_dump(exclude={"reliability", "entropy_at"}, exclude_none=True)
+        rows = {f"{name} (triggered steps)" if name.startswith("agreement") else name: rows[name] for name in rows}
+        yield found, _pairs(f"calibration: {kind}", rows)
 
 
 @app.command("eval")
@@ -224,7 +246,11 @@ def evaluate(
     from .evaluate import evaluate as run
     from .report import table
 
-    with _one_line_errors():
+    if out is None:
+        kept = "Without --out nothing is kept; the same command begins anew."
+    else:
+        kept = f"Rows that are done are kept in {out}; the same command goes on behind them."
+    with _one_line_errors(kept):
         pipeline = read_config(config)
         settings = evaluation(
             pipeline, task, n, seed, selector or [], out, sweep=sweep, grading=grading, bundled=config == BUNDLED
@@ -246,7 +272,7 @@ def probe(config: Config = BUNDLED, json: Json = False) -> None:
     from .probe import probe as run
     from .probe import table
 
-    with _one_line_errors():
+    with _one_line_errors("Nothing is kept; the same command begins anew."):
         report = run(read_config(config).probing())
         _show(json, report, lambda: table(report))
 
@@ -259,7 +285,7 @@ def pipeline(config: Config = BUNDLED, json: Json = False) -> None:
     from .probe import table as sufficiency_table
     from .report import table
 
-    with _one_line_errors():
+    with _one_line_errors("All that is finished is kept; the same command goes on."):
         sufficiency, report = run(read_config(config), lambda what: typer.echo(f"* {what}", err=True))
         if not json:
             Console(width=200).print(sufficiency_table(sufficiency))

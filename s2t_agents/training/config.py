@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from ..errors import ConfigError
-from .settings import KINDS, Adapter, EvaluationRows, Fit, Kind, Models, Rollouts, Settings, Targets
-from .tasks import TaskConfig
+from .settings import KINDS, Adapter, EvaluationRows, Fit, Kind, Models, Rollouts, ServedPrice, Settings, Targets
+from .tasks import BfclTaskConfig, DemoTaskConfig, JsonlTaskConfig, TaskConfig, WordProblemsConfig
 
 __all__ = [
     "KINDS",
@@ -282,9 +285,29 @@ def read_config(path: Path) -> Pipeline:
 
 
 def checked(model: type[Model], values: dict[str, Any], where: str) -> Model:
-    """Values as a model, or a ConfigError that names each wrong field."""
+    """Values as a model, or a ConfigError that names each wrong field, its value, and for a name that is none the
+    nearest one."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        wrong = "; ".join(map(_wrong, error.errors()))
         raise ConfigError(f"{where}: {wrong}.") from error
+
+
+def _wrong(error: ErrorDetails) -> str:
+    place = [str(part) for part in error["loc"] if part != "[key]"]
+    said = f"{'.'.join(place) or 'file'}: {error['msg']}"
+    if error["type"] == "missing" or isinstance(error["input"], dict | list):
+        value = ""
+    else:
+        value = f", it is {error['input']!r:.60}"
+    meant = get_close_matches(place[-1], _names(), n=1) if error["type"] == "extra_forbidden" else []
+    return said + (f" (did you mean {meant[0]}?)" if meant else value)
+
+
+@cache
+def _names() -> list[str]:
+    """Of all sections and settings."""
+    tasks = (DemoTaskConfig, JsonlTaskConfig, BfclTaskConfig, WordProblemsConfig)
+    sections = (Pipeline, Tasks, Models, ServedPrice, Rollouts, Fit, Adapter, Targets, EvaluationRows, *tasks)
+    return sorted({name for section in sections for name in section.model_fields})

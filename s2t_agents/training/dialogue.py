@@ -19,7 +19,7 @@ from ..chat.messages import PromptEncoder
 from ..chat.recent import Recent
 from ..chat.response_options import ResponseOptions
 from ..engine.engine import Engine, steps_of
-from ..errors import ContextOverflow
+from ..errors import ContextOverflow, InputError
 from ..formats.tool_calls import ToolCallParser
 from ..grammar.grammar import CompiledGrammar, Grammar
 from ..grammar.vocabulary import cached_vocabulary
@@ -143,6 +143,26 @@ class Speaker:
         parser.push(None, detokenizer.flush())
         parser.finish()
         return Reply(parser.text, tuple((call["name"], call["args"]) for call in parser.tool_calls))
+
+
+def check_prompts(speaker: Speaker, items: Sequence[Item]) -> None:
+    """Refuse prompts that this model cannot read, before any is answered.
+
+    Raises:
+        InputError: how many, and what the first one's fault is.
+    """
+    faults: list[tuple[Item, InputError]] = []
+    for item in items:
+        try:
+            speaker.encode(item.messages, item.tools)
+        except InputError as error:
+            faults.append((item, error))
+    if faults:
+        first, fault = faults[0]
+        where = f" of {first.where}" if first.where else ""
+        raise InputError(
+            f"{len(faults)} of {len(items)} prompts cannot be used, id {first.id!r}{where} first: {fault}"
+        ) from fault
 
 
 def next_turn(task: Task, item: Item, messages: Sequence[Message], reply: Reply) -> tuple[Message, ...] | None:

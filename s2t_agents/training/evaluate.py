@@ -28,15 +28,16 @@ from ..types import Sampling
 from .collect import row_seed, selector_digest
 from .config import EvaluateConfig, EvaluationRows
 from .crew import Crew
-from .dialogue import AnsweredItem, Speaker, Trace, answering
+from .dialogue import AnsweredItem, Speaker, Trace, answering, check_prompts
 from .kept import Kept
 from .labels import along, under
 from .plots import draw
-from .progress import HIDDEN, Bar, bar
+from .progress import HIDDEN, Bar, bar, counted
 from .report import EvalReport, RowReport, Tally
 from .rows import Ready, Row, RowMaker
 from .shards import ModelIdentity
 from .tasks import Item, Task, prompts_hash
+from .verdicts import of_table
 
 PROMPT_BYTES = 3 * 2**29
 """Memory of each model for the KV of a chunk's prompts and answers, while an evaluation runs."""
@@ -135,11 +136,12 @@ class Evaluation:
             tally = self._kept.get(number, row.name) if self._kept else None
             if tally is None:
                 chunk = self._task.items[number * size : (number + 1) * size]
-                tally, answers = self._run.fill(row, chunk, not number)
+                tally, answers = self._run.fill(row, chunk, not number, progress)
                 if self._kept:
                     self._kept.put(number, row.name, tally, answers)
+            else:
+                progress.advance(len(tally.right) * row.samples)
             tallies[row.name] = tally
-            progress.advance()
         return tallies
 
     def report(self, each: Callable[[Sequence[int]], Iterable[Tallies]] | None = None) -> EvalReport:
@@ -148,15 +150,16 @@ class Evaluation:
         Args:
             each: fills the chunks of these numbers elsewhere and gives each as it is done; None fills them here.
         """
+        self._run.check(self._task.items)
         started, rows = time.perf_counter(), self._everything
         numbers = range(-(-len(self._task.items) // self._config.rows.batch))
         tallies = {row.name: Tally(row.name) for row in rows}
-        with bar(f"eval {self._task.name}", len(numbers) * len(rows)) as progress:
+        each_item = sum(row.samples for row in rows)
+        with bar(f"eval {self._task.name}", len(self._task.items) * each_item) as progress:
             for part in each(numbers) if each else (self.fill(number, progress) for number in numbers):
                 for name, tally in part.items():
                     tallies[name].add(tally)
-                if each:
-                    progress.advance(len(rows))
+                progress.advance(len(part["slm"].right) * each_item if each else 0)
         return self._reported(tallies, time.perf_counter() - started)
 
     def _reported(self, tallies: Tallies, seconds: float) -> EvalReport:
@@ -174,6 +177,7 @@ class Evaluation:
             selectors={kind: str(folder) for kind, folder in self._config.selectors.items()},
             settings=settings.model_dump(mode="json"),
             rows={row.name: reports[row.name] for row in self._rows},
+            verdict=of_table({row.name: reports[row.name] for row in self._rows}),
             sweeps={what: {row.name: reports[row.name] for row in part} for what, part in self._sweeps.items()},
             seconds=seconds,
         )
@@ -306,15 +310,23 @@ class _Run:
         for speaker in (self._slm, self._llm):
             speaker.model.prefix_cache.clear()
 
-    def fill(self, row: Row, chunk: Sequence[Item], first: bool) -> tuple[Tally, Sequence[AnsweredItem]]:
+    def check(self, items: Sequence[Item]) -> None:
+        """Refuse prompts that one of the models cannot read; see ``check_prompts``."""
+        for speaker in (self._slm, self._llm):
+            check_prompts(speaker, items)
+
+    def fill(
+        self, row: Row, chunk: Sequence[Item], first: bool, progress: Bar = HIDDEN
+    ) -> tuple[Tally, Sequence[AnsweredItem]]:
         """One chunk of one row; on the first one, its answers are looked at more closely."""
         tally = Tally(row.name)
         done = self._same_as_with_more(row)
         asked = [at for at in range(len(chunk)) if at not in done]
+        progress.advance(len(done) * row.samples)
         size = max(1, self._settings.batch // row.samples)
         for start in range(0, len(asked), size):
             part = asked[start : start + size]
-            for place, answer in zip(part, self._answered(row, [chunk[at] for at in part]), strict=True):
+            for place, answer in zip(part, self._answered(row, [chunk[at] for at in part], progress), strict=True):
                 done[place] = answer
         found = [done[at] for at in range(len(chunk))]
         self._done[row.name] = found
@@ -327,13 +339,16 @@ class _Run:
             tally.agreed, tally.judged = self._agreement(answers[: self._judged], row)
         return tally, answers
 
-    def _answered(self, row: Row, items: Sequence[Item]) -> list[_Done]:
+    def _answered(self, row: Row, items: Sequence[Item], progress: Bar) -> list[_Done]:
         """Each of these items answered, so many times as the row wants."""
         speaker, limit = self._llm if row.llm_generates else self._slm, row.escalations
         started = time.perf_counter()
         answers = gather(
             [
-                answering(speaker, self._task, item, row.engine(item), self._sampling(row, item, sample), limit)
+                counted(
+                    answering(speaker, self._task, item, row.engine(item), self._sampling(row, item, sample), limit),
+                    progress,
+                )
                 for item in items
                 for sample in range(row.samples)
             ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -95,6 +95,7 @@ def label(
     k: int,
     grammars: Sequence[Grammar | None] | None = None,
     conversations: Sequence[Conversation] | None = None,
+    done: Callable[[Sequence[int]], None] = lambda batch: None,
 ) -> list[Labels]:
     """Label all steps of all trajectories, in their order.
 
@@ -106,6 +107,7 @@ def label(
         grammars: under which each completion was made, just started: both models are then seen through them, as
             the engine sees the SLM. Illegal candidates are at ``FLOOR``; where a token is forced, the models agree.
         conversations: that the prompts were made of, for a teacher of another family.
+        done: told the places of trajectories as they are labelled.
     """
     labels: list[Labels | None] = [None] * len(trajectories)
     rows, prompts = [prompt + ids for prompt, ids in trajectories], [prompt for prompt, _ in trajectories]
@@ -125,6 +127,7 @@ def label(
         for at, log_probs, (values, candidates), opinion in zip(batch, ours, tops, opinions, strict=True):
             entropy = entropy_of(log_probs)
             labels[at] = Labels(candidates, values, opinion.candidates, opinion.best, opinion.kl, entropy)
+        done(batch)
     return [each for each in labels if each is not None]
 
 

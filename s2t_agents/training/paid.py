@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from ..errors import InputError
 from ..escalation import PaidGroup, read_groups
 from ..scheduling.language_model import LanguageModel
 from .groups import Example
@@ -48,6 +49,12 @@ def read_paid(slm: LanguageModel, files: Sequence[Path], k: int) -> Paid:
         InputError: a file that cannot be read, or holds something else.
         ConfigError: groups of another SLM.
     """
+    for file in files:
+        if not file.is_file():
+            raise InputError(
+                f"{file}: No such file in {file.absolute().parent}.",
+                hint='Give the file that Escalation(record="...") wrote, or leave it out.',
+            )
     found = [group for file in files for group in read_groups(file, slm)]
     useful = [group for group in found if len(group.candidates) > 1 and group.pick < k]
     examples = [_example(chain, k) for chain in _chains(useful)]

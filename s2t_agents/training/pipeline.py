@@ -19,7 +19,9 @@ from .probe import Sufficiency, probe
 from .shards import read_shards
 from .tasks import disjoint
 from .train import train, train_with
-from .verdicts import of_rollouts, of_training
+from .verdicts import of_calibration, of_rollouts, of_training
+
+PARTS = ("train", "heldout", "test", "again")
 
 
 def pipeline(config: Pipeline, say: Callable[[str], None] = lambda _: None) -> tuple[Sufficiency, EvalReport]:
@@ -43,8 +45,8 @@ def _pipeline(config: Pipeline, say: Callable[[str], None]) -> tuple[Sufficiency
     again = config.tasks.again
     tasks = [config.tasks.train.open(), config.tasks.heldout.open(), config.tasks.test.open()]
     tasks += [again.open()] if again is not None else []
-    for one, other in combinations(tasks, 2):
-        disjoint(one, other)
+    for (one, name), (other, another) in combinations(zip(tasks, PARTS, strict=False), 2):
+        disjoint(one, other, (f"[tasks.{name}]", f"[tasks.{another}]"))
     with Crew(config.processes) as crew:
         say(f"collect train: {len(tasks[0].items)} items of {tasks[0].name}")
         _collect(config, "train", crew, say)
@@ -62,6 +64,9 @@ def _pipeline(config: Pipeline, say: Callable[[str], None]) -> tuple[Sufficiency
                 say(f"{kind}: {verdict}")
         for kind in crew.each(partial(_calibrate, config), kinds):
             say(f"{kind} is calibrated")
+            calibration = SelectorConfig.load(config.selector(kind)).calibration
+            if calibration is not None and (verdict := of_calibration(calibration)):
+                say(f"{kind}: {verdict}")
         say("probe")
         sufficiency = probe(config.probing())
         say(f"evaluate: {len(tasks[2].items)} items of {tasks[2].name}")

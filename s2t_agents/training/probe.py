@@ -24,7 +24,7 @@ from .groups import choose, read_for, threshold_for
 from .plots import draw_hits
 from .shards import Shard
 from .statistics import roc_auc, wilson
-from .verdicts import of_difference
+from .verdicts import of_difference, of_hits
 
 RATES = (0.01, 0.05, 0.1)
 
@@ -58,7 +58,7 @@ class Sufficiency(BaseModel):
         disagreement: share of them where the LLM's best token is not the SLM's.
         accuracy: share of trajectories whose answer was right.
         answers_differing: share of trajectories with such a step; None in reports of older versions.
-        verdict: what that comes to where there is little to learn; None otherwise.
+        verdict: what that comes to where there is little to learn, or too little to tell; None otherwise.
         rows: Hit@K.
         auc: ROC-AUC of each LLM-free ranking for finding the disagreements; None where there are none.
     """
@@ -112,7 +112,7 @@ def probe_with(slm: LanguageModel, config: ProbeConfig) -> Sufficiency:
         rows=tuple(rows),
         auc={by: roc_auc(values, differs) for by, values in rankings.items() if by != "kl"},
         answers_differing=differing,
-        verdict=of_difference(disagreement, differing),
+        verdict=of_difference(disagreement, differing) or of_hits(rows[0].by, rows[0].rate, rows[0].steps),
     )
 
 

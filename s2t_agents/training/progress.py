@@ -13,11 +13,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from ..scheduling.waits import Waiting
+
+T = TypeVar("T")
 
 WINDOW_S = 3600.0
 """Seconds that a rate looks back: a shard or a batch of problems may take minutes."""
@@ -110,6 +114,13 @@ class HiddenBar:
 HIDDEN = HiddenBar()
 
 
+def counted(computation: Waiting[T], bar: Bar) -> Waiting[T]:
+    """The same computation; the bar is one further when it ends."""
+    result = yield from computation
+    bar.advance()
+    return result
+
+
 class DrawnBar:
     """A bar on this process's display."""
 
@@ -174,8 +185,8 @@ class LineBar:
 
     def advance(self, by: float = 1) -> None:
         """See ``Bar``."""
-        if not self._done:
-            self._began_with = by if self._clock() - self._began < 1 else 0.0  # done by an earlier run
+        if self._clock() - self._began < 1:
+            self._began_with += by  # done by an earlier run
         self._done += by
 
     def say(self, what: str) -> None:

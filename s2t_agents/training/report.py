@@ -70,6 +70,7 @@ class EvalReport(BaseModel):
         settings: of the rows.
         rows: by name.
         sweeps: more rows, by what varies ("k", "rate") and then by name.
+        verdict: where a selector brought nothing, or harm, what to do next; None otherwise.
         seconds: of the run that finished it; what earlier, killed runs took is in the rows alone.
     """
 
@@ -85,6 +86,7 @@ class EvalReport(BaseModel):
     settings: dict[str, Any]
     rows: dict[str, RowReport]
     sweeps: dict[str, dict[str, RowReport]] = {}
+    verdict: str | None = None
     seconds: float
 
 
@@ -138,7 +140,7 @@ def table(report: EvalReport, rows: dict[str, RowReport] | None = None) -> Table
     """The report for people; ``rows`` picks others than the main ones."""
     shown = Table(
         title=f"{report.task}, {report.n} problems, seed {report.seed} ({report.seconds:.0f} s this run)",
-        caption="\n".join(f"{kind}: {folder}" for kind, folder in report.selectors.items()),
+        caption="\n".join([f"{kind}: {folder}" for kind, folder in report.selectors.items()] + [report.verdict or ""]),
     )
     for at, name in enumerate(COLUMNS):
         shown.add_column(name, justify="right" if at else "left")

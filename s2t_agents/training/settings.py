@@ -130,7 +130,8 @@ class Rollouts(Settings):
         samples: so many sampled rollouts per item besides.
         temperature: of the sampled ones.
         max_tokens: per turn.
-        shard_items: items per shard, and per batch.
+        shard_items: items per shard, and per batch; an interruption loses the shard at hand. None: an eighth of all, 4
+            (with a server 32) at least, 128 at most. A collection that was begun goes on with its own.
         seed: of the draws.
         selector: directory of a selector that corrects the greedy rollouts (an on-policy round).
         dtype: of both models while they collect; None runs them as ``[models]`` says. On a CPU with AVX512_BF16
@@ -142,7 +143,7 @@ class Rollouts(Settings):
     samples: int = Field(default=0, ge=0)
     temperature: float = Field(default=0.8, gt=0)
     max_tokens: int = Field(default=160, ge=1)
-    shard_items: int = Field(default=128, ge=1)
+    shard_items: int | None = Field(default=None, ge=1)
     seed: int = 0
     selector: Path | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

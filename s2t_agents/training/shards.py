@@ -134,17 +134,19 @@ def write_shard(folder: Path, number: int, shard: Shard) -> None:
     write_whole(shard_file(folder, number), data)
 
 
-def open_folder(folder: Path, manifest: Manifest) -> list[int]:
-    """Begin or continue a folder of rollouts.
+def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
+    """Numbers of the shards that are still to be made."""
+    return [number for number in range(manifest.shards) if not shard_file(folder, number).exists()]
 
-    Returns:
-        Numbers of the shards that are still to be made.
+
+def open_folder(folder: Path, manifest: Manifest) -> None:
+    """Begin or continue a folder of rollouts.
 
     Raises:
         ConfigError: the folder holds rollouts of other models, prompts or settings, or of unknown ones.
         S2TError: it cannot be written.
     """
-    made = any(shard_file(folder, number).exists() for number in range(manifest.shards))
+    made = any(folder.glob("shard-*.safetensors"))
     if made and not (folder / MANIFEST).exists():
         raise ConfigError(
             f"{folder} holds shards, but {MANIFEST} is missing: nobody knows what they were made from.",
@@ -157,7 +159,6 @@ def open_folder(folder: Path, manifest: Manifest) -> list[int]:
         )
     if not made:
         write_whole(folder / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
-    return [number for number in range(manifest.shards) if not shard_file(folder, number).exists()]
 
 
 def _deciding(manifest: Manifest) -> dict[str, Any]:
@@ -173,7 +174,10 @@ def read_manifest(folder: Path) -> Manifest:
     """
     file = folder / MANIFEST
     if not file.is_file():
-        raise ModelNotFound(f"no rollouts at {str(folder)!r}: {MANIFEST} is missing.", hint="Run `s2t collect` first.")
+        here = "" if folder.is_absolute() else f" A relative `out` starts at the working directory, {Path.cwd()}."
+        raise ModelNotFound(
+            f"no rollouts at {str(folder)!r}: {MANIFEST} is missing.", hint=f"Run `s2t collect` first.{here}"
+        )
     try:
         return Manifest.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, ValidationError) as error:
@@ -187,7 +191,7 @@ def read_shards(folder: Path) -> list[Shard]:
         InputError: some are missing (the collection did not finish) or cannot be read.
     """
     manifest = read_manifest(folder)
-    missing = [number for number in range(manifest.shards) if not shard_file(folder, number).exists()]
+    missing = missing_shards(folder, manifest)
     if missing:
         raise InputError(
             f"{folder} is unfinished: {len(missing)} of {manifest.shards} shards are missing.",

@@ -62,15 +62,15 @@ def train(config: TrainConfig, crew: Crew | None = None) -> Path:
     models = (
         config.models if workers.device is None else config.models.model_copy(update={"device": str(workers.device)})
     )
-    train_with(models.load_slm(), config, workers)
+    with sole_run(config.out) if workers.first else nullcontext():
+        _train(models.load_slm(), config, workers)
     return config.out
 
 
-def train_with(slm: LanguageModel, config: TrainConfig, workers: Workers | None = None) -> None:
-    """``train`` on a model that is loaded already."""
-    workers = workers or Workers()
-    with sole_run(config.out) if workers.first else nullcontext():
-        _train(slm, config, workers)
+def train_with(slm: LanguageModel, config: TrainConfig) -> None:
+    """``train`` on a model that is loaded already, in this process alone."""
+    with sole_run(config.out):
+        _train(slm, config, Workers())
 
 
 def _train_as(config: TrainConfig, count: int, port: int, rank: int) -> None:

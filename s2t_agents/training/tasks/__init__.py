@@ -53,8 +53,13 @@ def prompts_hash(task: Task) -> str:
     return digest.hexdigest()[:16]
 
 
-def disjoint(train: Task, test: Task) -> None:
+def disjoint(train: Task, test: Task, names: tuple[str, str] | None = None) -> None:
     """Refuse two tasks that share an item: the same problem of the demo world, or the same messages elsewhere.
+
+    Args:
+        train: one of them.
+        test: the other.
+        names: of both, for the error; None takes the tasks' own.
 
     Raises:
         ConfigError: naming the first shared id.
@@ -62,9 +67,11 @@ def disjoint(train: Task, test: Task) -> None:
     known = set(map(_identity, train.items))
     shared = [item.id for item in test.items if _identity(item) in known]
     if shared:
+        one, other = names or (train.name, test.name)
         raise ConfigError(
-            f"{train.name} and {test.name} share {len(shared)} prompts, {shared[0]!r} first.",
-            hint="Thresholds and weights must never see test problems: take other seeds, or another part of the file.",
+            f"{one} and {other} share {len(shared)} prompts, {shared[0]!r} first.",
+            hint="What is trained, calibrated and tested on must share none: take other seeds, or another part of the "
+            "file.",
         )
 
 

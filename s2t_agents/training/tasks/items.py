@@ -52,6 +52,7 @@ class Item:
         source: whatever its task needs to grade it.
         calls: only calls of the tools may answer it, under their grammar; None: any tokens may.
         identity: equal for the same item in two tasks; None: its messages are.
+        where: file and line it was read from, for errors; None where there is none.
     """
 
     id: str
@@ -60,6 +61,7 @@ class Item:
     source: Any
     calls: Calls | None = None
     identity: str | None = None
+    where: str | None = None
 
 
 class Task(Protocol):
