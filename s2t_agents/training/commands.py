@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from pydantic import BaseModel
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import S2TError
@@ -72,7 +73,7 @@ def _console() -> Console:
 def _pairs(title: str, rows: dict[str, object]) -> Table:
     shown = Table("", "", title=title, show_header=False)
     for name, value in rows.items():
-        shown.add_row(name, _cell(value))
+        shown.add_row(name, escape(_cell(value)))
     return shown
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from rich.markup import escape
 from rich.table import Table
 
 from .statistics import wilson
@@ -140,7 +141,7 @@ def table(report: EvalReport, rows: dict[str, RowReport] | None = None) -> Table
     """The report for people; ``rows`` picks others than the main ones."""
     shown = Table(
         title=f"{report.task}, {report.n} problems, seed {report.seed} ({report.seconds:.0f} s this run)",
-        caption="\n".join([f"{kind}: {folder}" for kind, folder in report.selectors.items()] + [report.verdict or ""]),
+        caption=escape("\n".join([*(f"{kind}: {at}" for kind, at in report.selectors.items()), report.verdict or ""])),
     )
     for at, name in enumerate(COLUMNS):
         shown.add_column(name, justify="right" if at else "left")
