@@ -25,13 +25,14 @@ from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import tiny_model
 from s2t_agents.training import progress
 from s2t_agents.training import shards as shard_files
+from s2t_agents.training.batching import dialogues
 from s2t_agents.training.collect import Collector, check_same_ids, collect, collect_with
 from s2t_agents.training.config import CollectConfig, Models, Rollouts
 from s2t_agents.training.crew import Crew
 from s2t_agents.training.dialogue import Speaker
 from s2t_agents.training.disagreement import hidden_along
 from s2t_agents.training.groups import Example, choose, read_for
-from s2t_agents.training.labels import LocalTeacher, along, dialogues, label
+from s2t_agents.training.labels import LocalTeacher, along, label
 from s2t_agents.training.losses import selection_loss
 from s2t_agents.training.shards import read_manifest, read_shards
 from s2t_agents.training.tasks import DemoTaskConfig, JsonlTask, JsonlTaskConfig, disjoint

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from ..scheduling.language_model import LanguageModel
 from .batch_reading import left_padded
+from .batching import batches_of_dialogues, dialogues
 from .groups import Example
-from .labels import batches_of_dialogues, dialogues
 from .progress import bar
 from .stepwise import outputs_along
 

@@ -25,10 +25,10 @@ from ..selectors.adapted import AdaptedSelector
 from ..selectors.head import HeadSelector
 from ..selectors.published import PublishedSelector
 from .batch_reading import left_padded
+from .batching import batches
 from .config import Fit, Kind
 from .gradient_checkpointing import recomputed
 from .groups import Example
-from .labels import batches
 
 
 @dataclass(frozen=True)
