@@ -35,6 +35,8 @@ TIMEOUT_S = 120.0
 
 PAUSE_S = 1.0
 """Between two turns: OpenMP threads wait busily for a while after their last work, beside whoever comes next."""
+TRIES = 5
+"""To have all sequences go on together."""
 
 Answers = Callable[[int], list[list[float]]]
 """Answers to so many prompts at once: when each token came, by sequence."""
@@ -163,14 +165,23 @@ def _ours(model: LanguageModel, prompts: Sequence[Sequence[int]], tokens: int) -
 
 
 def _after_a_pause(answers: Answers, count: int) -> float:
-    """Tokens/s, measured after ``PAUSE_S``."""
-    time.sleep(PAUSE_S)
-    return tokens_per_s(answers(count))
+    """Tokens/s, measured after ``PAUSE_S``; again where one sequence had ended before another began.
+
+    Raises:
+        ConfigError: they never went on together.
+    """
+    for _ in range(TRIES):
+        time.sleep(PAUSE_S)
+        if (speed := tokens_per_s(answers(count))) is not None:
+            return speed
+    raise ConfigError(f"{count} sequences never went on together in {TRIES} tries.", hint="Ask for more tokens.")
 
 
-def tokens_per_s(answers: Sequence[Sequence[float]]) -> float:
-    """Of all sequences together, from the last first token to the first last one: while all of them go on."""
+def tokens_per_s(answers: Sequence[Sequence[float]]) -> float | None:
+    """Of all sequences together, from the last first token to the first last one: while all of them go on, if ever."""
     start, end = max(stamps[0] for stamps in answers), min(stamps[-1] for stamps in answers)
+    if end <= start:
+        return None
     return sum(start < stamp <= end for stamps in answers for stamp in stamps) / (end - start)
 
 

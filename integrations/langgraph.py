@@ -56,6 +56,7 @@ AGENTS_KEPT = 1024
 """Agents, each in its thread, whose unfinished answers this process remembers beyond what checkpoints hold."""
 
 _log = logging.getLogger(__name__)
+_PER_AGENT = 'Give limits for all, {"escalations": 5}, or of each agent, {"researcher": {"escalations": 5}}.'
 _LAST = "The budget is nearly spent: give your final answer now."
 _UNITS = {
     "escalations": "questions to the large model",
@@ -120,6 +121,8 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
         self.budget, self.agent = budget, agent
         self.per_thread = per_thread or {}
         self.per_agent: Mapping[str, Any] = per_agent or {}
+        if not isinstance(self.per_agent, Mapping) or not all(isinstance(name, str) for name in self.per_agent):
+            raise BadLimit(f"per_agent is {per_agent!r:.200}.", hint=_PER_AGENT)
         self.tell_model, self.end_when_exhausted = tell_model, end_when_exhausted
         self._unfinished: dict[str, Unfinished] = {}
         trial = budget.fresh().child("thread", **self.per_thread)  # bad limits show here
@@ -138,7 +141,7 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
         if not all(by_name):
             raise BadLimit(
                 f"per_agent has agents and limits side by side: {', '.join(self.per_agent)}.",
-                hint='Give limits for all, {"escalations": 5}, or of each agent, {"researcher": {"escalations": 5}}.',
+                hint=_PER_AGENT,
             )
         return cast(LimitsGiven, self.per_agent.get(agent, {}))
 

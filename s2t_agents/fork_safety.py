@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 MAX_WAIT_S = 60.0
@@ -22,8 +23,10 @@ BUILDING, SHARING, LOADING, FORWARD, BRIEF = range(5)
 """Lock order, the same as in code that takes several locks: an engine is built (BUILDING) over a model that others may
 share (SHARING), which is read by one thread at a time (LOADING) and tried in a forward (FORWARD)."""
 
-_locks: list[tuple[int, weakref.ref[Any], str]] = []
-_renewals: list[weakref.WeakMethod[Callable[[], None]]] = []
+_locks: dict[int, tuple[int, weakref.ref[Any], str]] = {}
+_renewals: dict[int, weakref.WeakMethod[Callable[[], None]]] = {}
+_numbers = count()
+"""Keys of both. An entry goes with its object; each change is one operation of a dict, which needs no lock."""
 
 
 class _LocksHeld(threading.local):
@@ -88,24 +91,21 @@ def hold_while_forking(owner: Any, name: str, order: int = BRIEF) -> None:
         name: attribute name of the lock.
         order: see ``BUILDING``.
     """
-    _locks.append((order, weakref.ref(owner), name))
-    _locks.sort(key=lambda each: each[0])
-    if len(_locks) % 256 == 0:
-        _locks[:] = [each for each in _locks if each[1]() is not None]
+    number = next(_numbers)
+    _locks[number] = order, weakref.ref(owner, lambda _: _locks.pop(number, None)), name
 
 
 def registered_locks() -> Iterator[tuple[Any, str]]:
     """Owner and attribute name of every lock that is taken before a fork, in the order in which they are taken."""
-    for _, owner, name in tuple(_locks):
+    for _, owner, name in sorted(_locks.values(), key=lambda each: each[0]):
         if (living := owner()) is not None:
             yield living, name
 
 
 def renew_in_child(renew: Callable[[], None]) -> None:
     """Register a method that is called in every child; its object is held weakly."""
-    _renewals.append(weakref.WeakMethod(renew))
-    if len(_renewals) % 256 == 0:
-        _renewals[:] = [each for each in _renewals if each() is not None]
+    number = next(_numbers)
+    _renewals[number] = weakref.WeakMethod(renew, lambda _: _renewals.pop(number, None))
 
 
 def _before() -> None:
@@ -135,7 +135,7 @@ def _in_child() -> None:
         lock._at_fork_reinit()
     _after()
     _free_cached_properties()
-    for method in tuple(_renewals):
+    for method in list(_renewals.values()):
         if (renew := method()) is not None:
             renew()
 

@@ -164,6 +164,25 @@ def test_a_thread_is_recorded_outside_a_graph_too(drive: Callable[[Any], None]) 
     assert sorted(model.ledger.totals("thread")) == ["(none)", "t-1", "t-2"]
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model, config: model.invoke("hi", config),
+        lambda model, config: asyncio.run(model.ainvoke("hi", config)),
+        lambda model, config: list(model.stream("hi", config)),
+        lambda model, config: model.batch(["hi"], config),
+        lambda model, config: model.with_config(config).invoke("hi"),
+        lambda model, config: model.bind_tools([]).invoke("hi", config),
+    ],
+)
+def test_the_thread_of_a_call_that_stands_alone_is_recorded(ask: Callable[[ChatS2T, Any], Any]) -> None:
+    model = chat()
+    ask(model, {"configurable": {"thread_id": "t-1"}})
+    ask(model, {"metadata": {"thread_id": "t-2"}, "configurable": {"thread_id": "less near"}})
+    assert model.ledger is not None
+    assert [record.thread_id for record in model.ledger.records()] == ["t-1", "t-2"]
+
+
 def test_an_explicit_name_wins_wherever_it_is_said() -> None:
     model = chat()
     model.invoke("hi", s2t_agent="call")

@@ -31,6 +31,10 @@ def test_tokens_count_while_all_sequences_go_on() -> None:
     assert served.tokens_per_s([[0.0, 1.0, 2.0, 3.0], [1.0, 1.5, 2.0]]) == 3.0
 
 
+def test_sequences_that_never_go_on_together_have_no_speed() -> None:
+    assert served.tokens_per_s([[0.0, 1.0, 2.0], [3.0, 4.0]]) is None
+
+
 def test_a_server_that_is_not_there_is_named() -> None:
     url = f"http://127.0.0.1:{servers.free_port()}/v1"
     with pytest.raises(ConfigError, match=url):

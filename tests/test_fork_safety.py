@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import gc
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import forked
 import pytest
 
 import s2t_agents
+from s2t_agents.fork_safety import hold_while_forking, registered_locks
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
@@ -345,3 +349,29 @@ def test_every_lock_of_the_package_is_free_in_a_child() -> None:
         }
     assert len(found) > 20
     assert found - held == set(FREE_OTHERWISE)
+
+
+def test_threads_that_register_locks_at_once_lose_none_and_what_is_gone_is_forgotten() -> None:
+    class Owner:
+        def __init__(self, order: int) -> None:
+            self.lock = threading.Lock()
+            hold_while_forking(self, "lock", order)
+
+    kept: list[Owner] = []
+    before = len(list(registered_locks()))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=lambda: kept.extend(Owner(at % 5) for at in range(300))) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    owners = {id(owner) for owner, _ in registered_locks()}
+    assert all(id(each) in owners for each in kept)
+    assert len(kept) == 8 * 300
+    kept.clear()
+    gc.collect()
+    assert len(list(registered_locks())) <= before

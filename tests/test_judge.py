@@ -180,6 +180,14 @@ def test_candidates_that_all_read_the_same_are_not_asked_about(monkeypatch: pyte
     assert steps[0].candidates
 
 
+def test_a_budget_that_raises_is_not_asked_for_what_is_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    from s2t_agents.llms import previews as module
+
+    monkeypatch.setattr(module, "preview_text", lambda prefix, tokens: "the same")
+    steps = answer(judge(first_shown), always(), Budget(usd="1", escalations=0, on_exhausted="raise"))
+    assert all(step.escalation is None and step.token_id == step.wanted_id for step in steps)
+
+
 def test_another_chats2t_can_judge() -> None:
     other = ChatS2T(model=tiny_model(seed=5, max_position_embeddings=4096), max_tokens=64)
     model = ChatS2T(

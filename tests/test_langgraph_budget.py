@@ -128,7 +128,7 @@ def test_agents_have_limits_by_their_names_within_each_thread() -> None:
         agent = create_agent(Spender(each=3), [], name=name, middleware=[limits], checkpointer=InMemorySaver())
         said[name] = agent.invoke(HI, in_thread("a"))["messages"][-1].text
     assert said == {"one": "asked 1", "two": "asked 3", "nobody's": "asked 1"}  # the thread has five
-    for wrong in ({"one": {"escalations": -1}}, {"one": {"euros": 1}}, {"one": {}, "escalations": 1}):
+    for wrong in ({"one": {"escalations": -1}}, {"one": {"euros": 1}}, {"one": {}, "escalations": 1}, {3: {}}, ["one"]):
         with pytest.raises(BadLimit):
             BudgetMiddleware(Budget(), per_agent=wrong)  # type: ignore[arg-type]
 

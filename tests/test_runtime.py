@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -160,3 +161,27 @@ def test_a_value_that_takes_long_keeps_nobody_from_another() -> None:
     for thread in threads:
         thread.join(60)
     assert made == ["slow"]
+
+
+def test_a_value_that_is_made_after_anothers_error_is_kept_too() -> None:
+    recent, waits, made = Recent[str, object](2), threading.Event(), list[object]()
+
+    def fails() -> object:
+        waits.wait(60)
+        raise MemoryError
+
+    def first() -> None:
+        with pytest.raises(MemoryError):
+            recent.get("key", fails)
+
+    threads = [threading.Thread(target=first)]
+    threads[0].start()
+    while not len(recent):
+        time.sleep(0.001)
+    threads += [threading.Thread(target=lambda: made.append(recent.get("key", object))) for _ in range(2)]
+    for thread in threads[1:]:
+        thread.start()
+    waits.set()
+    for thread in threads:
+        thread.join(60)
+    assert {id(each) for each in made} == {id(recent.get("key", object))}

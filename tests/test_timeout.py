@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import servers
 from langchain_core.exceptions import ModelTimeoutError
 from observers import cache_key, traced
+from servers import CompletionServer
 from torch_models import watched_forwards
 
 from s2t_agents import Budget, ChatS2T, Concurrency, Ledger
@@ -186,3 +188,41 @@ def test_what_is_no_number_of_seconds_is_refused(wrong: Any) -> None:
 def test_a_timeout_changes_no_answer() -> None:
     assert cache_key(chat(), timeout=5) == cache_key(chat(timeout=3)) == cache_key(chat())
     assert "timeout" not in traced(chat(), timeout=5)
+
+
+@pytest.mark.parametrize("how", ["invoke", "stream", "ainvoke"])
+def test_a_models_own_server_that_says_nothing_is_waited_for_no_longer(server: CompletionServer, how: str) -> None:
+    model = ChatS2T(
+        model=f"vllm://127.0.0.1:{server.server_port}/{server.model.name}",
+        model_kwargs={"tokenizer": server.model.tokenizer, "timeout_s": 60},
+        max_tokens=TOKENS,
+    )
+    model.invoke("hello")
+    server.fault = servers.hangs_before_headers
+    with pytest.raises(AnswerTimeout, match=r"no token came"):
+        HOW[how](model, timeout=TIMEOUT_S)
+    server.fault = None
+    assert model.invoke("hello").response_metadata["s2t"]["tokens"]  # its breaker is not opened by it
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("how", ["invoke", "stream", "ainvoke", "astream"])
+def test_an_answer_whose_last_token_comes_late_is_whole_however_it_is_asked_for(how: str, name: str) -> None:
+    model, batches, late = chat(name, cache_scope="own"), list[Any](), 0
+
+    def watch(batch: list[Any]) -> None:
+        batches.append(batch)
+        if len(batches) == late:
+            time.sleep(TIMEOUT_S + 0.1)
+
+    watched_forwards(model.engine.slm, watch)
+    for _ in range(2):  # the second finds its prompt in the prefix cache, as all do behind it
+        batches.clear()
+        HOW[how](model)
+    late = len(batches)
+    batches.clear()
+    HOW[how](model, timeout=TIMEOUT_S)
+    late -= 1
+    batches.clear()
+    with pytest.raises(AnswerTimeout, match=f"{TOKENS - 1} tokens came"):
+        HOW[how](model, timeout=TIMEOUT_S)

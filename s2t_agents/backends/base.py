@@ -11,6 +11,7 @@ of requests, queues, grammars or budgets. ``tests/test_backend_conformance.py`` 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,12 +118,14 @@ class Append:
         cache: the sequence's own; grows by T.
         length: tokens in it before.
         lora: adapter that is on at these tokens; None reads them with the base model.
+        seconds: that the caller waits at most; for a backend that waits for others itself.
     """
 
     ids: Tensor
     cache: Any
     length: int
     lora: Any | None = None
+    seconds: float = math.inf
 
 
 @dataclass(frozen=True)

@@ -67,14 +67,11 @@ def configurable(key: str) -> Any:
     return ensure_config().get("configurable", {}).get(key)
 
 
-def current_caller(agent: str | None = None) -> Caller:
-    """The caller of this context; ``agent`` overrides what config and metadata say.
-
-    The thread is the metadata's ``thread_id``, where LangGraph puts it, or the ``configurable``'s of a call outside it.
-    """
+def current_caller(agent: str | None = None, thread: str | None = None) -> Caller:
+    """The caller of this context; ``agent`` and ``thread`` override what config and metadata say."""
     metadata = _metadata.get()
     named = agent or configurable("s2t_agent") or agent_of(metadata)
-    thread = metadata.get("thread_id", configurable("thread_id"))
+    thread = metadata.get("thread_id", configurable("thread_id")) if thread is None else thread
     return Caller(str(named), None if thread is None else str(thread), metadata.get("run_id"))
 
 

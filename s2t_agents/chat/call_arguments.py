@@ -6,6 +6,7 @@ are copied into the call's arguments first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,8 +26,8 @@ from ..errors import ConfigError
 from .attribution import configurable
 from .unfinished_answers import Unfinished
 
-OWN_ARGUMENTS = ("s2t_agent", "s2t_budget", "s2t_cache_scope", "s2t_unfinished")
-"""Agent, budget, cache scope and earlier tries: they do not change an answer, so they are in no trace or cache key."""
+OWN_ARGUMENTS = ("s2t_agent", "s2t_thread", "s2t_budget", "s2t_cache_scope", "s2t_unfinished")
+"""Agent, thread, budget, cache scope and earlier tries: they change no answer, so they are in no trace or cache key."""
 
 MODEL_ARGUMENTS = (
     "logprobs",
@@ -133,8 +134,14 @@ class ConfigurableChatModel(BaseChatModel):
 
 
 def with_configurable(config: RunnableConfig | None, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The call's arguments, with those ``OWN_ARGUMENTS`` added that are only in the config's ``configurable``."""
-    found = ensure_config(config).get("configurable", {})
+    """The call's arguments, with those ``OWN_ARGUMENTS`` added that are only in the config's ``configurable``.
+
+    So is its ``thread_id``, LangGraph's name of a thread, but where the metadata have one.
+    """
+    known = ensure_config(config)
+    found = dict(known.get("configurable", {}))
+    if "thread_id" not in known.get("metadata", {}):
+        found.setdefault("s2t_thread", found.get("thread_id"))
     given = {key: found[key] for key in OWN_ARGUMENTS if found.get(key) is not None and call.get(key) is None}
     return {**call, **given}
 
@@ -252,12 +259,16 @@ def timeout_of(given: Any) -> float | None:
     """
     if given is None:
         return None
-    if isinstance(given, bool) or not isinstance(given, Real) or not float(given) > 0:
+    try:
+        seconds = math.nan if isinstance(given, bool) or not isinstance(given, Real) else float(given)
+    except OverflowError:  # an integer beyond any float
+        seconds = math.nan
+    if not seconds > 0:
         raise ConfigError(
             f"timeout is {given!r:.80}; it must be a number of seconds above 0.",
             hint="Give what a whole answer may take, such as 30; None sets no limit.",
         )
-    return float(given)
+    return seconds
 
 
 def template_args_of(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -181,7 +181,7 @@ class ChatS2T(ConfigurableChatModel):
     def _check(self) -> None:
         self._sampling({})
         parse_max_thinking_tokens(self.max_thinking_tokens)
-        timeout_of(self.timeout)
+        self.timeout = timeout_of(self.timeout)
         settings = self._settings({})
         settings.check()
         self.runtimes.keep(settings)
@@ -511,7 +511,7 @@ class ChatS2T(ConfigurableChatModel):
         except BaseException:
             work.release()
             raise
-        caller = current_caller(call.get("s2t_agent"))
+        caller = current_caller(call.get("s2t_agent"), call.get("s2t_thread"))
         return begin_answer(
             engine,
             request,

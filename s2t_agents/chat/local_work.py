@@ -18,7 +18,7 @@ from decimal import Decimal
 from typing import NamedTuple
 
 from ..budget import Budget, Charge, Hold
-from ..errors import AnswerTimeout, BudgetExceeded, StoreUnavailable
+from ..errors import AnswerTimeout, BudgetExceeded, ModelServerError, StoreUnavailable
 from ..scheduling.admission import AdmissionTicket
 from ..types import RefusedBy, Step
 
@@ -162,7 +162,7 @@ class LocalWork:
             eos_ids: tokens that end an answer; one without them that has used all of its tokens is cut off.
 
         Raises:
-            AnswerTimeout: a token came after the timeout.
+            AnswerTimeout: a token came after the timeout, and was not the last.
             BudgetExceeded: tokens or time ran out, and the budget's ``on_exhausted`` is not "degrade".
             StoreUnavailable: the same, by the deadline known last.
         """
@@ -202,17 +202,23 @@ class LocalWork:
     def _in_time(
         self, steps: Generator[AdmissionTicket | Step, None, None]
     ) -> Generator[AdmissionTicket | Step, None, None]:
-        """Pass the steps on up to the first that comes after the timeout; how slowly they are read does not matter."""
-        with closing(steps):
-            for each in steps:
-                late = self.end_s() <= 0
-                self._made += isinstance(each, Step)
-                yield each
-                if late:
-                    raise self._timed_out()
+        """Pass the steps on, none behind one that comes after the timeout; how slowly they are read does not count."""
+        late = False
+        try:
+            with closing(steps):
+                for each in steps:
+                    if late:
+                        raise self._timed_out()
+                    late = self.end_s() <= 0
+                    self._made += isinstance(each, Step)
+                    yield each
+        except ModelServerError as error:
+            if self.end_s() > 0:
+                raise
+            raise self._timed_out() from error
 
     def _timed_out(self) -> AnswerTimeout:
-        came = f"{self._made} tokens came" if self._made else "no token came"
+        came = "no token came" if not self._made else f"{self._made} token{'s' * (self._made > 1)} came"
         return AnswerTimeout(
             f"the answer was not whole within timeout={self._timeout_s:g} seconds: {came}.",
             hint="Give it more time, ask for fewer tokens (max_tokens), or let fewer run at once (concurrency).",

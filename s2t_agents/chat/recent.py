@@ -50,8 +50,8 @@ class Recent(Generic[K, V]):
             BaseException: of ``make``; nothing is kept then.
         """
         with self._lock:
-            entry = next((each for each in self._kept if each.key == key), None) or _Entry[K, V](key)
-            self._kept = [*(each for each in self._kept if each is not entry), entry][-self._size :]
+            known = next((each for each in self._kept if each.key == key), None)
+            entry = self._used(known or _Entry[K, V](key))
         with entry.lock:
             if not entry.made:
                 try:
@@ -60,4 +60,12 @@ class Recent(Generic[K, V]):
                     with self._lock:
                         self._kept = [each for each in self._kept if each is not entry]
                     raise
+                with self._lock:
+                    self._used(entry)  # it may have gone meanwhile: an earlier try failed, or others were used
             return entry.made[0]
+
+    def _used(self, entry: _Entry[K, V]) -> _Entry[K, V]:
+        """Keep an entry, as the one used last."""
+        others = [each for each in self._kept if each is not entry and each.key != entry.key]
+        self._kept = [*others, entry][-self._size :]
+        return entry

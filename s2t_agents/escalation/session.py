@@ -70,7 +70,8 @@ class EscalationSession:
         self._hold_s = _hold_s(llm) if hold_s is None else hold_s
         self._unreachable: StoreUnavailable | None = None  # one answer waits once for a store that is gone
         self._llm_session: LLMSession = llm.open()
-        least = getattr(self._llm_session, "least", None) if budget is not None else None
+        degrades = budget is not None and budget.on_exhausted == "degrade"  # else a question may yet be none
+        least = getattr(self._llm_session, "least", None) if degrades else None
         self._prices = (self._llm_session.quote,) if least is None else (least, self._llm_session.quote)
 
     def __enter__(self) -> EscalationSession:

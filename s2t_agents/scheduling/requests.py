@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import ABC, abstractmethod
 from typing import Any
@@ -116,7 +117,8 @@ class AppendRequest(ForwardRequest):
     def work(self, tokens: int) -> Append:
         """The next so many tokens."""
         read = self._length - self._start
-        return Append(self._ids[read : read + tokens], self.cache, self._length, self._lora)
+        seconds = math.inf if self._deadline is None else self._deadline.end_s()
+        return Append(self._ids[read : read + tokens], self.cache, self._length, self._lora, seconds)
 
     def complete(self, work: Work, output: Output) -> None:
         """So many tokens were read."""

@@ -11,6 +11,7 @@ The server names its best 20 tokens a position, all others are unknown: their lo
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import threading
 from collections.abc import Sequence
@@ -31,9 +32,9 @@ from ...endpoints.retries import retry_wait
 from ...endpoints.served_selection import ServerSelection, read_back
 from ...endpoints.spending import Spending
 from ...endpoints.tokenizer_check import TokenizerSample, verify_tokenizer
-from ...errors import ConfigError, EndpointBusy, EscalationFailed, ModelServerRefused
+from ...errors import ConfigError, EndpointBusy, EscalationFailed, ModelServerRefused, OutOfTime
 from ...fork_safety import FORWARD, hold_while_forking
-from ..base import Capabilities, Limits, Output, ScoreCandidates, SequenceCache, StepOutput, Work
+from ..base import Append, Capabilities, Limits, Output, SequenceCache, StepOutput, Work
 from ..fingerprint import tokenizer_fingerprint
 from .faults import model_server_errors
 from .stream import CompletionStream, Prediction
@@ -303,14 +304,16 @@ class CompletionsBackend:
         return self._logits(known)
 
     def _append(self, item: Work) -> StepOutput:
-        if isinstance(item, ScoreCandidates):
+        if not isinstance(item, Append):
             raise ConfigError(f"{self.name!r} scores no candidates: its hidden states stay on its server.")
         cache: CompletionCache = item.cache
         cache.truncate(item.length)
         cache.ids += item.ids.tolist()
         try:
             with model_server_errors(self.name), self.breaker.attempt():
-                prediction = self._next(cache) or self._retrying()(self._anew, cache)
+                prediction = self._next(cache, item.seconds)
+                if prediction is None:
+                    prediction = self._retrying(item.seconds)(self._anew, cache, item.seconds)
         except BaseException:
             cache.park()
             raise
@@ -318,24 +321,24 @@ class CompletionsBackend:
         known = prediction.logprobs if selected is None else _as_wanted(selected)
         return StepOutput(self._logits(known), torch.empty(0))
 
-    def _retrying(self) -> Retrying:
+    def _retrying(self, left_s: float = math.inf) -> Retrying:
         return Retrying(
             retry=retry_if_exception_type(EndpointBusy),
-            stop=stop_after_attempt(self._options.attempts) | stop_before_delay(self._options.timeout_s),
+            stop=stop_after_attempt(self._options.attempts) | stop_before_delay(min(self._options.timeout_s, left_s)),
             wait=retry_wait,
             reraise=True,
         )
 
-    def _next(self, cache: CompletionCache) -> Prediction | None:
+    def _next(self, cache: CompletionCache, left_s: float) -> Prediction | None:
         """The running stream's next prediction; None where it leads no further."""
         stream, cache.stream = cache.stream, None
-        return None if stream is None else self._of(stream, cache)
+        return None if stream is None else self._of(stream, cache, left_s)
 
-    def _anew(self, cache: CompletionCache) -> Prediction:
+    def _anew(self, cache: CompletionCache, left_s: float) -> Prediction:
         """A new stream's first prediction."""
         end = min(self.context_window, cache.end or self.context_window)
         stream = self._request(cache, max(1, min(self._options.read_ahead, end - cache.length)))
-        found = self._of(stream, cache)
+        found = self._of(stream, cache, left_s)
         if found is not None:
             return found
         if len(self.eos_ids) != 1:
@@ -343,13 +346,13 @@ class CompletionsBackend:
         (end,) = self.eos_ids  # an empty completion: the end token, which this server does not show
         return Prediction(end, {end: 0.0})
 
-    def _of(self, stream: CompletionStream, cache: CompletionCache) -> Prediction | None:
+    def _of(self, stream: CompletionStream, cache: CompletionCache, left_s: float) -> Prediction | None:
         """A stream's prediction after the sequence, which keeps the stream; None where it leads no further."""
         found: Prediction | None = None
         try:
-            found = stream.after(cache.ids, self._options.timeout_s)
-        except EscalationFailed:
-            if not len(stream):
+            found = stream.after(cache.ids, self._options.timeout_s, left_s)
+        except EscalationFailed as error:
+            if isinstance(error, OutOfTime) or not len(stream):
                 raise
             # it had begun well and broke off: a new one goes on from here
         finally:

@@ -7,6 +7,7 @@ request ──> "token_id:17": -0.1, "token_id:4": -2.9, ...     one prediction 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -19,7 +20,7 @@ from ...endpoints import event_loop
 from ...endpoints.completions import LogProb, PartialModel, checked, logprobs_by_id, token_id
 from ...endpoints.endpoint import Endpoint
 from ...endpoints.spending import Payment
-from ...errors import EndpointBusy, EndpointRefused, EscalationFailed
+from ...errors import EndpointBusy, EndpointRefused, EscalationFailed, OutOfTime
 from ...fork_safety import hold_while_forking
 
 DATA = b"data:"
@@ -123,14 +124,20 @@ class CompletionStream:
         """Positions that have arrived."""
         return len(self._arrived)
 
-    def after(self, ids: Sequence[int], seconds: float) -> Prediction | None:
+    def after(self, ids: Sequence[int], seconds: float, left_s: float = math.inf) -> Prediction | None:
         """The prediction after the sequence ``ids``, which only grows from call to call, as soon as it is there.
+
+        Args:
+            ids: the sequence.
+            seconds: without a token after which the stream has failed.
+            left_s: seconds that the caller waits at most.
 
         Returns:
             None where this stream does not lead there: the server went on otherwise, or ended the completion before.
 
         Raises:
             EscalationFailed: the stream broke off before, or no token came for so long.
+            OutOfTime: the caller waits no longer.
         """
         wanted = len(ids) - self.start
         with self._changed:
@@ -146,7 +153,9 @@ class CompletionStream:
                     raise self._error
                 if self._over or self._written:
                     return None
-                if not self._changed.wait(seconds) and len(self._arrived) == arrived and not self._over:
+                if not self._changed.wait(min(seconds, left_s)) and len(self._arrived) == arrived and not self._over:
+                    if left_s < seconds:
+                        raise OutOfTime("the deadline has passed.")
                     raise EscalationFailed(f"the server sent no token within {seconds:.3g} s.")
 
     def close(self) -> None:
