@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from torch_models import watched_forwards
+from torch_models import slot_taken, watched_forwards
 
 from s2t_agents import Budget, ChatS2T, Concurrency, Engine, Ledger
 from s2t_agents.backends.base import Work
@@ -169,16 +167,6 @@ def test_a_ticket_ends_at_the_deadline_or_at_its_own_patience_whichever_is_first
     with short.enter(), short.enter(Moving(0, moves=True)) as ticket, pytest.raises(Overloaded):
         ticket.wait()
     assert endless.queued == short.queued == 0
-
-
-@contextmanager
-def slot_taken(model: ChatS2T) -> Iterator[None]:
-    """Another generation holds the only slot, and does not give it back."""
-    stream = model.stream("hello")
-    next(stream)
-    yield
-    assert model.engine.admission.queued == 0
-    stream.close()
 
 
 @pytest.mark.parametrize("mode", ["degrade", "raise"])

@@ -12,6 +12,7 @@ from torch_models import watched_forwards
 
 from s2t_agents.backends.base import Append, Work
 from s2t_agents.scheduling.idle_sequences import IdleSequences
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 
@@ -68,33 +69,37 @@ def test_recurrent_state_survives_chunks_and_long_prompts(name: str) -> None:
         assert torch.allclose(prefix.logits, whole, atol=1e-4), parts
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
-def test_a_forward_that_fails_in_mid_prompt_raises_its_own_error(name: str) -> None:
-    model, forwards = tiny_model(name), list[int]()
+def in_chunks(name: str) -> LanguageModel:
+    """A model that reads a prompt seven tokens at a time."""
+    model = tiny_model(name)
     model.backend.limits = replace(model.backend.limits, prefill_alone=7)
+    return model
 
-    def fail_at_the_third(batch: list[Work]) -> None:
+
+def fail_at_the_third_forward(model: LanguageModel) -> None:
+    forwards: list[int] = []
+
+    def watch(batch: list[Work]) -> None:
         forwards.append(len(batch))
         if len(forwards) == 3:
             raise ValueError("out of luck")
 
-    watched_forwards(model, fail_at_the_third)
+    watched_forwards(model, watch)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
+def test_a_forward_that_fails_in_mid_prompt_raises_its_own_error(name: str) -> None:
+    model = in_chunks(name)
+    fail_at_the_third_forward(model)
     with pytest.raises(ValueError, match="out of luck"):
         read(model, list(range(50)))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_a_sequence_holds_what_it_held_after_a_forward_that_fails_in_mid_prompt(name: str) -> None:
-    model, forwards = tiny_model(name), list[int]()
-    model.backend.limits = replace(model.backend.limits, prefill_alone=7)
-
-    def fail_at_the_third(batch: list[Work]) -> None:
-        forwards.append(len(batch))
-        if len(forwards) == 3:
-            raise ValueError("out of luck")
-
+    model = in_chunks(name)
     prefix = TokenSequence(model)
-    watched_forwards(model, fail_at_the_third)
+    fail_at_the_third_forward(model)
     prefix.append(list(range(5)))
     with pytest.raises(ValueError, match="out of luck"):
         prefix.append(list(range(5, 50)))

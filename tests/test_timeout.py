@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
@@ -18,7 +17,7 @@ import servers
 from langchain_core.exceptions import ModelTimeoutError
 from observers import cache_key, traced
 from servers import CompletionServer
-from torch_models import watched_forwards
+from torch_models import slot_taken, watched_forwards
 
 from s2t_agents import Budget, ChatS2T, Concurrency, Ledger
 from s2t_agents.budget import TokenPrice
@@ -113,15 +112,6 @@ def test_a_long_prompt_is_given_up_between_its_chunks(name: str, budget: Budget 
         ChatS2T(model=slm, ledger=ledger, timeout=TIMEOUT_S, budget=budget).invoke("word " * 60)
     assert len(forwards) <= 1
     assert [record.completion_tokens for record in ledger.records()] == [0]
-
-
-@contextmanager
-def slot_taken(model: ChatS2T) -> Iterator[None]:
-    stream = model.stream("hello")
-    next(stream)
-    yield
-    assert model.engine.admission.queued == 0
-    stream.close()
 
 
 @pytest.mark.parametrize("how", ["invoke", "stream", "ainvoke", "astream"])

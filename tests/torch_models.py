@@ -1,7 +1,9 @@
-"""What tests of the torch backend look at besides the backend protocol."""
+"""What tests look at, and hold, of a model on the torch backend besides the backend protocol."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
+from s2t_agents import ChatS2T
 from s2t_agents.backends.base import Output, Work
 from s2t_agents.backends.torch.model_runner import ModelRunner
 from s2t_agents.scheduling.language_model import LanguageModel
@@ -21,3 +23,13 @@ def watched_forwards(model: LanguageModel, watch: Callable[[list[Work]], None]) 
         return forward(batch)
 
     model.backend.forward = watched  # type: ignore[method-assign]
+
+
+@contextmanager
+def slot_taken(model: ChatS2T) -> Iterator[None]:
+    """Another generation holds the engine's only slot, and does not give it back."""
+    stream = model.stream("hello")
+    next(stream)
+    yield
+    assert model.engine.admission.queued == 0
+    stream.close()
