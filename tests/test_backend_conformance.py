@@ -199,9 +199,11 @@ def test_a_front_can_be_forked_and_the_rest_forgotten(backend: Backend) -> None:
 
 def test_a_parked_cache_goes_on_where_it_was(backend: Backend) -> None:
     cache, _ = read(backend, IDS)
-    cache.park()
-    assert cache.length == len(IDS)
-    same(append(backend, cache, [3]).logits, read(backend, [*IDS, 3])[1].logits)
+    for at in range(3):
+        cache.park()
+        assert cache.length == len(IDS) + at
+        cache.resume()
+        same(append(backend, cache, [at]).logits, read(backend, [*IDS, *range(at + 1)])[1].logits)
 
 
 def test_a_closed_cache_is_empty_and_others_go_on(backend: Backend) -> None:

@@ -294,6 +294,24 @@ def test_sequences_in_use_stay_where_they_are(tiny: LlamaCppBackend, monkeypatch
         cache.close()
 
 
+def test_a_parked_sequence_that_goes_on_makes_no_room(tiny: LlamaCppBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[int] = []
+    saved = Context.saved
+    monkeypatch.setattr(Context, "saved", lambda self, number: moved.append(number) or saved(self, number))
+    resumed, idle = tiny.new_cache(), tiny.new_cache()
+    for seed, cache in enumerate((resumed, idle)):
+        read(tiny, cache, draw(300, seed))
+        cache.park()
+    resumed.resume()
+    expected, number = fresh(tiny, torch.cat([draw(300, 0), draw(400, 2)])), resumed.number
+    moved.clear()
+    output = read(tiny, resumed, draw(400, 2))  # of 1,024 cells: one has to leave
+    assert resumed.number == number not in moved
+    same(output, expected)
+    for cache in (resumed, idle):
+        cache.close()
+
+
 def test_too_much_at_once_is_told_and_changes_nothing(tiny: LlamaCppBackend) -> None:
     caches = [tiny.new_cache() for _ in range(4)]
     for seed, cache in enumerate(caches[:3]):

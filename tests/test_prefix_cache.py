@@ -203,6 +203,70 @@ def test_a_copy_is_the_takers_own(model: LanguageModel) -> None:
     assert torch.equal(again.layers[0].keys, filled(model, ids).layers[0].keys)
 
 
+def test_a_conversation_goes_on_in_its_own_kv_and_a_fork_leaves_the_entry(model: LanguageModel) -> None:
+    past, ids = PrefixCache(), list(range(20))
+    past.insert(ids, kept := filled(model, ids))
+    fork, length = past.take([*ids[:12], 99, 98])  # another conversation
+    assert (length, len(past), fork is kept) == (12, 1, False)
+    mine, length = past.take([*ids, 1])
+    assert mine is kept
+    assert (length, len(past), past.nbytes) == (20, 0, 0)
+    appended(model, torch.tensor([1, 2]), mine)
+    past.insert([*ids, 1, 2], mine)
+    assert (len(past), past.nbytes) == (1, mine.nbytes)
+    assert past.match([*ids, 1, 2, 3])[1] == 22
+
+
+def test_what_may_outgrow_the_limit_is_forked_so_that_something_stays(model: LanguageModel) -> None:
+    ids = list(range(20))
+    kept = filled(model, ids)
+    past = PrefixCache(limit_bytes=2 * kept.nbytes - 1)
+    past.insert(ids, kept)
+    taken, length = past.take([*ids, 1])
+    assert (length, len(past), taken is kept) == (20, 1, False)
+
+
+def test_a_fork_of_what_its_generation_closed_meanwhile_is_no_match(model: LanguageModel) -> None:
+    past, ids = PrefixCache(), list(range(20))
+    past.insert(ids, kept := filled(model, ids))
+    kept.close()  # as a generation does that took it and failed within a forward
+    assert past.match([*ids[:12], 99]) == (None, 0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_one_conversation_goes_on_in_two_ways_at_once(name: str) -> None:
+    model, turn = tiny_model(name), list(range(10, 50))
+    first, second = [*turn, *range(60, 66)], [*turn, *range(80, 90)]
+    expected = []
+    for prompt in (first, second):
+        model.prefix_cache.clear()
+        expected.append(answer(model, prompt))
+    model.prefix_cache.clear()
+    list(Engine(model).steps(turn, Sampling(max_tokens=1)))  # its KV: the turn, and nothing of the answer
+    running = Engine(model).steps(first, Sampling(max_tokens=12))
+    begun = next(running)
+    other = list(Engine(model).steps(second, Sampling(max_tokens=12)))
+    assert (begun.reused_tokens, other[0].reused_tokens) == (40, 40)
+    assert [begun.token_id, *(step.token_id for step in running)] == expected[0]
+    assert [step.token_id for step in other] == expected[1]
+
+
+def test_a_turn_that_fails_leaves_the_next_one_right(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    turn, more = list(range(10, 50)), [*range(10, 50), *range(60, 70)]
+    expected = answer(model, more)
+    for fails_after in (0, 1, 3):
+        model.prefix_cache.clear()
+        list(Engine(model).steps(turn, Sampling(max_tokens=1)))
+        stream = Engine(model).steps(more, Sampling(max_tokens=12))
+        for _ in range(fails_after):
+            next(stream)
+        with monkeypatch.context() as patched:
+            patched.setattr(type(model.backend), "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+            with pytest.raises(RuntimeError, match="broken"):
+                next(stream)
+        assert answer(model, more) == expected
+
+
 def test_nothing_stays_after_clear(model: LanguageModel) -> None:
     answer(model, list(range(10, 60)))
     seen = [weakref.ref(entry.cache) for entry in model.prefix_cache.entries]

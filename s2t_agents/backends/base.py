@@ -100,6 +100,9 @@ class SequenceCache:
     def park(self) -> None:
         """Its generation has ended: give back what only running sequences need. The tokens stay."""
 
+    def resume(self) -> None:
+        """Another generation goes on with it, after ``park``."""
+
     def statistics(self) -> LogitStatistics | None:
         """Of the logits after the last token, where the forward has computed them on the way; None elsewhere."""
         return None

@@ -1,10 +1,12 @@
 """KV caches of earlier turns: an agent sends its whole conversation again, and only what is new has to be read.
 
     turn 1   system tools question answer                     inserted when the generation ends
-    turn 2   system tools question answer' result | read      the longest common prefix is forked, the rest read
+    turn 2   system tools question answer | result            the whole entry is taken, the rest read
+    other    system tools | another question                  the longest common prefix is forked, the rest read
 
 One cache for all generations over a model, bounded in bytes; the least recently used entry is evicted first. An entry
-never changes once it is inserted: ``match`` gives a fork, which costs far less than reading the tokens again.
+never changes while it is one. A fork costs far less than reading the tokens again, and an entry that a prompt goes on
+from is not even copied: ``take`` hands it over, and it comes back longer.
 
 Each scope's entries are sorted by their tokens, and none is the beginning of another. The one that shares most with a
 prompt stands beside the place where the prompt would: a search takes a few comparisons, however many entries there are.
@@ -97,7 +99,20 @@ class PrefixCache:
             if found is None:
                 return None, 0
             self._entries[found] = self._entries.pop(found)
-        return found.cache.fork(length), length
+        return _forked(found.cache, length)
+
+    def take(self, ids: Ids, scope: str | None = None) -> tuple[SequenceCache | None, int]:
+        """``match``, for a generation that inserts the cache at its end: a whole entry is not forked but handed over.
+
+        An entry of more than half the limit is forked: grown, it might not be accepted again.
+        """
+        with self._exclusive():
+            found, length = self._longest(ids, scope)
+            if found is not None and length == len(found.ids) and 2 * found.nbytes <= self.limit_bytes:
+                self._evict(found)
+                found.cache.resume()
+                return found.cache, length
+        return self.match(ids, scope)
 
     def longest(self, ids: Ids, scope: str | None = None) -> int:
         """How many tokens ``match`` would find."""
@@ -174,6 +189,12 @@ def _key(ids: NDArray[np.int64]) -> bytes:
 
 
 _key_of = attrgetter("key")
+
+
+def _forked(cache: SequenceCache, length: int) -> tuple[SequenceCache | None, int]:
+    """A fork with so many tokens; None and 0 where the generation that took the cache has failed and closed it."""
+    fork = cache.fork(length)
+    return (fork, length) if fork.read == length else (None, 0)
 
 
 def common_prefix(one: Ids, other: Ids) -> int:

@@ -159,7 +159,8 @@ class RunningPrefixes:
             yield PrefixWait(best, length, deadline)
             if deadline is not None and deadline.left_s() <= 0:
                 deadline.check()
-        return entry, *self._cache.match(prompt, scope)
+        found = self._cache.take if self._shares else self._cache.match  # others may want the front of it meanwhile
+        return entry, *found(prompt, scope)
 
     def leave(self, entry: RunningPrefix) -> None:
         """Its generation has ended; prompts that waited for it look elsewhere."""

@@ -104,8 +104,12 @@ class SequenceSlots:
 
     def park(self, cache: LlamaCppCache) -> None:
         """This cache may have to make room from now on; the ones parked first do so first. Needs no lock."""
-        self._parked.pop(id(cache), None)
+        self.resume(cache)
         self._parked[id(cache)] = weakref.ref(cache)
+
+    def resume(self, cache: LlamaCppCache) -> None:
+        """This cache makes no room any more. Needs no lock."""
+        self._parked.pop(id(cache), None)
 
     def move_idle(self, running: Sequence[LlamaCppCache]) -> None:
         """Before a decode of these caches: move idle sequences to host memory if they have more cells than those.
@@ -238,6 +242,10 @@ class LlamaCppCache(SequenceCache):
     def park(self) -> None:
         """Its generation has ended: it may have to make room."""
         self._pool.park(self)
+
+    def resume(self) -> None:
+        """A generation goes on with it: it stays."""
+        self._pool.resume(self)
 
     def close(self) -> None:
         """Forget everything; twice is once. Waits for no forward: garbage collection may call it anywhere."""

@@ -10,10 +10,7 @@ the room, too: the content beyond ``length`` is undefined.
 from __future__ import annotations
 
 import copy
-import math
-import mmap
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,26 +19,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..base import SequenceCache
+from .kv_memory import room
 
 GRAIN = 256
 """Tokens by which a buffer grows at least."""
-
-
-_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-
-
-def room(like: Tensor, capacity: int) -> Tensor:
-    """An unwritten buffer ``[..., capacity, d]`` for tensors ``[..., T, d]``.
-
-    On a CPU it is a mapping of its own. KV stays for long among much that does not: in the C library's heap it would
-    keep whole chunks of freed memory from the system.
-    """
-    shape = (*like.shape[:-2], capacity, like.shape[-1])
-    size = math.prod(shape) * like.element_size()
-    if like.device.type == "cpu" and size:
-        with suppress(OSError):  # as many mappings as the system allows: then the heap, after all
-            return torch.frombuffer(mmap.mmap(-1, size, **_PRIVATE), dtype=like.dtype).view(shape)
-    return like.new_empty(shape)
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
