@@ -20,6 +20,8 @@ from s2t_agents.engine.sampling import Draw, nucleus
 from s2t_agents.errors import BudgetExceeded, ConfigError, ContextOverflow, EscalationFailed, InputError
 from s2t_agents.escalation import Escalation
 from s2t_agents.fork_safety import registered_locks
+from s2t_agents.grammar.grammar import json_grammar, tool_grammar
+from s2t_agents.grammar.vocabulary import cached_vocabulary
 from s2t_agents.llms import LocalLLM
 from s2t_agents.proposal import Proposal
 from s2t_agents.scheduling.language_model import LanguageModel
@@ -242,8 +244,20 @@ def test_banned_tokens_are_not_first_and_free_later() -> None:
     assert steps[0].token_id == int(Proposal(_prefix(model), 2, banned=[first]).best)
 
 
-def _prefix(model: LanguageModel) -> Any:
+def test_a_first_token_that_is_banned_gives_way_to_the_next_legal_one_whatever_the_grammar_permits() -> None:
+    model = tiny_model()
+    words = cached_vocabulary(model.tokenizer, model.vocab_size, sorted(model.eos_ids))
+    for schema in ({"type": "integer"}, {"type": ["array", "boolean", "string"]}, {"enum": [1, 2, True]}, None):
+        compiled = json_grammar(words, schema) if schema else tool_grammar(words, [])
+        legal = _prefix(model).logits.masked_fill(~compiled.start(30).allowed(), -torch.inf)
+        ranked = [int(i) for i in legal.argsort(descending=True, stable=True) if legal[i] > -torch.inf]
+        for banned in (ranked[:1], ranked[1:2], ranked[:2], []):
+            sampling = Sampling(max_tokens=1, banned_first=banned)
+            (step,) = Engine(model).steps(PROMPT, sampling, grammar=compiled.start(30))
+            assert step.token_id == next(token for token in ranked if token not in banned)
 
+
+def _prefix(model: LanguageModel) -> Any:
     return read(model, PROMPT)
 
 

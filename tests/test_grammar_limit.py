@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_schemas import object_schema, schema
 from templates import family
-from test_grammar import NOW, SPELT, TAGGED, WEATHER, Dice, calls_of, tool
+from test_grammar import NOW, SPELT, TAGGED, WEATHER, Dice, calls_of, check_whole, tool
 
 from s2t_agents.backends.loading import load_tokenizer
 from s2t_agents.grammar.completion_search import SearchBudget
@@ -76,8 +76,7 @@ def test_any_choice_among_the_allowed_tokens_ends_complete_within_any_limit_that
     bound = [tool("weather", parameters), *([NOW] if several else [])]
     tools = tool_grammar(words, bound, "any", parallel=several)
     parser = calls_of(name, written(tools, tools.shortest_tokens + slack, hows, seed))
-    assert parser.tool_calls
-    assert not parser.invalid_tool_calls
+    check_whole(parser)
     for made in parser.tool_calls:
         jsonschema.validate(made["args"], parameters if made["name"] == "weather" else {"maxProperties": 0})
 

@@ -6,9 +6,11 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+import torch
 from langchain.agents import create_agent
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_core.tools import tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel
 
 from s2t_agents import Budget, ChatS2T, Ledger
@@ -399,6 +401,36 @@ def test_a_judge_sees_previews_that_go_on_in_and_behind_the_thought(format: str)
     assert reader.reasoning == THOUGHT
     assert answer_of(format).startswith("".join(said))
     assert grammar.takes(first)
+
+
+@ways
+@pytest.mark.parametrize("kind", ["text", "auto", "any"])
+@pytest.mark.parametrize("room", [20, 90, 400])
+def test_the_best_token_is_the_likeliest_that_the_mask_keeps(format: str, opens: bool, kind: str, room: int) -> None:
+    tokenizer, known = tokenizer_of(format, opens), format_of(format, opens)
+    words = cached_vocabulary(tokenizer)
+    thinking = cached_thinking_vocabulary(words, tokenizer, known)
+    tools = [convert_to_openai_tool(look)] if kind != "text" else []
+    answer = tool_grammar(words, tools, "any" if kind == "any" else "auto")
+    dice = torch.Generator().manual_seed(room)
+    for _ in range(6):
+        try:
+            grammar = ThinkThenAnswer(
+                thinking, answer, phase="thought" if opens else "undecided", room=room, forced=kind == "any"
+            )
+        except ConfigError:
+            assert room < 400
+            return
+        for _ in range(room):
+            for forced in grammar.forced():
+                grammar.accept(forced)
+            if grammar.finished:
+                break
+            logits = torch.randn(words.size, generator=dice).mul(3).round()  # many are equal: the first counts
+            masked = logits.masked_fill(~grammar.fork().allowed(logits), -torch.inf)
+            best = grammar.fork().best(logits)
+            assert best == int(masked.argmax()) == grammar.best(logits, int(logits.argmax()))
+            grammar.accept(best)
 
 
 @pytest.mark.parametrize("format", ["special", "added", "gemma4"])

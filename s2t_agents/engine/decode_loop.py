@@ -162,9 +162,8 @@ class DecodeLoop:
         yield from prefix.appending(pending)
         timer.lap("propose")
         banned = self.sampling.banned_first if self._index == 0 else ()
-        reads_all = self._reranks or draw.random or self.sampling.logprobs is not None or banned
-        if not reads_all and self._slm.capabilities.all_logits:
-            token = self._best()
+        reads_all = self._reranks or draw.random or self.sampling.logprobs is not None
+        if not reads_all and self._slm.capabilities.all_logits and (token := self._best()) not in banned:
             timer.lap("grammar")
             return token, None
         allowed = grammar.allowed(prefix.logits) if grammar else self._slm.with_text

@@ -252,6 +252,9 @@ class ThinkThenAnswer:
         if not self._dictated_tokens:
             if self._phase == "answer":
                 return self._started_answer().best(logits, likeliest)
+            if self._phase == "undecided" and (inner := self._untagged_answer()) is not None:
+                permitted = sorted({inner.best(logits, likeliest), *self._opening_tokens()})
+                return permitted[argmax(logits[permitted])]
             first = likeliest if likeliest is not None else argmax(logits)
             if self._phase == "thought" and self._mask_in_thought[first] and not self._ends_thought(first):
                 return first
