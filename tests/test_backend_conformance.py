@@ -202,7 +202,7 @@ def test_a_parked_cache_goes_on_where_it_was(backend: Backend) -> None:
     for at in range(3):
         cache.park()
         assert cache.length == len(IDS) + at
-        cache.resume()
+        cache.unpark()
         same(append(backend, cache, [at]).logits, read(backend, [*IDS, *range(at + 1)])[1].logits)
 
 

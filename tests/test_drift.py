@@ -11,6 +11,7 @@ from training_fixtures import QUICK, tiny_pair, write_prompts
 
 from s2t_agents import ChatS2T, Escalation, LocalLLM
 from s2t_agents.engine.engine import steps_of
+from s2t_agents.intervals import wilson
 from s2t_agents.scheduling.waits import finish, gather
 from s2t_agents.selectors import SelectorConfig
 from s2t_agents.selectors.config import BaseIdentity, Calibration
@@ -20,7 +21,6 @@ from s2t_agents.training.collect import collect_with
 from s2t_agents.training.config import CalibrateConfig, Fit, Models, Targets
 from s2t_agents.training.dialogue import Speaker
 from s2t_agents.training.objectives import fresh_selector
-from s2t_agents.training.statistics import wilson
 from s2t_agents.training.tasks import JsonlTask
 from s2t_agents.triggers import entropy
 from s2t_agents.types import Sampling

@@ -302,7 +302,7 @@ def test_a_parked_sequence_that_goes_on_makes_no_room(tiny: LlamaCppBackend, mon
     for seed, cache in enumerate((resumed, idle)):
         read(tiny, cache, draw(300, seed))
         cache.park()
-    resumed.resume()
+    resumed.unpark()
     expected, number = fresh(tiny, torch.cat([draw(300, 0), draw(400, 2)])), resumed.number
     moved.clear()
     output = read(tiny, resumed, draw(400, 2))  # of 1,024 cells: one has to leave

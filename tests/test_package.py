@@ -22,7 +22,17 @@ PACKAGE = ROOT / "s2t_agents"
 
 LAYERS = [  # imports go down this list only, or stay on their own line
     {"errors"},
-    {"types", "call_scope", "redaction", "identity", "fork_safety", "atomic_write", "sqlite_file", "greedy"},
+    {
+        "types",
+        "call_scope",
+        "redaction",
+        "identity",
+        "fork_safety",
+        "atomic_write",
+        "sqlite_file",
+        "greedy",
+        "intervals",
+    },
     {"budget"},
     {"ledger"},
     {"telemetry"},

@@ -8,6 +8,7 @@ import torch
 from training_fixtures import QUICK, prompts, tiny_pair
 
 from s2t_agents.errors import ConfigError
+from s2t_agents.intervals import wilson
 from s2t_agents.selectors import SelectorConfig, calibrated_trigger, load_selector
 from s2t_agents.selectors.config import BaseIdentity
 from s2t_agents.selectors.learned_trigger import save_probe
@@ -17,7 +18,7 @@ from s2t_agents.training.config import CalibrateConfig, Fit, Models, Targets
 from s2t_agents.training.groups import threshold_for
 from s2t_agents.training.objectives import fresh_selector
 from s2t_agents.training.shards import read_shards
-from s2t_agents.training.statistics import best_temperature, reliability, roc_auc, wilson
+from s2t_agents.training.statistics import best_temperature, reliability, roc_auc
 from s2t_agents.triggers import entropy, probe
 
 

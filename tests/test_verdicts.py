@@ -12,9 +12,9 @@ import torch
 from training_fixtures import JSONL_TASKS, save_model, tiny_pair, write_prompts
 from typer.testing import CliRunner
 
+from s2t_agents.intervals import wilson
 from s2t_agents.selectors import SelectorConfig
 from s2t_agents.selectors.config import Calibration
-from s2t_agents.selectors.drift import wilson
 from s2t_agents.training import verdicts
 from s2t_agents.training.card import write_card
 from s2t_agents.training.commands import app

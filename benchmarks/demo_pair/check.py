@@ -30,6 +30,7 @@ from s2t_agents.demo.problem import (
     tool_result_message,
 )
 from s2t_agents.demo.world import generate
+from s2t_agents.intervals import wilson
 
 from . import tokenizer as tokenizers
 
@@ -61,12 +62,7 @@ class Share:
     @property
     def interval(self) -> tuple[float, float]:
         """The Wilson score interval at 95%."""
-        if not self.count:
-            return math.nan, math.nan
-        z, n, p = 1.96, self.count, self.value
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, middle - half), min(1.0, middle + half)
+        return wilson(self.hits, self.count) if self.count else (math.nan, math.nan)
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -16,7 +16,7 @@ from ..budget import TokenPrice, money
 from ..chat.engine_settings import EngineSettings
 from ..chat.runtime import build
 from ..errors import ConfigError
-from ..selectors.drift import wilson
+from ..intervals import wilson
 from .logs import Line, LoggedAnswer, NotAnAnswer, line_at, lines_of, price_of, read_answer, shown
 from .replay import ReplayedAnswer, replay
 

@@ -100,7 +100,7 @@ class SequenceCache:
     def park(self) -> None:
         """Its generation has ended: give back what only running sequences need. The tokens stay."""
 
-    def resume(self) -> None:
+    def unpark(self) -> None:
         """Another generation goes on with it, after ``park``."""
 
     def statistics(self) -> LogitStatistics | None:

@@ -110,7 +110,7 @@ class PrefixCache:
             found, length = self._longest(ids, scope)
             if found is not None and length == len(found.ids) and 2 * found.nbytes <= self.limit_bytes:
                 self._evict(found)
-                found.cache.resume()
+                found.cache.unpark()
                 return found.cache, length
         return self.match(ids, scope)
 

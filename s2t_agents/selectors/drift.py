@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..fork_safety import hold_while_forking
+from ..intervals import wilson
 from ..types import Step
 from .config import Calibration
 
 _log = logging.getLogger(__name__)
 
-Z95 = 1.959964
 Z_LIVE = 3.0
 """Standard errors of a live rate's interval: wide, because the test is repeated after every answer."""
 FEWEST = 1000
@@ -23,16 +23,6 @@ SLACK = 0.25
 """Relative tolerance of a rate: calibration follows the SLM's own answers, use follows corrected ones."""
 FEWEST_ANSWERS = 20
 """Minimum number of answers for a warning, since the steps of one answer are correlated."""
-
-
-def wilson(hits: float, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson score interval of a share, 95% by default, which contains the share; (0, 1) for n = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = hits / n, z**2
-    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # against rounding at 0 and 1
 
 
 class LiveRate:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..atomic_write import sole_run
 from ..errors import InputError
+from ..intervals import wilson
 from ..scheduling.language_model import LanguageModel
 from ..selectors import LocalSelector, SelectorConfig, load_selector
 from ..selectors.config import BaseIdentity, Calibration
@@ -24,7 +25,7 @@ from .groups import Example, choose, read_for, threshold_for
 from .losses import agreements
 from .objectives import objective_for
 from .shards import read_manifest
-from .statistics import best_temperature, reliability, wilson
+from .statistics import best_temperature, reliability
 
 RATES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
 """Trigger rates whose entropy thresholds are written down."""

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..atomic_write import write_whole
+from ..intervals import wilson
 from ..scheduling.language_model import LanguageModel
 from ..selectors.config import SelectorConfig
 from ..selectors.learned_trigger import PROBE_FILE, load_probe
@@ -23,7 +24,7 @@ from .disagreement import Probe, hidden_along
 from .groups import choose, read_for, threshold_for
 from .plots import draw_hits
 from .shards import Shard
-from .statistics import roc_auc, wilson
+from .statistics import roc_auc
 from .verdicts import of_difference, of_hits
 
 RATES = (0.01, 0.05, 0.1)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.markup import escape
 from rich.table import Table
 
-from .statistics import wilson
+from ..intervals import wilson
 
 
 class RowReport(BaseModel):

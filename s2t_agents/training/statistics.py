@@ -1,13 +1,9 @@
-"""Intervals, ranks and calibration: the few statistics that the reports need."""
+"""Ranks and calibration: the few statistics that the reports need."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from ..selectors.drift import wilson
-
-__all__ = ["best_temperature", "reliability", "roc_auc", "wilson"]
 
 
 def roc_auc(scores: Tensor, positive: Tensor) -> float | None:

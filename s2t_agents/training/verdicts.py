@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..intervals import wilson
 from ..selectors.config import Calibration
-from ..selectors.drift import wilson
 from .config import CollectConfig
 from .report import RowReport
 from .settings import KINDS

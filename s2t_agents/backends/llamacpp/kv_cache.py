@@ -104,10 +104,10 @@ class SequenceSlots:
 
     def park(self, cache: LlamaCppCache) -> None:
         """This cache may have to make room from now on; the ones parked first do so first. Needs no lock."""
-        self.resume(cache)
+        self.unpark(cache)
         self._parked[id(cache)] = weakref.ref(cache)
 
-    def resume(self, cache: LlamaCppCache) -> None:
+    def unpark(self, cache: LlamaCppCache) -> None:
         """This cache makes no room any more. Needs no lock."""
         self._parked.pop(id(cache), None)
 
@@ -243,9 +243,9 @@ class LlamaCppCache(SequenceCache):
         """Its generation has ended: it may have to make room."""
         self._pool.park(self)
 
-    def resume(self) -> None:
+    def unpark(self) -> None:
         """A generation goes on with it: it stays."""
-        self._pool.resume(self)
+        self._pool.unpark(self)
 
     def close(self) -> None:
         """Forget everything; twice is once. Waits for no forward: garbage collection may call it anywhere."""
