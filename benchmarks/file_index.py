@@ -1,7 +1,7 @@
 """Write the list of every file into ``docs/architecture.md``: ``python -m benchmarks.file_index``.
 
 Each with the first paragraph of its docstring, the public names in it, and tests that import it; without any, the files
-that import it, and where that is one alone, the tests that import that one.
+that import it, and where that is one alone, the tests that import that one; where nothing does, what names it.
 """
 
 from __future__ import annotations
@@ -47,12 +47,22 @@ def readers_by_module() -> dict[str, list[str]]:
     return {
         each: tested[each]
         or [_shown(user) for user in users[each]] + (tested[users[each][0]] if len(users[each]) == 1 else [])
+        or _naming(each)
         for each in modules
     }
 
 
 def _special_first(imports: Mapping[str, set[str]], module: str) -> list[str]:
     return sorted((name for name, used in imports.items() if module in used), key=lambda name: len(imports[name]))
+
+
+def _naming(module: str) -> list[str]:
+    """Files whose text has a module's name, or its file's: it runs in a program of its own."""
+    own = f"{module.rpartition('.')[2]}.py"
+    tests = [(path.name, path) for path in sorted((ROOT / "tests").glob("test_*.py"))]
+    files = [(_shown(_module(path)), path) for path in sorted(_files()) if path.name != own]
+    texts = ((name, path.read_text(encoding="utf-8")) for name, path in [*tests, *files])
+    return [name for name, text in texts if module in text or f'"{own}"' in text or f"/{own}`" in text]
 
 
 def _shown(module: str) -> str:

@@ -1,4 +1,4 @@
-"""OpenAI's completions API with token ids, as vLLM speaks it: the fields and values that both its users read."""
+"""OpenAI's completions API with token ids, as vLLM speaks it: the fields and values that all its users read."""
 
 from __future__ import annotations
 
