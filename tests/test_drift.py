@@ -18,7 +18,7 @@ from s2t_agents.selectors.config import BaseIdentity, Calibration
 from s2t_agents.selectors.drift import FEWEST, FEWEST_ANSWERS, DriftWatch, LiveRate
 from s2t_agents.training.calibrate import calibrate_with
 from s2t_agents.training.collect import collect_with
-from s2t_agents.training.config import CalibrateConfig, Fit, Models, Targets
+from s2t_agents.training.config import CalibrateConfig, Fit, Targets
 from s2t_agents.training.dialogue import Speaker
 from s2t_agents.training.objectives import fresh_selector
 from s2t_agents.training.tasks import JsonlTask
@@ -110,9 +110,7 @@ def made(tmp_path_factory):
     selector = fresh_selector(slm, "head", Fit(width=8))
     selector.save(folder / "head", SelectorConfig(kind="head", base=BaseIdentity.of(slm), k=4))
     targets = Targets(trigger_rate=0.2, escalation_rate=0.5)
-    calibrate_with(
-        slm, CalibrateConfig(models=Models(), selector=folder / "head", rollouts=folder / "rollouts", targets=targets)
-    )
+    calibrate_with(slm, CalibrateConfig(selector=folder / "head", rollouts=folder / "rollouts", targets=targets))
     return slm, llm, folder / "head"
 
 

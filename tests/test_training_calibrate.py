@@ -14,7 +14,7 @@ from s2t_agents.selectors.config import BaseIdentity
 from s2t_agents.selectors.learned_trigger import save_probe
 from s2t_agents.training.calibrate import calibrate_with, least_caution, margin_for
 from s2t_agents.training.collect import collect_with
-from s2t_agents.training.config import CalibrateConfig, Fit, Models, Targets
+from s2t_agents.training.config import CalibrateConfig, Fit, Targets
 from s2t_agents.training.groups import threshold_for
 from s2t_agents.training.objectives import fresh_selector
 from s2t_agents.training.shards import read_shards
@@ -54,7 +54,7 @@ def selector(pair, tmp_path):
 
 
 def calibrated(pair, selector, heldout, **targets):
-    config = CalibrateConfig(models=Models(), selector=selector, rollouts=heldout, targets=Targets(**targets), seed=500)
+    config = CalibrateConfig(selector=selector, rollouts=heldout, targets=Targets(**targets), seed=500)
     return calibrate_with(pair[0], config)
 
 

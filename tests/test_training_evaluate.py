@@ -66,7 +66,7 @@ def made(pair, tmp_path_factory):
         targets = Targets(trigger_rate=0.2, escalation_rate=0.5)
         calibrate_with(
             slm,
-            CalibrateConfig(models=Models(), selector=folder / kind, rollouts=folder / "rollouts", targets=targets),
+            CalibrateConfig(selector=folder / kind, rollouts=folder / "rollouts", targets=targets),
         )
     return folder
 

@@ -190,7 +190,7 @@ def test_a_selector_of_another_base_is_refused_at_every_stage(pair, foreign):
     slm, llm, teacher = pair
     head, rollouts = foreign / "head", foreign / "rollouts"
     stages = [
-        lambda: calibrate_with(slm, CalibrateConfig(models=Models(), selector=head, rollouts=rollouts)),
+        lambda: calibrate_with(slm, CalibrateConfig(selector=head, rollouts=rollouts)),
         lambda: probe_with(slm, ProbeConfig(models=Models(), selector=head, rollouts=rollouts)),
         lambda: evaluate_with(
             slm,
@@ -213,7 +213,7 @@ def test_a_selector_of_another_tokenizer_is_refused(pair, foreign):
     base = BaseIdentity.of(slm).model_copy(update={"tokenizer_fingerprint": "another"})
     config.model_copy(update={"base": base}).save(foreign / "head")
     with pytest.raises(AdapterMismatch, match="tokenizer_fingerprint is .* it needs 'another'"):
-        calibrate_with(slm, CalibrateConfig(models=Models(), selector=foreign / "head", rollouts=foreign / "rollouts"))
+        calibrate_with(slm, CalibrateConfig(selector=foreign / "head", rollouts=foreign / "rollouts"))
 
 
 def test_a_broken_settings_file_of_a_training_is_named(pair, foreign):

@@ -44,7 +44,7 @@ class Calibrated(Calibration):
     verdict: str | None = None
 
 
-def calibrate(config: CalibrateConfig) -> Calibration:
+def calibrate_with(slm: LanguageModel, config: CalibrateConfig) -> Calibration:
     """Set a selector's caution, temperature and thresholds, write them into its ``selector.json`` and its card.
 
     Intervals treat steps as independent; steps of one answer are not quite, so the true ones are somewhat wider.
@@ -54,11 +54,6 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         ModelNotFound, ConfigError, AdapterMismatch: no selector, or one for another base.
         InputError: unfinished or empty rollouts.
     """
-    return calibrate_with(config.models.load_slm(), config)
-
-
-def calibrate_with(slm: LanguageModel, config: CalibrateConfig) -> Calibration:
-    """``calibrate`` on a model that is loaded already."""
     with sole_run(config.selector):
         return _calibrate(slm, config)
 

@@ -86,7 +86,6 @@ class TrainConfig(Settings):
 class CalibrateConfig(Settings):
     """A trained selector and held-out rollouts; ``seed`` is written down beside the figures."""
 
-    models: Models
     selector: Path
     rollouts: Path
     targets: Targets = Targets()
@@ -243,9 +242,7 @@ class Pipeline(Settings):
         """The calibration of one kind."""
         seed = getattr(self.tasks.heldout, "first", 0)
         rollouts = self.rollouts("heldout")
-        return CalibrateConfig(
-            models=self.models, selector=self.selector(kind), rollouts=rollouts, targets=self.calibrate, seed=seed
-        )
+        return CalibrateConfig(selector=self.selector(kind), rollouts=rollouts, targets=self.calibrate, seed=seed)
 
     def evaluating(self) -> EvaluateConfig:
         """The table."""
