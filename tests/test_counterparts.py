@@ -102,7 +102,7 @@ def test_no_trajectory_that_is_taught_after_the_first_reads_a_vocabulary(whole: 
     for at, text in enumerate(["say the", "say an", "the"]):
         prompt = slm.tokenizer.encode(text)
         conversation = AskedConversation([HumanMessage(text)], (), len(prompt))
-        teacher.about([conversation]).opinions([(prompt, [ord("t")])], [logits], [candidates])
+        teacher.opinions([(prompt, [ord("t")])], [logits], [candidates], [conversation])
         if at:
             assert not whole
         whole.clear()

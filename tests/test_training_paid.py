@@ -47,7 +47,7 @@ class LowFirst:
     def __init__(self, identity):
         self.identity = identity
 
-    def opinions(self, trajectories, slm, candidates):
+    def opinions(self, trajectories, slm, candidates, conversations=None):
         found = []
         for log_probs, ids in zip(slm, candidates, strict=True):
             scores = (-0.5 * ids.float()).log_softmax(-1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from copy import copy
 
 import torch
 from torch import Tensor
@@ -38,27 +37,24 @@ class ByteTeacher:
 
     def __init__(self, model: LanguageModel, slm: LanguageModel) -> None:
         self._slm = slm
-        self._conversations: Sequence[Conversation] = ()
         self._llm = LocalLLM(model)
         self._llm.check(slm)
         self.identity = ModelIdentity.of(model)
 
-    def about(self, conversations: Sequence[Conversation]) -> ByteTeacher:
-        """See ``labels.ReadsConversations``; without them it reads prompts as plain text."""
-        asked = copy(self)  # with the same LLM: its tokens are compared once
-        asked._conversations = conversations
-        return asked
-
     def opinions(
-        self, trajectories: Sequence[Trajectory], slm: Sequence[Tensor], candidates: Sequence[Tensor]
+        self,
+        trajectories: Sequence[Trajectory],
+        slm: Sequence[Tensor],
+        candidates: Sequence[Tensor],
+        conversations: Sequence[Conversation] | None = None,
     ) -> list[Opinion]:
-        """See ``Teacher``.
+        """See ``Teacher``; without conversations it reads prompts as plain text.
 
         Raises:
             EscalationFailed: it cannot be asked: a text that it cannot write, or one that is too long for it.
         """
-        conversations: Sequence[Conversation | None] = self._conversations or [None] * len(trajectories)
-        rows = zip(trajectories, slm, candidates, conversations, strict=True)
+        asked: Sequence[Conversation | None] = conversations or [None] * len(trajectories)
+        rows = zip(trajectories, slm, candidates, asked, strict=True)
         return [self._along(*row) for row in rows]
 
     def _along(

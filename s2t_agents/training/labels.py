@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,21 +53,17 @@ class Teacher(Protocol):
     identity: ModelIdentity
 
     def opinions(
-        self, trajectories: Sequence[Trajectory], slm: Sequence[Tensor], candidates: Sequence[Tensor]
+        self,
+        trajectories: Sequence[Trajectory],
+        slm: Sequence[Tensor],
+        candidates: Sequence[Tensor],
+        conversations: Sequence[Conversation] | None = None,
     ) -> list[Opinion]:
         """One per trajectory, given the SLM's log-probabilities ``[n, V]`` and candidates ``[n, K]`` along each.
 
-        What the SLM holds at ``FLOOR`` is illegal there, and is for the LLM too.
+        What the SLM holds at ``FLOOR`` is illegal there, and is for the LLM too. An LLM of another family reads the
+        conversations that the prompts were made of.
         """
-        ...
-
-
-@runtime_checkable
-class ReadsConversations(Protocol):
-    """A teacher that wants the conversations of the prompts."""
-
-    def about(self, conversations: Sequence[Conversation]) -> Teacher:
-        """The teacher of trajectories that answer these."""
         ...
 
 
@@ -115,10 +111,8 @@ def label(
                 for grammar, (_, ids), log_probs in zip((grammars[at] for at in batch), part, ours, strict=True)
             ]
         tops = [best_first(log_probs, k) for log_probs in ours]
-        asked = teacher
-        if conversations is not None and isinstance(teacher, ReadsConversations):
-            asked = teacher.about([conversations[at] for at in batch])
-        opinions = asked.opinions(part, ours, [candidates for _, candidates in tops])
+        asked = None if conversations is None else [conversations[at] for at in batch]
+        opinions = teacher.opinions(part, ours, [candidates for _, candidates in tops], asked)
         for at, log_probs, (values, candidates), opinion in zip(batch, ours, tops, opinions, strict=True):
             entropy = entropy_of(log_probs)
             labels[at] = Labels(candidates, values, opinion.candidates, opinion.best, opinion.kl, entropy)
@@ -134,7 +128,11 @@ class LocalTeacher:
         self.identity = ModelIdentity.of(model)
 
     def opinions(
-        self, trajectories: Sequence[Trajectory], slm: Sequence[Tensor], candidates: Sequence[Tensor]
+        self,
+        trajectories: Sequence[Trajectory],
+        slm: Sequence[Tensor],
+        candidates: Sequence[Tensor],
+        conversations: Sequence[Conversation] | None = None,
     ) -> list[Opinion]:
         """See ``Teacher``. Padding rows of either vocabulary are left out."""
         found = []

@@ -19,6 +19,7 @@ from ..endpoints.completions import TOP_LOGPROBS
 from ..endpoints.endpoint import Access, Endpoint
 from ..endpoints.spending import Spending
 from ..errors import TokenizerMismatch
+from ..llms.question import Conversation
 from ..scheduling.language_model import LanguageModel
 from .labels import Opinion, Trajectory, listed_along
 from .served_reading import Listed, ServedReader
@@ -66,7 +67,11 @@ class RemoteTeacher:
         )
 
     def opinions(
-        self, trajectories: Sequence[Trajectory], slm: Sequence[Tensor], candidates: Sequence[Tensor]
+        self,
+        trajectories: Sequence[Trajectory],
+        slm: Sequence[Tensor],
+        candidates: Sequence[Tensor],
+        conversations: Sequence[Conversation] | None = None,
     ) -> list[Opinion]:
         """See ``Teacher``.
 
