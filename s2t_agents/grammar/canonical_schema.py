@@ -175,6 +175,18 @@ def resolved(node: Any, root: Schema) -> Any:
     return node
 
 
+def types_of(node: Schema) -> list[str] | None:
+    """The types that a canonical schema permits; None if it does not restrict them."""
+    given = node.get("type")
+    return given if given is None or isinstance(given, list) else [given]
+
+
+def literals_of(node: Schema) -> list[Any] | None:
+    """The values that a canonical schema lists by ``enum`` or ``const``; None if it lists none."""
+    values: list[Any] | None = node.get("enum", [node["const"]] if "const" in node else None)
+    return values
+
+
 class _SchemaReader:
     def __init__(self, root: Any) -> None:
         self.root = root
@@ -335,8 +347,7 @@ class _SchemaReader:
             out["type"] = found[0] if len(found) == 1 else list(dict.fromkeys(found))
 
     def _nullable(self, out: Schema) -> None:
-        if "type" in out:
-            types = out["type"] if isinstance(out["type"], list) else [out["type"]]
+        if (types := types_of(out)) is not None:
             out["type"] = list(dict.fromkeys([*types, "null"]))
         if "enum" in out and None not in out["enum"]:
             out["enum"] = [*out["enum"], None]

@@ -25,10 +25,12 @@ from .canonical_schema import (
     definition,
     format_path,
     format_value,
+    literals_of,
     map_subschemas,
     resolved,
     rewritten,
     subschemas,
+    types_of,
 )
 from .schema_rules import FORMAT_PATTERNS, MAX_VALUE_BYTES
 from .shortest_value import (
@@ -135,9 +137,9 @@ def _as_object(schema: Schema, what: str) -> None:
         BadSchema: it permits no objects.
     """
     here = resolved(schema, schema)
-    given = here.get("type", "object") if isinstance(here, dict) else "object"
-    if "object" not in (given if isinstance(given, list) else [given]):
-        raise BadSchema(f"No answer can fit {what}: arguments are objects, not type {format_value(given)}.")
+    types = types_of(here) if isinstance(here, dict) else None
+    if types is not None and "object" not in types:
+        raise BadSchema(f"No answer can fit {what}: arguments are objects, not type {format_value(here['type'])}.")
     if here is schema and "$ref" not in here:
         rest = {key: schema[key] for key in schema if key != "type"}
         schema.clear()
@@ -268,16 +270,17 @@ class _SchemaRelaxer:
 
     def _numbers(self, out: Schema, path: tuple[str, ...]) -> None:
         keys = [key for key in _NUMBER_KEYWORDS if key in out]
+        types = types_of(out)
         for kind in ("number", "integer"):
-            while keys and _names_type(out, kind):
+            while keys and (types is None or kind in types):
                 error = grammar_error({"type": kind, **{key: out[key] for key in keys}})
                 if not error or error.startswith("Unsatisfiable"):
                     break
                 worst = max(keys, key=lambda key: (key == "multipleOf", abs(out[key])))
                 keys.remove(worst)
                 self.note(path, f"{worst} {format_value(out.pop(worst))}")
-        types = _type_list(out) if "type" in out else set[str]()
-        if "integer" not in types or "number" in types or {"enum", "const"} & out.keys() or self.has_large_numbers:
+        only_integers = types is not None and "integer" in types and "number" not in types
+        if not only_integers or {"enum", "const"} & out.keys() or self.has_large_numbers:
             return
         if not {"minimum", "exclusiveMinimum"} & out.keys():
             out["minimum"] = MIN_INTEGER
@@ -461,7 +464,8 @@ class _SchemaRelaxer:
             return None
         if (values := _values(node)) is not None:
             return len(values)
-        counts = [_FINITE_TYPES.get(kind) for kind in (_type_list(node) if "type" in node else TYPES)]
+        types = types_of(node)
+        counts = [_FINITE_TYPES.get(kind) for kind in (TYPES if types is None else set(types))]
         return None if None in counts else sum(each or 0 for each in counts)
 
     def _open_definitions(self) -> set[str]:
@@ -513,7 +517,7 @@ def _implied_by(known: Schema, other: Schema, key: str) -> bool:
     if key not in known or key in ("$ref", "anyOf"):
         return False
     if key == "type":
-        return _type_list(known) <= _type_list(other)
+        return set(types_of(known) or ()) <= set(types_of(other) or ())
     if key == "additionalProperties" and not {"properties", "patternProperties"} & other.keys():
         named = [*known.get("properties", {}).values(), *known.get("patternProperties", {}).values()]
         return all(each == other[key] for each in [known[key], *named])
@@ -521,20 +525,10 @@ def _implied_by(known: Schema, other: Schema, key: str) -> bool:
     return all(known.get(each) == other.get(each) for each in (key, *beside))
 
 
-def _type_list(node: Schema) -> set[str]:
-    given = node["type"]
-    return set(given if isinstance(given, list) else [given])
-
-
 def _is_conjunction(node: Schema) -> bool:
     """Whether a schema applies several subschemas in place, which must all fit."""
     in_place = [key for key in _IN_PLACE if key in node]
     return len(in_place) > 1 or "if" in node or (bool(in_place) and any(key in node for key in _OBJECT_KEYWORDS))
-
-
-def _names_type(node: Schema, kind: str) -> bool:
-    types = node.get("type", [kind])
-    return kind in (types if isinstance(types, list) else [types])
 
 
 def _kind(value: Any) -> str:
@@ -548,18 +542,15 @@ def _types(node: Any) -> set[str] | None:
     """The types that a schema permits; None if it does not restrict them."""
     if not isinstance(node, dict):
         return None
-    if "const" in node or "enum" in node:
-        return {_kind(each) for each in node.get("enum", [node.get("const")])}
-    given = node.get("type")
-    if given is None:
-        return None
-    return set(given if isinstance(given, list) else [given])
+    if (values := literals_of(node)) is not None:
+        return set(map(_kind, values))
+    types = types_of(node)
+    return None if types is None else set(types)
 
 
 def _values(node: Any) -> set[str] | None:
-    if isinstance(node, dict) and ("const" in node or "enum" in node):
-        return {json.dumps(each, sort_keys=True) for each in node.get("enum", [node.get("const")])}
-    return None
+    values = literals_of(node) if isinstance(node, dict) else None
+    return None if values is None else {json.dumps(each, sort_keys=True) for each in values}
 
 
 def _disjoint(a: Any, b: Any) -> bool:

@@ -10,15 +10,24 @@ from typing import Any
 
 from llguidance import LLTokenizer
 
-from .canonical_schema import Schema, definition, format_path, format_value, resolved
+from .canonical_schema import Schema, definition, format_path, format_value, literals_of, resolved, types_of
 from .completion_search import CompletionSearch, SearchBudget
 from .matcher import Matcher
 from .schema_rules import MAX_VALUE_BYTES, json_rule, parsed_pattern, shortest_match
+from .validation import SchemaValidator
 
 _MAX_ROUNDS = 24
 _MAX_TEXT_BYTES = 20_000  # longest value whose text is kept
 _MAX_ENUM_VALUES = 2000  # values of an enum that are examined
 _END_ID = 256
+_KINDS = (
+    "integer",
+    "null",
+    "boolean",
+    "string",
+    "array",
+    "object",
+)  # of a schema that names none: an integer is as short as a number
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,8 @@ class _Search:
             parts.append(_best([self.of(each, path) for each in node["anyOf"]]))
         rest = node.keys() - {"const", "enum", "$ref", "allOf", "anyOf", "$defs"}
         if rest and not ("const" in node or "enum" in node):
-            parts.append(_best([self._typed(kind, node, path) for kind in _kinds(node)]))
+            types = types_of(node)
+            parts.append(_best([self._typed(kind, node, path) for kind in (_KINDS if types is None else types)]))
         if not parts:
             return ShortestValue(1, "0")
         unsatisfiable = next((each for each in parts if isinstance(each, Unsatisfiable)), None)
@@ -138,12 +148,11 @@ class _Search:
     def _kinds_of(self, node: Any) -> set[str]:
         """The types that a schema permits; empty if it does not restrict them."""
         node = resolved(node, self.schema)
-        given = node.get("type") if isinstance(node, dict) else None
-        kinds = set(given if isinstance(given, list) else [given] if given else [])
+        kinds = set((types_of(node) or ()) if isinstance(node, dict) else ())
         return kinds | {"integer"} if "number" in kinds else kinds
 
     def _literal(self, node: Schema, path: tuple[str, ...]) -> Found:
-        values = node.get("enum", [node.get("const")])
+        values = literals_of(node) or []
         if "const" in node and "enum" in node:
             values = [each for each in values if _same(each, node["const"])]
         fitting = [each for each in values[:_MAX_ENUM_VALUES] if _fits(each, node)]
@@ -256,18 +265,11 @@ def _best(options: list[Found]) -> Found:
     return ShortestValue(size, shortest.text, min(fitting, key=lambda each: each.size).blame)
 
 
-def _kinds(node: Schema) -> list[str]:
-    given = node.get("type", ["integer", "null", "boolean", "string", "array", "object"])
-    return list(given) if isinstance(given, list) else [given]
-
-
 def _same(one: Any, other: Any) -> bool:
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def _fits(value: Any, node: Schema) -> bool:
-    from .validation import SchemaValidator
-
     rest = {key: node[key] for key in node if key not in ("$ref", "allOf", "anyOf", "enum", "const", "$defs")}
     return not rest or not SchemaValidator(rest).error_of(value)
 
