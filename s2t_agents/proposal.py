@@ -91,19 +91,18 @@ class Proposal:
         return best[0] - best[1] if len(best) > 1 else 1.0
 
 
-def best_first(scores: Tensor, k: int, best: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def best_first(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Top-K of ``[..., V]`` in which the first of equal scores is the one that greedy decoding takes.
 
     Args:
         scores: logits, or log-probabilities.
         k: number of tokens; at most V are returned.
-        best: ``[...]``, greedy decoding's token if known; the first of the highest by default.
 
     Returns:
         Values and token ids, both ``[..., K]``. Never synchronizes the device.
     """
     values, indices = scores.topk(min(k, scores.shape[-1]))  # its order of ties is arbitrary
-    first = (scores.argmax(-1) if best is None else best)[..., None]
+    first = scores.argmax(-1, keepdim=True)
     rest = torch.where(indices == first, indices[..., :1], indices)[..., 1:]
     return values, torch.cat([first, rest], -1)
 

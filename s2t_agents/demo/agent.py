@@ -101,9 +101,7 @@ def _usd(cost: CostSum) -> float | None:
     return None if cost.usd is None else float(cost.usd)
 
 
-def run_demo(
-    problem: Problem, *, escalations: int = 3, selector: bool = True, llm: bool = True, model: str = SLM
-) -> DemoRun:
+def run_demo(problem: Problem, *, escalations: int = 3, selector: bool = True, llm: bool = True) -> DemoRun:
     """Let the agent answer a problem.
 
     Args:
@@ -111,11 +109,10 @@ def run_demo(
         escalations: how often the LLM may be asked in the whole run.
         selector: use the bundled selector.
         llm: let it ask the bundled large model; False never loads its weights.
-        model: the SLM.
     """
     traces, ledger = Traces(), Ledger()
     chat = ChatS2T(
-        model=model,
+        model=SLM,
         selector=SLM if selector else None,
         escalation=LocalLLM(LLM, price=LLM_PRICE) if llm else None,
         budget=Budget(escalations=escalations, name="demo"),

@@ -102,15 +102,13 @@ LARGER = replace(NORMAL, top=1999, low=100)
 LARGE = replace(LONGER, top=LARGER.top, low=LARGER.low)
 
 
-def draw_moves(rng: Random, size: Size, start: int | None = None) -> tuple[int, tuple[Move, ...]]:
-    """A start (given or drawn) and the moves from there, 2 to 4 lines of working (more in the large size)."""
+def draw_moves(rng: Random, size: Size) -> tuple[int, tuple[Move, ...]]:
+    """A start and the moves from there, 2 to 4 lines of working (more in the large size)."""
     while True:
-        first = rng.randint(max(10, size.low), min(size.top, 999)) if start is None and rng.random() < 0.4 else start
-        if first is None:
-            first = rng.randint(max(10, size.low), 99 + size.low)
-        moves = _try_moves(rng, size, first)
+        start = rng.randint(max(10, size.low), min(size.top, 999) if rng.random() < 0.4 else 99 + size.low)
+        moves = _try_moves(rng, size, start)
         if moves is not None:
-            return first, moves
+            return start, moves
 
 
 def _try_moves(rng: Random, size: Size, start: int) -> tuple[Move, ...] | None:

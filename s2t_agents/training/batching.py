@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 BATCH_TOKENS = 4096
-"""Tokens per forward, padding included, while trajectories are labelled."""
+"""Tokens per forward, padding included."""
 
 SPREAD = 1.5
 """Of the lengths in one forward, longest to shortest: beyond, a second forward costs less than the padding."""
@@ -28,15 +28,14 @@ def dialogues(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def batches_of_dialogues(
-    rows: Sequence[Sequence[int]], tokens: int = BATCH_TOKENS, prompts: Sequence[Sequence[int]] | None = None
+    rows: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]] | None = None
 ) -> Iterator[list[int]]:
     """``batches`` in which the rows of one dialogue stay neighbours and count once.
 
     Args:
         rows: token ids.
-        tokens: per batch, padding included.
         prompts: with which the rows begin: dialogues that begin with the same one stay together as far as
-            ``tokens`` allows.
+            ``BATCH_TOKENS`` allows.
     """
     chains = dialogues(rows)
     order: Sequence[int] = range(len(chains))
@@ -47,7 +46,7 @@ def batches_of_dialogues(
             longest[start] = max(longest.get(start, 0), len(rows[chain[-1]]))
         order = sorted(order, key=lambda at: (longest[starts[at]], starts[at]))
     lengths = [len(rows[chains[at][-1]]) if prompts is None else longest[starts[at]] for at in order]
-    for batch in batches(lengths, tokens):
+    for batch in batches(lengths):
         yield [at for place in batch for at in chains[order[place]]]
 
 

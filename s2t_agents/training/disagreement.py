@@ -19,6 +19,9 @@ from .stepwise import outputs_along
 LARGEST = 200_000
 """Steps that the probe is fitted on, at most."""
 
+DECAY = 1e-3
+"""L2 penalty on its weights, features standardised."""
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -67,14 +70,13 @@ def _stepwise(model: LanguageModel, examples: Sequence[Example]) -> list[Tensor]
     return outputs_along(model, rows, lambda output: output.hidden.float())
 
 
-def fit_probe(examples: Sequence[Example], hidden: Sequence[Tensor], *, seed: int, decay: float = 1e-3) -> Probe:
+def fit_probe(examples: Sequence[Example], hidden: Sequence[Tensor], *, seed: int) -> Probe:
     """Logistic regression of "the LLM's best token is another" on every step, by L-BFGS.
 
     Args:
         examples: training trajectories.
         hidden: per example ``[n, H]``.
         seed: of the sample when there are more than ``LARGEST`` steps.
-        decay: L2 penalty on standardised features.
     """
     features = torch.cat([torch.cat([h, e.entropy[:, None]], 1) for e, h in zip(examples, hidden, strict=True)])
     wanted = torch.cat([example.differs for example in examples])
@@ -88,7 +90,7 @@ def fit_probe(examples: Sequence[Example], hidden: Sequence[Tensor], *, seed: in
 
     def loss() -> Tensor:
         solver.zero_grad()
-        value = functional.binary_cross_entropy_with_logits(x @ weight + bias, y) + decay * weight.square().sum() / 2
+        value = functional.binary_cross_entropy_with_logits(x @ weight + bias, y) + DECAY * weight.square().sum() / 2
         value.backward()  # type: ignore[no-untyped-call]
         return value
 

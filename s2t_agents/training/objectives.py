@@ -25,7 +25,7 @@ from ..selectors.adapted import AdaptedSelector
 from ..selectors.head import HeadSelector
 from ..selectors.published import PublishedSelector
 from .batch_reading import left_padded
-from .batching import batches
+from .batching import BATCH_TOKENS, batches
 from .config import Fit, Kind
 from .gradient_checkpointing import recomputed
 from .groups import Example
@@ -111,7 +111,7 @@ class AdapterObjective:
         *,
         max_row: int,
         checkpointing: bool = False,
-        tokens: int = 4096,
+        tokens: int = BATCH_TOKENS,
     ) -> None:
         self._selector = selector
         self._examples = [example for example in examples if len(example.positions)]
@@ -173,7 +173,6 @@ class AdaptedObjective:
         examples: those without groups are left out.
         checkpointing: activations are computed again in the backward pass instead of kept.
         prompts: what is learned from the prompts besides.
-        tokens: per forward, padding included.
     """
 
     def __init__(
@@ -183,16 +182,15 @@ class AdaptedObjective:
         *,
         checkpointing: bool = False,
         prompts: PromptDistillation | None = None,
-        tokens: int = 4096,
     ) -> None:
-        self._selector, self._checkpointing, self._prompts, self._tokens = selector, checkpointing, prompts, tokens
+        self._selector, self._checkpointing, self._prompts = selector, checkpointing, prompts
         self._examples = [example for example in examples if len(example.positions)]
         self.sizes = [len(example.positions) for example in self._examples]
 
     def pieces(self, units: Sequence[int], step: int | None = None) -> Iterator[Scored]:
         """Trajectories of like length together."""
         chosen = [self._examples[unit] for unit in units]
-        for batch in batches([len(example.ids) for example in chosen], self._tokens):
+        for batch in batches([len(example.ids) for example in chosen]):
             yield self._scored([chosen[at] for at in batch], step)
 
     def _scored(self, examples: Sequence[Example], step: int | None) -> Scored:
