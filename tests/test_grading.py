@@ -11,7 +11,7 @@ import pytest
 from s2t_agents.errors import ConfigError, InputError, S2TError
 from s2t_agents.training import math_judge
 from s2t_agents.training.equivalence import LONGEST, MathEquivalence, as_math, final_expression
-from s2t_agents.training.grading import GRADERS, exact, final_answer, numeric
+from s2t_agents.training.grading import GRADERS, Exact, Numeric, final_answer
 from s2t_agents.training.math_judge import MathJudge, shared_judge
 from s2t_agents.training.tasks import JsonlTask, JsonlTaskConfig
 
@@ -201,8 +201,8 @@ def test_prose_is_not_taken_for_a_product_of_letters():
 def test_every_grader_gives_equal_answers_one_vote():
     assert final_answer("The answer is 42.0") == final_answer("it is 42") == "42"
     assert final_answer("  none ") == "none"
-    assert exact(" a ", "a")
-    assert numeric("#### 1,000", "1000")
+    assert Exact().right(" a ", "a")
+    assert Numeric().right("#### 1,000", "1000")
     assert GRADERS["numeric"]().vote("1", "it is 42.0") == GRADERS["numeric"]().vote("1", "The answer is 42")
     assert GRADERS["exact"]().vote("1", " it is 42 ") == "it is 42"
 
@@ -225,7 +225,7 @@ def test_every_grader_gives_equal_answers_one_vote():
     ],
 )
 def test_a_number_counts_however_it_is_written(gold, text):
-    assert numeric(text, gold)
+    assert Numeric().right(text, gold)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_number_counts_however_it_is_written(gold, text):
     ],
 )
 def test_another_number_is_wrong_however_it_is_written(gold, text):
-    assert not numeric(text, gold)
+    assert not Numeric().right(text, gold)
 
 
 def test_an_absurd_exponent_is_read_without_writing_its_digits_out():

@@ -28,7 +28,7 @@ from s2t_agents.training.config import (
     Tasks,
 )
 from s2t_agents.training.evaluate import evaluate_with
-from s2t_agents.training.grading import numeric
+from s2t_agents.training.grading import Numeric
 from s2t_agents.training.objectives import fresh_selector
 from s2t_agents.training.plots import draw, draw_hits, draw_reliability
 from s2t_agents.training.probe import probe_with
@@ -269,7 +269,7 @@ def test_the_demo_worlds_tools_are_run():
     ],
 )
 def test_numbers_are_read_from_the_answer(text, answer, right):
-    assert numeric(text, answer) is right
+    assert Numeric().right(text, answer) is right
 
 
 def test_a_prompt_that_does_not_fit_is_refused(pair, made, tmp_path):

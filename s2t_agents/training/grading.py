@@ -40,8 +40,8 @@ class Exact:
         return True
 
     def right(self, text: str, answer: str) -> bool:
-        """See ``exact``."""
-        return exact(text, answer)
+        """The same text, apart from white space at the ends."""
+        return text.strip() == answer.strip()
 
     def vote(self, item: str, text: str) -> str:
         """The text."""
@@ -56,8 +56,9 @@ class Numeric:
         return _GOLD.fullmatch(_plain(answer)) is not None
 
     def right(self, text: str, answer: str) -> bool:
-        """See ``numeric``."""
-        return numeric(text, answer)
+        """The same final number."""
+        number = final_number(text)
+        return number is not None and number == final_number(answer)
 
     def vote(self, item: str, text: str) -> str:
         """See ``final_answer``."""
@@ -83,17 +84,6 @@ def final_answer(text: str) -> str:
     """The final number in one form (``42.0`` and ``42`` are the same), else the whole text."""
     number = final_number(text)
     return text.strip() if number is None else f"{number.normalize():f}"
-
-
-def exact(text: str, answer: str) -> bool:
-    """The same text, apart from white space at the ends."""
-    return text.strip() == answer.strip()
-
-
-def numeric(text: str, answer: str) -> bool:
-    """The same final number."""
-    number = final_number(text)
-    return number is not None and number == final_number(answer)
 
 
 GRADERS: dict[str, Callable[[], Grader]] = {"exact": Exact, "numeric": Numeric, "math": MathEquivalence}
