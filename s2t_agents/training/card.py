@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..atomic_write import write_whole
 from ..selectors.config import Calibration, SelectorConfig
-from .verdicts import of_calibration, of_training
+from .verdicts import of_calibration, of_training, share
 
 
 def write_card(folder: Path) -> None:
@@ -43,9 +43,6 @@ def _training(config: SelectorConfig) -> str:
 
 
 def _calibration(c: Calibration) -> str:
-    def share(value: float, interval: tuple[float, float]) -> str:
-        return f"{value:.1%} (95% {interval[0]:.1%} to {interval[1]:.1%})"
-
     rows = [
         ("trigger: entropy from", f"{c.trigger_entropy:.4g} nats"),
         ("trigger rate", share(c.trigger_rate, c.trigger_rate_ci95)),

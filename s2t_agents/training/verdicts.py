@@ -109,10 +109,10 @@ def of_calibration(found: Calibration) -> str | None:
     said = []
     if found.false_alarms is not None and found.false_alarms_ci95 and found.false_alarms_ci95[0] > HARM:
         said.append(
-            f"It changes {_share(found.false_alarms, found.false_alarms_ci95)} of the answers in which the LLM would "
+            f"It changes {share(found.false_alarms, found.false_alarms_ci95)} of the answers in which the LLM would "
             f"change nothing, surely over {HARM:.0%}: set `false_alarms = {HARM}` under [calibrate], calibrate again."
         )
-    agreement, greedy = _share(found.agreement, found.agreement_ci95), found.agreement_greedy
+    agreement, greedy = share(found.agreement, found.agreement_ci95), found.agreement_greedy
     if found.agreement_ci95[1] < greedy:
         said.append(
             f"At triggered steps it agrees with the LLM less ({agreement}) than the small model alone ({greedy:.1%}): "
@@ -152,7 +152,7 @@ def of_table(rows: Mapping[str, RowReport]) -> str | None:
             said.append(f"{row.name} {unsure}: test on more problems to tell; train on more prompts, or another kind.")
         if row.broken is not None and row.broken_ci95 and row.broken_ci95[0] > HARM:
             said.append(
-                f"{row.name} breaks {_share(row.broken, row.broken_ci95)} of the right answers, surely over {HARM:.0%}:"
+                f"{row.name} breaks {share(row.broken, row.broken_ci95)} of the right answers, surely over {HARM:.0%}:"
                 f" set a smaller `false_alarms` under [calibrate] ({HARM} where there is none), and calibrate again."
             )
     return " ".join(said) or None
@@ -167,5 +167,6 @@ def _no_gain(row: RowReport, slm: RowReport) -> str | None:
     return f"makes {mended} answers right and {broken} wrong, no sure gain"
 
 
-def _share(value: float, interval: tuple[float, float]) -> str:
+def share(value: float, interval: tuple[float, float]) -> str:
+    """A share with its 95% interval, for people."""
     return f"{value:.1%} (95% {interval[0]:.1%} to {interval[1]:.1%})"
