@@ -26,13 +26,13 @@ from s2t_agents.testing import tiny_model
 from s2t_agents.training import progress
 from s2t_agents.training import shards as shard_files
 from s2t_agents.training.batching import dialogues
-from s2t_agents.training.collect import Collector, check_same_ids, collect, collect_with
+from s2t_agents.training.collect import Collector, collect, collect_with
 from s2t_agents.training.config import CollectConfig, Models, Rollouts
 from s2t_agents.training.crew import Crew
 from s2t_agents.training.dialogue import Speaker
 from s2t_agents.training.disagreement import hidden_along
 from s2t_agents.training.groups import Example, choose, read_for
-from s2t_agents.training.labels import LocalTeacher, along, label
+from s2t_agents.training.labels import LocalTeacher, along, check_same_ids, label
 from s2t_agents.training.losses import selection_loss
 from s2t_agents.training.shards import read_manifest, read_shards
 from s2t_agents.training.tasks import DemoTaskConfig, JsonlTask, JsonlTaskConfig, disjoint
@@ -446,11 +446,8 @@ def test_models_with_other_token_ids_are_refused(pair):
         def get_vocab(self):
             return {token: i + 1 for token, i in llm.tokenizer.get_vocab().items()}
 
-    class Other:
-        name, tokenizer = "other", Shifted()
-
     with pytest.raises(TokenizerMismatch, match="disagree on 263 token ids"):
-        check_same_ids(slm, Other())
+        check_same_ids(slm, Shifted(), "other")
 
 
 def test_an_on_policy_round_needs_a_calibrated_selector(pair, tmp_path):

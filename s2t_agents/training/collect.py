@@ -22,7 +22,7 @@ from ..backends.fingerprint import shared_ids
 from ..budget import Budget
 from ..endpoints.spending import Spending
 from ..engine.engine import Engine
-from ..errors import ConfigError, S2TError, TokenizerMismatch
+from ..errors import ConfigError, S2TError
 from ..scheduling.admission import Concurrency
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.waits import gather
@@ -259,20 +259,6 @@ def open_teacher(models: Models, slm: LanguageModel, budget: Budget | None = Non
 
 def _spending(budget: Budget, price: ServedPrice | None) -> Spending:
     return Spending(budget, None if price is None else price.of_tokens())
-
-
-def check_same_ids(slm: LanguageModel, llm: LanguageModel) -> None:
-    """Refuse a pair whose token ids differ.
-
-    Raises:
-        TokenizerMismatch: naming the first token that differs.
-    """
-    differing = shared_ids(slm.tokenizer, llm.tokenizer)
-    if differing:
-        raise TokenizerMismatch(
-            f"{llm.name!r} and {slm.name!r} disagree on {len(differing)} token ids, {differing[0]!r} first.",
-            hint="Use an LLM of the same family.",
-        )
 
 
 def row_seed(*parts: object) -> int:

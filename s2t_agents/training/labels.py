@@ -7,14 +7,16 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..backends.completions.backend import CompletionsBackend
 from ..backends.completions.faults import model_server_errors
+from ..backends.fingerprint import shared_ids
 from ..backends.statistics import FLOOR
+from ..errors import TokenizerMismatch
 from ..grammar.grammar import Grammar
 from ..llms.question import Conversation
 from ..proposal import best_first, entropy_of
@@ -118,6 +120,24 @@ def label(
             labels[at] = Labels(candidates, values, opinion.candidates, opinion.best, opinion.kl, entropy)
         done(batch)
     return [each for each in labels if each is not None]
+
+
+def check_same_ids(slm: LanguageModel, tokenizer: Any, name: str) -> None:
+    """Refuse an LLM whose token ids are not the SLM's.
+
+    Args:
+        slm: the small model.
+        tokenizer: of the LLM.
+        name: of the LLM, for the error.
+
+    Raises:
+        TokenizerMismatch: naming the first token that differs.
+    """
+    if differing := shared_ids(slm.tokenizer, tokenizer):
+        raise TokenizerMismatch(
+            f"{name!r} and {slm.name!r} disagree on {len(differing)} token ids, {differing[0]!r} first.",
+            hint="Use an LLM of the same family.",
+        )
 
 
 class LocalTeacher:

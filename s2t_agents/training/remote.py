@@ -12,16 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends.fingerprint import shared_ids, tokenizer_fingerprint
+from ..backends.fingerprint import tokenizer_fingerprint
 from ..backends.loading import load_tokenizer
 from ..backends.statistics import FLOOR
 from ..endpoints.completions import TOP_LOGPROBS
 from ..endpoints.endpoint import Access, Endpoint
 from ..endpoints.spending import Spending
-from ..errors import TokenizerMismatch
 from ..llms.question import Conversation
 from ..scheduling.language_model import LanguageModel
-from .labels import Opinion, Trajectory, listed_along
+from .labels import Opinion, Trajectory, check_same_ids, listed_along
 from .served_reading import Listed, ServedReader
 from .shards import ModelIdentity
 
@@ -53,12 +52,7 @@ class RemoteTeacher:
         spending: Spending | None = None,
     ) -> None:
         theirs = load_tokenizer(tokenizer or model)
-        differing = shared_ids(slm.tokenizer, theirs)
-        if differing:
-            raise TokenizerMismatch(
-                f"{model!r} and {slm.name!r} disagree on {len(differing)} token ids, {differing[0]!r} first.",
-                hint="Use an LLM of the same family.",
-            )
+        check_same_ids(slm, theirs, model)
         endpoint = Endpoint(server, Access(api_key_env=api_key_env, allow_http=True))
         words = max(theirs.get_vocab().values()) + 1
         self._reader = ServedReader(endpoint, model, words, spending=spending)

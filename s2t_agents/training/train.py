@@ -16,13 +16,13 @@ from ..selectors.config import CONFIG_FILE, BaseIdentity, SelectorConfig
 from ..selectors.learned_trigger import save_probe
 from ..selectors.reference import Reference
 from .card import write_card
-from .collect import check_same_ids
 from .config import TrainConfig
 from .crew import Crew
 from .differences import differences
 from .disagreement import fit_probe, hidden_along
 from .fit import CHECKPOINT, State, fit
 from .groups import choose, read_for, split
+from .labels import check_same_ids
 from .objectives import fresh_selector, objective_for
 from .paid import Paid, read_paid
 from .progress import quiet
@@ -128,7 +128,7 @@ def _llm(slm: LanguageModel, config: TrainConfig) -> LanguageModel | None:
     if not config.fit.prompt_share:
         return None
     llm = config.models.load_llm()
-    check_same_ids(slm, llm)
+    check_same_ids(slm, llm.tokenizer, llm.name)
     llm.model.requires_grad_(False)
     return llm
 
