@@ -210,6 +210,9 @@ def _reasons(left_out: dict[str, tuple[int, int]]) -> str:
     return ", ".join(f"{n} {why}" for why, (n, _) in sorted(left_out.items(), key=lambda item: -item[1][0])[:3])
 
 
+_DOLLARS = ("logged_usd", "asking_usd_cached", "asking_usd_uncached", "saved_usd_cached", "saved_usd_uncached")
+
+
 def _figures(
     replayed: Sequence[tuple[LoggedAnswer, ReplayedAnswer]], asked: str | None, prices: dict[str, TokenPrice | None]
 ) -> dict[str, Figure]:
@@ -236,23 +239,11 @@ def _figures(
         and (price := price_of(asked or logged.model, prices)) is not None
     ]
     if len(priced) < len(replayed):  # unknown is not 0, and a part is not the whole
-        nothing = Figure(None)
-        return (
-            figures
-            | dict.fromkeys(("logged_usd", "asking_usd_cached", "asking_usd_uncached"), nothing)
-            | {
-                "saved_usd_cached": nothing,
-                "saved_usd_uncached": nothing,
-            }
-        )
+        return figures | dict.fromkeys(_DOLLARS, Figure(None))
     logged_usd, low, high = (list(column) for column in zip(*priced, strict=True))
-    return figures | {
-        "logged_usd": _ratio(logged_usd, ones),
-        "asking_usd_cached": _ratio(low, ones),
-        "asking_usd_uncached": _ratio(high, ones),
-        "saved_usd_cached": _ratio([a - b for a, b in zip(logged_usd, low, strict=True)], ones),
-        "saved_usd_uncached": _ratio([a - b for a, b in zip(logged_usd, high, strict=True)], ones),
-    }
+    saved = ([usd - asking for usd, asking in zip(logged_usd, column, strict=True)] for column in (low, high))
+    columns = (logged_usd, low, high, *saved)
+    return figures | {name: _ratio(column, ones) for name, column in zip(_DOLLARS, columns, strict=True)}
 
 
 def _asking_usd(found: ReplayedAnswer, price: TokenPrice, *, cached: bool) -> float:

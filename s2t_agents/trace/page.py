@@ -245,19 +245,16 @@ def _receipt(dumped: dict[str, Any], candidates: Iterable[ReceiptCandidate]) -> 
 
 
 def _step(step: StepRecord) -> dict[str, Any]:
+    texts: dict[int | None, str] = {each.token_id: each.text for each in reversed(step.candidates) if each.text}
     found = {
         "token": step.token,
         "text": step.text,
         "by": step.by,
         "wanted": step.wanted,
-        "wanted_text": next(
-            (each.text for each in step.candidates if each.token_id == step.wanted and each.text), None
-        ),
+        "wanted_text": texts.get(step.wanted),
         "shadow": step.shadow,
         "shadow_by": step.shadow_by,
-        "shadow_text": next(
-            (each.text for each in step.candidates if each.token_id == step.shadow and each.text), None
-        ),
+        "shadow_text": texts.get(step.shadow),
         "critical": step.triggered or None,
         "entropy": step.entropy,
         "candidates": [_candidate(each) for each in step.candidates] or None,

@@ -42,18 +42,16 @@ def pipeline(config: Pipeline, say: Callable[[str], None] = lambda _: None) -> t
 def _pipeline(config: Pipeline, say: Callable[[str], None]) -> tuple[Sufficiency, EvalReport]:
     kinds = sorted(config.kinds(), key=KINDS.index, reverse=True)  # the dearest first, so that none is left alone
     say("prompts")
-    again = config.tasks.again
-    tasks = [config.tasks.train.open(), config.tasks.heldout.open(), config.tasks.test.open()]
-    tasks += [again.open()] if again is not None else []
-    for (one, name), (other, another) in combinations(zip(tasks, PARTS, strict=False), 2):
+    tasks = {part: task.open() for part in PARTS if (task := getattr(config.tasks, part)) is not None}
+    for (name, one), (another, other) in combinations(tasks.items(), 2):
         disjoint(one, other, (f"[tasks.{name}]", f"[tasks.{another}]"))
     with Crew(config.processes) as crew:
-        say(f"collect train: {len(tasks[0].items)} items of {tasks[0].name}")
+        say(f"collect train: {len(tasks['train'].items)} items of {tasks['train'].name}")
         _collect(config, "train", crew, say)
-        say(f"collect heldout: {len(tasks[1].items)} items of {tasks[1].name}")
+        say(f"collect heldout: {len(tasks['heldout'].items)} items of {tasks['heldout'].name}")
         _collect(config, "heldout", crew, say)
-        if again is not None:
-            say(f"collect again: {len(tasks[3].items)} items, on policy")
+        if "again" in tasks:
+            say(f"collect again: {len(tasks['again'].items)} items, on policy")
             first_selector(config)
             _collect(config, "again", crew, say)
         for kind in kinds:
@@ -69,7 +67,7 @@ def _pipeline(config: Pipeline, say: Callable[[str], None]) -> tuple[Sufficiency
                 say(f"{kind}: {verdict}")
         say("probe")
         sufficiency = probe(config.probing())
-        say(f"evaluate: {len(tasks[2].items)} items of {tasks[2].name}")
+        say(f"evaluate: {len(tasks['test'].items)} items of {tasks['test'].name}")
         return sufficiency, evaluate(config.evaluating(), crew)
 
 
