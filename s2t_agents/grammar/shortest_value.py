@@ -19,7 +19,6 @@ from .validation import SchemaValidator
 _MAX_ROUNDS = 24
 _MAX_TEXT_BYTES = 20_000  # longest value whose text is kept
 _MAX_ENUM_VALUES = 2000  # values of an enum that are examined
-_END_ID = 256
 _KINDS = (
     "integer",
     "null",
@@ -393,20 +392,9 @@ def _holds(choice: Any, char: str) -> bool:
     return found.get(name, False)
 
 
-class _ByteTokenizer:
-    """A tokenizer of single bytes and an end token, for llguidance."""
-
-    eos_token_id, bos_token_id = _END_ID, None
-    tokens = [bytes([value]) for value in range(_END_ID)] + [b"<end>"]
-    special_token_ids = [_END_ID]  # noqa: RUF012
-
-    def __call__(self, text: bytes) -> list[int]:
-        return list(text)
-
-
 @lru_cache(maxsize=1)
 def _byte_vocabulary() -> tuple[LLTokenizer, CompletionSearch]:
-    from llguidance._tokenizer import TokenizerWrapper
-
-    texts = [chr(value) if value < 128 else "\ufffd" for value in range(_END_ID)]
-    return LLTokenizer(TokenizerWrapper(_ByteTokenizer())), CompletionSearch([*texts, ""], enders=set())
+    """llguidance's tokenizer of single bytes and some control tokens, with the search over it."""
+    tokenizer = LLTokenizer("byte")
+    texts = [chr(value) if value < 128 else "\ufffd" if value < 256 else "" for value in range(tokenizer.vocab_size)]
+    return tokenizer, CompletionSearch(texts, enders=set())
