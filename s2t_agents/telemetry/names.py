@@ -1,11 +1,9 @@
 """The names on spans and metrics, in one table.
 
 ``gen_ai.*`` and ``error.type`` are those of OpenTelemetry's GenAI conventions (github.com/open-telemetry/
-semantic-conventions-genai, status: development) as of ``AS_OF``. ``gen_ai.usage.cost`` is none of them: Langfuse and
+semantic-conventions-genai, status: development) as of 2026-11-28. ``gen_ai.usage.cost`` is none of them: Langfuse and
 others read the cost of an observation there. ``s2t.*`` are ours. USD, tokens, seconds.
 """
-
-AS_OF = "2026-11-28"
 
 # ------------------------------------------------------------------ attributes of the conventions
 OPERATION = "gen_ai.operation.name"

@@ -50,7 +50,7 @@ class Opinion:
 
 
 class Teacher(Protocol):
-    """An LLM that labels trajectories; ``LocalTeacher`` here, ``RemoteTeacher`` behind a server."""
+    """An LLM that labels trajectories: a ``LocalTeacher``, a ``ByteTeacher`` of another family, a ``RemoteTeacher``."""
 
     identity: ModelIdentity
 

@@ -13,9 +13,10 @@ from typing import Annotated
 
 from pydantic import Field
 
+from ...demo.problem import Split
 from ...errors import ConfigError
 from .bfcl import BfclTask, BfclTaskConfig
-from .demo import DemoTask, DemoTaskConfig, Split
+from .demo import DemoTask, DemoTaskConfig
 from .files import Grading, JsonlTask, JsonlTaskConfig
 from .items import Item, Message, Task
 from .word_problems import WordProblemsConfig, WordProblemsTask

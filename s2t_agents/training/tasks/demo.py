@@ -7,29 +7,26 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ...demo.problem import Kind, Split, grade
+from ...demo.world import generate
 from ..grading import final_answer
 from .items import Item, Task
-
-Split = Literal["train", "heldout", "longer", "larger", "unseen", "hard"]
 
 
 class DemoTask:
     """Problems of the demo world: the loop runs their tools as an agent would.
 
     Args:
-        split: train, heldout or hard; the splits share no problem.
+        split: see ``demo.world``; the splits share no problem.
         first: seed of the first problem; problems are those of ``first .. first + count - 1``.
         count: how many.
         kinds: taken in turn; empty for the world's own mix of word and tool problems.
     """
 
-    def __init__(self, split: Split, first: int, count: int, kinds: Sequence[str]) -> None:
-        from ...demo import world
-
+    def __init__(self, split: Split, first: int, count: int, kinds: Sequence[Kind]) -> None:
         self.name = f"demo/{split}"
-        self._grade = world.grade
-        choices: list[Any] = list(kinds) or [None]
-        problems = [world.generate(first + at, split, choices[at % len(choices)]) for at in range(count)]
+        choices: Sequence[Kind | None] = kinds or (None,)
+        problems = [generate(first + at, split, choices[at % len(choices)]) for at in range(count)]
         self.items: Sequence[Item] = [
             Item(name, problem.prompt, problem.tools, problem, identity=name)  # small talk repeats across seeds
             for problem in problems
@@ -43,7 +40,7 @@ class DemoTask:
 
     def grade(self, item: Item, text: str) -> bool:
         """As the world grades."""
-        return bool(self._grade(text, item.source))
+        return grade(text, item.source)
 
     def vote(self, item: Item, text: str) -> str:
         """The last number for problems with a number; the text otherwise."""
@@ -59,7 +56,7 @@ class DemoTaskConfig(BaseModel):
     split: Split = "heldout"
     first: int = Field(default=0, ge=0)
     count: int = Field(default=500, ge=1)
-    kinds: tuple[Literal["word", "tool", "call", "talk"], ...] = ()
+    kinds: tuple[Kind, ...] = ()
 
     def open(self) -> Task:
         """The task itself."""
