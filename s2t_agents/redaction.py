@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from base64 import b64decode
 from collections import UserList, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import unquote_plus
 
@@ -67,7 +67,7 @@ def without_secrets(value: Any) -> Any:
             kept.pop("value", None)
         return value if _is_unchanged(kept, value) and _is_unchanged(kept.values(), value.values()) else kept
     if isinstance(value, (list, tuple, set, frozenset, deque, UserList)):
-        pairs = _are_pairs(value)
+        pairs = _all_are(_is_pair, value)
         each_clean = [
             _redact_pair(each) if pairs and _is_secret_name(each[0]) else without_secrets(each) for each in value
         ]
@@ -107,23 +107,18 @@ def _is_basic_auth(text: str) -> bool:
 
 
 def _holds_headers(name: Any, value: Any) -> bool:
-    return (
-        isinstance(name, str)
-        and bool(_HEADERS_NAME.fullmatch(name))
-        and (_is_nonempty_mapping(value) or _are_pairs(value) or _are_named_values(value))
-    )
+    if not isinstance(name, str) or not _HEADERS_NAME.fullmatch(name):
+        return False
+    return bool(isinstance(value, Mapping) and value) or _all_are(_is_pair, value) or _all_are(_is_named_value, value)
 
 
-def _is_nonempty_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value)
-
-
-def _are_named_values(value: Any) -> bool:
-    """Whether it is a list of ``{"name": ..., "value": ...}``, such as headers."""
-    return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_named_value, value))
+def _all_are(kind: Callable[[Any], bool], value: Any) -> bool:
+    """Whether it is a list, not an empty one, of such values."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(map(kind, value))
 
 
 def _is_named_value(value: Any) -> bool:
+    """Whether it is ``{"name": ..., "value": ...}``, as a header may be given."""
     return isinstance(value, Mapping) and "value" in value and ("name" in value or "key" in value)
 
 
@@ -133,12 +128,8 @@ def _names_a_secret(value: Mapping[Any, Any]) -> bool:
     return _is_named_value(value) and any(map(_is_secret_name, names)) and _may_hold_secret(value["value"])
 
 
-def _are_pairs(value: Any) -> bool:
-    """Whether it is a list of (name, value) pairs, such as headers."""
-    return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_pair, value))
-
-
 def _is_pair(value: Any) -> bool:
+    """Whether it is (name, value), as a header may be given."""
     return isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], (str, bytes))
 
 
