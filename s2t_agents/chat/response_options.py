@@ -14,7 +14,7 @@ from ..errors import BadSchema, ConfigError
 from ..formats.tool_calls import PlainTextParser, ToolCallParser
 from ..grammar.grammar import CompiledGrammar, json_grammar, tool_grammar
 from ..grammar.lark_rules import Choice, arguments_of, functions_of, reply_of
-from ..grammar.validation import SchemaValidator, cached_validator
+from ..grammar.validation import SchemaValidator
 from ..grammar.vocabulary import Vocabulary
 from .schema_conversion import json_schema, openai_tool
 
@@ -143,8 +143,8 @@ class ResponseOptions:
         reply = reply_of(self.reply) if self.reply is not None else None
         notes = [_tool_note(name, note) for name, each in calls.items() for note in each.notes]
         return OutputSchemas(
-            {name: cached_validator(each.whole) for name, each in calls.items()},
-            cached_validator(reply.whole) if reply is not None else None,
+            {name: SchemaValidator(each.whole) for name, each in calls.items()},
+            SchemaValidator(reply.whole) if reply is not None else None,
             (*notes, *(reply.notes if reply is not None else ())),
         )
 

@@ -8,11 +8,10 @@ holds (``1e999``). ``format`` is an annotation, as in JSON Schema, but for ``CHE
 from __future__ import annotations
 
 import ipaddress
-import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
 
@@ -239,13 +238,3 @@ def _format_error(error: ValidationError) -> str:
     if error.validator in (None, "additionalProperties", "patternProperties"):
         return f"{where}: {message}"
     return f"{where}: {message} ({error.validator}: {format_value(error.validator_value)})"
-
-
-def cached_validator(whole: Mapping[str, Any]) -> SchemaValidator:
-    """The validator of a canonical schema, cached."""
-    return _validator_of(json.dumps(whole))
-
-
-@lru_cache(maxsize=256)
-def _validator_of(text: str) -> SchemaValidator:
-    return SchemaValidator(json.loads(text))
