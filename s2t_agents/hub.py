@@ -179,11 +179,9 @@ class ModelSource:
             )
         if isinstance(error, ImportError):
             return ConfigError(f"the {what} of {self.name!r} need a package: {reason}.", hint="Install it.")
-        if isinstance(error, OSError):
-            return ModelNotFound(f"no {what} at {self.name!r}: {reason}.", hint=self.hint)
         if type(error) is ValueError and what == "weights":
             return ModelNotFound(f"{self.name!r} is no causal language model: {reason}.", hint=self.hint)
-        if type(error) is ValueError:
+        if isinstance(error, OSError) or type(error) is ValueError:
             return ModelNotFound(f"no {what} at {self.name!r}: {reason}.", hint=self.hint)
         return UnsafeWeights(
             f"the {what} of {self.name!r} cannot be read: {reason}.", hint="Copy or download it again."

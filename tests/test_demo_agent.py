@@ -14,7 +14,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from s2t_agents import Budget, ChatS2T, Ledger
 from s2t_agents.bundled import LLM, SLM
 from s2t_agents.chat.messages import PromptEncoder
-from s2t_agents.demo.agent import DEVICE_PRICE, DemoRun, Traces, run_demo, tools_of
+from s2t_agents.demo.agent import DEVICE_PRICE, DemoRun, run_demo, tools_of
 from s2t_agents.demo.world import demo_question, generate
 from s2t_agents.engine.engine import Engine
 from s2t_agents.scheduling.language_model import LanguageModel
@@ -89,7 +89,7 @@ def test_a_run_adds_up_whatever_ended_its_answers(limits: dict[str, int]) -> Non
     messages = [calling.invoke(problem.question, s2t_budget=budget) for budget in budgets]
     told = [message.response_metadata["s2t"] for message in messages]
     assert all(("stopped_by" in each) == ("answer_tokens" in limits) for each in told)
-    found = json.loads(json.dumps(DemoRun(problem, messages, model, Traces(), ledger).as_json()))["s2t"]
+    found = json.loads(json.dumps(DemoRun(problem, messages, model, {}, ledger).as_json()))["s2t"]
     assert set(found) == set(told[0]) - {"stopped_by", "shortened"}
     for key in ("tokens", "reused_tokens", "triggers", "selections", "flips", "escalations", "refused"):
         assert found[key] == sum(each[key] for each in told)
@@ -145,5 +145,5 @@ def test_without_selector_and_llm_it_is_the_small_model_alone() -> None:
 def test_a_flip_shows_what_the_slm_wanted_and_who_chose() -> None:
     runs = (run_demo(demo_question(seed), llm=False) for seed in range(60))
     run = next(run for run in runs if run.ledger.total().flips)
-    changed = [step for steps in run.traces.steps.values() for step in steps if step.flipped]
+    changed = [step for steps in run.steps.values() for step in steps if step.flipped]
     assert all(step.picked_by == "selector" and step.wanted_id == step.candidates[0].token_id for step in changed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -30,25 +30,14 @@ COUNTS = ("triggers", "selections", "flips", "escalations", "refused")
 THOUGHT_COUNTS = ("tokens", "triggers", "selections", "escalations")
 
 
-@dataclass
-class Traces:
-    """The steps of every generation, by trace id, in order."""
-
-    steps: dict[str, list[Step]] = field(default_factory=lambda: defaultdict(list))
-
-    def __call__(self, trace_id: str, step: Step) -> None:
-        """Takes a step as it comes."""
-        self.steps[trace_id].append(step)
-
-
 @dataclass(frozen=True)
 class DemoRun:
-    """What the agent did with one problem."""
+    """What the agent did with one problem; ``steps`` are those of every generation, by trace id."""
 
     problem: Problem
     messages: Sequence[BaseMessage]
     model: ChatS2T
-    traces: Traces
+    steps: Mapping[str, list[Step]]
     ledger: Ledger
 
     @property
@@ -110,7 +99,8 @@ def run_demo(problem: Problem, *, escalations: int = 3, selector: bool = True, l
         selector: use the bundled selector.
         llm: let it ask the bundled large model; False never loads its weights.
     """
-    traces, ledger = Traces(), Ledger()
+    ledger = Ledger()
+    steps: defaultdict[str, list[Step]] = defaultdict(list)
     chat = ChatS2T(
         model=SLM,
         selector=SLM if selector else None,
@@ -118,12 +108,12 @@ def run_demo(problem: Problem, *, escalations: int = 3, selector: bool = True, l
         budget=Budget(escalations=escalations, name="demo"),
         ledger=ledger,
         device_price=DEVICE_PRICE,
-        on_step=traces,
+        on_step=lambda trace_id, step: steps[trace_id].append(step),
         max_tokens=256,
     )
     agent = create_agent(chat, tools=tools_of(problem), system_prompt=problem.system, name=AGENT)
     out = agent.invoke({"messages": [HumanMessage(problem.question)]}, {"recursion_limit": 12})
-    return DemoRun(problem, out["messages"], chat, traces, ledger)
+    return DemoRun(problem, out["messages"], chat, steps, ledger)
 
 
 def tools_of(problem: Problem) -> list[BaseTool]:

@@ -34,7 +34,7 @@ def show(run: DemoRun, console: Console) -> None:
 
 def _panel(message: BaseMessage, run: DemoRun, tokenizer: Any) -> Panel:
     if isinstance(message, AIMessage):
-        steps = run.traces.steps[message.response_metadata["s2t"]["trace_id"]]
+        steps = run.steps[message.response_metadata["s2t"]["trace_id"]]
         changed = [step for step in steps if step.flipped]
         body = Group(_marked(steps, tokenizer), *_changes(changed, tokenizer))
         return Panel(body, title=f"{AGENT} (small model)", title_align="left", border_style="cyan")
