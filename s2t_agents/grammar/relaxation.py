@@ -38,7 +38,6 @@ from .shortest_value import (
     Unsatisfiable,
     excluding_count,
     shortest_value,
-    unsatisfiable_definitions,
 )
 from .trial_relaxation import grammar_error, relax_by_trial
 from .validation import CHECKED_FORMATS, is_pattern
@@ -182,10 +181,10 @@ class _SchemaRelaxer:
         return (relax_by_trial(root, what, self.note), found) if error else (root, found)
 
     def _try(self, root: Schema) -> tuple[ShortestValue | Unsatisfiable, str]:
-        found = shortest_value(root)
+        found, excluded = shortest_value(root)
         if isinstance(found, Unsatisfiable):
             return found, ""
-        for name in unsatisfiable_definitions(root):
+        for name in excluded:
             root["$defs"][name] = False
         shared: Schema = {}
         root.update(rewritten(root, (), partial(_share_leaves, shared)))

@@ -64,20 +64,12 @@ class Unsatisfiable:
 Found = ShortestValue | Unsatisfiable
 
 
-def shortest_value(schema: Schema) -> Found:
-    """The shortest value of a relaxed schema."""
-    return _Search(schema).root()
-
-
-def unsatisfiable_definitions(schema: Schema) -> list[str]:
-    """Names of the definitions of a relaxed schema that no value fits."""
+def shortest_value(schema: Schema) -> tuple[Found, list[str]]:
+    """The shortest value of a relaxed schema, and the names of its definitions that no value fits."""
     search = _Search(schema)
-    search.root()
-    return [
-        name.removeprefix("#/$defs/")
-        for name, each in search.known.items()
-        if isinstance(each, Unsatisfiable) and name != "#"
-    ]
+    found = search.root()
+    excluded = [name for name, each in search.known.items() if isinstance(each, Unsatisfiable) and name != "#"]
+    return found, [name.removeprefix("#/$defs/") for name in excluded]
 
 
 def excluding_count(node: Schema) -> str:
