@@ -247,7 +247,7 @@ class _SchemaReader:
             self._note(path, "nested too deep")
             return True
         out: Schema = {}
-        if self._reference(node, out, path, depth) and self._before_2019:
+        if self._reference(node, out, path) and self._before_2019:
             return out
         self._type(node, out, path)
         for key, value in node.items():
@@ -281,7 +281,8 @@ class _SchemaReader:
             return out["allOf"][0]
         return out
 
-    def _reference(self, node: Mapping[str, Any], out: Schema, path: tuple[str, ...], depth: int) -> bool:
+    def _reference(self, node: Mapping[str, Any], out: Schema, path: tuple[str, ...]) -> bool:
+        """Read the first reference that leads somewhere; False if none does."""
         for key in _REFERENCES:
             given = node.get(key)
             if not isinstance(given, str):
@@ -427,14 +428,13 @@ class _SchemaReader:
             out["required"] = list(dict.fromkeys(names))
         elif isinstance(required, str):
             self._note(path, f"required {format_value(required)}")
-        wanted: Schema = {}
         dependencies = self._mapping(node, "dependencies", path)
         given = {k: v for k, v in dependencies.items() if isinstance(v, Mapping | bool)}
         if given:
             schemas = node.get("dependentSchemas")
             schemas = schemas if isinstance(schemas, Mapping) else {}
             self._map("dependentSchemas", {**schemas, **given}, out, path, depth)
-        wanted = {k: [v] if isinstance(v, str) else v for k, v in dependencies.items() if k not in given}
+        wanted: Schema = {k: [v] if isinstance(v, str) else v for k, v in dependencies.items() if k not in given}
         wanted |= self._mapping(node, "dependentRequired", path)
         for name in [name for name, each in wanted.items() if not _are_names(each)]:
             self._note(path, f"dependentRequired {format_value({name: wanted.pop(name)})}")
