@@ -124,7 +124,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             for name, each in self.filters.items()
             if name not in _REMOVED_FILTERS
         }
-        self.filters |= {"s2t_tick": self._tick_filter, "s2t_made": self._made}
+        self.filters |= {"s2t_tick": self._tick_filter, "s2t_made": lambda value: self.limits.made(value)}
         printable = self.finalize or (lambda value: value)
         self.finalize = lambda value: printable(self.limits.made(value))
 
@@ -203,9 +203,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         source.set_environment(self)
         return super()._generate(source, *args, **kwargs)
 
-    def _made(self, value: Any) -> Any:
-        return self.limits.made(value)
-
     @pass_context
     def _tick_filter(self, context: Context, chars: int) -> str:
         self.limits.tick()
@@ -268,31 +265,23 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 class _LimitInserter(NodeTransformer):
     """Inserts the checks into a template's syntax tree."""
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        return self._ticking(node)
-
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
-        return self._ticking(node)
-
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
-        return self._ticking(node)
-
-    def visit_List(self, node: nodes.List) -> nodes.Node:
-        return _filter("s2t_made", self.generic_visit(node))
-
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
-        return _filter("s2t_made", self.generic_visit(node))
-
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        self.generic_visit(node)
-        return _filter("s2t_made", node) if node.ctx == "load" else node
-
-    def _ticking(self, node: Any) -> nodes.Node:
+    def visit_For(self, node: Any) -> nodes.Node:
         chars = sum(len(each.data) for part in node.body for each in _template_data_in(part))
         self.generic_visit(node)
         tick = _filter("s2t_tick", nodes.Const(chars, lineno=node.lineno))
         node.body = [nodes.ExprStmt(tick, lineno=node.lineno), *node.body]
         return node  # type: ignore[no-any-return]
+
+    visit_Macro = visit_CallBlock = visit_For
+
+    def visit_List(self, node: nodes.Node) -> nodes.Node:
+        return _filter("s2t_made", self.generic_visit(node))
+
+    visit_Dict = visit_List
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return _filter("s2t_made", node) if node.ctx == "load" else node
 
 
 def _template_data_in(node: nodes.Node) -> Iterator[nodes.TemplateData]:
