@@ -11,7 +11,6 @@ from s2t_agents.errors import ConfigError
 from s2t_agents.intervals import wilson
 from s2t_agents.selectors import SelectorConfig, calibrated_trigger, load_selector
 from s2t_agents.selectors.config import BaseIdentity
-from s2t_agents.selectors.drift import wilson
 from s2t_agents.selectors.learned_trigger import save_probe
 from s2t_agents.training.calibrate import calibrate_with, least_caution, margin_for
 from s2t_agents.training.collect import collect_with

@@ -15,7 +15,6 @@ from ..intervals import wilson
 from ..scheduling.language_model import LanguageModel
 from ..selectors import LocalSelector, SelectorConfig, load_selector
 from ..selectors.config import BaseIdentity, Calibration
-from ..intervals import wilson
 from ..selectors.head import HeadSelector
 from ..selectors.learned_trigger import PROBE_FILE, load_probe
 from ..selectors.reference import Reference

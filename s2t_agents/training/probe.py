@@ -18,7 +18,6 @@ from ..atomic_write import write_whole
 from ..intervals import wilson
 from ..scheduling.language_model import LanguageModel
 from ..selectors.config import SelectorConfig
-from ..intervals import wilson
 from ..selectors.learned_trigger import PROBE_FILE, load_probe
 from .config import ProbeConfig
 from .disagreement import Probe, hidden_along
