@@ -15,7 +15,7 @@ from s2t_agents.intervals import wilson
 from s2t_agents.scheduling.waits import finish, gather
 from s2t_agents.selectors import SelectorConfig
 from s2t_agents.selectors.config import BaseIdentity, Calibration
-from s2t_agents.selectors.drift import FEWEST, FEWEST_ANSWERS, DriftWatch, LiveRate, wilson
+from s2t_agents.selectors.drift import FEWEST, FEWEST_ANSWERS, DriftWatch, LiveRate
 from s2t_agents.training.calibrate import calibrate_with
 from s2t_agents.training.collect import collect_with
 from s2t_agents.training.config import CalibrateConfig, Fit, Targets

@@ -5,18 +5,18 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from s2t_agents.backends.torch import kv_memory
-from s2t_agents.backends.torch.kv_memory import LIMIT_BYTES, FreeMappings, room
+from s2t_agents.backends.torch.kv_memory import SIZE_BYTES, SIZES, room
 
 PAGE = mmap.PAGESIZE
 
@@ -41,7 +41,8 @@ def test_a_dropped_buffer_serves_the_next_of_its_size_once_no_view_of_it_is_left
     first = room(like, 333)
     view, where = first[..., :5, :], first.data_ptr()
     del first
-    assert room(like, 333).data_ptr() != where  # the view is still read
+    second = room(like, 333)
+    assert second.data_ptr() != where  # the view is still read
     view.fill_(3)
     del view
     assert room(like, 333).data_ptr() == where
@@ -65,31 +66,44 @@ def test_buffers_in_use_never_share_memory_whoever_drops_and_takes_them() -> Non
         assert all(pool.map(fill, range(8)))
 
 
-@settings(max_examples=50)
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 6)), max_size=40))
-def test_what_is_free_stays_within_the_limit_and_the_size_not_asked_for_goes_first(
-    turns: list[tuple[bool, int]],
-) -> None:
-    free, limit = FreeMappings(limit_bytes=8 * PAGE), 8
-    expected: list[mmap.mmap] = []  # least recently used first
-    for takes, pages in turns:
-        if takes:
-            mapping = free.take(pages * PAGE)
-            assert len(mapping) == pages * PAGE
-            of_size = [each for each in expected if len(each) == pages * PAGE]
-            assert mapping in of_size or not of_size
-            rest = [each for each in of_size if each is not mapping]
-            expected = [each for each in expected if len(each) != pages * PAGE] + rest
-        else:
-            free.put(mapping := mmap.mmap(-1, pages * PAGE))
-            same, others = ([e for e in expected if (len(e) == len(mapping)) is is_same] for is_same in (True, False))
-            expected = [*others, *same, mapping]
-            while sum(len(each) for each in expected) > limit * PAGE:
-                del expected[0]
-    kept = {id(each) for each in expected}
-    for pages in range(1, 7):
-        found = [free.take(pages * PAGE) for _ in range(9)]
-        assert {id(each) for each in found} & kept == {id(each) for each in expected if len(each) == pages * PAGE}
+def test_only_a_few_sizes_are_kept_and_those_asked_for_last() -> None:
+    like = torch.zeros(1, 1, 1, 64)
+    first = room(like, 1000).data_ptr()  # dropped at once, and free for the next of its size
+    assert room(like, 1000).data_ptr() == first
+    for capacity in range(2000, 2000 + SIZES):
+        room(like, capacity)
+    assert [room(like, capacity).shape[-2] for capacity in range(2000, 2000 + SIZES)] == [*range(2000, 2000 + SIZES)]
+    assert set(kv_memory._recent) == {256 * capacity for capacity in range(2000, 2000 + SIZES)}
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers")
+def test_signal_handlers_may_raise_anywhere_and_buffers_are_still_used_again() -> None:
+    program = """
+import signal, sys, torch
+from s2t_agents.backends.torch.kv_memory import room
+
+class Raised(Exception): pass
+def handler(*_): raise Raised
+sys.unraisablehook = lambda _: None  # torch's own weak references have a finalizer
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+like, caught = torch.zeros(1, 2, 1, 8), 0
+held = []
+while caught < 300:
+    try:
+        while True:
+            held.append(room(like, 64 + 64 * (len(held) % 3)).fill_(len(held)))
+            if len(held) > 6:
+                assert [int(each[0, 0, 0, 0]) for each in held] == [*range(7)]
+                held.clear()
+    except Raised:
+        held.clear()
+        caught += 1
+signal.signal(signal.SIGALRM, signal.SIG_IGN)
+first = room(like, 64).data_ptr()
+assert room(like, 64).data_ptr() == first
+"""
+    subprocess.run([sys.executable, "-c", program], timeout=120, check=True)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
@@ -100,10 +114,10 @@ def test_the_memory_of_what_is_dropped_goes_back_though_small_things_among_it_st
         buffers.append(room(like, 128).fill_(1))
         small.append(torch.ones(100))
     grown = resident() - before
-    assert grown > 3 * LIMIT_BYTES
+    assert grown > 200 * 2**20
     buffers.clear()
     gc.collect()
-    assert resident() - before < 1.25 * LIMIT_BYTES
+    assert resident() - before < 2 * SIZE_BYTES
     assert len(small) == 4000
 
 

@@ -1,86 +1,48 @@
-"""Memory for KV on a CPU: mappings of their own, and those of dropped buffers kept for the next of their size.
+"""Memory for KV on a CPU: mappings of their own, and those of dropped buffers used again for the next of their size.
 
-    room(keys, 512) ── free mapping of that size? ── yes: its pages are there, nothing to clear
-                                                  └─ no: a new one, whose pages come one by one at the first write
-    buffer dropped  ── LIMIT_BYTES free already?  ── no: kept    yes: back to the system
+    room(keys, 512) ── a recent buffer of that size that nothing reads any more? ── yes: its pages are there
+                                                                                 └─ no: a new mapping
 
 KV stays for long among much that does not: in the C library's heap it would keep whole chunks of freed memory from the
-system. A page's first write takes longer than to copy its KV, so what was just dropped is used again.
+system. A page's first write takes longer than to copy its KV, so what was just dropped is used again. A buffer that is
+not recent goes back to the system when it is dropped.
+
+No lock and no finalizer, so that a signal handler may raise anywhere: each change is one operation of a deque or dict.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-import threading
-import weakref
+from collections import deque
 from contextlib import suppress
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from ...fork_safety import hold_while_forking
+SIZES = 4
+"""How many sizes of buffers are recent, those that were asked for last."""
 
-LIMIT_BYTES = 64 * 2**20
-"""Memory of dropped buffers that is kept, per process."""
+SIZE_BYTES = 16 * 2**20
+"""Memory of the recent buffers of one size: so much may stay though they are dropped."""
+
+LOOKS = 4
+"""Recent buffers that are looked at, the newest first; those in use become the oldest."""
 
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 
 
-class FreeMappings:
-    """Mappings that no buffer uses. Safe under threads.
+class _Buffer(NamedTuple):
+    """A mapping, and the storage of all tensors over it."""
 
-    Nobody waits for its lock: garbage collection may end a buffer anywhere, within these blocks too. What finds it
-    locked does without.
-
-    Args:
-        limit_bytes: never passed.
-    """
-
-    def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
-        self._limit, self._nbytes = limit_bytes, 0
-        self._by_size: dict[int, list[mmap.mmap]] = {}  # sizes and mappings, the least recently used first
-        self._lock = threading.Lock()
-        hold_while_forking(self, "_lock")
-
-    def take(self, size: int) -> mmap.mmap:
-        """A mapping of so many bytes, with whatever it holds.
-
-        Raises:
-            OSError: the system allows no more.
-        """
-        if self._lock.acquire(blocking=False):
-            try:
-                found = self._by_size.pop(size, None)
-                if found:
-                    self._nbytes -= size
-                    mapping = found.pop()
-                    if found:
-                        self._by_size[size] = found
-                    return mapping
-            finally:
-                self._lock.release()
-        return mmap.mmap(-1, size, **_PRIVATE)
-
-    def put(self, mapping: mmap.mmap) -> None:
-        """Its buffer is gone. Where there are too many, those of the size not used for the longest time go first."""
-        if self._lock.acquire(blocking=False):
-            try:
-                size = len(mapping)
-                self._by_size[size] = [*self._by_size.pop(size, ()), mapping]
-                self._nbytes += size
-                while self._nbytes > self._limit:
-                    oldest = next(iter(self._by_size))
-                    del self._by_size[oldest][0]
-                    self._nbytes -= oldest
-                    if not self._by_size[oldest]:
-                        del self._by_size[oldest]
-            finally:
-                self._lock.release()
+    mapping: mmap.mmap
+    storage: StorageWeakRef
 
 
-_free = FreeMappings()
+_recent: dict[int, deque[_Buffer]] = {}
+"""By size in bytes, the size asked for last at the end."""
 
 
 def room(like: Tensor, capacity: int) -> Tensor:
@@ -89,8 +51,33 @@ def room(like: Tensor, capacity: int) -> Tensor:
     size = math.prod(shape) * like.element_size()
     if like.device.type == "cpu" and size:
         with suppress(OSError):  # as many mappings as the system allows: then the heap, after all
-            mapping = _free.take(size)
-            array = np.frombuffer(mapping, dtype=np.uint8)
-            weakref.finalize(array, _free.put, mapping).atexit = False
-            return torch.from_numpy(array).view(like.dtype).view(shape)
+            return _buffer(size).view(like.dtype).view(shape)
     return like.new_empty(shape)
+
+
+def _buffer(size: int) -> Tensor:
+    """``[size]`` bytes.
+
+    Raises:
+        OSError: the system allows no more mappings.
+    """
+    recent = _recent[size] = _recent.pop(size, None) or deque(maxlen=SIZE_BYTES // size)
+    for old in list(_recent)[:-SIZES]:
+        _recent.pop(old, None)
+    mapping = _unused(recent) or mmap.mmap(-1, size, **_PRIVATE)
+    buffer = torch.frombuffer(mapping, dtype=torch.uint8)
+    recent.append(_Buffer(mapping, StorageWeakRef(buffer.untyped_storage())))
+    return buffer
+
+
+def _unused(recent: deque[_Buffer]) -> mmap.mmap | None:
+    """A mapping that no tensor lies in any more, taken from the recent ones; None where none is found."""
+    for _ in range(min(LOOKS, len(recent))):
+        try:
+            newest = recent.pop()
+        except IndexError:  # another thread took it
+            return None
+        if newest.storage.expired():
+            return newest.mapping
+        recent.appendleft(newest)
+    return None
