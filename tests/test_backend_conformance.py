@@ -210,6 +210,10 @@ def test_a_closed_cache_is_empty_and_others_go_on(backend: Backend) -> None:
     (gone, _), (cache, _) = read(backend, IDS), read(backend, IDS)
     gone.close()
     assert gone.length == 0
+    if backend.capabilities.truncation:
+        fork = gone.fork(12)
+        assert (fork.length, fork.read) == (0, 0)
+        same(append(backend, fork, [3]).logits, read(backend, [3])[1].logits)
     same(append(backend, cache, [3]).logits, read(backend, [*IDS, 3])[1].logits)
 
 

@@ -22,10 +22,12 @@ from s2t_agents.backends.base import Append, ScoreCandidates, StepOutput
 from s2t_agents.backends.llamacpp.backend import LlamaCppBackend
 from s2t_agents.backends.llamacpp.context import Context, Interrupted, Options
 from s2t_agents.backends.llamacpp.gguf_header import read_header
+from s2t_agents.engine.engine import Engine
 from s2t_agents.errors import ConfigError, ModelNotFound, Overloaded
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.scheduling.waits import finish
+from s2t_agents.types import Sampling
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
@@ -312,11 +314,26 @@ def test_a_parked_sequence_that_goes_on_makes_no_room(tiny: LlamaCppBackend, mon
         cache.close()
 
 
+def test_a_prompt_whose_fork_finds_no_room_is_told_so_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    model = LanguageModel.on(LlamaCppBackend.load(write_gguf(tmp_path / "a.gguf"), n_ctx=600, n_threads=1))
+    engine, turn = Engine(model), [at % 200 for at in range(200)]
+    list(engine.steps(turn, Sampling(max_tokens=1)))
+    unread = [engine.steps([token] * length, Sampling(max_tokens=9)) for token, length in ((7, 400), (8, 300))]
+    for steps in unread:
+        next(steps)
+    for prompt in ([*turn[:150], 5, 6], [*turn, 5, 6]):
+        with pytest.raises(Overloaded, match="no room for .* among"):
+            next(engine.steps(prompt))
+    for steps in unread:
+        steps.close()
+    assert len(model.running) == 0
+
+
 def test_too_much_at_once_is_told_and_changes_nothing(tiny: LlamaCppBackend) -> None:
     caches = [tiny.new_cache() for _ in range(4)]
     for seed, cache in enumerate(caches[:3]):
         read(tiny, cache, draw(300, seed))
-    with pytest.raises(Overloaded, match="1,024 tokens"):
+    with pytest.raises(Overloaded, match="full: no room for .* among 1,024"):
         read(tiny, caches[3], draw(300, 3))
     assert caches[3].length == 0
     caches[0].close()

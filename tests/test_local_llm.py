@@ -1,6 +1,8 @@
 """LocalLLM: loaded at the first question, its KV extended lazily, exact after every fork of a conversation."""
 
 import pickle
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ from hypothesis import strategies as st
 
 from s2t_agents import Budget, ChatS2T, Ledger
 from s2t_agents.engine.engine import Engine
-from s2t_agents.errors import EscalationFailed
+from s2t_agents.errors import EscalationFailed, Overloaded
 from s2t_agents.escalation import Escalation
 from s2t_agents.llms import LocalLLM, Question, local_llm
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
+from s2t_agents.scheduling.waits import finish
 from s2t_agents.testing import ARCHITECTURES, RECURRENT, tiny_model
 from s2t_agents.triggers import always
 from s2t_agents.types import Sampling
@@ -57,6 +60,39 @@ def test_only_what_is_new_is_read_and_announced_before() -> None:
     assert session.uncached_tokens([1, 9]) == 1
     session.close()
     assert llm.open().uncached_tokens([1, 2, 3, 4]) == 1  # the next turn continues
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Overloaded("no room"), RuntimeError("broken"), None], ids=repr)
+@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize("read", [[7, 8], [7], []], ids=["cut by two", "cut by one", "extended"])
+def test_a_question_that_ends_within_a_forward_leaves_the_next_one_right(
+    name: str, error: BaseException | None, chunk: int, read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, front = tiny_model(name), list(range(30))
+    model.backend.limits = replace(model.backend.limits, prefill_alone=16)
+    session = LocalLLM(model).open()
+    session.scores([*front, *read], CANDIDATES)
+    waiting = session.scoring([*front, *range(99, 140)], CANDIDATES)
+    forward, chunks = type(model.backend).forward, []
+
+    def failing(self: Any, batch: Any) -> Any:
+        chunks.append(batch)
+        if error is not None and len(chunks) == chunk:
+            raise error
+        return forward(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model.backend), "forward", failing)
+        if error is None:  # closed while it waits, as ``gather`` does where another fails
+            next(waiting)
+            waiting.close()
+        else:
+            with suppress(EscalationFailed, type(error)):
+                finish(waiting)
+            assert len(chunks) == chunk or name in RECURRENT  # some of which read it in one
+    for ids in (front, [*front, *read], [*front, 99], list(range(20))):
+        assert session.scores(ids, CANDIDATES) == pytest.approx(full(model, ids).tolist(), abs=1e-4)
 
 
 def test_the_next_turn_of_another_scope_continues_nothing() -> None:

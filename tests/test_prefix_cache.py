@@ -6,6 +6,7 @@ import gc
 import random
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -217,13 +218,18 @@ def test_a_conversation_goes_on_in_its_own_kv_and_a_fork_leaves_the_entry(model:
     assert past.match([*ids, 1, 2, 3])[1] == 22
 
 
-def test_what_may_outgrow_the_limit_is_forked_so_that_something_stays(model: LanguageModel) -> None:
+@pytest.mark.parametrize(
+    ("limit", "more", "takes"), [(1.9, 1, False), (2.2, 1, True), (2.2, 20, False), (4.2, 20, True)]
+)
+def test_what_may_outgrow_the_limit_is_forked_so_that_something_stays(
+    model: LanguageModel, limit: float, more: int, takes: bool
+) -> None:
     ids = list(range(20))
     kept = filled(model, ids)
-    past = PrefixCache(limit_bytes=2 * kept.nbytes - 1)
+    past = PrefixCache(limit_bytes=int(limit * kept.nbytes))
     past.insert(ids, kept)
-    taken, length = past.take([*ids, 1])
-    assert (length, len(past), taken is kept) == (20, 1, False)
+    taken, length = past.take([*ids, *range(100, 100 + more)])
+    assert (length, len(past), taken is kept) == (20, not takes, takes)
 
 
 def test_a_fork_of_what_its_generation_closed_meanwhile_is_no_match(model: LanguageModel) -> None:
@@ -265,6 +271,30 @@ def test_a_turn_that_fails_leaves_the_next_one_right(model: LanguageModel, monke
             with pytest.raises(RuntimeError, match="broken"):
                 next(stream)
         assert answer(model, more) == expected
+
+
+def test_what_was_read_before_an_interrupt_is_kept(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.backend.limits = replace(model.backend.limits, prefill_alone=16)  # chunks, as of long prompts
+    turn, more = list(range(10, 50)), [*range(10, 50), *range(60, 110)]
+    expected = answer(model, more)
+    for chunk in (1, 2, 3):
+        model.prefix_cache.clear()
+        list(Engine(model).steps(turn, Sampling(max_tokens=1)))
+        forward, chunks = type(model.backend).forward, []
+
+        def interrupted(self: Any, batch: Any, forward: Any = forward, chunks: Any = chunks, chunk: int = chunk) -> Any:
+            chunks.append(batch)
+            if len(chunks) == chunk:
+                raise KeyboardInterrupt
+            return forward(self, batch)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(model.backend), "forward", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(Engine(model).steps(more))
+        steps = list(Engine(model).steps(more, Sampling(max_tokens=12)))
+        assert [step.token_id for step in steps] == expected
+        assert steps[0].reused_tokens == 40
 
 
 def test_nothing_stays_after_clear(model: LanguageModel) -> None:

@@ -78,7 +78,7 @@ class SequenceCache:
 
     @abstractmethod
     def fork(self, length: int) -> SequenceCache:
-        """An independent cache with the first ``length`` tokens.
+        """An independent cache with the first ``length`` tokens; an empty one where this one was closed.
 
         Without ``Capabilities.truncation`` only the whole length can be forked.
         """

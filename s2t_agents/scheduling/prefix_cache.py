@@ -104,11 +104,15 @@ class PrefixCache:
     def take(self, ids: Ids, scope: str | None = None) -> tuple[SequenceCache | None, int]:
         """``match``, for a generation that inserts the cache at its end: a whole entry is not forked but handed over.
 
-        An entry of more than half the limit is forked: grown, it might not be accepted again.
+        An entry that the prompt lets grow beyond half the limit is forked: it might not be accepted again.
         """
         with self._exclusive():
             found, length = self._longest(ids, scope)
-            if found is not None and length == len(found.ids) and 2 * found.nbytes <= self.limit_bytes:
+            if (
+                found is not None
+                and length == len(found.ids)
+                and 2 * found.nbytes * len(ids) <= self.limit_bytes * length
+            ):
                 self._evict(found)
                 found.cache.unpark()
                 return found.cache, length

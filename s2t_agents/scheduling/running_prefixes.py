@@ -160,7 +160,11 @@ class RunningPrefixes:
             if deadline is not None and deadline.left_s() <= 0:
                 deadline.check()
         found = self._cache.take if self._shares else self._cache.match  # others may want the front of it meanwhile
-        return entry, *found(prompt, scope)
+        try:
+            return entry, *found(prompt, scope)
+        except BaseException:
+            self.leave(entry)
+            raise
 
     def leave(self, entry: RunningPrefix) -> None:
         """Its generation has ended; prompts that waited for it look elsewhere."""

@@ -53,6 +53,8 @@ class TokenSequence:
         model.require(*_needed_by(lora))
         self.model, self.scope, self.lora, self._deadline = model, scope, lora, deadline
         self.ids: list[int] = []
+        self._logits_at: int | None = 0
+        """How many tokens the logits are after; None while a forward reads more, and after one that was interrupted."""
         self.logits: Tensor = torch.empty(0)
         self.hidden: Tensor = torch.empty(0)
         self.compute = ComputeTime()
@@ -85,15 +87,17 @@ class TokenSequence:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         if self._running is None:
             self.close()
             return
         try:
             self.model.scheduler.generation_ended(self.cache)
+            if self.cache.length != len(self) and kind is not GeneratorExit:  # interrupted between two chunks
+                self.cache.truncate(len(self))  # which may wait for a forward: garbage collection must not
             if self.cache.length == len(self):
                 self.model.prefix_cache.insert(self.ids, self.cache, self.scope)
-            else:  # interrupted within a forward
+            else:
                 self.close()
         finally:
             self.model.running.leave(self._running)
@@ -113,6 +117,7 @@ class TokenSequence:
         """
         with self._running or nullcontext():
             request = AppendRequest(torch.tensor(ids), self.cache, self.compute, self.lora, self._deadline)
+            self._logits_at = None
             yield Forwards(self.model.scheduler, [request])
             while request.expired and self._deadline is not None:
                 try:
@@ -124,6 +129,7 @@ class TokenSequence:
                 yield Forwards(self.model.scheduler, [request])
             self.logits, self.hidden = request.result()
         self.ids += ids
+        self._logits_at = len(self)
 
     def ensure_legal_logits(self, allowed: Tensor) -> None:
         """Request logits of ``allowed`` ``[V]`` (bool) tokens where a backend without all logits has none of them."""
@@ -146,11 +152,15 @@ class TokenSequence:
             Tokens that were computed; at least one where ``ids`` is another sequence, since the logits at its end are
             wanted.
         """
-        if self.ids == list(ids):
+        if self._stands_at(ids):
             return 0
         keep = self._truncate(min(self.common_prefix(ids), len(ids) - 1))
         yield from self.appending(ids[keep:])
         return len(ids) - keep
+
+    def _stands_at(self, ids: Sequence[int]) -> bool:
+        """Whether it is ``ids`` with the logits at their end: not after a cut, or a forward that was interrupted."""
+        return self.ids == list(ids) and self._logits_at == len(self)
 
     def scoring_candidates(self, candidates: Tensor, lora: Any | None = None) -> Waiting[Tensor]:
         """Last hidden state ``[K, H]`` after each of the candidates ``[K]``, as if it alone had followed the sequence,
@@ -187,16 +197,18 @@ class TokenSequence:
             return (yield from self._by_forks(tree, parents))
         requests: list[AppendRequest | TreeRequest] = []
         append = None
-        if self.ids != list(ids):
+        if not self._stands_at(ids):
             keep = self._truncate(min(self.common_prefix(ids), len(ids) - 1))
             append = AppendRequest(torch.tensor(ids[keep:]), self.cache, self.compute)
             requests.append(append)
+            self._logits_at = None
         work = ScoreTree(torch.tensor(tree), torch.tensor(parents), self.cache, len(ids))
         scored = TreeRequest(work, append, self.compute)
         yield Forwards(self.model.scheduler, [*requests, scored])
         if append is not None:
             self.logits, self.hidden = append.result()
             self.ids = list(ids)
+            self._logits_at = len(self)
         return torch.cat([self.logits[None], scored.result()])
 
     def _by_forks(self, tree: Sequence[int], parents: Sequence[int]) -> Waiting[Tensor]:
@@ -232,14 +244,15 @@ class TokenSequence:
 
     def _truncate(self, length: int) -> int:
         """Forget everything after ``length`` tokens; returns how many are really kept."""
-        dropped = len(self) - length
-        if dropped and not self.model.capabilities.truncation:
+        if self._logits_at == len(self) == length:
+            return length
+        if not self.model.capabilities.truncation:
             self.cache.close()
             self.cache, self.ids = self.model.new_cache(), []
+            self._logits_at = 0
             return 0
-        if dropped:
-            self.cache.truncate(length)
-            del self.ids[length:]
+        self.cache.truncate(length)
+        del self.ids[length:]
         return length
 
 

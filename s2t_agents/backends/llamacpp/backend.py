@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import ConfigError, Overloaded
+from ...errors import ConfigError
 from ...fork_safety import FORWARD, hold_while_forking
 from ..base import Append, Capabilities, Limits, Output, ScoreCandidates, StepOutput, Work
 from .context import BATCH, OUTPUTS, Context, NoRoom, Options, Run
@@ -183,15 +183,10 @@ class LlamaCppBackend:
         with self.lock:
             try:
                 return self._forward(batch)
-            except BaseException as error:
+            except BaseException:
                 for item in batch:
                     if isinstance(item, Append):
                         item.cache.truncate(item.length)
-                if isinstance(error, NoRoom):
-                    raise Overloaded(
-                        f"the context of {self.name!r} holds {self._context.cells:,} tokens: {error}.",
-                        hint='Run fewer generations at once, or give it more: model_kwargs={"n_ctx": ...}.',
-                    ) from error
                 raise
 
     def _forward(self, batch: Sequence[Work]) -> list[Output]:

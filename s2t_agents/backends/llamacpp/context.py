@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import ConfigError, ModelNotFound, S2TError, UnsafeWeights
+from ...errors import ConfigError, ModelNotFound, Overloaded, S2TError, UnsafeWeights
 from .gguf_header import GGUFHeader
 from .library import complaints, library, stop_flag_reader
 
@@ -55,8 +55,12 @@ KV_TYPES = {
 }
 
 
-class NoRoom(Exception):
+class NoRoom(Overloaded):
     """No free cells, or no free number: forget sequences and try again. Nothing has changed."""
+
+    def __init__(self, message: str) -> None:
+        hint = 'Run fewer generations at once, or give it more: model_kwargs={"n_ctx": ...}.'
+        super().__init__(f"the model's context is full: {message}.", hint=hint)
 
 
 class Interrupted(S2TError):

@@ -184,7 +184,7 @@ class LlamaCppCache(SequenceCache):
             try:
                 while not self._pool.context.restore(number, self._saved):
                     if not self._pool.make_room():
-                        raise NoRoom(f"no room for the {self.length} tokens of a sequence")
+                        raise NoRoom(f"no room for {self.length:,} tokens among {self._pool.context.cells:,}")
             except BaseException:
                 self._pool.give_back(number)
                 raise
@@ -196,10 +196,14 @@ class LlamaCppCache(SequenceCache):
         return self.length * self._pool.token_bytes
 
     def fork(self, length: int) -> LlamaCppCache:
-        """Another cache over the same cells: nothing is copied, but from host memory."""
+        """Another cache over the same cells: nothing is copied, but from host memory.
+
+        Raises:
+            NoRoom: there is no number, or no room for what lies in host memory.
+        """
         with self._pool.lock:
             other = self._pool.new_cache()
-            if not length:
+            if not length or length > self.length:  # closed, then
                 return other
             if self._number is None:
                 other._number = self._placed()

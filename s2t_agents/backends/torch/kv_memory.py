@@ -61,12 +61,12 @@ def _buffer(size: int) -> Tensor:
     Raises:
         OSError: the system allows no more mappings.
     """
-    recent = _recent[size] = _recent.pop(size, None) or deque(maxlen=SIZE_BYTES // size)
+    recent = _recent[size] = _recent.pop(size, deque(maxlen=SIZE_BYTES // size))
     for old in list(_recent)[:-SIZES]:
         _recent.pop(old, None)
     mapping = _unused(recent) or mmap.mmap(-1, size, **_PRIVATE)
     buffer = torch.frombuffer(mapping, dtype=torch.uint8)
-    recent.append(_Buffer(mapping, StorageWeakRef(buffer.untyped_storage())))
+    recent.append(_Buffer(mapping, StorageWeakRef(buffer.untyped_storage())))  # type: ignore[no-untyped-call]
     return buffer
 
 
@@ -77,7 +77,7 @@ def _unused(recent: deque[_Buffer]) -> mmap.mmap | None:
             newest = recent.pop()
         except IndexError:  # another thread took it
             return None
-        if newest.storage.expired():
+        if newest.storage.expired():  # type: ignore[no-untyped-call]
             return newest.mapping
         recent.appendleft(newest)
     return None
