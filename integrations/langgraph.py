@@ -9,10 +9,14 @@
     )
 
 before_agent  opens budget > thread > agent, brings back what a resumed thread had spent
-before_model  nothing left: a last answer from the finalization reserve, or the end (``end_when_exhausted``)
+before_model  a refusal under "ask" interrupts here; nothing left: a last answer from the finalization reserve, or the
+              end (``end_when_exhausted``)
 model call    passes ``s2t_budget`` and ``s2t_agent`` to the model, tells it what is left (``tell_model``)
 tool call     what a tool asks of a model without a budget, as a sub-agent does, counts against the agent's
-after_model   puts cost and budget in the state; a refusal under "ask" interrupts here, where an answer counts once
+after_model   puts cost and budget in the state; after a refusal under "ask" goes back to before_model
+
+A refused try ends the model's node, so that the state keeps what it had paid for. LangChain then runs the hooks of the
+middleware listed after this one: they find an empty message without tool calls, never the last answer a second time.
 
 What an interrupted answer had paid for is in the state: it goes on where it stopped and pays for the rest alone.
 """
@@ -36,7 +40,7 @@ from langchain.agents.middleware.types import (
     ToolCallRequest,
     hook_config,
 )
-from langchain_core.messages import AIMessage, SystemMessage
+from langchain_core.messages import AIMessage, RemoveMessage, SystemMessage
 from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.config import get_config
 from langgraph.types import Command, interrupt
@@ -56,6 +60,7 @@ AGENTS_KEPT = 1024
 """Agents, each in its thread, whose unfinished answers this process remembers beyond what checkpoints hold."""
 
 _log = logging.getLogger(__name__)
+_UNANSWERED = "s2t_unanswered"  # the id of the empty message in the place of an answer that was refused
 _PER_AGENT = 'Give limits for all, {"escalations": 5}, or of each agent, {"researcher": {"escalations": 5}}.'
 _LAST = "The budget is nearly spent: give your final answer now."
 _UNITS = {
@@ -93,6 +98,10 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
     (``{"escalations": 3}``), a number or a text with one ("yes, 3 more") of the unit that ran out, or a no
     (False, None, "no"), which lets the rest of the run degrade. The answer goes on where it stopped. A question's first
     grant counts, however often the same interrupt is resumed, and in however many processes.
+
+    Under ``"ask"`` list it last, ``middleware=[..., BudgetMiddleware(...)]``. The ``after_model`` hooks of middleware
+    listed after it run at every refused try, too, and find an empty AIMessage there: those of LangChain do nothing with
+    it but for ModelCallLimitMiddleware, which counts the try.
 
     Args:
         budget: what all agents and threads share.
@@ -164,28 +173,31 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
         """Open the budgets; a thread resumed in a new process gets back what it had spent."""
         mine, _ = self._mine()
         fresh = {"s2t_question": None, "s2t_unfinished": None, "s2t_declined": False, "s2t_final": False}
-        return {"s2t_budget": _brought_back(mine, state), **fresh}
+        return {"s2t_budget": _brought_back(mine, state), "messages": _withdrawn(state), **fresh}
 
     async def abefore_agent(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
         """As :meth:`before_agent`."""
         return self.before_agent(state, runtime)
 
     @hook_config(can_jump_to=["end"])
-    def before_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any] | None:
-        """End a run whose budget is gone, after one last answer where something was kept back for it."""
+    def before_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
+        """Ask, if the last try was refused; end a run whose budget is gone, after one last answer where something was
+        kept back for it.
+        """
+        told = self._asked(state)
         if not self.end_when_exhausted:
-            return None
+            return told
         mine, _ = self._mine()
         spent = _used_up(mine)
         if not spent:
-            return None
+            return told
         if not state.get("s2t_final") and not _used_up(self._mine(final=True)[0]):
-            return {"s2t_final": True}
-        said = AIMessage(_ended(mine, spent))
-        return {"jump_to": "end", "messages": [said], "s2t_budget": _brought_back(mine, state)}
+            return {**told, "s2t_final": True}
+        messages = [*_withdrawn(state), AIMessage(_ended(mine, spent))]
+        return {**told, "jump_to": "end", "messages": messages, "s2t_budget": _brought_back(mine, state)}
 
     @hook_config(can_jump_to=["end"])
-    async def abefore_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any] | None:
+    async def abefore_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
         """As :meth:`before_model`."""
         return self.before_model(state, runtime)
 
@@ -225,19 +237,9 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
 
     @hook_config(can_jump_to=["model"])
     def after_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
-        """Report cost and budget; or interrupt for more, then let the model answer again."""
-        question = state.get("s2t_question")
-        if question:
-            mine, _ = self._mine()
-            _brought_back(mine, state)
-            more, grants = _allowed_more(mine, question), state.get("s2t_grants") or []
-            return {
-                "s2t_question": None,
-                "s2t_declined": not more,
-                "s2t_grants": [*grants, *([more] if more and more["counted"] else [])],
-                "s2t_budget": _brought_back(mine, state),
-                "jump_to": "model",
-            }
+        """Report cost and budget; or, without an answer, go back to where more is asked for."""
+        if state.get("s2t_question"):
+            return {"messages": _withdrawn(state), "jump_to": "model"}
         cost = _reported_cost(_last_answer(state["messages"]))
         told: dict[str, Any] = {"s2t_unfinished": None}
         if cost is not None:
@@ -252,6 +254,22 @@ class BudgetMiddleware(AgentMiddleware[BudgetAgentState, Any, Any]):
     async def aafter_model(self, state: BudgetAgentState, runtime: Any) -> dict[str, Any]:
         """As :meth:`after_model`."""
         return self.after_model(state, runtime)
+
+    def _asked(self, state: BudgetAgentState) -> dict[str, Any]:
+        """Interrupt with the question under way, and note what was allowed; nothing where there is none."""
+        question = state.get("s2t_question")
+        if not question:
+            return {}
+        mine, _ = self._mine()
+        _brought_back(mine, state)
+        more, grants = _allowed_more(mine, question), state.get("s2t_grants") or []
+        return {
+            "messages": _withdrawn(state),  # still there where a hook jumped here
+            "s2t_question": None,
+            "s2t_declined": not more,
+            "s2t_grants": [*grants, *([more] if more and more["counted"] else [])],
+            "s2t_budget": _brought_back(mine, state),
+        }
 
     def _of_tools(self) -> Budget:
         mine, _ = self._mine()
@@ -309,7 +327,7 @@ def _answered(
 def _question(
     mine: Budget, refused: BudgetExceeded, state: Mapping[str, Any], unfinished: Unfinished
 ) -> ExtendedModelResponse[Any]:
-    """No answer yet, but a question in the state; a budget that does not ask lets the refusal out."""
+    """No answer: an empty message, and a question in the state. A budget that does not ask lets the refusal out."""
     if state.get("s2t_declined"):  # no more was allowed, and nothing is left to answer with
         return ExtendedModelResponse(ModelResponse(result=[AIMessage(_ended(mine, (refused.unit,)))]))
     if mine.on_exhausted != "ask":
@@ -323,7 +341,12 @@ def _question(
         "s2t_budget": _brought_back(mine, state),
         **_with_tries(state, unfinished),
     }
-    return ExtendedModelResponse(ModelResponse(result=[]), Command(update=update))
+    return ExtendedModelResponse(ModelResponse(result=[AIMessage("", id=_UNANSWERED)]), Command(update=update))
+
+
+def _withdrawn(state: Mapping[str, Any]) -> list[RemoveMessage]:
+    """What takes the empty message of a refused try out of the state again."""
+    return [RemoveMessage(_UNANSWERED) for message in state["messages"] if message.id == _UNANSWERED]
 
 
 def _ended(mine: Budget, units: Sequence[str]) -> str:
