@@ -13,7 +13,7 @@ from forked import run
 from torch import Tensor
 
 from s2t_agents.backends.torch import kv_memory
-from s2t_agents.backends.torch.kv_memory import SIZE_BYTES, SIZES, room
+from s2t_agents.backends.torch.kv_memory import SIZES, room
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,7 +123,7 @@ print(grown, resident() - before)
 def test_the_memory_of_what_is_dropped_goes_back_though_small_things_among_it_stay() -> None:
     grown, left = map(int, run("-c", RETURNED).stdout.split())
     assert grown > 230 * 2**20
-    assert left < 1.5 * SIZE_BYTES
+    assert left < grown / 6  # the recent ones of this size, and the small things
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
