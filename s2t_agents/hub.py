@@ -255,8 +255,3 @@ def _begins_as_gguf(path: Path) -> bool:
             return file.read(4) == b"GGUF"
     except (OSError, ValueError):
         return False
-
-
-def options_for_other_model(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without those that apply to this repository only."""
-    return {key: value for key, value in options.items() if key not in REPOSITORY_OPTIONS}

@@ -487,6 +487,15 @@ def test_a_setting_that_cannot_be_is_one_config_error(
     assert not server.asked
 
 
+def test_a_call_that_names_another_model_gives_it_the_options_of_its_own_engine(server: CompletionServer) -> None:
+    served = chat(server, model_kwargs={"timeout_s": 9.0, "attempts": 2})
+    here = ChatS2T(max_tokens=4)
+    assert served.invoke("Hello!", model="s2t-demo", max_tokens=4).content == here.invoke("Hello!").content
+    options = {"tokenizer": server.model.tokenizer, "attn_implementation": "eager", "n_ctx": 64}
+    other = ChatS2T(model="s2t-demo", max_tokens=96, model_kwargs=options)
+    assert other.invoke("Hello!", model=address(server)).content == chat(server).invoke("Hello!").content
+
+
 @pytest.mark.parametrize(
     ("host", "url"),
     [

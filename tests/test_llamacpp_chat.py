@@ -87,6 +87,29 @@ def test_a_file_of_the_hub_is_named_beside_the_id(chat: ChatS2T, file: Path, tmp
         ChatS2T(model="someone/tiny-GGUF", model_kwargs={**options, "gguf_file": "missing.gguf"}).invoke("hello")
 
 
+@pytest.mark.parametrize("options", [{"n_ctx": 4096}, {"n_ctx": 4096, "type_k": "q8_0"}, {"gguf_file": "model.gguf"}])
+def test_llama_cpps_options_go_to_no_checkpoint_that_a_call_names(
+    options: dict[str, Any], file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model.gguf").symlink_to(file)
+    chat = ChatS2T(model=str(tmp_path), max_tokens=4, model_kwargs=options)
+    want = ChatS2T(model="s2t-demo", max_tokens=4).invoke("hello").content
+    assert chat.invoke("hello", model="s2t-demo").content == want
+
+
+def test_a_checkpoints_options_go_to_no_gguf_file_that_a_call_names(chat: ChatS2T, file: Path) -> None:
+    options = {"attn_implementation": "eager", "revision": "main", "token": False}
+    own = ChatS2T(model="s2t-demo", max_tokens=12, model_kwargs=options)
+    assert own.invoke("hello", model=str(file)).content == chat.invoke("hello").content
+
+
+def test_another_gguf_file_gets_llama_cpps_options(chat: ChatS2T, tmp_path: Path) -> None:
+    other = write_gguf(tmp_path / "other.gguf", metadata={"context_length": 2048})
+    small = ChatS2T(model="s2t-demo", model_kwargs={"n_ctx": -1})
+    with pytest.raises(ConfigError, match="n_ctx"):
+        small.invoke("hello", model=str(other))
+
+
 def test_an_llm_from_a_gguf_file_is_asked(file: Path, tmp_path: Path) -> None:
     llm = LocalLLM(str(write_gguf(tmp_path / "llm.gguf", seed=9)), n_ctx=1024)
     escalation = Escalation(llm, margin=1.0)

@@ -482,6 +482,24 @@ def test_options_of_the_weights_do_not_reach_the_tokenizer(folder: Path) -> None
     assert chat.engine.slm.torch_backend.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("n_ctx", "llama.cpp takes it, for GGUF files"),
+        ("type_k", "llama.cpp takes it, for GGUF files"),
+        ("timeout_s", "vllm://host:port/name"),
+        ("atn_implementation", "Did you mean attn_implementation?"),
+        ("quantisation_config", "Did you mean quantization_config?"),
+        ("zzz", "Leave it out"),
+    ],
+)
+def test_an_option_that_no_checkpoint_takes_is_named_and_no_damage(folder: Path, name: str, way_out: str) -> None:
+    with pytest.raises(ConfigError, match=f"takes no {name} for ") as refused:
+        ChatS2T(model=str(folder), model_kwargs={name: 1}).invoke("hello")
+    assert not isinstance(refused.value, UnsafeWeights)
+    assert way_out in refused.value.hint
+
+
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype", "use_safetensors", "output_loading_info"])
 def test_an_option_that_is_a_setting_is_refused_by_name(folder: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} cannot be passed on"):

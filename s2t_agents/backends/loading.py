@@ -11,6 +11,7 @@ from ..hub import HUB_OPTIONS, REPOSITORY_OPTIONS, ModelSource
 from ..tokenization.vocabulary import drop_tokens_without_embedding
 from .base import Backend
 from .completions.backend import SCHEME, CompletionsBackend, split_address
+from .engine_options import LLAMACPP_OPTIONS, SERVER_OPTIONS
 from .llamacpp.gguf_header import read_header
 from .llamacpp.tokenizer import read_tokenizer
 from .torch.backend import TorchBackend
@@ -84,6 +85,29 @@ def described(path: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
 def is_gguf(path: str, **options: Any) -> bool:
     """Whether a model is a GGUF file; errors as ``load_backend``."""
     return _gguf(path, options) is not None
+
+
+def options_for_other_model(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of one model's options that apply to another one: all that the engine of that one takes.
+
+    What says which files the first consists of (``revision``, ``gguf_file``, ...) does not, and its ``tokenizer`` to
+    servers alone, which compare it with their own.
+
+    Args:
+        path: of the other model, as of ``load_backend``.
+        options: of the first.
+
+    Raises:
+        ModelNotFound: several GGUF files in the other's folder.
+    """
+    if path.startswith(SCHEME):
+        kept = HUB_OPTIONS | SERVER_OPTIONS | {"tokenizer"}
+    elif is_gguf(path):
+        kept = HUB_OPTIONS | LLAMACPP_OPTIONS
+    else:
+        foreign = LLAMACPP_OPTIONS | SERVER_OPTIONS | REPOSITORY_OPTIONS | {"gguf_file", "tokenizer"}
+        kept = frozenset(options) - foreign
+    return {name: value for name, value in options.items() if name in kept}
 
 
 def _gguf(path: str, options: Mapping[str, Any], *, here: bool = False) -> Path | None:

@@ -23,13 +23,13 @@ from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, Field, SecretStr, SkipValidation, ValidationError, field_serializer
 
+from ..backends.loading import options_for_other_model
 from ..budget import Budget, DevicePrice
 from ..call_scope import CallScope, in_scope, scoped_items
 from ..engine.engine import Engine
 from ..errors import ConfigError
 from ..escalation import Escalation
 from ..formats.reasoning import parse_max_thinking_tokens
-from ..hub import options_for_other_model
 from ..identity import identity
 from ..ledger import Ledger
 from ..llms import LLMSelector
@@ -111,8 +111,9 @@ class ChatS2T(ConfigurableChatModel):
         cache_scope: the prefix cache is shared within one scope only; give each tenant its own.
             A call's ``s2t_cache_scope``, or the enclosing node's ``configurable``, overrides it.
         model_kwargs: passed to ``from_pretrained``, such as ``revision`` or ``quantization_config``, to llama.cpp
-            (``n_ctx``, ...) or to the server's client (``tokenizer``, ``api_key_env``, ...); ``revision``,
-            ``subfolder`` and ``trust_remote_code`` do not apply to another model that a call names.
+            (``n_ctx``, ...) or to the server's client (``tokenizer``, ``api_key_env``, ...). Another model that a call
+            names gets those alone that its own engine takes (llama.cpp's go to no checkpoint), without ``revision``,
+            ``subfolder``, ``trust_remote_code``, ``gguf_file`` and, unless it is a server's, ``tokenizer``.
         chat_template: replaces the tokenizer's: a Jinja template (a text with a brace or a line break in it), or the
             path of a file that holds one, which is read at construction.
         template_args: variables of the chat template, such as ``{"enable_thinking": False}``; a call may override
@@ -210,6 +211,9 @@ class ChatS2T(ConfigurableChatModel):
         own = model == slm
         escalation = escalation_of(self.escalation)
         to_itself = not own and escalation is not None and escalation.llm.name == model
+        options = self.model_kwargs
+        if not own:
+            options = {} if isinstance(model, LanguageModel) else options_for_other_model(model, options)
         return EngineSettings(
             model=model,
             selector=self.selector if own else None,
@@ -218,7 +222,7 @@ class ChatS2T(ConfigurableChatModel):
             trigger=self.trigger,
             device=self.device,
             dtype=self.dtype,
-            model_kwargs=self.model_kwargs if own else options_for_other_model(self.model_kwargs),
+            model_kwargs=options,
             template_args=self.template_args,
             chat_template=chat_template_of(self.chat_template) if own else None,
             concurrency=self.concurrency,

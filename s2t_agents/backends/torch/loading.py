@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from ...checkpoint_checks import check_counts, check_files, check_weights, shard
 from ...errors import ModelNotFound, UnsafeWeights
 from ...fork_safety import LOADING, hold_while_forking
 from ...hub import ModelSource
+from ..engine_options import unknown_option
 from .cpu_features import is_emulated
 
 ONE_AT_A_TIME = threading.RLock()
@@ -36,6 +38,8 @@ VALUES_PER_BYTE = 8
 
 MOST_BUFFERED = 2**30
 """Values of a buffer (rotary tables, masks) from which on it counts as weights do: it will be allocated."""
+
+_UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 CHECKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes whose values can be compared."""
@@ -81,7 +85,7 @@ def load_weights(path: str, *, device: torch.device, dtype: torch.dtype | None, 
         options: passed to ``from_pretrained`` (``revision``, ``quantization_config``, ``attn_implementation``, ...).
 
     Raises:
-        ConfigError: an option that is set otherwise, such as ``dtype``; a package that these weights need.
+        ConfigError: an option that is set otherwise, such as ``dtype``, or unknown; a package that these weights need.
         ModelNotFound: nothing there, or no causal LM.
         UnsafeWeights: there are weights, but pickled, corrupt, incomplete or not finite ones, or they need code of
             their repository that was not consented to.
@@ -89,7 +93,7 @@ def load_weights(path: str, *, device: torch.device, dtype: torch.dtype | None, 
     origin = ModelSource.of(path, options)
     check_sizes(origin)
     placed = "device_map" in options or "quantization_config" in options
-    with _without_bars(), origin.reading("weights"):
+    with _without_bars(), origin.reading("weights"), _naming_unknown_options(origin):
         model, report = _kind_of(_config_of(origin), path).from_pretrained(
             origin.path,
             dtype=dtype or "auto",
@@ -108,6 +112,18 @@ def load_weights(path: str, *, device: torch.device, dtype: torch.dtype | None, 
     if dtype is None and device.type == "cpu" and not placed and model.num_parameters() <= _exact_up_to(model.dtype):
         model.float()
     return model
+
+
+@contextmanager
+def _naming_unknown_options(origin: ModelSource) -> Iterator[None]:
+    """What neither ``from_pretrained`` nor the config takes comes to the model's constructor, which refuses it."""
+    try:
+        yield
+    except TypeError as error:
+        refused = _UNEXPECTED.search(str(error))
+        if refused is None or refused[1] not in origin.weights:
+            raise
+        raise unknown_option(refused[1], origin.name) from error
 
 
 def check_sizes(origin: ModelSource) -> None:
