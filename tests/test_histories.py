@@ -129,6 +129,57 @@ def test_results_are_read_as_blocks_too():
         assert said(HumanMessage("q"), call, ToolMessage(content, tool_call_id="1"))["content"] == text
 
 
+ASKED = AIMessage([{"type": "tool_use", "id": each, "name": "f", "input": {}} for each in ("1", "2")])
+FIRST = {"type": "tool_result", "tool_use_id": "1", "content": "85"}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "read"),
+    [
+        ([FIRST], [("tool", "85")]),
+        ([{**FIRST, "is_error": True}], [("tool", "85")]),
+        ([{**FIRST, "content": []}], [("tool", "")]),
+        ([{"type": "tool_result", "tool_use_id": "1"}], [("tool", "")]),
+        ([{**FIRST, "content": [{"type": "text", "text": "8"}, {"type": "text", "text": "5"}]}], [("tool", "8\n5")]),
+        ([{"type": "non_standard", "value": FIRST}], [("tool", "85")]),
+        ([{"type": "function_call_output", "call_id": "1", "output": "85"}], [("tool", "85")]),
+        ([FIRST, {**FIRST, "tool_use_id": "2", "content": "12"}], [("tool", "85"), ("tool", "12")]),
+        ([FIRST, {"type": "text", "text": "And now?"}], [("tool", "85"), ("user", "And now?")]),
+        (["See: ", FIRST, "and now?"], [("tool", "85"), ("user", "See: and now?")]),
+    ],
+)
+@pytest.mark.parametrize("kind", [HumanMessage, lambda blocks: ChatMessage(role="user", content=blocks)])
+def test_results_among_a_users_blocks_are_results_of_their_calls(blocks, read, kind):
+    """Anthropic's own form: it has no messages of tools."""
+    turns = to_template([HumanMessage("q"), ASKED, kind(blocks)])
+    assert [(turn["role"], turn["content"]) for turn in turns[2:]] == read
+    ids = [call["id"] for call in turns[1]["tool_calls"]]
+    results = [turn for turn in turns if turn["role"] == "tool"]
+    assert [(turn["tool_call_id"], turn["name"]) for turn in results] == [(each, "f") for each in ids[: len(results)]]
+
+
+def test_they_are_rendered_as_messages_of_tools_are():
+    native = [HumanMessage("q"), ASKED, HumanMessage([FIRST, {"type": "text", "text": "And now?"}]), AIMessage("12")]
+    split = [HumanMessage("q"), ASKED, ToolMessage("85", tool_call_id="1"), HumanMessage("And now?"), AIMessage("12")]
+    assert ENCODER.encode(native) == ENCODER.encode(split)
+
+
+@pytest.mark.parametrize(
+    ("block", "named"),
+    [
+        ({**FIRST, "tool_use_id": "9"}, r"Message 2 \(HumanMessage\) answers tool call '9'"),
+        ({"type": "tool_result", "content": "85"}, r"Message 2 \(HumanMessage\) answers"),
+        *(
+            ({**FIRST, "content": [media]}, r"Message 2 \(HumanMessage\) holds a '\w+' content block")
+            for media in MEDIA
+        ),
+    ],
+)
+def test_results_without_a_call_or_with_pictures_are_refused_by_the_message(block, named):
+    with pytest.raises(InputError, match=named):
+        ENCODER.render([HumanMessage("q"), ASKED, HumanMessage([block])])
+
+
 @pytest.mark.parametrize(
     "block",
     [
@@ -202,6 +253,7 @@ BLOCKS = [
     {"type": "non_standard", "value": {"type": "text", "text": "a"}},
     {"type": "json", "json": {"a": 1}},
     {"type": "custom_tool_call_output", "output": "1"},
+    {"type": "tool_result", "tool_use_id": "9", "content": "1"},
 ]
 
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from langchain_core.messages import AIMessage, BaseMessage, FunctionMessage, ToolMessage
+from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, FunctionMessage, HumanMessage, ToolMessage
 
 from ..errors import InputError
 from ..redaction import one_line
@@ -58,6 +58,23 @@ def text_of(message: BaseMessage, where: str) -> str:
     return ("\n" if isinstance(message, ToolMessage | FunctionMessage) else "").join(texts)
 
 
+def with_messages_of_tools(message: BaseMessage) -> list[BaseMessage]:
+    """The message, with results of tools among its blocks (Anthropic's form) as tool messages before what is left."""
+    content: Any = message.content
+    if not isinstance(message, HumanMessage | ChatMessage) or not isinstance(content, list):
+        return [message]
+    results: list[BaseMessage] = []
+    rest = []
+    for block in content:
+        inner = _unwrapped(block)
+        if isinstance(inner, Mapping) and str(inner.get("type")) in _OUTPUTS:
+            answered = inner.get("tool_use_id", inner.get("call_id"))
+            results.append(ToolMessage([dict(inner)], tool_call_id=str(answered)))
+        else:
+            rest.append(block)
+    return [*results, message.model_copy(update={"content": rest})] if rest or not results else results
+
+
 def reasoning_of(message: AIMessage) -> str:
     """The reasoning text in a message's content blocks, or what other chat models keep beside the content."""
     text = "".join(
@@ -94,8 +111,8 @@ def _texts(block: Any, message: BaseMessage, where: str, skipped: list[str]) -> 
         raise InputError(f"{where} holds a {type(block).__name__} in place of a content block.")
     kind = str(block.get("type") or next((key for key in block if key != "index"), "untyped"))
     from_model = isinstance(message, AIMessage)
-    if kind == "non_standard" and isinstance(block.get("value"), Mapping):
-        inner = {"type": kind, **block["value"]} if from_model else block["value"]
+    if (inner := _unwrapped(block)) is not block:
+        inner = {"type": kind, **inner} if from_model else inner
         yield from _texts(inner, message, where, skipped)
     elif kind in _TEXT:
         yield _text_in(block.get(_TEXT_KEYS.get(kind, "text")))
@@ -119,6 +136,12 @@ def _texts(block: Any, message: BaseMessage, where: str, skipped: list[str]) -> 
         raise InputError(
             f"{where} holds a {kind!r} content block.", hint="This model reads text alone: pass text blocks."
         )
+
+
+def _unwrapped(block: Any) -> Any:
+    """The provider's own block in LangChain's ``non_standard``; any other as it is."""
+    wrapped = isinstance(block, Mapping) and block.get("type") == "non_standard"
+    return block["value"] if wrapped and isinstance(block.get("value"), Mapping) else block
 
 
 def _result_texts(value: Any) -> Iterator[str]:

@@ -27,7 +27,7 @@ from ..tokenization.traced_text import Sources
 from . import hermes_tools, template_fallbacks
 from .hermes_tools import Turn
 from .template_features import TemplateFeatures
-from .turns import message_label, to_template
+from .turns import labelled, to_template
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ class PromptEncoder:
     ) -> RenderedConversation:
         sources = Sources()
         untraced = [self._split_reasoning(turn) for turn in to_template(messages)]
-        turns = [_traced_turn(turn, sources, message_label(at, messages[at])) for at, turn in enumerate(untraced)]
+        labels = [where for where, _ in labelled(messages)]
+        turns = [_traced_turn(turn, sources, where) for turn, where in zip(untraced, labels, strict=True)]
         traced_tools = [sources.value(tool, f"Tool {at}", _is_tool_text) for at, tool in enumerate(tools)]
         turns = template_fallbacks.results_by_call(turns)
         template_error, missing = None, list[str]()

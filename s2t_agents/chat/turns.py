@@ -55,8 +55,7 @@ def to_template(messages: Sequence[BaseMessage]) -> list[Turn]:
     calls: _Calls = {}
     numbers = itertools.count(1)
     turns: list[Turn] = []
-    for at, message in enumerate(messages):
-        where = message_label(at, message)
+    for where, message in labelled(messages):
         text = content_blocks.text_of(message, where)
         if isinstance(message, AIMessage):
             text = _without_nul(text)
@@ -71,9 +70,13 @@ def to_template(messages: Sequence[BaseMessage]) -> list[Turn]:
     return turns
 
 
-def message_label(at: int, message: BaseMessage) -> str:
-    """What an error calls a message."""
-    return f"Message {at} ({type(message).__name__})"
+def labelled(messages: Sequence[BaseMessage]) -> list[tuple[str, BaseMessage]]:
+    """One message for each turn, and what an error calls it: results among a user's blocks have turns of their own."""
+    return [
+        (f"Message {at} ({type(message).__name__})", each)
+        for at, message in enumerate(messages)
+        for each in content_blocks.with_messages_of_tools(message)
+    ]
 
 
 def _role_of(message: BaseMessage, where: str) -> str:
