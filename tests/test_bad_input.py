@@ -15,7 +15,7 @@ from langchain_core.tools import tool
 from pydantic import BaseModel
 
 from s2t_agents import Budget, ChatS2T, Ledger
-from s2t_agents.chat.response_options import parse_tool_choice
+from s2t_agents.chat.response_options import ResponseOptions, parse_tool_choice
 from s2t_agents.errors import BadSchema, ConfigError, ContextOverflow, InputError
 from s2t_agents.escalation import Escalation
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
@@ -103,6 +103,48 @@ MEANINGLESS = [
 def test_a_mapping_that_chooses_nothing_is_refused(choice: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match='This is no tool_choice: .*Use "auto"'):
         ChatS2T(model="/never/loaded").bind_tools([add], tool_choice=choice)
+
+
+@pytest.mark.parametrize(
+    "choice", [{"type": "auto"}, {"type": "any"}, {"type": "tool", "name": "add"}, {"name": "add"}]
+)
+@pytest.mark.parametrize(
+    ("extra", "hint"),
+    [("disable_parallel_tool_us", "Did you mean disable_parallel_tool_use?"), ("zzz", "Leave it out"), (1, "Leave it")],
+)
+def test_a_key_that_a_choice_has_not_is_named(choice: dict[str, Any], extra: Any, hint: str) -> None:
+    with pytest.raises(ConfigError, match=f"tool_choice takes no {extra!r}") as refused:
+        ChatS2T(model="/never/loaded").bind_tools([add], tool_choice={**choice, extra: True})
+    assert hint in refused.value.hint
+
+
+@pytest.mark.parametrize("wrong", ["yes", 1, None, {}])
+def test_disable_parallel_tool_use_is_true_or_false(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="disable_parallel_tool_use is "):
+        ChatS2T(model="/never/loaded").bind_tools(
+            [add], tool_choice={"type": "auto", "disable_parallel_tool_use": wrong}
+        )
+
+
+@pytest.mark.parametrize(
+    ("choice", "argument", "several"),
+    [
+        ({"type": "auto"}, None, True),
+        ({"type": "auto", "disable_parallel_tool_use": True}, None, False),
+        ({"type": "auto", "disable_parallel_tool_use": False}, None, True),
+        ({"type": "any"}, None, False),
+        ({"type": "any", "disable_parallel_tool_use": True}, None, False),
+        ({"type": "any", "disable_parallel_tool_use": False}, None, True),
+        ({"type": "auto", "disable_parallel_tool_use": True}, True, True),
+        ({"type": "any", "disable_parallel_tool_use": False}, False, False),
+    ],
+)
+def test_anthropics_mapping_says_whether_there_may_be_several_calls(
+    choice: dict[str, Any], argument: bool | None, several: bool
+) -> None:
+    """The argument ``parallel_tool_calls`` goes before it, as in LangChain's own model of Anthropic's."""
+    bound = ChatS2T(model="/never/loaded").bind_tools([add], tool_choice=choice, parallel_tool_calls=argument)
+    assert ResponseOptions.of(bound.kwargs).parallel is several
 
 
 @pytest.mark.parametrize("inner", [True, False])

@@ -360,7 +360,8 @@ class ChatS2T(ConfigurableChatModel):
 
         Args:
             tools: functions, tools, pydantic classes or schemas.
-            tool_choice: "auto", "any" (also "required", True), "none", a tool's name, or OpenAI's mapping of it.
+            tool_choice: "auto", "any" (also "required", True), "none", a tool's name, or OpenAI's, Anthropic's or
+                Bedrock's mapping.
             strict: make every argument required, as OpenAI's strict mode does; schemas are enforced in any case.
             kwargs: bound to the call, such as ``response_format`` and ``parallel_tool_calls``.
 

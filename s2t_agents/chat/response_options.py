@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, get_args
 
@@ -19,6 +20,9 @@ from ..grammar.vocabulary import Vocabulary
 from .schema_conversion import json_schema, openai_tool
 
 _CHOICES: tuple[Choice, ...] = get_args(Choice)
+_NOT_PARALLEL = "disable_parallel_tool_use"
+_CHOICE_KEYS = ("type", "name", "function", "tool", _NOT_PARALLEL)
+"""Of OpenAI's, Anthropic's and Bedrock's mappings."""
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
@@ -30,7 +34,7 @@ class ResponseOptions:
         tools: in OpenAI's form.
         tool_choice: "auto", "any" or "none".
         tool: name of the one tool to call, with ``tool_choice`` "any"; None names no tool.
-        parallel: whether one answer may hold several tool calls.
+        parallel: whether one answer may hold several tool calls; never of a ``tool`` that is named.
         reply: JSON schema of an answer that is not a tool call; None permits any text.
         schema_in_prompt: whether the prompt shows ``reply``; not with "json_object", which the user describes.
     """
@@ -46,8 +50,9 @@ class ResponseOptions:
     def of(cls, call: Mapping[str, Any]) -> ResponseOptions:
         """Read ``tools``, ``tool_choice``, ``parallel_tool_calls`` and ``response_format``.
 
-        A forced tool choice permits one call unless ``parallel_tool_calls=True``: where only calls are legal, small
-        models do not stop.
+        ``parallel_tool_calls``, else Anthropic's ``disable_parallel_tool_use`` in the tool choice, says whether there
+        may be several calls. By default "any" permits one: where only calls are legal, small models do not stop.
+        A choice that names a tool is one call of it whatever they say, as OpenAI has it.
 
         Raises:
             ConfigError: an unknown tool choice or response format.
@@ -62,6 +67,8 @@ class ResponseOptions:
                 )
         choice, tool = parse_tool_choice(call.get("tool_choice"))
         parallel = call.get("parallel_tool_calls")
+        if parallel is None:
+            parallel = _parallel_in(call.get("tool_choice"))
         reply, schema_in_prompt = _parse_response_format(call.get("response_format"))
         return cls(
             tools=tools,
@@ -223,14 +230,16 @@ def parse_tool_choice(choice: Any) -> tuple[Choice, str | None]:
     called "auto".
 
     Raises:
-        ConfigError: a mapping that names neither a mode nor a tool.
+        ConfigError: a mapping that names neither a mode nor a tool, or has a key of no provider's.
     """
     if isinstance(choice, Mapping):
         named = choice.get("function", choice.get("tool", choice))
         if isinstance(named, Mapping) and isinstance(named.get("name"), str):
+            _check_keys(choice)
             return "any", named["name"]
         kind = choice.get("type", *(choice if len(choice) == 1 else ()))  # Bedrock's {"any": {}}
         if kind in ("required", *_CHOICES):
+            _check_keys(choice)
             return parse_tool_choice(kind)
         hint = 'Use "auto", "any", "none" or a tool\'s name.'
         if kind == "allowed_tools":
@@ -240,6 +249,27 @@ def parse_tool_choice(choice: Any) -> tuple[Choice, str | None]:
         return "any" if choice else "auto", None
     word = "any" if choice == "required" else str(choice)
     return next(((mode, None) for mode in _CHOICES if mode == word), ("any", word))
+
+
+def _check_keys(choice: Mapping[Any, Any]) -> None:
+    """Refuse keys of a tool choice that would have no effect (ConfigError)."""
+    for key in choice:
+        if key in _CHOICE_KEYS or len(choice) == 1:
+            continue
+        close = get_close_matches(str(key), _CHOICE_KEYS, n=1)
+        raise ConfigError(
+            f"tool_choice takes no {key!r:.80}.", hint=f"Did you mean {close[0]}?" if close else "Leave it out."
+        )
+
+
+def _parallel_in(choice: Any) -> bool | None:
+    """Whether Anthropic's mapping permits several calls; None where it does not say (ConfigError: no bool)."""
+    if not isinstance(choice, Mapping) or _NOT_PARALLEL not in choice:
+        return None
+    given = choice[_NOT_PARALLEL]
+    if not isinstance(given, bool):
+        raise ConfigError(f"{_NOT_PARALLEL} is {given!r:.80}.", hint="Use True or False.")
+    return not given
 
 
 def with_schema(call: Mapping[str, Any]) -> dict[str, Any]:
