@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, RootModel, field_validator
 from typing_extensions import TypedDict
 
 from s2t_agents import Budget, ChatS2T, Ledger
+from s2t_agents.chat.response_options import ResponseOptions
 from s2t_agents.errors import BadSchema, ConfigError
 from s2t_agents.grammar.canonical_schema import canonicalize
 from s2t_agents.grammar.validation import SchemaValidator
@@ -325,6 +326,25 @@ def test_tools_of_servers_keep_their_recursion(name: str) -> None:
     served = StructuredTool(name="served", description="d", args_schema=asked, func=lambda **_: 1)
     bound: Any = chat().bind_tools([served])
     assert bound.kwargs["tools"][0]["function"]["parameters"] == asked
+
+
+@pytest.mark.parametrize(
+    "reference", ["https://example.com/x.json", "other.json#/A", "#/$defs/Missing", "#/properties/zz/0", "#/$defs/A/b"]
+)
+def test_a_reference_that_leads_out_of_a_servers_tool_or_nowhere_is_named_as_not_enforced(reference: str) -> None:
+    """As in a tool of OpenAI's form; LangChain refuses to inline it."""
+    asked = {"type": "object", "properties": {"x": {"$ref": reference}}, "$defs": {"A": {"type": "object"}}}
+    served = StructuredTool(name="served", description="d", args_schema=asked, func=lambda **_: 1)
+    bound: Any = chat().bind_tools([served])
+    assert bound.kwargs["tools"][0]["function"]["parameters"] == asked
+    (note,) = ResponseOptions.of(bound.kwargs).schemas.relaxed
+    assert reference in note
+
+
+def test_a_property_may_be_called_like_a_reference() -> None:
+    asked = {"type": "object", "properties": {"$ref": {"type": "string"}}}
+    served = StructuredTool(name="served", description="d", args_schema=asked, func=lambda **_: 1)
+    chat().bind_tools([served])
 
 
 def test_a_call_of_a_servers_tool_fits_its_schema_below_the_first_level() -> None:

@@ -1,7 +1,7 @@
 """Classes, functions and schemas to OpenAI's form, by LangChain's conversion where it is lossless.
 
-LangChain inlines definitions, which fails for recursive ones, and treats a schema without ``properties`` as one
-without arguments; those cases are converted here.
+LangChain inlines definitions, which fails for recursive ones and those of other documents, and treats a schema without
+``properties`` as one without arguments; those cases are converted here.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def openai_tool(given: Any, *, strict: bool | None = None) -> dict[str, Any]:
             schema = json_schema(given)
             made = {"name": schema.pop("title"), "description": schema.pop("description", "")}
             return {"type": "function", "function": {**made, "parameters": schema}}
-        whole = _recursive_schema(given)
+        whole = _schema_to_keep(given)
         if whole is not None and isinstance(given, BaseTool):  # LangChain refuses some references
             one: dict[str, Any] = {
                 "type": "function",
@@ -76,7 +76,7 @@ def json_schema(given: Any, *, strict: bool | None = None) -> dict[str, Any]:
     try:
         if is_dataclass(given) or _is_pydantic_only_type(given):
             return {"title": _name_of(given), **_schema_of(given)}
-        whole = _recursive_schema(given) or (_schema_of(given) if _root_is_not_object(given) else None)
+        whole = _schema_to_keep(given) or (_schema_of(given) if _root_is_not_object(given) else None)
         if whole is None and _is_titled_schema(given) and not (strict and "properties" in given):
             whole = dict(given)
         if whole is not None:
@@ -186,8 +186,8 @@ def _schema_of(given: Any) -> dict[str, Any]:
     return TypeAdapter(given).json_schema()
 
 
-def _recursive_schema(given: Any) -> dict[str, Any] | None:
-    """The schema of a class, tool or function if it is recursive; else None."""
+def _schema_to_keep(given: Any) -> dict[str, Any] | None:
+    """The schema of a class, tool or function if LangChain cannot inline its references; else None."""
     source: Any = given
     if isinstance(given, BaseTool):
         source = given.tool_call_schema
@@ -199,11 +199,11 @@ def _recursive_schema(given: Any) -> dict[str, Any] | None:
         schema = _schema_of(source)
     else:
         return None
-    return schema if _is_recursive(schema) else None
+    return schema if _has_no_inlined_form(schema) else None
 
 
-def _is_recursive(schema: Mapping[str, Any]) -> bool:
-    """Whether a local reference leads to a schema that holds it; an anchor counts as one that does."""
+def _has_no_inlined_form(schema: Mapping[str, Any]) -> bool:
+    """Whether a reference leads to a schema that holds it, to an anchor, to another document or nowhere."""
     open_nodes, done = set[int](), set[int]()
     waiting: list[tuple[Any, bool]] = [(schema, True)]
     while waiting:
@@ -216,11 +216,12 @@ def _is_recursive(schema: Mapping[str, Any]) -> bool:
         elif isinstance(here, Mapping | list) and id(here) not in done:
             open_nodes.add(id(here))
             below = list(here.values()) if isinstance(here, Mapping) else here
-            reference = here.get("$ref") if isinstance(here, Mapping) else None
-            if isinstance(reference, str) and reference.startswith("#"):
-                if reference.removeprefix("#")[:1] not in ("", "/"):
+            if isinstance(here, Mapping) and "$ref" in here:
+                reference = str(here["$ref"])  # no text where it is a property of that name
+                target = follow_pointer(schema, reference) if f"{reference}/".startswith("#/") else None
+                if target is None:
                     return True
-                below = [*below, follow_pointer(schema, reference)]
+                below = [*below, target]
             waiting += [(here, False), *((each, True) for each in below)]
     return False
 
