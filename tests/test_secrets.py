@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import traceback
 from collections import UserList, deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from langchain_core.load import dumpd, dumps
 from observers import cache_key, traced
 from pydantic import SecretStr
 
-from s2t_agents import ChatS2T, LocalLLM
+from s2t_agents import ChatJudge, ChatS2T, Escalation, LocalLLM, OpenAILLM, triggers
 from s2t_agents.errors import ConfigError
 from s2t_agents.redaction import without_secrets
+from s2t_agents.testing import tiny_model
 
 KEY = "S3CRET"
 PLACES: list[dict[str, Any]] = [
@@ -81,6 +85,44 @@ def test_no_writing_holds_a_secret(field: str, place: dict[str, Any]) -> None:
     model = ChatS2T(**{field: place})
     assert [name for name, text in written(model).items() if KEY in text] == []
     assert KEY in repr(getattr(model.model_copy(), field)) or "held" in place  # here it is still of use
+
+
+class OwnSelector:
+    """Without a repr of its own, which would show an address."""
+
+    needs = ()
+
+    def scores(self, proposal: Any) -> Any:
+        return proposal.logits
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"escalation": LocalLLM("s2t-demo-llm", token=KEY)}, "LocalLLM('s2t-demo-llm')"),
+        ({"escalation": Escalation(LocalLLM("s2t-demo-llm", token=KEY))}, "Escalation(llm=LocalLLM('s2t-demo-llm'), "),
+        ({"escalation": OpenAILLM("https://h/v1", "m", api_key=KEY)}, "OpenAILLM("),
+        ({"escalation": ChatJudge(ChatS2T(model="x", model_kwargs={"token": KEY}))}, "ChatJudge("),
+        ({"escalation": Path("llm")}, "llm"),
+        ({"selector": OwnSelector()}, "OwnSelector#"),
+        ({"selector": Path("selector")}, "selector"),
+        ({"trigger": triggers.entropy(above=0.5)}, "entropy(above=0.5)"),
+        ({"trigger": triggers.when(lambda proposal: True) & triggers.entropy(above=0.5)}, "when("),
+        ({"model": tiny_model()}, "LanguageModel("),
+        ({"dtype": torch.bfloat16}, "torch.bfloat16"),
+        ({"model_kwargs": {"quantization_config": OwnSelector(), "token": KEY}}, "OwnSelector#"),
+        ({"model_kwargs": {"device_map": {"": torch.device("cpu")}, "max_memory": {0: "1GB"}}}, "device(type='cpu')"),
+        ({"template_args": {"style": {"a", "b"}, "of": OwnSelector()}}, "OwnSelector#"),
+    ],
+)
+def test_settings_that_are_objects_are_json_by_their_names(settings: dict[str, Any], shown: str) -> None:
+    model = ChatS2T(**{"model": "/never/loaded", **settings})
+    text = model.model_dump_json()
+    (name,) = settings
+    assert shown in str(json.loads(text)[name])
+    assert json.loads(text) == model.model_dump(mode="json")
+    assert KEY not in text
+    assert "0x" not in text
 
 
 def test_a_name_with_credentials_is_shown_without() -> None:

@@ -21,7 +21,15 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.outputs import Generation as CachedGeneration
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
-from pydantic import ConfigDict, Field, SecretStr, SkipValidation, ValidationError, field_serializer
+from pydantic import (
+    ConfigDict,
+    Field,
+    FieldSerializationInfo,
+    SecretStr,
+    SkipValidation,
+    ValidationError,
+    field_serializer,
+)
 
 from ..backends.loading import options_for_other_model
 from ..budget import Budget, DevicePrice
@@ -256,12 +264,16 @@ class ChatS2T(ConfigurableChatModel):
         self.runtimes.keep(self._settings({}))
 
     @field_serializer(*_MAY_HOLD_SECRETS)
-    def _serialize_without_secrets(self, value: Any) -> Any:
-        return without_secrets(value)
+    def _serialize_without_secrets(self, value: Any, info: FieldSerializationInfo) -> Any:
+        return _as_json(without_secrets(value)) if info.mode_is_json() else without_secrets(value)
 
     @field_serializer(*_MAY_BE_URLS)
-    def _serialize_url_without_secrets(self, value: Any) -> Any:
-        return url_without_secrets(value)
+    def _serialize_url_without_secrets(self, value: Any, info: FieldSerializationInfo) -> Any:
+        return _as_json(value) if info.mode_is_json() else url_without_secrets(value)
+
+    @field_serializer("trigger", "dtype", when_used="json")
+    def _serialize_by_name(self, value: Any) -> Any:
+        return _as_json(value)
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         return [(name, without_secrets(value)) for name, value in super().__repr_args__()]
@@ -541,3 +553,8 @@ def _as_list(stop: str | Sequence[str] | None) -> Sequence[str]:
 
 def _value_or(value: Any, default: Any) -> Any:
     return default if value is None else value
+
+
+def _as_json(value: Any) -> Any:
+    """A setting as JSON has it, without secrets: of an object what tells it from others, as in cache keys."""
+    return without_secrets(identity(value))
