@@ -35,13 +35,31 @@ READ = {
     "found text": ({"type": "file_search_call", "id": "f", "queries": ["q"], "results": [{"text": "a"}, {"text": "b"}]},
                    "a\nb"),
     "mcp": ({"type": "mcp_call", "id": "m", "name": "f", "arguments": "{}", "output": "6"}, "6"),
+    "web search": (
+        {"type": "web_search_tool_result", "tool_use_id": "s1", "content": [
+            {"type": "web_search_result", "url": "u", "title": "t", "encrypted_content": "xyz"},
+            {"type": "web_search_result", "url": "v", "title": "w", "encrypted_content": "xyz"}]},
+        "t\nw",
+    ),
+    "web fetch": (
+        {"type": "web_fetch_tool_result", "tool_use_id": "f1", "content": {
+            "type": "web_fetch_result", "url": "u", "content": {
+                "type": "document", "title": "t", "source": {"type": "text", "media_type": "text/plain", "data": "x"}}}},
+        "t\nx",
+    ),
+    "fetched file": (
+        {"type": "web_fetch_tool_result", "tool_use_id": "f1", "content": {
+            "type": "web_fetch_result", "url": "u", "content": {
+                "type": "document", "title": "t", "source": {"type": "base64", "data": "x"}}}},
+        "t",
+    ),
     "v1 result": ({"type": "server_tool_result", "tool_call_id": "s", "output": "6"}, "6"),
     "wrapped": ({"type": "non_standard", "value": {"type": "refusal", "refusal": "No."}}, "No."),
 }  # fmt: skip
 SKIPPED = [
     {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {}},
     {"type": "web_search_tool_result", "tool_use_id": "s1", "content": [
-        {"type": "web_search_result", "url": "u", "title": "t", "encrypted_content": "xyz"}]},
+        {"type": "web_search_result", "url": "u", "encrypted_content": "xyz"}]},
     {"type": "web_search_call", "id": "w1", "status": "completed", "action": {"query": "q", "sources": []}},
     {"type": "server_tool_call", "id": "x", "name": "search", "args": {}},
     {"type": "server_tool_call_chunk", "id": "x", "args": "{"},

@@ -1,7 +1,7 @@
 """Content blocks of all providers to what this model reads: text, reasoning and tool calls.
 
-Of the provider's built-in tools, plain-text results are read (code output, search results); their calls, sources,
-signatures and encrypted parts are skipped with a debug line in the log. Images, audio and files are refused.
+Of the provider's built-in tools, plain-text results are read (code output, search results, titles); their calls,
+addresses, signatures and encrypted parts are skipped with a debug line in the log. Images, audio and files are refused.
 """
 
 from __future__ import annotations
@@ -117,8 +117,7 @@ def _texts(block: Any, message: BaseMessage, where: str, skipped: list[str]) -> 
     elif kind in _TEXT:
         yield _text_in(block.get(_TEXT_KEYS.get(kind, "text")))
     elif kind in _DOCUMENTS and not _has_media_source(block):
-        header = [block[key] for key in ("title", "context") if isinstance(block.get(key), str)]
-        yield "\n".join([*header, *_result_texts(block.get("source") if kind == "document" else block)])
+        yield "\n".join(_result_texts(block))
     elif kind == "json" and isinstance(message, ToolMessage):
         yield _json_text(block.get("json"), where)
     elif kind in _OUTPUTS and isinstance(message, ToolMessage):
@@ -149,6 +148,9 @@ def _result_texts(value: Any) -> Iterator[str]:
     if isinstance(value, list):
         for item in value:
             yield from _result_texts(item) if not isinstance(item, str) else (item,)
+    elif isinstance(value, Mapping) and str(value.get("type")) in _DOCUMENTS:
+        yield from (value[key] for key in ("title", "context") if isinstance(value.get(key), str))
+        yield from _result_texts(value.get("source") if value["type"] == "document" else {**value, "type": None})
     elif isinstance(value, Mapping):
         if value.get("type") == "text" and isinstance(value.get("data"), str):  # a document's source
             yield value["data"]
