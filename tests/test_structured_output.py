@@ -181,6 +181,18 @@ def test_a_forced_choice_is_exactly_one_call(choice: Any) -> None:
     assert answer.text == ""
 
 
+@pytest.mark.parametrize("choice", ["add", {"type": "function", "function": {"name": "add"}}])
+@pytest.mark.parametrize("parallel", [None, False, True])
+def test_a_tool_that_is_named_is_called_once_whatever_else_is_said(choice: Any, parallel: bool | None) -> None:
+    """OpenAI's "call exactly one specific function"."""
+    bound = chat(max_tokens=400).bind_tools([add, now], tool_choice=choice, parallel_tool_calls=parallel)
+    once = chat().bind_tools([add, now], tool_choice="add")
+    vocabulary = cached_vocabulary(tiny_tokenizer())
+    grammars = [ResponseOptions.of(each.kwargs).compile(vocabulary).source for each in (bound, once)]
+    assert grammars[0] == grammars[1]
+    assert len(bound.invoke("hello").tool_calls) == 1
+
+
 def auto(x: int) -> int:
     """Drive a car."""
     return x
