@@ -44,7 +44,7 @@ READ = {
     "web fetch": (
         {"type": "web_fetch_tool_result", "tool_use_id": "f1", "content": {
             "type": "web_fetch_result", "url": "u", "content": {
-                "type": "document", "title": "t", "source": {"type": "text", "media_type": "text/plain", "data": "x"}}}},
+                "type": "document", "title": "t", "source": {"type": "text", "data": "x"}}}},
         "t\nx",
     ),
     "fetched file": (
