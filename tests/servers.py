@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import socket
 import ssl
@@ -304,6 +305,19 @@ def hangs(handler: Handler, body: dict[str, Any]) -> None:
 def hangs_before_headers(handler: Handler, body: dict[str, Any]) -> None:
     """Take the request and say nothing while the server runs."""
     handler.server.over.wait()
+
+
+def stalls_after(tokens: int) -> Fault:
+    """Stream so many tokens, then say nothing while the server runs."""
+
+    def fault(handler: Handler, body: dict[str, Any]) -> None:
+        def events() -> Iterator[dict[str, Any]]:
+            yield from itertools.islice(handler.server.events(body), tokens)
+            handler.server.over.wait()
+
+        handler.stream(events())
+
+    return fault
 
 
 def keeps_waiting(handler: Handler, body: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from s2t_agents import Budget, ChatS2T, Engine, Escalation, LanguageModel, Ledge
 from s2t_agents.backends.completions.backend import CompletionsBackend, server_url
 from s2t_agents.endpoints.spending import Spending
 from s2t_agents.errors import (
+    BudgetExceeded,
     ConfigError,
     EscalationFailed,
     ModelNotFound,
@@ -449,6 +450,66 @@ def test_a_question_for_legal_tokens_is_asked_again_too() -> None:
         far, here = (each.bind_tools([RARE], tool_choice="any") for each in (chat(server), near(server)))
         assert calls(far.invoke("3 apples")) == calls(here.invoke("3 apples"))
         assert refused
+
+
+# ------------------------------------------------------------- deadlines
+
+
+def stalls_at_legal_tokens(handler: servers.Handler, body: dict[str, Any]) -> None:
+    stalled = servers.hangs_before_headers if "allowed_token_ids" in body else servers.Handler.complete
+    stalled(handler, body)
+
+
+@pytest.mark.parametrize("mode", ["degrade", "raise", "ask"])
+@pytest.mark.parametrize("way", ["invoke", "ainvoke", "stream", "batch"])
+@pytest.mark.parametrize(
+    "fault",
+    [servers.hangs_before_headers, servers.stalls_after(3), stalls_at_legal_tokens],
+    ids=["before it answers", "in its answer", "asked for legal tokens"],
+)
+async def test_a_budgets_seconds_end_the_wait_for_a_server_that_stalls(
+    fault: servers.Fault, way: str, mode: Any
+) -> None:
+    with serving(tiny_model(seed=3, max_position_embeddings=2048)) as server:
+        model: Any = chat(server, ledger=(ledger := Ledger()))
+        if fault is stalls_at_legal_tokens:
+            model = model.bind_tools([RARE], tool_choice="any")
+        await asked(model, "invoke")
+        server.fault = fault
+        budget = Budget(seconds=0.6, on_exhausted=mode, name="short")
+        if mode == "degrade":
+            await asked(model.bind(s2t_budget=budget), way)
+            stopped = ledger.records()[-1].stopped_by
+            assert stopped is not None
+            assert (stopped.budget, stopped.unit, stopped.limit) == ("short", "seconds", 0.6)
+            assert ledger.records()[-1].finish_reason == "length"
+        else:
+            with pytest.raises(BudgetExceeded, match=r"'short': its 0.6 seconds are over"):
+                await asked(model.bind(s2t_budget=budget), way)
+        assert budget.state().holds == 0
+        server.fault = None
+        await asked(model, "invoke")  # its breaker is not opened by it
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_more_seconds_let_an_answer_go_on_waiting_for_its_server(server: CompletionServer, tokens: int) -> None:
+    model = chat(server)
+    whole, requests = model.invoke("Hello!").content, len(server.asked)
+    budget = Budget(seconds=0.6)
+
+    def extended(handler: servers.Handler, body: dict[str, Any]) -> None:
+        def events() -> Iterator[dict[str, Any]]:
+            for at, event in enumerate(handler.server.events(body)):
+                if at == tokens:
+                    budget.extend(seconds=600)
+                    time.sleep(1)
+                yield event
+
+        handler.stream(events())
+
+    server.fault, server.asked[:] = servers.in_turn(extended), []
+    assert model.invoke("Hello!", s2t_budget=budget).content == whole
+    assert len(server.asked) == requests
 
 
 # ------------------------------------------------------------- settings

@@ -11,7 +11,6 @@ of requests, queues, grammars or budgets. ``tests/test_backend_conformance.py`` 
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .deadline import Deadline
 from .statistics import LogitStatistics
 
 Need = Literal["candidate_scoring", "candidate_lora", "hidden_states"]
@@ -121,14 +121,14 @@ class Append:
         cache: the sequence's own; grows by T.
         length: tokens in it before.
         lora: adapter that is on at these tokens; None reads them with the base model.
-        seconds: that the caller waits at most; for a backend that waits for others itself.
+        deadline: of the generation; for a backend that waits for others itself. None has none.
     """
 
     ids: Tensor
     cache: Any
     length: int
     lora: Any | None = None
-    seconds: float = math.inf
+    deadline: Deadline | None = None
 
 
 @dataclass(frozen=True)
@@ -307,10 +307,10 @@ class Backend(Protocol):
 class BestLogits(Backend, Protocol):
     """A backend without ``Capabilities.all_logits``."""
 
-    def among(self, cache: Any, allowed: Tensor) -> Tensor:
+    def among(self, cache: Any, allowed: Tensor, deadline: Deadline | None = None) -> Tensor:
         """Logits ``[V]`` after the sequence, of ``allowed`` ``[V]`` bool tokens, where none of those known is allowed.
 
         Raises:
-            Exception: of the engine.
+            Exception: of the engine, or of the deadline.
         """
         ...

@@ -18,7 +18,7 @@ from decimal import Decimal
 from typing import NamedTuple
 
 from ..budget import Budget, Charge, Hold
-from ..errors import AnswerTimeout, BudgetExceeded, ModelServerError, StoreUnavailable
+from ..errors import AnswerTimeout, BudgetExceeded, StoreUnavailable
 from ..scheduling.admission import AdmissionTicket
 from ..types import RefusedBy, Step
 
@@ -112,8 +112,8 @@ class LocalWork:
         return min(self._next_look, self._end) - time.perf_counter()
 
     def end_s(self) -> float:
-        """See ``Deadline``: of the timeout; the budget is asked itself."""
-        return self._end - time.perf_counter()
+        """See ``Deadline``: of the timeout, and of the budget as its store had it last."""
+        return min(self._end, self._known.at) - time.perf_counter()
 
     def check(self) -> None:
         """See ``Deadline``; warns where a warning is due.
@@ -123,7 +123,7 @@ class LocalWork:
             BudgetExceeded: the budget has no time left.
             StoreUnavailable: it had none by the deadline known last, and its store cannot be reached.
         """
-        if self.end_s() <= 0:
+        if self._is_late:
             raise self._timed_out()
         if self._budget is not None:
             self._look()
@@ -204,18 +204,17 @@ class LocalWork:
     ) -> Generator[AdmissionTicket | Step, None, None]:
         """Pass the steps on, none behind one that comes after the timeout; how slowly they are read does not count."""
         late = False
-        try:
-            with closing(steps):
-                for each in steps:
-                    if late:
-                        raise self._timed_out()
-                    late = self.end_s() <= 0
-                    self._made += isinstance(each, Step)
-                    yield each
-        except ModelServerError as error:
-            if self.end_s() > 0:
-                raise
-            raise self._timed_out() from error
+        with closing(steps):
+            for each in steps:
+                if late:
+                    raise self._timed_out()
+                late = self._is_late
+                self._made += isinstance(each, Step)
+                yield each
+
+    @property
+    def _is_late(self) -> bool:
+        return self._end <= time.perf_counter()
 
     def _timed_out(self) -> AnswerTimeout:
         came = "no token came" if not self._made else f"{self._made} token{'s' * (self._made > 1)} came"

@@ -9,13 +9,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from typing import TypedDict, Unpack
 
+from ..backends.deadline import Deadline
 from ..budget import Budget
 from ..errors import ConfigError, ContextOverflow, InputError
 from ..escalation import DEFAULT_MARGIN, Escalation
 from ..grammar.grammar import Grammar
 from ..llms.question import Conversation
 from ..scheduling.admission import AdmissionQueue, AdmissionTicket, Concurrency
-from ..scheduling.deadline import Deadline
 from ..scheduling.language_model import LanguageModel
 from ..scheduling.sequence import TokenSequence
 from ..scheduling.waits import Wait, Waiting, drive_blocking

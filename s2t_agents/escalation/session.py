@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
+from ..backends.deadline import Deadline
 from ..budget import Budget, Hold
 from ..budget.quantities import charge_of, quantities_of
 from ..errors import (
@@ -22,7 +23,6 @@ from ..errors import (
 )
 from ..llms.base import LLMSelector, LLMSession, asking
 from ..llms.question import Answer, Conversation, Question, candidates_of
-from ..scheduling.deadline import Deadline
 from ..scheduling.waits import Waiting
 from ..types import Charge, EscalationRecord, EscalationReport, Outcome, RefusedBy
 from .pacing import Pace

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..backends.deadline import Deadline
 from ..budget import Budget
 from ..errors import ConfigError, UnpricedModel
 from ..llms.base import LLMSelector
 from ..llms.question import Conversation
-from ..scheduling.deadline import Deadline
 from ..types import EscalationRecord
 from .pacing import Pacing
 from .paid_groups import PaidGroups, check_appendable

@@ -19,10 +19,10 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ..backends.deadline import Deadline
 from ..call_scope import callers
 from ..errors import ConfigError, Overloaded
 from ..fork_safety import hold_while_forking, renew_in_child
-from .deadline import Deadline
 from .waits import Wait
 
 DEEPEST = 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from abc import ABC, abstractmethod
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..backends.base import Append, Output, ScoreCandidates, ScoreTree, SequenceCache, StepOutput, Work
+from ..backends.deadline import Deadline
 from .compute_time import ComputeTime
-from .deadline import Deadline
 
 
 class ForwardRequest(ABC):
@@ -117,8 +116,7 @@ class AppendRequest(ForwardRequest):
     def work(self, tokens: int) -> Append:
         """The next so many tokens."""
         read = self._length - self._start
-        seconds = math.inf if self._deadline is None else self._deadline.end_s()
-        return Append(self._ids[read : read + tokens], self.cache, self._length, self._lora, seconds)
+        return Append(self._ids[read : read + tokens], self.cache, self._length, self._lora, self._deadline)
 
     def complete(self, work: Work, output: Output) -> None:
         """So many tokens were read."""

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import SequenceCache
+from ..backends.deadline import Deadline
 from ..fork_safety import hold_while_forking, renew_in_child
-from .deadline import Deadline
 from .prefix_cache import SHORTEST, PrefixCache, common_prefix
 from .waits import Wait, Waiting
 

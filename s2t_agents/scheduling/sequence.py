@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..backends.base import BestLogits, Need, ScoreCandidates, ScoreTree, SequenceCache
+from ..backends.deadline import Deadline
 from ..backends.statistics import LogitStatistics
 from .compute_time import ComputeTime
-from .deadline import Deadline
 from .language_model import LanguageModel
 from .prefix_cache import common_prefix
 from .requests import AppendRequest, ScoreRequest, TreeRequest
@@ -134,7 +134,7 @@ class TokenSequence:
     def ensure_legal_logits(self, allowed: Tensor) -> None:
         """Request logits of ``allowed`` ``[V]`` (bool) tokens where a backend without all logits has none of them."""
         if not self.model.capabilities.all_logits and not (self.logits[allowed] > -torch.inf).any():
-            self.logits = cast(BestLogits, self.model.backend).among(self.cache, allowed)
+            self.logits = cast(BestLogits, self.model.backend).among(self.cache, allowed, self._deadline)
 
     @property
     def statistics(self) -> LogitStatistics | None:

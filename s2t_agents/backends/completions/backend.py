@@ -32,9 +32,10 @@ from ...endpoints.retries import retry_wait
 from ...endpoints.served_selection import ServerSelection, read_back
 from ...endpoints.spending import Spending
 from ...endpoints.tokenizer_check import TokenizerSample, verify_tokenizer
-from ...errors import ConfigError, EndpointBusy, EscalationFailed, ModelServerRefused, OutOfTime
+from ...errors import ConfigError, EndpointBusy, EscalationFailed, ModelServerRefused
 from ...fork_safety import FORWARD, hold_while_forking
 from ..base import Append, Capabilities, Limits, Output, SequenceCache, StepOutput, Work
+from ..deadline import Deadline
 from ..fingerprint import tokenizer_fingerprint
 from .faults import model_server_errors
 from .stream import CompletionStream, Prediction
@@ -270,10 +271,11 @@ class CompletionsBackend:
 
         Raises:
             ModelServerError: no prediction.
+            S2TError: of an item's deadline.
         """
         return [self._append(item) for item in batch]
 
-    def among(self, cache: CompletionCache, allowed: Tensor) -> Tensor:
+    def among(self, cache: CompletionCache, allowed: Tensor, deadline: Deadline | None = None) -> Tensor:
         """Logits ``[V]`` after the sequence where none of the known tokens is ``allowed`` ``[V]`` bool.
 
         A selector of the server's has no say there: none of its candidates is legal.
@@ -281,6 +283,7 @@ class CompletionsBackend:
         Raises:
             ModelServerRefused: the server does not know ``allowed_token_ids``.
             ModelServerError: no answer.
+            S2TError: of the deadline.
         """
         cache.park()
         cache.selection = None
@@ -289,12 +292,12 @@ class CompletionsBackend:
         def ask() -> Prediction | None:
             stream = self._request(cache, 1, allowed_token_ids=legal)
             try:
-                return stream.after(cache.ids, self._options.timeout_s)
+                return stream.after(cache.ids, self._options.timeout_s, deadline)
             finally:
                 stream.close()
 
         with model_server_errors(self.name), self.breaker.attempt():
-            found = self._retrying()(ask)
+            found = self._retrying(deadline)(ask)
         known = {token: value for token, value in (found.logprobs if found else {}).items() if bool(allowed[token])}
         if not known:
             raise ModelServerRefused(
@@ -311,9 +314,9 @@ class CompletionsBackend:
         cache.ids += item.ids.tolist()
         try:
             with model_server_errors(self.name), self.breaker.attempt():
-                prediction = self._next(cache, item.seconds)
+                prediction = self._next(cache, item.deadline)
                 if prediction is None:
-                    prediction = self._retrying(item.seconds)(self._anew, cache, item.seconds)
+                    prediction = self._retrying(item.deadline)(self._anew, cache, item.deadline)
         except BaseException:
             cache.park()
             raise
@@ -321,7 +324,8 @@ class CompletionsBackend:
         known = prediction.logprobs if selected is None else _as_wanted(selected)
         return StepOutput(self._logits(known), torch.empty(0))
 
-    def _retrying(self, left_s: float = math.inf) -> Retrying:
+    def _retrying(self, deadline: Deadline | None) -> Retrying:
+        left_s = math.inf if deadline is None else deadline.end_s()
         return Retrying(
             retry=retry_if_exception_type(EndpointBusy),
             stop=stop_after_attempt(self._options.attempts) | stop_before_delay(min(self._options.timeout_s, left_s)),
@@ -329,16 +333,16 @@ class CompletionsBackend:
             reraise=True,
         )
 
-    def _next(self, cache: CompletionCache, left_s: float) -> Prediction | None:
+    def _next(self, cache: CompletionCache, deadline: Deadline | None) -> Prediction | None:
         """The running stream's next prediction; None where it leads no further."""
         stream, cache.stream = cache.stream, None
-        return None if stream is None else self._of(stream, cache, left_s)
+        return None if stream is None else self._of(stream, cache, deadline)
 
-    def _anew(self, cache: CompletionCache, left_s: float) -> Prediction:
+    def _anew(self, cache: CompletionCache, deadline: Deadline | None) -> Prediction:
         """A new stream's first prediction."""
         end = min(self.context_window, cache.end or self.context_window)
         stream = self._request(cache, max(1, min(self._options.read_ahead, end - cache.length)))
-        found = self._of(stream, cache, left_s)
+        found = self._of(stream, cache, deadline)
         if found is not None:
             return found
         if len(self.eos_ids) != 1:
@@ -346,13 +350,13 @@ class CompletionsBackend:
         (end,) = self.eos_ids  # an empty completion: the end token, which this server does not show
         return Prediction(end, {end: 0.0})
 
-    def _of(self, stream: CompletionStream, cache: CompletionCache, left_s: float) -> Prediction | None:
+    def _of(self, stream: CompletionStream, cache: CompletionCache, deadline: Deadline | None) -> Prediction | None:
         """A stream's prediction after the sequence, which keeps the stream; None where it leads no further."""
         found: Prediction | None = None
         try:
-            found = stream.after(cache.ids, self._options.timeout_s, left_s)
-        except EscalationFailed as error:
-            if isinstance(error, OutOfTime) or not len(stream):
+            found = stream.after(cache.ids, self._options.timeout_s, deadline)
+        except EscalationFailed:
+            if not len(stream):
                 raise
             # it had begun well and broke off: a new one goes on from here
         finally:

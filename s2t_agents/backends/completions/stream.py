@@ -7,8 +7,8 @@ request ──> "token_id:17": -0.1, "token_id:4": -2.9, ...     one prediction 
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -20,8 +20,9 @@ from ...endpoints import event_loop
 from ...endpoints.completions import LogProb, PartialModel, checked, logprobs_by_id, token_id
 from ...endpoints.endpoint import Endpoint
 from ...endpoints.spending import Payment
-from ...errors import EndpointBusy, EndpointRefused, EscalationFailed, OutOfTime
+from ...errors import EndpointBusy, EndpointRefused, EscalationFailed
 from ...fork_safety import hold_while_forking
+from ..deadline import Deadline
 
 DATA = b"data:"
 DONE = b"[DONE]"
@@ -124,25 +125,26 @@ class CompletionStream:
         """Positions that have arrived."""
         return len(self._arrived)
 
-    def after(self, ids: Sequence[int], seconds: float, left_s: float = math.inf) -> Prediction | None:
+    def after(self, ids: Sequence[int], seconds: float, deadline: Deadline | None = None) -> Prediction | None:
         """The prediction after the sequence ``ids``, which only grows from call to call, as soon as it is there.
 
         Args:
             ids: the sequence.
             seconds: without a token after which the stream has failed.
-            left_s: seconds that the caller waits at most.
+            deadline: of the generation that waits.
 
         Returns:
             None where this stream does not lead there: the server went on otherwise, or ended the completion before.
 
         Raises:
             EscalationFailed: the stream broke off before, or no token came for so long.
-            OutOfTime: the caller waits no longer.
+            S2TError: of the deadline.
         """
-        wanted = len(ids) - self.start
-        with self._changed:
-            while True:
-                arrived = len(self._arrived)
+        wanted, arrived, until = len(ids) - self.start, -1, 0.0
+        while True:
+            with self._changed:
+                if arrived != len(self._arrived):
+                    arrived, until = len(self._arrived), time.monotonic() + seconds
                 while self._followed < min(arrived, wanted):
                     if self._arrived[self._followed].token != ids[self.start + self._followed]:
                         return None
@@ -153,10 +155,13 @@ class CompletionStream:
                     raise self._error
                 if self._over or self._written:
                     return None
-                if not self._changed.wait(min(seconds, left_s)) and len(self._arrived) == arrived and not self._over:
-                    if left_s < seconds:
-                        raise OutOfTime("the deadline has passed.")
+                patience = until - time.monotonic()
+                if patience <= 0:
                     raise EscalationFailed(f"the server sent no token within {seconds:.3g} s.")
+                left_s = patience if deadline is None else max(0.0, deadline.end_s())
+                came = self._changed.wait(min(patience, left_s))
+            if not came and deadline is not None and deadline.end_s() <= 0:
+                deadline.check()  # without the lock: it may ask a store
 
     def close(self) -> None:
         """Hang up; the server stops writing. What it has written is paid for, in this thread: a store may be slow."""

@@ -1,4 +1,5 @@
-"""The deadline of a generation: it ends in the queue and between the chunks of its prompt, too."""
+"""The deadline of a generation: it ends in the queue, between the chunks of its prompt, and while a server is waited
+for."""
 
 from __future__ import annotations
 
@@ -13,7 +14,10 @@ class Deadline(Protocol):
         ...
 
     def end_s(self) -> float:
-        """Seconds until the generation ends in any case, which no question to an LLM outlasts; infinite if never."""
+        """Seconds until the generation ends, as far as is known; infinite if never.
+
+        No question to an LLM outlasts it, and no wait for the model's own server, which ``check``s then.
+        """
         ...
 
     def check(self) -> None:
