@@ -294,7 +294,8 @@ class EndpointBusy(EscalationFailed):
 
 
 class EndpointRefused(EscalationFailed):
-    """The LLM's server refused the request; nothing was spent, and asking again will not help.
+    """The LLM's server refused the request, or there is no key to ask it with; nothing was spent, and asking again will
+    not help.
 
     Args:
         message: one line for people.

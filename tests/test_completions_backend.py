@@ -291,6 +291,17 @@ def test_a_stream_that_breaks_off_goes_on_from_where_it_was(server: CompletionSe
         assert len(server.asked) > 3
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_stream_that_stalls_has_its_time_once_and_is_not_asked_for_anew(
+    server: CompletionServer, tokens: int
+) -> None:
+    model = remote(server, timeout_s=0.4)
+    server.fault, server.asked[:] = servers.stalls_after(tokens), []
+    with pytest.raises(ModelServerError, match=r"no token within 0\.4 s"):
+        greedy(model)
+    assert len(server.asked) == 1
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -513,6 +524,20 @@ def test_more_seconds_let_an_answer_go_on_waiting_for_its_server(server: Complet
 
 
 # ------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("value", [None, ""])
+@pytest.mark.parametrize("options", [{}, {"context_window": 512}])
+def test_a_key_that_the_environment_lacks_is_named_before_anything_is_asked(
+    server: CompletionServer, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], value: str | None
+) -> None:
+    if value is None:
+        monkeypatch.delenv("S2T_NO_SUCH_KEY", raising=False)
+    else:
+        monkeypatch.setenv("S2T_NO_SUCH_KEY", value)
+    with pytest.raises(ModelServerRefused, match="the environment variable S2T_NO_SUCH_KEY holds no API key"):
+        remote(server, api_key_env="S2T_NO_SUCH_KEY", **options)
+    assert not server.seen
 
 
 def test_the_wrong_model_or_tokenizer_is_told_before_anything_is_generated(server: CompletionServer) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 from pydantic import SecretStr
 
-from ..errors import ConfigError, EndpointDown, EscalationFailed
+from ..errors import ConfigError, EndpointDown, EndpointRefused, EscalationFailed
 from .api_keys import check_key, redact, redact_in_logs
 from .connections import Connections
 from .loopback import is_loopback
@@ -118,7 +118,7 @@ class Endpoint:
         Raises:
             ConfigError: certificates or proxies of the environment that cannot be used.
             EndpointDown, EndpointBusy: no connection, or 429 and 5xx; nothing was spent.
-            EndpointRefused, QuestionRefused: any other status than 200; nothing was spent.
+            EndpointRefused, QuestionRefused: any other status than 200, or the environment has no key; nothing was spent.
             EscalationFailed: no readable response.
         """
         return await self._request("POST", url, sent, most_bytes, json=body)
@@ -210,7 +210,7 @@ class Endpoint:
         else:
             key = os.environ.get(self._key_env, "")
             if not key:
-                raise EscalationFailed(f"the environment variable {self._key_env} holds no API key.")
+                raise EndpointRefused(f"the environment variable {self._key_env} holds no API key.")
             check_key(key)
         redact_in_logs(key)
         return key

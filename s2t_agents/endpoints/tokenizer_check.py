@@ -93,7 +93,7 @@ async def verify_tokenizer(
         ModelNotFound: the server lists its models without this one.
         TokenizerMismatch: it tokenizes the sample text differently.
         EndpointDown, EndpointBusy: it could not be asked.
-        EndpointRefused: it wants another key.
+        EndpointRefused: it wants another key, or the environment has none.
     """
     found: ServedModel | None = None
     with _skip_if_missing():
@@ -124,7 +124,7 @@ def _skip_if_missing() -> Iterator[None]:
     except (EndpointDown, EndpointBusy):
         raise
     except EndpointRefused as error:
-        if error.status == UNAUTHORIZED:
+        if error.status in (None, UNAUTHORIZED):  # None: there was no key to ask it with
             raise
     except (EscalationFailed, ValidationError):
         return

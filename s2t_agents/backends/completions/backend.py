@@ -356,7 +356,7 @@ class CompletionsBackend:
         try:
             found = stream.after(cache.ids, self._options.timeout_s, deadline)
         except EscalationFailed:
-            if not len(stream):
+            if not (stream.over and len(stream)):
                 raise
             # it had begun well and broke off: a new one goes on from here
         finally:

@@ -125,6 +125,11 @@ class CompletionStream:
         """Positions that have arrived."""
         return len(self._arrived)
 
+    @property
+    def over(self) -> bool:
+        """Whether it ended or broke off, so that nothing more arrives."""
+        return self._over
+
     def after(self, ids: Sequence[int], seconds: float, deadline: Deadline | None = None) -> Prediction | None:
         """The prediction after the sequence ``ids``, which only grows from call to call, as soon as it is there.
 
