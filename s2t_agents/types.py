@@ -177,7 +177,8 @@ class Step:
         candidates: the K candidates, the SLM's best first; empty if they were not re-ranked.
         escalation: set if the selection was to be escalated to the LLM.
         timings: seconds by part.
-        reused_tokens: prompt tokens whose KV came from the prefix cache; set on the first step, 0 later.
+        reused_tokens: prompt tokens whose KV came from the prefix cache; set on the first step, 0 later; None where the
+            model is on a server, whose own cache it is.
         shadow: what would have been picked instead, at triggered steps in shadow mode.
         logprobs: the SLM's log-probabilities over the legal tokens, as (token id, log-probability): the chosen token,
             then the likeliest, or ``Sampling.logprob_ids``; empty where ``Sampling`` does not ask for them and where
@@ -194,7 +195,7 @@ class Step:
     candidates: tuple[Candidate, ...] = ()
     escalation: EscalationReport | None = None
     timings: Timings = field(default_factory=Timings)
-    reused_tokens: int = 0
+    reused_tokens: int | None = 0
     logprobs: tuple[tuple[int, float], ...] = ()
     shadow: ShadowPick | None = None
 

@@ -216,6 +216,18 @@ async def test_async_streaming_gives_the_same_text(far: ChatS2T) -> None:
     assert text == far.invoke("What is 12 + 30?").content
 
 
+@pytest.mark.parametrize("way", ["invoke", "stream", "ainvoke"])
+async def test_what_the_servers_cache_had_is_not_said(far: ChatS2T, way: str) -> None:
+    for _ in range(2):
+        if way == "stream":
+            _, *rest = far.stream("Hello!")
+            [answer] = [chunk for chunk in rest if chunk.usage_metadata]
+        else:
+            answer = far.invoke("Hello!") if way == "invoke" else await far.ainvoke("Hello!")
+        assert answer.response_metadata["s2t"]["reused_tokens"] is None
+        assert "input_token_details" not in answer.usage_metadata
+
+
 # ------------------------------------------------------------- who leaves, and faults
 
 
@@ -292,9 +304,7 @@ def test_a_stream_that_breaks_off_goes_on_from_where_it_was(server: CompletionSe
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_a_stream_that_stalls_has_its_time_once_and_is_not_asked_for_anew(
-    server: CompletionServer, tokens: int
-) -> None:
+def test_a_stream_that_stalls_has_its_time_once(server: CompletionServer, tokens: int) -> None:
     model = remote(server, timeout_s=0.4)
     server.fault, server.asked[:] = servers.stalls_after(tokens), []
     with pytest.raises(ModelServerError, match=r"no token within 0\.4 s"):

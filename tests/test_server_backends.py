@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from server_support import STOCK_TOOL, serving_chat
+from servers import CompletionServer
 
 from s2t_agents import ChatS2T
 
@@ -52,6 +54,32 @@ def test_a_gguf_file_is_served(tmp_path: Path) -> None:
     with serving_chat(model) as url:
         [listed] = httpx.get(f"{url}/models").json()["data"]
         assert listed["id"] == "tiny.gguf"
+
+
+@pytest.fixture
+def front(server: CompletionServer) -> Iterator[str]:
+    """``s2t serve`` over a model that is itself on a server."""
+    address = f"vllm://127.0.0.1:{server.server_port}/{server.model.name}"
+    with serving_chat(ChatS2T(model=address, model_kwargs={"tokenizer": server.model.tokenizer}), names=["it"]) as url:
+        yield url
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": [10, 20, 30]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "hello"}]}),
+    ],
+)
+def test_what_another_servers_cache_had_is_not_said(front: str, path: str, body: dict[str, Any], stream: bool) -> None:
+    asked = {"model": "it", "max_tokens": 3, **body}
+    if stream:
+        asked |= {"stream": True, "stream_options": {"include_usage": True}}
+    for _ in range(2):
+        text = httpx.post(f"{front}/{path}", json=asked, timeout=60).text
+        assert '"prompt_tokens":' in text
+        assert "cached_tokens" not in text
 
 
 @pytest.mark.real

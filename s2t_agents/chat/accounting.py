@@ -119,9 +119,9 @@ class Account:
         return [*_reports(self.steps), *([last.report] if last else [])]
 
     @property
-    def reused_tokens(self) -> int:
-        """Prompt tokens whose KV came from the prefix cache."""
-        return sum(step.reused_tokens for step in self.steps)
+    def reused_tokens(self) -> int | None:
+        """Prompt tokens whose KV came from the prefix cache; None where that is a server's, which does not say."""
+        return self.steps[0].reused_tokens if self.steps else 0
 
     @property
     def replayed_tokens(self) -> int:

@@ -68,8 +68,9 @@ def _usage(generation: Generation) -> UsageMetadata:
         input_tokens=input_tokens,
         output_tokens=output_tokens,
         total_tokens=input_tokens + output_tokens,
-        input_token_details={"cache_read": generation.account.reused_tokens},
     )
+    if (reused := generation.account.reused_tokens) is not None:
+        usage["input_token_details"] = {"cache_read": reused}
     if generation.thoughts is not None:
         usage["output_token_details"] = {"reasoning": generation.account.thought_tokens}
     return usage

@@ -118,7 +118,7 @@ class Endpoint:
         Raises:
             ConfigError: certificates or proxies of the environment that cannot be used.
             EndpointDown, EndpointBusy: no connection, or 429 and 5xx; nothing was spent.
-            EndpointRefused, QuestionRefused: any other status than 200, or the environment has no key; nothing was spent.
+            EndpointRefused, QuestionRefused: any other status than 200, or no key; nothing was spent.
             EscalationFailed: no readable response.
         """
         return await self._request("POST", url, sent, most_bytes, json=body)

@@ -110,7 +110,7 @@ class DecodeLoop:
         self._reranks = self.selector is not None or self.escalation is not None
         self._ends = frozenset[int]() if self.sampling.ignore_eos else self._slm.eos_ids
         self._kept = deque(self.begun)  # come next without a choice, while they are legal
-        self._reused = len(self.prefix)
+        self._reused = None if self._slm.capabilities.concurrent_forwards else len(self.prefix)
         self._index = 0
 
     def steps(self, unread: Sequence[int]) -> Generator[Wait | Step, None, None]:
@@ -248,7 +248,7 @@ class DecodeLoop:
         return selection.question.candidates[at]
 
     def _counted(self, step: Step) -> Step:
-        """The step, counted; the first tells what was before it, and how much of the prompt was cached."""
+        """The step, counted; the first tells what was before it, and how much of the prompt was cached, if here."""
         if self.counts is not None:
             self.counts.add(step)
         if step.index:

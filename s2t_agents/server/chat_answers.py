@@ -26,9 +26,14 @@ def usage_of(usage: UsageMetadata | None) -> dict[str, Any] | None:
         "prompt_tokens": usage["input_tokens"],
         "completion_tokens": usage["output_tokens"],
         "total_tokens": usage["total_tokens"],
-        "prompt_tokens_details": {"cached_tokens": usage.get("input_token_details", {}).get("cache_read", 0)},
+        **cached_tokens_entry(usage.get("input_token_details", {}).get("cache_read")),
         "completion_tokens_details": {"reasoning_tokens": reasoning},
     }
+
+
+def cached_tokens_entry(cached: int | None) -> dict[str, Any]:
+    """OpenAI's entry of a usage for prompt tokens from a cache; none where they are not known."""
+    return {} if cached is None else {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def chat_completion(message: AIMessage, *, answer_id: str, model: str) -> dict[str, Any]:

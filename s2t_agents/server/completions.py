@@ -30,7 +30,7 @@ from ..formats.tool_calls import PlainTextParser
 from ..grammar.allowed_tokens import AllowedTokens
 from ..scheduling.admission import AdmissionTicket
 from ..types import MAX_LOGPROBS, Sampling
-from .chat_answers import DONE
+from .chat_answers import DONE, cached_tokens_entry
 from .error_responses import event_of
 from .parameters import Parameters, SamplingParameters, parse
 from .tenants import Tenant
@@ -136,7 +136,7 @@ class Completion:
             "prompt_tokens": account.prompt_tokens,
             "completion_tokens": made,
             "total_tokens": account.prompt_tokens + made,
-            "prompt_tokens_details": {"cached_tokens": account.reused_tokens},
+            **cached_tokens_entry(account.reused_tokens),
         }
 
     def _pieces(self) -> ThreadedIterator[tuple[str, list[dict[str, Any]]]]:

@@ -161,7 +161,7 @@ class AnswerTelemetry:
         self,
         record: Callable[[], GenerationRecord],
         *,
-        reused_tokens: int,
+        reused_tokens: int | None,
         budget: str | None,
         error: BaseException | None,
         output: Callable[[], list[dict[str, Any]]],
@@ -170,7 +170,7 @@ class AnswerTelemetry:
 
         Args:
             record: the ledger's record of it.
-            reused_tokens: of the prompt, from the prefix cache.
+            reused_tokens: of the prompt, from the prefix cache; None where that is not known.
             budget: path of its budget; None had none.
             error: what ended it.
             output: the answer as ``gen_ai.output.messages``; called only where content is recorded.
@@ -186,7 +186,7 @@ class AnswerTelemetry:
             self._span.end()
 
     def _describe(
-        self, record: GenerationRecord, reused_tokens: int, budget: str | None, error: BaseException | None
+        self, record: GenerationRecord, reused_tokens: int | None, budget: str | None, error: BaseException | None
     ) -> None:
         from opentelemetry.trace import Status, StatusCode
 
