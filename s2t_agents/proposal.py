@@ -64,6 +64,15 @@ class Proposal:
         """``[V]`` log-probabilities over the legal tokens."""
         return self.logits.log_softmax(0)
 
+    @property
+    def reported_log_probs(self) -> Tensor:
+        """``[V]`` log-probabilities as an answer tells them: over the legal tokens; where a server names its best alone
+        and all of them are legal, its own, which are over all tokens.
+        """
+        known = self.prefix.logits
+        of_all = not self.prefix.model.capabilities.all_logits and torch.equal(self.logits, known)
+        return known if of_all else self.log_probs
+
     @cached_property
     def candidate_log_probs(self) -> Tensor:
         """``[K]``: log p_SLM of the candidates."""

@@ -1,6 +1,7 @@
 """A model on a server: the answers of the same model in this process, token for token, over a real HTTP server."""
 
 import asyncio
+import math
 import pickle
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from s2t_agents.errors import (
     ModelServerRefused,
     TokenizerMismatch,
 )
+from s2t_agents.grammar.allowed_tokens import AllowedTokens
 from s2t_agents.proposal import Proposal
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.scheduling.waits import finish
@@ -214,6 +216,37 @@ def test_eight_at_once_each_get_their_own_answer(server: CompletionServer) -> No
 async def test_async_streaming_gives_the_same_text(far: ChatS2T) -> None:
     text = "".join([str(chunk.content) async for chunk in far.astream("What is 12 + 30?")])
     assert text == far.invoke("What is 12 + 30?").content
+
+
+def of_the_model(server: CompletionServer, steps: list[Step]) -> list[float]:
+    """The model's own log-probabilities of what the steps tell."""
+    found: list[float] = []
+    for at, step in enumerate(steps):
+        sequence = TokenSequence(server.model)
+        sequence.append(PROMPT + ids(steps[:at]))
+        found += sequence.logits.log_softmax(0)[[token for token, _ in step.logprobs]].tolist()
+    return found
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("count", [0, 3, 20])
+def test_log_probabilities_are_the_servers_own(server: CompletionServer, count: int, temperature: float) -> None:
+    sampling = Sampling(max_tokens=8, logprobs=count, temperature=temperature, seed=2)
+    steps = list(Engine(remote(server), trigger=never()).steps(PROMPT, sampling))
+    assert [value for step in steps for _, value in step.logprobs] == pytest.approx(
+        of_the_model(server, steps), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("legal", [[7, 9], list(range(100, 200))])
+def test_log_probabilities_under_a_grammar_are_over_its_legal_tokens(
+    server: CompletionServer, legal: list[int]
+) -> None:
+    model = remote(server)
+    sampling = Sampling(max_tokens=3, logprobs=20)
+    steps = list(Engine(model).steps(PROMPT, sampling, grammar=AllowedTokens(legal, model.vocab_size)))
+    for step in steps:
+        assert sum(math.exp(value) for _, value in step.logprobs[1:]) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("way", ["invoke", "stream", "ainvoke"])

@@ -82,6 +82,18 @@ def test_what_another_servers_cache_had_is_not_said(front: str, path: str, body:
         assert "cached_tokens" not in text
 
 
+@pytest.mark.parametrize("given", [[5], [5, 100, 260]])
+def test_log_probabilities_of_tokens_that_the_other_server_may_not_name_are_refused(
+    front: str, server: CompletionServer, given: list[int]
+) -> None:
+    asked = len(server.asked)
+    body = {"model": "it", "prompt": [10, 20, 30], "max_tokens": 1, "logprobs": 2, "logprob_token_ids": given}
+    refused = httpx.post(f"{front}/completions", json=body, timeout=60)
+    assert refused.status_code == 400
+    assert "logprob_token_ids cannot be told" in refused.json()["error"]["message"]
+    assert len(server.asked) == asked
+
+
 @pytest.mark.real
 def test_real_weights_answer_call_and_fill_in_a_form(smollm2: Path) -> None:
     with serving_chat(ChatS2T(model=smollm2, max_tokens=48), names=["it"]) as url:

@@ -305,10 +305,11 @@ class Backend(Protocol):
 
 
 class BestLogits(Backend, Protocol):
-    """A backend without ``Capabilities.all_logits``."""
+    """A backend without ``Capabilities.all_logits``: its logits are log-probabilities."""
 
     def among(self, cache: Any, allowed: Tensor, deadline: Deadline | None = None) -> Tensor:
-        """Logits ``[V]`` after the sequence, of ``allowed`` ``[V]`` bool tokens, where none of those known is allowed.
+        """Logits ``[V]`` after the sequence, of ``allowed`` ``[V]`` bool tokens, where none of those known is allowed:
+        log-probabilities over those that are named.
 
         Raises:
             Exception: of the engine, or of the deadline.

@@ -292,7 +292,7 @@ def logprobs_of(proposal: Proposal, token: int, sampling: Sampling) -> tuple[tup
     """A step's ``logprobs``: of a token, then of those that are asked for, as far as they are legal."""
     if sampling.logprobs is None:
         return ()
-    scores = proposal.log_probs
+    scores = proposal.reported_log_probs
     if sampling.logprob_ids:
         ids = torch.tensor(sampling.logprob_ids, device=scores.device)
     else:

@@ -24,7 +24,7 @@ from ..chat.generation import Generation, GenerationRequest
 from ..chat.local_work import LocalWork
 from ..chat.logprobs import LogprobsReader
 from ..chat.telemetry_messages import input_messages
-from ..endpoints.completions import ID_PREFIX
+from ..endpoints.completions import ID_PREFIX, TOP_LOGPROBS
 from ..errors import BadRequest
 from ..formats.tool_calls import PlainTextParser
 from ..grammar.allowed_tokens import AllowedTokens
@@ -163,7 +163,7 @@ class Completion:
             seed=model.seed if asked.seed is None else asked.seed,
             max_tokens=min(asked.max_tokens or DEFAULT_TOKENS, fitting),
             logprobs=asked.logprobs,
-            logprob_ids=self._known(asked.logprob_token_ids or (), "logprob_token_ids"),
+            logprob_ids=self._logprob_ids(),
             ignore_eos=asked.ignore_eos,
         )
         request = GenerationRequest(
@@ -205,6 +205,16 @@ class Completion:
             if not 0 <= token < size:
                 raise BadRequest(f"{name} holds the id {token}; the vocabulary has {size} tokens.", param=name)
         return list(ids)
+
+    def _logprob_ids(self) -> list[int]:
+        given = self._request.logprob_token_ids or ()
+        if given and not self._chat_model.engine.slm.capabilities.all_logits:
+            raise BadRequest(
+                f"logprob_token_ids cannot be told: the model is on a server, which names its best {TOP_LOGPROBS}.",
+                param="logprob_token_ids",
+                hint="Leave it out: logprobs gives the likeliest.",
+            )
+        return self._known(given, "logprob_token_ids")
 
     def _allowed(self) -> AllowedTokens | None:
         """The tokens that may come; None for all."""

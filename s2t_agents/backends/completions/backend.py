@@ -304,7 +304,7 @@ class CompletionsBackend:
                 f"none of the server's best {TOP_LOGPROBS} tokens is legal here; it knows no allowed_token_ids.",
                 hint="Serve the model with vLLM.",
             )
-        return self._logits(known)
+        return self._logits(known).log_softmax(0)
 
     def _append(self, item: Work) -> StepOutput:
         if not isinstance(item, Append):
@@ -321,8 +321,11 @@ class CompletionsBackend:
             cache.park()
             raise
         cache.selection = selected = read_back(prediction.logprobs)
-        known = prediction.logprobs if selected is None else _as_wanted(selected)
-        return StepOutput(self._logits(known), torch.empty(0))
+        if selected is None:
+            logits = self._logits(prediction.logprobs)
+        else:
+            logits = self._logits(_as_wanted(selected)).log_softmax(0)
+        return StepOutput(logits, torch.empty(0))
 
     def _retrying(self, deadline: Deadline | None) -> Retrying:
         left_s = math.inf if deadline is None else deadline.end_s()
