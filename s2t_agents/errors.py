@@ -246,7 +246,17 @@ class ModelServerError(S2TError):
 
 
 class ModelServerDown(ModelServerError, ModelConnectionError):
-    """The model's server cannot be reached, or failed just before and is left alone for a while."""
+    """The model's server cannot be reached, or failed just before and is left alone for a while.
+
+    Args:
+        message: one line for people.
+        wait_s: seconds for which it is left alone; None where that is not known.
+        hint: the way out.
+    """
+
+    def __init__(self, message: str, *, wait_s: float | None = None, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.wait_s = wait_s
 
 
 class ModelServerBusy(ModelServerError, ModelRateLimitError):
@@ -276,7 +286,16 @@ class EscalationFailed(S2TError):
 
 
 class EndpointDown(EscalationFailed):
-    """The LLM's server cannot be reached; nothing was spent."""
+    """The LLM's server cannot be reached; nothing was spent.
+
+    Args:
+        message: one line for people.
+        wait_s: seconds for which it is left alone; None where that is not known.
+    """
+
+    def __init__(self, message: str, *, wait_s: float | None = None) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
 
 
 class EndpointBusy(EscalationFailed):

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import servers
 from server_support import STOCK_TOOL, serving_chat
 from servers import CompletionServer
 
@@ -92,6 +93,45 @@ def test_log_probabilities_of_tokens_that_the_other_server_may_not_name_are_refu
     assert refused.status_code == 400
     assert "logprob_token_ids cannot be told" in refused.json()["error"]["message"]
     assert len(server.asked) == asked
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+@pytest.mark.parametrize(
+    ("fault", "status", "least_s"),
+    [
+        (servers.status(503, Retry_After="7200"), 503, 3600),
+        (servers.status(429, Retry_After="0"), 503, 1),
+        (servers.hangs_up, 502, 1),
+        (None, 502, 25),
+    ],
+    ids=["busy for long", "busy", "broken", "down"],
+)
+def test_who_asks_again_is_told_when_and_the_log_has_one_line(
+    front: str,
+    server: CompletionServer,
+    caplog: pytest.LogCaptureFixture,
+    fault: servers.Fault | None,
+    status: int,
+    least_s: int,
+    path: str,
+) -> None:
+    said = {"messages": [{"role": "user", "content": "hello"}]} if path != "completions" else {"prompt": "hello"}
+    body = {"model": "it", "max_tokens": 2, **said}
+    assert httpx.post(f"{front}/{path}", json=body, timeout=60).status_code == 200
+    server.fault = fault or servers.hangs_up
+    if fault is None:
+        server.shutdown()
+        server.server_close()
+        for _ in range(3):  # over connections that were open
+            httpx.post(f"{front}/{path}", json=body, timeout=60)
+    caplog.clear()
+    for _ in range(2):
+        refused = httpx.post(f"{front}/{path}", json=body, timeout=60)
+        assert refused.status_code in (status, 502)  # after the first it may be left alone
+        assert int(refused.headers["retry-after"]) >= least_s
+    logged = [record for record in caplog.records if record.name.startswith("s2t_agents.server")]
+    assert len(logged) == 2
+    assert not any(record.exc_info for record in logged)
 
 
 @pytest.mark.real

@@ -98,7 +98,7 @@ class CircuitBreaker:
             return
         wait = self._opens_at - self._clock()
         if wait > 0:
-            raise EndpointDown(f"its endpoint failed before and is left alone for another {wait:.3g} s.")
+            raise EndpointDown(f"its endpoint failed before and is left alone for another {wait:.3g} s.", wait_s=wait)
         if self._probing:
             raise EndpointDown("its endpoint failed before and is being tried by another question.")
 
@@ -109,3 +109,5 @@ class CircuitBreaker:
             self._opens_at = self._asked_until = max(self._asked_until, now + retry_after_s)
         elif isinstance(error, EndpointDown) or is_probe or self._failures_in_row >= self._max_failures:
             self._opens_at = max(self._asked_until, now + self._cooldown)
+        if isinstance(error, EndpointDown) and self._opens_at is not None:
+            error.wait_s = self._opens_at - now

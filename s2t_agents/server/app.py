@@ -31,7 +31,7 @@ from ..errors import ConfigError, UnknownModel
 from .chat_answers import chat_completion, chat_events
 from .chat_requests import chat_request
 from .completions import Completion, TokenizeRequest, completion_request
-from .error_responses import CLOSING, CLOSING_TEXT, body_of, error_body, shape_of
+from .error_responses import CLOSING, CLOSING_TEXT, body_of, error_body, headers_of, shape_of
 from .exchange import EventStream, log_error, while_connected
 from .live_trace import LiveTrace
 from .parameters import parse
@@ -241,8 +241,7 @@ class ErrorsAsJson:
             log_error(failed, request_id)
             if begun:
                 return
-            shape = shape_of(failed)
-            response = JSONResponse(error_body(failed, request_id), shape.status, headers=dict(shape.headers))
+            response = JSONResponse(error_body(failed, request_id), shape_of(failed).status, headers=headers_of(failed))
         await response(scope, receive, send_with_id)
 
 

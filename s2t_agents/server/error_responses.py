@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -85,6 +86,14 @@ SHAPES: Mapping[type[Exception], ErrorShape] = {
 def shape_of(error: BaseException) -> ErrorShape:
     """How an error is told."""
     return next((SHAPES[kind] for kind in type(error).__mro__ if kind in SHAPES), INTERNAL)
+
+
+def headers_of(error: BaseException) -> dict[str, str]:
+    """Headers of an error's response; where the error knows how long to wait, Retry-After says so, in whole seconds."""
+    headers, wait_s = dict(shape_of(error).headers), getattr(error, "wait_s", None)
+    if "Retry-After" in headers and wait_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
+    return headers
 
 
 def error_body(error: BaseException, request_id: str) -> dict[str, Any]:

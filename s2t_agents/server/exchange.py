@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ..redaction import one_line
-from .error_responses import CLOSING, CLOSING_TEXT, body_of, error_body, event_of, shape_of
+from .error_responses import CLOSING, CLOSING_TEXT, INTERNAL, body_of, error_body, event_of, shape_of
 
 T = TypeVar("T")
 
@@ -127,7 +127,8 @@ async def _within(seconds: float, sending: Awaitable[None]) -> None:
 
 def log_error(error: BaseException, request_id: str) -> None:
     """Log what the client does not see: unexpected errors with their place, ours in a line."""
-    if shape_of(error).shown:
+    shape = shape_of(error)
+    if shape.shown:
         _log.debug("request %s: %s", request_id, one_line(str(error)))
     else:
-        _log.error("request %s: %s", request_id, one_line(str(error)), exc_info=error)
+        _log.error("request %s: %s", request_id, one_line(str(error)), exc_info=error if shape is INTERNAL else None)

@@ -36,8 +36,8 @@ def model_server_errors(name: str) -> Iterator[None]:
 def _told(name: str, error: EscalationFailed) -> ModelServerError:
     message = f"{name}: {error}"
     match error:
-        case EndpointDown():
-            return ModelServerDown(message, hint="Is the server running, at this address?")
+        case EndpointDown(wait_s=wait_s):
+            return ModelServerDown(message, wait_s=wait_s, hint="Is the server running, at this address?")
         case EndpointBusy(wait_s=wait_s):
             return ModelServerBusy(message, wait_s=wait_s, hint="Ask again later, or raise attempts.")
         case EndpointRefused():
