@@ -48,6 +48,18 @@ WEATHER: dict[str, Any] = {
         "required": ["thing", "count"],
     },
 }
+NOTE: dict[str, Any] = {
+    "name": "note",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "text": {"type": "string"},
+            "count": {"type": "integer"},
+            "tags": {"type": "array", "items": {"type": "string"}},
+        },
+        "required": ["text", "count", "tags"],
+    },
+}
 RARE: dict[str, Any] = {
     "name": "pick",
     "parameters": {
@@ -169,6 +181,21 @@ def test_where_no_known_token_is_legal_the_legal_ones_are_asked_for() -> None:
         far, here = (each.bind_tools([RARE], tool_choice="any") for each in (chat(server), near(server)))
         assert calls(far.invoke("3 apples")) == calls(here.invoke("3 apples"))
         assert any("allowed_token_ids" in body for body in server.asked)
+
+
+@pytest.mark.parametrize("max_tokens", [34, 42, 54])
+@pytest.mark.parametrize("tool", [WEATHER, NOTE], ids=["short text", "text, number, list"])
+def test_near_the_token_limit_the_likeliest_legal_tokens_are_asked_for_first(
+    demo: CompletionServer, tool: dict[str, Any], max_tokens: int
+) -> None:
+    far, here = (each.bind_tools([tool], tool_choice="any") for each in (chat(demo), near(demo)))
+    demo.fault = lambda handler, body: handler.complete({**body, "logprobs": 1})  # mostly, its best is not legal
+    try:
+        for question in ("3 apples", "Look it up", "Tell me"):
+            answers = [each.invoke(question, max_tokens=max_tokens) for each in (far, here)]
+            assert calls(answers[0]) == calls(answers[1]) != []
+    finally:
+        demo.fault = None
 
 
 def test_the_llm_picks_as_it_does_here_and_the_stream_goes_on_from_its_pick(server: CompletionServer) -> None:

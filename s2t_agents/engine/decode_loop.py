@@ -166,6 +166,8 @@ class DecodeLoop:
         if not reads_all and self._slm.capabilities.all_logits and (token := self._best()) not in banned:
             timer.lap("grammar")
             return token, None
+        if grammar and not self._slm.capabilities.all_logits and (legal := grammar.legal()) is not None:
+            prefix.ensure_legal_logits(legal)  # first: near its limit the grammar tries the likeliest
         allowed = grammar.allowed(prefix.logits) if grammar else self._slm.with_text
         if allowed is not None:
             prefix.ensure_legal_logits(allowed)

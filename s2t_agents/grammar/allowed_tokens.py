@@ -30,6 +30,10 @@ class AllowedTokens:
         """Token mask ``[V]`` (bool, CPU): the set."""
         return self._mask
 
+    def legal(self) -> Tensor:
+        """The same."""
+        return self._mask
+
     def best(self, logits: Tensor, likeliest: int | None = None) -> int:
         """The most likely token of the set, by logits ``[V]``."""
         return argmax(logits.masked_fill(~self._mask.to(logits.device), -torch.inf))

@@ -52,6 +52,9 @@ class Grammar(Protocol):
     def allowed(self, logits: Tensor | None = None) -> Tensor | None:
         """Token mask ``[V]`` (bool, CPU) of the next token; None permits all."""
 
+    def legal(self) -> Tensor | None:
+        """``allowed`` without a token limit, of which ``allowed`` tries those whose logits are known."""
+
     def best(self, logits: Tensor, likeliest: int | None = None) -> int:
         """The most likely token that ``allowed(logits)`` permits, the first of equally likely ones.
 
@@ -312,6 +315,10 @@ class GrammarState:
             mask = self._mask_that_can_finish(mask, logits)
         return torch.from_numpy(mask)
 
+    def legal(self) -> Tensor:
+        """Token mask ``[V]`` (bool, CPU) of the grammar alone, without the limit."""
+        return torch.from_numpy(self._legal())
+
     def _is_legal(self, token: int) -> bool:
         """Whether the mask would permit one token, without computing it."""
         if token in self._vocabulary.eos_ids:  # llguidance validates them as the end alone, even if they have a text
@@ -339,7 +346,10 @@ class GrammarState:
         return allowed
 
     def _most_likely(self, mask: Mask, logits: Tensor | None) -> Iterator[int]:
-        """The legal tokens that are tried near the limit, the most likely first; in order of ids without logits."""
+        """The legal tokens that are tried near the limit, the most likely first; in order of ids without logits.
+
+        Of those at -inf, which a server did not name, at most one.
+        """
         legal = np.flatnonzero(mask)
         if logits is None:
             yield from map(int, legal[:MAX_TRIED_WITHOUT_LOGITS])
@@ -347,7 +357,8 @@ class GrammarState:
         likely = logits.detach()[torch.from_numpy(legal).to(logits.device)].float().cpu()
         best = int(legal[argmax(likely)])
         yield best  # mostly enough
-        values, indices = likely.topk(min(MAX_TRIED, len(legal)))
+        known = int((likely > -torch.inf).sum())
+        values, indices = likely.topk(min(MAX_TRIED, known))
         found = legal[indices.numpy()]
         order = np.lexsort((found, -values.numpy()))  # topk leaves the order of ties open
         yield from (int(token) for token in found[order] if token != best)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+from collections.abc import Callable
 from functools import cached_property
 from typing import Literal, Self
 from weakref import WeakKeyDictionary, proxy
@@ -237,10 +238,13 @@ class ThinkThenAnswer:
             if logits is not None and self._ends_thought(argmax(logits)):
                 return self._mask_of(self._rest_of_closing(self._tag_bytes_matched)[:1])
             return mask
-        if self._phase == "undecided":
-            return self._mask_undecided(logits)
-        mask = self._started_answer().allowed(logits)
-        return mask | self._thinking.whitespace if self._gap_is_open else mask
+        return self._mask_with(lambda answer: answer.allowed(logits))
+
+    def legal(self) -> Tensor:
+        """Token mask ``[V]`` (bool, CPU), the answer's without the token limit."""
+        if self._dictated_tokens or self._phase == "thought":
+            return self.allowed()
+        return self._mask_with(GrammarState.legal)
 
     def best(self, logits: Tensor, likeliest: int | None = None) -> int:
         """The most likely token that ``allowed(logits)`` permits, the first of equally likely ones.
@@ -423,10 +427,16 @@ class ThinkThenAnswer:
         """The answer's state if the answer may begin without a tag; else None."""
         return None if self._format.bare is not None or self._tag_prefix or self._tag_only else self._started_answer()
 
-    def _mask_undecided(self, logits: Tensor | None) -> Tensor:
-        inner = self._untagged_answer()
-        mask = inner.allowed(logits).clone() if inner is not None else self._mask_of([])
-        mask[list(self._opening_tokens())] = True
+    def _mask_with(self, of: Callable[[GrammarState], Tensor]) -> Tensor:
+        """The mask outside a thought, given how the answer's is told."""
+        if self._phase == "undecided":
+            inner = self._untagged_answer()
+            mask = of(inner).clone() if inner is not None else self._mask_of([])
+            mask[list(self._opening_tokens())] = True
+        else:
+            mask = of(self._started_answer())
+            if self._gap_is_open:
+                mask = mask | self._thinking.whitespace
         return mask
 
     def _started_answer(self) -> GrammarState:
