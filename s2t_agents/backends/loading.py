@@ -156,7 +156,8 @@ def _of_a_server(address: str, options: Mapping[str, Any]) -> dict[str, Any]:
     except ModelNotFound as error:
         raise ModelNotFound(
             f"the tokenizer of {address!r} is not to be had: {error}",
-            hint='Say where it is: model_kwargs={"tokenizer": "directory or hub id"}.',
+            hint='Say where it is: model_kwargs={"tokenizer": "directory or hub id"}; for a command line, serve '
+            "the model under that name (--served-model-name).",
         ) from error
     if _gguf(path, source) is None:
         listed = ends_listed(path, **source)
