@@ -38,7 +38,7 @@ def run(model: LanguageModel, *, system: int = 128, new: int = 40, turns: int = 
             steps = Engine(model).steps(prompt, Sampling(max_tokens=8))
             started = time.perf_counter()
             first = next(steps)
-            took, reused = time.perf_counter() - started, first.reused_tokens
+            took, reused = time.perf_counter() - started, first.reused_tokens or 0
             before = len(prompt)
             prompt = [*prompt, first.token_id, *(step.token_id for step in steps)]
         kept.append(took)
