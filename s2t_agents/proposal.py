@@ -66,8 +66,9 @@ class Proposal:
 
     @property
     def reported_log_probs(self) -> Tensor:
-        """``[V]`` log-probabilities as an answer tells them: over the legal tokens; where a server names its best alone
-        and all of them are legal, its own, which are over all tokens.
+        """``[V]`` log-probabilities that the caller gets: normalised over the legal tokens.
+
+        Where only a server's best tokens are known, and all of them are legal: the server's, over the whole vocabulary.
         """
         known = self.prefix.logits
         of_all = not self.prefix.model.capabilities.all_logits and torch.equal(self.logits, known)

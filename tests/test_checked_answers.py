@@ -344,7 +344,9 @@ def test_a_reference_that_leads_out_of_a_servers_tool_or_nowhere_is_named_as_not
 def test_a_property_may_be_called_like_a_reference() -> None:
     asked = {"type": "object", "properties": {"$ref": {"type": "string"}}}
     served = StructuredTool(name="served", description="d", args_schema=asked, func=lambda **_: 1)
-    chat().bind_tools([served])
+    bound: Any = chat().bind_tools([served])
+    assert bound.kwargs["tools"][0]["function"]["parameters"]["properties"] == asked["properties"]
+    assert not ResponseOptions.of(bound.kwargs).schemas.relaxed
 
 
 def test_a_call_of_a_servers_tool_fits_its_schema_below_the_first_level() -> None:

@@ -57,14 +57,20 @@ def test_buffers_in_use_never_share_memory_whoever_drops_and_takes_them() -> Non
         assert all(pool.map(fill, range(8)))
 
 
-def test_only_a_few_sizes_are_kept_and_those_asked_for_last() -> None:
-    like = torch.zeros(1, 1, 1, 64)
-    first = room(like, 1000).data_ptr()  # dropped at once, and free for the next of its size
-    assert room(like, 1000).data_ptr() == first
-    for capacity in range(2000, 2000 + SIZES):
+def test_only_a_few_sizes_are_kept_and_those_asked_for_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    like, made, mapped = torch.zeros(1, 1, 1, 64), [], kv_memory.mmap.mmap
+    monkeypatch.setattr(kv_memory.mmap, "mmap", lambda *words, **named: made.append(words) or mapped(*words, **named))
+
+    def mappings(capacity: int) -> int:
+        """How many are made for a buffer that is dropped at once."""
+        made.clear()
         room(like, capacity)
-    assert [room(like, capacity).shape[-2] for capacity in range(2000, 2000 + SIZES)] == [*range(2000, 2000 + SIZES)]
-    assert set(kv_memory._recent) == {256 * capacity for capacity in range(2000, 2000 + SIZES)}
+        return len(made)
+
+    assert [mappings(1000), mappings(1000)] == [1, 0]
+    assert [mappings(2000 + at) for at in range(SIZES)] == [1] * SIZES
+    assert [mappings(2000 + at) for at in range(SIZES)] == [0] * SIZES
+    assert mappings(1000) == 1
 
 
 INTERRUPTED = """

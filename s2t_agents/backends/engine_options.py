@@ -1,4 +1,4 @@
-"""Which engine takes which option of a model: what another engine's option is refused with."""
+"""Options of a model (``model_kwargs``) by the engine that takes them, and the error for one that it does not know."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Grammar(Protocol):
         """Token mask ``[V]`` (bool, CPU) of the next token; None permits all."""
 
     def legal(self) -> Tensor | None:
-        """``allowed`` without a token limit, of which ``allowed`` tries those whose logits are known."""
+        """What the grammar alone permits: ``allowed`` without the token limit."""
 
     def best(self, logits: Tensor, likeliest: int | None = None) -> int:
         """The most likely token that ``allowed(logits)`` permits, the first of equally likely ones.

@@ -19,14 +19,8 @@ from .validation import SchemaValidator
 _MAX_ROUNDS = 24
 _MAX_TEXT_BYTES = 20_000  # longest value whose text is kept
 _MAX_ENUM_VALUES = 2000  # values of an enum that are examined
-_KINDS = (
-    "integer",
-    "null",
-    "boolean",
-    "string",
-    "array",
-    "object",
-)  # of a schema that names none: an integer is as short as a number
+_KINDS = ("integer", "null", "boolean", "string", "array", "object")
+"""Of a schema that names none: an integer is as short as a number."""
 
 
 @dataclass(frozen=True)

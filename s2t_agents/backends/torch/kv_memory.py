@@ -1,11 +1,11 @@
-"""Memory for KV on a CPU: mappings of their own, and those of dropped buffers used again for the next of their size.
+"""Memory of KV buffers on a CPU: each is a mapping of its own; that of a dropped buffer is reused for the next one.
 
     room(keys, 512) ── a recent buffer of that size that nothing reads any more? ── yes: its pages are there
                                                                                  └─ no: a new mapping
 
 KV stays for long among much that does not: in the C library's heap it would keep whole chunks of freed memory from the
-system. A page's first write takes longer than to copy its KV, so what was just dropped is used again. A buffer that is
-not recent goes back to the system when it is dropped.
+system. But the first write to a new page (a page fault) costs more than copying the KV in it, so mappings that were
+made lately are reused once nothing reads them. Older ones go back to the system as soon as they are dropped.
 
 No lock and no finalizer, so that a signal handler may raise anywhere: each change is one operation of a deque or dict.
 """
@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 SIZES = 4
-"""How many sizes of buffers are recent, those that were asked for last."""
+"""Buffer sizes whose mappings are reused: those asked for last."""
 
 SIZE_BYTES = 16 * 2**20
-"""Memory of the recent buffers of one size: so much may stay though they are dropped."""
+"""Bytes of mappings per size that are remembered, and so stay allocated although they are dropped."""
 
 LOOKS = 4
-"""Recent buffers that are looked at, the newest first; those in use become the oldest."""
+"""Remembered mappings that are tried, the newest first; one in use becomes the oldest."""
 
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 
