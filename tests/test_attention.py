@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from s2t_agents.backends.base import ScoreCandidates, ScoreTree
-from s2t_agents.backends.torch import attention
+from s2t_agents.backends.torch import attention, blockwise_attention
 from s2t_agents.backends.torch.attention import Attention
 from s2t_agents.backends.torch.cuda import attention as pooled
 from s2t_agents.backends.torch.kv_cache import KVCache
@@ -81,13 +81,13 @@ def single_tokens() -> Rows:
     return Rows(attention.SingleTokenAttention(caches), prefixes, [[0], [1], [2]], after)
 
 
-def chunk(length: int) -> Rows:
+def chunk(length: int, tokens: int = 4) -> Rows:
     prefix = some_prefix(length)
     cache = cache_of(prefix) if length else KVCache()
     return Rows(
         attention.ChunkAttention(cache, length),
-        [prefix] * 4,
-        [list(range(row + 1)) for row in range(4)],
+        [prefix] * tokens,
+        [list(range(row + 1)) for row in range(tokens)],
         lambda index, new: [(joined(prefix[index], new), held(cache, index))],
     )
 
@@ -190,6 +190,8 @@ ALL: list[Callable[[], Rows]] = [
     single_tokens,
     lambda: chunk(7),
     lambda: chunk(0),
+    lambda: chunk(5, 2 * blockwise_attention.ROWS + 3),
+    lambda: chunk(0, blockwise_attention.ROWS),
     candidates,
     tree,
     prefetch,
@@ -198,7 +200,7 @@ ALL: list[Callable[[], Rows]] = [
     pooled_chunk,
     pooled_candidates,
 ]
-NAMES = "single tokens,chunk,prompt,candidates,tree,prefetch,blocks,pooled tokens,pooled chunk,pooled candidates"
+NAMES = "single tokens,chunk,prompt,long chunk,long prompt,candidates,tree,prefetch,blocks,pooled tokens,pooled chunk,pooled candidates"
 
 
 def by_definition(layer: Layer, q: Tensor, seen: KV) -> Tensor:
@@ -242,3 +244,37 @@ def test_single_tokens_see_the_same_in_half_precision_however_many_queries_share
         weights = (keys @ q[row].float()[..., None] * 0.3).softmax(1)
         seen = (weights * values).sum(1).flatten()
         torch.testing.assert_close(out[row].float(), seen, atol=1e-5 if dtype == torch.float32 else 0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [2, 12, 200])
+def test_a_chunk_in_half_precision_is_as_exact_as_torchs_own_attention(tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    prefix = [tuple(part.to(dtype) * 4 for part in some_kv(90))]
+    q, k, v = (torch.randn(tokens, heads, D).to(dtype) * 4 for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+    out = attention.ChunkAttention(cache_of(prefix), 90)(Layer(scale=0.3, window=None), 0, q, k, v)
+    keys, values = (
+        torch.cat(parts).repeat_interleave(HEADS // KEY_HEADS, dim=1).transpose(0, 1)[None]
+        for parts in zip(prefix[0], (k, v), strict=True)
+    )
+    mask = attention.causal(tokens, 90 + tokens, None, like=q)
+
+    def seen(like: Tensor) -> Tensor:
+        parts = (each.to(like.dtype) for each in (q.transpose(0, 1)[None], keys, values, mask))
+        found = torch.nn.functional.scaled_dot_product_attention(*parts, scale=0.3)
+        return found[0].transpose(0, 1).reshape(tokens, -1).double()
+
+    exact = seen(torch.zeros(1, dtype=torch.float64))
+    own, fused = (out.double() - exact).abs(), (seen(q) - exact).abs()
+    assert own.max() <= 2 * fused.max() + 1e-5
+    assert own.mean() <= 1.5 * fused.mean() + 1e-6
+
+
+def test_a_long_context_takes_smaller_blocks_and_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    prefix, layer = [some_kv(300)], Layer(scale=0.3, window=7)
+    q, new = torch.randn(40, HEADS, D), some_kv(40)
+    whole = attention.ChunkAttention(cache_of(prefix), 300)(layer, 0, q, *new)
+    monkeypatch.setattr(blockwise_attention, "SCORES", 340 * HEADS * 9)
+    parts = attention.ChunkAttention(cache_of(prefix), 300)(layer, 0, q, *new)
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-6)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadSchema, ConfigError
-from ..greedy import argmax
+from ..greedy import argmax, descending
 from .completion_search import SearchBudget
 from .lark_rules import Choice, arguments_of, auto_start, call_rules, call_texts, functions_of, reply_of, text_rule
 from .matcher import Mask, Matcher
@@ -35,6 +35,12 @@ MAX_TRIED = 64
 
 MAX_TRIED_WITHOUT_LOGITS = 2048
 """The same without logits: how many of the first legal tokens are tried."""
+
+_TRIED_ALONE = 8
+"""How many of the most likely tokens are tried one by one before a mask of all is computed, which takes as long as 30."""
+
+_FEW_LEGAL = 1 / 16
+"""Share of the vocabulary: after a mask with fewer legal tokens the next one is computed at once."""
 
 _MASK_SEARCH_STEPS = 200  # steps of all searches for one mask, for tokens that the known completion does not follow
 _SEARCH_BEYOND_LIMIT = 64  # tokens beyond the limit to search for the shortest answer, so that an error can name it
@@ -208,7 +214,7 @@ class GrammarState:
         self._completions_after: dict[int, list[int]] = {}  # completions found for tokens that are legal now
         self._failed_searches: dict[int, _FailedSearch] = {}
         """By a mask's hash."""
-        self._ended = self._shortened = False
+        self._ended = self._shortened = self._few_legal = False
 
     @property
     def finished(self) -> bool:
@@ -291,15 +297,14 @@ class GrammarState:
             path is None or self._can_finish_after(first, path, budget, self._failed_searches)
         ):
             return first
-        mask = self._legal()
-        tried = self._most_likely(mask, logits)
+        tried = self._most_likely_legal(logits)
         legal = next(tried)
         if path is None:
             return legal
         others = (token for token in chain([legal], tried) if token != first)
         failed = self._failed_searches
         found = next((token for token in others if self._can_finish_after(token, path, budget, failed)), None)
-        permitted = {*self._next_of(path, mask), *([found] if found is not None else [])}
+        permitted = {*self._next_of(path), *([found] if found is not None else [])}
         best = min(permitted, key=lambda token: (-float(logits[token]), token))
         self._shortened |= best != legal
         return best
@@ -331,6 +336,7 @@ class GrammarState:
         if self._matcher.is_error():
             error = _llguidance_reason(self._matcher.get_error())
             raise BadSchema(f"The grammar of {self._what} became too large to follow: {error}.", hint=_SIMPLIFY_HINT)
+        self._few_legal = np.count_nonzero(mask) < _FEW_LEGAL * len(mask)
         return mask
 
     def _mask_that_can_finish(self, mask: Mask, logits: Tensor | None) -> Mask:
@@ -338,12 +344,21 @@ class GrammarState:
         if path is None:  # no completion is known
             return mask
         allowed = np.zeros_like(mask)
-        allowed[self._next_of(path, mask)] = True
+        allowed[self._next_of(path)] = True
         budget = SearchBudget(_MASK_SEARCH_STEPS)
         for at, token in enumerate(self._most_likely(mask, logits)):
             allowed[token] = self._can_finish_after(token, path, budget, self._failed_searches) or allowed[token]
             self._shortened |= at == 0 and logits is not None and not allowed[token]
         return allowed
+
+    def _most_likely_legal(self, logits: Tensor) -> Iterator[int]:
+        """The legal tokens, the most likely first, as ``_most_likely``: the mask is computed where none of a few is."""
+        tried = set()
+        for token in descending(logits, 0 if self._few_legal else _TRIED_ALONE):
+            tried.add(token)
+            if self._is_legal(token):
+                yield token
+        yield from (token for token in self._most_likely(self._legal(), logits) if token not in tried)
 
     def _most_likely(self, mask: Mask, logits: Tensor | None) -> Iterator[int]:
         """The legal tokens that are tried near the limit, the most likely first; in order of ids without logits.
@@ -354,7 +369,7 @@ class GrammarState:
         if logits is None:
             yield from map(int, legal[:MAX_TRIED_WITHOUT_LOGITS])
             return
-        likely = logits.detach()[torch.from_numpy(legal).to(logits.device)].float().cpu()
+        likely = torch.from_numpy(logits.detach().float().cpu().numpy().take(legal))
         best = int(legal[argmax(likely)])
         yield best  # mostly enough
         known = int((likely > -torch.inf).sum())
@@ -363,9 +378,9 @@ class GrammarState:
         order = np.lexsort((found, -values.numpy()))  # topk leaves the order of ties open
         yield from (int(token) for token in found[order] if token != best)
 
-    def _next_of(self, path: list[int], mask: Mask) -> list[int]:
+    def _next_of(self, path: list[int]) -> list[int]:
         """What a known completion goes on with: its first token, or those that end the answer."""
-        return path[:1] or [token for token in self._vocabulary.eos_ids if mask[token]]
+        return path[:1] or [token for token in self._vocabulary.eos_ids if self._is_legal(token)]
 
     def _completion(self, left: int) -> list[int] | None:
         """A completion of the current state: the known one if it is still valid, else a new one."""

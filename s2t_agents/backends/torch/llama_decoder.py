@@ -1,9 +1,9 @@
 """New tokens of several sequences, written out for models of the Llama pattern.
 
 The same arithmetic on the same weights as transformers' modules, without the modules: on a small model most of a step
-is their overhead, and on a CPU the weights are laid out beforehand. Used for single tokens, and on a CPU for chunks
-of up to ``CHUNK`` tokens (longer ones are bound by arithmetic alone), only for architectures known here, and only
-after it has given the same logits as the model itself; everything else goes the model's own way.
+is their overhead, and on a CPU the weights are laid out beforehand and attention is faster. Used for single tokens
+and for chunks of up to ``CHUNK`` tokens, only for architectures known here, and only after it has given the same logits
+as the model itself; everything else goes the model's own way.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PATTERN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3F
 FIXED_ROTATIONS = {"default", "linear", "llama3"}
 """Rotary embeddings whose angles depend on the position alone."""
 
-CHUNK = 256
-"""Tokens of a prompt up to which it is read here: an agent's next turn, a tool's result."""
+CHUNK = 1024
+"""Tokens of a prompt that one forward reads here, at most."""
 
 CLOSE = 1e-3
 """Largest difference to the model's own logits, as a share of their range, at the first use."""

@@ -29,9 +29,6 @@ from .sdpa_backend import without_cudnn_attention
 
 T = TypeVar("T")
 
-MOST_WRITTEN_OUT = 1024
-"""Tokens of a chunk that the written-out decoder takes on an accelerator; on a CPU ``llama_decoder.CHUNK``."""
-
 
 class ModelRunner:
     """Chooses the path of each forward. Not thread-safe: used under the backend's lock.
@@ -176,9 +173,8 @@ class ModelRunner:
 
     def _written_out(self, batch: Sequence[Work]) -> bool:
         """Whether the written-out decoder takes these: few tokens, candidates after something, no foreign hooks."""
-        most = CHUNK if self.device.type == "cpu" else MOST_WRITTEN_OUT
         for item in batch:
-            chunk = isinstance(item, Append) and 1 < len(item.ids) <= most
+            chunk = isinstance(item, Append) and 1 < len(item.ids) <= CHUNK
             single = not isinstance(item, Append) or len(item.ids) == 1
             if not (isinstance(item.cache, KVCache) and (chunk or (single and item.length))):
                 return False
