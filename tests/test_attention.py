@@ -12,6 +12,7 @@ from torch import Tensor
 from s2t_agents.backends.base import ScoreCandidates, ScoreTree
 from s2t_agents.backends.torch import attention, blockwise_attention
 from s2t_agents.backends.torch.attention import Attention
+from s2t_agents.backends.torch.cpu_features import supports_packed_weights
 from s2t_agents.backends.torch.cuda import attention as pooled
 from s2t_agents.backends.torch.kv_cache import KVCache
 
@@ -200,7 +201,10 @@ ALL: list[Callable[[], Rows]] = [
     pooled_chunk,
     pooled_candidates,
 ]
-NAMES = "single tokens,chunk,prompt,long chunk,long prompt,candidates,tree,prefetch,blocks,pooled tokens,pooled chunk,pooled candidates"
+NAMES = (
+    "single tokens,chunk,prompt,long chunk,long prompt,candidates,tree,prefetch,blocks,"
+    "pooled tokens,pooled chunk,pooled candidates"
+)
 
 
 def by_definition(layer: Layer, q: Tensor, seen: KV) -> Tensor:
@@ -278,3 +282,17 @@ def test_a_long_context_takes_smaller_blocks_and_says_the_same(monkeypatch: pyte
     monkeypatch.setattr(blockwise_attention, "SCORES", 340 * HEADS * 9)
     parts = attention.ChunkAttention(cache_of(prefix), 300)(layer, 0, q, *new)
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.skipif(not supports_packed_weights(torch.bfloat16), reason="no instructions for bf16")
+@pytest.mark.parametrize("chunks", [(200,), (2, 198), (64, 136), (100, 3, 97), (199, 1)])
+def test_in_bf16_a_prompts_chunks_change_no_bit(chunks: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(200, heads, D).bfloat16() for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+    layer = Layer(scale=0.3, window=None)
+    whole = attention.ChunkAttention(KVCache(), 0)(layer, 0, q, k, v)
+    cache, start = KVCache(), 0
+    for tokens in chunks:
+        rows = slice(start, start + tokens)
+        assert torch.equal(attention.ChunkAttention(cache, start)(layer, 0, q[rows], k[rows], v[rows]), whole[rows])
+        start += tokens

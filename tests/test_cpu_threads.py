@@ -154,6 +154,54 @@ def test_a_callers_own_team_makes_way_and_the_models_goes_when_it_is_idle() -> N
     """)
 
 
+@pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc")
+def test_a_thread_that_ran_its_own_short_forwards_gives_its_team_back_when_the_answer_ends() -> None:
+    in_a_process_of_its_own("""
+        from concurrent.futures import ThreadPoolExecutor
+
+        from s2t_agents.engine.engine import Engine
+        from s2t_agents.testing import tiny_model
+        from s2t_agents.types import Sampling
+
+        model = tiny_model("qwen2", hidden_size=64)
+        with_teams(model)
+        in_threads_of_callers(model)
+        def answer(n): return len(list(Engine(model).steps([5 + n, 6, 7], Sampling(max_tokens=8))))
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(int).result()
+            before = threads()
+            for n in range(0, 4, 2):
+                assert pool.submit(answer, n).result() == answer(n + 1) == 8
+            time.sleep(3)  # the scheduler's thread, which ran the first forward of all, ends
+            assert threads() == before, threads() - before  # the pool's thread is still there: without a team
+    """)
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc")
+def test_a_caller_that_is_alone_again_finds_no_other_team() -> None:
+    in_a_process_of_its_own("""
+        from threading import Thread
+
+        from s2t_agents.engine.engine import Engine
+        from s2t_agents.testing import tiny_model
+        from s2t_agents.types import Sampling
+
+        model = tiny_model("qwen2", hidden_size=64)
+        with_teams(model)
+        engine = Engine(model)
+        before = threads()
+        alone = engine.steps([9, 6, 7], Sampling(max_tokens=100))
+        long_steps(model)  # as beside others: the scheduler's thread computes
+        next(alone), next(alone)
+        assert threads() == before + 2, threads() - before
+        in_threads_of_callers(model)
+        next(alone)
+        assert threads() == before + 2, threads() - before  # its thread, without a team, and the caller's team
+        alone.close()
+        assert threads() == before + 1, threads() - before
+    """)
+
+
 def test_long_forwards_run_in_the_schedulers_thread_and_say_the_same() -> None:
     model, where = tiny_model("qwen2"), []
     watched_forwards(model, lambda batch: where.append(current_thread().name))
@@ -247,6 +295,12 @@ def in_a_process_of_its_own(body: str) -> None:
         def long_steps(model):
             from dataclasses import replace
             model.backend.limits = replace(model.backend.limits, hand_over_s=-1.0)
+        def in_threads_of_callers(model):
+            from dataclasses import replace
+            model.backend.limits = replace(model.backend.limits, hand_over_s=60.0)
+        def with_teams(model):  # a tiny model's own operations are too small for one
+            own = model.backend.forward
+            model.backend.forward = lambda batch: (in_parallel(), own(batch))[1]
     """
     code = dedent(head) + dedent(body)
     done = forked.run("-c", code)

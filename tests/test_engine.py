@@ -92,6 +92,7 @@ def test_an_untrained_selector_is_greedy_where_half_precision_lets_tokens_tie() 
     for seed in range(8):
         prompt = torch.randint(0, 250, (20,), generator=torch.Generator().manual_seed(seed)).tolist()
         greedy = tokens(list(Engine(model).steps(prompt, Sampling(max_tokens=30))))
+        model.prefix_cache.clear()  # a prompt's last token read alone is rounded in another way
         steps = list(corrected.steps(prompt, Sampling(max_tokens=30)))
         assert tokens(steps) == greedy
         assert not any(step.flipped for step in steps)

@@ -17,6 +17,7 @@ from torch_models import watched_forwards
 from s2t_agents import Engine
 from s2t_agents.backends.base import ScoreCandidates, Work
 from s2t_agents.backends.torch.lora import Lora
+from s2t_agents.proposal import Proposal
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.requests import AppendRequest
 from s2t_agents.scheduling.sequence import TokenSequence
@@ -57,6 +58,54 @@ def test_generations_that_run_at_once_fall_into_step(monkeypatch: pytest.MonkeyP
     together(*[lambda seed=seed: greedy(model, seed, 40) for seed in range(6)])
     assert len(seen) < 0.6 * 6 * 40  # alone it would be a forward per token
     assert max(map(len, seen)) > 3
+
+
+def test_what_callers_do_between_forwards_they_do_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    patient(monkeypatch)
+    monkeypatch.setattr("s2t_agents.scheduling.scheduler.TURN_S", 20.0)
+    model = tiny_model("qwen3")
+    model.backend.limits = replace(model.backend.limits, hand_over_s=-1.0)  # forwards in the scheduler's thread
+    busy, most = threading.Semaphore(6), []
+
+    class Slow:
+        def scores(self, proposal: Proposal) -> torch.Tensor:
+            with busy:
+                time.sleep(0.001)
+                most.append(6 - busy._value)
+            return proposal.candidate_log_probs
+
+    engine = Engine(model, trigger=always(), selector=Slow())
+    answers = together(*[lambda n=n: list(engine.steps([5 + n, 6, 7], Sampling(max_tokens=15))) for n in range(6)])
+    assert [len(answer) for answer in answers] == [15] * 6  # type: ignore[arg-type]
+    assert max(most) == 1
+
+
+@pytest.mark.parametrize("turn_s", [0.0, 0.001])
+def test_a_caller_that_stays_away_holds_nobody_up(turn_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s2t_agents.scheduling.scheduler.TURN_S", turn_s)
+    model = tiny_model("qwen3")
+    model.backend.limits = replace(model.backend.limits, hand_over_s=-1.0)
+    alone = [greedy(model, seed, 25) for seed in range(3)]
+    started, ended = threading.Barrier(3), threading.Event()
+
+    def pausing(seed: int) -> list[int]:
+        prompt = torch.randint(0, 250, (3 + 11 * seed,), generator=torch.Generator().manual_seed(seed)).tolist()
+        steps = Engine(model).steps(prompt, Sampling(max_tokens=25))
+        got = [next(steps).token_id]
+        started.wait(timeout=30)
+        assert ended.wait(timeout=30)  # the others need none of its steps
+        return [*got, *(step.token_id for step in steps)]
+
+    def going_on(seed: int) -> list[int]:
+        started.wait(timeout=30)
+        return greedy(model, seed, 25)
+
+    def others() -> list[object]:
+        both = together(lambda: going_on(1), lambda: going_on(2))
+        ended.set()
+        return both
+
+    assert together(lambda: pausing(0), others) == [alone[0], alone[1:]]
 
 
 def test_no_forward_is_held_back_for_a_generation_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:

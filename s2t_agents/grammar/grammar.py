@@ -37,7 +37,7 @@ MAX_TRIED_WITHOUT_LOGITS = 2048
 """The same without logits: how many of the first legal tokens are tried."""
 
 _TRIED_ALONE = 8
-"""How many of the most likely tokens are tried one by one before a mask of all is computed, which takes as long as 30."""
+"""How many of the likeliest tokens are tried one by one before a mask of all is computed, which takes as long as 30."""
 
 _FEW_LEGAL = 1 / 16
 """Share of the vocabulary: after a mask with fewer legal tokens the next one is computed at once."""
@@ -336,7 +336,7 @@ class GrammarState:
         if self._matcher.is_error():
             error = _llguidance_reason(self._matcher.get_error())
             raise BadSchema(f"The grammar of {self._what} became too large to follow: {error}.", hint=_SIMPLIFY_HINT)
-        self._few_legal = np.count_nonzero(mask) < _FEW_LEGAL * len(mask)
+        self._few_legal = int(np.count_nonzero(mask)) < _FEW_LEGAL * len(mask)
         return mask
 
     def _mask_that_can_finish(self, mask: Mask, logits: Tensor | None) -> Mask:

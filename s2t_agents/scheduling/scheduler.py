@@ -36,6 +36,9 @@ BATCH_WAIT = 0.25
 BATCH_WAIT_S = 0.05
 """And at most so long, in seconds."""
 
+TURN_S = 0.001
+"""How long the next caller's outputs wait for the one before to come back, in seconds."""
+
 IDLE_S = 2.0
 """Seconds without work after which the scheduler's thread ends; the next request starts another."""
 
@@ -87,6 +90,10 @@ class Scheduler:
         """Notifies the scheduler's thread alone: a caller that drives the loop wakes no other thread at every token."""
         self._waiting: deque[ForwardRequest] = deque()
         self._running: Sequence[ForwardRequest] = ()
+        self._outputs: deque[list[ForwardRequest]] = deque()
+        """Requests that are done and whose caller waits for its turn, those of each caller together."""
+        self._turn: int | None = None
+        """The caller that has got its outputs last, until it is back."""
         self._driver: int | None = None
         """Identifier of the thread that runs the loop now."""
         self._thread: threading.Thread | None = None
@@ -97,7 +104,8 @@ class Scheduler:
         self._took_s, self._step_s = 0.0, inf
         self._threads = 1
         """OpenMP threads that the latest caller's operations run on."""
-        self._release_wanted = False
+        self._has_team = self._release_wanted = False
+        """The scheduler's thread has OpenMP threads, and is to release them."""
         _schedulers.add(self)
 
     def run(self, requests: Sequence[ForwardRequest], caller: object = None) -> None:
@@ -123,9 +131,12 @@ class Scheduler:
         try:  # from the first line on: an interrupt may come between any two
             with self._mutex:
                 self._waiting.extend(requests)
+                if self._turn == requests[0].caller:
+                    self._hand_out()
                 here = self._may_drive(requests)
                 if here:
                     self._driver = threading.get_ident()
+                    self._release_team()
                 else:
                     self._threads = threads
                     self._ensure_thread()
@@ -154,11 +165,13 @@ class Scheduler:
                 if id(caller) in self._last:
                     self._last -= {id(caller)}
                     self._changed.notify_all()
-                if not self._waiting and self._thread is not None:
-                    self._release_wanted = True
-                    self._wanted.notify()
+                if self._turn == id(caller):
+                    self._hand_out()
+                if not self._waiting:
+                    self._release_team()
             finally:
                 self._mutex.release()
+        release_threads()  # the caller's own, if it drove the loop: its thread may not compute again
 
     def stop_others(self) -> None:
         """Acquire the backend's lock for good: this thread may still run forwards, those of other threads block."""
@@ -178,13 +191,21 @@ class Scheduler:
         """Also in a forked child: neither the thread nor the callers came along."""
         self._changed, self._wanted = threading.Condition(self._mutex), threading.Condition(self._mutex)
         self._waiting, self._running, self._last = deque(), (), frozenset()
+        self._outputs, self._turn = deque(), None
         self._driver = self._thread = None
+        self._has_team = self._release_wanted = False
 
     def _may_drive(self, requests: Sequence[ForwardRequest]) -> bool:
         """Whether the caller is alone and steps are short, so that it runs the loop in its own thread."""
         short = self._step_s <= self._backend.limits.hand_over_s
         alone = self._driver is None and len(self._waiting) == len(requests)
         return short and alone and self._last <= {request.caller for request in requests}
+
+    def _release_team(self) -> None:
+        """The scheduler's thread has nothing to compute: its OpenMP threads would slow down those of others."""
+        if self._has_team:
+            self._release_wanted = True
+            self._wanted.notify()
 
     def _ensure_thread(self) -> None:
         if self._thread is None and not _leaving.is_set():
@@ -202,8 +223,7 @@ class Scheduler:
 
     def _wait(self, requests: Sequence[ForwardRequest]) -> None:
         """Until the scheduler's thread, or another caller, has run the requests."""
-        if self._step_s > self._backend.limits.hand_over_s:
-            release_threads()  # the caller's own OpenMP threads, if it has computed something itself
+        release_threads()  # the caller's own OpenMP threads, if it has computed something itself
         for request in requests:
             request.wait()
 
@@ -234,11 +254,7 @@ class Scheduler:
     def _schedule(self) -> tuple[list[ForwardRequest], list[Work]]:
         """What goes into the next forward: single tokens and candidates first, then chunks of prompts."""
         with self._mutex:
-            until = time.monotonic() + min(BATCH_WAIT * self._took_s, BATCH_WAIT_S)
-            while not self._callers_are_back:
-                left = until - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    break
+            self._wait_for_callers()
             waiting = list(self._waiting)
             for request in waiting:
                 if isinstance(request, AppendRequest):
@@ -251,6 +267,31 @@ class Scheduler:
                 requests, batch = self._next_request(waiting)
             self._running = requests
             return requests, batch
+
+    def _wait_for_callers(self) -> None:
+        """Until every caller of the last forward is back, or the time for that is over; all have got their outputs."""
+        until = time.monotonic() + min(BATCH_WAIT * self._took_s, BATCH_WAIT_S)
+        while self._outputs or not self._callers_are_back:
+            left, held = until - time.monotonic(), len(self._outputs)
+            if left > 0 and self._changed.wait(min(left, TURN_S) if held else left):
+                continue
+            if not held:
+                return
+            if left <= 0 or len(self._outputs) == held:
+                self._hand_out_all()
+
+    def _hand_out(self) -> None:
+        """The next caller gets its outputs."""
+        self._turn = None
+        if self._outputs:
+            requests = self._outputs.popleft()
+            self._turn = requests[0].caller
+            for request in requests:
+                request.finish()
+
+    def _hand_out_all(self) -> None:
+        while self._outputs:
+            self._hand_out()
 
     def _next_request(self, waiting: Sequence[ForwardRequest]) -> tuple[list[ForwardRequest], list[Work]]:
         """The next request where a forward holds only one: after a chunk of a prompt, all that wait for one forward."""
@@ -374,8 +415,13 @@ class Scheduler:
                 self._ensure_thread()
                 self._wanted.notify()
             self._changed.notify_all()
-        for request in done:
-            request.finish()
+            callers: dict[int, list[ForwardRequest]] = {}
+            for request in done:
+                callers.setdefault(request.caller, []).append(request)
+            self._outputs.extend(callers.values())
+            self._hand_out()
+            if threading.current_thread() is not self._thread or _leaving.is_set():
+                self._hand_out_all()
 
     def _fail(self, error: BaseException) -> None:
         """The loop itself was broken off: every request under way gets the error."""
@@ -409,18 +455,27 @@ class Scheduler:
         while True:
             with wanted:
                 scheduler = found()
-                if scheduler is None or scheduler._thread is not threading.current_thread() or _leaving.is_set():
+                if scheduler is None:
+                    return
+                if scheduler._thread is not threading.current_thread() or _leaving.is_set():
+                    scheduler._hand_out_all()
                     return
                 work = bool(scheduler._waiting) and scheduler._driver is None
                 if work:
                     scheduler._driver, threads = threading.get_ident(), scheduler._threads
+                    scheduler._has_team, scheduler._release_wanted = True, False
                 else:
                     if time.monotonic() - idle_since > IDLE_S and not scheduler._waiting:
                         scheduler._thread = None
                         return
                     if scheduler._release_wanted:
-                        scheduler._release_wanted = False
+                        scheduler._has_team = scheduler._release_wanted = False
                         release_threads()
+                    held = len(scheduler._outputs)
+                    if held:
+                        if not wanted.wait(TURN_S) and len(scheduler._outputs) == held:
+                            scheduler._hand_out_all()
+                        continue
                     del scheduler
                     wanted.wait(IDLE_S / 4)
                     continue

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..base import ScoreCandidates, ScoreTree, Work
-from .blockwise_attention import LEAST, BlockwiseAttention
+from .blockwise_attention import BlockwiseAttention
 from .kv_cache import KVCache
 
 
@@ -90,24 +90,16 @@ class ChunkAttention:
 
     def __call__(self, layer: AttentionLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See ``Attention``."""
-        keys, values = self._cache.update(*(each.transpose(0, 1)[None] for each in (k, v)), index)
-        if len(q) < LEAST:
-            return by_key_head(layer, q, keys, values, self._mask(layer.window, q, q.shape[1] // k.shape[1]))
+        n, heads = q.shape[:2]
+        keys, values = self._cache.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], index)
         if q.device.type == "cpu":
             return self._blockwise(q, keys[0], values[0], scale=layer.scale, window=layer.window)
-        every = (for_each(q.shape[1], shared) for shared in (keys, values))
-        mask = self._mask(layer.window, q, 1)
-        seen = functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], *every, attn_mask=mask, scale=layer.scale
-        )
-        return seen[0].transpose(0, 1).reshape(len(q), -1)
-
-    def _mask(self, window: int | None, q: Tensor, times: int) -> Tensor:
-        """Additive, ``[1, 1, n * times, length]``: each token's row so many times; layers share it."""
-        if window not in self._masks:
-            mask = causal(len(q), self._length + len(q), window, like=q)
-            self._masks[window] = mask.repeat_interleave(times, dim=2)
-        return self._masks[window]
+        if layer.window not in self._masks:
+            self._masks[layer.window] = causal(n, self._length + n, layer.window, like=q)
+        mask, queries = self._masks[layer.window], q.transpose(0, 1)[None]
+        keys, values = for_each(heads, keys), for_each(heads, values)
+        seen = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=layer.scale)
+        return seen[0].transpose(0, 1).reshape(n, -1)
 
 
 class OverlayAttention:
@@ -124,13 +116,18 @@ class OverlayAttention:
 
     def __call__(self, layer: AttentionLayer, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See ``Attention``."""
+        n, heads, d = k.shape
         keys, values = self._scoring.cache.layers[index].write(k.transpose(0, 1)[None], v.transpose(0, 1)[None])
+        shared = q.shape[1] // heads  # queries per key head
+        block = q.view(n, heads, shared, d).permute(1, 0, 2, 3).reshape(1, heads, n * shared, d)
         if layer.window not in self._masks:
             seen = branches_of(self._scoring)
             assert seen is not None
             mask = branching(seen, keys.shape[-2], layer.window, like=q)
-            self._masks[layer.window] = mask.repeat_interleave(q.shape[1] // k.shape[1], dim=2)
-        return by_key_head(layer, q, keys, values, self._masks[layer.window])
+            self._masks[layer.window] = mask.repeat_interleave(shared, dim=2)
+        mask = self._masks[layer.window]
+        out = functional.scaled_dot_product_attention(block, keys, values, attn_mask=mask, scale=layer.scale)
+        return out.view(heads, n, shared, d).transpose(0, 1).reshape(n, -1)
 
 
 @dataclass
@@ -172,26 +169,6 @@ def for_each(heads: int, shared: Tensor) -> Tensor:
     """Keys, or values, ``[1, key heads, n, d]`` as every one of the query heads sees them, ``[1, heads, n, d]``."""
     each = heads // shared.shape[1]
     return shared[:, :, None].expand(-1, -1, each, -1, -1).reshape(1, heads, *shared.shape[2:])
-
-
-def by_key_head(layer: AttentionLayer, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attention with the queries of each key head in one block, so that no key is repeated.
-
-    Args:
-        layer: whose queries these are.
-        q: ``[n, heads, d]``.
-        keys: ``[1, key heads, length, d]``.
-        values: as ``keys``.
-        mask: ``[1, 1, n * heads / key heads, length]``, additive.
-
-    Returns:
-        ``[n, heads * d]``.
-    """
-    n, _, d = q.shape
-    heads = keys.shape[1]
-    block = q.view(n, heads, -1, d).transpose(0, 1).reshape(1, heads, -1, d)
-    out = functional.scaled_dot_product_attention(block, keys, values, attn_mask=mask, scale=layer.scale)
-    return out.view(heads, n, -1, d).transpose(0, 1).reshape(n, -1)
 
 
 Placing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
