@@ -12,16 +12,19 @@ from typing import Any
 import pytest
 import torch
 from langchain_core.caches import InMemoryCache
-from langchain_core.language_models import FakeListChatModel
+from langchain_core.language_models import BaseChatModel, FakeListChatModel
 from observers import cache_key
 from pydantic import create_model
 from torch import Tensor
 
-from s2t_agents import ChatS2T, LocalLLM, OpenAILLM
+from s2t_agents import Budget, ChatS2T, Ledger, LocalLLM, OpenAILLM
 from s2t_agents.backends.torch.lora import Lora
+from s2t_agents.budget import DevicePrice
+from s2t_agents.chat.runtime import RuntimeCache
 from s2t_agents.escalation import Escalation, Pacing
 from s2t_agents.llms import ChatJudge
 from s2t_agents.proposal import Proposal
+from s2t_agents.scheduling.admission import Concurrency
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.selectors import ActivatedSelector, HeadSelector, PublishedSelector
 from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model, tiny_tokenizer
@@ -141,6 +144,48 @@ DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         ("variables", "template_args", {"now": lambda: 1}, {"now": lambda: 2}),
     ]
 }  # fmt: skip
+
+
+CHANGING_ANSWERS: dict[str, Any] = {
+    "model": "some/model",
+    "selector": "some/selector",
+    "escalation": LocalLLM("llm"),
+    "k": 2,
+    "trigger": always(),
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "max_tokens": 5,
+    "max_thinking_tokens": 5,
+    "stop": ["q"],
+    "seed": 1,
+    "dtype": "bfloat16",
+    "model_kwargs": {"attn_implementation": "eager"},
+    "template_args": {"enable_thinking": False},
+    "chat_template": "{{ messages }}",
+    "shadow": True,
+}
+CHANGING_NONE: dict[str, Any] = {
+    "budget": Budget(escalations=1),
+    "ledger": Ledger(),
+    "device": "cpu",
+    "device_price": DevicePrice(1),
+    "concurrency": Concurrency(running=1),
+    "cache_scope": "tenant",
+    "on_step": lambda trace_id, step: None,
+    "streaming": True,
+    "api_key": "sk-none",
+    "max_retries": 3,
+    "timeout": 60.0,
+    "runtimes": RuntimeCache(),
+}
+"""Who pays, who is told, where and when it runs: another value than the default's."""
+
+
+@pytest.mark.parametrize("setting", [name for name in ChatS2T.model_fields if name not in BaseChatModel.model_fields])
+def test_a_setting_is_in_the_key_or_is_known_to_change_no_answer(setting: str) -> None:
+    known = CHANGING_ANSWERS | CHANGING_NONE
+    assert setting in known, f"does {setting} change an answer? Give it a value in one of the two dicts above"
+    assert (key(**{setting: known[setting]}) != key()) == (setting in CHANGING_ANSWERS)
 
 
 @pytest.mark.parametrize("name", DIFFERENT)

@@ -35,9 +35,10 @@ def cached_generations(found: Sequence[ChatGeneration], ledger: Ledger | None) -
 
 
 def _as_cached(message: AIMessage, ledger: Ledger | None) -> AIMessage:
-    """A message from LangChain's cache, with zero cost and latency in its metadata.
+    """A message from LangChain's cache, with zero cost, latency and counts of work in its metadata.
 
-    The budget of the call that generated it is removed (another caller must not see it); ``degraded`` is kept.
+    The budget of the call that generated it is removed (another caller must not see it); what is of the text itself, as
+    ``degraded``, is kept.
 
     Args:
         message: as cached; its metadata describe the call that generated it.
@@ -46,7 +47,8 @@ def _as_cached(message: AIMessage, ledger: Ledger | None) -> AIMessage:
     s2t = message.response_metadata.get("s2t")
     if s2t is None:
         return message
-    idle: dict[str, Any] = dict.fromkeys(("triggers", "selections", "flips", "escalations", "refused"), 0)
+    counts = ("reused_tokens", "triggers", "selections", "flips", "escalations", "refused")
+    idle: dict[str, Any] = dict.fromkeys(counts, 0)
     free = {key: dict.fromkeys(s2t[key], 0.0) for key in ("cost_usd", "latency_ms")}
     failed = record_in_ledger(ledger, lambda: _cached_record(message, current_caller())) if ledger is not None else None
     s2t = {key: value for key, value in s2t.items() if key not in _OF_THE_CALL}
