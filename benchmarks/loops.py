@@ -21,6 +21,7 @@ import torch
 from langchain_core.messages import ToolMessage
 
 from s2t_agents import Engine, LanguageModel
+from s2t_agents.backends.cpu_threads import release_threads
 from s2t_agents.chat.messages import PromptEncoder
 from s2t_agents.types import Sampling
 
@@ -124,6 +125,7 @@ def _reading(model: LanguageModel, tokens: int) -> float:
             model.model(input_ids=ids, use_cache=True, logits_to_keep=1)
             finish(model)
             theirs.append(time.perf_counter() - started)
+    release_threads()  # transformers' forward ran in this thread: its OpenMP threads would slow down the scheduler's
     return min(statistics.median(ours), statistics.median(theirs)) / tokens
 
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from contextvars import copy_context
 from typing import Any, Generic, TypeVar
 
+from ..backends.cpu_threads import release_threads
 from ..scheduling.admission import AdmissionTicket
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class ThreadedIterator(AsyncIterator[T], Generic[T]):
         items: Generator[AdmissionTicket | T | None, None, None],
         on_item: Callable[[T], Awaitable[None]] | None = None,
     ) -> None:
+        release_threads()  # the event loop's own OpenMP threads: they would slow down those of the forwards
         self._items, self._on_item = items, on_item
         self._context = copy_context()
         self._step: Future[Any] | None = None
