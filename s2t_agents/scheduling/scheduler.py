@@ -6,9 +6,10 @@
 
 ``schedule`` takes single tokens and candidates of all callers first, then chunks of prompts (chunked prefill beside
 decoding); where a forward holds one request only, it alternates between one chunk and all single tokens and candidates
-that wait. A prompt whose deadline passes goes back to its caller between two chunks. ``postprocess`` hands outputs out
-and divides the forward's time by rows. A sequence advances only when its caller asks for the next token: nothing is
-computed for a stream that is not read.
+that wait. A prompt whose deadline passes goes back to its caller between two chunks. ``postprocess`` divides the
+forward's time by rows and hands outputs out, to one caller after another: what they do with them is Python, and callers
+that woke at once would take the interpreter's lock from each other. A sequence advances only when its caller asks for
+the next token: nothing is computed for a stream that is not read.
 
 The loop runs in a thread of its own. A caller that is alone, on a model with short steps, runs the same loop in its own
 thread instead: there the hand-over would cost more than it gives.
