@@ -125,7 +125,7 @@ def blocks() -> Rows:
     starts = [0, 3, 7]
     widths = [len(part.beside) for part in parts]
     return Rows(
-        attention.BlockAttention([(width, part.over) for width, part in zip(widths, parts, strict=True)]),
+        attention.MixedAttention([(width, part.over) for width, part in zip(widths, parts, strict=True)]),
         [prefix for part in parts for prefix in part.prefixes],
         [[start + row for row in rows] for start, part in zip(starts, parts, strict=True) for rows in part.beside],
         lambda index, new: [

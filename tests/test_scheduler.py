@@ -63,6 +63,7 @@ def test_generations_that_run_at_once_fall_into_step(monkeypatch: pytest.MonkeyP
 def test_what_callers_do_between_forwards_they_do_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     patient(monkeypatch)
     monkeypatch.setattr("s2t_agents.scheduling.scheduler.TURN_S", 20.0)
+    monkeypatch.setattr("s2t_agents.scheduling.scheduler.TURN", 1e6)
     model = tiny_model("qwen3")
     model.backend.limits = replace(model.backend.limits, hand_over_s=-1.0)  # forwards in the scheduler's thread
     busy, most = threading.Semaphore(6), []
@@ -80,9 +81,10 @@ def test_what_callers_do_between_forwards_they_do_one_after_another(monkeypatch:
     assert max(most) == 1
 
 
-@pytest.mark.parametrize("turn_s", [0.0, 0.001])
+@pytest.mark.parametrize("turn_s", [0.0, 0.001, 0.1])
 def test_a_caller_that_stays_away_holds_nobody_up(turn_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("s2t_agents.scheduling.scheduler.TURN_S", turn_s)
+    monkeypatch.setattr("s2t_agents.scheduling.scheduler.TURN", 1e6)
     model = tiny_model("qwen3")
     model.backend.limits = replace(model.backend.limits, hand_over_s=-1.0)
     alone = [greedy(model, seed, 25) for seed in range(3)]

@@ -37,8 +37,11 @@ BATCH_WAIT = 0.25
 BATCH_WAIT_S = 0.05
 """And at most so long, in seconds."""
 
+TURN = 0.125
+"""How long the next caller's outputs wait for the one before to come back, as a share of what the forward took."""
+
 TURN_S = 0.001
-"""How long the next caller's outputs wait for the one before to come back, in seconds."""
+"""And at most so long, in seconds."""
 
 IDLE_S = 2.0
 """Seconds without work after which the scheduler's thread ends; the next request starts another."""
@@ -271,15 +274,22 @@ class Scheduler:
 
     def _wait_for_callers(self) -> None:
         """Until every caller of the last forward is back, or the time for that is over; all have got their outputs."""
-        until = time.monotonic() + min(BATCH_WAIT * self._took_s, BATCH_WAIT_S)
-        while self._outputs or not self._callers_are_back:
-            left, held = until - time.monotonic(), len(self._outputs)
-            if left > 0 and self._changed.wait(min(left, TURN_S) if held else left):
-                continue
-            if not held:
-                return
-            if left <= 0 or len(self._outputs) == held:
+        until = time.monotonic() + self._took_s
+        while self._outputs:
+            held = len(self._outputs)
+            self._changed.wait(self._turn_s)
+            if len(self._outputs) == held or time.monotonic() > until:
                 self._hand_out_all()
+        until = time.monotonic() + min(BATCH_WAIT * self._took_s, BATCH_WAIT_S)
+        while not self._callers_are_back:
+            left = until - time.monotonic()
+            if left <= 0 or not self._changed.wait(left):
+                return
+
+    @property
+    def _turn_s(self) -> float:
+        """How long the next caller waits for the one before."""
+        return min(TURN * self._took_s, TURN_S)
 
     def _hand_out(self) -> None:
         """The next caller gets its outputs."""
@@ -474,7 +484,7 @@ class Scheduler:
                         release_threads()
                     held = len(scheduler._outputs)
                     if held:
-                        if not wanted.wait(TURN_S) and len(scheduler._outputs) == held:
+                        if not wanted.wait(scheduler._turn_s) and len(scheduler._outputs) == held:
                             scheduler._hand_out_all()
                         continue
                     del scheduler

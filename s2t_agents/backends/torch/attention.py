@@ -4,7 +4,7 @@
     ChunkAttention         a chunk of one sequence's tokens             joins the sequence's KV
     OverlayAttention       K candidates, or a tree, after one sequence  whose KV stays as it is
     PrefetchAttention      tokens that each follow one sequence alone   KV is kept aside
-    BlockAttention         rows that stand in blocks, each with its own
+    MixedAttention         rows that stand in blocks, each with its own
 
 ``cuda/attention.py`` and ``cuda/triton_decode.py`` have those over KV pools. ``tests/test_attention.py`` holds all of
 them to the definition. Masks for the model's own modules are here, too: they are the same.
@@ -149,7 +149,7 @@ class PrefetchAttention:
         return row_by_row(layer, q, k, v, [write] * len(q))
 
 
-class BlockAttention:
+class MixedAttention:
     """Rows that stand in blocks, each with its own attention.
 
     Args:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..base import Append, Output, ScoreCandidates, ScoreTree, StepOutput, Work
 from .attention import (
     Attention,
-    BlockAttention,
+    MixedAttention,
     ChunkAttention,
     OverlayAttention,
     PrefetchAttention,
@@ -106,7 +106,7 @@ class DecoderBatch:
         first = ScoreCandidates(scoring.ids[:PREFETCHED], scoring.cache, scoring.length)
         m, ids = len(first.ids), torch.cat([first.ids, scoring.ids])
         reading = PrefetchAttention(scoring.cache)
-        over = BlockAttention([(m, reading), (len(scoring.ids), OverlayAttention(scoring))])
+        over = MixedAttention([(m, reading), (len(scoring.ids), OverlayAttention(scoring))])
         hidden = self.decoder.rows(ids, [scoring.length] * len(ids), over, self._correcting([first, scoring]))
         scoring.cache.prefetched = PrefetchedToken(scoring.length, first.ids.tolist(), hidden[:m], reading.layers)
         return hidden[m:]
@@ -156,4 +156,4 @@ def _attention_of(segments: Sequence[Append], scorings: Sequence[Work]) -> Atten
         *((len(each.ids), ChunkAttention(each.cache, each.length)) for each in chunks),
         *((len(scoring.ids), OverlayAttention(scoring)) for scoring in scorings),
     ]
-    return blocks[0][1] if len(blocks) == 1 else BlockAttention(blocks)
+    return blocks[0][1] if len(blocks) == 1 else MixedAttention(blocks)
