@@ -214,7 +214,11 @@ class GrammarState:
         self._completions_after: dict[int, list[int]] = {}  # completions found for tokens that are legal now
         self._failed_searches: dict[int, _FailedSearch] = {}
         """By a mask's hash."""
-        self._ended = self._shortened = self._few_legal = False
+        self._ended = self._shortened = False
+        self._mask: Mask | None = None
+        """Of this state, once it has been asked for."""
+        self._few_legal = False
+        """Whether the last mask that was asked for had few legal tokens."""
 
     @property
     def finished(self) -> bool:
@@ -248,6 +252,7 @@ class GrammarState:
         if token_id in self._vocabulary.eos_ids and self._matcher.is_accepting():
             self._ended = True
             return
+        self._mask = None
         if self.finished or not self._matcher.consume_token(token_id):
             raise ValueError(f"token {token_id} is not legal here")
         if self._left is not None:
@@ -331,13 +336,15 @@ class GrammarState:
         return self._matcher.validate_tokens([token]) == 1
 
     def _legal(self) -> Mask:
-        """Token mask ``[V]`` of the grammar alone, without the limit."""
-        mask = self._matcher.mask()
-        if self._matcher.is_error():
-            error = _llguidance_reason(self._matcher.get_error())
-            raise BadSchema(f"The grammar of {self._what} became too large to follow: {error}.", hint=_SIMPLIFY_HINT)
-        self._few_legal = int(np.count_nonzero(mask)) < _FEW_LEGAL * len(mask)
-        return mask
+        """Token mask ``[V]`` of the grammar alone, without the limit; computed once per state, not to be written to."""
+        if self._mask is None:
+            mask = self._matcher.mask()
+            if self._matcher.is_error():
+                reason = _llguidance_reason(self._matcher.get_error())
+                problem = f"The grammar of {self._what} became too large to follow: {reason}."
+                raise BadSchema(problem, hint=_SIMPLIFY_HINT)
+            self._mask, self._few_legal = mask, int(np.count_nonzero(mask)) < _FEW_LEGAL * len(mask)
+        return self._mask
 
     def _mask_that_can_finish(self, mask: Mask, logits: Tensor | None) -> Mask:
         path = self._completion(self._left or 0)
