@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ..base import Append, Output, ScoreCandidates, ScoreTree, StepOutput, Work
 from .attention import (
     Attention,
-    MixedAttention,
     ChunkAttention,
+    MixedAttention,
     OverlayAttention,
     PrefetchAttention,
     SingleTokenAttention,
