@@ -37,6 +37,9 @@ BATCH_WAIT = 0.25
 BATCH_WAIT_S = 0.05
 """And at most so long, in seconds."""
 
+HAND_OUT = 0.5
+"""How long outputs are handed out one after another, as a share of what the forward took; then all get theirs."""
+
 TURN = 0.125
 """How long the next caller's outputs wait for the one before to come back, as a share of what the forward took."""
 
@@ -274,7 +277,7 @@ class Scheduler:
 
     def _wait_for_callers(self) -> None:
         """Until every caller of the last forward is back, or the time for that is over; all have got their outputs."""
-        until = time.monotonic() + self._took_s
+        until = time.monotonic() + HAND_OUT * self._took_s
         while self._outputs:
             held = len(self._outputs)
             self._changed.wait(self._turn_s)
@@ -292,13 +295,13 @@ class Scheduler:
         return min(TURN * self._took_s, TURN_S)
 
     def _hand_out(self) -> None:
-        """The next caller gets its outputs."""
-        self._turn = None
-        if self._outputs:
-            requests = self._outputs.popleft()
-            self._turn = requests[0].caller
-            for request in requests:
+        """The next caller gets its outputs; after one that waits for more of its requests, another."""
+        self._turn, waiting = None, {request.caller for request in self._waiting}
+        while self._outputs and self._turn is None:
+            for request in self._outputs[0]:  # which stay: an interrupt must not lose those of another caller
                 request.finish()
+            caller = self._outputs.popleft()[0].caller
+            self._turn = caller if caller not in waiting else None
 
     def _hand_out_all(self) -> None:
         while self._outputs:
@@ -415,24 +418,22 @@ class Scheduler:
             driven: the same thread goes on with the loop.
         """
         with self._mutex:
-            done = [request for request in {*requests, *self._waiting} if request.done]
-            self._running = ()
+            done = [request for request in dict.fromkeys([*requests, *self._waiting]) if request.done]
+            waiting = deque(request for request in self._waiting if not request.done)
+            # in this order: an interrupt of the driving caller may come between any two, and ``_drop`` begins again
+            self._outputs.extend(by_caller(done))
+            self._last = frozenset(request.caller for request in requests)
+            self._waiting, self._running = waiting, ()
             self._backend.resume()
+            self._hand_out()
+            if threading.current_thread() is not self._thread or _leaving.is_set():
+                self._hand_out_all()
             if not driven:
                 self._driver = None
-            self._last = frozenset(request.caller for request in requests)
-            self._waiting = deque(request for request in self._waiting if request not in done)
             if self._waiting and not driven:
                 self._ensure_thread()
                 self._wanted.notify()
             self._changed.notify_all()
-            callers: dict[int, list[ForwardRequest]] = {}
-            for request in done:
-                callers.setdefault(request.caller, []).append(request)
-            self._outputs.extend(callers.values())
-            self._hand_out()
-            if threading.current_thread() is not self._thread or _leaving.is_set():
-                self._hand_out_all()
 
     def _fail(self, error: BaseException) -> None:
         """The loop itself was broken off: every request under way gets the error."""
@@ -476,7 +477,7 @@ class Scheduler:
                     scheduler._driver, threads = threading.get_ident(), scheduler._threads
                     scheduler._has_team, scheduler._release_wanted = True, False
                 else:
-                    if time.monotonic() - idle_since > IDLE_S and not scheduler._waiting:
+                    if time.monotonic() - idle_since > IDLE_S and not scheduler._waiting and not scheduler._outputs:
                         scheduler._thread = None
                         return
                     if scheduler._release_wanted:
@@ -496,3 +497,11 @@ class Scheduler:
                 scheduler._fail(error)
             del scheduler
             idle_since = time.monotonic()
+
+
+def by_caller(requests: Sequence[ForwardRequest]) -> list[list[ForwardRequest]]:
+    """The requests of each caller, in the order of their first ones."""
+    callers: dict[int, list[ForwardRequest]] = {}
+    for request in requests:
+        callers.setdefault(request.caller, []).append(request)
+    return list(callers.values())

@@ -5,7 +5,7 @@
 torch's fused attention on a CPU takes about twice as long, in fp32 and in bf16. A block sees only the keys up to its
 own end, so that nearly half of the products of a prompt's beginning are not computed at all. Precision is that of the
 fused one: scores and their softmax in fp32, whatever the model's dtype. In bf16, on a CPU with instructions for it, how
-a prompt is cut into chunks changes no bit.
+a prompt is cut into chunks changes the last bits of hardly a row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROWS = 64
+from .cpu_features import is_emulated
+
+ROWS = 128
 """Tokens per block, at most."""
 
 SCORES = 4_000_000
@@ -40,6 +42,8 @@ class BlockwiseAttention:
         n, _, d = q.shape
         heads, length, _ = keys.shape
         wide = self._as("keys", torch.float32, keys).transpose(1, 2)
+        if is_emulated(values.dtype):
+            values = self._as("values", torch.float32, values)
         q = q.view(n, heads, -1, d)
         out = torch.empty_like(q)
         most = max(1, min(ROWS, SCORES // (q.shape[1] * q.shape[2] * length)))
@@ -47,33 +51,33 @@ class BlockwiseAttention:
             block = q[start : start + most].permute(1, 2, 0, 3)
             rows, end = block.shape[2], length - n + start + block.shape[2]
             first = 0 if window is None else max(0, end - rows + 1 - window)
-            scores = self._room("scores", torch.float32, *block.shape[:3], end - first)
+            scores = self._room("scores", q, torch.float32, *block.shape[:3], end - first)
             flat = scores.view(heads, -1, end - first)
             torch.baddbmm(
                 flat, block.float().reshape(heads, -1, d), wide[..., first:end], beta=0, alpha=scale, out=flat
             )
-            scores[..., -rows:] += self._hidden(rows)
+            scores[..., -rows:] += self._hidden(rows, scores)
             if window is not None and end > window:
-                earlier = torch.ones(rows, end - first, dtype=torch.bool).tril_(end - first - rows - window)
+                earlier = torch.ones_like(scores[0, 0], dtype=torch.bool).tril_(end - first - rows - window)
                 scores.masked_fill_(earlier, -torch.inf)
             torch.softmax(flat, -1, out=flat)
             seen = torch.bmm(self._as("weights", values.dtype, flat), values[:, first:end])
             out[start : start + rows] = seen.view(block.shape).permute(2, 0, 1, 3)
         return out.view(n, -1)
 
-    def _hidden(self, rows: int) -> Tensor:
+    def _hidden(self, rows: int, like: Tensor) -> Tensor:
         """``[rows, rows]``: -inf where a column's token comes after the row's, else 0."""
         if rows not in self._later:
-            self._later[rows] = torch.full((rows, rows), -torch.inf).triu_(1)
+            self._later[rows] = like.new_full((rows, rows), -torch.inf).triu_(1)
         return self._later[rows]
 
     def _as(self, name: str, dtype: torch.dtype, x: Tensor) -> Tensor:
         """A tensor in another dtype, good until the next of its name."""
-        return x if x.dtype == dtype else self._room(name, dtype, *x.shape).copy_(x)
+        return x if x.dtype == dtype else self._room(name, x, dtype, *x.shape).copy_(x)
 
-    def _room(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    def _room(self, name: str, like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
         """An unwritten tensor, in the memory of the last one of its name where that is large enough."""
         size = torch.Size(shape).numel()
         if name not in self._memory or len(self._memory[name]) < size:
-            self._memory[name] = torch.empty(size, dtype=dtype)
+            self._memory[name] = like.new_empty(size, dtype=dtype)
         return self._memory[name][:size].view(shape)
