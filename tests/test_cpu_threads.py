@@ -202,6 +202,24 @@ def test_a_caller_that_is_alone_again_finds_no_other_team() -> None:
     """)
 
 
+@pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc")
+def test_an_event_loops_own_team_makes_way() -> None:
+    in_a_process_of_its_own("""
+        import asyncio
+
+        from s2t_agents.chat.async_bridge import ThreadedIterator
+
+        async def answer():
+            before = threads()
+            in_parallel()  # as embeddings that the loop's thread has computed
+            assert threads() == before + 1
+            items = ThreadedIterator(each for each in [1, 2])
+            assert threads() == before, threads() - before
+            assert [item async for item in items] == [1, 2]
+        asyncio.run(answer())
+    """)
+
+
 def test_long_forwards_run_in_the_schedulers_thread_and_say_the_same() -> None:
     model, where = tiny_model("qwen2"), []
     watched_forwards(model, lambda batch: where.append(current_thread().name))

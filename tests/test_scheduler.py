@@ -81,21 +81,26 @@ def test_what_callers_do_between_forwards_they_do_one_after_another(monkeypatch:
     assert max(most) == 1
 
 
+@pytest.mark.parametrize("idle_s", [0.0, 2.0])
 @pytest.mark.parametrize("turn_s", [0.0, 0.001, 0.1])
-def test_a_caller_that_stays_away_holds_nobody_up(turn_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_caller_that_stays_away_holds_nobody_up(
+    turn_s: float, idle_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("s2t_agents.scheduling.scheduler.TURN_S", turn_s)
     monkeypatch.setattr("s2t_agents.scheduling.scheduler.TURN", 1e6)
+    monkeypatch.setattr("s2t_agents.scheduling.scheduler.IDLE_S", idle_s)
+    patient(monkeypatch)
     model = tiny_model("qwen3")
     model.backend.limits = replace(model.backend.limits, hand_over_s=-1.0)
-    alone = [greedy(model, seed, 25) for seed in range(3)]
-    started, ended = threading.Barrier(3), threading.Event()
+    alone = [greedy(model, seed, 25) for seed in (3, 1, 2)]
+    started, others_ended = threading.Barrier(3), threading.Event()
 
-    def pausing(seed: int) -> list[int]:
-        prompt = torch.randint(0, 250, (3 + 11 * seed,), generator=torch.Generator().manual_seed(seed)).tolist()
+    def pausing() -> list[int]:
+        prompt = torch.randint(0, 250, (36,), generator=torch.Generator().manual_seed(3)).tolist()
         steps = Engine(model).steps(prompt, Sampling(max_tokens=25))
-        got = [next(steps).token_id]
         started.wait(timeout=30)
-        assert ended.wait(timeout=30)  # the others need none of its steps
+        got = [next(steps).token_id for _ in range(5)]
+        assert others_ended.wait(timeout=30)  # they need none of its steps
         return [*got, *(step.token_id for step in steps)]
 
     def going_on(seed: int) -> list[int]:
@@ -104,10 +109,10 @@ def test_a_caller_that_stays_away_holds_nobody_up(turn_s: float, monkeypatch: py
 
     def others() -> list[object]:
         both = together(lambda: going_on(1), lambda: going_on(2))
-        ended.set()
+        others_ended.set()
         return both
 
-    assert together(lambda: pausing(0), others) == [alone[0], alone[1:]]
+    assert together(pausing, others) == [alone[0], alone[1:]]
 
 
 def test_no_forward_is_held_back_for_a_generation_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
