@@ -62,8 +62,8 @@ def test_generations_that_run_at_once_fall_into_step(monkeypatch: pytest.MonkeyP
 
 def test_what_callers_do_between_forwards_they_do_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     patient(monkeypatch)
-    monkeypatch.setattr("s2t_agents.scheduling.scheduler.TURN_S", 20.0)
-    monkeypatch.setattr("s2t_agents.scheduling.scheduler.TURN", 1e6)
+    for name, value in (("HAND_OUT", 1e6), ("TURN", 1e6), ("TURN_S", 20.0)):
+        monkeypatch.setattr(f"s2t_agents.scheduling.scheduler.{name}", value)
     model = tiny_model("qwen3")
     model.backend.limits = replace(model.backend.limits, hand_over_s=-1.0)  # forwards in the scheduler's thread
     busy, most = threading.Semaphore(6), []
