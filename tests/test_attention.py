@@ -252,7 +252,7 @@ def test_single_tokens_see_the_same_in_half_precision_however_many_queries_share
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [2, 12, 200])
-def test_a_chunk_in_half_precision_is_as_exact_as_torchs_own_attention(tokens: int, dtype: torch.dtype) -> None:
+def test_a_chunk_is_as_exact_as_torchs_own_attention_in_any_precision(tokens: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     prefix = [tuple(part.to(dtype) * 4 for part in some_kv(90))]
     q, k, v = (torch.randn(tokens, heads, D).to(dtype) * 4 for heads in (HEADS, KEY_HEADS, KEY_HEADS))

@@ -117,10 +117,6 @@ def test_generations_at_once_have_one_team_among_them() -> None:
     in_a_process_of_its_own("""
         from concurrent.futures import ThreadPoolExecutor
 
-        from s2t_agents.engine.engine import Engine
-        from s2t_agents.testing import tiny_model
-        from s2t_agents.types import Sampling
-
         model = tiny_model("qwen2", hidden_size=64)
         long_steps(model)
         engine = Engine(model)
@@ -136,10 +132,6 @@ def test_generations_at_once_have_one_team_among_them() -> None:
 @pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc")
 def test_a_callers_own_team_makes_way_and_the_models_goes_when_it_is_idle() -> None:
     in_a_process_of_its_own("""
-        from s2t_agents.engine.engine import Engine
-        from s2t_agents.testing import tiny_model
-        from s2t_agents.types import Sampling
-
         model = tiny_model("qwen2", hidden_size=64)
         long_steps(model)
         before = threads()
@@ -159,10 +151,6 @@ def test_a_thread_that_ran_its_own_short_forwards_gives_its_team_back_when_the_a
     in_a_process_of_its_own("""
         from concurrent.futures import ThreadPoolExecutor
 
-        from s2t_agents.engine.engine import Engine
-        from s2t_agents.testing import tiny_model
-        from s2t_agents.types import Sampling
-
         model = tiny_model("qwen2", hidden_size=64)
         with_teams(model)
         in_threads_of_callers(model)
@@ -180,12 +168,6 @@ def test_a_thread_that_ran_its_own_short_forwards_gives_its_team_back_when_the_a
 @pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc")
 def test_a_caller_that_is_alone_again_finds_no_other_team() -> None:
     in_a_process_of_its_own("""
-        from threading import Thread
-
-        from s2t_agents.engine.engine import Engine
-        from s2t_agents.testing import tiny_model
-        from s2t_agents.types import Sampling
-
         model = tiny_model("qwen2", hidden_size=64)
         with_teams(model)
         engine = Engine(model)
@@ -271,9 +253,6 @@ def test_a_forked_process_has_a_thread_of_its_own() -> None:
     in_a_process_of_its_own("""
         import signal
         import threading
-        from s2t_agents.engine.engine import Engine
-        from s2t_agents.testing import tiny_model
-        from s2t_agents.types import Sampling
         model = tiny_model("qwen2")
         long_steps(model)
         def ids(): return [step.token_id for step in Engine(model).steps([5, 6, 7], Sampling(max_tokens=8))]
@@ -304,6 +283,9 @@ def in_a_process_of_its_own(body: str) -> None:
         import time
         import torch
         from s2t_agents.backends import cpu_threads
+        from s2t_agents.engine.engine import Engine
+        from s2t_agents.testing import tiny_model
+        from s2t_agents.types import Sampling
         torch.set_num_threads(2)
         cpu_threads.release_threads()
         def threads():  # once those that are ending have ended

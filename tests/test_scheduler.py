@@ -66,13 +66,15 @@ def test_what_callers_do_between_forwards_they_do_one_after_another(monkeypatch:
         monkeypatch.setattr(f"s2t_agents.scheduling.scheduler.{name}", value)
     model = tiny_model("qwen3")
     model.backend.limits = replace(model.backend.limits, hand_over_s=-1.0)  # forwards in the scheduler's thread
-    busy, most = threading.Semaphore(6), []
+    busy: list[object] = []
+    most: list[int] = []
 
     class Slow:
         def scores(self, proposal: Proposal) -> torch.Tensor:
-            with busy:
-                time.sleep(0.001)
-                most.append(6 - busy._value)
+            busy.append(proposal)
+            time.sleep(0.001)
+            most.append(len(busy))
+            busy.pop()
             return proposal.candidate_log_probs
 
     engine = Engine(model, trigger=always(), selector=Slow())

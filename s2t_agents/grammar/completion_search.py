@@ -108,13 +108,14 @@ class CompletionSearch:
         known: Sequence[int],
     ) -> list[int] | None:
         path: list[int] = []
-        shorter = limit < len(known)  # is needed: where the known one is not joined soon, there is hardly any
+        # only one shorter than the known completion fits: a rollout that does not join it soon hardly finds that
+        needs_shorter = limit < len(known)
         while not matcher.is_accepting():
             if len(path) <= _JOINED_WITHIN:
                 rest = self._end_of(known, matcher, limit - len(path))
                 if rest is not None:
                     return path + rest
-            elif shorter:
+            elif needs_shorter:
                 return None
             step = matcher.compute_ff_tokens()
             if not step:

@@ -36,8 +36,8 @@ MAX_TRIED = 64
 MAX_TRIED_WITHOUT_LOGITS = 2048
 """The same without logits: how many of the first legal tokens are tried."""
 
-_TRIED_ALONE = 8
-"""How many of the likeliest tokens are tried one by one before a mask of all is computed, which takes as long as 30."""
+_TRIED_BEFORE_MASK = 8
+"""How many of the likeliest tokens are tried one by one before the mask of all is computed, which costs far more."""
 
 _FEW_LEGAL = 1 / 16
 """Share of the vocabulary: after a mask with fewer legal tokens the next one is computed at once."""
@@ -361,7 +361,7 @@ class GrammarState:
     def _most_likely_legal(self, logits: Tensor) -> Iterator[int]:
         """The legal tokens, the most likely first, as ``_most_likely``: the mask is computed where none of a few is."""
         tried = set()
-        for token in descending(logits, 0 if self._few_legal else _TRIED_ALONE):
+        for token in descending(logits, 0 if self._few_legal else _TRIED_BEFORE_MASK):
             tried.add(token)
             if self._is_legal(token):
                 yield token
