@@ -1,4 +1,5 @@
-"""The source of a model: a folder or hub id, its ``from_pretrained`` options, its files.
+"""The source of a model, of checkpoints and of GGUF: a folder, file or hub id, its ``from_pretrained`` options, its
+files; which GGUF of a folder is meant (``gguf_file``).
 
 Options of ``from_pretrained`` are split here only: those that select files apply to config, tokenizer and weights; the
 rest apply to the weights.

@@ -211,7 +211,8 @@ class Sampling:
 
     Attributes:
         temperature: 0 is greedy.
-        top_p: nucleus mass, in (0, 1]; used when temperature is above 0.
+        top_p: nucleus mass, in (0, 1]; used when temperature is above 0. Where candidates were ranked again, it is that
+            of their new scores.
         seed: of the random generator; None takes a random one.
         max_tokens: limit of the completion, in tokens.
         banned_first: token ids that cannot be the first, such as end tokens (no empty answers).

@@ -1,4 +1,5 @@
-"""Dollars inside are whole pico-dollars (1e-12 USD): integers add exactly, in any order, on every store.
+"""Dollars as numbers or text, of limits, prices, key files and the command line, read in one place (``dollars``).
+Inside they are whole pico-dollars (1e-12 USD): integers add exactly, in any order, on every store.
 
 A price per million tokens with six decimals is a whole number of pico-dollars per token, so nothing is lost
 for any price list known today. 64-bit stores hold 9.2 million dollars of them.

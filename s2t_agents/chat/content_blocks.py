@@ -1,4 +1,5 @@
-"""Content blocks of all providers to what this model reads: text, reasoning and tool calls.
+"""Content blocks (parts of a message) of all providers to what this model reads, by their ``type``: text, JSON of a
+tool's result, reasoning and tool calls; which others are refused.
 
 Of the provider's built-in tools, plain-text results are read (code output, search results, titles); their calls,
 addresses, signatures and encrypted parts are skipped with a debug line in the log. Images, audio and files are refused.

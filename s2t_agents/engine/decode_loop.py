@@ -175,7 +175,7 @@ class DecodeLoop:
         proposal = Proposal(prefix, self.k, allowed=allowed, banned=banned)
         if self._reranks:
             proposal.fetch()
-        return draw.one_of_all(proposal.logits) if draw.random else proposal.best, proposal
+        return draw.one_of(proposal.logits) if draw.random else proposal.best, proposal
 
     def _best(self) -> int:
         """The most likely legal token; mostly that is the most likely one."""

@@ -1,4 +1,4 @@
-"""Sampling: one token of a distribution, or one of K candidates, with temperature, top-p and a seed."""
+"""Sampling: one token of all logits, or one of the K candidates by their scores, with temperature, top-p and a seed."""
 
 from __future__ import annotations
 
@@ -23,16 +23,12 @@ class Draw:
         else:
             self._generator.seed()
 
-    def one_of_all(self, logits: Tensor) -> int:
-        """A token from the whole distribution ``[V]``, with temperature and top-p."""
-        probs = self._probs(logits.cpu())
+    def one_of(self, scores: Tensor) -> int:
+        """A position among scores, with temperature and top-p: logits ``[V]``, or those of the candidates ``[K]``."""
+        probs = self._probs(scores.float().cpu())
         if self.sampling.top_p < 1:
             probs = nucleus(probs, self.sampling.top_p)
         return int(torch.multinomial(probs, 1, generator=self._generator))
-
-    def one_of(self, scores: Tensor) -> int:
-        """A position among candidates' scores ``[K]``, with temperature."""
-        return int(torch.multinomial(self._probs(scores.float().cpu()), 1, generator=self._generator))
 
     def _probs(self, scores: Tensor) -> Tensor:
         """Probabilities at the temperature; the likeliest alone where it is too small for float32."""
@@ -41,7 +37,7 @@ class Draw:
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """Probabilities ``[V]`` with 0 for all but the likeliest tokens that together reach ``top_p``."""
+    """Probabilities with 0 for all but the likeliest that together reach ``top_p``."""
     ordered, order = probs.topk(min(HEAD, len(probs)))
     if ordered.sum() < top_p:
         ordered, order = probs.sort(descending=True)

@@ -1,4 +1,5 @@
-"""From a schema to the one that the grammar enforces: equal where llguidance can express it, looser elsewhere.
+"""From a schema to the one that the grammar enforces: equal where llguidance can express it, looser elsewhere. A
+string's ``format`` stays where llguidance knows it (``FORMATS``) or ``schema_rules`` has a pattern for it.
 
 Every value that fits the original fits the relaxed schema, with two exceptions: an object schema that names properties
 permits no others unless it says so ("closed"), and an integer has 64 bits unless the schema has larger numbers. What is

@@ -1,4 +1,6 @@
-"""A relaxed schema as a grammar rule, and a bound on the length of its shortest values."""
+"""A relaxed schema as a grammar rule, and a bound on the length of its shortest values; patterns of the formats of
+strings that llguidance does not know (``FORMAT_PATTERNS``), which grammar and validation share.
+"""
 
 from __future__ import annotations
 

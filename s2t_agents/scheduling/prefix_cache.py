@@ -1,12 +1,13 @@
 """KV caches of earlier turns: an agent sends its whole conversation again, and only what is new has to be read.
+Within a limit of bytes; the least recently used entry is evicted first, whoever's it is.
 
     turn 1   system tools question answer                     inserted when the generation ends
     turn 2   system tools question answer | result            the whole entry is taken, the rest read
     other    system tools | another question                  the longest common prefix is forked, the rest read
 
-One cache for all generations over a model, bounded in bytes; the least recently used entry is evicted first. An entry
-never changes while it is one. A fork costs far less than reading the tokens again, and an entry that a prompt goes on
-from is not even copied: ``take`` hands it over, and it comes back longer.
+One cache for all generations over a model. An entry never changes while it is one. A fork costs far less than reading
+the tokens again, and an entry that a prompt goes on from is not even copied: ``take`` hands it over, and it comes back
+longer.
 
 Each scope's entries are sorted by their tokens, and none is the beginning of another. The one that shares most with a
 prompt stands beside the place where the prompt would: a search takes a few comparisons, however many entries there are.

@@ -1,4 +1,6 @@
-"""One request's work beside its client: it ends when the client leaves, and no stream ends without saying how."""
+"""One request's work beside its client: it ends when the client leaves, and no stream ends without saying how. All
+streams of server-sent events (SSE), chat's and plain completions', go through ``EventStream``.
+"""
 
 from __future__ import annotations
 

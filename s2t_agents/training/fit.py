@@ -1,4 +1,5 @@
-"""The training loop: batches, accumulated gradients, looks at held-back prompts, checkpoints, early stopping.
+"""The training loop: batches, accumulated gradients, the learning rate's warm-up and decay, looks at held-back prompts,
+checkpoints, early stopping.
 
 Everything that decides the next step is in the checkpoint or follows from the settings, so a run that was killed and
 resumed ends with the same weights as one that was not.
