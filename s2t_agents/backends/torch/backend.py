@@ -24,7 +24,9 @@ from .cuda.kv_pool import PooledKVCache
 from .grouped_attention import grouped_attention
 from .kv_cache import KVCache, RecurrentCache
 from .loading import ONE_AT_A_TIME, context_window, default_device, end_ids, load_tokenizer, load_weights
+from .long_rope import fix_long_rope
 from .model_runner import ModelRunner
+from .packed_batch import packs
 from .packed_linear import LIMIT
 from .recurrent_state import keeps_a_cache, resumes_in_chunks
 
@@ -33,7 +35,7 @@ class TorchBackend:
     """A causal LM of ``transformers`` and its tokenizer; see ``base.Backend``.
 
     Args:
-        model: in eval mode.
+        model: in eval mode; longrope is fixed in it, see ``long_rope``.
         tokenizer: its fast tokenizer; added tokens without an embedding are read as ordinary text.
         name: how it is called in reports; a path or hub id.
         prepack: bytes of weights that a CPU may hold a second time, in the layout that it multiplies fastest.
@@ -57,19 +59,21 @@ class TorchBackend:
         self.device: torch.device = model.device
         self.eos_ids = end_ids(model, tokenizer, name)
         self.context_window = context_window(self.config, tokenizer)
+        fix_long_rope(model, self.context_window, name)
         self.lock = threading.RLock()  # one forward at a time: hooks and caches are not thread-safe
         hold_while_forking(self, "lock", FORWARD)
         attention_only = self.attention_only(model)
+        packed = attention_only and packs(model)
         graphs, cpu = self.device.type == "cuda", self.device.type == "cpu"
         self._cache_class: type[KVCache] = PooledKVCache if graphs else KVCache
         self.capabilities = Capabilities(
-            batching=attention_only,
+            batching=packed,
             candidate_scoring=True,
             candidate_lora=True,
             hidden_states=True,
             truncation=attention_only,
             fork_while_running=attention_only and not graphs,
-            tree_scoring=attention_only,
+            tree_scoring=packed,
         )
         chunks = attention_only or resumes_in_chunks(model, self.new_cache, name)
         limits = Limits()
@@ -79,13 +83,13 @@ class TorchBackend:
             limits = replace(limits, prefill_alone=self.context_window, prefill_beside=self.context_window)
         self.limits = limits
         self.runner = ModelRunner(
-            model, packs=attention_only, resumes_in_chunks=chunks, graphs=attention_only and graphs, prepack=prepack
+            model, packs=packed, resumes_in_chunks=chunks, graphs=packed and graphs, prepack=prepack
         )
         release_threads()  # OpenMP threads that loading the weights has started
 
     @staticmethod
     def attention_only(model: Any) -> bool:
-        """Whether every layer is attention over a KV cache: then sequences can be packed, cut and forked anywhere."""
+        """Whether every layer is attention over a KV cache: then sequences can be cut and forked anywhere."""
         return overlay_is_exact(model.config.get_text_config()) and keeps_a_cache(model)
 
     def use_graphs(self, graph_runner: GraphRunner | None = None) -> None:

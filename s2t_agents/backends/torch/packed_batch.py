@@ -13,6 +13,7 @@ the row too, over KV that stays as it is; an adapter's corrections are added on 
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ..base import Append, Output, ScoreTree, StepOutput, Work
 from .attention import branches_of, branching, causal
 from .candidate_overlay import layer_kinds, overlay_of
+from .kv_cache import KVCache
+from .llama_decoder import TRIALS, close
+
+_log = logging.getLogger(__name__)
 
 NAME = "s2t_packed"
 """Under which name transformers finds our attention."""
@@ -41,6 +46,7 @@ class RaggedKV:
         widths: T of each.
         beside: which of its new tokens each of them sees, ``[T, T]`` bool; None where each sees those before it.
         attend: name of the model's own attention.
+        window: tokens that a row sees in this layer, itself included; None sees all.
         masks: made so far in this forward, by tokens, length and window; layers share them.
     """
 
@@ -48,6 +54,7 @@ class RaggedKV:
     widths: list[int]
     beside: list[Tensor | None]
     attend: str
+    window: int | None
     masks: dict[tuple[int, int, int | None, int], Tensor]
 
 
@@ -57,16 +64,17 @@ class PackedKV(Cache):  # type: ignore[misc]
     Args:
         parts: in the order of the row.
         attend: name of the model's own attention.
+        windows: of each layer, see ``RaggedKV``.
     """
 
-    def __init__(self, parts: Sequence[Work], attend: str) -> None:
+    def __init__(self, parts: Sequence[Work], attend: str, windows: Sequence[int | None]) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self._widths, self._beside = (
             [len(part.ids) for part in parts],
             [branches_of(part) for part in parts],
         )
         self._caches = [part.cache if isinstance(part, Append) else overlay_of(part.cache) for part in parts]
-        self._attend = attend
+        self._attend, self._windows = attend, windows
         self._masks: dict[tuple[int, int, int | None, int], Tensor] = {}
 
     def update(
@@ -84,7 +92,7 @@ class PackedKV(Cache):  # type: ignore[misc]
             all_keys, all_values = cache.update(key, value, layer_idx)
             keys.append(all_keys)
             values.append(all_values)
-        shared = (self._widths, self._beside, self._attend, self._masks)
+        shared = (self._widths, self._beside, self._attend, self._windows[layer_idx], self._masks)
         return RaggedKV(keys, *shared), RaggedKV(values, *shared)
 
 
@@ -100,6 +108,8 @@ def attend_packed(
 ) -> tuple[Tensor, None]:
     """The model's own attention, sequence by sequence; from queries ``[1, heads, N, d]`` to ``[1, N, heads, d]``."""
     attend = own_attention(module, key.attend)
+    if sliding_window is None:  # some models say it in their mask alone, which is ours here
+        sliding_window = key.window
     outputs = []
     rows = zip(torch.split(query, key.widths, -2), key.parts, value.parts, key.beside, strict=True)
     for at, (q, k, v, beside) in enumerate(rows):
@@ -151,7 +161,7 @@ def through_modules(model: Any, parts: Sequence[Work]) -> list[Output]:
             "input_ids": torch.cat([part.ids for part in parts])[None],
             "position_ids": torch.tensor(places, device=device)[None],
             "attention_mask": ready_mask(config, model.get_output_embeddings().weight),
-            "past_key_values": PackedKV(parts, own),
+            "past_key_values": PackedKV(parts, own, windows_of(config)),
             "use_cache": True,
         }
         if last:
@@ -181,6 +191,34 @@ def rows_with_logits(part: Work, end: int) -> range:
     """Rows of a part that ends at ``end`` after which logits are wanted: an append's last, all of a tree."""
     first = end - 1 if isinstance(part, Append) else end - len(part.ids) if isinstance(part, ScoreTree) else end
     return range(first, end)
+
+
+def windows_of(config: Any) -> list[int | None]:
+    """How far each layer sees, itself included; None sees all."""
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in layer_kinds(config)]
+
+
+@torch.inference_mode()
+def packs(model: Any) -> bool:
+    """Whether a sequence beside another one in a row gives the logits that it gives alone; by a trial.
+
+    Not where a model reads the KV itself before its attention, or has an attention of its own that cannot be replaced.
+    """
+    vocab = model.get_input_embeddings().weight.shape[0]
+    return any(_packs(model, (torch.arange(1, 6) + at * vocab // TRIALS) % vocab) for at in range(TRIALS))
+
+
+def _packs(model: Any, ids: Tensor) -> bool:
+    """Three tokens of five ``[5]`` behind the other two, and alone."""
+    other, own = torch.split(ids.to(model.device), [2, 3])
+    try:
+        alone = model(input_ids=own[None], past_key_values=KVCache(), use_cache=True, logits_to_keep=1)
+        _, beside = through_modules(model, [Append(other, KVCache(), 0), Append(own, KVCache(), 0)])
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        _log.debug("%s is read one sequence after another: %r", type(model).__name__, error)
+        return False
+    assert isinstance(beside, StepOutput)
+    return close(beside.logits, alone.logits[0, -1].float(), model.dtype)
 
 
 @contextmanager
