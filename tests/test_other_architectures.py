@@ -13,6 +13,7 @@ import torch
 from sequences import read, scored_after
 
 from s2t_agents.engine.engine import Engine
+from s2t_agents.errors import ConfigError
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import tiny_model
 from s2t_agents.types import Sampling
@@ -50,10 +51,16 @@ NOT_PACKED: Mapping[str, Mapping[str, Any]] = {
     "falcon": {},
     "gptj": {"rotary_dim": 4},
     "mpt": {},
+    "llama4_text": {"num_local_experts": 4},
 }
-"""They read the KV before their attention, or have an attention of their own."""
+"""They read the KV before their attention, have an attention of their own, or chunks of it."""
 
-ALL = {**WINDOW_IN_THE_MASK, **NOT_PACKED}
+BETWEEN: Mapping[str, Mapping[str, Any]] = {
+    "minicpm3": {"num_key_value_heads": 4},
+}
+"""They do something between their layers and the output layer."""
+
+ALL = {**WINDOW_IN_THE_MASK, **NOT_PACKED, **BETWEEN}
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -92,14 +99,24 @@ def test_candidates_are_those_of_whole_sequences(name: str) -> None:
     model = tiny_model(name, **ALL[name])
     ids, candidates = prompt(1, 40), torch.tensor([5, 9, 77])
     hidden = scored_after(read(model, ids), candidates)
-    decoder = model.model.get_decoder()
-    whole = [decoder(input_ids=torch.tensor([[*ids, int(each)]])).last_hidden_state[0, -1] for each in candidates]
-    assert torch.allclose(hidden, torch.stack(whole), atol=1e-4)
+    whole: list[torch.Tensor] = []  # what the output layer reads
+    model.model.get_output_embeddings().register_forward_pre_hook(lambda module, args: whole.append(args[0][0, -1]))
+    for each in candidates.tolist():
+        model.model(input_ids=torch.tensor([[*ids, each]]))
+    assert (hidden - torch.stack(whole)).abs().max() < 1e-4 * torch.stack(whole).abs().max()
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_sequences_share_a_forward_where_that_gives_the_same(name: str) -> None:
     assert tiny_model(name, **ALL[name]).capabilities.batching == (name in WINDOW_IN_THE_MASK)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("recurrent_gemma", "does not go on from a KV cache"), ("xmod", "from tokens alone")]
+)
+def test_what_cannot_be_read_so_is_refused_before_the_first_answer(name: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        tiny_model(name)
 
 
 class TestLongRope:

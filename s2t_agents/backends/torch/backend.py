@@ -10,7 +10,7 @@ from math import inf
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ...fork_safety import FORWARD, hold_while_forking
@@ -29,6 +29,7 @@ from .model_runner import ModelRunner
 from .packed_batch import packs
 from .packed_linear import LIMIT
 from .recurrent_state import keeps_a_cache, resumes_in_chunks
+from .text_decoder import text_decoder
 
 
 class TorchBackend:
@@ -55,7 +56,7 @@ class TorchBackend:
         self.config = model.config.get_text_config()
         self.architecture: str = self.config.model_type
         self.hidden_size: int = self.config.hidden_size
-        self.decoder: nn.Module = model.get_decoder()
+        self.decoder = text_decoder(model)
         self.device: torch.device = model.device
         self.eos_ids = end_ids(model, tokenizer, name)
         self.context_window = context_window(self.config, tokenizer)
@@ -63,7 +64,7 @@ class TorchBackend:
         self.lock = threading.RLock()  # one forward at a time: hooks and caches are not thread-safe
         hold_while_forking(self, "lock", FORWARD)
         attention_only = self.attention_only(model)
-        packed = attention_only and packs(model)
+        packed = attention_only and packs(model, name)
         graphs, cpu = self.device.type == "cuda", self.device.type == "cpu"
         self._cache_class: type[KVCache] = PooledKVCache if graphs else KVCache
         self.capabilities = Capabilities(
@@ -204,14 +205,16 @@ class TorchBackend:
             cache: the prefixes' KV, all of it kept; left as it is.
 
         Returns:
-            ``[B, N, H]``. One forward; the output layer is not run.
+            ``[B, N, H]``. One forward, without the output layer where that reads what the layers give.
         """
-        out = self.decoder(
-            input_ids=candidates,
-            position_ids=positions,
-            attention_mask=rows_mask(self.config, mask.bool(), positions, self.model.dtype),
-            past_key_values=overlay_of(cache),
-            use_cache=True,
-        )
-        hidden: Tensor = out.last_hidden_state
+        inputs = {
+            "input_ids": candidates,
+            "position_ids": positions,
+            "attention_mask": rows_mask(self.config, mask.bool(), positions, self.model.dtype),
+            "past_key_values": overlay_of(cache),
+            "use_cache": True,
+        }
+        if not self.capabilities.batching:
+            return self.runner.through_modules(**inputs)[1]
+        hidden: Tensor = self.decoder(**inputs).last_hidden_state
         return hidden

@@ -26,6 +26,7 @@ from .kv_cache import KVCache
 from .llama_decoder import CHUNK, LlamaDecoder, hooks_of, llama_decoder_of
 from .packed_batch import through_modules
 from .sdpa_backend import without_cudnn_attention
+from .text_decoder import text_decoder
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ class ModelRunner:
         self.model, self._packs, self._resumes_in_chunks = model, packs, resumes_in_chunks
         self._graphs, self._prepack = graphs, prepack
         self.graph_runner: GraphRunner | None = None
-        self.decoder: nn.Module = model.get_decoder()
+        self.decoder = text_decoder(model)
         self.config, self.device = model.config.get_text_config(), model.device
         self._last_hidden: Tensor | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
@@ -194,14 +195,13 @@ class ModelRunner:
             assert isinstance(packed, Tensor)
             return packed
         with item.lora.on(self.model) if item.lora is not None else nullcontext():
-            out = self.decoder(
+            _, hidden = self.through_modules(
                 input_ids=item.ids[:, None],
                 position_ids=torch.full_like(item.ids, item.length)[:, None],
                 past_key_values=cloned_rows(item.cache, len(item.ids)),
                 use_cache=True,
             )
-        hidden: Tensor = out.last_hidden_state[:, -1]
-        return hidden
+        return hidden[:, -1]
 
     def _score_written_out(self, item: ScoreCandidates) -> Tensor:
         """Candidates, and with an adapter the base's next step for the likeliest of them, in one forward."""

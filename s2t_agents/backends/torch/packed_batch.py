@@ -25,16 +25,22 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ...errors import ConfigError
+from ...redaction import one_line
 from ..base import Append, Output, ScoreTree, StepOutput, Work
 from .attention import branches_of, branching, causal
 from .candidate_overlay import layer_kinds, overlay_of
 from .kv_cache import KVCache
 from .llama_decoder import TRIALS, close
+from .text_decoder import text_decoder
 
 _log = logging.getLogger(__name__)
 
 NAME = "s2t_packed"
 """Under which name transformers finds our attention."""
+
+FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What a model's forward raises where it was not made for such inputs."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ def through_modules(model: Any, parts: Sequence[Work]) -> list[Output]:
         In the order of ``parts``: logits ``[V]`` (fp32) and last hidden state ``[H]`` after a segment's last token,
         last hidden states ``[K, H]`` of candidate scoring, logits ``[N, V]`` of a tree.
     """
-    config, decoder, device = model.config.get_text_config(), model.get_decoder(), model.device
+    config, decoder, device = model.config.get_text_config(), text_decoder(model), model.device
     ends = list(accumulate(len(part.ids) for part in parts))
     with_logits = [rows_with_logits(part, end) for part, end in zip(parts, ends, strict=True)]
     last = [row for rows in with_logits for row in rows]
@@ -199,26 +205,46 @@ def windows_of(config: Any) -> list[int | None]:
 
 
 @torch.inference_mode()
-def packs(model: Any) -> bool:
-    """Whether a sequence beside another one in a row gives the logits that it gives alone; by a trial.
+def packs(model: Any, name: str) -> bool:
+    """Whether a sequence beside another one in a row gives the logits and hidden state that it gives alone; by a trial.
 
-    Not where a model reads the KV itself before its attention, or has an attention of its own that cannot be replaced.
+    Not where a model reads the KV itself before its attention, has an attention of its own that cannot be replaced, or
+    does something between its layers and the output layer.
+
+    Args:
+        model: a causal LM whose every layer is attention.
+        name: of the model, for the error.
+
+    Raises:
+        ConfigError: it does not read tokens alone.
     """
     vocab = model.get_input_embeddings().weight.shape[0]
-    return any(_packs(model, (torch.arange(1, 6) + at * vocab // TRIALS) % vocab) for at in range(TRIALS))
+    return any(_packs(model, (torch.arange(1, 6) + at * vocab // TRIALS) % vocab, name) for at in range(TRIALS))
 
 
-def _packs(model: Any, ids: Tensor) -> bool:
+def _packs(model: Any, ids: Tensor, name: str) -> bool:
     """Three tokens of five ``[5]`` behind the other two, and alone."""
     other, own = torch.split(ids.to(model.device), [2, 3])
+    kept: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: kept.append(args[0][0, -1]))
     try:
         alone = model(input_ids=own[None], past_key_values=KVCache(), use_cache=True, logits_to_keep=1)
+    except FAILURES as error:
+        reason = one_line(str(error))[:200].rstrip(".")
+        raise ConfigError(
+            f"{name!r} ({model.config.model_type}) does not write text from tokens alone: {reason}.",
+            hint="Give a decoder-only language model, or one that sees or hears whose text part writes by itself.",
+        ) from error
+    finally:
+        hook.remove()
+    try:
         _, beside = through_modules(model, [Append(other, KVCache(), 0), Append(own, KVCache(), 0)])
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except FAILURES as error:
         _log.debug("%s is read one sequence after another: %r", type(model).__name__, error)
         return False
     assert isinstance(beside, StepOutput)
-    return close(beside.logits, alone.logits[0, -1].float(), model.dtype)
+    pairs = [(beside.logits, alone.logits[0, -1].float()), (beside.hidden.float(), kept[0].float())]
+    return all(ours.shape == theirs.shape and close(ours, theirs, model.dtype) for ours, theirs in pairs)
 
 
 @contextmanager
