@@ -27,8 +27,20 @@ MAX_LOGPROBS = 20
 class Price(Protocol):
     """What tokens of one model cost."""
 
-    def cost(self, *, input_tokens: int, cached_tokens: int = 0, output_tokens: int = 0) -> Decimal:
-        """USD of a request; ``cached_tokens`` are those input tokens that were in the server's prefix cache."""
+    def cost(
+        self,
+        *,
+        input_tokens: int,
+        cached_tokens: int = 0,
+        output_tokens: int = 0,
+        cache_write_tokens: int = 0,
+        cache_write_1h_tokens: int = 0,
+    ) -> Decimal:
+        """USD of a request.
+
+        ``cached_tokens`` are those input tokens that were in the server's prefix cache, ``cache_write_tokens`` those
+        that it has written to it, ``cache_write_1h_tokens`` the ones of these that it keeps for an hour.
+        """
         ...
 
 

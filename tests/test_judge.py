@@ -5,6 +5,7 @@ import pickle
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -219,6 +220,31 @@ def test_the_price_is_the_judges_own_account(at_start: Trigger) -> None:
     assert budget.state().spent["usd"] == report.actual.usd
 
 
+@pytest.mark.parametrize(
+    ("details", "usd"),
+    [
+        ({"cache_creation": 120}, "0.000825"),  # (80 * 3 + 120 * 3.75 + 9 * 15) / 1e6
+        ({"cache_creation": 0, "ephemeral_5m_input_tokens": 120}, "0.000825"),
+        ({"cache_creation": 0, "ephemeral_1h_input_tokens": 120}, "0.001095"),
+        ({"cache_creation": 0, "ephemeral_5m_input_tokens": 20, "ephemeral_1h_input_tokens": 100}, "0.00105"),
+        ({"cache_creation": 120, "ephemeral_5m_input_tokens": 20, "ephemeral_1h_input_tokens": 100}, "0.00105"),
+        ({"cache_read": 80, "cache_creation": 120}, "0.000609"),
+        ({"cache_read": 200, "cache_creation": 120}, "0.000609"),  # more than there is: the dearer is believed
+        ({"priority": 200, "priority_cache_read": 80, "priority_cache_creation": 120}, "0.000609"),
+        ({"cache_creation": -5}, "0.000735"),
+        ({"cache_creation": 10**9}, "0.000885"),
+    ],
+)
+def test_tokens_written_to_the_providers_cache_are_paid_as_such(
+    details: dict[str, Any], usd: str, at_start: Trigger
+) -> None:
+    price = replace(PRICE, cache_write_usd_per_mtok=Decimal("3.75"), cache_write_1h_usd_per_mtok=Decimal(6))
+    llm, budget = judge(first_shown, usage={**USAGE, "input_token_details": details}, price=price), Budget(usd="1")
+    report = answer(llm, at_start, budget)[0].escalation
+    assert report is not None
+    assert report.actual.usd == Decimal(usd) == budget.state().spent["usd"]
+
+
 def test_a_reply_without_an_account_costs_what_was_held(at_start: Trigger) -> None:
     report = answer(judge(first_shown, usage=None), at_start, Budget(usd="1"))[0].escalation
     assert report is not None
@@ -285,6 +311,14 @@ def test_a_known_models_price_is_found_by_its_name() -> None:
     assert known.name == "gpt-4o-mini"
     assert known.price is not None
     assert ChatJudge(Scripted(choose=first_shown)).price is None
+
+    class Tiered(Hosted):
+        service_tier: str | None = None
+
+    for tier, listed in ((None, True), ("auto", True), ("default", True), ("flex", False), ("priority", False)):
+        found = ChatJudge(Tiered(choose=first_shown, service_tier=tier))
+        assert (found.price is not None) == listed, tier
+        assert ChatJudge(Tiered(choose=first_shown, service_tier=tier), price=PRICE).price is PRICE
 
 
 # ---------------------------------------------------------------------- bad, late and lost answers

@@ -289,7 +289,9 @@ def test_what_a_useless_reply_says_that_it_cost_is_paid() -> None:
     "usage",
     [{}, {"input_tokens": "many"}, {"input_tokens": -1, "output_tokens": 2}, {"input_tokens": 1.5, "output_tokens": 2},
      {"input_tokens": 9, "output_tokens": 2, "input_token_details": None}, {"input_tokens": 9, "output_tokens": 10**9},
-     {"input_tokens": 9, "output_tokens": 2, "input_token_details": {"cache_read": "x"}}, [1], 7],
+     {"input_tokens": 9, "output_tokens": 2, "input_token_details": {"cache_read": "x"}}, [1], 7,
+     {"input_tokens": 9, "output_tokens": 2, "input_token_details": {"cache_creation": "x"}},
+     {"input_tokens": 9, "output_tokens": 2, "input_token_details": {"ephemeral_1h_input_tokens": 1.5}}],
 )  # fmt: skip
 def test_a_usage_that_cannot_be_believed_is_billed_at_the_worst_or_its_own_sum(usage: Any) -> None:
     raw = AIMessage.model_construct(content="", usage_metadata=usage)
@@ -301,6 +303,37 @@ def test_a_usage_that_cannot_be_believed_is_billed_at_the_worst_or_its_own_sum(u
     assert worst is not None
     assert 0 < asked.owed.llm_tokens <= worst.llm_tokens
     Budget().reserve(asked.owed).settle(asked.owed)
+
+
+PRICES = [
+    TokenPrice(3, 15, 0.3),
+    TokenPrice(3, 15, 0.3, cache_write_usd_per_mtok=3.75, cache_write_1h_usd_per_mtok=6),
+    TokenPrice(3, 15, cache_write_usd_per_mtok=4),
+    TokenPrice(3, 15, 0.3, cache_write_usd_per_mtok=1),  # writing is cheaper than reading
+    TokenPrice(1, 15, 2),
+    TokenPrice(1, 2, long_prompts=((100, TokenPrice(2, 4, cache_write_usd_per_mtok=5)),)),
+]
+
+
+@pytest.mark.parametrize("price", PRICES, ids=range(len(PRICES)))
+@pytest.mark.parametrize(
+    "kind", ["none", "cache_read", "cache_creation", "ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens"]
+)
+def test_what_is_held_covers_a_prompt_that_was_all_read_or_written(kind: str, price: TokenPrice) -> None:
+    chat = Unchecked()
+    llm = ChatJudge(chat, price=price)
+    session, asked = llm.open(), question()
+    held = session.quote(asked)
+    assert held is not None
+    assert held.usd is not None
+    read = held.llm_tokens - llm.reply_tokens
+    usage = {"input_tokens": read, "output_tokens": llm.reply_tokens, "input_token_details": {kind: read}}
+    raw = AIMessage.model_construct(content="", usage_metadata=usage)
+    chat.reply = {"raw": raw, "parsed": SimpleNamespace(number=1)}
+    session.ask(asked)
+    assert asked.owed is not None
+    assert asked.owed.usd is not None
+    assert 0 < asked.owed.usd <= held.usd
 
 
 def test_a_providers_error_brings_no_chain_along() -> None:

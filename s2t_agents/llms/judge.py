@@ -18,7 +18,8 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, System
 from pydantic import BaseModel, Field, create_model
 
 from ..budget import known_price
-from ..budget.charges import charge_for
+from ..budget.charges import cache_counts, charge_for, most_for
+from ..budget.prices import LIST_TIERS
 from ..call_scope import with_current_scopes
 from ..endpoints.circuit_breaker import CircuitBreaker
 from ..errors import ConfigError, EscalationFailed, OutOfTime, first_line
@@ -71,7 +72,8 @@ class ChatJudge:
 
     Args:
         chat: any chat model with structured output: ChatOpenAI, ChatAnthropic, ChatS2T, ...
-        price: of its tokens; None looks the model's name up in the list of known prices.
+        price: of its tokens; None looks the model's name up in the list of known prices, unless the chat model has a
+            ``service_tier`` of another price.
         timeout_s: seconds for one question.
         preview_tokens: maximum tokens of one preview.
         context_chars: characters of the conversation that it is shown, from the end.
@@ -102,7 +104,8 @@ class ChatJudge:
             raise ConfigError("a judge needs timeout_s in (0, 3600], and at least 1 token to preview, read and reply.")
         params = chat._get_ls_params()  # LangChain's names of model and provider
         self.name = str(params.get("ls_model_name") or chat._llm_type)
-        self.price = price or known_price(self.name, params.get("ls_provider"))
+        listed = getattr(chat, "service_tier", None) in LIST_TIERS
+        self.price = price or (known_price(self.name, params.get("ls_provider")) if listed else None)
         self.chat, self.timeout_s, self.seed = chat, timeout_s, seed
         self.preview_tokens, self.context_chars, self.reply_tokens = preview_tokens, context_chars, reply_tokens
         self.count_tokens = count_tokens or _utf8_bytes
@@ -174,7 +177,7 @@ class ChatJudge:
         """The maximum cost of this prompt and a reply."""
         schema = json.dumps(choice_among(len(prompt.previews) or 2).model_json_schema())
         read = sum(self.count_tokens(text) for text in [schema, *(str(m.content) for m in prompt.messages)])
-        return charge_for(self.price, input_tokens=read + OVERHEAD_TOKENS, output_tokens=self.reply_tokens)
+        return most_for(self.price, input_tokens=read + OVERHEAD_TOKENS, output_tokens=self.reply_tokens)
 
     def choose(self, question: Question, prompt: JudgePrompt) -> int:
         """Ask the judge; returns the number that it chooses, from 1.
@@ -228,14 +231,13 @@ class ChatJudge:
         if is_int(cost := usage.get("total_cost")) and cost == 0:  # how LangChain marks what comes from its cache
             return Charge(Decimal(0), escalations=0)
         details = usage.get("input_token_details")
-        held = details.get("cache_read") if isinstance(details, Mapping) else None
-        read, written, cached = usage.get("input_tokens"), usage.get("output_tokens"), held or 0
-        if not (is_int(read) and is_int(written) and is_int(cached)):
+        read, written = usage.get("input_tokens"), usage.get("output_tokens")
+        if not (is_int(read) and is_int(written)):
             return None
         if min(read, written) < 0 or read + written > worst.llm_tokens + MAX_REASONING_TOKENS:
             return None
-        cached = min(max(cached, 0), read)
-        return charge_for(self.price, input_tokens=read, cached_tokens=cached, output_tokens=written)
+        counts = cache_counts(details if isinstance(details, Mapping) else {}, read)
+        return None if counts is None else charge_for(self.price, input_tokens=read, output_tokens=written, **counts)
 
 
 class JudgeSession:
