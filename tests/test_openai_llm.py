@@ -5,6 +5,7 @@ import pickle
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
@@ -130,6 +131,31 @@ def test_cached_tokens_are_paid_as_such_and_silence_is_billed_in_full(server: Co
     server.fault, server.usage = None, False
     llm.open().ask(question)
     assert question.owed.llm_tokens == 6
+
+
+@pytest.mark.parametrize(
+    ("counts", "usd"),
+    [
+        ({"cache_write_tokens": 3}, "0.000029"),  # 2*2 + 3*5 + 1*10
+        ({"cached_tokens": 2, "cache_write_tokens": 3}, "0.000027"),
+        ({"cache_write_tokens": 99}, "0.000035"),
+        ({"cached_tokens": None, "cache_write_tokens": None}, "0.00002"),
+    ],
+)
+def test_tokens_written_to_the_servers_cache_are_paid_as_such_and_held_for(
+    server: CompletionServer, llm: OpenAILLM, counts: dict[str, int | None], usd: str
+) -> None:
+    def written(handler: servers.Handler, body: dict[str, object]) -> None:
+        reply = server.answer(body)
+        reply["usage"]["prompt_tokens_details"] = counts
+        handler.reply(reply)
+
+    llm.price = replace(PRICE, cache_write_usd_per_mtok=Decimal(5))
+    server.fault, question = written, Question(PROMPT, [1, 2])
+    assert llm.open().quote(question).usd == Decimal("0.000035")
+    llm.open().ask(question)
+    assert question.owed is not None
+    assert question.owed.usd == Decimal(usd)
 
 
 def test_the_budget_pays_what_the_server_counted(llm: OpenAILLM) -> None:

@@ -227,6 +227,24 @@ def test_collecting_from_servers_makes_the_same_answers_and_counts_every_token(
     assert spent_in(tmp_path / "here" / "rollouts") is None
 
 
+def test_what_a_server_writes_to_its_cache_is_paid_for_and_held_before(
+    llm: CompletionServer, folder: Path, tmp_path: Path
+) -> None:
+    def writes_all(handler: servers.Handler, body: dict[str, Any]) -> None:
+        reply = llm.answer(body)
+        reply["usage"]["prompt_tokens_details"] = {"cache_write_tokens": reply["usage"]["prompt_tokens"]}
+        handler.reply(reply)
+
+    llm.fault = writes_all
+    price = ServedPrice(input=Decimal(2), output=Decimal(10), cache_write=Decimal(5))
+    far = config(folder, tmp_path, None, llm, llm_price=price)
+    collect(far, usd=Decimal(1))
+    state = spent_in(far.out)
+    assert state is not None
+    assert state.spent["usd"] == sum(5 * len(body["prompt"]) + 10 for body in llm.asked) / Decimal(10**6)
+    assert not any(state.overrun.values())
+
+
 def test_no_event_loop_waits_for_the_budgets_store(
     slm: CompletionServer, llm: CompletionServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

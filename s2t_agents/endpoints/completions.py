@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..budget.charges import cache_counts
 from ..errors import EscalationFailed
 
 TOP_LOGPROBS = 20
@@ -67,6 +68,7 @@ class UsageDetails(PartialModel):
     """More about the prompt's tokens."""
 
     cached_tokens: Count | None = None
+    cache_write_tokens: Count | None = None
 
 
 class Usage(PartialModel):
@@ -77,10 +79,10 @@ class Usage(PartialModel):
     prompt_tokens_details: UsageDetails | None = None
 
     @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens from the server's prefix cache; 0 if not reported."""
+    def cache_counts(self) -> dict[str, int]:
+        """Prompt tokens from the server's prefix cache and written to it, as of ``charge_for``; 0 if not reported."""
         details = self.prompt_tokens_details
-        return min((details.cached_tokens or 0) if details else 0, self.prompt_tokens)
+        return cache_counts(dict(details) if details else {}, self.prompt_tokens) or {}
 
 
 def token_id(token: str) -> int:

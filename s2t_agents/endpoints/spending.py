@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ..budget import Budget, Charge, Hold, TokenPrice
-from ..budget.charges import charge_for
+from ..budget.charges import charge_for, most_for
 from ..errors import HoldClosed, StoreUnavailable
 
 T = TypeVar("T")
@@ -37,7 +37,8 @@ class Spending:
         Raises:
             BudgetExceeded, UnpricedModel, StoreUnavailable: as ``Budget.reserve``; the request must not be sent.
         """
-        return Payment(self, self.budget.reserve(self.charge(input_tokens, output_tokens), ttl_s=REQUEST_HOLD_S))
+        most = most_for(self.price, input_tokens=input_tokens, output_tokens=output_tokens, escalations=0)
+        return Payment(self, self.budget.reserve(most, ttl_s=REQUEST_HOLD_S))
 
     async def holding(self, input_tokens: int, output_tokens: int) -> Payment:
         """``hold`` in a thread, so that no store stops an event loop; a cancelled caller holds nothing."""
@@ -47,9 +48,8 @@ class Spending:
             raise cancelled
         return held
 
-    def charge(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> Charge:
-        """Of a request that is no question to an LLM."""
-        counts = {"input_tokens": input_tokens, "cached_tokens": cached_tokens, "output_tokens": output_tokens}
+    def charge(self, **counts: int) -> Charge:
+        """Of a request that is no question to an LLM; ``counts`` as of ``charge_for``."""
         return charge_for(self.price, **counts, escalations=0)
 
 
@@ -60,25 +60,19 @@ class Payment:
     spending: Spending
     held: Hold
 
-    def settle(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> None:
-        """Book what the request cost.
-
-        Args:
-            input_tokens: of the whole prompt, cached tokens included.
-            output_tokens: written.
-            cached_tokens: of the prompt, which the server had read before.
-        """
+    def settle(self, **counts: int) -> None:
+        """Book what the request cost; ``counts`` as of ``charge_for``."""
         with contextlib.suppress(HoldClosed, StoreUnavailable):  # booked as overrun, or before the next reservation
-            self.held.settle(self.spending.charge(input_tokens, output_tokens, cached_tokens))
+            self.held.settle(self.spending.charge(**counts))
 
     def release(self) -> None:
         """It cost nothing: it was not sent, or the server declined."""
         with contextlib.suppress(HoldClosed, StoreUnavailable):  # lapsed, or will
             self.held.release()
 
-    async def closing(self, usage: tuple[int, int, int] | None) -> None:
+    async def closing(self, counts: dict[str, int] | None) -> None:
         """``settle`` with these counts, or without any ``release``, in a thread; a cancelled caller waits for it."""
-        _, cancelled = await (_in_thread(self.release) if usage is None else _in_thread(self.settle, *usage))
+        _, cancelled = await _in_thread(self.release if counts is None else partial(self.settle, **counts))
         if cancelled is not None:
             raise cancelled
 

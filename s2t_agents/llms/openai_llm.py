@@ -20,7 +20,7 @@ from tenacity import (
 from ..backends.fingerprint import tokenizer_fingerprint
 from ..backends.loading import load_tokenizer
 from ..backends.torch.loading import ends_listed
-from ..budget.charges import charge_for
+from ..budget.charges import charge_for, most_for
 from ..endpoints import event_loop
 from ..endpoints.circuit_breaker import CircuitBreaker
 from ..endpoints.endpoint import Access, Endpoint, check_seconds
@@ -207,8 +207,8 @@ class OpenAILLM(ComparedTokens):
         event_loop.run_coroutine(self.endpoint.close(), self.connect_s)
 
     def max_charge(self, request: ServedQuestion) -> Charge:
-        """The maximum cost of one request: all prompts, uncached, and one output token of each."""
-        return charge_for(self.price, input_tokens=request.prompt_tokens, output_tokens=len(request.prompts))
+        """The maximum cost of one request: all prompts at their dearest, and one output token of each."""
+        return most_for(self.price, input_tokens=request.prompt_tokens, output_tokens=len(request.prompts))
 
     def complete(self, question: Question, request: ServedQuestion) -> Answer:
         """Ask the server one question, as this request.
@@ -268,8 +268,8 @@ class OpenAILLM(ComparedTokens):
                 charge_for(
                     self.price,
                     input_tokens=used.prompt_tokens,
-                    cached_tokens=used.cached_tokens,
                     output_tokens=used.completion_tokens,
+                    **used.cache_counts,
                 )
             )
         rows = completions.rows_of(completion, lambda text: request.texts().id_of(text))

@@ -198,8 +198,8 @@ class ServedReader:
             raise
         finally:
             if payment is not None:
-                counts = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
-                await payment.closing(counts if sent else None)
+                counts = {"input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens}
+                await payment.closing({**counts, **usage.cache_counts} if sent else None)
 
 
 def _may_work_later(error: BaseException) -> bool:

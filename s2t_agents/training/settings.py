@@ -46,15 +46,17 @@ class ServedPrice(Settings):
         input: tokens read.
         output: tokens written.
         cached: tokens read from the server's prefix cache; None charges them as read anew.
+        cache_write: tokens that the server writes to that cache; None charges them as others read anew.
     """
 
     input: Decimal = Field(ge=0)
     output: Decimal = Field(ge=0)
     cached: Decimal | None = Field(default=None, ge=0)
+    cache_write: Decimal | None = Field(default=None, ge=0)
 
     def of_tokens(self) -> TokenPrice:
         """For a budget."""
-        return TokenPrice(self.input, self.output, self.cached)
+        return TokenPrice(self.input, self.output, self.cached, cache_write_usd_per_mtok=self.cache_write)
 
 
 class Models(Settings):

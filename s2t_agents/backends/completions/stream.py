@@ -222,7 +222,7 @@ class CompletionStream:
     def _settle(self, payment: Payment) -> None:
         """The whole prompt is charged as read anew: a stream that is left does not say what was cached."""
         if self._sent and not isinstance(self._error, EndpointBusy | EndpointRefused):
-            payment.settle(self.start, len(self._arrived))
+            payment.settle(input_tokens=self.start, output_tokens=len(self._arrived))
         else:
             payment.release()
 
