@@ -14,8 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from s2t_agents import ChatS2T
-from s2t_agents.audit import audit
-from s2t_agents.audit.logs import MAX_LINE
+from s2t_agents.audit import audit, logs
+from s2t_agents.audit.logs import MAX_LINE, read_answer
+from s2t_agents.budget import TokenPrice
 from s2t_agents.cli import app
 from s2t_agents.errors import ConfigError
 
@@ -113,6 +114,129 @@ def test_forms_that_are_read(tmp_path: Path, own: str) -> None:
     assert found.logged_usd is None  # who answered, or how much, is not logged: unknown is not 0
     assert found.unpriced == 3
     assert value(found, "saved_usd_cached") is None
+
+
+WRITTEN = TokenPrice(
+    Decimal(3), Decimal(15), Decimal("0.3"), cache_write_usd_per_mtok=Decimal(4), cache_write_1h_usd_per_mtok=Decimal(6)
+)
+
+
+def logged_cost(line: dict[str, Any]) -> Decimal | None:
+    return read_answer(json.dumps(line).encode()).cost(WRITTEN)
+
+
+@pytest.mark.parametrize(
+    ("details", "usd"),
+    [
+        ({}, "0.003"),
+        ({"cached_tokens": None, "cache_write_tokens": None}, "0.003"),
+        ({"cached_tokens": 200, "cache_write_tokens": 500}, "0.00296"),  # 300 * 3 + 200 * 0.3 + 500 * 4
+        ({"cache_read": 200, "cache_creation": 500}, "0.00296"),
+        ({"cache_creation": 0, "ephemeral_5m_input_tokens": 500}, "0.0035"),
+        ({"cache_creation": 0, "ephemeral_1h_input_tokens": 500}, "0.0045"),
+        ({"cache_creation": 500, "ephemeral_5m_input_tokens": 100, "ephemeral_1h_input_tokens": 400}, "0.0043"),
+        ({"cache_read": 900, "cache_creation": 500}, "0.00215"),
+        ({"cache_creation": "many"}, None),
+        ({"cached_tokens": True}, None),
+    ],
+)
+def test_a_prompt_costs_what_the_cache_had_and_was_written(details: dict[str, Any], usd: str | None) -> None:
+    plain, run = openai("yes"), langsmith("yes")
+    plain["response"]["usage"] = {"prompt_tokens": 1000, "completion_tokens": 0, "prompt_tokens_details": details}
+    usage = {"input_tokens": 1000, "output_tokens": 0, "total_tokens": 1000, "input_token_details": details}
+    run["outputs"]["generations"][0][0]["message"]["kwargs"]["usage_metadata"] = usage
+    assert logged_cost(plain) == logged_cost(run) == (None if usd is None else Decimal(usd))
+
+
+def test_a_provider_that_caches_questions_is_paid_for_what_it_writes(
+    tmp_path: Path, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing_alone = TokenPrice(Decimal(0), Decimal(0), Decimal(0), cache_write_usd_per_mtok=Decimal(1))
+    monkeypatch.setattr(logs, "known_price", lambda name: writing_alone)
+    found = audit(written(tmp_path / "log.jsonl", [openai(own)]))
+    assert value(found, "asking_usd_cached") > 0
+    assert value(found, "asking_usd_uncached") == 0
+
+
+def batch(form: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"body": form["request"], "response": {"status_code": 200, "body": form["response"]}, **more}
+
+
+def tiered(asked: Any, told: Any, usage: dict[str, Any] | None = None) -> dict[str, Any]:
+    """An answer that was requested in one service tier and given in another; "" is not stated."""
+    line = openai("yes")
+    line["request"] |= {"service_tier": asked} if asked != "" else {}
+    line["response"] |= {"service_tier": told} if told != "" else {}
+    line["response"]["usage"] = {**USAGE, **(usage or {})}
+    return line
+
+
+def ran(**parts: Any) -> dict[str, Any]:
+    """A LangSmith run with parameters, metadata of the response or details of its usage."""
+    line = langsmith("yes")
+    line["extra"]["invocation_params"] = parts.get("parameters", {})
+    said = line["outputs"]["generations"][0][0]["message"]["kwargs"]
+    said["response_metadata"] = parts.get("response", {})
+    said["usage_metadata"]["input_token_details"] = parts.get("details", {})
+    return line
+
+
+@pytest.mark.parametrize(
+    ("line", "tier"),
+    [
+        (openai("yes"), None),
+        (batch(openai("yes")), "batch"),
+        (batch(openai("yes"), custom_id="1", method="POST", url="/v1/chat/completions"), "batch"),
+        (batch(tiered("", "default")), "batch"),
+        ({**openai("yes"), "custom_id": "1"}, "batch"),
+        ({"request": {"body": openai("yes")["request"]}, "response": batch(openai("yes"))["response"]}, None),
+        *((tiered("", told), None) for told in ("default", "auto", "standard", "on_demand", None, 7, {})),
+        *((tiered(asked, ""), None) for asked in ("auto", "default", "standard_only", None)),
+        (tiered("flex", "flex"), "flex"),
+        (tiered("flex", ""), "flex"),
+        (tiered("auto", "priority"), "priority"),
+        (tiered("priority", "default"), None),  # what was given counts
+        (tiered("", "scale"), "scale"),
+        (tiered("", "", {"service_tier": "batch"}), "batch"),  # Anthropic's place for it
+        (tiered("", "", {"service_tier": "standard"}), None),
+        (ran(), None),
+        (ran(parameters={"service_tier": "flex"}), "flex"),
+        (ran(parameters={"service_tier": "flex"}, response={"service_tier": "default"}), None),
+        (ran(response={"service_tier": "priority"}), "priority"),
+        (ran(response={"usage": {"service_tier": "batch"}}), "batch"),
+        (ran(response="standard"), None),
+        (ran(details={"flex": 40, "flex_cache_read": 0}), "flex"),
+        (ran(details={"priority": 40}), "priority"),
+    ],
+)
+def test_what_no_list_prices_has_no_known_cost_unless_it_is_logged(line: dict[str, Any], tier: str | None) -> None:
+    found = read_answer(json.dumps(line).encode())
+    assert found.tier == tier
+    assert (found.cost(WRITTEN) is None) == (tier is not None)
+    if "run_type" in line:
+        assert logged_cost({**line, "total_cost": "0.25"}) == Decimal("0.25")
+
+
+def test_the_report_names_what_no_list_prices(tmp_path: Path, own: str) -> None:
+    odd = tiered("", "\x1b[31mred\n" + "x" * 500)
+    lines = [
+        openai(own),
+        batch(openai(own)),
+        batch(openai(own)),
+        tiered("", "flex"),
+        odd,
+        {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": own}]},
+    ]
+    log = written(tmp_path / "log.jsonl", lines)
+    found = audit(log)
+    assert (found.answers, found.unpriced, found.logged_usd) == (6, 5, None)
+    assert list(found.off_list.items())[:2] == [("batch", 2), ("flex", 1)]
+    assert all(name.isprintable() and len(name) <= 80 for name in found.off_list)
+    assert value(found, "logged_usd") is value(found, "saved_usd_cached") is None
+    told = " ".join(CliRunner().invoke(app, ["audit", str(log)], env={"COLUMNS": "200"}).output.split())
+    assert "5 have no known price" in told
+    assert "batch (2), flex (1)" in told
+    assert json.loads(json.dumps(found.as_json()))["off_list"]["batch"] == 2
 
 
 HOSTILE: dict[str, Any] = {

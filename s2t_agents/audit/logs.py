@@ -12,8 +12,8 @@ LangSmith: runs as ``Client.list_runs`` gives them; those of models alone (``run
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
 
 from ..budget import TokenPrice, known_price, money
+from ..budget.charges import cache_counts
+from ..budget.prices import LIST_TIERS
 from ..errors import BadLimit
 from ..redaction import one_line
 
@@ -44,8 +46,10 @@ class LoggedAnswer:
         answer: the message.
         tools: in OpenAI's form.
         model: that gave it, as the log names it; None if it does not.
-        input_tokens, cached_tokens, output_tokens: as the log states them; None if it does not.
+        input_tokens, output_tokens: as the log states them; None if it does not.
+        cache_counts: what of the input the provider's cache had and what was written to it, as of ``charge_for``.
         usd: what it cost, as the log states it; None if it does not.
+        tier: "batch", or the service tier, if it has another price than the list's; None at list price.
     """
 
     messages: list[BaseMessage]
@@ -53,16 +57,18 @@ class LoggedAnswer:
     tools: list[dict[str, Any]]
     model: str | None = None
     input_tokens: int | None = None
-    cached_tokens: int = 0
+    cache_counts: dict[str, int] = field(default_factory=dict)
     output_tokens: int | None = None
     usd: Decimal | None = None
+    tier: str | None = None
 
     def cost(self, price: TokenPrice | None) -> Decimal | None:
-        """USD as logged, or by a price; None where neither is known."""
-        if self.usd is not None or price is None or self.input_tokens is None or self.output_tokens is None:
+        """USD as logged, or by a list price; None where neither is known, or the list's does not hold."""
+        if self.usd is not None or self.tier is not None:
             return self.usd
-        cached = min(self.cached_tokens, self.input_tokens)
-        return price.cost(input_tokens=self.input_tokens, cached_tokens=cached, output_tokens=self.output_tokens)
+        if price is None or self.input_tokens is None or self.output_tokens is None:
+            return None
+        return price.cost(input_tokens=self.input_tokens, output_tokens=self.output_tokens, **self.cache_counts)
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,7 @@ def _openai(line: dict[str, Any]) -> LoggedAnswer:
             raise NotAnAnswer("no answer")
         return _logged(messages, _mapping(last), request.get("tools"), {}, request.get("model"))
     response = _mapping(response)
+    batch = "custom_id" in line or ("body" in line and "status_code" in response)
     if isinstance(status := response.get("status_code"), int) and status >= 400:
         raise NotAnAnswer("a failed request")
     response = _body(response)
@@ -147,7 +154,9 @@ def _openai(line: dict[str, Any]) -> LoggedAnswer:
         raise NotAnAnswer("no answer")
     message = _mapping(response["choices"][0]["message"])
     model = response.get("model") or request.get("model")
-    return _logged(messages, message, request.get("tools"), _mapping(response.get("usage") or {}), model)
+    tiers = ["batch"] if batch else [response.get("service_tier"), request.get("service_tier")]
+    usage = _mapping(response.get("usage") or {})
+    return _logged(messages, message, request.get("tools"), usage, model, tiers=tiers)
 
 
 def _body(found: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +170,13 @@ def _mapping(found: Any) -> dict[str, Any]:
 
 
 def _logged(
-    messages: list[Any], answer: dict[str, Any], tools: Any, usage: dict[str, Any], model: Any, usd: Any = None
+    messages: list[Any],
+    answer: dict[str, Any],
+    tools: Any,
+    usage: dict[str, Any],
+    model: Any,
+    usd: Any = None,
+    tiers: Sequence[Any] = (),
 ) -> LoggedAnswer:
     said = {"role": "assistant", "content": answer.get("content") or "", "tool_calls": answer.get("tool_calls") or []}
     *before, last = convert_to_messages([*messages, said])
@@ -169,17 +184,30 @@ def _logged(
         raise NotAnAnswer("a call that cannot be read")
     if not last.text and not last.tool_calls:
         raise NotAnAnswer("an empty answer")
-    details = usage.get("prompt_tokens_details") or usage.get("input_token_details") or {}
+    details = _mapping(usage.get("prompt_tokens_details") or usage.get("input_token_details") or {})
+    read = _tokens(usage.get("prompt_tokens", usage.get("input_tokens")))
+    counts = cache_counts(details, read or 0)
     return LoggedAnswer(
         before,
         last,
         [tool for tool in tools or [] if isinstance(tool, dict) and isinstance(tool.get("function"), dict)],
         model if isinstance(model, str) and model else None,
-        _tokens(usage.get("prompt_tokens", usage.get("input_tokens"))),
-        _tokens(_mapping(details).get("cached_tokens", details.get("cache_read"))) or 0,
+        None if counts is None else read,
+        counts or {},
         _tokens(usage.get("completion_tokens", usage.get("output_tokens"))),
         _usd(usd),
+        _off_list([*tiers, usage.get("service_tier"), *(name for name in _COUNTED_TIERS if name in details)]),
     )
+
+
+_COUNTED_TIERS = ("flex", "priority")
+"""Service tiers of which LangChain's usage counts the tokens by name."""
+
+
+def _off_list(stated: Sequence[Any]) -> str | None:
+    """The first service tier that is stated; None if there is none, or list prices are its own."""
+    tier = next((each for each in stated if isinstance(each, str) and each), None)
+    return None if tier in LIST_TIERS else tier
 
 
 def _tokens(found: Any) -> int | None:
@@ -212,23 +240,28 @@ def _langsmith(run: dict[str, Any]) -> LoggedAnswer:
         raise NotAnAnswer("no messages")
     extra = _mapping(run.get("extra") or {})
     parameters, metadata = _mapping(extra.get("invocation_params") or {}), _mapping(extra.get("metadata") or {})
-    answer, usage = _langsmith_answer(outputs)
+    answer, usage, tiers = _langsmith_answer(outputs)
     usage = usage or {name: run.get(name) for name in ("prompt_tokens", "completion_tokens")}
     model = metadata.get("ls_model_name") or parameters.get("model") or parameters.get("model_name")
     usd, tools = run.get("total_cost"), inputs.get("tools") or parameters.get("tools")
-    return _logged([_plain(_mapping(each)) for each in messages], answer, tools, usage, model, usd)
+    tiers.append(parameters.get("service_tier"))
+    return _logged([_plain(_mapping(each)) for each in messages], answer, tools, usage, model, usd, tiers)
 
 
-def _langsmith_answer(outputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The answer, and its usage where it is told with it."""
+def _langsmith_answer(outputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[Any]]:
+    """The answer, and its usage and service tiers where they are told with it."""
     if outputs.get("generations"):
         found = outputs["generations"][0]
         generation = _mapping(found[0] if isinstance(found, list) else found)
         message = _mapping(generation.get("message") or {"content": generation.get("text")})
         kwargs = _mapping(message.get("kwargs") or message)
-        return _plain(message), _mapping(kwargs.get("usage_metadata") or {})
+        told = kwargs.get("response_metadata")
+        told = told if isinstance(told, dict) else {}
+        tiers = [each.get("service_tier") for each in (told, told.get("usage")) if isinstance(each, dict)]
+        return _plain(message), _mapping(kwargs.get("usage_metadata") or {}), tiers
     if outputs.get("choices"):
-        return _mapping(outputs["choices"][0]["message"]), _mapping(outputs.get("usage") or {})
+        message = _mapping(outputs["choices"][0]["message"])
+        return message, _mapping(outputs.get("usage") or {}), [outputs.get("service_tier")]
     raise NotAnAnswer("no answer")
 
 

@@ -67,6 +67,7 @@ class Audit:
         models: that gave the answers, as logged.
         logged_usd: what all readable answers cost together; None where one is unknown.
         unpriced: how many of them have no known cost.
+        off_list: those of them that list prices do not hold for: batches, and service tiers by their names.
         figures: by name; rates are shares of tokens, costs USD an answer.
         unknown: what a log cannot say.
     """
@@ -79,6 +80,7 @@ class Audit:
     models: dict[str, int]
     logged_usd: Decimal | None
     unpriced: int
+    off_list: dict[str, int]
     figures: dict[str, Figure]
     unknown: tuple[str, ...] = UNKNOWN
 
@@ -99,6 +101,7 @@ class _Log:
     unpriced: int = 0
     usd: Decimal = Decimal(0)
     models: Counter[str] = field(default_factory=Counter)
+    off_list: Counter[str] = field(default_factory=Counter)
     left_out: dict[str, tuple[int, int]] = field(default_factory=dict)
     sample: list[int] = field(default_factory=list)
     prices: dict[str, TokenPrice | None] = field(default_factory=dict)
@@ -117,6 +120,8 @@ class _Log:
         usd = logged.cost(price_of(logged.model, self.prices))
         if usd is None:
             self.unpriced += 1
+            if logged.tier is not None and (len(self.off_list) < MAX_MODELS or shown(logged.tier) in self.off_list):
+                self.off_list[shown(logged.tier)] += 1
         else:
             self.usd = money.add(self.usd, usd)
         if len(self.sample) < size:  # a reservoir: every answer is as likely to be in it
@@ -190,6 +195,7 @@ def audit(
         dict(log.models.most_common(10)),
         None if log.unpriced else log.usd,
         log.unpriced,
+        dict(log.off_list.most_common(10)),
         _figures(replayed, asked, log.prices) if replayed else {},
     )
 
@@ -247,12 +253,13 @@ def _figures(
 
 
 def _asking_usd(found: ReplayedAnswer, price: TokenPrice, *, cached: bool) -> float:
-    """USD of an answer's questions; the provider has cached what an earlier one of them read, or nothing."""
+    """USD of an answer's questions; the provider caches what each of them reads for those after it, or nothing."""
     return sum(
         float(
             price.cost(
                 input_tokens=question.prefix_tokens,
                 cached_tokens=question.prefix_tokens - question.new_tokens if cached else 0,
+                cache_write_tokens=question.new_tokens if cached else 0,
                 output_tokens=1,
             )
         )

@@ -38,6 +38,9 @@ def show(audit: Audit, console: Console, model: str) -> None:
         f"${audit.logged_usd:f}" if audit.logged_usd is not None else f"unknown: {audit.unpriced:,} have no known price"
     )
     console.print(f"They cost, as logged: {total}")
+    if audit.off_list:
+        tiers = ", ".join(f"{escape(tier)} ({n:,})" for tier, n in audit.off_list.items())
+        console.print(f"  no list says what a batch's or another service tier's answer costs: {tiers}", style="yellow")
     table = Table(title=f"{audit.replayed:,} of them, followed along the log by {escape(model)}", title_justify="left")
     for name in ("", "of all", "95% interval"):
         table.add_column(name, justify="left" if not name else "right")
