@@ -7,6 +7,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from decimal import Decimal
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,7 @@ from s2t_agents.llms import CircuitBreaker, Question
 from s2t_agents.llms import judge as module
 from s2t_agents.testing import tiny_model
 from s2t_agents.triggers import always
+from s2t_agents.types import Price
 
 
 class Hours:
@@ -305,6 +307,13 @@ def test_a_usage_that_cannot_be_believed_is_billed_at_the_worst_or_its_own_sum(u
     Budget().reserve(asked.owed).settle(asked.owed)
 
 
+class OwnPrice:
+    """Knows nothing of what is written to a cache."""
+
+    def cost(self, *, input_tokens: int, cached_tokens: int = 0, output_tokens: int = 0) -> Decimal:
+        return Decimal(input_tokens - cached_tokens + 2 * output_tokens)
+
+
 PRICES = [
     TokenPrice(3, 15, 0.3),
     TokenPrice(3, 15, 0.3, cache_write_usd_per_mtok=3.75, cache_write_1h_usd_per_mtok=6),
@@ -312,6 +321,7 @@ PRICES = [
     TokenPrice(3, 15, 0.3, cache_write_usd_per_mtok=1),  # writing is cheaper than reading
     TokenPrice(1, 15, 2),
     TokenPrice(1, 2, long_prompts=((100, TokenPrice(2, 4, cache_write_usd_per_mtok=5)),)),
+    OwnPrice(),
 ]
 
 
@@ -319,7 +329,7 @@ PRICES = [
 @pytest.mark.parametrize(
     "kind", ["none", "cache_read", "cache_creation", "ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens"]
 )
-def test_what_is_held_covers_a_prompt_that_was_all_read_or_written(kind: str, price: TokenPrice) -> None:
+def test_what_is_held_covers_a_prompt_that_was_all_read_or_written(kind: str, price: Price) -> None:
     chat = Unchecked()
     llm = ChatJudge(chat, price=price)
     session, asked = llm.open(), question()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 from ..types import Charge, Price
@@ -34,8 +35,8 @@ def charge_for(
     usd = None
     if price is not None:
         written = {"cache_write_tokens": cache_write_tokens, "cache_write_1h_tokens": cache_write_1h_tokens}
-        stated = {name: n for name, n in written.items() if n}  # a price of one's own may know no such parts
-        usd = price.cost(input_tokens=input_tokens, cached_tokens=cached_tokens, output_tokens=output_tokens, **stated)
+        known = {name: n for name, n in written.items() if n and takes(price, name)}
+        usd = price.cost(input_tokens=input_tokens, cached_tokens=cached_tokens, output_tokens=output_tokens, **known)
     return Charge(usd=usd, llm_tokens=input_tokens - cached_tokens + output_tokens, escalations=escalations)
 
 
@@ -44,15 +45,25 @@ def most_for(price: Price | None, *, input_tokens: int, output_tokens: int, esca
 
     Each part has one price a token, so a prompt that is all of the dearest costs most. Arguments as of ``charge_for``.
     """
-    most = charge_for(price, input_tokens=input_tokens, output_tokens=output_tokens, escalations=escalations)
-    if price is None or most.usd is None:
-        return most
-    parts = ("cached_tokens",), ("cache_write_tokens",), ("cache_write_tokens", "cache_write_1h_tokens")
-    others = (
-        price.cost(input_tokens=input_tokens, output_tokens=output_tokens, **dict.fromkeys(names, input_tokens))
+    parts = (), ("cached_tokens",), ("cache_write_tokens",), ("cache_write_tokens", "cache_write_1h_tokens")
+    plain, *others = (
+        charge_for(
+            price,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            escalations=escalations,
+            **dict.fromkeys(names, input_tokens),
+        )
         for names in parts
     )
-    return replace(most, usd=max(most.usd, *others))
+    dollars = [each.usd for each in (plain, *others) if each.usd is not None]
+    return replace(plain, usd=max(dollars, default=None))
+
+
+def takes(price: Price, part: str) -> bool:
+    """Whether a price has this part; of a class that has none, its tokens cost as others read."""
+    parameters = signature(price.cost).parameters.values()
+    return any(each.name == part or each.kind is each.VAR_KEYWORD for each in parameters)
 
 
 def cache_counts(details: Mapping[str, Any], input_tokens: int) -> dict[str, int] | None:
