@@ -24,6 +24,10 @@ def write_gguf(
     layers: int = 2,
     kind: str = "F32",
     metadata: Mapping[str, Any] | None = None,
+    keys: Mapping[str, str | int | float] | None = None,
+    types: Mapping[str, int] | None = None,
+    eos: str = "<|im_end|>",
+    vectors: Mapping[str, Sequence[float]] | None = None,
     without: tuple[str, ...] = (),
     template: str | Sequence[Mapping[str, str]] | None = CHATML,
     weights: Callable[[str, np.ndarray], np.ndarray] = lambda name, values: values,
@@ -37,6 +41,10 @@ def write_gguf(
         layers: how many.
         kind: a type that ``gguf.quants`` can quantise to.
         metadata: keys, without the architecture's name, that get another value; None leaves one out.
+        keys: further ones, with their whole names.
+        types: of tokens, where they are others.
+        eos: the end of a text.
+        vectors: further tensors.
         without: tensors to leave out.
         template: the chat template, or several with names.
         weights: changes a tensor before it is quantised.
@@ -47,6 +55,7 @@ def write_gguf(
     vocabulary = tiny_tokenizer().get_vocab()
     tokens = [*sorted(vocabulary, key=vocabulary.__getitem__), MERGED]
     control = {"<|endoftext|>", "<|im_start|>", "<|im_end|>", *(t for t in tokens if t.startswith(("<tool", "</tool")))}
+    kinds = {token: 3 if token in control else 1 for token in tokens} | (types or {})
     numbers = {
         "context_length": WINDOW,
         "embedding_length": WIDTH,
@@ -65,18 +74,23 @@ def write_gguf(
             writer.add_float32(f"{architecture}.{name}", value)
         elif value is not None:
             writer.add_uint32(f"{architecture}.{name}", value)
+    for name, value in (keys or {}).items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(name, value)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in control else 1 for token in tokens])
+    writer.add_token_types([kinds[token] for token in tokens])
     writer.add_token_merges([" ".join(MERGED)])
-    writer.add_eos_token_id(vocabulary["<|im_end|>"])
+    writer.add_eos_token_id(vocabulary[eos])
     writer.add_pad_token_id(vocabulary["<|endoftext|>"])
     writer.add_add_bos_token(False)
     if template is not None:
         writer.add_chat_template(template)
+    for name, vector in (vectors or {}).items():
+        writer.add_tensor(name, np.array(vector, dtype=np.float32))
     draw = np.random.default_rng(seed)
     for name, shape in shapes(layers, len(tokens), architecture).items():
         if name in without:

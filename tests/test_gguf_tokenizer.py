@@ -12,7 +12,7 @@ from conftest import loaded_tokenizer, real
 from gguf_files import MERGED, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 from benchmarks import assets
 from s2t_agents.backends.llamacpp.gguf_header import read_header
@@ -36,12 +36,15 @@ def write_vocabulary(
     scores: list[float] | None = None,
     architecture: str = "llama",
     begins_with_space: bool | None = None,
+    name: str | None = None,
     **ids: int,
 ) -> Path:
     """A GGUF file with a vocabulary and one small tensor."""
     writer = gguf.GGUFWriter(path, architecture)
-    for name in ("context_length", "embedding_length", "block_count"):
-        writer.add_uint32(f"{architecture}.{name}", 8)
+    if name is not None:
+        writer.add_name(name)
+    for key in ("context_length", "embedding_length", "block_count"):
+        writer.add_uint32(f"{architecture}.{key}", 8)
     writer.add_tokenizer_model(kind)
     if rule is not None:
         writer.add_tokenizer_pre(rule)
@@ -53,8 +56,8 @@ def write_vocabulary(
         writer.add_token_scores(scores)
     if begins_with_space is not None:
         writer.add_add_space_prefix(begins_with_space)
-    for name, token in ids.items():
-        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
+    for key, token in ids.items():
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", token)
     writer.add_tensor("t", np.zeros(32, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -149,6 +152,59 @@ def test_sentencepieces_are_merged_by_score_and_the_rest_is_bytes(tmp_path: Path
     assert pieces("a<think>a")[1:] == ["a", "<think>", "▁", "a"]
     for text in ("the tea", "é the", "\n\tthe 😀"):
         assert ours.decode(ours.encode(text)) == text
+
+
+def llama_cpp_s_own(file: Path) -> Any:
+    """What llama.cpp makes of a file's vocabulary."""
+    return pytest.importorskip("llama_cpp").Llama(str(file), vocab_only=True, verbose=False)
+
+
+MARKED = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|end|>", "<think>"]
+TYPES = [2, 3, 3, 3, 3, 3, 4]
+
+
+def small_vocabulary(path: Path, kind: str, **changes: Any) -> Path:
+    """Marked tokens, and bytes."""
+    if kind == "gpt2":
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokens, types = [*MARKED, *letters, "th"], [*TYPES, *[1] * 257]
+        return write_vocabulary(path, tokens, rule="gpt-2", types=types, merges=["t h"], **changes)
+    tokens, types = [*MARKED, *PIECES[3:], *WORDS[:-2]], [*TYPES, *[6] * 256, *[1] * (len(WORDS) - 2)]
+    scores = [-float(at) for at in range(len(tokens))]
+    return write_vocabulary(path, tokens, kind="llama", types=types, scores=scores, **changes)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", [None, "tiny", "Phi 3", "Phi-3-mini-128k-instruct", "my phi3", "PHI-3.5-MoE"])
+def test_white_space_after_a_marked_token_is_kept_where_llama_cpp_keeps_it(
+    name: str | None, kind: str, tmp_path: Path
+) -> None:
+    file = small_vocabulary(tmp_path / "a.gguf", kind, name=name, bos=1, eos=5, unknown=0)
+    ours, theirs = read_tokenizer(read_header(file)), llama_cpp_s_own(file)
+    for token in MARKED:
+        for text in (f"a {token}\n\t the", f" {token}  {token} \r\n", f"{token}the{token}"):
+            wanted = theirs.tokenize(text.encode(), add_bos=False, special=True)
+            assert ours.encode(text, add_special_tokens=False) == wanted, text
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("named", [{}, {"bos": 3}, {"eos": 5}, {"bos": 1, "eos": 2, "unknown": 0}, {"bos": 9999}])
+def test_ids_that_a_file_does_not_name_are_llama_cpp_s(named: dict[str, int], kind: str, tmp_path: Path) -> None:
+    file = small_vocabulary(tmp_path / "a.gguf", kind, **named)
+    ours, theirs = read_tokenizer(read_header(file)), llama_cpp_s_own(file)
+    tokens = read_header(file).tokens
+    for token, known in ((ours.bos_token, theirs.token_bos()), (ours.eos_token, theirs.token_eos())):
+        assert token == (tokens[known] if tokens[known] in MARKED else None)  # a letter neither begins nor ends a text
+    for text in ("+,-", "the</s> a", "<unk>"):
+        assert ours.encode(text, add_special_tokens=False) == theirs.tokenize(text.encode(), False, special=True)
+
+
+def test_llama_cpp_s_ids_are_taken_where_they_are_marked(tmp_path: Path) -> None:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens, types = [*letters[:11], "<|endoftext|>", *letters[11:], "th"], [*[1] * 11, 3, *[1] * 246]
+    file = write_vocabulary(tmp_path / "a.gguf", tokens, rule="gpt-2", types=types, merges=["t h"])
+    ours, theirs = read_tokenizer(read_header(file)), llama_cpp_s_own(file)
+    assert (ours.bos_token_id, ours.eos_token_id) == (theirs.token_bos(), theirs.token_eos()) == (11, 11)
 
 
 def test_merges_follow_the_ranks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import signal
 import threading
 import time
@@ -16,7 +17,9 @@ import torch
 from ending import ended
 from gguf_files import write_gguf
 from sequences import appended
+from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from s2t_agents.backends.base import Append, ScoreCandidates, StepOutput
 from s2t_agents.backends.llamacpp.backend import LlamaCppBackend
@@ -27,6 +30,7 @@ from s2t_agents.errors import ConfigError, ModelNotFound, Overloaded
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
 from s2t_agents.scheduling.waits import finish
+from s2t_agents.testing import tiny_tokenizer
 from s2t_agents.types import Sampling
 
 llama_cpp = pytest.importorskip("llama_cpp")
@@ -491,6 +495,96 @@ def test_a_context_that_no_memory_holds_is_refused_before_any_is_taken(tmp_path:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"missing\.gguf"):
         LlamaCppBackend.load(tmp_path / "missing.gguf")
+
+
+def told(caplog: pytest.LogCaptureFixture, file: Path, **options: Any) -> list[tuple[str, str]]:
+    """Levels and messages that loading a file brings."""
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "s2t_agents"):
+        LlamaCppBackend.load(file, **{"n_ctx": 512, **options}).close()
+    return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+def with_end(**changes: Any) -> Any:
+    """The tokenizer of the tiny file with another kind of end token, or without one."""
+    tokenizer = tiny_tokenizer()
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described["added_tokens"] = [
+        {**each, **changes} if each["content"] == "<|im_end|>" else each
+        for each in described["added_tokens"]
+        if changes or each["content"] != "<|im_end|>"
+    ]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(described)))
+
+
+@pytest.mark.parametrize("changes", [{"rstrip": True}, {"lstrip": True}, {}], ids=["right", "left", "text"])
+def test_a_tokenizer_that_reads_marked_tokens_otherwise_than_llama_cpp_is_told(
+    changes: dict[str, bool], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_gguf(tmp_path / "a.gguf")
+    assert told(caplog, file) == []
+    ((level, message),) = told(caplog, file, tokenizer=with_end(**changes))
+    assert level == "INFO"
+    assert "llama.cpp's own" in message
+
+
+def test_an_end_that_a_file_has_as_text_and_llama_cpp_has_not_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = {"tokenizer.ggml.eot_token_id": 256}
+    file = write_gguf(tmp_path / "a.gguf", types={"<|im_end|>": 1}, eos="<|endoftext|>", keys=keys)
+    ((_, message),) = told(caplog, file)
+    assert "llama.cpp's own" in message
+
+
+def with_rope_factors(path: Path, original: int | None) -> Path:
+    """Trained on 8,192 tokens, on ``original`` at first, with factors for more and for fewer."""
+    scaling = {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": 1.0}
+    return write_gguf(
+        path,
+        metadata={"context_length": 8192, **scaling},
+        keys={"llama.rope.scaling.type": "longrope"},
+        vectors={"rope_factors_long.weight": [3.0] * 8, "rope_factors_short.weight": [1.0] * 8},
+    )
+
+
+@pytest.mark.parametrize(
+    ("original", "n_ctx", "long"),
+    [(1024, 2048, True), (1024, None, True), (1024, 1024, False), (1024, 512, False), (None, 8192, False)],
+)
+def test_factors_for_long_prompts_are_told_exactly_where_llama_cpp_takes_them(
+    original: int | None, n_ctx: int | None, long: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, plain = with_rope_factors(tmp_path / "a.gguf", original), write_gguf(tmp_path / "plain.gguf")
+    backend, unscaled = LlamaCppBackend.load(file, n_ctx=n_ctx), LlamaCppBackend.load(plain, n_ctx=512)
+    ids = draw(40)
+    assert torch.allclose(fresh(backend, ids).logits, fresh(unscaled, ids).logits, atol=0.1) is not long
+    for each in (backend, unscaled):
+        each.close()
+    messages = told(caplog, file, n_ctx=n_ctx)
+    assert [level for level, _ in messages] == ["INFO"] * long
+    assert all("rope factors" in message and "n_ctx=1024" in message for _, message in messages)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"penalty_repeat": 1.1}, ["general.sampling.penalty_repeat=1.1"]),
+        ({"xtc_probability": 0.5, "penalty_repeat": 1.0}, ["general.sampling.xtc_probability=0.5"]),
+        ({"penalty_repeat": 0.9, "xtc_probability": 1.0, "temp": 0.7}, ["penalty_repeat=0.9", "xtc_probability=1"]),
+        ({"penalty_repeat": 2}, ["general.sampling.penalty_repeat=2"]),
+        ({"penalty_repeat": "no number"}, []),
+        ({"temp": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.1}, []),
+        ({"penalty_repeat": 1.0, "penalty_last_n": 64, "xtc_probability": 0.0}, []),
+    ],
+)
+def test_sampling_of_a_file_that_would_choose_others_than_the_likeliest_is_warned_of(
+    keys: dict[str, str | float], named: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_gguf(tmp_path / "a.gguf", keys={f"general.sampling.{key}": value for key, value in keys.items()})
+    messages = told(caplog, file)
+    assert [level for level, _ in messages] == ["WARNING"] * bool(named)
+    assert all(each in message for _, message in messages for each in named)
 
 
 @pytest.mark.real

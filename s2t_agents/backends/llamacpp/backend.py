@@ -24,7 +24,7 @@ from ..base import Append, Capabilities, Limits, Output, ScoreCandidates, StepOu
 from .context import BATCH, OUTPUTS, Context, NoRoom, Options, Run
 from .gguf_header import GGUFHeader, read_header
 from .kv_cache import LlamaCppCache, SequenceSlots
-from .tokenizer import PROBE, read_tokenizer
+from .tokenizer import probe, read_tokenizer
 from .trial import try_out
 from .weights import checkpoint_norms, dequantised
 
@@ -38,6 +38,9 @@ their own: with hidden states on, llama.cpp computes the logits of every row."""
 
 SPARE = 8
 """Sequences that are left to candidates however many caches there are."""
+
+NEUTRAL_SAMPLING = {"general.sampling.penalty_repeat": 1.0, "general.sampling.xtc_probability": 0.0}
+"""Sampling of a file that would choose other tokens at temperature 0, too, and what it is where it does nothing."""
 
 HAND_OVER_S = 0.02
 """Seconds of a step from which the hand-over to the scheduler's thread (0.3 ms of 13, measured on SmolLM2) is no
@@ -86,6 +89,8 @@ class LlamaCppBackend:
         )
         self._pool = SequenceSlots(context, self.lock, SPARE)
         self._compare_tokenizers()
+        self._tell_of_long_factors()
+        self._warn_of_sampling()
 
     @classmethod
     def load(
@@ -118,11 +123,34 @@ class LlamaCppBackend:
 
     def _compare_tokenizers(self) -> None:
         """Say once where our tokenizer and llama.cpp's own differ."""
-        ours = self.tokenizer.backend_tokenizer.encode(PROBE, add_special_tokens=False).ids
-        if ours != (theirs := self._context.tokens(PROBE)):
+        text = probe(self._header, self.eos_ids)
+        ours = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        if ours != (theirs := self._context.tokens(text)):
             logger.info(
                 "%s: a sample text has %d tokens by its tokenizer here, and %d others by llama.cpp's own.",
                 self.name, len(ours), len(theirs),
+            )  # fmt: skip
+
+    def _tell_of_long_factors(self) -> None:
+        """Say once that a context is so large that llama.cpp takes the factors that are for long prompts."""
+        key = f"{self.architecture}.rope.scaling.original_context_length"
+        original = self._header.number(key) or self._context.window
+        if "rope_factors_long.weight" in self._header.tensors and self._context.cells > original:
+            logger.info(
+                "%s: n_ctx is %d: prompts of any length are read with the rope factors for more than %d tokens; "
+                "with n_ctx=%d they are read with those for fewer.",
+                self.name, self._context.cells, original, original,
+            )  # fmt: skip
+
+    def _warn_of_sampling(self) -> None:
+        """Say once that a file asks for other tokens than the likeliest ones at temperature 0."""
+        values = {key: self._header.metadata.get(key) for key in NEUTRAL_SAMPLING}
+        asked = [f"{key}={value:g}" for key, value in values.items()
+                 if isinstance(value, int | float) and value != NEUTRAL_SAMPLING[key]]  # fmt: skip
+        if asked:
+            logger.warning(
+                "%s: the file asks for %s, which is not done here: at temperature 0 it is always the likeliest token.",
+                self.name, ", ".join(asked),
             )  # fmt: skip
 
     @cached_property

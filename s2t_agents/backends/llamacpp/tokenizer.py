@@ -7,7 +7,7 @@ fewer architectures, without the rules of several families, and in seconds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -54,8 +54,21 @@ WHOLE_WORDS = {*_FAMILIES[_LLAMA3,].split(), "tekken"} - {"dbrx", "smaug-bpe", "
 COMPOSED = {"qwen2", "deepseek-r1-qwen", "qwen35"}
 """Rules of tokenizers that compose characters first (NFC); llama.cpp does not."""
 
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
 """Types of tokens that are no ordinary text."""
+
+DEFAULT_IDS: Mapping[str | None, Mapping[str, int]] = {
+    "llama": {"bos": 1, "eos": 2, "unknown": 0},
+    "gpt2": {"bos": 11, "eos": 11},
+}
+"""What llama.cpp takes for tokens that a file does not name, by its kind of tokenizer."""
+
+STRIPPED_AFTER = ("phi-3", "phi3")
+"""In a model's name: white space after marked tokens is dropped. No key of a file says so, and llama.cpp goes by the
+name, too; the others that it knows are encoders'."""
+
+NOT_STRIPPED_AFTER = ("<unk>", "<s>", "<|endoftext|>")
+"""But not after these."""
 
 SPACE = "▁"
 """What sentencepiece writes for a space."""
@@ -66,6 +79,9 @@ PROBE = (
     "{\"a\": [1, null]} </p> I'LL we've"
 )
 """Text on which two tokenizers that differ most likely show it."""
+
+MOST_PROBED = 8192
+"""Characters for marked tokens beside it: llama.cpp looks for each of a vocabulary's in turn (6,000 in Gemma's)."""
 
 _WAY_OUT = 'Give the tokenizer of the original model: model_kwargs={"tokenizer": AutoTokenizer.from_pretrained(...)}.'
 
@@ -88,7 +104,7 @@ def read_tokenizer(header: GGUFHeader) -> Any:
         else:
             raise ConfigError(f"{str(header.path)!r} has a tokenizer of the kind {kind!r}.", hint=_WAY_OUT)
         _add_marked(core, header)
-        names = {name: header.token_id(key) for name, key in _NAMED.items()}
+        names = {name: _token_id(header, key) for name, key in _NAMED.items()}
         return PreTrainedTokenizerFast(
             tokenizer_object=core,
             chat_template=_templates(header),
@@ -144,7 +160,7 @@ def _sentencepiece(header: GGUFHeader) -> Tokenizer:
         merges = _merges(header)
     else:
         merges = merges_of(vocabulary, _ranks(header, vocabulary))
-    unknown = header.token_id("unknown")
+    unknown = _token_id(header, "unknown")
     core = Tokenizer(
         models.BPE(
             vocab=vocabulary,
@@ -205,13 +221,37 @@ def _spelled(piece: str) -> str:
     return SPACE * len(piece) if piece and not piece.strip(" ") else piece
 
 
+def _token_id(header: GGUFHeader, name: str) -> int | None:
+    """The id of a named token: the file's, or llama.cpp's default where that is no ordinary text."""
+    named = header.token_id(name)
+    default = DEFAULT_IDS.get(header.text("tokenizer.ggml.model"), {}).get(name)
+    if named is None and default is not None and _kinds(header).get(default) in (UNKNOWN, CONTROL, USER_DEFINED):
+        return default
+    return named
+
+
 def _add_marked(core: Tokenizer, header: GGUFHeader) -> None:
     """Control tokens, and those that are found in text whatever stands beside them."""
-    special = {header.token_id(key) for key in ("bos", "eos", "eot", "eom", "padding")}
+    special = {_token_id(header, key) for key in ("bos", "eos", "eot", "eom", "padding")}
     spelled = str if header.text("tokenizer.ggml.model") == "gpt2" else _spelled
+    strips = any(each in (header.text("general.name") or "").lower() for each in STRIPPED_AFTER)
     marked = []
     for i, kind in _kinds(header).items():
-        token = header.tokens[i]
-        if token and (kind in (CONTROL, USER_DEFINED) or i in special):
-            marked.append(AddedToken(spelled(token), special=kind == CONTROL or i in special, normalized=False))
+        token, is_special = header.tokens[i], kind in (UNKNOWN, CONTROL) or i in special
+        if token and (is_special or kind == USER_DEFINED):
+            rstrip = strips and token not in NOT_STRIPPED_AFTER
+            marked.append(AddedToken(spelled(token), special=is_special, normalized=False, rstrip=rstrip))
     core.add_tokens(marked)
+
+
+def probe(header: GGUFHeader, ends: Collection[int]) -> str:
+    """``PROBE``, then marked tokens of a file between words and white space.
+
+    Args:
+        header: of the file.
+        ends: tokens that end an answer, whatever the file has them as; they come first.
+    """
+    marked = [i for i, kind in _kinds(header).items() if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+    tokens = [header.tokens[i] for i in dict.fromkeys([*sorted(ends), *marked])]
+    among_words = "".join(f" a \n{token} \n a" for token in tokens if token and token == token.strip())
+    return PROBE + among_words[:MOST_PROBED]
