@@ -12,7 +12,7 @@ from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.tools import tool
 
 from s2t_agents import ChatS2T, Escalation, LocalLLM, triggers
-from s2t_agents.errors import ConfigError, ModelNotFound, UnsafeWeights
+from s2t_agents.errors import ConfigError, EscalationFailed, ModelNotFound, UnsafeWeights
 from s2t_agents.scheduling.language_model import LanguageModel
 
 pytest.importorskip("llama_cpp")
@@ -85,6 +85,61 @@ def test_a_file_of_the_hub_is_named_beside_the_id(chat: ChatS2T, file: Path, tmp
     assert named.invoke("hello").content == chat.invoke("hello").content
     with pytest.raises(ModelNotFound, match="missing"):
         ChatS2T(model="someone/tiny-GGUF", model_kwargs={**options, "gguf_file": "missing.gguf"}).invoke("hello")
+
+
+CPU = b"CPU : AVX2 = 1 | OPENMP = 1 | "
+CUDA = b"CUDA : ARCHS = 900 | USE_GRAPHS = 1 | " + CPU
+
+
+def built(monkeypatch: pytest.MonkeyPatch, backends: bytes, gpu: bool) -> None:
+    """llama.cpp says that it was compiled for other processors, and whether there is one."""
+    monkeypatch.setattr("llama_cpp.llama_cpp.llama_print_system_info", lambda: backends)
+    monkeypatch.setattr("llama_cpp.llama_cpp.llama_supports_gpu_offload", lambda: gpu)
+
+
+FOREIGN = {
+    "no GPU build": (CPU, False, 0, ["cuda", "cuda:0", "cuda:1", "mps", "meta", "xpu", "gpu"]),
+    "a build without its GPU": (CUDA, False, 0, ["cuda", "cuda:0", "mps"]),
+    "NVIDIA's": (CUDA, True, 1, ["cuda:1", "mps", "meta"]),
+    "several": (CUDA, True, 2, ["cuda:0", "cuda:1"]),
+    "Apple's": (b"MTL : EMBED_LIBRARY = 1 | " + CPU, True, 0, ["cuda", "mps:1"]),
+}
+
+
+@pytest.mark.parametrize("machine", FOREIGN)
+def test_a_device_that_is_not_what_runs_is_refused(machine: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backends, gpu, count, devices = FOREIGN[machine]
+    built(monkeypatch, backends, gpu)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    for device in devices:
+        with pytest.raises(ConfigError, match=rf"device is '{device}'.*(Leave it out|Say)"):
+            ChatS2T(model=str(file), device=device).invoke("hello")
+        with pytest.raises(EscalationFailed, match=rf"device is '{device}'"):
+            LocalLLM(str(file), device=device).load()
+
+
+@pytest.mark.parametrize(
+    ("backends", "gpu", "device"),
+    [
+        (CPU, False, None),
+        (CPU, False, "cpu"),
+        (CPU, False, "cpu:0"),
+        (CUDA, True, None),
+        (CUDA, True, "cpu"),
+        (CUDA, True, "cuda"),
+        (CUDA, True, "cuda:0"),
+        (b"ROCm : NO_VMM = 1 | " + CPU, True, "cuda"),
+        (b"Metal : EMBED_LIBRARY = 1 | " + CPU, True, "mps"),
+        (b"MTL : EMBED_LIBRARY = 1 | " + CPU, True, "mps"),
+    ],
+)
+def test_a_device_that_is_what_runs_is_taken(
+    backends: bytes, gpu: bool, device: str | None, chat: ChatS2T, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built(monkeypatch, backends, gpu)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: int(gpu))
+    answer = ChatS2T(model=str(file), max_tokens=12, device=device, model_kwargs={"n_ctx": 2048}).invoke("hello")
+    assert answer.content == chat.invoke("hello").content
 
 
 @pytest.mark.parametrize("options", [{"n_ctx": 4096}, {"n_ctx": 4096, "type_k": "q8_0"}, {"gguf_file": "model.gguf"}])

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import ConfigError, ModelNotFound
 from ..hub import HUB_OPTIONS, REPOSITORY_OPTIONS, ModelSource
 from ..tokenization.vocabulary import drop_tokens_without_embedding
@@ -13,6 +15,7 @@ from .base import Backend
 from .completions.backend import SCHEME, CompletionsBackend, split_address
 from .engine_options import LLAMACPP_OPTIONS, SERVER_OPTIONS
 from .llamacpp.gguf_header import read_header
+from .llamacpp.library import offloads_to
 from .llamacpp.tokenizer import read_tokenizer
 from .torch.backend import TorchBackend
 from .torch.loading import ends_listed
@@ -119,7 +122,7 @@ def _of_the_engine(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of llama.cpp itself.
 
     Raises:
-        ConfigError: a dtype, which the file has; a device that is not this machine's.
+        ConfigError: a dtype, which the file has; a device that is not what llama.cpp would run on.
     """
     kept = {
         name: value
@@ -129,9 +132,34 @@ def _of_the_engine(options: Mapping[str, Any]) -> dict[str, Any]:
     device, dtype = kept.pop("device", None), kept.pop("dtype", None)
     if dtype is not None:
         raise ConfigError(f"dtype is {dtype}, but a GGUF file has types of its own.", hint="Leave it out.")
-    if device is not None and str(device) == "cpu":
+    if device is not None and _checked_device(device).type == "cpu":
         kept.setdefault("n_gpu_layers", 0)
     return kept
+
+
+def _checked_device(given: str | torch.device) -> torch.device:
+    """A device that runs GGUF files: the CPU, or what llama.cpp is compiled for, of which it uses all that it sees.
+
+    Raises:
+        ConfigError: another one, or one of several.
+    """
+    try:
+        device = torch.device(given)
+    except RuntimeError:
+        raise ConfigError(f"device is {given!r}.", hint='Say "cpu", or leave it out.') from None
+    if device.type == "cpu":
+        return device
+    if not offloads_to(device.type):
+        raise ConfigError(
+            f"device is {str(given)!r}, but llama.cpp, which runs GGUF files, has no such device here.",
+            hint="Leave it out, or compile llama-cpp-python for it: CMAKE_ARGS=-DGGML_CUDA=on pip install ...",
+        )
+    if device.index is not None and (device.index or torch.cuda.device_count() > 1):
+        raise ConfigError(
+            f"device is {str(given)!r}, but llama.cpp, which runs GGUF files, uses all GPUs that it sees.",
+            hint=f'Say "{device.type}". CUDA\'s are chosen in the environment: CUDA_VISIBLE_DEVICES={device.index}.',
+        )
+    return device
 
 
 def _of_a_server(address: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,9 @@ MOST_SAID = 20
 ERROR = 4
 """llama.cpp's level of errors. Its messages are for debugging only: errors are raised."""
 
+GPUS = {"cuda": ("CUDA", "ROCm", "MUSA"), "mps": ("Metal", "MTL")}
+"""llama.cpp's names of what it is compiled for, by torch's of the device."""
+
 _said = threading.local()
 
 
@@ -43,6 +46,17 @@ def library() -> Any:
     module.llama_log_set(_callback(module), None)
     module.llama_backend_init()
     return module
+
+
+def offloads_to(kind: str) -> bool:
+    """Whether layers may be on a device of this kind, by torch's name: llama.cpp is compiled for it, and there is one.
+
+    Raises:
+        ConfigError: see ``library``.
+    """
+    module = library()
+    system = module.llama_print_system_info().decode(errors="replace")
+    return bool(module.llama_supports_gpu_offload()) and any(f"{name} : " in system for name in GPUS.get(kind, ()))
 
 
 @cache
