@@ -121,6 +121,7 @@ def test_what_cannot_be_answered_is_refused_by_name() -> None:
         {"type": "input_image", "image_url": "data:image/png;base64,aGk="},
         {"type": "media", "data": "aGk=", "mime_type": "audio/wav"},
         {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "aGk="}},
+        {"type": "text-plain", "url": "https://x.org/a.txt"},
     ],
     ids=lambda block: block["type"],
 )

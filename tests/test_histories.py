@@ -80,6 +80,9 @@ MEDIA = [
     {"type": "file", "file_id": "x"},
     {"type": "document", "source": {"type": "base64", "data": "x", "media_type": "application/pdf"}},
     {"type": "document", "source": {"type": "url", "url": "x"}},
+    {"type": "document", "source": {"type": "content", "content": [{"type": "image", "base64": "x"}]}},
+    {"type": "text-plain", "url": "x", "mime_type": "text/plain"},
+    {"type": "text-plain", "file_id": "x", "title": "t", "mime_type": "text/plain"},
     {"type": "media", "data": "x", "mime_type": "video/mp4"},
     {"image": {"format": "png", "source": {"bytes": "x"}}},
     {"type": "non_standard", "value": {"type": "input_image", "image_url": "x"}},
@@ -129,6 +132,59 @@ def test_documents_of_text_are_read_with_their_titles():
         {"type": "document", "source": parts},
     ]
     assert said(HumanMessage(blocks))["content"] == "Stock\nLamps: 85.\nKites: 7."
+
+
+@pytest.mark.parametrize("kind", [HumanMessage, AIMessage, SystemMessage])
+@pytest.mark.parametrize("content", [{"text": "Lämpchen: 85."}, {"base64": "TMOkbXBjaGVuOiA4\nNS4="}], ids=list)
+@pytest.mark.parametrize(
+    ("beside", "before"), [({}, ""), ({"title": "Stock"}, "Stock\n"), ({"context": "May", "title": "S"}, "S\nMay\n")]
+)
+def test_plain_documents_are_read_by_text_or_base64_with_title_and_context(kind, content, beside, before):
+    block = {"type": "text-plain", "mime_type": "text/plain", "url": "x", **content, **beside}
+    assert said(HumanMessage("q"), kind([block]))["content"] == f"{before}Lämpchen: 85."
+
+
+@pytest.mark.parametrize("wrong", ["x", "====", "/w==", 5, ["eA=="]], ids=repr)
+def test_a_plain_document_that_is_no_base64_of_utf8_is_refused(wrong):
+    with pytest.raises(InputError, match=r"Message 0 .*'text-plain' content block.*base64"):
+        said(HumanMessage([{"type": "text-plain", "base64": wrong}]))
+
+
+EMPTY = [
+    *({"type": kind} for kind in ("text", "text-plain", "input_text", "output_text", "summary_text", "refusal")),
+    {"type": "text", "text": None},
+    {"type": "text", "text": {"annotations": []}},
+    {"type": "guard_content", "guard_content": {"text": "x"}},
+    {"type": "document", "title": "t"},
+    {"type": "document", "title": "t", "source": {"type": "text"}},
+    {"type": "document", "document": {"name": "t", "source": {"bytes": "x"}}},
+    {"document": {"name": "t", "source": {"bytes": "x"}}},
+    {"type": "search_result", "title": "t", "source": "u"},
+    {"type": "web_search_result", "url": "u"},
+]
+EMPTY_RESULTS = [
+    {"type": "json"},
+    {"type": "function_call_output"},
+    {"type": "custom_tool_call_output", "output": None},
+    {"type": "tool_result", "content": {"type": "image", "base64": "x"}},
+]
+
+
+@pytest.mark.parametrize("block", [*EMPTY, *EMPTY_RESULTS], ids=repr)
+def test_a_block_without_its_content_does_not_vanish(block):
+    call = AIMessage("", tool_calls=[{"id": "1", "name": "f", "args": {}}])
+    with pytest.raises(InputError, match="Message 2 .*content block.*This model reads text alone"):
+        said(HumanMessage("q"), call, ToolMessage([{"type": "text", "text": "x"}, block], tool_call_id="1"))
+    if block in EMPTY:
+        with pytest.raises(InputError, match="Message 0 .*content block.*This model reads text alone"):
+            said(HumanMessage([{"type": "text", "text": "x"}, block]))
+
+
+@pytest.mark.parametrize("block", [block for block in EMPTY if "title" not in block], ids=repr)
+def test_a_models_own_block_without_its_content_is_named_in_the_log(block, caplog):
+    with caplog.at_level(logging.DEBUG, logger="s2t_agents"):
+        assert said(HumanMessage("q"), AIMessage([block, {"type": "text", "text": "Ok."}]))["content"] == "Ok."
+    assert block.get("type", "document") in caplog.text
 
 
 def test_results_are_read_as_blocks_too():
@@ -188,7 +244,7 @@ def test_they_are_rendered_as_messages_of_tools_are():
         ({**FIRST, "tool_use_id": "9"}, r"Message 2 \(HumanMessage\) answers tool call '9'"),
         ({"type": "tool_result", "content": "85"}, r"Message 2 \(HumanMessage\) answers"),
         *(
-            ({**FIRST, "content": [media]}, r"Message 2 \(HumanMessage\) holds a '\w+' content block")
+            ({**FIRST, "content": [media]}, r"Message 2 \(HumanMessage\) holds a '[\w-]+' content block")
             for media in MEDIA
         ),
     ],

@@ -2,11 +2,13 @@
 tool's result, reasoning and tool calls; which others are refused.
 
 Of the provider's built-in tools, plain-text results are read (code output, search results, titles); their calls,
-addresses, signatures and encrypted parts are skipped with a debug line in the log. Images, audio and files are refused.
+addresses, signatures and encrypted parts are skipped with a debug line in the log. Images, audio and files are refused,
+and so is a block that somebody else than a model left without its content.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -14,14 +16,14 @@ from typing import Any
 
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, FunctionMessage, HumanMessage, ToolMessage
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..redaction import one_line
 
 _log = logging.getLogger(__name__)
 
 _TEXT_KEYS = {"refusal": "refusal", "guard_content": "text"}
-_TEXT = frozenset({"text", "text-plain", "input_text", "output_text", "summary_text", *_TEXT_KEYS})
-_DOCUMENTS = frozenset({"document", "search_result", "web_search_result"})
+_TEXT = frozenset({"text", "input_text", "output_text", "summary_text", *_TEXT_KEYS})
+_DOCUMENTS = frozenset({"document", "search_result", "text-plain", "web_search_result"})
 _MEDIA = frozenset({
     "audio", "container_upload", "file", "file_data", "image", "image_generation_call", "image_url", "inline_data",
     "inlineData", "input_audio", "input_file", "input_image", "media", "output_audio", "video", "video_url",
@@ -115,15 +117,13 @@ def _texts(block: Any, message: BaseMessage, where: str, skipped: list[str]) -> 
     if (inner := _unwrapped(block)) is not block:
         inner = {"type": kind, **inner} if from_model else inner
         yield from _texts(inner, message, where, skipped)
-    elif kind in _TEXT:
-        yield _text_in(block.get(_TEXT_KEYS.get(kind, "text")))
-    elif kind in _DOCUMENTS and not _has_media_source(block):
-        yield "\n".join(_result_texts(block))
-    elif kind == "json" and isinstance(message, ToolMessage):
-        yield _json_text(block.get("json"), where)
-    elif kind in _OUTPUTS and isinstance(message, ToolMessage):
-        output = block.get("output", block.get("content"))
-        parts = output if isinstance(output, list) else [_text_in(output)]
+    elif kind in _TEXT and (text := _text_in(block.get(_TEXT_KEYS.get(kind, "text")))) is not None:
+        yield text
+    elif kind in _DOCUMENTS and (held := _document_content(kind, block, where)) is not None:
+        yield "\n".join([*_titles(block), *(text for part in held for text in _texts(part, message, where, skipped))])
+    elif kind == "json" and "json" in block and isinstance(message, ToolMessage):
+        yield _json_text(block["json"], where)
+    elif kind in _OUTPUTS and isinstance(message, ToolMessage) and (parts := _output_parts(kind, block)) is not None:
         yield "\n".join(text for part in parts for text in _texts(part, message, where, skipped))
     elif kind in _CACHE_POINTS or (from_model and kind in _REASONING | _CALLS.keys() | _CALL_CHUNKS):
         return
@@ -133,8 +133,9 @@ def _texts(block: Any, message: BaseMessage, where: str, skipped: list[str]) -> 
             skipped.append(kind)
         yield "\n".join(found)
     else:
+        empty = " without its content" if kind in _TEXT | _DOCUMENTS | _OUTPUTS and not is_media(block) else ""
         raise InputError(
-            f"{where} holds a {kind!r} content block.", hint="This model reads text alone: pass text blocks."
+            f"{where} holds a {kind!r} content block{empty}.", hint="This model reads text alone: pass text blocks."
         )
 
 
@@ -144,13 +145,54 @@ def _unwrapped(block: Any) -> Any:
     return block["value"] if wrapped and isinstance(block.get("value"), Mapping) else block
 
 
+def _titles(document: Mapping[str, Any]) -> list[str]:
+    return [document[key] for key in ("title", "context") if isinstance(document.get(key), str)]
+
+
+def _document_content(kind: str, document: Mapping[str, Any], where: str) -> list[Any] | None:
+    """The blocks that a document holds, its text as one; None if it holds no text, or a file.
+
+    Raises:
+        InputError: a text in base64 that is none.
+    """
+    held = document.get("source") if kind == "document" else document
+    if not isinstance(held, Mapping) or _has_media_source(document):
+        return None
+    content = next((held[key] for key in ("data", "content", "text") if held.get(key) is not None), None)
+    if content is None and kind == "text-plain" and document.get("base64") is not None:
+        content = _decoded(document["base64"], where)
+    if content is None and kind == "web_search_result" and _titles(document):  # its content is encrypted
+        content = []
+    return content if content is None or isinstance(content, list) else [content]
+
+
+def _decoded(text: Any, where: str) -> str:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True).decode()
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{where} holds a 'text-plain' content block whose base64 is no text: {first_line(error)}.",
+            hint="Give base64 of UTF-8, or the text itself as text.",
+        ) from error
+
+
+def _output_parts(kind: str, block: Mapping[str, Any]) -> list[Any] | None:
+    """The blocks of a tool's result; None if it has none where it must."""
+    output = block.get("output", block.get("content"))
+    if output is None:
+        return [] if kind == "tool_result" else None
+    if isinstance(output, list):
+        return output
+    return [output if isinstance(output, Mapping) else str(output)]
+
+
 def _result_texts(value: Any) -> Iterator[str]:
     """The plain text in a result block of a provider's built-in tool, depth first."""
     if isinstance(value, list):
         for item in value:
             yield from _result_texts(item) if not isinstance(item, str) else (item,)
     elif isinstance(value, Mapping) and str(value.get("type")) in _DOCUMENTS:
-        yield from (value[key] for key in ("title", "context") if isinstance(value.get(key), str))
+        yield from _titles(value)
         yield from _result_texts(value.get("source") if value["type"] == "document" else {**value, "type": None})
     elif isinstance(value, Mapping):
         if value.get("type") == "text" and isinstance(value.get("data"), str):  # a document's source
@@ -164,21 +206,24 @@ def _result_texts(value: Any) -> Iterator[str]:
 
 
 def is_media(block: Mapping[str, Any]) -> bool:
-    """Whether a block is an image, a sound or a file, by its type or, of a document, by its source."""
+    """Whether a block is an image, a sound or a file, by its type or, of a document, by where its content is."""
     kind = block.get("type")
     return isinstance(kind, str) and (kind in _MEDIA or (kind in _DOCUMENTS and _has_media_source(block)))
 
 
 def _has_media_source(block: Mapping[str, Any]) -> bool:
+    if block.get("type") == "text-plain":
+        given = {key for key in ("text", "base64", "url", "file_id") if block.get(key) is not None}
+        return bool(given) and given <= {"url", "file_id"}
     source = block.get("source")
     return isinstance(source, Mapping) and source.get("type", "text") not in ("text", "content")
 
 
-def _text_in(value: Any) -> str:
-    """A block's text, which some providers wrap in another mapping."""
+def _text_in(value: Any) -> str | None:
+    """A block's text, which some providers wrap in another mapping; None if it has none."""
     if isinstance(value, Mapping):
         return _text_in(value.get("value", value.get("text")))
-    return "" if value is None else str(value)
+    return None if value is None else str(value)
 
 
 def _reasoning_texts(block: Mapping[str, Any]) -> Iterator[str]:
@@ -190,7 +235,7 @@ def _reasoning_texts(block: Mapping[str, Any]) -> Iterator[str]:
             yield from _reasoning_texts(value)
     summary = block.get("summary")
     if isinstance(summary, list):
-        yield "\n\n".join(_text_in(part.get("text")) for part in summary if isinstance(part, Mapping))
+        yield "\n\n".join(_text_in(part.get("text")) or "" for part in summary if isinstance(part, Mapping))
 
 
 def _json_text(value: Any, where: str) -> str:
