@@ -11,7 +11,7 @@ from langchain_core.messages import (
     SystemMessage,
     ToolMessage,
 )
-from langchain_core.tools import tool
+from langchain_core.tools import Tool, tool
 from pydantic import BaseModel
 
 from s2t_agents import Budget, ChatS2T, Ledger
@@ -66,6 +66,48 @@ ENDLESS["properties"] = {"again": ENDLESS}
 def test_malformed_tools_are_refused_when_they_are_bound(bad: Any, message: str) -> None:
     with pytest.raises(BadSchema, match=message.replace("(", r"\(")):
         ChatS2T(model="/never/loaded").bind_tools([bad])
+
+
+PROVIDERS_OWN = [
+    *("web_search_20250305", "web_fetch_20250910", "bash_20250124", "text_editor_20250728", "memory_20250818"),
+    *("computer_20250124", "code_execution_20250825", "tool_search_tool_regex_20251119", "mcp_toolset"),
+    *("web_search", "web_search_preview", "mcp", "code_interpreter", "file_search", "image_generation", "custom"),
+]
+
+
+@pytest.mark.parametrize("kind", PROVIDERS_OWN)
+@pytest.mark.parametrize("named", [{"name": "tool"}, {"name": "tool", "description": "d", "max_uses": 5}, {}], ids=str)
+def test_tools_that_a_provider_runs_or_that_take_free_text_are_refused(kind: str, named: dict[str, Any]) -> None:
+    model = ChatS2T(model="/never/loaded")
+    with pytest.raises(BadSchema, match=f"This is no tool: .*'{kind}'.* provider.* Pass functions"):
+        model.bind_tools([{"type": kind, **named}])
+    with pytest.raises(BadSchema, match="This is no output schema"):
+        model.with_structured_output({"type": kind, **named}, method="json_schema")
+
+
+def test_a_langchain_tool_that_takes_free_text_is_refused() -> None:
+    free = Tool("run", lambda text: text, "Run it.", metadata={"type": "custom_tool"})
+    with pytest.raises(BadSchema, match=r"This is no tool: .*'custom'.* provider"):
+        ChatS2T(model="/never/loaded").bind_tools([free])
+
+
+A_NUMBER = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"name": "f", "input_schema": A_NUMBER},
+        {"type": "custom", "name": "f", "input_schema": A_NUMBER},
+        {"type": None, "name": "f", "input_schema": A_NUMBER},
+        {"name": "f", "parameters": A_NUMBER},
+        {"type": "function", "function": {"name": "f", "parameters": A_NUMBER}},
+        {"title": "f", **A_NUMBER},
+    ],
+)
+def test_anthropics_and_openais_tools_and_titled_schemas_keep_their_arguments(given: dict[str, Any]) -> None:
+    bound: Any = ChatS2T(model="/never/loaded").bind_tools([given])
+    assert bound.kwargs["tools"] == [{"type": "function", "function": {"name": "f", "parameters": A_NUMBER}}]
 
 
 def test_choices_and_formats_that_fit_nothing_are_refused_when_they_are_bound() -> None:

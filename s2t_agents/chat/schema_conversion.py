@@ -19,7 +19,7 @@ from pydantic import BaseModel, PydanticUserError, TypeAdapter
 from typing_extensions import is_typeddict
 
 from ..errors import BadSchema, first_line
-from ..grammar.canonical_schema import canonicalize, follow_pointer, resolved
+from ..grammar.canonical_schema import TYPES, canonicalize, follow_pointer, resolved
 
 _FAILURES = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, PydanticUserError, RecursionError)
 _TOOL_KEYS = ("name", "function", "input_schema", "toolSpec")
@@ -37,6 +37,7 @@ def openai_tool(given: Any, *, strict: bool | None = None) -> dict[str, Any]:
     """
     given = _unwrapped(given)
     try:
+        _check_type(given)
         if _is_titled_schema(given) and "properties" not in given:
             made = {"name": given["title"], "description": given.get("description", "")}
             rest = {key: value for key, value in given.items() if key not in ("title", "description")}
@@ -53,6 +54,7 @@ def openai_tool(given: Any, *, strict: bool | None = None) -> dict[str, Any]:
             }
         else:
             one = convert_to_openai_tool(given, strict=strict)
+            _check_type(one)  # a LangChain tool may say that it takes free text
         function = {key: value for key, value in one["function"].items() if key != "strict"}
         if whole is not None:
             function["parameters"] = _without_titles(
@@ -74,6 +76,7 @@ def json_schema(given: Any, *, strict: bool | None = None) -> dict[str, Any]:
     """
     given = _unwrapped(given)
     try:
+        _check_type(given)
         if is_dataclass(given) or _is_pydantic_only_type(given):
             return {"title": _name_of(given), **_schema_of(given)}
         whole = _schema_to_keep(given) or (_schema_of(given) if _root_is_not_object(given) else None)
@@ -142,6 +145,18 @@ def _unwrapped(given: Any) -> Any:
         return given
     described = {"description": given["description"]} if isinstance(given.get("description"), str) else {}
     return {**given["schema"], "title": given["name"], **described}
+
+
+def _check_type(given: Any) -> None:
+    """Refuse a provider's own tool (web search, free text, ...), which is no function with a schema (ValueError)."""
+    if not isinstance(given, Mapping) or not ("type" in given and isinstance(given["type"], str)):
+        return
+    kind, is_tool = given["type"], any(key in given for key in _TOOL_KEYS)
+    if kind == "function" or (kind == "custom" and "input_schema" in given):
+        return
+    if not is_tool and ("title" in given or kind in TYPES):
+        return
+    raise ValueError(f"a tool's type is function, not {kind!r:.80}: a provider's own tools do not run here")
 
 
 def _is_titled_schema(given: Any) -> bool:
