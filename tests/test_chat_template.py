@@ -151,13 +151,13 @@ def test_a_long_conversation_is_within_the_bounds() -> None:
 # ------------------------------------------------------------------ chat_template=
 
 
-def base() -> LanguageModel:
-    """A base model: its tokenizer has no template."""
+def base(template: Any = None, *, name: str = "base") -> LanguageModel:
+    """A model with this template of its tokenizer's own, by default none, as a base model."""
     import copy
 
     tokenizer = copy.copy(tiny_tokenizer())
-    tokenizer.chat_template = None
-    return LanguageModel(tiny_model().model, tokenizer, name="base")
+    tokenizer.chat_template = template
+    return LanguageModel(tiny_model().model, tokenizer, name=name)
 
 
 def test_a_base_model_says_what_it_needs_and_runs_with_it() -> None:
@@ -186,6 +186,35 @@ def test_a_calls_own_variables_reach_it() -> None:
     plain = ChatS2T(model=tiny_model(), max_tokens=4, temperature=1.0, seed=1)
     assert chat.invoke("hello").content == plain.invoke("hello").content
     assert chat.invoke("hello", template_args={"loud": True}).content != plain.invoke("hello").content
+
+
+HERMES = (Path(__file__).parent / "templates" / "qwen2_5.jinja").read_text(encoding="utf-8")
+OTHER_CALLS = CHATML.replace("m.content }}", "m.content }}{% for c in m.tool_calls or [] %}[CALL]{% endfor %}")
+NAMED = {
+    "in another form": ({"default": CHATML, "tool_use": "{{ tools | tojson }}" + OTHER_CALLS}, True),
+    "calls in another form": ({"default": HERMES, "tool_use": "{{ tools | tojson }}" + OTHER_CALLS}, True),
+    "no tools at all": ({"default": HERMES, "tool_use": CHATML}, True),
+    "refuses": ({"default": CHATML, "tool_use": "{{ raise_exception('no') }}"}, True),
+    "the form of Hermes": ({"default": CHATML, "tool_use": HERMES}, False),
+    "another name": ({"default": CHATML, "rag": OTHER_CALLS}, False),
+    "one template": (OTHER_CALLS, False),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_template_for_tools_that_is_passed_over_is_named_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    template, passed_over = NAMED[name]
+    for _ in range(2):
+        ChatS2T(model=base(template, name=name), max_tokens=1).bind_tools([TOOL]).invoke("hello")
+    warnings = [record.getMessage() for record in caplog.records if "'tool_use'" in record.getMessage()]
+    assert len(warnings) == passed_over
+    assert all("Hermes" in warning and "chat_template=" in warning for warning in warnings)
+
+
+def test_a_template_for_tools_in_the_place_of_a_given_one_is_not_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = base(NAMED["in another form"][0], name="given another")
+    ChatS2T(model=model, chat_template=HERMES, max_tokens=1).bind_tools([TOOL]).invoke("hello")
+    assert "'tool_use'" not in caplog.text
 
 
 def test_a_file_is_read_once_and_travels_as_text(tmp_path: Path) -> None:

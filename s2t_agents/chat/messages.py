@@ -212,6 +212,14 @@ class PromptEncoder:
                     form_tools,
                 )
 
+    @property
+    def passes_over_tool_template(self) -> bool:
+        """Whether the tokenizer's template for tools (``tool_use``) is never used: it is not Hermes."""
+        named = () if self._chat_template else self._tokenizer.chat_template
+        if not (isinstance(named, dict) and {"default", "tool_use"} <= named.keys()):
+            return False
+        return not self.features.supports_hermes_tools
+
     def _with_reasoning(self, turns: list[Turn]) -> list[Turn]:
         """Turns with reasoning under the template's variable, or without it."""
         renamed = []

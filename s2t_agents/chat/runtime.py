@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from .local_work import LocalWork
 from .messages import PromptEncoder
 from .recent import Recent
 from .response_options import ResponseOptions
+
+_log = logging.getLogger(__name__)
 
 MAX_GRAMMARS = 64
 """Compiled grammars cached per engine, the last used: an agent sends the same tools every turn."""
@@ -247,4 +250,16 @@ def build(settings: EngineSettings) -> Runtime:
         drift=drift,
         shadow=settings.shadow,
     )
-    return Runtime(engine, encoder_of(settings, slm.tokenizer))
+    encoder = encoder_of(settings, slm.tokenizer)
+    if encoder.passes_over_tool_template:
+        _warn_of_tool_template(slm.name)
+    return Runtime(engine, encoder)
+
+
+@lru_cache(maxsize=256)  # once a model
+def _warn_of_tool_template(name: str) -> None:
+    _log.warning(
+        "%s: its chat template 'tool_use' is not used, since it does not write tools, calls and results in the form of "
+        "Hermes: they stand as text in the default template. Another one may be given as chat_template=...",
+        name,
+    )
