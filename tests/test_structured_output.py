@@ -1,11 +1,13 @@
 """Structured output and forced tool calls: always valid against the schema."""
 
+import json
 from typing import Any, TypedDict
 from urllib.parse import quote
 
 import pytest
 import torch
 from langchain_core.messages import (
+    HumanMessage,
     SystemMessage,
 )
 from langchain_core.tools import tool
@@ -224,6 +226,31 @@ def test_a_schema_may_be_called_like_a_choice(name: str) -> None:
     schema = {"title": name, "description": "d", "type": "object", "properties": {"x": {"type": "boolean"}}}
     schema["required"] = ["x"]
     assert set(chat(max_tokens=64).with_structured_output(schema).invoke("hello")) == {"x"}
+
+
+DESCRIBED = {"type": "object", "description": "OF THE SCHEMA", "properties": {"x": {"type": "boolean"}}}
+PLAIN = {"type": "object", "properties": {"x": {"type": "boolean"}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ({"description": "OF THE FORMAT", "schema": PLAIN}, ["OF THE FORMAT"]),
+        ({"description": "OF THE FORMAT", "schema": DESCRIBED}, ["OF THE FORMAT", "OF THE SCHEMA"]),
+        ({"description": "OF THE SCHEMA", "schema": DESCRIBED}, ["OF THE SCHEMA"]),
+        ({"schema": DESCRIBED}, ["OF THE SCHEMA"]),
+        ({"description": "", "schema": PLAIN}, []),
+        ({"description": None, "schema": PLAIN}, []),
+    ],
+)
+def test_the_description_of_a_response_format_is_shown_with_its_schema(given: Any, shown: list[str]) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, **given}}
+    [system, _] = ResponseOptions.of({"response_format": wanted}).prompt([HumanMessage("hello")])
+    for text in ("OF THE FORMAT", "OF THE SCHEMA"):
+        assert system.text.count(text) == shown.count(text)
+    schema = json.loads(system.text[system.text.index("{") :])
+    assert {key: schema[key] for key in PLAIN} == PLAIN
+    assert "description" in schema or not shown
 
 
 def test_a_named_tool_that_is_not_there_is_refused() -> None:

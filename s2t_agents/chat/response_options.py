@@ -281,6 +281,14 @@ def with_schema(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "response_format": {"type": "json_schema", "json_schema": schema}}
 
 
+def _described(schema: Mapping[str, Any], description: Any) -> Mapping[str, Any]:
+    """The schema with a response format's description, before its own if that is another."""
+    if not (isinstance(description, str) and description) or description == schema.get("description"):
+        return schema
+    both = "\n".join(text for text in (description, schema.get("description")) if isinstance(text, str))
+    return {"description": both, **{key: value for key, value in schema.items() if key != "description"}}
+
+
 def _parse_response_format(wanted: Any) -> tuple[Mapping[str, Any] | None, bool]:
     """The schema in an OpenAI ``response_format`` (or of a class), and whether the prompt shows it."""
     if wanted is None:
@@ -294,7 +302,7 @@ def _parse_response_format(wanted: Any) -> tuple[Mapping[str, Any] | None, bool]
         return wanted.get("schema") or ANY_OBJECT, False
     inner = wanted.get("json_schema") if kind == "json_schema" else None
     if isinstance(inner, Mapping) and isinstance(inner.get("schema"), Mapping):
-        return inner["schema"], True
+        return _described(inner["schema"], inner.get("description")), True
     raise ConfigError(
         f"This is no response_format: {str(wanted)[:200]}.",
         hint='Use {"type": "json_schema", "json_schema": {"name": ..., "schema": ...}} or {"type": "json_object"}.',
