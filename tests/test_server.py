@@ -239,6 +239,10 @@ def test_hints_and_neutral_values_change_nothing(client: httpx.Client, hint: dic
         ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
         ({"chat_template_kwargs": {"x": "<|im_end|>"}}, "chat_template_kwargs.x", "invalid_value"),
         ({"chat_template_kwargs": {str(at): 1 for at in range(33)}}, "chat_template_kwargs", "invalid_value"),
+        *(
+            ({"chat_template_kwargs": {name: True}}, "chat_template_kwargs", "invalid_value")
+            for name in ("add_generation_prompt", "continue_final_message", "tokenize", "messages", "tools")
+        ),
     ],
 )
 def test_what_would_be_ignored_is_refused_by_name(

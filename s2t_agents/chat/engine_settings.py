@@ -20,6 +20,7 @@ from ..scheduling.admission import Concurrency
 from ..scheduling.language_model import LanguageModel
 from ..selectors import Selector
 from ..selectors.served import SERVER
+from ..tokenization.chat_template import check_template_args
 from ..triggers import Trigger
 
 
@@ -61,6 +62,7 @@ class EngineSettings:
                 'shadow=True and selector="server": the model\'s server picks the tokens itself.',
                 hint="Give the selector's directory, or serve the model without it.",
             )
+        check_template_args(self.template_args)
         torch_dtype(self.dtype)
         ModelSource.of(self.model if isinstance(self.model, str) else self.model.name, self.model_kwargs)
         if self.device is not None:

@@ -21,7 +21,7 @@ from langchain_core.messages import BaseMessage, HumanMessage, ToolMessage
 
 from ..errors import ConfigError, ContextOverflow, InputError
 from ..formats.reasoning import ReasoningFormat, reasoning_variable, split_reasoning, tag_pairs
-from ..tokenization.chat_template import ChatTemplate
+from ..tokenization.chat_template import ChatTemplate, check_template_args
 from ..tokenization.safe_encoding import SafeEncoder
 from ..tokenization.traced_text import Sources
 from . import hermes_tools, template_fallbacks
@@ -58,7 +58,7 @@ class PromptEncoder:
         features: what the template can render.
 
     Raises:
-        ConfigError: no chat template, an invalid one, or no fast tokenizer.
+        ConfigError: no chat template, an invalid one, no fast tokenizer, or ``template_args`` that no template sees.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class PromptEncoder:
         self._chat_template = chat_template
         self._tokenizer = tokenizer
         self._template_args = dict(template_args or {})
+        check_template_args(self._template_args)
         self._encoder = SafeEncoder(tokenizer, str(template))
         self._source = str(template)
         added = {token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()}

@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import from_json
 
 from ..errors import BadRequest
+from ..tokenization.chat_template import NOT_VARIABLES
 from ..types import MAX_LOGPROBS
 from .parameters import Parameters, Part, SamplingParameters, parse
 
@@ -223,10 +224,14 @@ class ChatRequest(SamplingParameters):
 
     @field_validator("chat_template_kwargs", mode="before")
     @classmethod
-    def _few(cls, given: Any) -> Any:
+    def _few_and_variables(cls, given: Any) -> Any:
         """Before each is looked at: ``max_length`` of a mapping comes after."""
-        if isinstance(given, dict) and len(given) > MAX_TEMPLATE_ARGS:
+        if not isinstance(given, dict):
+            return given
+        if len(given) > MAX_TEMPLATE_ARGS:
             raise ValueError(f"it has {len(given)} entries; at most {MAX_TEMPLATE_ARGS} are taken")
+        if reserved := sorted(NOT_VARIABLES & given.keys()):
+            raise ValueError(f"{', '.join(reserved)} cannot be given to a template")
         return given
 
     def langchain_messages(self) -> list[BaseMessage]:
