@@ -256,5 +256,6 @@ class Sampling:
         if seed is not None and not (whole and -(2**63) <= seed < 2**64):
             raise ConfigError(f"seed is {self.seed!r}; it must be a whole number of 64 bits.")
         top = self.logprobs
-        if top is not None and not (isinstance(top, Integral) and 0 <= top <= MAX_LOGPROBS):
+        whole = isinstance(top, Integral) and not isinstance(top, bool)
+        if top is not None and not (whole and 0 <= top <= MAX_LOGPROBS):
             raise ConfigError(f"top_logprobs is {top!r}; it must be a whole number from 0 to {MAX_LOGPROBS}.")

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.load import dumps
-from langchain_core.messages import BaseMessage
+from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.runnables import RunnableLambda
 from observers import cache_key, traced
 
 from s2t_agents import Budget, ChatS2T, Ledger, LocalLLM
+from s2t_agents.chat.messages import PromptEncoder
 from s2t_agents.errors import ConfigError, ModelNotFound
 from s2t_agents.escalation import Escalation
-from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
+from s2t_agents.testing import CHATML, ScriptedLLM, last_candidate, tiny_model, tiny_tokenizer
 from s2t_agents.triggers import always
 
 
@@ -180,6 +181,15 @@ def test_tracers_and_caches_get_no_budget(call: Callable[..., BaseMessage], said
         ({"seed": 2**70}, r"seed is 1180591620717411303424; it must be a whole number of 64 bits"),
         ({"seed": "a"}, r"seed is 'a'"),
         ({"model": 3}, r"model is a int"),
+        *(
+            ({"logprobs": wrong}, rf"logprobs is {wrong!r}; it must be True or False.*logprobs=True, top_logprobs=")
+            for wrong in (5, 0, 1, 2.5, "yes")
+        ),
+        ({"logprobs": 5, "top_logprobs": 5}, r"logprobs is 5; it must be True or False"),
+        ({"top_logprobs": 3}, r"top_logprobs=3 needs logprobs=True"),
+        ({"logprobs": False, "top_logprobs": 3}, r"top_logprobs=3 needs logprobs=True"),
+        ({"logprobs": True, "top_logprobs": 21}, r"top_logprobs is 21; it must be a whole number from 0 to 20"),
+        ({"logprobs": True, "top_logprobs": True}, r"top_logprobs is True; it must be a whole number from 0 to 20"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -213,6 +223,9 @@ def test_what_cannot_be_bound_beside_tools_is_refused_there() -> None:
         {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False, "response_format": {"type": "text"}},
         {"ls_structured_output_format": {"kwargs": {"method": "json_mode"}, "schema": {"title": "t"}}},
         {"stop": ["zzz"], "max_tokens": 2, "temperature": 1, "top_p": 0.5, "seed": -1},
+        {"logprobs": True},
+        {"logprobs": True, "top_logprobs": 0},
+        {"logprobs": False, "top_logprobs": None},
         {"s2t_budget": None, "s2t_agent": None, "s2t_cache_scope": None, "temperature": None, "max_tokens": None},
     ],
     ids=str,
@@ -220,6 +233,45 @@ def test_what_cannot_be_bound_beside_tools_is_refused_there() -> None:
 @pytest.mark.parametrize("how", [by_invoke, by_ainvoke, by_stream])
 def test_what_langchain_and_its_users_pass_is_accepted(how: Callable[..., BaseMessage], call: dict[str, Any]) -> None:
     assert how(chat(), None, **call).response_metadata["s2t"]["tokens"]
+
+
+RESERVED = (
+    *(
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "messages",
+        "tokenize",
+        "tools",
+    ),
+    *("max_length", "return_tensors", "tokenizer_kwargs"),
+)
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_template_args_that_are_no_variables_of_the_template_are_refused(name: str) -> None:
+    """They name what a call gives itself, or arguments of ``apply_chat_template``, which no template sees."""
+    wrong = {"enable_thinking": False, name: True}
+    message = f"template_args holds {name!r}"
+    with pytest.raises(ConfigError, match=message):
+        ChatS2T(model="never/loaded", template_args=wrong)
+    model = chat(ledger=Ledger())
+    for how in (by_invoke, by_stream):
+        with pytest.raises(ConfigError, match=message):
+            how(model, None, template_args=wrong)
+    with pytest.raises(ConfigError, match=message):
+        PromptEncoder(tiny_tokenizer(), template_args=wrong)
+    assert model.ledger is not None
+    assert model.ledger.records() == []
+
+
+def test_documents_are_variables_of_the_template() -> None:
+    source = CHATML + "{% for d in documents or [] %}{{ d.text }}{% endfor %}"
+    encoder = PromptEncoder(
+        tiny_tokenizer(), chat_template=source, template_args={"documents": [{"text": "Lamps: 85."}]}
+    )
+    assert "Lamps: 85." in encoder.render([HumanMessage("hello")])
 
 
 # ---------------------------------------------------------------------- of a model

@@ -253,6 +253,17 @@ def test_tokens_are_counted_by_the_models_own_template_without_weights(
     assert model.get_num_tokens("<|im_end|>") == 10
 
 
+def test_a_counter_of_the_users_own_counts_texts_and_enters_no_prompt() -> None:
+    plain, own = chat(), chat(custom_get_token_ids=lambda text: [len(text)] * 2)
+    assert own.get_token_ids("hello") == [5, 5]
+    assert own.get_num_tokens("hello there") == 2
+    messages = [HumanMessage("hello")]
+    assert own.get_num_tokens_from_messages(messages) == plain.get_num_tokens_from_messages(messages)
+    assert own.invoke(messages).usage_metadata == plain.invoke(messages).usage_metadata
+    with pytest.raises(ZeroDivisionError):
+        chat(custom_get_token_ids=lambda text: [1 // 0]).get_num_tokens("hello")
+
+
 def test_parts_of_a_conversation_can_be_counted_and_trimmed() -> None:
     history = [
         HumanMessage("first " * 20),

@@ -57,6 +57,15 @@ def test_a_gguf_file_is_served(tmp_path: Path) -> None:
         assert listed["id"] == "tiny.gguf"
 
 
+def test_a_counter_of_the_users_own_enters_no_completion() -> None:
+    body = {"model": "s2t-demo", "prompt": "Ann has 37 shells", "max_tokens": 3}
+    usages = []
+    for counter in (None, lambda text: [0]):
+        with serving_chat(ChatS2T(model="s2t-demo", custom_get_token_ids=counter)) as url:
+            usages.append(httpx.post(f"{url}/completions", json=body, timeout=250).json()["usage"])
+    assert usages[0]["prompt_tokens"] == usages[1]["prompt_tokens"] > 1
+
+
 @pytest.fixture
 def front(server: CompletionServer) -> Iterator[str]:
     """``s2t serve`` over a model that is itself on a server."""

@@ -271,6 +271,26 @@ def timeout_of(given: Any) -> float | None:
     return seconds
 
 
+def top_logprobs_of(call: Mapping[str, Any]) -> int | None:
+    """How many likeliest tokens one call wants beside each of its own; None if it wants no log-probabilities.
+
+    Raises:
+        ConfigError: ``logprobs`` is not a bool (OpenAI's completions have a number there), or ``top_logprobs`` without
+            it.
+    """
+    wanted, top = call.get("logprobs"), call.get("top_logprobs")
+    if wanted is not None and not isinstance(wanted, bool):
+        raise ConfigError(
+            f"logprobs is {wanted!r:.80}; it must be True or False.",
+            hint="For alternatives say logprobs=True, top_logprobs=5.",
+        )
+    if wanted:
+        return 0 if top is None else top
+    if top is not None:
+        raise ConfigError(f"top_logprobs={top!r:.80} needs logprobs=True.", hint="Give both, or neither.")
+    return None
+
+
 def template_args_of(call: Mapping[str, Any]) -> dict[str, Any]:
     """Chat template variables of one call.
 

@@ -63,6 +63,7 @@ from .call_arguments import (
     settings_error,
     template_args_of,
     timeout_of,
+    top_logprobs_of,
     unfinished_of,
     without_nones,
     without_own_arguments,
@@ -205,7 +206,7 @@ class ChatS2T(ConfigurableChatModel):
             seed=_value_or(call.get("seed"), self.seed),
             max_tokens=_value_or(call.get("max_tokens"), self.max_tokens),
             banned_first=banned_first,
-            logprobs=_value_or(call.get("top_logprobs"), 0) if call.get("logprobs") else None,
+            logprobs=top_logprobs_of(call),
         )
 
     def _settings(self, call: Mapping[str, Any]) -> EngineSettings:
@@ -335,18 +336,18 @@ class ChatS2T(ConfigurableChatModel):
         params["ls_max_tokens"] = _value_or(kwargs.get("max_tokens"), self.max_tokens)
         return params
 
-    def get_token_ids(self, text: str, *, limit: int | None = None) -> list[int]:
-        """The text in this model's token ids; reads no weights.
+    def get_token_ids(self, text: str) -> list[int]:
+        """The text in this model's token ids, or what ``custom_get_token_ids`` makes of it; reads no weights.
 
         Args:
             text: any; control tokens in it are text.
-            limit: maximum number of tokens; None has none.
 
         Raises:
             InputError: text that is not Unicode.
-            ContextOverflow: more than ``limit`` tokens; a text that cannot fit is refused before it is encoded.
         """
-        return self.runtimes.encoder(self._settings({})).text_ids(text, limit=limit)
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return self.runtimes.encoder(self._settings({})).text_ids(text)
 
     def get_num_tokens_from_messages(
         self,
@@ -356,6 +357,7 @@ class ChatS2T(ConfigurableChatModel):
         """Number of tokens of the conversation as the chat template renders it; reads no weights.
 
         What the template cannot render by itself, such as a tool result without its call, is counted as text.
+        ``custom_get_token_ids`` plays no part: it knows no template.
         """
         encoder = self.runtimes.encoder(self._settings({}))
         return tokens_of_messages(encoder, messages, openai_tools(tools or (), strict=None))

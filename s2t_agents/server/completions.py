@@ -194,7 +194,7 @@ class Completion:
             [given] = given
         engine = self._chat_model.engine
         if isinstance(given, str):
-            return self._chat_model.get_token_ids(given, limit=engine.slm.context_window - 1)
+            return self._chat_model.runtime.encoder.text_ids(given, limit=engine.slm.context_window - 1)
         engine.check_prompt(given)  # by its length, before each id is looked at
         return self._known(given, "prompt")
 
