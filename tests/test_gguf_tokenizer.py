@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def write_vocabulary(
     architecture: str = "llama",
     begins_with_space: bool | None = None,
     name: str | None = None,
+    adds: Mapping[str, bool] | None = None,
     **ids: int,
 ) -> Path:
     """A GGUF file with a vocabulary and one small tensor."""
@@ -56,6 +58,8 @@ def write_vocabulary(
         writer.add_token_scores(scores)
     if begins_with_space is not None:
         writer.add_add_space_prefix(begins_with_space)
+    for key, true in (adds or {}).items():
+        writer.add_bool(f"tokenizer.ggml.add_{key}_token", true)
     for key, token in ids.items():
         writer.add_uint32(f"tokenizer.ggml.{key}_token_id", token)
     writer.add_tensor("t", np.zeros(32, dtype=np.float32))
@@ -146,12 +150,35 @@ def sentencepieces(folder: Path) -> Any:
 
 def test_sentencepieces_are_merged_by_score_and_the_rest_is_bytes(tmp_path: Path) -> None:
     ours = sentencepieces(tmp_path)
-    pieces = lambda text: ours.convert_ids_to_tokens(ours.encode(text))  # noqa: E731
+    encode = lambda text: ours.encode(text, add_special_tokens=False)  # noqa: E731
+    pieces = lambda text: ours.convert_ids_to_tokens(encode(text))  # noqa: E731
     assert pieces("the tea") == ["▁the", "▁t", "e", "a"]
     assert pieces("é") == ["▁", "<0xC3>", "<0xA9>"]
     assert pieces("a<think>a")[1:] == ["a", "<think>", "▁", "a"]
     for text in ("the tea", "é the", "\n\tthe 😀"):
-        assert ours.decode(ours.encode(text)) == text
+        assert ours.decode(encode(text)) == text
+
+
+@pytest.mark.parametrize("adds", [{}, *({name: true} for name in ("bos", "eos") for true in (True, False))], ids=str)
+@pytest.mark.parametrize("rule", [None, "gpt-2", "llama-bpe", "tekken", "qwen2", "glm4"])
+def test_what_stands_around_a_text_is_what_llama_cpp_puts_there(
+    rule: str | None, adds: dict[str, bool], tmp_path: Path
+) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    file = tmp_path / "framed.gguf"
+    if rule is None:
+        types = [2, 3, 3, *[6] * 256, *[1] * len(WORDS)]
+        scores = [0.0] * (len(PIECES) + len(WORDS))
+        write_vocabulary(
+            file, [*PIECES, *WORDS], kind="llama", types=types, scores=scores, adds=adds, unknown=0, bos=1, eos=2
+        )
+    else:
+        vocabulary = tiny_tokenizer().get_vocab()
+        tokens = [*sorted(vocabulary, key=vocabulary.__getitem__), MERGED]
+        types, ids = [3 if vocabulary.get(token, 0) >= 256 else 1 for token in tokens], {"bos": 256, "eos": 258}
+        write_vocabulary(file, tokens, rule=rule, types=types, merges=[" ".join(MERGED)], adds=adds, **ids)
+    theirs = llama_cpp.Llama(str(file), vocab_only=True, verbose=False).tokenize(b"the tea")
+    assert read_tokenizer(read_header(file)).encode("the tea") == theirs
 
 
 def llama_cpp_s_own(file: Path) -> Any:

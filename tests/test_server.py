@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import threading
@@ -14,11 +15,13 @@ from typing import Any
 import httpx
 import pytest
 from server_support import QUESTION, STOCK_QUESTION, STOCK_TOOL, demo_model, serving_chat
+from tokenizers import processors
 
 from s2t_agents import Budget, ChatS2T, Concurrency, Escalation, Ledger, errors
 from s2t_agents.budget import Charge
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.server.error_responses import INTERNAL, error_body, shape_of
-from s2t_agents.testing import ScriptedLLM, tiny_model
+from s2t_agents.testing import ScriptedLLM, markov_model, tiny_model, tiny_tokenizer
 from s2t_agents.triggers import when
 
 ASK: dict[str, Any] = {"model": "s2t-demo", "messages": [{"role": "user", "content": QUESTION}]}
@@ -410,6 +413,84 @@ def test_a_completion_continues_a_text_and_token_ids_alike(client: httpx.Client,
         response = client.post("/completions", json={**whole_body, **wrong})
         assert response.status_code == 400, response.text
         assert response.json()["error"]["param"]
+
+
+FRAMES: dict[str, list[str]] = {
+    "nothing": ["$A"],
+    "BOS": ["<|endoftext|>", "$A"],
+    "EOS": ["$A", "<|im_end|>"],
+    "both": ["<|endoftext|>", "$A", "<|im_end|>"],
+    "several": ["<|endoftext|>", "<|im_start|>", "$A", "<|im_end|>", "<|im_end|>"],
+}
+
+
+@pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES)
+def test_a_text_is_continued_within_the_special_tokens_that_its_tokenizer_adds(frame: list[str]) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in frame if token != "$A"}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=frame, special_tokens=list(ids.items())
+    )
+    model = ChatS2T(model=LanguageModel(tiny_model().model, tokenizer, name="framed"), max_tokens=8)
+    at = frame.index("$A")
+    before, after = [ids[token] for token in frame[:at]], [ids[token] for token in frame[at + 1 :]]
+    with serving_chat(model) as url, httpx.Client(base_url=url, timeout=60) as client:
+
+        def asked(prompt: Any, **given: Any) -> tuple[Any, Any]:
+            body = {"model": "framed", "prompt": prompt, "logprobs": 0, "max_tokens": 4, **given}
+            answer = client.post("/completions", json={**body, "return_tokens_as_token_ids": True}).json()
+            return answer["usage"]["prompt_tokens"], answer["choices"][0]["logprobs"]["tokens"]
+
+        for text in ("The capital", "<|endoftext|>The capital", "a<|im_start|>b<|im_end|>", " é"):
+            plain = model.get_token_ids(text)
+            assert not {*plain} & {*ids.values()}
+            assert asked(text) == asked(text, add_special_tokens=True) == asked([*before, *plain, *after])
+            assert asked(text, add_special_tokens=False) == asked(plain)
+            assert asked(plain, add_special_tokens=True) == asked(plain)  # ids are what they are
+        told = client.post(url.replace("/v1", "/tokenize"), json={"model": "framed", "prompt": "The capital"}).json()
+        assert told["count"] == asked("The capital")[0]
+        room = model.engine.slm.context_window - 1 - len(before) - len(after)
+        for length, status in ((room, 200), (room + 1, 400)):
+            body = {"model": "framed", "prompt": "x" * length, "max_tokens": 1}
+            assert client.post("/completions", json=body).status_code == status
+
+
+def test_an_added_token_without_an_embedding_is_not_put_before_a_text() -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=["<begin>", "$A"], special_tokens=[("<begin>", tokenizer.bos_token_id)]
+    )
+    model = ChatS2T(model=LanguageModel(tiny_model().model, tokenizer, name="larger"))
+    with serving_chat(model) as url:
+        answer = httpx.post(f"{url}/completions", json={"model": "larger", "prompt": "hello"}, timeout=60)
+        assert answer.json()["usage"]["prompt_tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    ("stop", "given", "text"),
+    [
+        ("de", {}, "abc"),
+        (["de"], {}, "abc"),
+        (["zz", "ef", "de"], {"stop": None}, "abc"),
+        (["de"], {"stop": []}, "abcdefg"),
+        (["de"], {"stop": "f"}, "abcde"),
+        (["de"], {"stop": ["zz", "b"]}, "a"),
+        ([], {}, "abcdefg"),
+        (None, {}, "abcdefg"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_completion_ends_at_the_stop_strings_of_the_model_unless_it_names_others(
+    stop: Any, given: dict[str, Any], text: str, stream: bool
+) -> None:
+    chain = markov_model(tiny_tokenizer(), [*"0abcdefg"], name="chain")
+    with serving_chat(ChatS2T(model=chain, stop=stop)) as url:
+        body = {"model": "chain", "prompt": "0", "max_tokens": 7, "stream": stream, **given}
+        told = httpx.post(f"{url}/completions", json=body, timeout=60).text
+    events = [json.loads(line.removeprefix("data: ")) for line in told.split("\n\n") if line and "[DONE]" not in line]
+    assert "".join(each["choices"][0]["text"] for each in events) == text
+    assert events[-1]["choices"][0]["finish_reason"] == ("length" if len(text) == 7 else "stop")
 
 
 def test_models_are_listed_and_others_are_not_found(client: httpx.Client) -> None:

@@ -67,6 +67,15 @@ def test_an_answer_in_words_is_one_request() -> None:
     assert record.completion_tokens == said.usage_metadata["output_tokens"]
 
 
+@pytest.mark.parametrize("stop", [["5"], ["37 + ", "="], ["The answer"]])
+def test_stop_strings_of_the_served_model_cut_nothing_off_a_chat_model_over_it(stop: list[str]) -> None:
+    here, there = list[int](), list[int]()
+    local(on_step=lambda _, step: here.append(step.token_id)).invoke(QUESTION)
+    with serving_chat(ChatS2T(model="s2t-demo", stop=stop)) as url:
+        remote(url, on_step=lambda _, step: there.append(step.token_id)).invoke(QUESTION)
+    assert there == here
+
+
 def test_an_llm_behind_it_scores_the_candidates_as_the_local_one() -> None:
     local_steps, served_steps = list[Any](), list[Any]()
     demo_model(on_step=lambda _, step: local_steps.append(step), selector=None).invoke(QUESTION)

@@ -311,7 +311,7 @@ class ChatS2T(ConfigurableChatModel):
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """The key of LangChain's cache, without agent, budget, cache scope and earlier tries."""
-        own = list(_as_list(_value_or(stop, self.stop))) or None  # LangChain's would hide the model's own stop strings
+        own = list(as_list(_value_or(stop, self.stop))) or None  # LangChain's would hide the model's own stop strings
         return super()._get_llm_string(stop=own, **identity(with_schema(without_own_arguments(kwargs))))
 
     def _convert_cached_generations(self, cache_val: list[CachedGeneration]) -> list[ChatGeneration]:
@@ -337,7 +337,7 @@ class ChatS2T(ConfigurableChatModel):
         return params
 
     def get_token_ids(self, text: str) -> list[int]:
-        """The text in this model's token ids, or what ``custom_get_token_ids`` makes of it; reads no weights.
+        """The text in this model's token ids, none added, or what ``custom_get_token_ids`` makes of it; reads no weights.
 
         Args:
             text: any; control tokens in it are text.
@@ -523,7 +523,7 @@ class ChatS2T(ConfigurableChatModel):
                 messages,
                 sampling.max_tokens,
                 work,
-                stop=_as_list(_value_or(stop, self.stop)),
+                stop=as_list(_value_or(stop, self.stop)),
                 max_thinking_tokens=parse_max_thinking_tokens(thinking_limit),
                 template_args=template_args_of(call),
             )
@@ -549,7 +549,8 @@ class ChatS2T(ConfigurableChatModel):
         )
 
 
-def _as_list(stop: str | Sequence[str] | None) -> Sequence[str]:
+def as_list(stop: str | Sequence[str] | None) -> Sequence[str]:
+    """Stop strings as they may be given, as a sequence."""
     return [stop] if isinstance(stop, str) else stop or ()
 
 

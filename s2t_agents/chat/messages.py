@@ -123,12 +123,13 @@ class PromptEncoder:
         if fewest > limit:
             raise _overflow(f"at least {fewest}", limit)
 
-    def text_ids(self, text: str, *, limit: int | None = None) -> list[int]:
-        """Token ids of a text, without control tokens.
+    def text_ids(self, text: str, *, limit: int | None = None, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text; control tokens in it are text.
 
         Args:
             text: any.
             limit: maximum number of tokens; a text that cannot fit is refused before it is encoded.
+            add_special_tokens: with those that the tokenizer puts around every text, such as BOS.
 
         Raises:
             InputError: text that is not Unicode.
@@ -137,6 +138,9 @@ class PromptEncoder:
         if limit is not None:
             self._refuse_too_long([text], limit)
         ids = self._encoder.encode(Sources().text(text, "The text"))
+        if add_special_tokens:
+            before, after = self._encoder.around
+            ids = [*before, *ids, *after]
         if limit is not None and len(ids) > limit:
             raise _overflow(str(len(ids)), limit)
         return ids

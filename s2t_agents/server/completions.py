@@ -19,7 +19,7 @@ from ..chat.answer import AnswerContext, begin_answer
 from ..chat.async_bridge import ThreadedIterator
 from ..chat.attribution import current_caller
 from ..chat.call_arguments import timeout_of
-from ..chat.chat_model import ChatS2T
+from ..chat.chat_model import ChatS2T, as_list
 from ..chat.generation import Generation, GenerationRequest
 from ..chat.local_work import LocalWork
 from ..chat.logprobs import LogprobsReader
@@ -58,6 +58,7 @@ class CompletionRequest(SamplingParameters):
     return_tokens_as_token_ids: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    add_special_tokens: bool = True
 
 
 class TokenizeRequest(Parameters):
@@ -172,7 +173,7 @@ class Completion:
             work.reserve(sampling.max_tokens),  # last: what is held here is settled by the steps
             PlainTextParser(),
             frozenset[int]() if asked.ignore_eos else engine.slm.eos_ids,
-            stop=asked.stops or (),
+            stop=as_list(model.stop if asked.stops is None else asked.stops),
             with_special=not asked.skip_special_tokens,
         )
         scope = tenant.cache_scope or model.cache_scope
@@ -194,7 +195,9 @@ class Completion:
             [given] = given
         engine = self._chat_model.engine
         if isinstance(given, str):
-            return self._chat_model.runtime.encoder.text_ids(given, limit=engine.slm.context_window - 1)
+            return self._chat_model.runtime.encoder.text_ids(
+                given, limit=engine.slm.context_window - 1, add_special_tokens=self._request.add_special_tokens
+            )
         engine.check_prompt(given)  # by its length, before each id is looked at
         return self._known(given, "prompt")
 

@@ -91,6 +91,17 @@ class SafeEncoder:
         ids = _encode_or_raise(copy, "".join([*parts, rendered[last:]]))
         return [ids_back.get(i, i) for i in ids]
 
+    @cached_property
+    def around(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer itself puts before and after every text, such as BOS."""
+        whole = self._backend.encode("a", add_special_tokens=True)
+        added = whole.special_tokens_mask
+        end = len(added) - added[::-1].index(0) if 0 in added else len(added)
+        start = added.index(0) if 0 in added else end
+        # one that has no embedding is no token of this tokenizer any more
+        known = [[i for i in ids if self._backend.id_to_token(i)] for ids in (whole.ids[:start], whole.ids[end:])]
+        return known[0], known[1]
+
     def _template_control_tokens(self, rendered: str) -> Iterator[re.Match[str]]:
         """The control tokens in the template's own characters."""
         text = str.__str__(rendered)

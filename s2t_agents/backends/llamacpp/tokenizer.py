@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ...errors import ConfigError, S2TError, UnsafeWeights, first_line, is_rust_panic
 from .gguf_header import GGUFHeader
@@ -50,6 +50,9 @@ SPLITS: Mapping[str, tuple[str, ...]] = {name: rules for rules, names in _FAMILI
 
 WHOLE_WORDS = {*_FAMILIES[_LLAMA3,].split(), "tekken"} - {"dbrx", "smaug-bpe", "chatglm-bpe"}
 """Rules whose vocabularies hold words that no merges lead to."""
+
+BEGUN = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+"""Rules whose texts begin with BOS where the file does not say."""
 
 COMPOSED = {"qwen2", "deepseek-r1-qwen", "qwen35"}
 """Rules of tokenizers that compose characters first (NFC); llama.cpp does not."""
@@ -104,6 +107,7 @@ def read_tokenizer(header: GGUFHeader) -> Any:
         else:
             raise ConfigError(f"{str(header.path)!r} has a tokenizer of the kind {kind!r}.", hint=_WAY_OUT)
         _add_marked(core, header)
+        core.post_processor = _frame(header)
         names = {name: _token_id(header, key) for name, key in _NAMED.items()}
         return PreTrainedTokenizerFast(
             tokenizer_object=core,
@@ -177,6 +181,21 @@ def _sentencepiece(header: GGUFHeader) -> Tokenizer:
         spaces, parts = [normalizers.Prepend(SPACE), *spaces], [*parts, decoders.Strip(" ", 1, 0)]
     core.normalizer, core.decoder = normalizers.Sequence(spaces), decoders.Sequence(parts)
     return core
+
+
+def _frame(header: GGUFHeader) -> processors.TemplateProcessing:
+    """BOS before and EOS after every text, as the file says; where it does not, as llama.cpp takes it."""
+    kind, said = header.text("tokenizer.ggml.model"), header.metadata.get
+    begun = said("tokenizer.ggml.add_bos_token", kind == "llama" or header.text("tokenizer.ggml.pre") in BEGUN)
+    wanted = {"bos": begun or kind == "gemma4", "eos": said("tokenizer.ggml.add_eos_token")}
+    found = {name: _token_id(header, name) for name, true in wanted.items() if true}
+    added = {name: token for name, token in found.items() if token is not None}
+    return processors.TemplateProcessing(
+        single=[*(["bos"] if "bos" in added else []), "$A", *(["eos"] if "eos" in added else [])],
+        special_tokens=[
+            {"id": name, "ids": [token], "tokens": [header.tokens[token]]} for name, token in added.items()
+        ],
+    )
 
 
 def _vocabulary(header: GGUFHeader) -> dict[str, int]:
