@@ -22,6 +22,13 @@ _COUNT_KEYS = re.compile(
     re.IGNORECASE,
 )
 """Numbers of a config by which transformers makes one object each, some of them before it knows the weights."""
+
+_NO_CAUSAL_LM = re.compile(
+    r"For(\w*Classification|\w*Answering|MaskedLM|PreTraining|MultipleChoice|NextSentencePrediction|\w*Retrieval)$"
+    "|RewardModel$"
+)
+"""Classes by which checkpoints say that they write no text, though their layers may be a chat model's."""
+
 _LAYER_COUNT_KEYS = re.compile(r"(num|n)_(\w+_)?layers?")
 _READ_WHOLE = (
     "*.index.json",
@@ -120,6 +127,23 @@ def shards(source: ModelSource, folder: Path) -> list[str]:
     if not isinstance(files, dict) or not all(isinstance(each, str) for each in files.values()):
         raise UnsafeWeights(f"{index.name} of {source.name!r} has no weight_map from tensors to files.")
     return sorted(set(files.values()))
+
+
+def check_classes(classes: Any, name: str) -> None:
+    """Refuse a checkpoint all of whose classes are known to write no text.
+
+    Args:
+        classes: the ``architectures`` of its config; None where it names none.
+        name: of the model.
+
+    Raises:
+        ModelNotFound: naming the first.
+    """
+    if isinstance(classes, list) and classes and all(_NO_CAUSAL_LM.search(str(each)) for each in classes):
+        raise ModelNotFound(
+            f"{name!r} is no causal language model: its config says {classes[0]!r}, which writes no text.",
+            hint="Give the chat model that it was made of, or another one.",
+        )
 
 
 def check_counts(source: ModelSource, config: Mapping[str, Any], max_layers: int) -> None:

@@ -1,11 +1,14 @@
 """Checkpoints with a vision tower, used for text alone: tiny random ones of the families that people have."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from sequences import appended, scored
+from servers import CompletionServer
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from s2t_agents import Budget, ChatS2T, Engine, Escalation, LocalLLM
@@ -86,6 +89,20 @@ def test_it_writes_what_the_whole_model_writes(checkpoint: tuple[Any, Path]) -> 
         torch.tensor([ids]), max_new_tokens=12, do_sample=False, suppress_tokens=list(range(TOKENS, TOKENS + 5))
     )[0, len(ids) :].tolist()
     assert [step.token_id for step in Engine(model).steps(ids, Sampling(max_tokens=12))] == said
+
+
+def test_a_served_one_has_the_end_tokens_that_it_would_have_here(
+    checkpoint: tuple[Any, Path], server: CompletionServer, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint[1], tmp_path / "model"))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = [5, 6]
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    here = LanguageModel.load(str(folder)).eos_ids
+    assert here == {5, 6, tiny_tokenizer().eos_token_id}
+    address = f"vllm://127.0.0.1:{server.server_port}/{server.model.name}"
+    assert LanguageModel.load(address, tokenizer=str(folder)).eos_ids == here
 
 
 def test_candidates_and_chunks_are_read_exactly(checkpoint: tuple[Any, Path]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint_checks import check_classes
 from ..errors import ConfigError, ModelNotFound
 from ..hub import HUB_OPTIONS, REPOSITORY_OPTIONS, ModelSource
 from ..tokenization.vocabulary import drop_tokens_without_embedding
@@ -63,7 +64,9 @@ def fitted_tokenizer(path: str, **options: Any) -> Any:
     if path.startswith(SCHEME):
         return _of_a_server(path, options)["tokenizer"]
     tokenizer = options.pop("tokenizer", None) or load_tokenizer(path, **options)
-    rows = described(path, options).get("vocab_size")
+    config = described(path, options)
+    check_classes(config.get("architectures"), path)
+    rows = config.get("vocab_size")
     return drop_tokens_without_embedding(tokenizer, rows, path) if isinstance(rows, int) else tokenizer
 
 

@@ -23,7 +23,15 @@ from .cuda.graph_runner import GraphRunner
 from .cuda.kv_pool import PooledKVCache
 from .grouped_attention import grouped_attention
 from .kv_cache import KVCache, RecurrentCache
-from .loading import ONE_AT_A_TIME, context_window, default_device, end_ids, load_tokenizer, load_weights
+from .loading import (
+    ONE_AT_A_TIME,
+    context_window,
+    default_device,
+    end_ids,
+    load_tokenizer,
+    load_weights,
+    refuse_bidirectional,
+)
 from .long_rope import fix_long_rope
 from .model_runner import ModelRunner
 from .packed_batch import packs
@@ -54,6 +62,7 @@ class TorchBackend:
         self.model, self.name, self.given_tokenizer = model, name, tokenizer
         self.tokenizer = drop_tokens_without_embedding(tokenizer, model.get_input_embeddings().weight.shape[0], name)
         self.config = model.config.get_text_config()
+        refuse_bidirectional(self.config, name)
         self.architecture: str = self.config.model_type
         self.hidden_size: int = self.config.hidden_size
         self.decoder = text_decoder(model)

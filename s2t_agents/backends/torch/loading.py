@@ -16,11 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...checkpoint_checks import check_counts, check_files, check_weights, shards
+from ...checkpoint_checks import check_classes, check_counts, check_files, check_weights, shards
 from ...errors import ModelNotFound, UnsafeWeights
 from ...fork_safety import LOADING, hold_while_forking
 from ...hub import ModelSource
 from ..engine_options import unknown_option
+from .checkpoint_warnings import tell_left_out, tell_unfollowed
 from .cpu_features import is_emulated
 
 ONE_AT_A_TIME = threading.RLock()
@@ -104,6 +105,9 @@ def load_weights(path: str, *, device: torch.device, dtype: torch.dtype | None, 
             **origin.weights,
         )
     _check_report(origin, model, report)
+    if (ends := origin.weights.get("eos_token_id")) is not None:
+        model.generation_config.eos_token_id = ends  # generation_config.json goes before the config that it went into
+    tell_unfollowed(origin.name, model.generation_config)
     model.config.return_dict = True  # models read their own parts' outputs by name
     model.eval().requires_grad_(False)
     if not placed:
@@ -183,6 +187,7 @@ def _kind_of(config: Any, name: str) -> Any:
         AutoModelForImageTextToText,
     )
 
+    check_classes(getattr(config, "architectures", None), name)
     code = getattr(config, "auto_map", None) or {}
     if "AutoModelForCausalLM" in code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
@@ -211,6 +216,7 @@ def _check_report(origin: ModelSource, model: Any, report: Mapping[str, Any]) ->
         raise UnsafeWeights(
             f"the weights at {origin.name!r} lack {len(lacking)} tensors of the config, {lacking[0]} first."
         )
+    tell_left_out(origin.name, model, sorted(map(str, report["unexpected_keys"])))
 
 
 @torch.inference_mode()
@@ -277,6 +283,21 @@ def context_window(config: Any, tokenizer: Any) -> int:
     return 4096
 
 
+def refuse_bidirectional(config: Any, name: str) -> None:
+    """Refuse a model whose tokens see those after them, by its text model's config.
+
+    Raises:
+        ModelNotFound: such a model.
+    """
+    both = getattr(config, "use_bidirectional_attention", None)
+    if both in (True, "all") or getattr(config, "is_causal", None) is False:
+        said = f"use_bidirectional_attention={both!r}" if both in (True, "all") else "is_causal=False"
+        raise ModelNotFound(
+            f"{name!r} does not write its text from left to right: its config says {said}.",
+            hint="Give a causal language model.",
+        )
+
+
 def end_ids(model: Any, tokenizer: Any, name: str) -> frozenset[int]:
     """Every token that ends an answer and has a logit: the generation config's and the tokenizer's.
 
@@ -297,10 +318,13 @@ def end_ids(model: Any, tokenizer: Any, name: str) -> frozenset[int]:
 
 
 def ends_listed(path: str, **options: Any) -> list[int]:
-    """The end tokens of a model's ``generation_config.json``; empty where it has none."""
+    """The end tokens of a model's ``generation_config.json``, without that file of its ``config.json``; may be none."""
     origin = ModelSource.of(path, options)
     file = origin.file("generation_config.json")
-    listed = None if file is None else origin.json(file).get("eos_token_id")
+    read = (origin.config() or {}) if file is None else origin.json(file)
+    listed, text = read.get("eos_token_id"), read.get("text_config")
+    if listed is None and isinstance(text, dict):
+        listed = text.get("eos_token_id")
     return [each for each in (listed if isinstance(listed, list) else [listed]) if each is not None]
 
 
