@@ -337,7 +337,7 @@ class ChatS2T(ConfigurableChatModel):
         return params
 
     def get_token_ids(self, text: str) -> list[int]:
-        """The text in this model's token ids, none added, or what ``custom_get_token_ids`` makes of it; reads no weights.
+        """The text in this model's token ids, none added, or what ``custom_get_token_ids`` says; reads no weights.
 
         Args:
             text: any; control tokens in it are text.

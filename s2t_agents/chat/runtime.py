@@ -20,6 +20,7 @@ from ..grammar.grammar import CompiledGrammar, Grammar
 from ..grammar.thinking import ThinkingVocabulary, ThinkThenAnswer, cached_thinking_vocabulary
 from ..grammar.vocabulary import Vocabulary, cached_vocabulary
 from ..identity import identity
+from ..redaction import without_secrets
 from ..scheduling.language_model import LanguageModel
 from ..selectors import calibrated_trigger, load_selector
 from ..selectors.config import SelectorConfig
@@ -252,7 +253,7 @@ def build(settings: EngineSettings) -> Runtime:
     )
     encoder = encoder_of(settings, slm.tokenizer)
     if encoder.passes_over_tool_template:
-        _warn_of_tool_template(slm.name)
+        _warn_of_tool_template(without_secrets(slm.name))
     return Runtime(engine, encoder)
 
 
