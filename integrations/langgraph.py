@@ -49,7 +49,7 @@ from s2t_agents.budget import Budget, Charge, money
 from s2t_agents.budget.extension import extension_from
 from s2t_agents.budget.names import meter_name
 from s2t_agents.budget.quantities import COUNTED
-from s2t_agents.budget.refusals import refusal_question
+from s2t_agents.budget.refusals import refusal_question, written_out
 from s2t_agents.budget.terms import LimitsGiven
 from s2t_agents.chat.call_arguments import within_budget
 from s2t_agents.chat.unfinished_answers import Unfinished
@@ -431,7 +431,8 @@ def _used_up(mine: Budget) -> list[str]:
 
 
 def _told(mine: Budget) -> str:
-    left = ", ".join(f"{amount:g} {_UNITS[unit]}" for unit, amount in mine.available().items())
+    amounts = {unit: round(left, 1) if unit == "seconds" else left for unit, left in mine.available().items()}
+    left = ", ".join(f"{written_out(amount)} {_UNITS[unit]}" for unit, amount in amounts.items())
     return f"Budget left for this task: {left or 'no limit'}."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
@@ -226,6 +227,20 @@ def test_the_model_can_be_told_what_is_left() -> None:
     assert "0.05 US dollars, 5 questions to the large model" in system
     agent_on(quiet := Spender(), BudgetMiddleware(Budget(escalations=5))).invoke(HI, in_thread("a"))
     assert quiet.seen[0]["messages"][0].type == "human"
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ({"llm_tokens": 1_234_567}, "1234567 large-model tokens."),
+        ({"usd": "0.0000000125"}, "0.0000000125 US dollars."),
+        ({"usd": 1_000_000}, "1000000 US dollars."),
+        ({"seconds": 7_654_321}, re.compile(r"765432[01](\.\d)? seconds\.")),
+    ],
+)
+def test_what_is_left_is_told_without_exponents(limits: dict[str, Any], told: str | re.Pattern[str]) -> None:
+    agent_on(model := Spender(), BudgetMiddleware(Budget(**limits), tell_model=True)).invoke(HI, in_thread("a"))
+    assert re.search(told if isinstance(told, re.Pattern) else re.escape(told), model.seen[0]["messages"][0].text)
 
 
 def test_raise_lets_the_refusal_out() -> None:

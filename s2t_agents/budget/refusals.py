@@ -41,10 +41,10 @@ def budget_exceeded(refused: Refusal, on_exhausted: OnExhausted) -> BudgetExceed
     if unit == "seconds":
         message = f"Budget {refused.path!r}: its {_counted(limit, unit)} are over ({spent:.1f} s have passed)."
     else:
-        back = f", kept for a last answer {_plain(kept)}" if kept else ""
+        back = f", kept for a last answer {written_out(kept)}" if kept else ""
         message = (
             f"Budget {refused.path!r} cannot hold {_counted(wanted, unit)}: "
-            f"limit {_plain(limit)}, spent {_plain(spent)}, held {_plain(held)}{back}."
+            f"limit {written_out(limit)}, spent {written_out(spent)}, held {written_out(held)}{back}."
         )
     return BudgetExceeded(
         message,
@@ -63,14 +63,17 @@ def refusal_question(refused: BudgetExceeded) -> str:
     limit = _counted(refused.limit, refused.unit)
     if refused.unit == "seconds":
         return f"The budget {refused.budget!r} has used up its {limit}. Allow more?"
-    held = f" (and holds {_plain(refused.held)})" if refused.held else ""
-    wants = "" if refused.spent == refused.limit else f" and now wants {_plain(refused.wanted)}"
-    return f"The budget {refused.budget!r} has used {_plain(refused.spent)} of {limit}{held}{wants}. Allow more?"
+    held = f" (and holds {written_out(refused.held)})" if refused.held else ""
+    wants = "" if refused.spent == refused.limit else f" and now wants {written_out(refused.wanted)}"
+    return f"The budget {refused.budget!r} has used {written_out(refused.spent)} of {limit}{held}{wants}. Allow more?"
 
 
 def _counted(value: object, unit: str) -> str:
-    return f"{_plain(value)} {_ONE[unit] if value == 1 else _MANY[unit]}"
+    return f"{written_out(value)} {_ONE[unit] if value == 1 else _MANY[unit]}"
 
 
-def _plain(value: object) -> str:
-    return f"{value:f}" if isinstance(value, Decimal) else f"{value:g}" if isinstance(value, float) else str(value)
+def written_out(value: object) -> str:
+    """An amount as people, and models, read it: without an exponent."""
+    if isinstance(value, float):
+        return f"{value:.6f}".rstrip("0").rstrip(".")
+    return f"{value:f}" if isinstance(value, Decimal) else str(value)
