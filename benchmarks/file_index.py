@@ -70,7 +70,7 @@ def _shown(module: str) -> str:
 
 
 def _files() -> list[Path]:
-    return [*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "integrations").glob("*.py")]
+    return [*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "integrations").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
 
 
 def _imported(path: Path, homes: Mapping[str, tuple[str, str]]) -> set[str]:
@@ -117,7 +117,7 @@ def _names(tree: ast.Module) -> Iterator[str]:
 
 def _module(path: Path) -> str:
     inside = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(inside if inside[0] == PACKAGE else (PACKAGE, *inside))
+    return ".".join((PACKAGE, *inside) if inside[0] == "integrations" else inside)  # which the wheel has inside
 
 
 def _home(name: str, exported: Mapping[str, tuple[str, str]]) -> str:

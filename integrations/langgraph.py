@@ -1,4 +1,4 @@
-"""Budgets of LangGraph agents: a middleware for ``create_agent``.
+"""Budgets of LangGraph agents: a middleware for ``create_agent``; what it tells the model of what is left.
 
 ::
 

@@ -1,4 +1,6 @@
-"""``s2t``: the command line. Tables for people, ``--json`` for programs, one clear line on bad input."""
+"""``s2t``: the command line, a function for each command; ``chat`` is a conversation in the terminal, ``bench`` hands
+on to ``benchmarks/``. Tables for people, ``--json`` for programs, one clear line on bad input.
+"""
 
 from __future__ import annotations
 

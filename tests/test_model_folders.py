@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from s2t_agents import ChatS2T, LocalLLM
-from s2t_agents.backends.torch.loading import load_tokenizer
+from s2t_agents.backends.torch.loading import load_tokenizer, refuse_infinite
 from s2t_agents.cli import app
 from s2t_agents.errors import ConfigError, EscalationFailed, ModelNotFound, UnsafeWeights
 from s2t_agents.scheduling.language_model import LanguageModel
@@ -304,6 +304,17 @@ def test_nan_is_found_in_shards_of_half_precision_and_names_the_tensor(folder: P
     (folder / "model.safetensors").unlink(missing_ok=True)
     with pytest.raises(UnsafeWeights, match=r"model\.layers\.2\.mlp\.up_proj\.weight of .* holds NaN"):
         LanguageModel.load(str(folder))
+
+
+@pytest.mark.parametrize("dtype", ["e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu"])
+def test_nan_is_found_in_weights_of_eight_bits(dtype: str) -> None:
+    scales = torch.nn.Module()
+    for name, number in (("sound", 1.0), ("damaged", float("nan"))):
+        scales.register_buffer(name, torch.tensor([1.0, number, 0.5]).to(getattr(torch, f"float8_{dtype}")))
+    with pytest.raises(UnsafeWeights, match="damaged of 'm' holds NaN"):
+        refuse_infinite("m", scales)
+    del scales.damaged
+    refuse_infinite("m", scales)
 
 
 def test_a_cast_that_overflows_is_found_too(folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""A conversation as text for a judge, in which message text cannot imitate control tokens.
+"""A conversation as text for a judge, cut to a number of characters, in which message text cannot imitate control
+tokens.
 
 Text is quoted as JSON strings; control tokens, which text from outside never becomes, are unquoted:
 ``<|im_start|>"user\\nHi<|im_end|>"<|im_end|>`` is a user who typed the characters of a control token.

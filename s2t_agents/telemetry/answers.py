@@ -1,4 +1,4 @@
-"""One answer as a span, its questions to the LLM as spans below, and what both count.
+"""One answer as a span, its questions to the LLM as spans below, and metrics of both (``Instruments``).
 
 The API alone is used: spans and metrics go where the application's (or ``opentelemetry-instrument``'s) SDK sends them,
 and nowhere without one.

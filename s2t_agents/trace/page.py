@@ -1,4 +1,5 @@
 """From a ledger to one self-contained HTML page: what was picked, by whom, why, at what price and in what time.
+What it does in the browser stands in ``page.html``.
 
 The page loads nothing and may connect to nothing (its content security policy names its own script and style by hash);
 the data are escaped JSON that no browser executes, and the script puts text into the page as text alone.

@@ -1,4 +1,4 @@
-"""A model on a server, behind OpenAI's completions API.
+"""A model on a server (``vllm://``), behind OpenAI's completions API; what is asked again after a fault.
 
 engine ── append token ──> is it what the server went on with?
                              yes: the next prediction of the stream, mostly there already

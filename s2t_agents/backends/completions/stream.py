@@ -1,4 +1,5 @@
-"""A server's greedy continuation of a prompt, read ahead in the background.
+"""The greedy continuation of a prompt by the server of a ``vllm://`` model, read ahead in the background; errors that
+it states in mid-stream.
 
 request ──> "token_id:17": -0.1, "token_id:4": -2.9, ...     one prediction a position: the best tokens, and which one
                                                              the server went on with

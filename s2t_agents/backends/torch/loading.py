@@ -1,4 +1,6 @@
-"""From a path or a hub id to weights and a tokenizer: safetensors only, no remote code unless asked."""
+"""From a path or a hub id to weights and a tokenizer: safetensors only, no remote code unless asked; weights that lack
+tensors, or hold NaN, are refused.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,12 @@ _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 CHECKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes whose values can be compared."""
+
+CHECKED_BYTES = (
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+    torch.float8_e8m0fnu,
+)
+"""Dtypes of one byte, which are compared by it."""
 
 
 def default_device() -> torch.device:
@@ -235,15 +244,25 @@ def refuse_infinite(name: str, model: Any) -> None:
     seen: set[int] = set()
     read = model.state_dict()
     for tensor_name, tensor in {**dict(model.named_buffers()), **read}.items():
-        if not isinstance(tensor, Tensor) or tensor.dtype not in CHECKED or tensor.is_meta or not tensor.numel():
-            continue
-        if tensor.data_ptr() not in seen:  # tied ones once
+        if not isinstance(tensor, Tensor) or tensor.is_meta or not tensor.numel() or tensor.data_ptr() in seen:
+            continue  # tied ones once
+        if tensor.dtype in CHECKED_BYTES:
+            odd = [(tensor.view(torch.uint8) == each).any() for each in _odd(tensor.dtype)]
+            finite[tensor_name] = ~torch.stack(odd).any()
+        elif tensor.dtype in CHECKED:
             least, most = torch.aminmax(tensor)  # NaN comes through both
             finite[tensor_name] = most < inf if tensor_name not in read else (-inf < least) & (most < inf)
         seen.add(tensor.data_ptr())
     for tensor_name, sound in finite.items():
         if not sound:
             raise UnsafeWeights(f"{tensor_name} of {name!r} holds NaN or infinite values.", hint="Download it again.")
+
+
+@cache
+def _odd(dtype: torch.dtype) -> list[int]:
+    """The bytes that are NaN or infinite in a dtype of one byte."""
+    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    return [int(each) for each in (~values.isfinite()).nonzero()]
 
 
 @contextmanager
