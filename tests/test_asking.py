@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from langchain.agents import create_agent
 from langchain.agents.middleware import ModelRetryMiddleware, dynamic_prompt
+from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command
@@ -379,6 +380,25 @@ def test_the_records_of_all_tries_add_up_to_the_answer_that_nothing_interrupts(
     told, last = message.response_metadata["s2t"], tries.records()[-1]
     assert told["tokens"] == whole.response_metadata["s2t"]["tokens"]
     assert {name: told[name] for name in SUMMED[1:5]} == {name: getattr(last, name) for name in SUMMED[1:5]}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (HumanMessage(QUESTION, name="ann"), HumanMessage(QUESTION, name="bob")),
+        (HumanMessage(QUESTION, name="ann"), HumanMessage(QUESTION)),
+        (HumanMessage(QUESTION), AIMessage(QUESTION)),
+    ],
+)
+def test_a_try_whose_messages_say_who_spoke_otherwise_is_another_one(one: Any, other: Any) -> None:
+    llm, budget, unfinished = scripted(), Budget(escalations=3, on_exhausted="raise"), Unfinished()
+    model = chat(llm, budget=budget)
+    for messages in ([one], [other]):
+        with pytest.raises(BudgetExceeded):
+            model.invoke([*messages, HumanMessage("Go on.")], s2t_unfinished=unfinished)
+        budget.extend(escalations=3)
+    assert len(unfinished.as_dict()) == 2
+    assert [len(partial["paid"]) for partial in unfinished.as_dict().values()] == [3, 3]
 
 
 def test_another_conversation_is_another_answer() -> None:

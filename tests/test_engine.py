@@ -360,6 +360,12 @@ class OneWay:
         mask[self.then] = True
         return mask
 
+    def takes(self, token_id: int) -> bool:
+        return token_id in self.then
+
+    def best(self, logits: Tensor, likeliest: int) -> int:
+        return max(self.then, key=lambda token: float(logits[token]))
+
     def accept(self, token_id: int) -> None:
         self.accepted.append(token_id)
         self.finished = token_id in self.then
@@ -373,6 +379,17 @@ def test_forced_tokens_need_no_choice_and_masks_come_before_candidates() -> None
     assert [step.picked_by for step in steps] == ["grammar"] * 3 + ["selector"]
     assert {c.token_id for c in steps[3].candidates} == {77, 78}
     assert grammar.accepted == tokens(steps)
+
+
+@pytest.mark.parametrize(("first", "kept"), [(3, True), (4, False)])
+def test_begun_tokens_are_kept_only_as_far_as_they_agree_with_what_is_forced(first: int, kept: bool) -> None:
+    def written(begun: list[int]) -> list[int]:
+        grammar = OneWay([3], [77, 78])
+        return tokens(list(Engine(tiny_model()).steps(PROMPT, Sampling(max_tokens=9), grammar=grammar, begun=begun)))
+
+    forced, own = written([])
+    [other] = {77, 78} - {own}
+    assert written([first, other]) == [forced, other if kept else own]
 
 
 def test_forced_tokens_respect_max_tokens() -> None:

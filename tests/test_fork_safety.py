@@ -170,6 +170,22 @@ for thread in threads:
     thread.join(30)
 assert not wrong, wrong
 """
+READING = """
+def forking(batch):
+    if not children:
+        children.append(1)
+        in_child(lambda: model.invoke(prompt).text == right)  # whose reading of this prompt ends in the parent
+    return forward(batch)
+
+prompt, children = QUESTION * 8, []
+model = ChatS2T(max_tokens=6)
+right = model.invoke(prompt).text
+slm = model.engine.slm
+slm.prefix_cache.clear()
+forward, slm.backend.forward = slm.backend.forward, forking
+assert model.invoke(prompt).text == right
+assert children
+"""
 LIBRARY = """
 from s2t_agents.fork_safety import delay_fork
 
@@ -266,6 +282,7 @@ PROGRAMS = {
     "in the middle of booking": IN_THE_MIDDLE_OF_BOOKING,
     "grading": GRADING,
     "a library's call": LIBRARY,
+    "in the middle of reading": READING,
     "two forks at once": TWO_FORKS_AT_ONCE,
     "busy": BUSY,
     "asking": ASKING,

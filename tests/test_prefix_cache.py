@@ -166,6 +166,17 @@ def test_nothing_is_kept_at_a_limit_of_nothing_and_the_oldest_goes_first(model: 
     assert past.match(list(range(50, 71)))[1] == 20
 
 
+@pytest.mark.parametrize("use", [PrefixCache.match, PrefixCache.take])
+def test_what_was_used_last_stays_longest(model: LanguageModel, use: Any) -> None:
+    past = PrefixCache(limit_bytes=2 * filled(model, [1]).nbytes)
+    one, two, three = (list(range(start, start + 20)) for start in (0, 50, 100))
+    past.insert(one, filled(model, one))
+    past.insert(two, filled(model, two))
+    assert use(past, [*one[:15], 9, 9])[1] == 15  # a part of it, which leaves it there
+    past.insert(three, filled(model, three))
+    assert [past.longest([*ids, 9]) for ids in (one, two, three)] == [20, 0, 20]
+
+
 def test_what_a_collected_generation_keeps_in_mid_search_does_no_harm(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

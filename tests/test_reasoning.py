@@ -19,7 +19,7 @@ from s2t_agents.formats.reasoning import (
 )
 from s2t_agents.formats.tool_calls import PlainTextParser, ToolCallParser
 from s2t_agents.grammar.grammar import CompiledGrammar, json_grammar, tool_grammar
-from s2t_agents.grammar.thinking import ThinkingVocabulary, ThinkThenAnswer
+from s2t_agents.grammar.thinking import MAX_GAP_BYTES, ThinkingVocabulary, ThinkThenAnswer
 from s2t_agents.grammar.vocabulary import cached_vocabulary
 from s2t_agents.testing import tiny_tokenizer
 from s2t_agents.tokenization.detokenizer import Detokenizer
@@ -274,6 +274,22 @@ def test_a_token_may_hold_the_tags_end_and_the_answers_begin_where_the_answer_ma
         state.accept(ids[text])
     rest = thinking.vocabulary.llguidance_tokenizer.decode_str(state.forced())
     assert rest.startswith('city"')
+
+
+@pytest.mark.parametrize(("closing", "brought"), [(">", 0), (">\n\n", 2)])
+def test_white_space_that_comes_with_the_tags_end_counts_for_the_gap(closing: str, brought: int) -> None:
+    tokenizer = tokenizer_of("letters")
+    thinking, compiled = grammars("letters")
+    state = ThinkThenAnswer(thinking, compiled["json"], phase="thought", room=500, forced=True)
+    for text in ("</", "think", closing):
+        state.accept(token(tokenizer, text))
+    space, legal = token(tokenizer, "\n"), 0
+    while state.takes(space):
+        assert state.allowed()[space]
+        state.accept(space)
+        legal += 1
+    assert legal == MAX_GAP_BYTES - brought
+    assert not state.allowed()[space]
 
 
 def test_a_model_that_would_end_its_turn_in_a_thought_closes_the_thought() -> None:

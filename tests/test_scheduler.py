@@ -17,10 +17,12 @@ from torch_models import watched_forwards
 from s2t_agents import Engine
 from s2t_agents.backends.base import ScoreCandidates, Work
 from s2t_agents.backends.torch.lora import Lora
+from s2t_agents.engine.engine import steps_of
 from s2t_agents.proposal import Proposal
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.requests import AppendRequest
 from s2t_agents.scheduling.sequence import TokenSequence
+from s2t_agents.scheduling.waits import gather
 from s2t_agents.selectors import ActivatedSelector
 from s2t_agents.testing import RECURRENT, tiny_model
 from s2t_agents.triggers import Trigger, always, when
@@ -222,6 +224,27 @@ def test_a_step_that_fails_tells_its_own_caller_alone() -> None:
     alone = [good(seed) for seed in (0, 1)]
     assert together(lambda: good(0), bad, lambda: good(1)) == [alone[0], None, alone[1]]
     assert len(outcomes) == 10
+
+
+@pytest.mark.parametrize("shared", [0, 1, 4])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_what_a_shared_forward_wrote_before_it_failed_is_no_part_of_what_follows(name: str, shared: int) -> None:
+    model = tiny_model(name)
+    prompts = [[5, 6, 7], [65] * 9, [66, 67]]
+    sampling = Sampling(max_tokens=12)
+    alone = [[step.token_id for step in Engine(model).steps(prompt, sampling)] for prompt in prompts]
+    model.prefix_cache.clear()
+    seen, failed = widths(model), []
+
+    def fails_once(*args: object) -> None:
+        if not failed and sum(len(forward) > 1 for forward in seen) > shared:
+            failed.append(len(seen))
+            raise RuntimeError("no memory")
+
+    model.model.get_decoder().layers[-1].register_forward_pre_hook(fails_once)
+    found = gather([steps_of(Engine(model).generation(prompt, sampling)) for prompt in prompts])
+    assert [[step.token_id for step in steps] for steps in found] == alone
+    assert [len(forward) for forward in seen[failed[0] - 1 : failed[0] + 3]] == [3, 1, 1, 1]
 
 
 def test_random_pauses_and_early_closes_leave_the_others_as_they_are() -> None:

@@ -20,6 +20,7 @@ from pydantic import SecretStr
 from s2t_agents import ChatJudge, ChatS2T, Escalation, LocalLLM, OpenAILLM, triggers
 from s2t_agents.errors import ConfigError
 from s2t_agents.redaction import without_secrets
+from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.testing import tiny_model
 
 KEY = "S3CRET"
@@ -179,6 +180,15 @@ def test_no_writing_holds_what_is_secret_in_a_url(url: str, field: str) -> None:
     model = ChatS2T(**{field: url})
     assert [name for name, text in written(model).items() if KEY in text] == []
     assert KEY.encode() not in pickle.dumps(LocalLLM(url))
+
+
+@pytest.mark.parametrize("url", [f"https://u:{KEY}@host/x?token={KEY}", *URLS])
+def test_a_loaded_model_shows_its_name_without(url: str) -> None:
+    loaded = tiny_model()
+    model = LanguageModel(loaded.model, loaded.given_tokenizer, name=url)
+    assert model.name == url
+    assert KEY not in repr(model)
+    assert KEY not in repr(ChatS2T(model=model))
 
 
 def test_names_and_addresses_without_secrets_are_pickled_as_they_are() -> None:

@@ -176,6 +176,16 @@ def test_a_saved_selector_comes_back_with_the_same_scores(kind: Any, tmp_path: P
     assert loaded.base.name == model.name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_the_base_that_it_was_saved_on_a_selector_loads_without_a_warning(
+    kind: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model()
+    kind(model, trained=True).save(tmp_path, config(kind.__name__, model))
+    load_selector(tmp_path, model)
+    assert [record for record in caplog.records if record.name.startswith("s2t_agents")] == []
+
+
 @pytest.mark.parametrize(
     ("kind", "file", "tensors"),
     [

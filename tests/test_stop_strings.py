@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from s2t_agents import ChatS2T
 from s2t_agents.engine.stop_strings import StopStrings
 from s2t_agents.errors import ConfigError
 
@@ -27,6 +28,11 @@ def run(stops, pieces):
         if stopped:
             return shown, True
     return shown + waiting.flush(), False
+
+
+def sum_of(chunks):
+    first, *rest = chunks
+    return sum(rest, first)
 
 
 def first_completed(stops, text):
@@ -64,3 +70,18 @@ def test_after_a_stop_nothing_more_is_shown():
 def test_an_empty_stop_string_is_refused(stops):
     with pytest.raises(ConfigError, match="cannot be waited for"):
         StopStrings(stops)
+
+
+@pytest.mark.parametrize("drive", ["invoke", "stream"])
+def test_nothing_is_generated_after_a_stop_string(drive):
+    def answered(**settings):
+        steps = []
+        model = ChatS2T(max_tokens=40, on_step=lambda trace, step: steps.append(step), **settings)
+        message = model.invoke("hello") if drive == "invoke" else sum_of(model.stream("hello"))
+        return message, len(steps)
+
+    whole, all_steps = answered()
+    stop = whole.text[4:7]
+    cut, steps = answered(stop=[stop])
+    assert cut.text == whole.text.split(stop)[0]
+    assert cut.usage_metadata["output_tokens"] == steps < all_steps

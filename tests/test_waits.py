@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from sequences import read
 from test_selectors import activated, adapted, head, published
+from torch_models import watched_forwards
 
 from s2t_agents.backends.base import Work
 from s2t_agents.budget import Budget
@@ -146,6 +148,27 @@ def test_a_forward_that_fails_is_its_own_generations_error(monkeypatch: pytest.M
     [expected] = gather([told([5, 6, 7])])
     monkeypatch.setattr(model.backend, "forward", failing)
     assert gather([told([5, 6, 7]), told([98, 99])]) == [expected, "no memory"]
+
+
+def test_an_interrupt_of_a_shared_forward_ends_all_of_them() -> None:
+    model = tiny_model()
+    model.backend.limits = replace(model.backend.limits, hand_over_s=60.0)  # forwards in this thread, once timed
+    engine = Engine(model)
+    expected = alone(engine)
+    shared: list[int] = []
+
+    def interrupted(batch: list[Work]) -> None:
+        shared.extend([len(batch)] if len(batch) > 1 else [])
+        if len(shared) == 3:
+            shared.append(0)
+            raise KeyboardInterrupt
+
+    watched_forwards(model, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        at_once(engine)
+    assert model.scheduler.idle
+    assert len(model.running) == 0
+    assert at_once(engine) == expected
 
 
 def test_one_computation_may_run_several_generations_after_another() -> None:
