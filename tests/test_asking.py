@@ -440,6 +440,21 @@ def test_a_checkpoint_that_cannot_be_read_is_an_answer_written_anew(stored: Any,
     assert answer.usage_metadata["output_tokens"] == TOKENS
 
 
+@pytest.mark.parametrize(("asks", "picker"), [(True, "llm"), (False, "slm")])
+def test_only_tokens_that_come_again_were_paid_for_before(asks: bool, picker: str) -> None:
+    probe, seen = Unfinished(), []
+    with pytest.raises(BudgetExceeded):
+        chat(scripted()).invoke(QUESTION, s2t_budget=Budget(escalations=3, on_exhausted="raise"), s2t_unfinished=probe)
+    [(key, partial)] = probe.as_dict().items()
+    stored = {key: {**partial, "tokens": partial["tokens"][:1]}}  # of three that were paid for
+    llm = scripted()
+    model = chat(llm, trigger=when(lambda proposal: asks), on_step=lambda trace, step: seen.append(step))
+    answer = model.invoke(QUESTION, s2t_unfinished=Unfinished().resume(stored))
+    assert [step.picked_by for step in seen] == ["llm", *[picker] * (TOKENS - 1)]
+    assert [bool(step.escalation and step.escalation.replayed) for step in seen] == [True, *[False] * (TOKENS - 1)]
+    assert answer.response_metadata["s2t"]["escalations"] == len(llm.asked) == (TOKENS - 1 if asks else 0)
+
+
 def test_something_else_in_its_place_is_refused() -> None:
     with pytest.raises(ConfigError, match="s2t_unfinished"):
         chat(scripted()).invoke(QUESTION, s2t_unfinished={})

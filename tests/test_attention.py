@@ -274,12 +274,13 @@ def test_a_chunk_is_as_exact_as_torchs_own_attention_in_any_precision(tokens: in
     assert own.mean() <= 1.5 * fused.mean() + 1e-6
 
 
-def test_a_long_context_takes_smaller_blocks_and_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scores", [340 * HEADS * 9, 340 * HEADS, 340 * HEADS - 1, 1])  # less than a row's: row by row
+def test_a_long_context_takes_smaller_blocks_and_says_the_same(monkeypatch: pytest.MonkeyPatch, scores: int) -> None:
     torch.manual_seed(0)
     prefix, layer = [some_kv(300)], Layer(scale=0.3, window=7)
     q, new = torch.randn(40, HEADS, D), some_kv(40)
     whole = attention.ChunkAttention(cache_of(prefix), 300)(layer, 0, q, *new)
-    monkeypatch.setattr(blockwise_attention, "SCORES", 340 * HEADS * 9)
+    monkeypatch.setattr(blockwise_attention, "SCORES", scores)
     parts = attention.ChunkAttention(cache_of(prefix), 300)(layer, 0, q, *new)
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-6)
 

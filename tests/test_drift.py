@@ -53,6 +53,7 @@ def test_rates_that_stay_are_not_mentioned():
 
 def test_a_small_shift_is_not_mentioned():
     assert not said_by(DriftWatch(calibration()), 5000, 100, 24)
+    assert not said_by(DriftWatch(calibration()), 5000, 100, 16)
     assert said_by(DriftWatch(calibration()), 5000, 100, 30)
     assert said_by(DriftWatch(calibration()), 5000, 100, 12)
 

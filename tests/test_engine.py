@@ -237,6 +237,13 @@ def test_the_stop_token_is_the_last_step() -> None:
     assert tokens(steps).index(stop) == len(steps) - 1
 
 
+def test_a_stop_token_that_is_ignored_is_a_token_like_any_other() -> None:
+    model = tiny_model()
+    whole = reference(model, PROMPT, 10)
+    model.backend.eos_ids = frozenset({whole[4]})
+    assert tokens(list(Engine(model).steps(PROMPT, Sampling(max_tokens=10, ignore_eos=True)))) == whole
+
+
 def test_banned_tokens_are_not_first_and_free_later() -> None:
     model = tiny_model()
     first = reference(model, PROMPT, 1)[0]

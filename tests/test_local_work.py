@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -22,8 +23,9 @@ from s2t_agents import Budget, ChatS2T, Ledger
 from s2t_agents.budget import PER_DAY, Charge, LimitWarning, MemoryStore, SQLiteStore
 from s2t_agents.budget.quantities import Counts
 from s2t_agents.chat.unfinished_answers import Unfinished
-from s2t_agents.errors import BadLimit, BudgetExceeded, ContextOverflow, HoldClosed, StoreUnavailable
+from s2t_agents.errors import BadLimit, BudgetError, BudgetExceeded, ContextOverflow, HoldClosed, StoreUnavailable
 from s2t_agents.testing import tiny_model
+from s2t_agents.triggers import always
 
 TOKENS = 12
 LOOK = {
@@ -91,6 +93,45 @@ def test_a_call_fits_into_the_tokens_that_are_left_or_is_not_begun() -> None:
     with pytest.raises(BudgetExceeded, match="limit 5"):
         model.invoke("hello", s2t_budget=budget)
     assert budget.state().spent["answer_tokens"] == 0
+    assert budget.state().holds == 0
+
+
+@pytest.mark.parametrize("on_exhausted", ["degrade", "raise"])
+def test_an_answer_that_is_whole_before_its_tokens_are_used_is_not_cut_off(on_exhausted: Any) -> None:
+    model = chat(max_tokens=60).bind_tools([LOOK], tool_choice="any")
+    needed = length(model.invoke("hello"))
+    budget = Budget(answer_tokens=needed + 2, on_exhausted=on_exhausted)  # fewer than it may have
+    answer = model.invoke("hello", s2t_budget=budget)
+    assert answer.tool_calls
+    assert "stopped_by" not in s2t(answer)
+    assert budget.state().spent["answer_tokens"] == length(answer) == needed
+
+
+def refused_elsewhere() -> None:
+    Budget(escalations=0, name="elsewhere").reserve(Charge(Decimal(0)))
+
+
+def unavailable_elsewhere() -> None:
+    raise StoreUnavailable("the store of 'elsewhere' is away")
+
+
+@pytest.mark.parametrize("fail", [refused_elsewhere, unavailable_elsewhere])
+def test_what_another_budget_refuses_is_raised_and_ends_no_answer_quietly(fail: Callable[[], None]) -> None:
+    class Asking:
+        """A selector that spends from a budget of its own."""
+
+        steps = 0
+
+        def scores(self, proposal: Any) -> Any:
+            self.steps += 1
+            if self.steps > 3:
+                fail()
+            return proposal.candidate_log_probs
+
+    budget = Budget(answer_tokens=50)
+    with pytest.raises(BudgetError, match="elsewhere"):
+        chat(selector=Asking(), trigger=always(), budget=budget).invoke("hello")
+    assert budget.state().spent["answer_tokens"] == 3
     assert budget.state().holds == 0
 
 

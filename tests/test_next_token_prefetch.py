@@ -129,6 +129,21 @@ def test_it_never_outlives_the_end_that_it_was_read_after(model: LanguageModel) 
     assert same(ours, plain)
 
 
+@pytest.mark.parametrize("changed", [1, 2, 7])  # one is read as a step, several as a chunk
+def test_a_cut_forgets_it_on_every_processor(changed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, token = wide("qwen3", torch.float32), int(CANDIDATES[0])
+    assert runner(model).llama_decoder is not None
+    monkeypatch.setattr(runner(model).llama_decoder.linear, "rows_alike", True)
+    other = [*IDS[:-changed], *(each ^ 1 for each in IDS[-changed:])]
+    plain, ours = read(model, other), read(model, IDS)
+    scored_after(ours, CANDIDATES, adapter(model))
+    assert ours.cache.prefetched is not None
+    moved(ours, other)  # as long as before, and another sequence
+    for prefix in (plain, ours):
+        prefix.append([token])
+    torch.testing.assert_close(ours.logits, plain.logits, atol=1e-4, rtol=1e-4)
+
+
 def test_several_tokens_after_a_selection_are_read_as_ever(model: LanguageModel) -> None:
     tokens = CANDIDATES[:2].tolist()
     plain, ours = read(model, IDS), read(model, IDS)

@@ -292,6 +292,59 @@ def test_white_space_that_comes_with_the_tags_end_counts_for_the_gap(closing: st
     assert not state.allowed()[space]
 
 
+@pytest.mark.parametrize("name", ["special", "letters", "gemma4"])
+@pytest.mark.parametrize("spaces", range(MAX_GAP_BYTES + 1))
+def test_white_space_in_the_gap_is_taken_from_the_answers_room(name: str, spaces: int) -> None:
+    tokenizer = tokenizer_of(name)
+    thinking, _ = grammars(name)
+    words = thinking.vocabulary
+    schema = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+    answer = json_grammar(words, schema)
+    room = 2 * (answer.margin + thinking.tokens_to_close)
+    state = ThinkThenAnswer(thinking, answer, phase="thought", room=room, limit=0, forced=True)
+    space, letter, ids = token(tokenizer, "\n"), token(tokenizer, "x"), list[int]()
+
+    def accept(each: int) -> None:
+        state.accept(each)
+        ids.append(each)
+
+    for each in state.forced():
+        accept(each)
+    for _ in range(spaces):
+        state.allowed(torch.zeros(words.size))  # as for every step
+        assert state.takes(space)
+        accept(space)
+    before = len(ids)
+    while not state.finished and len(ids) < room:
+        for each in state.forced() or [state.best(torch.eye(words.size)[letter])]:
+            accept(each)
+    assert state.finished
+    json.loads(tokenizer.decode(ids[before:]))
+    assert len(ids) > room - 10  # it would have said more
+
+
+@pytest.mark.parametrize("kind", ["json", "call"])
+@pytest.mark.parametrize("name", ["special", "letters", "gemma4"])
+def test_where_there_is_no_room_to_think_the_answers_first_tokens_are_forced(name: str, kind: str) -> None:
+    thinking, compiled = grammars(name)
+    least = compiled[kind].shortest_tokens
+    state = ThinkThenAnswer(thinking, compiled[kind], phase="undecided", room=least, forced=True)
+    plain = compiled[kind].start(least)
+    assert state.forced() == plain.forced() != []
+
+
+@pytest.mark.parametrize(("kind", "text"), [("json", False), ("text", True)])
+def test_after_a_piece_of_the_tag_comes_the_rest_of_it_unless_the_answer_may_begin_so(kind: str, text: bool) -> None:
+    tokenizer = tokenizer_of("letters")
+    thinking, compiled = grammars("letters")
+    state = ThinkThenAnswer(thinking, compiled[kind], phase="undecided", room=500, forced=kind == "json")
+    state.accept(token(tokenizer, "<th"))
+    mask = state.allowed()
+    assert mask[token(tokenizer, "ink")]
+    for other in ("ok", "{"):
+        assert bool(mask[token(tokenizer, other)]) == state.takes(token(tokenizer, other)) == text
+
+
 def test_a_model_that_would_end_its_turn_in_a_thought_closes_the_thought() -> None:
     thinking, compiled = grammars("special")
     state = ThinkThenAnswer(thinking, compiled["text"], phase="thought", room=50)

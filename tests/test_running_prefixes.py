@@ -126,6 +126,26 @@ def test_a_reader_that_fails_holds_nobody_up(model: LanguageModel, monkeypatch: 
     assert len(errors) == 1
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), KeyboardInterrupt()], ids=repr)
+def test_a_past_that_cannot_be_forked_leaves_no_reader_behind(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    expected = alone(model, PROMPTS[1])
+    model.prefix_cache.clear()
+    answer(model, PROMPTS[0])
+    [past] = model.prefix_cache.entries
+
+    def failing(length: int) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(past.cache, "fork", failing)
+        with pytest.raises(type(error)):
+            answer(model, PROMPTS[1])
+    assert len(model.running) == 0
+    assert answer(model, PROMPTS[1]) == (expected, len(SYSTEM))
+
+
 def test_who_waits_leaves_the_readers_time_to_the_reader(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are compared once on the way in and once when the shared part is there, not over and over."""
     compared: list[int] = []

@@ -11,6 +11,8 @@ from sequences import moved, read
 from torch_models import watched_forwards
 
 from s2t_agents.backends.base import Append, Work
+from s2t_agents.backends.torch.lora import Lora
+from s2t_agents.errors import ConfigError
 from s2t_agents.scheduling.idle_sequences import IdleSequences
 from s2t_agents.scheduling.language_model import LanguageModel
 from s2t_agents.scheduling.sequence import TokenSequence
@@ -41,6 +43,16 @@ def test_any_walk_over_branches_ends_where_a_fresh_read_ends(branches: list[list
         moved(prefix, branch)
     assert prefix.ids == branches[-1]
     assert torch.allclose(prefix.logits, full("qwen3", branches[-1]), atol=1e-4)
+
+
+def test_an_adapter_that_the_backend_cannot_put_on_is_refused_before_anything_is_read() -> None:
+    model = tiny_model("qwen3")
+    lora = Lora.fresh(model.model, targets=["q_proj"], rank=2, alpha=4)
+    assert TokenSequence(model, lora=lora).lora is lora
+    model.backend.capabilities = replace(model.capabilities, candidate_lora=False)
+    with pytest.raises(ConfigError, match="takes no adapter"):
+        TokenSequence(model, lora=lora)
+    assert len(read(model, [1, 2])) == 2
 
 
 def test_moving_to_where_it_is_computes_nothing() -> None:

@@ -15,9 +15,10 @@ from langchain_core.tools import tool
 from s2t_agents import Budget, ChatS2T, Ledger
 from s2t_agents.chat.async_bridge import ThreadedIterator
 from s2t_agents.escalation import Escalation
-from s2t_agents.testing import ScriptedLLM, last_candidate, tiny_model
+from s2t_agents.testing import ScriptedLLM, last_candidate, markov_model, tiny_model
 from s2t_agents.triggers import always
 from s2t_agents.types import Step
+from tests.thinking_models import token, tokenizer_of
 
 LENGTH = 40
 
@@ -109,6 +110,20 @@ async def test_numbers_come_with_the_last_chunk_alone(tools: list[Any]) -> None:
         assert [i for i, chunk in enumerate(chunks) if chunk.chunk_position == "last"] == [last]
         assert set(chunks[last].response_metadata) == {"model_name", "model_provider", "finish_reason", "s2t"}
         assert all(isinstance(value, int) for value in counts(chunks[last]).values())
+
+
+@pytest.mark.parametrize("room", [1, 2])
+@pytest.mark.parametrize(("stop", "stopped"), [("<th", True), ("<", True), ("zzz", False)])
+def test_a_stop_string_in_text_held_back_to_the_end_ends_an_answer_of_all_its_tokens(
+    room: int, stop: str, stopped: bool
+) -> None:
+    tokenizer = tokenizer_of("letters")
+    written = ["<th", "ink"][:room]  # which may be a tag until no more can come
+    model = markov_model(tokenizer, ["\n", *(token(tokenizer, piece) for piece in written)])
+    model = ChatS2T(model=model, max_tokens=room, stop=[stop])
+    for message in (model.invoke("Q"), joined(list(model.stream("Q")))):
+        assert message.text == ("" if stopped else "".join(written))
+        assert message.response_metadata["finish_reason"] == ("stop" if stopped else "length")
 
 
 async def test_sync_and_async_whole_and_streamed_say_the_same() -> None:

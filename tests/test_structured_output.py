@@ -98,6 +98,17 @@ def test_json_mode_without_a_schema_is_any_object() -> None:
     assert isinstance(chat(max_tokens=64).with_structured_output(method="json_mode").invoke("hello"), dict)
 
 
+def test_json_that_takes_all_its_tokens_is_whole() -> None:
+    schema = {"type": "object", "properties": {"city": {"enum": ["Bern"]}}, "required": ["city"]}
+    reply = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+    roomy = chat(max_tokens=200).bind(response_format=reply).invoke("hello")
+    exact = chat(max_tokens=roomy.usage_metadata["output_tokens"]).bind(response_format=reply).invoke("hello")
+    for answer in (roomy, exact):
+        assert json.loads(answer.text) == {"city": "Bern"}
+        assert answer.response_metadata["finish_reason"] == "stop"
+    assert chat().invoke("hello").response_metadata["finish_reason"] == "length"
+
+
 def test_json_schema_shows_the_schema_to_the_model_and_json_mode_does_not() -> None:
     model = chat(max_tokens=64)
     tokens = {}

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from langchain_core.messages import AIMessage, AIMessageChunk
 from templates import family
 
+from s2t_agents import ChatS2T
 from s2t_agents.chat.accounting import Account
 from s2t_agents.chat.attribution import Caller
 from s2t_agents.chat.generation import Generation, GenerationRequest
 from s2t_agents.chat.response_options import ResponseOptions
 from s2t_agents.formats.tool_calls import CLOSE, OPEN, MessageDelta, ToolCallParser, as_written, tag_ids
 from s2t_agents.server.chat_answers import chat_completion, chat_events
+from s2t_agents.testing import tiny_model
 from s2t_agents.types import Step
 
 JSON_VALUES = st.recursive(
@@ -275,3 +277,14 @@ def test_a_json_reply_may_speak_of_the_tags(tools):
         ResponseOptions(tools=(PAY,), reply={"type": "object"}), f"{call('pay', {})}\n{call('pay', {})}"
     ).parser
     assert [c["name"] for c in calls.tool_calls] == ["pay", "pay"]
+
+
+@pytest.mark.parametrize("stop", ["harb", '"', "}", "call"])
+def test_a_stop_string_does_not_apply_inside_a_call(stop):
+    function = {"name": "sail", "parameters": {"type": "object", "properties": {"to": {"enum": ["harbour"]}}}}
+    function["parameters"]["required"] = ["to"]
+    model = ChatS2T(model=tiny_model(), max_tokens=120).bind_tools([function], tool_choice="any")
+    for message in (model.invoke("hello"), model.invoke("hello", stop=[stop])):
+        assert [(made["name"], made["args"]) for made in message.tool_calls] == [("sail", {"to": "harbour"})]
+        assert message.invalid_tool_calls == []
+        assert message.response_metadata["finish_reason"] == "tool_calls"

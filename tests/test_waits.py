@@ -130,12 +130,20 @@ def test_what_one_raises_closes_the_others() -> None:
     assert len(model.running) == 0
 
 
-def test_a_forward_that_fails_is_its_own_generations_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hand_over_s", [-1.0, 60.0], ids=["scheduler's thread", "this thread"])
+@pytest.mark.parametrize("length", [0, 5])  # its prompt, or a token later on
+def test_a_forward_that_fails_is_its_own_generations_error(
+    monkeypatch: pytest.MonkeyPatch, length: int, hand_over_s: float
+) -> None:
     model = tiny_model()
+    model.backend.limits = replace(model.backend.limits, hand_over_s=hand_over_s)
     real = model.backend.forward
 
+    doomed: list[Any] = []
+
     def failing(batch: Sequence[Work]) -> Any:
-        if any(99 in work.ids.tolist() for work in batch):
+        doomed.extend(work.cache for work in batch if 99 in work.ids.tolist())
+        if any(work.cache in doomed and work.length >= length for work in batch):
             raise RuntimeError("no memory")
         return real(batch)
 
