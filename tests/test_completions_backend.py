@@ -344,6 +344,31 @@ def test_a_server_that_declines_is_asked_again(server: CompletionServer) -> None
         greedy(remote(server, attempts=2))
 
 
+def states(code: Any) -> servers.Fault:
+    """Answer 200, and an error in the stream."""
+    return lambda handler, body: handler.stream(iter([{"error": {"message": "overloaded", "code": code}}]))
+
+
+@pytest.mark.parametrize("code", [429, 500, 503])
+def test_a_server_that_declines_in_its_stream_is_asked_again_too(server: CompletionServer, code: int) -> None:
+    server.fault = servers.first(2, states(code))
+    assert ids(greedy(remote(server))) == ids(greedy(server.model))
+    server.fault = states(code)
+    with pytest.raises(ModelServerBusy, match=str(code)):
+        greedy(remote(server, attempts=2))
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(400, ModelServerRefused), (401, ModelServerRefused), (None, ModelServerError), ("x", ModelServerError)],
+)
+def test_other_errors_in_its_stream_are_of_their_kind(server: CompletionServer, code: Any, kind: type) -> None:
+    server.fault = states(code)
+    with pytest.raises(ModelServerError, match="an error of its own") as caught:
+        greedy(remote(server))
+    assert type(caught.value) is kind
+
+
 def test_a_stream_that_breaks_off_goes_on_from_where_it_was(server: CompletionServer) -> None:
     def short(handler: servers.Handler, body: dict[str, Any]) -> None:
         handler.stream(event for event, _ in zip(handler.server.events(body), range(7), strict=False))

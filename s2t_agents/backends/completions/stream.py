@@ -21,6 +21,7 @@ from ...endpoints import event_loop
 from ...endpoints.completions import LogProb, PartialModel, checked, logprobs_by_id, token_id
 from ...endpoints.endpoint import Endpoint
 from ...endpoints.spending import Payment
+from ...endpoints.statuses import status_error
 from ...errors import EndpointBusy, EndpointRefused, EscalationFailed
 from ...fork_safety import hold_while_forking
 from ..deadline import Deadline
@@ -57,7 +58,7 @@ class _StreamChoice(PartialModel):
 
 
 class _StreamError(PartialModel):
-    message: str = ""
+    code: Any = None
 
 
 class _StreamChunk(PartialModel):
@@ -69,11 +70,15 @@ def predictions(event: bytes, vocab_size: int) -> tuple[list[Prediction], bool]:
     """The positions that one event holds, none where it holds other things, as token counts; and is it the last one?
 
     Raises:
-        EscalationFailed: not JSON, an error, token ids or log-probabilities that cannot be.
+        EndpointBusy, EndpointRefused: an error with the code of an HTTP status, as if it had come so.
+        EscalationFailed: not JSON, another error, token ids or log-probabilities that cannot be.
     """
     chunk = _StreamChunk.read(event, "the server's stream cannot be used")
     if chunk.error is not None:
-        raise EscalationFailed("the server broke its stream off with an error of its own.")
+        message, code = "the server broke its stream off with an error of its own", chunk.error.code
+        if isinstance(code, int) and 400 <= code < 600:
+            raise status_error(code, f"{message}, {code}.")
+        raise EscalationFailed(f"{message}.")
     found = [each for choice in chunk.choices for each in _positions(choice.logprobs, vocab_size)]
     return found, any(choice.finish_reason is not None for choice in chunk.choices)
 
@@ -222,7 +227,7 @@ class CompletionStream:
 
     def _settle(self, payment: Payment) -> None:
         """The whole prompt is charged as read anew: a stream that is left does not say what was cached."""
-        if self._sent and not isinstance(self._error, EndpointBusy | EndpointRefused):
+        if self._arrived or (self._sent and not isinstance(self._error, EndpointBusy | EndpointRefused)):
             payment.settle(input_tokens=self.start, output_tokens=len(self._arrived))
         else:
             payment.release()
