@@ -96,10 +96,11 @@ def test_a_slow_reader_does_not_lose_the_last_token() -> None:
     assert model.invoke("hello", timeout=3).response_metadata["s2t"]["tokens"] == TOKENS
 
 
-@pytest.mark.parametrize("budget", [None, Budget(seconds=600)], ids=["alone", "within a budget's"])
+@pytest.mark.parametrize("limits", [None, {"seconds": 600}], ids=["alone", "within a budget's"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_long_prompt_is_given_up_between_its_chunks(name: str, budget: Budget | None) -> None:
+def test_a_long_prompt_is_given_up_between_its_chunks(name: str, limits: dict[str, Any] | None) -> None:
     slm, forwards = tiny_model(name), list[Any]()
+    budget = None if limits is None else Budget(**limits)  # whose time begins here
     slm.backend.limits = replace(slm.backend.limits, prefill_alone=16, prefill_beside=16)
 
     def watch(batch: Any) -> None:
