@@ -95,7 +95,7 @@ def _row(path: Path, readers: Sequence[str]) -> str:
         tests, users = [own, *(test for test in tests if test != own)], []
     through = f"through {_first(users)}" if users else ""
     names = ", ".join(f"`{name}`" for name in _names(tree))
-    return f"| `{path.name}` | {what} | {names} | {': '.join(filter(None, (through, _first(tests))))} |\n"
+    return f"| `{_shown(_module(path).removeprefix(f'{PACKAGE}.'))}` | {what} | {names} | {': '.join(filter(None, (through, _first(tests))))} |\n"
 
 
 def _first(names: Sequence[str]) -> str:

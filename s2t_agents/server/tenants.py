@@ -1,4 +1,5 @@
-"""Who asks: a key, or a header on this machine alone, gives the agent, its budget and its cache scope.
+"""Who asks: a key (``Authorization: Bearer``), or a header on this machine alone, gives the agent, its budget and its
+cache scope.
 
 The key file holds hashes, so that its readers learn no key::
 
