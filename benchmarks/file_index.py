@@ -95,7 +95,8 @@ def _row(path: Path, readers: Sequence[str]) -> str:
         tests, users = [own, *(test for test in tests if test != own)], []
     through = f"through {_first(users)}" if users else ""
     names = ", ".join(f"`{name}`" for name in _names(tree))
-    return f"| `{_shown(_module(path).removeprefix(f'{PACKAGE}.'))}` | {what} | {names} | {': '.join(filter(None, (through, _first(tests))))} |\n"
+    file, readers_shown = _shown(_module(path).removeprefix(f"{PACKAGE}.")), (through, _first(tests))
+    return f"| `{file}` | {what} | {names} | {': '.join(filter(None, readers_shown))} |\n"
 
 
 def _first(names: Sequence[str]) -> str:
