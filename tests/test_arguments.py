@@ -226,6 +226,8 @@ def test_what_cannot_be_bound_beside_tools_is_refused_there() -> None:
         {"logprobs": True},
         {"logprobs": True, "top_logprobs": 0},
         {"logprobs": False, "top_logprobs": None},
+        {"top_logprobs": 0},
+        {"template_args": {"tools": None, "max_length": 7}},
         {"s2t_budget": None, "s2t_agent": None, "s2t_cache_scope": None, "temperature": None, "max_tokens": None},
     ],
     ids=str,
@@ -235,23 +237,12 @@ def test_what_langchain_and_its_users_pass_is_accepted(how: Callable[..., BaseMe
     assert how(chat(), None, **call).response_metadata["s2t"]["tokens"]
 
 
-RESERVED = (
-    *(
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "messages",
-        "tokenize",
-        "tools",
-    ),
-    *("max_length", "return_tensors", "tokenizer_kwargs"),
-)
+RESERVED = ("add_generation_prompt", "chat_template", "continue_final_message", "messages", "tokenize", "tools")
 
 
 @pytest.mark.parametrize("name", RESERVED)
 def test_template_args_that_are_no_variables_of_the_template_are_refused(name: str) -> None:
-    """They name what a call gives itself, or arguments of ``apply_chat_template``, which no template sees."""
+    """They name what a call gives itself, or switches of ``apply_chat_template``."""
     wrong = {"enable_thinking": False, name: True}
     message = f"template_args holds {name!r}"
     with pytest.raises(ConfigError, match=message):

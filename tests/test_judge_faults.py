@@ -307,6 +307,13 @@ def test_a_usage_that_cannot_be_believed_is_billed_at_the_worst_or_its_own_sum(u
     Budget().reserve(asked.owed).settle(asked.owed)
 
 
+class PassesOn:
+    """Hands its arguments to another price, which knows nothing of what is written to a cache."""
+
+    def cost(self, **counts: int) -> Decimal:
+        return OwnPrice().cost(**counts)
+
+
 class OwnPrice:
     """Knows nothing of what is written to a cache."""
 
@@ -322,6 +329,7 @@ PRICES = [
     TokenPrice(1, 15, 2),
     TokenPrice(1, 2, long_prompts=((100, TokenPrice(2, 4, cache_write_usd_per_mtok=5)),)),
     OwnPrice(),
+    PassesOn(),
 ]
 
 

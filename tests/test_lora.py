@@ -108,6 +108,7 @@ def by_peft(model: torch.nn.Module, folder: Path, **options: Any) -> torch.Tenso
         {"rank_pattern": {r"layers\.1\.self_attn\..*": 8}},
         {"alpha_pattern": {r"^model\.layers\.0\.mlp\.down_proj": 3, "down_proj": 40, "q_pr": 99}},
         {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 5}, "use_rslora": True},
+        {"bias": "all"},  # of a base that has none
         {"init_lora_weights": "gaussian", "lora_dropout": 0.5, "layers_to_transform": [1], "layers_pattern": "layers"},
     ],
 )
@@ -131,7 +132,6 @@ def test_an_adapter_of_peft_gives_the_same_logits_here_and_when_it_is_saved_agai
     "options",
     [
         {"use_dora": True},
-        {"bias": "lora_only"},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora"},
         {"modules_to_save": ["lm_head"]},
@@ -167,7 +167,7 @@ def test_another_kind_of_adapter_is_refused_though_its_matrices_have_the_same_na
         ({"rank_pattern": {"(": 4}}, "no pattern"),
         ({"alpha_pattern": {r"(\w|[\w.]|[a-z])+\d": 4}}, "no pattern"),
         ({"use_something_new": True}, "use_something_new=True"),
-        ({"something_config": {"a": 1}}, "something_config"),
+        ({"arrow_config": {"top_k": 1}}, "arrow_config"),
     ],
 )
 def test_a_config_that_does_not_fit_its_matrices_is_refused(
@@ -179,6 +179,22 @@ def test_a_config_that_does_not_fit_its_matrices_is_refused(
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(AdapterMismatch, match=problem):
         Lora.load(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"peft_type": None, "init_lora_weights": None, "bias": None, "rank_pattern": None, "use_rslora": None},
+        {"tags": ["a"], "training_args": {"lr": 1}, "is_prepared": True, "merge_weights": True, "use_dora": False},
+        {"eva_config": {"rho": 2.0}, "corda_config": {"a": 1}, "loftq_config": {"bits": 4}, "auto_mapping": {"a": "b"}},
+    ],
+)
+def test_what_changes_nothing_is_taken(more: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_model().model
+    trained(model, ["q_proj"]).save(tmp_path, base_name="tiny")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    assert Lora.load(tmp_path, model).names
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "null"])

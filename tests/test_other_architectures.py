@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from sequences import read, scored_after
+from transformers import AutoModelForCausalLM
 
 from s2t_agents.engine.engine import Engine
 from s2t_agents.errors import ConfigError
 from s2t_agents.scheduling.language_model import LanguageModel
-from s2t_agents.testing import tiny_model
+from s2t_agents.testing import tiny_config, tiny_model, tiny_tokenizer
 from s2t_agents.types import Sampling
 
 WINDOW_IN_THE_MASK: Mapping[str, Mapping[str, Any]] = {
@@ -121,6 +122,12 @@ def test_what_cannot_be_read_so_is_refused_before_the_first_answer(name: str, pr
         tiny_model(name)
 
 
+def test_a_decoder_that_is_written_out_needs_no_attention_of_transformers() -> None:
+    config = tiny_config("llama", attn_implementation="flex_attention")
+    model = LanguageModel(AutoModelForCausalLM.from_config(config).eval(), tiny_tokenizer(), name="flex")
+    assert model.capabilities.batching
+
+
 class TestLongRope:
     """A model's factors do not change with what else is read."""
 
@@ -146,6 +153,17 @@ class TestLongRope:
         model, other = self.model(64, window), self.model(64, 512)
         reads_long = torch.equal(read(model, prompt(1, 30)).logits, read(other, prompt(1, 30)).logits)
         assert reads_long == (window > 64)
+
+    def test_scales_by_the_longest_position_are_one_too(self) -> None:
+        rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 32}
+        scales = {"short_mscale": 1.1, "long_mscale": 1.4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+        settings = {"max_position_embeddings": 512, "rope_parameters": rope | scales, "sliding_window": None}
+        model, ids = tiny_model("phimoe", num_local_experts=4, **settings), prompt(1, 60)
+        sequence = read(model, ids[:20])
+        sequence.append(ids[20:])
+        with torch.inference_mode():
+            whole = model.model(input_ids=torch.tensor([ids])).logits[0, -1]
+        assert torch.allclose(sequence.logits, whole, atol=1e-4)
 
     def test_an_answer_that_grows_past_the_original_length_goes_on_as_it_began(self) -> None:
         model, ids = self.model(64, 512), prompt(1, 55)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..types import Charge, Price
 from . import money
+from .prices import TokenPrice
 
 
 def charge_for(
@@ -43,9 +44,12 @@ def charge_for(
 def most_for(price: Price | None, *, input_tokens: int, output_tokens: int, escalations: int = 1) -> Charge:
     """The most that a request may cost, whatever of its prompt is read from the LLM's cache or written to it.
 
-    Each part has one price a token, so a prompt that is all of the dearest costs most. Arguments as of ``charge_for``.
+    Each part of a ``TokenPrice`` has one price a token, so a prompt that is all of the dearest costs most; any other
+    price is asked for a plain prompt. Arguments as of ``charge_for``.
     """
-    parts = (), ("cached_tokens",), ("cache_write_tokens",), ("cache_write_tokens", "cache_write_1h_tokens")
+    cases: list[tuple[str, ...]] = [()]
+    if isinstance(price, TokenPrice):  # of another class, what it was not told of is not asked
+        cases += [("cached_tokens",), ("cache_write_tokens",), ("cache_write_tokens", "cache_write_1h_tokens")]
     plain, *others = (
         charge_for(
             price,
@@ -54,16 +58,18 @@ def most_for(price: Price | None, *, input_tokens: int, output_tokens: int, esca
             escalations=escalations,
             **dict.fromkeys(names, input_tokens),
         )
-        for names in parts
+        for names in cases
     )
-    dollars = [each.usd for each in (plain, *others) if each.usd is not None]
-    return replace(plain, usd=max(dollars, default=None))
+    dollars = [each.usd for each in others if each.usd is not None]
+    return replace(plain, usd=max(plain.usd, *dollars)) if plain.usd is not None and dollars else plain
 
 
 def takes(price: Price, part: str) -> bool:
-    """Whether a price has this part; of a class that has none, its tokens cost as others read."""
-    parameters = signature(price.cost).parameters.values()
-    return any(each.name == part or each.kind is each.VAR_KEYWORD for each in parameters)
+    """Whether a price names this part; of a class that does not, its tokens cost as others read."""
+    try:
+        return part in signature(price.cost).parameters
+    except (TypeError, ValueError):  # it is no Python function
+        return False
 
 
 def cache_counts(details: Mapping[str, Any], input_tokens: int) -> dict[str, int] | None:

@@ -286,7 +286,7 @@ def top_logprobs_of(call: Mapping[str, Any]) -> int | None:
         )
     if wanted:
         return 0 if top is None else top
-    if top is not None:
+    if top:
         raise ConfigError(f"top_logprobs={top!r:.80} needs logprobs=True.", hint="Give both, or neither.")
     return None
 

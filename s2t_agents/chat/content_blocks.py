@@ -133,7 +133,8 @@ def _texts(block: Any, message: BaseMessage, where: str, skipped: list[str]) -> 
             skipped.append(kind)
         yield "\n".join(found)
     else:
-        empty = " without its content" if kind in _TEXT | _DOCUMENTS | _OUTPUTS and not is_media(block) else ""
+        lacks = not {"content", "output", "source"} & block.keys() and not is_media(block)
+        empty = " without its content" if kind in _TEXT | _DOCUMENTS | _OUTPUTS and lacks else ""
         raise InputError(
             f"{where} holds a {kind!r} content block{empty}.", hint="This model reads text alone: pass text blocks."
         )

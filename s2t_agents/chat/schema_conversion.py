@@ -152,7 +152,8 @@ def _check_type(given: Any) -> None:
     if not isinstance(given, Mapping) or not ("type" in given and isinstance(given["type"], str)):
         return
     kind, is_tool = given["type"], any(key in given for key in _TOOL_KEYS)
-    if kind == "function" or (kind == "custom" and "input_schema" in given):
+    has_schema = any(isinstance(given.get(key), Mapping) for key in ("parameters", "input_schema", "function"))
+    if kind == "function" or (has_schema and kind.lower() in ("custom", "function", "object", "tool")):
         return
     if not is_tool and ("title" in given or kind in TYPES):
         return

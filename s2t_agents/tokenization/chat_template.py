@@ -42,11 +42,9 @@ _TRACED_FILTERS = frozenset({"replace", "trim"})
 MAX_TEMPLATE_CHARS = 500_000
 """Maximum length of a template's source; real ones have up to about 20,000 characters."""
 
-NOT_VARIABLES = frozenset({
-    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages",
-    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize",
-    "tokenizer_kwargs", "tools", "truncation",
-})  # fmt: skip
+NOT_VARIABLES = frozenset(
+    {"add_generation_prompt", "chat_template", "continue_final_message", "messages", "tokenize", "tools"}
+)
 """Names that cannot be given to a template: what every call gives itself, and what ``apply_chat_template`` keeps."""
 
 _HINT = "Mend it, or give another one as chat_template=..."
@@ -127,8 +125,8 @@ def check_template_args(given: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: one of ``NOT_VARIABLES``.
     """
-    for name in given:
-        if name in NOT_VARIABLES:
+    for name, value in given.items():
+        if name in NOT_VARIABLES and value is not None:
             raise ConfigError(
                 f"template_args holds {name!r}, which is no variable that a template can be given.",
                 hint="Leave it out. Messages and tools come from the call, another template as chat_template=...",

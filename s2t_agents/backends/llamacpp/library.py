@@ -20,7 +20,7 @@ MOST_SAID = 20
 ERROR = 4
 """llama.cpp's level of errors. Its messages are for debugging only: errors are raised."""
 
-GPUS = {"cuda": ("CUDA", "ROCm", "MUSA"), "mps": ("Metal", "MTL")}
+GPUS = {"cuda": ("CUDA", "ROCm", "MUSA"), "mps": ("Metal", "MTL"), "vulkan": ("Vulkan",), "xpu": ("SYCL",)}
 """llama.cpp's names of what it is compiled for, by torch's of the device."""
 
 _said = threading.local()

@@ -72,29 +72,33 @@ class TorchBackend:
         fix_long_rope(model, self.context_window, name)
         self.lock = threading.RLock()  # one forward at a time: hooks and caches are not thread-safe
         hold_while_forking(self, "lock", FORWARD)
-        attention_only = self.attention_only(model)
-        packed = attention_only and packs(model, name)
+        self._attention_only = attention_only = self.attention_only(model)
         graphs, cpu = self.device.type == "cuda", self.device.type == "cpu"
         self._cache_class: type[KVCache] = PooledKVCache if graphs else KVCache
+        chunks = attention_only or resumes_in_chunks(model, self.new_cache, name)
+        self.runner = ModelRunner(
+            model,
+            attention_only=attention_only,
+            packs=attention_only and packs(model, name),
+            resumes_in_chunks=chunks,
+            graphs=graphs,
+            prepack=prepack,
+        )
         self.capabilities = Capabilities(
-            batching=packed,
+            batching=self.runner.batches,
             candidate_scoring=True,
             candidate_lora=True,
             hidden_states=True,
             truncation=attention_only,
             fork_while_running=attention_only and not graphs,
-            tree_scoring=packed,
+            tree_scoring=self.runner.batches,
         )
-        chunks = attention_only or resumes_in_chunks(model, self.new_cache, name)
         limits = Limits()
         if not cpu:
             limits = replace(limits, prefill_beside=limits.prefill_alone, hand_over_s=inf)
         if not chunks:
             limits = replace(limits, prefill_alone=self.context_window, prefill_beside=self.context_window)
         self.limits = limits
-        self.runner = ModelRunner(
-            model, packs=packed, resumes_in_chunks=chunks, graphs=packed and graphs, prepack=prepack
-        )
         release_threads()  # OpenMP threads that loading the weights has started
 
     @staticmethod
@@ -166,7 +170,7 @@ class TorchBackend:
 
     def new_cache(self) -> SequenceCache:
         """An empty one. Attention-only models keep all KV, so that any length can be returned to."""
-        return self._cache_class() if self.capabilities.truncation else RecurrentCache(config=self.config)
+        return self._cache_class() if self._attention_only else RecurrentCache(config=self.config)
 
     def forward(self, batch: Sequence[Work]) -> list[Output]:
         """See ``base.Backend``."""

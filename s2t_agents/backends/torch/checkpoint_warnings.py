@@ -10,10 +10,11 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 _WITHOUT_EFFECT = re.compile(
-    r"(inv_freq|(cos|sin)_cached|position_ids|rope\.freqs)$|(^|\.)(attn|attention)\.(masked_)?bias$"
-    r"|(^|\.)(mtp|nextn|vision|visual|image|img|audio|speech|video|multi_?modal|mm_)\w*\."
+    r"(inv_freq|(cos|sin)_cached|position_ids|rope\.freqs|causal_mask|embed_positions|image_newline|[kv]_scale)$"
+    r"|(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)(mlp1|vpm|apm|resampler|connector|talker|v_head|medusa_head)\."
+    r"|(^|\.)(embed_)?(mtp|nextn|vision|visual|image|img|audio|speech|video|multi_?modal|mm_)\w*\."
 )
-"""Tensors that a causal LM of text may leave out: tables that are computed, drafts of later tokens, eyes and ears."""
+"""Tensors that a causal LM of text may leave out: computed tables, drafts of later tokens, heads, eyes and ears."""
 
 _DRAFTING = re.compile(r"(.*\blayers\.\d+\.)(eh_proj|enorm|hnorm|shared_head)\b")
 """A layer behind the last one that drafts later tokens (DeepSeek, GLM)."""

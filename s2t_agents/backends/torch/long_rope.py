@@ -46,9 +46,14 @@ def _choose(rotary: Any, layers: str | None, context_window: int, name: str) -> 
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     settings = rotary.config.rope_parameters
-    original = (settings if layers is None else settings[layers])["original_max_position_embeddings"]
-    if context_window > original:
-        frequencies = getattr(rotary, "inv_freq" if layers is None else f"{layers}_inv_freq")
+    settings = settings if layers is None else settings[layers]
+    original, prefix = settings["original_max_position_embeddings"], "" if layers is None else f"{layers}_"
+    frequencies = getattr(rotary, f"{prefix}inv_freq")
+    if context_window <= original:
+        frequencies.copy_(getattr(rotary, f"{prefix}original_inv_freq"))
+    elif "short_mscale" in settings:  # PhiMoE has the short frequencies always, and scales by the longest position
+        settings["short_mscale"] = settings["long_mscale"]
+    else:
         which = {} if layers is None else {"layer_type": layers}
         long, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, frequencies.device, seq_len=original + 1, **which)
         frequencies.copy_(long)

@@ -36,23 +36,36 @@ class ModelRunner:
 
     Args:
         model: a ``transformers`` causal LM.
-        packs: every layer is attention, so that several sequences fit into one row and candidates are exact there.
+        attention_only: every layer is attention, so that its decoder may be written out.
+        packs: several sequences fit into one row of the modules, and candidates are exact there.
         resumes_in_chunks: several tokens after a cache are read as in one go; else token by token.
-        graphs: single tokens run as captured graphs.
+        graphs: single tokens run as captured graphs, where several sequences share a forward.
         prepack: bytes of weights that a CPU may hold a second time, see ``packed_linear``.
 
     Attributes:
+        batches: several sequences can share a forward.
         graph_runner: the captured graphs; None before the first single token, and where none can be captured.
     """
 
-    def __init__(self, model: Any, *, packs: bool, resumes_in_chunks: bool, graphs: bool, prepack: int) -> None:
-        self.model, self._packs, self._resumes_in_chunks = model, packs, resumes_in_chunks
-        self._graphs, self._prepack = graphs, prepack
+    def __init__(
+        self,
+        model: Any,
+        *,
+        attention_only: bool,
+        packs: bool,
+        resumes_in_chunks: bool,
+        graphs: bool,
+        prepack: int,
+    ) -> None:
+        self.model, self._attention_only, self._packs = model, attention_only, packs
+        self._resumes_in_chunks, self._prepack = resumes_in_chunks, prepack
         self.graph_runner: GraphRunner | None = None
         self.decoder = text_decoder(model)
         self.config, self.device = model.config.get_text_config(), model.device
         self._last_hidden: Tensor | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
+        self.batches = packs or self.llama_decoder is not None
+        self._graphs = graphs and self.batches
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[Work]) -> list[Output]:
@@ -86,7 +99,7 @@ class ModelRunner:
     @cached_property
     def llama_decoder(self) -> LlamaDecoder | None:
         """The decoder written out, of a known architecture."""
-        return llama_decoder_of(self.model, self._prepack) if self._packs else None
+        return llama_decoder_of(self.model, self._prepack) if self._attention_only else None
 
     @cached_property
     def decoder_batch(self) -> DecoderBatch | None:

@@ -7,6 +7,7 @@ were changed at its initialisation, ...) is refused: without it the same tensors
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,15 +21,11 @@ from ...errors import AdapterMismatch
 
 CONFIG_FILE = "adapter_config.json"
 
-WITHOUT_EFFECT = frozenset(
-    {
-        *("auto_mapping", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern"),
-        *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "runtime_config"),
-        "velora_config",
-        *("ensure_weight_tying", "layers_to_transform", "megatron_config", "target_modules"),
-    }
+ANOTHER_KIND = re.compile(
+    r"use_(?!rslora$)\w+|(arrow|kasa|monteclora)_config|lora_bias|alora_invocation_tokens|layer_replication"
+    r"|modules_to_save|target_parameters|trainable_token_indices"
 )
-"""Tables and switches that say how an adapter was trained or where its tensors belong, which their names say, too."""
+"""Settings that make something else of an adapter where they are on; those of a training alone are not among them."""
 
 PATTERN_S = 1.0
 """Seconds in which a pattern of layers' names has to match, or not to."""
@@ -41,14 +38,13 @@ class PeftConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
-    peft_type: Literal["LORA"] = "LORA"
+    peft_type: Literal["LORA", None] = "LORA"
     r: PositiveInt
     lora_alpha: float
     use_rslora: bool | None = False
     rank_pattern: dict[str, PositiveInt] | None = None
     alpha_pattern: dict[str, float] | None = None
-    bias: Literal["none"] = "none"
-    init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal"] = True
+    init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal", None] = True
 
     @classmethod
     def load(cls, folder: Path) -> PeftConfig:
@@ -68,7 +64,7 @@ class PeftConfig(BaseModel):
         odd = [
             f"{name}={value!r:.60}"
             for name, value in (found.model_extra or {}).items()
-            if name not in WITHOUT_EFFECT and (value is True or (isinstance(value, dict | list) and value))
+            if ANOTHER_KIND.fullmatch(name) and value
         ]
         if odd:
             raise AdapterMismatch(f"{file} is not that of a plain LoRA: {', '.join(odd)}.", hint=_HINT)
