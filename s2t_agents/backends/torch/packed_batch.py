@@ -206,7 +206,9 @@ def windows_of(config: Any) -> list[int | None]:
 
 @torch.inference_mode()
 def packs(model: Any, name: str) -> bool:
-    """Whether a sequence beside another one in a row gives the logits and hidden state that it gives alone; by a trial.
+    """Whether a sequence beside another one in a row gives the logits and hidden state that it gives alone.
+
+    By a trial, of the first model of its class, config, dtype and device.
 
     Not where a model reads the KV itself before its attention, has an attention of its own that cannot be replaced, or
     does something between its layers and the output layer.
@@ -218,8 +220,16 @@ def packs(model: Any, name: str) -> bool:
     Raises:
         ConfigError: it does not read tokens alone.
     """
-    vocab = model.get_input_embeddings().weight.shape[0]
-    return any(_packs(model, (torch.arange(1, 6) + at * vocab // TRIALS) % vocab, name) for at in range(TRIALS))
+    kind = type(model), model.config.to_json_string(use_diff=False), model.dtype, model.device.type
+    if kind not in _tried:
+        vocab = model.get_input_embeddings().weight.shape[0]
+        trials = ((torch.arange(1, 6) + at * vocab // TRIALS) % vocab for at in range(TRIALS))
+        _tried[kind] = any(_packs(model, ids, name) for ids in trials)
+    return _tried[kind]
+
+
+_tried: dict[tuple[Any, ...], bool] = {}
+"""Outcomes by class, config, dtype and device: the weights play no part."""
 
 
 def _packs(model: Any, ids: Tensor, name: str) -> bool:
