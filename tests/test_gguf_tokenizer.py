@@ -150,8 +150,15 @@ def sentencepieces(folder: Path) -> Any:
 
 def test_sentencepieces_are_merged_by_score_and_the_rest_is_bytes(tmp_path: Path) -> None:
     ours = sentencepieces(tmp_path)
-    encode = lambda text: ours.encode(text, add_special_tokens=False)  # noqa: E731
-    pieces = lambda text: ours.convert_ids_to_tokens(encode(text))  # noqa: E731
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = ours.encode(text, add_special_tokens=False)
+        return ids
+
+    def pieces(text: str) -> list[str]:
+        found: list[str] = ours.convert_ids_to_tokens(encode(text))
+        return found
+
     assert pieces("the tea") == ["▁the", "▁t", "e", "a"]
     assert pieces("é") == ["▁", "<0xC3>", "<0xA9>"]
     assert pieces("a<think>a")[1:] == ["a", "<think>", "▁", "a"]

@@ -113,6 +113,13 @@ def test_sequences_share_a_forward_where_that_gives_the_same(name: str) -> None:
     assert tiny_model(name, **ALL[name]).capabilities.batching == (name in WINDOW_IN_THE_MASK)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama4_text"])
+def test_the_layers_are_found_without_the_output_layer(name: str) -> None:
+    model = tiny_model(name, **ALL.get(name, {}))
+    head = model.model.get_output_embeddings()
+    assert not any(module is head for module in model.torch_backend.decoder.modules())
+
+
 @pytest.mark.parametrize(
     ("name", "problem"),
     [("recurrent_gemma", "does not go on from a KV cache|from tokens alone"), ("xmod", "from tokens alone")],

@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 NAME = "s2t_packed"
 """Under which name transformers finds our attention."""
 
-FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+FAILURES = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What a model's forward raises where it was not made for such inputs."""
 
 
@@ -220,7 +220,7 @@ def packs(model: Any, name: str) -> bool:
     Raises:
         ConfigError: it does not read tokens alone.
     """
-    kind = type(model), model.config.to_json_string(use_diff=False), model.dtype, model.device.type
+    kind = type(model), repr(model.config.to_dict()), model.dtype, model.device.type
     if kind not in _tried:
         vocab = model.get_input_embeddings().weight.shape[0]
         trials = ((torch.arange(1, 6) + at * vocab // TRIALS) % vocab for at in range(TRIALS))
@@ -239,6 +239,8 @@ def _packs(model: Any, ids: Tensor, name: str) -> bool:
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: kept.append(args[0][0, -1]))
     try:
         alone = model(input_ids=own[None], past_key_values=KVCache(), use_cache=True, logits_to_keep=1)
+    except torch.OutOfMemoryError:
+        raise
     except FAILURES as error:
         reason = one_line(str(error))[:200].rstrip(".")
         raise ConfigError(
@@ -249,6 +251,8 @@ def _packs(model: Any, ids: Tensor, name: str) -> bool:
         hook.remove()
     try:
         _, beside = through_modules(model, [Append(other, KVCache(), 0), Append(own, KVCache(), 0)])
+    except torch.OutOfMemoryError:
+        raise
     except FAILURES as error:
         _log.debug("%s is read one sequence after another: %r", type(model).__name__, error)
         return False

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ...errors import ConfigError
+from .packed_batch import FAILURES
 
 TOKENS, CHUNK = 32, 2
 """Of the trial, and how many of them are its second part."""
@@ -53,7 +54,9 @@ def resumes_in_chunks(model: Any, new_cache: Callable[[], Cache], name: str) -> 
         whole = _read(model, ids, new_cache())
         parts = _after(model, first, [last], new_cache)
         singles = _after(model, first, last.split(1, dim=1), new_cache)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
         raise _refused(model, name) from error
     bound = CLOSE.get(model.dtype, CLOSE_IN_HALF) * (whole.max() - whole.min())
     if (whole - singles).abs().max() > bound:  # of a state that is not in its cache
